@@ -1,0 +1,110 @@
+"""Samplers: integrate a velocity model from t = 1 to t = 0. A model is a callable ``(x_t, t_scalar) -> velocity``.
+
+A student distilled by Self-Forcing must be sampled by :class:`Renoise` with the times it was trained with; Euler on
+it gives noise (spec/demo.md part c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.flow import shift_time
+from scd_sf.types import UserError
+
+Velocity = Callable[[Tensor, float], Tensor]
+Noise = Callable[[Tensor], Tensor]
+FEW_STEP_LINEAR = (1.0, 0.75, 0.5, 0.25)
+
+
+class Sampler(Protocol):
+    """``name`` and ``steps`` are recorded in checkpoints and results."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+        """Pure noise (any shape) -> x_0. ``exit_step``: stop there and return its x_0 estimate, with gradients at
+        that step only (Self-Forcing, Algorithm 1)."""
+        ...
+
+
+def few_step_times(shift: float = 5.0, linear: tuple[float, ...] = FEW_STEP_LINEAR) -> tuple[float, ...]:
+    """[1000, 750, 500, 250] / 1000 warped by the shift: (1, .9375, .8333, .625) for k = 5 (spec/scd.md W16)."""
+    return tuple(shift_time(torch.tensor(linear, dtype=torch.float64), shift).tolist())
+
+
+def many_step_times(steps: int, shift: float) -> tuple[float, ...]:
+    """steps + 1 shifted times from 1 to exactly 0."""
+    return tuple(shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist())
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Euler on ``steps`` shifted times."""
+
+    steps: int = 50
+    shift: float = 5.0
+
+    @property
+    def name(self) -> str:
+        return "euler"
+
+    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+        if exit_step is not None:
+            raise UserError("sampler 'euler' has no early exit: stage 3 needs sampler 'renoise'")
+        x = x_T
+        times = many_step_times(self.steps, self.shift)
+        for now, later in pairwise(times):
+            x = x + (later - now) * velocity(x, now)
+        return x
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Predict x_0, add fresh noise at the next time, repeat (the consistency / SDE sampler of Self-Forcing)."""
+
+    times: tuple[float, ...] = (1.0, 0.9375, 5 / 6, 0.625)
+
+    def __post_init__(self) -> None:
+        decreasing = all(a > b for a, b in pairwise(self.times))
+        if not self.times or self.times[0] != 1.0 or not decreasing or self.times[-1] <= 0:
+            raise UserError(f"sampler times are {list(self.times)}; they must fall from 1.0 and stay above 0")
+
+    @property
+    def name(self) -> str:
+        return "renoise"
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
+
+    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+        last = self.steps - 1 if exit_step is None else exit_step
+        x = x_T
+        for step in range(last):
+            now, later = self.times[step], self.times[step + 1]
+            if exit_step is None:
+                x_0 = x - now * velocity(x, now)
+            else:
+                with torch.no_grad():
+                    x_0 = x - now * velocity(x, now)
+            x = (1 - later) * x_0 + later * noise_like(x_0)
+        return x - self.times[last] * velocity(x, self.times[last])
+
+
+def build_sampler(name: str, steps: int, shift: float) -> Sampler:
+    """'euler' with any number of steps, or 'renoise' with ``steps`` linear times warped by the shift."""
+    if steps < 1:
+        raise UserError(f"sampler.steps is {steps}; it must be at least 1")
+    if name == "euler":
+        return Euler(steps, shift)
+    if name == "renoise":
+        return Renoise(few_step_times(shift, tuple(1.0 - i / steps for i in range(steps))))
+    raise UserError(f"sampler.name is '{name}'; use 'euler' or 'renoise'")

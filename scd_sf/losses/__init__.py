@@ -1,0 +1,1 @@
+"""Losses: pure functions from a model and a batch to (loss, logs)."""

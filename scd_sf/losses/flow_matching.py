@@ -1,0 +1,93 @@
+"""Teacher-forced flow matching: stage 2 of SCD and the causal baseline, and pretraining of the bidirectional model.
+
+Paper Eq. 1 and Algorithm 1, supplement Table 6. The loss is the fp32 mean square of the raw velocity error, weight 1.
+Letters: B batch, K noisy samples per encoder pass, F latent frames, C H W latent axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.flow import add_noise, shift_time, shifted_uniform, velocity_target
+from scd_sf.models.generator import FrameGenerator, Query, check_chunks, pick_chunks
+from scd_sf.types import Conditioning, Denoiser, Logs, UserError
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """Defaults are the supplement's Table 6 where it speaks, spec/scd.md W3, W4, W10, W17, W18 where it does not."""
+
+    shift: float = 5.0
+    samples: int = 2
+    eta: float = 0.05
+    text_dropout: float = 0.1
+    query_from: float = 0.8
+    query_pure: float = 0.5
+    targets: int | None = None
+    share_noise: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in (("text_dropout", self.text_dropout), ("query_from", self.query_from)):
+            if not 0 <= value <= 1:
+                raise UserError(f"loss.{name} is {value}; it must lie in [0, 1]")
+        if not 0 <= self.query_pure <= 1 or self.samples < 1:
+            raise UserError(f"loss.query_pure is {self.query_pure} (0..1) and loss.samples {self.samples} (>= 1)")
+        if self.targets is not None and self.targets < 1:
+            raise UserError(f"loss.targets is {self.targets}; use a number of chunks >= 1, or null for all")
+
+
+def drop_text(cond: Conditioning, null: Conditioning, rate: float, rng: torch.Generator) -> Conditioning:
+    """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free guidance)."""
+    dropped = torch.rand(cond.batch, generator=rng) < rate
+    keep = (~dropped).to(cond.text_BLE.device).reshape(-1, 1, 1)
+    return Conditioning(torch.where(keep, cond.text_BLE, null.text_BLE.to(cond.text_BLE)))
+
+
+def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Generator) -> Tensor:
+    """The encoder query's noise level: exactly 1 with probability ``query_pure``, else u in [query_from, 1] shifted."""
+    u = cfg.query_from + (1 - cfg.query_from) * torch.rand(shape, generator=rng)
+    pure = torch.rand(shape, generator=rng) < cfg.query_pure
+    return torch.where(pure, torch.ones(()), shift_time(u, cfg.shift))
+
+
+def _normal(shape: tuple[int, ...], rng: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(shape, generator=rng).to(like.device, like.dtype)
+
+
+def flow_matching_loss(
+    generator: FrameGenerator,
+    x_0: Tensor,
+    cond: Conditioning,
+    null: Conditioning,
+    cfg: FlowMatchingConfig,
+    rng: torch.Generator,
+) -> tuple[Tensor, Logs]:
+    """x_0 (B, F, C, H, W) clean latents -> (scalar fp32 loss, logs). One time per chunk and noisy sample."""
+    batch, frames = x_0.shape[:2]
+    num_chunks = check_chunks(frames, generator.chunk)
+    targets = list(range(num_chunks))
+    if cfg.targets is not None and cfg.targets < num_chunks:
+        targets = sorted(torch.randperm(num_chunks, generator=rng)[: cfg.targets].tolist())
+    cond = drop_text(cond, null, cfg.text_dropout, rng)
+    t = shifted_uniform((cfg.samples, batch, num_chunks), cfg.shift, rng).repeat_interleave(generator.chunk, -1)
+    t = t.to(x_0.device)
+    eps = _normal((cfg.samples, *x_0.shape), rng, x_0)
+    t_query = query_times((batch, num_chunks), cfg, rng).repeat_interleave(generator.chunk, -1).to(x_0.device)
+    query_eps = eps[0] if cfg.share_noise else _normal(tuple(x_0.shape), rng, x_0)
+    query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
+
+    x_t = add_noise(x_0.unsqueeze(0), eps, t)
+    velocity = generator.teacher_forced(x_t, t, x_0, cond, query=query, targets=targets)
+    target = pick_chunks(velocity_target(x_0.unsqueeze(0), eps), targets, generator.chunk, 2)
+    loss = (velocity.float() - target.float()).pow(2).mean()
+    return loss, {"loss": float(loss.detach())}
+
+
+def denoiser_flow_loss(denoiser: Denoiser, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
+    """Flow loss of a bidirectional model (teacher pretraining, critic): one t (B,) per clip. Scalar fp32."""
+    eps = _normal(tuple(x_0.shape), rng, x_0)
+    velocity = denoiser(add_noise(x_0, eps, t), t, cond)
+    return (velocity.float() - velocity_target(x_0, eps).float()).pow(2).mean()

@@ -1,0 +1,96 @@
+"""What rollout and losses know of a student: :class:`FrameGenerator`. SCD and the causal baseline both are one.
+
+Letters: B batch, K noisy samples per frame, F latent frames, M target chunks, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scd_sf.nn.kv_cache import Window
+from scd_sf.types import Conditioning, UserError
+
+
+@dataclass(frozen=True)
+class Query:
+    """The encoder's noisy query frames of SCD on Wan: x (B, F, C, H, W) at times t (B, F) (paper 4; spec W4).
+
+    ``eta`` is the context corruption of Eq. 7; its noise comes from ``rng`` (CPU), independently per noisy sample.
+    """
+
+    x: Tensor
+    t: Tensor
+    eta: float = 0.0
+    rng: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The streaming history. ``window`` and ``sink`` count latent frames; None keeps everything.
+
+    ``preallocate`` frames makes the cache an in-place ring (sampling only); None is the functional cache of training.
+    """
+
+    window: int | None = None
+    sink: int = 0
+    preallocate: int | None = None
+
+    def tokens(self, per_frame: int) -> Window:
+        recent = None if self.window is None else self.window * per_frame
+        return Window(recent, self.sink * per_frame)
+
+
+class FrameGenerator(Protocol):
+    """A student that generates ``chunk`` latent frames at a time.
+
+    ``Stream`` objects are opaque to callers: :meth:`start` makes one, :meth:`advance` returns the next one.
+    """
+
+    @property
+    def chunk(self) -> int: ...
+
+    def teacher_forced(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        x_clean: Tensor,
+        cond: Conditioning,
+        *,
+        query: Query | None = None,
+        targets: Sequence[int] | None = None,
+    ) -> Tensor:
+        """One pass over the clip: x_t (K, B, F, C, H, W), t (K, B, F), x_clean (B, F, C, H, W) -> velocity
+        (K, B, M*chunk, C, H, W) of the target chunks (default: all). ``query`` is needed by SCD, ignored by others."""
+        ...
+
+    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
+        """A new stream for latent frames of (H, W)."""
+        ...
+
+    def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
+        """Once per chunk: the finished previous chunk in (None before the first), the next chunk's context out."""
+        ...
+
+    def denoise(self, stream: Any, x_t: Tensor, t: Tensor) -> Tensor:
+        """S times per chunk, a pure read: x_t (B, chunk, C, H, W), t (B,) -> velocity."""
+        ...
+
+
+def check_chunks(frames: int, chunk: int) -> int:
+    """Number of chunks in a clip; UserError if they do not divide."""
+    if frames % chunk:
+        raise UserError(f"chunk is {chunk}, which does not divide the clip's {frames} latent frames: choose a divisor")
+    return frames // chunk
+
+
+def pick_chunks(x: Tensor, targets: Sequence[int], chunk: int, dim: int) -> Tensor:
+    """The frames of the target chunks along ``dim``; no copy when all are wanted."""
+    if len(targets) * chunk == x.shape[dim]:
+        return x
+    frames = [c * chunk + i for c in targets for i in range(chunk)]
+    return x.index_select(dim, torch.tensor(frames, device=x.device))

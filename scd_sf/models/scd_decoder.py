@@ -1,0 +1,148 @@
+"""SCD's light frame-wise decoder on Wan: how the context c_i meets the noisy chunk (spec/scd.md W7-W9, W13).
+
+Presets of ``fusion``:
+  paper     prefix [adapter(c); x] in front of all decoder blocks (paper Table 3, "frame concat").
+  junction  x alone through the early copies, then prefix [c; x] in front of the late copies, which were trained on
+            exactly what c is.
+  delta     no prefix: D = c - early(query) once per chunk; per step late(early(x_t) + D).
+  channel   Linear([x; c]) per token at the decoder's input (paper Table 3, "channel concat").
+``prefix_rope``: "temporal" gives c the frames before x, "identical" the same frames. ``prefix``: "full" runs c through
+the blocks with x at every step; "cached" lets c attend only to itself, so its K/V are computed once per chunk.
+
+Letters: R rows (batch x chunks), n frames per chunk, C H W latent axes, L tokens of a chunk, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scd_sf.models.trunk import Times, Trunk, WanConfig
+from scd_sf.nn.attention import FullSequence, Streaming
+from scd_sf.nn.kv_cache import KV, KVCache, LivePast, Past
+from scd_sf.nn.rope import Rotary, join
+from scd_sf.types import UserError
+
+FUSIONS = ("paper", "junction", "delta", "channel")
+Text = Tensor | Sequence[KV]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """``layers``: Wan layers the decoder copies, in order. ``split``: how many of them come before the junction
+    (None: those that the encoder also has)."""
+
+    layers: tuple[int, ...] = (0, 1, 2, 3, 4, 25, 26, 27, 28, 29)
+    fusion: str = "junction"
+    prefix_rope: str = "identical"
+    prefix: str = "full"
+    split: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("fusion", self.fusion, FUSIONS),
+            ("prefix_rope", self.prefix_rope, ("temporal", "identical")),
+            ("prefix", self.prefix, ("full", "cached")),
+        ):
+            if value not in choices:
+                raise UserError(f"decoder.{name} is '{value}'; use one of {', '.join(choices)}")
+        if self.split is not None and not 0 <= self.split <= len(self.layers):
+            raise UserError(f"decoder.split is {self.split}; it must lie in 0..{len(self.layers)} (number of layers)")
+
+    def junction(self, encoder_layers: Sequence[int]) -> int:
+        """Number of early blocks, which see the noisy chunk alone ('paper' and 'channel' have none)."""
+        if self.fusion in ("paper", "channel"):
+            return 0
+        if self.split is not None:
+            return self.split
+        return next((i for i, layer in enumerate(self.layers) if layer not in encoder_layers), len(self.layers))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the decoder keeps of one chunk's c for all S steps; which field is set depends on the fusion."""
+
+    prefix: Tensor | None = None
+    prefix_times: Times | None = None
+    past: Past | None = None
+    residual: Tensor | None = None
+    channels: Tensor | None = None
+
+
+class Decoder(nn.Module):
+    """Blocks on one chunk of noisy frames and its context; other chunks are invisible."""
+
+    def __init__(self, cfg: WanConfig, config: DecoderConfig, encoder_layers: Sequence[int]) -> None:
+        super().__init__()
+        self.cfg, self.config = cfg, config
+        self.split = config.junction(encoder_layers)
+        self.trunk = Trunk(cfg, config.layers, with_text=False)
+        inputs = {"paper": cfg.width, "channel": 2 * cfg.width}.get(config.fusion)
+        self.adapter = nn.Linear(inputs, cfg.width) if inputs else None
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """paper: identity after a LayerNorm. channel: x + LayerNorm(c), the [I|I] of the released code."""
+        if self.adapter is not None:
+            eye = torch.eye(self.cfg.width)
+            self.adapter.weight.copy_(eye if self.config.fusion == "paper" else torch.cat([eye, eye], dim=1))
+            self.adapter.bias.zero_()
+
+    def context(self, c_RLE: Tensor, query: Tensor, t_query: Tensor, text: Text) -> Context:
+        """c of R chunks, their query frames (R, n, C, H, W) and its times (R, n) -> what all steps share."""
+        fusion, trunk = self.config.fusion, self.trunk
+        if fusion == "channel":
+            return Context(channels=F.layer_norm(c_RLE, c_RLE.shape[-1:]))
+        times = trunk.times(t_query)
+        if fusion == "delta":
+            return Context(residual=c_RLE - self._early(query, times, text))
+        if fusion == "paper":
+            assert self.adapter is not None
+            c_RLE = self.adapter(F.layer_norm(c_RLE, c_RLE.shape[-1:]))
+        if self.config.prefix == "full":
+            return Context(prefix=c_RLE, prefix_times=times)
+        attend = Streaming(KVCache.empty(), (c_RLE.shape[1],), write=1)
+        rotary, _ = self._rotary(query)
+        trunk.run(c_RLE, times.mod, text, rotary, attend, slice(self.split, None))
+        return Context(past=LivePast(attend.staged))
+
+    def velocity(self, context: Context, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        """x_t (R, n, C, H, W) at times t (R, n) -> velocity of the same shape."""
+        trunk = self.trunk
+        times = trunk.times(t)
+        rotary_c, rotary_x = self._rotary(x_t)
+        late = slice(self.split, None)
+        x = self._early(x_t, times, text)
+        if context.residual is not None:
+            x = trunk.run(x + context.residual, times.mod, text, rotary_x, FullSequence(), late)
+        elif context.channels is not None:
+            assert self.adapter is not None
+            x = self.adapter(torch.cat([x, context.channels.to(x.dtype)], dim=-1))
+            x = trunk.run(x, times.mod, text, rotary_x, FullSequence(), late)
+        elif context.past is not None:
+            x = trunk.run(x, times.mod, text, rotary_x, Streaming(context.past, (x.shape[1],)), late)
+        else:
+            assert context.prefix is not None and context.prefix_times is not None
+            both = torch.cat([context.prefix.to(x.dtype), x], dim=1)
+            mod = context.prefix_times.join(times).mod
+            x = trunk.run(both, mod, text, join(rotary_c, rotary_x), FullSequence(), late)[:, x.shape[1] :]
+        return trunk.velocity(x, times.temb, *x_t.shape[-2:])
+
+    def _early(self, x: Tensor, times: Times, text: Text) -> Tensor:
+        """Embedding and the blocks before the junction, on the chunk alone."""
+        _, rotary = self._rotary(x)
+        tokens = self.trunk.embed(x)
+        return self.trunk.run(tokens, times.mod, text, rotary, FullSequence(), slice(0, self.split))
+
+    def _rotary(self, x: Tensor) -> tuple[Rotary, Rotary]:
+        """Positions of (context, chunk). Attention is relative, so constants do for every chunk of the video."""
+        frames, (height, width) = x.shape[1], x.shape[-2:]
+        own = self.trunk.rope(range(frames, 2 * frames), height, width, x)
+        if self.config.prefix_rope == "identical":
+            return own, own
+        return self.trunk.rope(range(frames), height, width, x), own

@@ -1,0 +1,72 @@
+"""The seam: a model's forward is the same everywhere, and how its tokens attend is an argument.
+
+Training, teacher, critic and decoder pass :class:`FullSequence`; the rollout passes :class:`Streaming`.
+Letters: B batch, N heads, L tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from scd_sf.nn.kv_cache import KV, Past
+
+
+class AttentionContext(Protocol):
+    """How the tokens of one forward attend in layer ``layer``: q, k, v (B, N, L, D), rotated -> (B, N, L, D)."""
+
+    def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor: ...
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+    return compiled
+
+
+class FullSequence:
+    """All tokens are here. ``mask``: None (everything sees everything), dense boolean (L, L), or a BlockMask."""
+
+    def __init__(self, mask: Tensor | BlockMask | None = None) -> None:
+        self.mask = mask
+
+    def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
+        if isinstance(self.mask, BlockMask):
+            return _compiled_flex()(q_BNLD, k_BNLD, v_BNLD, block_mask=self.mask)
+        return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, attn_mask=self.mask)
+
+
+class Streaming:
+    """New tokens in consecutive groups; group g sees the past and groups 0..g (block-causal, without any mask).
+
+    ``groups`` are token counts. The K/V of the first ``write`` groups are *staged*, nothing is mutated: the caller runs
+    ``cache.extended(context.staged)`` after the forward. Under activation checkpointing the recomputation stages
+    nothing new.
+    """
+
+    def __init__(self, past: Past, groups: tuple[int, ...], write: int = 0) -> None:
+        self.past, self.groups, self.write = past, groups, write
+        self.staged: dict[int, KV] = {}
+
+    def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
+        if self.write and layer not in self.staged:
+            written = sum(self.groups[: self.write])
+            self.staged[layer] = (k_BNLD[:, :, :written], v_BNLD[:, :, :written])
+        past = self.past.layer(layer)
+        seen = 0
+        if past is not None:
+            seen = past[0].shape[2]
+            k_BNLD, v_BNLD = torch.cat([past[0], k_BNLD], dim=2), torch.cat([past[1], v_BNLD], dim=2)
+        outputs, start = [], 0
+        for group in self.groups:
+            end = start + group
+            k, v = k_BNLD[:, :, : seen + end], v_BNLD[:, :, : seen + end]
+            outputs.append(F.scaled_dot_product_attention(q_BNLD[:, :, start:end], k, v))
+            start = end
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -1,0 +1,146 @@
+"""Wan 2.1's transformer block, with parameter names equal to diffusers' ``WanTransformerBlock``.
+
+Modulation is per frame and broadcast to the frame's tokens, never computed per token. Norms, modulation and residual
+sums run in at least fp32. Letters: B batch, F frames, L tokens, E width, N heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scd_sf.nn.attention import AttentionContext
+from scd_sf.nn.kv_cache import KV
+from scd_sf.nn.rope import Rotary, rotate
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least fp32 (fp64 stays)."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm computed in at least fp32 and returned in it; the caller casts."""
+
+    def __init__(self, width: int, eps: float, affine: bool) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = upcast(x)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, (self.width,), weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: q and k are RMS-normalised across all heads (Wan's qk norm)."""
+
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.norm_q = nn.RMSNorm(width, eps=eps)
+        self.norm_k = nn.RMSNorm(width, eps=eps)
+
+    def heads(self, x_BLE: Tensor) -> Tensor:
+        """(B, L, E) -> (B, N, L, D)."""
+        return x_BLE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def query(self, x_BLE: Tensor) -> Tensor:
+        return self.heads(self.norm_q(self.to_q(x_BLE)))
+
+    def kv(self, x_BLE: Tensor) -> KV:
+        return self.heads(self.norm_k(self.to_k(x_BLE))), self.heads(self.to_v(x_BLE))
+
+    def out(self, x_BNLD: Tensor) -> Tensor:
+        projected: Tensor = self.to_out[0](x_BNLD.transpose(1, 2).flatten(2))
+        return projected
+
+
+class Gelu(nn.Module):
+    """Linear then tanh-GELU, under diffusers' name ``proj``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([Gelu(width, hidden), nn.Identity(), nn.Linear(hidden, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class WanBlock(nn.Module):
+    """Self-attention (modulated), text cross-attention, feed-forward (modulated)."""
+
+    def __init__(self, width: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width, eps, affine=False)
+        self.attn1 = Attention(width, num_heads, eps)
+        self.attn2 = Attention(width, num_heads, eps)
+        self.norm2 = LayerNorm(width, eps, affine=True) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(width, ffn_dim)
+        self.norm3 = LayerNorm(width, eps, affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
+
+    def forward(
+        self,
+        x_BLE: Tensor,
+        mod_BF6E: Tensor,
+        text: Tensor | KV,
+        rotary: Rotary,
+        attend: AttentionContext,
+        layer: int,
+    ) -> Tensor:
+        """x (B, L, E) with L = F * tokens per frame; mod (B, F, 6, E), F may be 1 for the whole sequence.
+
+        ``text``: embedded prompt (Bt, Lt, E), or its K/V of this block. B may be a multiple of Bt: rows b*r..(b+1)*r-1
+        then share prompt b, without any copy.
+        """
+        frames = mod_BF6E.shape[1]
+        table = (upcast(self.scale_shift_table) + upcast(mod_BF6E)).unsqueeze(3)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unbind(2)
+
+        h = self._modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)
+        k, v = self.attn1.kv(h)
+        attended = attend(layer, rotate(self.attn1.query(h), rotary), rotate(k, rotary), v)
+        x_BLE = self._gated(x_BLE, self.attn1.out(attended), gate_a, frames)
+
+        x_BLE = x_BLE + self._cross(self.norm2(x_BLE).to(x_BLE.dtype), text)
+
+        h = self._modulate(self.norm3(x_BLE), scale_f, shift_f, frames).to(x_BLE.dtype)
+        return self._gated(x_BLE, self.ffn(h), gate_f, frames)
+
+    def _cross(self, h_BLE: Tensor, text: Tensor | KV) -> Tensor:
+        k, v = self.attn2.kv(text) if isinstance(text, Tensor) else text
+        rows, length, width = h_BLE.shape
+        q = self.attn2.query(h_BLE.reshape(k.shape[0], -1, width))
+        out = self.attn2.out(F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype)))
+        return out.reshape(rows, length, width)
+
+    @staticmethod
+    def _modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int) -> Tensor:
+        return torch.addcmul(shift_BF1E, x_BLE.unflatten(1, (frames, -1)), 1 + scale_BF1E).flatten(1, 2)
+
+    @staticmethod
+    def _gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tensor:
+        x, y = upcast(x_BLE).unflatten(1, (frames, -1)), upcast(y_BLE).unflatten(1, (frames, -1))
+        return torch.addcmul(x, y, gate_BF1E).flatten(1, 2).to(x_BLE.dtype)

@@ -1,0 +1,75 @@
+"""The teacher-forcing mask: one predicate, from which the dense mask (CPU, tests) and FlexAttention's BlockMask come.
+
+A token is described by two integers: ``kind`` (0 = clean history, 1.. = noisy or query sample number k) and ``chunk``
+(which frames it belongs to). Clean tokens see clean chunks <= their own and nothing noisy; noisy tokens see clean
+chunks < their own, and their own chunk of their own sample (spec/scd.md W3; Self-Forcing's teacher-forcing mask).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+CLEAN = 0
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def teacher_forcing(kind_q: Tensor, chunk_q: Tensor, kind_k: Tensor, chunk_k: Tensor) -> Tensor:
+    """True where a query token (kind_q, chunk_q) may look at a key token (kind_k, chunk_k); broadcasts."""
+    history = (kind_k == CLEAN) & (chunk_k < chunk_q)
+    own = (kind_k == kind_q) & (chunk_k == chunk_q)
+    return history | own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens stand where: per group of tokens its kind, its chunk and how many tokens it has."""
+
+    kinds: tuple[int, ...]
+    chunks: tuple[int, ...]
+    tokens: int
+
+    @classmethod
+    def teacher_forced(cls, num_chunks: int, targets: Sequence[int], samples: int, tokens: int) -> Layout:
+        """``[clean 0..num_chunks-1 | targets of sample 1 | .. | targets of sample K]``, ``tokens`` per chunk."""
+        kinds = [CLEAN] * num_chunks
+        chunks = list(range(num_chunks))
+        for sample in range(1, samples + 1):
+            kinds += [sample] * len(targets)
+            chunks += list(targets)
+        return cls(tuple(kinds), tuple(chunks), tokens)
+
+    def per_token(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(L,) kinds and (L,) chunks."""
+        kinds = torch.tensor(self.kinds, device=device).repeat_interleave(self.tokens)
+        chunks = torch.tensor(self.chunks, device=device).repeat_interleave(self.tokens)
+        return kinds, chunks
+
+
+@lru_cache(maxsize=256)
+def dense_mask(layout: Layout, device: torch.device) -> Tensor:
+    """(L, L) boolean, True = may attend."""
+    kinds, chunks = layout.per_token(device)
+    return teacher_forcing(kinds[:, None], chunks[:, None], kinds[None, :], chunks[None, :])
+
+
+@lru_cache(maxsize=256)
+def block_mask(layout: Layout, device: torch.device) -> BlockMask:
+    """The same predicate as FlexAttention's sparse block mask."""
+    kinds, chunks = layout.per_token(device)
+    length = len(kinds)
+
+    def predicate(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return teacher_forcing(kinds[q], chunks[q], kinds[k], chunks[k])
+
+    return create_block_mask(predicate, None, None, length, length, device=str(device))
+
+
+def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask:
+    """BlockMask on CUDA; dense on CPU, where FlexAttention has no backward."""
+    return block_mask(layout, device) if device.type == "cuda" else dense_mask(layout, device)

@@ -1,0 +1,68 @@
+"""The one autoregressive loop: stage 3, sampling and evaluation run it, and it cannot tell the families apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.models.generator import CacheConfig, FrameGenerator, check_chunks
+from scd_sf.types import Conditioning
+
+Noise = Callable[[Tensor], Tensor]
+
+
+def cpu_noise(rng: torch.Generator) -> Noise:
+    """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of ranks."""
+
+    def like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=rng, dtype=torch.float32).to(x.device, x.dtype)
+
+    return like
+
+
+def stream_rollout(
+    generator: FrameGenerator,
+    noise: Tensor,
+    cond: Conditioning,
+    sampler: Sampler,
+    noise_like: Noise,
+    *,
+    exit_step: int | None = None,
+    cache: CacheConfig | None = None,
+) -> Iterator[Tensor]:
+    """Yield finished chunks (B, n, C, H, W) one by one. ``noise`` (B, F, C, H, W) also is the encoder's query (W6).
+
+    With ``exit_step`` every chunk stops there and carries gradients of that step only; history is detached.
+    """
+    check_chunks(noise.shape[1], generator.chunk)
+    stream = generator.start(cond, (noise.shape[-2], noise.shape[-1]), cache)
+    previous: Tensor | None = None
+    for x_T in noise.split(generator.chunk, dim=1):
+        stream = generator.advance(stream, previous, x_T)
+        current = stream
+
+        def velocity(x_t: Tensor, t: float, at: object = current) -> Tensor:
+            times = torch.full(x_t.shape[:1], t, device=x_t.device, dtype=torch.float32)
+            return generator.denoise(at, x_t, times)
+
+        x_0 = sampler(velocity, x_T, noise_like, exit_step)
+        previous = x_0.detach()
+        yield x_0
+
+
+def rollout(
+    generator: FrameGenerator,
+    noise: Tensor,
+    cond: Conditioning,
+    sampler: Sampler,
+    noise_like: Noise,
+    *,
+    exit_step: int | None = None,
+    cache: CacheConfig | None = None,
+) -> Tensor:
+    """The whole clip, (B, F, C, H, W)."""
+    chunks = stream_rollout(generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache)
+    return torch.cat(list(chunks), dim=1)

@@ -1,0 +1,113 @@
+"""The words every floor shares: video geometry, conditioning, the denoiser contract, and errors meant for people.
+
+Letters: B batch, F latent frames, C latent channels, H W latent height and width, L tokens, E width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+Logs = dict[str, float]
+
+
+class UserError(ValueError):
+    """Bad input from a person: one line that names the file, the field and the remedy. Scripts exit with code 2."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
+    """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2. Others keep their traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """Latent geometry of one clip, and what it means in pixels.
+
+    ``frames`` latent frames of ``channels x height x width``. The Wan VAE maps 1 + temporal*k pixel frames to
+    1 + k latent frames and divides height and width by ``spatial``.
+    """
+
+    frames: int
+    channels: int
+    height: int
+    width: int
+    temporal: int = 4
+    spatial: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "channels", "height", "width", "temporal", "spatial"):
+            if getattr(self, name) < 1:
+                raise UserError(f"video shape: {name} is {getattr(self, name)}; it must be at least 1")
+
+    @classmethod
+    def from_pixels(
+        cls, frames: int, height: int, width: int, *, channels: int = 16, temporal: int = 4, spatial: int = 8
+    ) -> VideoShape:
+        """The latent shape of a pixel clip. Raises UserError unless frames = 1 + temporal*k and sizes divide."""
+        if (frames - 1) % temporal or frames < 1:
+            near = 1 + temporal * max(0, round((frames - 1) / temporal))
+            raise UserError(f"frames is {frames}; the VAE needs 1 + {temporal}*k frames: use {near}")
+        for name, size in (("height", height), ("width", width)):
+            if size % spatial:
+                raise UserError(f"{name} is {size}; it must be a multiple of {spatial}")
+        return cls(1 + (frames - 1) // temporal, channels, height // spatial, width // spatial, temporal, spatial)
+
+    @property
+    def pixel_frames(self) -> int:
+        return 1 + (self.frames - 1) * self.temporal
+
+    @property
+    def pixel_height(self) -> int:
+        return self.height * self.spatial
+
+    @property
+    def pixel_width(self) -> int:
+        return self.width * self.spatial
+
+    def latent(self, batch: int) -> tuple[int, int, int, int, int]:
+        """(B, F, C, H, W)."""
+        return (batch, self.frames, self.channels, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the model is told: text token states (B, L, E), exactly zero after each prompt's true length (as Wan)."""
+
+    text_BLE: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.text_BLE.shape[0]
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning(self.text_BLE.to(device))
+
+    def expand(self, batch: int) -> Conditioning:
+        """One prompt for the whole batch (B=1 -> B=batch), without a copy."""
+        return Conditioning(self.text_BLE.expand(batch, -1, -1))
+
+    def repeat(self, times: int) -> Conditioning:
+        """(B, ...) -> (times*B, ...), whole batch after whole batch."""
+        return Conditioning(self.text_BLE.repeat(times, 1, 1))
+
+    def cat(self, other: Conditioning) -> Conditioning:
+        return Conditioning(torch.cat([self.text_BLE, other.text_BLE]))
+
+
+class Denoiser(Protocol):
+    """A bidirectional model as losses and solvers see it: teacher, critic, or a student frozen on one stream."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """x_t (B,F,C,H,W), t (B,) or (B,F) in [0,1] -> velocity eps - x_0, same shape as x_t, fp32."""
+        ...
