@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.models.generator import CacheConfig, FrameGenerator, check_chunks
-from scd_sf.types import Conditioning
+from scd_sf.types import Conditioning, Denoiser
 
 Noise = Callable[[Tensor], Tensor]
 
@@ -66,3 +66,48 @@ def rollout(
     """The whole clip, (B, F, C, H, W)."""
     chunks = stream_rollout(generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache)
     return torch.cat(list(chunks), dim=1)
+
+
+def row_noise(seeds: Sequence[int]) -> Noise:
+    """Noise whose row b depends on ``seeds[b]`` alone: samples do not change with batch, rank or order."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def like(x: Tensor) -> Tensor:
+        rows = [torch.randn(x.shape[1:], generator=stream) for stream in streams]
+        return torch.stack(rows).to(x.device, x.dtype)
+
+    return like
+
+
+@torch.no_grad()
+def sample(
+    generator: FrameGenerator,
+    cond: Conditioning,
+    shape: tuple[int, int, int, int],
+    sampler: Sampler,
+    seeds: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Latents (B, F, C, H, W) of one clip per prompt; ``shape`` is (F, C, H, W), ``seeds`` one per clip."""
+    noise_like = row_noise(seeds)
+    noise = noise_like(torch.empty(len(seeds), *shape, device=device))
+    frames = CacheConfig(preallocate=shape[0])
+    return rollout(generator, noise, cond, sampler, noise_like, cache=frames)
+
+
+@torch.no_grad()
+def sample_bidirectional(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    shape: tuple[int, int, int, int],
+    sampler: Sampler,
+    seeds: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """As :func:`sample` for a bidirectional model: all frames are denoised together."""
+    noise_like = row_noise(seeds)
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        return denoiser(x_t, torch.full(x_t.shape[:1], t, device=x_t.device), cond)
+
+    return sampler(velocity, noise_like(torch.empty(len(seeds), *shape, device=device)), noise_like)

@@ -87,6 +87,8 @@ class Renoise:
 
     def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
         last = self.steps - 1 if exit_step is None else exit_step
+        if not 0 <= last < self.steps:
+            raise UserError(f"exit step {last} is outside 0..{self.steps - 1}")
         x = x_T
         for step in range(last):
             now, later = self.times[step], self.times[step + 1]

@@ -33,6 +33,8 @@ class FlowMatchingConfig:
         for name, value in (("text_dropout", self.text_dropout), ("query_from", self.query_from)):
             if not 0 <= value <= 1:
                 raise UserError(f"loss.{name} is {value}; it must lie in [0, 1]")
+        if self.shift <= 0 or self.eta < 0:
+            raise UserError(f"loss.shift is {self.shift} (must be > 0) and loss.eta {self.eta} (must be >= 0)")
         if not 0 <= self.query_pure <= 1 or self.samples < 1:
             raise UserError(f"loss.query_pure is {self.query_pure} (0..1) and loss.samples {self.samples} (>= 1)")
         if self.targets is not None and self.targets < 1:

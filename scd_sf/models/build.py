@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import load_tensors, verify
+from scd_sf.checkpoint import find, load_tensors
 from scd_sf.config import from_yaml
 from scd_sf.models.causal import CausalWan
 from scd_sf.models.scd import Scd, ScdConfig
@@ -31,6 +31,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.family not in ("scd", "causal", "wan"):
             raise UserError(f"model.family is '{self.family}'; use scd, causal or wan")
+        if self.chunk < 1:
+            raise UserError(f"model.chunk is {self.chunk}; it must be at least 1")
         if self.family == "scd":
             self.scd.check(self.wan.num_layers)
 
@@ -74,15 +76,18 @@ def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None
 
 
 def load_checkpoint_model(path: Path, weights: str = "ema") -> tuple[Student | Wan, CheckpointConfig]:
-    """Verify a checkpoint directory and build its model in fp32. ``weights``: "ema" or "model".
+    """Build a checkpoint's model in fp32. ``path``: a step directory (verified), or a run directory (newest verified).
 
-    Without an EMA file (stage 1) "ema" means the weights themselves, as there is nothing to average.
+    ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has only "model" and says so by
+    holding no ema.safetensors: "ema" then means the transplanted weights.
     """
-    verify(path)
+    path = find(path)
     config = from_yaml(CheckpointConfig, path / "config.yaml")
-    file = path / "model.safetensors"
-    if weights == "ema" and (path / "ema.safetensors").is_file():
-        file = path / "ema.safetensors"
+    file = path / f"{weights}.safetensors"
+    if weights == "ema" and not file.is_file():
+        file = path / "model.safetensors"
+    if weights not in ("model", "ema", "best") or not file.is_file():
+        raise UserError(f"{path}: no weights '{weights}' there; use one of model, ema, best")
     model = build_model(config.model)
     load_state(model, {k: v.to(torch.float32) for k, v in load_tensors(file).items()}, file)
     return model, config

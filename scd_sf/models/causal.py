@@ -53,6 +53,10 @@ class CausalWan(nn.Module):
     def chunk(self) -> int:
         return self._chunk
 
+    def trunks(self) -> list[Trunk]:
+        """The stacks of blocks, e.g. to switch activation checkpointing."""
+        return [self.trunk]
+
     def teacher_forced(
         self,
         x_t: Tensor,

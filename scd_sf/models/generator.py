@@ -40,6 +40,14 @@ class CacheConfig:
     sink: int = 0
     preallocate: int | None = None
 
+    def __post_init__(self) -> None:
+        if (self.window is not None and self.window < 1) or self.sink < 0:
+            raise UserError(
+                f"cache: window {self.window} must be at least 1 frame (or null), sink {self.sink} at least 0"
+            )
+        if self.preallocate is not None and self.preallocate < 1:
+            raise UserError(f"cache.preallocate is {self.preallocate}; it must be at least 1 frame")
+
     def tokens(self, per_frame: int) -> Window:
         recent = None if self.window is None else self.window * per_frame
         return Window(recent, self.sink * per_frame)
@@ -90,7 +98,7 @@ def check_chunks(frames: int, chunk: int) -> int:
 
 def pick_chunks(x: Tensor, targets: Sequence[int], chunk: int, dim: int) -> Tensor:
     """The frames of the target chunks along ``dim``; no copy when all are wanted."""
-    if len(targets) * chunk == x.shape[dim]:
+    if list(targets) == list(range(x.shape[dim] // chunk)):
         return x
     frames = [c * chunk + i for c in targets for i in range(chunk)]
     return x.index_select(dim, torch.tensor(frames, device=x.device))

@@ -42,6 +42,7 @@ class ScdConfig:
                     f"model.scd.{name} is {list(layers)}: the base model has layers 0..{num_layers - 1}; "
                     f"{'remove ' + str(bad) if bad else 'name at least one'}"
                 )
+        self.decoder.junction(self.encoder_layers)
         if self.chunk < 1:
             raise UserError(f"model.scd.chunk is {self.chunk}; it must be at least 1")
 
@@ -71,6 +72,10 @@ class Scd(nn.Module):
     @property
     def chunk(self) -> int:
         return self.scd.chunk
+
+    def trunks(self) -> list[Trunk]:
+        """The stacks of blocks, e.g. to switch activation checkpointing."""
+        return [self.encoder, self.decoder.trunk]
 
     def teacher_forced(
         self,

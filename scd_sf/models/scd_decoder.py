@@ -56,10 +56,19 @@ class DecoderConfig:
     def junction(self, encoder_layers: Sequence[int]) -> int:
         """Number of early blocks, which see the noisy chunk alone ('paper' and 'channel' have none)."""
         if self.fusion in ("paper", "channel"):
+            if self.split not in (None, 0):
+                raise UserError(
+                    f"decoder.split is {self.split}, but fusion '{self.fusion}' has no early blocks: leave it out"
+                )
             return 0
-        if self.split is not None:
-            return self.split
-        return next((i for i, layer in enumerate(self.layers) if layer not in encoder_layers), len(self.layers))
+        late = (i for i, layer in enumerate(self.layers) if layer not in encoder_layers)
+        split = self.split if self.split is not None else next(late, len(self.layers))
+        if split == len(self.layers):
+            raise UserError(
+                f"decoder.layers {list(self.layers)}: no block comes after the junction, so the context would never be "
+                "read; end the list with layers that the encoder does not have, or set decoder.split"
+            )
+        return split
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim") if getattr(self, n) < 1]
+        if small:
+            raise UserError(f"{small[0]} is {getattr(self, small[0])}; it must be at least 1")
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise UserError(f"attention_head_dim is {self.attention_head_dim}; 3-axis RoPE needs an even number >= 6")
 

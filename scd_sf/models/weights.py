@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scd_sf.data.manifest import Json, read_json
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.types import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+AGAIN = "download or copy the file again"
 _HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
 
 
@@ -44,10 +46,7 @@ def transformer_dir(path: Path) -> Path:
 def read_wan_config(path: Path) -> WanConfig:
     """The geometry of a diffusers Wan transformer. UserError for other architectures and for image-to-video."""
     file = transformer_dir(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); download it again") from error
+    raw = read_json(file, AGAIN)
     name = raw.get("_class_name")
     if name != "WanTransformer3DModel":
         raise UserError(f"{file}: _class_name is {name!r}; stage 1 needs a WanTransformer3DModel")
@@ -55,27 +54,35 @@ def read_wan_config(path: Path) -> WanConfig:
         raise UserError(f"{file}: this is an image-to-video Wan (image_dim is set); use the text-to-video one")
     if raw.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         raise UserError(f"{file}: qk_norm is {raw['qk_norm']!r}; only 'rms_norm_across_heads' (Wan 2.1) is supported")
-    patch = tuple(raw.get("patch_size", (1, 2, 2)))
-    if len(patch) != 3 or patch[0] != 1:
-        raise UserError(f"{file}: patch_size is {list(patch)}; the first entry (time) must be 1")
-    defaults = {"in_channels": 16, "text_dim": 4096, "freq_dim": 256, "cross_attn_norm": True, "eps": 1e-6}
-    try:
-        return WanConfig(
-            num_attention_heads=int(raw["num_attention_heads"]),
-            attention_head_dim=int(raw["attention_head_dim"]),
-            in_channels=int(raw.get("in_channels", defaults["in_channels"])),
-            out_channels=int(raw.get("out_channels") or raw.get("in_channels", defaults["in_channels"])),
-            text_dim=int(raw.get("text_dim", defaults["text_dim"])),
-            freq_dim=int(raw.get("freq_dim", defaults["freq_dim"])),
-            ffn_dim=int(raw["ffn_dim"]),
-            num_layers=int(raw["num_layers"]),
-            patch_height=int(patch[1]),
-            patch_width=int(patch[2]),
-            cross_attn_norm=bool(raw.get("cross_attn_norm", defaults["cross_attn_norm"])),
-            eps=float(raw.get("eps", defaults["eps"])),
-        )
-    except KeyError as error:
-        raise UserError(f"{file}: field {error} is missing; download the file again") from error
+    patch = raw.get("patch_size", [1, 2, 2])
+    if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1:
+        raise UserError(f"{file}: patch_size is {patch!r}; it must be [1, height, width]")
+    channels = _number(raw, file, "in_channels", 16)
+    eps, norm = raw.get("eps", 1e-6), raw.get("cross_attn_norm", True)
+    if not isinstance(eps, float) or not isinstance(norm, bool):
+        raise UserError(f"{file}: eps must be a float and cross_attn_norm true or false; {AGAIN}")
+    return WanConfig(
+        num_attention_heads=_number(raw, file, "num_attention_heads"),
+        attention_head_dim=_number(raw, file, "attention_head_dim"),
+        in_channels=channels,
+        out_channels=_number(raw, file, "out_channels", channels),
+        text_dim=_number(raw, file, "text_dim", 4096),
+        freq_dim=_number(raw, file, "freq_dim", 256),
+        ffn_dim=_number(raw, file, "ffn_dim"),
+        num_layers=_number(raw, file, "num_layers"),
+        patch_height=int(patch[1]),
+        patch_width=int(patch[2]),
+        cross_attn_norm=norm,
+        eps=eps,
+    )
+
+
+def _number(raw: Json, file: Path, name: str, default: int | None = None) -> int:
+    value = raw.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{file}: {name} is {value!r}, not a whole number; {AGAIN}")
+    return value
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -93,10 +100,13 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return [folder / WEIGHTS]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    table = read_json(index, AGAIN).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise UserError(f"{index}: 'weight_map' is not a table of file names; {AGAIN}")
+    names = sorted(set(table.values()))
     for name in names:
         if Path(name).name != name:
-            raise UserError(f"{index}: shard name {name!r} leaves the directory; refuse to read it")
+            raise UserError(f"{index}: shard name {name!r} leaves the directory; it is not read: {AGAIN}")
     return [folder / name for name in names]
 
 

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from scd_sf.types import UserError
+
 KV = tuple[Tensor, Tensor]
 
 
@@ -98,6 +100,7 @@ class RingKVCache:
         return None if buffers is None or filled == 0 else (buffers[0][:, :, :filled], buffers[1][:, :, :filled])
 
     def extended(self, staged: Mapping[int, KV]) -> RingKVCache:
+        """Write the staged tokens in place; returns itself."""
         assert not torch.is_grad_enabled(), "RingKVCache is written in place: sampling only, under torch.no_grad()"
         added = 0
         for index, (k, v) in staged.items():
@@ -116,7 +119,9 @@ class RingKVCache:
         if end <= self.capacity:
             return slice(self.length, end)
         if not self.wrap:
-            raise ValueError(f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window")
+            raise UserError(f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window")
+        if added > self.capacity - self.sink:
+            raise UserError(f"the KV window holds {self.capacity - self.sink} tokens, fewer than one chunk ({added})")
         positions = torch.arange(self.length, end, device=device)
         ring = self.capacity - self.sink
         return torch.where(positions < self.sink, positions, self.sink + (positions - self.sink) % ring)

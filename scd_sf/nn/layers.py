@@ -78,6 +78,8 @@ class Gelu(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Linear, tanh-GELU, linear, under diffusers' names ``net.0.proj`` and ``net.2``."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.net = nn.ModuleList([Gelu(width, hidden), nn.Identity(), nn.Linear(hidden, width)])

@@ -54,8 +54,9 @@ class Layout:
 @lru_cache(maxsize=256)
 def dense_mask(layout: Layout, device: torch.device) -> Tensor:
     """(L, L) boolean, True = may attend."""
-    kinds, chunks = layout.per_token(device)
-    return teacher_forcing(kinds[:, None], chunks[:, None], kinds[None, :], chunks[None, :])
+    with torch.inference_mode(False):  # cached: see rope.py
+        kinds, chunks = layout.per_token(device)
+        return teacher_forcing(kinds[:, None], chunks[:, None], kinds[None, :], chunks[None, :])
 
 
 @lru_cache(maxsize=256)

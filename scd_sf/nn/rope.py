@@ -43,6 +43,19 @@ def rope_table(
     theta: float = 10000.0,
 ) -> Rotary:
     """The table of ``len(frames) * height * width`` tokens, time slowest; ``frames`` are absolute frame indices."""
+    with torch.inference_mode(False):  # cached: a table first needed while sampling must also serve training
+        return _build_table(frames, height, width, head_dim, device, dtype, theta)
+
+
+def _build_table(
+    frames: tuple[int, ...],
+    height: int,
+    width: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    theta: float,
+) -> Rotary:
     t_dim, h_dim, w_dim = axis_dims(head_dim)
     t = _angles(torch.tensor(frames, dtype=torch.float64), t_dim, theta)
     h = _angles(torch.arange(height, dtype=torch.float64), h_dim, theta)

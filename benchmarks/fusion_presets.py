@@ -1,0 +1,97 @@
+"""Which fusion of the context into the decoder is best? Zero-shot flow loss, and after a short fixed budget, same seeds.
+
+    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out runs/fusion.json --steps 150
+
+Every variant starts from the same teacher, sees the same batches, times and noise, and is validated at the same fixed
+noise (spec/scd.md W7: "pick by measurement"). Resumes: finished variants in the output file are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from scd_sf.data.latents import LatentClips, epoch_order
+from scd_sf.data.manifest import write_json
+from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.transplant import transplant_scd
+from scd_sf.models.weights import load_wan
+from scd_sf.train.recipe import generator
+
+ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)
+VARIANTS = [
+    *((f, r, p) for f in ("junction", "paper") for r in ("identical", "temporal") for p in ("full", "cached")),
+    ("delta", "identical", "full"),
+    ("channel", "identical", "full"),
+]
+
+
+@torch.no_grad()
+def validate(model: Scd, clips: LatentClips) -> dict[str, float]:
+    """Flow loss with a pure-noise query: mean, with text, no dropout, no corruption."""
+    cfg = FlowMatchingConfig(samples=4, eta=0.0, text_dropout=0.0, query_pure=1.0)
+    batch = clips.batch(list(range(0, len(clips), max(1, len(clips) // 32)))[:32])
+    loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, clips.null, cfg, generator(0, "fusion"))
+    return {"loss": float(loss)}
+
+
+def batches(clips: LatentClips, steps: int, batch: int) -> Iterator[tuple[int, list[int]]]:
+    for step in range(steps):
+        yield step, epoch_order(0, step, batch, len(clips))
+
+
+def run(variant: tuple[str, str, str], base: Path, data: Path, steps: int, lr: float) -> dict[str, object]:
+    fusion, rope, prefix = variant
+    train, val = LatentClips(data / "train"), LatentClips(data / "val")
+    model, _ = transplant_scd(load_wan(base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix)))
+    zero_shot = validate(model, val)["loss"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
+    cfg, started = FlowMatchingConfig(), time.process_time()
+    for step, indices in batches(train, steps, 8):
+        batch = train.batch(indices)
+        rng = generator(0, "train", step)
+        loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, train.null, cfg, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * min(1.0, 2 * (1 - step / steps))
+        optimizer.step()
+    seconds = time.process_time() - started
+    return {
+        "fusion": fusion,
+        "prefix_rope": rope,
+        "prefix": prefix,
+        "zero_shot": zero_shot,
+        "after": validate(model, val)["loss"],
+        "steps": steps,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="Wan in diffusers layout")
+    parser.add_argument("--data", type=Path, required=True, help="encoded clips with train/ and val/")
+    parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per variant")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    args = parser.parse_args()
+    done = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
+    for variant in VARIANTS:
+        if variant in {(d["fusion"], d["prefix_rope"], d["prefix"]) for d in done}:
+            continue
+        done.append(run(variant, args.base, args.data, args.steps, args.lr))
+        write_json(args.out, {"variants": done})
+        print(json.dumps(done[-1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

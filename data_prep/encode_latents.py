@@ -1,0 +1,235 @@
+"""Encode captioned clips into training data: VAE latents and text states, one directory per split.
+
+    python data_prep/encode_latents.py --clips data/doom --model models/teacher --out data/doom_latents
+
+reads a clip directory (``scd_sf.data.clips.ClipSet``), the VAE (``vae/``) and the text encoder (``text_encoder/`` +
+``tokenizer/``, or ``text_encoder.json``) of a model directory in diffusers layout, and writes ``<out>/<split>`` (read
+with ``scd_sf.data.latents.LatentClips``). An interrupted run goes on where it stopped; a finished one does nothing;
+other clips, another VAE or another text encoder than the directory was begun with is an error.
+
+Your own videos: put them under one directory with a file of JSON lines ``{"file": "a.mp4", "caption": "..."}``
+(optional: ``held_out_caption``, ``split``, ``place``, ``motion``) and add ``--captions FILE``. All must have the same
+size and 1 + 4*k frames. This writes ``manifest.json`` and ``clips.jsonl`` beside the videos, then encodes as above.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scd_sf.data.clips import Clip, ClipSet, file_sha256, read_video, write_index
+from scd_sf.data.latents import LatentClip, LatentWriter
+from scd_sf.data.manifest import Json, read_jsonl, safe_path, sha256_folder
+from scd_sf.data.prompts import Prompt, encode_prompts
+from scd_sf.data.shards import ShardWriter
+from scd_sf.models.text import encoder_folders, load_text_encoder, text_config
+from scd_sf.models.vae import Vae, load_vae
+from scd_sf.types import UserError, exit_on_user_error
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SECONDS_PER_LINE = 20.0  # without a terminal
+ROW_FIELDS = {"file", "caption", "held_out_caption", "split", "place", "motion"}
+
+
+def index_folder(root: Path, captions: Path, fps: int) -> None:
+    """Make a folder of videos a clip directory: write ``clips.jsonl`` and ``manifest.json`` beside them."""
+    rows = read_jsonl(captions, 'write one {"file": ..., "caption": ...} per line')
+    if not rows:
+        raise UserError(f"{captions}: no line; write one {{'file': ..., 'caption': ...}} per clip")
+    shape = read_video(safe_path(root, _text(rows[0], "file", f"{captions}:1"), f"{captions}:1: 'file'")).shape
+    clips = [_own_clip(root, row, f"{captions}:{number}", shape[0]) for number, row in enumerate(rows, 1)]
+    names = [clip.id for clip in clips]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{captions}: 'file' {twice[0]} is listed twice; list every clip once")
+    lines = "".join(clip.to_json() + "\n" for clip in clips)
+    index = root / "clips.jsonl"
+    if index.is_file() and index.read_text(encoding="utf-8") != lines:
+        raise UserError(f"{index}: exists with other contents; delete it (and manifest.json) to index the folder again")
+    write_index(root, clips, {"frames": shape[0], "height": shape[2], "width": shape[3], "fps": fps}, {})
+
+
+def _own_clip(root: Path, row: Json, where: str, frames: int) -> Clip:
+    if unknown := sorted(set(row) - ROW_FIELDS):
+        raise UserError(f"{where}: unknown field '{unknown[0]}'; it knows {', '.join(sorted(ROW_FIELDS))}")
+    file = _text(row, "file", where)
+    path = safe_path(root, file, f"{where}: 'file'")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file ({where}); correct 'file'")
+    motion = _text(row, "motion", where, "")
+    return Clip(
+        id=file,
+        split=_text(row, "split", where, "train"),
+        place=_text(row, "place", where, ""),
+        motion=motion,
+        actions=(motion,) * frames,
+        degrees_per_frame=0.0,
+        caption=_text(row, "caption", where),
+        held_out_caption=_text(row, "held_out_caption", where, ""),
+        seed=0,
+        tries=1,
+        path=file,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+    )
+
+
+def _text(row: Json, name: str, where: str, default: str | None = None) -> str:
+    value = row.get(name, default)
+    if not isinstance(value, str) or (default is None and not value.strip()):
+        raise UserError(f"{where}: '{name}' must be a text that is not empty; correct the line")
+    return value
+
+
+def plan(clips: ClipSet) -> tuple[list[Prompt], list[LatentClip]]:
+    """The different prompts (training ones first) and, for each clip, which are its own."""
+    tags = [{k: v for k, v in (("place", c.place), ("motion", c.motion)) if v} for c in clips.clips]
+    wanted = [(clip.caption, False, tag) for clip, tag in zip(clips.clips, tags, strict=True)]
+    wanted += [(c.held_out_caption, True, tag) for c, tag in zip(clips.clips, tags, strict=True) if c.held_out_caption]
+    prompts: list[Prompt] = []
+    numbers: dict[tuple[str, bool, tuple[str, ...]], int] = {}
+    for text, held_out, tag in wanted:
+        if (key := (text, held_out, tuple(tag.values()))) not in numbers:
+            numbers[key] = len(prompts)
+            prompts.append(Prompt(f"p{len(prompts):06d}", text, held_out, tag))
+    both = {p.prompt for p in prompts if p.held_out} & {p.prompt for p in prompts if not p.held_out}
+    if both:
+        index = clips.root / "clips.jsonl"
+        raise UserError(f"{index}: held-out caption {min(both)!r} is a training caption; change it")
+    rows = []
+    for clip, tag in zip(clips.clips, tags, strict=True):
+        held = numbers[clip.held_out_caption, True, tuple(tag.values())] if clip.held_out_caption else None
+        rows.append(LatentClip(clip.id, numbers[clip.caption, False, tuple(tag.values())], held, tag))
+    return prompts, rows
+
+
+def inputs_of(clips: ClipSet, split: str, model: Path, vae_folder: Path, dtypes: dict[str, str]) -> dict[str, object]:
+    """What decides the contents of the output: a change in any of it is a change of the data."""
+    config = text_config(model)
+    weights, tokens = encoder_folders(config)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("path", "package", "folder")}
+    return {
+        "clips_sha256": clips.hash,
+        "split": split,
+        "vae_sha256": sha256_folder(vae_folder),
+        "text_weights_sha256": sha256_folder(weights, "*.safetensors"),
+        "text_tokenizer_sha256": sha256_folder(tokens, "token*.json"),
+        "text_config": settings,
+        **dtypes,
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of one run."""
+
+    clips: Path
+    model: Path
+    out: Path
+    batch: int
+    device: str
+    dtypes: dict[str, str]
+
+
+@contextmanager
+def progress_of(what: str, total: int, start: int) -> Iterator[Callable[[int], None]]:
+    """A function to be told how many are done: a bar on a terminal, else a line now and then, both with time left."""
+    if Console(stderr=True).is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total, completed=start)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    began = last = time.monotonic()
+
+    def line(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_PER_LINE or done == total:
+            left = (now - began) / max(1, done - start) * (total - done)
+            print(f"{what} {done}/{total}, {left:.0f} s left", flush=True)
+            last = now
+
+    yield line
+
+
+def encode_clips(clips: ClipSet, vae: Vae, writer: LatentWriter, batch: int) -> None:
+    """Append the latents of every clip that is not yet in a complete shard."""
+    with progress_of("clips", len(clips), writer.done) as report:
+        for first in range(writer.done, len(clips), batch):
+            indices = range(first, min(first + batch, len(clips)))
+            pixels = clips.videos(indices).float().div(127.5).sub(1)
+            writer.append(vae.encode(pixels))
+            report(indices[-1] + 1)
+
+
+def encode_split(job: Job, split: str) -> None:
+    """One split, from clips to a finished directory."""
+    clips = ClipSet(job.clips, split)
+    out = safe_path(job.out, split, "split")
+    vae = load_vae(job.model, device=job.device)
+    shape = vae.geometry.shape(clips.frames, clips.height, clips.width)
+    vae_folder = job.model / "vae" if (job.model / "vae").is_dir() else job.model
+    writer = ShardWriter(out, inputs_of(clips, split, job.model, vae_folder, job.dtypes))
+    if writer.finished:
+        print(f"{out}: already complete")
+        return
+    prompts, rows = plan(clips)
+    encoder = load_text_encoder(job.model, device=job.device, dtype=DTYPES[job.dtypes["text_dtype"]])
+    with progress_of("prompts", len(prompts), writer.count("text")) as report:
+        text = encode_prompts(
+            writer,
+            prompts,
+            encoder.states,
+            max_length=encoder.max_length,
+            dtype=DTYPES[job.dtypes["store_text"]],
+            progress=report,
+        )
+    del encoder
+    latents = LatentWriter(writer, shape, dtype=DTYPES[job.dtypes["store_latents"]])
+    encode_clips(clips, vae, latents, job.batch)
+    latents.finish(rows, text)
+    print(f"{out}: {len(rows)} clips of {shape.latent(1)[1:]}, {len(prompts)} prompts")
+
+
+def main(
+    clips: Annotated[Path, typer.Option(help="Clip directory (ClipSet), or a folder of videos with --captions.")],
+    model: Annotated[Path, typer.Option(help="Model directory in diffusers layout, with vae/ and a text encoder.")],
+    out: Annotated[Path, typer.Option(help="Output; every split gets a directory of its own in it.")],
+    split: Annotated[list[str] | None, typer.Option(help="Only these splits (repeatable). Default: all.")] = None,
+    batch: Annotated[int, typer.Option(help="Clips per VAE call.")] = 8,
+    captions: Annotated[Path | None, typer.Option(help="JSON lines (file, caption): index --clips first.")] = None,
+    fps: Annotated[int, typer.Option(help="Frames per second of your own videos (only with --captions).")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
+    text_dtype: Annotated[str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")] = "float32",
+    store_text: Annotated[str, typer.Option(help="Storage type of the text states.")] = "float16",
+    store_latents: Annotated[str, typer.Option(help="Storage type of the latents.")] = "float16",
+) -> None:
+    """Encode captioned clips into latents and text states. Run again to resume."""
+    types = {"text_dtype": text_dtype, "store_text": store_text, "store_latents": store_latents}
+    for name, value in types.items():
+        if value not in DTYPES:
+            raise UserError(f"--{name.replace('_', '-')}: '{value}' is unknown; use one of {', '.join(DTYPES)}")
+    if batch < 1 or fps < 1:
+        raise UserError(f"--batch is {batch} and --fps {fps}; both must be at least 1")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device: '{device}', but no CUDA device is visible; use cpu")
+    if captions is not None:
+        index_folder(clips, captions, fps)
+    for name in split or sorted({clip.split for clip in ClipSet(clips).clips}):
+        encode_split(Job(clips, model, out, batch, device, types), name)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    exit_on_user_error(app)

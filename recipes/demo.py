@@ -1,0 +1,97 @@
+"""The whole chain on 2 CPU cores: clips -> latents -> stage 1 -> stage 2 -> stage 3 -> samples, table, gallery.
+
+    python recipes/demo.py --run runs/demo          (make demo)
+
+Starts from the shipped teacher (assets/wan_doom, a miniature Wan 2.1 in diffusers layout) by the same recipes and code
+paths that take Wan 2.1 itself. Everything lands under the run directory; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from scd_sf.data.manifest import write_json
+from scd_sf.steps import Step, python, run_steps
+from scd_sf.types import UserError, exit_on_user_error
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+STUDENTS = ("scd", "causal")
+
+
+def latents(run: Path) -> list[str]:
+    return [f"data={run}/latents/train", f"val={run}/latents/val"]
+
+
+def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
+    render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "8")
+    encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
+    return [
+        [Step("clips", render, 60)],
+        [Step("latents", [*encode, "--out", f"{run}/latents"], 110)],
+    ]
+
+
+def student_steps(run: Path, teacher: Path) -> list[list[Step]]:
+    """Stage 1 and 2 for SCD and for the causal baseline, one thread each, side by side."""
+    first, second = [], []
+    for family in STUDENTS:
+        transplant = python("recipes/stage1_transplant.py", "--config", f"recipes/configs/demo_stage1_{family}.yaml")
+        first.append(
+            Step(f"stage1-{family}", [*transplant, f"base={teacher}", f"out={run}/stage1-{family}"], 12, ONE_THREAD)
+        )
+        tune = python("recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml")
+        arguments = [f"init={run}/stage1-{family}", *latents(run), f"run.dir={run}/stage2-{family}"]
+        second.append(Step(f"stage2-{family}", [*tune, *arguments], 210, ONE_THREAD))
+    return [first, second]
+
+
+def distil_step(run: Path, teacher: Path, ranks: int) -> list[Step]:
+    """Stage 3 through the deepspeed launcher, one process per core."""
+    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
+    if launcher is None:
+        raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
+    command = [launcher, "--num_accelerators", str(ranks), "recipes/stage3_self_forcing.py"]
+    arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
+    config = ["--config", "recipes/configs/demo_stage3.yaml"]
+    return [Step("stage3-scd", [*command, *config, *arguments, f"run.dir={run}/stage3-scd"], 260, ONE_THREAD)]
+
+
+def evaluate_step(run: Path, teacher: Path) -> list[Step]:
+    score = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
+    where = [f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
+    return [Step("evaluate", [*score, *where], 200)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory, resumable")
+    parser.add_argument(
+        "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan, diffusers layout"
+    )
+    parser.add_argument("--clips", type=int, default=60, help="training clips per place and motion")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of stage 3")
+    args = parser.parse_args()
+    started = time.time()
+    groups = [
+        *data_steps(args.run, args.teacher, args.clips),
+        *student_steps(args.run, args.teacher),
+        distil_step(args.run, args.teacher, args.ranks),
+        evaluate_step(args.run, args.teacher),
+    ]
+    seconds = run_steps(args.run, groups)
+    file = args.run / "results" / "results.json"
+    results = json.loads(file.read_text())
+    results["context"] |= {"step_seconds": seconds, "this_run_seconds": round(time.time() - started, 1)}
+    write_json(args.run / "results.json", results)
+    shutil.copyfile(args.run / "results" / "gallery.html", args.run / "gallery.html")
+    print((args.run / "logs" / "evaluate.log").read_text()[-6000:])
+    print(f"{sum(seconds.values()):.0f} s of steps; open {args.run}/gallery.html, figures in {args.run}/results.json")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

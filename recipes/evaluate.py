@@ -1,0 +1,373 @@
+"""Score checkpoints side by side: one table, results.json, and a gallery that opens from the disk.
+
+    python recipes/evaluate.py --config recipes/configs/demo_evaluate.yaml base=assets/wan_doom \\
+        train=runs/demo/latents/train val=runs/demo/latents/val root=runs/demo out=runs/demo/results
+
+Reference: real held-out clips as the VAE reconstructs them. Every model is sampled with the held-out paraphrase of each
+reference clip. Samples are kept in ``out/samples``, so an interrupted evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scd_sf.checkpoint import find, git_revision, versions
+from scd_sf.data.latents import LatentClips
+from scd_sf.diffusion.guidance import GuidanceConfig, guided
+from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.gallery.gallery import PromptCard, build_gallery
+from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
+from scd_sf.metrics.fvd import VideoFrechet
+from scd_sf.metrics.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
+from scd_sf.metrics.protocols import BlockPassCounter, Row, StreamTiming, table, time_stream, write_rows
+from scd_sf.models.build import Student, load_student
+from scd_sf.models.scd import Scd
+from scd_sf.models.vae import Vae, load_vae
+from scd_sf.models.wan import Wan
+from scd_sf.models.weights import load_wan
+from scd_sf.nn.layers import WanBlock
+from scd_sf.rollout import row_noise, sample, sample_bidirectional, stream_rollout
+from scd_sf.train.recipe import from_command_line
+from scd_sf.types import UserError, exit_on_user_error
+
+
+@dataclass
+class RowConfig:
+    """One model of the table: ``checkpoint`` below ``root`` (empty: the bidirectional base), and how it is sampled."""
+
+    name: str
+    checkpoint: str = ""
+    weights: str = "ema"
+    stage: str = ""
+    sampler: str = "euler"
+    steps: int = 50
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew."""
+
+    base: str
+    train: str
+    val: str
+    root: str
+    out: str
+    rows: list[RowConfig] = field(default_factory=list)
+    clips: int = 48
+    seeds: tuple[int, ...] = (0, 1)
+    shift: float = 5.0
+    batch: int = 24
+    gallery_clips: int = 8
+    timing_repeats: int = 3
+    fps: int = 35
+
+
+@dataclass
+class Bench:
+    """What every row is measured against."""
+
+    cfg: EvaluateConfig
+    clips: LatentClips
+    indices: list[int]
+    vae: Vae
+    judges: Judges
+    reference: Tensor
+    frechet: VideoFrechet
+
+    @property
+    def places(self) -> list[str]:
+        return [self.clips.rows[i].tags["place"] for i in self.indices]
+
+    @property
+    def motions(self) -> list[str]:
+        return [self.clips.rows[i].tags["motion"] for i in self.indices]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        s = self.clips.shape
+        return (s.frames, s.channels, s.height, s.width)
+
+
+def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
+    """(V, F, C, H, W) latents -> (V, frames, 3, H, W) in [0, 1]."""
+    return torch.cat([(vae.decode(part).clamp(-1, 1) + 1) / 2 for part in latents.split(batch)])
+
+
+def split_reference(clips: LatentClips, count: int) -> tuple[list[int], list[int]]:
+    """Two disjoint sets of clips with the same places and motions in turn: the reference, and the control."""
+    order = sorted(range(len(clips)), key=lambda i: (i % 2, i))
+    half = len(order) // 2
+    if count > half:
+        raise UserError(f"clips is {count}, but {clips.root} has only {len(order)}: use at most {half}")
+    groups: list[list[int]] = []
+    for part in (order[:half], order[half:]):
+        stride = half / count
+        groups.append([part[int(i * stride)] for i in range(count)])
+    return groups[0], groups[1]
+
+
+def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
+    """Fitted on real training clips once, then read from ``out/judges.safetensors``."""
+    path = out / "judges.safetensors"
+    if not path.is_file():
+        clips = LatentClips(cfg.train)
+        tags = [row.tags for row in clips.rows]
+        latents = clips.latents(range(len(clips)))
+        judges = fit_judges(latents, [t["place"] for t in tags], [t["motion"] for t in tags], seed=0)
+        save_judges(judges, path)
+    return load_judges(path)
+
+
+def sampler_of(row: RowConfig, shift: float) -> Sampler:
+    return build_sampler(row.sampler, row.steps, shift)
+
+
+def draw(model: Student | Wan, row: RowConfig, bench: Bench, seed: int) -> Tensor:
+    """One clip per reference clip, from its held-out paraphrase; kept on disk by row and seed."""
+    cfg = bench.cfg
+    file = Path(cfg.out) / "samples" / f"{slug(row.name)}-seed{seed}.safetensors"
+    if file.is_file():
+        return load_file(str(file))["latents"]
+    sampler, parts = sampler_of(row, cfg.shift), []
+    for start in range(0, len(bench.indices), cfg.batch):
+        indices = bench.indices[start : start + cfg.batch]
+        cond = bench.clips.batch(indices, held_out=True).text
+        seeds = [1_000_003 * seed + index for index in indices]
+        if isinstance(model, Wan):
+            denoiser = guided(model, bench.clips.null, row.guidance.w)
+            parts.append(sample_bidirectional(denoiser, cond, bench.shape, sampler, seeds))
+        else:
+            parts.append(sample(model, cond, bench.shape, sampler, seeds))
+    latents = torch.cat(parts)
+    if not latents.isfinite().all():
+        raise UserError(f"{row.name}: samples are not finite; the checkpoint is broken or sampled with a wrong sampler")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": latents}, str(file.with_suffix(".tmp")))
+    os.replace(file.with_suffix(".tmp"), file)
+    return latents
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], Iterator[Tensor]]:
+    """Generate one clip at batch 1; yields latents as they are finished (a bidirectional model: all at the end)."""
+    sampler = sampler_of(row, bench.cfg.shift)
+    cond = bench.clips.batch(bench.indices[:1], held_out=True).text
+
+    def whole(wan: Wan) -> Iterator[Tensor]:
+        yield sample_bidirectional(guided(wan, bench.clips.null, row.guidance.w), cond, bench.shape, sampler, [0])
+
+    def frames(student: Student) -> Iterator[Tensor]:
+        noise_like = row_noise([0])
+        with torch.no_grad():
+            noise = noise_like(torch.empty(1, *bench.shape))
+            yield from stream_rollout(student, noise, cond, sampler, noise_like)
+
+    return partial(whole, model) if isinstance(model, Wan) else partial(frames, model)
+
+
+def cost(model: Student | Wan, row: RowConfig, bench: Bench) -> tuple[float, StreamTiming]:
+    """(block passes per latent frame, timing) at batch 1, without the VAE and the text encoder."""
+    stream = streams(model, row, bench)
+    frames = bench.shape[0]
+    with BlockPassCounter(model, WanBlock) as counter:
+        for _ in stream():
+            pass
+    per_pass = frames if isinstance(model, Wan) else model.chunk
+    timing = time_stream(stream, frames_in=lambda x: x.shape[1], repeats=bench.cfg.timing_repeats, warmup=0)
+    return counter.per_frame(frames, frames_per_pass=per_pass), timing
+
+
+def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
+    """The row's figures, means over seeds, and the decoded videos of the first seed."""
+    model = load_model(row, bench.cfg)
+    distances, sharpness, scores, first = [], [], [], None
+    for seed in bench.cfg.seeds:
+        latents = draw(model, row, bench, seed)
+        videos = decode(bench.vae, latents)
+        distances.append(bench.frechet.distance(videos))
+        sharpness.append(sharpness_ratio(videos, bench.reference))
+        scores.append(adherence(bench.judges, latents, bench.places, bench.motions))
+        first = videos if first is None else first
+    passes, timing = cost(model, row, bench)
+    assert first is not None
+    sides = [s.left_right for s in scores if s.left_right is not None]
+    mean = replace(
+        scores[0],
+        place=sum(s.place for s in scores) / len(scores),
+        motion=sum(s.motion for s in scores) / len(scores),
+        left_right=sum(sides) / len(sides) if sides else None,
+    )
+    result = Row(
+        name=row.name,
+        family="bidirectional" if isinstance(model, Wan) else "scd" if isinstance(model, Scd) else "causal",
+        stage=row.stage,
+        steps=row.steps,
+        sampler=row.sampler,
+        video_frechet=spread(distances).mean,
+        sharpness=spread(sharpness).mean,
+        adherence=mean,
+        block_passes_per_frame=passes,
+        seconds_per_frame=timing.seconds_per_frame,
+        seconds_to_first_frame=timing.seconds_to_first_frame,
+        seed=bench.cfg.seeds[0],
+        clips=len(bench.indices),
+        video_frechet_std=spread(distances).std if len(distances) > 1 else None,
+        sharpness_std=spread(sharpness).std if len(sharpness) > 1 else None,
+        spread_over=f"{len(distances)} seeds" if len(distances) > 1 else None,
+    )
+    return result, first
+
+
+def load_model(row: RowConfig, cfg: EvaluateConfig) -> Student | Wan:
+    if not row.checkpoint:
+        return load_wan(Path(cfg.base)).eval()
+    model, _ = load_student(find(Path(cfg.root) / row.checkpoint), row.weights)
+    return model.eval()
+
+
+def control(name: str, videos: Tensor, latents: Tensor | None, bench: Bench, note: str) -> Row:
+    """A row without a model."""
+    score = None if latents is None else adherence(bench.judges, latents, bench.places, bench.motions)
+    return Row(
+        name=name,
+        family="control",
+        stage="",
+        steps=0,
+        sampler="",
+        video_frechet=bench.frechet.distance(videos),
+        sharpness=sharpness_ratio(videos, bench.reference),
+        adherence=score,
+        clips=len(videos),
+        note=note,
+    )
+
+
+def controls(bench: Bench, others: Sequence[int], last: Tensor | None) -> list[tuple[Row, Tensor]]:
+    """Copy of a real frame, other real clips, the judges' ceiling, and shuffled prompts."""
+    frozen = bench.reference[:, :1].expand_as(bench.reference)
+    other_latents = bench.clips.latents(others)
+    other_videos = decode(bench.vae, other_latents)
+    tags = [bench.clips.rows[i].tags for i in others]
+    ceiling = adherence(bench.judges, other_latents, [t["place"] for t in tags], [t["motion"] for t in tags])
+    rows = [
+        (control("copy of the last frame", frozen, None, bench, "one real frame, repeated"), frozen),
+        (
+            replace(
+                control("other real clips", other_videos, None, bench, "adherence: the judges' ceiling"),
+                adherence=ceiling,
+            ),
+            other_videos,
+        ),
+    ]
+    if last is not None:
+        floor = shuffled_floor(bench.judges, last, bench.places, bench.motions, seed=0)
+        name = "shuffled prompts"
+        rows.append(
+            (
+                Row(
+                    name,
+                    "control",
+                    "",
+                    0,
+                    "",
+                    None,
+                    None,
+                    floor,
+                    clips=len(last),
+                    note="the last model's samples judged against permuted prompts",
+                ),
+                bench.reference,
+            )
+        )
+    return rows
+
+
+def prepare(cfg: EvaluateConfig) -> tuple[Bench, list[int]]:
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    clips = LatentClips(cfg.val)
+    indices, others = split_reference(clips, cfg.clips)
+    vae = load_vae(cfg.base)
+    judges = fitted_judges(cfg, out)
+    reference = decode(vae, clips.latents(indices))
+    return Bench(cfg, clips, indices, vae, judges, reference, VideoFrechet.fit(reference)), others
+
+
+def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "clips": cfg.clips,
+        "seeds": list(cfg.seeds),
+        "evaluation_seconds": round(time.monotonic() - started, 1),
+        "timing": "batch 1, per latent frame, without VAE and text encoder, median",
+    }
+
+
+def main() -> None:
+    cfg = from_command_line(EvaluateConfig, __doc__ or "")
+    started, console = time.monotonic(), Console()
+    if not cfg.rows:
+        raise UserError("rows: name at least one model to score in the config's 'rows' list")
+    for row in cfg.rows:
+        sampler_of(row, cfg.shift)
+        if row.checkpoint:
+            find(Path(cfg.root) / row.checkpoint)
+    bench, others = prepare(cfg)
+    results: list[tuple[Row, Tensor]] = []
+    for number, row in enumerate(cfg.rows, 1):
+        results.append(measure(row, bench))
+        spent = time.monotonic() - started
+        left = spent / number * (len(cfg.rows) - number)
+        console.print(f"scored {number}/{len(cfg.rows)} {row.name}  left {left:.0f} s", highlight=False)
+    last = load_file(str(Path(cfg.out) / "samples" / f"{slug(cfg.rows[-1].name)}-seed{cfg.seeds[0]}.safetensors"))
+    extra = controls(bench, others, last["latents"])
+    rows = [row for row, _ in [*results, *extra]]
+    write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started))
+    console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference"))
+    write_gallery(cfg, bench, results, extra, rows)
+    console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
+
+
+def write_gallery(
+    cfg: EvaluateConfig,
+    bench: Bench,
+    results: list[tuple[Row, Tensor]],
+    extra: list[tuple[Row, Tensor]],
+    rows: list[Row],
+) -> None:
+    """Videos of all rows side by side for some of the prompts."""
+    stride = max(1, len(bench.indices) // cfg.gallery_clips)
+    chosen = list(range(0, len(bench.indices), stride))[: cfg.gallery_clips]
+    cards, videos = [], {}
+    for position in chosen:
+        row = bench.clips.rows[bench.indices[position]]
+        assert row.held_out_prompt is not None
+        text = bench.clips.prompts.rows[row.held_out_prompt].prompt
+        cards.append(PromptCard(text, row.tags["place"], row.tags["motion"]))
+    shown = [("real clip (VAE reconstruction)", bench.reference), *((row.name, video) for row, video in results)]
+    for name, video in shown:
+        videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]
+    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", rows, videos, cards, fps=cfg.fps)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

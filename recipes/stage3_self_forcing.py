@@ -1,0 +1,261 @@
+"""Stage 3: distil a student to a few steps by Self-Forcing: self-rollout + distribution matching (Table 7).
+
+    deepspeed recipes/stage3_self_forcing.py --config recipes/configs/stage3_wan_1.3b.yaml init=runs/stage2 \\
+        teacher=Wan-AI/Wan2.1-T2V-14B-Diffusers critic=Wan-AI/Wan2.1-T2V-1.3B-Diffusers prompts=data/prompts \\
+        run.dir=runs/stage3
+
+Data-free: only prompts. Three engines in one process: student and critic ZeRO-2, the frozen teacher ZeRO-3. One step is
+one student update after ``ratio`` critic updates. Works under ``deepspeed``, ``torchrun`` and plain ``python``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.checkpoint import find, provenance
+from scd_sf.config import to_yaml
+from scd_sf.data.prompts import PromptSet
+from scd_sf.diffusion.solvers import Renoise, few_step_times
+from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
+from scd_sf.models.build import SamplerConfig, Student, load_student
+from scd_sf.models.weights import load_wan, read_wan_config
+from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.train.ema import Ema
+from scd_sf.train.engine import (
+    Engine,
+    EngineConfig,
+    Ranks,
+    StepInfo,
+    StepModule,
+    build_engine,
+    frozen_engine,
+    init_distributed,
+)
+from scd_sf.train.recipe import (
+    RESUMABLE,
+    TrainConfig,
+    TrainState,
+    check_batches,
+    check_shape,
+    check_text,
+    from_command_line,
+    generator,
+    micro_batches,
+    note_skipped,
+    pixel_shape,
+)
+from scd_sf.train.run import Run, RunConfig
+from scd_sf.types import Conditioning, Logs, UserError, VideoShape, exit_on_user_error
+
+
+@dataclass
+class PixelShape:
+    """What is rolled out: 81 frames of 480x832 in the paper."""
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+
+
+@dataclass
+class Stage3Config:
+    """Defaults are Table 7. ``reuse``: critic updates per rollout (1 = a fresh rollout for every critic update).
+    ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents)."""
+
+    init: str
+    teacher: str
+    critic: str
+    prompts: str
+    run: RunConfig
+    video: PixelShape = field(default_factory=PixelShape)
+    loss: DmdConfig = field(default_factory=DmdConfig)
+    linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    ratio: int = 5
+    critic_warmup: int = 0
+    reuse: int = 1
+    data_std: float = 1.0
+    std_range: tuple[float, float] = (0.75, 1.33)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    student: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
+    critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
+    teacher_engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
+            raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
+
+
+@dataclass
+class Distillation:
+    """The pieces one update needs, on this rank."""
+
+    cfg: Stage3Config
+    ranks: Ranks
+    prompts: PromptSet
+    sampler: Renoise
+    latent: tuple[int, int, int, int]
+    student: Engine
+    critic: Engine
+    teacher: torch.nn.Module
+
+    def cond(self, indices: Sequence[int]) -> Conditioning:
+        return self.prompts.conditioning(indices).to(self.ranks.device)
+
+    def rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
+        """One engine forward = one whole self-rollout. The exit step is the same on all ranks and micro-batches."""
+        seed = self.cfg.run.seed
+        exit_step = int(torch.randint(self.sampler.steps, (), generator=generator(seed, name, "exit", step, turn)))
+        rng = generator(seed, name, "noise", step, turn, number)
+        noise = torch.randn((cond.batch, *self.latent), generator=rng).to(self.ranks.device)
+        x: Tensor = self.student(noise, cond, exit_step, rng)
+        return x
+
+    def critic_update(self, step: int, turn: int, stored: dict[int, tuple[Tensor, Conditioning]]) -> Logs:
+        """One critic update; every ``reuse``-th turn makes a new rollout, the others noise the stored one anew."""
+        cfg, total = self.cfg, 0.0
+        position = (step - 1) * (cfg.ratio + 1) + turn
+        for number, indices in micro_batches(cfg.train, cfg.run.seed + 1, self.ranks, position, len(self.prompts)):
+            if turn % cfg.reuse == 0 or number not in stored:
+                cond = self.cond(indices)
+                with torch.no_grad():
+                    stored[number] = (self.rollout(cond, "critic", step, turn, number), cond)
+            x, cond = stored[number]
+            loss, _ = critic_loss(self.critic, x, cond, cfg.loss, generator(cfg.run.seed, "critic", step, turn, number))
+            self.critic.backward(loss)
+            info = self.critic.step()
+            total += float(loss.detach()) / self.critic.micro_batches
+        return {"critic/loss": total, "critic/grad_norm": info.grad_norm}
+
+    def student_update(self, step: int) -> tuple[Logs, StepInfo]:
+        cfg = self.cfg
+        mean: Logs = {}
+        for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)):
+            cond = self.cond(indices)
+            x = self.rollout(cond, "student", step, 0, number)
+            rng = generator(cfg.run.seed, "dmd", step, number)
+            null = self.prompts.null.to(self.ranks.device)
+            loss, logs = dmd_loss(x, self.teacher, self.critic, cond, null, cfg.loss, rng)
+            self.student.backward(loss)
+            info = self.student.step()
+            for name, value in logs.items():
+                mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
+        return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
+
+
+def watch(state: TrainState, logs: Logs, cfg: Stage3Config, step: int) -> Logs:
+    """Collapse monitors, and the best EMA by them: lowest smoothed |x0_fake - x0_real| while the rollout's std is sane.
+
+    A distillation that collapses shows |fake - real| falling, then climbing, and the std leaving the data's.
+    """
+    record = state.record
+    old = record.get("fake_real", logs["dmd/fake_real"])
+    record["fake_real"] = 0.9 * old + 0.1 * logs["dmd/fake_real"]
+    ratio = logs["rollout/std"] / cfg.data_std
+    sane = cfg.std_range[0] <= ratio <= cfg.std_range[1]
+    settled = step >= min(10, cfg.train.steps)
+    if settled and sane and record["fake_real"] < record.get("best_fake_real", float("inf")):
+        record["best_fake_real"], record["best_step"] = record["fake_real"], float(step)
+        state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}
+    return {
+        "monitor/fake_real": record["fake_real"],
+        "monitor/std_ratio": ratio,
+        "monitor/best_step": record.get("best_step", 0.0),
+    }
+
+
+def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: PromptSet) -> None:
+    """Everything that can be wrong with the inputs, before anything is written: shapes, text, batches, both Wans."""
+    for name, path in (("teacher", cfg.teacher), ("critic", cfg.critic)):
+        wan = read_wan_config(Path(path))
+        where = f"video, for {name} {path}"
+        check_shape(latent, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
+        check_text(prompts.table, wan.text_dim)
+    check_batches(cfg.train, ranks, len(prompts), prompts.root)
+
+
+def build(cfg: Stage3Config, ranks: Ranks, student: Student, prompts: PromptSet, latent: VideoShape) -> Distillation:
+    sampler = Renoise(few_step_times(cfg.loss.shift, cfg.linear_times))
+
+    def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
+        return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
+
+    critic = load_wan(Path(cfg.critic))
+    critic.trunk.checkpointing = cfg.checkpointing
+    train = cfg.train
+    engines = [
+        build_engine(
+            module,
+            engine,
+            ranks,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            total_updates=updates,
+        )
+        for module, engine, updates in (
+            (StepModule(student, self_rollout), cfg.student, train.steps),
+            (critic, cfg.critic_engine, train.steps * cfg.ratio + cfg.critic_warmup),
+        )
+    ]
+    teacher = frozen_engine(load_wan(Path(cfg.teacher)), cfg.teacher_engine, ranks)
+    shape = (latent.frames, latent.channels, latent.height, latent.width)
+    return Distillation(cfg, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
+
+
+def main() -> None:
+    cfg = from_command_line(Stage3Config, __doc__ or "")
+    ranks = init_distributed()
+    init = find(Path(cfg.init))
+    student, parent = load_student(init, "ema")
+    latent = VideoShape.from_pixels(
+        cfg.video.frames, cfg.video.height, cfg.video.width, channels=parent.model.wan.in_channels
+    )
+    prompts = PromptSet(cfg.prompts)
+    check(cfg, ranks, student, latent, prompts)
+    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    for trunk in student.trunks():
+        trunk.checkpointing = cfg.checkpointing
+    parts = build(cfg, ranks, student, prompts, latent)
+    sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
+    description = to_yaml(dataclasses.replace(parent, sampler=sampler))
+
+    def describe(step: int) -> tuple[str, dict[str, object]]:
+        extra = {"teacher": cfg.teacher, "critic": cfg.critic, "video": pixel_shape(latent), **cfg.loss.guidance.logs()}
+        return description, provenance(
+            stage="stage3_self_forcing",
+            step=step,
+            seed=cfg.run.seed,
+            parents=[init],
+            data_hash=prompts.hash,
+            extra=extra,
+        )
+
+    engines = {"model": parts.student, "critic": parts.critic}
+    state = TrainState(run, engines, Ema(cfg.train.ema), describe, cfg.train.keep)
+    for step in run.progress(cfg.train.steps, state.resume()):
+        stored: dict[int, tuple[Tensor, Conditioning]] = {}
+        turns = cfg.ratio + (cfg.critic_warmup if step == 1 else 0)
+        critic_logs: Logs = {}
+        for turn in range(turns):
+            critic_logs = parts.critic_update(step, turn, stored)
+        logs, info = parts.student_update(step)
+        if info.stepped:
+            state.update_ema()
+        else:
+            note_skipped(run, step, cfg.train, len(prompts))
+        logs = ranks.mean(logs | critic_logs)
+        logs |= watch(state, logs, cfg, step)
+        run.log(step, logs)
+        if step % cfg.train.save_every == 0 or step == cfg.train.steps:
+            state.save(step)
+    run.finish()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

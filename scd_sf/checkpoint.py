@@ -1,0 +1,400 @@
+"""Checkpoints: a directory that explains itself, appears whole or not at all, and is verified before it is used.
+
+    <root>/step_00000400/   model.safetensors [ema.safetensors ...] config.yaml provenance.json state/ manifest.json
+    <root>/latest           the name of the last complete step, for people and other tools
+
+A step is built in ``step_N.tmp``: tensors, config, provenance, training state, fsync, then ``manifest.json`` (size and
+sha256 of every file) last, then one atomic rename, then ``latest``. The rename commits: a kill at any moment leaves the
+previous steps as they were. Readers take the newest step whose manifest agrees with the files and say what they skip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scd_sf.types import UserError
+
+MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
+_STEP = re.compile(r"^step_\d{8,}$")
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that were committed, ascending; not verified."""
+        if not self.root.is_dir():
+            return []
+        names = [entry.name for entry in self.root.iterdir() if entry.is_dir() and _STEP.match(entry.name)]
+        return sorted(int(name.removeprefix("step_")) for name in names)
+
+    def write(
+        self,
+        step: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        config_yaml: str,
+        provenance: Mapping[str, object],
+        training_state: Callable[[Path], None] | None = None,
+        barrier: Callable[[], None] | None = None,
+        is_main: bool = True,
+    ) -> Path:
+        """Save one step; every rank calls it. ``files`` maps a name ("model" -> model.safetensors) to its tensors.
+
+        ``training_state(dir)`` runs on every rank with the same (existing) directory. Only the main rank writes the
+        rest, so ``files`` may be empty elsewhere. Raises UserError when the step is already there or space is short.
+        """
+        wait = barrier or _no_barrier
+        final, partial = self.path(step), self.root / f"step_{step:08d}.tmp"
+        if is_main:
+            self._prepare(step, partial, files)
+        wait()
+        if final.exists():
+            raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")
+        if training_state is not None:
+            training_state(partial / STATE)
+            _fsync_tree(partial / STATE)
+        wait()
+        if is_main:
+            _write_contents(partial, files, config_yaml, provenance)
+            write_manifest(partial, step)
+            os.rename(partial, final)
+            _fsync_dir(self.root)
+            _write_text(self.root / LATEST, final.name + "\n")
+        wait()
+        return final
+
+    def newest(self, *, required: bool = False) -> Path | None:
+        """The newest verified step, warning about each newer one it skips. None when nothing was ever saved here.
+
+        Raises UserError when something was saved but no step verifies (training must not restart from zero unnoticed),
+        and when ``required`` (resume was asked for) and there is no checkpoint at all.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.path(step)
+            try:
+                verify(path)
+            except UserError as error:
+                _log.warning("skipping checkpoint: %s", error)
+                continue
+            self._check_latest(path)
+            return path
+        latest = self.root / LATEST
+        if steps or latest.exists():
+            what = f"none of its {len(steps)} steps is intact" if steps else "it has 'latest' but no step directory"
+            raise UserError(f"{self.root}: {what}; restore a step from a copy, or start over in a new run directory")
+        if required:
+            raise UserError(f"{self.root}: resume was asked for but there is no checkpoint ('latest' is missing); "
+                            "check the run directory, or start without resume")
+        return None
+
+    def prune(self, keep: int) -> list[int]:
+        """Delete all but the newest ``keep`` intact steps (main rank only). Returns the steps removed."""
+        if keep < 1:
+            raise UserError(f"keep is {keep}; at least one checkpoint must be kept")
+        intact, removed = 0, []
+        for step in reversed(self.steps()):
+            path = self.path(step)
+            if intact >= keep:
+                doomed = path.with_name(path.name + ".tmp")
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+                removed.append(step)
+            elif _sizes_agree(path):
+                intact += 1
+        return removed
+
+    def _prepare(self, step: int, partial: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Clear what a killed run left, set a damaged copy of this step aside, check the space, make the directory."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for stale in self.root.glob("step_*.tmp"):
+                shutil.rmtree(stale)
+            final = self.path(step)
+            if final.exists() and not _is_intact(final):
+                aside = final.with_name(final.name + ".damaged.tmp")
+                os.rename(final, aside)
+                shutil.rmtree(aside)
+            need = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+            free = shutil.disk_usage(self.root).free
+            if free < need:
+                raise UserError(f"{self.root}: {free / 1e9:.1f} GB free but step {step} needs at least "
+                                f"{need / 1e9:.1f} GB; free some space or keep fewer checkpoints")
+            (partial / STATE).mkdir(parents=True)
+        except OSError as error:
+            message = f"{self.root}: cannot write a checkpoint here ({error}); check the path and rights"
+            raise UserError(message) from error
+
+    def _check_latest(self, path: Path) -> None:
+        latest = self.root / LATEST
+        named = latest.read_text().strip() if latest.exists() else None
+        if named is None:
+            _log.warning("%s: 'latest' is missing; using the newest verified step %s", self.root, path.name)
+        elif named != path.name:
+            _log.warning("%s: 'latest' says %s; using the newest verified step %s", self.root, named, path.name)
+
+
+def find(path: Path) -> Path:
+    """A checkpoint a person named: a step directory, a run's ``checkpoints`` directory or the run. Verified.
+
+    Raises UserError when there is none or it is damaged.
+    """
+    if (path / MANIFEST).exists() or _STEP.match(path.name):
+        verify(path)
+        return path
+    for root in (path, path / "checkpoints"):
+        newest = Checkpoints(root).newest()
+        if newest is not None:
+            return newest
+    raise UserError(f"{path}: no checkpoint here; give a step_N directory, or a run directory that holds some")
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint directory against its manifest: presence, size, sha256.
+
+    Raises UserError naming the first missing, truncated, changed or unlisted file.
+    """
+    entries = _read_manifest(path)
+    remedy = "use another step, or copy this one again"
+    for name, (size, digest) in entries.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing (it is in the manifest); {remedy}")
+        actual = file.stat().st_size
+        if actual != size:
+            raise UserError(f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {remedy}")
+        if _sha256(file) != digest:
+            raise UserError(f"{file}: its sha256 differs from the manifest: the file was changed; {remedy}")
+    for file in _files(path):
+        name = file.relative_to(path).as_posix()
+        if name not in entries and name != MANIFEST:
+            raise UserError(f"{file}: not in the manifest: something was added to the checkpoint; move it elsewhere")
+
+
+def load_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Tensors of one safetensors file. Raises UserError when it is missing or not a whole safetensors file."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing; check the checkpoint path")
+    try:
+        return load_file(str(file), device=device)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+
+
+def read_provenance(path: Path) -> dict[str, object]:
+    """``provenance.json`` of a checkpoint directory. Raises UserError when missing or not a JSON object."""
+    return _read_json(path / PROVENANCE)
+
+
+def provenance(
+    *,
+    stage: str,
+    step: int,
+    seed: int,
+    parents: Sequence[Path] = (),
+    data_hash: str | None = None,
+    extra: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """Where a checkpoint comes from: stage, step, parent checkpoints, seed, data, git revision, library versions.
+
+    ``extra`` adds fields of the stage (JSON values); it may not replace the standard ones.
+    """
+    record: dict[str, object] = {
+        "stage": stage,
+        "step": step,
+        "seed": seed,
+        "parents": [_parent(parent) for parent in parents],
+        "data_hash": data_hash,
+        "git_revision": git_revision(),
+        "versions": versions(),
+    }
+    clash = sorted(set(record) & set(extra or {}))
+    if clash:
+        raise ValueError(f"provenance: extra field {clash[0]!r} is a standard field")
+    return {**record, **(extra or {})}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide numbers; 'absent' for one that is not installed."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("scd-sf", "deepspeed", "diffusers", "transformers", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def git_revision() -> str:
+    """Commit of the source tree, '+dirty' when it has uncommitted changes, 'unknown' outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.check_output([*command, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+        status = subprocess.check_output([*command, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.strip() + ("+dirty" if status.strip() else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_manifest(path: Path, step: int) -> None:
+    """Fsync every file under ``path``, then write ``manifest.json`` (size and sha256 of each) as the last file."""
+    _fsync_tree(path)
+    entries = {
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(_files(path))
+    }
+    body: dict[str, object] = {"format": 1, "step": step, "files": entries}
+    _write_text(path / MANIFEST, json.dumps({**body, "self": _digest_of(body)}, indent=1) + "\n")
+    _fsync_dir(path)
+
+
+def _write_contents(
+    partial: Path, files: Mapping[str, Mapping[str, Tensor]], config_yaml: str, record: Mapping[str, object]
+) -> None:
+    for name, tensors in files.items():
+        save_file(_saveable(tensors), str(partial / (name if name.endswith(".safetensors") else f"{name}.safetensors")))
+    _write_text(partial / CONFIG, config_yaml)
+    _write_text(partial / PROVENANCE, json.dumps(dict(record), indent=1, default=str) + "\n")
+    if not any((partial / STATE).iterdir()):
+        (partial / STATE).rmdir()
+
+
+def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU, contiguous, and no two names on one storage (safetensors refuses shared memory)."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.numel() * value.element_size():
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        out[name] = value
+    return out
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole file or none: temporary name, fsync, replace."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _fsync_dir(path.parent)
+
+
+def _fsync_tree(path: Path) -> None:
+    for file in _files(path):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    for folder in [path, *(p for p in path.rglob("*") if p.is_dir())]:
+        _fsync_dir(folder)
+
+
+def _fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _no_barrier() -> None:
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; this is not a complete checkpoint, use another step") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable JSON ({error}); use another step, or copy this one again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}; use another step")
+    return cast("dict[str, object]", value)
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """File name -> (size, sha256). Raises UserError when the manifest is missing, damaged or names a path outside."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint directory; check the path")
+    manifest = _read_json(path / MANIFEST)
+    changed = UserError(f"{path / MANIFEST}: the manifest itself was changed; use another step, or copy this one again")
+    if manifest.pop("self", None) != _digest_of(manifest):
+        raise changed
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise changed
+    entries: dict[str, tuple[int, str]] = {}
+    for name, entry in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path / MANIFEST}: names {name!r}, outside the checkpoint; do not use this directory")
+        entries[name] = (int(entry["size"]), str(entry["sha256"]))
+    return entries
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        verify(path)
+    except UserError as error:
+        _log.warning("replacing a damaged checkpoint: %s", error)
+        return False
+    return True
+
+
+def _sizes_agree(path: Path) -> bool:
+    try:
+        entries = _read_manifest(path)
+    except UserError:
+        return False
+    return all((path / n).is_file() and (path / n).stat().st_size == size for n, (size, _) in entries.items())
+
+
+def _parent(path: Path) -> dict[str, object]:
+    """A parent by path and, when it is one of our checkpoints, by the digest of its manifest."""
+    digest = _sha256(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    return {"path": str(path), "manifest_sha256": digest}
+
+
+def _digest_of(body: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,240 @@
+"""Captioned pixel clips on disk, and the project's only reader and writer of mp4 files.
+
+A clip directory holds ``manifest.json`` (format, shape, counts, the sha256 of ``clips.jsonl``), ``clips.jsonl`` (one
+:class:`Clip` per line, with the size and sha256 of its file) and ``clips/<split>/<id>.mp4``. So one hash covers all.
+Letters: F pixel frames, H W pixel height and width; videos are uint8 tensors (F, 3, H, W) in 0..255, RGB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Literal, Self
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from torch import Tensor
+
+from scd_sf.types import UserError
+
+FORMAT = "scd-sf-clips"
+VERSION = 1
+_JSON_TYPES = {"int": ("int",), "float": ("int", "float"), "str": ("str",), "tuple[str, ...]": ("tuple",)}
+Chroma = Literal["yuv420p", "yuv444p"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip: one place, one camera motion, two ways to say it.
+
+    ``actions[f]`` is the motion that led to frame f (F entries, frame 0 too: the motion is under way when the clip
+    starts). ``degrees_per_frame`` is the yaw, positive to the right. ``held_out_caption`` uses a paraphrase that no
+    training caption uses. ``path`` is relative to the directory, with forward slashes.
+    """
+
+    id: str
+    split: str
+    place: str
+    motion: str
+    actions: tuple[str, ...]
+    degrees_per_frame: float
+    caption: str
+    held_out_caption: str
+    seed: int
+    tries: int
+    path: str
+    bytes: int
+    sha256: str
+
+    def to_json(self) -> str:
+        """One line of ``clips.jsonl``: fixed key order, so equal clips give equal bytes."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str, where: str) -> Self:
+        """Parse one line. Raises UserError (naming ``where``) for bad json, missing or unknown fields, or a type."""
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not json ({error.msg}); write the clips again") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(row, dict) or set(row) != names:
+            found = sorted(set(row) ^ names) if isinstance(row, dict) else "no object"
+            raise UserError(f"{where}: fields differ from the format ({found}); write the clips again")
+        if not isinstance(row["actions"], list):
+            raise UserError(f"{where}: 'actions' must be a list; write the clips again")
+        row["actions"] = tuple(row["actions"])
+        for field in fields(cls):
+            if type(row[field.name]).__name__ not in _JSON_TYPES[str(field.type)]:
+                raise UserError(f"{where}: '{field.name}' must be {field.type}; write the clips again")
+        return cls(**row)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either absent (or as it was) or whole: ``<path>.part``, fsync, rename."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_index(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], about: Mapping[str, object]) -> None:
+    """Write ``clips.jsonl``, then ``manifest.json``, for files that exist already.
+
+    ``shape`` holds frames, height, width (pixels) and fps; ``about`` says where the clips come from (any json).
+    """
+    text = "".join(clip.to_json() + "\n" for clip in clips)
+    write_text(root / "clips.jsonl", text)
+    head = {"format": FORMAT, "version": VERSION, "clips_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    manifest = {**head, "shape": dict(shape), **about}
+    write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def write_video(
+    path: Path, frames_F3HW: Tensor, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
+) -> None:
+    """Write uint8 RGB frames (F, 3, H, W) as H.264 mp4, fast start, via ``<path>.part`` and a rename.
+
+    ``fps`` in frames per second; ``crf`` 0 (best) .. 51. The default plays in every browser; ``yuv444p`` keeps the
+    full colour resolution (for training data). One thread, so equal input gives equal bytes.
+    Raises UserError for another shape or dtype, or odd sizes under ``yuv420p``.
+    """
+    if frames_F3HW.ndim != 4 or frames_F3HW.shape[1] != 3 or frames_F3HW.dtype != torch.uint8 or not len(frames_F3HW):
+        raise UserError(f"{path}: needs uint8 frames (F, 3, H, W), got {frames_F3HW.dtype} {tuple(frames_F3HW.shape)}")
+    height, width = frames_F3HW.shape[2:]
+    if chroma == "yuv420p" and (height % 2 or width % 2):
+        raise UserError(f"{path}: {width}x{height} has an odd size; yuv420p needs even sizes, or pass chroma='yuv444p'")
+    part = path.with_name(path.name + ".part")
+    pictures = frames_F3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    reformatter = VideoReformatter()
+    with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, chroma
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.codec_context.thread_count = 1
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(reformatter.reformat(frame, format=chroma, threads=1)))
+        container.mux(stream.encode())
+    part.replace(path)
+
+
+def read_video(path: Path) -> Tensor:
+    """All frames of a video file as uint8 RGB (F, 3, H, W). Raises UserError when missing, damaged or empty."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; write the video again")
+    reformatter = VideoReformatter()  # one thread: at this size the default's thread pool costs five times the work
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            decoded = (reformatter.reformat(f, format="rgb24", threads=1) for f in container.decode(stream))
+            pictures = [frame.to_ndarray() for frame in decoded]
+    except (av.error.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: cannot be decoded ({error}); write the video again") from error
+    if not pictures:
+        raise UserError(f"{path}: holds no frame; write the video again")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _read_manifest(root: Path) -> dict[str, object]:
+    path = root / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; make the clips first (python data_prep/make_doom_clips.py {root})")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not json; delete the directory and make the clips again") from error
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{path}: 'format'/'version' must be {FORMAT}/{VERSION}; make the clips with this release")
+    return manifest
+
+
+def _shape(manifest: dict[str, object], path: Path) -> tuple[int, int, int, int]:
+    """(frames, height, width, fps) of every clip."""
+    shape = manifest.get("shape")
+    names = ("frames", "height", "width", "fps")
+    if not isinstance(shape, dict) or any(type(shape.get(name)) is not int or shape[name] < 1 for name in names):
+        raise UserError(f"{path}: 'shape' must hold positive integers {', '.join(names)}; make the clips again")
+    return shape["frames"], shape["height"], shape["width"], shape["fps"]
+
+
+def _inside(root: Path, clip: Clip, where: str) -> Path:
+    """The clip's file. Raises UserError for a path that leaves the directory, a missing or a truncated file."""
+    relative = PurePosixPath(clip.path)
+    path = root / relative
+    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{where}: 'path' {clip.path!r} leaves the directory; use a relative path inside {root}")
+    if not path.is_file():
+        raise UserError(f"{path}: listed in clips.jsonl but missing; make the clips again")
+    if (size := path.stat().st_size) != clip.bytes:
+        raise UserError(f"{path}: {size} bytes instead of {clip.bytes} (truncated?); make the clips again")
+    return path
+
+
+class ClipSet:
+    """The clips of a directory, validated when opened: manifest, the hash of ``clips.jsonl``, every path and size.
+
+    Contents of the mp4 files are checked by :meth:`verify`. Raises UserError naming the file and the remedy.
+    """
+
+    def __init__(self, root: Path | str, split: str | None = None) -> None:
+        self.root = Path(root)
+        manifest = _read_manifest(self.root)
+        self.frames, self.height, self.width, self.fps = _shape(manifest, self.root / "manifest.json")
+        index = self.root / "clips.jsonl"
+        if not index.is_file():
+            raise UserError(f"{index}: no such file; make the clips again")
+        self.hash = file_sha256(index)
+        if self.hash != manifest.get("clips_sha256"):
+            raise UserError(f"{index}: sha256 differs from manifest.json (changed or cut); make the clips again")
+        lines = index.read_text(encoding="utf-8").splitlines()
+        everything = [Clip.from_json(line, f"{index}:{number}") for number, line in enumerate(lines, 1)]
+        splits = sorted({clip.split for clip in everything})
+        if split is not None and split not in splits:
+            raise UserError(f"{index}: no split '{split}'; it holds {', '.join(splits)}")
+        self.clips = [clip for clip in everything if split in (None, clip.split)]
+        if not self.clips:
+            raise UserError(f"{index}: holds no clip; make the clips again")
+        self.paths = [_inside(self.root, clip, f"{index}: {clip.id}") for clip in self.clips]
+        self.places = sorted({clip.place for clip in everything})
+        self.motions = sorted({clip.motion for clip in everything})
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        return self.clips[index]
+
+    def video(self, index: int) -> Tensor:
+        """uint8 (F, 3, H, W) in 0..255. Raises UserError when the file is damaged or has another shape."""
+        video = read_video(self.paths[index])
+        if video.shape != (self.frames, 3, self.height, self.width):
+            raise UserError(f"{self.paths[index]}: shape {tuple(video.shape)} is not the manifest's; make it again")
+        return video
+
+    def videos(self, indices: Sequence[int]) -> Tensor:
+        """uint8 (B, F, 3, H, W) of the clips at ``indices``."""
+        return torch.stack([self.video(index) for index in indices])
+
+    def verify(self) -> None:
+        """Compare every file's sha256 with ``clips.jsonl``. Raises UserError for the first that changed."""
+        for clip, path in zip(self.clips, self.paths, strict=True):
+            if file_sha256(path) != clip.sha256:
+                raise UserError(f"{path}: contents changed (sha256 differs from clips.jsonl); make the clips again")

@@ -1,0 +1,189 @@
+"""Encoded clips on disk: VAE latents with their prompts, as typed batches. The format of all training data.
+
+Beside the prompt files (:mod:`scd_sf.data.prompts`) it holds ``latents-00000.safetensors`` ... with ``latents``
+(n, F, C, H, W), normalised by the VAE's mean and std, and ``clips.jsonl``; ``manifest.json`` names them all.
+Letters: B batch, F latent frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from scd_sf.data.manifest import Json, hash_json, read_jsonl, write_jsonl
+from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
+from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.types import Conditioning, UserError, VideoShape
+
+
+@dataclass(frozen=True)
+class LatentClip:
+    """One line of ``clips.jsonl``: indices into the prompts (``held_out_prompt`` is never trained on), and tags."""
+
+    id: str
+    prompt: int
+    held_out_prompt: int | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: Json, prompts: int, where: str) -> Self:
+        if set(row) != {entry.name for entry in fields(cls)} or not isinstance(row["tags"], dict):
+            raise UserError(f"{where}: a clip needs exactly id, prompt, held_out_prompt, tags; {AGAIN}")
+        numbers = [row["prompt"]] + ([] if row["held_out_prompt"] is None else [row["held_out_prompt"]])
+        if any(type(number) is not int or not 0 <= number < prompts for number in numbers):
+            raise UserError(f"{where}: prompt index outside 0..{prompts - 1}; {AGAIN}")
+        return cls(**row)  # type: ignore[arg-type]  # checked above
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """``latents_BFCHW`` fp32, and the training prompt of each clip."""
+
+    latents_BFCHW: Tensor
+    text: Conditioning
+
+    def to(self, device: torch.device | str) -> LatentBatch:
+        return LatentBatch(self.latents_BFCHW.to(device), self.text.to(device))
+
+
+class LatentClips:
+    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read.
+
+    ``expected``: the shape the model is configured for; another one is a UserError that names both.
+    """
+
+    def __init__(self, root: Path | str, *, expected: VideoShape | None = None) -> None:
+        self.root = Path(root)
+        path = self.root / "manifest.json"
+        manifest = read_manifest(self.root)
+        section = manifest.get("latents")
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: holds prompts but no latents; point the data at an encoded clip directory")
+        self.hash = str(manifest.get("hash"))
+        self.shape = _shape(section, path)
+        if expected is not None:
+            _check_shape(self.shape, expected, path)
+        self.reader = ShardReader(self.root, read_shards(section, f"{path}: latents"), str(path))
+        self.prompts = PromptTable(self.root)
+        self.null = self.prompts.null
+        rows = read_jsonl(self.root / "clips.jsonl", AGAIN)
+        if hash_json(rows) != section.get("clips_sha256") or len(rows) != len(self.reader):
+            raise UserError(f"{self.root / 'clips.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
+        where = f"{self.root / 'clips.jsonl'}:"
+        self.rows = [LatentClip.from_json(row, len(self.prompts.rows), f"{where}{n}") for n, row in enumerate(rows, 1)]
+        self._checked: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def latents(self, indices: Sequence[int]) -> Tensor:
+        """(B, F, C, H, W) fp32. Raises UserError when a shard is damaged or has another shape than the manifest."""
+        return torch.stack([self._clip(index) for index in indices])
+
+    def batch(self, indices: Sequence[int], *, held_out: bool = False) -> LatentBatch:
+        """Latents with their training prompts (or, for evaluation, with the held-out paraphrases)."""
+        chosen = [self.rows[index].held_out_prompt if held_out else self.rows[index].prompt for index in indices]
+        numbers = [number for number in chosen if number is not None]
+        if len(numbers) != len(chosen):
+            raise UserError(f"{self.root / 'clips.jsonl'}: clips without held_out_prompt; encode held-out captions")
+        return LatentBatch(self.latents(indices), self.prompts.conditioning(numbers))
+
+    def verify(self) -> None:
+        """Compare every shard's sha256 with the manifest (reads everything). Raises UserError."""
+        self.reader.verify()
+        self.prompts.reader.verify()
+
+    def _clip(self, index: int) -> Tensor:
+        shard, row = self.reader.locate(index)
+        if shard not in self._checked:
+            wanted = self.shape.latent(self.reader.shards[shard].count)
+            if (found := self.reader.shape(shard, "latents")) != wanted:
+                raise UserError(f"{self.reader.paths[shard]}: latents {found} instead of {wanted}; {AGAIN}")
+            self._checked.add(shard)
+        return self.reader.rows(shard, "latents", row, row + 1)[0].float()
+
+
+class LatentWriter:
+    """Appends latents; full shards go to disk at once, so an interrupted run goes on from :attr:`done`."""
+
+    def __init__(
+        self, writer: ShardWriter, shape: VideoShape, *, dtype: torch.dtype = torch.float16, per_shard: int = 256
+    ) -> None:
+        self.writer, self.shape, self.dtype, self.per_shard = writer, shape, dtype, per_shard
+        self._waiting: list[Tensor] = []
+
+    @property
+    def done(self) -> int:
+        """Clips in complete shards: append those after it."""
+        return self.writer.count("latents")
+
+    def append(self, latents_BFCHW: Tensor) -> None:
+        """Normalised latents of the next clips. Raises UserError for another shape or non-finite values."""
+        first = self.done + len(self._waiting)
+        if tuple(latents_BFCHW.shape) != (wanted := self.shape.latent(len(latents_BFCHW))):
+            raise UserError(f"clip {first}: latents {tuple(latents_BFCHW.shape)} instead of {wanted}; check the VAE")
+        self._waiting += list(finite(latents_BFCHW.detach().to("cpu", self.dtype), f"latents of clip {first} and on"))
+        while len(self._waiting) >= self.per_shard:
+            self._flush(self.per_shard)
+
+    def finish(self, clips: Sequence[LatentClip], text: Json) -> None:
+        """Write the rest, ``clips.jsonl`` and the manifest (last). ``text``: from :func:`encode_prompts`."""
+        if self._waiting:
+            self._flush(len(self._waiting))
+        if self.done != len(clips):
+            raise UserError(f"{self.writer.root}: {self.done} latents for {len(clips)} clips; {AGAIN}")
+        rows = [asdict(clip) for clip in clips]
+        write_jsonl(self.writer.root / "clips.jsonl", rows)
+        section = {
+            "shape": asdict(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shards": self.writer.section("latents"),
+            "clips_sha256": hash_json(rows),
+        }
+        self.writer.finish(with_hash({"text": text, "latents": section}))
+
+    def _flush(self, count: int) -> None:
+        self.writer.write("latents", count, {"latents": torch.stack(self._waiting[:count])})
+        del self._waiting[:count]
+
+
+def epoch_order(seed: int, step: int, batch: int, size: int) -> list[int]:
+    """The ``batch`` clip indices of training step ``step``: a pure function, so there is no loader state to save.
+
+    Every epoch is a fresh permutation of 0..size-1 drawn from (seed, epoch); a batch may span two epochs.
+    All ranks get the same global batch and take ``[rank::world]`` of it.
+    """
+    if size < 1 or batch < 1 or step < 0:
+        raise UserError(f"data order: batch {batch}, size {size}, step {step}; batch and size must be at least 1")
+    first = step * batch
+    return [_permutation(seed, position // size, size)[position % size] for position in range(first, first + batch)]
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
+    number = int(hash_json([seed, epoch])[:15], 16)
+    return tuple(torch.randperm(size, generator=torch.Generator().manual_seed(number)).tolist())
+
+
+def _shape(section: Json, path: Path) -> VideoShape:
+    row = section.get("shape")
+    names = {entry.name for entry in fields(VideoShape)}
+    if not isinstance(row, dict) or set(row) != names or any(type(size) is not int for size in row.values()):
+        raise UserError(f"{path}: 'latents.shape' needs integers {', '.join(sorted(names))}; {AGAIN}")
+    return VideoShape(**row)
+
+
+def _check_shape(found: VideoShape, expected: VideoShape, path: Path) -> None:
+    for entry in fields(VideoShape):
+        have, want = getattr(found, entry.name), getattr(expected, entry.name)
+        if have != want:
+            raise UserError(
+                f"{path}: latents have {entry.name} {have}, the configuration asks for {want}; "
+                f"set it to {have}, or encode the clips at that size"
+            )

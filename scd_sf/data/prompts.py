@@ -1,0 +1,196 @@
+"""Encoded prompts on disk: token states stored without their padding, padded again when read.
+
+A prompt directory holds ``manifest.json`` (section ``text``), ``text-00000.safetensors`` ... with ``tokens`` (T, E),
+all prompts of the shard one after another, and ``lengths`` (P,); ``null.safetensors`` (the empty prompt) and
+``prompts.jsonl``. Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's latents.
+Letters: P prompts, T tokens of all prompts, L padded length, E width, B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, sha256_file, write_jsonl
+from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.types import Conditioning, UserError
+
+FORMAT = "scd-sf-latents"
+VERSION = 1
+Encode = Callable[[Sequence[str]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of ``prompts.jsonl``. ``held_out``: kept from training. ``tags``: what it describes (place, motion)."""
+
+    id: str
+    prompt: str
+    held_out: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: Json, where: str) -> Self:
+        kinds = {"id": str, "prompt": str, "held_out": bool, "tags": dict}
+        if {key: type(value) for key, value in row.items()} != kinds:
+            raise UserError(f"{where}: a prompt needs exactly {', '.join(kinds)}; {AGAIN}")
+        return cls(**row)  # type: ignore[arg-type]  # kinds were checked above
+
+
+def read_manifest(root: Path) -> Json:
+    """``manifest.json`` of a prompt or latent directory. Raises UserError when it is missing or of another format."""
+    path = root / "manifest.json"
+    if not path.is_file():
+        begun = (root / "building.json").is_file()
+        unfinished = "encoding was not finished; run the same encoding command again"
+        absent = "no such file; encode the clips first (data_prep/encode_latents.py)"
+        raise UserError(f"{path}: {unfinished if begun else absent}")
+    manifest = read_json(path, AGAIN)
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{path}: 'format'/'version' must be {FORMAT}/{VERSION}; encode the clips with this release")
+    return manifest
+
+
+class PromptTable:
+    """Every prompt of a directory, held-out ones too; reads only the asked rows."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "manifest.json"
+        section = read_manifest(root).get("text")
+        if not isinstance(section, dict):
+            raise UserError(f"{self.path}: section 'text' is missing; {AGAIN}")
+        width, length = section.get("width"), section.get("max_length")
+        if not isinstance(width, int) or not isinstance(length, int):
+            raise UserError(f"{self.path}: 'text' needs integers width and max_length; {AGAIN}")
+        self.width, self.length = width, length
+        self.reader = ShardReader(root, read_shards(section, f"{self.path}: text"), str(self.path))
+        rows = read_jsonl(root / "prompts.jsonl", AGAIN)
+        if hash_json(rows) != section.get("prompts_sha256") or len(rows) != len(self.reader):
+            raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
+        self.rows = [Prompt.from_json(row, f"{root / 'prompts.jsonl'}:{n}") for n, row in enumerate(rows, 1)]
+        self.null = Conditioning(self._pad([_read_null(root, section, self.width)]))
+        self._offsets: dict[int, list[int]] = {}
+
+    def conditioning(self, indices: Sequence[int]) -> Conditioning:
+        """(B, L, E) fp32, zero after each true length."""
+        return Conditioning(self._pad([self._states(index) for index in indices]))
+
+    def _pad(self, states: Sequence[Tensor]) -> Tensor:
+        padded = torch.zeros(len(states), self.length, self.width)
+        for row, state in zip(padded, states, strict=True):
+            row[: len(state)] = state
+        return padded
+
+    def _states(self, index: int) -> Tensor:
+        shard, row = self.reader.locate(index)
+        if shard not in self._offsets:
+            self._offsets[shard] = self._check(shard)
+        start, stop = self._offsets[shard][row : row + 2]
+        return self.reader.rows(shard, "tokens", start, stop).float()
+
+    def _check(self, shard: int) -> list[int]:
+        """Token offsets of a shard's prompts. Raises UserError when lengths and tokens do not fit."""
+        count = self.reader.shards[shard].count
+        lengths = self.reader.rows(shard, "lengths", 0, count).tolist()
+        offsets = [0, *accumulate(lengths)]
+        fits = len(lengths) == count and all(0 < length <= self.length for length in lengths)
+        if not fits or self.reader.shape(shard, "tokens") != (offsets[-1], self.width):
+            raise UserError(f"{self.reader.paths[shard]}: tokens and lengths do not fit the manifest; {AGAIN}")
+        return offsets
+
+
+class PromptSet:
+    """Prompts to sample or to distil with. Training prompts by default; ``held_out=True`` gives only the kept-back."""
+
+    def __init__(self, root: Path | str, *, held_out: bool = False) -> None:
+        self.root = Path(root)
+        self.table = PromptTable(self.root)
+        self.indices = [i for i, row in enumerate(self.table.rows) if row.held_out == held_out]
+        if not self.indices:
+            raise UserError(f"{self.root / 'prompts.jsonl'}: no prompt with held_out {held_out}; encode some")
+        self.rows = [self.table.rows[i] for i in self.indices]
+        self.null = self.table.null
+        self.hash = hash_json([str(read_manifest(self.root).get("hash")), held_out])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def conditioning(self, indices: Sequence[int]) -> Conditioning:
+        """(B, L, E) of the prompts at these positions of :attr:`rows`."""
+        return self.table.conditioning([self.indices[index] for index in indices])
+
+
+def encode_prompts(
+    writer: ShardWriter,
+    prompts: Sequence[Prompt],
+    encode: Encode,
+    *,
+    max_length: int,
+    dtype: torch.dtype = torch.float16,
+    per_shard: int = 4096,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Json:
+    """Encode what is not yet in complete shards, and return the manifest's ``text`` section.
+
+    ``encode`` maps texts to ragged (L_i, E) states (:meth:`TextEncoder.states`); ``progress`` is told prompts done.
+    """
+    null = encode([""])[0]
+    while (done := writer.count("text")) < len(prompts):
+        rows = prompts[done : done + per_shard]
+        states = encode([row.prompt for row in rows])
+        lengths = torch.tensor([len(state) for state in states])
+        tokens = finite(torch.cat(states).to(dtype), f"text states of prompts {done}..{done + len(rows) - 1}")
+        writer.write("text", len(rows), {"tokens": tokens, "lengths": lengths})
+        progress(writer.count("text"))
+    save_file({"tokens": null.to(dtype).contiguous().cpu()}, writer.root / "null.safetensors")
+    rows_json = _rows(prompts)
+    write_jsonl(writer.root / "prompts.jsonl", rows_json)
+    return {
+        "width": null.shape[-1],
+        "max_length": max_length,
+        "shards": writer.section("text"),
+        "null_sha256": sha256_file(writer.root / "null.safetensors"),
+        "prompts_sha256": hash_json(rows_json),
+    }
+
+
+def finish_prompts(writer: ShardWriter, text: Json) -> None:
+    """Write the manifest of a directory that holds prompts only (no clips), as distillation needs."""
+    writer.finish(with_hash({"text": text}))
+
+
+def with_hash(sections: Mapping[str, object]) -> Json:
+    """Manifest with format and ``hash``: over the contents (shard hashes, rows), not over where they came from."""
+    return {"format": FORMAT, "version": VERSION, "hash": hash_json(sections), **sections}
+
+
+def finite(values: Tensor, what: str) -> Tensor:
+    """``values``, checked. Raises UserError when one is NaN or infinite (overflow, or a bad model)."""
+    if not values.isfinite().all():
+        raise UserError(f"{what}: not finite in {values.dtype}; store as bfloat16, or check the model")
+    return values
+
+
+def _rows(prompts: Iterable[Prompt]) -> list[Json]:
+    return [asdict(prompt) for prompt in prompts]
+
+
+def _read_null(root: Path, section: Json, width: int) -> Tensor:
+    path = root / "null.safetensors"
+    if not path.is_file() or sha256_file(path) != section.get("null_sha256"):
+        raise UserError(f"{path}: missing or changed; copy it again, or {AGAIN}")
+    try:
+        tokens = load_file(path)["tokens"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+    if tokens.ndim != 2 or tokens.shape[1] != width:
+        raise UserError(f"{path}: shape {tuple(tokens.shape)} instead of (L, {width}); {AGAIN}")
+    return tokens.float()

@@ -1,0 +1,184 @@
+"""Numbered safetensors files: written one after another and resumable, read lazily (only the asked rows are read).
+
+A shard is known by its :class:`Shard` record (file name, rows, bytes, sha256), kept in the dataset's manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol, Self
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from scd_sf.data.manifest import Json, read_json, safe_path, sha256_file, write_json
+from scd_sf.types import UserError
+
+AGAIN = "delete the directory and encode it again"
+COPY = f"copy it again, or {AGAIN}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file and how many rows (clips or prompts) it holds."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def from_json(cls, row: object, where: str) -> Self:
+        kinds = {"file": str, "count": int, "bytes": int, "sha256": str}
+        if not isinstance(row, dict) or {key: type(value) for key, value in row.items()} != kinds:
+            raise UserError(f"{where}: a shard needs exactly {', '.join(kinds)}; {AGAIN}")
+        if row["count"] < 1:
+            raise UserError(f"{where}: shard {row['file']} has count {row['count']}; {AGAIN}")
+        return cls(**row)
+
+
+def read_shards(section: Json, where: str) -> list[Shard]:
+    """The ``shards`` list of a manifest section."""
+    rows = section.get("shards")
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{where}: 'shards' is missing or empty; {AGAIN}")
+    return [Shard.from_json(row, where) for row in rows]
+
+
+class _Slice(Protocol):
+    """What safetensors' lazy slices offer (the library names no public type)."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+
+class ShardReader:
+    """Rows over a list of shards. Every file's existence and size are checked at once, its contents when opened."""
+
+    def __init__(self, root: Path, shards: Sequence[Shard], where: str) -> None:
+        self.shards = list(shards)
+        self.paths = [safe_path(root, shard.file, f"{where}: shard 'file'") for shard in shards]
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            if not path.is_file():
+                raise UserError(f"{path}: listed in {where} but missing; {COPY}")
+            if (size := path.stat().st_size) != shard.bytes:
+                raise UserError(f"{path}: {size} bytes instead of {shard.bytes} (truncated?); {COPY}")
+        self._ends = list(accumulate(shard.count for shard in self.shards))
+        self._open: dict[int, safe_open] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Row -> (shard, row in the shard). Raises IndexError outside 0..len-1."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+    def shape(self, shard: int, name: str) -> tuple[int, ...]:
+        """The stored shape of tensor ``name``. Raises UserError when the shard has no such tensor."""
+        return tuple(self._slice(shard, name).get_shape())
+
+    def rows(self, shard: int, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 of tensor ``name``: only these are read."""
+        return self._slice(shard, name)[start:stop]
+
+    def verify(self) -> None:
+        """Compare every file's sha256 with its record. Raises UserError for the first that changed."""
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            if sha256_file(path) != shard.sha256:
+                raise UserError(f"{path}: contents changed (sha256 differs from the manifest); {COPY}")
+
+    def _slice(self, shard: int, name: str) -> _Slice:
+        path = self.paths[shard]
+        try:
+            if shard not in self._open:
+                self._open[shard] = safe_open(path, framework="pt")
+            found: _Slice = self._open[shard].get_slice(name)  # type: ignore[no-untyped-call]
+            return found
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: tensor '{name}' cannot be read ({error}); {COPY}") from error
+
+
+class ShardWriter:
+    """Writes shards of several kinds into one directory and remembers them in ``building.json``.
+
+    ``inputs`` says what the data is made from: a directory begun (or finished) with other inputs is a UserError, one
+    begun with the same inputs is continued after its last complete shard.
+    """
+
+    def __init__(self, root: Path, inputs: Mapping[str, object]) -> None:
+        self.root = root
+        self.inputs = dict(inputs)
+        self.progress = root / "building.json"
+        self.shards: dict[str, list[Shard]] = {}
+        self.finished = False
+        _make(root)
+        for name in ("manifest.json", "building.json"):
+            if (root / name).is_file():
+                self._resume(root / name)
+                return
+        self._save()
+
+    def count(self, kind: str) -> int:
+        """Rows of this kind that lie in complete shards."""
+        return sum(shard.count for shard in self.shards.get(kind, []))
+
+    def write(self, kind: str, count: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the next shard of a kind (temporary file, fsync, rename), then record it."""
+        done = self.shards.setdefault(kind, [])
+        path = self.root / f"{kind}-{len(done):05d}.safetensors"
+        data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        done.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
+        self._save()
+
+    def section(self, kind: str) -> list[Json]:
+        """The records of a kind, for the manifest."""
+        return [asdict(shard) for shard in self.shards.get(kind, [])]
+
+    def finish(self, manifest: Mapping[str, object]) -> None:
+        """Write the manifest (last of all) and forget the progress file."""
+        write_json(self.root / "manifest.json", {**manifest, "inputs": self.inputs})
+        self.progress.unlink(missing_ok=True)
+        self.finished = True
+
+    def _save(self) -> None:
+        kinds = {kind: self.section(kind) for kind in self.shards}
+        write_json(self.progress, {"inputs": self.inputs, "kinds": kinds})
+
+    def _resume(self, path: Path) -> None:
+        found = read_json(path, AGAIN)
+        old = found.get("inputs")
+        if not isinstance(old, dict) or old != self.inputs:
+            keys = sorted(key for key in self.inputs if not isinstance(old, dict) or old.get(key) != self.inputs[key])
+            what = ", ".join(keys) or "fewer"
+            raise UserError(f"{path}: made from other inputs ({what} differ); choose another output directory")
+        self.finished = path.name == "manifest.json"
+        kinds = found.get("kinds")
+        if isinstance(kinds, dict):
+            self.shards = {kind: [Shard.from_json(row, str(path)) for row in rows] for kind, rows in kinds.items()}
+            for shards in self.shards.values():
+                if shards:
+                    ShardReader(self.root, shards, path.name)
+
+
+def _make(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be made ({error.strerror}); choose another output directory") from error

@@ -1,0 +1,1 @@
+"""The static viewer: finished videos and figures become one HTML file."""

@@ -1,0 +1,104 @@
+"""Per-frame figures (sharpness, PSNR) and the spread of any figure over seeds or over resampled videos.
+
+Videos are float tensors (V, F, 3, H, W) in [0, 1]: V videos of F pixel frames. Nothing is read from or written to
+disk, and no codec stands between a video and its figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scd_sf.types import UserError
+
+VIDEO_DIMENSIONS = 5
+RGB = 3
+
+
+def check_videos(videos: Tensor, name: str) -> None:
+    """Raise UserError unless ``videos`` is float (V, F, 3, H, W), finite and inside [0, 1] (1e-3 of slack)."""
+    if videos.ndim != VIDEO_DIMENSIONS or videos.shape[2] != RGB:
+        raise UserError(f"{name}: shape {tuple(videos.shape)}; videos must be (videos, frames, 3, height, width)")
+    if not videos.is_floating_point():
+        raise UserError(f"{name}: dtype {videos.dtype}; videos must be float in [0, 1]: divide uint8 by 255")
+    if videos.numel() == 0:
+        raise UserError(f"{name}: shape {tuple(videos.shape)} holds no pixel; give at least one video of one frame")
+    low, high = float(videos.min()), float(videos.max())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails both comparisons
+        raise UserError(f"{name}: values lie in [{low:.3g}, {high:.3g}]; map the decoder's [-1, 1] to [0, 1] first")
+
+
+def gradient_energy(videos: Tensor) -> Tensor:
+    """Mean |dx| + mean |dy| of each video over frames, channels and pixels: (V, F, 3, H, W) -> (V,) float64."""
+    check_videos(videos, "gradient energy")
+    dx = (videos[..., 1:] - videos[..., :-1]).abs().double().mean(dim=(1, 2, 3, 4))
+    dy = (videos[..., 1:, :] - videos[..., :-1, :]).abs().double().mean(dim=(1, 2, 3, 4))
+    return dx + dy
+
+
+def sharpness_ratio(videos: Tensor, reference: Tensor) -> float:
+    """Gradient energy of ``videos`` over that of ``reference``; 1 = as sharp, below 1 = blurred, above 1 = noisy.
+
+    The reference of the demo is what the VAE reconstructs of real clips: a sample cannot be sharper than the decoder
+    that draws it. Raises UserError when the reference is flat (no gradient at all).
+    """
+    scale = float(gradient_energy(reference).mean())
+    if scale == 0.0:
+        raise UserError("sharpness: the reference videos are flat; give real clips")
+    return float(gradient_energy(videos).mean()) / scale
+
+
+def psnr(videos: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, peak 1: per frame, then the mean over frames and videos. Equal frames: inf."""
+    check_videos(videos, "PSNR videos")
+    check_videos(reference, "PSNR reference")
+    if videos.shape != reference.shape:
+        raise UserError(f"PSNR: shapes {tuple(videos.shape)} and {tuple(reference.shape)} differ; pair the clips first")
+    mse_VF = (videos.double() - reference.double()).square().mean(dim=(2, 3, 4))
+    return float((-10.0 * torch.log10(mse_VF)).mean())
+
+
+def as_uint8(frames: Tensor) -> Tensor:
+    """Frames for a video file: float in [0, 1] is rounded to uint8 (values outside are clipped), uint8 passes as is."""
+    if frames.dtype == torch.uint8:
+        return frames
+    if not frames.is_floating_point():
+        raise UserError(f"frames: dtype {frames.dtype}; give uint8 or float in [0, 1]")
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n-1; 0 for one value) of ``count`` repeats of one figure."""
+
+    mean: float
+    std: float
+    count: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The spread of a figure over seeds (or over any other repeats)."""
+    if not values:
+        raise UserError("spread: no values; give at least one repeat")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Spread(mean, 0.0, 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Spread(mean, math.sqrt(variance), len(values))
+
+
+def bootstrap(statistic: Callable[[Tensor], float], videos: int, *, resamples: int = 20, seed: int = 0) -> Spread:
+    """Spread of ``statistic(indices)`` over draws of ``videos`` indices out of ``videos`` with replacement.
+
+    Whole videos are drawn, because the frames of one video are not independent. Quote the ``std`` beside the figure
+    of the full set: the bootstrap ``mean`` of a Frechet distance is biased upwards (repeated videos thin the sample).
+    """
+    if videos < 1 or resamples < 1:
+        raise UserError(f"bootstrap: videos={videos}, resamples={resamples}; both must be at least 1")
+    draws = np.random.Generator(np.random.PCG64(seed)).integers(0, videos, size=(resamples, videos))
+    return spread([statistic(torch.from_numpy(row)) for row in draws])

@@ -1,0 +1,167 @@
+"""The video autoencoder: diffusers' ``AutoencoderKLWan`` behind two calls, :meth:`Vae.encode` and :meth:`Vae.decode`.
+
+One code path serves Wan 2.1's VAE and the small one of the embedded demo: geometry, channels, ``latents_mean`` and
+``latents_std`` come from the directory's ``config.json`` (diffusers layout). The temporal layout is Wan's: the first
+frame alone, then groups of ``temporal``; 1 + temporal*k pixel frames become 1 + k latent frames.
+
+Letters: B batch, F frames, C latent channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+from torch import Tensor, nn
+
+from scd_sf.checkpoint import load_tensors
+from scd_sf.types import UserError, VideoShape
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}
+FRAME_GROUP = 4  # AutoencoderKLWan's own chunk loop is written for groups of four frames
+
+
+@dataclass(frozen=True)
+class VaeGeometry:
+    """``channels`` latent channels; ``temporal`` frames and ``spatial`` x ``spatial`` pixels per latent position."""
+
+    channels: int
+    temporal: int
+    spatial: int
+
+    def shape(self, frames: int, height: int, width: int) -> VideoShape:
+        """Latent shape of a pixel clip. Raises UserError unless frames = 1 + temporal*k and the sizes divide."""
+        return VideoShape.from_pixels(
+            frames, height, width, channels=self.channels, temporal=self.temporal, spatial=self.spatial
+        )
+
+
+class Vae:
+    """A frozen ``AutoencoderKLWan``: pixels (B, F, 3, H, W) in [-1, 1] <-> normalised latents (B, F', C, H', W').
+
+    Normalised means ``(z - latents_mean) / latents_std`` per channel, z the posterior mean (so encoding is
+    deterministic). Work runs in slices of ``slice_size`` clips, which bounds memory; results do not depend on it.
+    """
+
+    def __init__(self, model: AutoencoderKLWan, *, slice_size: int = 8) -> None:
+        if slice_size < 1:
+            raise UserError(f"vae: slice_size is {slice_size}; it must be at least 1")
+        self.model = model.eval().requires_grad_(False)
+        self.geometry = _geometry(model)
+        self.slice_size = slice_size
+        view = (1, self.geometry.channels, 1, 1, 1)
+        weight = model.quant_conv.weight
+        self._mean = torch.tensor(model.config["latents_mean"], dtype=torch.float32, device=weight.device).view(view)
+        self._std = torch.tensor(model.config["latents_std"], dtype=torch.float32, device=weight.device).view(view)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.quant_conv.weight.dtype
+
+    @torch.no_grad()
+    def encode(self, video_BFCHW: Tensor) -> Tensor:
+        """Pixels (B, F, 3, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W'), fp32. UserError: bad shape."""
+        if video_BFCHW.ndim != 5 or video_BFCHW.shape[2] != 3:
+            raise UserError(f"vae.encode: video has shape {tuple(video_BFCHW.shape)}; it must be (B, F, 3, H, W)")
+        self.geometry.shape(video_BFCHW.shape[1], video_BFCHW.shape[3], video_BFCHW.shape[4])
+        parts = []
+        for part in video_BFCHW.split(self.slice_size):
+            pixels = part.transpose(1, 2).to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
+            latents = self.model.encode(pixels, return_dict=False)[0].mean.float()
+            parts.append(((latents - self._mean) / self._std).transpose(1, 2))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        """Normalised latents (B, F', C, H', W') -> pixels (B, F, 3, H, W) in [-1, 1], fp32. UserError: bad shape."""
+        if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != self.geometry.channels:
+            wanted = f"(B, F, {self.geometry.channels}, H, W)"
+            raise UserError(f"vae.decode: latents have shape {tuple(latents_BFCHW.shape)}; they must be {wanted}")
+        parts = []
+        for part in latents_BFCHW.split(self.slice_size):
+            latents = part.transpose(1, 2).to(self.device, torch.float32) * self._std + self._mean
+            pixels = self.model.decode(latents.to(self.dtype), return_dict=False)[0]
+            parts.append(pixels.float().transpose(1, 2))
+        return torch.cat(parts)
+
+
+def load_vae(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
+    """The VAE of a diffusers directory: ``path`` itself or its ``vae/`` folder. Reads safetensors only.
+
+    Raises UserError: nothing there, a damaged or foreign config, missing, truncated or foreign weights.
+    """
+    folder = _folder(Path(path))
+    config = _read_config(folder / "config.json")
+    tensors = load_tensors(folder / WEIGHTS)
+    try:
+        model = AutoencoderKLWan.from_config(config)
+    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{folder / 'config.json'}: describes no AutoencoderKLWan ({error}); copy it again") from error
+    _check_tensors(model, tensors, folder / WEIGHTS)
+    model.load_state_dict(tensors)
+    return Vae(channels_last(model.to(device=device, dtype=dtype)))
+
+
+def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Store convolution weights channels-last, in place: 1.3 times faster on CPU, the same numbers to rounding."""
+    for parameter in model.parameters():
+        if parameter.ndim in MEMORY_ORDER:
+            parameter.data = parameter.data.contiguous(memory_format=MEMORY_ORDER[parameter.ndim])
+    return model
+
+
+def _folder(path: Path) -> Path:
+    for folder in (path, path / "vae"):
+        config = folder / "config.json"
+        if config.is_file() and (folder == path / "vae" or (folder / WEIGHTS).is_file() or not (path / "vae").is_dir()):
+            return folder
+    raise UserError(f"{path}: holds neither config.json nor vae/config.json; give a VAE directory in diffusers layout")
+
+
+def _read_config(path: Path) -> dict[str, object]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not json; copy the VAE's config.json again") from error
+    found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(config, dict) or found != "AutoencoderKLWan":
+        raise UserError(f"{path}: '_class_name' is {found!r}; only 'AutoencoderKLWan' can be loaded")
+    return config
+
+
+def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        name = wrong[0]
+        detail = f"{found.get(name, 'missing')} instead of {wanted.get(name, 'absent')}"
+        raise UserError(f"{where}: {len(wrong)} tensors do not fit config.json: '{name}' is {detail}; copy both again")
+
+
+def _geometry(model: AutoencoderKLWan) -> VaeGeometry:
+    """Factors and channels of the config, checked against the network's own layers. Raises UserError."""
+    config = model.config
+    channels = int(config["z_dim"])
+    down = 2 ** sum(1 for module in model.encoder.modules() if isinstance(module, WanResample))
+    temporal = 2 ** sum(1 for m in model.encoder.modules() if isinstance(m, WanResample) and m.mode == "downsample3d")
+    real = {"scale_factor_spatial": down * (config["patch_size"] or 1), "scale_factor_temporal": temporal}
+    for field, value in real.items():
+        if config[field] != value:
+            raise UserError(f"vae config.json: '{field}' is {config[field]}, the network's is {value}; correct it")
+    if temporal != FRAME_GROUP:
+        raise UserError(f"vae config.json: the network groups {temporal} frames, not {FRAME_GROUP}; use another VAE")
+    for field in ("latents_mean", "latents_std"):
+        if len(config[field]) != channels:
+            raise UserError(f"vae config.json: '{field}' has {len(config[field])} entries, not z_dim = {channels}")
+    if min(config["latents_std"]) <= 0:
+        raise UserError("vae config.json: 'latents_std' must be positive in every channel; copy the file again")
+    return VaeGeometry(channels, temporal, real["scale_factor_spatial"])

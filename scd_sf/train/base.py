@@ -1,0 +1,188 @@
+"""What every engine shares: config, step report, protocol, and the module that makes a whole rollout one call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scd_sf.types import UserError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class EngineConfig:
+    """One trainable model. ``lr`` is the peak; ``warmup`` in updates; ``anneal_from`` a fraction of all updates.
+
+    ``grad_clip`` is the global gradient norm limit (0: none). ``offload`` puts optimizer state (a frozen engine: the
+    parameters) on the CPU. ``bucket`` is DeepSpeed's bucket in elements. ``max_skips`` non-finite updates in a row stop
+    the run.
+    """
+
+    kind: Literal["deepspeed", "local"] = "deepspeed"
+    zero_stage: int = 2
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: int = 0
+    anneal_from: float = 1.0
+    grad_clip: float = 1.0
+    offload: bool = False
+    bucket: int = 50_000_000
+    max_skips: int = 10
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 1, 2 or 3 (kind: local has no ZeRO at all)")
+        if self.lr < 0 or self.weight_decay < 0 or self.grad_clip < 0 or self.warmup < 0:
+            raise ValueError("lr, weight_decay, grad_clip and warmup must be 0 or more")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas are {tuple(self.betas)}; each must be in [0, 1)")
+        if not 0.0 <= self.anneal_from <= 1.0:
+            raise ValueError(f"anneal_from is {self.anneal_from}; it is a fraction of all updates, 0 to 1")
+        if self.bucket < 1 or self.max_skips < 1:
+            raise ValueError("bucket and max_skips must be at least 1")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What ``Engine.step`` did. ``stepped``: weights changed. ``grad_norm``: before clipping (0 between updates).
+
+    ``finite`` False: some rank saw a non-finite loss or gradient, so all ranks skipped; keep the batch for inspection.
+    """
+
+    stepped: bool
+    grad_norm: float
+    finite: bool
+    lr: float
+
+
+class Engine(Protocol):
+    """A model and its optimizer. One update: ``micro_batches`` x (call, ``backward``), then ``step``, all ranks."""
+
+    module: nn.Module
+    micro_batches: int
+    updates: int
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped so far because of a non-finite loss or gradient."""
+        ...
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward of the wrapped module; under ZeRO-3 the same number of calls on every rank."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of ``loss / micro_batches`` (scalar loss of one micro-batch)."""
+        ...
+
+    def step(self) -> StepInfo:
+        """Apply the update when ``micro_batches`` backward calls are in; otherwise report and do nothing."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Everything an exact resume needs, into ``path`` (its own directory); all ranks call it."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Continue from :meth:`save`. Raises UserError when the directory does not fit this engine."""
+        ...
+
+    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full fp32 master weight), one at a time; all ranks must walk it to the end. Not to be modified."""
+        ...
+
+    def masters(self) -> dict[str, Tensor]:
+        """All of :meth:`iter_masters` at once."""
+        ...
+
+
+class StepModule(nn.Module):
+    """``forward(*args) = fn(model, *args)``: a whole rollout, or a loss, as ONE engine forward.
+
+    ``fn`` is a plain function, so that only ``model``'s parameters belong to the engine.
+    """
+
+    def __init__(self, model: nn.Module, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        if isinstance(fn, nn.Module):
+            raise TypeError("StepModule: fn must be a function, or its parameters would be trained as well")
+        self.model = model
+        self.fn = fn
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn(self.model, *args)
+
+
+def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under the model's own names (without StepModule's 'model.' prefix)."""
+    return list((module.model if isinstance(module, StepModule) else module).named_parameters())
+
+
+def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches per update. Raises UserError unless world * micro_batch divides global_batch."""
+    if min(global_batch, micro_batch, world) < 1:
+        raise UserError(f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1")
+    if global_batch % (micro_batch * world):
+        raise UserError(f"global_batch is {global_batch}, not a multiple of {world} processes x micro_batch "
+                        f"{micro_batch}; use global_batch={_nearest(global_batch, micro_batch * world)}, "
+                        "another micro_batch, or another number of processes")
+    return global_batch // (micro_batch * world)
+
+
+class SkipCounter:
+    """Counts skipped updates, and stops the run after too many in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.total, self.in_row = limit, 0, 0
+
+    def record(self, finite: bool, update: int) -> None:
+        """Raises UserError at the ``limit``-th non-finite update in a row (all ranks agree on ``finite``)."""
+        self.in_row = 0 if finite else self.in_row + 1
+        self.total += not finite
+        if not finite:
+            message = "update %d: non-finite loss or gradient, skipped on all ranks (%d in a row)"
+            _log.warning(message, update, self.in_row)
+        if self.in_row >= self.limit:
+            raise UserError(f"{self.in_row} updates in a row had a non-finite loss or gradient (at update {update}); "
+                            "resume from the last checkpoint with a lower lr, and look at the kept batches")
+
+
+def first_skip_flag(loss: Tensor) -> Tensor:
+    """1.0 where a loss is not finite, else 0.0; stays on the device (no synchronisation)."""
+    if loss.numel() != 1:
+        raise ValueError(f"backward wants a scalar loss, got shape {tuple(loss.shape)}")
+    return (~torch.isfinite(loss.detach())).float().reshape(())
+
+
+def write_counters(path: Path, counters: dict[str, Any]) -> None:
+    (path / "engine.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+
+
+def read_counters(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """The saved counters. Raises UserError when missing, or when a field of ``expected`` differs."""
+    file = path / "engine.json"
+    try:
+        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: no engine state to resume from ({error}); check the checkpoint") from error
+    for name, value in expected.items():
+        if saved.get(name) != value:
+            raise UserError(f"{file}: {name} is {saved.get(name)!r} but this run has {value!r}; resume with the same "
+                            f"{name}, or start a new run from the checkpoint's model.safetensors")
+    return saved
+
+
+def _nearest(value: int, multiple: int) -> int:
+    return max(1, math.floor(value / multiple + 0.5)) * multiple

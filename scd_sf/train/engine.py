@@ -1,0 +1,242 @@
+"""Engines: build one for a trainable model or a frozen teacher. The only module that imports deepspeed.
+
+Several engines live in one process (student and critic ZeRO-2, teacher ZeRO-3 without optimizer), each with its own
+config and save directory. DeepSpeed is imported when the first engine of that kind is built. Rules kept here:
+
+- always ``engine.backward`` and DeepSpeed's own ``gradient_accumulation_steps``: hand-made accumulation silently drops
+  gradients on ZeRO-1/2;
+- a non-finite loss anywhere turns the last micro-batch's gradient into NaN on every rank, so that DeepSpeed's global
+  norm check discards the update everywhere: no rank skips alone and no optimizer state is touched;
+- masters start from the fp32 weights given, not from their bf16 rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scd_sf.train.base import (
+    Engine,
+    EngineConfig,
+    SkipCounter,
+    StepInfo,
+    StepModule,
+    accumulation,
+    first_skip_flag,
+    named_parameters,
+    read_counters,
+    write_counters,
+)
+from scd_sf.train.local import LocalEngine
+from scd_sf.train.optim import Schedule, param_groups
+from scd_sf.train.ranks import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
+from scd_sf.types import UserError
+
+__all__ = [
+    "DeepSpeedEngine",
+    "Engine",
+    "EngineConfig",
+    "LocalEngine",
+    "Ranks",
+    "StepInfo",
+    "StepModule",
+    "accumulation",
+    "build_engine",
+    "frozen_engine",
+    "init_distributed",
+    "without_launcher_arguments",
+]
+
+_TAG = "engine"
+
+
+def build_engine(
+    module: nn.Module, cfg: EngineConfig, ranks: Ranks, *, global_batch: int, micro_batch: int, total_updates: int
+) -> Engine:
+    """An engine for a trainable module. Raises UserError when world * micro_batch does not divide global_batch.
+
+    ``total_updates`` of this engine's optimizer places the learning rate decay (``cfg.anneal_from``).
+    """
+    micro_batches = accumulation(global_batch, micro_batch, ranks.world)
+    schedule = Schedule(cfg.lr, cfg.warmup, cfg.anneal_from, total_updates)
+    if cfg.kind == "local":
+        return LocalEngine(module, cfg, ranks, micro_batches=micro_batches, schedule=schedule)
+    return DeepSpeedEngine(
+        module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule
+    )
+
+
+def frozen_engine(module: nn.Module, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
+    """A teacher: called like the module, never trained. kind deepspeed: ZeRO-3 without optimizer, else plain torch.
+
+    All ranks must call it equally often (ZeRO-3 gathers weights together). ``cfg.offload`` keeps weights on the CPU.
+    """
+    module.requires_grad_(False).eval()
+    if cfg.kind == "local":
+        return module.to(ranks.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
+    zero: dict[str, Any] = {"stage": 3, **_stage3_buckets(cfg)}
+    if cfg.offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
+    config = {**_common(cfg), "train_batch_size": ranks.world, "zero_optimization": zero}
+    engine: nn.Module = _initialize(module, config, ranks, None)
+    engine.eval()  # DeepSpeed's own eval() returns None
+    return engine
+
+
+class DeepSpeedEngine:
+    """See :class:`scd_sf.train.base.Engine`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cfg: EngineConfig,
+        ranks: Ranks,
+        *,
+        micro_batch: int,
+        micro_batches: int,
+        schedule: Schedule,
+    ) -> None:
+        self.cfg, self.ranks, self.micro_batches = cfg, ranks, micro_batches
+        self.updates = 0
+        self._schedule, self._skips = schedule, SkipCounter(cfg.max_skips)
+        self._micro = 0
+        self._bad = torch.zeros((), device=ranks.device)
+        originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
+        config = _training_config(cfg, ranks, micro_batch, micro_batches)
+        groups = param_groups(named_parameters(module), cfg.weight_decay)
+        self._engine = _initialize(module, config, ranks, groups)
+        self.module: nn.Module = self._engine.module
+        if cfg.dtype == "bf16":
+            self._set_masters(originals)
+
+    @property
+    def skipped(self) -> int:
+        return self._skips.total
+
+    def __call__(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._micro == self.micro_batches:
+            raise RuntimeError(f"backward called more than micro_batches={self.micro_batches} times without step")
+        self._bad = torch.maximum(self._bad, first_skip_flag(loss))
+        self._micro += 1
+        if self._micro == self.micro_batches:
+            dist.all_reduce(self._bad, op=dist.ReduceOp.MAX)
+            loss = loss * torch.where(self._bad > 0, torch.nan, 1.0).to(loss.dtype)
+        self._engine.backward(loss)
+        if self._micro < self.micro_batches:
+            self._engine.step()  # between updates this only counts the micro-batch
+
+    def step(self) -> StepInfo:
+        lr = self._schedule.at(self.updates)
+        if self._micro < self.micro_batches:
+            return StepInfo(stepped=False, grad_norm=0.0, finite=True, lr=lr)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        finite = bool(self._engine.was_step_applied())
+        norm = float(self._engine.get_global_grad_norm()) if finite else float("nan")
+        self._micro = 0
+        self._bad.zero_()
+        self._skips.record(finite, self.updates)
+        self.updates += finite
+        return StepInfo(stepped=finite, grad_norm=norm, finite=finite, lr=lr)
+
+    def masters(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.iter_masters()}
+
+    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, parameter in named_parameters(self.module):
+            if parameter.requires_grad:
+                yield name, safe_get_full_fp32_param(parameter).detach().float()
+            else:
+                with GatheredParameters([parameter]):
+                    frozen = parameter.detach().float().clone()
+                yield name, frozen
+
+    def save(self, path: Path) -> None:
+        """DeepSpeed's own shards, one per rank, and ``engine.json``; resume with the same number of processes."""
+        if self._micro:
+            raise RuntimeError("save called between micro-batches; save after step")
+        self._engine.save_checkpoint(str(path), tag=_TAG, save_latest=False)
+        if self.ranks.is_main:
+            write_counters(path, {**self._identity(), "updates": self.updates, "skipped": self._skips.total})
+        self.ranks.barrier()
+
+    def load(self, path: Path) -> None:
+        saved = read_counters(path, self._identity())
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=_TAG)
+        if loaded is None:
+            raise UserError(f"{path / _TAG}: DeepSpeed found no engine state there; use another checkpoint")
+        self.updates, self._skips.total = int(saved["updates"]), int(saved["skipped"])
+
+    def _identity(self) -> dict[str, Any]:
+        cfg = self.cfg
+        return {"kind": "deepspeed", "world": self.ranks.world, "zero_stage": cfg.zero_stage, "dtype": cfg.dtype}
+
+    def _set_masters(self, originals: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in named_parameters(self.module):
+            if name in originals:
+                value = originals.pop(name).float().to(self.ranks.device)
+                dist.broadcast(value, src=0)
+                safe_set_full_fp32_param(parameter, value)
+
+
+def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None) -> Any:
+    """``deepspeed.initialize`` with a process group already there, so that it looks for neither MPI nor a launcher."""
+    ensure_process_group(ranks)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
+    return engine
+
+
+def _common(cfg: EngineConfig) -> dict[str, Any]:
+    return {"bf16": {"enabled": cfg.dtype == "bf16"}, "steps_per_print": None, "wall_clock_breakdown": False}
+
+
+def _training_config(cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_batches: int) -> dict[str, Any]:
+    on_gpu = ranks.device.type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": cfg.zero_stage,
+        "reduce_bucket_size": cfg.bucket,
+        "allgather_bucket_size": cfg.bucket,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+    }
+    if cfg.zero_stage == 3:
+        zero.update(_stage3_buckets(cfg))
+    if cfg.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    adam = {"lr": cfg.lr, "betas": list(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    config = {
+        **_common(cfg),
+        "train_batch_size": micro_batch * micro_batches * ranks.world,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": cfg.grad_clip,
+        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
+        "zero_optimization": zero,
+    }
+    if cfg.dtype == "bf16":
+        config["communication_data_type"] = "fp32"
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _stage3_buckets(cfg: EngineConfig) -> dict[str, Any]:
+    return {"stage3_prefetch_bucket_size": cfg.bucket, "stage3_max_live_parameters": 2 * cfg.bucket}

@@ -1,0 +1,169 @@
+"""LocalEngine: plain torch, the readable twin of the DeepSpeed engine. Same clipping, same AdamW, same skip rule.
+
+Weights are fp32 masters; with dtype bf16 the module holds bf16 copies, refreshed after each update. With several
+processes every rank keeps everything and gradients are averaged in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scd_sf.train.base import (
+    EngineConfig,
+    SkipCounter,
+    StepInfo,
+    first_skip_flag,
+    named_parameters,
+    read_counters,
+    write_counters,
+)
+from scd_sf.train.optim import Schedule, param_groups
+from scd_sf.train.ranks import Ranks
+from scd_sf.types import UserError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class LocalEngine:
+    """See :class:`scd_sf.train.base.Engine`."""
+
+    def __init__(
+        self, module: nn.Module, cfg: EngineConfig, ranks: Ranks, *, micro_batches: int, schedule: Schedule
+    ) -> None:
+        self.module, self.cfg, self.ranks, self.micro_batches = module.to(ranks.device), cfg, ranks, micro_batches
+        self.updates = 0
+        self._schedule, self._skips = schedule, SkipCounter(cfg.max_skips)
+        self._broadcast()
+        originals = {name: p.detach().clone() for name, p in named_parameters(module) if p.requires_grad}
+        if cfg.dtype == "bf16":
+            module.to(torch.bfloat16)
+        self._live = {name: p for name, p in named_parameters(module) if p.requires_grad}
+        self._masters: dict[str, Tensor] = dict(self._live)
+        if cfg.dtype == "bf16":
+            self._masters = {name: nn.Parameter(value.float()) for name, value in originals.items()}
+        self._gradients: dict[str, Tensor] = {}
+        self._micro = 0
+        self._bad = torch.zeros((), device=ranks.device)
+        groups = param_groups(self._masters.items(), cfg.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+    @property
+    def skipped(self) -> int:
+        return self._skips.total
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._micro == self.micro_batches:
+            raise RuntimeError(f"backward called more than micro_batches={self.micro_batches} times without step")
+        self._bad = torch.maximum(self._bad, first_skip_flag(loss))
+        (loss / self.micro_batches).backward()
+        for name, parameter in self._live.items():
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                self._gradients[name] = self._gradients[name] + gradient if name in self._gradients else gradient
+                parameter.grad = None
+        self._micro += 1
+
+    def step(self) -> StepInfo:
+        lr = self._schedule.at(self.updates)
+        if self._micro < self.micro_batches:
+            return StepInfo(stepped=False, grad_norm=0.0, finite=True, lr=lr)
+        gradients = self._averaged_gradients()
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        finite = not self.ranks.any(bool(self._bad.item()) or not bool(torch.isfinite(norm)))
+        if finite:
+            self._apply(gradients, norm, lr)
+        self._gradients, self._micro = {}, 0
+        self._bad.zero_()
+        self._skips.record(finite, self.updates)
+        self.updates += finite
+        return StepInfo(stepped=finite, grad_norm=float(norm), finite=finite, lr=lr)
+
+    def masters(self) -> dict[str, Tensor]:
+        return dict(self.iter_masters())
+
+    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in named_parameters(self.module):
+            yield name, self._masters.get(name, parameter).detach().float()
+
+    def save(self, path: Path) -> None:
+        """Rank 0 writes ``state.safetensors`` and ``engine.json``; the number of processes may change on resume."""
+        if self._micro:
+            raise RuntimeError("save called between micro-batches; save after step")
+        if not self.ranks.is_main:
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {f"master/{name}": value.detach() for name, value in self._masters.items()}
+        for name, value in self._masters.items():
+            tensors.update({f"{key}/{name}": moment for key, moment in self._optimizer.state[value].items()})
+        tensors.update({f"buffer/{name}": value for name, value in self.module.named_buffers()})
+        save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
+                  str(path / "state.safetensors"))
+        write_counters(path, {"kind": "local", "updates": self.updates, "skipped": self._skips.total})
+
+    def load(self, path: Path) -> None:
+        saved = read_counters(path, {"kind": "local"})
+        tensors = load_file(str(path / "state.safetensors"))
+        names = {key.removeprefix("master/") for key in tensors if key.startswith("master/")}
+        odd = sorted(names ^ set(self._masters))
+        if odd:
+            raise UserError(f"{path / 'state.safetensors'}: parameter {odd[0]!r} is not in both the checkpoint and the "
+                            "model; resume with the configuration the checkpoint was made with")
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                master.copy_(tensors[f"master/{name}"])
+                self._live[name].copy_(master)
+                if f"step/{name}" in tensors:
+                    state = {key: tensors[f"{key}/{name}"].to(master.device) for key in _MOMENTS}
+                    self._optimizer.state[master] = state
+            for name, value in self.module.named_buffers():
+                value.copy_(tensors[f"buffer/{name}"])
+        self.updates, self._skips.total = int(saved["updates"]), int(saved["skipped"])
+
+    def _broadcast(self) -> None:
+        """Every rank starts from rank 0's weights, as DeepSpeed does."""
+        if self.ranks.world > 1:
+            for tensor in (*self.module.parameters(), *self.module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
+    def _averaged_gradients(self) -> dict[str, Tensor]:
+        """Mean gradient over ranks by name, fp32, reduced in buckets; a parameter without gradient counts as zero."""
+        gradients = {n: self._gradients.get(n, torch.zeros_like(m)) for n, m in self._masters.items()}
+        if self.ranks.world == 1:
+            return gradients
+        bucket: list[Tensor] = []
+        tensors = list(gradients.values())
+        for index, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            if sum(t.numel() for t in bucket) >= self.cfg.bucket or index == len(tensors) - 1:
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat)
+                flat /= self.ranks.world
+                for target, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    target.copy_(part.view_as(target))
+                bucket = []
+        return gradients
+
+    @torch.no_grad()
+    def _apply(self, gradients: dict[str, Tensor], norm: Tensor, lr: float) -> None:
+        scale = 1.0
+        if self.cfg.grad_clip > 0:
+            scale = 1.0 / max(1.0, (float(norm) + 1e-6) / self.cfg.grad_clip)
+        for name, master in self._masters.items():
+            master.grad = gradients[name] * scale
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.cfg.dtype == "bf16":
+            for name, live in self._live.items():
+                live.copy_(self._masters[name])

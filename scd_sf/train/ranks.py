@@ -1,0 +1,111 @@
+"""Who am I among the processes: under plain ``python``, ``torchrun`` or the ``deepspeed`` launcher, on CPU or GPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from scd_sf.types import Logs, UserError
+
+_TIMEOUT = timedelta(hours=1)  # rank 0 may sample a validation video while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process (``rank`` of ``world``; ``local_rank`` on its machine) and the device it uses."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def mean(self, logs: Logs) -> Logs:
+        """Average of each value over ranks; every rank gives the same keys."""
+        if self.world == 1 or not logs:
+            return dict(logs)
+        names = sorted(logs)
+        values = torch.tensor([logs[name] for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        return dict(zip(names, (values / self.world).tolist(), strict=True))
+
+
+def init_distributed() -> Ranks:
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    Without a launcher this is the only process and the same variables are set for it. Backend: nccl on GPU, else gloo.
+    CPU threads: cores / processes per machine, fewer when OMP_NUM_THREADS says so.
+    Raises UserError when the launcher's variables are incomplete or name a GPU that is not there.
+    """
+    environ = os.environ
+    if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
+    if missing:
+        raise UserError(f"environment: {', '.join(missing)} missing although RANK or WORLD_SIZE is set; "
+                        "start with 'torchrun' or 'deepspeed', or unset them for one process")
+    rank, world, local = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK is {local} but this machine has {torch.cuda.device_count()} GPUs; "
+                        "start at most one process per GPU")
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    _set_threads(int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", str(world)))))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, device_id=device if on_gpu else None)
+    return Ranks(rank, world, local, device)
+
+
+def ensure_process_group(ranks: Ranks) -> None:
+    """A process group even for one process: DeepSpeed needs one."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+
+
+def without_launcher_arguments(argv: Sequence[str]) -> list[str]:
+    """``argv`` without the ``--local_rank=N`` (or ``--local_rank N``) that launchers append."""
+    kept: list[str] = []
+    skip = False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+def _set_threads(processes: int) -> None:
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(min(threads, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else threads)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

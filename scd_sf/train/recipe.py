@@ -1,0 +1,192 @@
+"""What the recipes share: their command line, which samples and random numbers a step uses, saving and resuming.
+
+Data order and random numbers are pure functions of (seed, step, micro-batch), so a resumed run repeats an
+uninterrupted one bit for bit on CPU, and the same global batch on other numbers of processes sees the same samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from scd_sf.checkpoint import STATE, load_tensors
+from scd_sf.config import load_config
+from scd_sf.data.latents import epoch_order
+from scd_sf.data.prompts import PromptTable
+from scd_sf.train.base import Engine, accumulation
+from scd_sf.train.ema import Ema, EmaConfig
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.run import Run
+from scd_sf.types import UserError, VideoShape
+
+T = TypeVar("T")
+RESUMABLE = ("train.steps", "train.save_every", "train.validate_every", "train.keep")
+
+
+@dataclass
+class TrainConfig:
+    """``steps`` are optimizer updates; ``global_batch`` clips per update on all processes together, ``micro_batch``
+    per process and forward (accumulation is derived). ``keep`` checkpoints stay on disk."""
+
+    steps: int = 1000
+    global_batch: int = 64
+    micro_batch: int = 1
+    save_every: int = 100
+    validate_every: int = 100
+    keep: int = 2
+    ema: EmaConfig = field(default_factory=EmaConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def from_command_line(schema: type[T], description: str, argv: Sequence[str] | None = None) -> T:
+    """``recipe.py [--config file.yaml] [a.b=value ..]`` -> an instance of ``schema``.
+
+    ``--local_rank`` is accepted because the deepspeed launcher adds it; ranks are read from the environment.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file that overrides the recipe's defaults")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="overrides of single fields")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return load_config(schema, args.config, args.overrides)
+
+
+def generator(seed: int, *position: int | str) -> torch.Generator:
+    """A CPU generator for one place in the run, e.g. (seed, "noise", step, micro): no state to save, no collisions."""
+    text = ":".join(str(part) for part in (seed, *position))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def micro_batches(cfg: TrainConfig, seed: int, ranks: Ranks, step: int, size: int) -> list[tuple[int, list[int]]]:
+    """This rank's micro-batches of one update: (global micro-batch number, sample indices) each."""
+    order = epoch_order(seed, step, cfg.global_batch, size)
+    count = cfg.global_batch // (cfg.micro_batch * ranks.world)
+    numbers = [index * ranks.world + ranks.rank for index in range(count)]
+    return [(n, order[n * cfg.micro_batch : (n + 1) * cfg.micro_batch]) for n in numbers]
+
+
+def check_batches(cfg: TrainConfig, ranks: Ranks, size: int, root: Path) -> None:
+    """UserError before anything is written if ``size`` samples and these processes do not give whole batches."""
+    accumulation(cfg.global_batch, cfg.micro_batch, ranks.world)
+    if size < cfg.global_batch:
+        raise UserError(f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}: lower it")
+
+
+def check_shape(shape: VideoShape, where: Path | str, channels: int, patch: tuple[int, int], chunk: int) -> None:
+    """UserError before any training if clips of this latent shape do not fit the model."""
+    if shape.channels != channels:
+        raise UserError(
+            f"{where}: latents have {shape.channels} channels, the model takes {channels}: encode the clips "
+            "with the model's own VAE"
+        )
+    if shape.height % patch[0] or shape.width % patch[1]:
+        raise UserError(
+            f"{where}: latents of {shape.height}x{shape.width} do not split into patches of {patch[0]}x{patch[1]}: "
+            f"height and width in pixels must be multiples of {shape.spatial * patch[0]} and {shape.spatial * patch[1]}"
+        )
+    if shape.frames % chunk:
+        raise UserError(f"{where}: clips have {shape.frames} latent frames, which chunk={chunk} does not divide")
+
+
+def check_text(table: PromptTable, width: int) -> None:
+    """UserError before any training if the prompts were encoded by another text encoder than the model's."""
+    if table.width != width:
+        raise UserError(
+            f"{table.path}: text states are {table.width} wide, the model takes {width}: encode the prompts with "
+            "the model's own text encoder"
+        )
+
+
+def pixel_shape(shape: VideoShape) -> dict[str, int]:
+    """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its default."""
+    return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
+
+
+def note_skipped(run: Run, step: int, cfg: TrainConfig, size: int) -> None:
+    """A non-finite update was skipped: its sample indices (all processes) go to ``skipped.jsonl`` for inspection."""
+    if run.ranks.is_main:
+        samples = epoch_order(run.cfg.seed, step - 1, cfg.global_batch, size)
+        with (run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+
+
+class TrainState:
+    """Everything a run needs to go on: engines, the EMA, and a small JSON record; saved and loaded as one.
+
+    ``model`` is the engine whose weights are the checkpoint; ``describe(step)`` gives config.yaml and provenance;
+    ``record`` holds small numbers and ``extra`` further weights that must survive a restart (stage 3's best EMA).
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        engines: Mapping[str, Engine],
+        ema: Ema,
+        describe: Callable[[int], tuple[str, Mapping[str, object]]],
+        keep: int,
+    ) -> None:
+        self.checkpoints, self.ranks, self.engines, self.ema = run.checkpoints, run.ranks, dict(engines), ema
+        self.run, self.describe, self.keep = run, describe, keep
+        self.record: dict[str, float] = {}
+        self.extra: dict[str, dict[str, Tensor]] = {}
+
+    def resume(self) -> int:
+        """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
+        path = self.run.resume_from()
+        if path is None:
+            self.run.start(0)
+            return 0
+        saved = json.loads((path / STATE / "recipe.json").read_text())
+        for name, engine in self.engines.items():
+            engine.load(path / STATE / name)
+        self.ema.restore(load_tensors(path / "ema.safetensors"), int(saved["ema_updates"]))
+        self.record = {key: float(value) for key, value in saved["record"].items()}
+        self.extra = {name: load_tensors(path / f"{name}.safetensors") for name in saved["extra"]}
+        self.run.start(int(saved["step"]))
+        return int(saved["step"])
+
+    def save(self, step: int) -> None:
+        """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept."""
+        if step in self.checkpoints.steps():
+            return
+        files = {"model": self.engines["model"].masters(), "ema": self.ema.tensors(), **self.extra}
+        config_yaml, provenance = self.describe(step)
+        self.checkpoints.write(
+            step, files, config_yaml, provenance, self._write_state(step), self.ranks.barrier, self.ranks.is_main
+        )
+        if self.ranks.is_main:
+            self.checkpoints.prune(self.keep)
+        self.ranks.barrier()
+
+    def _write_state(self, step: int) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            for name, engine in self.engines.items():
+                engine.save(folder / name)
+            if self.ranks.is_main:
+                state = {
+                    "step": step,
+                    "ema_updates": self.ema.updates,
+                    "record": self.record,
+                    "extra": sorted(self.extra),
+                }
+                (folder / "recipe.json").write_text(json.dumps(state) + "\n")
+
+        return write
+
+    def update_ema(self) -> None:
+        """After each applied update of the model's engine; all ranks walk the masters, every rank keeps the mean."""
+        self.ema.update(self.engines["model"].iter_masters())

@@ -1,0 +1,265 @@
+"""One run: its directory, seeds, metrics and progress. The only module that imports wandb.
+
+    run = Run(cfg.run, ranks, config=cfg, may_change=("steps",))
+    for step in run.progress(total=cfg.steps, start=start):
+        run.log(step, {"loss": 0.1})
+    run.finish()
+
+The directory holds ``config.yaml``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``. Metrics always go to
+JSONL and TensorBoard; wandb is optional, offline when no key is configured. Only rank 0 writes. Starting the same
+command again continues in the same directory; a different configuration there is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from scd_sf.checkpoint import Checkpoints
+from scd_sf.config import differences, plain_yaml, to_yaml
+from scd_sf.train.ranks import Ranks
+from scd_sf.types import Logs, UserError
+
+
+@dataclass
+class RunConfig:
+    """``dir`` the run directory; ``log_every`` steps between printed lines; ``wandb`` off, offline or online.
+
+    ``resume``: auto continues when the directory has a checkpoint, must requires one, never refuses one.
+    """
+
+    dir: str
+    seed: int = 0
+    log_every: int = 10
+    resume: Literal["auto", "must", "never"] = "auto"
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "scd-sf"
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+
+
+class Run:
+    """A run directory in use. Build it on every rank, before anything slow; raises UserError when it cannot be used."""
+
+    def __init__(self, cfg: RunConfig, ranks: Ranks, *, config: object, may_change: Sequence[str] = ()) -> None:
+        """``config``: the whole recipe config; ``may_change``: dotted prefixes that may differ on resume."""
+        self.cfg, self.ranks, self.dir = cfg, ranks, Path(cfg.dir)
+        self.checkpoints = Checkpoints(self.dir / "checkpoints")
+        self._metrics: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._bar: _Bar | None = None
+        problem = self._claim(config, ("run", *may_change)) if ranks.is_main else None
+        if ranks.any(problem is not None):
+            raise UserError(problem or f"{self.dir}: rank 0 could not use the run directory; see its message")
+        seed_everything(cfg.seed)
+
+    def resume_from(self) -> Path | None:
+        """The verified checkpoint to continue from, or None for a fresh start. Raises UserError as ``resume`` says."""
+        newest = self.checkpoints.newest(required=self.cfg.resume == "must")
+        if newest is not None and self.cfg.resume == "never":
+            raise UserError(f"{self.dir}: resume is 'never' but {newest.name} is there; use a new run.dir")
+        return newest
+
+    def start(self, step: int = 0) -> None:
+        """Open the metric writers at ``step``; records of later steps, from before a crash, are dropped."""
+        if not self.ranks.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        _drop_after(self.dir / "metrics.jsonl", step)
+        self._metrics = (self.dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=step)
+        if self.cfg.wandb != "off":
+            self._wandb = _start_wandb(self.cfg, self.dir)
+
+    def log(self, step: int, logs: Logs) -> None:
+        """Record scalars of one step (rank 0). Non-finite values are written as null, so that the JSON stays valid."""
+        if not self.ranks.is_main:
+            return
+        if self._metrics is None:
+            self.start(step)
+        assert self._metrics is not None
+        values = {name: value if math.isfinite(value) else None for name, value in logs.items()}
+        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in logs.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(logs, step=step)
+        if self._bar is not None:
+            self._bar.show(step, logs)
+
+    def progress(self, total: int, start: int = 0) -> Iterator[int]:
+        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps."""
+        if not self.ranks.is_main:
+            yield from range(start + 1, total + 1)
+            return
+        with _Bar(total, start, self.cfg.log_every) as bar:
+            self._bar = bar
+            try:
+                for step in range(start + 1, total + 1):
+                    yield step
+                    bar.advance(step)
+            finally:
+                self._bar = None
+
+    def video(self, step: int, name: str, frames_FHWC: torch.Tensor, fps: int) -> None:
+        """A uint8 clip for TensorBoard and wandb (the mp4 itself is the caller's)."""
+        if not self.ranks.is_main or self._tensorboard is None:
+            return
+        self._tensorboard.add_images(name, frames_FHWC[:: max(1, len(frames_FHWC) // 8)], step, dataformats="NHWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Video(frames_FHWC.permute(0, 3, 1, 2).numpy(), fps=fps)}, step=step)
+
+    def finish(self) -> None:
+        """Flush and close the writers; every rank may call it."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._tensorboard.close()
+            self._metrics = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _claim(self, config: object, may_change: Sequence[str]) -> str | None:
+        """Make the directory, or check that it holds this configuration. Returns what is wrong, if anything."""
+        file = self.dir / "config.yaml"
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            probe = self.dir / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            return f"{self.dir}: cannot write the run directory ({error}); set run.dir to a writable place"
+        if file.exists():
+            changed = {
+                key: values
+                for key, values in differences(plain_yaml(file), config).items()
+                if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
+            }
+            if changed:
+                key, (old, new) = next(iter(changed.items()))
+                return (f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
+                        f"or {key}={old} to continue that run")
+        _replace_text(file, to_yaml(config))
+        return None
+
+
+class _Bar:
+    """Progress of one loop: rich on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, start: int, every: int) -> None:
+        self.total, self.start, self.every, self.began = total, start, every, time.monotonic()
+        self._done, self._rich = start, None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn())
+            self._rich = Progress(*columns, console=console)
+            self._task = self._rich.add_task("step", total=total, completed=start)
+
+    def __enter__(self) -> _Bar:
+        if self._rich is not None:
+            self._rich.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+
+    def advance(self, step: int) -> None:
+        self._done = step
+        if self._rich is not None:
+            self._rich.update(self._task, completed=step)
+
+    def show(self, step: int, logs: Logs) -> None:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in logs.items())
+        if self._rich is not None:
+            self._rich.update(self._task, description=text[:100])
+        elif step % self.every == 0 or step == self.start + 1 or step == self.total:
+            seconds = (time.monotonic() - self.began) / max(1, step - self.start)
+            left = _clock(seconds * (self.total - step))
+            print(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {left}", flush=True)
+
+
+def cpu_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
+    """A CPU generator that depends only on (seed, step, stream): control flow equal on all ranks, and resume-safe."""
+    digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators, equally on all ranks; per-step randomness should come from :func:`cpu_generator`."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rank_zero_print(ranks: Ranks, text: str) -> None:
+    if ranks.is_main:
+        print(text, flush=True)
+
+
+def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
+    """A wandb run; without a configured key it is written offline, and said so."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("run.wandb: wandb is not installed; 'pip install wandb' or set run.wandb=off") from error
+    online = cfg.wandb == "online" and wandb.api.api_key is not None
+    if cfg.wandb == "online" and not online:
+        print("wandb: no key is configured, so this run is written offline; upload it later with 'wandb sync'",
+              file=sys.stderr, flush=True)
+    return wandb.init(project=cfg.project, name=directory.name, dir=str(directory), id=_run_id(directory),
+                      resume="allow", mode="online" if online else "offline")
+
+
+def _run_id(directory: Path) -> str:
+    """The same wandb run when the same directory is resumed."""
+    return hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Remove records of steps after ``step`` (and a line cut short by a crash), atomically."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    _replace_text(file, "".join(f"{line}\n" for line in kept))
+
+
+def _replace_text(file: Path, text: str) -> None:
+    partial = file.with_name(file.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,128 @@
+"""Samplers against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.solvers import Euler, Renoise, build_sampler, few_step_times, many_step_times
+from scd_sf.types import UserError
+
+STD = 0.5
+
+
+def gaussian(x_t: Tensor, t: float) -> Tensor:
+    """E[eps - x_0 | x_t] for x_0 ~ N(0, STD^2): the exact velocity of a Gaussian; its ODE maps x_T to STD * x_T."""
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    return (t - (1 - t) * STD**2) / variance * x_t
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_few_step_list() -> None:
+    assert few_step_times() == pytest.approx((1.0, 0.9375, 0.8333333, 0.625))
+    assert Renoise().times == pytest.approx(few_step_times())
+    assert few_step_times(1.0) == (1.0, 0.75, 0.5, 0.25)
+
+
+def test_many_step_times_fall_from_one_to_exactly_zero() -> None:
+    times = many_step_times(50, 5.0)
+    assert len(times) == 51 and times[0] == 1.0 and times[-1] == 0.0
+    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_euler_converges_to_the_analytic_map_at_first_order(shift: float) -> None:
+    x_T = torch.randn(64, generator=tiny.generator(0), dtype=torch.float64)
+    errors = [float((Euler(steps, shift)(gaussian, x_T, zeros) - STD * x_T).abs().max()) for steps in (50, 200, 800)]
+    assert errors[2] < 1e-2
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.25)
+
+
+def test_euler_is_exact_where_the_path_is_straight() -> None:
+    x_T = torch.randn(5, generator=tiny.generator(0), dtype=torch.float64)
+    assert torch.allclose(Euler(3, 5.0)(lambda x, t: x_T - 2.0, x_T, zeros), torch.full_like(x_T, 2.0))
+
+
+def test_renoise_predicts_then_adds_fresh_noise_at_the_next_time() -> None:
+    seen: list[tuple[float, Tensor]] = []
+    noises = [torch.tensor([1.0]), torch.tensor([-2.0])]
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        seen.append((t, x))
+        return x + t
+
+    out = Renoise((1.0, 0.6, 0.3))(velocity, torch.tensor([4.0]), lambda _: noises[len(seen) - 1])
+    x_0 = 4.0 - 1.0 * (4.0 + 1.0)
+    x_1 = 0.4 * x_0 + 0.6 * 1.0
+    x_0 = x_1 - 0.6 * (x_1 + 0.6)
+    x_2 = 0.7 * x_0 + 0.3 * -2.0
+    assert [t for t, _ in seen] == [1.0, 0.6, 0.3]
+    assert [float(x) for _, x in seen] == pytest.approx([4.0, x_1, x_2])
+    assert float(out) == pytest.approx(x_2 - 0.3 * (x_2 + 0.3))
+
+
+def test_renoise_on_the_exact_gaussian_keeps_mean_and_never_widens() -> None:
+    """One step from pure noise predicts the mean; further steps bring variance back towards the data's."""
+    x_T = torch.randn(20000, generator=tiny.generator(0), dtype=torch.float64)
+    rng = tiny.generator(1)
+
+    def fresh(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=rng, dtype=x.dtype)
+
+    stds = [float(Renoise(few_step_times(1.0, tuple(1 - i / n for i in range(n))))(gaussian, x_T, fresh).std())
+            for n in (1, 4, 16)]  # fmt: skip
+    assert stds[0] == pytest.approx(0.0, abs=1e-12)
+    assert stds[0] < stds[1] < stds[2] < STD + 0.02
+
+
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_exit_step_stops_there_with_gradients_of_that_step_only(exit_step: int) -> None:
+    weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    grads: list[bool] = []
+    inputs: list[Tensor] = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        grads.append(torch.is_grad_enabled())
+        inputs.append(x)
+        return weight * x
+
+    x_T = torch.tensor([2.0], dtype=torch.float64)
+    times = (1.0, 0.6, 0.3)
+    out = Renoise(times)(velocity, x_T, torch.ones_like, exit_step)
+    out.sum().backward()
+    assert grads == [False] * exit_step + [True]
+    assert not any(x.requires_grad for x in inputs)
+    assert weight.grad is not None
+    assert float(weight.grad) == pytest.approx(-times[exit_step] * float(inputs[-1]))
+
+
+@pytest.mark.parametrize("exit_step", [-1, 4])
+def test_exit_step_must_exist(exit_step: int) -> None:
+    with pytest.raises(UserError, match=rf"exit step {exit_step} is outside 0\.\.3"):
+        Renoise()(gaussian, torch.zeros(1), zeros, exit_step)
+
+
+@pytest.mark.parametrize("times", [(), (0.9, 0.5), (1.0, 1.0), (1.0, 0.5, 0.7), (1.0, 0.0), (1.0, -0.5)])
+def test_bad_renoise_times_are_refused(times: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match=r"they must fall from 1\.0 and stay above 0"):
+        Renoise(times)
+
+
+def test_build_sampler() -> None:
+    four = build_sampler("renoise", 4, 5.0)
+    assert (four.name, four.steps) == ("renoise", 4)
+    assert isinstance(four, Renoise) and four.times == pytest.approx((1, 0.9375, 5 / 6, 0.625))
+    fifty = build_sampler("euler", 50, 5.0)
+    assert (fifty.name, fifty.steps, fifty) == ("euler", 50, Euler(50, 5.0))
+    with pytest.raises(UserError, match=r"sampler.steps is 0; it must be at least 1"):
+        build_sampler("euler", 0, 5.0)
+    with pytest.raises(UserError, match=r"sampler.name is 'unipc'; use 'euler' or 'renoise'"):
+        build_sampler("unipc", 4, 5.0)
+    with pytest.raises(UserError, match="timestep shift is 0"):
+        build_sampler("renoise", 4, 0.0)

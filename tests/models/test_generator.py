@@ -1,0 +1,244 @@
+"""Invariants of every student, whatever its family (design section 3, "Invariants" and "Gradient rules")."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from scd_sf.models.build import Student
+from scd_sf.models.generator import CacheConfig, check_chunks, pick_chunks
+from scd_sf.nn.kv_cache import KVCache, Window
+from scd_sf.types import Conditioning, UserError
+
+every_student = pytest.mark.parametrize("variant", tiny.VARIANTS, ids=str)
+some_students = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
+a_few = pytest.mark.parametrize("variant", tiny.FEW, ids=str)
+
+
+def streamed(model: Student, data: tiny.Clip, cache: CacheConfig | None = None) -> Tensor:
+    """The same velocities as the teacher-forced pass, chunk by chunk through the cache: (K, B, F, C, H, W)."""
+    stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH), cache)
+    previous, chunks = None, []
+    for index in range(data.x.shape[1] // model.chunk):
+        own = slice(index * model.chunk, (index + 1) * model.chunk)
+        stream = model.advance(stream, previous, data.query.x[:, own])
+        samples = zip(data.x_t, data.t, strict=True)
+        chunks.append(torch.stack([model.denoise(stream, x[:, own], t[:, own][:, 0]) for x, t in samples]))
+        previous = data.x[:, own]
+    return torch.cat(chunks, dim=2)
+
+
+@every_student
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@torch.no_grad()
+def test_mask_over_the_clip_equals_frame_by_frame_cache(
+    variant: tiny.Variant, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, data = tiny.student(variant, dtype=dtype), tiny.clip(variant.chunk, dtype=dtype)
+    whole = tiny.teacher_forced(model, data)
+    assert whole.shape == data.x_t.shape
+    assert float(whole.std()) > 0.1
+    assert float((streamed(model, data) - whole).abs().max()) < tolerance * max(1.0, float(whole.abs().max()))
+
+
+@some_students
+def test_batched_samples_equal_looped_samples_and_gradients(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk, chunks=2, samples=3)
+    batched = tiny.teacher_forced(model, data)
+    batched.pow(2).mean().backward()
+    at_once = tiny.gradients(model)
+
+    looped = []
+    for x_t, t in zip(data.x_t, data.t, strict=True):
+        velocity = model.teacher_forced(x_t[None], t[None], data.x, data.cond, query=data.query)
+        (velocity.pow(2).mean() / len(data.t)).backward()
+        looped.append(velocity.detach()[0])
+    assert torch.allclose(batched, torch.stack(looped), rtol=0, atol=1e-11)
+    tiny.assert_same_gradients(at_once, tiny.gradients(model), 1e-11)
+
+
+@some_students
+@torch.no_grad()
+def test_a_subset_of_targets_is_a_slice_of_the_full_output(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk)
+    whole = tiny.teacher_forced(model, data)
+    for targets in ([1], [0, 2], [2, 0, 1]):
+        some = tiny.teacher_forced(model, data, targets)
+        assert torch.allclose(some, pick_chunks(whole, targets, variant.chunk, 2), rtol=0, atol=1e-11)
+
+
+@some_students
+@torch.no_grad()
+def test_a_clean_chunk_changes_later_chunks_only(variant: tiny.Variant) -> None:
+    """x_t and the query stay; the clean x_1 is replaced: chunks 0 and 1 must not notice, chunk 2 must."""
+    model, data = tiny.student(variant), tiny.clip(variant.chunk)
+    before = tiny.teacher_forced(model, data).unflatten(2, (3, -1))
+    data.x[:, variant.chunk : 2 * variant.chunk] += 1.0
+    after = tiny.teacher_forced(model, data).unflatten(2, (3, -1))
+    change = (after - before).abs().amax(dim=(0, 1, 3, 4, 5, 6))
+    assert change[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert float(change[2]) > 1e-4
+
+
+@some_students
+@torch.no_grad()
+def test_a_noisy_chunk_is_invisible_to_all_other_chunks_and_samples(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk)
+    before = tiny.teacher_forced(model, data).unflatten(2, (3, -1))
+    data.x_t[1, :, variant.chunk : 2 * variant.chunk] += 1.0
+    change = (tiny.teacher_forced(model, data).unflatten(2, (3, -1)) - before).abs().amax(dim=(1, 3, 4, 5, 6))
+    assert float(change[1, 1]) > 1e-2
+    change[1, 1] = 0
+    assert float(change.max()) < 1e-12
+
+
+@a_few
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_mix_and_each_keeps_its_prompt(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk)
+    whole = tiny.teacher_forced(model, data)
+    for row in (0, 1):
+        only = slice(row, row + 1)
+        query = tiny.Query(data.query.x[only], data.query.t[only])
+        cond = Conditioning(data.cond.text_BLE[only])
+        alone = model.teacher_forced(data.x_t[:, only], data.t[:, only], data.x[only], cond, query=query)
+        assert torch.allclose(alone, whole[:, only], rtol=0, atol=1e-11)
+    data.cond.text_BLE[1] += 1.0
+    other = tiny.teacher_forced(model, data)
+    assert torch.allclose(other[:, 0], whole[:, 0], rtol=0, atol=1e-11)
+    assert float((other[:, 1] - whole[:, 1]).abs().max()) > 1e-4
+
+
+@some_students
+def test_no_gradient_crosses_chunks(variant: tiny.Variant) -> None:
+    """d output_j / d input_i is None for i < j: finished frames and earlier noise are not in the graph at all."""
+    model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
+    chunks = data.x.shape[1] // variant.chunk
+    clean = [x.clone().requires_grad_() for x in data.x.chunk(chunks, 1)]
+    query = [x.clone().requires_grad_() for x in data.query.x.chunk(chunks, 1)]
+    noisy = [x.clone().requires_grad_() for x in data.x_t[0].chunk(chunks, 1)]
+    stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH))
+    for j in range(chunks):
+        stream = model.advance(stream, clean[j - 1] if j else None, query[j])
+        out = model.denoise(stream, noisy[j], torch.full((2,), 0.7, dtype=torch.float64)).pow(2).sum()
+        leaves = [*clean, *query, *noisy]
+        found = torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True)
+        reached = [leaves[i] is not None and g is not None for i, g in enumerate(found)]
+        own_query = variant.family == "scd"
+        expected = [False] * chunks + [i == j and own_query for i in range(chunks)] + [i == j for i in range(chunks)]
+        assert reached == expected
+
+
+@some_students
+def test_history_is_detached_and_never_written_in_place(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
+    stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH))
+    previous, caches = None, []
+    for x in data.x.split(variant.chunk, 1):
+        stream = model.advance(stream, previous, x)
+        assert isinstance(stream.cache, KVCache)
+        caches.append((stream.cache, {i: (k.clone(), v.clone()) for i, (k, v) in stream.cache.layers.items()}))
+        previous = x
+    tokens = variant.chunk * tiny.CFG.tokens(tiny.HEIGHT, tiny.WIDTH)
+    for index, (cache, copies) in enumerate(caches):
+        assert cache.length == index * tokens
+        for layer, (k, v) in cache.layers.items():
+            assert not k.requires_grad and not v.requires_grad and k.shape[2] == cache.length
+            assert torch.equal(k, copies[layer][0]) and torch.equal(v, copies[layer][1])
+
+
+@some_students
+def test_denoise_is_a_pure_read(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
+    with torch.no_grad():
+        stream = model.advance(model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.x[:, : variant.chunk])
+        stream = model.advance(stream, data.x[:, : variant.chunk], data.x[:, variant.chunk : 2 * variant.chunk])
+        x_t, t = data.x_t[0][:, : variant.chunk], torch.tensor([0.3, 0.9], dtype=torch.float64)
+        first = model.denoise(stream, x_t, t)
+        model.denoise(stream, x_t + 1, t)
+        assert torch.equal(model.denoise(stream, x_t, t), first)
+
+
+@some_students
+def test_checkpointing_changes_no_gradient(variant: tiny.Variant) -> None:
+    """Teacher-forced, and streamed over three chunks with history: fp64, on against off."""
+    model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
+    for forward in (tiny.teacher_forced, streamed):
+        found = []
+        for on in (False, True):
+            tiny.set_checkpointing(model, on)
+            forward(model, data).pow(2).mean().backward()
+            found.append(tiny.gradients(model))
+        assert any(g is not None and float(g.abs().max()) > 0 for g in found[0].values())
+        tiny.assert_same_gradients(found[0], found[1], 1e-13)
+
+
+@a_few
+@torch.no_grad()
+def test_window_and_sink_forget_the_middle_and_ring_equals_functional(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk, chunks=6, samples=1)
+    whole = streamed(model, data).unflatten(2, (6, -1))
+    config = CacheConfig(window=2 * variant.chunk, sink=variant.chunk)
+    windowed = streamed(model, data, config).unflatten(2, (6, -1))
+    assert torch.allclose(windowed[:, :, :4], whole[:, :, :4], rtol=0, atol=1e-12)
+    assert float((windowed[:, :, 5] - whole[:, :, 5]).abs().max()) > 1e-5
+    ring = streamed(model, data, CacheConfig(config.window, config.sink, preallocate=6)).unflatten(2, (6, -1))
+    assert torch.allclose(ring, windowed, rtol=0, atol=1e-12)
+    preallocated = streamed(model, data, CacheConfig(preallocate=5 * variant.chunk)).unflatten(2, (6, -1))
+    assert torch.allclose(preallocated, whole, rtol=0, atol=1e-12)
+    with pytest.raises(UserError, match="give it a window"):
+        streamed(model, data, CacheConfig(preallocate=4 * variant.chunk))
+
+
+@a_few
+@torch.no_grad()
+def test_bf16_weights_give_fp32_velocities_near_the_fp32_model(variant: tiny.Variant) -> None:
+    data = tiny.clip(variant.chunk, dtype=torch.float32)
+    exact = tiny.teacher_forced(tiny.student(variant, dtype=torch.float32), data)
+    model = tiny.student(variant, dtype=torch.bfloat16)
+    for coarse in (tiny.teacher_forced(model, data), streamed(model, data)):
+        assert coarse.dtype == torch.float32
+        assert float((coarse - exact).pow(2).mean().sqrt() / exact.std()) < 0.1
+
+
+@a_few
+def test_bad_geometry_is_named(variant: tiny.Variant) -> None:
+    model, data = tiny.student(variant), tiny.clip(variant.chunk)
+    with pytest.raises(UserError, match="not divisible by the patch"):
+        model.start(data.cond, (tiny.HEIGHT + 1, tiny.WIDTH))
+    if variant.chunk > 1:
+        with pytest.raises(UserError, match=r"chunk is 3, which does not divide the clip's 4 latent frames"):
+            model.teacher_forced(data.x_t[:, :, :4], data.t[..., :4], data.x[:, :4], data.cond, query=data.query)
+
+
+def test_chunk_helpers() -> None:
+    assert check_chunks(6, 3) == 2
+    with pytest.raises(UserError, match="choose a divisor"):
+        check_chunks(5, 2)
+    x = torch.arange(6)
+    assert pick_chunks(x, [0, 1, 2], 2, 0) is x
+    assert pick_chunks(x, [2, 0], 2, 0).tolist() == [4, 5, 0, 1]
+    assert CacheConfig(window=2, sink=1).tokens(7) == Window(14, 7)
+    assert CacheConfig().tokens(7) == Window(None, 0)
+
+
+@pytest.mark.parametrize("setting", [{"window": 0}, {"window": -1}, {"sink": -1}, {"preallocate": 0}])
+def test_bad_cache_settings_are_named(setting: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="cache"):
+        replace(CacheConfig(), **setting)
+
+
+def test_sampling_under_inference_mode_does_not_poison_training() -> None:
+    """Rotary tables and masks are kept between calls: those first made under inference mode must still train."""
+    variant = tiny.Variant("scd", 1, "junction")
+    model, data = tiny.student(variant), tiny.clip(1, chunks=5, samples=1)
+    with torch.inference_mode():
+        tiny.teacher_forced(model, data)
+        streamed(model, data)
+    tiny.teacher_forced(model, data).pow(2).mean().backward()
+    streamed(model, data).pow(2).mean().backward()
+    assert all(g is not None for g in tiny.gradients(model).values())

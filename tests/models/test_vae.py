@@ -1,0 +1,206 @@
+"""The autoencoder: geometry, normalisation, the training forward against diffusers' own, and kinds of bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from scd_sf.models.vae import WEIGHTS, Vae, load_vae
+from scd_sf.models.vae_training import inflate, patch_components, whole_decode, whole_encode
+from scd_sf.types import UserError
+
+CHANNELS = 4
+MEAN = [0.1, -0.2, 0.3, -0.4]
+STD = [2.0, 2.0, 0.5, 1.0]
+
+
+def residual_model() -> AutoencoderKLWan:
+    """The demo's layout: patches of 2, residual blocks, time halved at both stages."""
+    return AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, patch_size=2,
+        temperal_downsample=[True, True], is_residual=True, in_channels=12, out_channels=12,
+        latents_mean=MEAN, latents_std=STD,
+    )  # fmt: skip
+
+
+def flat_model() -> AutoencoderKLWan:
+    """Wan 2.1's layout, narrow: three halvings in space, the last two also in time."""
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=MEAN, latents_std=STD,
+    )  # fmt: skip
+
+
+def video(frames: int, batch: int = 2, size: int = 16) -> Tensor:
+    """(B, F, 3, H, W) in [-1, 1]."""
+    return torch.rand(batch, frames, 3, size, size, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+
+
+@pytest.fixture(params=[residual_model, flat_model], ids=["residual", "wan21"])
+def model(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    made: AutoencoderKLWan = request.param().eval()
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    residual_model().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_training_forward_is_the_models_own(model: AutoencoderKLWan, frames: int) -> None:
+    pixels = video(frames).transpose(1, 2)
+    with torch.no_grad():
+        latents = model.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(whole_encode(model, pixels), latents, atol=1e-5, rtol=1e-5)
+        noisy = latents + torch.randn_like(latents)
+        ours = whole_decode(model, noisy).clamp(-1, 1)
+        torch.testing.assert_close(ours, model.decode(noisy).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_training_forward_reaches_every_weight(model: AutoencoderKLWan) -> None:
+    pixels = video(9).transpose(1, 2)
+    (whole_decode(model, whole_encode(model, pixels)) - pixels).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("make", [residual_model, flat_model])
+def test_inflated_networks_copy_single_frames(make: Callable[[], AutoencoderKLWan]) -> None:
+    """After inflation every group of a still clip decodes to the same frame, and the encoder sees the newest frame."""
+    torch.manual_seed(0)
+    made = make().eval()
+    inflate(made)
+    with torch.no_grad():
+        latents = torch.randn(1, CHANNELS, 1, 2, 2).expand(-1, -1, 3, -1, -1).contiguous()
+        frames = whole_decode(made, latents)
+        torch.testing.assert_close(frames[:, :, 1:5], frames[:, :, 5:9])
+        pixels = video(9).transpose(1, 2)
+        if make is flat_model:  # the residual layout's averaging shortcut reads every frame of a group
+            alone = torch.cat([whole_encode(made, pixels[:, :, i : i + 1]) for i in (0, 4, 8)], dim=2)
+            torch.testing.assert_close(whole_encode(made, pixels), alone)
+
+
+def test_patch_components_are_uncorrelated_and_bounded() -> None:
+    frames = video(64, batch=1)[0] * torch.linspace(0.1, 1.0, 16)
+    pca = patch_components(frames, CHANNELS, floor=0.5)
+    z = torch.nn.functional.conv2d(frames, pca["weight"], pca["bias"], stride=8).transpose(0, 1).flatten(1)
+    covariance = z.cov()
+    torch.testing.assert_close(z.mean(1), torch.zeros(CHANNELS), atol=1e-4, rtol=0)
+    torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-3, rtol=0)
+    assert covariance[0, 0] == pytest.approx(1.0, abs=0.01) and covariance.diag().max() < 1.01
+
+
+def test_latents_are_the_normalised_posterior_mean(model: AutoencoderKLWan) -> None:
+    vae, pixels = Vae(model), video(5)
+    with torch.no_grad():
+        mean = model.encode(pixels.transpose(1, 2)).latent_dist.mean.transpose(1, 2)
+    view = (1, 1, CHANNELS, 1, 1)
+    latents = vae.encode(pixels)
+    torch.testing.assert_close(latents * torch.tensor(STD).view(view) + torch.tensor(MEAN).view(view), mean)
+    assert torch.equal(latents, vae.encode(pixels))
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode(latents).transpose(1, 2), model.decode(mean.transpose(1, 2)).sample)
+
+
+def test_geometry_and_shapes(model: AutoencoderKLWan) -> None:
+    vae = Vae(model)
+    assert (vae.geometry.channels, vae.geometry.temporal, vae.geometry.spatial) == (CHANNELS, 4, 8)
+    shape = vae.geometry.shape(9, 16, 24)
+    pixels = torch.rand(3, 9, 3, 16, 24) * 2 - 1
+    latents = vae.encode(pixels)
+    assert latents.shape == shape.latent(3)
+    decoded = vae.decode(latents * 50)
+    assert decoded.shape == pixels.shape and decoded.dtype == torch.float32
+    assert decoded.min() >= -1 and decoded.max() <= 1
+
+
+def test_slicing_and_batch_do_not_change_the_result(model: AutoencoderKLWan) -> None:
+    pixels = video(5, batch=3)
+    whole, sliced = Vae(model), Vae(model, slice_size=1)
+    torch.testing.assert_close(whole.encode(pixels), sliced.encode(pixels), atol=1e-5, rtol=1e-5)
+    latents = whole.encode(pixels)
+    torch.testing.assert_close(whole.decode(latents), sliced.decode(latents), atol=1e-5, rtol=1e-5)
+
+
+def test_encoding_is_causal_in_groups_of_four(model: AutoencoderKLWan) -> None:
+    vae, pixels = Vae(model), video(9)
+    changed = pixels.clone()
+    changed[:, 5:] = 0
+    before, after = vae.encode(pixels), vae.encode(changed)
+    assert torch.equal(before[:, :2], after[:, :2])
+    assert not torch.equal(before[:, 2], after[:, 2])
+
+
+def test_loads_folder_or_its_parent_and_fp16_files(folder: Path) -> None:
+    direct, parent = load_vae(folder), load_vae(folder.parent)
+    pixels = video(5)
+    assert torch.equal(direct.encode(pixels), parent.encode(pixels))
+    assert not any(parameter.requires_grad for parameter in direct.model.parameters())
+    AutoencoderKLWan.from_pretrained(folder).half().save_pretrained(folder)
+    half = load_vae(folder)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.encode(pixels), direct.encode(pixels), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 16, 16), (2, 5, 3, 16, 20), (2, 5, 4, 16, 16), (5, 3, 16, 16)])
+def test_wrong_pixel_shapes_are_refused(model: AutoencoderKLWan, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UserError):
+        Vae(model).encode(torch.zeros(shape))
+
+
+def test_wrong_latent_channels_are_refused(model: AutoencoderKLWan) -> None:
+    with pytest.raises(UserError, match=r"must be \(B, F, 4, H, W\)"):
+        Vae(model).decode(torch.zeros(1, 2, 5, 2, 2))
+
+
+def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        load_vae(tmp_path / "nowhere")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=WEIGHTS):
+        load_vae(folder)
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{WEIGHTS}.*copy it again"):
+        load_vae(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "_class_name"),
+        ({"base_dim": 8}, "do not fit"),
+        ({"dim_mult": "many"}, "config.json"),
+        ({"latents_std": [1.0, 1.0]}, "latents_std"),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "positive"),
+        ({"scale_factor_spatial": 16}, "scale_factor_spatial"),
+    ],
+)
+def test_foreign_configs_are_refused(folder: Path, changes: dict[str, object], word: str) -> None:
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=word):
+        load_vae(folder)
+
+
+def test_damaged_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not json"):
+        load_vae(folder)

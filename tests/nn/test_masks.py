@@ -1,0 +1,62 @@
+"""One predicate, two forms: the dense mask against its rule in words, the BlockMask against the dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scd_sf.nn.masks import Layout, block_mask, dense_mask, teacher_forcing_mask
+
+CPU = torch.device("cpu")
+LAYOUTS = [
+    Layout.teacher_forced(3, [0, 1, 2], 1, 2),
+    Layout.teacher_forced(4, [1, 3], 2, 3),
+    Layout.teacher_forced(1, [0], 3, 5),
+    Layout.teacher_forced(5, [4, 0, 2], 1, 60),
+]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=[f"{len(x.kinds)}x{x.tokens}" for x in LAYOUTS])
+
+
+@layouts
+def test_dense_mask_says_what_the_docstring_says(layout: Layout) -> None:
+    mask, tokens = dense_mask(layout, CPU), layout.tokens
+    groups = list(zip(layout.kinds, layout.chunks, strict=True))
+    assert mask.shape == (len(groups) * tokens,) * 2
+    for i, (kind_q, chunk_q) in enumerate(groups):
+        for j, (kind_k, chunk_k) in enumerate(groups):
+            if kind_q == 0:
+                visible = kind_k == 0 and chunk_k <= chunk_q
+            else:
+                visible = (kind_k == 0 and chunk_k < chunk_q) or (kind_k, chunk_k) == (kind_q, chunk_q)
+            block = mask[i * tokens : (i + 1) * tokens, j * tokens : (j + 1) * tokens]
+            assert bool(block.all()) == bool(block.any()) == visible, (i, j)
+
+
+@layouts
+def test_block_mask_is_the_dense_mask(layout: Layout) -> None:
+    """Its predicate, evaluated everywhere, and its table of blocks: no block with a visible pair is left out."""
+    dense, sparse = dense_mask(layout, CPU), block_mask(layout, CPU)
+    index = torch.arange(len(dense))
+    zero = torch.zeros((), dtype=torch.long)
+    assert torch.equal(sparse.mask_mod(zero, zero, index[:, None], index[None, :]), dense)
+    q_size, k_size = sparse.BLOCK_SIZE
+    padded = torch.zeros(-(-len(dense) // q_size) * q_size, -(-len(dense) // k_size) * k_size, dtype=torch.bool)
+    padded[: len(dense), : len(dense)] = dense
+    needed = padded.unflatten(0, (-1, q_size)).unflatten(2, (-1, k_size)).any(3).any(1)
+    assert torch.equal(sparse.to_dense()[0, 0].bool(), needed)
+
+
+def test_layout_order_and_tokens() -> None:
+    layout = Layout.teacher_forced(2, [1, 0], 2, 3)
+    assert layout.kinds == (0, 0, 1, 1, 2, 2)
+    assert layout.chunks == (0, 1, 1, 0, 1, 0)
+    kinds, chunks = layout.per_token(CPU)
+    assert kinds.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert chunks[:6].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_cpu_gets_the_dense_mask_and_masks_are_kept() -> None:
+    layout = LAYOUTS[0]
+    mask = teacher_forcing_mask(layout, CPU)
+    assert isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    assert teacher_forcing_mask(Layout.teacher_forced(3, [0, 1, 2], 1, 2), CPU) is mask

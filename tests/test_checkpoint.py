@@ -1,0 +1,195 @@
+"""Checkpoints: self-describing, atomic under a kill at any moment, verified before use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance, verify
+from scd_sf.types import UserError
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3, 2), float(step)), "b": torch.arange(4, dtype=torch.bfloat16)}
+
+
+def save(store: Checkpoints, step: int) -> Path:
+    record = provenance(stage="test", step=step, seed=7, data_hash="abc", extra={"updates": step})
+
+    def state(path: Path) -> None:
+        (path / "engine").mkdir()
+        (path / "engine" / "moments.bin").write_bytes(bytes([step % 256]) * 100)
+
+    files = {"model": tensors(step), "ema": tensors(step + 1)}
+    return store.write(step, files, f"step: {step}\n", record, training_state=state)
+
+
+def test_write_then_read(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "checkpoints")
+    path = save(store, 5)
+    assert store.newest() == path == find(tmp_path)
+    names = {p.name for p in path.iterdir()}
+    assert names == {"model.safetensors", "ema.safetensors", "config.yaml", "provenance.json", "manifest.json", "state"}
+    loaded = load_tensors(path / "model.safetensors")
+    assert all(torch.equal(loaded[k], v) for k, v in tensors(5).items())
+    record = read_provenance(path)
+    assert (record["stage"], record["step"], record["seed"], record["updates"]) == ("test", 5, 7, 5)
+    assert (store.root / "latest").read_text().strip() == path.name
+    assert not list(store.root.glob("*.tmp"))
+
+
+def test_tied_tensors_are_saved_twice(tmp_path: Path) -> None:
+    base = torch.randn(4, 4)
+    path = Checkpoints(tmp_path).write(1, {"model": {"a": base, "b": base, "c": base[:2]}}, "", {})
+    loaded = load_tensors(path / "model.safetensors")
+    assert torch.equal(loaded["a"], base) and torch.equal(loaded["b"], base) and torch.equal(loaded["c"], base[:2])
+
+
+FILES = ["model.safetensors", "ema.safetensors", "config.yaml", "provenance.json", "manifest.json",
+         "state/engine/moments.bin"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["delete", "truncate", "alter"])
+def test_damage_is_named_and_the_step_skipped(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Checkpoints(tmp_path)
+    good, bad = save(store, 1), save(store, 2)
+    file = bad / name
+    content = file.read_bytes()
+    if damage == "delete":
+        file.unlink()
+    elif damage == "truncate":
+        file.write_bytes(content[:-3])
+    else:
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(UserError) as caught:
+        verify(bad)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert store.newest() == good
+    assert str(file) in caplog.text
+    save(store, 2)
+    assert store.newest() == bad
+
+
+def test_unlisted_file_is_refused(tmp_path: Path) -> None:
+    path = save(Checkpoints(tmp_path), 1)
+    (path / "state" / "extra.pkl").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"extra\.pkl: not in the manifest"):
+        verify(path)
+
+
+def test_manifest_may_not_point_outside(tmp_path: Path) -> None:
+    from scd_sf.checkpoint import _digest_of
+
+    path = save(Checkpoints(tmp_path), 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop("self")
+    manifest["files"]["../latest"] = {"size": 1, "sha256": "0"}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "self": _digest_of(manifest)}))
+    with pytest.raises(UserError, match="outside the checkpoint"):
+        verify(path)
+
+
+def test_nothing_saved_is_none_unless_required(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "nothing")
+    assert store.newest() is None
+    with pytest.raises(UserError, match="resume was asked for but there is no checkpoint"):
+        store.newest(required=True)
+    with pytest.raises(UserError, match="no checkpoint here"):
+        find(tmp_path)
+
+
+def test_all_damaged_never_restarts_from_zero(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    (save(store, 1) / "config.yaml").unlink()
+    with pytest.raises(UserError, match="none of its 1 steps is intact"):
+        store.newest()
+
+
+def test_missing_latest_is_said_and_the_verified_step_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Checkpoints(tmp_path)
+    path = save(store, 3)
+    (tmp_path / "latest").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert store.newest() == path
+    assert "'latest' is missing" in caplog.text
+
+
+def test_a_saved_step_is_never_overwritten(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    path = save(store, 3)
+    with pytest.raises(UserError, match="already saved"):
+        save(store, 3)
+    verify(path)
+
+
+def test_prune_keeps_the_newest_intact(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    paths = {step: save(store, step) for step in (1, 2, 3, 4)}
+    (paths[4] / "model.safetensors").unlink()
+    assert store.prune(2) == [1]
+    assert store.steps() == [2, 3, 4] and store.newest() == paths[3]
+    with pytest.raises(UserError):
+        store.prune(0)
+
+
+def test_unwritable_root_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write a checkpoint here"):
+        save(Checkpoints(tmp_path / "file" / "checkpoints"), 1)
+
+
+def test_not_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04evil")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_tensors(tmp_path / "model.safetensors")
+
+
+def _die_at_event(root: Path, step: int, event: int) -> int:
+    """Save in a forked child that exits without clean-up before its ``event``-th file operation; its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        left = [event]
+
+        def hook(name: str, args: tuple[object, ...]) -> None:
+            if name in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        save(Checkpoints(root), step)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
+    """Every file operation of a save is a place to die. One directory is used throughout, so debris accumulates."""
+    store = Checkpoints(tmp_path)
+    previous = save(store, 1)
+    step, event = 2, 1
+    while True:
+        code = _die_at_event(tmp_path, step, event)
+        newest = store.newest()
+        assert newest is not None
+        assert newest in (previous, store.path(step))
+        expected = 1 if newest == previous and step == 2 else int(newest.name.removeprefix("step_"))
+        assert torch.equal(load_tensors(newest / "model.safetensors")["w"], tensors(expected)["w"])
+        if newest == store.path(step):
+            previous, step = newest, step + 1
+        if code == 0:
+            break
+        event += 1
+    assert event > 20
+    save(store, step + 1)
+    assert not list(tmp_path.glob("*.tmp"))

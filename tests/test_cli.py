@@ -1,0 +1,90 @@
+"""The console script: version, the environment report, and what is inside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from scd_sf import __version__, cli, doctor
+from scd_sf.checkpoint import Checkpoints
+
+
+def run(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of ``scd ARGUMENTS``."""
+    monkeypatch.setattr(sys, "argv", ["scd", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def a_checkpoint(root: Path) -> Path:
+    tensors = {"blocks.0.weight": torch.zeros(2, 3), "head.bias": torch.zeros(5)}
+    return Checkpoints(root).write(7, {"model.safetensors": tensors}, "lr: 0.1\n", {"stage": "2", "step": 7})
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"], monkeypatch, capsys) == (0, f"scd-sf {__version__}\n", "")
+
+
+def test_doctor_reports_every_core_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["doctor", "--json"], monkeypatch, capsys)
+    findings = {finding["name"]: finding for finding in json.loads(out)}
+    assert {"torch", "deepspeed", "diffusers", "python", "disk", "memory", "C++ compiler"} <= set(findings)
+    assert code == int(any(finding["status"] == "fail" for finding in findings.values()))
+    assert all(finding["remedy"] for finding in findings.values() if finding["status"] != "ok")
+
+
+def test_doctor_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        cli, "examine", lambda: [doctor.Finding("torch", doctor.FAIL, "not installed", "pip install x")]
+    )
+    code, out, _ = run(["doctor"], monkeypatch, capsys)
+    assert code == 1
+    assert "pip install x" in out
+
+
+@pytest.mark.parametrize(("installed", "status"), [(None, "fail"), ("0.19.7", "fail"), ("0.19.8", "ok"), ("1.0", "ok")])
+def test_check_requirement(installed: str | None, status: str) -> None:
+    finding = doctor.check_requirement(Requirement("deepspeed>=0.19.8"), installed)
+    assert finding.status == status
+    assert ("deepspeed>=0.19.8" in finding.remedy) == (status == "fail")
+
+
+def test_inspect_names_origin_and_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_checkpoint(tmp_path)
+    code, out, _ = run(["inspect", str(path), "--tensors"], monkeypatch, capsys)
+    assert code == 0
+    assert "stage: 2" in out
+    assert "model.safetensors: 2 tensors, 11 numbers, F32" in out
+    assert "blocks.0.weight  F32 [2, 3]" in out
+    assert run(["inspect", str(tmp_path)], monkeypatch, capsys)[0] == 0
+
+
+def test_inspect_refuses_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = a_checkpoint(tmp_path)
+    (path / "model.safetensors").write_bytes(b"short")
+    code, _, err = run(["inspect", str(path)], monkeypatch, capsys)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "model.safetensors" in err
+    assert err.count("\n") == 1
+
+
+def test_inspect_refuses_a_missing_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(["inspect", str(tmp_path / "nowhere")], monkeypatch, capsys)
+    assert code == 2
+    assert "nowhere" in err

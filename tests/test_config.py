@@ -1,0 +1,137 @@
+"""Typed configuration: conversion, merging, and an error line a person can act on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from scd_sf.config import differences, from_yaml, load_config, to_yaml
+from scd_sf.types import UserError
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = 0
+    kind: Literal["adamw", "sgd"] = "adamw"
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}; it must be positive")
+
+
+@dataclass
+class Model:
+    depth: int
+    widths: list[int] = field(default_factory=lambda: [8, 16])
+    rope: str | None = None
+    optim: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-4))
+
+
+@dataclass
+class Recipe:
+    root: str
+    model: Model
+    teacher: Optimiser | None = None
+    steps: int = 10
+    names: tuple[str, ...] = ()
+    out: Path = Path("runs/x")
+
+
+def load(*overrides: str, path: Path | None = None) -> Recipe:
+    return load_config(Recipe, path, ["root=data", "model.depth=3", *overrides])
+
+
+def test_defaults_file_and_overrides_merge_in_that_order(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("root: data\nsteps: 20\nmodel: {depth: 4, optim: {betas: [0.0, 0.99]}}\n")
+    cfg = load_config(Recipe, path, ["steps=30", "model.optim.lr=1e-5", "names=[a, b]", "out=runs/y"])
+    assert (cfg.steps, cfg.model.depth, cfg.names, cfg.out) == (30, 4, ("a", "b"), Path("runs/y"))
+    assert cfg.model.optim == Optimiser(lr=1e-5, betas=(0.0, 0.99))
+    assert cfg.model.widths == [8, 16] and cfg.teacher is None
+
+
+def test_a_default_section_keeps_its_own_defaults() -> None:
+    assert load().model.optim.lr == 3e-4
+    assert load("model.optim.warmup=5").model.optim == Optimiser(lr=3e-4, warmup=5)
+
+
+def test_optional_section_and_optional_value() -> None:
+    cfg = load("teacher.lr=0.5", "model.rope=null")
+    assert cfg.teacher == Optimiser(lr=0.5) and cfg.model.rope is None
+    assert load("teacher={lr: 0.5}", "teacher=null").teacher is None
+
+
+def test_yaml_round_trip() -> None:
+    cfg = load("teacher.lr=0.5", "names=[a]", "model.rope='3d'")
+    assert from_yaml(Recipe, to_yaml(cfg)) == cfg
+    assert differences(cfg, load("teacher.lr=0.5", "names=[a]", "steps=11")) == {
+        "model.rope": ("3d", None),
+        "steps": (10, 11),
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stpes=3", ["override 'stpes=3'", "unknown key 'stpes'", "did you mean 'steps'?"]),
+        ("model.optim.lrr=3", ["unknown key 'model.optim.lrr'", "did you mean 'model.optim.lr'?"]),
+        ("model.zzzz=3", ["section 'model'", "valid keys are depth, widths, rope, optim"]),
+        ("teacher.wrmup=1", ["did you mean 'teacher.warmup'?"]),
+        ("steps=many", ["steps", "expected int"]),
+        ("steps=1.5", ["steps", "expected int"]),
+        ("steps=null", ["steps", "expected int"]),
+        ("model.widths=[1, x]", ["model.widths", "override"]),
+        ("model.optim.lr=-1", ["section 'model.optim'", "lr is -1.0; it must be positive"]),
+        ("model.optim.betas=[0.1]", ["model.optim.betas has 1 values; it must have 2"]),
+        ("model.optim.kind=lion", ["model.optim.kind is 'lion'", "'adamw', 'sgd'"]),
+        ("model=3", ["'model' is a section (depth, widths, rope, optim)"]),
+        ("steps", ["write it as section.key=value"]),
+        ("steps={", ["not valid YAML"]),
+        ("model.optim.lr=${nowhere}", ["model.optim.lr"]),
+    ],
+)
+def test_bad_override_is_one_clear_line(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(override)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("root: d\nmodel: {dpeth: 3}\n", ["a.yaml", "model.dpeth", "did you mean 'model.depth'?"]),
+        ("root: d\n", ["a.yaml", "missing mandatory model.depth", "model.depth=VALUE"]),
+        ("- 1\n", ["a.yaml", "found list"]),
+        ("root: [\n", ["a.yaml", "not valid YAML"]),
+        ("root: a\nroot: b\n", ["a.yaml", "'root' is given twice"]),
+        ("root: !!python/object/apply:os.system ['true']\n", ["a.yaml", "not valid YAML"]),
+    ],
+)
+def test_bad_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(Recipe, path)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot read the config file"):
+        load_config(Recipe, tmp_path / "none.yaml")
+
+
+def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("root: '1e-4'\nmodel: {depth: 1, optim: {lr: 2e-6}}\n")
+    cfg = load_config(Recipe, path)
+    assert cfg.model.optim.lr == 2e-6 and cfg.root == "1e-4"

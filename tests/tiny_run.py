@@ -1,0 +1,89 @@
+"""A tiny world on disk for recipe tests: a random Wan in diffusers layout, random latents with prompts, and the
+arguments of a chain over them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scd_sf.data.latents import LatentClip, LatentWriter
+from scd_sf.data.prompts import Prompt, encode_prompts
+from scd_sf.data.shards import ShardWriter
+from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan import Wan
+from scd_sf.models.weights import save_wan
+from scd_sf.types import VideoShape
+
+WAN = WanConfig(2, 12, 4, 4, 8, 16, 32, 6)
+SHAPE = VideoShape(frames=3, channels=4, height=4, width=4)
+STEPS2, STEPS3 = 6, 4
+PLACES, MOTIONS = ("meadow", "hall"), ("left", "right", "still")
+
+
+def write_wan(root: Path, seed: int = 0) -> Path:
+    """``root/transformer``: a random 6-layer Wan."""
+    torch.manual_seed(seed)
+    save_wan(Wan(WAN).state_dict(), WAN, root / "transformer", torch.float32)
+    return root
+
+
+def write_latents(
+    root: Path, count: int = 12, seed: int = 0, *, shape: VideoShape = SHAPE, width: int = WAN.text_dim
+) -> Path:
+    """``count`` random clips; prompt i goes with clips i, i+6, .. ``width``: of the text states."""
+    rng = torch.Generator().manual_seed(seed)
+    tags = [{"place": place, "motion": motion} for place in PLACES for motion in MOTIONS]
+    prompts = [Prompt(f"p{i}", f"{tag['motion']} in {tag['place']}", False, tag) for i, tag in enumerate(tags)]
+    writer = ShardWriter(root, {"seed": seed})
+    text = encode_prompts(writer, prompts, lambda texts: [_states(text, width) for text in texts], max_length=5)
+    latents = LatentWriter(writer, shape, per_shard=8)
+    latents.append(torch.randn(shape.latent(count), generator=rng))
+    latents.finish([LatentClip(f"c{i}", i % 6, None, tags[i % 6]) for i in range(count)], text)
+    return root
+
+
+def _states(text: str, width: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(len(text) + sum(map(ord, text)))
+    return torch.randn(1 + len(text.split()), width, generator=rng)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Directories of the session's chain, and the arguments of its stages."""
+
+    root: Path
+
+    @property
+    def wan(self) -> Path:
+        return self.root / "wan"
+
+    @property
+    def train(self) -> Path:
+        return self.root / "train"
+
+    @property
+    def stage1(self) -> Path:
+        return self.root / "stage1"
+
+    def stage2(self, run: Path) -> list[str]:
+        """Arguments of stage 2: two micro-batches per update, a checkpoint after every second."""
+        train = f"train={{steps: {STEPS2}, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 3}}"
+        inputs = [f"init={self.stage1}", f"data={self.train}", f"val={self.root}/val"]
+        return [*inputs, f"run.dir={run}", train, "run.log_every=1", "engine={kind: local, lr: 1e-2}"]
+
+    def stage3(self, run: Path) -> list[str]:
+        """Arguments of stage 3, from stage 2's result: two critic updates per student update."""
+        train = f"train={{steps: {STEPS3}, global_batch: 2, micro_batch: 1, save_every: 2}}"
+        wans = [f"teacher={self.wan}", f"critic={self.wan}", f"prompts={self.train}"]
+        engines = [f"{name}={{kind: local, lr: 1e-2}}" for name in ("student", "critic_engine", "teacher_engine")]
+        size = ["video={frames: 9, height: 32, width: 32}", "ratio=2", "run.log_every=1"]
+        return [f"init={self.root}/stage2", *wans, *engines, *size, f"run.dir={run}", train]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """``metrics.jsonl`` without the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "time"} for row in rows]

@@ -1,0 +1,203 @@
+"""The same body on the plain-torch engine and on DeepSpeed ZeRO-1/2/3, on one and two ranks (see workers.py).
+
+The first DeepSpeed start on a machine compiles its CPU collectives (30 s idle, minutes when busy); later ones do not.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from train import workers
+
+from scd_sf.train.engine import Ranks, build_engine
+from scd_sf.types import UserError
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+Results = dict[str, Any]
+slow = pytest.mark.slow
+
+
+def spawn(world: int, out: Path, kinds: list[str]) -> list[Results]:
+    """Run the checks in ``world`` new processes; every rank's results."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(workers.main, args=(world, port, out, kinds), nprocs=world, start_method="spawn")
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return workers.run_checks(ALONE, tmp_path_factory.mktemp("local"), ["local"])
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return spawn(1, tmp_path_factory.mktemp("one"), ["zero2"])[0]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return spawn(2, tmp_path_factory.mktemp("two"), ["local", "zero1", "zero2", "zero3"])
+
+
+def numbers(result: Results) -> list[float]:
+    return [value for row in result["history"] for value in (row[0], row[1])] + result["masters"]
+
+
+def assert_equal_training(result: Results, reference: Results, tolerance: float) -> None:
+    assert result["names"] == reference["names"] and result["updates"] == workers.STEPS
+    assert numbers(result) == pytest.approx(numbers(reference), rel=tolerance, abs=tolerance)
+
+
+def assert_bad_batch_left_no_trace(result: Results) -> None:
+    assert [row[2:4] for row in result["bad"]] == [[False, False]] * 2
+    assert result["untouched"] and result["same"]
+    assert (result["skipped"], result["updates"]) == (2, 3)
+
+
+def assert_exact_resume(result: Results) -> None:
+    assert result["went_on"] == result["resumed"] and result["updates"] == [4, 4]
+
+
+# ---------------------------------------------------------------------------------------------------- one plain process
+
+
+def test_local_trains_with_clean_names(local: Results) -> None:
+    result = local["train-local"]
+    assert result["names"] == [name for name, _ in workers.Tiny(0).named_parameters()]
+    losses = [row[0] for row in result["history"]]
+    assert losses[-1] < losses[0] and all(row[2] and row[3] and row[4] == 1e-2 for row in result["history"])
+
+
+def test_local_matches_adamw_written_by_hand(local: Results) -> None:
+    """Clip to the global norm, then decoupled decay and bias-corrected moments, in float64."""
+    model = workers.Tiny(0).double()
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    for step in range(workers.STEPS):
+        x = workers.data(step).double()
+        y = model(x).double()
+        loss = ((y - torch.sin(x)) ** 2).mean() + 0.5 * ((model(y.detach()).double() - y.detach()) ** 2).mean()
+        model.zero_grad()
+        loss.backward()
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+        norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
+        assert float(norm.detach()) == pytest.approx(local["train-local"]["history"][step][1], rel=1e-4)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                g = gradients[name] / max(1.0, float(norm) / 0.5)
+                m, v = moments[name]
+                m.copy_(g)
+                v.mul_(0.99).add_(0.01 * g**2)
+                decay = 0.1 if p.ndim >= 2 and "norm" not in name and "table" not in name else 0.0
+                p.sub_(1e-2 * (decay * p + m / ((v / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)))
+    by_hand = [value for p in model.parameters() for value in p.detach().reshape(-1).tolist()]
+    assert local["train-local"]["masters"] == pytest.approx(by_hand, abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["", "bf16_"])
+def test_local_bad_batch_and_resume(local: Results, dtype: str) -> None:
+    assert_bad_batch_left_no_trace(local[f"{dtype}nan-local"])
+    assert_exact_resume(local[f"{dtype}resume-local"])
+
+
+def test_local_micro_batches_equal_one_batch(local: Results) -> None:
+    assert_equal_training(local["one_micro-local"], local["train-local"], 1e-5)
+
+
+def test_local_bf16_follows_fp32(local: Results) -> None:
+    """Masters stay fp32: the small updates of every step survive."""
+    fp32, bf16 = local["train-local"]["masters"], local["bf16-local"]["masters"]
+    assert bf16 == pytest.approx(fp32, abs=0.03) and bf16 != fp32
+
+
+def test_too_many_skips_say_what_to_do(local: Results) -> None:
+    assert "2 updates in a row" in local["skips-local"] and "resume from the last checkpoint" in local["skips-local"]
+
+
+def test_world_size_must_divide_before_anything_is_built() -> None:
+    cfg = workers.config("deepspeed")
+    with pytest.raises(UserError, match="not a multiple of 1 processes x micro_batch 3"):
+        build_engine(workers.Tiny(0), cfg, ALONE, global_batch=8, micro_batch=3, total_updates=1)
+
+
+def test_misuse_is_an_error(tmp_path: Path) -> None:
+    engine = workers.make(workers.config("local"), ALONE, 8)
+    x, scale = workers.data(0), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="scalar loss"):
+        engine.backward(torch.ones(2, requires_grad=True))
+    engine.backward(engine(x, scale))
+    with pytest.raises(RuntimeError, match="between micro-batches"):
+        engine.save(tmp_path)
+    with pytest.raises(RuntimeError, match="more than micro_batches"):
+        engine.backward(engine(x, scale))
+    with pytest.raises(UserError, match="no engine state to resume from"):
+        engine.load(tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------------------------ DeepSpeed
+
+
+@slow
+def test_one_rank_deepspeed_equals_local(local: Results, alone: Results) -> None:
+    for check in ("train", "one_micro"):
+        assert_equal_training(alone[f"{check}-zero2"], local[f"{check}-local"], 1e-5)
+    assert_equal_training(alone["bf16-zero2"], local["bf16-local"], 2e-2)
+
+
+@slow
+@pytest.mark.parametrize("kind", ["local", "zero1", "zero2", "zero3"])
+def test_two_ranks_equal_one(local: Results, pair: list[Results], kind: str) -> None:
+    for results in pair:
+        assert_equal_training(results[f"train-{kind}"], local["train-local"], 1e-5)
+    assert pair[0][f"train-{kind}"]["masters"] == pair[1][f"train-{kind}"]["masters"]
+
+
+@slow
+def test_micro_batches_equal_one_batch_under_zero2(pair: list[Results]) -> None:
+    """Accumulation by hand would silently drop gradients here."""
+    assert_equal_training(pair[0]["one_micro-zero2"], pair[0]["train-zero2"], 1e-5)
+
+
+@slow
+@pytest.mark.parametrize("kind", ["local", "zero1", "zero2", "zero3"])
+def test_bad_batch_on_one_rank_leaves_no_trace(pair: list[Results], kind: str) -> None:
+    for results in pair:
+        assert_bad_batch_left_no_trace(results[f"nan-{kind}"])
+
+
+@slow
+@pytest.mark.parametrize("kind", ["local", "zero1", "zero2", "zero3"])
+def test_resume_is_exact(pair: list[Results], kind: str) -> None:
+    for results in pair:
+        assert_exact_resume(results[f"resume-{kind}"])
+
+
+@slow
+@pytest.mark.parametrize("kind", ["local", "zero2"])
+def test_bf16_on_two_ranks(pair: list[Results], kind: str) -> None:
+    for results in pair:
+        assert_bad_batch_left_no_trace(results[f"bf16_nan-{kind}"])
+        assert_exact_resume(results[f"bf16_resume-{kind}"])
+
+
+@slow
+def test_student_critic_and_teacher_in_one_process(local: Results, alone: Results, pair: list[Results]) -> None:
+    for results in (alone, *pair):
+        result = results["three-zero2"]
+        assert not result["trainable"]
+        assert result["masters"] == pytest.approx(local["three-local"]["masters"], abs=1e-5)
+        flat = [value for row in result["losses"] for value in row]
+        assert flat == pytest.approx([v for row in local["three-local"]["losses"] for v in row], rel=1e-4)
+
+
+@slow
+def test_skips_stop_every_rank(pair: list[Results]) -> None:
+    for kind in ("local", "zero2"):
+        assert all("2 updates in a row" in results[f"skips-{kind}"] for results in pair)

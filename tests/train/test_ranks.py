@@ -1,0 +1,71 @@
+"""Processes and the engine's pure parts: no process group, no deepspeed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from scd_sf.train.engine import EngineConfig, StepModule, accumulation, init_distributed, without_launcher_arguments
+from scd_sf.types import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "x")  # recorded, so that what the test sets is undone
+        monkeypatch.delenv(name)
+
+
+def test_plain_python_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ranks = init_distributed()
+    assert (ranks.rank, ranks.world, ranks.local_rank, ranks.is_main) == (0, 1, 0, True)
+    assert os.environ["WORLD_SIZE"] == "1" and torch.get_num_threads() == 1
+    assert ranks.mean({"a": 2.0}) == {"a": 2.0} and ranks.any(True) and not ranks.any(False)
+    ranks.barrier()
+
+
+def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
+        init_distributed()
+
+
+def test_launcher_arguments_are_removed() -> None:
+    assert without_launcher_arguments(["--local_rank=1", "a=b", "--local_rank", "0", "--config", "c"]) == [
+        "a=b", "--config", "c",
+    ]
+
+
+@pytest.mark.parametrize(("batch", "micro", "world", "expected"), [(64, 1, 8, 8), (8, 4, 2, 1), (4, 4, 1, 1)])
+def test_accumulation(batch: int, micro: int, world: int, expected: int) -> None:
+    assert accumulation(batch, micro, world) == expected
+
+
+def test_accumulation_must_divide() -> None:
+    with pytest.raises(UserError, match=r"global_batch is 64, not a multiple of 3 processes x .* 2; use .*=66"):
+        accumulation(64, 2, 3)
+    with pytest.raises(UserError, match="must be at least 1"):
+        accumulation(8, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"zero_stage": 0}, {"lr": -1.0}, {"betas": (0.9, 1.0)}, {"anneal_from": 2.0}, {"bucket": 0}]
+)
+def test_engine_config_is_checked(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change)).split("_")[0]):
+        EngineConfig(**change)  # type: ignore[arg-type]
+
+
+def test_step_module_owns_only_the_model() -> None:
+    model = nn.Linear(2, 2)
+    step = StepModule(model, lambda m, x: m(x).sum())
+    assert [name for name, _ in step.named_parameters()] == ["model.weight", "model.bias"]
+    assert step(torch.ones(1, 2)).ndim == 0
+    with pytest.raises(TypeError, match="must be a function"):
+        StepModule(model, nn.Linear(2, 2))

@@ -1,0 +1,110 @@
+"""The run directory: metrics, progress, seeds, and refusing to overwrite another run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd_sf.checkpoint import provenance
+from scd_sf.config import from_yaml
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.run import Run, RunConfig, cpu_generator, rank_zero_print
+from scd_sf.types import UserError
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+@dataclass
+class Recipe:
+    run: RunConfig
+    steps: int = 10
+    width: int = 8
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+def open_run(path: Path, steps: int = 10, width: int = 8, **changes: object) -> Run:
+    recipe = Recipe(RunConfig(str(path), **changes), steps, width)  # type: ignore[arg-type]
+    return Run(recipe.run, ALONE, config=recipe, may_change=("steps",))
+
+
+def save(run: Run, step: int) -> None:
+    run.checkpoints.write(step, {"model": {"w": torch.ones(1)}}, "", provenance(stage="t", step=step, seed=0))
+
+
+def test_metrics_config_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = open_run(tmp_path / "run", log_every=2)
+    run.start()
+    for step in run.progress(total=5):
+        run.log(step, {"loss": 1.0 / step, "odd": float("nan")})
+    run.finish()
+    records = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"], r["odd"]) for r in records] == [(s, 1.0 / s, None) for s in range(1, 6)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/5", "2/5", "4/5", "5/5"]
+    assert "loss 0.5" in lines[1] and "s/step" in lines[1] and "left 0:00:0" in lines[1]
+    assert from_yaml(Recipe, run.dir / "config.yaml").width == 8
+    assert list((run.dir / "tensorboard").iterdir())
+
+
+def test_resume_drops_later_records_and_a_cut_line(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    for step in (1, 2, 3):
+        run.log(step, {"loss": 0.0})
+    run.finish()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    again = open_run(tmp_path, steps=20)
+    again.start(2)
+    again.log(3, {"loss": 9.0})
+    again.finish()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 0.0), (2, 0.0), (3, 9.0)]
+
+
+def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"config\.yaml: width is 8 there but 9 now; nothing is overwritten"):
+        open_run(tmp_path, width=9)
+    assert (tmp_path / "config.yaml").read_text() == before
+    open_run(tmp_path, steps=20, seed=3)
+
+
+def test_resume_policy(tmp_path: Path) -> None:
+    assert open_run(tmp_path).resume_from() is None
+    with pytest.raises(UserError, match="resume was asked for but there is no checkpoint"):
+        open_run(tmp_path, resume="must").resume_from()
+    run = open_run(tmp_path)
+    save(run, 4)
+    assert open_run(tmp_path, resume="must").resume_from() == run.checkpoints.path(4)
+    with pytest.raises(UserError, match="resume is 'never'"):
+        open_run(tmp_path, resume="never").resume_from()
+
+
+def test_unwritable_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the run directory .*; set run\.dir"):
+        open_run(tmp_path / "file" / "run")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Recipe(RunConfig(str(tmp_path / "run")))
+    other = Ranks(1, 1, 1, torch.device("cpu"))
+    run = Run(recipe.run, other, config=recipe)
+    for step in run.progress(total=2):
+        run.log(step, {"loss": 1.0})
+    run.finish()
+    rank_zero_print(other, "hello")
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_generators_are_functions_of_their_place() -> None:
+    def draw(*place: object) -> list[int]:
+        return torch.randint(1000, (4,), generator=cpu_generator(*place)).tolist()  # type: ignore[arg-type]
+
+    assert draw(0, 5) == draw(0, 5)
+    assert len({tuple(draw(*p)) for p in ((0, 5), (5, 0), (0, 6), (1, 5), (0, 5, "exit"))}) == 5

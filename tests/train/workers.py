@@ -1,0 +1,186 @@
+"""The body that runs on both engine kinds, 1 or 2 ranks: checks that write their numbers as JSON for the tests.
+
+One spawn does many checks, because importing torch and deepspeed costs seconds per process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, frozen_engine, init_distributed
+from scd_sf.types import UserError
+
+GLOBAL, STEPS = 8, 4
+
+
+class Tiny(nn.Module):
+    """Two layers, a norm, a table, and a parameter that never gets a gradient."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first, self.norm, self.second = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 6)
+        self.table, self.unused = nn.Parameter(torch.zeros(1, 16)), nn.Parameter(torch.ones(3, 3))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.first(x.to(self.first.weight.dtype)) + self.table))
+        out: Tensor = self.second(hidden)
+        return out.float()
+
+
+def rollout_loss(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    """Two calls of the model in one engine forward, the second on the first's detached output."""
+    y = model(x)
+    z = model(y.detach())
+    return ((y - torch.sin(x)) ** 2).mean() * scale + 0.5 * ((z - y.detach()) ** 2).mean()
+
+
+def data(update: int) -> Tensor:
+    return torch.randn(GLOBAL, 6, generator=torch.Generator().manual_seed(1000 + update))
+
+
+def config(kind: Any, **changes: Any) -> EngineConfig:
+    base: dict[str, Any] = {"kind": kind, "lr": 1e-2, "betas": (0.0, 0.99), "weight_decay": 0.1, "grad_clip": 0.5}
+    return EngineConfig(**{**base, **changes})
+
+
+def make(cfg: EngineConfig, ranks: Ranks, micro_batch: int, seed: int = 0) -> Engine:
+    module = StepModule(Tiny(seed), rollout_loss)
+    return build_engine(module, cfg, ranks, global_batch=GLOBAL, micro_batch=micro_batch, total_updates=20)
+
+
+def micro_batches(engine: Engine, ranks: Ranks, update: int) -> Iterator[Tensor]:
+    """This rank's share of the global batch, cut into micro-batches: the same samples however it is cut."""
+    mine = data(update).chunk(ranks.world)[ranks.rank]
+    yield from mine.chunk(engine.micro_batches)
+
+
+def update(
+    engine: Engine, ranks: Ranks, number: int, bad: tuple[int, int] | None = None, value: float = 1.0
+) -> list[Any]:
+    """One update; ``bad`` = (rank, micro-batch) whose loss is scaled by ``value``."""
+    losses = []
+    for index, x in enumerate(micro_batches(engine, ranks, number)):
+        scale = torch.tensor(value if bad == (ranks.rank, index) else 1.0)
+        loss = engine(x, scale)
+        losses.append(float(loss.detach()))
+        engine.backward(loss)
+        if index + 1 < engine.micro_batches:
+            assert not engine.step().stepped
+    info = engine.step()
+    logs = ranks.mean({"loss": sum(losses) / len(losses)})
+    return [logs["loss"], info.grad_norm, info.stepped, info.finite, info.lr]
+
+
+def flat(engine: Engine) -> list[float]:
+    return [value for tensor in engine.masters().values() for value in tensor.reshape(-1).tolist()]
+
+
+def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int) -> dict[str, Any]:
+    engine = make(cfg, ranks, micro_batch)
+    history = [update(engine, ranks, number) for number in range(STEPS)]
+    return {"history": history, "masters": flat(engine), "names": list(engine.masters()), "updates": engine.updates}
+
+
+def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
+    """Two engines side by side; save, two more updates; load into fresh engines, the same two updates."""
+    pair = [make(cfg, ranks, 2), make(cfg, ranks, 2, seed=1)]
+    for number in range(2):
+        for engine in pair:
+            update(engine, ranks, number)
+    for index, engine in enumerate(pair):
+        engine.save(path / str(index))
+    went_on = [[update(e, ranks, n) for n in (2, 3)] + [flat(e)] for e in pair]
+    fresh = [make(cfg, ranks, 2, seed=7), make(cfg, ranks, 2, seed=8)]
+    for index, engine in enumerate(fresh):
+        engine.load(path / str(index))
+    resumed = [[update(e, ranks, n) for n in (2, 3)] + [flat(e)] for e in fresh]
+    return {"went_on": went_on, "resumed": resumed, "updates": [e.updates for e in fresh]}
+
+
+def nan_batch(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """A bad loss on the last rank's first micro-batch, amid good updates, against a run without it."""
+    clean, dirty = make(cfg, ranks, 2), make(cfg, ranks, 2)
+    for engine in (clean, dirty):
+        update(engine, ranks, 0)
+    before = flat(dirty)
+    bad = [update(dirty, ranks, 9, bad=(ranks.world - 1, 0), value=v) for v in (float("nan"), float("inf"))]
+    after = flat(dirty)
+    same = [update(clean, ranks, n) for n in (1, 2)], [update(dirty, ranks, n) for n in (1, 2)]
+    return {"bad": bad, "untouched": before == after, "same": same[0] == same[1] and flat(clean) == flat(dirty),
+            "skipped": dirty.skipped, "updates": dirty.updates}
+
+
+def too_many_skips(cfg: EngineConfig, ranks: Ranks) -> str:
+    engine = make(cfg, ranks, 2)
+    for _ in range(cfg.max_skips - 1):
+        update(engine, ranks, 0, bad=(0, 0), value=float("nan"))
+    try:
+        update(engine, ranks, 0, bad=(0, 0), value=float("nan"))
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """Student and critic alternate with a frozen teacher in one process, as in distillation."""
+    teacher = frozen_engine(Tiny(5), cfg, ranks)
+    student, critic = make(cfg, ranks, 2), make(cfg, ranks, 2, seed=1)
+    losses = []
+    for number in range(3):
+        with torch.no_grad():
+            target = teacher(data(number))
+        losses.append([float(target.sum()), update(critic, ranks, number)[0], update(critic, ranks, number + 5)[0],
+                       update(student, ranks, number)[0]])
+    trainable = [p.requires_grad for p in teacher.parameters()]
+    return {"losses": losses, "masters": flat(student) + flat(critic), "trainable": any(trainable)}
+
+
+def run_checks(ranks: Ranks, out: Path, kinds: Sequence[str]) -> dict[str, Any]:
+    """Every check of the given kinds ("local", "zero2" ..): check-kind -> numbers."""
+    results: dict[str, Any] = {}
+
+    def check(name: str, body: Callable[..., Any], *args: Any) -> None:
+        results[name] = body(*args)
+        print(f"[{ranks.rank}] {name}", file=sys.stderr, flush=True)
+
+    for name in kinds:
+        kind, stage = ("local", 2) if name == "local" else ("deepspeed", int(name.removeprefix("zero")))
+        cfg = config(kind, zero_stage=stage)
+        check(f"train-{name}", train, cfg, ranks, 2)
+        check(f"nan-{name}", nan_batch, cfg, ranks)
+        check(f"resume-{name}", resume, cfg, ranks, out / name)
+        if name in ("local", "zero2"):
+            bf16 = config(kind, dtype="bf16")
+            check(f"one_micro-{name}", train, cfg, ranks, GLOBAL // ranks.world)
+            check(f"skips-{name}", too_many_skips, config(kind, max_skips=2), ranks)
+            check(f"three-{name}", three_engines, cfg, ranks)
+            check(f"bf16-{name}", train, bf16, ranks, 2)
+            check(f"bf16_nan-{name}", nan_batch, bf16, ranks)
+            check(f"bf16_resume-{name}", resume, bf16, ranks, out / f"bf16-{name}")
+    return results
+
+
+def main(rank: int, world: int, port: int, out: Path, kinds: Sequence[str]) -> None:
+    """Entry point of a spawned process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    ranks = init_distributed()
+    results = run_checks(ranks, out, kinds)
+    (out / f"rank{rank}.json").write_text(json.dumps(results))
+    ranks.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo threads may abort at interpreter exit; success is the written result
+
