@@ -12,27 +12,30 @@ and trees at random spots around the camera (never straight ahead, whatever the 
 not give the motion away). Turns are 3-4 degrees per frame, constant within a clip; the motion has been going on for
 12 tics when the clip starts. A try is kept unless it breaks the rule ``REJECT``; a rejected one is drawn again.
 
-Licences, as stated in the vizdoom 1.3.2 wheel: ViZDoom's own code is MIT (METADATA), it contains ZDoom, whose code
-comes under several licences (METADATA refers to http://zdoom.org/wiki/license); the textures and sprites come from
-freedoom2.wad, whose start-up text says "freely redistributable under the terms of the modified BSD license".
-Nothing of them is part of this repository: install the ``vizdoom`` package to run this script.
+Licences, as stated in the vizdoom 1.3.2 wheel (nothing of it is part of this repository): ViZDoom's own code is MIT
+(METADATA); it contains ZDoom, whose code comes under several licences (METADATA: http://zdoom.org/wiki/license); the
+textures and sprites come from freedoom2.wad, "freely redistributable under the terms of the modified BSD license" (its
+start-up text).
 """
 
 from __future__ import annotations
 
-import itertools
+import atexit
 import json
 import math
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated
@@ -47,13 +50,11 @@ from rich.progress import MofNCompleteColumn, Progress
 from scd_sf.data.clips import Clip, file_sha256, write_index, write_text, write_video
 from scd_sf.types import UserError, exit_on_user_error
 
-SIZE, FPS, CRF = 64, 35, 6
-MAX_TRIES, CHUNK = 500, 16
+SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
 SPAWN_TICS, SETTLE_TICS, WARM_UP_TICS = 10, 25, 12  # a new player cannot turn for 7; what stands on something falls
 DRAWS = 40  # of landmark spots, the first half of them in the first frame's view
 IN_VIEW, LANDMARKS = 4, 14  # so many at most
-SPLITS = ("train", "val")
-MOTIONS = ("forward", "turn_left", "turn_right", "still")
+SPLITS, MOTIONS = ("train", "val"), ("forward", "turn_left", "turn_right", "still")
 PLAYER_RADIUS = 16.0
 ACTORS = (("TallRedColumn", 16.0), ("TallRedColumn", 16.0), ("TallGreenColumn", 16.0), ("BigTree", 32.0))  # radius
 NAMES = {  # how captions call a place; the last is held out
@@ -64,11 +65,8 @@ NAMES = {  # how captions call a place; the last is held out
     "arena": "a round arena with tan walls|a grey arena with a tall brown wall|an open grey court ringed by a tan wall",
 }
 PLACES = {"meadow": "health_gathering", "hall": "predict_position", "arena": "defend_the_center"}  # scenario maps
-FLOORS = {  # where things may stand: x0, x1, y0, y1 in map units
-    "meadow": (64, 1152, 64, 1152),
-    "hall": (-512, 192, -576, 576),
-    "arena": (-500, 500, -500, 500),
-}
+# Where things may stand: x0, x1, y0, y1 in map units.
+FLOORS = {"meadow": (64, 1152, 64, 1152), "hall": (-512, 192, -576, 576), "arena": (-500, 500, -500, 500)}
 TURNS = (
     "SIDE turn: the camera turns SIDE in {}",
     "SIDE pan, the view swings SIDE across {}",
@@ -131,10 +129,9 @@ class Request:
 
     def chunks(self) -> list[Chunk]:
         """All work in the order of ``clips.jsonl``."""
-        work = itertools.product((("train", self.train), ("val", self.val)), PLACES, MOTIONS)
         return [
             Chunk(self.seed, self.frames, split, place, motion, first, min(first + CHUNK, count))
-            for (split, count), place, motion in work
+            for (split, count), place, motion in product((("train", self.train), ("val", self.val)), PLACES, MOTIONS)
             for first in range(0, count, CHUNK)
         ]
 
@@ -213,8 +210,7 @@ def film(game: vizdoom.DoomGame, motion: str, degrees: float, frames: int) -> np
             return "frame_std"
         pictures.append(picture)
         spots.append(np.asarray(state.game_variables))
-    moved = float(np.linalg.norm(spots[-1] - spots[0]))
-    if motion == "forward" and moved < REJECT["units_per_frame"] * (frames - 1):
+    if motion == "forward" and np.linalg.norm(spots[-1] - spots[0]) < REJECT["units_per_frame"] * (frames - 1):
         return "units_per_frame"
     return np.stack(pictures)
 
@@ -261,22 +257,28 @@ def start_worker(scratch: str) -> None:
     torch.set_num_threads(1)
     os.chdir(tempfile.mkdtemp(dir=scratch))
     threading.Thread(target=end_with_parent, daemon=True).start()
+    atexit.register(close_games)
+
+
+def close_games() -> None:
+    """Ends the games' own processes, which would otherwise outlive the worker."""
+    for game in _games.values():
+        game.close()
+    _games.clear()
 
 
 def end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """A worker whose parent was killed would wait for work for ever: interrupt it, which also ends its game."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    while parent is not None and wait([parent.sentinel]):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 def run_chunk(chunk: Chunk, root: Path) -> str:
     """Make a chunk's clips and, when all are written, its part file ``work/<name>.json``."""
     if chunk.place not in _games:
-        for game in _games.values():
-            game.close()
-        _games.clear()
+        close_games()
         _games[chunk.place] = make_game(chunk.place)
     made = [make_clip(_games[chunk.place], chunk, number, root) for number in range(chunk.first, chunk.end)]
     totals = {rule: sum(rejected[rule] for _, rejected in made) for rule in REJECT}
@@ -332,13 +334,12 @@ def run_all(chunks: list[Chunk], root: Path, workers: int) -> Iterator[Chunk]:
 def finish(root: Path, request: Request) -> str:
     """Join the part files into ``clips.jsonl``, then write ``manifest.json`` last. Returns a summary."""
     clips: list[Clip] = []
-    rejected = {place: dict.fromkeys(REJECT, 0) for place in PLACES}
+    rejected = {place: Counter(dict.fromkeys(REJECT, 0)) for place in PLACES}
     for chunk in request.chunks():
         part = root / "work" / f"{chunk.name}.json"
         lines, totals = json.loads(part.read_text(encoding="utf-8"))
         clips += [Clip.from_json(line, str(part)) for line in lines]
-        for rule, number in totals.items():
-            rejected[chunk.place][rule] += number
+        rejected[chunk.place].update(totals)
     kept = Counter(clip.place for clip in clips)
     about = {
         "counts": Counter(clip.split for clip in clips),
@@ -356,8 +357,8 @@ def finish(root: Path, request: Request) -> str:
     }
     write_index(root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about)
     shutil.rmtree(root / "work")
-    tried = {place: number + sum(rejected[place].values()) for place, number in kept.items()}
-    return f"{root}: {len(clips)} clips; kept/tried " + ", ".join(f"{p} {kept[p]}/{tried[p]}" for p in kept)
+    ratios = ", ".join(f"{place} {number}/{number + rejected[place].total()}" for place, number in kept.items())
+    return f"{root}: {len(clips)} clips; kept/tried {ratios}"
 
 
 def main(

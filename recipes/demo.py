@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from scd_sf.data.manifest import write_json
 from scd_sf.steps import Step, python, run_steps
@@ -67,6 +68,50 @@ def evaluate_step(run: Path, teacher: Path) -> list[Step]:
     return [Step("evaluate", [*score, *where], 200)]
 
 
+def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:
+    """What the chain should show, each with the measured value and whether it was met."""
+
+    def pick(family: str, stage: str, steps: int) -> list[dict[str, Any]]:
+        return [r for r in rows if (r["family"], r["stage"], r["steps"]) == (family, stage, steps)]
+
+    teacher, student = pick("bidirectional", "teacher", 50)[0], pick("scd", "3", 4)[0]
+    undistilled = min(pick("scd", "2", 4), key=lambda r: float(r["video_frechet"]))
+    gain = 1 - student["video_frechet"] / undistilled["video_frechet"]
+    place = 100 * (teacher["adherence"]["place"] - student["adherence"]["place"])
+    motion = 100 * (teacher["adherence"]["motion"] - student["adherence"]["motion"])
+    speed = {
+        n: pick("causal", "2", n)[0]["seconds_per_frame"] / pick("scd", "2", n)[0]["seconds_per_frame"] for n in (4, 50)
+    }
+    return {
+        "distance below the better undistilled 4-step sampler": {
+            "goal": ">= 15 %",
+            "measured": f"{100 * gain:.1f} %",
+            "met": gain >= 0.15,
+        },
+        "sharpness of the distilled student": {
+            "goal": "0.8 .. 1.2",
+            "measured": round(student["sharpness"], 3),
+            "met": 0.8 <= student["sharpness"] <= 1.2,
+        },
+        "place adherence behind the teacher": {"goal": "<= 10 points", "measured": f"{place:.1f}", "met": place <= 10},
+        "motion adherence behind the teacher": {
+            "goal": "<= 10 points",
+            "measured": f"{motion:.1f}",
+            "met": motion <= 10,
+        },
+        "SCD faster than causal per frame, 4 steps": {
+            "goal": ">= 1.7x",
+            "measured": f"{speed[4]:.2f}x",
+            "met": speed[4] >= 1.7,
+        },
+        "SCD faster than causal per frame, 50 steps": {
+            "goal": ">= 2x",
+            "measured": f"{speed[50]:.2f}x",
+            "met": speed[50] >= 2.0,
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory, resumable")
@@ -86,10 +131,17 @@ def main() -> None:
     seconds = run_steps(args.run, groups)
     file = args.run / "results" / "results.json"
     results = json.loads(file.read_text())
-    results["context"] |= {"step_seconds": seconds, "this_run_seconds": round(time.time() - started, 1)}
+    checks = goals(results["rows"])
+    results["context"] |= {
+        "goals": checks,
+        "step_seconds": seconds,
+        "this_run_seconds": round(time.time() - started, 1),
+    }
     write_json(args.run / "results.json", results)
     shutil.copyfile(args.run / "results" / "gallery.html", args.run / "gallery.html")
     print((args.run / "logs" / "evaluate.log").read_text()[-6000:])
+    for name, check in checks.items():
+        print(f"{'met   ' if check['met'] else 'MISSED'}  {name}: {check['measured']} (goal {check['goal']})")
     print(f"{sum(seconds.values()):.0f} s of steps; open {args.run}/gallery.html, figures in {args.run}/results.json")
 
 

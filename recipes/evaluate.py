@@ -96,6 +96,10 @@ class Bench:
         return [self.clips.rows[i].tags["motion"] for i in self.indices]
 
     @property
+    def labels(self) -> list[str]:
+        return [f"{place} {motion}" for place, motion in zip(self.places, self.motions, strict=True)]
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         s = self.clips.shape
         return (s.frames, s.channels, s.height, s.width)
@@ -196,11 +200,13 @@ def cost(model: Student | Wan, row: RowConfig, bench: Bench) -> tuple[float, Str
 def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
     """The row's figures, means over seeds, and the decoded videos of the first seed."""
     model = load_model(row, bench.cfg)
-    distances, sharpness, scores, first = [], [], [], None
+    distances, by_prompt, sharpness, scores, first = [], [], [], [], None
     for seed in bench.cfg.seeds:
         latents = draw(model, row, bench, seed)
         videos = decode(bench.vae, latents)
-        distances.append(bench.frechet.distance(videos))
+        features = bench.frechet.features(videos)
+        distances.append(bench.frechet.distance_of(features))
+        by_prompt.append(bench.frechet.distance_by_label(features, bench.labels, bench.labels))
         sharpness.append(sharpness_ratio(videos, bench.reference))
         scores.append(adherence(bench.judges, latents, bench.places, bench.motions))
         first = videos if first is None else first
@@ -220,6 +226,7 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
         steps=row.steps,
         sampler=row.sampler,
         video_frechet=spread(distances).mean,
+        video_frechet_by_prompt=spread(by_prompt).mean,
         sharpness=spread(sharpness).mean,
         adherence=mean,
         block_passes_per_frame=passes,
@@ -236,66 +243,52 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
 
 def load_model(row: RowConfig, cfg: EvaluateConfig) -> Student | Wan:
     if not row.checkpoint:
-        return load_wan(Path(cfg.base)).eval()
+        return load_wan(Path(cfg.base))
     model, _ = load_student(find(Path(cfg.root) / row.checkpoint), row.weights)
-    return model.eval()
+    return model
 
 
-def control(name: str, videos: Tensor, latents: Tensor | None, bench: Bench, note: str) -> Row:
-    """A row without a model."""
-    score = None if latents is None else adherence(bench.judges, latents, bench.places, bench.motions)
+def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: str) -> Row:
+    """A row without a model; ``labels`` are the prompts its videos are put under."""
+    features = bench.frechet.features(videos)
     return Row(
         name=name,
         family="control",
         stage="",
         steps=0,
         sampler="",
-        video_frechet=bench.frechet.distance(videos),
+        video_frechet=bench.frechet.distance_of(features),
         sharpness=sharpness_ratio(videos, bench.reference),
-        adherence=score,
+        adherence=None,
         clips=len(videos),
+        video_frechet_by_prompt=bench.frechet.distance_by_label(features, labels, bench.labels),
         note=note,
     )
 
 
-def controls(bench: Bench, others: Sequence[int], last: Tensor | None) -> list[tuple[Row, Tensor]]:
-    """Copy of a real frame, other real clips, the judges' ceiling, and shuffled prompts."""
+def controls(bench: Bench, others: Sequence[int], last: Tensor) -> list[Row]:
+    """A frozen real frame, other real clips (with the judges' ceiling), and shuffled prompts (with their floor)."""
     frozen = bench.reference[:, :1].expand_as(bench.reference)
-    other_latents = bench.clips.latents(others)
-    other_videos = decode(bench.vae, other_latents)
+    latents = bench.clips.latents(others)
+    videos = decode(bench.vae, latents)
     tags = [bench.clips.rows[i].tags for i in others]
-    ceiling = adherence(bench.judges, other_latents, [t["place"] for t in tags], [t["motion"] for t in tags])
-    rows = [
-        (control("copy of the last frame", frozen, None, bench, "one real frame, repeated"), frozen),
-        (
-            replace(
-                control("other real clips", other_videos, None, bench, "adherence: the judges' ceiling"),
-                adherence=ceiling,
-            ),
-            other_videos,
-        ),
+    places, motions = [t["place"] for t in tags], [t["motion"] for t in tags]
+    labels = [f"{place} {motion}" for place, motion in zip(places, motions, strict=True)]
+    shift = len(labels) // 2 + 1
+    wrong = labels[shift:] + labels[:shift]
+    copy = control("copy of the last frame", frozen, bench.labels, bench, "a clip's first frame, repeated")
+    real = control(
+        "other real clips", videos, labels, bench, "the floor of the distance; adherence: the judges' ceiling"
+    )
+    shuffled = control(
+        "shuffled prompts", videos, wrong, bench, "other real clips, and the last model, under wrong prompts"
+    )
+    floor = shuffled_floor(bench.judges, last, bench.places, bench.motions, seed=0)
+    return [
+        copy,
+        replace(real, adherence=adherence(bench.judges, latents, places, motions)),
+        replace(shuffled, adherence=floor),
     ]
-    if last is not None:
-        floor = shuffled_floor(bench.judges, last, bench.places, bench.motions, seed=0)
-        name = "shuffled prompts"
-        rows.append(
-            (
-                Row(
-                    name,
-                    "control",
-                    "",
-                    0,
-                    "",
-                    None,
-                    None,
-                    floor,
-                    clips=len(last),
-                    note="the last model's samples judged against permuted prompts",
-                ),
-                bench.reference,
-            )
-        )
-    return rows
 
 
 def prepare(cfg: EvaluateConfig) -> tuple[Bench, list[int]]:
@@ -340,10 +333,10 @@ def main() -> None:
         console.print(f"scored {number}/{len(cfg.rows)} {row.name}  left {left:.0f} s", highlight=False)
     last = load_file(str(Path(cfg.out) / "samples" / f"{slug(cfg.rows[-1].name)}-seed{cfg.seeds[0]}.safetensors"))
     extra = controls(bench, others, last["latents"])
-    rows = [row for row, _ in [*results, *extra]]
+    rows = [*(row for row, _ in results), *extra]
     write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started))
     console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference"))
-    write_gallery(cfg, bench, results, extra, rows)
+    write_gallery(cfg, bench, results, rows)
     console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
 
 
@@ -351,7 +344,6 @@ def write_gallery(
     cfg: EvaluateConfig,
     bench: Bench,
     results: list[tuple[Row, Tensor]],
-    extra: list[tuple[Row, Tensor]],
     rows: list[Row],
 ) -> None:
     """Videos of all rows side by side for some of the prompts."""
@@ -362,11 +354,12 @@ def write_gallery(
         row = bench.clips.rows[bench.indices[position]]
         assert row.held_out_prompt is not None
         text = bench.clips.prompts.rows[row.held_out_prompt].prompt
-        cards.append(PromptCard(text, row.tags["place"], row.tags["motion"]))
-    shown = [("real clip (VAE reconstruction)", bench.reference), *((row.name, video) for row, video in results)]
+        cards.append(PromptCard(text, row.tags["place"], row.tags["motion"], held_out=True))
+    real = Row("real clip", "control", "", 0, "", None, None, None, note="as the VAE reconstructs it")
+    shown = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
     for name, video in shown:
         videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]
-    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", rows, videos, cards, fps=cfg.fps)
+    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, fps=cfg.fps)
 
 
 if __name__ == "__main__":

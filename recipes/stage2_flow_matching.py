@@ -18,10 +18,12 @@ from torch import Tensor
 from scd_sf.checkpoint import find, provenance
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips
+from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
+from scd_sf.preview import Preview
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import EngineConfig, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainConfig,
@@ -65,6 +67,30 @@ def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit
     return {"val/loss": float(value)}
 
 
+def show(run: Run, preview: Preview, model: Student, step: int) -> None:
+    """A validation video by rank 0."""
+    if run.ranks.is_main and (frames := preview.write(model, step)) is not None:
+        run.video(step, "samples", frames, preview.fps)
+
+
+def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:
+    """The student, with its whole loss as one engine forward."""
+    for trunk in student.trunks():
+        trunk.checkpointing = cfg.checkpointing
+
+    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> Tensor:
+        return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)[0]
+
+    return build_engine(
+        StepModule(student, loss_fn),
+        cfg.engine,
+        ranks,
+        global_batch=cfg.train.global_batch,
+        micro_batch=cfg.train.micro_batch,
+        total_updates=cfg.train.steps,
+    )
+
+
 def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
     ranks = init_distributed()
@@ -77,20 +103,7 @@ def main() -> None:
         check_text(data.prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
-    for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
-
-    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> Tensor:
-        return flow_matching_loss(model, x_0, cond, clips.null, cfg.loss, rng)[0]
-
-    engine = build_engine(
-        StepModule(student, loss_fn),
-        cfg.engine,
-        ranks,
-        global_batch=cfg.train.global_batch,
-        micro_batch=cfg.train.micro_batch,
-        total_updates=cfg.train.steps,
-    )
+    engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
@@ -105,7 +118,13 @@ def main() -> None:
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train.keep)
     averaged = build_model(parent.model)
-    for step in run.progress(cfg.train.steps, state.resume()):
+    sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
+    preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
+    start = state.resume()
+    if start == 0:
+        averaged.load_state_dict(engine.masters())
+        show(run, preview, averaged, 0)
+    for step in run.progress(cfg.train.steps, start):
         total = 0.0
         for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, step - 1, len(clips)):
             batch = clips.batch(indices).to(ranks.device)
@@ -121,6 +140,7 @@ def main() -> None:
         if ranks.is_main and (step % cfg.train.validate_every == 0 or step == cfg.train.steps):
             state.ema.copy_to(averaged)
             logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
+            show(run, preview, averaged, step)
         run.log(step, logs)
         if step % cfg.train.save_every == 0 or step == cfg.train.steps:
             state.save(step)

@@ -23,8 +23,9 @@ from scd_sf.config import to_yaml
 from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
-from scd_sf.models.build import SamplerConfig, Student, load_student
+from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.models.weights import load_wan, read_wan_config
+from scd_sf.preview import Preview
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import (
@@ -186,6 +187,8 @@ def build(cfg: Stage3Config, ranks: Ranks, student: Student, prompts: PromptSet,
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
 
+    for trunk in student.trunks():
+        trunk.checkpointing = cfg.checkpointing
     critic = load_wan(Path(cfg.critic))
     critic.trunk.checkpointing = cfg.checkpointing
     train = cfg.train
@@ -208,6 +211,12 @@ def build(cfg: Stage3Config, ranks: Ranks, student: Student, prompts: PromptSet,
     return Distillation(cfg, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
 
 
+def show(run: Run, preview: Preview, model: Student, step: int) -> None:
+    """A validation video by rank 0."""
+    if run.ranks.is_main and (frames := preview.write(model, step)) is not None:
+        run.video(step, "samples", frames, preview.fps)
+
+
 def main() -> None:
     cfg = from_command_line(Stage3Config, __doc__ or "")
     ranks = init_distributed()
@@ -219,8 +228,6 @@ def main() -> None:
     prompts = PromptSet(cfg.prompts)
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
-    for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
     parts = build(cfg, ranks, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
     description = to_yaml(dataclasses.replace(parent, sampler=sampler))
@@ -236,9 +243,16 @@ def main() -> None:
             extra=extra,
         )
 
+    shown = prompts.conditioning([0, len(prompts) // 2])
+    preview = Preview(parent.base, shown, latent, parts.sampler, run.dir / "videos")
+    averaged = build_model(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
     state = TrainState(run, engines, Ema(cfg.train.ema), describe, cfg.train.keep)
-    for step in run.progress(cfg.train.steps, state.resume()):
+    start = state.resume()
+    if start == 0:
+        averaged.load_state_dict(parts.student.masters())
+        show(run, preview, averaged, 0)
+    for step in run.progress(cfg.train.steps, start):
         stored: dict[int, tuple[Tensor, Conditioning]] = {}
         turns = cfg.ratio + (cfg.critic_warmup if step == 1 else 0)
         critic_logs: Logs = {}
@@ -252,6 +266,9 @@ def main() -> None:
         logs = ranks.mean(logs | critic_logs)
         logs |= watch(state, logs, cfg, step)
         run.log(step, logs)
+        if step % cfg.train.validate_every == 0:
+            state.ema.copy_to(averaged)
+            show(run, preview, averaged, step)
         if step % cfg.train.save_every == 0 or step == cfg.train.steps:
             state.save(step)
     run.finish()

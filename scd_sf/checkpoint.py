@@ -51,6 +51,17 @@ class Checkpoints:
         names = [entry.name for entry in self.root.iterdir() if entry.is_dir() and _STEP.match(entry.name)]
         return sorted(int(name.removeprefix("step_")) for name in names)
 
+    def has(self, step: int) -> bool:
+        """Whether ``step`` is saved and intact; a damaged one is named in a warning and may be written again."""
+        if not self.path(step).exists():
+            return False
+        try:
+            verify(self.path(step))
+        except UserError as error:
+            _log.warning("damaged checkpoint: %s", error)
+            return False
+        return True
+
     def write(
         self,
         step: int,
@@ -66,7 +77,7 @@ class Checkpoints:
         ``training_state(dir)`` runs on every rank with the same (existing) directory. Only the main rank writes the
         rest, so ``files`` may be empty elsewhere. Raises UserError when the step is already there or space is short.
         """
-        wait = barrier or _no_barrier
+        wait = barrier or (lambda: None)
         final, partial = self.path(step), self.root / f"step_{step:08d}.tmp"
         if is_main:
             self._prepare(step, partial, files)
@@ -134,7 +145,7 @@ class Checkpoints:
             for stale in self.root.glob("step_*.tmp"):
                 shutil.rmtree(stale)
             final = self.path(step)
-            if final.exists() and not _is_intact(final):
+            if final.exists() and not self.has(step):
                 aside = final.with_name(final.name + ".damaged.tmp")
                 os.rename(final, aside)
                 shutil.rmtree(aside)
@@ -326,10 +337,6 @@ def _fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
-def _no_barrier() -> None:
-    return None
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -366,15 +373,6 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
             raise UserError(f"{path / MANIFEST}: names {name!r}, outside the checkpoint; do not use this directory")
         entries[name] = (int(entry["size"]), str(entry["sha256"]))
     return entries
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        verify(path)
-    except UserError as error:
-        _log.warning("replacing a damaged checkpoint: %s", error)
-        return False
-    return True
 
 
 def _sizes_agree(path: Path) -> bool:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from scd_sf.data.manifest import write_json
 from scd_sf.types import UserError
 
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this time
@@ -67,73 +68,87 @@ def run_steps(run: Path, groups: Sequence[Group]) -> dict[str, float]:
             title = f"{number}/{len(groups)} {', '.join(step.name for step in group)}"
             bar.update(task, description=escape(title), completed=before)
             _say(console, f"[{title}] about {_clock(expected)}, then about {_clock(total - before - expected)} more")
-            taken |= _run_group(
-                run,
-                group,
-                console,
-                lambda done, base=before, most=expected: bar.update(
-                    task, completed=base + min(done, most)
-                ),
-            )
+
+            def tick(seconds: float, base: float = before, most: float = expected) -> None:
+                bar.update(task, completed=base + min(seconds, most))
+
+            taken |= _run_group(run, group, console, tick)
             before += expected
         bar.update(task, completed=total)
     return taken
 
 
-def _run_group(run: Path, group: Group, console: Console, tick: object) -> dict[str, float]:
-    waiting = [step for step in group if _finished(run, step) is None]
+class _Running:
+    """A step in progress: its process, and a thread that copies its output until the process closes it."""
+
+    def __init__(self, run: Path, step: Step, console: Console) -> None:
+        self.step, self.console = step, console
+        self.log = run / "logs" / f"{step.name}.log"
+        self.last_line, self.seconds, self._began = "no output", 0.0, time.monotonic()
+        try:
+            self.process = subprocess.Popen(
+                step.command,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.env},
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as error:
+            raise UserError(f"step '{step.name}': cannot start '{step.command[0]}' ({error.strerror})") from error
+        assert self.process.stdout is not None
+        self._reader = threading.Thread(target=self._copy, args=(self.process.stdout,), daemon=True)
+        self._reader.start()
+
+    def wait(self) -> int:
+        """The exit code, when all output is in the log."""
+        self._reader.join()
+        return self.process.wait()
+
+    def _copy(self, stream: IO[str]) -> None:
+        """Every line to the log; to the screen one line now and then."""
+        shown = 0.0
+        with stream, self.log.open("a", encoding="utf-8") as log:
+            for line in stream:
+                log.write(line)
+                log.flush()
+                if line.strip():
+                    self.last_line = line.strip()
+                    if time.monotonic() - shown > QUIET_SECONDS:
+                        shown = time.monotonic()
+                        _say(self.console, f"  {self.step.name}: {line.rstrip()[:160]}")
+        self.seconds = round(time.monotonic() - self._began, 1)
+
+
+def _run_group(run: Path, group: Group, console: Console, tick: Callable[[float], None]) -> dict[str, float]:
     taken = {step.name: seconds for step in group if (seconds := _finished(run, step)) is not None}
     for name in taken:
         _say(console, f"  {name}: finished before")
     started = time.monotonic()
-    running = [_start(run, step, console) for step in waiting]
+    running: list[_Running] = []
     try:
-        while any(child.poll() is None for child, _ in running):
-            time.sleep(0.2)
-            tick(time.monotonic() - started)  # type: ignore[operator]
+        for step in group:
+            if step.name not in taken:
+                running.append(_Running(run, step, console))
+        while any(item.process.poll() is None for item in running):
+            time.sleep(0.1)
+            tick(time.monotonic() - started)
     except BaseException:
-        for child, _ in running:
-            child.terminate()
+        for item in running:
+            item.process.terminate()
         raise
-    for step, (child, reader) in zip(waiting, running, strict=True):
-        reader.join()
-        if child.returncode != 0:
-            log = run / "logs" / f"{step.name}.log"
-            last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise UserError(
-                f"step '{step.name}' failed (exit {child.returncode}): {last[0]} - see {log}; "
-                "run the same command again to go on from here"
-            )
-        taken[step.name] = round(time.monotonic() - started, 1)
-        _marker(run, step).write_text(json.dumps({"command": list(step.command), "seconds": taken[step.name]}))
+    failed = [item for item in running if item.wait() != 0]
+    for item in running:
+        if item not in failed:
+            taken[item.step.name] = item.seconds
+            write_json(_marker(run, item.step), {"command": list(item.step.command), "seconds": item.seconds})
+    for item in failed:
+        raise UserError(
+            f"step '{item.step.name}' failed (exit {item.process.returncode}): {item.last_line} - see {item.log}; "
+            "run the same command again to go on from here"
+        )
     return taken
-
-
-def _start(run: Path, step: Step, console: Console) -> tuple[subprocess.Popen[str], threading.Thread]:
-    child = subprocess.Popen(
-        step.command,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **step.env},
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert child.stdout is not None
-    reader = threading.Thread(target=_forward, args=(run, step, child.stdout, console), daemon=True)
-    reader.start()
-    return child, reader
-
-
-def _forward(run: Path, step: Step, stream: IO[str], console: Console) -> None:
-    """Every line to the log; to the screen one line now and then."""
-    shown = 0.0
-    with (run / "logs" / f"{step.name}.log").open("a", encoding="utf-8") as log:
-        for line in stream:
-            log.write(line)
-            log.flush()
-            if line.strip() and time.monotonic() - shown > QUIET_SECONDS:
-                shown = time.monotonic()
-                _say(console, f"  {step.name}: {line.rstrip()[:160]}")
 
 
 def _marker(run: Path, step: Step) -> Path:
@@ -141,11 +156,12 @@ def _marker(run: Path, step: Step) -> Path:
 
 
 def _finished(run: Path, step: Step) -> float | None:
-    file = _marker(run, step)
-    if not file.is_file():
+    """Seconds the step took when this very command finished; None where it has to run (or its marker is damaged)."""
+    try:
+        saved = json.loads(_marker(run, step).read_text(encoding="utf-8"))
+        return float(saved["seconds"]) if saved["command"] == list(step.command) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    saved = json.loads(file.read_text())
-    return float(saved["seconds"]) if saved["command"] == list(step.command) else None
 
 
 def _say(console: Console, text: str) -> None:

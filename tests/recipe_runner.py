@@ -21,10 +21,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = [
+    "torch._dynamo",
     "torch.utils.tensorboard",
     "scd_sf.losses.dmd",
     "scd_sf.losses.flow_matching",
+    "scd_sf.models.text",
     "scd_sf.models.transplant",
+    "scd_sf.preview",
     "scd_sf.train.engine",
     "scd_sf.train.recipe",
 ]
@@ -49,7 +52,7 @@ class KillAt:
     call: int
 
 
-def run(script: str, *arguments: object, kill: KillAt | None = None, timeout: float = 300) -> Result:
+def run(script: str, *arguments: object, kill: KillAt | None = None, timeout: float = 600) -> Result:
     """Run ``script`` (relative to the repository) in a fork; see the module's docstring."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -59,7 +62,8 @@ def run(script: str, *arguments: object, kill: KillAt | None = None, timeout: fl
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise TimeoutError(f"{script} ran longer than {timeout} s\n{out.read_text()[-2000:]}{err.read_text()[-2000:]}")
+            said = f"{out.read_text()[-2000:]}{err.read_text()[-2000:]}"
+            raise TimeoutError(f"{script} ran longer than {timeout} s\n{said}")
         return Result(process.exitcode, out.read_text(), err.read_text())
 
 

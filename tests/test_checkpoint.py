@@ -193,3 +193,11 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
     assert event > 20
     save(store, step + 1)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_has_is_true_only_for_an_intact_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Checkpoints(tmp_path)
+    path = save(store, 1)
+    assert store.has(1) and not store.has(2)
+    (path / "config.yaml").write_text("other")
+    assert not store.has(1) and "config.yaml" in caplog.text

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
@@ -24,10 +27,28 @@ PLACES, MOTIONS = ("meadow", "hall"), ("left", "right", "still")
 
 
 def write_wan(root: Path, seed: int = 0) -> Path:
-    """``root/transformer``: a random 6-layer Wan."""
+    """A whole random model in diffusers layout: 6-layer Wan, video autoencoder (x4 in time, x8 in space), umT5."""
     torch.manual_seed(seed)
     save_wan(Wan(WAN).state_dict(), WAN, root / "transformer", torch.float32)
+    AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=WAN.in_channels, dim_mult=[1, 1, 1], num_res_blocks=1, patch_size=2,
+        temperal_downsample=[True, True], is_residual=True, in_channels=12, out_channels=12,
+        latents_mean=[0.0] * WAN.in_channels, latents_std=[1.0] * WAN.in_channels,
+    ).save_pretrained(root / "vae")  # fmt: skip
+    write_text_encoder(root)
     return root
+
+
+def write_text_encoder(root: Path) -> None:
+    """``root/text_encoder`` and ``root/tokenizer``: a random umT5 over the words of the prompts."""
+    words = ["<pad>", "<unk>", "</s>", "in", *PLACES, *MOTIONS]
+    text = UMT5Config(vocab_size=len(words), d_model=WAN.text_dim, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    UMT5EncoderModel(text).save_pretrained(root / "text_encoder")
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(root / "tokenizer")
 
 
 def write_latents(
@@ -72,7 +93,8 @@ class Chain:
         """Arguments of stage 2: two micro-batches per update, a checkpoint after every second."""
         train = f"train={{steps: {STEPS2}, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 3}}"
         inputs = [f"init={self.stage1}", f"data={self.train}", f"val={self.root}/val"]
-        return [*inputs, f"run.dir={run}", train, "run.log_every=1", "engine={kind: local, lr: 1e-2}"]
+        sampler = "sampler={name: euler, steps: 2}"
+        return [*inputs, f"run.dir={run}", train, "run.log_every=1", "engine={kind: local, lr: 1e-2}", sampler]
 
     def stage3(self, run: Path) -> list[str]:
         """Arguments of stage 3, from stage 2's result: two critic updates per student update."""

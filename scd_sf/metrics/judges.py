@@ -159,7 +159,7 @@ def fit_judges(
 
 
 def _fit(judges: Judges, latents: Tensor, place_ids: Tensor, motion_ids: Tensor, cfg: JudgesConfig) -> None:
-    """Cross-entropy on the clip's averaged logits (motion: every second step, on a random half of the clip's pairs)."""
+    """Cross-entropy on logits averaged over a random contiguous half of the clip (the place: every second step)."""
     optimizer = torch.optim.AdamW(judges.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps, pct_start=0.1)
     frames = latents.shape[1]

@@ -57,6 +57,7 @@ class Row:
     seed: int | None = None
     clips: int | None = None
     video_frechet_std: float | None = None
+    video_frechet_by_prompt: float | None = None
     sharpness_std: float | None = None
     spread_over: str | None = None
     note: str = ""
@@ -98,6 +99,12 @@ COLUMNS: tuple[Column, ...] = (
         "How far the look and the motion of the videos, as a whole set, are from real clips (fixed features of frames "
         "and of frame differences). Only comparable inside this table.",
         lambda row: _number(row.video_frechet, 1, row.video_frechet_std),
+    ),
+    Column(
+        "by prompt",
+        "lower is better",
+        "The same distance within each place and motion, averaged: real clips under the wrong prompts do badly here.",
+        lambda row: _number(row.video_frechet_by_prompt, 1),
     ),
     Column(
         "sharpness",

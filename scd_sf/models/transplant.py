@@ -76,8 +76,8 @@ def transplant_causal(wan: Wan, chunk: int) -> tuple[CausalWan, list[Transfer]]:
 
 def verify_transplant(model: nn.Module, wan: Wan, report: list[Transfer]) -> None:
     """Every copied tensor is bit-equal to its source, and no two tensors share storage. AssertionError otherwise."""
-    source: dict[str, Tensor] = dict(wan.named_parameters())
-    state = dict(model.named_parameters())
+    source: dict[str, Tensor] = dict(wan.named_parameters(remove_duplicate=False))
+    state = dict(model.named_parameters(remove_duplicate=False))
     for line in report:
         if line.source is not None:
             assert torch.equal(state[line.destination], source[line.source]), f"{line.destination} != {line.source}"

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from scd_sf.models.vae import FRAME_GROUP, channels_last
 
 PATCH = 8  # pixels on a side of one latent position
+STILL = 1 / 255  # mean change below half a grey level (pixels span 2): nothing to compare with
 
 
 @dataclass
@@ -101,16 +102,20 @@ def reconstruction(real_BFCHW: Tensor, made_BFCHW: Tensor) -> dict[str, object]:
     """How well clips survive, pixels in [-1, 1]: PSNR in dB (all frames, first, by place in the group of four).
 
     ``sharpness`` and ``change_over_time`` are mean absolute differences between neighbours (in width, in time) over
-    those of the real clips: 1 keeps all detail and motion, 0 is a flat or a frozen picture.
+    those of the real clips: 1 keeps all detail and motion, 0 is a flat or a frozen picture, None: the real one is.
     """
     error = (real_BFCHW - made_BFCHW).square()
-    x, t = (float(made_BFCHW.diff(dim=d).abs().mean() / real_BFCHW.diff(dim=d).abs().mean()) for d in (4, 1))
+
+    def kept(dim: int) -> float | None:
+        real = float(real_BFCHW.diff(dim=dim).abs().mean())
+        return round(float(made_BFCHW.diff(dim=dim).abs().mean()) / real, 4) if real > STILL else None
+
     return {
         "psnr": round(psnr(error), 3),
         "psnr_first_frame": round(psnr(error[:, 0]), 3),
         "psnr_by_phase": [round(psnr(error[:, 1 + phase :: FRAME_GROUP]), 3) for phase in range(FRAME_GROUP)],
-        "sharpness": round(x, 4),
-        "change_over_time": round(t, 4),
+        "sharpness": kept(4),
+        "change_over_time": kept(1),
     }
 
 

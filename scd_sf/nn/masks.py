@@ -62,13 +62,14 @@ def dense_mask(layout: Layout, device: torch.device) -> Tensor:
 @lru_cache(maxsize=256)
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
     """The same predicate as FlexAttention's sparse block mask."""
-    kinds, chunks = layout.per_token(device)
-    length = len(kinds)
+    with torch.inference_mode(False):
+        kinds, chunks = layout.per_token(device)
+        length = len(kinds)
 
-    def predicate(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return teacher_forcing(kinds[q], chunks[q], kinds[k], chunks[k])
+        def predicate(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return teacher_forcing(kinds[q], chunks[q], kinds[k], chunks[k])
 
-    return create_block_mask(predicate, None, None, length, length, device=str(device))
+        return create_block_mask(predicate, None, None, length, length, device=str(device))
 
 
 def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask:

@@ -13,6 +13,9 @@ config and save directory. DeepSpeed is imported when the first engine of that k
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 _TAG = "engine"
+_log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -77,7 +81,7 @@ def frozen_engine(module: nn.Module, cfg: EngineConfig, ranks: Ranks) -> nn.Modu
 
     All ranks must call it equally often (ZeRO-3 gathers weights together). ``cfg.offload`` keeps weights on the CPU.
     """
-    module.requires_grad_(False).eval()
+    module.requires_grad_(False)
     if cfg.kind == "local":
         return module.to(ranks.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
     zero: dict[str, Any] = {"stage": 3, **_stage3_buckets(cfg)}
@@ -85,7 +89,6 @@ def frozen_engine(module: nn.Module, cfg: EngineConfig, ranks: Ranks) -> nn.Modu
         zero["offload_param"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
     config = {**_common(cfg), "train_batch_size": ranks.world, "zero_optimization": zero}
     engine: nn.Module = _initialize(module, config, ranks, None)
-    engine.eval()  # DeepSpeed's own eval() returns None
     return engine
 
 
@@ -153,8 +156,8 @@ class DeepSpeedEngine:
         return {name: value.clone() for name, value in self.iter_masters()}
 
     def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in named_parameters(self.module):
             if parameter.requires_grad:
@@ -196,6 +199,8 @@ class DeepSpeedEngine:
 
 def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None) -> Any:
     """``deepspeed.initialize`` with a process group already there, so that it looks for neither MPI nor a launcher."""
+    if ranks.device.type == "cpu":
+        _prepare_cpu_collectives(ranks)
     ensure_process_group(ranks)
     import deepspeed
     from deepspeed.utils import logger
@@ -203,6 +208,31 @@ def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups:
     logger.setLevel(logging.WARNING)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
     return engine
+
+
+def _prepare_cpu_collectives(ranks: Ranks) -> None:
+    """DeepSpeed compiles its CPU collectives with ninja and g++; without them it uses gloo's, and we say so."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # pip's ninja
+    missing = [tool for tool in ("ninja", os.environ.get("CXX", "g++")) if shutil.which(tool) is None]
+    if missing:
+        from deepspeed import ops
+
+        ops.__compatible_ops__.update({"deepspeed_shm_comm": False})  # the table its own build reports fill
+        if ranks.is_main:
+            _log.warning("%s not found: DeepSpeed uses gloo's collectives (slower; same numbers)", missing[0])
+    elif ranks.is_main:
+        _explain_compilation()
+
+
+def _explain_compilation() -> None:
+    """The first start on a CPU compiles DeepSpeed's collectives; a build that was killed leaves a lock: say so."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    locks = sorted(root.glob("**/deepspeed_shm_comm/lock"))
+    if locks:
+        _log.warning("%s: DeepSpeed's CPU collectives are being compiled, or a build was killed; if no compiler is "
+                     "running, delete this file, or the start waits for ever", locks[0])
+    elif not list(root.glob("**/deepspeed_shm_comm/*.so")):
+        _log.warning("compiling DeepSpeed's CPU collectives, once per machine: half a minute, more when it is busy")
 
 
 def _common(cfg: EngineConfig) -> dict[str, Any]:

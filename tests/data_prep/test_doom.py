@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "data_prep" / "make_doom_clips.py"
 
 def run(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -32,7 +34,7 @@ def test_few_step_list() -> None:
 def test_many_step_times_fall_from_one_to_exactly_zero() -> None:
     times = many_step_times(50, 5.0)
     assert len(times) == 51 and times[0] == 1.0 and times[-1] == 0.0
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in pairwise(times))
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])

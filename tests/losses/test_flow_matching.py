@@ -162,7 +162,15 @@ def test_denoiser_flow_loss_is_its_definition() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("text_dropout", 1.5), ("query_from", -0.1), ("query_pure", 2.0), ("samples", 0), ("targets", 0), ("shift", -1.0), ("eta", -3.0)],
+    [
+        ("text_dropout", 1.5),
+        ("query_from", -0.1),
+        ("query_pure", 2.0),
+        ("samples", 0),
+        ("targets", 0),
+        ("shift", -1.0),
+        ("eta", -3.0),
+    ],
 )
 def test_bad_settings_are_named(name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"loss\.{name}"):

@@ -1,4 +1,4 @@
-"""What holds for the causal baseline alone: it has exactly Wan's parameters and, where nothing is hidden, Wan's output."""
+"""What holds for the causal baseline alone: exactly Wan's parameters and, where nothing is hidden, Wan's output."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ def test_which_cache_a_config_means() -> None:
 
 
 def test_chunk_must_be_positive() -> None:
-    with pytest.raises(UserError, match="model.chunk is 0"):
+    with pytest.raises(UserError, match=r"model\.chunk is 0"):
         transplant_causal(tiny.wan(), 0)

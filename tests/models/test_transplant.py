@@ -91,6 +91,14 @@ def test_shared_storage_is_caught_though_values_are_equal(with_source: bool) -> 
         verify_transplant(model, source, report)
 
 
+def test_a_tied_parameter_is_caught() -> None:
+    source = wan()
+    model, report = transplant_scd(source, ScdConfig(tiny.ENCODER, DecoderConfig(tiny.DECODER)))
+    model.encoder.blocks[1].attn1.to_q.weight = model.decoder.trunk.blocks[1].attn1.to_q.weight
+    with pytest.raises(AssertionError, match="two tensors share storage"):
+        verify_transplant(model, source, report)
+
+
 def test_layers_out_of_range_are_refused_before_anything_is_built() -> None:
     for config in (ScdConfig((0, 6), DecoderConfig((0,))), ScdConfig((0,), DecoderConfig((0, 25)))):
         with pytest.raises(UserError, match=r"the base model has layers 0\.\.5; remove \[(6|25)\]"):

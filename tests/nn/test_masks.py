@@ -60,3 +60,11 @@ def test_cpu_gets_the_dense_mask_and_masks_are_kept() -> None:
     mask = teacher_forcing_mask(layout, CPU)
     assert isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
     assert teacher_forcing_mask(Layout.teacher_forced(3, [0, 1, 2], 1, 2), CPU) is mask
+
+
+def test_masks_made_under_inference_mode_are_ordinary_tensors() -> None:
+    """They are kept: a validation sample under inference mode must not leave tensors that training cannot save."""
+    layout = Layout.teacher_forced(2, [0], 1, 7)
+    with torch.inference_mode():
+        dense, sparse = dense_mask(layout, CPU), block_mask(layout, CPU)
+    assert not dense.is_inference() and not sparse.kv_indices.is_inference() and not sparse.kv_num_blocks.is_inference()

@@ -29,7 +29,7 @@ def launch(command: list[str], cwd: Path = recipe_runner.ROOT) -> str:
 
 
 def test_every_stage_leaves_a_checkpoint_that_explains_itself(chain: Chain) -> None:
-    wanted = [("stage1", 0, "euler", 50), ("stage2", STEPS2, "euler", 50), ("stage3", STEPS3, "renoise", 4)]
+    wanted = [("stage1", 0, "euler", 50), ("stage2", STEPS2, "euler", 2), ("stage3", STEPS3, "renoise", 4)]
     for name, step, sampler, steps in wanted:
         path = find(chain.root / name)
         config = from_yaml(CheckpointConfig, path / "config.yaml")
@@ -69,6 +69,8 @@ def test_metrics_of_every_step(chain: Chain) -> None:
     wanted = {"critic/loss", "dmd/fake_real", "rollout/std", "monitor/std_ratio", "monitor/best_step", "grad_norm"}
     assert len(rows) == STEPS3 and all(wanted <= row.keys() for row in rows)
     assert (find(chain.root / "stage3") / "state" / "critic").is_dir()
+    for stage, steps in (("stage2", (0, 3, 6)), ("stage3", (0, 4))):
+        assert sorted(f.stem for f in (chain.root / stage / "videos").iterdir()) == [f"{step:08d}" for step in steps]
 
 
 def test_pretrain_then_stage1_refuses_our_own_checkpoint_and_takes_diffusers(chain: Chain, tmp_path: Path) -> None:

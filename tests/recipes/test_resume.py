@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command gives the run that was never killed: every loss and every weight, bit for bit."""
+"""Killed at any moment, the same command gives the run that was never killed: every loss and weight, bit for bit."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ GLOBAL, STEPS = 8, 4
 
 
 class Tiny(nn.Module):
-    """Two layers, a norm, a table, and a parameter that never gets a gradient."""
+    """Two layers, a norm, a table, and a parameter that never gets a gradient; the same weights everywhere."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Tiny(nn.Module):
         self.table, self.unused = nn.Parameter(torch.zeros(1, 16)), nn.Parameter(torch.ones(3, 3))
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.norm(self.first(x.to(self.first.weight.dtype)) + self.table))

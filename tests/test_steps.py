@@ -1,0 +1,99 @@
+"""The step runner: finished steps stay finished, a changed command runs again, a failure is named, groups overlap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scd_sf.steps import Step, run_steps
+from scd_sf.types import UserError
+
+
+def shell(text: str) -> list[str]:
+    return ["/bin/sh", "-c", text]
+
+
+def test_finished_steps_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = [[Step("count", shell(f"echo once >> {tmp_path}/count; echo done"), 1)]]
+    first = run_steps(tmp_path / "run", groups)
+    second = run_steps(tmp_path / "run", groups)
+    assert (tmp_path / "count").read_text() == "once\n"
+    assert first == second and first.keys() == {"count"}
+    assert "count: finished before" in capsys.readouterr().out
+    assert (tmp_path / "run" / "logs" / "count.log").read_text() == "done\n"
+    marker = json.loads((tmp_path / "run" / ".done" / "count.json").read_text())
+    assert marker["command"] == groups[0][0].command
+
+
+def test_changed_command_runs_again(tmp_path: Path) -> None:
+    for word in ("one", "two", "two"):
+        run_steps(tmp_path / "run", [[Step("say", shell(f"echo {word} >> {tmp_path}/words"), 1)]])
+    assert (tmp_path / "words").read_text() == "one\ntwo\n"
+
+
+def test_environment_is_added(tmp_path: Path) -> None:
+    run_steps(tmp_path, [[Step("env", shell('echo "$WORD $PYTHONUNBUFFERED"'), 1, {"WORD": "meadow"})]])
+    assert (tmp_path / "logs" / "env.log").read_text() == "meadow 1\n"
+
+
+def test_failure_names_step_and_log_and_stops(tmp_path: Path) -> None:
+    """What is after it does not run; after the repair only it and what is after it run."""
+    bad = Step("second", shell(f"echo broken cable; test -e {tmp_path}/repaired"), 1)
+    groups = [[Step("first", shell(f"echo x >> {tmp_path}/first"), 1)], [bad], [Step("third", shell("true"), 1)]]
+    with pytest.raises(UserError) as caught:
+        run_steps(tmp_path, groups)
+    text = str(caught.value)
+    assert "step 'second' failed (exit 1): broken cable" in text and f"{tmp_path}/logs/second.log" in text
+    assert "\n" not in text and not (tmp_path / ".done" / "third.json").exists()
+    (tmp_path / "repaired").touch()
+    assert run_steps(tmp_path, groups).keys() == {"first", "second", "third"}
+    assert (tmp_path / "first").read_text() == "x\n"
+
+
+def test_silent_failure_and_killed_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'quiet' failed \(exit 3\): no output"):
+        run_steps(tmp_path, [[Step("quiet", shell("exit 3"), 1)]])
+    with pytest.raises(UserError, match=r"'killed' failed \(exit -9\)"):
+        run_steps(tmp_path, [[Step("killed", shell("kill -9 $$"), 1)]])
+
+
+def test_missing_program_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 'ghost': cannot start 'no-such-program'"):
+        run_steps(tmp_path, [[Step("ghost", ["no-such-program"], 1)]])
+
+
+def test_steps_of_a_group_run_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits for the other's file: one after another would never end."""
+    meet = "touch {0}; while ! test -e {1}; do sleep 0.01; done"
+    names = (f"{tmp_path}/a", f"{tmp_path}/b")
+    group = [Step("left", shell(meet.format(*names)), 1), Step("right", shell(meet.format(*reversed(names))), 1)]
+    assert run_steps(tmp_path / "run", [group]).keys() == {"left", "right"}
+
+
+def test_a_finished_member_of_a_failed_group_is_kept(tmp_path: Path) -> None:
+    group = [
+        Step("bad", shell(f"echo no >&2; test -e {tmp_path}/repaired"), 1),
+        Step("good", shell(f"echo x >> {tmp_path}/good"), 1),
+    ]
+    with pytest.raises(UserError, match=r"'bad' failed \(exit 1\): no"):
+        run_steps(tmp_path / "run", [group])
+    (tmp_path / "repaired").touch()
+    run_steps(tmp_path / "run", [group])
+    assert (tmp_path / "good").read_text() == "x\n"
+
+
+def test_unwritable_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the run directory"):
+        run_steps(tmp_path / "file" / "run", [])
+
+
+def test_damaged_marker_means_not_finished(tmp_path: Path) -> None:
+    """A marker cut short by a crash must not stop the chain."""
+    groups = [[Step("again", shell(f"echo x >> {tmp_path}/again"), 1)]]
+    run_steps(tmp_path / "run", groups)
+    (tmp_path / "run" / ".done" / "again.json").write_text("{")
+    run_steps(tmp_path / "run", groups)
+    assert (tmp_path / "again").read_text() == "x\nx\n"
