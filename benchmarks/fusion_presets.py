@@ -1,6 +1,6 @@
-"""Which fusion of the context into the decoder is best? Zero-shot flow loss, and after a short fixed budget, same seeds.
+"""Which fusion of the context into the decoder is best? Flow loss zero-shot, and after a short budget, same seeds.
 
-    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out runs/fusion.json --steps 150
+    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out runs/fusion.json
 
 Every variant starts from the same teacher, sees the same batches, times and noise, and is validated at the same fixed
 noise (spec/scd.md W7: "pick by measurement"). Resumes: finished variants in the output file are not run again.
@@ -23,10 +23,11 @@ from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.transplant import transplant_scd
 from scd_sf.models.weights import load_wan
+from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.train.recipe import generator
 
 ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)
-VARIANTS = [
+VARIANTS = [  # fusion, prefix RoPE, prefix
     *((f, r, p) for f in ("junction", "paper") for r in ("identical", "temporal") for p in ("full", "cached")),
     ("delta", "identical", "full"),
     ("channel", "identical", "full"),
@@ -83,9 +84,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per variant")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--shard", type=int, default=0, help="run every --shards-th variant from this one")
+    parser.add_argument("--shards", type=int, default=1)
     args = parser.parse_args()
     done = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
-    for variant in VARIANTS:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    for variant in VARIANTS[args.shard :: args.shards]:
         if variant in {(d["fusion"], d["prefix_rope"], d["prefix"]) for d in done}:
             continue
         done.append(run(variant, args.base, args.data, args.steps, args.lr))

@@ -14,8 +14,7 @@ not give the motion away). Turns are 3-4 degrees per frame, constant within a cl
 
 Licences, as stated in the vizdoom 1.3.2 wheel (nothing of it is part of this repository): ViZDoom's own code is MIT
 (METADATA); it contains ZDoom, whose code comes under several licences (METADATA: http://zdoom.org/wiki/license); the
-textures and sprites come from freedoom2.wad, "freely redistributable under the terms of the modified BSD license" (its
-start-up text).
+textures and sprites come from freedoom2.wad: "freely redistributable under the terms of the modified BSD license".
 """
 
 from __future__ import annotations

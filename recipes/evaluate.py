@@ -39,6 +39,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan
 from scd_sf.nn.layers import WanBlock
 from scd_sf.rollout import row_noise, sample, sample_bidirectional, stream_rollout
+from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.train.recipe import from_command_line
 from scd_sf.types import UserError, exit_on_user_error
 
@@ -318,6 +319,7 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
 def main() -> None:
     cfg = from_command_line(EvaluateConfig, __doc__ or "")
     started, console = time.monotonic(), Console()
+    keep_freed_memory()
     if not cfg.rows:
         raise UserError("rows: name at least one model to score in the config's 'rows' list")
     for row in cfg.rows:

@@ -76,11 +76,16 @@ def export(run: Path, out: Path) -> None:
     assert isinstance(model, Wan)
     write_model(run, out)
     save_wan(model.state_dict(), model.cfg, out / "transformer", torch.float16)
+    trained = read_provenance(checkpoint)
     record = provenance(
-        stage="teacher", step=int(str(read_provenance(checkpoint)["step"])), seed=0, parents=[checkpoint]
+        stage="teacher",
+        step=int(str(trained["step"])),
+        seed=0,
+        parents=[checkpoint],
+        data_hash=str(trained["data_hash"]),
     )
     clips = json.loads((run / "clips" / "manifest.json").read_text())
-    record |= {"command": "make teacher", "data": clips.get("licences"), "licence": "Apache-2.0"}
+    record |= {"command": "make teacher", "clips": clips["request"], "sources": clips["sources"], "licence": "Apache-2.0"}
     write_json(out / "provenance.json", record)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.2f} MB")

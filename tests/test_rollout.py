@@ -185,7 +185,7 @@ def test_frozen_encoder_under_no_grad_would_get_nothing(chunk: int) -> None:
     assert not reached
 
 
-@some_students
+@a_few
 def test_no_gradient_leaks_between_chunks(variant: tiny.Variant) -> None:
     """Chunk j's exit gradient in the parameters is what it is when the earlier chunks are constants."""
     model = tiny.student(variant)

@@ -98,7 +98,7 @@ class Chain:
 
     def stage3(self, run: Path) -> list[str]:
         """Arguments of stage 3, from stage 2's result: two critic updates per student update."""
-        train = f"train={{steps: {STEPS3}, global_batch: 2, micro_batch: 1, save_every: 2}}"
+        train = f"train={{steps: {STEPS3}, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}}"
         wans = [f"teacher={self.wan}", f"critic={self.wan}", f"prompts={self.train}"]
         engines = [f"{name}={{kind: local, lr: 1e-2}}" for name in ("student", "critic_engine", "teacher_engine")]
         size = ["video={frames: 9, height: 32, width: 32}", "ratio=2", "run.log_every=1"]

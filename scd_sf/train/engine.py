@@ -225,13 +225,9 @@ def _prepare_cpu_collectives(ranks: Ranks) -> None:
 
 
 def _explain_compilation() -> None:
-    """The first start on a CPU compiles DeepSpeed's collectives; a build that was killed leaves a lock: say so."""
+    """Say why the first start on a CPU is slow: DeepSpeed compiles its collectives, once per machine."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    locks = sorted(root.glob("**/deepspeed_shm_comm/lock"))
-    if locks:
-        _log.warning("%s: DeepSpeed's CPU collectives are being compiled, or a build was killed; if no compiler is "
-                     "running, delete this file, or the start waits for ever", locks[0])
-    elif not list(root.glob("**/deepspeed_shm_comm/*.so")):
+    if not list(root.glob("**/deepspeed_shm_comm/*.so")):
         _log.warning("compiling DeepSpeed's CPU collectives, once per machine: half a minute, more when it is busy")
 
 

@@ -33,7 +33,7 @@ def streamed(model: Student, data: tiny.Clip, cache: CacheConfig | None = None) 
 
 @pytest.mark.parametrize(("variant", "dtype", "tolerance"), [
     *(pytest.param(v, torch.float64, 1e-12, id=f"{v}-fp64") for v in tiny.VARIANTS),
-    *(pytest.param(v, torch.float32, 1e-5, id=f"{v}-fp32") for v in tiny.SOME),
+    *(pytest.param(v, torch.float32, 1e-5, id=f"{v}-fp32") for v in tiny.FEW),
 ])  # fmt: skip
 @torch.no_grad()
 def test_mask_over_the_clip_equals_frame_by_frame_cache(
@@ -164,7 +164,7 @@ def test_denoise_is_a_pure_read(variant: tiny.Variant) -> None:
         assert torch.equal(model.denoise(stream, x_t, t), first)
 
 
-@some_students
+@pytest.mark.parametrize("variant", [*tiny.FEW, tiny.SOME[2]], ids=str)
 def test_checkpointing_changes_no_gradient(variant: tiny.Variant) -> None:
     """Teacher-forced, and streamed over two chunks with history: fp64, on against off."""
     model, data = tiny.student(variant), tiny.clip(variant.chunk, chunks=2, batch=1, samples=1)

@@ -20,31 +20,39 @@ from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 Results = dict[str, Any]
-slow = pytest.mark.slow
+LOCAL = ["train", "one_micro", "nan", "resume", "skips", "three", "bf16_train", "bf16_nan", "bf16_resume"]
+ONE = ["train-zero2", "one_micro-zero2", "three-zero2", "bf16_train-zero2"]
+TWO = [f"{check}-{kind}" for kind in ("local", "zero2", "zero3") for check in ("train", "nan", "resume")]
+TWO += ["train-zero1", "one_micro-zero2", "skips-zero2", "three-zero2", "bf16_nan-zero2", "bf16_resume-zero2"]
 
 
-def spawn(world: int, out: Path, kinds: list[str]) -> list[Results]:
+def slow(test: Any) -> Any:
+    """Several processes that wait for each other: seconds on an idle machine, many minutes on a crowded one."""
+    return pytest.mark.slow(pytest.mark.timeout(1800)(test))
+
+
+def spawn(world: int, out: Path, checks: list[str]) -> list[Results]:
     """Run the checks in ``world`` new processes; every rank's results."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(workers.main, args=(world, port, out, kinds), nprocs=world, start_method="spawn")
+    mp.start_processes(workers.main, args=(world, port, out, checks), nprocs=world, start_method="spawn")
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return workers.run_checks(ALONE, tmp_path_factory.mktemp("local"), ["local"])
+    return workers.run_checks(ALONE, tmp_path_factory.mktemp("local"), [f"{check}-local" for check in LOCAL])
 
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return spawn(1, tmp_path_factory.mktemp("one"), ["zero2"])[0]
+    return spawn(1, tmp_path_factory.mktemp("one"), ONE)[0]
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return spawn(2, tmp_path_factory.mktemp("two"), ["local", "zero1", "zero2", "zero3"])
+    return spawn(2, tmp_path_factory.mktemp("two"), TWO)
 
 
 def numbers(result: Results) -> list[float]:
@@ -113,7 +121,7 @@ def test_local_micro_batches_equal_one_batch(local: Results) -> None:
 
 def test_local_bf16_follows_fp32(local: Results) -> None:
     """Masters stay fp32: the small updates of every step survive."""
-    fp32, bf16 = local["train-local"]["masters"], local["bf16-local"]["masters"]
+    fp32, bf16 = local["train-local"]["masters"], local["bf16_train-local"]["masters"]
     assert bf16 == pytest.approx(fp32, abs=0.03) and bf16 != fp32
 
 
@@ -148,7 +156,7 @@ def test_misuse_is_an_error(tmp_path: Path) -> None:
 def test_one_rank_deepspeed_equals_local(local: Results, alone: Results) -> None:
     for check in ("train", "one_micro"):
         assert_equal_training(alone[f"{check}-zero2"], local[f"{check}-local"], 1e-5)
-    assert_equal_training(alone["bf16-zero2"], local["bf16-local"], 2e-2)
+    assert_equal_training(alone["bf16_train-zero2"], local["bf16_train-local"], 2e-2)
 
 
 @slow
@@ -166,25 +174,24 @@ def test_micro_batches_equal_one_batch_under_zero2(pair: list[Results]) -> None:
 
 
 @slow
-@pytest.mark.parametrize("kind", ["local", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["local", "zero2", "zero3"])
 def test_bad_batch_on_one_rank_leaves_no_trace(pair: list[Results], kind: str) -> None:
     for results in pair:
         assert_bad_batch_left_no_trace(results[f"nan-{kind}"])
 
 
 @slow
-@pytest.mark.parametrize("kind", ["local", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["local", "zero2", "zero3"])
 def test_resume_is_exact(pair: list[Results], kind: str) -> None:
     for results in pair:
         assert_exact_resume(results[f"resume-{kind}"])
 
 
 @slow
-@pytest.mark.parametrize("kind", ["local", "zero2"])
-def test_bf16_on_two_ranks(pair: list[Results], kind: str) -> None:
+def test_bf16_on_two_ranks(pair: list[Results]) -> None:
     for results in pair:
-        assert_bad_batch_left_no_trace(results[f"bf16_nan-{kind}"])
-        assert_exact_resume(results[f"bf16_resume-{kind}"])
+        assert_bad_batch_left_no_trace(results["bf16_nan-zero2"])
+        assert_exact_resume(results["bf16_resume-zero2"])
 
 
 @slow
@@ -199,5 +206,4 @@ def test_student_critic_and_teacher_in_one_process(local: Results, alone: Result
 
 @slow
 def test_skips_stop_every_rank(pair: list[Results]) -> None:
-    for kind in ("local", "zero2"):
-        assert all("2 updates in a row" in results[f"skips-{kind}"] for results in pair)
+    assert all("2 updates in a row" in results["skips-zero2"] for results in pair)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, frozen_engine, init_distributed
 from scd_sf.types import UserError
 
-GLOBAL, STEPS = 8, 4
+GLOBAL, STEPS = 8, 3
 
 
 class Tiny(nn.Module):
@@ -138,7 +139,7 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     teacher = frozen_engine(Tiny(5), cfg, ranks)
     student, critic = make(cfg, ranks, 2), make(cfg, ranks, 2, seed=1)
     losses = []
-    for number in range(3):
+    for number in range(2):
         with torch.no_grad():
             target = teacher(data(number))
         losses.append([float(target.sum()), update(critic, ranks, number)[0], update(critic, ranks, number + 5)[0],
@@ -147,37 +148,33 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     return {"losses": losses, "masters": flat(student) + flat(critic), "trainable": any(trainable)}
 
 
-def run_checks(ranks: Ranks, out: Path, kinds: Sequence[str]) -> dict[str, Any]:
-    """Every check of the given kinds ("local", "zero2" ..): check-kind -> numbers."""
+def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
+    """Checks by name: <check>-<kind>, kind "local" or "zero1" .. "zero3"; a "bf16_" prefix changes the dtype."""
     results: dict[str, Any] = {}
-
-    def check(name: str, body: Callable[..., Any], *args: Any) -> None:
-        results[name] = body(*args)
+    for name in checks:
+        check, kind = name.removeprefix("bf16_").split("-")
+        stage = {} if kind == "local" else {"zero_stage": int(kind.removeprefix("zero"))}
+        dtype = "bf16" if name.startswith("bf16_") else "fp32"
+        cfg = config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
+        bodies: dict[str, Callable[[], Any]] = {
+            "train": lambda cfg=cfg: train(cfg, ranks, 2),
+            "one_micro": lambda cfg=cfg: train(cfg, ranks, GLOBAL // ranks.world),
+            "nan": lambda cfg=cfg: nan_batch(cfg, ranks),
+            "resume": lambda cfg=cfg, name=name: resume(cfg, ranks, out / name),
+            "skips": lambda cfg=cfg: too_many_skips(replace(cfg, max_skips=2), ranks),
+            "three": lambda cfg=cfg: three_engines(cfg, ranks),
+        }
+        results[name] = bodies[check]()
         print(f"[{ranks.rank}] {name}", file=sys.stderr, flush=True)
-
-    for name in kinds:
-        kind, stage = ("local", 2) if name == "local" else ("deepspeed", int(name.removeprefix("zero")))
-        cfg = config(kind, zero_stage=stage)
-        check(f"train-{name}", train, cfg, ranks, 2)
-        check(f"nan-{name}", nan_batch, cfg, ranks)
-        check(f"resume-{name}", resume, cfg, ranks, out / name)
-        if name in ("local", "zero2"):
-            bf16 = config(kind, dtype="bf16")
-            check(f"one_micro-{name}", train, cfg, ranks, GLOBAL // ranks.world)
-            check(f"skips-{name}", too_many_skips, config(kind, max_skips=2), ranks)
-            check(f"three-{name}", three_engines, cfg, ranks)
-            check(f"bf16-{name}", train, bf16, ranks, 2)
-            check(f"bf16_nan-{name}", nan_batch, bf16, ranks)
-            check(f"bf16_resume-{name}", resume, bf16, ranks, out / f"bf16-{name}")
     return results
 
 
-def main(rank: int, world: int, port: int, out: Path, kinds: Sequence[str]) -> None:
+def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> None:
     """Entry point of a spawned process."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     ranks = init_distributed()
-    results = run_checks(ranks, out, kinds)
+    results = run_checks(ranks, out, checks)
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     ranks.barrier()
     sys.stdout.flush()
