@@ -85,7 +85,8 @@ def export(run: Path, out: Path) -> None:
         data_hash=str(trained["data_hash"]),
     )
     clips = json.loads((run / "clips" / "manifest.json").read_text())
-    record |= {"command": "make teacher", "clips": clips["request"], "sources": clips["sources"], "licence": "Apache-2.0"}
+    record |= {"command": "make teacher", "clips": clips["request"], "sources": clips["sources"]}
+    record["licence"] = "Apache-2.0"
     write_json(out / "provenance.json", record)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.2f} MB")

@@ -95,7 +95,8 @@ class CausalWan(nn.Module):
             return stream
         x_0 = x_0.detach()
         attend = Streaming(stream.cache, (x_0.shape[1] * self.cfg.tokens(*stream.latent),), write=1)
-        self._pass(stream, x_0, torch.zeros(x_0.shape[:1], device=x_0.device), stream.index - 1, attend)
+        with torch.no_grad():  # its output is unused and its K/V are detached
+            self._pass(stream, x_0, torch.zeros(x_0.shape[:1], device=x_0.device), stream.index - 1, attend)
         return replace(stream, cache=stream.cache.extended(attend.staged))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:

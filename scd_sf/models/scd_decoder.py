@@ -37,7 +37,7 @@ class DecoderConfig:
     (None: those that the encoder also has)."""
 
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 25, 26, 27, 28, 29)
-    fusion: str = "junction"
+    fusion: str = "delta"
     prefix_rope: str = "identical"
     prefix: str = "full"
     split: int | None = None
