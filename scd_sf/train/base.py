@@ -167,6 +167,7 @@ def first_skip_flag(loss: Tensor) -> Tensor:
 
 
 def write_counters(path: Path, counters: dict[str, Any]) -> None:
+    """``engine.json``: what :func:`read_counters` checks on resume, and the update counts (main rank only)."""
     (path / "engine.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
 
 

@@ -161,7 +161,7 @@ class TrainState:
 
     def save(self, step: int) -> None:
         """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept."""
-        if step in self.checkpoints.steps():
+        if self.checkpoints.has(step):
             return
         files = {"model": self.engines["model"].masters(), "ema": self.ema.tensors(), **self.extra}
         config_yaml, provenance = self.describe(step)

@@ -216,6 +216,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rank_zero_print(ranks: Ranks, text: str) -> None:
+    """Print on the main rank only, at once."""
     if ranks.is_main:
         print(text, flush=True)
 

@@ -1,9 +1,10 @@
-"""The chain by the real scripts: what each stage leaves behind, also under plain python and under both launchers."""
+"""The chain by the real scripts: what each stage leaves behind, under plain python and under both launchers."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,9 +93,15 @@ def test_plain_python_command(chain: Chain, tmp_path: Path) -> None:
     assert "copied bit for bit" in out and find(tmp_path / "s1").name == "step_00000000"
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_accelerators", "2"],
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "0"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port"],
 }
 
 
@@ -102,8 +109,9 @@ LAUNCHERS = {
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_two_processes_give_the_losses_of_one(chain: Chain, tmp_path: Path, name: str) -> None:
     """Stage 1 to 3 under the launcher; stage 2 with DeepSpeed's ZeRO-2 on two processes equals plain torch on one."""
-    start = LAUNCHERS[name]
-    launch([*start, "recipes/stage1_transplant.py", f"base={chain.wan}", f"out={tmp_path}/s1"])
+    start = [*LAUNCHERS[name], free_port()]
+    launch([*start, "recipes/stage1_transplant.py", f"base={chain.wan}", f"out={tmp_path}/s1", "family=causal"])
+    assert find(tmp_path / "s1").name == "step_00000000"
     launch([*start, "recipes/stage2_flow_matching.py", *chain.stage2(tmp_path / "s2"), "engine.kind=deepspeed"])
     one, two = tiny_run.metrics(chain.root / "stage2"), tiny_run.metrics(tmp_path / "s2")
     for left, right in zip(one, two, strict=True):
