@@ -32,8 +32,8 @@ def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
     render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "8")
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
     return [
-        [Step("clips", render, 60)],
-        [Step("latents", [*encode, "--out", f"{run}/latents"], 110)],
+        [Step("clips", render, 35)],
+        [Step("latents", [*encode, "--out", f"{run}/latents"], 65)],
     ]
 
 
@@ -59,13 +59,13 @@ def distil_step(run: Path, teacher: Path, ranks: int) -> list[Step]:
     command = [launcher, "--num_accelerators", str(ranks), "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
     config = ["--config", "recipes/configs/demo_stage3.yaml"]
-    return [Step("stage3-scd", [*command, *config, *arguments, f"run.dir={run}/stage3-scd"], 260, ONE_THREAD)]
+    return [Step("stage3-scd", [*command, *config, *arguments, f"run.dir={run}/stage3-scd"], 330, ONE_THREAD)]
 
 
 def evaluate_step(run: Path, teacher: Path) -> list[Step]:
     score = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
     where = [f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
-    return [Step("evaluate", [*score, *where], 200)]
+    return [Step("evaluate", [*score, *where], 360)]
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:
