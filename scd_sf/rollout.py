@@ -33,15 +33,16 @@ def stream_rollout(
     exit_step: int | None = None,
     cache: CacheConfig | None = None,
 ) -> Iterator[Tensor]:
-    """Yield finished chunks (B, n, C, H, W) one by one. ``noise`` (B, F, C, H, W) also is the encoder's query (W6).
+    """Yield finished chunks (B, n, C, H, W) one by one from ``noise`` (B, F, C, H, W).
 
-    With ``exit_step`` every chunk stops there and carries gradients of that step only; history is detached.
+    The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the decoder
+    how to undo it, and sampling falls back to the blurred mean (ADR 0004). With ``exit_step`` every chunk stops there and carries gradients of that step only; history is detached.
     """
     check_chunks(noise.shape[1], generator.chunk)
     stream = generator.start(cond, (noise.shape[-2], noise.shape[-1]), cache)
     previous: Tensor | None = None
     for x_T in noise.split(generator.chunk, dim=1):
-        stream = generator.advance(stream, previous, x_T)
+        stream = generator.advance(stream, previous, noise_like(x_T))
         current = stream
 
         def velocity(x_t: Tensor, t: float, at: object = current) -> Tensor:

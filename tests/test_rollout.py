@@ -136,9 +136,30 @@ def test_rollout_follows_the_teacher_forced_model(variant: tiny.Variant) -> None
     noise = noise_for(model)
     out = roll(model, noise, Renoise((1.0,)))
     t = torch.ones(1, 2, noise.shape[1])  # the loop's times are fp32
-    query = Query(noise, t[0].double())
+    drawn = cpu_noise(tiny.generator(3))
+    query = Query(torch.cat([drawn(x) for x in noise.split(variant.chunk, 1)], 1), t[0].double())
     velocity = model.teacher_forced(noise[None], t, out, tiny.prompts(2), query=query)[0]
     assert torch.allclose(noise - velocity, out, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_query_has_noise_of_its_own(chunk: int) -> None:
+    """Neither the chunk's own noise nor another chunk's query (ADR 0004)."""
+    queries: list[Tensor] = []
+
+    class Recorder(Spy):
+        def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
+            queries.append(query_noise)
+            return self.model.advance(stream, x_0, query_noise)
+
+    spy = Recorder(tiny.student(tiny.Variant("scd", chunk, "delta")))
+    noise = noise_for(spy.model)
+    with torch.no_grad():
+        roll(spy, noise)
+    drawn = [*queries, *noise.split(chunk, 1)]
+    assert len(queries) == 3
+    for i, first in enumerate(drawn):
+        assert all(float((first - other).abs().mean()) > 0.5 for other in drawn[i + 1 :])
 
 
 @a_few
@@ -201,9 +222,10 @@ def test_no_gradient_leaks_between_chunks(variant: tiny.Variant) -> None:
     last = chunks[2].pow(2).mean()
     together = torch.autograd.grad(last, list(model.parameters()), allow_unused=True)
     stream, previous = model.start(tiny.prompts(2), (tiny.HEIGHT, tiny.WIDTH)), None
+    drawn = cpu_noise(tiny.generator(3))
     for j, x_T in enumerate(noise.detach().split(variant.chunk, 1)):
         with torch.set_grad_enabled(j == 2):
-            stream = model.advance(stream, previous, x_T)
+            stream = model.advance(stream, previous, drawn(x_T))
         previous = chunks[j].detach()
     x_0 = noise.detach()[:, -variant.chunk :]
     x_0 = x_0 - model.denoise(stream, x_0, torch.ones(2))

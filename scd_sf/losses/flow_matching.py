@@ -27,7 +27,6 @@ class FlowMatchingConfig:
     query_from: float = 0.8
     query_pure: float = 0.5
     targets: int | None = None
-    share_noise: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("text_dropout", self.text_dropout), ("query_from", self.query_from)):
@@ -78,7 +77,7 @@ def flow_matching_loss(
     t = t.to(x_0.device)
     eps = _normal((cfg.samples, *x_0.shape), rng, x_0)
     t_query = query_times((batch, num_chunks), cfg, rng).repeat_interleave(generator.chunk, -1).to(x_0.device)
-    query_eps = eps[0] if cfg.share_noise else _normal(tuple(x_0.shape), rng, x_0)
+    query_eps = _normal(tuple(x_0.shape), rng, x_0)  # never eps: the decoder would read the answer off the context
     query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
 
     x_t = add_noise(x_0.unsqueeze(0), eps, t)

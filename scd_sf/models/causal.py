@@ -68,17 +68,19 @@ class CausalWan(nn.Module):
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         """``[clean | noisy 1 | .. | noisy K]`` as one sequence; see the protocol for shapes."""
-        samples, _, frames, _, height, width = x_t.shape
-        num_chunks = check_chunks(frames, self.chunk)
+        samples, height, width = x_t.shape[0], *x_t.shape[-2:]
+        num_chunks = check_chunks(x_t.shape[2], self.chunk)
         targets = list(range(num_chunks)) if targets is None else targets
+        x_clean = x_clean[:, : max(targets) * self.chunk]  # nobody looks at later ones
+        frames = x_clean.shape[1]
         trunk, tokens = self.trunk, self.cfg.tokens(height, width)
         noisy = pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1).flatten(1, 2)
         noisy_t = pick_chunks(t, targets, self.chunk, 2).transpose(0, 1).flatten(1)
         sequence = trunk.embed(torch.cat([x_clean.to(noisy.dtype), noisy], 1))
-        times = trunk.times(torch.cat([torch.zeros_like(t[0]), noisy_t], 1))
+        times = trunk.times(torch.cat([torch.zeros_like(t[0, :, :frames]), noisy_t], 1))
         target_frames = [c * self.chunk + i for c in targets for i in range(self.chunk)]
         rotary = trunk.rope([*range(frames), *(target_frames * samples)], height, width, sequence)
-        layout = Layout.teacher_forced(num_chunks, targets, samples, self.chunk * tokens)
+        layout = Layout.teacher_forced(max(targets), targets, samples, self.chunk * tokens)
         attend = FullSequence(teacher_forcing_mask(layout, sequence.device))
         out = trunk.run(sequence, times.mod, trunk.text(cond.text_BLE), rotary, attend)[:, frames * tokens :]
         velocity = trunk.velocity(out, times.temb[:, frames:], height, width)

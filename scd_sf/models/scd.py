@@ -101,9 +101,7 @@ class Scd(nn.Module):
 
         c_rows = c_BLE.unflatten(1, (1, len(targets), -1)).expand(*rows, -1, -1).flatten(0, 2)
         c_rows = corrupt(c_rows, query.eta, query.rng)
-        queries = self._rows(x_query.unsqueeze(1).expand(-1, samples, *x_query.shape[1:]))
-        query_times = self._rows(t_query.unsqueeze(1).expand(-1, samples, -1))
-        context = self.decoder.context(c_rows, queries, query_times, text)
+        context = self.decoder.context(c_rows, self._rows(x_query[:, None]), self._rows(t_query[:, None]), text, samples)
         x_rows = self._rows(pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1))
         t_rows = self._rows(pick_chunks(t, targets, self.chunk, 2).transpose(0, 1))
         velocity = self.decoder.velocity(context, x_rows, t_rows, text)
@@ -115,6 +113,7 @@ class Scd(nn.Module):
 
     def encode(self, x_clean: Tensor, x_query: Tensor, t_query: Tensor, text: Tensor, targets: Sequence[int]) -> Tensor:
         """Contexts of the target chunks, (B, M * n * tokens, E), under the teacher-forcing mask."""
+        x_clean = x_clean[:, : max(targets) * self.chunk]  # nobody looks at later ones
         frames, height, width = x_clean.shape[1], *x_clean.shape[-2:]
         tokens = self.cfg.tokens(height, width)
         sequence = self.encoder.embed(torch.cat([x_clean, x_query.to(x_clean.dtype)], 1))

@@ -102,14 +102,26 @@ class Decoder(nn.Module):
             self.adapter.weight.copy_(eye if self.config.fusion == "paper" else torch.cat([eye, eye], dim=1))
             self.adapter.bias.zero_()
 
-    def context(self, c_RLE: Tensor, query: Tensor, t_query: Tensor, text: Text) -> Context:
-        """c of R chunks, their query frames (R, n, C, H, W) and its times (R, n) -> what all steps share."""
+    def context(self, c_RLE: Tensor, query: Tensor, t_query: Tensor, text: Text, samples: int = 1) -> Context:
+        """c of R rows, their query frames (R/K, n, C, H, W) and its times (R/K, n) -> what all steps share.
+
+        Rows are (B, K, M): the K = ``samples`` rows of one query differ in c's corruption only.
+        """
         fusion, trunk = self.config.fusion, self.trunk
         if fusion == "channel":
             return Context(channels=F.layer_norm(c_RLE, c_RLE.shape[-1:]))
-        times = trunk.times(t_query)
+        clips = text.shape[0] if isinstance(text, Tensor) else text[0][0].shape[0]
+
+        def per_sample(x: Tensor) -> Tensor:
+            """(B*M, ...) -> (B*K*M, ...)."""
+            if samples == 1:
+                return x
+            x = x.unflatten(0, (clips, 1, -1))
+            return x.expand(-1, samples, *x.shape[2:]).flatten(0, 2)
+
         if fusion == "delta":
-            return Context(residual=c_RLE - self._early(query, times, text))
+            return Context(residual=c_RLE - per_sample(self._early(query, trunk.times(t_query), text)))
+        times = trunk.times(per_sample(t_query))
         if fusion == "paper":
             assert self.adapter is not None
             c_RLE = self.adapter(F.layer_norm(c_RLE, c_RLE.shape[-1:]))

@@ -265,4 +265,9 @@ def _training_config(cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_ba
 
 
 def _stage3_buckets(cfg: EngineConfig) -> dict[str, Any]:
-    return {"stage3_prefetch_bucket_size": cfg.bucket, "stage3_max_live_parameters": 2 * cfg.bucket}
+    """Without ``memory_efficient_linear``, by which one ZeRO-3 engine replaces F.linear for the whole process."""
+    return {
+        "memory_efficient_linear": False,
+        "stage3_prefetch_bucket_size": cfg.bucket,
+        "stage3_max_live_parameters": 2 * cfg.bucket,
+    }
