@@ -58,8 +58,10 @@ test-gpu: $(STAMP)
 lint: $(STAMP)
 	@echo "make: ruff and mypy"
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check -q .
 	@$(PY) -m mypy
 
 format: $(STAMP)
 	@echo "make: ruff fixes"
 	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format -q .

@@ -4,27 +4,33 @@
         train=runs/demo/latents/train val=runs/demo/latents/val root=runs/demo out=runs/demo/results
 
 Reference: real held-out clips as the VAE reconstructs them. Every model is sampled with the held-out paraphrase of each
-reference clip. Samples are kept in ``out/samples``, so an interrupted evaluation goes on where it stopped.
+reference clip. Samples are kept in ``out/samples``, so an interrupted evaluation goes on where it stopped; those of
+another checkpoint or other settings are drawn anew. Timings come last, in rounds over all rows, so that a slow minute
+hits them all.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from scd_sf.checkpoint import find, git_revision, versions
 from scd_sf.data.latents import LatentClips
+from scd_sf.data.manifest import sha256_folder
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
 from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.gallery.gallery import PromptCard, build_gallery
@@ -46,7 +52,9 @@ from scd_sf.types import UserError, exit_on_user_error
 
 @dataclass
 class RowConfig:
-    """One model of the table: ``checkpoint`` below ``root`` (empty: the bidirectional base), and how it is sampled."""
+    """One model of the table: ``checkpoint`` below ``root`` (empty: the bidirectional base), and how it is sampled.
+
+    ``seeds``: its own sampling seeds, for rows too slow for all of the table's (empty: those)."""
 
     name: str
     checkpoint: str = ""
@@ -55,11 +63,13 @@ class RowConfig:
     sampler: str = "euler"
     steps: int = 50
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass
 class EvaluateConfig:
-    """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew."""
+    """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew.
+    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once)."""
 
     base: str
     train: str
@@ -70,9 +80,10 @@ class EvaluateConfig:
     clips: int = 48
     seeds: tuple[int, ...] = (0, 1)
     shift: float = 5.0
-    batch: int = 24
+    batch: int = 48
     gallery_clips: int = 8
-    timing_repeats: int = 3
+    timing_repeats: int = 5
+    timing_seconds: float = 8.0
     fps: int = 35
 
 
@@ -140,27 +151,42 @@ def sampler_of(row: RowConfig, shift: float) -> Sampler:
     return build_sampler(row.sampler, row.steps, shift)
 
 
-def draw(model: Student | Wan, row: RowConfig, bench: Bench, seed: int) -> Tensor:
-    """One clip per reference clip, from its held-out paraphrase; kept on disk by row and seed."""
+def seeds_of(row: RowConfig, cfg: EvaluateConfig) -> tuple[int, ...]:
+    return row.seeds or cfg.seeds
+
+
+def sample_key(row: RowConfig, bench: Bench) -> dict[str, str]:
+    """What samples depend on: the weights, how they are sampled, and the prompts."""
     cfg = bench.cfg
-    file = Path(cfg.out) / "samples" / f"{slug(row.name)}-seed{seed}.safetensors"
+    weights = sha256_folder(find(Path(cfg.root) / row.checkpoint) if row.checkpoint else Path(cfg.base) / "transformer")
+    settings = {**asdict(row), "shift": cfg.shift, "seeds": seeds_of(row, cfg), "indices": bench.indices}
+    return {"weights": weights, "data": bench.clips.hash, "settings": json.dumps(settings, sort_keys=True)}
+
+
+def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
+    """(seeds, clips, F, C, H, W): one clip per seed and reference clip, from its held-out paraphrase; kept on disk."""
+    cfg, seeds, key = bench.cfg, seeds_of(row, bench.cfg), sample_key(row, bench)
+    file = Path(cfg.out) / "samples" / f"{slug(row.name)}.safetensors"
     if file.is_file():
-        return load_file(str(file))["latents"]
+        with safe_open(str(file), "pt") as stored:
+            if stored.metadata() == key:
+                return stored.get_tensor("latents")
     sampler, parts = sampler_of(row, cfg.shift), []
-    for start in range(0, len(bench.indices), cfg.batch):
-        indices = bench.indices[start : start + cfg.batch]
-        cond = bench.clips.batch(indices, held_out=True).text
-        seeds = [1_000_003 * seed + index for index in indices]
+    wanted = [(seed, index) for seed in seeds for index in bench.indices]
+    for start in range(0, len(wanted), cfg.batch):
+        part = wanted[start : start + cfg.batch]
+        cond = bench.clips.batch([index for _, index in part], held_out=True).text
+        row_seeds = [1_000_003 * seed + index for seed, index in part]
         if isinstance(model, Wan):
             denoiser = guided(model, bench.clips.null, row.guidance.w)
-            parts.append(sample_bidirectional(denoiser, cond, bench.shape, sampler, seeds))
+            parts.append(sample_bidirectional(denoiser, cond, bench.shape, sampler, row_seeds))
         else:
-            parts.append(sample(model, cond, bench.shape, sampler, seeds))
-    latents = torch.cat(parts)
+            parts.append(sample(model, cond, bench.shape, sampler, row_seeds))
+    latents = torch.cat(parts).unflatten(0, (len(seeds), -1))
     if not latents.isfinite().all():
         raise UserError(f"{row.name}: samples are not finite; the checkpoint is broken or sampled with a wrong sampler")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": latents}, str(file.with_suffix(".tmp")))
+    save_file({"latents": latents}, str(file.with_suffix(".tmp")), metadata=key)
     os.replace(file.with_suffix(".tmp"), file)
     return latents
 
@@ -186,24 +212,51 @@ def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], 
     return partial(whole, model) if isinstance(model, Wan) else partial(frames, model)
 
 
-def cost(model: Student | Wan, row: RowConfig, bench: Bench) -> tuple[float, StreamTiming]:
-    """(block passes per latent frame, timing) at batch 1, without the VAE and the text encoder."""
-    stream = streams(model, row, bench)
-    frames = bench.shape[0]
-    with BlockPassCounter(model, WanBlock) as counter:
-        for _ in stream():
-            pass
-    per_pass = frames if isinstance(model, Wan) else model.chunk
-    timing = time_stream(stream, frames_in=lambda x: x.shape[1], repeats=bench.cfg.timing_repeats, warmup=0)
-    return counter.per_frame(frames, frames_per_pass=per_pass), timing
+@dataclass
+class Timed:
+    """One row's runs at batch 1, without the VAE and the text encoder."""
+
+    row: RowConfig
+    runs: list[StreamTiming] = field(default_factory=list)
+    passes: float = 0.0
+
+    def wants_more(self, cfg: EvaluateConfig) -> bool:
+        spent = sum(run.seconds_per_frame * run.frames for run in self.runs)
+        again = spent / max(1, len(self.runs))
+        return len(self.runs) < cfg.timing_repeats and (not self.runs or spent + again <= cfg.timing_seconds)
+
+    def run_once(self, bench: Bench) -> None:
+        """One clip; the first also counts block passes per latent frame."""
+        model = load_model(self.row, bench.cfg)
+        stream = streams(model, self.row, bench)
+        with BlockPassCounter(model, WanBlock) as counter:
+            self.runs.append(time_stream(stream, frames_in=lambda x: x.shape[1], repeats=1, warmup=0))
+        per_pass = bench.shape[0] if isinstance(model, Wan) else model.chunk
+        self.passes = counter.per_frame(bench.shape[0], frames_per_pass=per_pass)
+
+    def fill(self, row: Row) -> Row:
+        return replace(
+            row,
+            block_passes_per_frame=self.passes,
+            seconds_per_frame=statistics.median(run.seconds_per_frame for run in self.runs),
+            seconds_to_first_frame=statistics.median(run.seconds_to_first_frame for run in self.runs),
+        )
+
+
+def time_rows(bench: Bench) -> list[Timed]:
+    """Rounds over all rows until every row has its repeats."""
+    timed = [Timed(row) for row in bench.cfg.rows]
+    while waiting := [item for item in timed if item.wants_more(bench.cfg)]:
+        for item in waiting:
+            item.run_once(bench)
+    return timed
 
 
 def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
-    """The row's figures, means over seeds, and the decoded videos of the first seed."""
+    """The row's figures but its costs, means over seeds, and the decoded videos of the first seed."""
     model = load_model(row, bench.cfg)
     distances, by_prompt, sharpness, scores, first = [], [], [], [], None
-    for seed in bench.cfg.seeds:
-        latents = draw(model, row, bench, seed)
+    for latents in draw(model, row, bench):
         videos = decode(bench.vae, latents)
         features = bench.frechet.features(videos)
         distances.append(bench.frechet.distance_of(features))
@@ -211,7 +264,6 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
         sharpness.append(sharpness_ratio(videos, bench.reference))
         scores.append(adherence(bench.judges, latents, bench.places, bench.motions))
         first = videos if first is None else first
-    passes, timing = cost(model, row, bench)
     assert first is not None
     sides = [s.left_right for s in scores if s.left_right is not None]
     mean = replace(
@@ -230,10 +282,7 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
         video_frechet_by_prompt=spread(by_prompt).mean,
         sharpness=spread(sharpness).mean,
         adherence=mean,
-        block_passes_per_frame=passes,
-        seconds_per_frame=timing.seconds_per_frame,
-        seconds_to_first_frame=timing.seconds_to_first_frame,
-        seed=bench.cfg.seeds[0],
+        seed=seeds_of(row, bench.cfg)[0],
         clips=len(bench.indices),
         video_frechet_std=spread(distances).std if len(distances) > 1 else None,
         sharpness_std=spread(sharpness).std if len(sharpness) > 1 else None,
@@ -244,9 +293,18 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
 
 def load_model(row: RowConfig, cfg: EvaluateConfig) -> Student | Wan:
     if not row.checkpoint:
-        return load_wan(Path(cfg.base))
-    model, _ = load_student(find(Path(cfg.root) / row.checkpoint), row.weights)
-    return model
+        return _base(Path(cfg.base))
+    return _student(find(Path(cfg.root) / row.checkpoint), row.weights)
+
+
+@cache
+def _base(path: Path) -> Wan:
+    return load_wan(path)
+
+
+@cache
+def _student(path: Path, weights: str) -> Student:
+    return load_student(path, weights)[0]
 
 
 def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: str) -> Row:
@@ -332,9 +390,11 @@ def main() -> None:
         results.append(measure(row, bench))
         spent = time.monotonic() - started
         left = spent / number * (len(cfg.rows) - number)
-        console.print(f"scored {number}/{len(cfg.rows)} {row.name}  left {left:.0f} s", highlight=False)
-    last = load_file(str(Path(cfg.out) / "samples" / f"{slug(cfg.rows[-1].name)}-seed{cfg.seeds[0]}.safetensors"))
-    extra = controls(bench, others, last["latents"])
+        console.print(f"scored {number}/{len(cfg.rows)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
+    results = [(item.fill(row), video) for item, (row, video) in zip(time_rows(bench), results, strict=True)]
+    console.print(f"timed  {time.monotonic() - started:.0f} s", highlight=False)
+    last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
+    extra = controls(bench, others, last)
     rows = [*(row for row, _ in results), *extra]
     write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started))
     console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference"))

@@ -118,8 +118,10 @@ class Checkpoints:
             what = f"none of its {len(steps)} steps is intact" if steps else "it has 'latest' but no step directory"
             raise UserError(f"{self.root}: {what}; restore a step from a copy, or start over in a new run directory")
         if required:
-            raise UserError(f"{self.root}: resume was asked for but there is no checkpoint ('latest' is missing); "
-                            "check the run directory, or start without resume")
+            raise UserError(
+                f"{self.root}: resume was asked for but there is no checkpoint ('latest' is missing); "
+                "check the run directory, or start without resume"
+            )
         return None
 
     def prune(self, keep: int) -> list[int]:
@@ -152,8 +154,10 @@ class Checkpoints:
             need = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
             free = shutil.disk_usage(self.root).free
             if free < need:
-                raise UserError(f"{self.root}: {free / 1e9:.1f} GB free but step {step} needs at least "
-                                f"{need / 1e9:.1f} GB; free some space or keep fewer checkpoints")
+                raise UserError(
+                    f"{self.root}: {free / 1e9:.1f} GB free but step {step} needs at least "
+                    f"{need / 1e9:.1f} GB; free some space or keep fewer checkpoints"
+                )
             (partial / STATE).mkdir(parents=True)
         except OSError as error:
             message = f"{self.root}: cannot write a checkpoint here ({error}); check the path and rights"

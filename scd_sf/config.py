@@ -335,4 +335,3 @@ def _type_hint(schema: type[Any], key: str) -> str:
         current = _dataclass_of(hint)
     name = hint.__name__ if isinstance(hint, type) else str(hint)
     return f" (expected {name})"
-

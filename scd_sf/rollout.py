@@ -35,8 +35,9 @@ def stream_rollout(
 ) -> Iterator[Tensor]:
     """Yield finished chunks (B, n, C, H, W) one by one from ``noise`` (B, F, C, H, W).
 
-    The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the decoder
-    how to undo it, and sampling falls back to the blurred mean (ADR 0004). With ``exit_step`` every chunk stops there and carries gradients of that step only; history is detached.
+    The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the
+    decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004). With ``exit_step`` every chunk stops
+    there and carries gradients of that step only; history is detached.
     """
     check_chunks(noise.shape[1], generator.chunk)
     stream = generator.start(cond, (noise.shape[-2], noise.shape[-1]), cache)

@@ -51,8 +51,14 @@ def test_tied_tensors_are_saved_twice(tmp_path: Path) -> None:
     assert torch.equal(loaded["a"], base) and torch.equal(loaded["b"], base) and torch.equal(loaded["c"], base[:2])
 
 
-FILES = ["model.safetensors", "ema.safetensors", "config.yaml", "provenance.json", "manifest.json",
-         "state/engine/moments.bin"]
+FILES = [
+    "model.safetensors",
+    "ema.safetensors",
+    "config.yaml",
+    "provenance.json",
+    "manifest.json",
+    "state/engine/moments.bin",
+]
 
 
 @pytest.mark.parametrize("name", FILES)

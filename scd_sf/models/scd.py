@@ -101,7 +101,9 @@ class Scd(nn.Module):
 
         c_rows = c_BLE.unflatten(1, (1, len(targets), -1)).expand(*rows, -1, -1).flatten(0, 2)
         c_rows = corrupt(c_rows, query.eta, query.rng)
-        context = self.decoder.context(c_rows, self._rows(x_query[:, None]), self._rows(t_query[:, None]), text, samples)
+        context = self.decoder.context(
+            c_rows, self._rows(x_query[:, None]), self._rows(t_query[:, None]), text, samples
+        )
         x_rows = self._rows(pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1))
         t_rows = self._rows(pick_chunks(t, targets, self.chunk, 2).transpose(0, 1))
         velocity = self.decoder.velocity(context, x_rows, t_rows, text)

@@ -135,9 +135,11 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     if min(global_batch, micro_batch, world) < 1:
         raise UserError(f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1")
     if global_batch % (micro_batch * world):
-        raise UserError(f"global_batch is {global_batch}, not a multiple of {world} processes x micro_batch "
-                        f"{micro_batch}; use global_batch={_nearest(global_batch, micro_batch * world)}, "
-                        "another micro_batch, or another number of processes")
+        raise UserError(
+            f"global_batch is {global_batch}, not a multiple of {world} processes x micro_batch "
+            f"{micro_batch}; use global_batch={_nearest(global_batch, micro_batch * world)}, "
+            "another micro_batch, or another number of processes"
+        )
     return global_batch // (micro_batch * world)
 
 
@@ -155,8 +157,10 @@ class SkipCounter:
             message = "update %d: non-finite loss or gradient, skipped on all ranks (%d in a row)"
             _log.warning(message, update, self.in_row)
         if self.in_row >= self.limit:
-            raise UserError(f"{self.in_row} updates in a row had a non-finite loss or gradient (at update {update}); "
-                            "resume from the last checkpoint with a lower lr, and look at the kept batches")
+            raise UserError(
+                f"{self.in_row} updates in a row had a non-finite loss or gradient (at update {update}); "
+                "resume from the last checkpoint with a lower lr, and look at the kept batches"
+            )
 
 
 def first_skip_flag(loss: Tensor) -> Tensor:
@@ -180,8 +184,10 @@ def read_counters(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{file}: no engine state to resume from ({error}); check the checkpoint") from error
     for name, value in expected.items():
         if saved.get(name) != value:
-            raise UserError(f"{file}: {name} is {saved.get(name)!r} but this run has {value!r}; resume with the same "
-                            f"{name}, or start a new run from the checkpoint's model.safetensors")
+            raise UserError(
+                f"{file}: {name} is {saved.get(name)!r} but this run has {value!r}; resume with the same "
+                f"{name}, or start a new run from the checkpoint's model.safetensors"
+            )
     return saved
 
 

@@ -71,9 +71,7 @@ def build_engine(
     schedule = Schedule(cfg.lr, cfg.warmup, cfg.anneal_from, total_updates)
     if cfg.kind == "local":
         return LocalEngine(module, cfg, ranks, micro_batches=micro_batches, schedule=schedule)
-    return DeepSpeedEngine(
-        module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule
-    )
+    return DeepSpeedEngine(module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule)
 
 
 def frozen_engine(module: nn.Module, cfg: EngineConfig, ranks: Ranks) -> nn.Module:

@@ -106,8 +106,10 @@ class LocalEngine:
         for name, value in self._masters.items():
             tensors.update({f"{key}/{name}": moment for key, moment in self._optimizer.state[value].items()})
         tensors.update({f"buffer/{name}": value for name, value in self.module.named_buffers()})
-        save_file({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
-                  str(path / "state.safetensors"))
+        save_file(
+            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
+            str(path / "state.safetensors"),
+        )
         write_counters(path, {"kind": "local", "updates": self.updates, "skipped": self._skips.total})
 
     def load(self, path: Path) -> None:
@@ -116,8 +118,10 @@ class LocalEngine:
         names = {key.removeprefix("master/") for key in tensors if key.startswith("master/")}
         odd = sorted(names ^ set(self._masters))
         if odd:
-            raise UserError(f"{path / 'state.safetensors'}: parameter {odd[0]!r} is not in both the checkpoint and the "
-                            "model; resume with the configuration the checkpoint was made with")
+            raise UserError(
+                f"{path / 'state.safetensors'}: parameter {odd[0]!r} is not in both the checkpoint and the "
+                "model; resume with the configuration the checkpoint was made with"
+            )
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(tensors[f"master/{name}"])

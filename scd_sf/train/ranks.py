@@ -64,13 +64,17 @@ def init_distributed() -> Ranks:
         environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
     if missing:
-        raise UserError(f"environment: {', '.join(missing)} missing although RANK or WORLD_SIZE is set; "
-                        "start with 'torchrun' or 'deepspeed', or unset them for one process")
+        raise UserError(
+            f"environment: {', '.join(missing)} missing although RANK or WORLD_SIZE is set; "
+            "start with 'torchrun' or 'deepspeed', or unset them for one process"
+        )
     rank, world, local = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available()
     if on_gpu and local >= torch.cuda.device_count():
-        raise UserError(f"LOCAL_RANK is {local} but this machine has {torch.cuda.device_count()} GPUs; "
-                        "start at most one process per GPU")
+        raise UserError(
+            f"LOCAL_RANK is {local} but this machine has {torch.cuda.device_count()} GPUs; "
+            "start at most one process per GPU"
+        )
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

@@ -159,8 +159,10 @@ class Run:
             }
             if changed:
                 key, (old, new) = next(iter(changed.items()))
-                return (f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
-                        f"or {key}={old} to continue that run")
+                return (
+                    f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
+                    f"or {key}={old} to continue that run"
+                )
         _replace_text(file, to_yaml(config))
         return None
 
@@ -173,8 +175,14 @@ class _Bar:
         self._done, self._rich = start, None
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self._rich = Progress(*columns, console=console)
             self._task = self._rich.add_task("step", total=total, completed=start)
 
@@ -229,10 +237,19 @@ def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
         raise UserError("run.wandb: wandb is not installed; 'pip install wandb' or set run.wandb=off") from error
     online = cfg.wandb == "online" and wandb.api.api_key is not None
     if cfg.wandb == "online" and not online:
-        print("wandb: no key is configured, so this run is written offline; upload it later with 'wandb sync'",
-              file=sys.stderr, flush=True)
-    return wandb.init(project=cfg.project, name=directory.name, dir=str(directory), id=_run_id(directory),
-                      resume="allow", mode="online" if online else "offline")
+        print(
+            "wandb: no key is configured, so this run is written offline; upload it later with 'wandb sync'",
+            file=sys.stderr,
+            flush=True,
+        )
+    return wandb.init(
+        project=cfg.project,
+        name=directory.name,
+        dir=str(directory),
+        id=_run_id(directory),
+        resume="allow",
+        mode="online" if online else "offline",
+    )
 
 
 def _run_id(directory: Path) -> str:

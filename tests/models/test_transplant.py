@@ -28,9 +28,7 @@ def wan() -> Wan:
 
 @pytest.mark.parametrize(("encoder", "decoder"), LISTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_destination_once_and_bit_equal(
-    encoder: tuple[int, ...], decoder: tuple[int, ...], fusion: str
-) -> None:
+def test_every_destination_once_and_bit_equal(encoder: tuple[int, ...], decoder: tuple[int, ...], fusion: str) -> None:
     source = wan()
     # split 0 where junction would have no block left that could read the context
     split = 0 if all(layer in encoder for layer in decoder) else None
@@ -110,8 +108,10 @@ def test_causal_baseline_is_all_of_wan() -> None:
     model, report = transplant_causal(source, chunk=3)
     verify_transplant(model, source, report)
     assert model.chunk == 3
-    assert [line.destination for line in report] == [line.source for line in report] == list(
-        dict(source.named_parameters())
+    assert (
+        [line.destination for line in report]
+        == [line.source for line in report]
+        == list(dict(source.named_parameters()))
     )
 
 

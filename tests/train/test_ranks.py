@@ -38,7 +38,9 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_launcher_arguments_are_removed() -> None:
     assert without_launcher_arguments(["--local_rank=1", "a=b", "--local_rank", "0", "--config", "c"]) == [
-        "a=b", "--config", "c",
+        "a=b",
+        "--config",
+        "c",
     ]
 
 

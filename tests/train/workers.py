@@ -119,8 +119,13 @@ def nan_batch(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     bad = [update(dirty, ranks, 9, bad=(ranks.world - 1, 0), value=v) for v in (float("nan"), float("inf"))]
     after = flat(dirty)
     same = [update(clean, ranks, n) for n in (1, 2)], [update(dirty, ranks, n) for n in (1, 2)]
-    return {"bad": bad, "untouched": before == after, "same": same[0] == same[1] and flat(clean) == flat(dirty),
-            "skipped": dirty.skipped, "updates": dirty.updates}
+    return {
+        "bad": bad,
+        "untouched": before == after,
+        "same": same[0] == same[1] and flat(clean) == flat(dirty),
+        "skipped": dirty.skipped,
+        "updates": dirty.updates,
+    }
 
 
 def too_many_skips(cfg: EngineConfig, ranks: Ranks) -> str:
@@ -142,8 +147,14 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     for number in range(2):
         with torch.no_grad():
             target = teacher(data(number))
-        losses.append([float(target.sum()), update(critic, ranks, number)[0], update(critic, ranks, number + 5)[0],
-                       update(student, ranks, number)[0]])
+        losses.append(
+            [
+                float(target.sum()),
+                update(critic, ranks, number)[0],
+                update(critic, ranks, number + 5)[0],
+                update(student, ranks, number)[0],
+            ]
+        )
     trainable = [p.requires_grad for p in teacher.parameters()]
     return {"losses": losses, "masters": flat(student) + flat(critic), "trainable": any(trainable)}
 
@@ -171,8 +182,15 @@ def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]
 
 def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> None:
     """Entry point of a spawned process."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     ranks = init_distributed()
     results = run_checks(ranks, out, checks)
     (out / f"rank{rank}.json").write_text(json.dumps(results))
@@ -180,4 +198,3 @@ def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo threads may abort at interpreter exit; success is the written result
-
