@@ -43,21 +43,21 @@ def validate(model: Scd, clips: LatentClips) -> dict[str, float]:
     return {"loss": float(loss)}
 
 
-def batches(clips: LatentClips, steps: int, batch: int) -> Iterator[tuple[int, list[int]]]:
+def batches(clips: LatentClips, steps: int, batch: int, seed: int) -> Iterator[tuple[int, list[int]]]:
     for step in range(steps):
-        yield step, epoch_order(0, step, batch, len(clips))
+        yield step, epoch_order(seed, step, batch, len(clips))
 
 
-def run(variant: tuple[str, str, str], base: Path, data: Path, steps: int, lr: float) -> dict[str, object]:
+def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, object]:
     fusion, rope, prefix = variant
-    train, val = LatentClips(data / "train"), LatentClips(data / "val")
-    model, _ = transplant_scd(load_wan(base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix)))
+    train, val, lr, steps = LatentClips(args.data / "train"), LatentClips(args.data / "val"), args.lr, args.steps
+    model, _ = transplant_scd(load_wan(args.base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix)))
     zero_shot = validate(model, val)["loss"]
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
     cfg, started = FlowMatchingConfig(), time.process_time()
-    for step, indices in batches(train, steps, 8):
+    for step, indices in batches(train, steps, args.batch, args.seed):
         batch = train.batch(indices)
-        rng = generator(0, "train", step)
+        rng = generator(args.seed, "train", step)
         loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, train.null, cfg, rng)
         optimizer.zero_grad()
         loss.backward()
@@ -73,6 +73,8 @@ def run(variant: tuple[str, str, str], base: Path, data: Path, steps: int, lr: f
         "zero_shot": zero_shot,
         "after": validate(model, val)["loss"],
         "steps": steps,
+        "batch": args.batch,
+        "seed": args.seed,
         "cpu_seconds": round(seconds, 1),
     }
 
@@ -83,17 +85,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="encoded clips with train/ and val/")
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per variant")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of clips, the noise and the times")
+    parser.add_argument("--only", default="", help="comma-separated fusions; empty: all")
     parser.add_argument("--shard", type=int, default=0, help="run every --shards-th variant from this one")
     parser.add_argument("--shards", type=int, default=1)
     args = parser.parse_args()
     done = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
     torch.set_num_threads(1)
     keep_freed_memory()
-    for variant in VARIANTS[args.shard :: args.shards]:
-        if variant in {(d["fusion"], d["prefix_rope"], d["prefix"]) for d in done}:
+    wanted = [v for v in VARIANTS if not args.only or v[0] in args.only.split(",")]
+    for variant in wanted[args.shard :: args.shards]:
+        if (*variant, args.seed) in {(d["fusion"], d["prefix_rope"], d["prefix"], d["seed"]) for d in done}:
             continue
-        done.append(run(variant, args.base, args.data, args.steps, args.lr))
+        done.append(run(variant, args))
         write_json(args.out, {"variants": done})
         print(json.dumps(done[-1]), flush=True)
 

@@ -49,6 +49,8 @@ from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.train.recipe import from_command_line
 from scd_sf.types import UserError, exit_on_user_error
 
+LOG_WIDTH = 140  # of the table where no terminal says how wide it is
+
 
 @dataclass
 class RowConfig:
@@ -377,6 +379,8 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
 def main() -> None:
     cfg = from_command_line(EvaluateConfig, __doc__ or "")
     started, console = time.monotonic(), Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     keep_freed_memory()
     if not cfg.rows:
         raise UserError("rows: name at least one model to score in the config's 'rows' list")

@@ -52,17 +52,30 @@ def write_text_encoder(root: Path) -> None:
 
 
 def write_latents(
-    root: Path, count: int = 12, seed: int = 0, *, shape: VideoShape = SHAPE, width: int = WAN.text_dim
+    root: Path,
+    count: int = 12,
+    seed: int = 0,
+    *,
+    shape: VideoShape = SHAPE,
+    width: int = WAN.text_dim,
+    held_out: bool = False,
 ) -> Path:
-    """``count`` random clips; prompt i goes with clips i, i+6, .. ``width``: of the text states."""
+    """``count`` random clips; prompt i goes with clips i, i+6, .. ``width``: of the text states.
+
+    ``held_out``: every clip also has a wording that no training sees, and neighbours share their prompts.
+    """
     rng = torch.Generator().manual_seed(seed)
     tags = [{"place": place, "motion": motion} for place in PLACES for motion in MOTIONS]
     prompts = [Prompt(f"p{i}", f"{tag['motion']} in {tag['place']}", False, tag) for i, tag in enumerate(tags)]
+    if held_out:
+        prompts += [Prompt(f"h{i}", f"{tag['place']} {tag['motion']}", True, tag) for i, tag in enumerate(tags)]
     writer = ShardWriter(root, {"seed": seed})
     text = encode_prompts(writer, prompts, lambda texts: [_states(text, width) for text in texts], max_length=5)
     latents = LatentWriter(writer, shape, per_shard=8)
     latents.append(torch.randn(shape.latent(count), generator=rng))
-    latents.finish([LatentClip(f"c{i}", i % 6, None, tags[i % 6]) for i in range(count)], text)
+    kinds = [(i // 2 if held_out else i) % 6 for i in range(count)]
+    rows = [LatentClip(f"c{i}", kind, 6 + kind if held_out else None, tags[kind]) for i, kind in enumerate(kinds)]
+    latents.finish(rows, text)
     return root
 
 

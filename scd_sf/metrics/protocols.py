@@ -150,6 +150,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
 )
 LEFT_ALIGNED = {"model", "family", "stage", "sampler"}
+IN_THE_NAME = {"family", "stage", "steps", "sampler"}
 
 
 def write_rows(path: Path, rows: Sequence[Row], context: Mapping[str, object]) -> None:
@@ -196,13 +197,15 @@ def _row(path: Path, index: int, item: object) -> Row:
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a rich table; print it with ``rich.console.Console().print(...)``."""
+    """The rows as a rich table without what a row's name already says; print it with ``rich.console.Console``."""
+    columns = [column for column in COLUMNS if column.title not in IN_THE_NAME]
     result = Table(title=title, title_justify="left")
-    for column in COLUMNS:
+    for column in columns:
         heading = f"{column.title}\n({column.unit})" if column.unit else column.title
-        result.add_column(heading, justify="left" if column.title in LEFT_ALIGNED else "right", overflow="fold")
+        name = column.title in LEFT_ALIGNED
+        result.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=name)
     for row in rows:
-        result.add_row(*(column.text(row) for column in COLUMNS))
+        result.add_row(*(column.text(row) for column in columns))
     return result
 
 
