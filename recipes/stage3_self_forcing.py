@@ -67,7 +67,8 @@ class PixelShape:
 @dataclass
 class Stage3Config:
     """Defaults are Table 7. ``reuse``: critic updates per rollout (1 = a fresh rollout for every critic update).
-    ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents)."""
+    ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
+    ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA."""
 
     init: str
     teacher: str
@@ -82,6 +83,7 @@ class Stage3Config:
     reuse: int = 1
     data_std: float = 1.0
     std_range: tuple[float, float] = (0.75, 1.33)
+    healthy_within: float = 1.3
     train: TrainConfig = field(default_factory=TrainConfig)
     student: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
     critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
@@ -150,22 +152,22 @@ class Distillation:
         return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
 
 
-def watch(state: TrainState, logs: Logs, cfg: Stage3Config, step: int) -> Logs:
-    """Collapse monitors, and the best EMA by them: lowest smoothed |x0_fake - x0_real| while the rollout's std is sane.
+def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) -> Logs:
+    """Collapse monitors; keeps the smoothed |x0_fake - x0_real| and the newest healthy step in ``record``.
 
-    A distillation that collapses shows |fake - real| falling, then climbing, and the std leaving the data's.
+    A distillation that collapses shows |fake - real| falling, then climbing several times over, and the std leaving the
+    data's. Short of that the distance only wanders with the noise levels drawn, and its lowest step says nothing: a
+    step is healthy while the distance stays within ``healthy_within`` of its lowest and the std in ``std_range``.
     """
-    record = state.record
-    old = record.get("fake_real", logs["dmd/fake_real"])
-    record["fake_real"] = 0.9 * old + 0.1 * logs["dmd/fake_real"]
+    smoothed = 0.9 * record.get("fake_real", logs["dmd/fake_real"]) + 0.1 * logs["dmd/fake_real"]
+    record["fake_real"] = smoothed
+    record["lowest"] = min(smoothed, record.get("lowest", smoothed))
     ratio = logs["rollout/std"] / cfg.data_std
-    sane = cfg.std_range[0] <= ratio <= cfg.std_range[1]
-    settled = step >= min(10, cfg.train.steps)
-    if settled and sane and record["fake_real"] < record.get("best_fake_real", float("inf")):
-        record["best_fake_real"], record["best_step"] = record["fake_real"], float(step)
-        state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}
+    sane = cfg.std_range[0] <= ratio <= cfg.std_range[1] and smoothed <= cfg.healthy_within * record["lowest"]
+    if sane and step >= min(10, cfg.train.steps):
+        record["best_step"] = float(step)
     return {
-        "monitor/fake_real": record["fake_real"],
+        "monitor/fake_real": smoothed,
         "monitor/std_ratio": ratio,
         "monitor/best_step": record.get("best_step", 0.0),
     }
@@ -264,7 +266,9 @@ def main() -> None:
         else:
             note_skipped(run, step, cfg.train, len(prompts))
         logs = ranks.mean(logs | critic_logs)
-        logs |= watch(state, logs, cfg, step)
+        logs |= watch(state.record, logs, cfg, step)
+        if state.record.get("best_step") == step:
+            state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}
         run.log(step, logs)
         if step % cfg.train.validate_every == 0:
             state.ema.copy_to(averaged)

@@ -20,6 +20,7 @@ from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_e
 from scd_sf.types import UserError
 
 GLOBAL, STEPS = 8, 3
+LINEAR = nn.functional.linear
 
 
 class Tiny(nn.Module):
@@ -156,7 +157,12 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
             ]
         )
     trainable = [p.requires_grad for p in teacher.parameters()]
-    return {"losses": losses, "masters": flat(student) + flat(critic), "trainable": any(trainable)}
+    return {
+        "losses": losses,
+        "masters": flat(student) + flat(critic),
+        "trainable": any(trainable),
+        "patched": nn.functional.linear is not LINEAR,
+    }
 
 
 def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
