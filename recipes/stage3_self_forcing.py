@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ class PixelShape:
 
 @dataclass
 class Stage3Config:
-    """Defaults are Table 7. ``reuse``: critic updates per rollout (1 = a fresh rollout for every critic update).
+    """Defaults are Table 7. ``critic_data``: "own" rollouts for the critic, before the student's update, a new one
+    every ``reuse`` critic updates; or the "student"'s rollouts, detached, after its update.
     ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
     ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA."""
 
@@ -80,6 +82,7 @@ class Stage3Config:
     linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     ratio: int = 5
     critic_warmup: int = 0
+    critic_data: Literal["own", "student"] = "own"
     reuse: int = 1
     data_std: float = 1.0
     std_range: tuple[float, float] = (0.75, 1.33)
@@ -93,6 +96,10 @@ class Stage3Config:
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
             raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
+
+
+class Rollouts(dict[int, tuple[Tensor, Conditioning]]):
+    """Detached rollouts and their prompts by micro-batch."""
 
 
 @dataclass
@@ -120,12 +127,12 @@ class Distillation:
         x: Tensor = self.student(noise, cond, exit_step, rng)
         return x
 
-    def critic_update(self, step: int, turn: int, stored: dict[int, tuple[Tensor, Conditioning]]) -> Logs:
-        """One critic update; every ``reuse``-th turn makes a new rollout, the others noise the stored one anew."""
+    def critic_update(self, step: int, turn: int, stored: Rollouts, fresh: bool) -> Logs:
+        """One critic update, on a new rollout or on the stored one noised anew."""
         cfg, total = self.cfg, 0.0
         position = (step - 1) * (cfg.ratio + 1) + turn
         for number, indices in micro_batches(cfg.train, cfg.run.seed + 1, self.ranks, position, len(self.prompts)):
-            if turn % cfg.reuse == 0 or number not in stored:
+            if fresh or number not in stored:
                 cond = self.cond(indices)
                 with torch.no_grad():
                     stored[number] = (self.rollout(cond, "critic", step, turn, number), cond)
@@ -136,7 +143,8 @@ class Distillation:
             total += float(loss.detach()) / self.critic.micro_batches
         return {"critic/loss": total, "critic/grad_norm": info.grad_norm}
 
-    def student_update(self, step: int) -> tuple[Logs, StepInfo]:
+    def student_update(self, step: int, stored: Rollouts) -> tuple[Logs, StepInfo]:
+        """One student update; leaves its rollouts in ``stored``."""
         cfg = self.cfg
         mean: Logs = {}
         for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)):
@@ -146,10 +154,24 @@ class Distillation:
             null = self.prompts.null.to(self.ranks.device)
             loss, logs = dmd_loss(x, self.teacher, self.critic, cond, null, cfg.loss, rng)
             self.student.backward(loss)
+            stored[number] = (x.detach(), cond)
             info = self.student.step()
             for name, value in logs.items():
                 mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
         return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
+
+    def update(self, step: int) -> tuple[Logs, StepInfo]:
+        """One student update and its critic updates (at step 1 after the critic's warm-up)."""
+        cfg, stored = self.cfg, Rollouts()
+        own = cfg.critic_data == "own"
+        before = (cfg.critic_warmup if step == 1 else 0) + (cfg.ratio if own else 0)
+        critic_logs: Logs = {}
+        for turn in range(before):
+            critic_logs = self.critic_update(step, turn, stored, turn % cfg.reuse == 0)
+        logs, info = self.student_update(step, stored)
+        for turn in range(before, before + (0 if own else cfg.ratio)):
+            critic_logs = self.critic_update(step, turn, stored, fresh=False)
+        return logs | critic_logs, info
 
 
 def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) -> Logs:
@@ -255,17 +277,12 @@ def main() -> None:
         averaged.load_state_dict(parts.student.masters())
         show(run, preview, averaged, 0)
     for step in run.progress(cfg.train.steps, start):
-        stored: dict[int, tuple[Tensor, Conditioning]] = {}
-        turns = cfg.ratio + (cfg.critic_warmup if step == 1 else 0)
-        critic_logs: Logs = {}
-        for turn in range(turns):
-            critic_logs = parts.critic_update(step, turn, stored)
-        logs, info = parts.student_update(step)
+        logs, info = parts.update(step)
         if info.stepped:
             state.update_ema()
         else:
             note_skipped(run, step, cfg.train, len(prompts))
-        logs = ranks.mean(logs | critic_logs)
+        logs = ranks.mean(logs)
         logs |= watch(state.record, logs, cfg, step)
         if state.record.get("best_step") == step:
             state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}

@@ -57,6 +57,19 @@ def test_killed_and_resumed(chain: Chain, tmp_path: Path, moment: str) -> None:
     same_as_uninterrupted(chain, stage, run)
 
 
+def test_a_critic_that_learns_from_the_students_rollouts(chain: Chain, tmp_path: Path) -> None:
+    """``critic_data=student``: another run than with rollouts of the critic's own, as exact after a kill."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ["critic_data=student", "critic_warmup=1"]
+    recipe_runner.succeed(SCRIPTS["stage3"], *chain.stage3(whole), *more)
+    rows, own = tiny_run.metrics(whole), tiny_run.metrics(chain.root / "stage3")
+    assert all(row["critic/loss"] != other["critic/loss"] for row, other in zip(rows, own, strict=True))
+    recipe_runner.run(SCRIPTS["stage3"], *chain.stage3(killed), *more, kill=KillAt(BACKWARD, 17))
+    assert tiny_run.metrics(killed) != rows
+    recipe_runner.succeed(SCRIPTS["stage3"], *chain.stage3(killed), *more)
+    assert tiny_run.metrics(killed) == rows
+
+
 def test_finished_run_is_left_alone(chain: Chain) -> None:
     run = chain.root / "stage2"
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
