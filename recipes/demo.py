@@ -29,11 +29,11 @@ def latents(run: Path) -> list[str]:
 
 
 def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
-    render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "8")
+    render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "4")
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
     return [
-        [Step("clips", render, 35)],
-        [Step("latents", [*encode, "--out", f"{run}/latents"], 65)],
+        [Step("clips", render, 27)],
+        [Step("latents", [*encode, "--out", f"{run}/latents"], 50)],
     ]
 
 
@@ -51,21 +51,28 @@ def student_steps(run: Path, teacher: Path) -> list[list[Step]]:
     return [first, second]
 
 
-def distil_step(run: Path, teacher: Path, ranks: int) -> list[Step]:
-    """Stage 3 through the deepspeed launcher, one process per core."""
+def distil_steps(run: Path, teacher: Path, ranks: int) -> list[Step]:
+    """Stage 3 through the deepspeed launcher and, beside it, the samples of everything that is finished by then."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
     command = [launcher, "--num_accelerators", str(ranks), "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
     config = ["--config", "recipes/configs/demo_stage3.yaml"]
-    return [Step("stage3-scd", [*command, *config, *arguments, f"run.dir={run}/stage3-scd"], 330, ONE_THREAD)]
+    return [
+        Step("stage3-scd", [*command, *config, *arguments, f"run.dir={run}/stage3-scd"], 400, ONE_THREAD),
+        Step("samples", [*evaluate(run, teacher), "draw_stages=[teacher, '2']"], 300, ONE_THREAD),
+    ]
 
 
-def evaluate_step(run: Path, teacher: Path) -> list[Step]:
+def score_steps(run: Path, teacher: Path) -> list[Step]:
+    """Stage 3's samples, all scores and timings, table and gallery."""
+    return [Step("evaluate", evaluate(run, teacher), 140)]
+
+
+def evaluate(run: Path, teacher: Path) -> list[str]:
     score = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
-    where = [f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
-    return [Step("evaluate", [*score, *where], 360)]
+    return [*score, f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:
@@ -118,15 +125,15 @@ def main() -> None:
     parser.add_argument(
         "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan, diffusers layout"
     )
-    parser.add_argument("--clips", type=int, default=60, help="training clips per place and motion")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of stage 3")
+    parser.add_argument("--clips", type=int, default=48, help="training clips per place and motion")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of stage 3")
     args = parser.parse_args()
     started = time.time()
     groups = [
         *data_steps(args.run, args.teacher, args.clips),
         *student_steps(args.run, args.teacher),
-        distil_step(args.run, args.teacher, args.ranks),
-        evaluate_step(args.run, args.teacher),
+        distil_steps(args.run, args.teacher, args.ranks),
+        score_steps(args.run, args.teacher),
     ]
     seconds = run_steps(args.run, groups)
     file = args.run / "results" / "results.json"
