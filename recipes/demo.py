@@ -51,12 +51,12 @@ def student_steps(run: Path, teacher: Path) -> list[list[Step]]:
     return [first, second]
 
 
-def distil_steps(run: Path, teacher: Path, ranks: int) -> list[Step]:
+def distil_steps(run: Path, teacher: Path) -> list[Step]:
     """Stage 3 through the deepspeed launcher and, beside it, the samples of everything that is finished by then."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
-    command = [launcher, "--num_accelerators", str(ranks), "recipes/stage3_self_forcing.py"]
+    command = [launcher, "--num_accelerators", "1", "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
     config = ["--config", "recipes/configs/demo_stage3.yaml"]
     return [
@@ -126,13 +126,12 @@ def main() -> None:
         "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan, diffusers layout"
     )
     parser.add_argument("--clips", type=int, default=48, help="training clips per place and motion")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of stage 3")
     args = parser.parse_args()
     started = time.time()
     groups = [
         *data_steps(args.run, args.teacher, args.clips),
         *student_steps(args.run, args.teacher),
-        distil_steps(args.run, args.teacher, args.ranks),
+        distil_steps(args.run, args.teacher),
         score_steps(args.run, args.teacher),
     ]
     seconds = run_steps(args.run, groups)
