@@ -108,7 +108,9 @@ def load_vae(path: Path | str, *, device: torch.device | str = "cpu", dtype: tor
         raise UserError(f"{folder / 'config.json'}: describes no AutoencoderKLWan ({error}); copy it again") from error
     _check_tensors(model, tensors, folder / WEIGHTS)
     model.load_state_dict(tensors)
-    return Vae(channels_last(model.to(device=device, dtype=dtype)))
+    if dtype != torch.float32:
+        model = model.to(dtype=dtype)
+    return Vae(channels_last(model.to(device=device)))
 
 
 def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
