@@ -37,7 +37,7 @@ def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
     ]
 
 
-def student_steps(run: Path, teacher: Path) -> list[list[Step]]:
+def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
     """Stage 1 and 2 for SCD and for the causal baseline, one thread each, side by side."""
     first, second = [], []
     for family in STUDENTS:
@@ -46,21 +46,21 @@ def student_steps(run: Path, teacher: Path) -> list[list[Step]]:
             Step(f"stage1-{family}", [*transplant, f"base={teacher}", f"out={run}/stage1-{family}"], 12, ONE_THREAD)
         )
         tune = python("recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml")
-        arguments = [f"init={run}/stage1-{family}", *latents(run), f"run.dir={run}/stage2-{family}"]
+        arguments = [f"init={run}/stage1-{family}", *latents(run), f"run.dir={run}/stage2-{family}", f"run.seed={seed}"]
         second.append(Step(f"stage2-{family}", [*tune, *arguments], 210, ONE_THREAD))
     return [first, second]
 
 
-def distil_steps(run: Path, teacher: Path) -> list[Step]:
+def distil_steps(run: Path, teacher: Path, seed: int) -> list[Step]:
     """Stage 3 through the deepspeed launcher and, beside it, the samples of everything that is finished by then."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
     command = [launcher, "--num_accelerators", "1", "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
-    config = ["--config", "recipes/configs/demo_stage3.yaml"]
+    config, place = ["--config", "recipes/configs/demo_stage3.yaml"], [f"run.dir={run}/stage3-scd", f"run.seed={seed}"]
     return [
-        Step("stage3-scd", [*command, *config, *arguments, f"run.dir={run}/stage3-scd"], 400, ONE_THREAD),
+        Step("stage3-scd", [*command, *config, *arguments, *place], 400, ONE_THREAD),
         Step("samples", [*evaluate(run, teacher), "draw_stages=[teacher, '2']"], 300, ONE_THREAD),
     ]
 
@@ -126,12 +126,15 @@ def main() -> None:
         "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan, diffusers layout"
     )
     parser.add_argument("--clips", type=int, default=48, help="training clips per place and motion")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of all trainings (the clips and the samples stay the same)"
+    )
     args = parser.parse_args()
     started = time.time()
     groups = [
         *data_steps(args.run, args.teacher, args.clips),
-        *student_steps(args.run, args.teacher),
-        distil_steps(args.run, args.teacher),
+        *student_steps(args.run, args.teacher, args.seed),
+        distil_steps(args.run, args.teacher, args.seed),
         score_steps(args.run, args.teacher),
     ]
     seconds = run_steps(args.run, groups)
@@ -140,6 +143,7 @@ def main() -> None:
     checks = goals(results["rows"])
     results["context"] |= {
         "goals": checks,
+        "training_seed": args.seed,
         "step_seconds": seconds,
         "this_run_seconds": round(time.time() - started, 1),
     }

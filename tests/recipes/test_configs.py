@@ -54,8 +54,13 @@ def chain_steps() -> list[Step]:
     """Every step of the demo and of the teacher's chain."""
     run, teacher = Path("runs/x"), Path("assets/wan_doom")
     demo, make = (recipe_runner.load_script(f"recipes/{name}.py") for name in ("demo", "make_teacher"))
-    groups = [*demo.data_steps(run, teacher, 60), *demo.student_steps(run, teacher), demo.distil_steps(run, teacher)]
-    groups += [demo.score_steps(run, teacher), *make.data_steps(run), *make.train_steps(run)]
+    groups = [*demo.data_steps(run, teacher, 60), *demo.student_steps(run, teacher, 1)]
+    groups += [
+        demo.distil_steps(run, teacher, 1),
+        demo.score_steps(run, teacher),
+        *make.data_steps(run),
+        *make.train_steps(run),
+    ]
     return [step for group in groups for step in group]
 
 
