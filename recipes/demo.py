@@ -47,32 +47,26 @@ def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
         )
         tune = python("recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml")
         arguments = [f"init={run}/stage1-{family}", *latents(run), f"run.dir={run}/stage2-{family}", f"run.seed={seed}"]
-        second.append(Step(f"stage2-{family}", [*tune, *arguments], 210, ONE_THREAD))
+        second.append(Step(f"stage2-{family}", [*tune, *arguments], 190, ONE_THREAD))
     return [first, second]
 
 
-def distil_steps(run: Path, teacher: Path, seed: int) -> list[Step]:
-    """Stage 3 through the deepspeed launcher and, beside it, the samples of everything that is finished by then."""
+def distil_step(run: Path, teacher: Path, seed: int) -> list[Step]:
+    """Stage 3 through the deepspeed launcher."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
     command = [launcher, "--num_accelerators", "1", "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
     config, place = ["--config", "recipes/configs/demo_stage3.yaml"], [f"run.dir={run}/stage3-scd", f"run.seed={seed}"]
-    return [
-        Step("stage3-scd", [*command, *config, *arguments, *place], 400, ONE_THREAD),
-        Step("samples", [*evaluate(run, teacher), "draw_stages=[teacher, '2']"], 300, ONE_THREAD),
-    ]
+    return [Step("stage3-scd", [*command, *config, *arguments, *place], 360)]
 
 
-def score_steps(run: Path, teacher: Path) -> list[Step]:
-    """Stage 3's samples, all scores and timings, table and gallery."""
-    return [Step("evaluate", evaluate(run, teacher), 140)]
-
-
-def evaluate(run: Path, teacher: Path) -> list[str]:
+def evaluate_step(run: Path, teacher: Path) -> list[Step]:
+    """Samples of every model, scores and timings, table and gallery."""
     score = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
-    return [*score, f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
+    where = [f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
+    return [Step("evaluate", [*score, *where], 230)]
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:
@@ -134,8 +128,8 @@ def main() -> None:
     groups = [
         *data_steps(args.run, args.teacher, args.clips),
         *student_steps(args.run, args.teacher, args.seed),
-        distil_steps(args.run, args.teacher, args.seed),
-        score_steps(args.run, args.teacher),
+        distil_step(args.run, args.teacher, args.seed),
+        evaluate_step(args.run, args.teacher),
     ]
     seconds = run_steps(args.run, groups)
     file = args.run / "results" / "results.json"

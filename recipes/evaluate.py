@@ -71,8 +71,7 @@ class RowConfig:
 @dataclass
 class EvaluateConfig:
     """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew.
-    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once). ``draw_stages``:
-    only fit the judges and draw the samples of rows of these stages, for a later run that scores them."""
+    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once)."""
 
     base: str
     train: str
@@ -87,7 +86,6 @@ class EvaluateConfig:
     gallery_clips: int = 8
     timing_repeats: int = 5
     timing_seconds: float = 8.0
-    draw_stages: tuple[str, ...] = ()
     fps: int = 35
 
 
@@ -386,20 +384,11 @@ def main() -> None:
     keep_freed_memory()
     if not cfg.rows:
         raise UserError("rows: name at least one model to score in the config's 'rows' list")
-    if cfg.draw_stages:
-        cfg.rows = [row for row in cfg.rows if row.stage in cfg.draw_stages]
     for row in cfg.rows:
         sampler_of(row, cfg.shift)
         if row.checkpoint:
             find(Path(cfg.root) / row.checkpoint)
     bench, others = prepare(cfg)
-    if cfg.draw_stages:
-        for number, row in enumerate(cfg.rows, 1):
-            draw(load_model(row, cfg), row, bench)
-            console.print(
-                f"drew {number}/{len(cfg.rows)} {row.name}  {time.monotonic() - started:.0f} s", highlight=False
-            )
-        return
     results: list[tuple[Row, Tensor]] = []
     for number, row in enumerate(cfg.rows, 1):
         results.append(measure(row, bench))

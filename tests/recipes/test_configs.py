@@ -56,8 +56,8 @@ def chain_steps() -> list[Step]:
     demo, make = (recipe_runner.load_script(f"recipes/{name}.py") for name in ("demo", "make_teacher"))
     groups = [*demo.data_steps(run, teacher, 60), *demo.student_steps(run, teacher, 1)]
     groups += [
-        demo.distil_steps(run, teacher, 1),
-        demo.score_steps(run, teacher),
+        demo.distil_step(run, teacher, 1),
+        demo.evaluate_step(run, teacher),
         *make.data_steps(run),
         *make.train_steps(run),
     ]
