@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +36,7 @@ from scd_sf.gallery.gallery import PromptCard, build_gallery
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
 from scd_sf.metrics.fvd import VideoFrechet
 from scd_sf.metrics.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
-from scd_sf.metrics.protocols import BlockPassCounter, Row, StreamTiming, table, time_stream, write_rows
+from scd_sf.metrics.protocols import Cost, Row, split_reference, table, time_in_rounds, write_rows
 from scd_sf.models.build import Student, load_student
 from scd_sf.models.scd import Scd
 from scd_sf.models.vae import Vae, load_vae
@@ -124,19 +123,6 @@ def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
     return torch.cat([(vae.decode(part).clamp(-1, 1) + 1) / 2 for part in latents.split(batch)])
 
 
-def split_reference(clips: LatentClips, count: int) -> tuple[list[int], list[int]]:
-    """Two disjoint sets of clips with the same places and motions in turn: the reference, and the control."""
-    order = sorted(range(len(clips)), key=lambda i: (i % 2, i))
-    half = len(order) // 2
-    if count > half:
-        raise UserError(f"clips is {count}, but {clips.root} has only {len(order)}: use at most {half}")
-    groups: list[list[int]] = []
-    for part in (order[:half], order[half:]):
-        stride = half / count
-        groups.append([part[int(i * stride)] for i in range(count)])
-    return groups[0], groups[1]
-
-
 def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
     """Fitted on real training clips once, then read from ``out/judges.safetensors``."""
     path = out / "judges.safetensors"
@@ -214,44 +200,10 @@ def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], 
     return partial(whole, model) if isinstance(model, Wan) else partial(frames, model)
 
 
-@dataclass
-class Timed:
-    """One row's runs at batch 1, without the VAE and the text encoder."""
-
-    row: RowConfig
-    runs: list[StreamTiming] = field(default_factory=list)
-    passes: float = 0.0
-
-    def wants_more(self, cfg: EvaluateConfig) -> bool:
-        spent = sum(run.seconds_per_frame * run.frames for run in self.runs)
-        again = spent / max(1, len(self.runs))
-        return len(self.runs) < cfg.timing_repeats and (not self.runs or spent + again <= cfg.timing_seconds)
-
-    def run_once(self, bench: Bench) -> None:
-        """One clip; the first also counts block passes per latent frame."""
-        model = load_model(self.row, bench.cfg)
-        stream = streams(model, self.row, bench)
-        with BlockPassCounter(model, WanBlock) as counter:
-            self.runs.append(time_stream(stream, frames_in=lambda x: x.shape[1], repeats=1, warmup=0))
-        per_pass = bench.shape[0] if isinstance(model, Wan) else model.chunk
-        self.passes = counter.per_frame(bench.shape[0], frames_per_pass=per_pass)
-
-    def fill(self, row: Row) -> Row:
-        return replace(
-            row,
-            block_passes_per_frame=self.passes,
-            seconds_per_frame=statistics.median(run.seconds_per_frame for run in self.runs),
-            seconds_to_first_frame=statistics.median(run.seconds_to_first_frame for run in self.runs),
-        )
-
-
-def time_rows(bench: Bench) -> list[Timed]:
-    """Rounds over all rows until every row has its repeats."""
-    timed = [Timed(row) for row in bench.cfg.rows]
-    while waiting := [item for item in timed if item.wants_more(bench.cfg)]:
-        for item in waiting:
-            item.run_once(bench)
-    return timed
+def cost(row: RowConfig, bench: Bench) -> Cost:
+    """Without the VAE and the text encoder."""
+    model = load_model(row, bench.cfg)
+    return Cost(streams(model, row, bench), model, WanBlock, bench.shape[0] if isinstance(model, Wan) else model.chunk)
 
 
 def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
@@ -356,7 +308,7 @@ def prepare(cfg: EvaluateConfig) -> tuple[Bench, list[int]]:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     clips = LatentClips(cfg.val)
-    indices, others = split_reference(clips, cfg.clips)
+    indices, others = split_reference(len(clips), cfg.clips, str(clips.root))
     vae = load_vae(cfg.base)
     judges = fitted_judges(cfg, out)
     reference = decode(vae, clips.latents(indices))
@@ -395,7 +347,9 @@ def main() -> None:
         spent = time.monotonic() - started
         left = spent / number * (len(cfg.rows) - number)
         console.print(f"scored {number}/{len(cfg.rows)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
-    results = [(item.fill(row), video) for item, (row, video) in zip(time_rows(bench), results, strict=True)]
+    costs = [cost(row, bench) for row in cfg.rows]
+    time_in_rounds(costs, cfg.timing_repeats, cfg.timing_seconds)
+    results = [(found.fill(row), video) for found, (row, video) in zip(costs, results, strict=True)]
     console.print(f"timed  {time.monotonic() - started:.0f} s", highlight=False)
     last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
     extra = controls(bench, others, last)

@@ -118,10 +118,8 @@ class Checkpoints:
             what = f"none of its {len(steps)} steps is intact" if steps else "it has 'latest' but no step directory"
             raise UserError(f"{self.root}: {what}; restore a step from a copy, or start over in a new run directory")
         if required:
-            raise UserError(
-                f"{self.root}: resume was asked for but there is no checkpoint ('latest' is missing); "
-                "check the run directory, or start without resume"
-            )
+            what = "resume was asked for but there is no checkpoint ('latest' is missing)"
+            raise UserError(f"{self.root}: {what}; check the run directory, or start without resume")
         return None
 
     def prune(self, keep: int) -> list[int]:

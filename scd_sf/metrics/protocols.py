@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -183,7 +183,7 @@ def read_rows(path: Path) -> tuple[list[Row], dict[str, object]]:
 
 
 def _row(path: Path, index: int, item: object) -> Row:
-    names = {field.name for field in fields(Row)}
+    names = {item.name for item in fields(Row)}
     if not isinstance(item, dict) or set(item) != names:
         wrong = sorted(names ^ set(item)) if isinstance(item, dict) else ["not an object"]
         raise UserError(f"{path}: rows[{index}] has missing or unknown fields ({', '.join(wrong)}); evaluate again")
@@ -302,3 +302,57 @@ def time_stream(
             per_frame.append(total / frames)
             first.append(first_at)
     return StreamTiming(statistics.median(per_frame), statistics.median(first), frames, tuple(per_frame), tuple(first))
+
+
+@dataclass
+class Cost:
+    """Runs of one model at batch 1: ``stream`` yields frames (B, n, ...); a forward of a ``block`` is one block pass
+    and carries ``frames_per_pass`` frames."""
+
+    stream: Callable[[], Iterable[Tensor]]
+    model: nn.Module
+    block: type[nn.Module]
+    frames_per_pass: int
+    runs: list[StreamTiming] = field(default_factory=list)
+    passes: float = 0.0
+
+    def wants_more(self, repeats: int, seconds: float) -> bool:
+        """At least one run, then up to ``repeats`` while another fits into ``seconds``."""
+        spent = sum(run.seconds_per_frame * run.frames for run in self.runs)
+        again = spent / max(1, len(self.runs))
+        return not self.runs or (len(self.runs) < repeats and spent + again <= seconds)
+
+    def run_once(self) -> None:
+        with BlockPassCounter(self.model, self.block) as counter:
+            run = time_stream(self.stream, frames_in=lambda x: x.shape[1], repeats=1, warmup=0)
+        self.runs.append(run)
+        self.passes = counter.per_frame(run.frames, frames_per_pass=self.frames_per_pass)
+
+    def fill(self, row: Row) -> Row:
+        """``row`` with block passes per frame and the medians of the timings."""
+        return replace(
+            row,
+            block_passes_per_frame=self.passes,
+            seconds_per_frame=statistics.median(run.seconds_per_frame for run in self.runs),
+            seconds_to_first_frame=statistics.median(run.seconds_to_first_frame for run in self.runs),
+        )
+
+
+def time_in_rounds(costs: Sequence[Cost], repeats: int, seconds: float) -> None:
+    """Run all models in turn until each has its repeats: a slow minute of the machine hits them all."""
+    while waiting := [cost for cost in costs if cost.wants_more(repeats, seconds)]:
+        for cost in waiting:
+            cost.run_once()
+
+
+def split_reference(total: int, count: int, where: str) -> tuple[list[int], list[int]]:
+    """Two disjoint sets of ``count`` of ``total`` clips, the same places and motions in turn: reference and control.
+
+    Neighbours are clips of one place and motion, so even and odd ones make the halves. UserError: too few clips.
+    """
+    order = sorted(range(total), key=lambda i: (i % 2, i))
+    half = total // 2
+    if count > half:
+        raise UserError(f"clips is {count}, but {where} has only {total}: use at most {half}")
+    first, second = ([part[int(i * half / count)] for i in range(count)] for part in (order[:half], order[half:]))
+    return first, second
