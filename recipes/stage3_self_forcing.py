@@ -98,8 +98,7 @@ class Stage3Config:
             raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
 
 
-class Rollouts(dict[int, tuple[Tensor, Conditioning]]):
-    """Detached rollouts and their prompts by micro-batch."""
+Rollouts = dict[int, tuple[Tensor, Conditioning]]  # by micro-batch: detached rollouts and their prompts
 
 
 @dataclass
@@ -162,7 +161,8 @@ class Distillation:
 
     def update(self, step: int) -> tuple[Logs, StepInfo]:
         """One student update and its critic updates (at step 1 after the critic's warm-up)."""
-        cfg, stored = self.cfg, Rollouts()
+        cfg = self.cfg
+        stored: Rollouts = {}
         own = cfg.critic_data == "own"
         before = (cfg.critic_warmup if step == 1 else 0) + (cfg.ratio if own else 0)
         critic_logs: Logs = {}

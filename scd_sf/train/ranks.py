@@ -110,7 +110,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what tensors free instead of returning it to the kernel. No effect on other C libraries.
 
     Megabyte tensors otherwise come from mmap and cost a page fault per 4 KiB at every allocation: forward + backward of
-    a small linear layer took 16.5 ms with, 7.9 ms without (docs/results.md).
+    a small linear layer took 16.5 ms with, 7.9 ms without (docs/log.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
