@@ -52,21 +52,27 @@ def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
 
 
 def distil_step(run: Path, teacher: Path, seed: int) -> list[Step]:
-    """Stage 3 through the deepspeed launcher."""
+    """Stage 3 through the deepspeed launcher; on the other core, the samples of everything trained before."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
     command = [launcher, "--num_accelerators", "1", "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
     config, place = ["--config", "recipes/configs/demo_stage3.yaml"], [f"run.dir={run}/stage3-scd", f"run.seed={seed}"]
-    return [Step("stage3-scd", [*command, *config, *arguments, *place], 360)]
+    return [
+        Step("stage3-scd", [*command, *config, *arguments, *place], 480, ONE_THREAD),
+        Step("samples", [*evaluation(run, teacher), "sample_stages=[teacher,'2']"], 250, ONE_THREAD),
+    ]
+
+
+def evaluation(run: Path, teacher: Path) -> list[str]:
+    script = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
+    return [*script, f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
 
 
 def evaluate_step(run: Path, teacher: Path) -> list[Step]:
-    """Samples of every model, scores and timings, table and gallery."""
-    score = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
-    where = [f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
-    return [Step("evaluate", [*score, *where], 230)]
+    """The distilled student's samples, everybody's scores and timings, table and gallery."""
+    return [Step("evaluate", evaluation(run, teacher), 110)]
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:

@@ -70,7 +70,8 @@ class RowConfig:
 @dataclass
 class EvaluateConfig:
     """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew.
-    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once)."""
+    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once).
+    ``sample_stages``: only draw the samples of these stages' rows, for a later run (others may still be training)."""
 
     base: str
     train: str
@@ -86,6 +87,7 @@ class EvaluateConfig:
     timing_repeats: int = 5
     timing_seconds: float = 8.0
     fps: int = 35
+    sample_stages: tuple[str, ...] = ()
 
 
 @dataclass
@@ -336,17 +338,25 @@ def main() -> None:
     keep_freed_memory()
     if not cfg.rows:
         raise UserError("rows: name at least one model to score in the config's 'rows' list")
-    for row in cfg.rows:
+    wanted = [row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages]
+    if not wanted:
+        raise UserError(f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage' fields")
+    for row in wanted:
         sampler_of(row, cfg.shift)
         if row.checkpoint:
             find(Path(cfg.root) / row.checkpoint)
     bench, others = prepare(cfg)
     results: list[tuple[Row, Tensor]] = []
-    for number, row in enumerate(cfg.rows, 1):
-        results.append(measure(row, bench))
-        spent = time.monotonic() - started
-        left = spent / number * (len(cfg.rows) - number)
-        console.print(f"scored {number}/{len(cfg.rows)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
+    for number, row in enumerate(wanted, 1):
+        if cfg.sample_stages:
+            draw(load_model(row, cfg), row, bench)
+        else:
+            results.append(measure(row, bench))
+        spent, did = time.monotonic() - started, "sampled" if cfg.sample_stages else "scored"
+        left = spent / number * (len(wanted) - number)
+        console.print(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
+    if cfg.sample_stages:
+        return
     costs = [cost(row, bench) for row in cfg.rows]
     time_in_rounds(costs, cfg.timing_repeats, cfg.timing_seconds)
     results = [(found.fill(row), video) for found, (row, video) in zip(costs, results, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from scd_sf.nn.masks import Layout, block_mask, dense_mask, teacher_forcing_mask
 
@@ -32,18 +33,41 @@ def test_dense_mask_says_what_the_docstring_says(layout: Layout) -> None:
             assert bool(block.all()) == bool(block.any()) == visible, (i, j)
 
 
+def same_blocks(layout: Layout) -> BlockMask:
+    """Our BlockMask after comparing every table with the one torch makes from all pairs of tokens."""
+    ours = block_mask(layout, CPU)
+    length = len(layout.kinds) * layout.tokens
+    theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for counts, indices in (
+        ("kv_num_blocks", "kv_indices"),
+        ("full_kv_num_blocks", "full_kv_indices"),
+        ("q_num_blocks", "q_indices"),
+        ("full_q_num_blocks", "full_q_indices"),
+    ):
+        want = getattr(theirs, counts)
+        assert torch.equal(getattr(ours, counts), want), counts
+        for row, number in enumerate(want[0, 0].tolist()):
+            first, second = getattr(ours, indices)[0, 0, row], getattr(theirs, indices)[0, 0, row]
+            assert torch.equal(first[:number], second[:number]), (indices, row)
+    return ours
+
+
 @layouts
 def test_block_mask_is_the_dense_mask(layout: Layout) -> None:
-    """Its predicate, evaluated everywhere, and its table of blocks: no block with a visible pair is left out."""
-    dense, sparse = dense_mask(layout, CPU), block_mask(layout, CPU)
+    """Its predicate, evaluated everywhere, and its tables of blocks, partly and wholly visible, for both passes."""
+    dense, sparse = dense_mask(layout, CPU), same_blocks(layout)
     index = torch.arange(len(dense))
     zero = torch.zeros((), dtype=torch.long)
     assert torch.equal(sparse.mask_mod(zero, zero, index[:, None], index[None, :]), dense)
-    q_size, k_size = sparse.BLOCK_SIZE
-    padded = torch.zeros(-(-len(dense) // q_size) * q_size, -(-len(dense) // k_size) * k_size, dtype=torch.bool)
-    padded[: len(dense), : len(dense)] = dense
-    needed = padded.unflatten(0, (-1, q_size)).unflatten(2, (-1, k_size)).any(3).any(1)
-    assert torch.equal(sparse.to_dense()[0, 0].bool(), needed)
+
+
+def test_block_mask_of_whole_and_ragged_blocks() -> None:
+    """Groups that are blocks, that cross blocks, that end inside one; and Wan's size without a pair of tokens."""
+    for tokens in (128, 256, 100, 390, 31):
+        same_blocks(Layout.teacher_forced(4, [3, 1], 2, tokens))
+    big = block_mask(Layout.teacher_forced(21, list(range(21)), 1, 1560), CPU)
+    assert big.shape == (1, 1, 65520, 65520)
 
 
 def test_layout_order_and_tokens() -> None:

@@ -42,6 +42,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_and_what_a_second_run_draws_again(chain: Chain, data: Path) -> None:
     out = data / "results"
+    untrained = {**ROWS[2], "checkpoint": "not-trained-yet"}
+    early = arguments(chain, data, out, [*ROWS[:2], untrained])
+    said = recipe_runner.succeed(SCRIPT, *early, "sample_stages=[teacher,'2']").out
+    assert "sampled 2/2 student" in said and not (out / "results.json").exists()
+    drawn = {file.name: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
+    assert sorted(drawn) == ["student.safetensors", "teacher.safetensors"]
     said = recipe_runner.succeed(SCRIPT, *arguments(chain, data, out, ROWS)).out
     assert "scored 3/3 distilled" in said and "shuffled prompts" in said, "the table is not folded in a log"
     rows, context = read_rows(out / "results.json")
@@ -59,6 +65,7 @@ def test_rows_and_what_a_second_run_draws_again(chain: Chain, data: Path) -> Non
 
     before = {file.name: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
     assert sorted(before) == ["distilled.safetensors", "student.safetensors", "teacher.safetensors"]
+    assert {name: before[name] for name in drawn} == drawn, "what was drawn early is not drawn again"
     changed = [*ROWS[:2], {**ROWS[2], "weights": "model"}]
     recipe_runner.succeed(SCRIPT, *arguments(chain, data, out, changed))
     after = {file.name: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
@@ -70,3 +77,5 @@ def test_nothing_to_score_or_too_many_clips(chain: Chain, data: Path) -> None:
     assert result.code == 2 and "rows" in result.err
     result = recipe_runner.run(SCRIPT, *arguments(chain, data, data / "none", ROWS), "clips=7")
     assert result.code == 2 and "at most 6" in result.err
+    result = recipe_runner.run(SCRIPT, *arguments(chain, data, data / "none", ROWS), "sample_stages=[4]")
+    assert result.code == 2 and "sample_stages" in result.err
