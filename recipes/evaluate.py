@@ -340,7 +340,7 @@ def main() -> None:
         raise UserError("rows: name at least one model to score in the config's 'rows' list")
     wanted = [row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages]
     if not wanted:
-        raise UserError(f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage' fields")
+        raise UserError(f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage'")
     for row in wanted:
         sampler_of(row, cfg.shift)
         if row.checkpoint:

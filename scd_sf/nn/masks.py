@@ -51,7 +51,6 @@ class Layout:
         chunks = torch.tensor(self.chunks, device=device).repeat_interleave(self.tokens)
         return kinds, chunks
 
-
     def visible(self) -> Tensor:
         """(groups, groups) boolean, True = the tokens of a group may attend to those of another."""
         kinds, chunks = torch.tensor(self.kinds), torch.tensor(self.chunks)
@@ -88,15 +87,20 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
         seen = upper[:, after] - upper[:, first] - lower[:, after] + lower[:, first]
         inside = start + BLOCK <= length
         whole = (seen == (after - first)[:, None] * (after - first)) & inside[:, None] & inside
-        tables = [*_block_table((seen > 0) & ~whole), *_block_table(whole)]
-        tables = [table[None, None].to(device) for table in tables]
-        return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=predicate, seq_lengths=(length, length))
+        return BlockMask.from_kv_blocks(
+            *_block_table((seen > 0) & ~whole, device),
+            *_block_table(whole, device),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=predicate,
+            seq_lengths=(length, length),
+        )
 
 
-def _block_table(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows,) how many blocks of each row are set, and (rows, columns) their indices before those of the others."""
+def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, 1, rows) how many of a row's blocks are set, (1, 1, rows, columns) their indices before the rest."""
     counts = blocks.sum(1, dtype=torch.int32)
-    return counts, blocks.int().argsort(dim=1, descending=True, stable=True).int()
+    indices = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+    return counts[None, None].to(device), indices[None, None].to(device)
 
 
 def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask:
