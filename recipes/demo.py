@@ -60,7 +60,7 @@ def distil_step(run: Path, teacher: Path, seed: int) -> list[Step]:
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
     config, place = ["--config", "recipes/configs/demo_stage3.yaml"], [f"run.dir={run}/stage3-scd", f"run.seed={seed}"]
     return [
-        Step("stage3-scd", [*command, *config, *arguments, *place], 480, ONE_THREAD),
+        Step("stage3-scd", [*command, *config, *arguments, *place], 470, ONE_THREAD),
         Step("samples", [*evaluation(run, teacher), "sample_stages=[teacher,'2']"], 250, ONE_THREAD),
     ]
 
