@@ -103,7 +103,7 @@ class ShardReader:
         try:
             if shard not in self._open:
                 self._open[shard] = safe_open(path, framework="pt")
-            found: _Slice = self._open[shard].get_slice(name)  # type: ignore[no-untyped-call]
+            found: _Slice = self._open[shard].get_slice(name)
             return found
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: tensor '{name}' cannot be read ({error}); {COPY}") from error

@@ -10,6 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from scd_sf.models.names import to_diffusers, to_ours
+from scd_sf.models.wan_json import config_json
 from scd_sf.models.weights import (
     INDEX,
     WEIGHTS,
@@ -17,10 +19,7 @@ from scd_sf.models.weights import (
     read_tensors,
     read_wan_config,
     save_wan,
-    to_diffusers,
-    to_ours,
     transformer_dir,
-    wan_config_json,
 )
 from scd_sf.types import UserError
 
@@ -164,7 +163,7 @@ def test_config_json_round_trip_and_defaults(folder: Path) -> None:
     assert read_wan_config(folder) == tiny.CFG
     minimal = {
         key: value
-        for key, value in wan_config_json(tiny.CFG).items()
+        for key, value in config_json(tiny.CFG, "diffusers").items()
         if key in ("_class_name", "num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers")
     }
     (folder / "config.json").write_text(json.dumps(minimal))

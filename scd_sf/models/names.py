@@ -1,0 +1,102 @@
+"""What Wan 2.1's tensors are called: here, in diffusers, in the original files, and in distilled generators of others.
+
+Ours and diffusers' names map 1:1: ``trunk.<name>``, and the output head sits under ``trunk.head.``. The original names
+(``Wan-AI/Wan2.1-T2V-*``) map 1:1 on diffusers'; generators trained with FSDP or torch.compile wrap them in prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from scd_sf.types import UserError
+
+Layout = Literal["diffusers", "original"]
+
+_HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
+
+# diffusers' module -> the original's
+_OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+_BLOCK = {
+    **{f"attn1.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"attn2.{ours}": f"cross_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "scale_shift_table": "modulation",
+}
+_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+_BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
+
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
+_PREFIXES = ("model", "diffusion_model", "generator", "generator_ema")
+_IMAGE = ("img_emb.", "condition_embedder.image_embedder.", ".k_img.", ".add_k_proj.")
+_OTHER_WANS = ("vace_", "face_adapter.", "motion_encoder.", "control_adapter.", "ref_conv.", "casual_audio_encoder.")
+
+
+def to_ours(name: str) -> str:
+    """diffusers' parameter name -> ours."""
+    return f"trunk.head.{name}" if name in _HEAD else f"trunk.{name}"
+
+
+def to_diffusers(name: str) -> str:
+    """Our parameter name -> diffusers'."""
+    return name.removeprefix("trunk.").removeprefix("head.")
+
+
+def original_to_diffusers(name: str) -> str | None:
+    """The original's parameter name -> diffusers'; None if Wan 2.1 text-to-video has no such tensor."""
+    return _rename(name, _OUTSIDE_BACK, _BLOCK_BACK)
+
+
+def diffusers_to_original(name: str) -> str | None:
+    """diffusers' parameter name -> the original's; None if Wan 2.1 text-to-video has no such tensor."""
+    return _rename(name, _OUTSIDE, _BLOCK)
+
+
+def _rename(name: str, outside: dict[str, str], block: dict[str, str]) -> str | None:
+    parts = name.split(".")
+    prefix, rest, table = "", parts, outside
+    if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdecimal():
+        prefix, rest, table = f"blocks.{parts[1]}.", parts[2:], block
+    leaf = rest[-1] if rest[-1] in ("weight", "bias") else ""
+    module = ".".join(rest[:-1] if leaf else rest)
+    if module not in table:
+        return None
+    return prefix + ".".join(filter(None, (table[module], leaf)))
+
+
+def unwrapped(name: str) -> str:
+    """Without what FSDP, torch.compile, DDP and training scripts put around a model's own names."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] in _PREFIXES:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def layout_of(names: Iterable[str], where: str) -> Layout:
+    """Whose names these (unwrapped) are. UserError for image-to-video, other Wan models, and anything else."""
+    names = list(names)
+    for name in names:
+        if any(part in name for part in _IMAGE):
+            raise UserError(f"{where}: tensor '{name}' belongs to an image-to-video Wan; use the text-to-video one")
+        if name.startswith(_OTHER_WANS) or any(f".{part}" in name for part in _OTHER_WANS):
+            raise UserError(f"{where}: tensor '{name}' belongs to another Wan model; use Wan 2.1 text-to-video")
+        if name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")):
+            raise UserError(f"{where}: tensor '{name}' is a LoRA's; merge it into the full model first")
+    if "condition_embedder.time_proj.weight" in names:
+        return "diffusers"
+    if "time_projection.1.weight" in names:
+        return "original"
+    first = f"first tensor '{names[0]}'" if names else "no tensors"
+    raise UserError(f"{where}: neither diffusers' nor the original's names of Wan 2.1 ({first}); give a Wan 2.1 file")
