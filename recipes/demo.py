@@ -152,7 +152,8 @@ def main() -> None:
     print((args.run / "logs" / "evaluate.log").read_text()[-6000:])
     for name, check in checks.items():
         print(f"{'met   ' if check['met'] else 'MISSED'}  {name}: {check['measured']} (goal {check['goal']})")
-    print(f"{sum(seconds.values()):.0f} s of steps; open {args.run}/gallery.html, figures in {args.run}/results.json")
+    spent = results["context"]["this_run_seconds"]
+    print(f"{spent:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json")
 
 
 if __name__ == "__main__":
