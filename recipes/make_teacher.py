@@ -2,8 +2,9 @@
 
     python recipes/make_teacher.py --run runs/teacher --out assets/wan_doom
 
-Resumable: run the same command again. The result has Wan 2.1's own layout (``WanPipeline.from_pretrained`` reads it);
-the text encoder is named by reference (``text_encoder.json``), as it is an installed package.
+Resumable: run the same command again. ``--rehearsal`` runs every step with a few clips and updates, as a check of the
+chain; its model is useless. The result has Wan 2.1's own layout (``WanPipeline.from_pretrained`` reads it); the text
+encoder is named by reference (``text_encoder.json``), as it is an installed package.
 """
 
 from __future__ import annotations
@@ -38,22 +39,30 @@ MODEL_INDEX = {
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
 
 
-def data_steps(run: Path) -> list[list[Step]]:
+REHEARSAL = {
+    "clips": ["--train", "4", "--val", "2"],
+    "vae": ["distil.steps=2", "video.steps=2", "eval_clips=2"],
+    "transformer": ["train.steps=2", "train.save_every=2", "train.validate_every=2"],
+}
+
+
+def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
+    clips = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
     vae = python("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml")
     return [
-        [Step("clips", python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0"), 120)],
-        [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae"], 1200)],
+        [Step("clips", [*clips, *extra.get("clips", [])], 120)],
+        [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])], 1200)],
     ]
 
 
-def train_steps(run: Path) -> list[list[Step]]:
+def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train = [*torchrun, "recipes/pretrain.py", "--config", "recipes/configs/teacher_doom.yaml"]
     where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
     return [
         [Step("latents", [*encode, "--out", f"{run}/latents"], 180)],
-        [Step("transformer", [*train, *where], 3600)],
+        [Step("transformer", [*train, *where, *extra.get("transformer", [])], 3600)],
     ]
 
 
@@ -96,10 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/teacher"), help="working directory, resumable")
     parser.add_argument("--out", type=Path, default=Path("assets/wan_doom"), help="where the teacher goes")
+    parser.add_argument("--rehearsal", action="store_true", help="a few clips and updates: checks the chain")
     args = parser.parse_args()
-    run_steps(args.run, data_steps(args.run))
+    if args.rehearsal and args.out == parser.get_default("out"):
+        raise UserError(f"--rehearsal would overwrite {args.out} with a useless model; give another --out")
+    extra = REHEARSAL if args.rehearsal else {}
+    run_steps(args.run, data_steps(args.run, extra))
     write_model(args.run, args.run / "model")
-    run_steps(args.run, train_steps(args.run))
+    run_steps(args.run, train_steps(args.run, extra))
     export(args.run, args.out)
 
 

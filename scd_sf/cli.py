@@ -1,4 +1,5 @@
-"""The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`).
+"""The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
+form to another (`transplant`, `convert`, `export`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -6,8 +7,9 @@ Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 ba
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,8 +18,12 @@ from rich.text import Text
 
 from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
+from scd_sf.config import load_config
 from scd_sf.doctor import FAIL, STYLE, examine
-from scd_sf.types import exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from scd_sf.models.names import Layout
 
 app = typer.Typer(
     name="scd",
@@ -62,19 +68,104 @@ def doctor(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A step_N directory, or a run directory (its newest verified step).")
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint (step_N or run directory), an exported file, or Wan 2.1 weights.")
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the sums.")] = False,
 ) -> None:
-    """Verify a checkpoint's files, then print where it came from and what it holds. Exit code 2 if it is damaged."""
-    path = find(checkpoint)
+    """Verify weights, then print where they came from and what they hold. Exit code 2 if they are damaged."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{path}: verified", markup=False)
-    for key, value in read_provenance(path).items():
-        console.print(f"  {key}: {value if isinstance(value, str | int | float) else json.dumps(value)}", markup=False)
-    for file in sorted(path.glob("*.safetensors")):
+    if path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "transformer")):
+        _inspect_weights(console, path, tensors)
+        return
+    found = find(path)
+    console.print(f"{found}: verified", markup=False)
+    _print_fields(console, read_provenance(found))
+    for file in sorted(found.glob("*.safetensors")):
         _print_tensors(console, file, every=tensors)
+
+
+def _inspect_weights(console: Console, path: Path, tensors: bool) -> None:
+    """An exported file, or a transformer in any layout that stage 1 reads."""
+    from scd_sf.models.build import is_single, read_single
+    from scd_sf.models.weights import open_wan
+
+    if is_single(path):
+        config, origin = read_single(path)
+        console.print(f"{path}: exported by scd", markup=False)
+        _print_fields(console, {"model": config.model.family, "sampler": asdict(config.sampler), **origin})
+        _print_tensors(console, path, every=tensors)
+        return
+    files = open_wan(path)
+    total = sum(tensor.meta.numel() for tensor in files.tensors.values())
+    console.print(f"{files.path}: Wan 2.1 text-to-video, {files.layout} layout, all tensors there", markup=False)
+    _print_fields(console, asdict(files.config))
+    dtypes = sorted({str(tensor.meta.dtype).removeprefix("torch.") for tensor in files.tensors.values()})
+    console.print(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}", markup=False)
+    for name, tensor in files.tensors.items() if tensors else ():
+        console.print(f"    {name}  {list(tensor.shape)}", markup=False)
+
+
+def _print_fields(console: Console, fields: dict[str, object]) -> None:
+    for key, value in fields.items():
+        console.print(f"  {key}: {value if isinstance(value, str | int | float) else json.dumps(value)}", markup=False)
+
+
+@app.command()
+def transplant(
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="base=DIR out=DIR [a.b=value ..]", help="Fields of stage 1; see its recipe and configs."
+        ),
+    ],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
+) -> None:
+    """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No training."""
+    from scd_sf.models.transplant import TransplantConfig, run_transplant
+
+    print(run_transplant(load_config(TransplantConfig, config, overrides)))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A Wan 2.1 directory (either layout) or file (.safetensors, .pt).")],
+    out: Annotated[Path, typer.Argument(help="A new directory.")],
+    layout: Annotated[str, typer.Option(help="diffusers or original (Wan-AI's own names).")] = "diffusers",
+    section: Annotated[str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")] = "",
+    heads: Annotated[int, typer.Option(help="Attention heads, for a file alone; 0: width / 128.")] = 0,
+    max_shard: Annotated[str, typer.Option(help="Largest file.")] = "10GB",
+) -> None:
+    """A Wan 2.1 transformer from one public layout to the other, bit for bit; read again and compared."""
+    from scd_sf.models.export import convert_wan
+
+    if layout not in ("diffusers", "original"):
+        raise UserError(f"layout '{layout}' is unknown; use diffusers or original")
+    wanted: Layout = "original" if layout == "original" else "diffusers"
+    found, difference = convert_wan(source, out, wanted, section=section, heads=heads, max_shard=max_shard)
+    print(f"{out}: {layout} layout, from {found}, every tensor bit for bit; outputs differ by at most {difference:.3g}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A step_N directory, a run directory, or an exported file.")],
+    out: Annotated[Path, typer.Argument(help="A new directory, or for 'single' a new .safetensors file.")],
+    layout: Annotated[
+        str, typer.Option(help="single, pipeline (SCDWanPipeline), or Wan's own: diffusers, original.")
+    ] = "single",
+    weights: Annotated[str, typer.Option(help="ema, model or best.")] = "ema",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    base: Annotated[str, typer.Option(help="For 'pipeline': the Wan directory; empty: as in the checkpoint.")] = "",
+) -> None:
+    """A checkpoint for others: one file that explains itself, a pipeline directory, or Wan's own layouts."""
+    from scd_sf.models.export import export_weights
+    from scd_sf.pipeline import export_pipeline
+
+    if layout == "pipeline":
+        difference = export_pipeline(checkpoint, out, weights, dtype, base)
+    else:
+        difference = export_weights(checkpoint, out, layout, weights, dtype)
+    print(f"{out}: {layout}, {dtype}; read again, its output differs by at most {difference:.3g}")
 
 
 def _print_tensors(console: Console, file: Path, *, every: bool) -> None:

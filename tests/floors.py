@@ -17,13 +17,13 @@ FLOORS = {
     "types": 0, "config": 0,
     "checkpoint": 1, "nn": 1, "diffusion": 1, "data": 1,
     "models": 2,
-    "rollout": 3, "preview": 3, "losses": 3, "probes": 3, "metrics": 3,
+    "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
     "train": 4,
     "gallery": 5, "serve": 5, "doctor": 5, "steps": 5, "cli": 5,
 }  # fmt: skip
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.
 SIDEWAYS = {
-    ("config", "types"), ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"),
+    ("config", "types"), ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"), ("pipeline", "rollout"),
     ("cli", "gallery"), ("cli", "serve"), ("cli", "doctor"),
 }  # fmt: skip
 HIDDEN = {"train": {"models", "rollout", "losses", "probes", "metrics"}}  # lower floors that train must not know

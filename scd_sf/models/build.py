@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import find, load_tensors
-from scd_sf.config import from_yaml
+from scd_sf.checkpoint import find, load_tensors, read_provenance
+from scd_sf.config import from_yaml, to_yaml
 from scd_sf.models.causal import CausalWan
+from scd_sf.models.generator import FrameGenerator
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
-from scd_sf.types import UserError
+from scd_sf.types import Conditioning, UserError
 
 Student = Scd | CausalWan
+SINGLE = "scd_sf.model.1"  # the format of an exported file, in its metadata
+LICENCE = "Apache-2.0"  # of Wan 2.1 and of this project; the weights of others may have another
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,17 @@ def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None
 
 
 def load_checkpoint_model(path: Path, weights: str = "ema") -> tuple[Student | Wan, CheckpointConfig]:
-    """Build a checkpoint's model in fp32. ``path``: a step directory (verified), or a run directory (newest verified).
+    """Build a checkpoint's model in fp32. ``path``: a step directory (verified), a run directory (newest verified), or
+    an exported file (:func:`write_single`; it has one set of weights, ``weights`` does not matter).
 
     ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has only "model" and says so by
     holding no ema.safetensors: "ema" then means the transplanted weights.
     """
+    if path.is_file():
+        config, _ = read_single(path)
+        model = build_model(config.model)
+        load_state(model, {name: t.to(torch.float32) for name, t in load_tensors(path).items()}, path)
+        return model, config
     path = find(path)
     config = from_yaml(CheckpointConfig, path / "config.yaml")
     file = path / f"{weights}.safetensors"
@@ -99,3 +112,89 @@ def load_student(path: Path, weights: str = "ema") -> tuple[Student, CheckpointC
     if isinstance(model, Wan):
         raise UserError(f"{path}: holds a bidirectional Wan; this needs an SCD or causal student (run stage 1 first)")
     return model, config
+
+
+def write_single(
+    path: Path, model: Student | Wan, config: CheckpointConfig, origin: Mapping[str, object], dtype: torch.dtype
+) -> None:
+    """One safetensors file that explains itself: weights in ``dtype``; model, sampler and origin in its metadata.
+
+    ``origin`` is the checkpoint's provenance. UserError if the file exists or cannot be written.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already, nothing is overwritten; choose another name")
+    metadata = {
+        "format": SINGLE,
+        "config": to_yaml(config),
+        "provenance": json.dumps(dict(origin)),
+        "stage": str(origin.get("stage", "")),
+        "step": str(origin.get("step", "")),
+        "parents": json.dumps(origin.get("parents", [])),
+        "sampler": json.dumps(asdict(config.sampler)),
+        "licence": str(origin.get("licence", LICENCE)),
+    }
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        save_file(tensors, str(partial), metadata)
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
+
+
+def is_single(path: Path) -> bool:
+    """Whether a path is a file of :func:`write_single`."""
+    return path.is_file() and path.suffix == ".safetensors" and _metadata(path).get("format") == SINGLE
+
+
+def read_single(path: Path) -> tuple[CheckpointConfig, dict[str, object]]:
+    """What :func:`write_single` said about a file: its configuration and its provenance. UserError: another file."""
+    metadata = _metadata(path)
+    if metadata.get("format") != SINGLE:
+        raise UserError(f"{path}: not a file of 'scd export'; for weights of others use 'scd transplant' first")
+    try:
+        origin = json.loads(metadata["provenance"])
+        config = from_yaml(CheckpointConfig, metadata.get("config", ""))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its description is unreadable ({error}); export it again") from error
+    return config, origin if isinstance(origin, dict) else {}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+
+
+def describe_checkpoint(path: Path) -> tuple[CheckpointConfig, dict[str, object]]:
+    """Configuration and provenance of a checkpoint directory, a run directory, or an exported file."""
+    if path.is_file():
+        return read_single(path)
+    path = find(path)
+    return from_yaml(CheckpointConfig, path / "config.yaml"), read_provenance(path)
+
+
+@torch.no_grad()
+def probe(model: Student | Wan) -> Tensor:
+    """The model's output on a small fixed input, to compare a model with its copy: a student's second chunk."""
+    cfg, rng = model.cfg, torch.Generator().manual_seed(0)
+    size = (2 * cfg.patch_height, 2 * cfg.patch_width)
+    reference = next(model.parameters())
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(reference.device)
+
+    cond = Conditioning(normal(1, 4, cfg.text_dim))
+    if isinstance(model, Wan):
+        velocity: Tensor = model(
+            normal(1, 2, cfg.in_channels, *size), torch.full((1,), 0.7, device=reference.device), cond
+        )
+        return velocity
+    student: FrameGenerator = model
+    chunk = (1, student.chunk, cfg.in_channels, *size)
+    stream = student.advance(student.start(cond, size), None, normal(*chunk))
+    stream = student.advance(stream, normal(*chunk), normal(*chunk))
+    return student.denoise(stream, normal(*chunk), torch.full((1,), 0.7, device=reference.device))

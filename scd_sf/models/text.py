@@ -105,8 +105,11 @@ class TransformersTextEncoder:
         self.tokenizer = tokenizer
         self.config = config
         self.batch = batch
-        self.device = next(model.parameters()).device
         self._width = int(model.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def width(self) -> int:

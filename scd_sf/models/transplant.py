@@ -6,16 +6,42 @@ patch embedding, time embedding and head (spec/scd.md W11). Copies share no stor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from scd_sf.checkpoint import Checkpoints, provenance
+from scd_sf.config import to_yaml
+from scd_sf.data.manifest import sha256_file, sha256_folder
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.causal import CausalWan
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.wan import Wan
+from scd_sf.models.weights import load_wan, open_wan, transformer_dir
 from scd_sf.types import UserError
+
+
+@dataclass
+class TransplantConfig:
+    """``base``: a Wan directory (transformer in diffusers or original layout, VAE and text encoder beside it).
+    ``weights``: a file or directory of a transformer to take instead of the base's own: original layout, or a
+    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint.
+    ``family``: scd or causal. ``chunk``: latent frames generated together (1 in the paper). ``sampler`` is what the
+    student is sampled with: many steps for Wan's own weights, the distilled generator's steps for a generator."""
+
+    base: str
+    out: str
+    weights: str = ""
+    section: str = ""
+    family: str = "scd"
+    scd: ScdConfig = field(default_factory=ScdConfig)
+    chunk: int = 1
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,3 +114,44 @@ def verify_transplant(model: nn.Module, wan: Wan, report: list[Transfer]) -> Non
 def report_lines(report: list[Transfer]) -> list[str]:
     """``destination <- source [shape]`` for people."""
     return [f"{r.destination} <- {r.source or '(new)'} {list(r.shape)}" for r in report]
+
+
+def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
+    """The transformer to start from, and the provenance of its files."""
+    base = Path(cfg.base)
+    if not cfg.weights:
+        return load_wan(base), {"base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")}
+    file = Path(cfg.weights)
+    try:
+        heads = open_wan(base).config.num_attention_heads
+    except UserError:
+        heads = 0  # a base without a transformer: VAE and text encoder alone
+    wan = load_wan(file, section=cfg.section, heads=heads)
+    digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
+    return wan, {"weights": str(file), "weights_sha256": digest, "section": cfg.section}
+
+
+def run_transplant(cfg: TransplantConfig) -> str:
+    """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one line for people."""
+    if cfg.family not in ("scd", "causal"):
+        raise UserError(f"family is '{cfg.family}'; use scd or causal")
+    checkpoints = Checkpoints(Path(cfg.out))
+    if checkpoints.newest() is not None:
+        raise UserError(f"{cfg.out}: already holds a checkpoint, which is never overwritten; choose another out=")
+    wan, origin = source_wan(cfg)
+    config = ModelConfig(cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk))
+    student: Scd | CausalWan
+    if cfg.family == "scd":
+        student, report = transplant_scd(wan, config.scd)
+    else:
+        student, report = transplant_causal(wan, cfg.chunk)
+    verify_transplant(student, wan, report)
+    record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": cfg.base, **origin})
+    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=cfg.base))
+    path = checkpoints.write(0, {"model": student.state_dict()}, description, record)
+    (Path(cfg.out) / "report.txt").write_text("\n".join(report_lines(report)) + "\n")
+    copied = sum(line.source is not None for line in report)
+    return (
+        f"{path}: {cfg.family}, {sum(p.numel() for p in student.parameters()):,} parameters, {copied} tensors copied "
+        f"bit for bit, {len(report) - copied} new; every pair in {cfg.out}/report.txt"
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
 from torch import Tensor, nn
 
 from scd_sf.checkpoint import load_tensors
@@ -67,6 +67,15 @@ class Vae:
     def dtype(self) -> torch.dtype:
         return self.model.quant_conv.weight.dtype
 
+    def normalised(self, z_BCFHW: Tensor) -> Tensor:
+        """The network's latents -> latents of the video model."""
+        return (z_BCFHW - self._mean.to(z_BCFHW.device)) / self._std.to(z_BCFHW.device)
+
+    def raw(self, latents_BCFHW: Tensor) -> Tensor:
+        """Latents of the video model, anywhere -> the network's, on its device and in its dtype."""
+        latents = latents_BCFHW.to(self.device, torch.float32)
+        return (latents * self._std.to(self.device) + self._mean.to(self.device)).to(self.dtype)
+
     @torch.no_grad()
     def encode(self, video_BFCHW: Tensor) -> Tensor:
         """Pixels (B, F, 3, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W'), fp32. UserError: bad shape."""
@@ -77,7 +86,7 @@ class Vae:
         for part in video_BFCHW.split(self.slice_size):
             pixels = part.transpose(1, 2).to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
             latents = self.model.encode(pixels, return_dict=False)[0].mean.float()
-            parts.append(((latents - self._mean) / self._std).transpose(1, 2))
+            parts.append(self.normalised(latents).transpose(1, 2))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -88,10 +97,37 @@ class Vae:
             raise UserError(f"vae.decode: latents have shape {tuple(latents_BFCHW.shape)}; they must be {wanted}")
         parts = []
         for part in latents_BFCHW.split(self.slice_size):
-            latents = part.transpose(1, 2).to(self.device, torch.float32) * self._std + self._mean
-            pixels = self.model.decode(latents.to(self.dtype), return_dict=False)[0]
+            pixels = self.model.decode(self.raw(part.transpose(1, 2)), return_dict=False)[0]
             parts.append(pixels.float().transpose(1, 2))
         return torch.cat(parts)
+
+
+class VaeStream:
+    """One batch of videos decoded as their latent frames arrive: equal to :meth:`Vae.decode` of the whole clip.
+
+    The first latent frame gives one pixel frame, each later one ``geometry.temporal``. Memory does not grow: what is
+    kept of the past is the last frames that the causal convolutions look back at.
+    """
+
+    def __init__(self, vae: Vae) -> None:
+        self._vae = vae
+        convolutions = [m for m in vae.model.decoder.modules() if isinstance(m, WanCausalConv3d)]
+        self._cache: list[object] = [None] * len(convolutions)
+        self._started = False
+
+    @torch.no_grad()
+    def push(self, latents_BFCHW: Tensor) -> Tensor:
+        """The next normalised latents (B, F', C, H', W') -> their pixels (B, F, 3, H, W) in [-1, 1], fp32."""
+        vae, parts = self._vae, []
+        hidden = vae.model.post_quant_conv(vae.raw(latents_BFCHW.transpose(1, 2)))
+        for frame in hidden.split(1, dim=2):
+            first = not self._started
+            parts.append(vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
+            self._started = True
+        pixels = torch.cat(parts, dim=2)
+        if (patch := vae.model.config["patch_size"]) is not None:
+            pixels = unpatchify(pixels, patch_size=patch)
+        return pixels.clamp(-1, 1).float().transpose(1, 2)
 
 
 def load_vae(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from scd_sf.models.vae import WEIGHTS, Vae, load_vae
+from scd_sf.models.vae import WEIGHTS, Vae, VaeStream, load_vae
 from scd_sf.models.vae_training import inflate, patch_components, whole_decode, whole_encode
 from scd_sf.types import UserError
 
@@ -204,3 +204,27 @@ def test_damaged_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not json"):
         load_vae(folder)
+
+
+def test_decoded_as_a_stream_equals_decoded_whole(model: AutoencoderKLWan) -> None:
+    """In single frames and in chunks; two streams at once and a whole decode between them do not mix."""
+    vae = Vae(model)
+    latents = torch.randn(2, 6, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(1))
+    whole, other = vae.decode(latents), vae.decode(latents.flip(0) * 2)
+    for sizes in ([1] * 6, [3, 3], [1, 2, 3], [6]):
+        stream, beside, parts, more = VaeStream(vae), VaeStream(vae), [], []
+        for part in latents.split(sizes, dim=1):
+            parts.append(stream.push(part))
+            more.append(beside.push(part.flip(0) * 2))
+            vae.decode(part)
+        assert [p.shape[1] for p in parts] == [1 + 4 * (sizes[0] - 1), *(4 * size for size in sizes[1:])]
+        assert float((torch.cat(parts, 1) - whole).abs().max()) < 1e-5
+        assert float((torch.cat(more, 1) - other).abs().max()) < 1e-5
+
+
+def test_a_stream_keeps_nothing_of_the_distant_past(model: AutoencoderKLWan) -> None:
+    stream, sizes = VaeStream(Vae(model)), []
+    for step in range(6):
+        stream.push(torch.randn(1, 1, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(step)))
+        sizes.append(sum(kept.untyped_storage().nbytes() for kept in stream._cache if isinstance(kept, Tensor)))
+    assert sizes[2] == sizes[3] == sizes[4] == sizes[5]

@@ -83,7 +83,7 @@ def test_pretrain_then_stage1_refuses_our_own_checkpoint_and_takes_diffusers(cha
     recipe_runner.succeed("recipes/pretrain.py", *inputs, model, train)
     assert {"val/right", "val/wrong_motion", "val/null"} <= tiny_run.metrics(tmp_path / "teacher")[-1].keys()
     result = recipe_runner.run("recipes/stage1_transplant.py", f"base={tmp_path}/teacher", f"out={tmp_path}/s1")
-    assert result.code == 2 and "diffusers layout" in result.err
+    assert result.code == 2 and "Wan 2.1 directory" in result.err
 
 
 def test_plain_python_command(chain: Chain, tmp_path: Path) -> None:

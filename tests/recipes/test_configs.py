@@ -17,7 +17,7 @@ CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
 # Which script and schema a configuration is for, by what its name holds.
 SCHEMAS = {
     "evaluate": ("evaluate", "EvaluateConfig"),
-    "stage1": ("stage1_transplant", "Stage1Config"),
+    "stage1": ("stage1_transplant", "TransplantConfig"),
     "stage2": ("stage2_flow_matching", "Stage2Config"),
     "stage3": ("stage3_self_forcing", "Stage3Config"),
     "teacher": ("pretrain", "PretrainConfig"),
@@ -58,8 +58,8 @@ def chain_steps() -> list[Step]:
     groups += [
         demo.distil_step(run, teacher, 1),
         demo.evaluate_step(run, teacher),
-        *make.data_steps(run),
-        *make.train_steps(run),
+        *make.data_steps(run, {}),
+        *make.train_steps(run, make.REHEARSAL),
     ]
     return [step for group in groups for step in group]
 

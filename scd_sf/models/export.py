@@ -1,0 +1,96 @@
+"""Weights for others: a checkpoint as one file or in Wan's own layouts, and any Wan from one layout to the other.
+
+Everything written is read again and run beside its source; the largest difference of the outputs is reported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.models.build import (
+    Student,
+    build_model,
+    describe_checkpoint,
+    load_checkpoint_model,
+    load_state,
+    probe,
+    write_single,
+)
+from scd_sf.models.names import Layout
+from scd_sf.models.scd import Scd
+from scd_sf.models.wan import Wan
+from scd_sf.models.weights import load_wan, open_wan, save_wan, write_wan
+from scd_sf.types import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch type of "fp32", "bf16" or "fp16". UserError for another name."""
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}' is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def must_be_new(out: Path) -> None:
+    """UserError if there is anything at ``out``: exports never overwrite."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already, nothing is overwritten; choose another place")
+
+
+def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema", dtype: str = "bf16") -> float:
+    """Write a checkpoint's model as ``layout`` "single", "diffusers" or "original"; the largest output difference.
+
+    The last two are Wan's own and hold a bidirectional Wan or the causal baseline, not SCD. UserError otherwise.
+    """
+    must_be_new(out)
+    kind = dtype_of(dtype)
+    model, config = load_checkpoint_model(checkpoint, weights)
+    before = probe(model)
+    if layout == "single":
+        file = out if out.suffix == ".safetensors" else out / "model.safetensors"
+        _, origin = describe_checkpoint(checkpoint)
+        write_single(file, model, config, {**origin, "weights": weights}, kind)
+        again, _ = load_checkpoint_model(file)
+        return largest(before, probe(again))
+    if layout not in ("diffusers", "original"):
+        raise UserError(f"layout '{layout}' is unknown; use single, pipeline, diffusers or original")
+    if isinstance(model, Scd):
+        raise UserError(f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline")
+    save_wan(model.state_dict(), model.cfg, out, kind, layout="original" if layout == "original" else "diffusers")
+    read = load_wan(out)
+    rebuilt: Student | Wan = build_model(config.model)
+    load_state(rebuilt, read.state_dict(), out)
+    return largest(before, probe(rebuilt))
+
+
+def convert_wan(
+    source: Path, out: Path, layout: Layout, *, section: str = "", heads: int = 0, max_shard: int | str = "10GB"
+) -> tuple[Layout, float]:
+    """A Wan transformer in any readable layout -> ``layout``; (layout read, largest output difference).
+
+    Every tensor is read again and must be the same bits. One shard is in memory at a time while writing; the
+    comparison of outputs then loads each side once, one after the other.
+    """
+    must_be_new(out)
+    files = open_wan(source, section=section, heads=heads)
+    write_wan(files.tensors, files.config, out, layout, max_shard)
+    written = open_wan(out).tensors
+    for name, tensor in files.tensors.items():
+        if not torch.equal(tensor.read(), written[name].read()):
+            raise UserError(
+                f"{out}: tensor '{name}' is not what was read from {source}; the disk or the memory is broken"
+            )
+    before = probe(load_wan(source, section=section, heads=heads))
+    return files.layout, largest(before, probe(load_wan(out)))
+
+
+def largest(first: Tensor, second: Tensor) -> float:
+    """max |first - second|; UserError if either is not finite."""
+    difference = float((first.float() - second.float()).abs().max())
+    if not difference < float("inf"):
+        raise UserError("the model's outputs are not finite; its weights are broken")
+    return difference

@@ -1,0 +1,214 @@
+"""A student as a diffusers pipeline: ``pipe(prompt)`` for whole clips, ``pipe.stream(prompt)`` for frames as they come.
+
+    pipe = SCDWanPipeline.from_pretrained("exported")          # made by `scd export RUN exported --layout pipeline`
+    frames = pipe("a red car in the rain", seed=1).frames[0]   # (F, 3, H, W) in [0, 1]
+    for frames in pipe.stream("a red car in the rain"): ...
+
+The directory has diffusers' layout (model_index.json, vae/, text_encoder/ and tokenizer/ or a text_encoder.json that
+names them) with the student in ``transformer/model.safetensors``, whose metadata say what it is. No code comes with it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import __version__ as diffusers_version
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scd_sf.data.manifest import write_json
+from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.models.build import (
+    CheckpointConfig,
+    SamplerConfig,
+    Student,
+    describe_checkpoint,
+    load_student,
+    probe,
+    read_single,
+    write_single,
+)
+from scd_sf.models.export import dtype_of, largest, must_be_new
+from scd_sf.models.generator import CacheConfig, check_chunks
+from scd_sf.models.text import REFERENCE, TextEncoderConfig, TransformersTextEncoder, load_text_encoder
+from scd_sf.models.vae import Vae, VaeStream, load_vae
+from scd_sf.rollout import row_noise, stream_rollout
+from scd_sf.types import UserError, VideoShape
+
+STUDENT = Path("transformer") / "model.safetensors"
+FOLDERS = ("vae", "text_encoder", "tokenizer")
+FILES = (REFERENCE,)
+
+
+def choose_sampler(own: SamplerConfig, asked: SamplerConfig | None, where: str, *, force: bool = False) -> Sampler:
+    """The checkpoint's sampler, or the one asked for. A distilled student gives noise with one it was not trained for:
+    UserError unless ``force``."""
+    chosen = asked or own
+    if chosen != own and own.name == "renoise" and not force:
+        raise UserError(
+            f"{where}: distilled for sampler {asdict(own)}, not for {asdict(chosen)}; leave the sampler unset, or "
+            "force it"
+        )
+    return build_sampler(chosen.name, chosen.steps, chosen.shift)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the student's file and the directory say: how text is encoded, model and sampler, provenance, and where the
+    VAE and the text encoder were read from."""
+
+    text: TextEncoderConfig
+    checkpoint: CheckpointConfig
+    origin: dict[str, object]
+    source: Path
+
+
+class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
+    """Text to video, frame by frame. Components: ``transformer`` (the student), ``vae``, ``text_encoder``,
+    ``tokenizer``. The sampler, its steps and the video size are the checkpoint's own unless asked otherwise."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: Student,
+        vae: AutoencoderKLWan,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        description: Description | None = None,
+    ) -> None:
+        super().__init__()
+        if description is None:
+            raise UserError("SCDWanPipeline: has no description; make it with from_pretrained")
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.description = description
+        self._vae = Vae(vae)
+        self._text = TransformersTextEncoder(text_encoder, tokenizer, description.text)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> SCDWanPipeline:
+        """Read a directory of :meth:`save_pretrained` or ``scd export``. Local files only; UserError names what is
+        missing. ``dtype`` is the student's and the text encoder's; the VAE computes in fp32."""
+        root = Path(path)
+        config, origin = read_single(root / STUDENT)
+        student, _ = load_student(root / STUDENT)
+        text = load_text_encoder(root, device=device, dtype=dtype)
+        vae = load_vae(root, device=device)
+        description = Description(text.config, config, origin, root)
+        return cls(student.to(device, dtype), vae.model, text.model, text.tokenizer, description)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """The same directory anew: the student in its present dtype, everything else as it was read."""
+        told = self.description
+        dtype = next(self.transformer.parameters()).dtype
+        write_pipeline(Path(path), self.transformer, told.checkpoint, told.origin, told.source, dtype)
+
+    def shape(self, frames: int | None, height: int | None, width: int | None) -> VideoShape:
+        """Latent shape of a clip of these pixel sizes; None: as in training. UserError: sizes that do not divide."""
+        trained = self.description.origin.get("video")
+        known = trained if isinstance(trained, dict) else {}
+        asked = {"frames": frames, "height": height, "width": width}
+        size = {name: int(value or known.get(name, 0)) for name, value in asked.items()}
+        missing = [name for name, value in size.items() if not value]
+        if missing:
+            raise UserError(
+                f"{self.description.source}: does not say what it was trained on; give {', '.join(missing)}"
+            )
+        shape = self._vae.geometry.shape(size["frames"], size["height"], size["width"])
+        self.transformer.cfg.tokens(shape.height, shape.width)
+        check_chunks(shape.frames, self.transformer.chunk)
+        return shape
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampler: SamplerConfig | None = None,
+        force: bool = False,
+    ) -> Iterator[Tensor]:
+        """Yield (B, n, 3, H, W) in [0, 1] as latent frames are generated and decoded: first one frame, then four each.
+
+        ``seed``: one per prompt; an int s means s, s + 1, ... A clip depends on its own seed alone.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if not prompts or len(seeds) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
+        shape, told = self.shape(frames, height, width), self.description
+        steps = choose_sampler(told.checkpoint.sampler, sampler, str(told.source), force=force)
+        student: Student = self.transformer
+        device = next(student.parameters()).device
+        cond = self._text.encode(prompts).to(device)
+        noise_like, decoder = row_noise(seeds), VaeStream(self._vae)
+        noise = noise_like(torch.empty(shape.latent(len(prompts)), device=device))
+        cache = CacheConfig(preallocate=shape.frames)
+        for latents in stream_rollout(student, noise, cond, steps, noise_like, cache=cache):
+            yield (decoder.push(latents) + 1) / 2
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampler: SamplerConfig | None = None,
+        force: bool = False,
+    ) -> WanPipelineOutput:
+        """Whole clips: ``.frames`` is (B, F, 3, H, W) in [0, 1]. Arguments as for :meth:`stream`."""
+        parts = self.stream(prompt, frames=frames, height=height, width=width, seed=seed, sampler=sampler, force=force)
+        return WanPipelineOutput(frames=torch.cat(list(parts), dim=1))
+
+
+def write_pipeline(
+    out: Path, student: Student, config: CheckpointConfig, origin: dict[str, object], base: Path, dtype: torch.dtype
+) -> None:
+    """A pipeline directory: the student, and VAE and text encoder copied from ``base`` (a Wan directory)."""
+    must_be_new(out)
+    present = [name for name in (*FOLDERS, *FILES) if (base / name).exists()]
+    if "vae" not in present:
+        raise UserError(f"{base}: has no vae/; give the Wan directory in diffusers layout that the student came from")
+    write_single(out / STUDENT, student, config, origin, dtype)
+    for name in present:
+        if (base / name).is_dir():
+            shutil.copytree(base / name, out / name)
+        else:
+            shutil.copyfile(base / name, out / name)
+    entries = {"transformer": ["scd_sf", type(student).__name__], "vae": ["diffusers", "AutoencoderKLWan"]}
+    entries |= {
+        name: ["transformers", kind]
+        for name, kind in (("text_encoder", "AutoModelForTextEncoding"), ("tokenizer", "AutoTokenizer"))
+    }
+    write_json(
+        out / "model_index.json", {"_class_name": "SCDWanPipeline", "_diffusers_version": diffusers_version, **entries}
+    )
+
+
+def export_pipeline(checkpoint: Path, out: Path, weights: str = "ema", dtype: str = "bf16", base: str = "") -> float:
+    """A checkpoint as a pipeline directory; the largest output difference after reading it again.
+
+    ``base``: the Wan directory with VAE and text encoder (empty: the one the checkpoint names).
+    """
+    student, config = load_student(checkpoint, weights)
+    _, origin = describe_checkpoint(checkpoint)
+    folder = Path(base or config.base)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: the base directory is not there; say where it is with base")
+    before = probe(student)
+    write_pipeline(out, student, config, {**origin, "weights": weights}, folder, dtype_of(dtype))
+    again = SCDWanPipeline.from_pretrained(out)
+    return largest(before, probe(again.transformer))
