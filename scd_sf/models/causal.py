@@ -28,7 +28,7 @@ def new_cache(config: CacheConfig | None, tokens: int) -> Cache:
         return KVCache.empty(window)
     if window.recent is None:
         return RingKVCache(config.preallocate * tokens)
-    return RingKVCache(window.recent + window.sink, sink=window.sink, wrap=True)
+    return RingKVCache(window.recent + window.sink, sink=window.sink, wrap=True, per_frame=window.per_frame)
 
 
 @dataclass(frozen=True)

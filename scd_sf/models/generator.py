@@ -31,7 +31,8 @@ class Query:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The streaming history. ``window`` and ``sink`` count latent frames; None keeps everything.
+    """The streaming history. ``window`` and ``sink`` count latent frames; None keeps everything. The sink's keys are
+    turned along, to stand right before the window, unless ``turn_sink`` is off (kv_cache.py).
 
     ``preallocate`` frames makes the cache an in-place ring (sampling only); None is the functional cache of training.
     """
@@ -39,6 +40,7 @@ class CacheConfig:
     window: int | None = None
     sink: int = 0
     preallocate: int | None = None
+    turn_sink: bool = True
 
     def __post_init__(self) -> None:
         if (self.window is not None and self.window < 1) or self.sink < 0:
@@ -50,7 +52,7 @@ class CacheConfig:
 
     def tokens(self, per_frame: int) -> Window:
         recent = None if self.window is None else self.window * per_frame
-        return Window(recent, self.sink * per_frame)
+        return Window(recent, self.sink * per_frame, per_frame if self.turn_sink and self.sink else 0)
 
 
 class FrameGenerator(Protocol):

@@ -58,12 +58,9 @@ class Streaming:
         if self.write and layer not in self.staged:
             written = sum(self.groups[: self.write])
             self.staged[layer] = (k_BNLD[:, :, :written], v_BNLD[:, :, :written])
-        past = self.past.layer(layer)
-        seen = 0
-        if past is not None:
-            seen = past[0].shape[2]
-            k_BNLD, v_BNLD = torch.cat([past[0], k_BNLD], dim=2), torch.cat([past[1], v_BNLD], dim=2)
-        outputs, start = [], 0
+        new = k_BNLD.shape[2]
+        k_BNLD, v_BNLD = self.past.joined(layer, k_BNLD, v_BNLD)
+        seen, outputs, start = k_BNLD.shape[2] - new, [], 0
         for group in self.groups:
             end = start + group
             k, v = k_BNLD[:, :, : seen + end], v_BNLD[:, :, : seen + end]

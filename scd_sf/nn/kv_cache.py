@@ -3,6 +3,10 @@
 ``KVCache`` is immutable and detached: training's rollout uses it, so no gradient can cross frames (spec
 self_forcing.md 1.4: writing K/V in place leaks gradients between chunks). ``RingKVCache`` is preallocated and written
 in place: inference only. Letters: B batch, N heads, L tokens, D head dim.
+
+A window with a sink (the first frames, kept for ever) would let the distance to the sink grow past anything trained. So
+the sink's keys are turned along: they always stand right before the recent frames (rotations add up, so a key rotated
+again is the key of the later position). Recent frames need nothing: rotary attention sees only differences.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from scd_sf.nn.rope import rotate, time_shift
 from scd_sf.types import UserError
 
 KV = tuple[Tensor, Tensor]
@@ -24,6 +29,10 @@ class Past(Protocol):
 
     def layer(self, index: int) -> KV | None: ...
 
+    def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
+        """The past followed by these tokens."""
+        ...
+
 
 class Cache(Past, Protocol):
     """A past that can grow by what one forward staged."""
@@ -33,10 +42,34 @@ class Cache(Past, Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """Which past tokens stay visible: the first ``sink`` and the last ``recent`` (None = all)."""
+    """Which past tokens stay visible: the first ``sink`` and the last ``recent`` (None = all).
+
+    ``per_frame`` tokens make a frame whose sink keys are turned along; 0: they keep their positions.
+    """
 
     recent: int | None = None
     sink: int = 0
+    per_frame: int = 0
+
+    def shift(self, length: int) -> int:
+        """How many frames later than it was the sink stands, after ``length`` tokens."""
+        if self.recent is None or not self.per_frame or not self.sink:
+            return 0
+        return max(0, length - self.recent - self.sink) // self.per_frame
+
+
+def turned(k_BNLD: Tensor, frames: int) -> Tensor:
+    """Rotated keys as they would be ``frames`` later."""
+    if frames == 0:
+        return k_BNLD
+    dtype = torch.float64 if k_BNLD.dtype == torch.float64 else torch.float32
+    return rotate(k_BNLD, time_shift(frames, k_BNLD.shape[-1], k_BNLD.device, dtype))
+
+
+def _append(past: KV | None, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
+    if past is None:
+        return k_BNLD, v_BNLD
+    return torch.cat([past[0], k_BNLD], dim=2), torch.cat([past[1], v_BNLD], dim=2)
 
 
 @dataclass(frozen=True)
@@ -47,6 +80,9 @@ class LivePast:
 
     def layer(self, index: int) -> KV | None:
         return self.layers.get(index)
+
+    def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
+        return _append(self.layer(index), k_BNLD, v_BNLD)
 
 
 @dataclass(frozen=True)
@@ -66,8 +102,12 @@ class KVCache:
         recent, sink = self.window.recent, self.window.sink
         if kv is None or recent is None or self.length <= recent + sink:
             return kv
-        k, v = (torch.cat([x[:, :, :sink], x[:, :, -recent:]], dim=2) for x in kv)
-        return k, v
+        k, v = kv
+        near = turned(k[:, :, :sink], self.window.shift(self.length))
+        return torch.cat([near, k[:, :, -recent:]], dim=2), torch.cat([v[:, :, :sink], v[:, :, -recent:]], dim=2)
+
+    def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
+        return _append(self.layer(index), k_BNLD, v_BNLD)
 
     def extended(self, staged: Mapping[int, KV]) -> KVCache:
         """The cache after the staged tokens; ``staged`` maps layer -> (k, v), each (B, N, L_new, D)."""
@@ -89,15 +129,32 @@ class RingKVCache:
     longer than the cache is never silently truncated: pass a window (``wrap=True``) to allow it.
     """
 
-    def __init__(self, capacity: int, *, sink: int = 0, wrap: bool = False) -> None:
+    def __init__(self, capacity: int, *, sink: int = 0, wrap: bool = False, per_frame: int = 0) -> None:
         self.capacity, self.sink, self.wrap = capacity, sink, wrap
+        self.window = Window(capacity - sink, sink, per_frame)
         self.length = 0
         self._buffers: dict[int, KV] = {}
+        self._first: dict[int, Tensor] = {}  # the sink's keys at their own positions, once it moves
+
+    @property
+    def filled(self) -> int:
+        return min(self.length, self.capacity)
 
     def layer(self, index: int) -> KV | None:
         buffers = self._buffers.get(index)
-        filled = min(self.length, self.capacity)
-        return None if buffers is None or filled == 0 else (buffers[0][:, :, :filled], buffers[1][:, :, :filled])
+        if buffers is None or self.filled == 0:
+            return None
+        return buffers[0][:, :, : self.filled], buffers[1][:, :, : self.filled]
+
+    def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
+        """Views: the new tokens are written behind the past, into room that the next call uses again."""
+        if index not in self._buffers or self.filled == 0:
+            return k_BNLD, v_BNLD
+        end = self.filled + k_BNLD.shape[2]
+        buffers = self._room(index, k_BNLD, end)
+        for buffer, new in zip(buffers, (k_BNLD, v_BNLD), strict=True):
+            buffer[:, :, self.filled : end] = new
+        return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def extended(self, staged: Mapping[int, KV]) -> RingKVCache:
         """Write the staged tokens in place; returns itself."""
@@ -106,13 +163,29 @@ class RingKVCache:
         for index, (k, v) in staged.items():
             added = k.shape[2]
             slots = self._slots(added, k.device)
-            if index not in self._buffers:
-                shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
-                self._buffers[index] = (k.new_zeros(shape), v.new_zeros(shape))
-            for buffer, new in zip(self._buffers[index], (k, v), strict=True):
+            buffers = self._room(index, k, self.capacity)
+            for buffer, new in zip(buffers, (k, v), strict=True):
                 buffer[:, :, slots] = new
+            self._turn_sink(index, buffers[0], self.length + added)
         self.length += added
         return self
+
+    def _room(self, index: int, like: Tensor, tokens: int) -> KV:
+        """The layer's buffers with room for ``tokens``; allocated once, a second time for what is written behind."""
+        old = self._buffers.get(index)
+        if old is None or old[0].shape[2] < tokens:
+            shape = (like.shape[0], like.shape[1], tokens, like.shape[3])
+            new = (like.new_zeros(shape), like.new_zeros(shape))
+            for buffer, previous in zip(new, old or (), strict=False):
+                buffer[:, :, : previous.shape[2]] = previous
+            self._buffers[index] = new
+        return self._buffers[index]
+
+    def _turn_sink(self, index: int, k_BNLD: Tensor, length: int) -> None:
+        shift = self.window.shift(length)
+        if shift:
+            first = self._first.setdefault(index, k_BNLD[:, :, : self.sink].clone())
+            k_BNLD[:, :, : self.sink] = turned(first, shift)
 
     def _slots(self, added: int, device: torch.device) -> slice | Tensor:
         end = self.length + added

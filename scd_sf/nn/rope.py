@@ -72,6 +72,16 @@ def _build_table(
     return Rotary(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
 
 
+def time_shift(
+    frames: int, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32, theta: float = 10000.0
+) -> Rotary:
+    """(1, D/2): turns a rotated key into the key of the same place ``frames`` later (rotations add up)."""
+    t_dim, _, _ = axis_dims(head_dim)
+    angles = torch.zeros(1, head_dim // 2, dtype=torch.float64)
+    angles[:, : t_dim // 2] = _angles(torch.tensor([frames], dtype=torch.float64), t_dim, theta)
+    return Rotary(angles.cos().to(device, dtype), angles.sin().to(device, dtype))
+
+
 def join(*tables: Rotary) -> Rotary:
     """Tables of consecutive token groups as one."""
     return Rotary(torch.cat([t.cos for t in tables]), torch.cat([t.sin for t in tables]))

@@ -53,7 +53,7 @@ def test_which_cache_a_config_means() -> None:
     whole = new_cache(None, 6)
     assert isinstance(whole, KVCache) and whole.window == Window()
     windowed = new_cache(CacheConfig(window=2, sink=1), 6)
-    assert isinstance(windowed, KVCache) and windowed.window == Window(12, 6)
+    assert isinstance(windowed, KVCache) and windowed.window == Window(12, 6, 6)
     ring = new_cache(CacheConfig(preallocate=5), 6)
     assert isinstance(ring, RingKVCache) and (ring.capacity, ring.wrap) == (30, False)
     rolling = new_cache(CacheConfig(window=2, sink=1, preallocate=5), 6)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.nn.kv_cache import KV, KVCache, RingKVCache, Window
+from scd_sf.nn.rope import rope_table, rotate
 from scd_sf.types import UserError
 
 
@@ -94,3 +95,64 @@ def test_a_ring_smaller_than_one_chunk_is_refused() -> None:
 def test_ring_refuses_training() -> None:
     with pytest.raises(AssertionError, match="sampling only"):
         RingKVCache(4).extended(pieces([1])[0])
+
+
+HEAD_DIM, PER_FRAME = 12, 6
+
+
+def rotated(raw: Tensor, frames: list[int]) -> Tensor:
+    """Keys (1, 2, L, D) of whole frames of 2 x 3 tokens, rotated to these frame positions."""
+    return rotate(raw, rope_table(tuple(frames), 2, 3, HEAD_DIM, torch.device("cpu"), torch.float64))
+
+
+@pytest.mark.parametrize("ring", [False, True])
+@torch.no_grad()
+def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
+    """200 frames, window 3, sink 2: what is read equals the un-rotated keys rotated at consecutive positions."""
+    raw = torch.randn(200, 1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(0), dtype=torch.float64)
+    window = Window(3 * PER_FRAME, 2 * PER_FRAME, PER_FRAME)
+    cache: KVCache | RingKVCache = KVCache.empty(window)
+    if ring:
+        cache = RingKVCache(5 * PER_FRAME, sink=2 * PER_FRAME, wrap=True, per_frame=PER_FRAME)
+    for frame in range(200):
+        cache = cache.extended({0: (rotated(raw[frame], [frame]), raw[frame])})
+        got, recent = cache.layer(0), list(range(max(2, frame - 2), frame + 1))
+        near = [max(0, recent[0] - 2), max(1, recent[0] - 1)] if frame >= 2 else [0, 1][: frame + 1]
+        kept = [*([0, 1][: frame + 1]), *[f for f in recent if f > 1 and f <= frame]]
+        positions = [*near, *[f for f in recent if f > 1 and f <= frame]]
+        expected = rotated(torch.cat([raw[f] for f in kept], 2), positions)
+        assert got is not None and max(positions) - min(positions) <= 4
+        keys, order = got[0], torch.argsort(got[1][0, 0, :, 0])
+        wanted = torch.argsort(torch.cat([raw[f] for f in kept], 2)[0, 0, :, 0])
+        assert float((keys[:, :, order] - expected[:, :, wanted]).abs().max()) < 1e-9
+
+
+@torch.no_grad()
+def test_a_turned_sink_does_not_drift_in_bf16() -> None:
+    """It is turned from the first keys each time: after 2,000 frames as exact as bf16 is."""
+    ring = RingKVCache(2 * PER_FRAME, sink=PER_FRAME, wrap=True, per_frame=PER_FRAME)
+    raw = torch.randn(1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(1), dtype=torch.float64)
+    for frame in range(2000):
+        key = rotated(raw, [frame]).bfloat16()
+        ring.extended({0: (key, key)})
+    got = ring.layer(0)
+    assert got is not None
+    assert float((got[0][:, :, :PER_FRAME].double() - rotated(raw, [1998])).abs().max()) < 0.04
+
+
+@torch.no_grad()
+def test_joined_is_the_past_and_the_new_without_copying_the_past() -> None:
+    pasts = pieces([4, 2])
+    whole, ring = KVCache.empty(), RingKVCache(8)
+    for piece in pasts:
+        whole, ring = whole.extended(piece), ring.extended(piece)
+    new, other = (piece[0] for piece in pieces([3, 5]))
+    ring.joined(0, *other)
+    storage = ring.joined(0, *new)[0].untyped_storage().data_ptr()
+    for layer in (0, 1):
+        left, right = whole.joined(layer, *new), ring.joined(layer, *new)
+        assert torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
+    assert ring.joined(0, *other)[0].untyped_storage().data_ptr() == storage
+    assert torch.equal(ring.layer(0)[0], whole.layer(0)[0])  # type: ignore[index]
+    first = KVCache.empty().joined(0, *new), RingKVCache(8).joined(0, *new)
+    assert all(torch.equal(kv[0], new[0]) for kv in first)
