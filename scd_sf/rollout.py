@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,24 +25,38 @@ def cpu_noise(rng: torch.Generator) -> Noise:
 
 def stream_rollout(
     generator: FrameGenerator,
-    noise: Tensor,
+    noise: Tensor | Iterable[Tensor],
     cond: Conditioning,
     sampler: Sampler,
     noise_like: Noise,
     *,
     exit_step: int | None = None,
     cache: CacheConfig | None = None,
+    history: Tensor | None = None,
+    prompts: Mapping[int, Conditioning] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield finished chunks (B, n, C, H, W) one by one from ``noise`` (B, F, C, H, W).
+    """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its chunks as they come.
 
     The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the
     decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004). With ``exit_step`` every chunk stops
     there and carries gradients of that step only; history is detached.
+
+    ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue); they are not yielded.
+    ``prompts``: another prompt from the n-th yielded chunk on.
     """
-    check_chunks(noise.shape[1], generator.chunk)
-    stream = generator.start(cond, (noise.shape[-2], noise.shape[-1]), cache)
+    chunks = _chunks(noise, generator.chunk)
+    x_T = next(chunks, None)
+    if x_T is None:
+        return
+    stream = generator.start(cond, (x_T.shape[-2], x_T.shape[-1]), cache)
     previous: Tensor | None = None
-    for x_T in noise.split(generator.chunk, dim=1):
+    for known in () if history is None else _chunks(history, generator.chunk):
+        stream = generator.advance(stream, previous, noise_like(x_T))
+        previous = known
+    number = 0
+    while x_T is not None:
+        if prompts is not None and number in prompts:
+            stream = generator.switch(stream, prompts[number])
         stream = generator.advance(stream, previous, noise_like(x_T))
         current = stream
 
@@ -53,6 +67,22 @@ def stream_rollout(
         x_0 = sampler(velocity, x_T, noise_like, exit_step)
         previous = x_0.detach()
         yield x_0
+        x_T, number = next(chunks, None), number + 1
+
+
+def _chunks(frames: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+    if not isinstance(frames, Tensor):
+        return iter(frames)
+    check_chunks(frames.shape[1], chunk)
+    return iter(frames.split(chunk, dim=1))
+
+
+def fresh_noise(
+    shape: tuple[int, int, int], batch: int, chunk: int, frames: int, noise_like: Noise
+) -> Iterator[Tensor]:
+    """Noise for ``frames`` latent frames of ``shape`` (C, H, W), chunk by chunk: memory does not grow with length."""
+    for _ in range(check_chunks(frames, chunk)):
+        yield noise_like(torch.empty(batch, chunk, *shape))
 
 
 def rollout(

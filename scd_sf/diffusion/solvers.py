@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from scd_sf.diffusion.flow import shift_time
@@ -101,12 +102,40 @@ class Renoise:
         return x - self.times[last] * velocity(x, self.times[last])
 
 
+@dataclass(frozen=True)
+class UniPC:
+    """diffusers' multistep UniPC on ``steps`` shifted times, Wan's own sampler."""
+
+    steps: int = 50
+    shift: float = 5.0
+
+    @property
+    def name(self) -> str:
+        return "unipc"
+
+    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+        if exit_step is not None:
+            raise UserError("sampler 'unipc' has no early exit: stage 3 needs sampler 'renoise'")
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
+        )
+        linear = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)[:-1]
+        scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
+        scheduler.set_begin_index(0)
+        x = x_T
+        for now, timestep in zip(many_step_times(self.steps, self.shift), scheduler.timesteps, strict=False):
+            x = scheduler.step(velocity(x, now).to(x.dtype), timestep, x, return_dict=False)[0]
+        return x
+
+
 def build_sampler(name: str, steps: int, shift: float) -> Sampler:
-    """'euler' with any number of steps, or 'renoise' with ``steps`` linear times warped by the shift."""
+    """'euler' or 'unipc' with any number of steps, or 'renoise' with ``steps`` linear times warped by the shift."""
     if steps < 1:
         raise UserError(f"sampler.steps is {steps}; it must be at least 1")
     if name == "euler":
         return Euler(steps, shift)
+    if name == "unipc":
+        return UniPC(steps, shift)
     if name == "renoise":
         return Renoise(few_step_times(shift, tuple(1.0 - i / steps for i in range(steps))))
-    raise UserError(f"sampler.name is '{name}'; use 'euler' or 'renoise'")
+    raise UserError(f"sampler.name is '{name}'; use 'euler', 'unipc' or 'renoise'")

@@ -90,6 +90,9 @@ class CausalWan(nn.Module):
         text = self.trunk.text_kv(self.trunk.text(cond.text_BLE))
         return CausalStream(text, new_cache(cache, self.cfg.tokens(*latent)), latent)
 
+    def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:
+        return replace(stream, text=self.trunk.text_kv(self.trunk.text(cond.text_BLE)))
+
     def advance(self, stream: CausalStream, x_0: Tensor | None, query_noise: Tensor) -> CausalStream:
         """Write the finished chunk's K/V (one clean pass at t = 0); nothing to write before the first chunk."""
         stream = replace(stream, index=stream.index + 1)

@@ -82,6 +82,10 @@ class FrameGenerator(Protocol):
         """A new stream for latent frames of (H, W)."""
         ...
 
+    def switch(self, stream: Any, cond: Conditioning) -> Any:
+        """The same stream under another prompt from the next chunk on; what was cached of the past stays."""
+        ...
+
     def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
         """Once per chunk: the finished previous chunk in (None before the first), the next chunk's context out."""
         ...

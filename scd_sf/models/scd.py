@@ -128,12 +128,30 @@ class Scd(nn.Module):
         return self.encoder.run(sequence, times.mod, text, rotary, attend)[:, frames * tokens :]
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScdStream:
-        text = self.encoder.text(cond.text_BLE)
-        encoder_text, decoder_text = self.encoder.text_kv(text), self.decoder.trunk.text_kv(text)
+        encoder_text, decoder_text = self.text_kv(cond)
         return ScdStream(encoder_text, decoder_text, new_cache(cache, self.cfg.tokens(*latent)), latent)
+
+    def switch(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
+        encoder_text, decoder_text = self.text_kv(cond)
+        return replace(stream, encoder_text=encoder_text, decoder_text=decoder_text)
+
+    def text_kv(self, cond: Conditioning) -> tuple[tuple[KV, ...], tuple[KV, ...]]:
+        """The prompt's K/V for the encoder's blocks and for the decoder's."""
+        text = self.encoder.text(cond.text_BLE)
+        return self.encoder.text_kv(text), self.decoder.trunk.text_kv(text)
 
     def advance(self, stream: ScdStream, x_0: Tensor | None, query_noise: Tensor) -> ScdStream:
         """ONE fused encoder pass; ``query_noise`` (B, n, C, H, W) is pure noise (t = 1). x_0 is detached."""
+        stream, c_BLE = self.encode_next(stream, x_0, query_noise)
+        return self.with_context(stream, c_BLE, query_noise)
+
+    def with_context(self, stream: ScdStream, c_RLE: Tensor, query_noise: Tensor) -> ScdStream:
+        """The stream whose decoder reads the contexts ``c_RLE`` of these rows, one per row of its prompts."""
+        ones = query_noise.new_ones(query_noise.shape[:2])
+        return replace(stream, context=self.decoder.context(c_RLE, query_noise, ones, stream.decoder_text))
+
+    def encode_next(self, stream: ScdStream, x_0: Tensor | None, query_noise: Tensor) -> tuple[ScdStream, Tensor]:
+        """The encoder's part of :meth:`advance`: the stream with x_0 in its history, and the next chunk's c."""
         index, n = stream.index + 1, query_noise.shape[1]
         length = n * self.cfg.tokens(*stream.latent)
         ones = query_noise.new_ones(query_noise.shape[:2])
@@ -148,8 +166,7 @@ class Scd(nn.Module):
         rotary = self.encoder.rope(positions, *stream.latent, tokens)
         out = self.encoder.run(tokens, self.encoder.times(t).mod, stream.encoder_text, rotary, attend)
         cache = stream.cache if x_0 is None else stream.cache.extended(attend.staged)
-        context = self.decoder.context(out[:, -length:], query_noise, ones, stream.decoder_text)
-        return replace(stream, cache=cache, index=index, context=context)
+        return replace(stream, cache=cache, index=index, context=None), out[:, -length:]
 
     def denoise(self, stream: ScdStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The decoder alone, on the coming chunk and its context."""

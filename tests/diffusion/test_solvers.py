@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import Euler, Renoise, build_sampler, few_step_times, many_step_times
+from scd_sf.diffusion.solvers import Euler, Renoise, UniPC, build_sampler, few_step_times, many_step_times
 from scd_sf.types import UserError
 
 STD = 0.5
@@ -44,6 +44,22 @@ def test_euler_converges_to_the_analytic_map_at_first_order(shift: float) -> Non
     assert errors[2] < 1e-2
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.25)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_unipc_needs_fewer_steps_than_euler(shift: float) -> None:
+    x_T = torch.randn(4, 4, 4, generator=tiny.generator(0), dtype=torch.float64)
+    seen: list[float] = []
+
+    def counted(x: Tensor, t: float) -> Tensor:
+        seen.append(t)
+        return gaussian(x, t)
+
+    multistep = float((UniPC(20, shift)(counted, x_T, zeros) - STD * x_T).abs().max())
+    euler = float((Euler(20, shift)(gaussian, x_T, zeros) - STD * x_T).abs().max())
+    assert multistep < euler / 5 and seen == list(many_step_times(20, shift)[:-1])
+    with pytest.raises(UserError, match="no early exit"):
+        UniPC(20, shift)(gaussian, x_T, zeros, 2)
 
 
 def test_euler_is_exact_where_the_path_is_straight() -> None:
@@ -124,7 +140,8 @@ def test_build_sampler() -> None:
     assert (fifty.name, fifty.steps, fifty) == ("euler", 50, Euler(50, 5.0))
     with pytest.raises(UserError, match=r"sampler.steps is 0; it must be at least 1"):
         build_sampler("euler", 0, 5.0)
-    with pytest.raises(UserError, match=r"sampler.name is 'unipc'; use 'euler' or 'renoise'"):
-        build_sampler("unipc", 4, 5.0)
+    assert build_sampler("unipc", 20, 3.0) == UniPC(20, 3.0)
+    with pytest.raises(UserError, match=r"sampler.name is 'ddim'; use 'euler', 'unipc' or 'renoise'"):
+        build_sampler("ddim", 4, 5.0)
     with pytest.raises(UserError, match="timestep shift is 0"):
         build_sampler("renoise", 4, 0.0)

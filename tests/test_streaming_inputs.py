@@ -1,0 +1,81 @@
+"""What a rollout can be given beside a prompt: frames that are there already, other prompts later, endless noise."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.solvers import Euler, Renoise
+from scd_sf.models.generator import CacheConfig
+from scd_sf.rollout import fresh_noise, rollout, row_noise, stream_rollout
+
+families = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+@families
+@torch.no_grad()
+def test_history_continues_where_a_rollout_stopped(variant: tiny.Variant) -> None:
+    """Its first chunks given as history: the rest comes out as in the rollout itself."""
+    model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
+    noise = tiny.latents(2, 4 * n, 5)
+    whole = rollout(model, noise, cond, Euler(2), zeros)
+    for given in (1, 3):
+        cut = given * n
+        chunks = stream_rollout(model, noise[:, cut:], cond, Euler(2), zeros, history=whole[:, :cut])
+        assert torch.allclose(torch.cat(list(chunks), 1), whole[:, cut:], rtol=0, atol=1e-11)
+
+
+@families
+@torch.no_grad()
+def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
+    model, n = tiny.student(variant), variant.chunk
+    first, second, noise = tiny.prompts(2, 0), tiny.prompts(2, 1), tiny.latents(2, 4 * n, 5)
+
+    def roll(prompts: dict[int, object] | None) -> Tensor:
+        return torch.cat(list(stream_rollout(model, noise, first, Euler(2), zeros, prompts=prompts)), 1)  # type: ignore[arg-type]
+
+    plain, switched = roll(None), roll({2: second})
+    assert torch.equal(switched[:, : 2 * n], plain[:, : 2 * n])
+    assert float((switched[:, 2 * n :] - plain[:, 2 * n :]).abs().max()) > 1e-5
+    assert torch.equal(roll({1: first}), plain)
+    assert torch.equal(roll({0: second}), rollout(model, noise, second, Euler(2), zeros))
+
+
+@torch.no_grad()
+def test_fresh_noise_is_drawn_chunk_by_chunk() -> None:
+    variant = tiny.FEW[1]
+    model, shape = tiny.student(variant, dtype=torch.float32), (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
+    cond = tiny.prompts(2, dtype=torch.float32)
+
+    def roll(frames: int, seeds: list[int]) -> Tensor:
+        like = row_noise(seeds)
+        noise = fresh_noise(shape, len(seeds), model.chunk, frames, like)
+        return torch.cat(list(stream_rollout(model, noise, cond, Renoise(), like)), 1)
+
+    long, short = roll(6 * model.chunk, [3, 4]), roll(2 * model.chunk, [3, 4])
+    assert torch.equal(long[:, : short.shape[1]], short), "a longer video begins like the shorter one"
+    assert torch.equal(roll(2 * model.chunk, [9, 4])[1], short[1]), "a row depends on its own seed alone"
+
+
+@torch.no_grad()
+def test_memory_of_a_long_video_is_constant() -> None:
+    """300 frames under a window of 3 and a sink of 1: the cache's storage stops growing, the frames stay finite."""
+    model = tiny.student(tiny.FEW[1], dtype=torch.float32)
+    n, shape = model.chunk, (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
+    stream = model.start(
+        tiny.prompts(1, dtype=torch.float32), shape[1:], CacheConfig(window=3 * n, sink=n, preallocate=1)
+    )
+    x, sizes = torch.randn(1, n, *shape, generator=tiny.generator(0)), set()
+    previous: Tensor | None = None
+    for frame in range(300):
+        stream = model.advance(stream, previous, x)  # type: ignore[arg-type]
+        previous = model.denoise(stream, x, torch.ones(1)).clamp(-2, 2)  # type: ignore[arg-type]
+        if frame >= 5:
+            sizes.add(sum(k.untyped_storage().nbytes() for k, _ in stream.cache._buffers.values()))  # type: ignore[union-attr]
+    assert len(sizes) == 1 and previous is not None and previous.isfinite().all()
