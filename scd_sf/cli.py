@@ -1,5 +1,5 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`).
+form to another (`transplant`, `convert`, `export`), and videos (`sample`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -125,6 +125,25 @@ def transplant(
     from scd_sf.models.transplant import TransplantConfig, run_transplant
 
     print(run_transplant(load_config(TransplantConfig, config, overrides)))
+
+
+@app.command()
+def sample(
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="checkpoint=RUN out=DIR [a.b=value ..]",
+            help="Fields of recipes/sample.py: prompts='[...]' or prompt_file=, start=, frames=, window=, guidance..",
+        ),
+    ],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
+) -> None:
+    """Videos from a student and prompts: mp4 files and a manifest. The same command goes on where it stopped."""
+    from scd_sf.sample_folder import run_samples
+    from scd_sf.sampling import SampleConfig
+    from scd_sf.train.ranks import init_distributed
+
+    run_samples(load_config(SampleConfig, config, overrides), init_distributed())
 
 
 @app.command()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -106,33 +107,59 @@ def write_index(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], abo
     write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def write_video(
-    path: Path, frames_F3HW: Tensor, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
-) -> None:
-    """Write uint8 RGB frames (F, 3, H, W) as H.264 mp4, fast start, via ``<path>.part`` and a rename.
+@contextmanager
+def video_writer(
+    path: Path, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
+) -> Iterator[Callable[[Tensor], None]]:
+    """Gives a function that appends uint8 RGB frames (F, 3, H, W) to an H.264 mp4, so that no video is held whole.
 
-    ``fps`` in frames per second; ``crf`` 0 (best) .. 51. The default plays in every browser; ``yuv444p`` keeps the
-    full colour resolution (for training data). One thread, so equal input gives equal bytes.
-    Raises UserError for another shape or dtype, or odd sizes under ``yuv420p``.
+    Written to ``<path>.part``, fast start, renamed at the end of the ``with`` body. ``fps`` in frames per second;
+    ``crf`` 0 (best) .. 51. The default chroma plays in every browser; ``yuv444p`` keeps the full colour resolution (for
+    training data). One thread, so equal input gives equal bytes.
+    Raises UserError for another shape or dtype, odd sizes under ``yuv420p``, or no frame at all.
     """
-    if frames_F3HW.ndim != 4 or frames_F3HW.shape[1] != 3 or frames_F3HW.dtype != torch.uint8 or not len(frames_F3HW):
-        raise UserError(f"{path}: needs uint8 frames (F, 3, H, W), got {frames_F3HW.dtype} {tuple(frames_F3HW.shape)}")
-    height, width = frames_F3HW.shape[2:]
-    if chroma == "yuv420p" and (height % 2 or width % 2):
-        raise UserError(f"{path}: {width}x{height} has an odd size; yuv420p needs even sizes, or pass chroma='yuv444p'")
     part = path.with_name(path.name + ".part")
-    pictures = frames_F3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     reformatter = VideoReformatter()
     with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, chroma
-        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.pix_fmt, stream.options = chroma, {"crf": str(crf), "preset": "veryfast"}
         stream.codec_context.thread_count = 1
-        for picture in pictures:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            container.mux(stream.encode(reformatter.reformat(frame, format=chroma, threads=1)))
+        size: list[tuple[int, int]] = []
+
+        def append(frames_F3HW: Tensor) -> None:
+            height, width = _check_frames(path, frames_F3HW, chroma)
+            if not size:
+                stream.width, stream.height = width, height
+                size.append((height, width))
+            if size != [(height, width)]:
+                raise UserError(f"{path}: frames of {width}x{height} after others of {size[0][1]}x{size[0][0]}")
+            for picture in frames_F3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                container.mux(stream.encode(reformatter.reformat(frame, format=chroma, threads=1)))
+
+        yield append
+        if not size:
+            raise UserError(f"{path}: no frames were given; nothing is written")
         container.mux(stream.encode())
     part.replace(path)
+
+
+def _check_frames(path: Path, frames: Tensor, chroma: Chroma) -> tuple[int, int]:
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
+        raise UserError(f"{path}: needs uint8 frames (F, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
+    height, width = frames.shape[2:]
+    if chroma == "yuv420p" and (height % 2 or width % 2):
+        raise UserError(f"{path}: {width}x{height} has an odd size; yuv420p needs even sizes, or pass chroma='yuv444p'")
+    return height, width
+
+
+def write_video(
+    path: Path, frames_F3HW: Tensor, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
+) -> None:
+    """Write uint8 RGB frames (F, 3, H, W) as a whole; see :func:`video_writer`."""
+    _check_frames(path, frames_F3HW, chroma)
+    with video_writer(path, fps, crf=crf, chroma=chroma) as append:
+        append(frames_F3HW)
 
 
 def read_video(path: Path) -> Tensor:

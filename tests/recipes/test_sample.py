@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import recipe_runner
+import torch
+from PIL import Image
 from recipe_runner import KillAt
 from tiny_run import Chain
 
+from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.manifest import sha256_file
+from scd_sf.metrics.frames import as_uint8
+from scd_sf.models.export import export_weights
+from scd_sf.models.vae import load_vae
+from scd_sf.sampling import SampleConfig, open_studio, read_start, wanted_videos
 
 SCRIPT = "recipes/sample.py"
 PROMPTS = ["left in meadow", "still in hall"]
@@ -36,7 +45,7 @@ def made(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_and_manifest(made: Path) -> None:
     names = ["0000-00.mp4", "0000-01.mp4", "0001-00.mp4", "0001-01.mp4"]
-    assert sorted(file.name for file in made.iterdir()) == [*names, "manifest.json"]
+    assert sorted(file.name for file in made.iterdir()) == [".done", *names, "manifest.json"]
     content = manifest(made)
     assert list(content["videos"]) == names
     for name, entry in content["videos"].items():
@@ -63,8 +72,8 @@ def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(chain: Chain, made:
     """A run for one sample per prompt, killed before its second video and resumed, makes the same files."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     few = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompt_file={tmp_path}/prompts.txt", "batch=1"]
-    killed = recipe_runner.run(SCRIPT, *few, kill=KillAt("scd_sf.models.vae:Vae.decode", 2))
-    assert killed.code == -9 and len(manifest(tmp_path / "out")["videos"]) == 1
+    killed = recipe_runner.run(SCRIPT, *few, kill=KillAt("scd_sf.sample_folder:make", 2))
+    assert killed.code == -9 and len(list((tmp_path / "out" / ".done").iterdir())) == 1
     recipe_runner.succeed(SCRIPT, *few)
     ours, theirs = manifest(tmp_path / "out")["videos"], manifest(made)["videos"]
     assert list(ours) == ["0000-00.mp4", "0001-00.mp4"]
@@ -96,13 +105,105 @@ def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(chain: Cha
 
 
 def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> None:
-    before = {file: file.read_bytes() for file in made.iterdir()}
+    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
     assert "seed is 0 there but 1 now" in refused(*arguments(chain, made), "seed=1")
     other = [argument for argument in arguments(chain, made) if not argument.startswith("prompts=")]
     assert "made for prompt 'left in meadow'" in refused(*other, 'prompts=["right in hall"]')
     (tmp_path / "mine.txt").write_text("mine")
     assert "no manifest.json" in refused(*arguments(chain, tmp_path))
-    assert {file: file.read_bytes() for file in made.iterdir()} == before
+    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == before
+
+
+def test_prompts_from_csv_and_jsonl_and_an_exported_file(chain: Chain, made: Path, tmp_path: Path) -> None:
+    """The same prompts by other files give the same seeds; a single file samples like its run."""
+    (tmp_path / "p.csv").write_text("id,caption\n1,left in meadow\n2,still in hall\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"caption": prompt}) + "\n\n" for prompt in PROMPTS))
+    export_weights(chain.root / "stage3", tmp_path / "student.safetensors", "single", dtype="fp32")
+    for name in ("p.csv", "p.jsonl"):
+        out, single = tmp_path / f"from-{name}", tmp_path / "student.safetensors"
+        given = [f"checkpoint={single}", f"out={out}", f"prompt_file={tmp_path}/{name}", "prompt_column=caption"]
+        recipe_runner.succeed(SCRIPT, *given)
+        for video, entry in manifest(out)["videos"].items():
+            assert entry["seed"] == manifest(made)["videos"][video]["seed"]
+            left, right = read_video(out / video).float(), read_video(made / video).float()
+            assert (left - right).abs().mean() < 1.0
+
+
+def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Path) -> None:
+    """The first frames are the start's as the VAE gives them back; what follows depends on it."""
+    picture = read_video(made / "0000-00.mp4")[0]
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((64, 48)).save(tmp_path / "image.png")
+    base = [f"checkpoint={chain.root}/stage3", f"prompts={json.dumps(PROMPTS[:1])}"]
+    for number, start in enumerate((tmp_path / "image.png", made / "0001-00.mp4")):
+        out = tmp_path / f"out{number}"
+        recipe_runner.succeed(SCRIPT, *base, f"out={out}", f"start={start}", "frames=17")
+        video = read_video(out / "0000-00.mp4")
+        assert video.shape == (17, 3, 32, 32)
+        assert manifest(out)["videos"]["0000-00.mp4"]["start_sha256"] == sha256_file(start)
+        vae = load_vae(chain.wan)
+        pixels = read_start(start, (32, 32), 4)
+        back = as_uint8((vae.decode(vae.encode(pixels[None] * 2 - 1)) + 1) / 2)[0]
+        cfg = load_config(SampleConfig, None, [*base, "out=x", f"start={start}", "frames=17"])
+        studio, _ = open_studio(cfg, torch.device("cpu"))
+        parts = list(studio.frames(wanted_videos(cfg)))
+        assert torch.equal(parts[0][0], back) and sum(part.shape[1] for part in parts) == 17
+    assert "fills all 9 frames" in refused(*base, f"out={tmp_path}/x", f"start={made}/0001-00.mp4")
+    assert "no such file" in refused(*base, f"out={tmp_path}/x", f"start={tmp_path}/none.png")
+    (tmp_path / "broken.png").write_bytes(b"png")
+    assert "neither a video nor a readable image" in refused(*base, f"out={tmp_path}/x", f"start={tmp_path}/broken.png")
+
+
+def test_guidance_other_prompts_and_videos_longer_than_training(chain: Chain, made: Path, tmp_path: Path) -> None:
+    base = [f"checkpoint={chain.root}/stage2", "sampler={name: unipc, steps: 2}"]
+    rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0], "then": [[10, PROMPTS[1]]]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "plain": [],
+        "text": ["guidance.text.scale=3"],
+        "decoder": ["guidance.text.scale=3", "guidance.scope=decoder", "negative_prompt=still in hall"],
+        "corruption": ["guidance.corruption=1.5"],
+    }
+    first: dict[str, torch.Tensor] = {}
+    for name, more in settings.items():
+        long = ["frames=25", "window=3", "sink=1"]
+        out = tmp_path / name
+        recipe_runner.succeed(SCRIPT, *base, f"out={out}", f"prompt_file={tmp_path}/p.jsonl", *long, *more, "batch=1")
+        first[name] = read_video(out / "0000-00.mp4")
+        assert first[name].shape == (25, 3, 32, 32)
+        assert manifest(out)["videos"]["0001-00.mp4"]["then"] == [[10, PROMPTS[1]]]
+    assert len({sha256_file(tmp_path / name / "0000-00.mp4") for name in settings}) == len(settings)
+
+
+@pytest.mark.slow
+def test_ranks_share_the_videos(chain: Chain, made: Path, tmp_path: Path) -> None:
+    given = arguments(chain, tmp_path / "out")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, *given]
+    done = subprocess.run(command, cwd=recipe_runner.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = manifest(tmp_path / "out")["videos"], manifest(made)["videos"]
+    assert {n: e["seed"] for n, e in ours.items()} == {n: e["seed"] for n, e in theirs.items()}
+    for name in ours:
+        left, right = read_video(tmp_path / "out" / name).float(), read_video(made / name).float()
+        assert (left - right).abs().mean() < 1.0
+
+
+def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
+    given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out"]
+    for name, text, words in (
+        ("a.csv", "text\nhello\n", "no column 'prompt' (it has text); set prompt_column"),
+        ("b.csv", 'prompt\n"left in\n', "line"),
+        ("c.jsonl", '{"prompt": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("d.jsonl", "[1]\n", "line 1 is not an object"),
+        ("e.jsonl", '{"prompt": ""}\n', "line 1: 'prompt' is ''"),
+        ("f.jsonl", '{"prompt": "a", "then": [["x", "b"]]}\n', "'then' has ['x', 'b']"),
+        ("g.txt", "\n\n", "no prompt in it"),
+        ("h.jsonl", '{"prompt": "a", "start": "none.png"}\n', "none.png: no such file"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert words in refused(*given, f"prompt_file={tmp_path}/{name}"), name
+    for more, words in ((["sink=1"], "a sink needs a window"), (["crf=99"], "crf is 99")):
+        assert words in refused(*given, f"prompts={json.dumps(PROMPTS)}", *more)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(chain: Chain, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Prompts to sample from: lines of a text file, a column of a csv file, or jsonl with one object per video.
+
+A jsonl line may say more, ``{"prompt": "...", "start": "image.png", "then": [[41, "another"]]}``: frames that are
+there already, and other prompts from a pixel frame on. A csv file may have a ``start`` column.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from scd_sf.types import UserError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or video file."""
+
+    prompt: str
+    then: tuple[tuple[int, str], ...] = ()
+    start: str = ""
+
+
+def read_prompt_file(path: Path, column: str = "prompt") -> list[PromptRow]:
+    """The rows of a .txt, .csv or .jsonl file; paths in ``start`` are relative to it. UserError names file and line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file {path}: cannot be read ({error}); check the path") from error
+    if path.suffix == ".csv":
+        rows = _csv_rows(path, text, column)
+    elif path.suffix in (".jsonl", ".ndjson"):
+        rows = _jsonl_rows(path, text, column)
+    else:
+        rows = [PromptRow(line.strip()) for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise UserError(f"prompt_file {path}: no prompt in it; write one per line")
+    return rows
+
+
+def _csv_rows(path: Path, text: str, column: str) -> list[PromptRow]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    rows = []
+    try:
+        if column not in (reader.fieldnames or ()):
+            known = ", ".join(reader.fieldnames or ()) or "none"
+            raise UserError(f"prompt_file {path}: no column '{column}' (it has {known}); set prompt_column")
+        for row in reader:
+            rows.append(_row(path, reader.line_num, row, column))
+    except csv.Error as error:
+        raise UserError(f"prompt_file {path}: line {reader.line_num}: {error}; correct it") from error
+    return rows
+
+
+def _jsonl_rows(path: Path, text: str, column: str) -> list[PromptRow]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"prompt_file {path}: line {number} is not JSON ({error}); correct it") from error
+            if not isinstance(value, dict):
+                raise UserError(f'prompt_file {path}: line {number} is not an object; write {{"{column}": ...}}')
+            rows.append(_row(path, number, value, column))
+    return rows
+
+
+def _row(path: Path, number: int, row: Mapping[str, object], column: str) -> PromptRow:
+    where = f"prompt_file {path}: line {number}"
+    prompt, start, then = row.get(column), row.get("start") or "", row.get("then") or []
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: '{column}' is {prompt!r}, not a prompt; correct it")
+    if not isinstance(start, str):
+        raise UserError(f"{where}: 'start' is {start!r}; it must be the path of an image or video")
+    changes: list[tuple[int, str]] = []
+    for change in then if isinstance(then, list) else [then]:
+        frame, text = change if isinstance(change, list) and len(change) == 2 else (None, None)
+        if type(frame) is not int or frame < 1 or not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: 'then' has {change!r}; it must be [pixel frame >= 1, prompt]")
+        changes.append((frame, text.strip()))
+    return PromptRow(prompt.strip(), tuple(sorted(changes)), str(path.parent / start) if start else "")

@@ -1,0 +1,292 @@
+"""From prompts to frames, as ``recipes/sample.py`` and ``scd sample`` make them (files: sample_folder.py).
+
+Every video depends on its own seed alone (made from ``seed``, its prompt's number and its sample's number), not on the
+batch, the ranks or what else is made. Frames are decoded as they are generated: memory does not grow with length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import load_image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from scd_sf.checkpoint import MANIFEST, find
+from scd_sf.data.clips import read_video
+from scd_sf.data.manifest import sha256_file
+from scd_sf.data.prompt_files import PromptRow, read_prompt_file
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.metrics.frames import as_uint8
+from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
+from scd_sf.models.generator import CacheConfig, FrameGenerator, check_chunks
+from scd_sf.models.guided import Guided, SampleGuidance
+from scd_sf.models.text import TransformersTextEncoder, load_text_encoder
+from scd_sf.models.vae import Vae, VaeStream, load_vae
+from scd_sf.pipeline import choose_sampler
+from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
+from scd_sf.train.recipe import check_shape
+from scd_sf.types import Conditioning, UserError, VideoShape
+
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+
+
+@dataclass
+class SampleConfig:
+    """``prompts``, or ``prompt_file`` (txt, csv, jsonl: prompt_files.py). ``weights``: ema, model or best. ``base``:
+    the Wan directory with VAE and text encoder (empty: the one the checkpoint was made from). Sizes of 0: as trained.
+    ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
+    or video that all videos continue. ``window``, ``sink``: latent frames the history keeps (0: all), for videos longer
+    than training. ``negative_prompt``: what text guidance leads away from."""
+
+    checkpoint: str
+    out: str
+    prompts: list[str] = field(default_factory=list)
+    prompt_file: str = ""
+    prompt_column: str = "prompt"
+    base: str = ""
+    weights: str = "ema"
+    samples: int = 1
+    seed: int = 0
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    sampler: SamplerConfig | None = None
+    force: bool = False
+    guidance: SampleGuidance = field(default_factory=SampleGuidance)
+    negative_prompt: str = ""
+    start: str = ""
+    window: int = 0
+    sink: int = 0
+    batch: int = 4
+    fps: int = 16
+    crf: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.batch, self.fps) < 1:
+            raise UserError("samples, batch and fps must be at least 1")
+        if bool(self.prompts) == bool(self.prompt_file):
+            raise UserError("set either prompts or prompt_file")
+        if self.window < 0 or self.sink < 0 or (self.sink and not self.window):
+            raise UserError(f"window {self.window} and sink {self.sink} must be >= 0, and a sink needs a window")
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to make."""
+
+    file: str
+    row: PromptRow
+    prompt_index: int
+    sample: int
+    seed: int
+
+    def record(self) -> dict[str, object]:
+        """What the manifest says of it."""
+        more: dict[str, object] = {}
+        if self.row.then:
+            more["then"] = [list(change) for change in self.row.then]
+        if self.row.start:
+            more |= {"start": self.row.start, "start_sha256": sha256_file(Path(self.row.start))}
+        return {
+            "file": self.file,
+            "prompt_index": self.prompt_index,
+            "sample": self.sample,
+            "prompt": self.row.prompt,
+            "seed": self.seed,
+            **more,
+        }
+
+
+def sample_seed(seed: int, prompt_index: int, number: int) -> int:
+    """63 bits that depend on these three alone."""
+    digest = hashlib.blake2b(f"{seed}:{prompt_index}:{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def wanted_videos(cfg: SampleConfig) -> list[Video]:
+    """All videos of a run, in the order of its prompts."""
+    rows = [PromptRow(prompt) for prompt in cfg.prompts]
+    if cfg.prompt_file:
+        rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
+    if cfg.start:
+        rows = [PromptRow(row.prompt, row.then, row.start or cfg.start) for row in rows]
+    for row in rows:
+        if row.start and not Path(row.start).is_file():
+            raise UserError(f"start {row.start}: no such file; check the path")
+    return [
+        Video(f"{p:04d}-{n:02d}.mp4", row, p, n, sample_seed(cfg.seed, p, n))
+        for p, row in enumerate(rows)
+        for n in range(cfg.samples)
+    ]
+
+
+@dataclass
+class Studio:
+    """What makes videos: the student, how it is sampled, the decoder, the text encoder, and the size."""
+
+    cfg: SampleConfig
+    student: Student
+    sampler: Sampler
+    vae: Vae
+    text: TransformersTextEncoder
+    shape: VideoShape
+    device: torch.device
+
+    def generator(self, seeds: Sequence[int]) -> FrameGenerator:
+        if not self.cfg.guidance.on:
+            return self.student
+        null = self.text.encode([self.cfg.negative_prompt]).to(self.device)
+        return Guided(self.student, self.cfg.guidance, null, row_noise([seed ^ 1 for seed in seeds]))
+
+    def history(self, videos: Sequence[Video]) -> Tensor | None:
+        """Latents (B, F', C, H, W) of the videos' start files, which are equally long within a batch."""
+        if not videos[0].row.start:
+            return None
+        size = (self.shape.pixel_height, self.shape.pixel_width)
+        pixels = torch.stack([read_start(Path(video.row.start), size, self.shape.temporal) for video in videos])
+        latents = self.vae.encode(pixels * 2 - 1).to(self.device)
+        check_start(latents.shape[1], self.student.chunk, self.shape, videos[0].row.start)
+        return latents
+
+    def prompts(self, videos: Sequence[Video], known: int) -> dict[int, Conditioning]:
+        """The batch's prompts at every chunk where one of them changes, counted after ``known`` latent frames."""
+        now, found = [video.row.prompt for video in videos], {}
+        changes = sorted({frame for video in videos for frame, _ in video.row.then})
+        for pixel_frame in changes:
+            latent = -(-(pixel_frame - 1) // self.shape.temporal) + (1 if pixel_frame > 1 else 0)
+            for index, video in enumerate(videos):
+                now[index] = dict(video.row.then).get(pixel_frame, now[index])
+            found[max(0, -(-(latent - known) // self.student.chunk))] = self.text.encode(now).to(self.device)
+        return found
+
+    @torch.no_grad()
+    def frames(self, videos: Sequence[Video]) -> Iterator[Tensor]:
+        """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE gives them back."""
+        shape, seeds = self.shape, [video.seed for video in videos]
+        cond = self.text.encode([video.row.prompt for video in videos]).to(self.device)
+        like, decoder, history = row_noise(seeds), VaeStream(self.vae), self.history(videos)
+        known = 0 if history is None else history.shape[1]
+
+        def on_device(x: Tensor) -> Tensor:
+            return like(x.to(self.device))
+
+        size = (shape.channels, shape.height, shape.width)
+        noise = fresh_noise(size, len(videos), self.student.chunk, shape.frames - known, on_device)
+        if history is not None:
+            yield as_uint8((decoder.push(history) + 1) / 2)
+        for latents in stream_rollout(
+            self.generator(seeds),
+            noise,
+            cond,
+            self.sampler,
+            on_device,
+            cache=cache_of(self.cfg, shape),
+            history=history,
+            prompts=self.prompts(videos, known),
+        ):
+            if not latents.isfinite().all():
+                raise UserError("samples are not finite; the weights are broken or the sampler is not theirs")
+            yield as_uint8((decoder.push(latents) + 1) / 2)
+
+
+def cache_of(cfg: SampleConfig, shape: VideoShape) -> CacheConfig:
+    """A preallocated history: of the whole video, or of ``window`` and ``sink``."""
+    if cfg.window:
+        return CacheConfig(cfg.window, cfg.sink, preallocate=cfg.window + cfg.sink)
+    return CacheConfig(preallocate=shape.frames)
+
+
+def read_start(path: Path, size: tuple[int, int], temporal: int) -> Tensor:
+    """(F, 3, H, W) in [0, 1]: an image, or a video's last 1 + temporal*k frames, cropped and resized to ``size``."""
+    if path.suffix.lower() in VIDEOS:
+        frames = read_video(path)
+        frames = frames[-(1 + (len(frames) - 1) // temporal * temporal) :]
+    else:
+        try:
+            frames = pil_to_tensor(load_image(str(path)))[None]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"start {path}: neither a video nor a readable image ({error}); use png, jpg or mp4"
+            ) from error
+    height, width = frames.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    pixels = frames.float() / 255
+    if resized != (height, width):
+        pixels = F.interpolate(pixels, size=resized, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    return pixels[:, :, top : top + size[0], left : left + size[1]]
+
+
+def check_start(frames: int, chunk: int, shape: VideoShape, where: str) -> None:
+    """UserError unless ``frames`` latent frames of a start file are whole chunks and leave something to generate."""
+    if frames % chunk:
+        raise UserError(
+            f"start {where}: gives {frames} latent frames, the model makes {chunk} at a time: use a video of "
+            f"{1 + (chunk - 1) * shape.temporal} frames, or a model of chunk 1"
+        )
+    if frames >= shape.frames:
+        raise UserError(f"start {where}: fills all {shape.pixel_frames} frames; ask for more with frames=")
+
+
+def choose_size(cfg: SampleConfig, origin: Mapping[str, object], student: Student, vae: Vae) -> VideoShape:
+    """Sizes asked for, else those of the training videos; checked against VAE and model."""
+    trained = origin.get("video")
+    known = trained if isinstance(trained, dict) else {}
+    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    size = {name: value or int(known.get(name, 0)) for name, value in asked.items()}
+    missing = [name for name, value in size.items() if not value]
+    if missing:
+        raise UserError(
+            f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(f'{m}=' for m in missing)}"
+        )
+    shape = vae.geometry.shape(size["frames"], size["height"], size["width"])
+    wan = student.cfg
+    where = f"{cfg.checkpoint} with this VAE"
+    check_shape(shape, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
+    check_chunks(shape.frames, student.chunk)
+    return shape
+
+
+def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[str, object]]:
+    """Load and check everything; also the settings that all videos of a manifest share."""
+    path = Path(cfg.checkpoint)
+    description, origin = describe_checkpoint(path)
+    own = description.sampler
+    sampler = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
+    student, _ = load_student(path, cfg.weights)
+    if not (cfg.base or description.base):
+        raise UserError(f"{path}: does not name its Wan directory; set base=")
+    base = Path(cfg.base or description.base)
+    vae = load_vae(base, device=device)
+    shape = choose_size(cfg, origin, student, vae)
+    text = load_text_encoder(base, device=device)
+    check_text_width(text, description, base)
+    settings: dict[str, object] = {
+        "checkpoint": str(path),
+        "checkpoint_sha256": sha256_file(path if path.is_file() else find(path) / MANIFEST),
+        "weights": cfg.weights,
+        "sampler": asdict(cfg.sampler or own),
+        "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt} if cfg.guidance.on else None,
+        "window": [cfg.window, cfg.sink] if cfg.window else None,
+        "size": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
+        "fps": cfg.fps,
+        "crf": cfg.crf,
+        "seed": cfg.seed,
+    }
+    return Studio(cfg, student.to(device), sampler, vae, text, shape, device), settings
+
+
+def check_text_width(text: TransformersTextEncoder, description: CheckpointConfig, base: Path) -> None:
+    """UserError if the text encoder is not the one the student was trained with."""
+    width = description.model.wan.text_dim
+    if text.width != width:
+        raise UserError(f"{base}: text states are {text.width} wide, the checkpoint takes {width}; set its base=")
