@@ -28,13 +28,15 @@ from scd_sf.types import UserError
 T = TypeVar("T")
 
 
-def load_config(schema: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Defaults of ``schema``, then the YAML file at ``path``, then ``a.b=value`` overrides: an instance of ``schema``.
+def load_config(schema: type[T], path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> T:
+    """Defaults of ``schema``, then the YAML file at ``path`` (or several in turn), then ``a.b=value`` overrides: an
+    instance of ``schema``.
 
     Raises UserError: unreadable file, unknown key (with the nearest valid one), wrong type, missing mandatory field,
     or a ``ValueError`` of any section's ``__post_init__``.
     """
-    layers = [] if path is None else [(str(path), _read_yaml(path))]
+    paths = [] if path is None else [path] if isinstance(path, Path) else path
+    layers = [(str(file), _read_yaml(file)) for file in paths]
     layers += [(f"override '{text}'", _parse_override(text)) for text in overrides]
     return _build(schema, layers)
 

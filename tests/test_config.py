@@ -55,6 +55,17 @@ def test_defaults_file_and_overrides_merge_in_that_order(tmp_path: Path) -> None
     assert cfg.model.widths == [8, 16] and cfg.teacher is None
 
 
+def test_later_files_win_over_earlier_ones(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("root: data\nsteps: 20\nmodel: {depth: 4, optim: {lr: 0.1, warmup: 3}}\n")
+    second.write_text("model: {optim: {lr: 0.2}}\n")
+    cfg = load_config(Recipe, [first, second], ["steps=30"])
+    assert (cfg.steps, cfg.model.depth, cfg.model.optim) == (30, 4, Optimiser(lr=0.2, warmup=3))
+    second.write_text("modle: {}\n")
+    with pytest.raises(UserError, match=r"b\.yaml: unknown key 'modle'"):
+        load_config(Recipe, [first, second])
+
+
 def test_a_default_section_keeps_its_own_defaults() -> None:
     assert load().model.optim.lr == 3e-4
     assert load("model.optim.warmup=5").model.optim == Optimiser(lr=3e-4, warmup=5)

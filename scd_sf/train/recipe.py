@@ -52,12 +52,18 @@ class TrainConfig:
 
 
 def from_command_line(schema: type[T], description: str, argv: Sequence[str] | None = None) -> T:
-    """``recipe.py [--config file.yaml] [a.b=value ..]`` -> an instance of ``schema``.
+    """``recipe.py [--config file.yaml ..] [a.b=value ..]`` -> an instance of ``schema``; later files win over earlier.
 
     ``--local_rank`` is accepted because the deepspeed launcher adds it; ranks are read from the environment.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="YAML file that overrides the recipe's defaults")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        help="YAML file that overrides the recipe's defaults; may be given again, the later one wins",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="overrides of single fields")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)

@@ -6,12 +6,16 @@ import dataclasses
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recipe_runner
+import torch
 
 from scd_sf.config import load_config
+from scd_sf.diffusion.flow import shift_time
 from scd_sf.steps import Step
+from scd_sf.train.base import accumulation
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
 # Which script and schema a configuration is for, by what its name holds.
@@ -73,3 +77,61 @@ def test_commands_of_the_chains_fit_their_scripts() -> None:
         script, config, overrides = step.command[at - 1], step.command[at + 1], step.command[at + 2 :]
         assert (recipe_runner.ROOT / script).is_file()
         load_config(schema_of(recipe_runner.ROOT / config), recipe_runner.ROOT / config, list(overrides))
+
+
+def configured(stage: str, *files: str) -> object:
+    """A stage's configuration as these files and a run's own arguments make it."""
+    paths = [CONFIGS / f"{name}.yaml" for name in files]
+    schema = schema_of(paths[0])
+    assert stage in paths[0].stem
+    return load_config(schema, paths, list(mandatory(schema)))
+
+
+def test_table_6() -> None:
+    """Every figure of the supplement's fine-tuning table (resolution and clip length are the data's)."""
+    cfg: Any = configured("stage2", "stage2_wan_1.3b")
+    assert cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
+    assert (cfg.engine.lr, cfg.engine.weight_decay, tuple(cfg.engine.betas)) == (2e-5, 0.01, (0.9, 0.99))
+    t = shift_time(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), cfg.loss.shift)
+    assert torch.allclose(t, torch.tensor([5 * u / (1 + 4 * u) for u in (0.1, 0.5, 0.9)], dtype=torch.float64))
+
+
+def test_table_7() -> None:
+    """Every figure of the supplement's rollout table; the critic's and teacher's sizes are what the README passes."""
+    cfg: Any = configured("stage3", "stage3_wan_1.3b")
+    assert (cfg.video.width, cfg.video.height, cfg.video.frames) == (832, 480, 81)
+    assert (cfg.loss.guidance.scale, cfg.loss.guidance.form, cfg.loss.guidance.w) == (3.0, "additive", 4.0)
+    assert cfg.loss.guidance.logs() == {"guidance/standard_w": 4.0, "guidance/additive_s": 3.0}
+    assert cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
+    assert cfg.ratio == 5 and cfg.loss.shift == 5.0 and cfg.critic_data == "own" and cfg.reuse == 1
+    for engine, lr in ((cfg.student, 2e-6), (cfg.critic_engine, 4e-7)):
+        assert (engine.lr, engine.weight_decay, tuple(engine.betas)) == (lr, 0.01, (0.0, 0.99))
+    assert (cfg.student.zero_stage, cfg.critic_engine.zero_stage, cfg.teacher_engine.zero_stage) == (2, 2, 3)
+
+
+def test_layers_of_the_paper() -> None:
+    for name, chunk in (("stage1_wan_1.3b", 1), ("stage1_wan_1.3b_chunk3", 3)):
+        cfg: Any = configured("stage1", name)
+        assert cfg.scd.encoder_layers == tuple(range(25)) and cfg.chunk == chunk and cfg.family == "scd"
+        assert cfg.scd.decoder.layers == (*range(5), *range(25, 30))
+    cfg = configured("stage1", "stage1_causal_chunk3")
+    assert (cfg.family, cfg.chunk) == ("causal", 3)
+
+
+def test_self_forcings_own_settings() -> None:
+    cfg: Any = configured("stage3", "stage3_wan_1.3b", "stage3_self_forcing")
+    assert cfg.train.steps * cfg.ratio == 600 and cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
+    for engine, lr in ((cfg.student, 2e-6), (cfg.critic_engine, 4e-7)):
+        assert (engine.lr, tuple(engine.betas), engine.grad_clip, engine.weight_decay) == (lr, (0.0, 0.999), 10.0, 0.01)
+    assert (cfg.loss.guidance.scale, cfg.loss.shift, cfg.ratio) == (3.0, 5.0, 5)
+
+
+@pytest.mark.parametrize("world", [1, 8, 64])
+def test_the_global_batch_is_64_on_any_number_of_gpus(world: int) -> None:
+    """One GPU: optimizer states and teacher are offloaded; 8 and 64 need no file of their own."""
+    for stage in ("stage2", "stage3"):
+        cfg: Any = configured(stage, f"{stage}_wan_1.3b", *([f"{stage}_1gpu"] if world == 1 else []))
+        batches = accumulation(cfg.train.global_batch, cfg.train.micro_batch, world)
+        assert batches * cfg.train.micro_batch * world == 64
+        engines = [cfg.engine] if stage == "stage2" else [cfg.student, cfg.critic_engine, cfg.teacher_engine]
+        assert all(engine.offload == (world == 1) for engine in engines)
