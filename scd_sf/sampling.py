@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.utils import load_image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from scd_sf.checkpoint import MANIFEST, find
 from scd_sf.data.clips import read_video
@@ -211,11 +211,13 @@ def read_start(path: Path, size: tuple[int, int], temporal: int) -> Tensor:
         frames = frames[-(1 + (len(frames) - 1) // temporal * temporal) :]
     else:
         try:
-            frames = pil_to_tensor(load_image(str(path)))[None]
-        except (OSError, ValueError) as error:
+            with Image.open(path) as image:
+                picture = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"start {path}: neither a video nor a readable image ({error}); use png, jpg or mp4"
             ) from error
+        frames = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0)
     height, width = frames.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
