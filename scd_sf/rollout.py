@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.models.generator import CacheConfig, FrameGenerator, check_chunks
+from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
 from scd_sf.types import Conditioning, Denoiser
 
 Noise = Callable[[Tensor], Tensor]
@@ -24,7 +24,7 @@ def cpu_noise(rng: torch.Generator) -> Noise:
 
 
 def stream_rollout(
-    generator: FrameGenerator,
+    generator: FrameStreamer,
     noise: Tensor | Iterable[Tensor],
     cond: Conditioning,
     sampler: Sampler,
@@ -86,7 +86,7 @@ def fresh_noise(
 
 
 def rollout(
-    generator: FrameGenerator,
+    generator: FrameStreamer,
     noise: Tensor,
     cond: Conditioning,
     sampler: Sampler,
@@ -113,7 +113,7 @@ def row_noise(seeds: Sequence[int]) -> Noise:
 
 @torch.no_grad()
 def sample(
-    generator: FrameGenerator,
+    generator: FrameStreamer,
     cond: Conditioning,
     shape: tuple[int, int, int, int],
     sampler: Sampler,

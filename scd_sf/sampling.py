@@ -24,7 +24,7 @@ from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
-from scd_sf.models.generator import CacheConfig, FrameGenerator, check_chunks
+from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
 from scd_sf.models.guided import Guided, SampleGuidance
 from scd_sf.models.text import TransformersTextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, load_vae
@@ -140,7 +140,7 @@ class Studio:
     shape: VideoShape
     device: torch.device
 
-    def generator(self, seeds: Sequence[int]) -> FrameGenerator:
+    def generator(self, seeds: Sequence[int]) -> FrameStreamer:
         if not self.cfg.guidance.on:
             return self.student
         null = self.text.encode([self.cfg.negative_prompt]).to(self.device)

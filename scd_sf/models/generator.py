@@ -55,28 +55,14 @@ class CacheConfig:
         return Window(recent, self.sink * per_frame, per_frame if self.turn_sink and self.sink else 0)
 
 
-class FrameGenerator(Protocol):
-    """A student that generates ``chunk`` latent frames at a time.
+class FrameStreamer(Protocol):
+    """What a rollout knows of a student, guided or not: it generates ``chunk`` latent frames at a time.
 
     ``Stream`` objects are opaque to callers: :meth:`start` makes one, :meth:`advance` returns the next one.
     """
 
     @property
     def chunk(self) -> int: ...
-
-    def teacher_forced(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        x_clean: Tensor,
-        cond: Conditioning,
-        *,
-        query: Query | None = None,
-        targets: Sequence[int] | None = None,
-    ) -> Tensor:
-        """One pass over the clip: x_t (K, B, F, C, H, W), t (K, B, F), x_clean (B, F, C, H, W) -> velocity
-        (K, B, M*chunk, C, H, W) of the target chunks (default: all). ``query`` is needed by SCD, ignored by others."""
-        ...
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
         """A new stream for latent frames of (H, W)."""
@@ -92,6 +78,24 @@ class FrameGenerator(Protocol):
 
     def denoise(self, stream: Any, x_t: Tensor, t: Tensor) -> Tensor:
         """S times per chunk, a pure read: x_t (B, chunk, C, H, W), t (B,) -> velocity."""
+        ...
+
+
+class FrameGenerator(FrameStreamer, Protocol):
+    """A student: it can be rolled out, and trained on whole clips."""
+
+    def teacher_forced(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        x_clean: Tensor,
+        cond: Conditioning,
+        *,
+        query: Query | None = None,
+        targets: Sequence[int] | None = None,
+    ) -> Tensor:
+        """One pass over the clip: x_t (K, B, F, C, H, W), t (K, B, F), x_clean (B, F, C, H, W) -> velocity
+        (K, B, M*chunk, C, H, W) of the target chunks (default: all). ``query`` is needed by SCD, ignored by others."""
         ...
 
 

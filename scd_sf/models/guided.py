@@ -1,4 +1,4 @@
-"""A student under guidance while sampling: itself a :class:`~scd_sf.models.generator.FrameGenerator`.
+"""A student under guidance while sampling: itself a :class:`~scd_sf.models.generator.FrameStreamer`.
 
 Text guidance (CFG): ``uncond + w (cond - uncond)`` with the null prompt. ``scope`` "all": the whole student runs on
 both prompts, as it was trained; "decoder": only SCD's decoder does, and the encoder is not doubled. Corruption
@@ -7,7 +7,7 @@ guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig, guide
 from scd_sf.models.build import Student
-from scd_sf.models.generator import CacheConfig, Query
+from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd
 from scd_sf.types import Conditioning, UserError
 
@@ -61,19 +61,6 @@ class Guided:
     @property
     def chunk(self) -> int:
         return self.student.chunk
-
-    def teacher_forced(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        x_clean: Tensor,
-        cond: Conditioning,
-        *,
-        query: Query | None = None,
-        targets: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Training has no guidance: the student itself."""
-        return self.student.teacher_forced(x_t, t, x_clean, cond, query=query, targets=targets)
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
         if self.whole:

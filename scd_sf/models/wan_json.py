@@ -30,43 +30,35 @@ def _diffusers_config(raw: Json, file: Path) -> WanConfig:
         raise UserError(f"{file}: this is an image-to-video Wan (image_dim is set); use the text-to-video one")
     if raw.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
         raise UserError(f"{file}: qk_norm is {raw['qk_norm']!r}; only 'rms_norm_across_heads' (Wan 2.1) is supported")
-    patch_height, patch_width = _patch(raw, file)
-    channels = _number(raw, file, "in_channels", 16)
-    eps, norm = _eps_and_norm(raw, file)
-    return WanConfig(
-        num_attention_heads=_number(raw, file, "num_attention_heads"),
-        attention_head_dim=_number(raw, file, "attention_head_dim"),
-        in_channels=channels,
-        out_channels=_number(raw, file, "out_channels", channels),
-        text_dim=_number(raw, file, "text_dim", 4096),
-        freq_dim=_number(raw, file, "freq_dim", 256),
-        ffn_dim=_number(raw, file, "ffn_dim"),
-        num_layers=_number(raw, file, "num_layers"),
-        patch_height=patch_height,
-        patch_width=patch_width,
-        cross_attn_norm=norm,
-        eps=eps,
-    )
+    heads, head_dim = _number(raw, file, "num_attention_heads"), _number(raw, file, "attention_head_dim")
+    return _geometry(raw, file, heads, head_dim, "in_channels", "out_channels")
 
 
 def _original_config(raw: Json, file: Path) -> WanConfig:
-    """Fields that the published config.json leaves out have the original code's defaults."""
     kind = raw.get("model_type", "t2v")
     if kind != "t2v":
         raise UserError(f"{file}: model_type is {kind!r}; only text-to-video ('t2v') is supported")
     if raw.get("qk_norm", True) is not True:
         raise UserError(f"{file}: qk_norm is {raw['qk_norm']!r}; only true (Wan 2.1) is supported")
-    patch_height, patch_width = _patch(raw, file)
     width, heads = _number(raw, file, "dim"), _number(raw, file, "num_heads")
     if heads < 1 or width % heads:
         raise UserError(f"{file}: dim {width} is not divisible by num_heads {heads}; {AGAIN}")
-    channels = _number(raw, file, "in_dim", 16)
-    eps, norm = _eps_and_norm(raw, file)
+    return _geometry(raw, file, heads, width // heads, "in_dim", "out_dim")
+
+
+def _geometry(raw: Json, file: Path, heads: int, head_dim: int, inputs: str, outputs: str) -> WanConfig:
+    """What both layouts call alike but for the channels' names. Fields that a published config.json leaves out have
+    Wan 2.1's defaults."""
+    patch_height, patch_width = _patch(raw, file)
+    channels = _number(raw, file, inputs, 16)
+    eps, norm = raw.get("eps", 1e-6), raw.get("cross_attn_norm", True)
+    if not isinstance(eps, float) or not isinstance(norm, bool):
+        raise UserError(f"{file}: eps must be a float and cross_attn_norm true or false; {AGAIN}")
     return WanConfig(
         num_attention_heads=heads,
-        attention_head_dim=width // heads,
+        attention_head_dim=head_dim,
         in_channels=channels,
-        out_channels=_number(raw, file, "out_dim", channels),
+        out_channels=_number(raw, file, outputs, channels),
         text_dim=_number(raw, file, "text_dim", 4096),
         freq_dim=_number(raw, file, "freq_dim", 256),
         ffn_dim=_number(raw, file, "ffn_dim"),
@@ -83,13 +75,6 @@ def _patch(raw: Json, file: Path) -> tuple[int, int]:
     if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1:
         raise UserError(f"{file}: patch_size is {patch!r}; it must be [1, height, width]")
     return int(patch[1]), int(patch[2])
-
-
-def _eps_and_norm(raw: Json, file: Path) -> tuple[float, bool]:
-    eps, norm = raw.get("eps", 1e-6), raw.get("cross_attn_norm", True)
-    if not isinstance(eps, float) or not isinstance(norm, bool):
-        raise UserError(f"{file}: eps must be a float and cross_attn_norm true or false; {AGAIN}")
-    return eps, norm
 
 
 def _number(raw: Json, file: Path, name: str, default: int | None = None) -> int:
