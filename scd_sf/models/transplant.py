@@ -21,7 +21,7 @@ from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.causal import CausalWan
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.wan import Wan
-from scd_sf.models.weights import load_wan, open_wan, transformer_dir
+from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.types import UserError
 
 
@@ -122,10 +122,8 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
     if not cfg.weights:
         return load_wan(base), {"base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")}
     file = Path(cfg.weights)
-    try:
-        heads = open_wan(base).config.num_attention_heads
-    except UserError:
-        heads = 0  # a base without a transformer: VAE and text encoder alone
+    own = any((folder / "config.json").is_file() for folder in (base / "transformer", base))
+    heads = read_wan_config(base).num_attention_heads if own else 0  # without one: VAE and text encoder alone
     wan = load_wan(file, section=cfg.section, heads=heads)
     digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
     return wan, {"weights": str(file), "weights_sha256": digest, "section": cfg.section}
