@@ -101,20 +101,19 @@ class CausalWan(nn.Module):
         x_0 = x_0.detach()
         attend = Streaming(stream.cache, (x_0.shape[1] * self.cfg.tokens(*stream.latent),), write=1)
         with torch.no_grad():  # its output is unused and its K/V are detached
-            self._pass(stream, x_0, torch.zeros(x_0.shape[:1], device=x_0.device), stream.index - 1, attend)
+            self._pass(stream, x_0, torch.zeros(x_0.shape[:1], device=x_0.device), stream.index - 1, attend, keep=0)
         return replace(stream, cache=stream.cache.extended(attend.staged))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The whole trunk on the noisy chunk, reading the history."""
         attend = Streaming(stream.cache, (x_t.shape[1] * self.cfg.tokens(*stream.latent),))
-        out, temb = self._pass(stream, x_t, t, stream.index, attend)
-        return self.trunk.velocity(out, temb, *stream.latent)
+        return self._pass(stream, x_t, t, stream.index, attend)
 
     def _pass(
-        self, stream: CausalStream, x: Tensor, t_B: Tensor, index: int, attend: Streaming
-    ) -> tuple[Tensor, Tensor]:
+        self, stream: CausalStream, x: Tensor, t_B: Tensor, index: int, attend: Streaming, keep: int | None = None
+    ) -> Tensor:
         frames = range(index * self.chunk, index * self.chunk + x.shape[1])
-        times = self.trunk.times(t_B.unsqueeze(1).expand(-1, x.shape[1]))
-        tokens = self.trunk.embed(x)
-        rotary = self.trunk.rope(frames, *stream.latent, tokens)
-        return self.trunk.run(tokens, times.mod, stream.text, rotary, attend), times.temb
+        rotary = self.trunk.rope(frames, *stream.latent, x)
+        t = t_B.unsqueeze(1).expand(-1, x.shape[1])
+        velocity: Tensor = self.trunk(x, t, stream.text, rotary, attend, keep=keep)
+        return velocity

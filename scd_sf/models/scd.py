@@ -106,7 +106,7 @@ class Scd(nn.Module):
         )
         x_rows = self._rows(pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1))
         t_rows = self._rows(pick_chunks(t, targets, self.chunk, 2).transpose(0, 1))
-        velocity = self.decoder.velocity(context, x_rows, t_rows, text)
+        velocity: Tensor = self.decoder(context, x_rows, t_rows, text)
         return velocity.unflatten(0, rows).flatten(2, 3).transpose(0, 1)
 
     def _rows(self, x_BKF: Tensor) -> Tensor:
@@ -118,14 +118,14 @@ class Scd(nn.Module):
         x_clean = x_clean[:, : max(targets) * self.chunk]  # nobody looks at later ones
         frames, height, width = x_clean.shape[1], *x_clean.shape[-2:]
         tokens = self.cfg.tokens(height, width)
-        sequence = self.encoder.embed(torch.cat([x_clean, x_query.to(x_clean.dtype)], 1))
+        x = torch.cat([x_clean, x_query.to(x_clean.dtype)], 1)
         clean_t = torch.zeros(x_clean.shape[:2], device=x_clean.device, dtype=t_query.dtype)
-        times = self.encoder.times(torch.cat([clean_t, t_query], 1))
         positions = [*range(frames), *(c * self.chunk + i for c in targets for i in range(self.chunk))]
-        rotary = self.encoder.rope(positions, height, width, sequence)
+        rotary = self.encoder.rope(positions, height, width, x)
         layout = Layout.teacher_forced(frames // self.chunk, targets, 1, self.chunk * tokens)
-        attend = FullSequence(teacher_forcing_mask(layout, sequence.device))
-        return self.encoder.run(sequence, times.mod, text, rotary, attend)[:, frames * tokens :]
+        attend = FullSequence(teacher_forcing_mask(layout, x.device))
+        out: Tensor = self.encoder(x, torch.cat([clean_t, t_query], 1), text, rotary, attend)
+        return out[:, frames * tokens :]
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScdStream:
         encoder_text, decoder_text = self.text_kv(cond)
@@ -162,17 +162,17 @@ class Scd(nn.Module):
             t = torch.cat([torch.zeros_like(ones), ones], 1)
             positions = range((index - 1) * n, (index + 1) * n)
             attend = Streaming(stream.cache, (length, length), write=1)
-        tokens = self.encoder.embed(x)
-        rotary = self.encoder.rope(positions, *stream.latent, tokens)
-        out = self.encoder.run(tokens, self.encoder.times(t).mod, stream.encoder_text, rotary, attend)
+        rotary = self.encoder.rope(positions, *stream.latent, x)
+        c_BLE = self.encoder(x, t, stream.encoder_text, rotary, attend, keep=n)
         cache = stream.cache if x_0 is None else stream.cache.extended(attend.staged)
-        return replace(stream, cache=cache, index=index, context=None), out[:, -length:]
+        return replace(stream, cache=cache, index=index, context=None), c_BLE
 
     def denoise(self, stream: ScdStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The decoder alone, on the coming chunk and its context."""
         assert stream.context is not None, "advance() comes before denoise()"
         times = t.unsqueeze(1).expand(-1, x_t.shape[1])
-        return self.decoder.velocity(stream.context, x_t, times, stream.decoder_text)
+        velocity: Tensor = self.decoder(stream.context, x_t, times, stream.decoder_text)
+        return velocity
 
 
 def corrupt(c_RLE: Tensor, eta: float, rng: torch.Generator | None) -> Tensor:

@@ -73,8 +73,11 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """What the decoder keeps of one chunk's c for all S steps; which field is set depends on the fusion."""
+    """What the decoder keeps of one chunk's c for all S steps: the positions of chunk and prefix, and what the fusion
+    needs of the other fields."""
 
+    rotary_x: Rotary
+    rotary_c: Rotary
     prefix: Tensor | None = None
     prefix_times: Times | None = None
     past: Past | None = None
@@ -108,8 +111,9 @@ class Decoder(nn.Module):
         Rows are (B, K, M): the K = ``samples`` rows of one query differ in c's corruption only.
         """
         fusion, trunk = self.config.fusion, self.trunk
+        rotary_c, rotary_x = self._rotary(query)
         if fusion == "channel":
-            return Context(channels=F.layer_norm(c_RLE, c_RLE.shape[-1:]))
+            return Context(rotary_x, rotary_c, channels=F.layer_norm(c_RLE, c_RLE.shape[-1:]))
         clips = text.shape[0] if isinstance(text, Tensor) else text[0][0].shape[0]
 
         def per_sample(x: Tensor) -> Tensor:
@@ -120,25 +124,24 @@ class Decoder(nn.Module):
             return x.expand(-1, samples, *x.shape[2:]).flatten(0, 2)
 
         if fusion == "delta":
-            return Context(residual=c_RLE - per_sample(self._early(query, trunk.times(t_query), text)))
+            early = trunk(query, t_query, text, rotary_x, FullSequence(), slice(0, self.split))
+            return Context(rotary_x, rotary_c, residual=c_RLE - per_sample(early))
         times = trunk.times(per_sample(t_query))
         if fusion == "paper":
             assert self.adapter is not None
             c_RLE = self.adapter(F.layer_norm(c_RLE, c_RLE.shape[-1:]))
         if self.config.prefix == "full":
-            return Context(prefix=c_RLE, prefix_times=times)
+            return Context(rotary_x, rotary_c, prefix=c_RLE, prefix_times=times)
         attend = Streaming(KVCache.empty(), (c_RLE.shape[1],), write=1)
-        rotary, _ = self._rotary(query)
-        trunk.run(c_RLE, times.mod, text, rotary, attend, slice(self.split, None))
-        return Context(past=LivePast(attend.staged))
+        trunk.run(c_RLE, times.mod, text, rotary_c, attend, slice(self.split, None), keep=0)
+        return Context(rotary_x, rotary_c, past=LivePast(attend.staged))
 
-    def velocity(self, context: Context, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+    def forward(self, context: Context, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """x_t (R, n, C, H, W) at times t (R, n) -> velocity of the same shape."""
         trunk = self.trunk
-        times = trunk.times(t)
-        rotary_c, rotary_x = self._rotary(x_t)
+        times, rotary_x = trunk.times(t), context.rotary_x
         late = slice(self.split, None)
-        x = self._early(x_t, times, text)
+        x = trunk.run(trunk.embed(x_t), times.mod, text, rotary_x, FullSequence(), slice(0, self.split))
         if context.residual is not None:
             x = trunk.run(x + context.residual, times.mod, text, rotary_x, FullSequence(), late)
         elif context.channels is not None:
@@ -151,14 +154,9 @@ class Decoder(nn.Module):
             assert context.prefix is not None and context.prefix_times is not None
             both = torch.cat([context.prefix.to(x.dtype), x], dim=1)
             mod = context.prefix_times.join(times).mod
-            x = trunk.run(both, mod, text, join(rotary_c, rotary_x), FullSequence(), late)[:, x.shape[1] :]
+            positions = join(context.rotary_c, rotary_x)
+            x = trunk.run(both, mod, text, positions, FullSequence(), late, keep=x_t.shape[1])
         return trunk.velocity(x, times.temb, *x_t.shape[-2:])
-
-    def _early(self, x: Tensor, times: Times, text: Text) -> Tensor:
-        """Embedding and the blocks before the junction, on the chunk alone."""
-        _, rotary = self._rotary(x)
-        tokens = self.trunk.embed(x)
-        return self.trunk.run(tokens, times.mod, text, rotary, FullSequence(), slice(0, self.split))
 
     def _rotary(self, x: Tensor) -> tuple[Rotary, Rotary]:
         """Positions of (context, chunk). Attention is relative, so constants do for every chunk of the video."""

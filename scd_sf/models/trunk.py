@@ -193,16 +193,39 @@ class Trunk(nn.Module):
         rotary: Rotary,
         attend: AttentionContext,
         span: slice = slice(None),
+        keep: int | None = None,
     ) -> Tensor:
-        """The blocks of ``span`` in order. ``text`` is the embedded prompt, or the K/V of all blocks."""
-        for index in range(*span.indices(len(self.blocks))):
+        """The blocks of ``span`` in order. ``text`` is the embedded prompt, or the K/V of all blocks. ``keep``: return
+        the last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs."""
+        chosen = range(*span.indices(len(self.blocks)))
+        for index in chosen:
             block_text = text if isinstance(text, Tensor) else text[index]
-            arguments = (x_BLE, mod_BF6E, block_text, rotary, attend, index)
+            kept = keep if index == chosen[-1] else None
+            arguments = (x_BLE, mod_BF6E, block_text, rotary, attend, index, kept)
             if self.checkpointing and torch.is_grad_enabled():
                 x_BLE = checkpoint(self.blocks[index], *arguments, use_reentrant=False)
             else:
                 x_BLE = self.blocks[index](*arguments)
         return x_BLE
+
+    def forward(
+        self,
+        x_BFCHW: Tensor,
+        t_BF: Tensor,
+        text: Tensor | Sequence[KV],
+        rotary: Rotary,
+        attend: AttentionContext,
+        span: slice = slice(None),
+        keep: int | None = None,
+    ) -> Tensor:
+        """Frames at their times through the blocks of ``span``: velocity (B, keep or F, C, H, W) if the stack has a
+        head and the span reaches it, else tokens. See :meth:`run`."""
+        times = self.times(t_BF)
+        x = self.run(self.embed(x_BFCHW), times.mod, text, rotary, attend, span, keep)
+        frames = times.temb.shape[1] if keep is None else min(keep, times.temb.shape[1])
+        if self.head is None or frames == 0 or span.indices(len(self.blocks))[1] < len(self.blocks):
+            return x
+        return self.velocity(x, times.temb[:, times.temb.shape[1] - frames :], *x_BFCHW.shape[-2:])
 
     def velocity(self, x_BLE: Tensor, temb_BFE: Tensor, height: int, width: int) -> Tensor:
         assert self.head is not None, "this trunk was built without a head"

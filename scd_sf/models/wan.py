@@ -21,8 +21,7 @@ class Wan(nn.Module):
         """x_t (B, F, C, H, W), t (B,) or (B, F) in [0,1] -> velocity (B, F, C, H, W)."""
         _, frames, _, height, width = x_t.shape
         self.cfg.tokens(height, width)
-        times = self.trunk.times(t.unsqueeze(1) if t.ndim == 1 else t)
-        x = self.trunk.embed(x_t)
-        rotary = self.trunk.rope(range(frames), height, width, x)
-        x = self.trunk.run(x, times.mod, self.trunk.text(cond.text_BLE), rotary, FullSequence())
-        return self.trunk.velocity(x, times.temb, height, width)
+        rotary = self.trunk.rope(range(frames), height, width, x_t)
+        t_BF = t.unsqueeze(1) if t.ndim == 1 else t
+        velocity: Tensor = self.trunk(x_t, t_BF, self.trunk.text(cond.text_BLE), rotary, FullSequence())
+        return velocity

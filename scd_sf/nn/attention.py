@@ -19,7 +19,10 @@ from scd_sf.nn.kv_cache import KV, Past
 
 
 class AttentionContext(Protocol):
-    """How the tokens of one forward attend in layer ``layer``: q, k, v (B, N, L, D), rotated -> (B, N, L, D)."""
+    """How the tokens of one forward attend in layer ``layer``: q, k, v (B, N, L, D), rotated -> like q.
+
+    q may be of the last tokens alone (only they go on), where the context allows it.
+    """
 
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor: ...
 
@@ -58,12 +61,16 @@ class Streaming:
         if self.write and layer not in self.staged:
             written = sum(self.groups[: self.write])
             self.staged[layer] = (k_BNLD[:, :, :written], v_BNLD[:, :, :written])
-        new = k_BNLD.shape[2]
+        new, asked = k_BNLD.shape[2], q_BNLD.shape[2]
+        if asked == 0:
+            return q_BNLD
         k_BNLD, v_BNLD = self.past.joined(layer, k_BNLD, v_BNLD)
-        seen, outputs, start = k_BNLD.shape[2] - new, [], 0
+        outputs, start = [], asked - new
         for group in self.groups:
             end = start + group
-            k, v = k_BNLD[:, :, : seen + end], v_BNLD[:, :, : seen + end]
-            outputs.append(F.scaled_dot_product_attention(q_BNLD[:, :, start:end], k, v))
+            if end > 0:
+                visible = k_BNLD.shape[2] - (asked - end)
+                q, k, v = q_BNLD[:, :, max(start, 0) : end], k_BNLD[:, :, :visible], v_BNLD[:, :, :visible]
+                outputs.append(F.scaled_dot_product_attention(q, k, v))
             start = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

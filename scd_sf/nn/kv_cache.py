@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scd_sf.nn.rope import rotate, time_shift
+from scd_sf.nn.rope import rope_table, rotate
 from scd_sf.types import UserError
 
 KV = tuple[Tensor, Tensor]
@@ -59,11 +59,11 @@ class Window:
 
 
 def turned(k_BNLD: Tensor, frames: int) -> Tensor:
-    """Rotated keys as they would be ``frames`` later."""
+    """Rotated keys as they would be ``frames`` later: rotations add up, and place (0, 0) adds none in space."""
     if frames == 0:
         return k_BNLD
     dtype = torch.float64 if k_BNLD.dtype == torch.float64 else torch.float32
-    return rotate(k_BNLD, time_shift(frames, k_BNLD.shape[-1], k_BNLD.device, dtype))
+    return rotate(k_BNLD, rope_table((frames,), 1, 1, k_BNLD.shape[-1], k_BNLD.device, dtype))
 
 
 def _append(past: KV | None, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:

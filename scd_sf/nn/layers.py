@@ -90,6 +90,10 @@ class FeedForward(nn.Module):
         return x
 
 
+def _last(x: Tensor, count: int, dim: int) -> Tensor:
+    return x.narrow(dim, x.shape[dim] - count, count)
+
+
 class WanBlock(nn.Module):
     """Self-attention (modulated), text cross-attention, feed-forward (modulated)."""
 
@@ -111,11 +115,13 @@ class WanBlock(nn.Module):
         rotary: Rotary,
         attend: AttentionContext,
         layer: int,
+        keep: int | None = None,
     ) -> Tensor:
         """x (B, L, E) with L = F * tokens per frame; mod (B, F, 6, E), F may be 1 for the whole sequence.
 
         ``text``: embedded prompt (Bt, Lt, E), or its K/V of this block. B may be a multiple of Bt: rows b*r..(b+1)*r-1
-        then share prompt b, without any copy.
+        then share prompt b, without any copy. ``keep``: only the last ``keep`` frames are returned, and of the others
+        only keys and values are made (the last block of a stack whose earlier frames nobody reads).
         """
         frames = mod_BF6E.shape[1]
         table = (upcast(self.scale_shift_table) + upcast(mod_BF6E)).unsqueeze(3)
@@ -123,7 +129,14 @@ class WanBlock(nn.Module):
 
         h = self._modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)
         k, v = self.attn1.kv(h)
-        attended = attend(layer, rotate(self.attn1.query(h), rotary), rotate(k, rotary), v)
+        k, query_rotary = rotate(k, rotary), rotary
+        if keep is not None and keep < frames:
+            tokens, frames = keep * (x_BLE.shape[1] // frames), keep
+            x_BLE, h, query_rotary = _last(x_BLE, tokens, 1), _last(h, tokens, 1), rotary.last(tokens)
+            gate_a, scale_f, shift_f, gate_f = (_last(m, keep, 1) for m in (gate_a, scale_f, shift_f, gate_f))
+        attended = attend(layer, rotate(self.attn1.query(h), query_rotary), k, v)
+        if frames == 0:
+            return x_BLE
         x_BLE = self._gated(x_BLE, self.attn1.out(attended), gate_a, frames)
 
         x_BLE = x_BLE + self._cross(self.norm2(x_BLE).to(x_BLE.dtype), text)

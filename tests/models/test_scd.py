@@ -97,7 +97,7 @@ def test_decoder_rows_are_independent_given_their_contexts(variant: tiny.Variant
 
     def decode(rows: slice, c: Tensor, x_t: Tensor) -> Tensor:
         context = model.decoder.context(c[rows], query[rows], torch.ones_like(t[rows]), text)
-        return model.decoder.velocity(context, x_t[rows], t[rows], text)
+        return model.decoder(context, x_t[rows], t[rows], text)
 
     together = decode(slice(None), c, x_t)
     for row in range(chunks):
