@@ -3,9 +3,10 @@
     python data_prep/encode_latents.py --clips data/doom --model models/teacher --out data/doom_latents
 
 reads a clip directory (``scd_sf.data.clips.ClipSet``), the VAE (``vae/``) and the text encoder (``text_encoder/`` +
-``tokenizer/``, or ``text_encoder.json``) of a model directory in diffusers layout, and writes ``<out>/<split>`` (read
-with ``scd_sf.data.latents.LatentClips``). An interrupted run goes on where it stopped; a finished one does nothing;
-other clips, another VAE or another text encoder than the directory was begun with is an error.
+``tokenizer/``, or ``text_encoder.json``) of a model directory in diffusers layout, or the same from Wan's original
+files, and writes ``<out>/<split>`` (read with ``scd_sf.data.latents.LatentClips``). An interrupted run goes on where it
+stopped; a finished one does nothing; other clips, another VAE or another text encoder than the directory was begun with
+is an error.
 
 Your own videos: put them under one directory with a file of JSON lines ``{"file": "a.mp4", "caption": "..."}``
 (optional: ``held_out_caption``, ``split``, ``place``, ``motion``) and add ``--captions FILE``. All must have the same
@@ -17,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scd_sf.data.clips import Clip, ClipSet, file_sha256, read_video, write_index
 from scd_sf.data.latents import LatentClip, LatentWriter
-from scd_sf.data.manifest import Json, read_jsonl, safe_path, sha256_folder
+from scd_sf.data.manifest import Json, read_jsonl, safe_path, sha256_file, sha256_folder
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
-from scd_sf.models.text import encoder_folders, load_text_encoder, text_config
-from scd_sf.models.vae import Vae, load_vae
+from scd_sf.models.text import encoder_parts, text_config, wan_negative
+from scd_sf.models.text_cache import OFF, open_text_encoder
+from scd_sf.models.vae import Vae, load_vae, vae_source
 from scd_sf.types import UserError, exit_on_user_error
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,20 +113,24 @@ def plan(clips: ClipSet) -> tuple[list[Prompt], list[LatentClip]]:
     return prompts, rows
 
 
-def inputs_of(clips: ClipSet, split: str, model: Path, vae_folder: Path, dtypes: dict[str, str]) -> dict[str, object]:
+def inputs_of(clips: ClipSet, split: str, job: Job) -> dict[str, object]:
     """What decides the contents of the output: a change in any of it is a change of the data."""
-    config = text_config(model)
-    weights, tokens = encoder_folders(config)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("path", "package", "folder")}
+    config = text_config(job.model)
+    weights, tokens = encoder_parts(config)
     return {
         "clips_sha256": clips.hash,
         "split": split,
-        "vae_sha256": sha256_folder(vae_folder),
-        "text_weights_sha256": sha256_folder(weights, "*.safetensors"),
+        "vae_sha256": _sha256(vae_source(job.model), "*"),
+        "text_weights_sha256": _sha256(weights, "*.safetensors"),
         "text_tokenizer_sha256": sha256_folder(tokens, "token*.json"),
-        "text_config": settings,
-        **dtypes,
+        "text_config": config.settings,
+        **({"negative_prompt": job.negative_prompt} if job.negative_prompt else {}),
+        **job.dtypes,
     }
+
+
+def _sha256(source: Path, pattern: str) -> str:
+    return sha256_file(source) if source.is_file() else sha256_folder(source, pattern)
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class Job:
     out: Path
     batch: int
     device: str
+    text_cache: str
+    negative_prompt: str
     dtypes: dict[str, str]
 
 
@@ -177,13 +185,13 @@ def encode_split(job: Job, split: str) -> None:
     out = safe_path(job.out, split, "split")
     vae = load_vae(job.model, device=job.device)
     shape = vae.geometry.shape(clips.frames, clips.height, clips.width)
-    vae_folder = job.model / "vae" if (job.model / "vae").is_dir() else job.model
-    writer = ShardWriter(out, inputs_of(clips, split, job.model, vae_folder, job.dtypes))
+    writer = ShardWriter(out, inputs_of(clips, split, job))
     if writer.finished:
         print(f"{out}: already complete")
         return
     prompts, rows = plan(clips)
-    encoder = load_text_encoder(job.model, device=job.device, dtype=DTYPES[job.dtypes["text_dtype"]])
+    text_dtype = DTYPES[job.dtypes["text_dtype"]]
+    encoder = open_text_encoder(job.model, job.text_cache, device=job.device, dtype=text_dtype)
     with progress_of("prompts", len(prompts), writer.count("text")) as report:
         text = encode_prompts(
             writer,
@@ -191,6 +199,7 @@ def encode_split(job: Job, split: str) -> None:
             encoder.states,
             max_length=encoder.max_length,
             dtype=DTYPES[job.dtypes["store_text"]],
+            negative=job.negative_prompt,
             progress=report,
         )
     del encoder
@@ -202,13 +211,19 @@ def encode_split(job: Job, split: str) -> None:
 
 def main(
     clips: Annotated[Path, typer.Option(help="Clip directory (ClipSet), or a folder of videos with --captions.")],
-    model: Annotated[Path, typer.Option(help="Model directory in diffusers layout, with vae/ and a text encoder.")],
+    model: Annotated[Path, typer.Option(help="Model directory with VAE and text encoder: diffusers' layout or Wan's.")],
     out: Annotated[Path, typer.Option(help="Output; every split gets a directory of its own in it.")],
     split: Annotated[list[str] | None, typer.Option(help="Only these splits (repeatable). Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Clips per VAE call.")] = 8,
     captions: Annotated[Path | None, typer.Option(help="JSON lines (file, caption): index --clips first.")] = None,
     fps: Annotated[int, typer.Option(help="Frames per second of your own videos (only with --captions).")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
+    text_cache: Annotated[
+        str, typer.Option(help="Folder that also keeps every encoded prompt, for other runs; '' is the user's cache.")
+    ] = OFF,
+    negative_prompt: Annotated[
+        str, typer.Option(help="What stage 3's teacher is guided away from: 'wan' is Wan's own, '' the empty prompt.")
+    ] = "",
     text_dtype: Annotated[str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")] = "float32",
     store_text: Annotated[str, typer.Option(help="Storage type of the text states.")] = "float16",
     store_latents: Annotated[str, typer.Option(help="Storage type of the latents.")] = "float16",
@@ -225,8 +240,9 @@ def main(
         raise UserError(f"--device: '{device}', but no CUDA device is visible; use cpu")
     if captions is not None:
         index_folder(clips, captions, fps)
+    job = Job(clips, model, out, batch, device, text_cache, wan_negative(negative_prompt), types)
     for name in split or sorted({clip.split for clip in ClipSet(clips).clips}):
-        encode_split(Job(clips, model, out, batch, device, types), name)
+        encode_split(job, name)
 
 
 if __name__ == "__main__":

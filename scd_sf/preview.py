@@ -11,7 +11,7 @@ from torch import Tensor
 from scd_sf.data.clips import write_video
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.models.generator import FrameGenerator
-from scd_sf.models.vae import load_vae
+from scd_sf.models.vae import ORIGINAL, load_vae
 from scd_sf.rollout import sample
 from scd_sf.types import Conditioning, VideoShape
 
@@ -29,7 +29,7 @@ class Preview:
         self, base: str, cond: Conditioning, shape: VideoShape, sampler: Sampler, folder: Path, fps: int = 16
     ) -> None:
         self.cond, self.shape, self.sampler, self.folder, self.fps = cond, shape, sampler, folder, fps
-        found = bool(base) and (Path(base) / "vae" / "config.json").is_file()
+        found = bool(base) and any((Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL))
         self.vae = load_vae(base) if found else None
         if not found:
             log.warning("no VAE at '%s': training goes on without validation videos", base)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
 from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
 from scd_sf.models.guided import Guided, SampleGuidance
-from scd_sf.models.text import TransformersTextEncoder, load_text_encoder
+from scd_sf.models.text import TextEncoder, wan_negative
+from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, load_vae
 from scd_sf.pipeline import choose_sampler
 from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
@@ -42,7 +44,8 @@ class SampleConfig:
     the Wan directory with VAE and text encoder (empty: the one the checkpoint was made from). Sizes of 0: as trained.
     ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
     or video that all videos continue. ``window``, ``sink``: latent frames the history keeps (0: all), for videos longer
-    than training. ``negative_prompt``: what text guidance leads away from."""
+    than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's own). ``text_cache``: where
+    encoded prompts are kept (empty: in the user's cache; "off": nowhere), see models/text_cache.py."""
 
     checkpoint: str
     out: str
@@ -60,6 +63,7 @@ class SampleConfig:
     force: bool = False
     guidance: SampleGuidance = field(default_factory=SampleGuidance)
     negative_prompt: str = ""
+    text_cache: str = ""
     start: str = ""
     window: int = 0
     sink: int = 0
@@ -76,6 +80,7 @@ class SampleConfig:
             raise UserError(f"window {self.window} and sink {self.sink} must be >= 0, and a sink needs a window")
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
+        self.negative_prompt = wan_negative(self.negative_prompt)
 
 
 @dataclass(frozen=True)
@@ -136,15 +141,19 @@ class Studio:
     student: Student
     sampler: Sampler
     vae: Vae
-    text: TransformersTextEncoder
+    text: TextEncoder
     shape: VideoShape
     device: torch.device
+
+    @cached_property
+    def negative(self) -> Conditioning:
+        """The negative prompt, encoded once."""
+        return self.text.encode([self.cfg.negative_prompt]).to(self.device)
 
     def generator(self, seeds: Sequence[int]) -> FrameStreamer:
         if not self.cfg.guidance.on:
             return self.student
-        null = self.text.encode([self.cfg.negative_prompt]).to(self.device)
-        return Guided(self.student, self.cfg.guidance, null, row_noise([seed ^ 1 for seed in seeds]))
+        return Guided(self.student, self.cfg.guidance, self.negative, row_noise([seed ^ 1 for seed in seeds]))
 
     def history(self, videos: Sequence[Video]) -> Tensor | None:
         """Latents (B, F', C, H, W) of the videos' start files, which are equally long within a batch."""
@@ -270,7 +279,7 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
     base = Path(cfg.base or description.base)
     vae = load_vae(base, device=device)
     shape = choose_size(cfg, origin, student, vae)
-    text = load_text_encoder(base, device=device)
+    text = open_text_encoder(base, cfg.text_cache, device=device)
     check_text_width(text, description, base)
     settings: dict[str, object] = {
         "checkpoint": str(path),
@@ -287,7 +296,7 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
     return Studio(cfg, student.to(device), sampler, vae, text, shape, device), settings
 
 
-def check_text_width(text: TransformersTextEncoder, description: CheckpointConfig, base: Path) -> None:
+def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:
     """UserError if the text encoder is not the one the student was trained with."""
     width = description.model.wan.text_dim
     if text.width != width:

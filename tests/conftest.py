@@ -1,8 +1,11 @@
-"""One thread, no network and no accounts for every test, set before torch is imported."""
+"""One thread, no network, no accounts and no cache of the user for every test, set before torch is imported."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Tests use tiny tensors: more threads are slower, and the order of sums must not depend on the machine.
 for name, value in {
@@ -14,3 +17,6 @@ for name, value in {
     "WANDB_MODE": "offline",
 }.items():
     os.environ.setdefault(name, value)
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="scd-sf-cache-")  # where scd_sf keeps encoded prompts
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

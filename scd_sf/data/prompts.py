@@ -1,8 +1,9 @@
 """Encoded prompts on disk: token states stored without their padding, padded again when read.
 
 A prompt directory holds ``manifest.json`` (section ``text``), ``text-00000.safetensors`` ... with ``tokens`` (T, E),
-all prompts of the shard one after another, and ``lengths`` (P,); ``null.safetensors`` (the empty prompt) and
-``prompts.jsonl``. Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's latents.
+all prompts of the shard one after another, and ``lengths`` (P,); ``null.safetensors`` (the empty prompt), perhaps
+``negative.safetensors`` (the negative prompt), and ``prompts.jsonl``.
+Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's latents.
 Letters: P prompts, T tokens of all prompts, L padded length, E width, B batch.
 """
 
@@ -60,7 +61,11 @@ def read_manifest(root: Path) -> Json:
 
 
 class PromptTable:
-    """Every prompt of a directory, held-out ones too; reads only the asked rows."""
+    """Every prompt of a directory, held-out ones too; reads only the asked rows.
+
+    ``null`` is the empty prompt (text dropout), ``negative`` what a teacher's guidance leads away from: the directory's
+    negative prompt, or ``null`` where it was encoded without one.
+    """
 
     def __init__(self, root: Path) -> None:
         self.path = root / "manifest.json"
@@ -76,12 +81,19 @@ class PromptTable:
         if hash_json(rows) != section.get("prompts_sha256") or len(rows) != len(self.reader):
             raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
         self.rows = [Prompt.from_json(row, f"{root / 'prompts.jsonl'}:{n}") for n, row in enumerate(rows, 1)]
-        self.null = Conditioning(self._pad([_read_null(root, section, self.width)]))
+        self.null = self._alone(root / "null.safetensors", section.get("null_sha256"))
+        negative = section.get("negative")
+        self.negative = self.null
+        if isinstance(negative, dict):
+            self.negative = self._alone(root / "negative.safetensors", negative.get("sha256"))
         self._offsets: dict[int, list[int]] = {}
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) fp32, zero after each true length."""
         return Conditioning(self._pad([self._states(index) for index in indices]))
+
+    def _alone(self, path: Path, sha256: object) -> Conditioning:
+        return Conditioning(self._pad([_read_states(path, sha256, self.width)]))
 
     def _pad(self, states: Sequence[Tensor]) -> Tensor:
         padded = torch.zeros(len(states), self.length, self.width)
@@ -117,7 +129,7 @@ class PromptSet:
         if not self.indices:
             raise UserError(f"{self.root / 'prompts.jsonl'}: no prompt with held_out {held_out}; encode some")
         self.rows = [self.table.rows[i] for i in self.indices]
-        self.null = self.table.null
+        self.null, self.negative = self.table.null, self.table.negative
         self.hash = hash_json([str(read_manifest(self.root).get("hash")), held_out])
 
     def __len__(self) -> int:
@@ -136,11 +148,13 @@ def encode_prompts(
     max_length: int,
     dtype: torch.dtype = torch.float16,
     per_shard: int = 4096,
+    negative: str = "",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Json:
     """Encode what is not yet in complete shards, and return the manifest's ``text`` section.
 
     ``encode`` maps texts to ragged (L_i, E) states (:meth:`TextEncoder.states`); ``progress`` is told prompts done.
+    ``negative``: the prompt that a teacher's guidance leads away from (empty: the null prompt).
     """
     null = encode([""])[0]
     while (done := writer.count("text")) < len(prompts):
@@ -150,15 +164,21 @@ def encode_prompts(
         tokens = finite(torch.cat(states).to(dtype), f"text states of prompts {done}..{done + len(rows) - 1}")
         writer.write("text", len(rows), {"tokens": tokens, "lengths": lengths})
         progress(writer.count("text"))
-    save_file({"tokens": null.to(dtype).contiguous().cpu()}, writer.root / "null.safetensors")
+    section: Json = {"null_sha256": _write_states(writer.root / "null.safetensors", null.to(dtype))}
+    if negative:
+        tokens = finite(encode([negative])[0].to(dtype), "text states of the negative prompt")
+        section["negative"] = {
+            "prompt": negative,
+            "sha256": _write_states(writer.root / "negative.safetensors", tokens),
+        }
     rows_json = _rows(prompts)
     write_jsonl(writer.root / "prompts.jsonl", rows_json)
     return {
         "width": null.shape[-1],
         "max_length": max_length,
         "shards": writer.section("text"),
-        "null_sha256": sha256_file(writer.root / "null.safetensors"),
         "prompts_sha256": hash_json(rows_json),
+        **section,
     }
 
 
@@ -183,9 +203,14 @@ def _rows(prompts: Iterable[Prompt]) -> list[Json]:
     return [asdict(prompt) for prompt in prompts]
 
 
-def _read_null(root: Path, section: Json, width: int) -> Tensor:
-    path = root / "null.safetensors"
-    if not path.is_file() or sha256_file(path) != section.get("null_sha256"):
+def _write_states(path: Path, tokens: Tensor) -> str:
+    """Write the states of one prompt; the file's sha256."""
+    save_file({"tokens": tokens.contiguous().cpu()}, path)
+    return sha256_file(path)
+
+
+def _read_states(path: Path, sha256: object, width: int) -> Tensor:
+    if not path.is_file() or sha256_file(path) != sha256:
         raise UserError(f"{path}: missing or changed; copy it again, or {AGAIN}")
     try:
         tokens = load_file(path)["tokens"]

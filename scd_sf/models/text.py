@@ -1,8 +1,8 @@
 """Text encoders: prompts -> token states, one code path for Wan's umT5 and for a small BERT-family encoder.
 
-A model directory either carries its encoder (``text_encoder/`` + ``tokenizer/``, the diffusers layout) or names one
-in ``text_encoder.json`` ("text encoder by reference": an installed package or a path, read as
-:class:`TextEncoderConfig`). Only local safetensors are read; no code from a model directory is ever executed.
+A model directory carries its encoder (``text_encoder/`` + ``tokenizer/``, the diffusers layout, or Wan's original
+files, umt5.py) or names one in ``text_encoder.json`` ("text encoder by reference": an installed package or a path, read
+as :class:`TextEncoderConfig`). Only local tensors are read; no code from a model directory is ever executed.
 Letters: B prompts, L tokens, E width of a token state.
 """
 
@@ -23,14 +23,29 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from scd_sf.data.manifest import read_json, safe_path, write_json
+from scd_sf.models.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.types import Conditioning, UserError
 
 REFERENCE = "text_encoder.json"
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises for bad files
 WAN_MAX_LENGTH = 512
+# What Wan 2.1's own sampling and Self-Forcing's teacher lead away from; ``wan`` as a negative prompt stands for it.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 log = logging.getLogger(__name__)
 
 
@@ -38,8 +53,8 @@ log = logging.getLogger(__name__)
 class TextEncoderConfig:
     """Where a text encoder lies and which of its states the video model sees.
 
-    Exactly one of ``path`` (a directory: diffusers layout, or weights and tokenizer together) and ``package`` (an
-    installed package that ships the weights in ``folder``) is set.
+    Exactly one of ``path`` (a directory: diffusers layout, Wan's original one, or weights and tokenizer together) and
+    ``package`` (an installed package that ships the weights in ``folder``) is set.
     ``max_length``: tokens; longer prompts are cut, shorter ones zero-padded. ``hidden_layer``: which hidden state is
     taken (-1 the last, as Wan; 0 the embeddings before any layer; as "CLIP skip"). ``scale`` multiplies the states.
     A sentence encoder's last layer hardly tells "left" from "right"; its layer 0, scaled to unit RMS, does.
@@ -60,6 +75,15 @@ class TextEncoderConfig:
             raise UserError(f"text encoder: scale is {self.scale}; it must be above 0")
         if self.path and self.package:
             raise UserError("text encoder: both 'path' and 'package' are set; keep one")
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the states, beside weights and tokenizer: every field but those that say where these lie."""
+        return {key: value for key, value in asdict(self).items() if key not in ("path", "package", "folder")}
+
+    def cleaned(self, prompt: str) -> str:
+        """The text that is tokenized."""
+        return clean_prompt(prompt) if self.clean else prompt
 
 
 class TextEncoder(Protocol):
@@ -82,6 +106,11 @@ class TextEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """(B, max_length, E) fp32, exactly zero after each prompt's true length."""
         ...
+
+
+def wan_negative(prompt: str) -> str:
+    """``prompt``; Wan 2.1's own negative prompt for "wan"."""
+    return WAN_NEGATIVE_PROMPT if prompt == "wan" else prompt
 
 
 def clean_prompt(text: str) -> str:
@@ -123,7 +152,7 @@ class TransformersTextEncoder:
         return Conditioning(pad_states(self.states(prompts), self.max_length))
 
     def states(self, prompts: Sequence[str]) -> list[Tensor]:
-        texts = [clean_prompt(prompt) if self.config.clean else prompt for prompt in prompts]
+        texts = [self.config.cleaned(prompt) for prompt in prompts]
         result: list[Tensor] = []
         for first in range(0, len(texts), self.batch):
             result += self._states(texts[first : first + self.batch])
@@ -151,8 +180,9 @@ class TransformersTextEncoder:
 def text_config(source: Path | str | TextEncoderConfig) -> TextEncoderConfig:
     """The encoder a model directory names, with an absolute ``path`` or a ``package``.
 
-    ``text_encoder/`` + ``tokenizer/`` come first, then the reference file. A relative ``path`` in a reference must
-    stay inside the model directory. Raises UserError when there is neither, or half of the first.
+    ``text_encoder/`` + ``tokenizer/`` come first, then the reference file, then Wan's original file. A relative
+    ``path`` in a reference must stay inside the model directory. Raises UserError when there is none, or half of the
+    first.
     """
     if isinstance(source, TextEncoderConfig):
         return source
@@ -166,9 +196,11 @@ def text_config(source: Path | str | TextEncoderConfig) -> TextEncoderConfig:
         if config.path and not Path(config.path).is_absolute():
             return replace(config, path=str(safe_path(root, config.path, f"{reference}: 'path'")))
         return config
+    if (root / FILE).is_file():
+        return TextEncoderConfig(path=str(root))
     if any(parts):
         raise UserError(f"{root}: has only one of text_encoder/ and tokenizer/; download the other one too")
-    raise UserError(f"{root}: no text encoder; it needs text_encoder/ + tokenizer/, or a {REFERENCE} that names one")
+    raise UserError(f"{root}: no text encoder; it needs text_encoder/ + tokenizer/, {FILE}, or a {REFERENCE}")
 
 
 def write_reference(root: Path, config: TextEncoderConfig) -> None:
@@ -185,44 +217,76 @@ def load_text_encoder(
     Raises UserError: nothing there, no safetensors, an unreadable file, a layer or a length the encoder has not.
     """
     config = text_config(source)
-    weights, tokens = encoder_folders(config)
+    weights, tokens = encoder_parts(config)
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(tokens), local_files_only=True, trust_remote_code=False)
-        model, report = AutoModelForTextEncoding.from_pretrained(
-            str(weights),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=dtype,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{weights}: cannot be read as a text encoder ({first}); download it again") from error
+        model = load_umt5(weights, dtype) if weights.is_file() else _read_model(weights, dtype)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise _unreadable(weights, error) from error
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UserError(f"{weights}: {len(missing)} weights are missing ({missing[0]}, ...); download it again")
     _check_limits(config, model.config, weights)
     return TransformersTextEncoder(model.to(device), tokenizer, config)
 
 
-def encoder_folders(config: TextEncoderConfig) -> tuple[Path, Path]:
-    """(folder of the weights, folder of the tokenizer). Raises UserError when one is missing or has no safetensors."""
+def encoder_width(config: TextEncoderConfig) -> int:
+    """E, from the encoder's configuration alone. UserError as :func:`load_text_encoder`, but for its weights."""
+    weights, _ = encoder_parts(config)
+    if weights.is_file():
+        found: PretrainedConfig = open_umt5(weights)[0]
+    else:
+        try:
+            found = AutoConfig.from_pretrained(str(weights), local_files_only=True, trust_remote_code=False)
+        except UNREADABLE as error:
+            raise _unreadable(weights, error) from error
+    _check_limits(config, found, weights)
+    return int(found.hidden_size)
+
+
+def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
+    """(weights, folder of the tokenizer); weights: a folder with config.json and safetensors, or Wan's original file.
+
+    Raises UserError when one is missing or has no safetensors.
+    """
     root = _package_folder(config) if config.package else Path(config.path)
     if not config.package and not config.path:
         raise UserError("text encoder: neither 'path' nor 'package' is set; set one")
     split = (root / "text_encoder").is_dir() and (root / "tokenizer").is_dir()
+    if not split and (root / FILE).is_file():
+        if not (root / TOKENIZER).is_dir():
+            raise UserError(f"{root / TOKENIZER}: no such folder, it holds the tokenizer of {FILE}; download it too")
+        return root / FILE, root / TOKENIZER
     weights, tokens = (root / "text_encoder", root / "tokenizer") if split else (root, root)
     if not (weights / "config.json").is_file():
         raise UserError(f"{weights}/config.json: no such file; point the text encoder at a downloaded model")
     if not any(weights.glob("*.safetensors")):
         raise UserError(f"{weights}: no *.safetensors; other weight formats are not read, convert them first")
     return weights, tokens
+
+
+def _read_model(weights: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model, report = AutoModelForTextEncoding.from_pretrained(
+        str(weights),
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"{weights}: {len(missing)} weights are missing ({missing[0]}, ...); download it again")
+    return model
+
+
+def _unreadable(weights: Path, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"{weights}: cannot be read as a text encoder ({first}); download it again")
 
 
 def _package_folder(config: TextEncoderConfig) -> Path:

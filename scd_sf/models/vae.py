@@ -1,8 +1,9 @@
 """The video autoencoder: diffusers' ``AutoencoderKLWan`` behind two calls, :meth:`Vae.encode` and :meth:`Vae.decode`.
 
 One code path serves Wan 2.1's VAE and the small one of the embedded demo: geometry, channels, ``latents_mean`` and
-``latents_std`` come from the directory's ``config.json`` (diffusers layout). The temporal layout is Wan's: the first
-frame alone, then groups of ``temporal``; 1 + temporal*k pixel frames become 1 + k latent frames.
+``latents_std`` come from the directory's ``config.json`` (diffusers layout); Wan's original file has no config and is
+always Wan 2.1's. The temporal layout is Wan's: the first frame alone, then groups of ``temporal``; 1 + temporal*k pixel
+frames become 1 + k latent frames.
 
 Letters: B batch, F frames, C latent channels, H W height and width.
 """
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
 from torch import Tensor, nn
 
 from scd_sf.checkpoint import load_tensors
+from scd_sf.models.weights import read_tensors
 from scd_sf.types import UserError, VideoShape
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ORIGINAL = "Wan2.1_VAE.pth"
 MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}
 FRAME_GROUP = 4  # AutoencoderKLWan's own chunk loop is written for groups of four frames
 
@@ -131,22 +135,55 @@ class VaeStream:
 
 
 def load_vae(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
-    """The VAE of a diffusers directory: ``path`` itself or its ``vae/`` folder. Reads safetensors only.
+    """The VAE of a model directory (diffusers' layout or Wan's original one), of a ``vae/`` folder, or of Wan's file.
 
     Raises UserError: nothing there, a damaged or foreign config, missing, truncated or foreign weights.
     """
-    folder = _folder(Path(path))
+    source = vae_source(Path(path))
+    model = _read_original(source) if source.is_file() else _read_folder(source)
+    if dtype != torch.float32:
+        model = model.to(dtype=dtype)
+    return Vae(channels_last(model.to(device=device)))
+
+
+def vae_source(path: Path) -> Path:
+    """Where the VAE of ``path`` lies: a folder with config.json and weights, or Wan's original file.
+
+    Raises UserError where there is neither.
+    """
+    if path.is_file():
+        return path
+    if (path / ORIGINAL).is_file() and not (path / "vae").is_dir():  # config.json beside it is the transformer's
+        return path / ORIGINAL
+    for folder in (path, path / "vae"):
+        config = folder / "config.json"
+        if config.is_file() and (folder == path / "vae" or (folder / WEIGHTS).is_file() or not (path / "vae").is_dir()):
+            return folder
+    raise UserError(f"{path}: holds neither config.json nor vae/config.json nor {ORIGINAL}; use a directory with a VAE")
+
+
+def _read_folder(folder: Path) -> AutoencoderKLWan:
     config = _read_config(folder / "config.json")
     tensors = load_tensors(folder / WEIGHTS)
     try:
         model = AutoencoderKLWan.from_config(config)
     except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
         raise UserError(f"{folder / 'config.json'}: describes no AutoencoderKLWan ({error}); copy it again") from error
-    _check_tensors(model, tensors, folder / WEIGHTS)
+    _check_tensors(model, tensors, folder / WEIGHTS, "config.json")
     model.load_state_dict(tensors)
-    if dtype != torch.float32:
-        model = model.to(dtype=dtype)
-    return Vae(channels_last(model.to(device=device)))
+    return model
+
+
+def _read_original(file: Path) -> AutoencoderKLWan:
+    """Only the width is taken from the tensors: everything else of Wan 2.1's VAE is the class's default."""
+    tensors = convert_wan_vae_to_diffusers(read_tensors(file))
+    first = tensors.get("encoder.conv_in.weight")
+    if first is None:
+        raise UserError(f"{file}: has no tensor 'encoder.conv1.weight', so it is not Wan 2.1's VAE; use {ORIGINAL}")
+    model = AutoencoderKLWan(base_dim=len(first))
+    _check_tensors(model, tensors, file, "Wan 2.1's VAE")
+    model.load_state_dict(tensors)
+    return model
 
 
 def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -155,14 +192,6 @@ def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
         if parameter.ndim in MEMORY_ORDER:
             parameter.data = parameter.data.contiguous(memory_format=MEMORY_ORDER[parameter.ndim])
     return model
-
-
-def _folder(path: Path) -> Path:
-    for folder in (path, path / "vae"):
-        config = folder / "config.json"
-        if config.is_file() and (folder == path / "vae" or (folder / WEIGHTS).is_file() or not (path / "vae").is_dir()):
-            return folder
-    raise UserError(f"{path}: holds neither config.json nor vae/config.json; give a VAE directory in diffusers layout")
 
 
 def _read_config(path: Path) -> dict[str, object]:
@@ -176,13 +205,13 @@ def _read_config(path: Path) -> dict[str, object]:
     return config
 
 
-def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: str) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         name = wrong[0]
         detail = f"{found.get(name, 'missing')} instead of {wanted.get(name, 'absent')}"
-        raise UserError(f"{where}: {len(wrong)} tensors do not fit config.json: '{name}' is {detail}; copy both again")
+        raise UserError(f"{where}: {len(wrong)} tensors do not fit {described}: '{name}' is {detail}; copy it again")
 
 
 def _geometry(model: AutoencoderKLWan) -> VaeGeometry:

@@ -144,14 +144,20 @@ def _theirs(name: str, layout: Layout) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file; UserError naming the file if it is missing or truncated."""
-    return {name: tensor.read() for name, tensor in _read_safetensors(file).items()}
+    """All tensors of one file, safetensors or a pickle of tensors (which is mapped from the disk, not read at once).
+
+    UserError naming the file if it is missing, truncated or holds more than tensors.
+    """
+    return {name: tensor.read() for name, tensor in _open_file(file).items()}
 
 
 def _read_file(file: Path, section: str) -> dict[str, Lazy]:
     """By names without the wrappers of training scripts."""
-    tensors = _read_pickle(file, section) if file.suffix in PICKLES else _read_safetensors(file)
-    return {unwrapped(name): tensor for name, tensor in tensors.items()}
+    return {unwrapped(name): tensor for name, tensor in _open_file(file, section).items()}
+
+
+def _open_file(file: Path, section: str = "") -> dict[str, Lazy]:
+    return _read_pickle(file, section) if file.suffix in PICKLES else _read_safetensors(file)
 
 
 def _read_safetensors(file: Path) -> dict[str, Lazy]:

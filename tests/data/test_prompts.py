@@ -28,9 +28,10 @@ def prompts() -> list[Prompt]:
     return [Prompt(f"p{i}", text, held_out=i >= 3, tags={"motion": text[0]}) for i, text in enumerate(TEXTS)]
 
 
-def build(root: Path, per_shard: int = 2) -> Path:
+def build(root: Path, per_shard: int = 2, negative: str = "") -> Path:
     writer = ShardWriter(root, {"source": "test"})
-    finish_prompts(writer, encode_prompts(writer, prompts(), fake, max_length=LENGTH, per_shard=per_shard))
+    text = encode_prompts(writer, prompts(), fake, max_length=LENGTH, per_shard=per_shard, negative=negative)
+    finish_prompts(writer, text)
     return root
 
 
@@ -45,6 +46,17 @@ def test_round_trip_is_padded_with_zeros(tmp_path: Path) -> None:
     assert table.null.text_BLE[0, 1:].eq(0).all() and table.null.text_BLE[0, 0].ne(0).all()
     stored = sum((tmp_path / shard.file).stat().st_size for shard in table.reader.shards)
     assert len(table.reader.shards) == 3 and stored < 3 * 400
+
+
+def test_the_negative_prompt_is_the_empty_one_unless_encoded(tmp_path: Path) -> None:
+    plain, table = PromptSet(build(tmp_path / "a")), PromptSet(build(tmp_path / "b", negative="ugly and grey"))
+    assert plain.negative is plain.null and torch.equal(table.null.text_BLE, plain.null.text_BLE)
+    wanted = fake(["ugly and grey"])[0]
+    assert torch.equal(table.negative.text_BLE[0, :4], wanted) and table.negative.text_BLE[0, 4:].eq(0).all()
+    assert table.hash != plain.hash
+    (tmp_path / "b" / "negative.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"negative\.safetensors: missing or changed"):
+        PromptSet(tmp_path / "b")
 
 
 def test_training_and_held_out_prompts_are_apart(tmp_path: Path) -> None:

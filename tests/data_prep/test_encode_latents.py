@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from scd_sf.data.clips import ClipSet, write_video
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
-from scd_sf.models.text import TextEncoderConfig, load_text_encoder, write_reference
+from scd_sf.models.text import WAN_NEGATIVE_PROMPT, TextEncoderConfig, load_text_encoder, write_reference
 from scd_sf.models.vae import load_vae
 from scd_sf.types import UserError, VideoShape
 
@@ -128,6 +128,26 @@ def test_an_interrupted_run_goes_on(script: ModuleType, model: Path, tmp_path: P
         LatentClips(tmp_path / "out" / "train")
     encode(script, tmp_path / "clips", model, tmp_path / "out")
     assert LatentClips(tmp_path / "out" / "train").hash == LatentClips(tmp_path / "whole" / "train").hash
+
+
+def test_cached_and_negative_prompts(script: ModuleType, model: Path, tmp_path: Path) -> None:
+    videos(tmp_path / "clips")
+    script.index_folder(tmp_path / "clips", tmp_path / "clips" / "captions.jsonl", 16)
+
+    def made(name: str, **more: str) -> LatentClips:
+        script.main(clips=tmp_path / "clips", model=model, out=tmp_path / name, batch=2, device="cpu", **more)
+        return LatentClips(tmp_path / name / "train")
+
+    cache = tmp_path / "cache"
+    first = made("a", text_cache=str(cache), negative_prompt="wan")
+    assert len(list(cache.rglob("*.safetensors"))) == 6  # four captions, the empty prompt, Wan's negative one
+    wanted = load_text_encoder(model).encode([WAN_NEGATIVE_PROMPT]).text_BLE
+    torch.testing.assert_close(first.prompts.negative.text_BLE, wanted, rtol=1e-3, atol=1e-4)
+    plain = made("b")
+    torch.testing.assert_close(first.batch([0]).text.text_BLE, plain.batch([0]).text.text_BLE, rtol=1e-3, atol=1e-4)
+    assert plain.prompts.negative is plain.prompts.null
+    with pytest.raises(UserError, match=r"made from other inputs \(negative_prompt differ\)"):
+        made("b", negative_prompt="wan")
 
 
 def test_other_inputs_are_refused(script: ModuleType, model: Path, tmp_path: Path) -> None:

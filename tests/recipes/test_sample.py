@@ -18,8 +18,11 @@ from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.manifest import sha256_file
 from scd_sf.metrics.frames import as_uint8
+from scd_sf.models import text_cache
 from scd_sf.models.export import export_weights
+from scd_sf.models.text import WAN_NEGATIVE_PROMPT
 from scd_sf.models.vae import load_vae
+from scd_sf.sample_folder import batches
 from scd_sf.sampling import SampleConfig, open_studio, read_start, wanted_videos
 
 SCRIPT = "recipes/sample.py"
@@ -172,6 +175,27 @@ def test_guidance_other_prompts_and_videos_longer_than_training(chain: Chain, ma
         assert first[name].shape == (25, 3, 32, 32)
         assert manifest(out)["videos"]["0001-00.mp4"]["then"] == [[10, PROMPTS[1]]]
     assert len({sha256_file(tmp_path / name / "0000-00.mp4") for name in settings}) == len(settings)
+
+
+def test_known_prompts_need_no_text_encoder(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches with Wan's negative prompt: each text is encoded once, and not at all by the next run."""
+    given = [argument for argument in arguments(chain, tmp_path / "out", "stage2") if "batch" not in argument]
+    more = ["guidance.text.scale=3", "negative_prompt=wan", f"text_cache={tmp_path}/cache", "sampler.name=euler"]
+    cfg = load_config(SampleConfig, None, [*given, *more, "sampler.steps=2"])
+    assert cfg.negative_prompt == WAN_NEGATIVE_PROMPT
+    seen: list[str] = []
+
+    def made() -> torch.Tensor:
+        studio, settings = open_studio(cfg, torch.device("cpu"))
+        assert settings["guidance"]["negative_prompt"] == WAN_NEGATIVE_PROMPT  # type: ignore[index]
+        encode = studio.text.encode
+        monkeypatch.setattr(studio.text, "encode", lambda prompts: [seen.extend(prompts), encode(prompts)][1])
+        return torch.cat([torch.cat(list(studio.frames(part)), 1) for part in batches(wanted_videos(cfg), 2)])
+
+    first = made()
+    assert seen.count(WAN_NEGATIVE_PROMPT) == 1 and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
+    monkeypatch.setattr(text_cache, "load_text_encoder", None)
+    assert torch.equal(made(), first)
 
 
 @pytest.mark.slow

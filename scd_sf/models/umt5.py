@@ -1,0 +1,92 @@
+"""Wan's original text encoder file, ``models_t5_umt5-xxl-enc-bf16.pth``, as transformers' ``UMT5EncoderModel``.
+
+The two agree tensor by tensor; the geometry follows from the shapes. The tokenizer lies beside it in its own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from scd_sf.models.weights import read_tensors
+from scd_sf.types import UserError
+
+FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER = "google/umt5-xxl"
+
+_EMBEDDING, _EMBEDDING_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
+_OUTSIDE = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+_BLOCK = {
+    "norm1": "layer.0.layer_norm",
+    **{f"attn.{name}": f"layer.0.SelfAttention.{name}" for name in "qkvo"},
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+
+
+def to_transformers(name: str) -> str | None:
+    """The original's tensor name -> transformers'; None if Wan's umT5 has no such tensor."""
+    module, _, leaf = name.rpartition(".")
+    if leaf != "weight":
+        return None
+    if module in _OUTSIDE:
+        return f"{_OUTSIDE[module]}.weight"
+    block, _, rest = module.removeprefix("blocks.").partition(".")
+    if not block.isdecimal() or rest not in _BLOCK:
+        return None
+    return f"encoder.block.{block}.{_BLOCK[rest]}.weight"
+
+
+def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
+    """The geometry and the tensors by transformers' names, mapped from the disk.
+
+    UserError: unreadable, a foreign tensor, or missing ones.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(file).items():
+        renamed = to_transformers(name)
+        if renamed is None:
+            raise UserError(f"{file}: tensor '{name}' is not one of Wan's umT5; use {FILE}")
+        tensors[renamed] = tensor
+    block = "encoder.block.0.layer"
+    needed = (
+        _EMBEDDING,
+        f"{block}.0.SelfAttention.q.weight",
+        f"{block}.0.SelfAttention.relative_attention_bias.weight",
+        f"{block}.1.DenseReluDense.wi_0.weight",
+    )
+    for name in needed:
+        if name not in tensors or tensors[name].ndim != 2:
+            raise UserError(f"{file}: tensor for '{name}' is missing or not a matrix; download or copy the file again")
+    (words, width), (inner, _), (buckets, heads), (hidden, _) = (tensors[name].shape for name in needed)
+    config = UMT5Config(
+        vocab_size=words,
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=hidden,
+        num_layers=1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.block.")),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
+    return config, tensors
+
+
+def load_umt5(file: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    """The encoder of Wan's original file in ``dtype``. UserError as :func:`open_umt5`, or shapes that do not fit."""
+    config, tensors = open_umt5(file)
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    tensors[_EMBEDDING_AGAIN] = tensors[_EMBEDDING]
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise UserError(f"{file}: {len(wrong)} tensors are missing or misshapen, first '{wrong[0]}'; copy it again")
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    model.tie_weights()
+    return model
