@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scd_sf.bench import random_weights
 from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.metrics.protocols import BlockPassCounter
@@ -124,19 +125,9 @@ def peak_gib(reset: bool = False) -> float:
 
 
 def random_wan(cfg: WanConfig, dtype: torch.dtype) -> Wan:
-    """Weights of a plausible scale, drawn quickly."""
     with torch.device("meta"):
         model = Wan(cfg)
-    rng = torch.Generator().manual_seed(0)
-    state = {}
-    for name, parameter in model.named_parameters():
-        value = torch.empty(parameter.shape, dtype=dtype)
-        if parameter.ndim == 1 and name.endswith("weight"):
-            value.fill_(1.0)
-        else:
-            value.uniform_(-0.03, 0.03, generator=rng)
-        state[name] = value
-    model.load_state_dict(state, assign=True)
+    random_weights(model, dtype)
     return model
 
 

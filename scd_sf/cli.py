@@ -1,5 +1,5 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), and videos (`sample`).
+form to another (`transplant`, `convert`, `export`), videos (`sample`) and their speed (`bench`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -144,6 +144,28 @@ def sample(
     from scd_sf.train.ranks import init_distributed
 
     run_samples(load_config(SampleConfig, config, overrides), init_distributed())
+
+
+@app.command()
+def bench(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="checkpoints=[A,B] [a.b=value ..]",
+            help="Fields of scd_sf/bench.py: models=, frames=, window=, dtype=, compile.on=true, out=FILE.json..",
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. bench_wan_1.3b.yaml.")] = None,
+) -> None:
+    """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
+    from scd_sf.bench import BenchConfig, run_bench, table
+    from scd_sf.data.manifest import write_json
+
+    cfg = load_config(BenchConfig, config, overrides or [])
+    document = run_bench(cfg)
+    Console().print(table(document))
+    if cfg.out:
+        write_json(Path(cfg.out), document)
 
 
 @app.command()

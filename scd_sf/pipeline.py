@@ -11,7 +11,7 @@ names them) with the student in ``transformer/model.safetensors``, whose metadat
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from scd_sf.models.build import (
 from scd_sf.models.export import dtype_of, largest, must_be_new
 from scd_sf.models.generator import CacheConfig, check_chunks
 from scd_sf.models.text import REFERENCE, TextEncoderConfig, TransformersTextEncoder, load_text_encoder
-from scd_sf.models.vae import Vae, VaeStream, load_vae
+from scd_sf.models.vae import Vae, VaeGeometry, VaeStream, load_vae
 from scd_sf.rollout import row_noise, stream_rollout
 from scd_sf.types import UserError, VideoShape
 
@@ -56,6 +56,26 @@ def choose_sampler(own: SamplerConfig, asked: SamplerConfig | None, where: str, 
             "force it"
         )
     return build_sampler(chosen.name, chosen.steps, chosen.shift)
+
+
+def choose_shape(
+    asked: Mapping[str, int | None], origin: Mapping[str, object], student: Student, vae: VaeGeometry, where: str
+) -> VideoShape:
+    """The clip's shape: pixel sizes ``asked`` for (frames, height, width), else those of the training videos that
+    ``origin`` tells of. UserError: a size that nobody knows or that does not fit the VAE, the patches or the chunk."""
+    trained = origin.get("video")
+    known = trained if isinstance(trained, dict) else {}
+    size = {name: int(asked.get(name) or known.get(name) or 0) for name in ("frames", "height", "width")}
+    if missing := [f"{name}=" for name, value in size.items() if not value]:
+        raise UserError(f"{where}: does not say what it was trained on; set {', '.join(missing)}")
+    shape = vae.shape(size["frames"], size["height"], size["width"])
+    if shape.channels != student.cfg.in_channels:
+        raise UserError(
+            f"{where}: takes {student.cfg.in_channels} latent channels, this VAE has {shape.channels}; set base="
+        )
+    student.cfg.tokens(shape.height, shape.width)
+    check_chunks(shape.frames, student.chunk)
+    return shape
 
 
 @dataclass(frozen=True)
@@ -113,19 +133,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
 
     def shape(self, frames: int | None, height: int | None, width: int | None) -> VideoShape:
         """Latent shape of a clip of these pixel sizes; None: as in training. UserError: sizes that do not divide."""
-        trained = self.description.origin.get("video")
-        known = trained if isinstance(trained, dict) else {}
-        asked = {"frames": frames, "height": height, "width": width}
-        size = {name: int(value or known.get(name, 0)) for name, value in asked.items()}
-        missing = [name for name, value in size.items() if not value]
-        if missing:
-            raise UserError(
-                f"{self.description.source}: does not say what it was trained on; give {', '.join(missing)}"
-            )
-        shape = self._vae.geometry.shape(size["frames"], size["height"], size["width"])
-        self.transformer.cfg.tokens(shape.height, shape.width)
-        check_chunks(shape.frames, self.transformer.chunk)
-        return shape
+        told, asked = self.description, {"frames": frames, "height": height, "width": width}
+        return choose_shape(asked, told.origin, self.transformer, self._vae.geometry, str(told.source))
 
     @torch.no_grad()
     def stream(

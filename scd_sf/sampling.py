@@ -7,7 +7,7 @@ batch, the ranks or what else is made. Frames are decoded as they are generated:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +25,14 @@ from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
-from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
+from scd_sf.models.compile import CompileConfig, compile_steps
+from scd_sf.models.generator import CacheConfig, FrameStreamer
 from scd_sf.models.guided import Guided, SampleGuidance
 from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, load_vae
-from scd_sf.pipeline import choose_sampler
+from scd_sf.pipeline import choose_sampler, choose_shape
 from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
-from scd_sf.train.recipe import check_shape
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -67,6 +67,7 @@ class SampleConfig:
     start: str = ""
     window: int = 0
     sink: int = 0
+    compile: CompileConfig = field(default_factory=CompileConfig)
     batch: int = 4
     fps: int = 16
     crf: int = 16
@@ -248,25 +249,6 @@ def check_start(frames: int, chunk: int, shape: VideoShape, where: str) -> None:
         raise UserError(f"start {where}: fills all {shape.pixel_frames} frames; ask for more with frames=")
 
 
-def choose_size(cfg: SampleConfig, origin: Mapping[str, object], student: Student, vae: Vae) -> VideoShape:
-    """Sizes asked for, else those of the training videos; checked against VAE and model."""
-    trained = origin.get("video")
-    known = trained if isinstance(trained, dict) else {}
-    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    size = {name: value or int(known.get(name, 0)) for name, value in asked.items()}
-    missing = [name for name, value in size.items() if not value]
-    if missing:
-        raise UserError(
-            f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(f'{m}=' for m in missing)}"
-        )
-    shape = vae.geometry.shape(size["frames"], size["height"], size["width"])
-    wan = student.cfg
-    where = f"{cfg.checkpoint} with this VAE"
-    check_shape(shape, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
-    check_chunks(shape.frames, student.chunk)
-    return shape
-
-
 def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[str, object]]:
     """Load and check everything; also the settings that all videos of a manifest share."""
     path = Path(cfg.checkpoint)
@@ -278,7 +260,8 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
         raise UserError(f"{path}: does not name its Wan directory; set base=")
     base = Path(cfg.base or description.base)
     vae = load_vae(base, device=device)
-    shape = choose_size(cfg, origin, student, vae)
+    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    shape = choose_shape(asked, origin, student, vae.geometry, cfg.checkpoint)
     text = open_text_encoder(base, cfg.text_cache, device=device)
     check_text_width(text, description, base)
     settings: dict[str, object] = {
@@ -293,7 +276,8 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
         "crf": cfg.crf,
         "seed": cfg.seed,
     }
-    return Studio(cfg, student.to(device), sampler, vae, text, shape, device), settings
+    compile_steps(student.to(device), cfg.compile, device)
+    return Studio(cfg, student, sampler, vae, text, shape, device), settings
 
 
 def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:

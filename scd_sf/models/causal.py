@@ -20,15 +20,15 @@ from scd_sf.nn.masks import Layout, teacher_forcing_mask
 from scd_sf.types import Conditioning
 
 
-def new_cache(config: CacheConfig | None, tokens: int) -> Cache:
-    """An empty history for ``tokens`` tokens per latent frame."""
+def new_cache(config: CacheConfig | None, tokens: int, new_frames: int) -> Cache:
+    """An empty history for ``tokens`` tokens per latent frame, read by forwards of up to ``new_frames`` frames."""
     config = config or CacheConfig()
-    window = config.tokens(tokens)
+    window, new = config.tokens(tokens), new_frames * tokens
     if config.preallocate is None:
         return KVCache.empty(window)
     if window.recent is None:
-        return RingKVCache(config.preallocate * tokens)
-    return RingKVCache(window.recent + window.sink, sink=window.sink, wrap=True, per_frame=window.per_frame)
+        return RingKVCache(config.preallocate * tokens, new)
+    return RingKVCache(window.recent + window.sink, new, sink=window.sink, wrap=True, per_frame=window.per_frame)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class CausalWan(nn.Module):
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> CausalStream:
         text = self.trunk.text_kv(self.trunk.text(cond.text_BLE))
-        return CausalStream(text, new_cache(cache, self.cfg.tokens(*latent)), latent)
+        return CausalStream(text, new_cache(cache, self.cfg.tokens(*latent), self.chunk), latent)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:
         return replace(stream, text=self.trunk.text_kv(self.trunk.text(cond.text_BLE)))

@@ -129,7 +129,8 @@ class Scd(nn.Module):
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScdStream:
         encoder_text, decoder_text = self.text_kv(cond)
-        return ScdStream(encoder_text, decoder_text, new_cache(cache, self.cfg.tokens(*latent)), latent)
+        history = new_cache(cache, self.cfg.tokens(*latent), 2 * self.chunk)
+        return ScdStream(encoder_text, decoder_text, history, latent)
 
     def switch(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
         encoder_text, decoder_text = self.text_kv(cond)

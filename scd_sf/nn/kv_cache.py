@@ -122,23 +122,20 @@ class KVCache:
 
 
 class RingKVCache:
-    """Preallocated, written in place, constant memory: for sampling under ``torch.no_grad`` only.
+    """Allocated once, written in place, constant memory: for sampling under ``torch.no_grad`` only.
 
-    ``capacity`` tokens per layer. When full, the oldest tokens after the first ``sink`` are overwritten; order does
-    not matter to attention, because keys carry their positions. Without room for a request it raises, so that a video
-    longer than the cache is never silently truncated: pass a window (``wrap=True``) to allow it.
+    ``capacity`` tokens per layer, and room for ``new`` ones that a forward attends to together with them. When full,
+    the oldest tokens after the first ``sink`` are overwritten; order does not matter to attention, because keys carry
+    their positions. Without room for a request it raises, so that a video longer than the cache is never silently
+    truncated: pass a window (``wrap=True``) to allow it.
     """
 
-    def __init__(self, capacity: int, *, sink: int = 0, wrap: bool = False, per_frame: int = 0) -> None:
-        self.capacity, self.sink, self.wrap = capacity, sink, wrap
+    def __init__(self, capacity: int, new: int, *, sink: int = 0, wrap: bool = False, per_frame: int = 0) -> None:
+        self.capacity, self.new, self.sink, self.wrap = capacity, new, sink, wrap
         self.window = Window(capacity - sink, sink, per_frame)
-        self.length = 0
+        self.length = self.filled = 0
         self._buffers: dict[int, KV] = {}
         self._first: dict[int, Tensor] = {}  # the sink's keys at their own positions, once it moves
-
-    @property
-    def filled(self) -> int:
-        return min(self.length, self.capacity)
 
     def layer(self, index: int) -> KV | None:
         buffers = self._buffers.get(index)
@@ -148,10 +145,10 @@ class RingKVCache:
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
         """Views: the new tokens are written behind the past, into room that the next call uses again."""
-        if index not in self._buffers or self.filled == 0:
+        buffers = self._buffers.get(index)
+        if buffers is None:
             return k_BNLD, v_BNLD
         end = self.filled + k_BNLD.shape[2]
-        buffers = self._room(index, k_BNLD, end)
         for buffer, new in zip(buffers, (k_BNLD, v_BNLD), strict=True):
             buffer[:, :, self.filled : end] = new
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
@@ -159,26 +156,24 @@ class RingKVCache:
     def extended(self, staged: Mapping[int, KV]) -> RingKVCache:
         """Write the staged tokens in place; returns itself."""
         assert not torch.is_grad_enabled(), "RingKVCache is written in place: sampling only, under torch.no_grad()"
-        added = 0
+        added = next((k.shape[2] for k, _ in staged.values()), 0)
+        runs = self._runs(added)
         for index, (k, v) in staged.items():
-            added = k.shape[2]
-            slots = self._slots(added, k.device)
-            buffers = self._room(index, k, self.capacity)
+            buffers = self._room(index, k)
             for buffer, new in zip(buffers, (k, v), strict=True):
-                buffer[:, :, slots] = new
+                for slot, first, count in runs:
+                    buffer[:, :, slot : slot + count] = new[:, :, first : first + count]
             self._turn_sink(index, buffers[0], self.length + added)
         self.length += added
+        self.filled = min(self.length, self.capacity)
         return self
 
-    def _room(self, index: int, like: Tensor, tokens: int) -> KV:
-        """The layer's buffers with room for ``tokens``; allocated once, a second time for what is written behind."""
-        old = self._buffers.get(index)
-        if old is None or old[0].shape[2] < tokens:
-            shape = (like.shape[0], like.shape[1], tokens, like.shape[3])
-            new = (like.new_zeros(shape), like.new_zeros(shape))
-            for buffer, previous in zip(new, old or (), strict=False):
-                buffer[:, :, : previous.shape[2]] = previous
-            self._buffers[index] = new
+    def _room(self, index: int, like: Tensor) -> KV:
+        """The layer's buffers, allocated at the first call. One token is spare, so that no view is ever the whole
+        buffer: compilers take that for another case and compile again."""
+        if index not in self._buffers:
+            shape = (like.shape[0], like.shape[1], self.capacity + self.new + 1, like.shape[3])
+            self._buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._buffers[index]
 
     def _turn_sink(self, index: int, k_BNLD: Tensor, length: int) -> None:
@@ -187,14 +182,18 @@ class RingKVCache:
             first = self._first.setdefault(index, k_BNLD[:, :, : self.sink].clone())
             k_BNLD[:, :, : self.sink] = turned(first, shift)
 
-    def _slots(self, added: int, device: torch.device) -> slice | Tensor:
+    def _runs(self, added: int) -> list[tuple[int, int, int]]:
+        """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as there can be."""
         end = self.length + added
-        if end <= self.capacity:
-            return slice(self.length, end)
-        if not self.wrap:
-            raise UserError(f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window")
-        if added > self.capacity - self.sink:
-            raise UserError(f"the KV window holds {self.capacity - self.sink} tokens, fewer than one chunk ({added})")
-        positions = torch.arange(self.length, end, device=device)
         ring = self.capacity - self.sink
-        return torch.where(positions < self.sink, positions, self.sink + (positions - self.sink) % ring)
+        if end > self.capacity and not self.wrap:
+            raise UserError(f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window")
+        if end > self.capacity and added > ring:
+            raise UserError(f"the KV window holds {ring} tokens, fewer than one chunk ({added})")
+        runs, position = [], self.length
+        while position < end:
+            slot = position if position < self.capacity else self.sink + (position - self.sink) % ring
+            count = min(end - position, self.capacity - slot)
+            runs.append((slot, position - self.length, count))
+            position += count
+        return runs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Rotary(NamedTuple):
-    """Every token's rotation: cos and sin of its angles, (L, D/2) each, for interleaved pairs; ``turn`` = cos + i sin."""
+    """A rotation per token, for interleaved pairs: cos and sin of the angles, (L, D/2) each; ``turn`` = cos + i sin."""
 
     cos: Tensor
     sin: Tensor

@@ -50,13 +50,13 @@ def test_history_is_written_at_time_zero_and_at_its_own_position() -> None:
 
 
 def test_which_cache_a_config_means() -> None:
-    whole = new_cache(None, 6)
+    whole = new_cache(None, 6, 1)
     assert isinstance(whole, KVCache) and whole.window == Window()
-    windowed = new_cache(CacheConfig(window=2, sink=1), 6)
+    windowed = new_cache(CacheConfig(window=2, sink=1), 6, 1)
     assert isinstance(windowed, KVCache) and windowed.window == Window(12, 6, 6)
-    ring = new_cache(CacheConfig(preallocate=5), 6)
-    assert isinstance(ring, RingKVCache) and (ring.capacity, ring.wrap) == (30, False)
-    rolling = new_cache(CacheConfig(window=2, sink=1, preallocate=5), 6)
+    ring = new_cache(CacheConfig(preallocate=5), 6, 2)
+    assert isinstance(ring, RingKVCache) and (ring.capacity, ring.new, ring.wrap) == (30, 12, False)
+    rolling = new_cache(CacheConfig(window=2, sink=1, preallocate=5), 6, 1)
     assert isinstance(rolling, RingKVCache) and (rolling.capacity, rolling.sink, rolling.wrap) == (18, 6, True)
 
 

@@ -43,7 +43,7 @@ def test_append_only_and_functional() -> None:
 @torch.no_grad()
 def test_window_and_sink_are_slices_and_the_ring_agrees(recent: int, sink: int) -> None:
     staged = pieces([2] * 9)
-    cache, ring = KVCache.empty(Window(recent, sink)), RingKVCache(recent + sink, sink=sink, wrap=True)
+    cache, ring = KVCache.empty(Window(recent, sink)), RingKVCache(recent + sink, 4, sink=sink, wrap=True)
     everything: Tensor = torch.empty(1, 2, 0, 3)
     for piece in staged:
         cache, ring = cache.extended(piece), ring.extended(piece)
@@ -61,7 +61,7 @@ def test_window_and_sink_are_slices_and_the_ring_agrees(recent: int, sink: int) 
 
 @torch.no_grad()
 def test_ring_without_wrap_fills_up_and_then_says_so() -> None:
-    ring = RingKVCache(5)
+    ring = RingKVCache(5, 4)
     assert ring.layer(0) is None
     for piece in pieces([3, 2]):
         ring = ring.extended(piece)
@@ -75,7 +75,7 @@ def test_ring_without_wrap_fills_up_and_then_says_so() -> None:
 
 @torch.no_grad()
 def test_ring_keeps_its_memory() -> None:
-    ring = RingKVCache(6, sink=2, wrap=True)
+    ring = RingKVCache(6, 4, sink=2, wrap=True)
     staged = pieces([2] * 5)
     ring.extended(staged[0])
     before = ring.layer(0)
@@ -89,12 +89,12 @@ def test_ring_keeps_its_memory() -> None:
 @torch.no_grad()
 def test_a_ring_smaller_than_one_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"window holds 2 tokens, fewer than one chunk \(3\)"):
-        RingKVCache(4, sink=2, wrap=True).extended(pieces([2])[0]).extended(pieces([3])[0])
+        RingKVCache(4, 4, sink=2, wrap=True).extended(pieces([2])[0]).extended(pieces([3])[0])
 
 
 def test_ring_refuses_training() -> None:
     with pytest.raises(AssertionError, match="sampling only"):
-        RingKVCache(4).extended(pieces([1])[0])
+        RingKVCache(4, 4).extended(pieces([1])[0])
 
 
 HEAD_DIM, PER_FRAME = 12, 6
@@ -113,7 +113,7 @@ def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
     window = Window(3 * PER_FRAME, 2 * PER_FRAME, PER_FRAME)
     cache: KVCache | RingKVCache = KVCache.empty(window)
     if ring:
-        cache = RingKVCache(5 * PER_FRAME, sink=2 * PER_FRAME, wrap=True, per_frame=PER_FRAME)
+        cache = RingKVCache(5 * PER_FRAME, PER_FRAME, sink=2 * PER_FRAME, wrap=True, per_frame=PER_FRAME)
     for frame in range(200):
         cache = cache.extended({0: (rotated(raw[frame], [frame]), raw[frame])})
         got, recent = cache.layer(0), list(range(max(2, frame - 2), frame + 1))
@@ -130,7 +130,7 @@ def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
 @torch.no_grad()
 def test_a_turned_sink_does_not_drift_in_bf16() -> None:
     """It is turned from the first keys each time: after 2,000 frames as exact as bf16 is."""
-    ring = RingKVCache(2 * PER_FRAME, sink=PER_FRAME, wrap=True, per_frame=PER_FRAME)
+    ring = RingKVCache(2 * PER_FRAME, PER_FRAME, sink=PER_FRAME, wrap=True, per_frame=PER_FRAME)
     raw = torch.randn(1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(1), dtype=torch.float64)
     for frame in range(2000):
         key = rotated(raw, [frame]).bfloat16()
@@ -143,7 +143,7 @@ def test_a_turned_sink_does_not_drift_in_bf16() -> None:
 @torch.no_grad()
 def test_joined_is_the_past_and_the_new_without_copying_the_past() -> None:
     pasts = pieces([4, 2])
-    whole, ring = KVCache.empty(), RingKVCache(8)
+    whole, ring = KVCache.empty(), RingKVCache(8, 4)
     for piece in pasts:
         whole, ring = whole.extended(piece), ring.extended(piece)
     new, other = (piece[0] for piece in pieces([3, 5]))
@@ -154,5 +154,5 @@ def test_joined_is_the_past_and_the_new_without_copying_the_past() -> None:
         assert torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
     assert ring.joined(0, *other)[0].untyped_storage().data_ptr() == storage
     assert torch.equal(ring.layer(0)[0], whole.layer(0)[0])  # type: ignore[index]
-    first = KVCache.empty().joined(0, *new), RingKVCache(8).joined(0, *new)
+    first = KVCache.empty().joined(0, *new), RingKVCache(8, 4).joined(0, *new)
     assert all(torch.equal(kv[0], new[0]) for kv in first)

@@ -1,0 +1,49 @@
+"""A student's two steps as one graph each: the encoder's once per chunk, the decoder's once per denoising step.
+
+For sampling. The decoder's shapes never change, so its graph is also what CUDA can replay (``cuda_graphs``); the
+encoder's history grows until a window is full, so it is compiled for any length and is not replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scd_sf.models.build import Student
+from scd_sf.models.scd import Scd
+from scd_sf.types import UserError
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """``on``: ``torch.compile`` for every step, whole (a graph break is an error); the first chunks then take minutes.
+    ``cuda_graphs``: SCD's decoder step is replayed as a CUDA graph, which saves its launches (GPU only)."""
+
+    on: bool = False
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cuda_graphs and not self.on:
+            raise UserError("compile.cuda_graphs needs compile.on=true")
+
+
+def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, backend: str = "inductor") -> None:
+    """Compile in place, as ``nn.Module.compile`` does, where ``cfg.on``. UserError: graphs without a GPU."""
+    if not cfg.on:
+        return
+    if cfg.cuda_graphs and device.type != "cuda":
+        raise UserError(f"compile.cuda_graphs: the device is {device.type}; CUDA graphs need a GPU")
+    whole: dict[str, Any] = {"fullgraph": True, "backend": backend}
+    if not isinstance(student, Scd):
+        if cfg.cuda_graphs:
+            raise UserError(
+                "compile.cuda_graphs: every step of the causal baseline reads the growing history; only SCD's decoder "
+                "has fixed shapes"
+            )
+        student.trunk.compile(**whole)
+        return
+    student.encoder.compile(**whole)
+    student.decoder.trunk.compile(**whole)  # what the decoder does once per chunk, see Decoder.context
+    student.decoder.compile(**whole, **({"mode": "reduce-overhead"} if cfg.cuda_graphs else {}))
