@@ -25,7 +25,8 @@ from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
-from scd_sf.models.weights import load_wan, read_wan_config
+from scd_sf.models.wan import Wan
+from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.preview import Preview
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.train.ema import Ema
@@ -230,7 +231,9 @@ def build(cfg: Stage3Config, ranks: Ranks, student: Student, prompts: PromptSet,
             (critic, cfg.critic_engine, train.steps * cfg.ratio + cfg.critic_warmup),
         )
     ]
-    teacher = frozen_engine(load_wan(Path(cfg.teacher)), cfg.teacher_engine, ranks)
+    files = open_wan(Path(cfg.teacher))
+    weights = {name: tensor.read for name, tensor in files.tensors.items()}
+    teacher = frozen_engine(lambda: Wan(files.config), weights, cfg.teacher_engine, ranks)
     shape = (latent.frames, latent.channels, latent.height, latent.width)
     return Distillation(cfg, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
 

@@ -12,7 +12,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,29 @@ class Bench:
             "seconds_per_round": [round(seconds, 4) for seconds in totals[0]],
             "time_over_first_row": round(statistics.median(ratios), 4),
         }
+
+
+def in_rounds(cases: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, object]]:
+    """Seconds of every case, run in turn round by round after one run each to warm up: medians, and the median over
+    rounds of the ratio to the first case (so that a slow minute falls on all)."""
+    for case in cases.values():
+        case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - started)
+    first = seconds[next(iter(cases))]
+    return [
+        {
+            "name": name,
+            "seconds": round(statistics.median(taken), 4),
+            "ratio_to_first": round(statistics.median(t / f for t, f in zip(taken, first, strict=True)), 3),
+            "rounds": rounds,
+        }
+        for name, taken in seconds.items()
+    ]
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

@@ -18,9 +18,16 @@ def cpu_noise(rng: torch.Generator) -> Noise:
     """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of ranks."""
 
     def like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=rng, dtype=torch.float32).to(x.device, x.dtype)
+        return _moved(torch.randn(x.shape, generator=rng, dtype=torch.float32), x)
 
     return like
+
+
+def _moved(drawn: Tensor, x: Tensor) -> Tensor:
+    """To where x is, in its type. A GPU gets it from pinned memory, so that nobody waits for what it still computes."""
+    if x.is_cuda:
+        return drawn.pin_memory().to(x.device, x.dtype, non_blocking=True)
+    return drawn.to(x.device, x.dtype)
 
 
 def stream_rollout(
@@ -106,7 +113,7 @@ def row_noise(seeds: Sequence[int]) -> Noise:
 
     def like(x: Tensor) -> Tensor:
         rows = [torch.randn(x.shape[1:], generator=stream) for stream in streams]
-        return torch.stack(rows).to(x.device, x.dtype)
+        return _moved(torch.stack(rows), x)
 
     return like
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from scd_sf.bench import Bench, BenchConfig, BenchModel, Clip, Entry, open_bench, percentile, run_bench
+from scd_sf.bench import Bench, BenchConfig, BenchModel, Clip, Entry, in_rounds, open_bench, percentile, run_bench
 from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Renoise
@@ -120,3 +120,10 @@ def test_command_line_writes_the_document(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["rows"][0]["sampler"] == "euler" and document["rows"][0]["steps"] == 2
     assert "tiny" in result.output
+
+
+def test_rounds_are_interleaved() -> None:
+    order: list[str] = []
+    rows = in_rounds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert "".join(order) == "abababab"
+    assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["ratio_to_first"] == 1.0

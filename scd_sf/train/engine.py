@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,33 @@ def build_engine(
     return DeepSpeedEngine(module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule)
 
 
-def frozen_engine(module: nn.Module, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
+def frozen_engine(
+    build: Callable[[], nn.Module], read: Mapping[str, Callable[[], Tensor]], cfg: EngineConfig, ranks: Ranks
+) -> nn.Module:
     """A teacher: called like the module, never trained. kind deepspeed: ZeRO-3 without optimizer, else plain torch.
 
-    All ranks must call it equally often (ZeRO-3 gathers weights together). ``cfg.offload`` keeps weights on the CPU.
+    ``build`` makes the module, ``read`` its parameters by name from wherever they are. Under ZeRO-3 every module is
+    partitioned as it is built, and rank 0 alone reads, one parameter at a time: nobody ever holds the whole (28 GB for
+    Wan 14B in bf16). All ranks must call the teacher equally often (ZeRO-3 gathers weights together). ``cfg.offload``
+    keeps weights on the CPU.
     """
-    module.requires_grad_(False)
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     if cfg.kind == "local":
-        return module.to(ranks.device, torch.bfloat16 if cfg.dtype == "bf16" else torch.float32)
+        with torch.device("meta"):
+            module = build()
+        module.load_state_dict({name: tensor().to(ranks.device, dtype) for name, tensor in read.items()}, assign=True)
+        return module.requires_grad_(False)
     zero: dict[str, Any] = {"stage": 3, **_stage3_buckets(cfg)}
     if cfg.offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
     config = {**_common(cfg), "train_batch_size": ranks.world, "zero_optimization": zero}
+    deepspeed = _import_deepspeed(ranks)
+    with deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False):  # its dtype= means bf16 on a CPU
+        module = build().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if ranks.is_main:
+                parameter.copy_(read[name]())
     engine: nn.Module = _initialize(module, config, ranks, None)
     return engine
 
@@ -196,7 +211,12 @@ class DeepSpeedEngine:
 
 
 def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None) -> Any:
-    """``deepspeed.initialize`` with a process group already there, so that it looks for neither MPI nor a launcher."""
+    engine, *_ = _import_deepspeed(ranks).initialize(model=module, model_parameters=groups, config=config)
+    return engine
+
+
+def _import_deepspeed(ranks: Ranks) -> Any:
+    """The library, with a process group already there, so that it looks for neither MPI nor a launcher."""
     if ranks.device.type == "cpu":
         _prepare_cpu_collectives(ranks)
     ensure_process_group(ranks)
@@ -204,8 +224,7 @@ def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
-    return engine
+    return deepspeed
 
 
 def _prepare_cpu_collectives(ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from scd_sf.steps import Step
 from scd_sf.train.base import accumulation
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
-# Which script and schema a configuration is for, by what its name holds.
+# Which script (or module, for what only ``scd`` runs) and schema a configuration is for, by what its name holds.
 SCHEMAS = {
+    "bench": ("scd_sf.bench", "BenchConfig"),
     "evaluate": ("evaluate", "EvaluateConfig"),
     "stage1": ("stage1_transplant", "TransplantConfig"),
     "stage2": ("stage2_flow_matching", "Stage2Config"),
@@ -33,7 +35,8 @@ def schema_of(config: Path) -> type[object]:
     found = [entry for word, entry in SCHEMAS.items() if word in config.stem]
     assert len(found) == 1, f"{config}: say in SCHEMAS which script it is for"
     script, name = found[0]
-    schema: type[object] = vars(recipe_runner.load_script(f"recipes/{script}.py"))[name]
+    module = importlib.import_module(script) if "." in script else recipe_runner.load_script(f"recipes/{script}.py")
+    schema: type[object] = vars(module)[name]
     return schema
 
 

@@ -203,6 +203,10 @@ def test_student_critic_and_teacher_in_one_process(local: Results, alone: Result
         assert result["masters"] == pytest.approx(local["three-local"]["masters"], abs=1e-5)
         flat = [value for row in result["losses"] for value in row]
         assert flat == pytest.approx([v for row in local["three-local"]["losses"] for v in row], rel=1e-4)
+    names, whole = alone["three-zero2"]["reads"], local["three-local"]["held"]
+    assert len(names) == len(set(names)) > 1 and local["three-local"]["reads"] == names
+    assert [results["three-zero2"]["reads"] for results in pair] == [names, []], "rank 0 alone reads, every tensor once"
+    assert all(whole / 2 <= results["three-zero2"]["held"] < 0.6 * whole for results in pair), "nobody holds the whole"
 
 
 @slow

@@ -142,7 +142,14 @@ def too_many_skips(cfg: EngineConfig, ranks: Ranks) -> str:
 
 def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     """Student and critic alternate with a frozen teacher in one process, as in distillation."""
-    teacher = frozen_engine(Tiny(5), cfg, ranks)
+    reads: list[str] = []
+
+    def reader(name: str, value: Tensor) -> Callable[[], Tensor]:
+        return lambda: (reads.append(name), value)[1]
+
+    weights = {name: reader(name, value) for name, value in Tiny(5).state_dict().items()}
+    teacher = frozen_engine(lambda: Tiny(6), weights, cfg, ranks)
+    held = sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters())
     student, critic = make(cfg, ranks, 2), make(cfg, ranks, 2, seed=1)
     losses = []
     for number in range(2):
@@ -162,6 +169,8 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
         "masters": flat(student) + flat(critic),
         "trainable": any(trainable),
         "patched": nn.functional.linear is not LINEAR,
+        "reads": sorted(reads),
+        "held": held,
     }
 
 

@@ -1,0 +1,107 @@
+"""What generation costs per latent frame: SCD and Self-Forcing, the two caches, compiled or not, diffusers.
+
+    python benchmarks/rollout.py --out rollout.json
+
+Wan's proportions at a quarter of its width (12 layers of 384; SCD 10 encoder + 4 decoder layers), random weights,
+4 steps, batch 1, without text encoder and VAE. All cases in one process, in interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from scd_sf.bench import in_rounds, random_weights
+from scd_sf.data.manifest import write_json
+from scd_sf.diffusion.solvers import Renoise
+from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.compile import CompileConfig, compile_steps
+from scd_sf.models.generator import CacheConfig
+from scd_sf.models.scd import ScdConfig
+from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan import Wan
+from scd_sf.models.wan_json import config_json
+from scd_sf.rollout import cpu_noise, fresh_noise, stream_rollout
+from scd_sf.types import Conditioning
+
+CFG = WanConfig(3, 128, text_dim=512, ffn_dim=2240, num_layers=12)
+SCD = ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11)))
+LATENT, TEXT_TOKENS = (16, 12, 20), 20
+
+
+def student(config: ModelConfig, compiled: bool = False) -> Student:
+    with torch.device("meta"):
+        model = build_model(config)
+    assert not isinstance(model, Wan)
+    random_weights(model, torch.float32)
+    compile_steps(model, CompileConfig(on=compiled), torch.device("cpu"))
+    return model
+
+
+def streaming(model: Student, frames: int, cache: CacheConfig | None) -> Callable[[], Tensor]:
+    cond = Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        noise = cpu_noise(torch.Generator().manual_seed(1))
+        drawn = fresh_noise(LATENT, 1, model.chunk, frames, noise)
+        return torch.cat(list(stream_rollout(model, drawn, cond, Renoise(), noise, cache=cache)), 1)
+
+    return run
+
+
+def bidirectional(frames: int) -> Callable[[], Tensor]:
+    """diffusers' transformer on all frames at once, 4 steps without guidance."""
+    config = {name: value for name, value in config_json(CFG, "diffusers").items() if not name.startswith("_")}
+    model = WanTransformer3DModel(**config).eval().requires_grad_(False)
+    x, text = torch.randn(1, LATENT[0], frames, *LATENT[1:]), torch.randn(1, TEXT_TOKENS, CFG.text_dim)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        for t in Renoise().times:
+            velocity = model(x, torch.tensor([1000 * t]), text, return_dict=False)[0]
+        return velocity
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
+    parser.add_argument("--frames", type=int, default=6, help="latent frames; a multiple of 3")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ring, scd, causal = (
+        CacheConfig(preallocate=args.frames),
+        ModelConfig(wan=CFG, scd=SCD),
+        ModelConfig("causal", wan=CFG),
+    )
+    cases = {
+        "SCD": streaming(student(scd), args.frames, ring),
+        "SCD, training's functional cache": streaming(student(scd), args.frames, None),
+        "SCD, compiled": streaming(student(scd, compiled=True), args.frames, ring),
+        "Self-Forcing frame-wise": streaming(student(causal), args.frames, ring),
+        "Self-Forcing frame-wise, compiled": streaming(student(causal, compiled=True), args.frames, ring),
+        "Self-Forcing chunk-wise": streaming(student(ModelConfig("causal", 3, CFG)), args.frames, ring),
+        "diffusers, bidirectional": bidirectional(args.frames),
+    }
+    rows = in_rounds(cases, args.rounds)
+    for row in rows:
+        row["seconds_per_latent_frame"] = round(float(str(row["seconds"])) / args.frames, 4)
+        print(json.dumps(row), flush=True)
+    write_json(
+        args.out, {"frames": args.frames, "threads": args.threads, "torch": str(torch.__version__), "rows": rows}
+    )
+
+
+if __name__ == "__main__":
+    main()
