@@ -13,7 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from scd_sf.models.build import ModelConfig, SamplerConfig, Student, build_model
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.export import dtype_of
 from scd_sf.models.generator import CacheConfig
+from scd_sf.models.scd import Scd
 from scd_sf.models.text import TextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, channels_last, load_vae
 from scd_sf.models.wan import Wan
@@ -128,6 +129,7 @@ class Entry:
     config: BenchModel
     student: Student
     sampler: Sampler
+    compile: CompileConfig
     block_passes: float = 0.0
     attention: tuple[str, ...] = ()
     clips: list[Clip] = field(default_factory=list)
@@ -225,6 +227,7 @@ class Bench:
             "steps": entry.sampler.steps,
             "block_passes_per_latent_frame": entry.block_passes,
             "attention": list(entry.attention),
+            "compile": asdict(entry.compile),
             "fps_dit": median(lambda clip: clip.fps(vae=False)),
             "fps_dit_vae": median(lambda clip: clip.fps(vae=True)),
             "steady_from_latent_frame": full * chunk,
@@ -305,7 +308,9 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
         model = model.to(device, dtype)
     chosen = row.sampler or cfg.sampler or own
     sampler = build_sampler(chosen.name, chosen.steps, chosen.shift)
-    return Entry(row, model.requires_grad_(False), sampler), origin, base
+    graphs = cfg.compile.cuda_graphs and isinstance(model, Scd)  # the baseline's steps have no fixed shapes
+    compiled = replace(cfg.compile, cuda_graphs=graphs)
+    return Entry(row, model.requires_grad_(False), sampler, compiled), origin, base
 
 
 def open_bench(cfg: BenchConfig) -> tuple[Bench, list[Entry]]:
@@ -334,7 +339,7 @@ def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print) -> dict
     bench, entries = open_bench(cfg)
     for entry in entries:
         bench.observe(entry)
-        compile_steps(entry.student, cfg.compile, bench.device)
+        compile_steps(entry.student, entry.compile, bench.device)
         for _ in range(cfg.warmup):
             bench.clip(entry)
         progress(f"{entry.config.name}: warm")
@@ -354,7 +359,6 @@ def setup(bench: Bench) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "dtype": cfg.dtype,
         "vae_dtype": cfg.vae_dtype,
-        "compile": asdict(cfg.compile),
         "video": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
         "latent": [shape.frames, shape.channels, shape.height, shape.width],
         "batch": 1,
@@ -373,7 +377,8 @@ def setup(bench: Bench) -> dict[str, object]:
 def table(document: dict[str, Any]) -> Table:
     """The JSON document for a terminal."""
     told = document["setup"]
-    title = f"{told['video']} on {told['device']}, {told['dtype']}, compile {told['compile']['on']}, batch 1"
+    compiled = document["rows"][0]["compile"]["on"]
+    title = f"{told['video']} on {told['device']}, {told['dtype']}, {'compiled' if compiled else 'eager'}, batch 1"
     columns = ("FPS dit", "dit+vae", "steady dit+vae", "first frame s", "with text", "chunk p50 / p95 ms", "time ratio")
     out = Table("model", "steps", "block passes", *columns, title=title, box=None, pad_edge=False)
     for row in document["rows"]:

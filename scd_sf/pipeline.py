@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
@@ -167,20 +168,9 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         for latents in stream_rollout(student, noise, cond, steps, noise_like, cache=cache):
             yield (decoder.push(latents) + 1) / 2
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | Sequence[int] = 0,
-        sampler: SamplerConfig | None = None,
-        force: bool = False,
-    ) -> WanPipelineOutput:
-        """Whole clips: ``.frames`` is (B, F, 3, H, W) in [0, 1]. Arguments as for :meth:`stream`."""
-        parts = self.stream(prompt, frames=frames, height=height, width=width, seed=seed, sampler=sampler, force=force)
-        return WanPipelineOutput(frames=torch.cat(list(parts), dim=1))
+    def __call__(self, prompt: str | Sequence[str], **options: Any) -> WanPipelineOutput:
+        """Whole clips: ``.frames`` is (B, F, 3, H, W) in [0, 1]. Options as for :meth:`stream`."""
+        return WanPipelineOutput(frames=torch.cat(list(self.stream(prompt, **options)), dim=1))
 
 
 def write_pipeline(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +84,12 @@ class SampleConfig:
         self.negative_prompt = wan_negative(self.negative_prompt)
 
 
+@cache
+def start_sha256(path: str) -> str:
+    """Of a start file, read once for all its videos."""
+    return sha256_file(Path(path))
+
+
 @dataclass(frozen=True)
 class Video:
     """One video to make."""
@@ -100,7 +106,7 @@ class Video:
         if self.row.then:
             more["then"] = [list(change) for change in self.row.then]
         if self.row.start:
-            more |= {"start": self.row.start, "start_sha256": sha256_file(Path(self.row.start))}
+            more |= {"start": self.row.start, "start_sha256": start_sha256(self.row.start)}
         return {
             "file": self.file,
             "prompt_index": self.prompt_index,

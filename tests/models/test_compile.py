@@ -62,11 +62,15 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def video(student: Student, chunks: int = 6) -> Tensor:
+def video(student: Student, device: torch.device = CPU) -> Tensor:
     """Six chunks by four steps, through a window that fills and wraps, as it is sampled."""
-    noise, cond = cpu_noise(tiny.generator(1)), tiny.prompts(1, dtype=torch.float32)
+    drawn, cond = cpu_noise(tiny.generator(1)), tiny.prompts(1, dtype=torch.float32).to(device)
+
+    def noise(x: Tensor) -> Tensor:
+        return drawn(x.to(device))
+
     with torch.no_grad():
-        latents = fresh_noise(SHAPE, 1, student.chunk, chunks * student.chunk, noise)
+        latents = fresh_noise(SHAPE, 1, student.chunk, 6 * student.chunk, noise)
         return torch.cat(list(stream_rollout(student, latents, cond, Renoise(), noise, cache=WINDOW)), 1)
 
 
@@ -123,6 +127,17 @@ def test_compiled_steps_are_whole_graphs_and_equal_eager(name: str, compiler: Co
 )
 def test_compilers_code_equals_eager(name: str, backend: str, compiler: Counter[str]) -> None:
     compare(name, backend, compiler)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_cuda_equals_eager(graphs: bool, compiler: Counter[str]) -> None:
+    """Compiled, and with SCD's decoder replayed as a CUDA graph."""
+    cuda = torch.device("cuda")
+    student = small("scd-chunk1-delta").to(cuda)
+    eager = video(student, cuda)
+    compile_steps(student, CompileConfig(on=True, cuda_graphs=graphs), cuda)
+    assert float((video(student, cuda) - eager).abs().max()) < 1e-4 and not compiler
 
 
 def test_compile_says_what_it_cannot_do() -> None:
