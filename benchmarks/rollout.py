@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
     parser.add_argument("--frames", type=int, default=6, help="latent frames; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="compiled cases too; compiling takes minutes on a CPU")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -88,12 +89,13 @@ def main() -> None:
     cases = {
         "SCD": streaming(student(scd), args.frames, ring),
         "SCD, training's functional cache": streaming(student(scd), args.frames, None),
-        "SCD, compiled": streaming(student(scd, compiled=True), args.frames, ring),
         "Self-Forcing frame-wise": streaming(student(causal), args.frames, ring),
-        "Self-Forcing frame-wise, compiled": streaming(student(causal, compiled=True), args.frames, ring),
         "Self-Forcing chunk-wise": streaming(student(ModelConfig("causal", 3, CFG)), args.frames, ring),
         "diffusers, bidirectional": bidirectional(args.frames),
     }
+    if args.compiled:
+        cases["SCD, compiled"] = streaming(student(scd, compiled=True), args.frames, ring)
+        cases["Self-Forcing frame-wise, compiled"] = streaming(student(causal, compiled=True), args.frames, ring)
     rows = in_rounds(cases, args.rounds)
     for row in rows:
         row["seconds_per_latent_frame"] = round(float(str(row["seconds"])) / args.frames, 4)

@@ -163,7 +163,7 @@ def bench(
 
     cfg = load_config(BenchConfig, config, overrides or [])
     document = run_bench(cfg)
-    Console().print(table(document))
+    Console(width=max(140, Console().width)).print(table(document))
     if cfg.out:
         write_json(Path(cfg.out), document)
 

@@ -6,6 +6,7 @@ encoder's history grows until a window is full, so it is compiled for any length
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,10 @@ def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, ba
         return
     if cfg.cuda_graphs and device.type != "cuda":
         raise UserError(f"compile.cuda_graphs: the device is {device.type}; CUDA graphs need a GPU")
-    whole: dict[str, Any] = {"fullgraph": True, "backend": backend}
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        raise UserError(f"compile.on needs torch 2.14 or newer (here {torch.__version__}); upgrade it, or leave it off")
+    # Isolated: encoder, decoder and other students share their code, and each has its own few shapes.
+    whole: dict[str, Any] = {"fullgraph": True, "backend": backend, "isolate_recompiles": True}
     if not isinstance(student, Scd):
         if cfg.cuda_graphs:
             raise UserError(
