@@ -26,6 +26,7 @@ from scd_sf.diffusion.solvers import Sampler
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
 from scd_sf.models.compile import CompileConfig, compile_steps
+from scd_sf.models.export import dtype_of
 from scd_sf.models.generator import CacheConfig, FrameStreamer
 from scd_sf.models.guided import Guided, SampleGuidance
 from scd_sf.models.text import TextEncoder, wan_negative
@@ -45,7 +46,8 @@ class SampleConfig:
     ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
     or video that all videos continue. ``window``, ``sink``: latent frames the history keeps (0: all), for videos longer
     than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's own). ``text_cache``: where
-    encoded prompts are kept (empty: in the user's cache; "off": nowhere), see models/text_cache.py."""
+    encoded prompts are kept (empty: in the user's cache; "off": nowhere), see models/text_cache.py. ``dtype``: fp32,
+    bf16 or fp16 for the student and the text encoder; the VAE computes in fp32."""
 
     checkpoint: str
     out: str
@@ -67,6 +69,7 @@ class SampleConfig:
     start: str = ""
     window: int = 0
     sink: int = 0
+    dtype: str = "fp32"
     compile: CompileConfig = field(default_factory=CompileConfig)
     batch: int = 4
     fps: int = 16
@@ -82,6 +85,7 @@ class SampleConfig:
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
         self.negative_prompt = wan_negative(self.negative_prompt)
+        dtype_of(self.dtype)
 
 
 @cache
@@ -268,12 +272,13 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
     vae = load_vae(base, device=device)
     asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     shape = choose_shape(asked, origin, student, vae.geometry, cfg.checkpoint)
-    text = open_text_encoder(base, cfg.text_cache, device=device)
+    text = open_text_encoder(base, cfg.text_cache, device=device, dtype=dtype_of(cfg.dtype))
     check_text_width(text, description, base)
     settings: dict[str, object] = {
         "checkpoint": str(path),
         "checkpoint_sha256": sha256_file(path if path.is_file() else find(path) / MANIFEST),
         "weights": cfg.weights,
+        "dtype": cfg.dtype,
         "sampler": asdict(cfg.sampler or own),
         "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt} if cfg.guidance.on else None,
         "window": [cfg.window, cfg.sink] if cfg.window else None,
@@ -282,7 +287,7 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
         "crf": cfg.crf,
         "seed": cfg.seed,
     }
-    compile_steps(student.to(device), cfg.compile, device)
+    compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
     return Studio(cfg, student, sampler, vae, text, shape, device), settings
 
 
