@@ -41,7 +41,7 @@ def student(config: ModelConfig, compiled: bool = False) -> Student:
         model = build_model(config)
     assert not isinstance(model, Wan)
     random_weights(model, torch.float32)
-    compile_steps(model, CompileConfig(on=compiled), torch.device("cpu"))
+    compile_steps(model, CompileConfig(enabled=compiled), torch.device("cpu"))
     return model
 
 

@@ -377,7 +377,7 @@ def setup(bench: Bench) -> dict[str, object]:
 def table(document: dict[str, Any]) -> Table:
     """The JSON document for a terminal."""
     told = document["setup"]
-    compiled = document["rows"][0]["compile"]["on"]
+    compiled = document["rows"][0]["compile"]["enabled"]
     title = f"{told['video']} on {told['device']}, {told['dtype']}, {'compiled' if compiled else 'eager'}, batch 1"
     columns = ("FPS dit", "dit+vae", "steady dit+vae", "first frame s", "with text", "chunk p50 / p95 ms", "time ratio")
     out = Table("model", "steps", "block passes", *columns, title=title, box=None, pad_edge=False)

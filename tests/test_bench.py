@@ -41,7 +41,7 @@ def test_the_document_holds_what_reviewers_ask_for() -> None:
     # pass for all frames but the last
     assert ours["block_passes_per_latent_frame"] == 3 + 1 + 2 * 4
     assert theirs["block_passes_per_latent_frame"] == (4 * 4 * 4 + 3 * 4) / 4
-    assert ours["compile"] == {"on": False, "cuda_graphs": False}
+    assert ours["compile"] == {"enabled": False, "cuda_graphs": False}
     assert ours["attention"] and ours["time_over_first_row"] == 1.0 and theirs["time_over_first_row"] > 0
     for row in (ours, theirs):
         first = row["first_frame_seconds"]

@@ -19,25 +19,27 @@ from scd_sf.types import UserError
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """``on``: ``torch.compile`` for every step, whole (a graph break is an error); the first chunks then take minutes.
+    """``enabled``: ``torch.compile`` for every step, whole (a graph break is an error); the first chunks take minutes.
     ``cuda_graphs``: SCD's decoder step is replayed as a CUDA graph, which saves its launches (GPU only)."""
 
-    on: bool = False
+    enabled: bool = False
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        if self.cuda_graphs and not self.on:
-            raise UserError("compile.cuda_graphs needs compile.on=true")
+        if self.cuda_graphs and not self.enabled:
+            raise UserError("compile.cuda_graphs needs compile.enabled=true")
 
 
 def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, backend: str = "inductor") -> None:
-    """Compile in place, as ``nn.Module.compile`` does, where ``cfg.on``. UserError: graphs without a GPU."""
-    if not cfg.on:
+    """Compile in place, as ``nn.Module.compile`` does, where ``cfg.enabled``. UserError: graphs without a GPU."""
+    if not cfg.enabled:
         return
     if cfg.cuda_graphs and device.type != "cuda":
         raise UserError(f"compile.cuda_graphs: the device is {device.type}; CUDA graphs need a GPU")
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        raise UserError(f"compile.on needs torch 2.14 or newer (here {torch.__version__}); upgrade it, or leave it off")
+        raise UserError(
+            f"compile.enabled needs torch 2.14 or newer (here {torch.__version__}); upgrade it, or leave it off"
+        )
     # Isolated: encoder, decoder and other students share their code, and each has its own few shapes.
     whole: dict[str, Any] = {"fullgraph": True, "backend": backend, "isolate_recompiles": True}
     if not isinstance(student, Scd):

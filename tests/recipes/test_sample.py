@@ -104,7 +104,7 @@ def test_other_sampler_of_a_distilled_checkpoint(chain: Chain, tmp_path: Path) -
 def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(chain: Chain, tmp_path: Path) -> None:
     given = [*arguments(chain, tmp_path / "out", "stage2"), "sampler={name: renoise, steps: 2}", "frames=5"]
     assert "dtype 'fp8' is unknown" in refused(*given, "dtype=fp8")
-    assert "compile.cuda_graphs: the device is cpu" in refused(*given, "compile={on: true, cuda_graphs: true}")
+    assert "compile.cuda_graphs: the device is cpu" in refused(*given, "compile={enabled: true, cuda_graphs: true}")
     recipe_runner.succeed(SCRIPT, *given, "samples=1", "dtype=bf16")
     assert read_video(tmp_path / "out" / "0000-00.mp4").shape == (5, 3, 32, 32)
     assert manifest(tmp_path / "out")["settings"]["dtype"] == "bf16"
