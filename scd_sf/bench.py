@@ -12,11 +12,12 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from rich.table import Table
@@ -90,8 +91,7 @@ class BenchConfig:
             raise UserError("set checkpoints= or models=: nothing to measure")
         if self.rounds < 1 or self.warmup < 0:
             raise UserError(f"rounds is {self.rounds} and warmup {self.warmup}; at least 1 and 0")
-        if self.window < 0 or self.sink < 0 or (self.sink and not self.window):
-            raise UserError(f"window {self.window} and sink {self.sink} must be >= 0, and a sink needs a window")
+        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,7 @@ class Bench:
 
     @property
     def cache(self) -> CacheConfig:
-        cfg = self.cfg
-        if cfg.window:
-            return CacheConfig(cfg.window, cfg.sink, preallocate=cfg.window + cfg.sink)
-        return CacheConfig(preallocate=self.shape.frames)
+        return CacheConfig.sampling(self.cfg.window, self.cfg.sink, self.shape.frames)
 
     def prompt(self, student: Student) -> tuple[Conditioning, float]:
         """The prompt's states and the seconds they took; random states without a text encoder."""
@@ -207,7 +204,7 @@ class Bench:
         """All figures of one model; medians over rounds unless the name says otherwise."""
         clips, chunk = entry.clips, entry.student.chunk
         full = self.full_from(chunk)
-        later = sorted(1000 * (d + v) for clip in clips for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True))
+        later = [1000 * (d + v) for clip in clips for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True)]
 
         def median(figure: Callable[[Clip], float]) -> float:
             return round(statistics.median(figure(clip) for clip in clips), 4)
@@ -241,8 +238,8 @@ class Bench:
                 if self.text is None
                 else median(lambda clip: clip.text + clip.dit[0] + clip.vae[0]),
             },
-            "chunk_ms_p50": round(percentile(later, 0.5), 3) if later else None,
-            "chunk_ms_p95": round(percentile(later, 0.95), 3) if later else None,
+            "chunk_ms_p50": round(float(np.percentile(later, 50)), 3) if later else None,
+            "chunk_ms_p95": round(float(np.percentile(later, 95)), 3) if later else None,
             "seconds_per_round": [round(seconds, 4) for seconds in totals[0]],
             "time_over_first_row": round(statistics.median(ratios), 4),
         }
@@ -269,11 +266,6 @@ def in_rounds(cases: Mapping[str, Callable[[], object]], rounds: int) -> list[di
         }
         for name, taken in seconds.items()
     ]
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """Nearest rank of a sorted list."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def random_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -320,7 +312,7 @@ def open_bench(cfg: BenchConfig) -> tuple[Bench, list[Entry]]:
     base = cfg.base or next((base for _, _, base in opened if base), "")
     if base:
         vae = load_vae(base, device=device, dtype=dtype_of(cfg.vae_dtype))
-        text: TextEncoder | None = load_text_encoder(base, device=device)
+        text: TextEncoder | None = load_text_encoder(base, device=device, dtype=dtype_of(cfg.dtype))
     else:
         vae, text = Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))), None
     asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}

@@ -80,8 +80,7 @@ class SampleConfig:
             raise UserError("samples, batch and fps must be at least 1")
         if bool(self.prompts) == bool(self.prompt_file):
             raise UserError("set either prompts or prompt_file")
-        if self.window < 0 or self.sink < 0 or (self.sink and not self.window):
-            raise UserError(f"window {self.window} and sink {self.sink} must be >= 0, and a sink needs a window")
+        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
         self.negative_prompt = wan_negative(self.negative_prompt)
@@ -208,20 +207,13 @@ class Studio:
             cond,
             self.sampler,
             on_device,
-            cache=cache_of(self.cfg, shape),
+            cache=CacheConfig.sampling(self.cfg.window, self.cfg.sink, shape.frames),
             history=history,
             prompts=self.prompts(videos, known),
         ):
             if not latents.isfinite().all():
                 raise UserError("samples are not finite; the weights are broken or the sampler is not theirs")
             yield as_uint8((decoder.push(latents) + 1) / 2)
-
-
-def cache_of(cfg: SampleConfig, shape: VideoShape) -> CacheConfig:
-    """A preallocated history: of the whole video, or of ``window`` and ``sink``."""
-    if cfg.window:
-        return CacheConfig(cfg.window, cfg.sink, preallocate=cfg.window + cfg.sink)
-    return CacheConfig(preallocate=shape.frames)
 
 
 def read_start(path: Path, size: tuple[int, int], temporal: int) -> Tensor:

@@ -50,6 +50,13 @@ class CacheConfig:
         if self.preallocate is not None and self.preallocate < 1:
             raise UserError(f"cache.preallocate is {self.preallocate}; it must be at least 1 frame")
 
+    @classmethod
+    def sampling(cls, window: int, sink: int, frames: int) -> CacheConfig:
+        """A preallocated history: of all ``frames`` (``window`` 0), or of the first ``sink`` and last ``window``."""
+        if window < 0 or sink < 0 or (sink and not window):
+            raise UserError(f"window {window} and sink {sink} must be >= 0, and a sink needs a window")
+        return cls(window, sink, preallocate=window + sink) if window else cls(preallocate=frames)
+
     def tokens(self, per_frame: int) -> Window:
         recent = None if self.window is None else self.window * per_frame
         return Window(recent, self.sink * per_frame, per_frame if self.turn_sink and self.sink else 0)
