@@ -2,30 +2,29 @@
 
     python benchmarks/real_size.py --out docs/results/real_size.json
 
-Per row: seconds and block passes per latent frame, peak memory, and the ratio to the floor: the sum of every matmul and
-attention call actually made, each timed alone in the same process. Finished rows in the output are not run again.
+All models live in one process, share the weights they have in common, and take turns: each makes one chunk, then the
+next does, so that a slow minute of the machine hits them all. Right after each turn comes its floor: every matmul,
+attention and convolution call that the turn made, timed alone. Per row: seconds and block passes per latent frame, peak
+memory of the process during its turns, and the ratio of its seconds to its floor.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.bench import random_weights
 from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student
 from scd_sf.models.causal import CausalWan
@@ -36,12 +35,13 @@ from scd_sf.models.transplant import transplant_scd, verify_transplant
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
-from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.rollout import cpu_noise, stream_rollout
+from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import Conditioning
 
 LATENT = (16, 60, 104)  # 832x480 through Wan's VAE
 TEXT_TOKENS = 512
-HEAVY = ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", "convolution")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -75,55 +75,6 @@ VARIANTS = (
 )
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A tensor argument of a recorded call."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def tensor(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype).normal_()
-
-
-Call = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator, arguments, keyword arguments
-
-
-class Recorder(TorchDispatchMode):
-    """Counts the heavy calls by their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[Call] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in HEAVY:
-            specs = tuple(Spec(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
-            self.calls[(func, specs, tuple(sorted((kwargs or {}).items())))] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def alone(call: Call, repeats: int) -> float:
-    """Best seconds of one recorded call by itself."""
-    func, specs, keywords = call
-    given = [spec.tensor() if isinstance(spec, Spec) else spec for spec in specs]
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        func(*given, **dict(keywords))
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def peak_gib(reset: bool = False) -> float:
-    """Peak resident memory of this process since the last reset (Linux)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
-
-
 def random_wan(cfg: WanConfig, dtype: torch.dtype) -> Wan:
     with torch.device("meta"):
         model = Wan(cfg)
@@ -131,40 +82,71 @@ def random_wan(cfg: WanConfig, dtype: torch.dtype) -> Wan:
     return model
 
 
-def generate(model: Student, frames: int) -> Callable[[], Tensor]:
-    """4-step re-noising of ``frames`` latent frames at batch 1, as sampling does it."""
-    rng = torch.Generator().manual_seed(1)
-    noise = torch.randn(1, frames, *LATENT, generator=rng)
-    cond = Conditioning(torch.randn(1, TEXT_TOKENS, model.cfg.text_dim, generator=rng))
+class Row:
+    """One model's clip, made chunk by chunk (4 re-noise steps, batch 1), and what its turns cost."""
 
-    def run() -> Tensor:
-        with torch.no_grad():
-            return rollout(model, noise, cond, Renoise(), cpu_noise(rng), cache=CacheConfig(preallocate=frames))
+    def __init__(self, variant: Variant, model: Student, repeats: int) -> None:
+        self.variant, self.model, self.repeats = variant, model, repeats
+        self.forget()
 
-    return run
+    def forget(self) -> None:
+        """What the turns so far cost: a warm-up."""
+        self.seconds, self.floors = list[float](), list[float]()
+        self.frames, self.passes, self.peak = 0, 0, 0.0
+
+    def clip(self, frames: int) -> Iterator[None]:
+        """One turn per chunk. Every clip starts from the same noise."""
+        rng = torch.Generator().manual_seed(1)
+        noise = torch.randn(1, frames, *LATENT, generator=rng)
+        cond = Conditioning(torch.randn(1, TEXT_TOKENS, self.model.cfg.text_dim, generator=rng))
+        cache = CacheConfig(preallocate=frames)
+        chunks = stream_rollout(self.model, noise, cond, Renoise(), cpu_noise(rng), cache=cache)
+        for _ in range(frames // self.variant.chunk):
+            self._turn(chunks)
+            yield
+
+    @torch.no_grad()
+    def _turn(self, chunks: Iterator[Tensor]) -> None:
+        peak_gib(reset=True)
+        with BlockPassCounter(self.model, WanBlock) as counter, HeavyCalls() as heavy:
+            started = time.perf_counter()
+            out = next(chunks)
+            self.seconds.append(time.perf_counter() - started)
+        assert out.isfinite().all(), self.variant.name
+        self.peak = max(self.peak, peak_gib())
+        self.passes += counter.calls
+        self.frames += self.variant.chunk
+        self.floors.append(heavy.floor(self.repeats))
+
+    def result(self) -> dict[str, object]:
+        seconds, floor = sum(self.seconds), sum(self.floors)
+        return {
+            "name": self.variant.name,
+            "chunk": self.variant.chunk,
+            "fusion": self.variant.fusion or None,
+            "latent_frames": self.frames,
+            "seconds_per_latent_frame": round(seconds / self.frames, 2),
+            "block_passes_per_latent_frame": round(self.passes / self.frames, 2),
+            "peak_rss_gib": round(self.peak, 2),
+            "floor_seconds_per_latent_frame": round(floor / self.frames, 2),
+            "floor_ratio": round(seconds / floor, 3),
+            "turns": [round(value, 2) for value in self.seconds],
+            "floors": [round(value, 2) for value in self.floors],
+        }
 
 
-def measure(variant: Variant, model: Student, frames: int, repeats: int) -> dict[str, object]:
-    peak_gib(reset=True)
-    run, recorder = generate(model, frames), Recorder()
-    with BlockPassCounter(model, WanBlock) as counter, recorder:
-        started = time.perf_counter()
-        out = run()
-        seconds = time.perf_counter() - started
-    assert out.isfinite().all(), variant.name
-    memory = peak_gib()
-    floor = sum(count * alone(key, repeats) for key, count in recorder.calls.items())
-    return {
-        "name": variant.name,
-        "chunk": variant.chunk,
-        "fusion": variant.fusion or None,
-        "latent_frames": frames,
-        "seconds_per_latent_frame": round(seconds / frames, 2),
-        "block_passes_per_latent_frame": counter.calls / frames,
-        "peak_rss_gib": round(memory, 2),
-        "floor_seconds_per_latent_frame": round(floor / frames, 2),
-        "floor_ratio": round(seconds / floor, 3),
-    }
+def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
+    """``rounds`` clips of every row, one chunk at a time; every other pass goes through the rows backwards."""
+    backwards = False
+    for _ in range(rounds):
+        clips = {row: row.clip(frames) for row in rows}
+        while clips:
+            for row in reversed(list(clips)) if backwards else list(clips):
+                if next(clips[row], "done") == "done":
+                    del clips[row]
+                else:
+                    yield
+            backwards = not backwards
 
 
 def transplanted(wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]) -> tuple[Scd, dict[str, object]]:
@@ -181,7 +163,7 @@ def transplanted(wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]) -
         "seconds": round(copied, 1),
         "peak_rss_gib": round(peak_gib(), 2),
     }
-    return scd, about
+    return scd.to(next(wan.parameters()).dtype), about  # a student is transplanted in fp32
 
 
 def state_of(variant: Variant, wan: Wan, scd: Scd | None, model: Student) -> dict[str, Tensor]:
@@ -197,36 +179,51 @@ def state_of(variant: Variant, wan: Wan, scd: Scd | None, model: Student) -> dic
     return source
 
 
+def speed(rows: Sequence[Row], rounds: int) -> dict[str, object]:
+    """How much faster the first row (SCD) is than the second (frame-wise Self-Forcing): whole, and clip by clip."""
+    scd, baseline = (row.seconds for row in rows[:2])
+    size = len(scd) // rounds
+    clips = [sum(baseline[i : i + size]) / sum(scd[i : i + size]) for i in range(0, len(scd), size)]
+    return {
+        "scd_over_frame_wise_self_forcing": round(sum(baseline) / sum(scd), 3),
+        "by_clip": [round(value, 3) for value in clips],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON, one entry per row")
     parser.add_argument("--frames", type=int, default=3, help="latent frames; a multiple of 3")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is slow without AVX-512 bf16")
+    parser.add_argument("--rounds", type=int, default=1, help="clips of every model")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is slow without AVX-512 bf16")
     parser.add_argument("--only", default="", help="comma-separated beginnings of row names; empty: all")
     parser.add_argument("--repeats", type=int, default=2, help="of every call that makes the floor")
     args = parser.parse_args()
+    keep_freed_memory()
     cfg, encoder, decoder = WanConfig(), tuple(range(25)), (*range(5), *range(25, 30))
-    done: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": []}
     wanted = [v for v in VARIANTS if not args.only or v.name.startswith(tuple(args.only.split(",")))]
-    wan = random_wan(cfg, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype])
+    wan = random_wan(cfg, DTYPES[args.dtype])
     scd, about = transplanted(wan, decoder, encoder)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.dtype}"
-    done |= {"machine": machine, "torch": str(torch.__version__), "transplant": about}
     print(json.dumps(about), flush=True)
+    rows = []
     for variant in wanted:
-        if any(row["name"] == variant.name for row in done["rows"]):
-            continue
         model = variant.build(cfg, decoder, encoder)
         model.load_state_dict(state_of(variant, wan, scd, model), assign=True)
-        done["rows"].append(measure(variant, model, args.frames, args.repeats))
-        print(json.dumps(done["rows"][-1]), flush=True)
-        write_json(args.out, done)
-        del model
-        gc.collect()
-    rows = {row["name"]: row["seconds_per_latent_frame"] for row in done["rows"]}
-    if {VARIANTS[0].name, VARIANTS[1].name} <= rows.keys():
-        done["scd_over_frame_wise_self_forcing"] = round(rows[VARIANTS[1].name] / rows[VARIANTS[0].name], 3)
-    write_json(args.out, done)
+        rows.append(Row(variant, model, args.repeats))
+    done = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.dtype}",
+        "torch": str(torch.__version__),
+        "transplant": about,
+    }
+    next(rows[0].clip(args.frames))
+    rows[0].forget()
+    for _ in take_turns(rows, args.frames, args.rounds):
+        made = [row.result() for row in rows if row.frames]
+        print(json.dumps({row.variant.name: row.seconds for row in rows if row.frames}), flush=True)
+        write_json(args.out, {**done, "finished": False, "rows": made})
+    if [row.variant for row in rows[:2]] == list(VARIANTS[:2]):
+        done |= speed(rows, args.rounds)
+    write_json(args.out, {**done, "finished": True, "rows": [row.result() for row in rows]})
 
 
 if __name__ == "__main__":

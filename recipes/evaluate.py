@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.checkpoint import find, git_revision, versions
+from scd_sf.checkpoint import find
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.manifest import sha256_folder
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
@@ -43,6 +43,7 @@ from scd_sf.models.vae import Vae, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan
 from scd_sf.nn.layers import WanBlock
+from scd_sf.provenance import git_revision, versions
 from scd_sf.rollout import row_noise, sample, sample_bidirectional, stream_rollout
 from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.train.recipe import from_command_line

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
-from scd_sf.checkpoint import find, provenance, read_provenance
+from scd_sf.checkpoint import find, read_provenance
 from scd_sf.data.manifest import write_json
 from scd_sf.models.build import load_checkpoint_model
 from scd_sf.models.text import TextEncoderConfig, write_reference
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import save_wan
+from scd_sf.provenance import provenance
 from scd_sf.steps import Step, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error
 

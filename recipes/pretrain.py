@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import provenance
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
@@ -20,6 +19,7 @@ from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
+from scd_sf.provenance import provenance
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import EngineConfig, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
@@ -86,7 +86,7 @@ def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
 
 def main() -> None:
     cfg = from_command_line(PretrainConfig, __doc__ or "")
-    ranks = init_distributed()
+    ranks = init_distributed(cfg.run.timeout_minutes)
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
     for data in (clips, val):
         check_shape(data.shape, data.root, cfg.wan.in_channels, (cfg.wan.patch_height, cfg.wan.patch_width), 1)
@@ -111,30 +111,30 @@ def main() -> None:
     def describe(step: int) -> tuple[str, dict[str, object]]:
         return description, provenance(stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash)
 
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train.keep)
-    for step in run.progress(cfg.train.steps, state.resume()):
-        total = 0.0
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, step - 1, len(clips)):
-            rng = generator(cfg.run.seed, "loss", step, number)
-            batch = clips.batch(indices).to(ranks.device)
-            cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
-            t = stratified_times(len(indices), cfg.shift, rng).to(ranks.device)
-            loss = engine(batch.latents_BFCHW, cond, t, rng)
-            engine.backward(loss)
-            info = engine.step()
-            total += float(loss.detach()) / engine.micro_batches
-        if info.stepped:
-            state.update_ema()
-        else:
-            note_skipped(run, step, cfg.train, len(clips))
-        logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
-        if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-            averaged = Wan(cfg.wan)
-            state.ema.copy_to(averaged)
-            logs |= validate(averaged, val)
-        run.log(step, logs)
-        if step % cfg.train.save_every == 0 or step == cfg.train.steps:
-            state.save(step)
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train)
+    for step in state.steps(state.resume()):
+        with state.attempt(step):
+            position = state.position(step)
+            total = 0.0
+            for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, position - 1, len(clips)):
+                rng = generator(cfg.run.seed, "loss", position, number)
+                batch = clips.batch(indices).to(ranks.device)
+                cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
+                t = stratified_times(len(indices), cfg.shift, rng).to(ranks.device)
+                loss = engine(batch.latents_BFCHW, cond, t, rng)
+                engine.backward(loss)
+                info = engine.step()
+                total += float(loss.detach()) / engine.micro_batches
+            if info.stepped:
+                state.update_ema()
+            else:
+                note_skipped(run, position, cfg.train, len(clips))
+            logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+            if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
+                averaged = Wan(cfg.wan)
+                state.ema.copy_to(averaged)
+                logs |= validate(averaged, val)
+            run.log(step, logs)
     run.finish()
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import find, provenance
+from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.preview import Preview
+from scd_sf.provenance import provenance
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
@@ -93,7 +94,7 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
 
 def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
-    ranks = init_distributed()
+    ranks = init_distributed(cfg.run.timeout_minutes)
     init = find(Path(cfg.init))
     student, parent = load_student(init, "ema")
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
@@ -116,7 +117,7 @@ def main() -> None:
             extra={"video": pixel_shape(clips.shape)},
         )
 
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train.keep)
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train)
     averaged = build_model(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
     preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
@@ -124,26 +125,27 @@ def main() -> None:
     if start == 0:
         averaged.load_state_dict(engine.masters())
         show(run, preview, averaged, 0)
-    for step in run.progress(cfg.train.steps, start):
-        total = 0.0
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, step - 1, len(clips)):
-            batch = clips.batch(indices).to(ranks.device)
-            loss = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", step, number))
-            engine.backward(loss)
-            info = engine.step()
-            total += float(loss.detach()) / engine.micro_batches
-        if info.stepped:
-            state.update_ema()
-        else:
-            note_skipped(run, step, cfg.train, len(clips))
-        logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
-        if ranks.is_main and (step % cfg.train.validate_every == 0 or step == cfg.train.steps):
-            state.ema.copy_to(averaged)
-            logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
-            show(run, preview, averaged, step)
-        run.log(step, logs)
-        if step % cfg.train.save_every == 0 or step == cfg.train.steps:
-            state.save(step)
+    for step in state.steps(start):
+        with state.attempt(step):
+            position = state.position(step)
+            total = 0.0
+            for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, position - 1, len(clips)):
+                batch = clips.batch(indices).to(ranks.device)
+                loss = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
+                engine.backward(loss)
+                info = engine.step()
+                total += float(loss.detach()) / engine.micro_batches
+            if info.stepped:
+                state.update_ema()
+            else:
+                note_skipped(run, position, cfg.train, len(clips))
+            logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+            if ranks.is_main and (step % cfg.train.validate_every == 0 or step == cfg.train.steps):
+                state.ema.copy_to(averaged)
+                logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
+                state.note_best(step, logs["val/loss"])
+                show(run, preview, averaged, step)
+            run.log(step, logs)
     run.finish()
 
 

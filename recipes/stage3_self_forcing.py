@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import find, provenance
+from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
 from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
@@ -28,6 +28,7 @@ from scd_sf.models.build import SamplerConfig, Student, build_model, load_studen
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.preview import Preview
+from scd_sf.provenance import provenance
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import (
@@ -160,12 +161,13 @@ class Distillation:
                 mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
         return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
 
-    def update(self, step: int) -> tuple[Logs, StepInfo]:
-        """One student update and its critic updates (at step 1 after the critic's warm-up)."""
+    def update(self, step: int, first: bool) -> tuple[Logs, StepInfo]:
+        """One student update and its critic updates, ``first`` after the critic's warm-up. ``step`` places data and
+        random numbers."""
         cfg = self.cfg
         stored: Rollouts = {}
         own = cfg.critic_data == "own"
-        before = (cfg.critic_warmup if step == 1 else 0) + (cfg.ratio if own else 0)
+        before = (cfg.critic_warmup if first else 0) + (cfg.ratio if own else 0)
         critic_logs: Logs = {}
         for turn in range(before):
             critic_logs = self.critic_update(step, turn, stored, turn % cfg.reuse == 0)
@@ -246,7 +248,7 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> None:
 
 def main() -> None:
     cfg = from_command_line(Stage3Config, __doc__ or "")
-    ranks = init_distributed()
+    ranks = init_distributed(cfg.run.timeout_minutes)
     init = find(Path(cfg.init))
     student, parent = load_student(init, "ema")
     latent = VideoShape.from_pixels(
@@ -274,27 +276,26 @@ def main() -> None:
     preview = Preview(parent.base, shown, latent, parts.sampler, run.dir / "videos")
     averaged = build_model(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
-    state = TrainState(run, engines, Ema(cfg.train.ema), describe, cfg.train.keep)
+    state = TrainState(run, engines, Ema(cfg.train.ema), describe, cfg.train)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(parts.student.masters())
         show(run, preview, averaged, 0)
-    for step in run.progress(cfg.train.steps, start):
-        logs, info = parts.update(step)
-        if info.stepped:
-            state.update_ema()
-        else:
-            note_skipped(run, step, cfg.train, len(prompts))
-        logs = ranks.mean(logs)
-        logs |= watch(state.record, logs, cfg, step)
-        if state.record.get("best_step") == step:
-            state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}
-        run.log(step, logs)
-        if step % cfg.train.validate_every == 0:
-            state.ema.copy_to(averaged)
-            show(run, preview, averaged, step)
-        if step % cfg.train.save_every == 0 or step == cfg.train.steps:
-            state.save(step)
+    for step in state.steps(start):
+        with state.attempt(step):
+            logs, info = parts.update(state.position(step), first=step == 1)
+            if info.stepped:
+                state.update_ema()
+            else:
+                note_skipped(run, state.position(step), cfg.train, len(prompts))
+            logs = ranks.mean(logs)
+            logs |= watch(state.record, logs, cfg, step)
+            if state.record.get("best_step") == step:
+                state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}
+            run.log(step, logs)
+            if step % cfg.train.validate_every == 0:
+                state.ema.copy_to(averaged)
+                show(run, preview, averaged, step)
     run.finish()
 
 

@@ -24,7 +24,6 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scd_sf.checkpoint import git_revision, versions
 from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import ModelConfig, SamplerConfig, Student, build_model, describe_checkpoint, load_student
@@ -37,6 +36,7 @@ from scd_sf.models.vae import Vae, VaeStream, channels_last, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
 from scd_sf.pipeline import choose_shape
+from scd_sf.provenance import git_revision, versions
 from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
 from scd_sf.types import Conditioning, UserError, VideoShape
 

@@ -11,19 +11,15 @@ previous steps as they were. Readers take the newest step whose manifest agrees 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +29,10 @@ from scd_sf.types import UserError
 MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
 _STEP = re.compile(r"^step_\d{8,}$")
 _log = logging.getLogger(__name__)
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoints:
@@ -69,32 +69,44 @@ class Checkpoints:
         config_yaml: str,
         provenance: Mapping[str, object],
         training_state: Callable[[Path], None] | None = None,
-        barrier: Callable[[], None] | None = None,
+        agree: Callable[[bool], bool] | None = None,
         is_main: bool = True,
+        need: int = 0,
     ) -> Path:
         """Save one step; every rank calls it. ``files`` maps a name ("model" -> model.safetensors) to its tensors.
 
         ``training_state(dir)`` runs on every rank with the same (existing) directory. Only the main rank writes the
-        rest, so ``files`` may be empty elsewhere. Raises UserError when the step is already there or space is short.
+        rest, so ``files`` may be empty elsewhere. ``agree(failed)`` tells every rank whether one has failed; ``need``
+        is the number of bytes to expect. Raises SaveFailed on every rank when the step is already there, space is
+        short or a file cannot be written: what was saved before is as it was, and nothing half-made stays.
         """
-        wait = barrier or (lambda: None)
         final, partial = self.path(step), self.root / f"step_{step:08d}.tmp"
-        if is_main:
-            self._prepare(step, partial, files)
-        wait()
-        if final.exists():
-            raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")
-        if training_state is not None:
-            training_state(partial / STATE)
-            _fsync_tree(partial / STATE)
-        wait()
-        if is_main:
+        need = max(need, sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values()))
+
+        def write_state() -> None:
+            if training_state is not None:
+                training_state(partial / STATE)
+                _fsync_tree(partial / STATE)
+
+        def commit() -> None:
             _write_contents(partial, files, config_yaml, provenance)
             write_manifest(partial, step)
             os.rename(partial, final)
             _fsync_dir(self.root)
             _write_text(self.root / LATEST, final.name + "\n")
-        wait()
+
+        for mine, work in (
+            (is_main, lambda: self._prepare(step, partial, need)),
+            (True, write_state),
+            (is_main, commit),
+        ):
+            problem = _problem(work) if mine else ""
+            failed = bool(problem)
+            if agree(failed) if agree is not None else failed:
+                if is_main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                said = problem or "another process failed and says why"
+                raise SaveFailed(f"{final}: step {step} is not saved; the steps before it are as they were. {said}")
         return final
 
     def newest(self, *, required: bool = False) -> Path | None:
@@ -122,14 +134,17 @@ class Checkpoints:
             raise UserError(f"{self.root}: {what}; check the run directory, or start without resume")
         return None
 
-    def prune(self, keep: int) -> list[int]:
-        """Delete all but the newest ``keep`` intact steps (main rank only). Returns the steps removed."""
+    def prune(self, keep: int, every: int = 0, spared: Collection[int] = ()) -> list[int]:
+        """Delete all but the newest ``keep`` intact steps, multiples of ``every`` (0: none) and ``spared`` ones (main
+        rank only). Returns the steps removed."""
         if keep < 1:
             raise UserError(f"keep is {keep}; at least one checkpoint must be kept")
         intact, removed = 0, []
         for step in reversed(self.steps()):
             path = self.path(step)
             if intact >= keep:
+                if step in spared or (every and step % every == 0):
+                    continue
                 doomed = path.with_name(path.name + ".tmp")
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
@@ -138,28 +153,30 @@ class Checkpoints:
                 intact += 1
         return removed
 
-    def _prepare(self, step: int, partial: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _prepare(self, step: int, partial: Path, need: int) -> None:
         """Clear what a killed run left, set a damaged copy of this step aside, check the space, make the directory."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for stale in self.root.glob("step_*.tmp"):
-                shutil.rmtree(stale)
-            final = self.path(step)
-            if final.exists() and not self.has(step):
-                aside = final.with_name(final.name + ".damaged.tmp")
-                os.rename(final, aside)
-                shutil.rmtree(aside)
-            need = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-            free = shutil.disk_usage(self.root).free
-            if free < need:
-                raise UserError(
-                    f"{self.root}: {free / 1e9:.1f} GB free but step {step} needs at least "
-                    f"{need / 1e9:.1f} GB; free some space or keep fewer checkpoints"
-                )
-            (partial / STATE).mkdir(parents=True)
-        except OSError as error:
-            message = f"{self.root}: cannot write a checkpoint here ({error}); check the path and rights"
-            raise UserError(message) from error
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob("step_*.tmp"):
+            shutil.rmtree(stale)
+        final = self.path(step)
+        if self.has(step):
+            raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")
+        if final.exists():
+            aside = final.with_name(final.name + ".damaged.tmp")
+            os.rename(final, aside)
+            shutil.rmtree(aside)
+        self.require_space(need, f"step {step}")
+        (partial / STATE).mkdir(parents=True)
+
+    def require_space(self, need: int, what: str) -> None:
+        """Raises UserError unless the disk has room for ``need`` bytes and a fifth more."""
+        folder = next(parent for parent in (self.root, *self.root.parents) if parent.exists())
+        free = shutil.disk_usage(folder).free
+        if free < 1.2 * need:
+            raise UserError(
+                f"{self.root}: {free / 1e9:.1f} GB free but {what} needs {1.2 * need / 1e9:.1f} GB; "
+                "free some space or keep fewer checkpoints (train.keep)"
+            )
 
     def _check_latest(self, path: Path) -> None:
         latest = self.root / LATEST
@@ -199,7 +216,7 @@ def verify(path: Path) -> None:
         actual = file.stat().st_size
         if actual != size:
             raise UserError(f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {remedy}")
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             raise UserError(f"{file}: its sha256 differs from the manifest: the file was changed; {remedy}")
     for file in _files(path):
         name = file.relative_to(path).as_posix()
@@ -222,56 +239,6 @@ def read_provenance(path: Path) -> dict[str, object]:
     return _read_json(path / PROVENANCE)
 
 
-def provenance(
-    *,
-    stage: str,
-    step: int,
-    seed: int,
-    parents: Sequence[Path] = (),
-    data_hash: str | None = None,
-    extra: Mapping[str, object] | None = None,
-) -> dict[str, object]:
-    """Where a checkpoint comes from: stage, step, parent checkpoints, seed, data, git revision, library versions.
-
-    ``extra`` adds fields of the stage (JSON values); it may not replace the standard ones.
-    """
-    record: dict[str, object] = {
-        "stage": stage,
-        "step": step,
-        "seed": seed,
-        "parents": [_parent(parent) for parent in parents],
-        "data_hash": data_hash,
-        "git_revision": git_revision(),
-        "versions": versions(),
-    }
-    clash = sorted(set(record) & set(extra or {}))
-    if clash:
-        raise ValueError(f"provenance: extra field {clash[0]!r} is a standard field")
-    return {**record, **(extra or {})}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide numbers; 'absent' for one that is not installed."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("scd-sf", "deepspeed", "diffusers", "transformers", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def git_revision() -> str:
-    """Commit of the source tree, '+dirty' when it has uncommitted changes, 'unknown' outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.check_output([*command, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        status = subprocess.check_output([*command, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return head.strip() + ("+dirty" if status.strip() else "")
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -279,12 +246,23 @@ def write_manifest(path: Path, step: int) -> None:
     """Fsync every file under ``path``, then write ``manifest.json`` (size and sha256 of each) as the last file."""
     _fsync_tree(path)
     entries = {
-        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(_files(path))
     }
     body: dict[str, object] = {"format": 1, "step": step, "files": entries}
     _write_text(path / MANIFEST, json.dumps({**body, "self": _digest_of(body)}, indent=1) + "\n")
     _fsync_dir(path)
+
+
+def _problem(work: Callable[[], None]) -> str:
+    """Why ``work`` failed, in one line; empty when it did not. torch reports a full disk as RuntimeError."""
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}; check the disk (space, rights)".replace("\n", " ")
+    return ""
 
 
 def _write_contents(
@@ -385,16 +363,11 @@ def _sizes_agree(path: Path) -> bool:
     return all((path / n).is_file() and (path / n).stat().st_size == size for n, (size, _) in entries.items())
 
 
-def _parent(path: Path) -> dict[str, object]:
-    """A parent by path and, when it is one of our checkpoints, by the digest of its manifest."""
-    digest = _sha256(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    return {"path": str(path), "manifest_sha256": digest}
-
-
 def _digest_of(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

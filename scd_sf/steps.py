@@ -137,6 +137,8 @@ def _run_group(run: Path, group: Group, console: Console, tick: Callable[[float]
     except BaseException:
         for item in running:
             item.process.terminate()
+        for item in running:  # a training saves before it goes
+            item.process.wait()
         raise
     failed = [item for item in running if item.wait() != 0]
     for item in running:

@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Tests use tiny tensors: more threads are slower, and the order of sums must not depend on the machine.
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -20,3 +22,8 @@ for name, value in {
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="scd-sf-cache-")  # where scd_sf keeps encoded prompts
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kill-points", default="4", help="test_faults.py: so many points to kill at, per case")
+    parser.addoption("--tally", default=None, help="test_faults.py: JSON file that gets the sums")

@@ -6,14 +6,19 @@ A fork server imports torch and the library once; each run is a fresh fork that 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -37,34 +42,59 @@ _context.set_forkserver_preload(PRELOAD)
 
 @dataclass(frozen=True)
 class Result:
-    """Exit code (negative: the signal), and what was printed."""
+    """Exit code (negative: the signal), what was printed, and how often ``At.target`` was called in a whole run."""
 
     code: int
     out: str
     err: str
+    calls: int = 0
 
 
 @dataclass(frozen=True)
-class KillAt:
-    """SIGKILL the process when it calls ``target`` ("module:attribute.path") for the ``call``-th time."""
+class At:
+    """Do something to the process when it calls ``target`` ("module:attribute.path") for the ``call``-th time: send it
+    a ``signal``, or with 0 let that call fail as on a full disk. Calls of all names together count when there are
+    several, joined by "|"."""
 
     target: str
     call: int
+    signal: int = signal.SIGKILL
 
 
-def run(script: str, *arguments: object, kill: KillAt | None = None, timeout: float = 600) -> Result:
+def run(script: str, *arguments: object, at: At | None = None, timeout: float = 600) -> Result:
     """Run ``script`` (relative to the repository) in a fork; see the module's docstring."""
+    return run_ranks(script, *arguments, world=1, at={0: at} if at else {}, timeout=timeout)[0]
+
+
+def run_ranks(
+    script: str, *arguments: object, world: int, at: Mapping[int, At] | None = None, timeout: float = 600
+) -> list[Result]:
+    """``world`` processes of one process group, as a launcher would start them; ``at`` by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = _context.Process(target=_child, args=(script, [str(a) for a in arguments], out, err, kill))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        files = [tuple(Path(folder, f"{name}{rank}") for name in ("out", "err", "calls")) for rank in range(world)]
+        port = _free_port()
+        processes = []
+        for rank, place in enumerate(files):
+            environ = {} if world == 1 else _environment(rank, world, port)
+            given = (script, [str(a) for a in arguments], *place, (at or {}).get(rank), environ)
+            processes.append(_context.Process(target=_child, args=given))
+            processes[-1].start()
+        until = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+        late = [process for process in processes if process.exitcode is None]
+        for process in late:
             process.kill()
             process.join()
-            said = f"{out.read_text()[-2000:]}{err.read_text()[-2000:]}"
+        if late:
+            said = "\n".join(file.read_text()[-2000:] for place in files for file in place[:2])
             raise TimeoutError(f"{script} ran longer than {timeout} s\n{said}")
-        return Result(process.exitcode, out.read_text(), err.read_text())
+        return [
+            Result(
+                process.exitcode or 0, out.read_text(), err.read_text(), int(calls.read_text() if calls.exists() else 0)
+            )
+            for process, (out, err, calls) in zip(processes, files, strict=True)
+        ]
 
 
 def succeed(script: str, *arguments: object) -> Result:
@@ -85,29 +115,46 @@ def load_script(script: str) -> ModuleType:
     return module
 
 
-def _child(script: str, arguments: list[str], out: Path, err: Path, kill: KillAt | None) -> None:
+def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _child(
+    script: str, arguments: list[str], out: Path, err: Path, counted: Path, at: At | None, environ: dict[str, str]
+) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
     os.chdir(ROOT)
+    os.environ.update(environ)
     sys.argv = [script, *arguments]
-    if kill is not None:
-        _arm(kill)
+    calls = itertools.count(1)
+    for target in at.target.split("|") if at is not None else ():
+        _arm(target, at, calls)
     runpy.run_path(script, run_name="__main__")
+    counted.write_text(str(next(calls) - 1))
 
 
-def _arm(kill: KillAt) -> None:
-    module, _, path = kill.target.partition(":")
+def _arm(target: str, at: At | None, calls: Iterator[int]) -> None:
+    assert at is not None
+    module, _, path = target.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
-    original, calls = getattr(owner, name), 0
+    original = getattr(owner, name)
 
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == kill.call:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def armed(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at.call:
+            if not at.signal:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.kill(os.getpid(), at.signal)
         return original(*args, **kwargs)
 
-    setattr(owner, name, dying)
+    setattr(owner, name, armed)

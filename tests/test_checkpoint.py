@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance, verify
+from scd_sf.checkpoint import Checkpoints, find, load_tensors, read_provenance, verify
+from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 
@@ -151,7 +152,7 @@ def test_prune_keeps_the_newest_intact(tmp_path: Path) -> None:
 
 def test_unwritable_root_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write a checkpoint here"):
+    with pytest.raises(UserError, match=r"step 1 is not saved.*check the disk"):
         save(Checkpoints(tmp_path / "file" / "checkpoints"), 1)
 
 

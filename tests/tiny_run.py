@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from scd_sf.checkpoint import find, load_tensors
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
@@ -23,6 +24,8 @@ from scd_sf.types import VideoShape
 WAN = WanConfig(2, 12, 4, 4, 8, 16, 32, 6)
 SHAPE = VideoShape(frames=3, channels=4, height=4, width=4)
 STEPS2, STEPS3 = 6, 4
+SCRIPTS = {"stage2": "recipes/stage2_flow_matching.py", "stage3": "recipes/stage3_self_forcing.py"}
+BACKWARD = "scd_sf.train.local:LocalEngine.backward"
 PLACES, MOTIONS = ("meadow", "hall"), ("left", "right", "still")
 
 
@@ -59,10 +62,12 @@ def write_latents(
     shape: VideoShape = SHAPE,
     width: int = WAN.text_dim,
     held_out: bool = False,
+    huge: int | None = None,
 ) -> Path:
     """``count`` random clips; prompt i goes with clips i, i+6, .. ``width``: of the text states.
 
-    ``held_out``: every clip also has a wording that no training sees, and neighbours share their prompts.
+    ``held_out``: every clip also has a wording that no training sees, and neighbours share their prompts. ``huge``: a
+    clip whose latents overflow any loss.
     """
     rng = torch.Generator().manual_seed(seed)
     tags = [{"place": place, "motion": motion} for place in PLACES for motion in MOTIONS]
@@ -71,8 +76,12 @@ def write_latents(
         prompts += [Prompt(f"h{i}", f"{tag['place']} {tag['motion']}", True, tag) for i, tag in enumerate(tags)]
     writer = ShardWriter(root, {"seed": seed})
     text = encode_prompts(writer, prompts, lambda texts: [_states(text, width) for text in texts], max_length=5)
-    latents = LatentWriter(writer, shape, per_shard=8)
-    latents.append(torch.randn(shape.latent(count), generator=rng))
+    dtype = torch.float16 if huge is None else torch.bfloat16
+    latents = LatentWriter(writer, shape, dtype=dtype, per_shard=8)
+    values = torch.randn(shape.latent(count), generator=rng)
+    if huge is not None:
+        values[huge] *= 1e30
+    latents.append(values)
     kinds = [(i // 2 if held_out else i) % 6 for i in range(count)]
     rows = [LatentClip(f"c{i}", kind, 6 + kind if held_out else None, tags[kind]) for i, kind in enumerate(kinds)]
     latents.finish(rows, text)
@@ -122,3 +131,16 @@ def metrics(run: Path) -> list[dict[str, float]]:
     """``metrics.jsonl`` without the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
+def same_as_uninterrupted(chain: Chain, stage: str, run: Path) -> None:
+    """Per-step metrics, weights, averages and optimizer state, to the last bit."""
+    assert metrics(run) == metrics(chain.root / stage)
+    one, two = find(chain.root / stage), find(run)
+    assert one.name == two.name
+    files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
+    assert files == sorted(file.relative_to(two) for file in two.rglob("*.safetensors"))
+    for file in files:
+        left, right = load_tensors(one / file), load_tensors(two / file)
+        assert left.keys() == right.keys()
+        assert [name for name in left if not torch.equal(left[name], right[name])] == []

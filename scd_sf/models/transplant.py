@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import Checkpoints, provenance
+from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
 from scd_sf.data.manifest import sha256_file, sha256_folder
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
@@ -22,6 +22,7 @@ from scd_sf.models.causal import CausalWan
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
+from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 

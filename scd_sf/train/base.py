@@ -143,22 +143,27 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
     return global_batch // (micro_batch * world)
 
 
+class Diverged(UserError):
+    """Too many updates in a row had a non-finite loss or gradient. Every rank raises it at the same update."""
+
+
 class SkipCounter:
-    """Counts skipped updates, and stops the run after too many in a row."""
+    """Counts skipped updates, and gives up after too many in a row."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.total, self.in_row = limit, 0, 0
 
     def record(self, finite: bool, update: int) -> None:
-        """Raises UserError at the ``limit``-th non-finite update in a row (all ranks agree on ``finite``)."""
+        """Raises Diverged at the ``limit``-th non-finite update in a row (all ranks agree on ``finite``)."""
         self.in_row = 0 if finite else self.in_row + 1
         self.total += not finite
         if not finite:
             message = "update %d: non-finite loss or gradient, skipped on all ranks (%d in a row)"
             _log.warning(message, update, self.in_row)
         if self.in_row >= self.limit:
-            raise UserError(
-                f"{self.in_row} updates in a row had a non-finite loss or gradient (at update {update}); "
+            row, self.in_row = self.in_row, 0
+            raise Diverged(
+                f"{row} updates in a row had a non-finite loss or gradient (at update {update}); "
                 "resume from the last checkpoint with a lower lr, and look at the kept batches"
             )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from scd_sf.types import Logs, UserError
 
-_TIMEOUT = timedelta(hours=1)  # rank 0 may sample a validation video while the others wait
+_TIMEOUT_MINUTES = 60.0  # rank 0 may sample a validation video while the others wait
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
+        return bool(self.max(flag))
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks' small numbers, on every rank."""
         if self.world == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.device)
+            return number
+        value = torch.tensor(float(number), device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return int(value.item())
 
     def mean(self, logs: Logs) -> Logs:
         """Average of each value over ranks; every rank gives the same keys."""
@@ -52,8 +56,10 @@ class Ranks:
         return dict(zip(names, (values / self.world).tolist(), strict=True))
 
 
-def init_distributed() -> Ranks:
+def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    A process that keeps the others waiting for ``timeout_minutes`` ends the job.
 
     Without a launcher this is the only process and the same variables are set for it. Backend: nccl on GPU, else gloo.
     CPU threads: cores / processes per machine, fewer when OMP_NUM_THREADS says so.
@@ -82,14 +88,17 @@ def init_distributed() -> Ranks:
         keep_freed_memory()
     _set_threads(int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", str(world)))))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT, device_id=device if on_gpu else None)
+        limit = timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None)
     return Ranks(rank, world, local, device)
 
 
 def ensure_process_group(ranks: Ranks) -> None:
     """A process group even for one process: DeepSpeed needs one."""
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if ranks.device.type == "cuda" else "gloo", timeout=timedelta(minutes=_TIMEOUT_MINUTES)
+        )
 
 
 def without_launcher_arguments(argv: Sequence[str]) -> list[str]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,24 +22,31 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import STATE, load_tensors
+from scd_sf.checkpoint import STATE, SaveFailed, load_tensors
 from scd_sf.config import load_config
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptTable
-from scd_sf.train.base import Engine, accumulation
+from scd_sf.train.base import Diverged, Engine, accumulation, named_parameters
+from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.run import Run
+from scd_sf.train.run import Run, rank_zero_print
 from scd_sf.types import UserError, VideoShape
 
 T = TypeVar("T")
-RESUMABLE = ("train.steps", "train.save_every", "train.validate_every", "train.keep")
+_log = logging.getLogger(__name__)
+RESUMABLE = tuple(
+    f"train.{name}" for name in ("steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks")
+)
 
 
 @dataclass
 class TrainConfig:
     """``steps`` are optimizer updates; ``global_batch`` clips per update on all processes together, ``micro_batch``
-    per process and forward (accumulation is derived). ``keep`` checkpoints stay on disk."""
+    per process and forward (accumulation is derived). The newest ``keep`` checkpoints stay on disk, and those of every
+    ``keep_every``-th step (0: none), and the best one where a recipe knows it. After ``engine.max_skips`` non-finite
+    updates in a row the run goes back to its last checkpoint and leaves out the data since then, ``max_rollbacks``
+    times at most."""
 
     steps: int = 1000
     global_batch: int = 64
@@ -43,12 +54,16 @@ class TrainConfig:
     save_every: int = 100
     validate_every: int = 100
     keep: int = 2
+    keep_every: int = 0
+    max_rollbacks: int = 2
     ema: EmaConfig = field(default_factory=EmaConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_every < 0 or self.max_rollbacks < 0:
+            raise UserError(f"train.keep_every is {self.keep_every}, max_rollbacks {self.max_rollbacks}; at least 0")
 
 
 def from_command_line(schema: type[T], description: str, argv: Sequence[str] | None = None) -> T:
@@ -133,6 +148,10 @@ def note_skipped(run: Run, step: int, cfg: TrainConfig, size: int) -> None:
 class TrainState:
     """Everything a run needs to go on: engines, the EMA, and a small JSON record; saved and loaded as one.
 
+        for step in state.steps(state.resume()):
+            with state.attempt(step):
+                ...  # one update; data and random numbers by state.position(step)
+
     ``model`` is the engine whose weights are the checkpoint; ``describe(step)`` gives config.yaml and provenance;
     ``record`` holds small numbers and ``extra`` further weights that must survive a restart (stage 3's best EMA).
     """
@@ -143,40 +162,142 @@ class TrainState:
         engines: Mapping[str, Engine],
         ema: Ema,
         describe: Callable[[int], tuple[str, Mapping[str, object]]],
-        keep: int,
+        train: TrainConfig,
     ) -> None:
         self.checkpoints, self.ranks, self.engines, self.ema = run.checkpoints, run.ranks, dict(engines), ema
-        self.run, self.describe, self.keep = run, describe, keep
+        self.run, self.describe, self.train = run, describe, train
+        self.control = Control(run.dir, run.ranks, run.cfg.heartbeat_seconds)
         self.record: dict[str, float] = {}
         self.extra: dict[str, dict[str, Tensor]] = {}
 
     def resume(self) -> int:
         """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
         path = self.run.resume_from()
-        if path is None:
-            self.run.start(0)
-            return 0
+        step = self._load(path) if path is not None else 0
+        if path is None and self.ranks.is_main:
+            self.checkpoints.require_space(self._bytes(), "one checkpoint")
+        self.run.start(step)
+        return step
+
+    def steps(self, start: int) -> Iterator[int]:
+        """Steps start+1 .. ``train.steps``, with progress and heartbeat; after a rollback some come again."""
+        self.control.start(start, self.train.steps)
+        try:
+            yield from self.run.progress(self.train.steps, start)
+            self.control.say("finished")
+        finally:
+            self.control.close()
+
+    @contextmanager
+    def attempt(self, step: int) -> Iterator[None]:
+        """The body of one step, and what follows it: a checkpoint when it is due or asked for, leaving when asked to.
+
+        Too many non-finite updates end the body and roll the run back. An error because another rank is gone becomes
+        one that names it.
+        """
+        self.control.beat(step)
+        try:
+            yield
+            self._after(step)
+        except Diverged as error:
+            self._roll_back(step, error)
+        except RuntimeError as error:
+            blamed = self.control.blame(error)
+            self.control.say("failed", str(blamed or error))
+            raise (blamed or error) from error
+        except Exception as error:
+            self.control.say("failed", str(error))
+            raise
+
+    def position(self, step: int) -> int:
+        """Where step ``step`` stands in the order of data and random numbers: further on after a rollback."""
+        return step + int(self.record.get("left_out", 0))
+
+    def save(self, step: int, *, required: bool = True) -> None:
+        """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept.
+
+        Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again.
+        """
+        if self.checkpoints.has(step):
+            return
+        files = {"model": self.engines["model"].masters(), "ema": self.ema.tensors(), **self.extra}
+        try:
+            self.checkpoints.write(
+                step,
+                files,
+                *self.describe(step),
+                self._write_state(step),
+                self.ranks.any,
+                self.ranks.is_main,
+                self._bytes(),
+            )
+        except SaveFailed as error:
+            if required:
+                raise
+            _log.error("ALARM: %s The training goes on and tries again at the next checkpoint.", error)
+            return
+        if self.ranks.is_main:
+            best = {int(self.record["best_saved"])} if "best_saved" in self.record else set[int]()
+            self.checkpoints.prune(self.train.keep, self.train.keep_every, best)
+        self.ranks.barrier()
+
+    def note_best(self, step: int, value: float) -> None:
+        """``value`` (smaller is better) is ``step``'s: the checkpoint of the smallest is kept. Main rank's business."""
+        if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
+            self.record |= {"best_value": value, "best_saved": float(step)}
+
+    def update_ema(self) -> None:
+        """After each applied update of the model's engine; all ranks walk the masters, every rank keeps the mean."""
+        self.ema.update(self.engines["model"].iter_masters())
+
+    def _after(self, step: int) -> None:
+        wish, last = self.control.wish(), step == self.train.steps
+        stop = wish is Wish.STOP and not last
+        if last or stop or wish is Wish.SAVE or step % self.train.save_every == 0:
+            self.save(step, required=last or stop)
+        if wish is not Wish.NONE:
+            self.control.granted()
+        if stop:
+            self.control.say("interrupted", self.control.reason)
+            rank_zero_print(self.ranks, f"stopped after step {step}, saved; run the same command again to go on")
+            self.run.finish()
+            self.ranks.barrier()
+            leave(EXIT_AGAIN)
+
+    def _roll_back(self, step: int, error: Diverged) -> None:
+        """Back to the last checkpoint, leaving out the data of the steps since then; all ranks together."""
+        count = self.record.get("rollbacks", 0.0) + 1
+        path = self.checkpoints.newest()
+        if path is None or count > self.train.max_rollbacks:
+            why = (
+                "no checkpoint to go back to" if path is None else f"{self.train.max_rollbacks} rollbacks did not help"
+            )
+            self.control.say("failed", f"{error}; {why}")
+            raise UserError(f"{error}; {why}; the batches are listed in {self.run.dir / 'skipped.jsonl'}") from error
+        skipped = self.position(step)
+        back = self._load(path)
+        self.record |= {"rollbacks": count, "left_out": float(skipped - back)}
+        if self.ranks.is_main:
+            line = {"at_step": step, "back_to": back, "left_out": skipped - back, "time": round(time.time(), 3)}
+            with (self.run.dir / "rollbacks.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        _log.warning("%s: back to step %d, leaving out the data of the %d steps since", error, back, step - back)
+        self.run.start(back)
+        self.run.finished = back
+
+    def _load(self, path: Path) -> int:
         saved = json.loads((path / STATE / "recipe.json").read_text())
         for name, engine in self.engines.items():
             engine.load(path / STATE / name)
         self.ema.restore(load_tensors(path / "ema.safetensors"), int(saved["ema_updates"]))
         self.record = {key: float(value) for key, value in saved["record"].items()}
         self.extra = {name: load_tensors(path / f"{name}.safetensors") for name in saved["extra"]}
-        self.run.start(int(saved["step"]))
         return int(saved["step"])
 
-    def save(self, step: int) -> None:
-        """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept."""
-        if self.checkpoints.has(step):
-            return
-        files = {"model": self.engines["model"].masters(), "ema": self.ema.tensors(), **self.extra}
-        config_yaml, provenance = self.describe(step)
-        self.checkpoints.write(
-            step, files, config_yaml, provenance, self._write_state(step), self.ranks.barrier, self.ranks.is_main
-        )
-        if self.ranks.is_main:
-            self.checkpoints.prune(self.keep)
-        self.ranks.barrier()
+    def _bytes(self) -> int:
+        """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of every engine."""
+        sizes = {name: sum(p.numel() for _, p in named_parameters(e.module)) for name, e in self.engines.items()}
+        return 4 * (sizes["model"] * (2 + len(self.extra)) + 3 * sum(sizes.values()))
 
     def _write_state(self, step: int) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
@@ -192,7 +313,3 @@ class TrainState:
                 (folder / "recipe.json").write_text(json.dumps(state) + "\n")
 
         return write
-
-    def update_ema(self) -> None:
-        """After each applied update of the model's engine; all ranks walk the masters, every rank keeps the mean."""
-        self.ema.update(self.engines["model"].iter_masters())

@@ -12,6 +12,7 @@ command again continues in the same directory; a different configuration there i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -40,6 +41,8 @@ class RunConfig:
     """``dir`` the run directory; ``log_every`` steps between printed lines; ``wandb`` off, offline or online.
 
     ``resume``: auto continues when the directory has a checkpoint, must requires one, never refuses one.
+    ``heartbeat_seconds``: how often every process says that it lives; ``timeout_minutes``: how long one may keep the
+    others waiting before the job ends (validation by rank 0 counts).
     """
 
     dir: str
@@ -48,12 +51,16 @@ class RunConfig:
     resume: Literal["auto", "must", "never"] = "auto"
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "scd-sf"
+    heartbeat_seconds: float = 10.0
+    timeout_minutes: float = 60.0
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+        if self.heartbeat_seconds <= 0 or self.timeout_minutes <= 0:
+            raise ValueError("heartbeat_seconds and timeout_minutes must be more than 0")
 
 
 class Run:
@@ -67,8 +74,11 @@ class Run:
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._bar: _Bar | None = None
+        self._lock: TextIO | None = None
+        self.finished = 0
         problem = self._claim(config, ("run", *may_change)) if ranks.is_main else None
         if ranks.any(problem is not None):
+            self._release()
             raise UserError(problem or f"{self.dir}: rank 0 could not use the run directory; see its message")
         seed_everything(cfg.seed)
 
@@ -80,15 +90,18 @@ class Run:
         return newest
 
     def start(self, step: int = 0) -> None:
-        """Open the metric writers at ``step``; records of later steps, from before a crash, are dropped."""
+        """Open the metric writers at ``step``; records of later steps, before a crash or a rollback, are dropped."""
         if not self.ranks.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        if self._metrics is not None:
+            self._metrics.close()
+            self._tensorboard.close()
         _drop_after(self.dir / "metrics.jsonl", step)
         self._metrics = (self.dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=step)
-        if self.cfg.wandb != "off":
+        if self.cfg.wandb != "off" and self._wandb is None:
             self._wandb = _start_wandb(self.cfg, self.dir)
 
     def log(self, step: int, logs: Logs) -> None:
@@ -108,18 +121,27 @@ class Run:
             self._bar.show(step, logs)
 
     def progress(self, total: int, start: int = 0) -> Iterator[int]:
-        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps."""
+        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps.
+
+        ``self.finished`` is the number of finished steps; setting it back repeats the steps after it.
+        """
+        self.finished = start
         if not self.ranks.is_main:
-            yield from range(start + 1, total + 1)
+            yield from self._count(total)
             return
         with _Bar(total, start, self.cfg.log_every) as bar:
             self._bar = bar
             try:
-                for step in range(start + 1, total + 1):
+                for step in self._count(total):
                     yield step
-                    bar.advance(step)
+                    bar.advance(self.finished)
             finally:
                 self._bar = None
+
+    def _count(self, total: int) -> Iterator[int]:
+        while self.finished < total:
+            self.finished += 1
+            yield self.finished
 
     def video(self, step: int, name: str, frames_FHWC: torch.Tensor, fps: int) -> None:
         """A uint8 clip for TensorBoard and wandb (the mp4 itself is the caller's)."""
@@ -140,6 +162,12 @@ class Run:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _claim(self, config: object, may_change: Sequence[str]) -> str | None:
         """Make the directory, or check that it holds this configuration. Returns what is wrong, if anything."""
@@ -151,6 +179,13 @@ class Run:
             probe.unlink()
         except OSError as error:
             return f"{self.dir}: cannot write the run directory ({error}); set run.dir to a writable place"
+        self._lock = (self.dir / ".lock").open("w", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends
+        except BlockingIOError:
+            return f"{self.dir}: another job is using this run directory; wait for it, or set another run.dir"
+        except OSError:
+            pass  # a file system without locks
         if file.exists():
             changed = {
                 key: values

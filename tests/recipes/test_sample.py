@@ -11,7 +11,7 @@ import pytest
 import recipe_runner
 import torch
 from PIL import Image
-from recipe_runner import KillAt
+from recipe_runner import At
 from tiny_run import Chain
 
 from scd_sf.config import load_config
@@ -75,7 +75,7 @@ def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(chain: Chain, made:
     """A run for one sample per prompt, killed before its second video and resumed, makes the same files."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     few = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompt_file={tmp_path}/prompts.txt", "batch=1"]
-    killed = recipe_runner.run(SCRIPT, *few, kill=KillAt("scd_sf.sample_folder:make", 2))
+    killed = recipe_runner.run(SCRIPT, *few, at=At("scd_sf.sample_folder:make", 2))
     assert killed.code == -9 and len(list((tmp_path / "out" / ".done").iterdir())) == 1
     recipe_runner.succeed(SCRIPT, *few)
     ours, theirs = manifest(tmp_path / "out")["videos"], manifest(made)["videos"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd_sf.checkpoint import provenance
 from scd_sf.config import from_yaml
+from scd_sf.provenance import provenance
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run, RunConfig, cpu_generator, rank_zero_print
 from scd_sf.types import UserError
@@ -26,9 +26,16 @@ class Recipe:
     extra: dict[str, int] = field(default_factory=dict)
 
 
+_OPEN: list[Run] = []
+
+
 def open_run(path: Path, steps: int = 10, width: int = 8, **changes: object) -> Run:
+    """A new job, after the one before has ended."""
+    while _OPEN:
+        _OPEN.pop().finish()
     recipe = Recipe(RunConfig(str(path), **changes), steps, width)  # type: ignore[arg-type]
-    return Run(recipe.run, ALONE, config=recipe, may_change=("steps",))
+    _OPEN.append(Run(recipe.run, ALONE, config=recipe, may_change=("steps",)))
+    return _OPEN[-1]
 
 
 def save(run: Run, step: int) -> None:

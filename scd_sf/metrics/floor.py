@@ -1,0 +1,90 @@
+"""How far a computation is from its own matmuls: the floor that no arrangement of the same calls can beat.
+
+The floor is the sum over every matmul, convolution and attention call actually made (backward ones too), each timed
+alone, at its best, in the same process. A ratio near 1 says that there is little overhead; it does not say that the
+calls were needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_HEAVY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+_ATTENTION = "_scaled_dot_product"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor argument of a recorded call."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        storage = torch.empty(size, dtype=self.dtype)
+        storage = storage.normal_() if self.dtype.is_floating_point else storage.fill_(1)
+        return storage.as_strided(self.shape, self.stride)
+
+
+Call = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator, arguments, keyword arguments
+
+
+class HeavyCalls(TorchDispatchMode):
+    """Counts the heavy calls made inside the ``with`` by their arguments' shapes (CPU)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[Call] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _HEAVY or name.startswith(_ATTENTION):
+            keywords = tuple((key, _spec(value)) for key, value in sorted((kwargs or {}).items()))
+            self.calls[(func, tuple(_spec(value) for value in args), keywords)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def floor(self, repeats: int = 2) -> float:
+        """Seconds of all recorded calls, each call's best of ``repeats`` times its count."""
+        return sum(count * _alone(call, repeats) for call, count in self.calls.items())
+
+
+def _spec(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Spec(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(_spec(item) for item in value) if isinstance(value, list) else value
+
+
+def _given(spec: Any) -> Any:
+    if isinstance(spec, Spec):
+        return spec.tensor()
+    return [_given(item) for item in spec] if isinstance(spec, tuple) else spec
+
+
+@torch.no_grad()
+def _alone(call: Call, repeats: int) -> float:
+    func, specs, keywords = call
+    given, named = [_given(spec) for spec in specs], {key: _given(spec) for key, spec in keywords}
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        func(*given, **named)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def peak_gib(reset: bool = False) -> float:
+    """Peak resident memory of this process since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20

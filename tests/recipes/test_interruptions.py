@@ -1,0 +1,140 @@
+"""Stopped, out of disk, diverged, or left by a rank: what a training does then, by its real scripts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import recipe_runner
+import tiny_run
+from recipe_runner import At
+from tiny_run import BACKWARD, SCRIPTS, Chain, same_as_uninterrupted
+
+from scd_sf.data.latents import epoch_order
+from scd_sf.train.control import EXIT_AGAIN
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in run.glob("checkpoints/step_*") if path.suffix != ".tmp")
+
+
+def status(run: Path) -> dict[str, object]:
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+@pytest.mark.parametrize(("stage", "call", "saved"), [("stage2", 5, 3), ("stage3", 7, 2)])
+def test_a_signal_saves_and_asks_to_be_run_again(
+    chain: Chain, tmp_path: Path, stage: str, call: int, saved: int
+) -> None:
+    """In the middle of a step: it is finished and saved, and the same command gives the run that was never stopped."""
+    run = tmp_path / "run"
+    arguments = chain.stage2(run) if stage == "stage2" else chain.stage3(run)
+    stopped = recipe_runner.run(SCRIPTS[stage], *arguments, at=At(BACKWARD, call, signal.SIGTERM))
+    assert stopped.code == EXIT_AGAIN, stopped.err
+    assert steps(run)[-1] == saved and f"stopped after step {saved}" in stopped.out
+    assert (status(run)["state"], status(run)["reason"]) == ("interrupted", "SIGTERM")
+    recipe_runner.succeed(SCRIPTS[stage], *arguments)
+    assert tiny_run.metrics(run) == tiny_run.metrics(chain.root / stage)
+    assert status(run)["state"] == "finished"
+
+
+def test_a_full_disk_is_an_alarm_and_the_training_goes_on(chain: Chain, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    full = At("scd_sf.checkpoint:_write_contents", 2, 0)
+    result = recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run), at=full)
+    assert result.code == 0, result.err
+    assert "ALARM" in result.err and "step 4 is not saved" in result.err and "No space left" in result.err
+    assert steps(run) == [2, 6] and not list(run.glob("checkpoints/*.tmp"))
+    same_as_uninterrupted(chain, "stage2", run)
+
+
+def test_the_last_checkpoint_must_be_written(chain: Chain, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    full = At("scd_sf.checkpoint:_write_contents", 3, 0)
+    result = recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run), at=full)
+    assert result.code == 2 and "step 6 is not saved" in result.err and steps(run) == [2, 4]
+    assert status(run)["state"] == "failed"
+    recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run))
+    same_as_uninterrupted(chain, "stage2", run)
+
+
+def test_a_diverged_run_goes_back_and_leaves_the_data_out(chain: Chain, tmp_path: Path) -> None:
+    """One clip's huge latents overflow the loss. It comes at step 4; steps 3 and 4 are made again from later data."""
+    run = tmp_path / "run"
+    arguments = [*chain.stage2(run), f"data={poisoned(tmp_path / 'data', step=4)}", "engine.max_skips=1"]
+    result = recipe_runner.run(SCRIPTS["stage2"], *arguments)
+    assert result.code == 0, result.err
+    line = json.loads((run / "rollbacks.jsonl").read_text())
+    assert (line["at_step"], line["back_to"], line["left_out"]) == (4, 2, 2)
+    assert "back to step 2, leaving out the data of the 2 steps since" in result.err
+    rows = tiny_run.metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["loss"] is not None for row in rows)
+    # killed between the rollback and the next checkpoint: the same again
+    again = tmp_path / "again"
+    arguments = [*chain.stage2(again), f"data={tmp_path / 'data'}", "engine.max_skips=1"]
+    assert recipe_runner.run(SCRIPTS["stage2"], *arguments, at=At(BACKWARD, 9)).code == -signal.SIGKILL
+    recipe_runner.succeed(SCRIPTS["stage2"], *arguments)
+    assert tiny_run.metrics(again) == rows
+
+
+def test_a_diverged_run_gives_up_with_a_report(chain: Chain, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    data = poisoned(tmp_path / "data", step=4)
+    arguments = [*chain.stage2(run), f"data={data}", "engine.max_skips=1", "train.max_rollbacks=0"]
+    result = recipe_runner.run(SCRIPTS["stage2"], *arguments)
+    assert result.code == 2 and "0 rollbacks did not help" in result.err and "skipped.jsonl" in result.err
+    assert steps(run) == [2] and status(run)["state"] == "failed"
+
+
+def poisoned(root: Path, step: int) -> Path:
+    """The training set of 24 clips, one of step ``step``'s with latents that overflow the loss."""
+    return tiny_run.write_latents(root, 24, seed=1, huge=epoch_order(0, step - 1, 4, 24)[0])
+
+
+def test_retention(chain: Chain, tmp_path: Path) -> None:
+    """The newest, every third, and the one of the smallest validation loss."""
+    run = tmp_path / "run"
+    more = ["train.save_every=1", "train.validate_every=1", "train.keep=1", "train.keep_every=3"]
+    recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run), *more)
+    losses = {row["step"]: row["val/loss"] for row in tiny_run.metrics(run)}
+    assert steps(run) == sorted({3, 6, min(losses, key=losses.__getitem__)})
+
+
+def test_one_directory_one_job(chain: Chain, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run))
+    assert result.code == 2 and "another job is using this run directory" in result.err
+
+
+@pytest.mark.slow
+def test_a_dead_rank_is_named(chain: Chain, tmp_path: Path) -> None:
+    """Rank 1 is killed in its third step; rank 0 ends soon, names it, and two ranks resume to the end."""
+    run = tmp_path / "run"
+    started = time.monotonic()
+    both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2, at={1: At(BACKWARD, 3)})
+    assert time.monotonic() - started < 120
+    assert both[1].code == -signal.SIGKILL and both[0].code == 2, both[0].err
+    assert "rank 1 (process" in both[0].err and "run the same command again to resume" in both[0].err
+    assert steps(run) == [2]
+    both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2)
+    assert [result.code for result in both] == [0, 0] and steps(run)[-1] == 6
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(chain: Chain, tmp_path: Path) -> None:
+    """The signal reaches one rank only."""
+    run = tmp_path / "run"
+    at = {1: At(BACKWARD, 3, signal.SIGUSR1)}
+    both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2, at=at)
+    assert [result.code for result in both] == [EXIT_AGAIN] * 2, both[0].err + both[1].err
+    assert steps(run)[-1] == 3
+    assert all((run / "heartbeat" / f"rank_0000{rank}.json").is_file() for rank in range(2))
+    assert os.listdir(run / "checkpoints").count("latest") == 1
