@@ -111,7 +111,7 @@ def main() -> None:
     def describe(step: int) -> tuple[str, dict[str, object]]:
         return description, provenance(stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash)
 
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train.keep)
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train.keep)
     for step in run.progress(cfg.train.steps, state.resume()):
         total = 0.0
         for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, step - 1, len(clips)):

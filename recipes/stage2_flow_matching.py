@@ -116,7 +116,7 @@ def main() -> None:
             extra={"video": pixel_shape(clips.shape)},
         )
 
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train.keep)
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train.keep)
     averaged = build_model(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
     preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
@@ -137,9 +137,10 @@ def main() -> None:
         else:
             note_skipped(run, step, cfg.train, len(clips))
         logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
-        if ranks.is_main and (step % cfg.train.validate_every == 0 or step == cfg.train.steps):
+        if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
             state.ema.copy_to(averaged)
-            logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
+            if ranks.is_main:
+                logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
             show(run, preview, averaged, step)
         run.log(step, logs)
         if step % cfg.train.save_every == 0 or step == cfg.train.steps:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.shards import Shard, gathered
 from scd_sf.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -42,8 +44,13 @@ class EngineConfig:
     max_skips: int = 10
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (1, 2, 3):
-            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 1, 2 or 3 (kind: local has no ZeRO at all)")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.kind == "deepspeed" and self.zero_stage == 0 and (self.dtype == "bf16" or self.offload):
+            raise ValueError(
+                "zero_stage 0 is for fp32 without offload: there DeepSpeed keeps no fp32 masters beside bf16 weights "
+                "and nothing is partitioned; use zero_stage=1, or kind=local"
+            )
         if self.lr < 0 or self.weight_decay < 0 or self.grad_clip < 0 or self.warmup < 0:
             raise ValueError("lr, weight_decay, grad_clip and warmup must be 0 or more")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -99,12 +106,16 @@ class Engine(Protocol):
         """Continue from :meth:`save`. Raises UserError when the directory does not fit this engine."""
         ...
 
-    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full fp32 master weight), one at a time; all ranks must walk it to the end. Not to be modified."""
+    def owned(self) -> Iterator[Shard]:
+        """This rank's part of every parameter's fp32 master, in one order on all ranks. Not to be modified.
+
+        The parts of all ranks cover each parameter once. No communication for parameters that are trained; all ranks
+        walk it to the end, because frozen ones may be partitioned.
+        """
         ...
 
     def masters(self) -> dict[str, Tensor]:
-        """All of :meth:`iter_masters` at once."""
+        """The whole fp32 masters by name, copied to the CPU of every rank; all ranks call it."""
         ...
 
 
@@ -128,6 +139,11 @@ class StepModule(nn.Module):
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters under the model's own names (without StepModule's 'model.' prefix)."""
     return list((module.model if isinstance(module, StepModule) else module).named_parameters())
+
+
+def whole_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
+    """What :meth:`Engine.masters` returns; one tensor at a time is whole on the device."""
+    return {name: value.detach().cpu().clone() for name, value in gathered(engine.owned(), ranks)}
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:

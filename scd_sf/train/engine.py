@@ -13,6 +13,7 @@ config and save directory. DeepSpeed is imported when the first engine of that k
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -34,11 +35,13 @@ from scd_sf.train.base import (
     first_skip_flag,
     named_parameters,
     read_counters,
+    whole_masters,
     write_counters,
 )
 from scd_sf.train.local import LocalEngine
 from scd_sf.train.optim import Schedule, param_groups
 from scd_sf.train.ranks import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
+from scd_sf.train.shards import Shard, share
 from scd_sf.types import UserError
 
 __all__ = [
@@ -123,7 +126,9 @@ class DeepSpeedEngine:
         self._schedule, self._skips = schedule, SkipCounter(cfg.max_skips)
         self._micro = 0
         self._bad = torch.zeros((), device=ranks.device)
-        originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
+        originals: dict[str, Tensor] = {}
+        if cfg.dtype == "bf16":
+            originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
         config = _training_config(cfg, ranks, micro_batch, micro_batches)
         groups = param_groups(named_parameters(module), cfg.weight_decay)
         self._engine = _initialize(module, config, ranks, groups)
@@ -156,29 +161,68 @@ class DeepSpeedEngine:
             return StepInfo(stepped=False, grad_norm=0.0, finite=True, lr=lr)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        finite = bool(self._engine.was_step_applied())
-        norm = float(self._engine.get_global_grad_norm()) if finite else float("nan")
+        if self.cfg.zero_stage == 0:
+            norm = self._replicated_norm()
+            self._engine.step()
+            finite = math.isfinite(norm)
+        else:
+            self._engine.step()
+            finite = bool(self._engine.was_step_applied())
+            norm = float(self._engine.get_global_grad_norm()) if finite else float("nan")
         self._micro = 0
         self._bad.zero_()
         self._skips.record(finite, self.updates)
         self.updates += finite
         return StepInfo(stepped=finite, grad_norm=norm, finite=finite, lr=lr)
 
+    def _replicated_norm(self) -> float:
+        """Stage 0 reports no norm and applies whatever it gets: without gradients (not finite) it applies nothing."""
+        gradients = [parameter.grad for _, parameter in named_parameters(self.module) if parameter.requires_grad]
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+        return norm
+
     def masters(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.iter_masters()}
+        return whole_masters(self, self.ranks)
 
-    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def owned(self) -> Iterator[Shard]:
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
 
+        trained = {shard.name: shard for shard in self._stored() if self.cfg.zero_stage > 0}
         for name, parameter in named_parameters(self.module):
-            if parameter.requires_grad:
-                yield name, safe_get_full_fp32_param(parameter).detach().float()
+            if name in trained:
+                yield trained[name]
             else:
                 with GatheredParameters([parameter]):
-                    frozen = parameter.detach().float().clone()
-                yield name, frozen
+                    frozen = share(name, parameter.detach().clone(), self.ranks)
+                yield frozen
+
+    def _stored(self) -> Iterator[Shard]:
+        """The fp32 masters of the trained parameters as this rank stores them: views into DeepSpeed's flat partitions.
+
+        The one place that reads DeepSpeed's own bookkeeping: its public functions gather whole tensors at stages 1 and
+        2, and give no position at stage 3 (0.19.8).
+        """
+        zero, stage = self._engine.optimizer, self.cfg.zero_stage
+        for name, parameter in named_parameters(self.module):
+            if not parameter.requires_grad:
+                continue
+            if stage == 0:  # replicated
+                yield Shard(name, parameter.detach().view(-1), 0, tuple(parameter.shape))
+                continue
+            if stage == 3:
+                group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+                flat, start = zero.fp32_partitioned_groups_flat[group], self.ranks.rank * padded
+                length, shape = min(padded, max(0, parameter.ds_numel - start)), parameter.ds_shape
+            else:
+                flats = [group["params"][0] for group in zero.optimizer.param_groups]
+                flat, offset, start, length = flats[0], 0, 0, 0  # nothing of it here
+                shape, found = parameter.shape, parameter._hp_mapping
+                if found is not None:
+                    flat, offset = flats[found.param_group_index], found.hp_fragment_address.start
+                    start, length = found.lp_fragment_address.start, found.lp_fragment_address.numel
+            yield Shard(name, flat.detach().narrow(0, offset, length), start, tuple(shape))
 
     def save(self, path: Path) -> None:
         """DeepSpeed's own shards, one per rank, and ``engine.json``; resume with the same number of processes."""
@@ -200,14 +244,13 @@ class DeepSpeedEngine:
         cfg = self.cfg
         return {"kind": "deepspeed", "world": self.ranks.world, "zero_stage": cfg.zero_stage, "dtype": cfg.dtype}
 
+    @torch.no_grad()
     def _set_masters(self, originals: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in named_parameters(self.module):
-            if name in originals:
-                value = originals.pop(name).float().to(self.ranks.device)
-                dist.broadcast(value, src=0)
-                safe_set_full_fp32_param(parameter, value)
+        """Masters from rank 0's fp32 weights."""
+        for shard in self._stored():
+            value = originals.pop(shard.name).float().to(self.ranks.device)
+            dist.broadcast(value, src=0)
+            shard.values.copy_(shard.of(value))
 
 
 def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None) -> Any:
@@ -287,4 +330,5 @@ def _stage3_buckets(cfg: EngineConfig) -> dict[str, Any]:
         "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": cfg.bucket,
         "stage3_max_live_parameters": 2 * cfg.bucket,
+        "stage3_param_persistence_threshold": cfg.bucket // 500,  # smaller ones stay whole; DeepSpeed's 1e5 by default
     }

@@ -22,10 +22,12 @@ from scd_sf.train.base import (
     first_skip_flag,
     named_parameters,
     read_counters,
+    whole_masters,
     write_counters,
 )
 from scd_sf.train.optim import Schedule, param_groups
 from scd_sf.train.ranks import Ranks
+from scd_sf.train.shards import Shard, share
 from scd_sf.types import UserError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -89,11 +91,11 @@ class LocalEngine:
         return StepInfo(stepped=finite, grad_norm=float(norm), finite=finite, lr=lr)
 
     def masters(self) -> dict[str, Tensor]:
-        return dict(self.iter_masters())
+        return whole_masters(self, self.ranks)
 
-    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def owned(self) -> Iterator[Shard]:
         for name, parameter in named_parameters(self.module):
-            yield name, self._masters.get(name, parameter).detach().float()
+            yield share(name, self._masters.get(name, parameter), self.ranks)
 
     def save(self, path: Path) -> None:
         """Rank 0 writes ``state.safetensors`` and ``engine.json``; the number of processes may change on resume."""

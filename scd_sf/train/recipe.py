@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import STATE, load_tensors
+from scd_sf.checkpoint import STATE
 from scd_sf.config import load_config
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptTable
@@ -26,6 +26,7 @@ from scd_sf.train.base import Engine, accumulation
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run
+from scd_sf.train.shards import gathered, read_shards
 from scd_sf.types import UserError, VideoShape
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class TrainState:
     """Everything a run needs to go on: engines, the EMA, and a small JSON record; saved and loaded as one.
 
     ``model`` is the engine whose weights are the checkpoint; ``describe(step)`` gives config.yaml and provenance;
-    ``record`` holds small numbers and ``extra`` further weights that must survive a restart (stage 3's best EMA).
+    ``record`` holds small numbers and ``extra`` further averages that must survive a restart (stage 3's best EMA).
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class TrainState:
         self.checkpoints, self.ranks, self.engines, self.ema = run.checkpoints, run.ranks, dict(engines), ema
         self.run, self.describe, self.keep = run, describe, keep
         self.record: dict[str, float] = {}
-        self.extra: dict[str, dict[str, Tensor]] = {}
+        self.extra: dict[str, Ema] = {}
 
     def resume(self) -> int:
         """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
@@ -159,9 +160,12 @@ class TrainState:
         saved = json.loads((path / STATE / "recipe.json").read_text())
         for name, engine in self.engines.items():
             engine.load(path / STATE / name)
-        self.ema.restore(load_tensors(path / "ema.safetensors"), int(saved["ema_updates"]))
+        updates, masters = int(saved["ema_updates"]), list(self.engines["model"].owned())
+        self.ema.restore(read_shards(path / "ema.safetensors", masters), updates)
         self.record = {key: float(value) for key, value in saved["record"].items()}
-        self.extra = {name: load_tensors(path / f"{name}.safetensors") for name in saved["extra"]}
+        for name in saved["extra"]:
+            self.extra[name] = Ema(self.ema.cfg, self.ranks)
+            self.extra[name].restore(read_shards(path / f"{name}.safetensors", masters), updates)
         self.run.start(int(saved["step"]))
         return int(saved["step"])
 
@@ -169,7 +173,8 @@ class TrainState:
         """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept."""
         if self.checkpoints.has(step):
             return
-        files = {"model": self.engines["model"].masters(), "ema": self.ema.tensors(), **self.extra}
+        files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
+        files |= {name: self._on_main(ema.whole()) for name, ema in {"ema": self.ema, **self.extra}.items()}
         config_yaml, provenance = self.describe(step)
         self.checkpoints.write(
             step, files, config_yaml, provenance, self._write_state(step), self.ranks.barrier, self.ranks.is_main
@@ -177,6 +182,10 @@ class TrainState:
         if self.ranks.is_main:
             self.checkpoints.prune(self.keep)
         self.ranks.barrier()
+
+    def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Walked by all ranks, kept by the main one, on the CPU."""
+        return {name: value.cpu() for name, value in tensors if self.ranks.is_main}
 
     def _write_state(self, step: int) -> Callable[[Path], None]:
         def write(folder: Path) -> None:
@@ -194,5 +203,5 @@ class TrainState:
         return write
 
     def update_ema(self) -> None:
-        """After each applied update of the model's engine; all ranks walk the masters, every rank keeps the mean."""
-        self.ema.update(self.engines["model"].iter_masters())
+        """After each applied update of the model's engine: each rank averages the parts it owns."""
+        self.ema.update(self.engines["model"].owned())

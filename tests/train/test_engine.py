@@ -5,14 +5,11 @@ The first DeepSpeed start on a machine compiles its CPU collectives (30 s idle, 
 
 from __future__ import annotations
 
-import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from train import workers
 
 from scd_sf.train.engine import Ranks, build_engine
@@ -20,24 +17,16 @@ from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 Results = dict[str, Any]
-LOCAL = ["train", "one_micro", "nan", "resume", "skips", "three", "bf16_train", "bf16_nan", "bf16_resume"]
-ONE = ["train-zero2", "one_micro-zero2", "three-zero2", "bf16_train-zero2"]
+LOCAL = ["train", "ema", "one_micro", "nan", "resume", "skips", "three", "bf16_train", "bf16_nan", "bf16_resume"]
+ONE = ["train-zero2", "ema-zero2", "one_micro-zero2", "three-zero2", "bf16_train-zero2"]
 TWO = [f"{check}-{kind}" for kind in ("local", "zero2", "zero3") for check in ("train", "nan", "resume")]
+TWO += ["ema-local", "ema-zero1", "ema-zero2", "ema-zero3", "bf16_ema-zero1", "bf16_ema-zero2", "bf16_ema-zero3"]
 TWO += ["train-zero1", "one_micro-zero2", "skips-zero2", "three-zero2", "bf16_nan-zero2", "bf16_resume-zero2"]
 
 
 def slow(test: Any) -> Any:
     """Several processes that wait for each other: seconds on an idle machine, many minutes on a crowded one."""
     return pytest.mark.slow(pytest.mark.timeout(1800)(test))
-
-
-def spawn(world: int, out: Path, checks: list[str]) -> list[Results]:
-    """Run the checks in ``world`` new processes; every rank's results."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(workers.main, args=(world, port, out, checks), nprocs=world, start_method="spawn")
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +36,12 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return spawn(1, tmp_path_factory.mktemp("one"), ONE)[0]
+    return workers.spawn(1, tmp_path_factory.mktemp("one"), workers.run_checks, ONE)[0]
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return spawn(2, tmp_path_factory.mktemp("two"), TWO)
+    return workers.spawn(2, tmp_path_factory.mktemp("two"), workers.run_checks, TWO)
 
 
 def numbers(result: Results) -> list[float]:
@@ -192,6 +181,19 @@ def test_bf16_on_two_ranks(pair: list[Results]) -> None:
     for results in pair:
         assert_bad_batch_left_no_trace(results["bf16_nan-zero2"])
         assert_exact_resume(results["bf16_resume-zero2"])
+
+
+@slow
+def test_sharded_average_is_the_unsharded_one(local: Results, alone: Results, pair: list[Results]) -> None:
+    """Bit for bit, and the ranks share the memory."""
+    total = sum(parameter.numel() for parameter in workers.Tiny(0).parameters())
+    for world, results in ((1, [local]), (1, [alone]), (2, pair)):
+        for name in (name for name in results[0] if "ema-" in name):
+            ranks = [rank[name] for rank in results]
+            assert all(all(rank["equal"]) and rank["copied"] and rank["moved"] for rank in ranks), name
+            assert len(ranks[0]["equal"]) == len(ranks[0]["names"]) == len(dict(workers.Tiny(0).named_parameters()))
+            assert sum(rank["held"] for rank in ranks) == total, name
+            assert all(abs(rank["held"] - total / world) <= 16 for rank in ranks), name
 
 
 @slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, frozen_engine, init_distributed
+from scd_sf.train.shards import share
 from scd_sf.types import UserError
 
 GLOBAL, STEPS = 8, 3
@@ -93,6 +97,26 @@ def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int) -> dict[str, Any]:
     engine = make(cfg, ranks, micro_batch)
     history = [update(engine, ranks, number) for number in range(STEPS)]
     return {"history": history, "masters": flat(engine), "names": list(engine.masters()), "updates": engine.updates}
+
+
+def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """The sharded average of a short training, with warm-up, beside one of the whole masters on every rank."""
+    engine, alone = make(cfg, ranks, 2), replace(ranks, rank=0, world=1)
+    sharded, whole = Ema(EmaConfig(decay=0.6), ranks), Ema(EmaConfig(decay=0.6), alone)
+    for number in range(STEPS):
+        update(engine, ranks, number)
+        sharded.update(engine.owned())
+        whole.update(share(name, tensor, alone) for name, tensor in engine.masters().items())
+    copied = Tiny(9)
+    sharded.copy_to(copied)
+    expected = dict(whole.whole())
+    return {
+        "equal": [torch.equal(tensor, expected[name]) for name, tensor in sharded.whole()],
+        "copied": all(torch.equal(p, expected[name]) for name, p in copied.named_parameters()),
+        "moved": any(not torch.equal(tensor, expected[name]) for name, tensor in engine.masters().items()),
+        "held": sum(shard.values.numel() for shard in sharded._average.values()),
+        "names": list(expected),
+    }
 
 
 def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
@@ -184,6 +208,7 @@ def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]
         cfg = config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
         bodies: dict[str, Callable[[], Any]] = {
             "train": lambda cfg=cfg: train(cfg, ranks, 2),
+            "ema": lambda cfg=cfg: average(cfg, ranks),
             "one_micro": lambda cfg=cfg: train(cfg, ranks, GLOBAL // ranks.world),
             "nan": lambda cfg=cfg: nan_batch(cfg, ranks),
             "resume": lambda cfg=cfg, name=name: resume(cfg, ranks, out / name),
@@ -195,7 +220,19 @@ def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]
     return results
 
 
-def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> None:
+Body = Callable[..., dict[str, Any]]
+
+
+def spawn(world: int, out: Path, body: Body, *args: Any) -> list[dict[str, Any]]:
+    """``body(ranks, out, *args)`` in ``world`` new processes; every rank's results, through JSON."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(main, args=(world, port, out, body, args), nprocs=world, start_method="spawn")
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def main(rank: int, world: int, port: int, out: Path, body: Body, args: Sequence[Any]) -> None:
     """Entry point of a spawned process."""
     os.environ.update(
         RANK=str(rank),
@@ -207,7 +244,7 @@ def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> 
         OMP_NUM_THREADS="1",
     )
     ranks = init_distributed()
-    results = run_checks(ranks, out, checks)
+    results = body(ranks, out, *args)
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     ranks.barrier()
     sys.stdout.flush()
