@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.shards import Shard, gathered
+from scd_sf.train.shards import MASTER, MOMENTS, Shard, gathered, write_state
 from scd_sf.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,10 @@ class Engine(Protocol):
         ...
 
     def load(self, path: Path) -> None:
-        """Continue from :meth:`save`. Raises UserError when the directory does not fit this engine."""
+        """Continue from :meth:`save` of any engine of this model: other kind, ZeRO stage, dtype or number of ranks too.
+
+        Raises UserError when the directory does not fit this model.
+        """
         ...
 
     def owned(self) -> Iterator[Shard]:
@@ -186,25 +189,31 @@ def first_skip_flag(loss: Tensor) -> Tensor:
     return (~torch.isfinite(loss.detach())).float().reshape(())
 
 
-def write_counters(path: Path, counters: dict[str, Any]) -> None:
-    """``engine.json``: what :func:`read_counters` checks on resume, and the update counts (main rank only)."""
+def save_engine(path: Path, engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]) -> None:
+    """All that a resume needs: every rank writes its ``parts(kind)``, the main rank ``engine.json`` and the buffers."""
+    kinds = (MASTER, *MOMENTS) if engine.updates else (MASTER,)  # no moments before the first update
+    write_state(path, ranks, {kind: parts(kind) for kind in kinds}, dict(engine.module.named_buffers()))
+    if ranks.is_main:
+        write_counters(path, {"updates": engine.updates, "skipped": engine.skipped, "files": ranks.world})
+    ranks.barrier()
+
+
+def write_counters(path: Path, counters: Mapping[str, int]) -> None:
+    """``engine.json``: the update counts, and how many ranks' files there are."""
     (path / "engine.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
 
 
-def read_counters(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """The saved counters. Raises UserError when missing, or when a field of ``expected`` differs."""
+def read_counters(path: Path) -> dict[str, int]:
+    """Updates, skipped, files. Raises UserError when there is no such state."""
     file = path / "engine.json"
     try:
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no engine state to resume from ({error}); check the checkpoint") from error
-    for name, value in expected.items():
-        if saved.get(name) != value:
-            raise UserError(
-                f"{file}: {name} is {saved.get(name)!r} but this run has {value!r}; resume with the same "
-                f"{name}, or start a new run from the checkpoint's model.safetensors"
-            )
-    return saved
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {name: int(saved[name]) for name in ("updates", "skipped", "files")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}: no engine state to resume from ({error!r}); check the checkpoint, or start a new run from its "
+            "model.safetensors"
+        ) from error
 
 
 def _nearest(value: int, multiple: int) -> int:

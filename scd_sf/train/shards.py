@@ -1,19 +1,26 @@
-"""Which part of each parameter a rank owns, and how the parts become whole again: any engine, any number of ranks."""
+"""Which part of each parameter a rank owns, how parts become whole, and engine state on disk for any number of ranks.
+
+State on disk is one file of parts per rank. A part says where it belongs, so other ranks, cut otherwise, find theirs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -71,3 +78,67 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
                 yield shard.holding(shard.of(whole).to(shard.values.device))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as this model's weights ({error}); use another checkpoint") from error
+
+
+def write_state(path: Path, ranks: Ranks, parts: Mapping[str, Iterable[Shard]], whole: Mapping[str, Tensor]) -> None:
+    """This rank's file in ``path``: its parts of the masters and the moments; the main rank's also has ``whole``."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{kind}/{shard.name}@{shard.start}": shard.values
+        for kind, shards in parts.items()
+        for shard in shards
+        if shard.values.numel()
+    }
+    if ranks.is_main:
+        tensors |= {f"buffer/{name}": value for name, value in whole.items()}
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    save_file(copies, path / f"rank{ranks.rank}.safetensors")
+
+
+class StateFiles:
+    """What ``count`` ranks wrote with :func:`write_state`. Raises UserError when a file is missing or damaged."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        self._where: dict[str, Any] = {}
+        self._parts: dict[str, list[tuple[int, int, str]]] = {}
+        for rank in range(count):
+            file = path / f"rank{rank}.safetensors"
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read ({error}); use another checkpoint") from error
+            for key in opened.keys():  # noqa: SIM118  # not a mapping
+                self._where[key] = opened
+                if "@" in key:
+                    name, _, start = key.rpartition("@")
+                    length = opened.get_slice(key).get_shape()[0]
+                    self._parts.setdefault(name, []).append((int(start), int(start) + length, key))
+
+    def read(self, kind: str, like: Shard) -> Tensor:
+        """The elements that ``like`` covers, 1-d on the CPU, put together from the parts.
+
+        Raises UserError, the same on all ranks, when the checkpoint's tensor is missing or of another size.
+        """
+        parts = sorted(self._parts.get(f"{kind}/{like.name}", []))
+        ends = [0, *(stop for _, stop, _ in parts)]
+        if [start for start, _, _ in parts] != ends[:-1] or ends[-1] != math.prod(like.shape):
+            raise UserError(
+                f"{self.path}: no whole {kind} of parameter {like.name!r} of shape {like.shape}; resume with the "
+                "checkpoint's own configuration"
+            )
+        found = [
+            self._where[key].get_slice(key)[max(start, like.start) - start : min(stop, like.stop) - start]
+            for start, stop, key in parts
+            if max(start, like.start) < min(stop, like.stop)
+        ]
+        return torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor of the main rank's ``whole``."""
+        key = f"buffer/{name}"
+        if key not in self._where:
+            raise UserError(
+                f"{self.path}: no buffer {name!r}; resume with the configuration the checkpoint was made with"
+            )
+        return self._where[key].get_tensor(key)

@@ -61,6 +61,12 @@ def config(kind: Any, **changes: Any) -> EngineConfig:
     return EngineConfig(**{**base, **changes})
 
 
+def kind_config(kind: str, dtype: str = "fp32") -> EngineConfig:
+    """ "local", or "zero0" .. "zero3"."""
+    stage = {} if kind == "local" else {"zero_stage": int(kind.removeprefix("zero"))}
+    return config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
+
+
 def make(cfg: EngineConfig, ranks: Ranks, micro_batch: int, seed: int = 0) -> Engine:
     module = StepModule(Tiny(seed), rollout_loss)
     return build_engine(module, cfg, ranks, global_batch=GLOBAL, micro_batch=micro_batch, total_updates=20)
@@ -93,9 +99,9 @@ def flat(engine: Engine) -> list[float]:
     return [value for tensor in engine.masters().values() for value in tensor.reshape(-1).tolist()]
 
 
-def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int) -> dict[str, Any]:
+def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int, steps: int = STEPS) -> dict[str, Any]:
     engine = make(cfg, ranks, micro_batch)
-    history = [update(engine, ranks, number) for number in range(STEPS)]
+    history = [update(engine, ranks, number) for number in range(steps)]
     return {"history": history, "masters": flat(engine), "names": list(engine.masters()), "updates": engine.updates}
 
 
@@ -133,6 +139,23 @@ def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
         engine.load(path / str(index))
     resumed = [[update(e, ranks, n) for n in (2, 3)] + [flat(e)] for e in fresh]
     return {"went_on": went_on, "resumed": resumed, "updates": [e.updates for e in fresh]}
+
+
+def migrate(kinds: Sequence[str], ranks: Ranks, path: Path) -> dict[str, Any]:
+    """One update, saved; then each of ``kinds`` in turn loads what the one before it saved, and goes on."""
+    path.mkdir(exist_ok=True)
+    history, engine = [], make(config("local"), ranks, 2)
+    for number, kind in enumerate(kinds):
+        engine = make(kind_config(kind), ranks, 2, seed=number)
+        if (path / "latest").exists():
+            engine.load(path / (path / "latest").read_text())
+        history.append(update(engine, ranks, engine.updates))
+        engine.save(path / f"{kind}-{ranks.world}-{number}")
+        ranks.barrier()
+        if ranks.is_main:
+            (path / "latest").write_text(f"{kind}-{ranks.world}-{number}")
+        ranks.barrier()
+    return {"history": history, "masters": flat(engine), "updates": engine.updates}
 
 
 def nan_batch(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
@@ -199,13 +222,15 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
-    """Checks by name: <check>-<kind>, kind "local" or "zero1" .. "zero3"; a "bf16_" prefix changes the dtype."""
+    """Checks by name: <check>-<kind>, kind "local" or "zero0" .. "zero3", a "bf16_" prefix changes the dtype; and
+    migrate-<kind>+<kind>.., whose files lie beside ``out``."""
     results: dict[str, Any] = {}
     for name in checks:
         check, kind = name.removeprefix("bf16_").split("-")
-        stage = {} if kind == "local" else {"zero_stage": int(kind.removeprefix("zero"))}
-        dtype = "bf16" if name.startswith("bf16_") else "fp32"
-        cfg = config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
+        if check == "migrate":
+            results["migrate"] = migrate(kind.split("+"), ranks, out.parent / "migrated")
+            continue
+        cfg = kind_config(kind, "bf16" if name.startswith("bf16_") else "fp32")
         bodies: dict[str, Callable[[], Any]] = {
             "train": lambda cfg=cfg: train(cfg, ranks, 2),
             "ema": lambda cfg=cfg: average(cfg, ranks),
