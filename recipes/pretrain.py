@@ -111,7 +111,7 @@ def main() -> None:
     def describe(step: int) -> tuple[str, dict[str, object]]:
         return description, provenance(stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash)
 
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train)
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     for step in state.steps(state.resume()):
         with state.attempt(step):
             position = state.position(step)

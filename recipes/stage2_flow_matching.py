@@ -117,7 +117,7 @@ def main() -> None:
             extra={"video": pixel_shape(clips.shape)},
         )
 
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema), describe, cfg.train)
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     averaged = build_model(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
     preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
@@ -140,10 +140,11 @@ def main() -> None:
             else:
                 note_skipped(run, position, cfg.train, len(clips))
             logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
-            if ranks.is_main and (step % cfg.train.validate_every == 0 or step == cfg.train.steps):
+            if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 state.ema.copy_to(averaged)
-                logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
-                state.note_best(step, logs["val/loss"])
+                if ranks.is_main:
+                    logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
+                    state.note_best(step, logs["val/loss"])
                 show(run, preview, averaged, step)
             run.log(step, logs)
     run.finish()

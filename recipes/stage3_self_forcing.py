@@ -276,7 +276,7 @@ def main() -> None:
     preview = Preview(parent.base, shown, latent, parts.sampler, run.dir / "videos")
     averaged = build_model(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
-    state = TrainState(run, engines, Ema(cfg.train.ema), describe, cfg.train)
+    state = TrainState(run, engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(parts.student.masters())
@@ -291,7 +291,7 @@ def main() -> None:
             logs = ranks.mean(logs)
             logs |= watch(state.record, logs, cfg, step)
             if state.record.get("best_step") == step:
-                state.extra["best"] = {name: tensor.clone() for name, tensor in state.ema.tensors().items()}
+                state.extra["best"] = state.ema.copy()
             run.log(step, logs)
             if step % cfg.train.validate_every == 0:
                 state.ema.copy_to(averaged)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.shards import MASTER, MOMENTS, Shard, gathered, write_state
 from scd_sf.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -42,8 +44,13 @@ class EngineConfig:
     max_skips: int = 10
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (1, 2, 3):
-            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 1, 2 or 3 (kind: local has no ZeRO at all)")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.kind == "deepspeed" and self.zero_stage == 0 and (self.dtype == "bf16" or self.offload):
+            raise ValueError(
+                "zero_stage 0 is for fp32 without offload: there DeepSpeed keeps no fp32 masters beside bf16 weights "
+                "and nothing is partitioned; use zero_stage=1, or kind=local"
+            )
         if self.lr < 0 or self.weight_decay < 0 or self.grad_clip < 0 or self.warmup < 0:
             raise ValueError("lr, weight_decay, grad_clip and warmup must be 0 or more")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -96,15 +103,22 @@ class Engine(Protocol):
         ...
 
     def load(self, path: Path) -> None:
-        """Continue from :meth:`save`. Raises UserError when the directory does not fit this engine."""
+        """Continue from :meth:`save` of any engine of this model: other kind, ZeRO stage, dtype or number of ranks too.
+
+        Raises UserError when the directory does not fit this model.
+        """
         ...
 
-    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full fp32 master weight), one at a time; all ranks must walk it to the end. Not to be modified."""
+    def owned(self) -> Iterator[Shard]:
+        """This rank's part of every parameter's fp32 master, in one order on all ranks. Not to be modified.
+
+        The parts of all ranks cover each parameter once. No communication for parameters that are trained; all ranks
+        walk it to the end, because frozen ones may be partitioned.
+        """
         ...
 
     def masters(self) -> dict[str, Tensor]:
-        """All of :meth:`iter_masters` at once."""
+        """The whole fp32 masters by name, copied to the CPU of every rank; all ranks call it."""
         ...
 
 
@@ -128,6 +142,11 @@ class StepModule(nn.Module):
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters under the model's own names (without StepModule's 'model.' prefix)."""
     return list((module.model if isinstance(module, StepModule) else module).named_parameters())
+
+
+def whole_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
+    """What :meth:`Engine.masters` returns; one tensor at a time is whole on the device."""
+    return {name: value.detach().cpu().clone() for name, value in gathered(engine.owned(), ranks)}
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
@@ -175,25 +194,31 @@ def first_skip_flag(loss: Tensor) -> Tensor:
     return (~torch.isfinite(loss.detach())).float().reshape(())
 
 
-def write_counters(path: Path, counters: dict[str, Any]) -> None:
-    """``engine.json``: what :func:`read_counters` checks on resume, and the update counts (main rank only)."""
+def save_engine(path: Path, engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]) -> None:
+    """All that a resume needs: every rank writes its ``parts(kind)``, the main rank ``engine.json`` and the buffers."""
+    kinds = (MASTER, *MOMENTS) if engine.updates else (MASTER,)  # no moments before the first update
+    write_state(path, ranks, {kind: parts(kind) for kind in kinds}, dict(engine.module.named_buffers()))
+    if ranks.is_main:
+        write_counters(path, {"updates": engine.updates, "skipped": engine.skipped, "files": ranks.world})
+    ranks.barrier()
+
+
+def write_counters(path: Path, counters: Mapping[str, int]) -> None:
+    """``engine.json``: the update counts, and how many ranks' files there are."""
     (path / "engine.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
 
 
-def read_counters(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """The saved counters. Raises UserError when missing, or when a field of ``expected`` differs."""
+def read_counters(path: Path) -> dict[str, int]:
+    """Updates, skipped, files. Raises UserError when there is no such state."""
     file = path / "engine.json"
     try:
-        saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no engine state to resume from ({error}); check the checkpoint") from error
-    for name, value in expected.items():
-        if saved.get(name) != value:
-            raise UserError(
-                f"{file}: {name} is {saved.get(name)!r} but this run has {value!r}; resume with the same "
-                f"{name}, or start a new run from the checkpoint's model.safetensors"
-            )
-    return saved
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {name: int(saved[name]) for name in ("updates", "skipped", "files")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}: no engine state to resume from ({error!r}); check the checkpoint, or start a new run from its "
+            "model.safetensors"
+        ) from error
 
 
 def _nearest(value: int, multiple: int) -> int:

@@ -7,12 +7,14 @@ are not dominated by the initial weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.shards import Shard, gathered
 from scd_sf.types import UserError
 
 
@@ -32,12 +34,12 @@ class EmaConfig:
 
 
 class Ema:
-    """The average by parameter name, fp32. Elementwise, so any consistent set of tensors can be averaged."""
+    """The average by parameter name, fp32: every rank keeps and updates the parts it owns, without communication."""
 
-    def __init__(self, cfg: EmaConfig) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: EmaConfig, ranks: Ranks) -> None:
+        self.cfg, self.ranks = cfg, ranks
         self.updates = 0
-        self._average: dict[str, Tensor] = {}
+        self._average: dict[str, Shard] = {}
 
     def decay_at(self, update: int) -> float:
         if update < self.cfg.start:
@@ -46,30 +48,44 @@ class Ema:
         return min(self.cfg.decay, (n + 1) / (n + 10)) if self.cfg.warmup else self.cfg.decay
 
     @torch.no_grad()
-    def update(self, masters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Call once after each applied update, with all masters (an iterator keeps the peak at one tensor)."""
-        items = masters.items() if isinstance(masters, Mapping) else masters
+    def update(self, owned: Iterable[Shard]) -> None:
+        """Call once after each applied update, with this rank's parts of all masters (``Engine.owned``)."""
         decay, first = self.decay_at(self.updates), not self._average
-        for name, value in items:
+        for shard in owned:
             if first:
-                self._average[name] = value.detach().float().clone()
-            else:
-                self._average[name].lerp_(value.detach().to(self._average[name]), 1.0 - decay)
+                self._average[shard.name] = shard.holding(shard.values.float().clone())
+                continue
+            mine = self._average[shard.name]
+            if (mine.start, mine.stop) != (shard.start, shard.stop):
+                raise ValueError(f"ema: {shard.name!r} is cut differently than before; restore() with the new parts")
+            mine.values.lerp_(shard.values.float(), 1.0 - decay)
         self.updates += 1
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The averaged weights (not copies), for the checkpoint's ``ema.safetensors``."""
-        return self._average
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, averaged weight) one at a time, not to be modified; all ranks walk it to the end."""
+        return gathered(self._average.values(), self.ranks)
 
-    def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Continue from a checkpoint: its ema tensors and the number of updates they average."""
-        self._average = {name: value.detach().float().clone() for name, value in tensors.items()}
+    def copy(self) -> Ema:
+        """The average as it is now."""
+        other = Ema(self.cfg, self.ranks)
+        other.restore(self._average.values(), self.updates)
+        return other
+
+    def restore(self, owned: Iterable[Shard], updates: int) -> None:
+        """Continue from a checkpoint: this rank's parts of the average, and the number of updates in it."""
+        self._average = {shard.name: shard.holding(shard.values.float().clone()) for shard in owned}
         self.updates = updates
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Write the average into a module with the same parameter names. Raises UserError on a missing name."""
-        for name, parameter in module.named_parameters():
-            if name not in self._average:
-                raise UserError(f"ema: no average for parameter {name!r}; the checkpoint is of another model")
-            parameter.copy_(self._average[name])
+        """Write the average into a module with the same parameter names, on every rank; all ranks call it.
+
+        Raises UserError on a missing name, on all ranks alike.
+        """
+        parameters = dict(module.named_parameters())
+        missing = next((name for name in parameters if name not in self._average), None)
+        if missing is not None:
+            raise UserError(f"ema: no average for parameter {missing!r}; the checkpoint is of another model")
+        for name, value in self.whole():
+            if name in parameters:
+                parameters[name].copy_(value)

@@ -13,6 +13,7 @@ config and save directory. DeepSpeed is imported when the first engine of that k
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -34,12 +35,13 @@ from scd_sf.train.base import (
     first_skip_flag,
     named_parameters,
     read_counters,
-    write_counters,
+    save_engine,
+    whole_masters,
 )
 from scd_sf.train.local import LocalEngine
 from scd_sf.train.optim import Schedule, param_groups
 from scd_sf.train.ranks import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
-from scd_sf.types import UserError
+from scd_sf.train.shards import MASTER, MOMENTS, Shard, StateFiles, gathered, share
 
 __all__ = [
     "DeepSpeedEngine",
@@ -56,7 +58,6 @@ __all__ = [
     "without_launcher_arguments",
 ]
 
-_TAG = "engine"
 _log = logging.getLogger(__name__)
 
 
@@ -123,7 +124,9 @@ class DeepSpeedEngine:
         self._schedule, self._skips = schedule, SkipCounter(cfg.max_skips)
         self._micro = 0
         self._bad = torch.zeros((), device=ranks.device)
-        originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
+        originals: dict[str, Tensor] = {}
+        if cfg.dtype == "bf16":
+            originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
         config = _training_config(cfg, ranks, micro_batch, micro_batches)
         groups = param_groups(named_parameters(module), cfg.weight_decay)
         self._engine = _initialize(module, config, ranks, groups)
@@ -156,58 +159,120 @@ class DeepSpeedEngine:
             return StepInfo(stepped=False, grad_norm=0.0, finite=True, lr=lr)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        finite = bool(self._engine.was_step_applied())
-        norm = float(self._engine.get_global_grad_norm()) if finite else float("nan")
+        if self.cfg.zero_stage == 0:
+            norm = self._clip_replicated()
+            self._engine.step()
+            finite = math.isfinite(norm)
+        else:
+            self._engine.step()
+            finite = bool(self._engine.was_step_applied())
+            norm = float(self._engine.get_global_grad_norm()) if finite else float("nan")
         self._micro = 0
         self._bad.zero_()
         self._skips.record(finite, self.updates)
         self.updates += finite
         return StepInfo(stepped=finite, grad_norm=norm, finite=finite, lr=lr)
 
+    def _clip_replicated(self) -> float:
+        """The gradient norm, and clipping, at stage 0. DeepSpeed reports no norm there and applies whatever it gets, so
+        gradients that are not finite are dropped: AdamW leaves a parameter without gradient alone."""
+        trained = [parameter for _, parameter in named_parameters(self.module) if parameter.requires_grad]
+        norm = float(nn.utils.clip_grad_norm_(trained, self.cfg.grad_clip or math.inf))
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+        return norm
+
     def masters(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.iter_masters()}
+        return whole_masters(self, self.ranks)
 
-    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def owned(self) -> Iterator[Shard]:
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
 
+        trained = {shard.name: shard for shard in self._parts(MASTER)}
         for name, parameter in named_parameters(self.module):
-            if parameter.requires_grad:
-                yield name, safe_get_full_fp32_param(parameter).detach().float()
+            if name in trained:
+                yield trained[name]
             else:
                 with GatheredParameters([parameter]):
-                    frozen = parameter.detach().float().clone()
-                yield name, frozen
+                    frozen = share(name, parameter.detach().clone(), self.ranks)
+                yield frozen
+
+    def _parts(self, kind: str) -> Iterator[Shard]:
+        """What this rank owns of the masters or of a moment."""
+        for shard in self._stored(kind):
+            replicated = self.cfg.zero_stage == 0
+            yield share(shard.name, shard.values.view(shard.shape), self.ranks) if replicated else shard
+
+    def _stored(self, kind: str) -> Iterator[Shard]:
+        """Masters or a moment of the trained parameters as this rank stores them: views into DeepSpeed's flat tensors.
+
+        The one place that reads DeepSpeed's own bookkeeping: its public functions gather whole tensors at stages 1 and
+        2, and give no position at stage 3 (0.19.8).
+        """
+        zero, stage, state = self._engine.optimizer, self.cfg.zero_stage, self._engine.basic_optimizer.state
+        flats = self._flats()
+        trained: list[tuple[str, Any]] = [(n, p) for n, p in named_parameters(self.module) if p.requires_grad]
+        for name, parameter in trained:
+            offset, start, length, shape = 0, 0, parameter.numel(), parameter.shape
+            if stage == 0:
+                flat = parameter
+            elif stage == 3:
+                group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+                flat, start, shape = flats[group], self.ranks.rank * padded, parameter.ds_shape
+                length = min(padded, max(0, parameter.ds_numel - start))
+            elif parameter._hp_mapping is None:  # nothing of it here
+                flat, length = flats[0], 0
+            else:
+                found = parameter._hp_mapping
+                flat, offset = flats[found.param_group_index], found.hp_fragment_address.start
+                start, length = found.lp_fragment_address.start, found.lp_fragment_address.numel
+            values = flat if kind == MASTER else state[flat][kind]
+            yield Shard(name, values.detach().view(-1).narrow(0, offset, length), start, tuple(shape))
+
+    def _flats(self) -> list[Tensor]:
+        """The fp32 tensors that DeepSpeed's AdamW updates: one per group, at stage 3 one per sub-group."""
+        if self.cfg.zero_stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self._engine.basic_optimizer.param_groups for tensor in group["params"]]
 
     def save(self, path: Path) -> None:
-        """DeepSpeed's own shards, one per rank, and ``engine.json``; resume with the same number of processes."""
         if self._micro:
             raise RuntimeError("save called between micro-batches; save after step")
-        self._engine.save_checkpoint(str(path), tag=_TAG, save_latest=False)
-        if self.ranks.is_main:
-            write_counters(path, {**self._identity(), "updates": self.updates, "skipped": self._skips.total})
-        self.ranks.barrier()
+        save_engine(path, self, self.ranks, self._parts)
 
+    @torch.no_grad()
     def load(self, path: Path) -> None:
-        saved = read_counters(path, self._identity())
-        loaded, _ = self._engine.load_checkpoint(str(path), tag=_TAG)
-        if loaded is None:
-            raise UserError(f"{path / _TAG}: DeepSpeed found no engine state there; use another checkpoint")
-        self.updates, self._skips.total = int(saved["updates"]), int(saved["skipped"])
+        saved = read_counters(path)
+        files, state = StateFiles(path, saved["files"]), self._engine.basic_optimizer.state
+        state.clear()
+        if saved["updates"]:
+            for flat in self._flats():
+                step = torch.tensor(float(saved["updates"]), device=flat.device)
+                state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
+        for kind in (MASTER, *MOMENTS) if saved["updates"] else (MASTER,):
+            for shard in self._stored(kind):
+                shard.values.copy_(files.read(kind, shard))
+        for name, value in self.module.named_buffers():
+            value.copy_(files.whole(name))
+        self._refresh_weights()
+        self.updates, self._skips.total = saved["updates"], saved["skipped"]
 
-    def _identity(self) -> dict[str, Any]:
-        cfg = self.cfg
-        return {"kind": "deepspeed", "world": self.ranks.world, "zero_stage": cfg.zero_stage, "dtype": cfg.dtype}
+    def _refresh_weights(self) -> None:
+        """What the forward uses, from the masters."""
+        from deepspeed.runtime.zero import GatheredParameters
 
+        parameters = dict(named_parameters(self.module))
+        for name, whole in gathered(self._parts(MASTER), self.ranks):
+            with GatheredParameters([parameters[name]], modifier_rank=0):
+                parameters[name].copy_(whole)
+
+    @torch.no_grad()
     def _set_masters(self, originals: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in named_parameters(self.module):
-            if name in originals:
-                value = originals.pop(name).float().to(self.ranks.device)
-                dist.broadcast(value, src=0)
-                safe_set_full_fp32_param(parameter, value)
+        """Masters from rank 0's fp32 weights."""
+        for shard in self._stored(MASTER):
+            value = originals.pop(shard.name).float().to(self.ranks.device)
+            dist.broadcast(value, src=0)
+            shard.values.copy_(shard.of(value))
 
 
 def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None) -> Any:
@@ -271,7 +336,7 @@ def _training_config(cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_ba
         "train_batch_size": micro_batch * micro_batches * ranks.world,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": cfg.grad_clip,
+        "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
         "zero_optimization": zero,
     }
@@ -287,4 +352,5 @@ def _stage3_buckets(cfg: EngineConfig) -> dict[str, Any]:
         "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": cfg.bucket,
         "stage3_max_live_parameters": 2 * cfg.bucket,
+        "stage3_param_persistence_threshold": cfg.bucket // 500,  # smaller ones stay whole; DeepSpeed's 1e5 by default
     }

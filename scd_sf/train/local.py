@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scd_sf.train.base import (
@@ -22,13 +21,12 @@ from scd_sf.train.base import (
     first_skip_flag,
     named_parameters,
     read_counters,
-    write_counters,
+    save_engine,
+    whole_masters,
 )
 from scd_sf.train.optim import Schedule, param_groups
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import UserError
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+from scd_sf.train.shards import MASTER, MOMENTS, Shard, StateFiles, share
 
 
 class LocalEngine:
@@ -89,49 +87,37 @@ class LocalEngine:
         return StepInfo(stepped=finite, grad_norm=float(norm), finite=finite, lr=lr)
 
     def masters(self) -> dict[str, Tensor]:
-        return dict(self.iter_masters())
+        return whole_masters(self, self.ranks)
 
-    def iter_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def owned(self) -> Iterator[Shard]:
         for name, parameter in named_parameters(self.module):
-            yield name, self._masters.get(name, parameter).detach().float()
+            yield share(name, self._masters.get(name, parameter), self.ranks)
 
     def save(self, path: Path) -> None:
-        """Rank 0 writes ``state.safetensors`` and ``engine.json``; the number of processes may change on resume."""
         if self._micro:
             raise RuntimeError("save called between micro-batches; save after step")
-        if not self.ranks.is_main:
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {f"master/{name}": value.detach() for name, value in self._masters.items()}
-        for name, value in self._masters.items():
-            tensors.update({f"{key}/{name}": moment for key, moment in self._optimizer.state[value].items()})
-        tensors.update({f"buffer/{name}": value for name, value in self.module.named_buffers()})
-        save_file(
-            {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
-            str(path / "state.safetensors"),
-        )
-        write_counters(path, {"kind": "local", "updates": self.updates, "skipped": self._skips.total})
+        save_engine(path, self, self.ranks, self._parts)
 
+    def _parts(self, kind: str) -> Iterator[Shard]:
+        for name, master in self._masters.items():
+            yield share(name, master if kind == MASTER else self._optimizer.state[master][kind], self.ranks)
+
+    @torch.no_grad()
     def load(self, path: Path) -> None:
-        saved = read_counters(path, {"kind": "local"})
-        tensors = load_file(str(path / "state.safetensors"))
-        names = {key.removeprefix("master/") for key in tensors if key.startswith("master/")}
-        odd = sorted(names ^ set(self._masters))
-        if odd:
-            raise UserError(
-                f"{path / 'state.safetensors'}: parameter {odd[0]!r} is not in both the checkpoint and the "
-                "model; resume with the configuration the checkpoint was made with"
-            )
-        with torch.no_grad():
-            for name, master in self._masters.items():
-                master.copy_(tensors[f"master/{name}"])
-                self._live[name].copy_(master)
-                if f"step/{name}" in tensors:
-                    state = {key: tensors[f"{key}/{name}"].to(master.device) for key in _MOMENTS}
-                    self._optimizer.state[master] = state
-            for name, value in self.module.named_buffers():
-                value.copy_(tensors[f"buffer/{name}"])
-        self.updates, self._skips.total = int(saved["updates"]), int(saved["skipped"])
+        saved = read_counters(path)
+        files = StateFiles(path, saved["files"])
+        self._optimizer.state.clear()
+        for name, master in self._masters.items():
+            whole = Shard(name, master.detach().reshape(-1), 0, tuple(master.shape))
+            master.copy_(files.read(MASTER, whole).view_as(master))
+            self._live[name].copy_(master)
+            if saved["updates"]:
+                state = {kind: files.read(kind, whole).view_as(master).to(master.device) for kind in MOMENTS}
+                step = torch.tensor(float(saved["updates"]), device=master.device)
+                self._optimizer.state[master] = {"step": step, **state}
+        for name, value in self.module.named_buffers():
+            value.copy_(files.whole(name))
+        self.updates, self._skips.total = saved["updates"], saved["skipped"]
 
     def _broadcast(self) -> None:
         """Every rank starts from rank 0's weights, as DeepSpeed does."""

@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import STATE, SaveFailed, load_tensors
+from scd_sf.checkpoint import STATE, SaveFailed
 from scd_sf.config import load_config
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptTable
-from scd_sf.train.base import Diverged, Engine, accumulation, named_parameters
+from scd_sf.train.base import Diverged, Engine, accumulation
 from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run, rank_zero_print
+from scd_sf.train.shards import gathered, read_shards
 from scd_sf.types import UserError, VideoShape
 
 T = TypeVar("T")
@@ -153,7 +154,7 @@ class TrainState:
                 ...  # one update; data and random numbers by state.position(step)
 
     ``model`` is the engine whose weights are the checkpoint; ``describe(step)`` gives config.yaml and provenance;
-    ``record`` holds small numbers and ``extra`` further weights that must survive a restart (stage 3's best EMA).
+    ``record`` holds small numbers and ``extra`` further averages that must survive a restart (stage 3's best EMA).
     """
 
     def __init__(
@@ -168,7 +169,8 @@ class TrainState:
         self.run, self.describe, self.train = run, describe, train
         self.control = Control(run.dir, run.ranks, run.cfg.heartbeat_seconds)
         self.record: dict[str, float] = {}
-        self.extra: dict[str, dict[str, Tensor]] = {}
+        self.extra: dict[str, Ema] = {}
+        self._sizes = {name: sum(math.prod(shard.shape) for shard in e.owned()) for name, e in engines.items()}
 
     def resume(self) -> int:
         """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
@@ -220,7 +222,8 @@ class TrainState:
         """
         if self.checkpoints.has(step):
             return
-        files = {"model": self.engines["model"].masters(), "ema": self.ema.tensors(), **self.extra}
+        files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
+        files |= {name: self._on_main(ema.whole()) for name, ema in {"ema": self.ema, **self.extra}.items()}
         try:
             self.checkpoints.write(
                 step,
@@ -241,14 +244,18 @@ class TrainState:
             self.checkpoints.prune(self.train.keep, self.train.keep_every, best)
         self.ranks.barrier()
 
+    def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Walked by all ranks, kept by the main one, on the CPU."""
+        return {name: value.cpu() for name, value in tensors if self.ranks.is_main}
+
     def note_best(self, step: int, value: float) -> None:
         """``value`` (smaller is better) is ``step``'s: the checkpoint of the smallest is kept. Main rank's business."""
         if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
             self.record |= {"best_value": value, "best_saved": float(step)}
 
     def update_ema(self) -> None:
-        """After each applied update of the model's engine; all ranks walk the masters, every rank keeps the mean."""
-        self.ema.update(self.engines["model"].iter_masters())
+        """After each applied update of the model's engine: each rank averages the parts it owns."""
+        self.ema.update(self.engines["model"].owned())
 
     def _after(self, step: int) -> None:
         wish, last = self.control.wish(), step == self.train.steps
@@ -289,15 +296,17 @@ class TrainState:
         saved = json.loads((path / STATE / "recipe.json").read_text())
         for name, engine in self.engines.items():
             engine.load(path / STATE / name)
-        self.ema.restore(load_tensors(path / "ema.safetensors"), int(saved["ema_updates"]))
+        updates, masters = int(saved["ema_updates"]), list(self.engines["model"].owned())
+        self.ema.restore(read_shards(path / "ema.safetensors", masters), updates)
         self.record = {key: float(value) for key, value in saved["record"].items()}
-        self.extra = {name: load_tensors(path / f"{name}.safetensors") for name in saved["extra"]}
+        self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in saved["extra"]}
+        for name, ema in self.extra.items():
+            ema.restore(read_shards(path / f"{name}.safetensors", masters), updates)
         return int(saved["step"])
 
     def _bytes(self) -> int:
         """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of every engine."""
-        sizes = {name: sum(p.numel() for _, p in named_parameters(e.module)) for name, e in self.engines.items()}
-        return 4 * (sizes["model"] * (2 + len(self.extra)) + 3 * sum(sizes.values()))
+        return 4 * (self._sizes["model"] * (2 + len(self.extra)) + 3 * sum(self._sizes.values()))
 
     def _write_state(self, step: int) -> Callable[[Path], None]:
         def write(folder: Path) -> None:

@@ -1,18 +1,15 @@
-"""The same body on the plain-torch engine and on DeepSpeed ZeRO-1/2/3, on one and two ranks (see workers.py).
+"""The same body on the plain-torch engine and on DeepSpeed ZeRO-0/1/2/3, on one and two ranks (see workers.py).
 
 The first DeepSpeed start on a machine compiles its CPU collectives (30 s idle, minutes when busy); later ones do not.
 """
 
 from __future__ import annotations
 
-import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from train import workers
 
 from scd_sf.train.engine import Ranks, build_engine
@@ -20,9 +17,12 @@ from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 Results = dict[str, Any]
-LOCAL = ["train", "one_micro", "nan", "resume", "skips", "three", "bf16_train", "bf16_nan", "bf16_resume"]
-ONE = ["train-zero2", "one_micro-zero2", "three-zero2", "bf16_train-zero2"]
+LOCAL = ["train", "ema", "one_micro", "nan", "resume", "skips", "three", "bf16_train", "bf16_nan", "bf16_resume"]
+LEGS = [["local"], ["zero2", "zero3", "local", "zero1", "zero0"], ["zero2", "local"]]  # on 1, 2, 1 ranks
+ONE = ["train-zero2", "ema-zero2", "one_micro-zero2", "three-zero2", "bf16_train-zero2"]
 TWO = [f"{check}-{kind}" for kind in ("local", "zero2", "zero3") for check in ("train", "nan", "resume")]
+TWO += ["ema-local", "ema-zero1", "ema-zero2", "ema-zero3", "bf16_ema-zero1", "bf16_ema-zero2", "bf16_ema-zero3"]
+TWO += ["train-zero0", "nan-zero0", "resume-zero0"]
 TWO += ["train-zero1", "one_micro-zero2", "skips-zero2", "three-zero2", "bf16_nan-zero2", "bf16_resume-zero2"]
 
 
@@ -31,28 +31,24 @@ def slow(test: Any) -> Any:
     return pytest.mark.slow(pytest.mark.timeout(1800)(test))
 
 
-def spawn(world: int, out: Path, checks: list[str]) -> list[Results]:
-    """Run the checks in ``world`` new processes; every rank's results."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(workers.main, args=(world, port, out, checks), nprocs=world, start_method="spawn")
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
+def migrate(leg: int) -> str:
+    return f"migrate-{'+'.join(LEGS[leg])}"
 
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return workers.run_checks(ALONE, tmp_path_factory.mktemp("local"), [f"{check}-local" for check in LOCAL])
+    checks = [*(f"{check}-local" for check in LOCAL), migrate(0)]
+    return workers.run_checks(ALONE, tmp_path_factory.mktemp("local"), checks)
 
 
 @pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return spawn(1, tmp_path_factory.mktemp("one"), ONE)[0]
+def pair(tmp_path_factory: pytest.TempPathFactory, local: Results) -> list[Results]:
+    return workers.spawn(2, tmp_path_factory.mktemp("two"), workers.run_checks, [*TWO, migrate(1)])
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return spawn(2, tmp_path_factory.mktemp("two"), TWO)
+def alone(tmp_path_factory: pytest.TempPathFactory, pair: list[Results]) -> Results:
+    return workers.spawn(1, tmp_path_factory.mktemp("one"), workers.run_checks, [*ONE, migrate(2)])[0]
 
 
 def numbers(result: Results) -> list[float]:
@@ -160,7 +156,7 @@ def test_one_rank_deepspeed_equals_local(local: Results, alone: Results) -> None
 
 
 @slow
-@pytest.mark.parametrize("kind", ["local", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["local", "zero0", "zero1", "zero2", "zero3"])
 def test_two_ranks_equal_one(local: Results, pair: list[Results], kind: str) -> None:
     for results in pair:
         assert_equal_training(results[f"train-{kind}"], local["train-local"], 1e-6)
@@ -174,17 +170,28 @@ def test_micro_batches_equal_one_batch_under_zero2(pair: list[Results]) -> None:
 
 
 @slow
-@pytest.mark.parametrize("kind", ["local", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["local", "zero0", "zero2", "zero3"])
 def test_bad_batch_on_one_rank_leaves_no_trace(pair: list[Results], kind: str) -> None:
     for results in pair:
         assert_bad_batch_left_no_trace(results[f"nan-{kind}"])
 
 
 @slow
-@pytest.mark.parametrize("kind", ["local", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["local", "zero0", "zero2", "zero3"])
 def test_resume_is_exact(pair: list[Results], kind: str) -> None:
     for results in pair:
         assert_exact_resume(results[f"resume-{kind}"])
+
+
+@slow
+def test_state_moves_between_kinds_and_numbers_of_ranks(local: Results, pair: list[Results], alone: Results) -> None:
+    """1 rank, 2, 1: every update goes on from what another kind of engine saved, and the run is the unbroken one."""
+    legs = [results["migrate"] for results in (local, pair[0], alone)]
+    history = [row for leg in legs for row in leg["history"]]
+    unbroken = workers.train(workers.config("local"), ALONE, 2, steps=len(history))
+    assert len(history) == sum(map(len, LEGS)) == legs[-1]["updates"]
+    result = {"history": history, "masters": legs[-1]["masters"]}
+    assert numbers(result) == pytest.approx(numbers(unbroken), rel=1e-6, abs=1e-6)
 
 
 @slow
@@ -192,6 +199,19 @@ def test_bf16_on_two_ranks(pair: list[Results]) -> None:
     for results in pair:
         assert_bad_batch_left_no_trace(results["bf16_nan-zero2"])
         assert_exact_resume(results["bf16_resume-zero2"])
+
+
+@slow
+def test_sharded_average_is_the_unsharded_one(local: Results, alone: Results, pair: list[Results]) -> None:
+    """Bit for bit, and the ranks share the memory."""
+    total = sum(parameter.numel() for parameter in workers.Tiny(0).parameters())
+    for world, results in ((1, [local]), (1, [alone]), (2, pair)):
+        for name in (name for name in results[0] if "ema-" in name):
+            ranks = [rank[name] for rank in results]
+            assert all(all(rank["equal"]) and rank["copied"] and rank["moved"] for rank in ranks), name
+            assert len(ranks[0]["equal"]) == len(ranks[0]["names"]) == len(dict(workers.Tiny(0).named_parameters()))
+            assert sum(rank["held"] for rank in ranks) == total, name
+            assert all(abs(rank["held"] - total / world) <= 16 for rank in ranks), name
 
 
 @slow

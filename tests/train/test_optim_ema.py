@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.optim import Schedule, param_groups
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.shards import Shard, read_shards, share
 from scd_sf.types import UserError
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 class Net(nn.Module):
@@ -42,42 +49,64 @@ def test_schedule_warms_up_stays_and_anneals() -> None:
     assert Schedule(lr=1.0, total=20).at(19) == 1.0
 
 
-def test_ema_follows_the_recurrence_in_fp32() -> None:
-    ema = Ema(EmaConfig(decay=0.5))
-    values = [torch.tensor([v]) for v in (1.0, 2.0, 4.0)]
+def shards(tensors: dict[str, torch.Tensor], ranks: Ranks = ALONE) -> list[Shard]:
+    return [share(name, tensor, ranks) for name, tensor in tensors.items()]
+
+
+def followed(cfg: EmaConfig, *values: float) -> list[float]:
+    """The average of one weight after each of its values."""
+    ema, averages = Ema(cfg, ALONE), []
     for value in values:
-        ema.update({"w": value})
+        ema.update(shards({"w": torch.tensor([value])}))
+        averages.append(float(dict(ema.whole())["w"]))
+    return averages
+
+
+def test_ema_follows_the_recurrence_in_fp32() -> None:
     d1, d2 = 2 / 11, 3 / 12
     after_one = d1 * 1.0 + (1 - d1) * 2.0
-    assert ema.tensors()["w"].item() == pytest.approx(d2 * after_one + (1 - d2) * 4.0)
-    assert [ema.decay_at(n) for n in (0, 8, 100)] == pytest.approx([0.1, 0.5, 0.5])
+    assert followed(EmaConfig(decay=0.5), 1.0, 2.0, 4.0)[-1] == pytest.approx(d2 * after_one + (1 - d2) * 4.0)
+    assert [Ema(EmaConfig(decay=0.5), ALONE).decay_at(n) for n in (0, 8, 100)] == pytest.approx([0.1, 0.5, 0.5])
 
 
 def test_ema_before_start_is_the_weights_themselves() -> None:
-    ema = Ema(EmaConfig(decay=0.9, start=2, warmup=False))
-    for value in (1.0, 5.0):
-        ema.update([("w", torch.tensor([value]))])
-        assert ema.tensors()["w"].item() == value
-    ema.update([("w", torch.tensor([15.0]))])
-    assert ema.tensors()["w"].item() == pytest.approx(6.0)
+    averages = followed(EmaConfig(decay=0.9, start=2, warmup=False), 1.0, 5.0, 15.0)
+    assert averages == pytest.approx([1.0, 5.0, 6.0])
 
 
-def test_ema_restores_exactly_and_never_aliases_the_weights() -> None:
-    weight = torch.randn(5)
-    ema, other = Ema(EmaConfig()), Ema(EmaConfig())
-    ema.update({"w": weight})
-    weight.add_(1.0)
-    assert not torch.equal(ema.tensors()["w"], weight)
-    other.restore(ema.tensors(), ema.updates)
-    for average in (ema, other):
-        average.update({"w": weight})
-    assert torch.equal(ema.tensors()["w"], other.tensors()["w"]) and other.updates == 2
+def test_ema_restores_exactly_and_never_aliases_the_weights(tmp_path: Path) -> None:
+    """Through a file and into other parts: ranks of three hold together what one rank holds alone."""
+    weights = {"w": torch.randn(5, 3), "bias": torch.randn(2), "scalar": torch.randn(())}
+    ema = Ema(EmaConfig(), ALONE)
+    ema.update(shards(weights))
+    snapshot = ema.copy()
+    save_file(dict(ema.whole()), tmp_path / "ema.safetensors")
+    for weight in weights.values():
+        weight.add_(1.0)
+    assert not torch.equal(dict(ema.whole())["w"], weights["w"])
+    ema.update(shards(weights))
+    parts = []
+    for ranks in (Ranks(rank, 3, rank, torch.device("cpu")) for rank in range(3)):
+        part = Ema(EmaConfig(), ranks)
+        part.restore(read_shards(tmp_path / "ema.safetensors", shards(weights, ranks)), 1)
+        part.update(shards(weights, ranks))
+        parts.append(list(part._average.values()))
+    for (name, whole), *pieces in zip(ema.whole(), *parts, strict=True):
+        assert {piece.name for piece in pieces} == {name}
+        assert torch.equal(torch.cat([piece.values for piece in pieces]), whole.flatten())
+    assert not torch.equal(dict(snapshot.whole())["w"], dict(ema.whole())["w"]) and snapshot.updates == 1
+    with pytest.raises(ValueError, match="cut differently"):
+        ema.update(shards(weights, Ranks(0, 2, 0, torch.device("cpu"))))
+    with pytest.raises(UserError, match=r"ema.safetensors.*use another checkpoint"):
+        list(read_shards(tmp_path / "ema.safetensors", shards({"other": torch.ones(1)})))
+    with pytest.raises(UserError, match=r"w is \(5, 3\) there, \(1,\) in the model"):
+        list(read_shards(tmp_path / "ema.safetensors", shards({"w": torch.ones(1)})))
 
 
 def test_ema_copy_to() -> None:
     source, target = nn.Linear(2, 2), nn.Linear(2, 2)
-    ema = Ema(EmaConfig())
-    ema.update(dict(source.named_parameters()))
+    ema = Ema(EmaConfig(), ALONE)
+    ema.update(shards(dict(source.named_parameters())))
     ema.copy_to(target)
     assert torch.equal(source.weight, target.weight)
     with pytest.raises(UserError, match=r"no average for parameter '0\.weight'"):

@@ -57,7 +57,15 @@ def test_accumulation_must_divide() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"zero_stage": 0}, {"lr": -1.0}, {"betas": (0.9, 1.0)}, {"anneal_from": 2.0}, {"bucket": 0}]
+    "change",
+    [
+        {"zero_stage": 4},
+        {"zero_stage": 0, "dtype": "bf16"},
+        {"lr": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"anneal_from": 2.0},
+        {"bucket": 0},
+    ],
 )
 def test_engine_config_is_checked(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(change)).split("_")[0]):

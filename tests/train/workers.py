@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, frozen_engine, init_distributed
+from scd_sf.train.shards import share
 from scd_sf.types import UserError
 
 GLOBAL, STEPS = 8, 3
@@ -57,6 +61,12 @@ def config(kind: Any, **changes: Any) -> EngineConfig:
     return EngineConfig(**{**base, **changes})
 
 
+def kind_config(kind: str, dtype: str = "fp32") -> EngineConfig:
+    """ "local", or "zero0" .. "zero3"."""
+    stage = {} if kind == "local" else {"zero_stage": int(kind.removeprefix("zero"))}
+    return config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
+
+
 def make(cfg: EngineConfig, ranks: Ranks, micro_batch: int, seed: int = 0) -> Engine:
     module = StepModule(Tiny(seed), rollout_loss)
     return build_engine(module, cfg, ranks, global_batch=GLOBAL, micro_batch=micro_batch, total_updates=20)
@@ -89,10 +99,30 @@ def flat(engine: Engine) -> list[float]:
     return [value for tensor in engine.masters().values() for value in tensor.reshape(-1).tolist()]
 
 
-def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int) -> dict[str, Any]:
+def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int, steps: int = STEPS) -> dict[str, Any]:
     engine = make(cfg, ranks, micro_batch)
-    history = [update(engine, ranks, number) for number in range(STEPS)]
+    history = [update(engine, ranks, number) for number in range(steps)]
     return {"history": history, "masters": flat(engine), "names": list(engine.masters()), "updates": engine.updates}
+
+
+def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """The sharded average of a short training, with warm-up, beside one of the whole masters on every rank."""
+    engine, alone = make(cfg, ranks, 2), replace(ranks, rank=0, world=1)
+    sharded, whole = Ema(EmaConfig(decay=0.6), ranks), Ema(EmaConfig(decay=0.6), alone)
+    for number in range(STEPS):
+        update(engine, ranks, number)
+        sharded.update(engine.owned())
+        whole.update(share(name, tensor, alone) for name, tensor in engine.masters().items())
+    copied = Tiny(9)
+    sharded.copy_to(copied)
+    expected = dict(whole.whole())
+    return {
+        "equal": [torch.equal(tensor, expected[name]) for name, tensor in sharded.whole()],
+        "copied": all(torch.equal(p, expected[name]) for name, p in copied.named_parameters()),
+        "moved": any(not torch.equal(tensor, expected[name]) for name, tensor in engine.masters().items()),
+        "held": sum(shard.values.numel() for shard in sharded._average.values()),
+        "names": list(expected),
+    }
 
 
 def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
@@ -109,6 +139,23 @@ def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
         engine.load(path / str(index))
     resumed = [[update(e, ranks, n) for n in (2, 3)] + [flat(e)] for e in fresh]
     return {"went_on": went_on, "resumed": resumed, "updates": [e.updates for e in fresh]}
+
+
+def migrate(kinds: Sequence[str], ranks: Ranks, path: Path) -> dict[str, Any]:
+    """One update, saved; then each of ``kinds`` in turn loads what the one before it saved, and goes on."""
+    path.mkdir(exist_ok=True)
+    history, engine = [], make(config("local"), ranks, 2)
+    for number, kind in enumerate(kinds):
+        engine = make(kind_config(kind), ranks, 2, seed=number)
+        if (path / "latest").exists():
+            engine.load(path / (path / "latest").read_text())
+        history.append(update(engine, ranks, engine.updates))
+        engine.save(path / f"{kind}-{ranks.world}-{number}")
+        ranks.barrier()
+        if ranks.is_main:
+            (path / "latest").write_text(f"{kind}-{ranks.world}-{number}")
+        ranks.barrier()
+    return {"history": history, "masters": flat(engine), "updates": engine.updates}
 
 
 def nan_batch(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
@@ -175,15 +222,18 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
-    """Checks by name: <check>-<kind>, kind "local" or "zero1" .. "zero3"; a "bf16_" prefix changes the dtype."""
+    """Checks by name: <check>-<kind>, kind "local" or "zero0" .. "zero3", a "bf16_" prefix changes the dtype; and
+    migrate-<kind>+<kind>.., whose files lie beside ``out``."""
     results: dict[str, Any] = {}
     for name in checks:
         check, kind = name.removeprefix("bf16_").split("-")
-        stage = {} if kind == "local" else {"zero_stage": int(kind.removeprefix("zero"))}
-        dtype = "bf16" if name.startswith("bf16_") else "fp32"
-        cfg = config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
+        if check == "migrate":
+            results["migrate"] = migrate(kind.split("+"), ranks, out.parent / "migrated")
+            continue
+        cfg = kind_config(kind, "bf16" if name.startswith("bf16_") else "fp32")
         bodies: dict[str, Callable[[], Any]] = {
             "train": lambda cfg=cfg: train(cfg, ranks, 2),
+            "ema": lambda cfg=cfg: average(cfg, ranks),
             "one_micro": lambda cfg=cfg: train(cfg, ranks, GLOBAL // ranks.world),
             "nan": lambda cfg=cfg: nan_batch(cfg, ranks),
             "resume": lambda cfg=cfg, name=name: resume(cfg, ranks, out / name),
@@ -195,7 +245,19 @@ def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]
     return results
 
 
-def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> None:
+Body = Callable[..., dict[str, Any]]
+
+
+def spawn(world: int, out: Path, body: Body, *args: Any) -> list[dict[str, Any]]:
+    """``body(ranks, out, *args)`` in ``world`` new processes; every rank's results, through JSON."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(main, args=(world, port, out, body, args), nprocs=world, start_method="spawn")
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def main(rank: int, world: int, port: int, out: Path, body: Body, args: Sequence[Any]) -> None:
     """Entry point of a spawned process."""
     os.environ.update(
         RANK=str(rank),
@@ -207,7 +269,7 @@ def main(rank: int, world: int, port: int, out: Path, checks: Sequence[str]) -> 
         OMP_NUM_THREADS="1",
     )
     ranks = init_distributed()
-    results = run_checks(ranks, out, checks)
+    results = body(ranks, out, *args)
     (out / f"rank{rank}.json").write_text(json.dumps(results))
     ranks.barrier()
     sys.stdout.flush()

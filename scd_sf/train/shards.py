@@ -1,0 +1,144 @@
+"""Which part of each parameter a rank owns, how parts become whole, and engine state on disk for any number of ranks.
+
+State on disk is one file of parts per rank. A part says where it belongs, so other ranks, cut otherwise, find theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scd_sf.train.ranks import Ranks
+from scd_sf.types import UserError
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``values`` (1-d, perhaps empty): elements ``start`` .. of the flattened parameter ``name`` of this ``shape``."""
+
+    name: str
+    values: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.values.numel()
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same elements of another tensor of that shape."""
+        return whole.reshape(-1)[self.start : self.stop]
+
+    def holding(self, values: Tensor) -> Shard:
+        return Shard(self.name, values, self.start, self.shape)
+
+
+def share(name: str, whole: Tensor, ranks: Ranks) -> Shard:
+    """This rank's even part of a tensor that every rank holds whole."""
+    first, last = (whole.numel() * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+    return Shard(name, whole.detach().reshape(-1)[first:last], first, tuple(whole.shape))
+
+
+def gathered(shards: Iterable[Shard], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor) one at a time, on every rank; all ranks walk it to the end.
+
+    Over the ranks the shards of one parameter must cover it once. With one rank the tensors are views.
+    """
+    for shard in shards:
+        whole = shard.values.float()
+        if ranks.world > 1:
+            whole = torch.zeros(math.prod(shard.shape), device=ranks.device)
+            shard.of(whole).copy_(shard.values)
+            dist.all_reduce(whole)
+        yield shard.name, whole.view(shard.shape)
+
+
+def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
+    """The parts ``like`` of the tensors of a safetensors file, read one at a time.
+
+    Raises UserError when the file is missing or damaged, or holds other tensors.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for shard in like:
+                whole = tensors.get_tensor(shard.name)
+                if tuple(whole.shape) != shard.shape:
+                    raise UserError(f"{file}: {shard.name} is {tuple(whole.shape)} there, {shard.shape} in the model")
+                yield shard.holding(shard.of(whole).to(shard.values.device))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as this model's weights ({error}); use another checkpoint") from error
+
+
+def write_state(path: Path, ranks: Ranks, parts: Mapping[str, Iterable[Shard]], whole: Mapping[str, Tensor]) -> None:
+    """This rank's file in ``path``: its parts of the masters and the moments; the main rank's also has ``whole``."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{kind}/{shard.name}@{shard.start}": shard.values
+        for kind, shards in parts.items()
+        for shard in shards
+        if shard.values.numel()
+    }
+    if ranks.is_main:
+        tensors |= {f"buffer/{name}": value for name, value in whole.items()}
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    save_file(copies, path / f"rank{ranks.rank}.safetensors")
+
+
+class StateFiles:
+    """What ``count`` ranks wrote with :func:`write_state`. Raises UserError when a file is missing or damaged."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path = path
+        self._where: dict[str, Any] = {}
+        self._parts: dict[str, list[tuple[int, int, str]]] = {}
+        for rank in range(count):
+            file = path / f"rank{rank}.safetensors"
+            try:
+                opened = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read ({error}); use another checkpoint") from error
+            for key in opened.keys():  # noqa: SIM118  # not a mapping
+                self._where[key] = opened
+                if "@" in key:
+                    name, _, start = key.rpartition("@")
+                    length = opened.get_slice(key).get_shape()[0]
+                    self._parts.setdefault(name, []).append((int(start), int(start) + length, key))
+
+    def read(self, kind: str, like: Shard) -> Tensor:
+        """The elements that ``like`` covers, 1-d on the CPU, put together from the parts.
+
+        Raises UserError, the same on all ranks, when the checkpoint's tensor is missing or of another size.
+        """
+        parts = sorted(self._parts.get(f"{kind}/{like.name}", []))
+        ends = [0, *(stop for _, stop, _ in parts)]
+        if [start for start, _, _ in parts] != ends[:-1] or ends[-1] != math.prod(like.shape):
+            raise UserError(
+                f"{self.path}: no whole {kind} of parameter {like.name!r} of shape {like.shape}; resume with the "
+                "checkpoint's own configuration"
+            )
+        found = [
+            self._where[key].get_slice(key)[max(start, like.start) - start : min(stop, like.stop) - start]
+            for start, stop, key in parts
+            if max(start, like.start) < min(stop, like.stop)
+        ]
+        return torch.cat(found) if found else torch.empty(0)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor of the main rank's ``whole``."""
+        key = f"buffer/{name}"
+        if key not in self._where:
+            raise UserError(
+                f"{self.path}: no buffer {name!r}; resume with the configuration the checkpoint was made with"
+            )
+        return self._where[key].get_tensor(key)
