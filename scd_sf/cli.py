@@ -1,5 +1,5 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), videos (`sample`) and their speed (`bench`).
+form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), and trainings (`runs`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -20,6 +20,7 @@ from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import load_config
 from scd_sf.doctor import FAIL, STYLE, examine
+from scd_sf.monitor.commands import app as runs
 from scd_sf.types import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(runs, name="runs")
 
 
 def _print_version(wanted: bool) -> None:
