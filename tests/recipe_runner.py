@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -72,6 +73,13 @@ def succeed(script: str, *arguments: object) -> Result:
     result = run(script, *arguments)
     assert result.code == 0, f"{script}: exit code {result.code}\n{result.out[-2000:]}\n{result.err[-4000:]}"
     return result
+
+
+def free_port() -> str:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def load_script(script: str) -> ModuleType:
