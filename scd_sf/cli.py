@@ -1,5 +1,5 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), videos (`sample`) and their speed (`bench`).
+form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), and trainings (`runs`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import load_config
-from scd_sf.doctor import FAIL, STYLE, examine
+from scd_sf.doctor.finding import FAIL
+from scd_sf.doctor.report import as_table, examine
+from scd_sf.monitor.commands import app as runs
 from scd_sf.types import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(runs, name="runs")
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,17 +53,15 @@ def options(
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Start no processes (no all-reduce).")] = False,
 ) -> None:
-    """Check packages, devices, compiler and disk, with a remedy for each problem. Exit code 1 on a failure."""
-    findings = examine()
+    """Check packages, devices, attention, video, limits, disks and an all-reduce of two processes, with a remedy for
+    each problem. Exit code 1 on a failure, 0 with warnings."""
+    findings = examine(quick=quick)
     if as_json:
         print(json.dumps([finding.__dict__ for finding in findings], indent=2))
     else:
-        table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
-        for finding in findings:
-            style = STYLE[finding.status]
-            table.add_row(finding.name, Text(finding.status, style), Text(finding.found), Text(finding.remedy))
-        Console().print(table)
+        Console().print(as_table(findings))
     raise typer.Exit(1 if any(finding.status == FAIL for finding in findings) else 0)
 
 

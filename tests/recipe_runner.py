@@ -104,6 +104,13 @@ def succeed(script: str, *arguments: object) -> Result:
     return result
 
 
+def free_port() -> str:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def load_script(script: str) -> ModuleType:
     """The script's names without running its main; it is executed under a private name, so nothing can import it."""
     name = "script_" + Path(script).stem

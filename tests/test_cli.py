@@ -1,16 +1,14 @@
-"""The console script: version, the environment report, and what is inside a checkpoint."""
+"""The console script: version, and what is inside a checkpoint."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 
-from scd_sf import __version__, cli, doctor
+from scd_sf import __version__, cli
 from scd_sf.checkpoint import Checkpoints
 
 
@@ -32,30 +30,6 @@ def a_checkpoint(root: Path) -> Path:
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"], monkeypatch, capsys) == (0, f"scd-sf {__version__}\n", "")
-
-
-def test_doctor_reports_every_core_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(["doctor", "--json"], monkeypatch, capsys)
-    findings = {finding["name"]: finding for finding in json.loads(out)}
-    assert {"torch", "deepspeed", "diffusers", "python", "disk", "memory", "C++ compiler"} <= set(findings)
-    assert code == int(any(finding["status"] == "fail" for finding in findings.values()))
-    assert all(finding["remedy"] for finding in findings.values() if finding["status"] != "ok")
-
-
-def test_doctor_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(
-        cli, "examine", lambda: [doctor.Finding("torch", doctor.FAIL, "not installed", "pip install x")]
-    )
-    code, out, _ = run(["doctor"], monkeypatch, capsys)
-    assert code == 1
-    assert "pip install x" in out
-
-
-@pytest.mark.parametrize(("installed", "status"), [(None, "fail"), ("0.19.7", "fail"), ("0.19.8", "ok"), ("1.0", "ok")])
-def test_check_requirement(installed: str | None, status: str) -> None:
-    finding = doctor.check_requirement(Requirement("deepspeed>=0.19.8"), installed)
-    assert finding.status == status
-    assert ("deepspeed>=0.19.8" in finding.remedy) == (status == "fail")
 
 
 def test_inspect_names_origin_and_tensors(

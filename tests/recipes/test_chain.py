@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,12 +92,6 @@ def test_plain_python_command(chain: Chain, tmp_path: Path) -> None:
     assert "copied bit for bit" in out and find(tmp_path / "s1").name == "step_00000000"
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port"],
     "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port"],
@@ -109,7 +102,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_two_processes_give_the_losses_of_one(chain: Chain, tmp_path: Path, name: str) -> None:
     """Stage 1 to 3 under the launcher; stage 2 with DeepSpeed's ZeRO-2 on two processes equals plain torch on one."""
-    start = [*LAUNCHERS[name], free_port()]
+    start = [*LAUNCHERS[name], recipe_runner.free_port()]
     launch([*start, "recipes/stage1_transplant.py", f"base={chain.wan}", f"out={tmp_path}/s1", "family=causal"])
     assert find(tmp_path / "s1").name == "step_00000000"
     launch([*start, "recipes/stage2_flow_matching.py", *chain.stage2(tmp_path / "s2"), "engine.kind=deepspeed"])

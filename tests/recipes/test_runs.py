@@ -1,0 +1,46 @@
+"""`scd runs` on runs that the real recipes made."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import recipe_runner
+from recipe_runner import KillAt
+from tiny_run import STEPS2, Chain
+from typer.testing import CliRunner
+
+from scd_sf.cli import app
+from scd_sf.monitor.state import find_runs, read_run
+
+STAGE2 = "recipes/stage2_flow_matching.py"
+
+
+def scd(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["runs", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
+    """The unbroken run's exported curve is a reference that a killed run falls short of, and meets once resumed."""
+    assert find_runs(chain.root) == [chain.root / "stage2", chain.root / "stage3"]
+    run, reference = tmp_path / "run", tmp_path / "reference.jsonl"
+    assert scd("export", chain.root / "stage2", reference)[0] == 0
+    assert [row["step"] for row in map(json.loads, reference.read_text().splitlines())] == list(range(1, STEPS2 + 1))
+    assert "time" not in reference.read_text()
+
+    recipe_runner.run(STAGE2, *chain.stage2(run), kill=KillAt("scd_sf.train.local:LocalEngine.backward", 10))
+    view = read_run(run, time.time())
+    assert (view.state, view.stage, view.curve.last) == ("running", "stage2_flow_matching", 4)
+    assert read_run(run, time.time() + 3600).state == "stale"
+    recipe_runner.succeed(STAGE2, *chain.stage2(run))
+    view = read_run(run, time.time() + 3600)
+    assert (view.state, view.curve.last, view.total, [s.intact for s in view.checkpoints]) == (
+        "finished", STEPS2, STEPS2, [True, True],
+    )  # fmt: skip
+
+    code, out = scd("compare", reference, run, chain.root / "stage2", "--tolerance", "0")
+    assert code == 0 and out.count("same bits, 6 steps") == 6 and "val/loss" in out
+    code, out = scd("show", chain.root / "stage3")
+    assert code == 0 and "stage3_self_forcing" in out and str(chain.root / "stage2") in out and "critic/loss" in out
