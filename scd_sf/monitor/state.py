@@ -1,8 +1,8 @@
 """One run directory as it stands: how far, how fast, which checkpoints, and whether somebody is still at work on it.
 
 Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``checkpoints/``, and for each rank
-``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h}); ``stopped.json`` ({"time": unix
-seconds, "reason": text}) says why a run ended early, until it has gone on.
+``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h}); ``status.json`` says why a run
+ended early, until it has gone on (train/control.py writes both).
 Nothing is written, and nothing missing or damaged is an error except a path that is no run at all.
 """
 
@@ -135,10 +135,10 @@ def _state(
     total = _total(config)
     if total is not None and any(saved.intact and saved.step >= total for saved in checkpoints):
         return "finished", ""
-    stop = _json(path / "stopped.json")
-    at, last = stop.get("time"), curve.times.get(curve.last, 0.0)
-    if isinstance(at, float | int) and at >= last:
-        return "stopped", str(stop.get("reason", "no reason given"))
+    status = _json(path / "status.json")
+    at, last = status.get("time"), curve.times.get(curve.last, 0.0)
+    if status.get("state") in ("interrupted", "failed") and isinstance(at, float | int) and at >= last:
+        return "stopped", str(status.get("reason", "no reason given"))
     if age is None or age > limit:
         return "stale", "no sign of life" if age is None else f"no sign of life for {describe_age(age)}"
     if silent := stale_ranks(heartbeats, limit):

@@ -107,7 +107,7 @@ def test_states(tmp_path: Path) -> None:
     assert read_run(run, NOW + 119).state == "running" and read_run(run, NOW + 121).state == "stale"
     assert read_run(run, NOW + 30, stale_after=20).reason == "no sign of life for 30 s"
 
-    (run / "stopped.json").write_text(json.dumps({"time": NOW + 1, "reason": "SIGTERM: saved at step 5"}))
+    (run / "status.json").write_text(json.dumps({"state": "interrupted", "time": NOW + 1, "reason": "SIGTERM: saved at step 5"}))
     assert (read_run(run, NOW + 500).state, read_run(run, NOW).reason) == ("stopped", "SIGTERM: saved at step 5")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(lines({"step": 6, "time": NOW + 60, "loss": 0.1}))
