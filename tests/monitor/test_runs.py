@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from scd_sf import cli
-from scd_sf.checkpoint import Checkpoints, provenance
+from scd_sf.checkpoint import Checkpoints
 from scd_sf.monitor.curve import TAIL, Follower, clean, read_curve, read_tail
 from scd_sf.monitor.state import find_runs, read_run
 from scd_sf.monitor.view import sparkline
+from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 NOW = 1_700_000_000.0
@@ -107,7 +108,9 @@ def test_states(tmp_path: Path) -> None:
     assert read_run(run, NOW + 119).state == "running" and read_run(run, NOW + 121).state == "stale"
     assert read_run(run, NOW + 30, stale_after=20).reason == "no sign of life for 30 s"
 
-    (run / "status.json").write_text(json.dumps({"state": "interrupted", "time": NOW + 1, "reason": "SIGTERM: saved at step 5"}))
+    (run / "status.json").write_text(
+        json.dumps({"state": "interrupted", "time": NOW + 1, "reason": "SIGTERM: saved at step 5"})
+    )
     assert (read_run(run, NOW + 500).state, read_run(run, NOW).reason) == ("stopped", "SIGTERM: saved at step 5")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(lines({"step": 6, "time": NOW + 60, "loss": 0.1}))
