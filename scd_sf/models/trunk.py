@@ -20,7 +20,7 @@ from scd_sf.nn.attention import AttentionContext
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.layers import LayerNorm, WanBlock, upcast
 from scd_sf.nn.rope import Rotary, rope_table
-from scd_sf.types import UserError
+from scd_sf.types import UserError, VideoShape
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class WanConfig:
                 f"choose pixel sizes that are multiples of {8 * self.patch_height}"
             )
         return (height // self.patch_height) * (width // self.patch_width)
+
+    def clip_tokens(self, shape: VideoShape) -> int:
+        """Tokens of a whole clip of latents."""
+        return shape.frames * self.tokens(shape.height, shape.width)
 
 
 class PatchEmbedding(nn.Module):
