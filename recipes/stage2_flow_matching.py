@@ -19,7 +19,7 @@ from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import build_sampler
-from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
@@ -79,8 +79,8 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
     for trunk in student.trunks():
         trunk.checkpointing = cfg.checkpointing
 
-    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> Tensor:
-        return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)[0]
+    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
+        return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)
 
     return build_engine(
         StepModule(student, loss_fn),
@@ -129,18 +129,18 @@ def main() -> None:
     for step in state.steps(start):
         with state.attempt(step):
             position = state.position(step)
-            total = 0.0
+            sums: Logs = {}
             for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, position - 1, len(clips)):
                 batch = clips.batch(indices).to(ranks.device)
-                loss = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
+                loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
                 engine.backward(loss)
                 info = engine.step()
-                total += float(loss.detach()) / engine.micro_batches
+                sums = {name: sums.get(name, 0.0) + value / engine.micro_batches for name, value in logs.items()}
             if info.stepped:
                 state.update_ema()
             else:
                 note_skipped(run, position, cfg.train, len(clips))
-            logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+            logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 state.ema.copy_to(averaged)
                 if ranks.is_main:

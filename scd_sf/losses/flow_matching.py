@@ -15,6 +15,8 @@ from scd_sf.diffusion.flow import add_noise, shift_time, shifted_uniform, veloci
 from scd_sf.models.generator import FrameGenerator, Query, check_chunks, pick_chunks
 from scd_sf.types import Conditioning, Denoiser, Logs, UserError
 
+TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
+
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
@@ -66,7 +68,10 @@ def flow_matching_loss(
     cfg: FlowMatchingConfig,
     rng: torch.Generator,
 ) -> tuple[Tensor, Logs]:
-    """x_0 (B, F, C, H, W) clean latents -> (scalar fp32 loss, logs). One time per chunk and noisy sample."""
+    """x_0 (B, F, C, H, W) clean latents -> (scalar fp32 loss, logs). One time per chunk and noisy sample.
+
+    The logs are the loss, and sums by time for :func:`loss_by_time`, so that micro-batches and ranks may be added up.
+    """
     batch, frames = x_0.shape[:2]
     num_chunks = check_chunks(frames, generator.chunk)
     targets = list(range(num_chunks))
@@ -84,7 +89,29 @@ def flow_matching_loss(
     velocity = generator.teacher_forced(x_t, t, x_0, cond, query=query, targets=targets)
     target = pick_chunks(velocity_target(x_0.unsqueeze(0), eps), targets, generator.chunk, 2)
     loss = (velocity.float() - target.float()).pow(2).mean()
-    return loss, {"loss": float(loss.detach())}
+    with torch.no_grad():
+        errors = (velocity.float() - target.float()).pow(2).mean(dim=(-3, -2, -1))
+        times = pick_chunks(t, targets, generator.chunk, 2)
+    return loss, {"loss": float(loss.detach()), **_by_time(errors, times)}
+
+
+def _by_time(errors: Tensor, t: Tensor) -> Logs:
+    """Number of frames, and sum of their errors, in each of TIME_BINS equal parts of [0, 1]."""
+    index = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1).flatten()
+    table = torch.zeros(2, TIME_BINS, dtype=torch.float64, device=t.device)
+    table[0].index_add_(0, index, errors.flatten().double())
+    table[1].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+    sums, counts = table.tolist()
+    return {f"{_SUM}{i}": sums[i] for i in range(TIME_BINS)} | {f"{_COUNT}{i}": counts[i] for i in range(TIME_BINS)}
+
+
+def loss_by_time(logs: Logs) -> Logs:
+    """The logs of one update, added up or averaged, with mean losses by time ("loss/t0.8-1.0") in place of the sums."""
+    found = {name: value for name, value in logs.items() if not name.startswith((_SUM, _COUNT))}
+    for i in range(TIME_BINS):
+        if logs[f"{_COUNT}{i}"]:
+            found[f"loss/t{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}"] = logs[f"{_SUM}{i}"] / logs[f"{_COUNT}{i}"]
+    return found
 
 
 def denoiser_flow_loss(denoiser: Denoiser, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:

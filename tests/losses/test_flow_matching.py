@@ -17,10 +17,11 @@ from scd_sf.losses.flow_matching import (
     denoiser_flow_loss,
     drop_text,
     flow_matching_loss,
+    loss_by_time,
     query_times,
 )
 from scd_sf.models.generator import CacheConfig, Query, pick_chunks
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import Conditioning, Logs, UserError
 
 PLAIN = FlowMatchingConfig(eta=0.0, text_dropout=0.0)
 
@@ -54,8 +55,19 @@ def record(cfg: FlowMatchingConfig, chunk: int = 1, frames: int = 6, seed: int =
     model, x_0 = Recorder(chunk), tiny.latents(2, frames, dtype=torch.float32)
     cond, null = tiny.prompts(2, dtype=torch.float32), tiny.prompts(1, seed=5, dtype=torch.float32)
     loss, logs = flow_matching_loss(model, x_0, cond, null, cfg, tiny.generator(seed))
-    assert loss.dtype == torch.float32 and loss.ndim == 0 and logs == {"loss": float(loss)}
+    assert loss.dtype == torch.float32 and loss.ndim == 0 and logs["loss"] == float(loss)
+    assert_times_add_up(logs, model)
     return model, x_0, loss
+
+
+def assert_times_add_up(logs: Logs, model: Recorder) -> None:
+    """The losses by time, weighted by the frames whose time it is, are the loss."""
+    t = pick_chunks(model.seen["t"], model.seen["targets"], model.chunk, 2)
+    found = {name: value for name, value in loss_by_time(logs).items() if name != "loss"}
+    bounds = {name: [float(x) for x in name.removeprefix("loss/t").split("-")] for name in found}
+    counts = {name: int(((t >= low) & ((t < high) | (high == 1.0))).sum()) for name, (low, high) in bounds.items()}
+    assert sum(counts.values()) == t.numel() and min(counts.values()) > 0
+    assert sum(found[name] * counts[name] for name in found) / t.numel() == pytest.approx(logs["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
