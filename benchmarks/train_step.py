@@ -1,45 +1,56 @@
-"""What a training step costs: stage 2 by number of noisy samples and with activation checkpointing, stage 3 by part.
+"""What a training step costs: stage 2 by number of noisy samples and by what is recomputed, stage 3 by part.
 
-    python benchmarks/train_step.py --out train_step.json
+    python benchmarks/train_step.py --out docs/results/train_step.json
 
-Wan's proportions at a quarter of its width (12 layers of 384; SCD 10 encoder + 4 decoder layers), random weights; a
-step is forward and backward of the loss at batch 1, without the optimizer. The teacher and the critic of stage 3 have
-the student's width. All cases in one process, in interleaved rounds.
+Wan 1.3B's layers at their real width (1536, 12 heads, FFN 8960) and few of them: SCD with 5 encoder and 2 decoder
+layers, which keeps the 25 : 10 of the whole; teacher and critic of 6 layers. Random weights, batch 1, 96 tokens a
+frame; a step is forward and backward without the optimizer. Cases take turns. Per case: median seconds, peak memory of
+the process, the ratio to the floor (every matmul and attention call made, timed alone after each round); for the cycle
+of stage 3 (``ratio`` critic updates and one of the student) the shares of rollout, critic, teacher and the student's
+backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from scd_sf.bench import in_rounds, random_weights
+from scd_sf.bench import random_weights
 from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.scd import ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.rollout import cpu_noise, rollout
-from scd_sf.types import Conditioning
+from scd_sf.train.ranks import keep_freed_memory
+from scd_sf.types import Conditioning, Denoiser
 
-CFG = WanConfig(3, 128, text_dim=512, ffn_dim=2240, num_layers=12)
-SCD = ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11)))
-LATENT, TEXT_TOKENS = (16, 12, 20), 20
+CFG = WanConfig(num_layers=6)
+SCD = ScdConfig(tuple(range(5)), DecoderConfig((0, 5)))
+LATENT, TEXT_TOKENS = (16, 16, 24), 64
 COND = Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def filled(config: ModelConfig) -> Student | Wan:
+def filled(config: ModelConfig, dtype: torch.dtype) -> Student | Wan:
     with torch.device("meta"):
         model = build_model(config)
-    random_weights(model, torch.float32)
+    random_weights(model, dtype)
     return model
 
 
@@ -52,74 +63,144 @@ def backward(model: nn.Module, loss: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def stage2(model: Student | Wan, x: Tensor, samples: int, checkpointing: bool) -> Callable[[], None]:
-    assert not isinstance(model, Wan)
+class Parts:
+    """Seconds by part, while a step runs."""
+
+    def __init__(self) -> None:
+        self.seconds = Counter[str]()
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+    def timed(self, part: str, model: Denoiser) -> Denoiser:
+        def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            with self.timing(part):
+                return model(x_t, t, cond)
+
+        return call
+
+    def shares(self) -> dict[str, float]:
+        total = sum(self.seconds.values())
+        return {part: round(value / total, 3) for part, value in self.seconds.items()}
+
+
+class Case:
+    """One row: a step that is run again and again, and what it cost."""
+
+    def __init__(self, name: str, step: Callable[[], None], parts: Parts | None = None) -> None:
+        self.name, self.step, self.parts = name, step, parts
+        self.seconds, self.floors, self.peak = list[float](), list[float](), 0.0
+
+    def run(self) -> None:
+        peak_gib(reset=True)
+        with HeavyCalls() as heavy:
+            started = time.perf_counter()
+            self.step()
+            self.seconds.append(time.perf_counter() - started)
+        self.peak = max(self.peak, peak_gib())
+        self.floors.append(heavy.floor())
+
+    def row(self, first: Case) -> dict[str, object]:
+        ratios = [a / b for a, b in zip(self.seconds, first.seconds, strict=True)]
+        found: dict[str, object] = {
+            "name": self.name,
+            "seconds": round(statistics.median(self.seconds), 3),
+            "ratio_to_first": round(statistics.median(ratios), 3),
+            "floor_seconds": round(statistics.median(self.floors), 3),
+            "floor_ratio": round(sum(self.seconds) / sum(self.floors), 3),
+            "peak_rss_gib": round(self.peak, 2),
+        }
+        return found | ({"shares": self.parts.shares()} if self.parts is not None else {})
+
+
+def stage2(model: Student, x: Tensor, samples: int, *, recompute: str = "nothing") -> Callable[[], None]:
+    """``recompute``: nothing, everything (activation checkpointing), or all but the attention."""
 
     def run() -> None:
         for trunk in model.trunks():
-            trunk.checkpointing = checkpointing
+            trunk.checkpointing, trunk.recompute_attention = recompute != "nothing", recompute == "everything"
         loss, _ = flow_matching_loss(model, x, COND, COND, FlowMatchingConfig(samples=samples), rng())
         backward(model, loss)
 
     return run
 
 
-def stage3(
-    student: Student | Wan, teacher: Student | Wan, critic: Student | Wan, x: Tensor
-) -> dict[str, Callable[[], None]]:
-    assert not isinstance(student, Wan) and isinstance(teacher, Wan) and isinstance(critic, Wan)
-    teacher.requires_grad_(False)
-    cfg, exit_step = DmdConfig(), 2
+def cycle(
+    student: Student, teacher: Wan, critic: Wan, x: Tensor, parts: Parts, *, ratio: int, shared: bool
+) -> Callable[[], None]:
+    """``ratio`` critic updates and one of the student, exit step 3 of 4. ``shared``: the critic learns from the
+    student's rollout (``critic_data: student``) instead of rollouts of its own."""
+    cfg = DmdConfig()
 
     def self_rollout() -> Tensor:
+        noise = torch.randn(x.shape, generator=rng())
+        return rollout(student, noise, COND, Renoise(), cpu_noise(rng()), exit_step=2)
+
+    def critic_update(fake: Tensor) -> None:
+        with parts.timing("critic"):
+            backward(critic, critic_loss(critic, fake, COND, cfg, rng())[0])
+
+    def run() -> None:
         for trunk in student.trunks():
             trunk.checkpointing = False
-        return rollout(
-            student, torch.randn(x.shape, generator=rng()), COND, Renoise(), cpu_noise(rng()), exit_step=exit_step
-        )
+        for _ in range(0 if shared else ratio):
+            with parts.timing("rollout"), torch.no_grad():
+                fake = self_rollout()
+            critic_update(fake)
+        with parts.timing("rollout"):
+            own = self_rollout()
+        judges = parts.timed("teacher", teacher), parts.timed("critic", critic)
+        loss, _ = dmd_loss(own, *judges, COND, COND, cfg, rng())
+        with parts.timing("student's backward"):
+            backward(student, loss)
+        for _ in range(ratio if shared else 0):
+            critic_update(own.detach())
 
-    def generator_step() -> None:
-        loss, _ = dmd_loss(self_rollout(), teacher, critic, COND, COND, cfg, rng())
-        backward(student, loss)
+    return run
 
-    def critic_step() -> None:
-        with torch.no_grad():
-            fake = self_rollout()
-        loss, _ = critic_loss(critic, fake, COND, cfg, rng())
-        backward(critic, loss)
 
-    def stored_critic_step() -> None:
-        loss, _ = critic_loss(critic, x, COND, cfg, rng())
-        backward(critic, loss)
-
-    return {
-        "stage 3, student step": generator_step,
-        "stage 3, critic step": critic_step,
-        "stage 3, critic step on a stored rollout": stored_critic_step,
-    }
+def cases(dtype: torch.dtype, frames: int, ratio: int) -> list[Case]:
+    x = torch.randn(1, frames, *LATENT, generator=rng())
+    scd, causal = filled(ModelConfig(wan=CFG, scd=SCD), dtype), filled(ModelConfig("causal", wan=CFG), dtype)
+    teacher, critic = (filled(ModelConfig("wan", wan=CFG), dtype) for _ in range(2))
+    assert not isinstance(scd, Wan) and not isinstance(causal, Wan)
+    assert isinstance(teacher, Wan) and isinstance(critic, Wan)
+    teacher.requires_grad_(False)
+    found = [Case(f"stage 2, SCD, K = {k}", stage2(scd, x, k)) for k in (1, 2, 4)]
+    for kept, recompute in (("everything recomputed", "everything"), ("attention kept", "all but attention")):
+        found.append(Case(f"stage 2, SCD, K = 2, {kept}", stage2(scd, x, 2, recompute=recompute)))
+    found.append(Case("stage 2, causal, K = 1", stage2(causal, x, 1)))
+    for shared in (False, True):
+        name = f"stage 3, cycle of {ratio} : 1" + (", one rollout shared" if shared else "")
+        parts = Parts()
+        found.append(Case(name, cycle(scd, teacher, critic, x, parts, ratio=ratio, shared=shared), parts))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
     parser.add_argument("--frames", type=int, default=6, help="latent frames of the clip")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ratio", type=int, default=5, help="critic updates per student update")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is slow without AVX-512 bf16")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    x = torch.randn(1, args.frames, *LATENT, generator=rng())
-    scd, causal = filled(ModelConfig(wan=CFG, scd=SCD)), filled(ModelConfig("causal", wan=CFG))
-    wan = ModelConfig("wan", wan=CFG)
-    cases = {f"stage 2, SCD, K = {k}": stage2(scd, x, k, False) for k in (1, 2, 4)}
-    cases["stage 2, SCD, K = 2, checkpointing"] = stage2(scd, x, 2, True)
-    cases["stage 2, causal, K = 1"] = stage2(causal, x, 1, False)
-    cases |= stage3(scd, filled(wan), filled(wan), x)
-    rows = in_rounds(cases, args.rounds)
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    write_json(
-        args.out, {"frames": args.frames, "threads": args.threads, "torch": str(torch.__version__), "rows": rows}
-    )
+    keep_freed_memory()
+    rows = cases(DTYPES[args.dtype], args.frames, args.ratio)
+    for case in rows:
+        case.step()
+        if case.parts is not None:
+            case.parts.seconds.clear()
+    for number in range(args.rounds):
+        for case in rows:
+            case.run()
+        print(json.dumps({"round": number, **{case.name: round(case.seconds[-1], 3) for case in rows}}), flush=True)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.dtype}"
+    settings = {"machine": machine, "torch": str(torch.__version__), "frames": args.frames, "rounds": args.rounds}
+    write_json(args.out, {**settings, "rows": [case.row(rows[0]) for case in rows]})
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def main() -> None:
         check_text(data.prompts, cfg.wan.text_dim)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run.tokens_per_step = cfg.train.global_batch * cfg.wan.clip_tokens(clips.shape)
     model = Wan(cfg.wan)
 
     def loss_fn(wan: Wan, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:

@@ -104,6 +104,7 @@ def main() -> None:
         check_text(data.prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
 

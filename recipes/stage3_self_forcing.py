@@ -257,6 +257,7 @@ def main() -> None:
     prompts = PromptSet(cfg.prompts)
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     parts = build(cfg, ranks, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
     description = to_yaml(dataclasses.replace(parent, sampler=sampler))

@@ -69,45 +69,57 @@ class Checkpoints:
         config_yaml: str,
         provenance: Mapping[str, object],
         training_state: Callable[[Path], None] | None = None,
-        agree: Callable[[bool], bool] | None = None,
-        is_main: bool = True,
-        need: int = 0,
     ) -> Path:
-        """Save one step; every rank calls it. ``files`` maps a name ("model" -> model.safetensors) to its tensors.
+        """Save one step from one process: :meth:`prepare`, ``training_state(dir)``, :meth:`commit`. Raises SaveFailed.
 
-        ``training_state(dir)`` runs on every rank with the same (existing) directory. Only the main rank writes the
-        rest, so ``files`` may be empty elsewhere. ``agree(failed)`` tells every rank whether one has failed; ``need``
-        is the number of bytes to expect. Raises SaveFailed on every rank when the step is already there, space is
-        short or a file cannot be written: what was saved before is as it was, and nothing half-made stays.
+        Several processes do the same through ``train/saving.py``.
         """
-        final, partial = self.path(step), self.root / f"step_{step:08d}.tmp"
-        need = max(need, sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values()))
-
-        def write_state() -> None:
-            if training_state is not None:
-                training_state(partial / STATE)
-                _fsync_tree(partial / STATE)
-
-        def commit() -> None:
-            _write_contents(partial, files, config_yaml, provenance)
-            write_manifest(partial, step)
-            os.rename(partial, final)
-            _fsync_dir(self.root)
-            _write_text(self.root / LATEST, final.name + "\n")
-
-        for mine, work in (
-            (is_main, lambda: self._prepare(step, partial, need)),
-            (True, write_state),
-            (is_main, commit),
+        partial = self.path(step).with_suffix(".tmp")
+        for work in (
+            lambda: self.prepare(step, _bytes(files)),
+            lambda: None if training_state is None else training_state(partial / STATE),
+            lambda: self.commit(step, files, config_yaml, provenance),
         ):
-            problem = _problem(work) if mine else ""
-            failed = bool(problem)
-            if agree(failed) if agree is not None else failed:
-                if is_main:
-                    shutil.rmtree(partial, ignore_errors=True)
-                said = problem or "another process failed and says why"
-                raise SaveFailed(f"{final}: step {step} is not saved; the steps before it are as they were. {said}")
-        return final
+            if problem := problem_of(work):
+                shutil.rmtree(partial, ignore_errors=True)
+                raise SaveFailed(self.not_saved(step, problem))
+        return self.path(step)
+
+    def prepare(self, step: int, need: int) -> None:
+        """Clear what a killed run left, set a damaged copy of this step aside, check the space for ``need`` bytes, make
+        ``step_N.tmp/state``. UserError when the step is already there or space is short."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob("step_*.tmp"):
+            shutil.rmtree(stale)
+        final = self.path(step)
+        if self.has(step):
+            raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")
+        if final.exists():
+            aside = final.with_name(final.name + ".damaged.tmp")
+            os.rename(final, aside)
+            shutil.rmtree(aside)
+        self.require_space(need, f"step {step}")
+        (final.with_suffix(".tmp") / STATE).mkdir(parents=True)
+
+    def commit(
+        self,
+        step: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        config_yaml: str,
+        provenance: Mapping[str, object],
+    ) -> None:
+        """The rest of ``step_N.tmp`` and its manifest, then the rename, then ``latest``. ``files`` maps a name ("model"
+        -> model.safetensors) to its tensors. All that other processes write must be there."""
+        final = self.path(step)
+        partial = final.with_suffix(".tmp")
+        _write_contents(partial, files, config_yaml, provenance)
+        write_manifest(partial, step)
+        os.rename(partial, final)
+        _fsync_dir(self.root)
+        _write_text(self.root / LATEST, final.name + "\n")
+
+    def not_saved(self, step: int, problem: str) -> str:
+        return f"{self.path(step)}: step {step} is not saved; the steps before it are as they were. {problem}"
 
     def newest(self, *, required: bool = False) -> Path | None:
         """The newest verified step, warning about each newer one it skips. None when nothing was ever saved here.
@@ -152,21 +164,6 @@ class Checkpoints:
             elif sizes_agree(path):
                 intact += 1
         return removed
-
-    def _prepare(self, step: int, partial: Path, need: int) -> None:
-        """Clear what a killed run left, set a damaged copy of this step aside, check the space, make the directory."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob("step_*.tmp"):
-            shutil.rmtree(stale)
-        final = self.path(step)
-        if self.has(step):
-            raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")
-        if final.exists():
-            aside = final.with_name(final.name + ".damaged.tmp")
-            os.rename(final, aside)
-            shutil.rmtree(aside)
-        self.require_space(need, f"step {step}")
-        (partial / STATE).mkdir(parents=True)
 
     def require_space(self, need: int, what: str) -> None:
         """Raises UserError unless the disk has room for ``need`` bytes and a fifth more."""
@@ -244,7 +241,7 @@ def read_provenance(path: Path) -> dict[str, object]:
 
 def write_manifest(path: Path, step: int) -> None:
     """Fsync every file under ``path``, then write ``manifest.json`` (size and sha256 of each) as the last file."""
-    _fsync_tree(path)
+    fsync_tree(path)
     entries = {
         file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(_files(path))
@@ -254,7 +251,11 @@ def write_manifest(path: Path, step: int) -> None:
     _fsync_dir(path)
 
 
-def _problem(work: Callable[[], None]) -> str:
+def _bytes(files: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+
+
+def problem_of(work: Callable[[], None]) -> str:
     """Why ``work`` failed, in one line; empty when it did not. torch reports a full disk as RuntimeError."""
     try:
         work()
@@ -301,7 +302,8 @@ def _write_text(path: Path, text: str) -> None:
     _fsync_dir(path.parent)
 
 
-def _fsync_tree(path: Path) -> None:
+def fsync_tree(path: Path) -> None:
+    """Every file and folder below ``path``, onto the disk."""
     for file in _files(path):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

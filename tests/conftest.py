@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from importlib.metadata import version
 
 import pytest
 
@@ -20,6 +22,10 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# What DeepSpeed compiles (half a minute) stays in the user's cache; elsewhere it would be compiled in every session.
+cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+python = f"py{sys.version_info.major}{sys.version_info.minor}-torch{version('torch')}"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(cache, "torch_extensions", f"scd-sf-tests-{python}"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="scd-sf-cache-")  # where scd_sf keeps encoded prompts
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 

@@ -125,11 +125,11 @@ def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64)
     return model
 
 
-def set_checkpointing(model: Student | Wan, on: bool) -> None:
+def set_checkpointing(model: Student | Wan, on: bool, recompute_attention: bool = True) -> None:
     """Activation checkpointing of every trunk."""
     for module in model.modules():
         if hasattr(module, "checkpointing"):
-            module.checkpointing = on
+            module.checkpointing, module.recompute_attention = on, recompute_attention
 
 
 def prompts(batch: int, seed: int = 0, dtype: torch.dtype = torch.float64, length: int = TEXT_LENGTH) -> Conditioning:

@@ -19,6 +19,7 @@ from scd_sf.data.shards import ShardWriter
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import save_wan
+from scd_sf.monitor.curve import is_portable
 from scd_sf.types import VideoShape
 
 WAN = WanConfig(2, 12, 4, 4, 8, 16, 32, 6)
@@ -128,9 +129,9 @@ class Chain:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """``metrics.jsonl`` without the clock."""
+    """``metrics.jsonl`` without the clock and the machine."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+    return [{name: value for name, value in row.items() if name != "time" and is_portable(name)} for row in rows]
 
 
 def same_as_uninterrupted(chain: Chain, stage: str, run: Path) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from scd_sf.nn.attention import AttentionContext
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.layers import LayerNorm, WanBlock, upcast
 from scd_sf.nn.rope import Rotary, rope_table
-from scd_sf.types import UserError
+from scd_sf.types import UserError, VideoShape
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class WanConfig:
                 f"choose pixel sizes that are multiples of {8 * self.patch_height}"
             )
         return (height // self.patch_height) * (width // self.patch_width)
+
+    def clip_tokens(self, shape: VideoShape) -> int:
+        """Tokens of a whole clip of latents."""
+        return shape.frames * self.tokens(shape.height, shape.width)
 
 
 class PatchEmbedding(nn.Module):
@@ -150,14 +154,18 @@ class Times(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """A stack of Wan blocks with its own embeddings. ``layers`` are the Wan layers its blocks come from."""
+    """A stack of Wan blocks with its own embeddings. ``layers`` are the Wan layers its blocks come from.
+
+    ``checkpointing`` keeps of each block its input alone and computes the rest again for the backward pass; without
+    ``recompute_attention`` attention outputs are kept too (SDPA's; FlexAttention is computed again all the same).
+    """
 
     def __init__(
         self, cfg: WanConfig, layers: Sequence[int], *, with_text: bool = True, with_head: bool = True
     ) -> None:
         super().__init__()
         self.cfg, self.layers = cfg, tuple(layers)
-        self.checkpointing = False
+        self.checkpointing, self.recompute_attention = False, True
         self.patch_embedding = PatchEmbedding(cfg)
         self.condition_embedder = ConditionEmbedder(cfg, with_text)
         self.blocks = nn.ModuleList(
@@ -198,12 +206,13 @@ class Trunk(nn.Module):
         """The blocks of ``span`` in order. ``text`` is the embedded prompt, or the K/V of all blocks. ``keep``: return
         the last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs."""
         chosen = range(*span.indices(len(self.blocks)))
+        context = noop_context_fn if self.recompute_attention else _keep_attention
         for index in chosen:
             block_text = text if isinstance(text, Tensor) else text[index]
             kept = keep if index == chosen[-1] else None
             arguments = (x_BLE, mod_BF6E, block_text, rotary, attend, index, kept)
             if self.checkpointing and torch.is_grad_enabled():
-                x_BLE = checkpoint(self.blocks[index], *arguments, use_reentrant=False)
+                x_BLE = checkpoint(self.blocks[index], *arguments, use_reentrant=False, context_fn=context)
             else:
                 x_BLE = self.blocks[index](*arguments)
         return x_BLE
@@ -231,3 +240,16 @@ class Trunk(nn.Module):
         assert self.head is not None, "this trunk was built without a head"
         out: Tensor = self.head(x_BLE, temb_BFE, height, width)
         return out
+
+
+_SDPA = [
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def _keep_attention() -> Any:
+    """Checkpointing's policy: save what these return, compute everything else again."""
+    return create_selective_checkpoint_contexts(_SDPA)

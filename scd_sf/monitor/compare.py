@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from scd_sf.monitor.curve import Curve, clean
+from scd_sf.monitor.curve import Curve, clean, is_portable
 from scd_sf.monitor.view import MEAN_OF, mean_of_last, number
 
 
@@ -41,9 +41,10 @@ def common_steps(left: Curve, right: Curve) -> list[int]:
 
 
 def compare(left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int = MEAN_OF) -> list[Difference]:
-    """Every metric of ``left`` (or those named), aligned by step with ``right``; ``left`` is the reference."""
+    """Every portable metric of ``left`` (or those named), aligned by step with ``right``; ``left`` is the reference."""
     steps = common_steps(left, right)
-    return [_difference(left, right, metric, steps, mean_of) for metric in (metrics or left.metrics())]
+    chosen = metrics or [metric for metric in left.metrics() if is_portable(metric)]
+    return [_difference(left, right, metric, steps, mean_of) for metric in chosen]
 
 
 def exceeds(difference: Difference, tolerance: float) -> bool:

@@ -149,12 +149,15 @@ def read_tail(file: Path) -> Curve:
         return Curve()
 
 
+def is_portable(metric: str) -> bool:
+    """Whether a metric says something of the training, not of the machine and the moment."""
+    return not _MACHINE.search(metric)
+
+
 def portable(curve: Curve) -> Iterator[str]:
     """The curve as JSON lines, without the clock and whatever else depends on the machine."""
     for step, values in curve.steps.items():
-        kept = {
-            name: value if math.isfinite(value) else None for name, value in values.items() if not _MACHINE.search(name)
-        }
+        kept = {name: value if math.isfinite(value) else None for name, value in values.items() if is_portable(name)}
         yield json.dumps({"step": step, **kept}) + "\n"
 
 

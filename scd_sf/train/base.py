@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.shards import MASTER, MOMENTS, Shard, gathered, write_state
+from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, gathered
 from scd_sf.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -98,12 +98,14 @@ class Engine(Protocol):
         """Apply the update when ``micro_batches`` backward calls are in; otherwise report and do nothing."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Everything an exact resume needs, into ``path`` (its own directory); all ranks call it."""
+    def state(self) -> EngineState:
+        """Everything an exact resume needs, as this rank's copies on the CPU; each rank writes its own into one
+        directory that is the engine's alone. All ranks call it."""
         ...
 
     def load(self, path: Path) -> None:
-        """Continue from :meth:`save` of any engine of this model: other kind, ZeRO stage, dtype or number of ranks too.
+        """Continue from what :meth:`state` of all ranks wrote: of any engine of this model, of other kind, ZeRO stage,
+        dtype or number of ranks too.
 
         Raises UserError when the directory does not fit this model.
         """
@@ -194,18 +196,12 @@ def first_skip_flag(loss: Tensor) -> Tensor:
     return (~torch.isfinite(loss.detach())).float().reshape(())
 
 
-def save_engine(path: Path, engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]) -> None:
-    """All that a resume needs: every rank writes its ``parts(kind)``, the main rank ``engine.json`` and the buffers."""
+def engine_state(engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]) -> EngineState:
+    """All that a resume needs: this rank's ``parts(kind)``, the counts and the buffers."""
     kinds = (MASTER, *MOMENTS) if engine.updates else (MASTER,)  # no moments before the first update
-    write_state(path, ranks, {kind: parts(kind) for kind in kinds}, dict(engine.module.named_buffers()))
-    if ranks.is_main:
-        write_counters(path, {"updates": engine.updates, "skipped": engine.skipped, "files": ranks.world})
-    ranks.barrier()
-
-
-def write_counters(path: Path, counters: Mapping[str, int]) -> None:
-    """``engine.json``: the update counts, and how many ranks' files there are."""
-    (path / "engine.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+    counters = {"updates": engine.updates, "skipped": engine.skipped, "files": ranks.world}
+    buffers = dict(engine.module.named_buffers())
+    return EngineState.copied(ranks.rank, {kind: parts(kind) for kind in kinds}, buffers, counters)
 
 
 def read_counters(path: Path) -> dict[str, int]:

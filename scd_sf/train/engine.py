@@ -32,16 +32,16 @@ from scd_sf.train.base import (
     StepInfo,
     StepModule,
     accumulation,
+    engine_state,
     first_skip_flag,
     named_parameters,
     read_counters,
-    save_engine,
     whole_masters,
 )
 from scd_sf.train.local import LocalEngine
 from scd_sf.train.optim import Schedule, param_groups
 from scd_sf.train.ranks import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
-from scd_sf.train.shards import MASTER, MOMENTS, Shard, StateFiles, gathered, share
+from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, gathered, share
 
 __all__ = [
     "DeepSpeedEngine",
@@ -235,10 +235,10 @@ class DeepSpeedEngine:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [tensor for group in self._engine.basic_optimizer.param_groups for tensor in group["params"]]
 
-    def save(self, path: Path) -> None:
+    def state(self) -> EngineState:
         if self._micro:
-            raise RuntimeError("save called between micro-batches; save after step")
-        save_engine(path, self, self.ranks, self._parts)
+            raise RuntimeError("state asked for between micro-batches; save after step")
+        return engine_state(self, self.ranks, self._parts)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

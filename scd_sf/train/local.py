@@ -18,15 +18,15 @@ from scd_sf.train.base import (
     EngineConfig,
     SkipCounter,
     StepInfo,
+    engine_state,
     first_skip_flag,
     named_parameters,
     read_counters,
-    save_engine,
     whole_masters,
 )
 from scd_sf.train.optim import Schedule, param_groups
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.shards import MASTER, MOMENTS, Shard, StateFiles, share
+from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, share
 
 
 class LocalEngine:
@@ -93,10 +93,10 @@ class LocalEngine:
         for name, parameter in named_parameters(self.module):
             yield share(name, self._masters.get(name, parameter), self.ranks)
 
-    def save(self, path: Path) -> None:
+    def state(self) -> EngineState:
         if self._micro:
-            raise RuntimeError("save called between micro-batches; save after step")
-        save_engine(path, self, self.ranks, self._parts)
+            raise RuntimeError("state asked for between micro-batches; save after step")
+        return engine_state(self, self.ranks, self._parts)
 
     def _parts(self, kind: str) -> Iterator[Shard]:
         for name, master in self._masters.items():

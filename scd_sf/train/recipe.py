@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import STATE, SaveFailed
+from scd_sf.checkpoint import STATE, SaveFailed, problem_of
 from scd_sf.config import load_config
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptTable
@@ -31,13 +32,15 @@ from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run, rank_zero_print
+from scd_sf.train.saving import Saving
 from scd_sf.train.shards import gathered, read_shards
 from scd_sf.types import UserError, VideoShape
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 RESUMABLE = tuple(
-    f"train.{name}" for name in ("steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks")
+    f"train.{name}"
+    for name in ("steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks", "async_save")
 )
 
 
@@ -47,7 +50,7 @@ class TrainConfig:
     per process and forward (accumulation is derived). The newest ``keep`` checkpoints stay on disk, and those of every
     ``keep_every``-th step (0: none), and the best one where a recipe knows it. After ``engine.max_skips`` non-finite
     updates in a row the run goes back to its last checkpoint and leaves out the data since then, ``max_rollbacks``
-    times at most."""
+    times at most. ``async_save``: checkpoints are copied to the CPU and written while the training goes on."""
 
     steps: int = 1000
     global_batch: int = 64
@@ -57,6 +60,7 @@ class TrainConfig:
     keep: int = 2
     keep_every: int = 0
     max_rollbacks: int = 2
+    async_save: bool = False
     ema: EmaConfig = field(default_factory=EmaConfig)
 
     def __post_init__(self) -> None:
@@ -170,6 +174,7 @@ class TrainState:
         self.control = Control(run.dir, run.ranks, run.cfg.heartbeat_seconds)
         self.record: dict[str, float] = {}
         self.extra: dict[str, Ema] = {}
+        self._saving: Saving | None = None
         self._sizes = {name: sum(math.prod(shard.shape) for shard in e.owned()) for name, e in engines.items()}
 
     def resume(self) -> int:
@@ -220,33 +225,41 @@ class TrainState:
 
         Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again.
         """
+        self.settle()
         if self.checkpoints.has(step):
             return
-        files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
-        files |= {name: self._on_main(ema.whole()) for name, ema in {"ema": self.ema, **self.extra}.items()}
-        try:
-            self.checkpoints.write(
-                step,
-                files,
-                *self.describe(step),
-                self._write_state(step),
-                self.ranks.any,
-                self.ranks.is_main,
-                self._bytes(),
-            )
-        except SaveFailed as error:
-            if required:
-                raise
-            _log.error("ALARM: %s The training goes on and tries again at the next checkpoint.", error)
+        problem = problem_of(lambda: self.checkpoints.prepare(step, self._bytes())) if self.ranks.is_main else ""
+        if self.ranks.any(bool(problem)):
+            self._failed(step, problem, required)
             return
-        if self.ranks.is_main:
+        self._saving = Saving(self.checkpoints, self.ranks, step, self._state_writer(step), self._committer(step))
+        if required or not self.train.async_save:
+            self.settle(required=required)
+
+    def settle(self, *, required: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is; all ranks call it."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        problem = saving.wait()
+        if self.ranks.any(bool(problem)):
+            if self.ranks.is_main:
+                shutil.rmtree(self.checkpoints.path(saving.step).with_suffix(".tmp"), ignore_errors=True)
+            self._failed(saving.step, problem, required)
+        elif self.ranks.is_main:
             best = {int(self.record["best_saved"])} if "best_saved" in self.record else set[int]()
             self.checkpoints.prune(self.train.keep, self.train.keep_every, best)
         self.ranks.barrier()
 
+    def _failed(self, step: int, problem: str, required: bool) -> None:
+        error = SaveFailed(self.checkpoints.not_saved(step, problem or "Another process failed and says why."))
+        if required:
+            raise error
+        _log.error("ALARM: %s The training goes on and tries again at the next checkpoint.", error)
+
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Walked by all ranks, kept by the main one, on the CPU."""
-        return {name: value.cpu() for name, value in tensors if self.ranks.is_main}
+        return {name: value.detach().cpu().clone() for name, value in tensors if self.ranks.is_main}
 
     def note_best(self, step: int, value: float) -> None:
         """``value`` (smaller is better) is ``step``'s: the checkpoint of the smallest is kept. Main rank's business."""
@@ -273,6 +286,7 @@ class TrainState:
 
     def _roll_back(self, step: int, error: Diverged) -> None:
         """Back to the last checkpoint, leaving out the data of the steps since then; all ranks together."""
+        self.settle()
         count = self.record.get("rollbacks", 0.0) + 1
         path = self.checkpoints.newest()
         if path is None or count > self.train.max_rollbacks:
@@ -308,17 +322,27 @@ class TrainState:
         """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of every engine."""
         return 4 * (self._sizes["model"] * (2 + len(self.extra)) + 3 * sum(self._sizes.values()))
 
-    def _write_state(self, step: int) -> Callable[[Path], None]:
+    def _state_writer(self, step: int) -> Callable[[Path], None]:
+        """What this rank writes, copied now."""
+        states = {name: engine.state() for name, engine in self.engines.items()}
+        record = {
+            "step": step,
+            "ema_updates": self.ema.updates,
+            "record": dict(self.record),
+            "extra": sorted(self.extra),
+        }
+
         def write(folder: Path) -> None:
-            for name, engine in self.engines.items():
-                engine.save(folder / name)
+            for name, state in states.items():
+                state.write(folder / name)
             if self.ranks.is_main:
-                state = {
-                    "step": step,
-                    "ema_updates": self.ema.updates,
-                    "record": self.record,
-                    "extra": sorted(self.extra),
-                }
-                (folder / "recipe.json").write_text(json.dumps(state) + "\n")
+                (folder / "recipe.json").write_text(json.dumps(record) + "\n")
 
         return write
+
+    def _committer(self, step: int) -> Callable[[], None]:
+        """The main rank's part, gathered by all and copied now."""
+        files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
+        files |= {name: self._on_main(ema.whole()) for name, ema in {"ema": self.ema, **self.extra}.items()}
+        config_yaml, provenance = self.describe(step)
+        return lambda: self.checkpoints.commit(step, files, config_yaml, provenance)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,8 @@ class Run:
         self._bar: _Bar | None = None
         self._lock: TextIO | None = None
         self.finished = 0
+        self.tokens_per_step = 0
+        self._logged = math.nan
         problem = self._claim(config, ("run", *may_change)) if ranks.is_main else None
         if ranks.any(problem is not None):
             self._release()
@@ -105,20 +108,37 @@ class Run:
             self._wandb = _start_wandb(self.cfg, self.dir)
 
     def log(self, step: int, logs: Logs) -> None:
-        """Record scalars of one step (rank 0). Non-finite values are written as null, so that the JSON stays valid."""
+        """Record scalars of one step (rank 0), and what it took. Non-finite values are written as null: valid JSON."""
         if not self.ranks.is_main:
             return
         if self._metrics is None:
             self.start(step)
         assert self._metrics is not None
-        values = {name: value if math.isfinite(value) else None for name, value in logs.items()}
+        every = {**logs, **self._performance()}
+        values = {name: value if math.isfinite(value) else None for name, value in every.items()}
         self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for name, value in logs.items():
+        for name, value in every.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(logs, step=step)
+            self._wandb.log(every, step=step)
         if self._bar is not None:
             self._bar.show(step, logs)
+
+    def _performance(self) -> Logs:
+        """Seconds since the step before (from the second one of this process on), latent tokens per second of all ranks
+        (``tokens_per_step``, set by the recipe), and rank 0's peak memory: the GPU's, else the process's."""
+        now = time.monotonic()
+        seconds, self._logged = now - self._logged, now
+        if self.ranks.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found = {"perf/peak_gib": round(peak, 3)}
+        if math.isfinite(seconds):
+            found["perf/seconds"] = round(seconds, 4)
+            if self.tokens_per_step:
+                found["perf/tokens_per_second"] = round(self.tokens_per_step / seconds, 1)
+        return found
 
     def progress(self, total: int, start: int = 0) -> Iterator[int]:
         """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps.

@@ -5,6 +5,7 @@ State on disk is one file of parts per rank. A part says where it belongs, so ot
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,23 +81,45 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
         raise UserError(f"{file}: cannot be read as this model's weights ({error}); use another checkpoint") from error
 
 
-def write_state(path: Path, ranks: Ranks, parts: Mapping[str, Iterable[Shard]], whole: Mapping[str, Tensor]) -> None:
-    """This rank's file in ``path``: its parts of the masters and the moments; the main rank's also has ``whole``."""
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{kind}/{shard.name}@{shard.start}": shard.values
-        for kind, shards in parts.items()
-        for shard in shards
-        if shard.values.numel()
-    }
-    if ranks.is_main:
-        tensors |= {f"buffer/{name}": value for name, value in whole.items()}
-    copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    save_file(copies, path / f"rank{ranks.rank}.safetensors")
+@dataclass(frozen=True)
+class EngineState:
+    """What one rank must write of an engine: copies on the CPU, and the main rank's ``counters``."""
+
+    rank: int
+    tensors: Mapping[str, Tensor]
+    counters: Mapping[str, int]
+
+    @classmethod
+    def copied(
+        cls, rank: int, parts: Mapping[str, Iterable[Shard]], whole: Mapping[str, Tensor], counters: Mapping[str, int]
+    ) -> EngineState:
+        """``parts`` of the masters and the moments by kind; the main rank's also has ``whole`` and ``counters``."""
+        tensors = {
+            f"{kind}/{shard.name}@{shard.start}": shard.values
+            for kind, shards in parts.items()
+            for shard in shards
+            if shard.values.numel()
+        }
+        if rank == 0:
+            tensors |= {f"buffer/{name}": value for name, value in whole.items()}
+        copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+        return cls(rank, copies, counters)
+
+    def write(self, path: Path) -> None:
+        """This rank's file in ``path``, and ``engine.json`` beside it from the main rank."""
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(dict(self.tensors), path / f"rank{self.rank}.safetensors")
+        if self.rank == 0:
+            write_counters(path, self.counters)
+
+
+def write_counters(path: Path, counters: Mapping[str, int]) -> None:
+    """``engine.json``: the update counts, and how many ranks' files there are."""
+    (path / "engine.json").write_text(json.dumps(dict(counters)) + "\n", encoding="utf-8")
 
 
 class StateFiles:
-    """What ``count`` ranks wrote with :func:`write_state`. Raises UserError when a file is missing or damaged."""
+    """What ``count`` ranks wrote as :class:`EngineState`. Raises UserError when a file is missing or damaged."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path

@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from scd_sf.metrics.floor import HeavyCalls
 from scd_sf.models.build import Student
 from scd_sf.models.generator import CacheConfig, check_chunks, pick_chunks
 from scd_sf.nn.kv_cache import KVCache, Window
@@ -166,16 +167,31 @@ def test_denoise_is_a_pure_read(variant: tiny.Variant) -> None:
 
 @pytest.mark.parametrize("variant", [*tiny.FEW, tiny.SOME[2]], ids=str)
 def test_checkpointing_changes_no_gradient(variant: tiny.Variant) -> None:
-    """Teacher-forced, and streamed over two chunks with history: fp64, on against off."""
+    """Teacher-forced, and streamed over two chunks with history: fp64, on and on but for attention against off."""
     model, data = tiny.student(variant), tiny.clip(variant.chunk, chunks=2, batch=1, samples=1)
     for forward in (tiny.teacher_forced, streamed):
         found = []
-        for on in (False, True):
-            tiny.set_checkpointing(model, on)
+        for on, recompute_attention in ((False, True), (True, True), (True, False)):
+            tiny.set_checkpointing(model, on, recompute_attention)
             forward(model, data).pow(2).mean().backward()
             found.append(tiny.gradients(model))
         assert any(g is not None and float(g.abs().max()) > 0 for g in found[0].values())
-        tiny.assert_same_gradients(found[0], found[1], 1e-13)
+        for other in found[1:]:
+            tiny.assert_same_gradients(found[0], other, 1e-13)
+
+
+def test_attention_is_computed_again_unless_it_is_kept() -> None:
+    model, data = tiny.student(tiny.FEW[0]), tiny.clip(tiny.FEW[0].chunk, chunks=2, batch=1, samples=1)
+    counts = []
+    for on, recompute_attention in ((False, True), (True, True), (True, False)):
+        tiny.set_checkpointing(model, on, recompute_attention)
+        with HeavyCalls() as heavy:
+            tiny.teacher_forced(model, data).pow(2).mean().backward()
+        names = {str(func): 0 for func, *_ in heavy.calls}
+        for (func, *_), count in heavy.calls.items():
+            names[str(func)] += count
+        counts.append(sum(n for name, n in names.items() if "attention" in name and "backward" not in name))
+    assert counts[1] == 2 * counts[0] and counts[2] == counts[0], counts
 
 
 @a_few

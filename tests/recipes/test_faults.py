@@ -22,12 +22,18 @@ from tiny_run import BACKWARD, SCRIPTS, Chain
 from scd_sf.checkpoint import find, load_tensors
 
 WRITES = "os:fsync|os:rename|os:replace|scd_sf.checkpoint:save_file|scd_sf.train.shards:save_file"
-CASES = [(stage, world) for stage in ("stage2", "stage3") for world in (1, 2)]
+CASES = [
+    ("stage2", 1, ""),
+    ("stage2", 2, ""),
+    ("stage3", 1, ""),
+    ("stage3", 2, ""),
+    ("stage3", 2, "train.async_save=true"),
+]
 
 
-def arguments(chain: Chain, stage: str, world: int, run: Path) -> list[str]:
+def arguments(chain: Chain, stage: str, world: int, more: str, run: Path) -> list[str]:
     given = chain.stage2(run) if stage == "stage2" else chain.stage3(run)
-    return [*given, "train.micro_batch=1"] if world == 2 else given
+    return [*given, "train.micro_batch=1", *([more] if more else [])]
 
 
 def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -50,8 +56,7 @@ def points(total: int, count: int) -> list[int]:
     return sorted({1 + round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))})
 
 
-def kill_and_resume(chain: Chain, stage: str, world: int, run: Path, at: At, victim: int) -> bool:
-    given = arguments(chain, stage, world, run)
+def kill_and_resume(given: list[str], stage: str, world: int, run: Path, at: At, victim: int) -> bool:
     killed = recipe_runner.run_ranks(SCRIPTS[stage], *given, world=world, at={victim: at})
     assert killed[victim].code == -signal.SIGKILL, f"{at}: {killed[victim].err}"
     resumed = recipe_runner.run_ranks(SCRIPTS[stage], *given, world=world)
@@ -61,15 +66,17 @@ def kill_and_resume(chain: Chain, stage: str, world: int, run: Path, at: At, vic
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("stage", "world"), CASES)
-def test_kill_points(chain: Chain, tmp_path: Path, pytestconfig: pytest.Config, stage: str, world: int) -> None:
+@pytest.mark.parametrize(("stage", "world", "more"), CASES)
+def test_kill_points(
+    chain: Chain, tmp_path: Path, pytestconfig: pytest.Config, stage: str, world: int, more: str
+) -> None:
     count = int(pytestconfig.getoption("--kill-points"))
     whole = {}
     for name, target in (("writes", WRITES), ("moments", BACKWARD)):
         run = tmp_path / ("whole" if name == "writes" else name)
         counting = {rank: At(target, 10**9) for rank in range(world)}
         results = recipe_runner.run_ranks(
-            SCRIPTS[stage], *arguments(chain, stage, world, run), world=world, at=counting
+            SCRIPTS[stage], *arguments(chain, stage, world, more, run), world=world, at=counting
         )
         assert all(result.code == 0 for result in results), results[0].err
         whole[name] = results[0].calls
@@ -79,10 +86,12 @@ def test_kill_points(chain: Chain, tmp_path: Path, pytestconfig: pytest.Config, 
     moments = sorted(rng.sample(range(1, whole["moments"] + 1), min(count // 3, whole["moments"])))
     plan = [(At(WRITES, call), 0) for call in boundaries]
     plan += [(At(BACKWARD, call), rng.randrange(world)) for call in moments]
-    exact = [
-        kill_and_resume(chain, stage, world, tmp_path / f"run{i}", at, victim) for i, (at, victim) in enumerate(plan)
-    ]
-    write_tally(pytestconfig.getoption("--tally"), f"{stage}, {world} ranks", plan, exact)
+    exact = []
+    for number, (at, victim) in enumerate(plan):
+        run = tmp_path / f"run{number}"
+        given = arguments(chain, stage, world, more, run)
+        exact.append(kill_and_resume(given, stage, world, run, at, victim))
+    write_tally(pytestconfig.getoption("--tally"), f"{stage}, {world} ranks {more}".strip(), plan, exact)
     assert all(exact), [plan[i] for i, ok in enumerate(exact) if not ok]
 
 

@@ -53,6 +53,13 @@ def test_a_full_disk_is_an_alarm_and_the_training_goes_on(chain: Chain, tmp_path
     same_as_uninterrupted(chain, "stage2", run)
 
 
+def test_saving_beside_the_training_changes_nothing(chain: Chain, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe_runner.succeed(SCRIPTS["stage3"], *chain.stage3(run), "train.async_save=true", "train.save_every=1")
+    assert steps(run) == [3, 4]
+    same_as_uninterrupted(chain, "stage3", run)
+
+
 def test_the_last_checkpoint_must_be_written(chain: Chain, tmp_path: Path) -> None:
     run = tmp_path / "run"
     full = At("scd_sf.checkpoint:_write_contents", 3, 0)

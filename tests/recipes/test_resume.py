@@ -20,7 +20,7 @@ MOMENTS = {
     "stage2-before-latest": ("stage2", At("scd_sf.checkpoint:_fsync_dir", 9), None),
     "stage3-critic-update": ("stage3", At(BACKWARD, 15), [2]),
     "stage3-student-update": ("stage3", At(BACKWARD, 18), [2]),
-    "stage3-inside-a-checkpoint": ("stage3", At("scd_sf.train.base:write_counters", 4), [2]),
+    "stage3-inside-a-checkpoint": ("stage3", At("scd_sf.train.shards:write_counters", 4), [2]),
 }
 
 

@@ -138,7 +138,7 @@ def test_misuse_is_an_error(tmp_path: Path) -> None:
         engine.backward(torch.ones(2, requires_grad=True))
     engine.backward(engine(x, scale))
     with pytest.raises(RuntimeError, match="between micro-batches"):
-        engine.save(tmp_path)
+        engine.state()
     with pytest.raises(RuntimeError, match="more than micro_batches"):
         engine.backward(engine(x, scale))
     with pytest.raises(UserError, match="no engine state to resume from"):

@@ -125,6 +125,11 @@ def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def save(engine: Engine, ranks: Ranks, path: Path) -> None:
+    engine.state().write(path)
+    ranks.barrier()
+
+
 def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
     """Two engines side by side; save, two more updates; load into fresh engines, the same two updates."""
     pair = [make(cfg, ranks, 2), make(cfg, ranks, 2, seed=1)]
@@ -132,7 +137,7 @@ def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
         for engine in pair:
             update(engine, ranks, number)
     for index, engine in enumerate(pair):
-        engine.save(path / str(index))
+        save(engine, ranks, path / str(index))
     went_on = [[update(e, ranks, n) for n in (2, 3)] + [flat(e)] for e in pair]
     fresh = [make(cfg, ranks, 2, seed=7), make(cfg, ranks, 2, seed=8)]
     for index, engine in enumerate(fresh):
@@ -150,7 +155,7 @@ def migrate(kinds: Sequence[str], ranks: Ranks, path: Path) -> dict[str, Any]:
         if (path / "latest").exists():
             engine.load(path / (path / "latest").read_text())
         history.append(update(engine, ranks, engine.updates))
-        engine.save(path / f"{kind}-{ranks.world}-{number}")
+        save(engine, ranks, path / f"{kind}-{ranks.world}-{number}")
         ranks.barrier()
         if ranks.is_main:
             (path / "latest").write_text(f"{kind}-{ranks.world}-{number}")
