@@ -72,7 +72,7 @@ def run_ranks(
     """``world`` processes of one process group, as a launcher would start them; ``at`` by rank."""
     with tempfile.TemporaryDirectory() as folder:
         files = [tuple(Path(folder, f"{name}{rank}") for name in ("out", "err", "calls")) for rank in range(world)]
-        port = _free_port()
+        port = free_port()
         processes = []
         for rank, place in enumerate(files):
             environ = {} if world == 1 else _environment(rank, world, port)
@@ -122,15 +122,9 @@ def load_script(script: str) -> ModuleType:
     return module
 
 
-def _environment(rank: int, world: int, port: int) -> dict[str, str]:
+def _environment(rank: int, world: int, port: str) -> dict[str, str]:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _child(

@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="What trainings wrote to disk: list
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 StaleOption = Annotated[
     float | None,
-    typer.Option("--stale", help="Seconds without a sign of life; default: 10 steps, at least 2 minutes."),
+    typer.Option("--stale", help="Seconds of silence that count as stale; default: from the run's own pace."),
 ]
 
 

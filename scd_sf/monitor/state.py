@@ -21,13 +21,14 @@ from scd_sf.monitor.curve import METRICS, Curve, read_tail
 from scd_sf.types import UserError
 
 State = Literal["finished", "running", "stale", "stopped"]
-MINIMUM_STALE_SECONDS = 120.0
+SILENT_SECONDS = 120.0  # a rank whose heartbeat is older, or a run without heartbeats whose last line is
+STUCK_SECONDS = 600.0  # a run whose ranks live but whose last line is older: a validation or a save is shorter
 DEPTH = 4  # folders below ROOT in which `scd runs ls` looks
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of one rank; ``age`` in seconds."""
+    """The last sign of life of one rank; ``age`` in seconds. It beats whether or not its training moves."""
 
     rank: int
     age: float
@@ -47,9 +48,9 @@ class Saved:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the files of a run say. ``age``: seconds since its last sign of life (None: no sign at all).
+    """What the files of a run say. ``age``: seconds since the last line of its metrics, None before the first.
 
-    ``reason`` explains ``state``: why it stopped, which rank is silent (for more than ``limit`` seconds).
+    ``reason`` explains ``state``: why it stopped, which rank is ``silent`` (of its last job; the longest silent first).
     """
 
     path: Path
@@ -59,8 +60,8 @@ class RunView:
     origin: Mapping[str, object]
     skipped: list[int]
     heartbeats: list[Heartbeat]
+    silent: list[Heartbeat]
     age: float | None
-    limit: float
     state: State
     reason: str
 
@@ -98,53 +99,53 @@ def find_runs(root: Path) -> list[Path]:
 def read_run(path: Path, now: float, curve: Curve | None = None, stale_after: float | None = None) -> RunView:
     """Look at a run; ``now`` in unix seconds. ``curve``: already read, else only its end is.
 
-    ``stale_after``: seconds without a sign of life (default: 10 steps of this run, at least 2 minutes).
-    Raises UserError when ``path`` is no run directory.
+    ``stale_after``: seconds of silence that count as stale. Defaults: for a rank SILENT_SECONDS, at least 3 heartbeats;
+    for the metrics 10 steps, at least STUCK_SECONDS (without heartbeats SILENT_SECONDS). UserError: no run directory.
     """
     if not is_run(path):
         raise UserError(f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'")
     curve = read_tail(path / METRICS) if curve is None else curve
-    config = _config(path)
+    config, status = _config(path), _json(path / "status.json")
     checkpoints = [Saved(step, p, sizes_agree(p)) for step, p in _steps(path)]
-    heartbeats = _heartbeats(path, now)
-    moments = [now - curve.times[curve.last]] if curve.last in curve.times else []
-    ages = [max(0.0, age) for age in (*moments, *(beat.age for beat in heartbeats))]
-    limit = stale_after or max(MINIMUM_STALE_SECONDS, 10 * (curve.seconds_per_step() or 0.0))
-    age = min(ages, default=None)
-    state, reason = _state(path, config, curve, checkpoints, heartbeats, age, limit)
-    origin = _origin(checkpoints)
-    skipped = _skipped(path)
-    return RunView(path, config, curve, checkpoints, origin, skipped, heartbeats, age, limit, state, reason)
-
-
-def stale_ranks(heartbeats: list[Heartbeat], limit: float) -> list[Heartbeat]:
-    """Ranks without a sign of life for more than ``limit`` seconds, the longest silent first."""
-    return sorted((beat for beat in heartbeats if beat.age > limit), key=lambda beat: -beat.age)
-
-
-def _state(
-    path: Path,
-    config: Mapping[str, object],
-    curve: Curve,
-    checkpoints: list[Saved],
-    heartbeats: list[Heartbeat],
-    age: float | None,
-    limit: float,
-) -> tuple[State, str]:
-    """Finished needs the last checkpoint, not only the last line: a run killed while saving it is not done."""
+    heartbeats = _heartbeats(path, now, _time(status) if status.get("state") == "running" else 0.0)
+    patience = stale_after or max(SILENT_SECONDS, 3 * _heartbeat_seconds(config))
+    silent = sorted((beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age)
+    last = curve.times.get(curve.last)
+    age = None if last is None else max(0.0, now - last)
     total = _total(config)
     if total is not None and any(saved.intact and saved.step >= total for saved in checkpoints):
-        return "finished", ""
-    status = _json(path / "status.json")
-    at, last = status.get("time"), curve.times.get(curve.last, 0.0)
-    if status.get("state") in ("interrupted", "failed") and isinstance(at, float | int) and at >= last:
-        return "stopped", str(status.get("reason", "no reason given"))
-    if age is None or age > limit:
-        return "stale", "no sign of life" if age is None else f"no sign of life for {describe_age(age)}"
-    if silent := stale_ranks(heartbeats, limit):
+        state: State = "finished"  # the last line alone is not enough: a run killed while saving it is not done
+        reason, silent = "", []
+    elif status.get("state") in ("interrupted", "failed") and _time(status) >= (last or 0.0):
+        state, reason, silent = "stopped", f"{status['state']}: {status.get('reason', 'no reason given')}", []
+    else:
+        slow = 10 * (curve.seconds_per_step() or 0.0)
+        stuck = stale_after or max(STUCK_SECONDS if heartbeats else SILENT_SECONDS, slow)
+        reason = _trouble(heartbeats, silent, _standstill(now, last, status), stuck)
+        state = "stale" if reason else "running"
+    origin, skipped = _origin(checkpoints), _skipped(path)
+    return RunView(path, config, curve, checkpoints, origin, skipped, heartbeats, silent, age, state, reason)
+
+
+def _standstill(now: float, last: float | None, status: Mapping[str, object]) -> float | None:
+    """Seconds since the last line, or since the job began if that was later; None: neither is known."""
+    moments = [last] if last is not None else []
+    moments += [_time(status)] if status.get("state") == "running" else []
+    return max(0.0, now - max(moments)) if moments else None
+
+
+def _trouble(heartbeats: list[Heartbeat], silent: list[Heartbeat], standstill: float | None, stuck: float) -> str:
+    """Why a run that is not over counts as stale; empty when it does not."""
+    if silent and len(silent) < len(heartbeats):
         beat = silent[0]
-        return "stale", f"rank {beat.rank} on {beat.host} silent for {describe_age(beat.age)} (step {beat.step})"
-    return "running", ""
+        return f"rank {beat.rank} on {beat.host} silent for {describe_age(beat.age)} (step {beat.step})"
+    if silent:
+        return f"no sign of life for {describe_age(min(beat.age for beat in silent))}"
+    if standstill is None:
+        return "" if heartbeats else "no sign of life"
+    if standstill > stuck:
+        return f"{'ranks live, but no step' if heartbeats else 'no sign of life'} for {describe_age(standstill)}"
+    return ""
 
 
 def describe_age(seconds: float) -> str:
@@ -199,16 +200,29 @@ def _skipped(path: Path) -> list[int]:
     return sorted(steps)
 
 
-def _heartbeats(path: Path, now: float) -> list[Heartbeat]:
+def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
+    """Ranks of the job that ``began`` then; files left by an earlier job with more ranks are no ranks of this one."""
     found = []
     for file in sorted((path / "heartbeat").glob("rank_*.json")):
-        beat = _json(file)
-        moment, number = beat.get("time"), file.stem.removeprefix("rank_")
-        if not isinstance(moment, float | int) or not number.isdigit():
+        beat, number = _json(file), file.stem.removeprefix("rank_")
+        moment = _time(beat)
+        if not number.isdigit() or not moment or moment < began - SILENT_SECONDS:
             continue
         step, pid = (value if isinstance(value, int) else 0 for value in (beat.get("step"), beat.get("pid")))
         found.append(Heartbeat(int(number), max(0.0, now - moment), step, str(beat.get("host", "?")), pid))
     return found
+
+
+def _heartbeat_seconds(config: Mapping[str, object]) -> float:
+    run = config.get("run")
+    seconds = run.get("heartbeat_seconds") if isinstance(run, Mapping) else None
+    return float(seconds) if isinstance(seconds, float | int) else 0.0
+
+
+def _time(record: Mapping[str, object]) -> float:
+    """A record's ``time``; 0 where it has none."""
+    moment = record.get("time")
+    return moment if isinstance(moment, float) else 0.0
 
 
 def _json(file: Path) -> dict[str, object]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scd_sf.monitor.curve import Curve, clean
-from scd_sf.monitor.state import RunView, Saved, State, describe_age, stale_ranks
+from scd_sf.monitor.state import RunView, Saved, State, describe_age
 
 _STYLE: dict[State, str] = {"finished": "green", "running": "cyan", "stale": "bold red", "stopped": "yellow"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -52,7 +52,7 @@ def mean_of_last(curve: Curve, metric: str, count: int = MEAN_OF) -> float | Non
 
 def list_table(views: Sequence[RunView], root: Path) -> Table:
     """One line per run."""
-    table = Table("run", "stage", "step", "last", "loss", "checkpoint", "state", box=None, pad_edge=False)
+    table = Table("run", "stage", "step", "last line", "loss", "checkpoint", "state", box=None, pad_edge=False)
     for view in views:
         name = clean(view.path.relative_to(root) if view.path != root else view.path.resolve().name)
         table.add_row(
@@ -77,7 +77,7 @@ def headline(view: RunView) -> Text:
     left = _seconds_left(view)
     parts = [_state(view), Text(f"step {_progress(view)}")]
     if view.age is not None:
-        parts.append(Text(f"last sign of life {describe_age(view.age)} ago"))
+        parts.append(Text(f"last line {describe_age(view.age)} ago"))
     if left is not None and view.state == "running":
         parts.append(Text(f"about {describe_age(left)} left"))
     return Text.assemble(Text(clean(view.path), "bold"), ": ", Text(", ").join(parts))
@@ -152,7 +152,7 @@ def _skipped(view: RunView) -> str:
 def _heartbeats(view: RunView) -> Text:
     if not view.heartbeats:
         return Text("no heartbeats")
-    silent = {beat.rank for beat in stale_ranks(view.heartbeats, view.limit)} if view.state != "finished" else set()
+    silent = {beat.rank for beat in view.silent}
     lines = []
     for beat in view.heartbeats:
         place = f"pid {beat.pid} on {clean(beat.host, 60)}"

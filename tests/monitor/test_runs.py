@@ -108,13 +108,13 @@ def test_states(tmp_path: Path) -> None:
     assert read_run(run, NOW + 119).state == "running" and read_run(run, NOW + 121).state == "stale"
     assert read_run(run, NOW + 30, stale_after=20).reason == "no sign of life for 30 s"
 
-    (run / "status.json").write_text(
-        json.dumps({"state": "interrupted", "time": NOW + 1, "reason": "SIGTERM: saved at step 5"})
-    )
-    assert (read_run(run, NOW + 500).state, read_run(run, NOW).reason) == ("stopped", "SIGTERM: saved at step 5")
+    status = {"state": "interrupted", "time": NOW + 1, "reason": "SIGTERM", "step": 5}
+    (run / "status.json").write_text(json.dumps(status))
+    view = read_run(run, NOW + 500)
+    assert (view.state, view.reason) == ("stopped", "interrupted: SIGTERM")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(lines({"step": 6, "time": NOW + 60, "loss": 0.1}))
-    assert read_run(run, NOW + 61).state == "running", "it was resumed since"
+    assert read_run(run, NOW + 61).state == "running", "it went on since"
 
     done = a_run(tmp_path / "done", 4, total=4)
     assert read_run(done, NOW + 10**6).state == "finished"
@@ -127,7 +127,7 @@ def test_states(tmp_path: Path) -> None:
     assert find_runs(tmp_path) == [done, run]
 
 
-def test_a_silent_rank_is_named(
+def test_ranks_that_are_silent_stuck_or_of_an_earlier_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = a_run(tmp_path / "run")
@@ -136,6 +136,17 @@ def test_a_silent_rank_is_named(
     (run / "heartbeat" / "rank_00002.json").write_text('{"ti')
     view = read_run(run, NOW)
     assert view.state == "stale" and view.reason.startswith("rank 1 on node8") and "7 min (step 5)" in view.reason
+    (run / "status.json").write_text(json.dumps({"state": "running", "time": NOW - 200}))
+    view = read_run(run, NOW)
+    assert view.state == "running" and [b.rank for b in view.heartbeats] == [0], "this job has one rank"
+    beat(run, 0, -590)
+    assert read_run(run, NOW + 595).state == "running"
+    assert read_run(run, NOW + 605).reason == "ranks live, but no step for 10 min"
+    (run / "status.json").write_text(json.dumps({"state": "running", "time": NOW + 300.0}))
+    assert read_run(run, NOW + 605).state == "running", "it resumed 305 s ago"
+    assert read_run(run, NOW + 1000).reason == "no sign of life for 7 min"
+
+    (run / "status.json").unlink()
     beat(run, 0, 1, time.time())
     beat(run, 1, 1, time.time() - 3600, host="node8\x1b[2J")
     code, out, _ = scd(["show", run], monkeypatch, capsys)

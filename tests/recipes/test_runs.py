@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 
 import recipe_runner
-from recipe_runner import KillAt
-from tiny_run import STEPS2, Chain
+from recipe_runner import At
+from tiny_run import BACKWARD, SCRIPTS, STEPS2, Chain
 from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.monitor.state import find_runs, read_run
-
-STAGE2 = "recipes/stage2_flow_matching.py"
 
 
 def scd(*arguments: object) -> tuple[int, str]:
@@ -30,11 +28,11 @@ def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
     assert [row["step"] for row in map(json.loads, reference.read_text().splitlines())] == list(range(1, STEPS2 + 1))
     assert "time" not in reference.read_text()
 
-    recipe_runner.run(STAGE2, *chain.stage2(run), kill=KillAt("scd_sf.train.local:LocalEngine.backward", 10))
+    recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run), at=At(BACKWARD, 10))
     view = read_run(run, time.time())
     assert (view.state, view.stage, view.curve.last) == ("running", "stage2_flow_matching", 4)
     assert read_run(run, time.time() + 3600).state == "stale"
-    recipe_runner.succeed(STAGE2, *chain.stage2(run))
+    recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run))
     view = read_run(run, time.time() + 3600)
     assert (view.state, view.curve.last, view.total, [s.intact for s in view.checkpoints]) == (
         "finished", STEPS2, STEPS2, [True, True],
