@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.config import to_yaml
-from scd_sf.data.latents import LatentClips
+from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
 from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
@@ -21,7 +21,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.provenance import provenance
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import EngineConfig, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainConfig,
@@ -32,9 +32,9 @@ from scd_sf.train.recipe import (
     from_command_line,
     generator,
     micro_batches,
-    note_skipped,
 )
 from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 
@@ -84,6 +84,24 @@ def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
     return others
 
 
+def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, float]:
+    """One update of all micro-batches; this rank's mean loss."""
+    total, samples = 0.0, epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
+    with keeping(run, position, engine, samples) as kept:
+        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
+            rng = generator(cfg.run.seed, "loss", position, number)
+            read = clips.batch(indices)
+            batch = read.to(run.ranks.device)
+            cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
+            t = stratified_times(len(indices), cfg.shift, rng).to(run.ranks.device)
+            loss = engine(batch.latents_BFCHW, cond, t, rng)
+            kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
+            engine.backward(loss)
+            info = engine.step()
+            total += float(loss.detach()) / engine.micro_batches
+    return info, total
+
+
 def main() -> None:
     cfg = from_command_line(PretrainConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
@@ -115,21 +133,9 @@ def main() -> None:
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     for step in state.steps(state.resume()):
         with state.attempt(step):
-            position = state.position(step)
-            total = 0.0
-            for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, position - 1, len(clips)):
-                rng = generator(cfg.run.seed, "loss", position, number)
-                batch = clips.batch(indices).to(ranks.device)
-                cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
-                t = stratified_times(len(indices), cfg.shift, rng).to(ranks.device)
-                loss = engine(batch.latents_BFCHW, cond, t, rng)
-                engine.backward(loss)
-                info = engine.step()
-                total += float(loss.detach()) / engine.micro_batches
+            info, total = update(cfg, run, engine, clips, state.position(step))
             if info.stepped:
                 state.update_ema()
-            else:
-                note_skipped(run, position, cfg.train, len(clips))
             logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 averaged = Wan(cfg.wan)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
-from scd_sf.data.latents import LatentClips
+from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainConfig,
@@ -35,10 +35,10 @@ from scd_sf.train.recipe import (
     from_command_line,
     generator,
     micro_batches,
-    note_skipped,
     pixel_shape,
 )
 from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 
@@ -92,6 +92,22 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
     )
 
 
+def update(cfg: Stage2Config, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, Logs]:
+    """One update of all micro-batches; this rank's mean logs."""
+    sums: Logs = {}
+    samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
+    with keeping(run, position, engine, samples) as kept:
+        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
+            read = clips.batch(indices)
+            batch = read.to(run.ranks.device)
+            loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
+            kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
+            engine.backward(loss)
+            info = engine.step()
+            sums = {name: sums.get(name, 0.0) + value / engine.micro_batches for name, value in logs.items()}
+    return info, sums
+
+
 def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
@@ -129,17 +145,9 @@ def main() -> None:
     for step in state.steps(start):
         with state.attempt(step):
             position = state.position(step)
-            sums: Logs = {}
-            for number, indices in micro_batches(cfg.train, cfg.run.seed, ranks, position - 1, len(clips)):
-                batch = clips.batch(indices).to(ranks.device)
-                loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
-                engine.backward(loss)
-                info = engine.step()
-                sums = {name: sums.get(name, 0.0) + value / engine.micro_batches for name, value in logs.items()}
+            info, sums = update(cfg, run, engine, clips, position)
             if info.stepped:
                 state.update_ema()
-            else:
-                note_skipped(run, position, cfg.train, len(clips))
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 state.ema.copy_to(averaged)

@@ -11,6 +11,7 @@ one student update after ``ratio`` critic updates. Works under ``deepspeed``, ``
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
+from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
@@ -51,10 +53,10 @@ from scd_sf.train.recipe import (
     from_command_line,
     generator,
     micro_batches,
-    note_skipped,
     pixel_shape,
 )
 from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, UserError, VideoShape, exit_on_user_error
 
 
@@ -100,7 +102,7 @@ class Stage3Config:
             raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
 
 
-Rollouts = dict[int, tuple[Tensor, Conditioning]]  # by micro-batch: detached rollouts and their prompts
+Rollouts = dict[int, tuple[Tensor, Conditioning, list[int]]]  # by micro-batch: detached rollouts and their prompts
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Distillation:
     """The pieces one update needs, on this rank."""
 
     cfg: Stage3Config
+    run: Run
     ranks: Ranks
     prompts: PromptSet
     sampler: Renoise
@@ -118,6 +121,10 @@ class Distillation:
 
     def cond(self, indices: Sequence[int]) -> Conditioning:
         return self.prompts.conditioning(indices).to(self.ranks.device)
+
+    def kept(self, number: int, indices: list[int], loss: Tensor, x: Tensor, cond: Conditioning) -> MicroBatch:
+        prompts = [self.prompts.rows[index].prompt for index in indices]
+        return MicroBatch(number, indices, prompts, loss.detach(), {"rollout": x.detach(), "text": cond.text_BLE})
 
     def rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
         """One engine forward = one whole self-rollout. The exit step is the same on all ranks and micro-batches."""
@@ -131,34 +138,41 @@ class Distillation:
     def critic_update(self, step: int, turn: int, stored: Rollouts, fresh: bool) -> Logs:
         """One critic update, on a new rollout or on the stored one noised anew."""
         cfg, total = self.cfg, 0.0
-        position = (step - 1) * (cfg.ratio + 1) + turn
-        for number, indices in micro_batches(cfg.train, cfg.run.seed + 1, self.ranks, position, len(self.prompts)):
-            if fresh or number not in stored:
-                cond = self.cond(indices)
-                with torch.no_grad():
-                    stored[number] = (self.rollout(cond, "critic", step, turn, number), cond)
-            x, cond = stored[number]
-            loss, _ = critic_loss(self.critic, x, cond, cfg.loss, generator(cfg.run.seed, "critic", step, turn, number))
-            self.critic.backward(loss)
-            info = self.critic.step()
-            total += float(loss.detach()) / self.critic.micro_batches
+        position, size = (step - 1) * (cfg.ratio + 1) + turn, len(self.prompts)
+        samples = epoch_order(cfg.run.seed + 1, position, cfg.train.global_batch, size) if fresh else []
+        with keeping(self.run, step, self.critic, samples, f"critic{turn}") as kept:
+            for number, indices in micro_batches(cfg.train, cfg.run.seed + 1, self.ranks, position, size):
+                if fresh or number not in stored:
+                    cond = self.cond(indices)
+                    with torch.no_grad():
+                        stored[number] = (self.rollout(cond, "critic", step, turn, number), cond, indices)
+                x, cond, indices = stored[number]
+                rng = generator(cfg.run.seed, "critic", step, turn, number)
+                loss, _ = critic_loss(self.critic, x, cond, cfg.loss, rng)
+                kept.append(self.kept(number, indices, loss, x, cond))
+                self.critic.backward(loss)
+                info = self.critic.step()
+                total += float(loss.detach()) / self.critic.micro_batches
         return {"critic/loss": total, "critic/grad_norm": info.grad_norm}
 
     def student_update(self, step: int, stored: Rollouts) -> tuple[Logs, StepInfo]:
         """One student update; leaves its rollouts in ``stored``."""
-        cfg = self.cfg
+        cfg, size = self.cfg, len(self.prompts)
         mean: Logs = {}
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)):
-            cond = self.cond(indices)
-            x = self.rollout(cond, "student", step, 0, number)
-            rng = generator(cfg.run.seed, "dmd", step, number)
-            negative = self.prompts.negative.to(self.ranks.device)
-            loss, logs = dmd_loss(x, self.teacher, self.critic, cond, negative, cfg.loss, rng)
-            self.student.backward(loss)
-            stored[number] = (x.detach(), cond)
-            info = self.student.step()
-            for name, value in logs.items():
-                mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
+        samples = epoch_order(cfg.run.seed, step - 1, cfg.train.global_batch, size)
+        with keeping(self.run, step, self.student, samples) as kept:
+            for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, size):
+                cond = self.cond(indices)
+                x = self.rollout(cond, "student", step, 0, number)
+                rng = generator(cfg.run.seed, "dmd", step, number)
+                negative = self.prompts.negative.to(self.ranks.device)
+                loss, logs = dmd_loss(x, self.teacher, self.critic, cond, negative, cfg.loss, rng)
+                kept.append(self.kept(number, indices, loss, x, cond))
+                self.student.backward(loss)
+                stored[number] = (x.detach(), cond, indices)
+                info = self.student.step()
+                for name, value in logs.items():
+                    mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
         return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
 
     def update(self, step: int, first: bool) -> tuple[Logs, StepInfo]:
@@ -183,7 +197,10 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
     A distillation that collapses shows |fake - real| falling, then climbing several times over, and the std leaving the
     data's. Short of that the distance only wanders with the noise levels drawn, and its lowest step says nothing: a
     step is healthy while the distance stays within ``healthy_within`` of its lowest and the std in ``std_range``.
+    A step that was not finite says nothing.
     """
+    if not math.isfinite(logs["dmd/fake_real"] + logs["rollout/std"]):
+        return {}
     smoothed = 0.9 * record.get("fake_real", logs["dmd/fake_real"]) + 0.1 * logs["dmd/fake_real"]
     record["fake_real"] = smoothed
     record["lowest"] = min(smoothed, record.get("lowest", smoothed))
@@ -208,8 +225,8 @@ def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape,
     check_batches(cfg.train, ranks, len(prompts), prompts.root)
 
 
-def build(cfg: Stage3Config, ranks: Ranks, student: Student, prompts: PromptSet, latent: VideoShape) -> Distillation:
-    sampler = Renoise(few_step_times(cfg.loss.shift, cfg.linear_times))
+def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, latent: VideoShape) -> Distillation:
+    sampler, ranks = Renoise(few_step_times(cfg.loss.shift, cfg.linear_times)), run.ranks
 
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
@@ -237,7 +254,7 @@ def build(cfg: Stage3Config, ranks: Ranks, student: Student, prompts: PromptSet,
     weights = {name: tensor.read for name, tensor in files.tensors.items()}
     teacher = frozen_engine(lambda: Wan(files.config), weights, cfg.teacher_engine, ranks)
     shape = (latent.frames, latent.channels, latent.height, latent.width)
-    return Distillation(cfg, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
+    return Distillation(cfg, run, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
 
 
 def show(run: Run, preview: Preview, model: Student, step: int) -> None:
@@ -258,7 +275,7 @@ def main() -> None:
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
-    parts = build(cfg, ranks, student, prompts, latent)
+    parts = build(cfg, run, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
     description = to_yaml(dataclasses.replace(parent, sampler=sampler))
 
@@ -287,8 +304,6 @@ def main() -> None:
             logs, info = parts.update(state.position(step), first=step == 1)
             if info.stepped:
                 state.update_ema()
-            else:
-                note_skipped(run, state.position(step), cfg.train, len(prompts))
             logs = ranks.mean(logs)
             logs |= watch(state.record, logs, cfg, step)
             if state.record.get("best_step") == step:

@@ -101,6 +101,7 @@ def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
         open_folder(out, settings)
     ranks.barrier()
     left = waiting(out, videos)
+    ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]
     if ranks.is_main:
         print(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before", flush=True)

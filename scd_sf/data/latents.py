@@ -51,6 +51,9 @@ class LatentBatch:
     def to(self, device: torch.device | str) -> LatentBatch:
         return LatentBatch(self.latents_BFCHW.to(device), self.text.to(device))
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {"latents": self.latents_BFCHW, "text": self.text.text_BLE}
+
 
 class LatentClips:
     """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read.
@@ -93,6 +96,10 @@ class LatentClips:
         if len(numbers) != len(chosen):
             raise UserError(f"{self.root / 'clips.jsonl'}: clips without held_out_prompt; encode held-out captions")
         return LatentBatch(self.latents(indices), self.prompts.conditioning(numbers))
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The clips' training prompts as people wrote them."""
+        return [self.prompts.rows[self.rows[index].prompt].prompt for index in indices]
 
     def verify(self) -> None:
         """Compare every shard's sha256 with the manifest (reads everything). Raises UserError."""

@@ -308,7 +308,8 @@ def _prepare_cpu_collectives(ranks: Ranks) -> None:
 
 def _explain_compilation() -> None:
     """Say why the first start on a CPU is slow: DeepSpeed compiles its collectives, once per machine."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
     if not list(root.glob("**/deepspeed_shm_comm/*.so")):
         _log.warning("compiling DeepSpeed's CPU collectives, once per machine: half a minute, more when it is busy")
 

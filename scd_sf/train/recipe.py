@@ -38,9 +38,16 @@ from scd_sf.types import UserError, VideoShape
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-RESUMABLE = tuple(
-    f"train.{name}"
-    for name in ("steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks", "async_save")
+RESUMABLE = (
+    *(
+        f"train.{name}"
+        for name in ("steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks", "async_save")
+    ),
+    *(
+        f"{engine}.{name}"  # how the state is laid out, not what it is
+        for engine in ("engine", "student", "critic_engine", "teacher_engine")
+        for name in ("kind", "zero_stage", "offload", "bucket")
+    ),
 )
 
 
@@ -140,14 +147,6 @@ def check_text(table: PromptTable, width: int) -> None:
 def pixel_shape(shape: VideoShape) -> dict[str, int]:
     """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its default."""
     return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
-
-
-def note_skipped(run: Run, step: int, cfg: TrainConfig, size: int) -> None:
-    """A non-finite update was skipped: its sample indices (all processes) go to ``skipped.jsonl`` for inspection."""
-    if run.ranks.is_main:
-        samples = epoch_order(run.cfg.seed, step - 1, cfg.global_batch, size)
-        with (run.dir / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
 
 
 class TrainState:

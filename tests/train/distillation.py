@@ -6,6 +6,7 @@ one prompt with a number of its own; its noise and exit step follow from that nu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.wan import Wan
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.train.engine import EngineConfig, Ranks, StepModule, build_engine, frozen_engine
 from scd_sf.types import Conditioning
 
-CYCLES, CRITIC_TURNS, GLOBAL, FRAMES = 3, 2, 4, 3
-CLIP, LR, SMALL_LR, BUCKET = 0.05, 1e-3, 2e-6, 2000
+CYCLES, CRITIC_TURNS, GLOBAL, FRAMES = 3, 2, 4, 2
+CLIP, LR, SMALL_LR, BUCKET = 0.05, 1e-3, 2e-6, 20_000
 SAMPLER = Renoise()
 LATENT = (FRAMES, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-STUDENT = tiny.Variant("scd", 1, "junction", "temporal", "full")
+WAN = dataclasses.replace(tiny.CFG, num_layers=3)
+SCD = ScdConfig((0, 1), DecoderConfig((0, 2), "junction", "temporal", "full"), chunk=1)
 Update = dict[str, float]
 
 
@@ -115,7 +119,8 @@ class Case:
 
 
 def students(checkpointing: bool) -> nn.Module:
-    model = tiny.student(STUDENT, 0, torch.float32)
+    model = Scd(WAN, SCD)
+    tiny.redraw(model, 0, torch.float32)
     tiny.set_checkpointing(model, checkpointing)
     return model
 
@@ -215,18 +220,18 @@ def whole(module: nn.Module) -> Tensors:
 
 def reference(lr: float = LR, stage2_only: bool = False) -> Outcome:
     """Plain torch in one process, fp32, without activation checkpointing."""
-    alone, model, wan = Ranks(0, 1, 0, torch.device("cpu")), students(False), tiny.wan(1, torch.float32)
+    alone, model, wan = Ranks(0, 1, 0, torch.device("cpu")), students(False), tiny.wan(1, torch.float32, WAN)
     starts = {"student": whole(model), "critic": whole(wan)}
     if stage2_only:
         student = Plain(StepModule(model, stage2_loss), lr)
         return Outcome.of(stage2(student, alone), {"student": student}, starts)
     student, critic = Plain(StepModule(model, self_rollout), lr), Plain(wan, lr)
-    history = cycles(student, critic, tiny.wan(2, torch.float32).requires_grad_(False), alone)
+    history = cycles(student, critic, tiny.wan(2, torch.float32, WAN).requires_grad_(False), alone)
     return Outcome.of(history, {"student": student, "critic": critic}, starts)
 
 
 def run(case: Case, ranks: Ranks) -> Outcome:
-    model, wan = students(case.checkpointing), tiny.wan(1, torch.float32)
+    model, wan = students(case.checkpointing), tiny.wan(1, torch.float32, WAN)
     tiny.set_checkpointing(wan, case.checkpointing)
     starts = {"student": whole(model), "critic": whole(wan)}
     if case.stage2:
@@ -234,9 +239,9 @@ def run(case: Case, ranks: Ranks) -> Outcome:
         return Outcome.of(stage2(student, ranks), {"student": student}, starts)
     student = case.trainer(StepModule(model, self_rollout), case.student, ranks)
     critic = case.trainer(wan, case.critic, ranks)
-    weights = {name: lambda value=value: value for name, value in tiny.wan(2, torch.float32).state_dict().items()}
+    weights = {name: lambda value=value: value for name, value in tiny.wan(2, torch.float32, WAN).state_dict().items()}
     teacher_cfg = EngineConfig("deepspeed", dtype=case.dtype, offload=case.offload_teacher, bucket=BUCKET)
-    teacher = frozen_engine(lambda: Wan(tiny.CFG), weights, teacher_cfg, ranks)
+    teacher = frozen_engine(lambda: Wan(WAN), weights, teacher_cfg, ranks)
     return Outcome.of(cycles(student, critic, teacher, ranks), {"student": student, "critic": critic}, starts)
 
 

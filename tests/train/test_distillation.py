@@ -5,6 +5,8 @@ Tolerances are absolute: masters after three cycles, losses and gradient norms o
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,12 @@ def body(ranks: Ranks, out: Path) -> dict[str, Any]:
     """Every case; its distance to the plain reference."""
     kinds = {(case.lr, case.stage2) for case in FP32 + BF16}
     expected = {kind: distillation.reference(*kind) for kind in kinds}
-    return {
-        str(case): distillation.compared(distillation.run(case, ranks), expected[case.lr, case.stage2])
-        for case in FP32 + BF16
-    }
+    found = {}
+    for case in FP32 + BF16:
+        began = time.monotonic()
+        found[str(case)] = distillation.compared(distillation.run(case, ranks), expected[case.lr, case.stage2])
+        print(f"[{ranks.rank}] {case} {time.monotonic() - began:.1f} s {found[str(case)]}", file=sys.stderr, flush=True)
+    return found
 
 
 @pytest.fixture(scope="module")
