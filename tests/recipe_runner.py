@@ -138,8 +138,10 @@ def _child(
     calls = itertools.count(1)
     for target in at.target.split("|") if at is not None else ():
         _arm(target, at, calls)
-    runpy.run_path(script, run_name="__main__")
-    counted.write_text(str(next(calls) - 1))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        counted.write_text(str(next(calls) - 1))
 
 
 def _arm(target: str, at: At | None, calls: Iterator[int]) -> None:

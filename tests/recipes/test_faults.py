@@ -80,6 +80,7 @@ def test_kill_points(
         )
         assert all(result.code == 0 for result in results), results[0].err
         whole[name] = results[0].calls
+        assert whole[name] > 5, "the places to kill at were not found"
     assert same(tmp_path / "whole", tmp_path / "moments")
     rng = random.Random(f"{stage} {world}")
     boundaries = points(whole["writes"], count - count // 3)
