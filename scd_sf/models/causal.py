@@ -102,7 +102,7 @@ class CausalWan(nn.Module):
         attend = Streaming(stream.cache, (x_0.shape[1] * self.cfg.tokens(*stream.latent),), write=1)
         with torch.no_grad():  # its output is unused and its K/V are detached
             self._pass(stream, x_0, torch.zeros(x_0.shape[:1], device=x_0.device), stream.index - 1, attend, keep=0)
-        return replace(stream, cache=stream.cache.extended(attend.staged))
+        return replace(stream, cache=stream.cache.extended(attend.take()))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The whole trunk on the noisy chunk, reading the history."""

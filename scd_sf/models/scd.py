@@ -165,7 +165,7 @@ class Scd(nn.Module):
             attend = Streaming(stream.cache, (length, length), write=1)
         rotary = self.encoder.rope(positions, *stream.latent, x)
         c_BLE = self.encoder(x, t, stream.encoder_text, rotary, attend, keep=n)
-        cache = stream.cache if x_0 is None else stream.cache.extended(attend.staged)
+        cache = stream.cache if x_0 is None else stream.cache.extended(attend.take())
         return replace(stream, cache=cache, index=index, context=None), c_BLE
 
     def denoise(self, stream: ScdStream, x_t: Tensor, t: Tensor) -> Tensor:

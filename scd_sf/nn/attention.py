@@ -49,13 +49,18 @@ class Streaming:
     """New tokens in consecutive groups; group g sees the past and groups 0..g (block-causal, without any mask).
 
     ``groups`` are token counts. The K/V of the first ``write`` groups are *staged*, nothing is mutated: the caller runs
-    ``cache.extended(context.staged)`` after the forward. Under activation checkpointing the recomputation stages
+    ``cache.extended(context.take())`` after the forward. Under activation checkpointing the recomputation stages
     nothing new.
     """
 
     def __init__(self, past: Past, groups: tuple[int, ...], write: int = 0) -> None:
         self.past, self.groups, self.write = past, groups, write
         self.staged: dict[int, KV] = {}
+
+    def take(self) -> dict[int, KV]:
+        """What was staged, once: checkpoints keep this object until backward, and would keep its tensors with it."""
+        staged, self.staged, self.write = self.staged, {}, 0
+        return staged
 
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
         if self.write and layer not in self.staged:

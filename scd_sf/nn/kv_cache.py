@@ -69,7 +69,18 @@ def turned(k_BNLD: Tensor, frames: int) -> Tensor:
 def _append(past: KV | None, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
     if past is None:
         return k_BNLD, v_BNLD
-    return torch.cat([past[0], k_BNLD], dim=2), torch.cat([past[1], v_BNLD], dim=2)
+    return _joined((past, (k_BNLD, v_BNLD)))
+
+
+def _own(x_BNLD: Tensor) -> Tensor:
+    """A copy of a part: as a view it would keep the whole alive."""
+    return x_BNLD.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _joined(pieces: tuple[KV, ...]) -> KV:
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([k for k, _ in pieces], dim=2), torch.cat([v for _, v in pieces], dim=2)
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,13 @@ class LivePast:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Append-only and functional: :meth:`extended` returns a new cache, tensors are detached and never written."""
+    """Append-only and functional: :meth:`extended` returns a new cache, tensors are detached and never written.
 
-    layers: Mapping[int, KV]
+    A layer's past is kept in the pieces it came in and joined where attention reads it. A rollout's graph keeps the
+    cache of every chunk: they share their pieces, where joined pasts would take the square of the length in memory.
+    """
+
+    layers: Mapping[int, tuple[KV, ...]]
     length: int = 0
     window: Window = Window()
 
@@ -98,26 +113,25 @@ class KVCache:
         return cls({}, 0, window or Window())
 
     def layer(self, index: int) -> KV | None:
-        kv = self.layers.get(index)
+        pieces = self.layers.get(index)
+        if pieces is None:
+            return None
+        k, v = _joined(pieces)
         recent, sink = self.window.recent, self.window.sink
-        if kv is None or recent is None or self.length <= recent + sink:
-            return kv
-        k, v = kv
+        if recent is None or self.length <= recent + sink:
+            return k, v
         near = turned(k[:, :, :sink], self.window.shift(self.length))
         return torch.cat([near, k[:, :, -recent:]], dim=2), torch.cat([v[:, :, :sink], v[:, :, -recent:]], dim=2)
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
+        if self.window.recent is None:
+            return _joined((*self.layers.get(index, ()), (k_BNLD, v_BNLD)))
         return _append(self.layer(index), k_BNLD, v_BNLD)
 
     def extended(self, staged: Mapping[int, KV]) -> KVCache:
         """The cache after the staged tokens; ``staged`` maps layer -> (k, v), each (B, N, L_new, D)."""
-        grown: dict[int, KV] = {}
-        added = 0
-        for index, (k, v) in staged.items():
-            old = self.layers.get(index)
-            k, v = k.detach(), v.detach()
-            added = k.shape[2]
-            grown[index] = (k, v) if old is None else (torch.cat([old[0], k], 2), torch.cat([old[1], v], 2))
+        grown = {i: (*self.layers.get(i, ()), (_own(k), _own(v))) for i, (k, v) in staged.items()}
+        added = next((k.shape[2] for k, _ in staged.values()), 0)
         return KVCache(grown, self.length + added, self.window)
 
 

@@ -46,7 +46,8 @@ def test_history_is_written_at_time_zero_and_at_its_own_position() -> None:
     h = block.norm1(x) * (1 + modulation[:, 0, 1]) + modulation[:, 0, 0]
     _, v = block.attn1.kv(h)
     assert isinstance(stream.cache, KVCache)
-    assert torch.allclose(stream.cache.layers[0][1], v, rtol=0, atol=1e-12)
+    kept = stream.cache.layer(0)
+    assert kept is not None and torch.allclose(kept[1], v, rtol=0, atol=1e-12)
 
 
 def test_which_cache_a_config_means() -> None:

@@ -137,20 +137,29 @@ def test_no_gradient_crosses_chunks(variant: tiny.Variant) -> None:
 
 @some_students
 def test_history_is_detached_and_never_written_in_place(variant: tiny.Variant) -> None:
+    """Nor held twice: every cache of a rollout reads the same tensors, each as large as its own tokens."""
     model, data = tiny.student(variant), tiny.clip(variant.chunk, samples=1)
     stream = model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH))
     previous, caches = None, []
     for x in data.x.split(variant.chunk, 1):
         stream = model.advance(stream, previous, x)
         assert isinstance(stream.cache, KVCache)
-        caches.append((stream.cache, {i: (k.clone(), v.clone()) for i, (k, v) in stream.cache.layers.items()}))
+        read = {i: stream.cache.layer(i) for i in stream.cache.layers}
+        caches.append((stream.cache, {i: (kv[0].clone(), kv[1].clone()) for i, kv in read.items() if kv is not None}))
         previous = x
     tokens = variant.chunk * tiny.CFG.tokens(tiny.HEIGHT, tiny.WIDTH)
+    storages = set()
     for index, (cache, copies) in enumerate(caches):
-        assert cache.length == index * tokens
-        for layer, (k, v) in cache.layers.items():
-            assert not k.requires_grad and not v.requires_grad and k.shape[2] == cache.length
-            assert torch.equal(k, copies[layer][0]) and torch.equal(v, copies[layer][1])
+        assert cache.length == index * tokens and (copies or not index)
+        for layer, (k, v) in copies.items():
+            now = cache.layer(layer)
+            assert now is not None and not now[0].requires_grad and not now[1].requires_grad
+            assert now[0].shape[2] == cache.length and torch.equal(now[0], k) and torch.equal(now[1], v)
+            held = [tensor for piece in cache.layers[layer] for tensor in piece]
+            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)
+            storages |= {tensor.untyped_storage()._cdata for tensor in held}
+    last = caches[-1][0].layers
+    assert len(storages) == sum(2 * len(pieces) for pieces in last.values())
 
 
 @some_students

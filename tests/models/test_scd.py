@@ -62,9 +62,10 @@ def test_fused_pass_equals_a_clean_pass_and_a_query_pass(chunk: int) -> None:
         assert stream.context is not None and stream.context.prefix is not None
         assert torch.allclose(stream.context.prefix, c, rtol=0, atol=1e-12)
         assert isinstance(stream.cache, KVCache) and stream.cache.length == cache.length
-        for layer, (k, v) in cache.layers.items():
-            assert torch.allclose(stream.cache.layers[layer][0], k, rtol=0, atol=1e-12)
-            assert torch.allclose(stream.cache.layers[layer][1], v, rtol=0, atol=1e-12)
+        for layer in cache.layers:
+            wanted, got = cache.layer(layer), stream.cache.layer(layer)
+            assert wanted is not None and got is not None
+            assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(got, wanted, strict=True))
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def test_calls_over_a_growing_cache_equal_one_masked_call() -> None:
         attend = Streaming(cache, (group,), write=1)
         out = attend(0, q[:, :, own], k[:, :, own], v[:, :, own])
         assert torch.allclose(out, expected[:, :, own], rtol=0, atol=1e-14)
-        cache, start = cache.extended(attend.staged), start + group
+        cache, start = cache.extended(attend.take()), start + group
     assert cache.length == 9
 
 

@@ -36,7 +36,8 @@ def test_append_only_and_functional() -> None:
     assert (empty.length, one.length, two.length) == (0, 3, 5)
     got = two.layer(1)
     assert got is not None and torch.equal(got[0], torch.cat([first[1][0], second[1][0]], 2))
-    assert one.layer(1) is not None and torch.equal(one.layers[1][0], first[1][0])
+    kept = one.layer(1)
+    assert kept is not None and torch.equal(kept[0], first[1][0])
 
 
 @pytest.mark.parametrize(("recent", "sink"), [(4, 0), (4, 2), (6, 2), (2, 4)])
