@@ -61,7 +61,7 @@ def doctor(
     if as_json:
         print(json.dumps([finding.__dict__ for finding in findings], indent=2))
     else:
-        Console().print(as_table(findings))
+        Console(width=max(160, Console().width)).print(as_table(findings))
     raise typer.Exit(1 if any(finding.status == FAIL for finding in findings) else 0)
 
 

@@ -21,8 +21,9 @@ def torch_build() -> list[Finding]:
     if torch.version.cuda is None:
         return [Finding("torch build", OK, f"{torch.__version__}, without CUDA")]
     cudnn = torch.backends.cudnn.version() or 0
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "not asked"
-    found = f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {_cudnn_text(cudnn)}, NCCL {nccl}"
+    found = f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {_cudnn_text(cudnn)}"
+    if torch.cuda.is_available():
+        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     if conv3d_is_slow(str(torch.__version__), cudnn):
         remedy = "bf16 Conv3d (Wan's VAE) is 10-20x slower and takes 17x the memory: torch >= 2.10, or cuDNN >= 9.15"
         return [Finding("torch build", WARN, found, remedy)]
