@@ -132,8 +132,9 @@ CASES = {
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Size and modification time of every file."""
-    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
+    """Size and modification time of every file but a run's lock."""
+    found = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) for file in found}
 
 
 def error_line(result: Result) -> str:
