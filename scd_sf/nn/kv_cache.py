@@ -113,6 +113,7 @@ class KVCache:
         return cls({}, 0, window or Window())
 
     def layer(self, index: int) -> KV | None:
+        """The past that a layer may see, joined: (k, v), each (B, N, L, D); None before the first frame."""
         pieces = self.layers.get(index)
         if pieces is None:
             return None
