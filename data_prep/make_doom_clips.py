@@ -3,7 +3,7 @@
     python data_prep/make_doom_clips.py data/doom --train 200 --val 16
 
 writes ``clips/<split>/<id>.mp4``, ``clips.jsonl`` and ``manifest.json`` (read them with ``scd_sf.data.clips.ClipSet``).
---train and --val count clips per motion and place. Every clip is a function of (seed, split, place, motion, number), but
+--train and --val count clips per motion and place. A clip is a function of (seed, split, place, motion, number), but
 for single frames a few grey levels apart on a busy machine. An interrupted run goes on where it stopped.
 
 The world: three of ViZDoom's own scenario maps without monsters, rendered 160x120 at 35 Hz and box-filtered to 64x64,
