@@ -39,6 +39,6 @@ def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
     )  # fmt: skip
 
     code, out = scd("compare", reference, run, chain.root / "stage2", "--tolerance", "0")
-    assert code == 0 and out.count("same bits, 6 steps") == 6 and "val/loss" in out
+    assert code == 0 and out.count("same bits, 6 steps") >= 6 and "val/loss" in out
     code, out = scd("show", chain.root / "stage3")
     assert code == 0 and "stage3_self_forcing" in out and str(chain.root / "stage2") in out and "critic/loss" in out
