@@ -44,7 +44,11 @@ from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 @dataclass
 class Stage2Config:
-    """Defaults are Table 6: AdamW (.9, .99), lr 2e-5, wd .01, global batch 64, EMA .99, shift 5."""
+    """Defaults are Table 6: AdamW (.9, .99), lr 2e-5, wd .01, global batch 64, EMA .99, shift 5.
+
+    ``checkpointing``: the backward pass computes every block again, with ``recompute_attention=false`` all but its
+    attention.
+    """
 
     init: str
     data: str
@@ -55,6 +59,7 @@ class Stage2Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-5, betas=(0.9, 0.99)))
     checkpointing: bool = True
+    recompute_attention: bool = True
     validation_clips: int = 32
 
 
@@ -77,7 +82,7 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> None:
 def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:
     """The student, with its whole loss as one engine forward."""
     for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
+        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
 
     def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
         return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)

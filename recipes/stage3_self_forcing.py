@@ -74,7 +74,8 @@ class Stage3Config:
     """Defaults are Table 7. ``critic_data``: "own" rollouts for the critic, before the student's update, a new one
     every ``reuse`` critic updates; or the "student"'s rollouts, detached, after its update.
     ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
-    ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA."""
+    ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA.
+    ``checkpointing``, ``recompute_attention``: of student and critic, as in stage 2."""
 
     init: str
     teacher: str
@@ -96,6 +97,7 @@ class Stage3Config:
     critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
     teacher_engine: EngineConfig = field(default_factory=EngineConfig)
     checkpointing: bool = True
+    recompute_attention: bool = True
 
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
@@ -231,10 +233,9 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, lat
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
 
-    for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
     critic = load_wan(Path(cfg.critic))
-    critic.trunk.checkpointing = cfg.checkpointing
+    for trunk in (*student.trunks(), critic.trunk):
+        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
     train = cfg.train
     engines = [
         build_engine(

@@ -148,7 +148,7 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def whole_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
     """What :meth:`Engine.masters` returns; one tensor at a time is whole on the device."""
-    return {name: value.detach().cpu().clone() for name, value in gathered(engine.owned(), ranks)}
+    return {name: value.detach().to("cpu", copy=True) for name, value in gathered(engine.owned(), ranks)}
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:

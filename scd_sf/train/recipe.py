@@ -180,10 +180,18 @@ class TrainState:
         """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
         path = self.run.resume_from()
         step = self._load(path) if path is not None else 0
-        if path is None and self.ranks.is_main:
-            self.checkpoints.require_space(self._bytes(), "one checkpoint")
+        if path is None:
+            self._check_space()
         self.run.start(step)
         return step
+
+    def _check_space(self) -> None:
+        """UserError on every rank, before any training, when not even one checkpoint fits on the disk."""
+        problem = ""
+        if self.ranks.is_main:
+            problem = problem_of(lambda: self.checkpoints.require_space(self._bytes(), "one checkpoint"))
+        if self.ranks.any(bool(problem)):
+            raise UserError(problem or f"{self.run.dir}: rank 0 has no room for a checkpoint; see its message")
 
     def steps(self, start: int) -> Iterator[int]:
         """Steps start+1 .. ``train.steps``, with progress and heartbeat; after a rollback some come again."""
@@ -258,7 +266,7 @@ class TrainState:
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Walked by all ranks, kept by the main one, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in tensors if self.ranks.is_main}
+        return {name: value.detach().to("cpu", copy=True) for name, value in tensors if self.ranks.is_main}
 
     def note_best(self, step: int, value: float) -> None:
         """``value`` (smaller is better) is ``step``'s: the checkpoint of the smallest is kept. Main rank's business."""

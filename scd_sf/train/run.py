@@ -204,8 +204,8 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends
         except BlockingIOError:
             return f"{self.dir}: another job is using this run directory; wait for it, or set another run.dir"
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            print(f"{self.dir}: no file locks here ({error}): start no second job in it", file=sys.stderr, flush=True)
         if file.exists():
             changed = {
                 key: values

@@ -33,17 +33,19 @@ class Saving:
         self.step, self.problem = step, ""
         self._folder, self._ranks = checkpoints.path(step).with_suffix(".tmp"), ranks
         self._write_state, self._commit = write_state, commit
-        self._part_done = threading.Event()
+        self._part_done, self._given_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> str:
         """Until the checkpoint is on the disk, on every rank: what went wrong on this one, or nothing.
 
-        All ranks call it. They agree before the main rank is waited for, so that a rank that is gone is noticed.
+        All ranks call it. They agree before the main rank is waited for: a rank that is gone is noticed, and one whose
+        disk is too full to leave a mark is not waited for.
         """
         self._part_done.wait()
-        self._ranks.any(bool(self.problem))
+        if self._ranks.any(bool(self.problem)):
+            self._given_up.set()
         self._thread.join()
         return self.problem
 
@@ -69,6 +71,8 @@ class Saving:
     def _await(self, rank: int) -> None:
         mark, until = self._mark(rank), time.monotonic() + _PATIENCE
         while not mark.exists():
+            if self._given_up.is_set():
+                raise UserError("another process could not write its part and says why")
             if time.monotonic() > until:
                 raise UserError(f"{mark}: rank {rank} has not written its part in {_PATIENCE:.0f} s; see its output")
             time.sleep(0.01)

@@ -102,7 +102,7 @@ class EngineState:
         }
         if rank == 0:
             tensors |= {f"buffer/{name}": value for name, value in whole.items()}
-        copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+        copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         return cls(rank, copies, counters)
 
     def write(self, path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import recipe_runner
 import tiny_run
 import torch
-from tiny_run import STEPS2, STEPS3, Chain
+from tiny_run import SCRIPTS, STEPS2, STEPS3, Chain
 
 from scd_sf.checkpoint import find, load_tensors, read_provenance
 from scd_sf.config import from_yaml
@@ -47,6 +47,13 @@ def test_stage1_report_names_every_tensor(chain: Chain) -> None:
     report = (chain.stage1 / "report.txt").read_text()
     missing = [name for name, _ in model.named_parameters() if not re.search(rf"{re.escape(name)}(\s|$)", report)]
     assert missing == []
+
+
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_keeping_attention_is_the_same_training(chain: Chain, tmp_path: Path, stage: str) -> None:
+    arguments = chain.stage2(tmp_path) if stage == "stage2" else chain.stage3(tmp_path)
+    recipe_runner.succeed(SCRIPTS[stage], *arguments, "recompute_attention=false")
+    assert tiny_run.metrics(tmp_path) == tiny_run.metrics(chain.root / stage)
 
 
 @pytest.mark.parametrize(("stage", "parent"), [("stage2", "stage1"), ("stage3", "stage2")])

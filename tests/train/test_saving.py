@@ -1,0 +1,60 @@
+"""A checkpoint by several ranks: the main rank commits after the others' parts, and waits for none that cannot come."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd_sf.checkpoint import Checkpoints
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.saving import Saving
+
+
+class Agreed(Ranks):
+    """Two ranks whose answer to ``any`` is known: ``local_rank`` 1 stands for a failure somewhere."""
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.local_rank == 1
+
+
+def saving(root: Path, rank: int, committed: list[int], *, fails_elsewhere: bool = False, full: bool = False) -> Saving:
+    ranks = Agreed(rank, 2, int(fails_elsewhere), torch.device("cpu"))
+
+    def write_state(folder: Path) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        (folder / f"rank{rank}").write_text("part")
+
+    return Saving(Checkpoints(root), ranks, 3, write_state, lambda: committed.append(rank))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    Checkpoints(tmp_path).prepare(3, 0)
+    return tmp_path
+
+
+def test_the_main_rank_commits_after_the_other_has_written(root: Path) -> None:
+    committed: list[int] = []
+    main = saving(root, 0, committed)
+    time.sleep(0.1)
+    assert committed == [], "rank 1 has not written yet"
+    other = saving(root, 1, committed)
+    assert [other.wait(), main.wait(), committed] == ["", "", [0]]
+    assert not list(root.glob("step_*/.rank_*"))
+
+
+def test_a_part_that_cannot_be_written_is_everybodys_failure(root: Path) -> None:
+    committed: list[int] = []
+    main, other = saving(root, 0, committed), saving(root, 1, committed, full=True)
+    assert "No space left" in other.wait() and "rank 1: OSError" in main.wait() and committed == []
+
+
+def test_nobody_waits_for_a_mark_that_could_not_be_left(root: Path) -> None:
+    """Rank 1's disk has no room even for its mark: it is known by agreement only."""
+    started, committed = time.monotonic(), list[int]()
+    assert "another process" in saving(root, 0, committed, fails_elsewhere=True).wait()
+    assert time.monotonic() - started < 5 and committed == []
