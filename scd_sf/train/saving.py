@@ -57,8 +57,8 @@ class Saving:
 
     def _write_part(self) -> None:
         problem = problem_of(lambda: self._write_state(self._folder / STATE))
-        problem = problem or problem_of(lambda: fsync_tree(self._folder / STATE))
-        if not self._ranks.is_main:
+        if not self._ranks.is_main:  # whose commit brings the whole tree onto the disk
+            problem = problem or problem_of(lambda: fsync_tree(self._folder / STATE))
             self._mark(self._ranks.rank).write_text(problem)
         if problem:
             raise UserError(problem)

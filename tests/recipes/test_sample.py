@@ -30,7 +30,8 @@ PROMPTS = ["left in meadow", "still in hall"]
 
 
 def arguments(chain: Chain, out: Path, stage: str = "stage3") -> list[str]:
-    return [f"checkpoint={chain.root}/{stage}", f"out={out}", f"prompts={json.dumps(PROMPTS)}", "samples=2", "batch=3"]
+    """Lossless files: a lossy encoder turns the last bit of a sum, which hangs on batch and threads, into grey levels."""
+    return [f"checkpoint={chain.root}/{stage}", f"out={out}", f"prompts={json.dumps(PROMPTS)}", "samples=2", "batch=3", "crf=0"]
 
 
 def manifest(out: Path) -> dict[str, dict[str, dict[str, object]]]:
@@ -74,7 +75,8 @@ def test_a_second_run_makes_only_what_is_missing(chain: Chain, made: Path) -> No
 def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(chain: Chain, made: Path, tmp_path: Path) -> None:
     """A run for one sample per prompt, killed before its second video and resumed, makes the same files."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    few = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompt_file={tmp_path}/prompts.txt", "batch=1"]
+    few = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompt_file={tmp_path}/prompts.txt"]
+    few += ["batch=1", "crf=0"]
     killed = recipe_runner.run(SCRIPT, *few, at=At("scd_sf.sample_folder:make", 2))
     assert killed.code == -9 and len(list((tmp_path / "out" / ".done").iterdir())) == 1
     recipe_runner.succeed(SCRIPT, *few)
@@ -83,7 +85,7 @@ def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(chain: Chain, made:
     for name, entry in ours.items():
         assert entry["seed"] == theirs[name]["seed"]
         left, right = read_video(tmp_path / "out" / name).float(), read_video(made / name).float()
-        assert (left - right).abs().mean() < 1.0  # batches round differently, then the video is compressed
+        assert (left - right).abs().mean() < 0.5  # batches round differently
 
 
 def refused(*given: object) -> str:
@@ -127,12 +129,12 @@ def test_prompts_from_csv_and_jsonl_and_an_exported_file(chain: Chain, made: Pat
     export_weights(chain.root / "stage3", tmp_path / "student.safetensors", "single", dtype="fp32")
     for name in ("p.csv", "p.jsonl"):
         out, single = tmp_path / f"from-{name}", tmp_path / "student.safetensors"
-        given = [f"checkpoint={single}", f"out={out}", f"prompt_file={tmp_path}/{name}", "prompt_column=caption"]
+        given = [f"checkpoint={single}", f"out={out}", f"prompt_file={tmp_path}/{name}", "prompt_column=caption", "crf=0"]
         recipe_runner.succeed(SCRIPT, *given)
         for video, entry in manifest(out)["videos"].items():
             assert entry["seed"] == manifest(made)["videos"][video]["seed"]
             left, right = read_video(out / video).float(), read_video(made / video).float()
-            assert (left - right).abs().mean() < 1.0
+            assert (left - right).abs().mean() < 0.5
 
 
 def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_ranks_share_the_videos(chain: Chain, made: Path, tmp_path: Path) -> Non
     assert {n: e["seed"] for n, e in ours.items()} == {n: e["seed"] for n, e in theirs.items()}
     for name in ours:
         left, right = read_video(tmp_path / "out" / name).float(), read_video(made / name).float()
-        assert (left - right).abs().mean() < 1.0
+        assert (left - right).abs().mean() < 0.5
 
 
 def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
