@@ -9,7 +9,6 @@ Works under ``deepspeed``, ``torchrun`` and plain ``python``; the same command r
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,14 +19,14 @@ from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
-from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
+from scd_sf.models.build import Student, build_model, load_student
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
+from scd_sf.stages import Stage2Config
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
     RESUMABLE,
-    TrainConfig,
     TrainState,
     check_batches,
     check_shape,
@@ -37,30 +36,9 @@ from scd_sf.train.recipe import (
     micro_batches,
     pixel_shape,
 )
-from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
-
-
-@dataclass
-class Stage2Config:
-    """Defaults are Table 6: AdamW (.9, .99), lr 2e-5, wd .01, global batch 64, EMA .99, shift 5.
-
-    ``checkpointing``: the backward pass computes every block again, with ``recompute_attention=false`` all but its
-    attention.
-    """
-
-    init: str
-    data: str
-    val: str
-    run: RunConfig
-    loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-5, betas=(0.9, 0.99)))
-    checkpointing: bool = True
-    recompute_attention: bool = True
-    validation_clips: int = 32
 
 
 @torch.no_grad()

@@ -13,9 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,17 +24,17 @@ from scd_sf.config import to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
-from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
+from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.stages import Stage3Config
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import (
     Engine,
-    EngineConfig,
     Ranks,
     StepInfo,
     StepModule,
@@ -45,7 +44,6 @@ from scd_sf.train.engine import (
 )
 from scd_sf.train.recipe import (
     RESUMABLE,
-    TrainConfig,
     TrainState,
     check_batches,
     check_shape,
@@ -55,54 +53,9 @@ from scd_sf.train.recipe import (
     micro_batches,
     pixel_shape,
 )
-from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, UserError, VideoShape, exit_on_user_error
-
-
-@dataclass
-class PixelShape:
-    """What is rolled out: 81 frames of 480x832 in the paper."""
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-
-
-@dataclass
-class Stage3Config:
-    """Defaults are Table 7. ``critic_data``: "own" rollouts for the critic, before the student's update, a new one
-    every ``reuse`` critic updates; or the "student"'s rollouts, detached, after its update.
-    ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
-    ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA.
-    ``checkpointing``, ``recompute_attention``: of student and critic, as in stage 2."""
-
-    init: str
-    teacher: str
-    critic: str
-    prompts: str
-    run: RunConfig
-    video: PixelShape = field(default_factory=PixelShape)
-    loss: DmdConfig = field(default_factory=DmdConfig)
-    linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    ratio: int = 5
-    critic_warmup: int = 0
-    critic_data: Literal["own", "student"] = "own"
-    reuse: int = 1
-    data_std: float = 1.0
-    std_range: tuple[float, float] = (0.75, 1.33)
-    healthy_within: float = 1.3
-    train: TrainConfig = field(default_factory=TrainConfig)
-    student: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
-    critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
-    teacher_engine: EngineConfig = field(default_factory=EngineConfig)
-    checkpointing: bool = True
-    recompute_attention: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
-            raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
-
+from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error
 
 Rollouts = dict[int, tuple[Tensor, Conditioning, list[int]]]  # by micro-batch: detached rollouts and their prompts
 

@@ -1,5 +1,5 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), and trainings (`runs`).
+form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), trainings (`runs`), and what one would need (`plan`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -20,6 +20,7 @@ from scd_sf.config import load_config
 from scd_sf.doctor.finding import FAIL
 from scd_sf.doctor.report import as_table, examine
 from scd_sf.monitor.commands import app as runs
+from scd_sf.plan.commands import plan
 from scd_sf.types import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(runs, name="runs")
+app.command()(plan)
 
 
 def _print_version(wanted: bool) -> None:

@@ -65,6 +65,9 @@ class WanConfig:
         return shape.frames * self.tokens(shape.height, shape.width)
 
 
+WAN_14B = WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40)  # Wan 2.1 T2V-14B
+
+
 class PatchEmbedding(nn.Module):
     """Non-overlapping 1 x ph x pw patches -> width; the weight has diffusers' Conv3d shape (E, C, 1, ph, pw)."""
 

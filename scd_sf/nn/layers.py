@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.nn.attention import AttentionContext
+from scd_sf.nn.attention import AttentionContext, attention
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.rope import Rotary, rotate
 
@@ -148,7 +148,7 @@ class WanBlock(nn.Module):
         k, v = self.attn2.kv(text) if isinstance(text, Tensor) else text
         rows, length, width = h_BLE.shape
         q = self.attn2.query(h_BLE.reshape(k.shape[0], -1, width))
-        out = self.attn2.out(F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype)))
+        out = self.attn2.out(attention(q, k.to(q.dtype), v.to(q.dtype)))
         return out.reshape(rows, length, width)
 
     @staticmethod

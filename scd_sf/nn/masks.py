@@ -104,5 +104,8 @@ def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask:
-    """BlockMask on CUDA; dense on CPU, where FlexAttention has no backward."""
-    return block_mask(layout, device) if device.type == "cuda" else dense_mask(layout, device)
+    """BlockMask on CUDA; dense on CPU, where FlexAttention has no backward. Tensors on the meta device get a BlockMask
+    too, whose own tables are real: ``scd plan`` reads from it how much is visible."""
+    if device.type == "cpu":
+        return dense_mask(layout, device)
+    return block_mask(layout, torch.device("cpu") if device.type == "meta" else device)

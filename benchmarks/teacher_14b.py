@@ -1,0 +1,73 @@
+"""One process of many builds Wan 2.1 14B as a ZeRO-3 teacher: parameters, memory and seconds, without the others.
+
+    python benchmarks/teacher_14b.py --world 64 --out teacher_14b.json
+
+The construction of ``train/engine.py:frozen_engine`` at full size, as rank 1 of ``--world``: partitioned while it is
+built, then every parameter gathered, filled and partitioned again in the order a cluster does it. The process group is
+PyTorch's fake one, which answers every collective at once, so what is gathered means nothing and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from scd_sf.data.manifest import write_json
+from scd_sf.models.trunk import WAN_14B, WanConfig
+from scd_sf.models.wan import Wan
+from scd_sf.train.engine import EngineConfig, frozen_engine
+from scd_sf.train.ranks import Ranks
+
+
+def never_read() -> Tensor:
+    raise AssertionError("only rank 0 reads")
+
+
+def build(cfg: WanConfig, world: int) -> dict[str, object]:
+    """Measurements of this process, which is rank 1 of ``world``."""
+    os.environ.update(RANK="1", WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")  # as if alone on its host
+    dist.init_process_group("fake", rank=1, world_size=world, store=FakeStore())
+    ranks = Ranks(1, world, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        names = {name: never_read for name, _ in Wan(cfg).named_parameters()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    started = time.monotonic()
+    engine = frozen_engine(lambda: Wan(cfg), names, EngineConfig(dtype="bf16"), ranks)
+    parameters = dict(engine.module.named_parameters())
+    held = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
+    return {
+        "world": world,
+        "parameters": sum(p.ds_numel for p in parameters.values()),
+        "tensors": len(parameters),
+        "whole_gib": round(sum(2 * p.ds_numel for p in parameters.values()) / 2**30, 2),
+        "held_gib": round(held / 2**30, 3),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "rss_before_gib": round(before, 2),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, default=64, help="processes that share the teacher")
+    parser.add_argument("--layers", type=int, default=WAN_14B.num_layers, help="fewer for a quick look")
+    parser.add_argument("--out", type=Path, help="JSON")
+    args = parser.parse_args()
+    result = build(dataclasses.replace(WAN_14B, num_layers=args.layers), args.world)
+    print(json.dumps(result))
+    if args.out is not None:
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""How much memory one model and its engine hold on one process, by engine kind and ZeRO stage: bytes.
+
+What is allocated where was read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``) and compared with
+the memory of real runs (``tests/plan/test_measured.py``). P parameters, N processes. With bf16 weights: masters 4 P, two
+moments 8 P and the average 4 P are divided by N from ZeRO-1 on, gradients (bf16 while they are reduced, fp32 sums) from
+ZeRO-2 on, weights 2 P at ZeRO-3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from scd_sf.train.base import EngineConfig
+
+_OVERLAP = 2  # DeepSpeed keeps two reduction buckets while it communicates beside the backward pass (on a GPU)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on the device. ``weights`` .. ``average`` are there all the time; ``accumulated`` while a step's micro-batches
+    add up; ``buffers`` for communication while the model runs; ``update`` while the optimizer steps, instead of
+    activations."""
+
+    weights: int
+    masters: int
+    moments: int
+    average: int
+    accumulated: int
+    buffers: int
+    update: int
+
+    @property
+    def always(self) -> int:
+        return self.weights + self.masters + self.moments + self.average
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def trained(
+    count: int, cfg: EngineConfig, world: int, *, micro_batches: int, averages: int, on_gpu: bool = True
+) -> Held:
+    """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are kept."""
+    size = 2 if cfg.dtype == "bf16" else 4
+    share = -(-count // world)
+    if cfg.kind == "local":
+        masters = 4 * count if cfg.dtype == "bf16" else 0
+        gradients = 4 * count  # fp32 sums; clipping makes another copy
+        return Held(size * count, masters, 8 * count, 4 * share * averages, gradients, 0, 2 * gradients)
+    if cfg.zero_stage == 0:
+        return Held(4 * count, 0, 8 * count, 4 * share * averages, 4 * count, 4 * cfg.bucket, 4 * count)
+    device = 0 if cfg.offload else 1
+    full = min(cfg.bucket, count)
+    buffers = size * cfg.bucket * (_OVERLAP if on_gpu else 1) + full * (size + 4)  # buckets; a flat copy, its fp32 sum
+    parts = Held(size * count, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
+    gradients = 4 * (count if cfg.zero_stage == 1 else share)
+    if cfg.zero_stage == 3:
+        buffers += size * min(2 * cfg.bucket, count)  # gathered layers
+        parts = Held(size * share, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
+    accumulated = gradients if micro_batches > 1 or cfg.zero_stage == 3 else 0
+    return Held(
+        parts.weights,
+        device * parts.masters,
+        device * parts.moments,
+        device * parts.average,
+        device * accumulated,
+        buffers,
+        device * (gradients + 4 * share + size * share),
+    )
+
+
+def frozen(count: int, cfg: EngineConfig, world: int) -> Held:
+    """A teacher: weights alone, whole (kind local) or divided among all processes (ZeRO-3), or on the CPU (offload)."""
+    size = 2 if cfg.dtype == "bf16" else 4
+    if cfg.kind == "local":
+        return Held(size * count, 0, 0, 0, 0, 0, 0)
+    gathered = size * min(2 * cfg.bucket, count)
+    return Held(0 if cfg.offload else size * -(-count // world), 0, 0, 0, 0, gathered, 0)
+
+
+def host_state(count: int, cfg: EngineConfig, world: int, *, averages: int) -> int:
+    """Bytes of host memory on one process beside the device: what ``offload`` keeps there."""
+    if not cfg.offload or cfg.kind == "local":
+        return 0
+    return (12 + 4 + 4 * averages) * -(-count // world)
+
+
+def saved(count: int, *, averages: int) -> int:
+    """Bytes of one checkpoint: weights and averages whole in fp32, and each process's masters, moments and averages."""
+    return 4 * count * ((1 + averages) + 3 + averages)

@@ -1,0 +1,112 @@
+"""Runs a computation on the meta device and says what it would cost: FLOPs, and live bytes at the worst moment.
+
+Nothing is computed and nothing is held: every operator reports shapes alone. The real forward, loss and ``backward`` of
+a training step run under :class:`Meter`, activation checkpointing and all, so that what is kept for the backward pass
+is what PyTorch would keep.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_ATEN = torch.ops.aten
+
+
+class Meter(TorchDispatchMode):
+    """``with Meter() as meter: ...`` -> ``meter.flops`` and ``meter.peak`` (bytes alive at once on the meta device that
+    were made inside).
+
+    Meta kernels are slow Python, and a model's layers are alike: what an operator makes of the same shapes is known
+    from the second time on, unless it returns its arguments or views of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.live = self.peak = 0
+        self._made: dict[Any, tuple[Any, int]] = {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
+            return 1.0  # a number for a log
+        if func is _ATEN._to_copy.default and args[0].is_meta and str(kwargs.get("device", "meta")) == "cpu":
+            return torch.ones(args[0].shape)  # several
+        if not _makes(func):
+            return func(*args, **kwargs)
+        key = _spec((func, args, tuple(kwargs.items())))
+        if key is not None and key in self._made:
+            described, flops = self._made[key]
+            out = _again(described)
+        else:
+            out = func(*args, **kwargs)
+            count = flop_registry.get(func.overloadpacket)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=out)
+            described = _spec(out)
+            if key is not None and described is not None:
+                self._made[key] = (described, flops)
+        self.flops += flops
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._add(tensor)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+
+        def freed(_: Any) -> None:
+            del self._storages[key]
+            self.live -= size
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.live += size
+
+
+@lru_cache(maxsize=None)
+def _makes(func: Any) -> bool:
+    """Whether what an operator returns is new: no view, nothing changed in place."""
+    if func is _ATEN._unsafe_view.default:
+        return False
+    return not func._schema.is_mutable and all(part.alias_info is None for part in func._schema.returns)
+
+
+class _Described(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _spec(value: Any) -> Any:
+    """A hashable description, meta tensors by their shapes; None where something else decides (a real tensor)."""
+    if isinstance(value, Tensor):
+        return _Described(tuple(value.shape), value.stride(), value.dtype) if value.is_meta else None
+    if isinstance(value, (tuple, list)):
+        parts = []
+        for item in value:
+            part = ("none",) if item is None else _spec(item)
+            if part is None:
+                return None
+            parts.append(part)
+        return tuple(parts)
+    return value if isinstance(value, Hashable) else None
+
+
+def _again(described: Any) -> Any:
+    """New tensors as described."""
+    if isinstance(described, _Described):
+        return torch.empty_strided(described.shape, described.stride, dtype=described.dtype, device="meta")
+    if described == ("none",):
+        return None
+    return tuple(_again(part) for part in described) if isinstance(described, tuple) else described

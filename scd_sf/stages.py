@@ -1,0 +1,79 @@
+"""What the two training stages are configured by: the recipes run it, ``scd plan`` counts what it would cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scd_sf.losses.dmd import DmdConfig
+from scd_sf.losses.flow_matching import FlowMatchingConfig
+from scd_sf.models.build import SamplerConfig
+from scd_sf.train.base import EngineConfig
+from scd_sf.train.recipe import TrainConfig
+from scd_sf.train.run import RunConfig
+from scd_sf.types import UserError
+
+
+@dataclass
+class Stage2Config:
+    """Defaults are Table 6: AdamW (.9, .99), lr 2e-5, wd .01, global batch 64, EMA .99, shift 5.
+
+    ``checkpointing``: the backward pass computes every block again, with ``recompute_attention=false`` all but its
+    attention.
+    """
+
+    init: str
+    data: str
+    val: str
+    run: RunConfig
+    loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-5, betas=(0.9, 0.99)))
+    checkpointing: bool = True
+    recompute_attention: bool = True
+    validation_clips: int = 32
+
+
+@dataclass
+class PixelShape:
+    """What is rolled out: 81 frames of 480x832 in the paper."""
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+
+
+@dataclass
+class Stage3Config:
+    """Defaults are Table 7. ``critic_data``: "own" rollouts for the critic, before the student's update, a new one
+    every ``reuse`` critic updates; or the "student"'s rollouts, detached, after its update.
+    ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
+    ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA.
+    ``checkpointing``, ``recompute_attention``: of student and critic, as in stage 2."""
+
+    init: str
+    teacher: str
+    critic: str
+    prompts: str
+    run: RunConfig
+    video: PixelShape = field(default_factory=PixelShape)
+    loss: DmdConfig = field(default_factory=DmdConfig)
+    linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    ratio: int = 5
+    critic_warmup: int = 0
+    critic_data: Literal["own", "student"] = "own"
+    reuse: int = 1
+    data_std: float = 1.0
+    std_range: tuple[float, float] = (0.75, 1.33)
+    healthy_within: float = 1.3
+    train: TrainConfig = field(default_factory=TrainConfig)
+    student: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
+    critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
+    teacher_engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpointing: bool = True
+    recompute_attention: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
+            raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
