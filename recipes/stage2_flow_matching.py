@@ -21,7 +21,7 @@ from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
-from scd_sf.preview import Preview
+from scd_sf.preview import Preview, PreviewConfig
 from scd_sf.provenance import provenance
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
@@ -61,6 +61,7 @@ class Stage2Config:
     checkpointing: bool = True
     recompute_attention: bool = True
     validation_clips: int = 32
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
 @torch.no_grad()
@@ -73,10 +74,12 @@ def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit
     return {"val/loss": float(value)}
 
 
-def show(run: Run, preview: Preview, model: Student, step: int) -> None:
-    """A validation video by rank 0."""
-    if run.ranks.is_main and (frames := preview.write(model, step)) is not None:
-        run.video(step, "samples", frames, preview.fps)
+def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
+    """A validation video by rank 0, and what is measured on it."""
+    if not run.ranks.is_main or (frames := preview.write(model, step)) is None:
+        return {}
+    run.video(step, "samples", frames, preview.fps)
+    return preview.measure(frames)
 
 
 def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:
@@ -124,7 +127,7 @@ def main() -> None:
         check_shape(data.shape, data.root, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
         check_text(data.prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(clips), clips.root)
-    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
@@ -142,7 +145,16 @@ def main() -> None:
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     averaged = build_model(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
-    preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
+    seen = [0, len(val) // 2]
+    preview = Preview(
+        parent.base,
+        val.batch(seen).text,
+        val.shape,
+        sampler,
+        run.dir / "videos",
+        texts=val.texts(seen),
+        cfg=cfg.preview,
+    )
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
@@ -159,7 +171,7 @@ def main() -> None:
                 if ranks.is_main:
                     logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
                     state.note_best(step, logs["val/loss"])
-                show(run, preview, averaged, step)
+                logs |= show(run, preview, averaged, step)
             run.log(step, logs)
     run.finish()
 

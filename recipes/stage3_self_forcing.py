@@ -29,7 +29,7 @@ from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
-from scd_sf.preview import Preview
+from scd_sf.preview import Preview, PreviewConfig
 from scd_sf.provenance import provenance
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.train.ema import Ema
@@ -98,6 +98,7 @@ class Stage3Config:
     teacher_engine: EngineConfig = field(default_factory=EngineConfig)
     checkpointing: bool = True
     recompute_attention: bool = True
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
@@ -258,10 +259,12 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, lat
     return Distillation(cfg, run, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
 
 
-def show(run: Run, preview: Preview, model: Student, step: int) -> None:
-    """A validation video by rank 0."""
-    if run.ranks.is_main and (frames := preview.write(model, step)) is not None:
-        run.video(step, "samples", frames, preview.fps)
+def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
+    """A validation video by rank 0, and what is measured on it."""
+    if not run.ranks.is_main or (frames := preview.write(model, step)) is None:
+        return {}
+    run.video(step, "samples", frames, preview.fps)
+    return preview.measure(frames)
 
 
 def main() -> None:
@@ -274,7 +277,7 @@ def main() -> None:
     )
     prompts = PromptSet(cfg.prompts)
     check(cfg, ranks, student, latent, prompts)
-    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     parts = build(cfg, run, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
@@ -291,8 +294,16 @@ def main() -> None:
             extra=extra,
         )
 
-    shown = prompts.conditioning([0, len(prompts) // 2])
-    preview = Preview(parent.base, shown, latent, parts.sampler, run.dir / "videos")
+    seen = [0, len(prompts) // 2]
+    preview = Preview(
+        parent.base,
+        prompts.conditioning(seen),
+        latent,
+        parts.sampler,
+        run.dir / "videos",
+        texts=[prompts.rows[index].prompt for index in seen],
+        cfg=cfg.preview,
+    )
     averaged = build_model(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
     state = TrainState(run, engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
@@ -309,10 +320,10 @@ def main() -> None:
             logs |= watch(state.record, logs, cfg, step)
             if state.record.get("best_step") == step:
                 state.extra["best"] = state.ema.copy()
-            run.log(step, logs)
             if step % cfg.train.validate_every == 0:
                 state.ema.copy_to(averaged)
-                show(run, preview, averaged, step)
+                logs |= show(run, preview, averaged, step)
+            run.log(step, logs)
     run.finish()
 
 

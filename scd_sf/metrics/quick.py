@@ -7,11 +7,13 @@ where a training goes (a collapse: motion falls to 0; over-saturation under guid
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from scd_sf.types import Logs, UserError
 
@@ -33,14 +35,13 @@ def temporal_flickering(videos: Tensor) -> Tensor:
     _check(videos, 2)
     scores = []
     for video in videos:
-        pairs = zip(video[:-1], video[1:], strict=True)
-        means = torch.stack([(b.float() - a.float()).abs().mean() for a, b in pairs])
+        means = torch.stack([(b.float() - a.float()).abs().mean() for a, b in pairwise(video)])
         scores.append((255.0 - float(means.mean())) / 255.0)
     return torch.tensor(scores, dtype=torch.float64)
 
 
 def motion(videos: Tensor) -> Tensor:
-    """(V,): mean absolute difference of neighbouring frames, 0..1. 0: a still picture. It is 1 - temporal flickering."""
+    """(V,): mean absolute difference of neighbouring frames, 0..1 (0: a still picture); 1 - temporal flickering."""
     return 1.0 - temporal_flickering(videos)
 
 
@@ -91,7 +92,7 @@ class Clip:
         except Exception as error:  # whatever a file can be wrong in
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"clip weights {weights}: not those of {name} ({line}); give its checkpoint") from error
-        self.model: nn.Module = model.eval().requires_grad_(False).to(device)
+        self.model: Any = model.eval().requires_grad_(False).to(device)
         self.tokenizer, self.device = open_clip.get_tokenizer(name), device
         visual = self.model.visual
         self.size, self.mean, self.std = visual.image_size[0], visual.image_mean, visual.image_std

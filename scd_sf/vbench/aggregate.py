@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,3 +115,16 @@ def _too_few(name: str, value: list[object]) -> list[str]:
 def label(scores: Scores) -> str:
     """ "" for the whole suite, else what must stand beside its total."""
     return f"not comparable: {'; '.join(scores.reduced)}" if scores.reduced else ""
+
+
+def merge(files: Sequence[tuple[Path, Scores]]) -> Scores:
+    """The dimensions of several files as one. UserError for a dimension in two of them."""
+    fractions: dict[str, float] = {}
+    reduced: list[str] = []
+    for path, scores in files:
+        twice = sorted(fractions.keys() & scores.fractions.keys())
+        if twice:
+            raise UserError(f"{path}: {twice[0]} is in another file too; give each dimension once")
+        fractions |= scores.fractions
+        reduced += scores.reduced
+    return Scores(fractions, tuple(dict.fromkeys(reduced)), files[0][1].protocol)

@@ -113,7 +113,7 @@ def prompts_hash(entries: Iterable[Entry]) -> str:
 def read_extended(path: Path, entries: Sequence[Entry]) -> list[str]:
     """The wording to sample line k with, from line k of an extended-prompt file (``all_dimension_extended.txt``).
 
-    UserError unless there is exactly one line that says something for each entry. Other line ends than \\n do not count.
+    UserError unless there is exactly one line that says something for each entry. Only \\n ends a line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -127,7 +127,9 @@ def read_extended(path: Path, entries: Sequence[Entry]) -> list[str]:
         )
     for number, line in enumerate(lines, 1):
         if not line:
-            raise UserError(f"extended {path}: line {number} is empty; write the prompt of '{entries[number - 1].prompt}'")
+            raise UserError(
+                f"extended {path}: line {number} is empty; write the prompt of '{entries[number - 1].prompt}'"
+            )
     return lines
 
 
@@ -140,7 +142,7 @@ def video_name(prompt: str, number: int) -> str:
         raise UserError(f"prompt {prompt[:80]!r} cannot be a file's name: {why}; correct the list of prompts")
     if len(name.encode()) > _NAME_BYTES:
         raise UserError(
-            f"prompt {prompt[:80]!r}: its file name has {len(name.encode())} bytes, {_NAME_BYTES} are possible; shorten it"
+            f"prompt {prompt[:80]!r}: its file name has {len(name.encode())} bytes of {_NAME_BYTES}; shorten it"
         )
     return name
 

@@ -88,8 +88,8 @@ def collect(root: Path, name: str, entries: Sequence[Entry], cfg: ScoreConfig) -
     absent = [file for files in videos.values() for file in files if not file.is_file()]
     if absent:
         raise UserError(
-            f"{folder}: {len(absent)} videos of {name} are missing, such as '{absent[0].name}'; sample them, set samples= "
-            "to what is there of every prompt, or name other dimensions"
+            f"{folder}: {len(absent)} videos of {name} are missing, such as '{absent[0].name}'; sample them, set "
+            "samples= to what is there of every prompt, or name other dimensions"
         )
     if not any(videos.values()):
         raise UserError(f"{folder}: no video of {name} stands still by VBench's filter; unfiltered=true takes any")

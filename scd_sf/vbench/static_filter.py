@@ -75,7 +75,11 @@ class StaticFilter:
         names = sorted(video_name(prompt, number) for number in range(count))
         files = [out / CANDIDATES / name for name in names]
         record = out / RECORDS / f"{video_name(prompt, 0)}.json"
-        told = {"prompt": prompt, "raft_sha256": self.sha256, "candidates": {f.name: sha256_file(f) for f in files}}
+        told: dict[str, object] = {
+            "prompt": prompt,
+            "raft_sha256": self.sha256,
+            "candidates": {f.name: sha256_file(f) for f in files},
+        }
         if record.is_file():
             entry = read_json(record, "delete it to filter the prompt again")
             if {name: entry.get(name) for name in told} == told and _placed(out, prompt, entry):

@@ -37,8 +37,8 @@ VIDEOS = "videos"
 SAMPLES, CANDIDATES_EACH = 5, 25
 _SEEDS = {"vbench": "100000 * line + number", "hashed": "blake2b(seed, line, number)"}
 _NEEDS_RAFT = (
-    "temporal_flickering needs VBench's static filter, and that RAFT's weights: set raft= to raft-things.pth (models.zip "
-    "of github.com/princeton-vl/RAFT; VBench's cache has it as raft_model/models/raft-things.pth) or torchvision's "
+    "temporal_flickering needs VBench's static filter, and that RAFT's weights: set raft= to raft-things.pth (in "
+    "models.zip of github.com/princeton-vl/RAFT; raft_model/models/raft-things.pth of VBench's cache) or torchvision's "
     "raft_large_C_T_V1-22a6c225.pth; or filter=false to make only the candidates now; or leave the dimension out"
 )
 
@@ -46,9 +46,9 @@ _NEEDS_RAFT = (
 @dataclass
 class SuiteConfig:
     """``sampling``: as ``scd sample``, without prompts. ``extended``: a file whose line k is what line k of VBench's
-    list is sampled with. ``dimensions``: of these only (empty: all). ``samples``, ``flicker_samples``: videos per prompt
-    and candidates for the static filter. ``seeds``: "vbench" (100000 i + j, prompt i, sample j, as VBench's authors
-    sampled Wan 2.1) or "hashed" (from sampling.seed, as ``scd sample``). ``raft``: weights for the filter."""
+    list is sampled with. ``dimensions``: of these only (empty: all). ``samples``, ``flicker_samples``: videos and
+    candidates for the static filter per prompt. ``seeds``: "vbench" (100000 i + j, prompt i, sample j, as VBench's
+    authors sampled Wan 2.1) or "hashed" (from sampling.seed, as ``scd sample``). ``raft``: weights for the filter."""
 
     sampling: SampleConfig
     full_info: str = ""
@@ -73,7 +73,7 @@ class SuiteConfig:
 
 
 def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[Video]:
-    """Every video of the chosen dimensions, each prompt once. Names are checked, and on a case-blind disk collisions."""
+    """Every video of the chosen dimensions, each prompt once. Their names are checked, also for collisions."""
     names = chosen_dimensions(cfg.dimensions)
     words = read_extended(Path(cfg.extended), entries) if cfg.extended else [entry.prompt for entry in entries]
     plain = select(entries, [name for name in names if name != FLICKERING])
