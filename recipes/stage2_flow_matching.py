@@ -18,7 +18,7 @@ from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.solvers import build_sampler
-from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
+from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_model, load_student
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
@@ -39,22 +39,7 @@ from scd_sf.train.recipe import (
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
-
-
-@torch.no_grad()
-def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit: int) -> Logs:
-    """Flow loss of the EMA weights at fixed noise: pure-noise query as in sampling, no dropout, no corruption."""
-    fixed = dataclasses.replace(loss, samples=2, eta=0.0, text_dropout=0.0, query_pure=1.0, targets=None)
-    indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
-    batch = clips.batch(indices)
-    value, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, clips.null, fixed, generator(0, "validation"))
-    return {"val/loss": float(value)}
-
-
-def show(run: Run, preview: Preview, model: Student, step: int) -> None:
-    """A validation video by rank 0."""
-    if run.ranks.is_main and (frames := preview.write(model, step)) is not None:
-        run.video(step, "samples", frames, preview.fps)
+from scd_sf.validation import show, validate
 
 
 def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:
@@ -102,7 +87,7 @@ def main() -> None:
         check_shape(data.shape, data.root, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
         check_text(data.prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(clips), clips.root)
-    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
@@ -120,7 +105,16 @@ def main() -> None:
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     averaged = build_model(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
-    preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
+    seen = [0, len(val) // 2]
+    preview = Preview(
+        parent.base,
+        val.batch(seen).text,
+        val.shape,
+        sampler,
+        run.dir / "videos",
+        texts=val.texts(seen),
+        cfg=cfg.preview,
+    )
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
@@ -134,10 +128,9 @@ def main() -> None:
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 state.ema.copy_to(averaged)
-                if ranks.is_main:
-                    logs |= validate(averaged, val, cfg.loss, cfg.validation_clips)
-                    state.note_best(step, logs["val/loss"])
-                show(run, preview, averaged, step)
+                logs |= validate(averaged, val, cfg.loss, cfg.validation_clips, ranks)
+                state.note_best(step, logs["val/loss"])
+                logs |= show(run, preview, averaged, step)
             run.log(step, logs)
     run.finish()
 

@@ -56,6 +56,7 @@ from scd_sf.train.recipe import (
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error
+from scd_sf.validation import show
 
 Rollouts = dict[int, tuple[Tensor, Conditioning, list[int]]]  # by micro-batch: detached rollouts and their prompts
 
@@ -211,12 +212,6 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, lat
     return Distillation(cfg, run, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
 
 
-def show(run: Run, preview: Preview, model: Student, step: int) -> None:
-    """A validation video by rank 0."""
-    if run.ranks.is_main and (frames := preview.write(model, step)) is not None:
-        run.video(step, "samples", frames, preview.fps)
-
-
 def main() -> None:
     cfg = from_command_line(Stage3Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
@@ -227,7 +222,7 @@ def main() -> None:
     )
     prompts = PromptSet(cfg.prompts)
     check(cfg, ranks, student, latent, prompts)
-    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     parts = build(cfg, run, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
@@ -244,8 +239,16 @@ def main() -> None:
             extra=extra,
         )
 
-    shown = prompts.conditioning([0, len(prompts) // 2])
-    preview = Preview(parent.base, shown, latent, parts.sampler, run.dir / "videos")
+    seen = [0, len(prompts) // 2]
+    preview = Preview(
+        parent.base,
+        prompts.conditioning(seen),
+        latent,
+        parts.sampler,
+        run.dir / "videos",
+        texts=[prompts.rows[index].prompt for index in seen],
+        cfg=cfg.preview,
+    )
     averaged = build_model(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
     state = TrainState(run, engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
@@ -262,10 +265,10 @@ def main() -> None:
             logs |= watch(state.record, logs, cfg, step)
             if state.record.get("best_step") == step:
                 state.extra["best"] = state.ema.copy()
-            run.log(step, logs)
             if step % cfg.train.validate_every == 0:
                 state.ema.copy_to(averaged)
-                show(run, preview, averaged, step)
+                logs |= show(run, preview, averaged, step)
+            run.log(step, logs)
     run.finish()
 
 

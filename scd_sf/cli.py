@@ -1,5 +1,6 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), trainings (`runs`), and what one would need (`plan`).
+form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), trainings (`runs`), and
+what one would need (`plan`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """

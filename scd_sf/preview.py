@@ -1,8 +1,11 @@
-"""Validation videos: a few prompts sampled with the current weights, decoded and written while training goes on."""
+"""Validation videos: a few prompts sampled with the current weights, decoded, written and measured while training goes
+on. The measures need no network but CLIP's, where its weights are configured (metrics/quick.py)."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,38 +13,84 @@ from torch import Tensor
 
 from scd_sf.data.clips import write_video
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.metrics.quick import Clip, statistics
 from scd_sf.models.generator import FrameGenerator
 from scd_sf.models.vae import ORIGINAL, load_vae
 from scd_sf.rollout import sample
-from scd_sf.types import Conditioning, VideoShape
+from scd_sf.types import Conditioning, Logs, UserError, VideoShape
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class PreviewConfig:
+    """``clip_weights``: a local open_clip checkpoint of ``clip_model``; empty: no CLIP similarity is logged."""
+
+    clip_model: str = "ViT-B-32"
+    clip_weights: str = ""
+
+    def __post_init__(self) -> None:
+        if self.clip_weights and not Path(self.clip_weights).is_file():
+            raise UserError(
+                f"preview.clip_weights {self.clip_weights}: no such file; give a checkpoint or leave it empty"
+            )
 
 
 class Preview:
     """The prompts of ``cond``, always with the same seeds, side by side in ``folder/<step>.mp4``.
 
     ``base`` is the model directory whose VAE decodes. When it is not on this machine, that is said once and no videos
-    are made: training does not depend on it.
+    are made: training does not depend on it. ``texts``: the same prompts in words, for CLIP as ``cfg`` says. Every rank
+    builds one, so that all refuse what is wrong; rank 0 uses it.
     """
 
     def __init__(
-        self, base: str, cond: Conditioning, shape: VideoShape, sampler: Sampler, folder: Path, fps: int = 16
+        self,
+        base: str,
+        cond: Conditioning,
+        shape: VideoShape,
+        sampler: Sampler,
+        folder: Path,
+        fps: int = 16,
+        *,
+        texts: Sequence[str] = (),
+        cfg: PreviewConfig | None = None,
     ) -> None:
         self.cond, self.shape, self.sampler, self.folder, self.fps = cond, shape, sampler, folder, fps
+        self.texts = list(texts)
+        self.clip = Clip(cfg.clip_model, cfg.clip_weights) if cfg is not None and cfg.clip_weights else None
         found = bool(base) and any((Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL))
         self.vae = load_vae(base) if found else None
         if not found:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
-    def write(self, model: FrameGenerator, step: int) -> Tensor | None:
-        """Sample, decode and write one video; returns its uint8 frames (F, H, B*W, 3), None without a VAE."""
-        if self.vae is None:
-            return None
-        seeds = list(range(self.cond.batch))
-        latents = sample(model, self.cond, self.shape.latent(1)[1:], self.sampler, seeds)
-        pixels = ((self.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        frames = torch.cat(list(pixels), dim=-1)
+    def sample(self, model: FrameGenerator, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0."""
+        assert self.vae is not None, "no VAE: ask for preview.vae first"
+        shape = self.shape
+        videos = torch.zeros(
+            self.cond.batch, shape.pixel_frames, 3, shape.pixel_height, shape.pixel_width, dtype=torch.uint8
+        )
+        if len(rows) == 0:
+            return videos
+        cond = Conditioning(self.cond.text_BLE[list(rows)]).to(device)
+        latents = sample(model, cond, shape.latent(1)[1:], self.sampler, list(rows), device)
+        self.vae.model.to(device=device)
+        pixels = ((self.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+        self.vae.model.to(device="cpu")
+        videos[list(rows)] = pixels
+        return videos
+
+    def write(self, videos: Tensor, step: int) -> Tensor:
+        """One file, the videos (B, F, 3, H, W) side by side; returns its uint8 frames (F, H, B*W, 3)."""
+        frames = torch.cat(list(videos), dim=-1)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_video(self.folder / f"{step:08d}.mp4", frames, self.fps)
         return frames.permute(0, 2, 3, 1)
+
+    def measure(self, videos: Tensor) -> Logs:
+        """Motion, flicker and saturation of uint8 videos (B, F, 3, H, W), and CLIP's similarity to the prompts."""
+        logs = statistics(videos)
+        if self.clip is not None:
+            logs["quick/clip"] = float(self.clip.similarity(videos, self.texts).mean())
+        return logs

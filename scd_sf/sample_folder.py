@@ -7,7 +7,7 @@ record of each finished video, written by whichever rank made it: so ranks share
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -69,6 +69,13 @@ def waiting(out: Path, videos: Sequence[Video]) -> list[Video]:
     return left
 
 
+def finished(out: Path) -> dict[str, dict[str, object]]:
+    """The records of all finished videos by file name."""
+    files = sorted((out / DONE).rglob("*.json"))
+    names = [file.relative_to(out / DONE).as_posix().removesuffix(".json") for file in files]
+    return {name: read_json(file, "make the video again") for name, file in zip(names, files, strict=True)}
+
+
 def batches(videos: Sequence[Video], size: int) -> list[list[Video]]:
     """At most ``size`` videos at a time, those with a start file apart from those without."""
     found: list[list[Video]] = []
@@ -84,6 +91,8 @@ def batches(videos: Sequence[Video], size: int) -> list[list[Video]]:
 def make(studio: Studio, out: Path, videos: Sequence[Video]) -> None:
     """One batch: frames go to the files as they come; a record is written when a file is whole."""
     cfg = studio.cfg
+    for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
+        folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         writers = [files.enter_context(video_writer(out / v.file, cfg.fps, crf=cfg.crf)) for v in videos]
         for part in studio.frames(videos):
@@ -95,8 +104,17 @@ def make(studio: Studio, out: Path, videos: Sequence[Video]) -> None:
 
 def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
     """Everything: checks, this rank's videos, and by rank 0 the manifest."""
-    out, videos = Path(cfg.out), wanted_videos(cfg)
+    make_videos(cfg, ranks, wanted_videos(cfg), {}, {})
+
+
+def make_videos(
+    cfg: SampleConfig, ranks: Ranks, videos: Sequence[Video], fixed: Mapping[str, object], about: Mapping[str, object]
+) -> None:
+    """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever the folder is used
+    again; ``about``: what else the manifest says, each time anew."""
+    out = Path(cfg.out)
     studio, settings = open_studio(cfg, ranks.device)
+    settings |= fixed
     if ranks.is_main:
         open_folder(out, settings)
     ranks.barrier()
@@ -115,6 +133,4 @@ def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
             print(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}", flush=True)
     ranks.barrier()
     if ranks.is_main:
-        files = sorted((out / DONE).glob("*.json"))
-        entries = {file.name.removesuffix(".json"): read_json(file, "make the video again") for file in files}
-        write_json(out / INDEX, {"settings": settings, "videos": entries})
+        write_json(out / INDEX, {"settings": settings, **about, "videos": finished(out)})

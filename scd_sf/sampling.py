@@ -78,8 +78,6 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if min(self.samples, self.batch, self.fps) < 1:
             raise UserError("samples, batch and fps must be at least 1")
-        if bool(self.prompts) == bool(self.prompt_file):
-            raise UserError("set either prompts or prompt_file")
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
@@ -95,17 +93,21 @@ def start_sha256(path: str) -> str:
 
 @dataclass(frozen=True)
 class Video:
-    """One video to make."""
+    """One video to make: ``file`` (posix, inside the output folder) of the ``sample``-th video of a prompt.
+
+    ``title``: the prompt that a benchmark knows it by, where it is sampled from another wording.
+    """
 
     file: str
     row: PromptRow
     prompt_index: int
     sample: int
     seed: int
+    title: str = ""
 
     def record(self) -> dict[str, object]:
         """What the manifest says of it."""
-        more: dict[str, object] = {}
+        more: dict[str, object] = {"title": self.title} if self.title else {}
         if self.row.then:
             more["then"] = [list(change) for change in self.row.then]
         if self.row.start:
@@ -128,6 +130,8 @@ def sample_seed(seed: int, prompt_index: int, number: int) -> int:
 
 def wanted_videos(cfg: SampleConfig) -> list[Video]:
     """All videos of a run, in the order of its prompts."""
+    if bool(cfg.prompts) == bool(cfg.prompt_file):
+        raise UserError("set either prompts or prompt_file")
     rows = [PromptRow(prompt) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)

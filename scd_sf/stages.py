@@ -8,6 +8,7 @@ from typing import Literal
 from scd_sf.losses.dmd import DmdConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import SamplerConfig
+from scd_sf.preview import PreviewConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.train.recipe import TrainConfig
 from scd_sf.train.run import RunConfig
@@ -33,6 +34,7 @@ class Stage2Config:
     checkpointing: bool = True
     recompute_attention: bool = True
     validation_clips: int = 32
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Stage3Config:
     teacher_engine: EngineConfig = field(default_factory=EngineConfig)
     checkpointing: bool = True
     recompute_attention: bool = True
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:

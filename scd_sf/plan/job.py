@@ -71,7 +71,7 @@ def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | No
     trees = [plain_yaml(file) for file in files]
     given = {key for tree in trees for key in tree} | {text.partition("=")[0].partition(".")[0] for text in overrides}
     schema: type[Any] = _stage(given)
-    run_dir = any("dir" in tree["run"] for tree in trees if isinstance(tree.get("run"), dict))
+    run_dir = any(isinstance(run := tree.get("run"), dict) and "dir" in run for tree in trees)
     blank = [f"{f.name}=" for f in dataclasses.fields(schema) if _open(f) and f.name not in given]
     blank += [] if run_dir or any(text.startswith("run.dir=") for text in overrides) else ["run.dir=run"]
     cfg = load_config(schema, list(files), [text for text in blank if text != "run="] + list(overrides))

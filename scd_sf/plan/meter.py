@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ class Meter(TorchDispatchMode):
         self.live += size
 
 
-@lru_cache(maxsize=None)
+@cache
 def _makes(func: Any) -> bool:
     """Whether what an operator returns is new: no view, nothing changed in place."""
     if func is _ATEN._unsafe_view.default:

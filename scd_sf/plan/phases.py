@@ -5,7 +5,6 @@ These are the recipes' own losses and rollout on models of the real shapes; only
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from scd_sf.plan.meter import Meter
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, Denoiser, UserError, VideoShape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 @dataclass(frozen=True)
 class Phase:
     """One part of a step. ``trains``: the model that is updated. ``flops`` per clip, ``times`` it happens per step,
-    ``peak`` bytes alive at once beside the models (activations, the rollout's cache, weights' gradients on their way)."""
+    ``peak`` bytes alive at once beside the models (activations, the rollout's cache, gradients on their way)."""
 
     name: str
     trains: str
@@ -60,7 +59,7 @@ def stage2(cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens
         x, cond = _clips(batch, shape), _prompts(batch, text_tokens, model.wan)
         loss, _ = flow_matching_loss(student, x, cond, _prompts(1, text_tokens, model.wan), cfg.loss, _rng())
         forward = meter.flops
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     parts = {"forward": forward / batch, "backward": (meter.flops - forward) / batch}
     return [Phase("step", "student", meter.flops / batch, 1, meter.peak, parts)]
 
@@ -88,7 +87,7 @@ class Stage3:
         _trainable(self.critic, cfg.critic_engine)
 
     def phases(self) -> list[Phase]:
-        """Critic updates, then the student's. The exit step is drawn evenly: its mean decides FLOPs, the last memory."""
+        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's, memory the last one's."""
         batch = self.cfg.train.micro_batch
         with Meter() as meter, torch.no_grad():
             self._rollout(0)
@@ -102,7 +101,7 @@ class Stage3:
             before = meter.flops
             rolled = (shortest + before / batch) / 2
             loss, _ = critic_loss(self.critic, x, self._prompts(), cfg.loss, _rng())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         own = cfg.critic_data == "own"
         fresh = (-(-cfg.ratio // cfg.reuse) / cfg.ratio) if own else 0.0  # rollouts per update
         parts = {"rollout": fresh * rolled, "critic": (meter.flops - before) / batch}
@@ -112,14 +111,14 @@ class Stage3:
         batch, marks = self.cfg.train.micro_batch, dict[str, float]()
         with Meter() as meter:
 
-            def part(name: str, work: Callable[[], Tensor]) -> Tensor:
-                before = meter.flops
-                out = work()
-                marks[name] = marks.get(name, 0.0) + (meter.flops - before) / batch
-                return out
+            def timed(name: str, judge: Wan) -> Denoiser:
+                def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+                    before = meter.flops
+                    velocity: Tensor = judge(x_t, t, cond)
+                    marks[name] = marks.get(name, 0.0) + (meter.flops - before) / batch
+                    return velocity
 
-            def timed(name: str, judge: Wan) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
-                return lambda x_t, t, cond: part(name, lambda: judge(x_t, t, cond))
+                return call
 
             x = self._rollout(self.sampler.steps - 1)
             rolled = (shortest + meter.flops / batch) / 2
@@ -127,7 +126,7 @@ class Stage3:
             negative = _prompts(1, self.text_tokens, self.teacher.cfg)
             loss, _ = dmd_loss(x, *judges, self._prompts(), negative, self.cfg.loss, _rng())
             before = meter.flops
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         parts = {"rollout": rolled, **marks, "student's backward": (meter.flops - before) / batch}
         return Phase("student update", "student", sum(parts.values()), 1, meter.peak, parts)
 

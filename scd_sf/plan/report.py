@@ -33,7 +33,7 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
     per_node = found.host * cluster.gpus_per_node / GIB
     yield f"host memory: {found.host / GIB:.1f} GiB per process, {per_node:.0f} GiB per node, while starting or saving"
     keep = job.cfg.train.keep
-    yield f"checkpoints: {found.checkpoint / GIB:.1f} GiB each; {found.disk / GIB:.0f} GiB for {keep} and the one in work"
+    yield f"checkpoints: {found.checkpoint / GIB:.1f} GiB each; {found.disk / GIB:.0f} GiB for {keep} and the next one"
     if job.stage == 2:
         yield (
             f"data: {latents / 2**20:.1f} MiB of latents a clip and up to {text / 2**20:.1f} MiB of text states; "
@@ -42,7 +42,8 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
     hours = found.seconds * job.cfg.train.steps / 3600
     yield (
         f"compute: {found.flops / 1e15:,.1f} PFLOP a step; at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s "
-        f"on {cluster.world} GPUs {found.seconds:.3g} s a step, {hours:,.1f} h for {job.cfg.train.steps:,} steps (estimate)"
+        f"on {cluster.world} GPUs {found.seconds:.3g} s a step, {hours:,.1f} h for {job.cfg.train.steps:,} steps: "
+        "an estimate, in which recomputation counts as work"
     )
     yield "not in it: text encoder and VAE are not loaded while training (prompts and latents are encoded before)"
     for change, then in advised:

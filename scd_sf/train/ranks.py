@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from scd_sf.types import Logs, UserError
 
@@ -45,6 +46,12 @@ class Ranks:
         value = torch.tensor(float(number), device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors (one shape and type everywhere, on ``device``), on every rank."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def mean(self, logs: Logs) -> Logs:
         """Average of each value over ranks; every rank gives the same keys."""

@@ -269,7 +269,7 @@ class TrainState:
         return {name: value.detach().to("cpu", copy=True) for name, value in tensors if self.ranks.is_main}
 
     def note_best(self, step: int, value: float) -> None:
-        """``value`` (smaller is better) is ``step``'s: the checkpoint of the smallest is kept. Main rank's business."""
+        """``value`` (smaller is better) of ``step``, the same on all ranks: the smallest one's checkpoint is kept."""
         if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
             self.record |= {"best_value": value, "best_saved": float(step)}
 

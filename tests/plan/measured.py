@@ -137,7 +137,11 @@ def main() -> None:
     job = Job(cfg, MODEL, SHAPE, WAN, WAN, TOKENS)  # type: ignore[arg-type]
     found = budget(job, Cluster(1, ranks.world, on_gpu=False))
     if ranks.is_main:
-        content = {"measured": peak(recorded), "planned": found.peak, "phases": {p.name: found.at(p) for p in found.phases}}
+        content = {
+            "measured": peak(recorded),
+            "planned": found.peak,
+            "phases": {p.name: found.at(p) for p in found.phases},
+        }
         Path(out).write_text(json.dumps(content | {"held": {r: h.as_json() for r, h in found.held.items()}}))
 
 

@@ -30,8 +30,15 @@ PROMPTS = ["left in meadow", "still in hall"]
 
 
 def arguments(chain: Chain, out: Path, stage: str = "stage3") -> list[str]:
-    """Lossless files: a lossy encoder turns the last bit of a sum, which hangs on batch and threads, into grey levels."""
-    return [f"checkpoint={chain.root}/{stage}", f"out={out}", f"prompts={json.dumps(PROMPTS)}", "samples=2", "batch=3", "crf=0"]
+    """Lossless files: a lossy encoder turns the last bit of a sum (batch, threads) into grey levels."""
+    return [
+        f"checkpoint={chain.root}/{stage}",
+        f"out={out}",
+        f"prompts={json.dumps(PROMPTS)}",
+        "samples=2",
+        "batch=3",
+        "crf=0",
+    ]
 
 
 def manifest(out: Path) -> dict[str, dict[str, dict[str, object]]]:
@@ -129,7 +136,13 @@ def test_prompts_from_csv_and_jsonl_and_an_exported_file(chain: Chain, made: Pat
     export_weights(chain.root / "stage3", tmp_path / "student.safetensors", "single", dtype="fp32")
     for name in ("p.csv", "p.jsonl"):
         out, single = tmp_path / f"from-{name}", tmp_path / "student.safetensors"
-        given = [f"checkpoint={single}", f"out={out}", f"prompt_file={tmp_path}/{name}", "prompt_column=caption", "crf=0"]
+        given = [
+            f"checkpoint={single}",
+            f"out={out}",
+            f"prompt_file={tmp_path}/{name}",
+            "prompt_column=caption",
+            "crf=0",
+        ]
         recipe_runner.succeed(SCRIPT, *given)
         for video, entry in manifest(out)["videos"].items():
             assert entry["seed"] == manifest(made)["videos"][video]["seed"]

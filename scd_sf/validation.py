@@ -1,0 +1,65 @@
+"""What is seen of the averaged weights while a training goes on: validation loss and videos, shared over the ranks.
+
+All ranks call these together, each with its own whole copy of the model, which is on the device only meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scd_sf.data.latents import LatentClips
+from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.models.build import Student
+from scd_sf.preview import Preview
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.recipe import generator
+from scd_sf.train.run import Run
+from scd_sf.types import Logs
+
+
+@torch.no_grad()
+def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit: int, ranks: Ranks) -> Logs:
+    """Flow loss of ``limit`` clips at fixed noise, one at a time: pure-noise query as in sampling, no dropout, no
+    corruption. The same on every rank."""
+    fixed = dataclasses.replace(loss, samples=2, eta=0.0, text_dropout=0.0, query_pure=1.0, targets=None)
+    indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
+    total = 0.0
+    with _on_device(model, ranks.device):
+        for index in indices[ranks.rank :: ranks.world]:
+            batch, null = clips.batch([index]).to(ranks.device), clips.null.to(ranks.device)
+            rng = generator(0, "validation", index)
+            total += float(flow_matching_loss(model, batch.latents_BFCHW, batch.text, null, fixed, rng)[0])
+    return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
+
+
+def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
+    """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures them. None where one
+    rank has no VAE."""
+    ranks = run.ranks
+    if ranks.any(preview.vae is None):
+        return {}
+    with _on_device(model, ranks.device):
+        mine = preview.sample(model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device)
+    videos = ranks.sum(mine.to(ranks.device)).cpu()
+    if not ranks.is_main:
+        return {}
+    frames = preview.write(videos, step)
+    run.video(step, "samples", frames, preview.fps)
+    return preview.measure(videos)
+
+
+@contextmanager
+def _on_device(model: Student, device: torch.device) -> Iterator[None]:
+    if device.type == "cpu":
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
+        torch.cuda.empty_cache()

@@ -1,0 +1,248 @@
+"""Score a folder of videos with VBench in an environment of its own: one dimension after another, each resumable.
+
+A dimension's videos are shared by VBench's ranks (one per GPU). Its result, ``OUT/<dimension>.json``, is kept as long
+as its videos and VBench are the same. ``OUT/summary.json`` is what aggregate and report read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from scd_sf.data.manifest import Json, hash_json, read_json, safe_path, write_json
+from scd_sf.sample_folder import INDEX
+from scd_sf.types import UserError
+from scd_sf.vbench import weights
+from scd_sf.vbench.aggregate import check_fractions
+from scd_sf.vbench.environment import Environment, build, default_folder, examine
+from scd_sf.vbench.prompts import FLICKERING, Entry, chosen_dimensions, load_entries, prompts_hash, video_name
+from scd_sf.vbench.static_filter import CANDIDATES, STATIC, WANTED, chosen_of
+from scd_sf.vbench.suite import CANDIDATES_EACH, SAMPLES, VIDEOS
+
+_WORKER = Path(__file__).with_name("worker.py")
+_UNPICKLING = "Weights only load failed"
+
+
+@dataclass
+class ScoreConfig:
+    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4``. ``out``: for results (empty:
+    VIDEOS/scores). ``python``: one that has VBench; empty: an environment is built in ``env``, with ``torch`` and
+    ``detectron2`` as pip requirements. ``cache``: VBench's weights (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench);
+    ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the CPU; -1: all GPUs. ``unfiltered``: temporal
+    flickering of the first candidates, without the static filter."""
+
+    videos: str
+    out: str = ""
+    python: str = ""
+    env: str = ""
+    torch: str = "torch"
+    detectron2: str = ""
+    cache: str = ""
+    download: bool = False
+    dimensions: list[str] = field(default_factory=list)
+    samples: int = SAMPLES
+    gpus: int = -1
+    unfiltered: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= SAMPLES:
+            raise UserError(f"samples is {self.samples}; it must be 1..{SAMPLES}")
+        if self.gpus < -1:
+            raise UserError(f"gpus is {self.gpus}; it must be the number of GPUs, 0 for the CPU, or -1 for all")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dimension: its entries of VBench's list with their videos, and why it is not the whole of it."""
+
+    dimension: str
+    videos: dict[int, list[Path]]
+    reduced: tuple[str, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for files in self.videos.values() for file in files]
+
+
+def collect(root: Path, name: str, entries: Sequence[Entry], cfg: ScoreConfig) -> Job:
+    """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would not count as 0."""
+    chosen = [entry for entry in entries if name in entry.dimensions]
+    ours = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
+    folder, reduced, counts = root, [], {entry.line: cfg.samples for entry in chosen}
+    if ours:
+        folder = root / VIDEOS
+    if ours and name == FLICKERING:
+        folder = root / (CANDIDATES if cfg.unfiltered else STATIC)
+        if not cfg.unfiltered:
+            counts = {entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen}
+    if name == FLICKERING and cfg.unfiltered:
+        reduced.append("temporal flickering without the static filter")
+    videos = {e.line: [folder / video_name(e.prompt, n) for n in range(counts[e.line])] for e in chosen}
+    absent = [file for files in videos.values() for file in files if not file.is_file()]
+    if absent:
+        raise UserError(
+            f"{folder}: {len(absent)} videos of {name} are missing, such as '{absent[0].name}'; sample them, set "
+            "samples= to what is there of every prompt, or name other dimensions"
+        )
+    if not any(videos.values()):
+        raise UserError(f"{folder}: no video of {name} stands still by VBench's filter; unfiltered=true takes any")
+    short = sum(count < WANTED for count in counts.values()) if name == FLICKERING and not cfg.unfiltered else 0
+    if cfg.samples < SAMPLES:
+        reduced.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
+    elif short:
+        reduced.append(f"temporal flickering: {short} of {len(chosen)} prompts have fewer than {WANTED} static videos")
+    return Job(name, videos, tuple(reduced))
+
+
+def run_score(cfg: ScoreConfig) -> dict[str, float]:
+    """Everything; returns the scores of all dimensions that the folder has by now. UserError before any work for
+    missing videos, weights or packages."""
+    root, names, entries = Path(cfg.videos).absolute(), chosen_dimensions(cfg.dimensions), load_entries()
+    if not root.is_dir():
+        raise UserError(f"videos {root}: no such folder; sample with vbench_eval/sample.py")
+    jobs = [collect(root, name, entries, cfg) for name in names]
+    cache = Path(cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench").absolute()
+    if not cfg.download:
+        weights.require(names, cache)
+    gpus = torch.cuda.device_count() if cfg.gpus == -1 else cfg.gpus
+    python = Path(cfg.python) if cfg.python else build(
+        Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2
+    )  # fmt: skip
+    environment = examine(python.absolute())
+    needs = [name for name in names if name in weights.DETECTRON2]
+    if needs and not environment.detectron2:
+        raise UserError(
+            f"{python}: has no detectron2, which {', '.join(needs)} need; set detectron2="
+            "git+https://github.com/facebookresearch/detectron2.git (it is compiled), or name other dimensions"
+        )
+    info = _full_info(environment, entries)
+    out = Path(cfg.out).absolute() if cfg.out else root / "scores"
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    weights.link_dino(cache)
+    for number, job in enumerate(jobs, 1):
+        place = f"{number}/{len(jobs)} {job.dimension}"
+        _score(job, info, environment, out, cache, gpus, cfg.download, place)
+    return _summarise(root, out, environment)
+
+
+def _full_info(environment: Environment, entries: Sequence[Entry]) -> list[Json]:
+    """VBench's own list, which has what some dimensions look for in a video; it must be the list that we know."""
+    file = environment.folder / "VBench_full_info.json"
+    if prompts_hash(load_entries(str(file))) != prompts_hash(entries):
+        raise UserError(f"{file}: not the prompts of the release; install VBench again")
+    rows: list[Json] = json.loads(file.read_text(encoding="utf-8"))
+    return rows
+
+
+def _score(
+    job: Job,
+    info: Sequence[Json],
+    environment: Environment,
+    out: Path,
+    cache: Path,
+    gpus: int,
+    download: bool,
+    place: str,
+) -> None:
+    """One dimension, unless its result is there."""
+    files, result = job.files, out / f"{job.dimension}.json"
+    stamp = hash_json(
+        [environment.versions["vbench"], [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+    )
+    if result.is_file() and read_json(result, "delete it to score again").get("stamp") == stamp:
+        print(f"[{place}] finished before", flush=True)
+        return
+    print(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}", flush=True)
+    work = out / "work"
+    rows = [dict(info[line]) | {"video_list": [str(f) for f in found]} for line, found in job.videos.items()]
+    listed, raw, told = (work / f"{job.dimension}-{part}.json" for part in ("list", "raw", "job"))
+    listed.write_text(json.dumps(rows), encoding="utf-8")
+    raw.unlink(missing_ok=True)
+    write_json(
+        told,
+        {
+            "dimension": job.dimension,
+            "device": "cuda" if gpus else "cpu",
+            "full_info": str(listed),
+            "result": str(raw),
+        },
+    )
+    log = work / f"{job.dimension}.log"
+    _run(environment.python, told, log, cache, gpus, download, job.dimension)
+    found = check_result(read_json(raw, f"see {log}"), job, log)
+    write_json(result, {**found, "stamp": stamp, "reduced": list(job.reduced)})
+    print(f"[{place}] {found['score']:.6f}", flush=True)
+
+
+def _run(python: Path, told: Path, log: Path, cache: Path, gpus: int, download: bool, name: str) -> None:
+    """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is a folder."""
+    worker = [str(python), "-I", str(_WORKER), str(told)]
+    torchrun = [str(python), "-I", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    command = [*torchrun, "--no-python", *worker] if gpus > 1 else worker
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+    environ |= {"VBENCH_CACHE_DIR": str(cache), "TORCH_HOME": str(cache / "torch_home")}
+    if not download:
+        environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            command, cwd=cache, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if code:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        remedy = "correct that and run the same command again"
+        if _UNPICKLING in text:
+            remedy = "a weights file of VBench is unpickled whole: build with torch='torch<2.6' and another env="
+        raise UserError(f"{name}: VBench ended with code {code} ({last[:200]}); see {log}; {remedy}")
+
+
+def check_result(raw: Mapping[str, object], job: Job, log: Path) -> dict[str, object]:
+    """VBench's answer, if it is one: a fraction, and a figure for every video. VBench leaves out what it cannot read;
+    color leaves out videos in which the object is not seen, and may."""
+    score, videos = raw.get("score"), raw.get("videos")
+    if not isinstance(score, float) or not math.isfinite(score) or not isinstance(videos, list):
+        raise UserError(f"{job.dimension}: VBench's result is {score!r}; see {log}")
+    check_fractions({job.dimension: score}, str(log))
+    named = {str(row.get("video_path")) for row in videos if isinstance(row, dict)}
+    absent = [file for file in job.files if str(file) not in named]
+    if absent and job.dimension != "color":
+        raise UserError(f"{job.dimension}: VBench could not read {len(absent)} videos, such as {absent[0]}; see {log}")
+    rows = [{**row, "video_path": Path(str(row["video_path"])).name} for row in videos if isinstance(row, dict)]
+    return {"dimension": job.dimension, "score": score, "count": len(job.files), "videos": rows}
+
+
+def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, float]:
+    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here."""
+    results = {}
+    for name in chosen_dimensions([]):
+        if (out / f"{name}.json").is_file():
+            results[name] = read_json(out / f"{name}.json", "score it again")
+    scores = {name: float(str(result["score"])) for name, result in results.items()}
+    why = [str(line) for result in results.values() for line in _lines(result.get("reduced"))]
+    manifest = read_json(safe_path(root, INDEX, "manifest"), "sample again") if (root / INDEX).is_file() else {}
+    protocol = manifest.get("protocol")
+    if isinstance(protocol, dict) and FLICKERING in scores:
+        if int(protocol.get("flickering_candidates", CANDIDATES_EACH)) < CANDIDATES_EACH:
+            why.append(f"{protocol['flickering_candidates']} instead of {CANDIDATES_EACH} candidates")
+    summary = {
+        "scores": scores,
+        "reduced": list(dict.fromkeys(why)),
+        "videos": str(root),
+        "protocol": {"settings": manifest.get("settings"), "sampling": protocol},
+        "environment": environment.versions,
+    }
+    write_json(out / "summary.json", summary)
+    write_json(out / "vbench_eval_results.json", {n: [scores[n], results[n]["videos"]] for n in scores})
+    return scores
+
+
+def _lines(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
