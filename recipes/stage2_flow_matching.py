@@ -20,6 +20,7 @@ from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_model, load_student
+from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.stages import Stage2Config
@@ -89,6 +90,8 @@ def main() -> None:
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
+    if cfg.run.peak_tflops and ranks.is_main:
+        run.flops_per_step = Job(cfg, parent.model, clips.shape, text_tokens=clips.prompts.length).model_flops()
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
 

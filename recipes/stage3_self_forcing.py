@@ -28,6 +28,7 @@ from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
+from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.rollout import cpu_noise, rollout
@@ -224,6 +225,9 @@ def main() -> None:
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
+    if cfg.run.peak_tflops and ranks.is_main:
+        wans = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
+        run.flops_per_step = Job(cfg, parent.model, latent, *wans, prompts.table.length).model_flops()
     parts = build(cfg, run, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
     description = to_yaml(dataclasses.replace(parent, sampler=sampler))

@@ -55,7 +55,7 @@ def trained(
     parts = Held(size * count, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     gradients = 4 * (count if cfg.zero_stage == 1 else share)
     if cfg.zero_stage == 3:
-        buffers += size * min(2 * cfg.bucket, count)  # gathered layers
+        buffers += size * min(3 * cfg.bucket, count) + 4 * full  # gathered and prefetched layers; reduce-scatter's copy
         parts = Held(size * share, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     accumulated = gradients if micro_batches > 1 or cfg.zero_stage == 3 else 0
     return Held(
@@ -74,7 +74,7 @@ def frozen(count: int, cfg: EngineConfig, world: int) -> Held:
     size = 2 if cfg.dtype == "bf16" else 4
     if cfg.kind == "local":
         return Held(size * count, 0, 0, 0, 0, 0, 0)
-    gathered = size * min(2 * cfg.bucket, count)
+    gathered = size * min(3 * cfg.bucket, count)
     return Held(0 if cfg.offload else size * -(-count // world), 0, 0, 0, 0, gathered, 0)
 
 

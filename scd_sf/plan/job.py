@@ -55,6 +55,13 @@ class Job:
                 modules |= {"critic": Wan(self.critic), "teacher": Wan(self.teacher)}
         return {role: sum(p.numel() for p in module.parameters()) for role, module in modules.items()}
 
+    def model_flops(self) -> float:
+        """FLOPs of one step on all processes together, as model FLOP utilisation counts them: recomputation is no
+        work."""
+        plain: Any = dataclasses.replace(self.cfg, checkpointing=False)
+        phases = dataclasses.replace(self, cfg=plain).phases()
+        return self.cfg.train.global_batch * sum(phase.times * phase.flops for phase in phases)
+
     def phases(self) -> list[Phase]:
         """The metered parts of one step."""
         if isinstance(self.cfg, Stage2Config):

@@ -8,6 +8,7 @@ is what PyTorch would keep.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Hashable
 from functools import cache
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.live = self.peak = 0
+        self.live = self.peak = 0
+        self.by_operator = Counter[str]()
         self._made: dict[Any, tuple[Any, int]] = {}
         self._storages: dict[int, weakref.ref[Any]] = {}
 
@@ -53,12 +55,18 @@ class Meter(TorchDispatchMode):
             described = _spec(out)
             if key is not None and described is not None:
                 self._made[key] = (described, flops)
-        self.flops += flops
+        if flops:
+            self.by_operator[func.overloadpacket.__name__] += flops
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._add(tensor)
         self.peak = max(self.peak, self.live)
         return out
+
+    @property
+    def flops(self) -> int:
+        """Of all matmuls, convolutions and attention."""
+        return self.by_operator.total()
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

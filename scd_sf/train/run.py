@@ -43,7 +43,8 @@ class RunConfig:
 
     ``resume``: auto continues when the directory has a checkpoint, must requires one, never refuses one.
     ``heartbeat_seconds``: how often every process says that it lives; ``timeout_minutes``: how long one may keep the
-    others waiting before the job ends (validation by rank 0 counts).
+    others waiting before the job ends. ``peak_tflops``: dense peak of one device in the type it computes in (989 for
+    bf16 on an H100); above 0, ``perf/mfu`` is logged, after counting a step at the start (stage 3: half a minute).
     """
 
     dir: str
@@ -54,6 +55,7 @@ class RunConfig:
     project: str = "scd-sf"
     heartbeat_seconds: float = 10.0
     timeout_minutes: float = 60.0
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -62,6 +64,8 @@ class RunConfig:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         if self.heartbeat_seconds <= 0 or self.timeout_minutes <= 0:
             raise ValueError("heartbeat_seconds and timeout_minutes must be more than 0")
+        if self.peak_tflops < 0:
+            raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be 0 (no MFU) or more")
 
 
 class Run:
@@ -77,7 +81,7 @@ class Run:
         self._bar: _Bar | None = None
         self._lock: TextIO | None = None
         self.finished = 0
-        self.tokens_per_step = 0
+        self.tokens_per_step, self.flops_per_step = 0, 0.0
         self._logged = math.nan
         problem = self._claim(config, ("run", *may_change)) if ranks.is_main else None
         if ranks.any(problem is not None):
@@ -126,7 +130,8 @@ class Run:
 
     def _performance(self) -> Logs:
         """Seconds since the step before (from the second one of this process on), latent tokens per second of all ranks
-        (``tokens_per_step``, set by the recipe), and rank 0's peak memory: the GPU's, else the process's."""
+        and model FLOP utilisation (``tokens_per_step`` and ``flops_per_step``, set by the recipe), and rank 0's peak
+        memory: the GPU's, else the process's."""
         now = time.monotonic()
         seconds, self._logged = now - self._logged, now
         if self.ranks.device.type == "cuda":
@@ -138,6 +143,9 @@ class Run:
             found["perf/seconds"] = round(seconds, 4)
             if self.tokens_per_step:
                 found["perf/tokens_per_second"] = round(self.tokens_per_step / seconds, 1)
+            if self.flops_per_step:
+                peak_flops = self.ranks.world * self.cfg.peak_tflops * 1e12
+                found["perf/mfu"] = round(self.flops_per_step / (seconds * peak_flops), 5)
         return found
 
     def progress(self, total: int, start: int = 0) -> Iterator[int]:
