@@ -81,12 +81,13 @@ class Preview:
         videos[list(rows)] = pixels
         return videos
 
-    def write(self, videos: Tensor, step: int) -> Tensor:
-        """One file, the videos (B, F, 3, H, W) side by side; returns its uint8 frames (F, H, B*W, 3)."""
+    def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
+        """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and where it is."""
         frames = torch.cat(list(videos), dim=-1)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_video(self.folder / f"{step:08d}.mp4", frames, self.fps)
-        return frames.permute(0, 2, 3, 1)
+        file = self.folder / f"{step:08d}.mp4"
+        write_video(file, frames, self.fps)
+        return frames.permute(0, 2, 3, 1), file
 
     def measure(self, videos: Tensor) -> Logs:
         """Motion, flicker and saturation of uint8 videos (B, F, 3, H, W), and CLIP's similarity to the prompts."""

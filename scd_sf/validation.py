@@ -47,8 +47,7 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
     videos = ranks.sum(mine.to(ranks.device)).cpu()
     if not ranks.is_main:
         return {}
-    frames = preview.write(videos, step)
-    run.video(step, "samples", frames, preview.fps)
+    run.video(step, "samples", *preview.write(videos, step))
     return preview.measure(videos)
 
 

@@ -171,15 +171,15 @@ class Run:
             self.finished += 1
             yield self.finished
 
-    def video(self, step: int, name: str, frames_FHWC: torch.Tensor, fps: int) -> None:
-        """A uint8 clip for TensorBoard and wandb (the mp4 itself is the caller's)."""
+    def video(self, step: int, name: str, frames_FHWC: torch.Tensor, file: Path) -> None:
+        """A uint8 clip for TensorBoard, and the mp4 ``file`` of it for wandb."""
         if not self.ranks.is_main or self._tensorboard is None:
             return
         self._tensorboard.add_images(name, frames_FHWC[:: max(1, len(frames_FHWC) // 8)], step, dataformats="NHWC")
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Video(frames_FHWC.permute(0, 3, 1, 2).numpy(), fps=fps)}, step=step)
+            self._wandb.log({name: wandb.Video(str(file), format="mp4")}, step=step)
 
     def finish(self) -> None:
         """Flush and close the writers; every rank may call it."""

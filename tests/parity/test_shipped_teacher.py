@@ -67,7 +67,7 @@ def test_vae_round_trip_and_validation_video(tmp_path: Path) -> None:
     cond = load_text_encoder(TEACHER).encode(["still picture", "forward walk"])
     preview = Preview(str(TEACHER), cond, VideoShape(3, 16, 8, 8), Renoise((1.0, 0.8)), tmp_path)
     videos = preview.sample(scd, [0, 1])
-    frames = preview.write(videos, 7)
+    frames, _ = preview.write(videos, 7)
     assert tuple(frames.shape) == (9, 64, 128, 3)
     assert tuple(read_video(tmp_path / "00000007.mp4").shape) == (9, 3, 64, 128)
     assert torch.equal(videos, preview.sample(scd, [0, 1]))

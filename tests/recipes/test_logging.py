@@ -1,0 +1,57 @@
+"""What a run writes beside its checkpoints: wandb offline as one run across restarts, MFU, and never a secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import recipe_runner
+import tiny_run
+from tiny_run import Chain
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_aSecretThatNobodyMayFind",
+    "OPENAI_API_KEY": "sk-aSecretThatNobodyMayFindEither",
+}
+
+
+@pytest.mark.slow
+def test_wandb_is_one_offline_run_across_restarts_and_no_secret_is_written(chain: Chain, tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
+    run = tmp_path / "run"
+    given = [*chain.stage2(run), "run.wandb=offline", "run.peak_tflops=0.01"]
+    environ = {**os.environ, **SECRETS, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    for steps in (2, 4):
+        command = [sys.executable, "recipes/stage2_flow_matching.py", *given, f"train.steps={steps}"]
+        done = subprocess.run(
+            command, cwd=recipe_runner.ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not any(secret in done.stdout + done.stderr for secret in SECRETS.values())
+    found = sorted((run / "wandb").glob("offline-run-*"))
+    assert len({folder.name.rpartition("-")[2] for folder in found}) == 1 <= len(found), "one id for one directory"
+    rows = tiny_run.metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    recorded = (run / "metrics.jsonl").read_text()
+    assert '"perf/mfu"' in recorded and '"perf/tokens_per_second"' in recorded
+    for file in run.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert not any(secret.encode() in content for secret in SECRETS.values()), file
+
+
+def test_mfu_is_work_over_time_and_peak(chain: Chain, tmp_path: Path) -> None:
+    """tokens and FLOPs of a step are constants, so their rates are proportional; without a peak there is no MFU."""
+    run = tmp_path / "run"
+    recipe_runner.succeed(tiny_run.SCRIPTS["stage3"], *chain.stage3(run), "run.peak_tflops=0.01")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "perf/mfu" not in rows[0]  # the first step's time is not known
+    rates = {round(row["perf/mfu"] * row["perf/seconds"], 4) for row in rows[1:]}
+    assert max(rates) == pytest.approx(min(rates), rel=0.02) and min(rates) > 0
+    plain = [json.loads(line) for line in (chain.root / "stage3" / "metrics.jsonl").read_text().splitlines()]
+    assert not any("perf/mfu" in row for row in plain)
