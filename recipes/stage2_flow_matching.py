@@ -18,6 +18,7 @@ from torch import Tensor
 from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
+from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
 from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
@@ -97,13 +98,18 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
     )
 
 
-def update(cfg: Stage2Config, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, Logs]:
+def update(cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, position: int) -> tuple[StepInfo, Logs]:
     """One update of all micro-batches; this rank's mean logs."""
     sums: Logs = {}
+    clips = reads.clips
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
+    now, later = (
+        micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips)) for step in (position - 1, position)
+    )
+    reads.expect(indices for _, indices in (*now, *later))
     with keeping(run, position, engine, samples) as kept:
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
-            read = clips.batch(indices)
+        for number, indices in now:
+            read = reads.batch(indices)
             batch = read.to(run.ranks.device)
             loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
             kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
@@ -143,6 +149,7 @@ def main() -> None:
     averaged = build_model(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
     preview = Preview(parent.base, val.batch([0, len(val) // 2]).text, val.shape, sampler, run.dir / "videos")
+    reads = Prefetch(clips, cfg.train.prefetch)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
@@ -150,7 +157,7 @@ def main() -> None:
     for step in state.steps(start):
         with state.attempt(step):
             position = state.position(step)
-            info, sums = update(cfg, run, engine, clips, position)
+            info, sums = update(cfg, run, engine, reads, position)
             if info.stepped:
                 state.update_ema()
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
@@ -161,6 +168,7 @@ def main() -> None:
                     state.note_best(step, logs["val/loss"])
                 show(run, preview, averaged, step)
             run.log(step, logs)
+    reads.close()
     run.finish()
 
 
