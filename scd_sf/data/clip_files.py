@@ -2,8 +2,8 @@
 
 ``FOLDER/ab/abcd....safetensors`` (the name is the clip's id) holds ``latents`` (F, C, H, W), normalised, and ``text``
 (T, E), the prompt's token states without padding; its header's ``clip`` entry is a JSON object (:class:`About`). The
-video, if one is kept, lies beside it as ``.mp4`` and was written first. So a latent file that is there is a clip that is
-done. Names are content ids and every write is atomic: to write a clip twice changes nothing.
+video, if one is kept, lies beside it as ``.mp4`` and was written first. So a latent file that is there is a clip that
+is done. Names are content ids and every write is atomic: to write a clip twice changes nothing.
 Files are read with plain reads straight into the batch: a memory map costs a page fault per 4 KiB (docs/results.md).
 """
 
@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save
@@ -68,6 +68,7 @@ class About:
 
     @classmethod
     def from_json(cls, row: Json, where: str) -> Self:
+        """Parse a header's entry. UserError (naming ``where``) for other fields or kinds."""
         kinds = {entry.name: entry.type for entry in fields(cls)}
         if set(row) != set(kinds) | {"format", "version"} or (row["format"], row["version"]) != (FORMAT, VERSION):
             raise UserError(f"{where}: its 'clip' entry is not {FORMAT}/{VERSION}; {REPAIR}")
@@ -159,7 +160,7 @@ def write_clip(root: Path, latents_FCHW: Tensor, text_TE: Tensor, about: About) 
             raise UserError(f"clip {about.id} ({about.prompt[:60]!r}): {name} are not finite in {tensor.dtype}")
     digest = hashlib.sha256()
     for tensor in tensors.values():
-        digest.update(_bytes(tensor))
+        digest.update(bytes_of(tensor))
     row = {**asdict(about), "sha256": digest.hexdigest(), "format": FORMAT, "version": VERSION}
     path = clip_path(root, about.id)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,7 @@ def remove_stale(root: Path) -> int:
 
 
 def is_temporary(path: Path) -> bool:
+    """Whether the name is one of :func:`temporary`."""
     return _TEMPORARY.search(path.name) is not None
 
 
@@ -228,7 +230,7 @@ class ClipFile:
             self.read(name, same)
             out.copy_(same)
             return
-        view, position = _bytes(out), stored.start
+        view, position = bytes_of(out), stored.start
         while view:
             count = os.preadv(self._descriptor, [view], position)
             if count <= 0:
@@ -246,7 +248,7 @@ class ClipFile:
         """Hex sha256 of the bytes of latents and text."""
         digest = hashlib.sha256()
         for name in ("latents", "text"):
-            digest.update(_bytes(self.tensor(name)))
+            digest.update(bytes_of(self.tensor(name)))
         return digest.hexdigest()
 
     def _read_header(self) -> Header:
@@ -279,8 +281,9 @@ def read_header(path: Path) -> Header:
         return file.header
 
 
-def _stored(entry: Json, base: int) -> Stored:
-    dtype, shape, (first, last) = DTYPES[str(entry["dtype"])], entry["shape"], entry["data_offsets"]  # type: ignore[misc]
+def _stored(entry: Any, base: int) -> Stored:
+    dtype, shape = DTYPES[str(entry["dtype"])], entry["shape"]
+    first, last = entry["data_offsets"]
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in (*shape, first, last)):
         raise ValueError("a shape or an offset is not a number")
     count = dtype.itemsize
@@ -291,6 +294,7 @@ def _stored(entry: Json, base: int) -> Stored:
     return Stored(dtype, tuple(shape), base + first, base + last)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -95,18 +95,20 @@ def read_job(root: Path) -> Common:
     if not isinstance(shape, dict) or set(shape) != names or any(type(n) is not int for n in shape.values()):
         raise UserError(f"{path}: 'shape' needs integers {', '.join(sorted(names))}; make the folder again")
     width, length, dtype = row.get("width"), row.get("max_length"), row.get("dtype")
-    known = isinstance(settings, dict) and isinstance(width, int) and isinstance(length, int) and dtype in _NAMES
-    if not known:
-        raise UserError(f"{path}: needs settings, width, max_length and a dtype of {', '.join(_NAMES)}; make it again")
-    return Common(VideoShape(**shape), str(dtype), int(str(width)), int(str(length)), dict(settings))  # type: ignore[arg-type]
+    if not (isinstance(width, int) and isinstance(length, int) and isinstance(dtype, str) and dtype in _NAMES):
+        raise UserError(f"{path}: needs width, max_length and a dtype of {', '.join(_NAMES)}; make the folder again")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: 'settings' is not an object; make the folder again")
+    return Common(VideoShape(**shape), dtype, width, length, settings)
 
 
-def fault_of(path: Path, common: Common, *, full: bool = False) -> str:
-    """What is wrong with a clip's file: "" for a whole one. ``full`` also reads and hashes the data and the video."""
+def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") -> str:
+    """What is wrong with a clip's file: "" for a whole one. ``full`` also reads and hashes its data. ``clip``: its id
+    (empty: as the file is called)."""
     try:
         with ClipFile(path) as file:
             header = file.header
-            if header.about.id != path.stem:
+            if header.about.id != (clip or path.stem):
                 return f"{path}: says it is clip {header.about.id}"
             latents, text = header.tensors["latents"], header.tensors["text"]
             wanted = common.shape.latent(1)[1:]
@@ -140,7 +142,12 @@ def build_index(root: Path, *, section: Json, head: Json) -> int:
     if not rows:
         raise UserError(f"{root}: holds no clip; generate or import some")
     write_jsonl(root / ROWS, rows)
-    latents = {"shape": asdict(common.shape), "dtype": common.dtype, "clips": len(rows), "clips_sha256": hash_json(rows)}
+    latents = {
+        "shape": asdict(common.shape),
+        "dtype": common.dtype,
+        "clips": len(rows),
+        "clips_sha256": hash_json(rows),
+    }
     text = {"width": common.width, "max_length": common.max_length, "clips": True, **section}
     sections = {"text": text, "latents": latents}
     write_json(root / MANIFEST, {**head, "hash": hash_json(sections), **sections, "inputs": common.settings})
@@ -190,4 +197,3 @@ class ClipFiles:
         for row in self.rows:
             if fault := fault_of(clip_path(self.root, row.id), self.common, full=True):
                 raise UserError(f"{fault}; run 'scd data repair' on the folder")
-

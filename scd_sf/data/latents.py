@@ -60,8 +60,8 @@ class LatentBatch:
 
 
 class LatentClips:
-    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read; in a folder of
-    one file per clip names when opened, the rest when read.
+    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read; in a folder
+    of one file per clip names when opened, the rest when read.
 
     ``expected``: the shape the model is configured for; another one is a UserError that names both.
     """
@@ -104,7 +104,7 @@ class LatentClips:
         return LatentBatch(self.latents(indices), self.prompts.conditioning(numbers))
 
     def stored(self, indices: Sequence[int]) -> LatentBatch:
-        """As :meth:`batch`, but as stored: every clip is read straight into the batch, :meth:`LatentBatch.to` converts."""
+        """As :meth:`batch`, but as stored: a clip is read straight into the batch, :meth:`LatentBatch.to` converts."""
         latents = torch.empty(self.shape.latent(len(indices)), dtype=self._source.dtype)
         if isinstance(self._source, _Shards):
             for row, index in zip(latents, indices, strict=True):

@@ -1,8 +1,8 @@
 """``data_prep/generate_clips.py launcher=ray``: one actor per GPU, work re-assigned when an actor or its node dies.
 
-The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows who is alive; whatever
-a dead worker was at is given to another one. That is safe because a clip's file is named by its content and appears
-whole: done twice is done once. All nodes need this package and must see ``model``, ``out`` and ``text_cache``.
+The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows who is alive;
+whatever a dead worker was at is given to another one. That is safe because a clip's file is named by its content and
+appears whole: done twice is done once. All nodes need this package and must see ``model``, ``out`` and ``text_cache``.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ class Pool:
             if now - said > SECONDS_PER_LINE or done == len(tasks):
                 said = now
                 left = round((now - began) / max(1, done) * (len(tasks) - done))
-                print(f"{done}/{len(tasks)} {what}  {len(self.idle) + len(self.running)} workers  left {left} s", flush=True)
+                print(
+                    f"{done}/{len(tasks)} {what}  {len(self.idle) + len(self.running)} workers  left {left} s",
+                    flush=True,
+                )
         return problems
 
     def _grow(self, waiting: int) -> None:
@@ -150,11 +153,15 @@ class Pool:
 
     def _check_losses(self, number: int, lost: Counter[int]) -> None:
         limit = self.cfg.cluster.retries * (1 if number >= 0 else 1 + self._room())
-        print(f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another", flush=True)
+        print(
+            f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another",
+            flush=True,
+        )
         if lost[number] > limit:
+            where = f"at the same task ({number})" if number >= 0 else "while they came up"
             raise UserError(
-                f"cluster: workers died {lost[number]} times {f'at the same task ({number})' if number >= 0 else 'starting'}"
-                "; see 'ray logs' (out of memory?), or raise cluster.retries"
+                f"cluster: workers died {lost[number]} times {where}; see 'ray logs' (out of memory?), or raise "
+                "cluster.retries"
             )
 
 

@@ -51,7 +51,7 @@ def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
 
 
 def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: Ranks) -> list[str]:
-    """This rank's units. A ZeRO-3 teacher is called equally often by all: who has fewer units computes one for nothing."""
+    """This rank's units. All call a ZeRO-3 teacher equally often: who has fewer units computes one for nothing."""
     together = maker.cfg.engine.kind == "deepspeed"
     rounds = ranks.max(len(mine)) if together else len(mine)
     problems: list[str] = []

@@ -117,7 +117,9 @@ class Maker:
             if not write or self._done(spec):
                 continue
             if not clip.isfinite().all():
-                problems.append(f"clip {spec.id} ({spec.prompt[:60]!r}): not finite; use engine.dtype=fp32 or other weights")
+                problems.append(
+                    f"clip {spec.id} ({spec.prompt[:60]!r}): not finite; use engine.dtype=fp32 or other weights"
+                )
                 continue
             self._write(spec, clip)
         return problems

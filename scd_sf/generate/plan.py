@@ -44,14 +44,16 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.retries < 0 or self.gpus < 0 or self.cpus < 0 or not self.gpus + self.cpus:
-            raise UserError("cluster: workers, retries, gpus and cpus must be at least 0, one of gpus and cpus above it")
+            raise UserError(
+                "cluster: workers, retries, gpus and cpus must be at least 0, one of gpus and cpus above it"
+            )
 
 
 @dataclass
 class GenerateConfig:
     """``model``: the teacher's directory, with VAE and text encoder. ``prompts``, or ``prompt_file`` (txt, csv, jsonl;
-    a column ``uuid`` is kept). ``samples`` clips per prompt, of seeds ``seed``, ``seed + 1``, ... ``frames``, ``height``
-    and ``width`` in pixels. ``negative_prompt``: "wan" is Wan 2.1's own. ``store``: bf16, fp16 or fp32 on disk.
+    a column ``uuid`` is kept). ``samples`` clips per prompt, of seeds ``seed``, ``seed + 1``, ... ``frames``,
+    ``height`` and ``width`` in pixels. ``negative_prompt``: "wan" is Wan 2.1's own. ``store``: bf16, fp16 or fp32.
     ``batch`` clips go through the teacher together; such a group is always computed whole, so that a clip does not
     depend on what was finished before. ``text_cache``: encoded prompts (empty: ``OUT/text-cache``; for several hosts a
     folder that all see). ``videos``: also write an mp4 of each clip. ``engine``: kind deepspeed is ZeRO-3 over the
@@ -164,7 +166,9 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
     found: dict[str, Spec] = {}
     for number, row in enumerate(rows, 1):
         if row.then or row.start or not row.prompt:
-            raise UserError(f"prompt {number} ({row.prompt[:60]!r}) is empty or has 'then' or 'start'; give a prompt only")
+            raise UserError(
+                f"prompt {number} ({row.prompt[:60]!r}) is empty or has 'then' or 'start'; give a prompt only"
+            )
         for seed in range(cfg.seed, cfg.seed + cfg.samples):
             spec = Spec(clip_id(row.prompt, seed, common), row.prompt, row.uuid, seed)
             found.setdefault(spec.id, spec)
@@ -174,5 +178,3 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
 def units_of(specs: Sequence[Spec], batch: int) -> list[Unit]:
     """Groups of ``batch`` clips, by id: the smallest parts of the work, the same for every number of ranks."""
     return [tuple(specs[first : first + batch]) for first in range(0, len(specs), batch)]
-
-

@@ -42,7 +42,14 @@ RESUMABLE = (
     *(
         f"train.{name}"
         for name in (
-            "steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks", "async_save", "prefetch",
+            "steps",
+            "save_every",
+            "validate_every",
+            "keep",
+            "keep_every",
+            "max_rollbacks",
+            "async_save",
+            "prefetch",
         )
     ),
     *(
