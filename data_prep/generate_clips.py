@@ -6,8 +6,8 @@
     python data_prep/generate_clips.py ... launcher=ray                 (in a running Ray cluster: ray start, see there)
 
 ``out`` is what ``stage2_flow_matching.py data=`` takes. A file's name is the hash of all that decides the clip, and
-files appear whole: so the same command goes on after any kill, on any number of ranks or hosts, and a clip that is made twice
-is the same file. Prompts are encoded first and kept in ``out/text-cache``, which may be deleted when all is done.
+files appear whole: so the same command goes on after any kill, on any number of ranks or hosts, and a clip that is made
+twice is the same file. Prompts are encoded first and kept in ``out/text-cache``, which may be deleted when all is done.
 Fields: scd_sf/generate/plan.py. The folder's tools: ``scd data check | repair | manifest | export-webdataset``.
 """
 

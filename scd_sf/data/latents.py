@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scd_sf.data.clip_index import ClipFiles
@@ -45,15 +46,19 @@ class LatentClip:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents_BFCHW`` and the training prompt of each clip: fp32, or as stored until :meth:`to` has moved them."""
+    """``latents_BFCHW`` and the training prompt of each clip: fp32, or as stored until :meth:`to` has moved them.
+
+    Until then text may be padded less than to the model's ``length`` (0: it is not)."""
 
     latents_BFCHW: Tensor
     text: Conditioning
+    length: int = 0
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """fp32 on ``device``, converted there: what is stored in 16 bits travels so."""
-        text = Conditioning(self.text.text_BLE.to(device).float())
-        return LatentBatch(self.latents_BFCHW.to(device).float(), text)
+        """fp32 on ``device``, converted and padded there: what is stored in 16 bits and without padding travels so."""
+        text = self.text.text_BLE.to(device).float()
+        text = F.pad(text, (0, 0, 0, max(0, self.length - text.shape[1])))
+        return LatentBatch(self.latents_BFCHW.to(device).float(), Conditioning(text))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"latents": self.latents_BFCHW, "text": self.text.text_BLE}
@@ -110,10 +115,12 @@ class LatentClips:
             for row, index in zip(latents, indices, strict=True):
                 self._source.read(index, row)
             return LatentBatch(latents, self.prompts.conditioning([self.rows[index].prompt for index in indices]))
-        text = torch.zeros(len(indices), self.prompts.length, self.prompts.width, dtype=self._source.dtype)
+        files, longest = self._source.files, max(self._source.files.rows[index].tokens for index in indices)
+        text = torch.empty(len(indices), longest, self.prompts.width, dtype=files.dtype)
         for row, states, index in zip(latents, text, indices, strict=True):
-            self._source.files.read(index, row, states)
-        return LatentBatch(latents, Conditioning(text))
+            files.read(index, row, states)
+            states[files.rows[index].tokens :] = 0
+        return LatentBatch(latents, Conditioning(text), self.prompts.length)
 
     def texts(self, indices: Sequence[int]) -> list[str]:
         """The clips' training prompts as people wrote them."""
