@@ -74,28 +74,30 @@ def batches(count: int, batch: int, seed: int) -> list[list[int]]:
     return [order[first : first + batch] for first in range(0, count, batch)]
 
 
-def read_all(clips: LatentClips, threads: int, batch: int, seed: int) -> float:
-    """Clips per second of one pass; the reader does nothing else."""
+def read_all(clips: LatentClips, threads: int, batch: int, seed: int) -> tuple[float, float]:
+    """Clips per second of one pass, and CPU milliseconds per clip (all threads); the reader does nothing else."""
     order = batches(len(clips), batch, seed)
     reads = Prefetch(clips, depth=2 * threads, threads=threads)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for number, indices in enumerate(order):
         reads.expect(order[number : number + 1 + 2 * threads])
         reads.batch(indices)
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
     reads.close()
-    return len(clips) / seconds
+    return len(clips) / seconds, 1000 * cpu / len(clips)
 
 
-def measure(clips: LatentClips, batch: int, rounds: int) -> Iterator[tuple[int, float, float]]:
-    """(threads, cold, warm) clips per second, medians."""
+def measure(clips: LatentClips, batch: int, rounds: int) -> Iterator[tuple[int, float, float, float]]:
+    """(threads, cold and warm clips per second, warm CPU milliseconds per clip), medians."""
     for threads in THREADS:
-        cold, warm = [], []
+        cold, warm, cpu = [], [], []
         for number in range(rounds):
             drop_from_cache(clips.root)
-            cold.append(read_all(clips, threads, batch, number))
-            warm.append(read_all(clips, threads, batch, number + rounds))
-        yield threads, median(cold), median(warm)
+            cold.append(read_all(clips, threads, batch, number)[0])
+            rate, milliseconds = read_all(clips, threads, batch, number + rounds)
+            warm.append(rate)
+            cpu.append(milliseconds)
+        yield threads, median(cold), median(warm), median(cpu)
 
 
 def profile(clips: LatentClips, batch: int) -> None:
@@ -124,12 +126,11 @@ def main(
     root = scratch / "loader-clips"
     data = make_clips(root, clips, tokens)
     size = clip_paths(root)[0].stat().st_size
-    table = Table(
-        "threads", "cold /s", "cold GB/s", "warm /s", "warm GB/s", title=f"{clips} clips of {size / 1e6:.3g} MB"
-    )
+    title = f"{clips} clips of {size / 1e6:.3g} MB"
+    table = Table("threads", "cold /s", "cold GB/s", "warm /s", "warm GB/s", "warm CPU ms/clip", title=title)
     found = []
-    for threads, cold, warm in measure(data, batch, rounds):
-        table.add_row(*(f"{n:.3g}" for n in (threads, cold, cold * size / 1e9, warm, warm * size / 1e9)))
+    for threads, cold, warm, cpu in measure(data, batch, rounds):
+        table.add_row(*(f"{n:.3g}" for n in (threads, cold, cold * size / 1e9, warm, warm * size / 1e9, cpu)))
         found.append((cold, warm, threads))
     Console(width=100).print(table)
     print(f"load average {os.getloadavg()[0]:.2g} of {os.cpu_count()} cores")
