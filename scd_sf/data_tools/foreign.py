@@ -4,6 +4,7 @@
 - our own: tars of 'scd data export-webdataset'.
 - Self-Forcing, CausVid: LMDB (or a folder of them) with ``latents_{i}_data`` (fp16), ``prompts_{i}_data`` and the text
   ``latents_shape``: N F C H W, or N K F C H W, whose last of K is the clean clip. Normalised. No text states.
+  (The LMDB library itself trusts the structure of its files: import such a file only from where you would run code.)
 - FastVideo: parquet; latents (C, F, H, W) as the VAE gives them, not normalised.
 """
 

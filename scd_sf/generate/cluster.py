@@ -11,10 +11,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from scd_sf.data.clip_index import read_job
 from scd_sf.generate.launch import MAX_PROBLEMS, SECONDS_PER_LINE
-from scd_sf.generate.maker import PROMPTS_AT_ONCE, Maker, finish, prepare
+from scd_sf.generate.maker import PROMPTS_AT_ONCE, Maker, finish, missing, prepare
 from scd_sf.generate.plan import GenerateConfig, Spec, units_of
 from scd_sf.train.ranks import init_distributed
 from scd_sf.types import UserError
@@ -42,7 +44,7 @@ class Worker:
 
     def make(self, *unit: Spec) -> list[str]:
         """A unit, where anything of it is missing."""
-        return self.maker.make(unit) if self.maker.missing(unit) else []
+        return self.maker.make(unit) if missing(self.maker.root, self.maker.common, unit) else []
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
     """Make all clips on the workers of a Ray cluster. UserError without Ray, or without a cluster at the address."""
     ray = _import_ray()
     specs = prepare(cfg)
-    prompts = ["", *dict.fromkeys(spec.prompt for spec in specs)]
+    common = read_job(Path(cfg.out))
+    left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
+    prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
     chunks = [tuple(prompts[n : n + PROMPTS_AT_ONCE]) for n in range(0, len(prompts), PROMPTS_AT_ONCE)]
     try:
         ray.init(address=cfg.cluster.address or None, log_to_driver=False, include_dashboard=False)
@@ -65,8 +69,9 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
         raise UserError(f"cluster.address={cfg.cluster.address}: no Ray cluster ({error}); 'ray start' one") from error
     try:
         pool = Pool(cfg, ray)
+        print(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make", flush=True)
         pool.run([Task("encode", chunk) for chunk in chunks], "prompt batches")
-        problems = pool.run([Task("make", unit) for unit in units_of(specs, cfg.batch)], "units")
+        problems = pool.run([Task("make", unit) for unit in left], "units")
     finally:
         ray.shutdown()
     for line in problems:
@@ -100,9 +105,9 @@ class Pool:
                 task = tasks[number]
                 self.running[getattr(actor, task.method).remote(*task.arguments)] = (actor, number)
             for actor, number, answer in self._answers():
-                if answer is None:
+                if isinstance(answer, str):
                     lost[number] += 1
-                    self._check_losses(number, lost)
+                    self._check_losses(number, lost, answer)
                     waiting.extend([number] if number >= 0 else [])
                     continue
                 self.idle.append(actor)
@@ -133,8 +138,8 @@ class Pool:
         room += [there.get("CPU", 0) // self.cfg.cluster.cpus] if self.cfg.cluster.cpus else []
         return int(min(room))
 
-    def _answers(self) -> list[tuple[Any, int, list[str] | None]]:
-        """(actor, task, its answer or None when the actor died) of what ended meanwhile."""
+    def _answers(self) -> list[tuple[Any, int, list[str] | str]]:
+        """(actor, task, its answer; or what Ray says of the actor's death) of what ended meanwhile."""
         if not self.running:
             time.sleep(POLL_SECONDS)
             return []
@@ -145,13 +150,15 @@ class Pool:
             try:
                 found.append((actor, number, self.ray.get(reference)))
             except self.ray.exceptions.RayTaskError as error:  # the worker lives, its code raised
-                raise (UserError(str(error.cause)) if isinstance(error.cause, UserError) else error) from error
-            except self.ray.exceptions.RayError:
+                if isinstance(error.cause, UserError):
+                    raise UserError(str(error.cause)) from error
+                raise
+            except self.ray.exceptions.RayError as error:
                 self.ray.kill(actor)
-                found.append((actor, number, None))
+                found.append((actor, number, str(error).strip()))
         return found
 
-    def _check_losses(self, number: int, lost: Counter[int]) -> None:
+    def _check_losses(self, number: int, lost: Counter[int], reason: str) -> None:
         limit = self.cfg.cluster.retries * (1 if number >= 0 else 1 + self._room())
         print(
             f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another",
@@ -160,8 +167,8 @@ class Pool:
         if lost[number] > limit:
             where = f"at the same task ({number})" if number >= 0 else "while they came up"
             raise UserError(
-                f"cluster: workers died {lost[number]} times {where}; see 'ray logs' (out of memory?), or raise "
-                "cluster.retries"
+                f"cluster: workers died {lost[number]} times {where} (out of memory?); see 'ray logs', or raise "
+                f"cluster.retries. Ray says: {reason}"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from scd_sf.generate.maker import Maker, finish, prepare
+from scd_sf.generate.maker import Maker, finish, missing, prepare
 from scd_sf.generate.plan import GenerateConfig, Unit, units_of, wanted_clips
 from scd_sf.train.ranks import Ranks, init_distributed
 from scd_sf.types import UserError
@@ -32,14 +32,14 @@ def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
     maker = Maker(cfg, ranks)
     specs = wanted_clips(cfg, maker.common)
     units = units_of(specs, cfg.batch)
-    mine = [unit for unit in units[ranks.rank :: ranks.world] if maker.missing(unit)]
+    mine = [unit for unit in units[ranks.rank :: ranks.world] if missing(maker.root, maker.common, unit)]
     if ranks.local_rank == 0:
         maker.tidy()
     if ranks.is_main:
         maker.fixed_prompts()
         print(f"{cfg.out}: {len(specs)} clips, rank 0 has {len(mine)} units of {cfg.batch} to make", flush=True)
     ranks.barrier()
-    maker.encode([spec.prompt for unit in mine for spec in unit])
+    maker.encode(list(dict.fromkeys(spec.prompt for unit in mine for spec in unit)))
     problems = _make_all(maker, mine, units, ranks)
     for line in problems:
         print(f"rank {ranks.rank}: {line}", flush=True)

@@ -69,8 +69,14 @@ def _check_disk(out: Path, common: Common, specs: Sequence[Spec]) -> None:
         raise UserError(f"out={out}: {left} clips need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
 
 
+def missing(root: Path, common: Common, unit: Unit) -> list[Spec]:
+    """The clips of a unit that are not there whole (names and headers are read, no data)."""
+    paths = [(spec, clip_path(root, spec.id)) for spec in unit]
+    return [spec for spec, path in paths if not path.is_file() or fault_of(path, common)]
+
+
 class Maker:
-    """``folder`` was begun by :func:`prepare`. Weights are loaded when they are first needed."""
+    """``cfg.out`` was begun by :func:`prepare`. Weights are loaded when they are first needed."""
 
     def __init__(self, cfg: GenerateConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
@@ -98,23 +104,15 @@ class Maker:
             self.text.states(prompts[first : first + PROMPTS_AT_ONCE])
         return len(prompts)
 
-    def missing(self, unit: Unit) -> list[Spec]:
-        """The clips of a unit that are not there whole."""
-        return [spec for spec in unit if not self._done(spec)]
-
-    def _done(self, spec: Spec) -> bool:
-        path = clip_path(self.root, spec.id)
-        return path.is_file() and not fault_of(path, self.common)
-
     def make(self, unit: Unit, *, write: bool = True) -> list[str]:
         """Make a unit and write what is missing of it; what could not be made, a line each.
 
         ``write=False``: only compute, for a rank that has nothing left while others need it in ZeRO-3's gathers.
         """
         latents = self._sample(unit)
-        problems = []
+        problems, wanted = [], missing(self.root, self.common, unit) if write else []
         for spec, clip in zip(unit, latents, strict=True):
-            if not write or self._done(spec):
+            if spec not in wanted:
                 continue
             if not clip.isfinite().all():
                 problems.append(
@@ -191,11 +189,11 @@ class Maker:
 def finish(cfg: GenerateConfig, specs: Sequence[Spec], problems: Sequence[str]) -> str:
     """Write the index of what is there; a line that says so. UserError where clips could not be made."""
     root = Path(cfg.out)
-    missing = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
-    if len(missing) == len(specs):
+    absent = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
+    if len(absent) == len(specs):
         raise UserError(f"{root}: no clip was made; {problems[0] if problems else 'see the messages above'}")
     count = index_clips(root)
-    if missing:
+    if absent:
         reason = f"; the first: {problems[0]}" if problems else "; run the same command again"
-        raise UserError(f"{root}: {len(missing)} of {len(specs)} clips are missing (first {missing[0]}){reason}")
+        raise UserError(f"{root}: {len(absent)} of {len(specs)} clips are missing (first {absent[0]}){reason}")
     return f"{root}: all {len(specs)} clips of this run are there, {count} in the index"
