@@ -113,13 +113,15 @@ class _Target:
         self.count = 0
 
     def add(self, sample: Sample) -> str:
-        """Write a clip; "" or why it is refused."""
+        """Write a clip; "" or why it is refused. UserError where the folder cannot be begun."""
         try:
             if sample.own is not None:
                 self._add_own(sample, sample.own)
             else:
                 self._add(sample)
         except ValueError as error:  # UserErrors too
+            if self.common is None and isinstance(error, UserError):
+                raise
             return str(error)
         self.count += 1
         return ""
@@ -156,7 +158,10 @@ class _Target:
         with tempfile.TemporaryDirectory() as folder:
             seen = Path(folder, f"{name}{SUFFIX}")
             seen.write_bytes(data)
-            header = read_header(seen)
+            try:
+                header = read_header(seen)
+            except UserError as error:
+                raise ValueError(str(error)) from error
             stored = header.tensors["latents"]
             common = self._common(stored.shape, stored.dtype)
             if fault := fault_of(seen, common, full=True):

@@ -3,6 +3,7 @@
 The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows who is alive;
 whatever a dead worker was at is given to another one. That is safe because a clip's file is named by its content and
 appears whole: done twice is done once. All nodes need this package and must see ``model``, ``out`` and ``text_cache``.
+Ray runs what anybody sends to its ports: keep a cluster in a closed network.
 """
 
 from __future__ import annotations

@@ -321,6 +321,10 @@ def test_fastvideo_parquet_is_normalised_by_the_models_vae(tmp_path: Path, model
 
 def test_sources_and_models_that_do_not_fit_are_named(tmp_path: Path, model: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    good = tar_of(tmp_path / "good.tar", rcm(0))
+    assert "nothing is overwritten" in str(imported(good, tmp_path / "taken", model).exception)
     assert "holds none of" in str(imported(tmp_path / "empty", tmp_path / "out", model).exception)
     assert "no such file" in str(imported(tmp_path / "absent", tmp_path / "out", model).exception)
     (tmp_path / "junk.tar").write_bytes(b"x" * 2000)
