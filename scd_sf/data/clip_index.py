@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from scd_sf.data.clip_files import DTYPES, ClipFile, clip_path, clip_paths, read_header
+from scd_sf.data.clip_files import DTYPES, ClipFile, Header, clip_path, clip_paths, read_header
 from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, write_json, write_jsonl
 from scd_sf.types import UserError, VideoShape
 
@@ -107,21 +107,26 @@ def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") 
     (empty: as the file is called)."""
     try:
         with ClipFile(path) as file:
-            header = file.header
-            if header.about.id != (clip or path.stem):
-                return f"{path}: says it is clip {header.about.id}"
-            latents, text = header.tensors["latents"], header.tensors["text"]
-            wanted = common.shape.latent(1)[1:]
-            if latents.shape != wanted or latents.dtype != common.torch_dtype:
-                return f"{path}: latents {latents.shape} {latents.dtype} instead of {wanted} {common.torch_dtype}"
-            fits = len(text.shape) == 2 and 0 < text.shape[0] <= common.max_length and text.shape[1] == common.width
-            if not fits or text.dtype != common.torch_dtype:
-                limit = f"({common.max_length} at most, {common.width}) {common.torch_dtype}"
-                return f"{path}: text {text.shape} {text.dtype} instead of {limit}"
-            if full and file.digest() != header.about.sha256:
+            if fault := _misfit(file.header, common, clip or path.stem):
+                return f"{path}: {fault}"
+            if full and file.digest() != file.header.about.sha256:
                 return f"{path}: contents changed (sha256 differs from its header)"
     except UserError as error:
         return str(error)
+    return ""
+
+
+def _misfit(header: Header, common: Common, clip: str) -> str:
+    """How a file that is whole differs from what its folder holds; "" for not at all."""
+    latents, text = header.tensors["latents"], header.tensors["text"]
+    wanted, dtype = common.shape.latent(1)[1:], common.torch_dtype
+    if header.about.id != clip:
+        return f"says it is clip {header.about.id}"
+    if latents.shape != wanted or latents.dtype != dtype:
+        return f"latents {latents.shape} {latents.dtype} instead of {wanted} {dtype}"
+    fits = len(text.shape) == 2 and 0 < text.shape[0] <= common.max_length and text.shape[1] == common.width
+    if not fits or text.dtype != dtype:
+        return f"text {text.shape} {text.dtype} instead of ({common.max_length} at most, {common.width}) {dtype}"
     return ""
 
 
@@ -133,9 +138,9 @@ def build_index(root: Path, *, section: Json, head: Json) -> int:
     """
     common, rows = read_job(root), []
     for path in clip_paths(root):
-        if fault := fault_of(path, common):
-            raise UserError(f"{fault}; run 'scd data repair' on the folder")
         header = read_header(path)
+        if fault := _misfit(header, common, path.stem):
+            raise UserError(f"{path}: {fault}; run 'scd data repair' on the folder")
         about, tokens = header.about, header.tensors["text"].shape[0]
         row = ClipRow(about.id, about.prompt, header.bytes, about.sha256, tokens, about.uuid, about.seed, about.tags)
         rows.append(asdict(row))
