@@ -17,6 +17,7 @@ from torch import Tensor
 from scd_sf.checkpoint import find
 from scd_sf.config import to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
+from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_model, load_student
@@ -61,13 +62,18 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
     )
 
 
-def update(cfg: Stage2Config, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, Logs]:
+def update(cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, position: int) -> tuple[StepInfo, Logs]:
     """One update of all micro-batches; this rank's mean logs."""
     sums: Logs = {}
+    clips = reads.clips
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
+    now, later = (
+        micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips)) for step in (position - 1, position)
+    )
+    reads.expect(indices for _, indices in (*now, *later))
     with keeping(run, position, engine, samples) as kept:
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
-            read = clips.batch(indices)
+        for number, indices in now:
+            read = reads.batch(indices)
             batch = read.to(run.ranks.device)
             loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
             kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
@@ -118,6 +124,7 @@ def main() -> None:
         texts=val.texts(seen),
         cfg=cfg.preview,
     )
+    reads = Prefetch(clips, cfg.train.prefetch)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
@@ -125,7 +132,7 @@ def main() -> None:
     for step in state.steps(start):
         with state.attempt(step):
             position = state.position(step)
-            info, sums = update(cfg, run, engine, clips, position)
+            info, sums = update(cfg, run, engine, reads, position)
             if info.stepped:
                 state.update_ema()
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
@@ -135,6 +142,7 @@ def main() -> None:
                 state.note_best(step, logs["val/loss"])
                 logs |= show(run, preview, averaged, step)
             run.log(step, logs)
+    reads.close()
     run.finish()
 
 

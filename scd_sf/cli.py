@@ -1,6 +1,6 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
 form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), trainings (`runs`), and
-what one would need (`plan`).
+what one would need (`plan`), and folders of clips (`data`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -18,6 +18,7 @@ from rich.console import Console
 from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import load_config
+from scd_sf.data_tools.commands import app as data
 from scd_sf.doctor.finding import FAIL
 from scd_sf.doctor.report import as_table, examine
 from scd_sf.monitor.commands import app as runs
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(runs, name="runs")
 app.command()(plan)
+app.add_typer(data, name="data")
 
 
 def _print_version(wanted: bool) -> None:

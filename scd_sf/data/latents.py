@@ -2,6 +2,7 @@
 
 Beside the prompt files (:mod:`scd_sf.data.prompts`) it holds ``latents-00000.safetensors`` ... with ``latents``
 (n, F, C, H, W), normalised by the VAE's mean and std, and ``clips.jsonl``; ``manifest.json`` names them all.
+A folder of one file per clip (:mod:`scd_sf.data.clip_files`) is opened by the same class.
 Letters: B batch, F latent frames, C channels, H W latent height and width.
 """
 
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from scd_sf.data.clip_index import ClipFiles
 from scd_sf.data.manifest import Json, hash_json, read_jsonl, write_jsonl
 from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
@@ -43,20 +46,27 @@ class LatentClip:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents_BFCHW`` fp32, and the training prompt of each clip."""
+    """``latents_BFCHW`` and the training prompt of each clip: fp32, or as stored until :meth:`to` has moved them.
+
+    Until then text may be padded less than to the model's ``length`` (0: it is not)."""
 
     latents_BFCHW: Tensor
     text: Conditioning
+    length: int = 0
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        return LatentBatch(self.latents_BFCHW.to(device), self.text.to(device))
+        """fp32 on ``device``, converted and padded there: what is stored in 16 bits and without padding travels so."""
+        text = self.text.text_BLE.to(device).float()
+        text = F.pad(text, (0, 0, 0, max(0, self.length - text.shape[1])))
+        return LatentBatch(self.latents_BFCHW.to(device).float(), Conditioning(text))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"latents": self.latents_BFCHW, "text": self.text.text_BLE}
 
 
 class LatentClips:
-    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read.
+    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read; in a folder
+    of one file per clip names when opened, the rest when read.
 
     ``expected``: the shape the model is configured for; another one is a UserError that names both.
     """
@@ -72,22 +82,23 @@ class LatentClips:
         self.shape = _shape(section, path)
         if expected is not None:
             _check_shape(self.shape, expected, path)
-        self.reader = ShardReader(self.root, read_shards(section, f"{path}: latents"), str(path))
         self.prompts = PromptTable(self.root)
         self.null = self.prompts.null
-        rows = read_jsonl(self.root / "clips.jsonl", AGAIN)
-        if hash_json(rows) != section.get("clips_sha256") or len(rows) != len(self.reader):
-            raise UserError(f"{self.root / 'clips.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
-        where = f"{self.root / 'clips.jsonl'}:"
-        self.rows = [LatentClip.from_json(row, len(self.prompts.rows), f"{where}{n}") for n, row in enumerate(rows, 1)]
-        self._checked: set[int] = set()
+        if self.prompts.files is not None:
+            self._source: _Shards | _Files = _Files(self.prompts.files)
+        else:
+            self._source = _Shards(self.root, section, self.shape, len(self.prompts.rows))
+        self.rows = self._source.rows
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.rows)
 
     def latents(self, indices: Sequence[int]) -> Tensor:
         """(B, F, C, H, W) fp32. Raises UserError when a shard is damaged or has another shape than the manifest."""
-        return torch.stack([self._clip(index) for index in indices])
+        out = torch.empty(self.shape.latent(len(indices)))
+        for row, index in zip(out, indices, strict=True):
+            self._source.read(index, row)
+        return out
 
     def batch(self, indices: Sequence[int], *, held_out: bool = False) -> LatentBatch:
         """Latents with their training prompts (or, for evaluation, with the held-out paraphrases)."""
@@ -97,23 +108,67 @@ class LatentClips:
             raise UserError(f"{self.root / 'clips.jsonl'}: clips without held_out_prompt; encode held-out captions")
         return LatentBatch(self.latents(indices), self.prompts.conditioning(numbers))
 
+    def stored(self, indices: Sequence[int]) -> LatentBatch:
+        """As :meth:`batch`, but as stored: a clip is read straight into the batch, :meth:`LatentBatch.to` converts."""
+        latents = torch.empty(self.shape.latent(len(indices)), dtype=self._source.dtype)
+        if isinstance(self._source, _Shards):
+            for row, index in zip(latents, indices, strict=True):
+                self._source.read(index, row)
+            return LatentBatch(latents, self.prompts.conditioning([self.rows[index].prompt for index in indices]))
+        files, longest = self._source.files, max(self._source.files.rows[index].tokens for index in indices)
+        text = torch.empty(len(indices), longest, self.prompts.width, dtype=files.dtype)
+        for row, states, index in zip(latents, text, indices, strict=True):
+            files.read(index, row, states)
+            states[files.rows[index].tokens :] = 0
+        return LatentBatch(latents, Conditioning(text), self.prompts.length)
+
     def texts(self, indices: Sequence[int]) -> list[str]:
         """The clips' training prompts as people wrote them."""
         return [self.prompts.rows[self.rows[index].prompt].prompt for index in indices]
 
     def verify(self) -> None:
-        """Compare every shard's sha256 with the manifest (reads everything). Raises UserError."""
-        self.reader.verify()
-        self.prompts.reader.verify()
+        """Compare every file's sha256 with its record (reads everything). Raises UserError."""
+        self.prompts.verify()
+        if isinstance(self._source, _Shards):
+            self._source.reader.verify()
 
-    def _clip(self, index: int) -> Tensor:
+
+class _Shards:
+    """Latents of many clips a file, and ``clips.jsonl``."""
+
+    def __init__(self, root: Path, section: Json, shape: VideoShape, prompts: int) -> None:
+        path, where = root / "manifest.json", root / "clips.jsonl"
+        self.shape = shape
+        self.reader = ShardReader(root, read_shards(section, f"{path}: latents"), str(path))
+        rows = read_jsonl(where, AGAIN)
+        if hash_json(rows) != section.get("clips_sha256") or len(rows) != len(self.reader):
+            raise UserError(f"{where}: does not belong to the manifest (changed or cut); {AGAIN}")
+        self.rows = [LatentClip.from_json(row, prompts, f"{where}:{n}") for n, row in enumerate(rows, 1)]
+        self._checked: set[int] = set()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reader.rows(0, "latents", 0, 1).dtype
+
+    def read(self, index: int, out_FCHW: Tensor) -> None:
         shard, row = self.reader.locate(index)
         if shard not in self._checked:
             wanted = self.shape.latent(self.reader.shards[shard].count)
             if (found := self.reader.shape(shard, "latents")) != wanted:
                 raise UserError(f"{self.reader.paths[shard]}: latents {found} instead of {wanted}; {AGAIN}")
             self._checked.add(shard)
-        return self.reader.rows(shard, "latents", row, row + 1)[0].float()
+        out_FCHW.copy_(self.reader.rows(shard, "latents", row, row + 1)[0])
+
+
+class _Files:
+    """Latents of one clip a file; its prompt is in it."""
+
+    def __init__(self, files: ClipFiles) -> None:
+        self.files, self.dtype = files, files.dtype
+        self.rows = [LatentClip(row.id, number, None, row.tags) for number, row in enumerate(files.rows)]
+
+    def read(self, index: int, out_FCHW: Tensor) -> None:
+        self.files.read(index, out_FCHW, None)
 
 
 class LatentWriter:

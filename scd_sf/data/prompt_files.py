@@ -1,7 +1,7 @@
 """Prompts to sample from: lines of a text file, a column of a csv file, or jsonl with one object per video.
 
 A jsonl line may say more, ``{"prompt": "...", "start": "image.png", "then": [[41, "another"]]}``: frames that are
-there already, and other prompts from a pixel frame on. A csv file may have a ``start`` column.
+there already, and other prompts from a pixel frame on. A csv file may have columns ``start`` and ``uuid``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from scd_sf.types import UserError
 
 @dataclass(frozen=True)
 class PromptRow:
-    """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or video file."""
+    """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or video file.
+
+    ``uuid``: the prompt's name in its collection (VidProM), where the file gives one."""
 
     prompt: str
     then: tuple[tuple[int, str], ...] = ()
     start: str = ""
+    uuid: str = ""
 
 
 def read_prompt_file(path: Path, column: str = "prompt") -> list[PromptRow]:
@@ -82,4 +85,7 @@ def _row(path: Path, number: int, row: Mapping[str, object], column: str) -> Pro
         if type(frame) is not int or frame < 1 or not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: 'then' has {change!r}; it must be [pixel frame >= 1, prompt]")
         changes.append((frame, text.strip()))
-    return PromptRow(prompt.strip(), tuple(sorted(changes)), str(path.parent / start) if start else "")
+    uuid = row.get("uuid") or ""
+    if not isinstance(uuid, str):
+        raise UserError(f"{where}: 'uuid' is {uuid!r}; it must be a text")
+    return PromptRow(prompt.strip(), tuple(sorted(changes)), str(path.parent / start) if start else "", uuid)

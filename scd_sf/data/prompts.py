@@ -3,7 +3,8 @@
 A prompt directory holds ``manifest.json`` (section ``text``), ``text-00000.safetensors`` ... with ``tokens`` (T, E),
 all prompts of the shard one after another, and ``lengths`` (P,); ``null.safetensors`` (the empty prompt), perhaps
 ``negative.safetensors`` (the negative prompt), and ``prompts.jsonl``.
-Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's latents.
+Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's latents. In a folder of one file per clip
+(:mod:`scd_sf.data.clip_files`) every clip's file holds its own prompt, and prompt number i is clip number i's.
 Letters: P prompts, T tokens of all prompts, L padded length, E width, B batch.
 """
 
@@ -17,9 +18,11 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from scd_sf.data.clip_files import write_atomic
+from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
 from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, sha256_file, write_jsonl
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
 from scd_sf.types import Conditioning, UserError
@@ -64,7 +67,7 @@ class PromptTable:
     """Every prompt of a directory, held-out ones too; reads only the asked rows.
 
     ``null`` is the empty prompt (text dropout), ``negative`` what a teacher's guidance leads away from: the directory's
-    negative prompt, or ``null`` where it was encoded without one.
+    negative prompt, or ``null`` where it was encoded without one. ``files``: of a folder of one file per clip.
     """
 
     def __init__(self, root: Path) -> None:
@@ -76,21 +79,26 @@ class PromptTable:
         if not isinstance(width, int) or not isinstance(length, int):
             raise UserError(f"{self.path}: 'text' needs integers width and max_length; {AGAIN}")
         self.width, self.length = width, length
-        self.reader = ShardReader(root, read_shards(section, f"{self.path}: text"), str(self.path))
-        rows = read_jsonl(root / "prompts.jsonl", AGAIN)
-        if hash_json(rows) != section.get("prompts_sha256") or len(rows) != len(self.reader):
-            raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
-        self.rows = [Prompt.from_json(row, f"{root / 'prompts.jsonl'}:{n}") for n, row in enumerate(rows, 1)]
+        self.files: ClipFiles | None = None
+        if "clips" in section:
+            self.files = ClipFiles(root, _section(read_manifest(root), "latents", root))
+            self._source: _ShardStates | _ClipStates = _ClipStates(self.files)
+        else:
+            self._source = _ShardStates(root, section, width, length)
+        self.rows = self._source.prompts
         self.null = self._alone(root / "null.safetensors", section.get("null_sha256"))
         negative = section.get("negative")
         self.negative = self.null
         if isinstance(negative, dict):
             self.negative = self._alone(root / "negative.safetensors", negative.get("sha256"))
-        self._offsets: dict[int, list[int]] = {}
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) fp32, zero after each true length."""
-        return Conditioning(self._pad([self._states(index) for index in indices]))
+        return Conditioning(self._pad([self._source.states(index) for index in indices]))
+
+    def verify(self) -> None:
+        """Compare every file's sha256 with its record. Raises UserError."""
+        self._source.verify()
 
     def _alone(self, path: Path, sha256: object) -> Conditioning:
         return Conditioning(self._pad([_read_states(path, sha256, self.width)]))
@@ -101,12 +109,29 @@ class PromptTable:
             row[: len(state)] = state
         return padded
 
-    def _states(self, index: int) -> Tensor:
+
+class _ShardStates:
+    """States of all prompts in a few files, and ``prompts.jsonl``."""
+
+    def __init__(self, root: Path, section: Json, width: int, length: int) -> None:
+        where = root / MANIFEST
+        self.width, self.length = width, length
+        self.reader = ShardReader(root, read_shards(section, f"{where}: text"), str(where))
+        rows = read_jsonl(root / "prompts.jsonl", AGAIN)
+        if hash_json(rows) != section.get("prompts_sha256") or len(rows) != len(self.reader):
+            raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
+        self.prompts = [Prompt.from_json(row, f"{root / 'prompts.jsonl'}:{n}") for n, row in enumerate(rows, 1)]
+        self._offsets: dict[int, list[int]] = {}
+
+    def states(self, index: int) -> Tensor:
         shard, row = self.reader.locate(index)
         if shard not in self._offsets:
             self._offsets[shard] = self._check(shard)
         start, stop = self._offsets[shard][row : row + 2]
         return self.reader.rows(shard, "tokens", start, stop).float()
+
+    def verify(self) -> None:
+        self.reader.verify()
 
     def _check(self, shard: int) -> list[int]:
         """Token offsets of a shard's prompts. Raises UserError when lengths and tokens do not fit."""
@@ -117,6 +142,29 @@ class PromptTable:
         if not fits or self.reader.shape(shard, "tokens") != (offsets[-1], self.width):
             raise UserError(f"{self.reader.paths[shard]}: tokens and lengths do not fit the manifest; {AGAIN}")
         return offsets
+
+
+class _ClipStates:
+    """States of each prompt in its own clip's file."""
+
+    def __init__(self, files: ClipFiles) -> None:
+        self.files = files
+        self.prompts = [Prompt(row.id, row.prompt, False, row.tags) for row in self.files.rows]
+
+    def states(self, index: int) -> Tensor:
+        states = torch.empty(self.files.rows[index].tokens, self.files.common.width)
+        self.files.read(index, None, states)
+        return states
+
+    def verify(self) -> None:
+        self.files.verify()
+
+
+def _section(manifest: Json, name: str, root: Path) -> Json:
+    section = manifest.get(name)
+    if not isinstance(section, dict):
+        raise UserError(f"{root / MANIFEST}: section '{name}' is missing; {AGAIN}")
+    return section
 
 
 class PromptSet:
@@ -182,6 +230,25 @@ def encode_prompts(
     }
 
 
+def write_fixed_prompts(root: Path, encode: Encode, negative: str, dtype: torch.dtype) -> None:
+    """``null.safetensors`` and, with a negative prompt, ``negative.safetensors`` of a folder of one file per clip."""
+    for name, prompt in (("null", ""), ("negative", negative)):
+        if name == "null" or prompt:
+            tokens = finite(encode([prompt])[0].to(dtype), f"text states of the {name} prompt")
+            _write_states(root / f"{name}.safetensors", tokens)
+
+
+def index_clips(root: Path) -> int:
+    """(Re)write ``clips.jsonl`` and the manifest of a folder of one file per clip; the number of its clips."""
+    null, negative = root / "null.safetensors", root / "negative.safetensors"
+    if not null.is_file():
+        raise UserError(f"{null}: no such file; run the command that makes the clips again")
+    section: Json = {"null_sha256": sha256_file(null)}
+    if negative.is_file():
+        section["negative"] = {"sha256": sha256_file(negative)}
+    return build_index(root, section=section, head={"format": FORMAT, "version": VERSION})
+
+
 def finish_prompts(writer: ShardWriter, text: Json) -> None:
     """Write the manifest of a directory that holds prompts only (no clips), as distillation needs."""
     writer.finish(with_hash({"text": text}))
@@ -205,7 +272,7 @@ def _rows(prompts: Iterable[Prompt]) -> list[Json]:
 
 def _write_states(path: Path, tokens: Tensor) -> str:
     """Write the states of one prompt; the file's sha256."""
-    save_file({"tokens": tokens.contiguous().cpu()}, path)
+    write_atomic(path, save({"tokens": tokens.contiguous().cpu()}))
     return sha256_file(path)
 
 

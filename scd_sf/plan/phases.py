@@ -87,7 +87,7 @@ class Stage3:
         _trainable(self.critic, cfg.critic_engine)
 
     def phases(self) -> list[Phase]:
-        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's, memory the last one's."""
+        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's, memory the last's."""
         batch = self.cfg.train.micro_batch
         with Meter() as meter, torch.no_grad():
             self._rollout(0)

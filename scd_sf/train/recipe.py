@@ -41,7 +41,16 @@ _log = logging.getLogger(__name__)
 RESUMABLE = (
     *(
         f"train.{name}"
-        for name in ("steps", "save_every", "validate_every", "keep", "keep_every", "max_rollbacks", "async_save")
+        for name in (
+            "steps",
+            "save_every",
+            "validate_every",
+            "keep",
+            "keep_every",
+            "max_rollbacks",
+            "async_save",
+            "prefetch",
+        )
     ),
     *(
         f"{engine}.{name}"  # how the state is laid out, not what it is
@@ -57,7 +66,8 @@ class TrainConfig:
     per process and forward (accumulation is derived). The newest ``keep`` checkpoints stay on disk, and those of every
     ``keep_every``-th step (0: none), and the best one where a recipe knows it. After ``engine.max_skips`` non-finite
     updates in a row the run goes back to its last checkpoint and leaves out the data since then, ``max_rollbacks``
-    times at most. ``async_save``: checkpoints are copied to the CPU and written while the training goes on."""
+    times at most. ``async_save``: checkpoints are copied to the CPU and written while the training goes on.
+    ``prefetch``: so many micro-batches are read ahead, where the recipe reads clips (0: none)."""
 
     steps: int = 1000
     global_batch: int = 64
@@ -68,14 +78,16 @@ class TrainConfig:
     keep_every: int = 0
     max_rollbacks: int = 2
     async_save: bool = False
+    prefetch: int = 2
     ema: EmaConfig = field(default_factory=EmaConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.keep_every < 0 or self.max_rollbacks < 0:
-            raise UserError(f"train.keep_every is {self.keep_every}, max_rollbacks {self.max_rollbacks}; at least 0")
+        for name in ("keep_every", "max_rollbacks", "prefetch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
 
 
 def from_command_line(schema: type[T], description: str, argv: Sequence[str] | None = None) -> T:

@@ -61,6 +61,16 @@ def test_known_prompts_need_no_encoder_and_are_bit_equal(model: Path, tmp_path: 
     assert CachedTextEncoder(model, cache).states([]) == []
 
 
+def test_states_are_kept_in_bf16_where_that_loses_nothing(model: Path, tmp_path: Path, loads: list[object]) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        cache = tmp_path / str(dtype)
+        text = CachedTextEncoder(model, cache, dtype=dtype).encode(PROMPTS).text_BLE
+        assert {load_file(file)["states"].dtype for file in entries(cache)} == {dtype}
+        again = CachedTextEncoder(model, cache, dtype=dtype).encode(PROMPTS).text_BLE
+        assert again.dtype == torch.float32 and torch.equal(again, text)
+    assert len(loads) == 2
+
+
 def retrain(model: Path) -> None:
     file = model / "text_encoder" / "model.safetensors"
     before, tensors = file.stat(), load_file(file)

@@ -1,0 +1,300 @@
+"""One safetensors file per clip: what ``data_prep/generate_clips.py`` and ``scd data import`` write.
+
+``FOLDER/ab/abcd....safetensors`` (the name is the clip's id) holds ``latents`` (F, C, H, W), normalised, and ``text``
+(T, E), the prompt's token states without padding; its header's ``clip`` entry is a JSON object (:class:`About`). The
+video, if one is kept, lies beside it as ``.mp4`` and was written first. So a latent file that is there is a clip that
+is done. Names are content ids and every write is atomic: to write a clip twice changes nothing.
+Files are read with plain reads straight into the batch: a memory map costs a page fault per 4 KiB (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from scd_sf.data.manifest import Json
+from scd_sf.types import UserError
+
+SUFFIX, VIDEO = ".safetensors", ".mp4"
+QUARANTINE = "quarantine"
+FORMAT, VERSION = "scd-sf-clip", 1
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+REPAIR = "run 'scd data repair' on the folder, then make or copy the clip again"
+ID = re.compile(r"[0-9a-f]{32}")
+_TEMPORARY = re.compile(r"\.tmp\.(?P<host>[^/]+)\.(?P<pid>\d+)(\.part)?$")
+_FIRST_READ, _LARGEST_HEADER = 16 * 1024, 16 * 2**20
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a clip comes from. ``sha256`` is of the bytes of latents and text, ``video_sha256`` of the mp4 ("": none).
+
+    ``size`` is WIDTHxHEIGHT and ``frames`` the number of frames, in pixels; ``*_sha`` are of the negative prompt, the
+    transformer, the text encoder and the VAE ("" where unknown), ``cfg`` is the standard w. ``seed`` -1: not ours.
+    """
+
+    id: str
+    prompt: str
+    sha256: str = ""
+    video_sha256: str = ""
+    uuid: str = ""
+    seed: int = -1
+    sampler: str = ""
+    steps: int = 0
+    shift: float = 0.0
+    cfg: float = 0.0
+    neg_sha: str = ""
+    model_sha: str = ""
+    text_sha: str = ""
+    vae_sha: str = ""
+    fps: int = 0
+    frames: int = 0
+    size: str = ""
+    source: str = ""
+    toolkit: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: Json, where: str) -> Self:
+        """Parse a header's entry. UserError (naming ``where``) for other fields or kinds."""
+        kinds = {entry.name: entry.type for entry in fields(cls)}
+        if set(row) != set(kinds) | {"format", "version"} or (row["format"], row["version"]) != (FORMAT, VERSION):
+            raise UserError(f"{where}: its 'clip' entry is not {FORMAT}/{VERSION}; {REPAIR}")
+        allowed = {"str": (str,), "int": (int,), "float": (int, float), "dict[str, str]": (dict,)}
+        for name, kind in kinds.items():
+            if type(row[name]) not in allowed[str(kind)]:
+                raise UserError(f"{where}: 'clip.{name}' is not a {kind}; {REPAIR}")
+        return cls(**{name: row[name] for name in kinds})  # type: ignore[arg-type]  # kinds were checked above
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: where its bytes are and what they mean."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of a clip's file: tensors by name, and what the clip is."""
+
+    tensors: dict[str, Stored]
+    about: About
+    bytes: int
+
+
+def clip_path(root: Path, clip: str) -> Path:
+    """Where the clip of this id is."""
+    return root / clip[:2] / f"{clip}{SUFFIX}"
+
+
+def clip_paths(root: Path) -> list[Path]:
+    """The latent files of a folder in id order (names only: nothing is opened)."""
+    return sorted(file for file in files_of(root) if file.suffix == SUFFIX and ID.fullmatch(file.stem))
+
+
+def files_of(root: Path) -> Iterator[Path]:
+    """Everything in the two-letter folders."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; check the path")
+    for folder in sorted(root.iterdir()):
+        if re.fullmatch("[0-9a-f]{2}", folder.name) and folder.is_dir():
+            with os.scandir(folder) as entries:
+                yield from (folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process uses; see :func:`remove_stale`."""
+    return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Readers see nothing or the whole file, also after a power cut, whoever else writes the same."""
+    part = temporary(path)
+    with part.open("wb") as file:
+        file.write(data)
+    publish(part, path)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Give a finished temporary file its name: fsync, rename, fsync of the folder."""
+    _fsync(part)
+    os.replace(part, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_clip(root: Path, latents_FCHW: Tensor, text_TE: Tensor, about: About) -> None:
+    """Write a clip's file. Tensors are stored as they come, ``sha256`` is filled in; UserError when one is not finite.
+
+    The metadata is one entry of sorted JSON, because safetensors writes several in a random order.
+    """
+    tensors = {"latents": latents_FCHW.cpu().contiguous(), "text": text_TE.cpu().contiguous()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"clip {about.id} ({about.prompt[:60]!r}): {name} are not finite in {tensor.dtype}")
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(bytes_of(tensor))
+    row = {**asdict(about), "sha256": digest.hexdigest(), "format": FORMAT, "version": VERSION}
+    path = clip_path(root, about.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, save(tensors, {"clip": json.dumps(row, sort_keys=True, ensure_ascii=False)}))
+
+
+def remove_stale(root: Path) -> int:
+    """Remove temporary files that processes of this machine left when they were killed; how many."""
+    count = 0
+    for file in files_of(root):
+        found = _TEMPORARY.search(file.name)
+        if found and found["host"] == socket.gethostname() and not _alive(int(found["pid"])):
+            file.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether the name is one of :func:`temporary`."""
+    return _TEMPORARY.search(path.name) is not None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+class ClipFile:
+    """An open clip: its header is read and checked against the file's size, tensors on demand.
+
+    UserError that names the file when it is missing, cut, or not a clip.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be opened ({error.strerror}); {REPAIR}") from error
+        try:
+            self.header = self._read_header()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Tensor ``name`` into ``out`` (contiguous, of its shape): without a copy where the dtype is the stored one."""
+        stored = self.header.tensors[name]
+        if tuple(out.shape) != stored.shape:
+            raise UserError(f"{self.path}: {name} {stored.shape} instead of {tuple(out.shape)}; {REPAIR}")
+        if out.dtype != stored.dtype:
+            same = torch.empty(stored.shape, dtype=stored.dtype)
+            self.read(name, same)
+            out.copy_(same)
+            return
+        view, position = bytes_of(out), stored.start
+        while view:
+            count = os.preadv(self._descriptor, [view], position)
+            if count <= 0:
+                raise UserError(f"{self.path}: became shorter while it was read; {REPAIR}")
+            view, position = view[count:], position + count
+
+    def tensor(self, name: str) -> Tensor:
+        """Tensor ``name`` as stored."""
+        stored = self.header.tensors[name]
+        out = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read(name, out)
+        return out
+
+    def digest(self) -> str:
+        """Hex sha256 of the bytes of latents and text."""
+        digest = hashlib.sha256()
+        for name in ("latents", "text"):
+            digest.update(bytes_of(self.tensor(name)))
+        return digest.hexdigest()
+
+    def _read_header(self) -> Header:
+        size = os.fstat(self._descriptor).st_size
+        head = os.pread(self._descriptor, _FIRST_READ, 0)
+        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
+        if not 0 < length <= min(_LARGEST_HEADER, size - 8):
+            raise UserError(f"{self.path}: {size} bytes, cut or not safetensors; {REPAIR}")
+        if length > len(head) - 8:
+            head = os.pread(self._descriptor, length + 8, 0)
+        try:
+            table = json.loads(head[8 : 8 + length])
+            row = json.loads(table.pop("__metadata__")["clip"])
+            tensors = {name: _stored(entry, 8 + length) for name, entry in table.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{self.path}: its header is not a clip's ({error}); {REPAIR}") from error
+        ends = [8 + length, *sorted(t.stop for t in tensors.values())]
+        if set(tensors) != {"latents", "text"} or sorted(t.start for t in tensors.values()) != ends[:-1]:
+            raise UserError(f"{self.path}: holds {', '.join(sorted(tensors))}, not latents and text; {REPAIR}")
+        if ends[-1] != size:
+            raise UserError(f"{self.path}: {size} bytes instead of {ends[-1]} (cut?); {REPAIR}")
+        if not isinstance(row, dict):
+            raise UserError(f"{self.path}: its 'clip' entry is not an object; {REPAIR}")
+        return Header(tensors, About.from_json(row, str(self.path)), size)
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a clip's file; no data is read. UserError as :class:`ClipFile`."""
+    with ClipFile(path) as file:
+        return file.header
+
+
+def _stored(entry: Any, base: int) -> Stored:
+    dtype, shape = DTYPES[str(entry["dtype"])], entry["shape"]
+    first, last = entry["data_offsets"]
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+        raise ValueError("a shape or an offset is not a number")
+    count = dtype.itemsize
+    for length in shape:
+        count *= length
+    if last - first != count:
+        raise ValueError(f"{last - first} bytes for shape {shape}")
+    return Stored(dtype, tuple(shape), base + first, base + last)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

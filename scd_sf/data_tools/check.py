@@ -1,0 +1,142 @@
+"""``scd data check`` and ``repair``: is every clip of a folder there and whole?"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scd_sf.data.clip_files import QUARANTINE, SUFFIX, VIDEO, clip_path, files_of, is_temporary, read_header
+from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_job
+from scd_sf.data.latents import LatentClips
+from scd_sf.data.manifest import read_jsonl, sha256_file
+from scd_sf.data.prompts import index_clips
+from scd_sf.types import UserError
+
+WANTED = "wanted.jsonl"
+OLD_SECONDS = 3600.0  # a temporary file that was not touched for so long is nobody's
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Report:
+    """``clips`` whole ones; ``damaged`` file -> what is wrong; ``stray`` temporary files; ``index`` what it misses.
+
+    ``missing``: ids that the last run wanted and that are not there.
+    """
+
+    clips: int = 0
+    bytes: int = 0
+    damaged: dict[Path, str] = field(default_factory=dict)
+    stray: list[Path] = field(default_factory=list)
+    index: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line each; nothing where all is well. Temporary files are no problem: somebody may be writing them."""
+        lines = [*self.damaged.values(), *self.index]
+        if self.missing:
+            lines.append(f"{len(self.missing)} clips that the last run wanted are missing, first {self.missing[0]}")
+        return lines
+
+
+def check(root: Path, *, full: bool = False, progress: Progress = lambda done: None) -> Report:
+    """Compare headers with file sizes, shapes and the index; ``full`` also reads and hashes everything.
+
+    Of a directory of shards: the checks of :class:`LatentClips`. UserError where ``root`` is neither.
+    """
+    if not (root / JOB).is_file():
+        clips = LatentClips(root)
+        if full:
+            clips.verify()
+        return Report(clips=len(clips))
+    common, report, whole = read_job(root), Report(), dict[str, str]()
+    for number, path in enumerate(files_of(root), 1):
+        if is_temporary(path):
+            report.stray.append(path)
+        elif path.suffix == SUFFIX:
+            _check_clip(path, common, full, report, whole)
+        elif path.suffix != VIDEO:
+            report.damaged[path] = f"{path}: not a file of a clip"
+        elif not path.with_suffix(SUFFIX).is_file():
+            report.stray.append(path)  # its latents were not written, or were damaged: it is made again
+        progress(number)
+    report.clips = len(whole)
+    if (root / WANTED).is_file():
+        wanted = [str(row.get("id")) for row in read_jsonl(root / WANTED, "run the generation again")]
+        report.missing = sorted(set(wanted) - set(whole))
+    report.index = _check_index(root, whole)
+    return report
+
+
+def _check_clip(path: Path, common: Common, full: bool, report: Report, whole: dict[str, str]) -> None:
+    fault = fault_of(path, common, full=full)
+    if not fault:
+        header = read_header(path)
+        video = path.with_suffix(VIDEO)
+        if header.about.video_sha256 and common.settings.get("videos") and not video.is_file():
+            fault = f"{video}: missing beside its latents"
+        elif full and video.is_file() and sha256_file(video) != header.about.video_sha256:
+            fault = f"{video}: contents changed (sha256 differs from its latents' header)"
+    if fault:
+        report.damaged[path] = fault
+    else:
+        whole[path.stem] = header.about.sha256
+        report.bytes += header.bytes
+
+
+def _check_index(root: Path, whole: dict[str, str]) -> list[str]:
+    """What the index says otherwise than the whole files."""
+    if not (root / MANIFEST).is_file():
+        return [f"{root / MANIFEST}: not written yet; run 'scd data manifest {root}'"]
+    rows = read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")
+    told = {str(row.get("id")): row.get("sha256") for row in rows}
+    if told == whole:
+        return []
+    gone, new = sorted(told.keys() - whole.keys()), sorted(whole.keys() - told.keys())
+    other = sorted(name for name in told.keys() & whole.keys() if told[name] != whole[name])
+    counts = f"{len(gone)} listed but not whole, {len(new)} not listed, {len(other)} of other contents"
+    return [f"{root / ROWS}: {counts}; run 'scd data manifest {root}'"]
+
+
+def repair(root: Path, *, full: bool = False, progress: Progress = lambda done: None) -> tuple[Report, int]:
+    """Move what is damaged to ``quarantine/``, remove old temporary files, write the index again.
+
+    Returns what was found and how many clips the index has now (0: none is left). The next run of the command that made
+    the clips makes the moved ones again. UserError for a directory of shards.
+    """
+    if not (root / JOB).is_file():
+        raise UserError(f"{root}: has no {JOB}; only folders of one file per clip can be repaired, copy shards again")
+    report = check(root, full=full, progress=progress)
+    for path in report.damaged:
+        quarantine(root, path)
+        if path.suffix == SUFFIX and path.with_suffix(VIDEO).is_file():
+            quarantine(root, path.with_suffix(VIDEO))
+    for path in report.stray:
+        if is_temporary(path) and time.time() - path.stat().st_mtime > OLD_SECONDS:
+            path.unlink(missing_ok=True)
+    return report, index_clips(root) if report.clips else 0
+
+
+def quarantine(root: Path, path: Path) -> Path:
+    """Move a file out of the data; where to. An older one of that name is kept."""
+    folder = root / QUARANTINE
+    folder.mkdir(exist_ok=True)
+    names = (folder / f"{path.name}{f'.{n}' if n else ''}" for n in range(10_000))
+    target = next(name for name in names if not name.exists())
+    os.replace(path, target)
+    return target
+
+
+def whole_clips(root: Path, ids: Iterable[str]) -> list[Path]:
+    """The files of these clips. UserError for the first that is damaged."""
+    common, found = read_job(root), []
+    for clip in ids:
+        path = clip_path(root, clip)
+        if fault := fault_of(path, common):
+            raise UserError(f"{fault}; run 'scd data repair {root}'")
+        found.append(path)
+    return found

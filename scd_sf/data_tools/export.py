@@ -1,0 +1,92 @@
+"""``scd data export-webdataset``: tar shards for object stores and for loaders that read one sample after another.
+
+``shard-00000.tar`` ... hold, per clip in id order, ``ID.safetensors`` (the clip's file as it is: latents, text states,
+and all metadata in its header), ``ID.prompt.txt`` and, if kept, ``ID.mp4``. Loaders group members by the name up to the
+first dot, as webdataset and rCM's do; ``safetensors.torch.load`` decodes the first. No pickle. Tars depend on the clips
+alone (no times, no owners), appear whole, and 'scd data import' reads them back.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scd_sf.data.clip_files import VIDEO, publish, read_header, temporary
+from scd_sf.data.clip_index import ROWS
+from scd_sf.data.manifest import read_jsonl, sha256_file, write_json
+from scd_sf.data_tools.check import whole_clips
+from scd_sf.types import UserError
+
+INDEX = "index.json"
+
+
+def export_webdataset(
+    root: Path,
+    out: Path,
+    *,
+    per_tar: int = 256,
+    videos: bool = True,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Write the clips of ``root``'s index as tars; how many tars. One that is there whole is kept.
+
+    UserError for a folder that is not indexed, a damaged clip, an output that holds other things.
+    """
+    if per_tar < 1:
+        raise UserError(f"--per-tar is {per_tar}; it must be at least 1")
+    ids = [str(row.get("id")) for row in read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")]
+    paths = whole_clips(root, ids)
+    out.mkdir(parents=True, exist_ok=True)
+    groups = [paths[first : first + per_tar] for first in range(0, len(paths), per_tar)]
+    names = [f"shard-{number:05d}.tar" for number in range(len(groups))]
+    if others := sorted(
+        file.name for file in out.iterdir() if file.name not in {*names, INDEX} and ".tmp." not in file.name
+    ):
+        raise UserError(f"{out}: holds {others[0]}, which is none of these tars; use another folder")
+    table = {}
+    for number, (name, group) in enumerate(zip(names, groups, strict=True), 1):
+        _write_tar(out / name, group, videos)
+        table[name] = {"clips": len(group), "bytes": (out / name).stat().st_size, "sha256": sha256_file(out / name)}
+        progress(number)
+    write_json(out / INDEX, {"tars": table, "clips": len(paths)})
+    return len(groups)
+
+
+def _write_tar(target: Path, clips: Sequence[Path], videos: bool) -> None:
+    members = [member for clip in clips for member in _members(clip, videos)]
+    if target.is_file() and _listing(target) == [(name, size) for name, size, _ in members]:
+        return
+    part = temporary(target)
+    with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, size, source in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = size
+            if isinstance(source, bytes):
+                tar.addfile(entry, io.BytesIO(source))
+            else:
+                with source.open("rb") as file:
+                    tar.addfile(entry, file)
+    publish(part, target)
+
+
+def _members(clip: Path, videos: bool) -> list[tuple[str, int, Path | bytes]]:
+    """(name, size, file or contents) of a clip's members."""
+    header = read_header(clip)
+    prompt, video = header.about.prompt.encode(), clip.with_suffix(VIDEO)
+    found: list[tuple[str, int, Path | bytes]] = [(clip.name, header.bytes, clip)]
+    found.append((f"{clip.stem}.prompt.txt", len(prompt), prompt))
+    if videos and video.is_file():
+        found.append((video.name, os.stat(video).st_size, video))
+    return found
+
+
+def _listing(path: Path) -> list[tuple[str, int]]:
+    """Names and sizes of a tar's members; empty where it is damaged."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [(entry.name, entry.size) for entry in tar]
+    except tarfile.TarError:
+        return []

@@ -1,0 +1,1 @@
+"""Clips made by a bidirectional teacher: the training data of stage 2."""

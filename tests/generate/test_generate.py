@@ -1,0 +1,204 @@
+"""generate_clips.py: every clip once, byte for byte the same, whoever dies when and on however many processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import recipe_runner
+import tiny_run
+from recipe_runner import At
+
+from scd_sf.data.clip_files import clip_path, clip_paths, files_of, is_temporary, read_header
+from scd_sf.data.clip_index import Common
+from scd_sf.data.latents import LatentClips
+from scd_sf.data.prompts import PromptSet
+from scd_sf.generate.plan import GenerateConfig, clip_id, units_of, wanted_clips
+from scd_sf.types import UserError
+
+SCRIPT = "data_prep/generate_clips.py"
+PROMPTS = ["left in meadow", "right in hall", "still in hall", "still in meadow"]
+CLIPS = 3 * len(PROMPTS)
+PLACES_TO_DIE = "os:replace|os:fsync|scd_sf.generate.maker:write_video|scd_sf.generate.maker:sample_bidirectional"
+
+
+def arguments(model: Path, out: Path) -> list[str]:
+    size = ["frames=9", "height=32", "width=32", "sampler.steps=2", "samples=3", "batch=2"]
+    kinds = ["engine.kind=local", "engine.dtype=fp32", "text_dtype=fp32", "negative_prompt=still"]
+    return [f"model={model}", f"out={out}", f"prompts={json.dumps(PROMPTS)}", *size, *kinds]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All that a run leaves, but its cache."""
+    files = [*files_of(root), *(root / name for name in ("manifest.json", "clips.jsonl", "job.json", "wanted.jsonl"))]
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_wan(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "clips"
+    recipe_runner.succeed(SCRIPT, *arguments(model, out))
+    return out
+
+
+def common(settings: dict[str, object] | None = None) -> Common:
+    names = ("negative_prompt", "model_sha", "text_sha", "sampler", "steps", "shift", "cfg", "dtype")
+    return Common(tiny_run.SHAPE, "bfloat16", 8, 512, dict.fromkeys(names, "x") | (settings or {}))
+
+
+def test_ids_depend_on_all_that_decides_a_clip() -> None:
+    one = clip_id("a cat", 0, common())
+    assert one == clip_id("a cat", 0, common({"vae_sha": "y", "batch": 4})) and len(one) == 32
+    others = [clip_id("a cat ", 0, common()), clip_id("a cat", 1, common())]
+    others += [clip_id("a cat", 0, common({name: "y"})) for name in common().settings]
+    others += [clip_id("a cat", 0, Common(tiny_run.SHAPE, "float16", 8, 512, common().settings))]
+    assert len({one, *others}) == 1 + len(others)
+
+
+def test_every_clip_is_wanted_once_and_groups_do_not_depend_on_ranks(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a", "uuid": "u1"}\n{"prompt": "b"}\n{"prompt": "a", "uuid": "u3"}\n')
+    specs = wanted_clips(GenerateConfig("m", "o", prompt_file=str(file), samples=2, seed=5), common())
+    assert sorted((spec.prompt, spec.uuid, spec.seed) for spec in specs) == [
+        ("a", "u1", 5), ("a", "u1", 6), ("b", "", 5), ("b", "", 6),
+    ]  # fmt: skip
+    assert [spec.id for spec in specs] == sorted(spec.id for spec in specs)
+    assert [len(unit) for unit in units_of(specs, 3)] == [3, 1]
+    file.write_text('{"prompt": "a", "then": [[9, "b"]]}\n')
+    with pytest.raises(UserError, match=r"prompt 1 .* has 'then'"):
+        wanted_clips(GenerateConfig("m", "o", prompt_file=str(file)), common())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompts": []}, "set either prompts or prompt_file"),
+        ({"store": "int8"}, "store is 'int8'"),
+        ({"batch": 0}, "at least 1"),
+        ({"crf": 99}, "crf is 99"),
+    ],
+)
+def test_bad_settings_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GenerateConfig(**({"model": "m", "out": "o", "prompts": ["a"]} | fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_folder_is_training_data_with_all_that_is_known(unbroken: Path, model: Path) -> None:
+    clips = LatentClips(unbroken)
+    assert (
+        len(clips) == CLIPS and clips.prompts.width == 8 and sorted(set(clips.texts(range(CLIPS)))) == sorted(PROMPTS)
+    )
+    clips.verify()
+    about = read_header(clip_paths(unbroken)[0]).about
+    assert (about.sampler, about.steps, about.shift, about.cfg, about.frames, about.size) == (
+        "unipc",
+        2,
+        5.0,
+        5.0,
+        9,
+        "32x32",
+    )
+    assert about.video_sha256 and about.model_sha and about.text_sha and about.vae_sha and about.toolkit
+    assert len(PromptSet(unbroken)) == CLIPS and not clips.prompts.negative.text_BLE.equal(clips.null.text_BLE)
+    again = recipe_runner.succeed(SCRIPT, *arguments(model, unbroken))
+    assert "rank 0 has 0 units of 2 to make" in again.out
+    other = recipe_runner.run(SCRIPT, *arguments(model, unbroken), "sampler.steps=3")
+    assert other.code == 2 and "made with other settings (steps)" in other.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_anywhere_on_any_number_of_ranks_every_clip_is_made_once(
+    tmp_path: Path, model: Path, unbroken: Path, seed: int
+) -> None:
+    random_, out = random.Random(seed), tmp_path / "clips"
+    for world in (2, 1) if seed else (1, 2):
+        at = {rank: At(PLACES_TO_DIE, random_.randint(8, 24)) for rank in range(world)}
+        results = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), world=world, at=at)
+        assert all(result.code for result in results)
+    for path in clip_paths(out)[:1]:
+        path.write_bytes(path.read_bytes()[:-1])  # as a file system that lies about fsync leaves it
+    last = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), world=3 - seed)
+    assert [result.code for result in last] == [0] * (3 - seed), last[0].err[-2000:]
+    assert contents(out) == contents(unbroken)
+    assert not any(is_temporary(file) for file in files_of(out))
+
+
+@pytest.mark.slow
+def test_a_zero_3_teacher_is_called_equally_often_by_ranks_with_unequal_shares(
+    tmp_path: Path, model: Path, unbroken: Path
+) -> None:
+    out = tmp_path / "clips"
+    recipe_runner.run(SCRIPT, *arguments(model, out), at=At("scd_sf.generate.maker:write_clip", 6))  # 5 clips are there
+    zero = ["engine={kind: deepspeed, dtype: fp32, bucket: 1000}"]
+    results = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), *zero, world=2)
+    assert [result.code for result in results] == [0, 0], results[0].err[-2000:]
+    assert contents(out) == contents(unbroken)
+
+
+@pytest.mark.slow
+def test_stage_2_trains_on_the_folder(tmp_path: Path, model: Path, unbroken: Path) -> None:
+    layers = ["scd.encoder_layers=[0, 1, 2]", "scd.decoder.layers=[0, 5]"]
+    recipe_runner.succeed("recipes/stage1_transplant.py", f"base={model}", f"out={tmp_path}/stage1", *layers)
+    train = "train={steps: 4, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 4, prefetch: PREFETCH}"
+    given = [f"init={tmp_path}/stage1", f"data={unbroken}", f"val={unbroken}", "engine={kind: local, lr: 1e-2}"]
+    given += ["sampler={name: euler, steps: 2}", "run.log_every=1"]
+    for run, ahead in (("ahead", "3"), ("now", "0")):
+        recipe_runner.succeed(
+            tiny_run.SCRIPTS["stage2"], *given, f"run.dir={tmp_path / run}", train.replace("PREFETCH", ahead)
+        )
+    assert tiny_run.metrics(tmp_path / "ahead") == tiny_run.metrics(tmp_path / "now")
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_a_dead_workers_and_a_dead_nodes_work_to_others(
+    tmp_path: Path, model: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two raylets of one CPU each; a worker is killed at its work, then a whole raylet."""
+    import psutil
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(recipe_runner.ROOT))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    out = tmp_path / "clips"
+    command = [sys.executable, SCRIPT, *arguments(model, out), "launcher=ray", f"cluster.address={cluster.address}"]
+    try:
+        second = cluster.add_node(**small)
+        with (tmp_path / "log").open("w") as log:
+            driver = subprocess.Popen(command, cwd=recipe_runner.ROOT, stdout=log, stderr=log)
+        ours = [p.pid for p in psutil.Process(os.getpid()).children(recursive=True) if "raylet" in p.name()]
+
+        def until(count: int) -> None:
+            while driver.poll() is None and sum(clip_path(out, i).is_file() for i in ids) < count:
+                time.sleep(0.02)
+
+        ids = [path.stem for path in clip_paths(unbroken)]
+        until(1)
+        workers = [
+            p for pid in ours for p in psutil.Process(pid).children(True) if "ray::Worker" in " ".join(p.cmdline())
+        ]
+        workers[0].send_signal(signal.SIGKILL)
+        until(4)
+        cluster.remove_node(second, allow_graceful=False)
+        driver.wait(timeout=120)
+    finally:
+        cluster.shutdown()
+    said = (tmp_path / "log").read_text()
+    assert driver.returncode == 0, said[-3000:]
+    assert "a worker died at its task" in said
+    assert contents(out) == contents(unbroken)
