@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from scd_sf.bench import random_weights
 from scd_sf.data.manifest import write_json
+from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
@@ -159,6 +160,20 @@ def cycle(
     return run
 
 
+def judged(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
+    """The guided teacher on one clip: both branches in one batch, as ``dmd_loss`` calls it, or one after the other."""
+    t = torch.full((1,), 0.7)
+
+    @torch.no_grad()
+    def run() -> None:
+        if together:
+            guided(teacher, COND, 4.0)(x, t, COND)
+        else:
+            guide(teacher(x, t, COND), teacher(x, t, COND), 4.0)
+
+    return run
+
+
 def cases(dtype: torch.dtype, frames: int, ratio: int) -> list[Case]:
     x = torch.randn(1, frames, *LATENT, generator=rng())
     scd, causal = filled(ModelConfig(wan=CFG, scd=SCD), dtype), filled(ModelConfig("causal", wan=CFG), dtype)
@@ -174,6 +189,9 @@ def cases(dtype: torch.dtype, frames: int, ratio: int) -> list[Case]:
         name = f"stage 3, cycle of {ratio} : 1" + (", one rollout shared" if shared else "")
         parts = Parts()
         found.append(Case(name, cycle(scd, teacher, critic, x, parts, ratio=ratio, shared=shared), parts))
+    for together in (True, False):
+        name = f"guided teacher, {'one batch' if together else 'two calls'}"
+        found.append(Case(name, judged(teacher, x, together=together)))
     return found
 
 
@@ -183,10 +201,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=6, help="latent frames of the clip")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ratio", type=int, default=5, help="critic updates per student update")
+    parser.add_argument("--only", default="", help="cases with this in their names")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is slow without AVX-512 bf16")
     args = parser.parse_args()
     keep_freed_memory()
-    rows = cases(DTYPES[args.dtype], args.frames, args.ratio)
+    rows = [case for case in cases(DTYPES[args.dtype], args.frames, args.ratio) if args.only in case.name]
+    if not rows:
+        parser.error(f"--only {args.only}: no case has it in its name")
     for case in rows:
         case.step()
         if case.parts is not None:

@@ -13,6 +13,8 @@ import recipe_runner
 import tiny_run
 from tiny_run import Chain
 
+from scd_sf.data.clips import read_video
+
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_aSecretThatNobodyMayFind",
@@ -55,3 +57,21 @@ def test_mfu_is_work_over_time_and_peak(chain: Chain, tmp_path: Path) -> None:
     assert max(rates) == pytest.approx(min(rates), rel=0.02) and min(rates) > 0
     plain = [json.loads(line) for line in (chain.root / "stage3" / "metrics.jsonl").read_text().splitlines()]
     assert not any("perf/mfu" in row for row in plain)
+
+
+@pytest.mark.slow
+def test_validation_is_shared_by_the_ranks(chain: Chain, tmp_path: Path) -> None:
+    """Two ranks see the loss that one sees; each samples one of the two videos, rank 0 writes both side by side."""
+    alone, both = tmp_path / "one", tmp_path / "two"
+    for world, run in ((1, alone), (2, both)):
+        given = [*chain.stage2(run), "train.micro_batch=1", "train.validate_every=3"]
+        results = recipe_runner.run_ranks(tiny_run.SCRIPTS["stage2"], *given, world=world)
+        assert all(result.code == 0 for result in results), results[0].err
+    losses = [[row["val/loss"] for row in tiny_run.metrics(run) if "val/loss" in row] for run in (alone, both)]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    names = [file.name for file in sorted((alone / "videos").iterdir())]
+    assert names == [f"{step:08d}.mp4" for step in (0, 3, 6)]
+    first, second = (read_video(run / "videos" / names[0]).float() for run in (alone, both))
+    assert first.shape == second.shape and (first - second).abs().mean() < 2.0  # compressed
+    left, right = second.chunk(2, dim=-1)
+    assert left.std() > 0 and right.std() > 0, "each rank's video is there"
