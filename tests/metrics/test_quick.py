@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from scd_sf.data.clips import read_video
+from scd_sf.diffusion.solvers import Renoise
 from scd_sf.metrics.quick import Clip, flicker, motion, saturation, statistics, temporal_flickering
-from scd_sf.types import UserError
+from scd_sf.preview import Preview, PreviewConfig
+from scd_sf.types import Conditioning, UserError, VideoShape
 
 VBENCH = Path(__file__).resolve().parents[1] / "vbench"
 TINY = {
@@ -72,6 +74,16 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
     expected = torch.stack([(s @ t).mean() for s, t in zip(seen, text, strict=True)])
     assert torch.allclose(found.float(), expected, atol=1e-5) and found[0] != found[1]
     assert clip.pixels(shown[0]).shape == (3, 3, 32, 32)
+    preview = Preview(
+        "", Conditioning(torch.zeros(2, 1, 4)), VideoShape(1, 4, 2, 2), Renoise(), tmp_path,
+        texts=["a red car", "a dog in the snow"], cfg=PreviewConfig("scd-tiny-clip", str(tmp_path / "tiny.pt")),
+    )  # fmt: skip
+    logs = preview.measure(torch.cat(list(shown), dim=-1).permute(0, 2, 3, 1))
+    assert logs["quick/clip"] == pytest.approx(float(found.mean())) and logs["quick/motion"] == float(
+        motion(shown).mean()
+    )
+    with pytest.raises(UserError, match="preview.clip_weights"):
+        PreviewConfig(clip_weights=str(tmp_path / "none.pt"))
     torch.save({"other": torch.zeros(2)}, tmp_path / "other.pt")
     for name, file, words in (
         ("scd-tiny-clip", "none.pt", "no such file"),

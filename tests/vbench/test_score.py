@@ -99,6 +99,9 @@ def test_dimensions_one_after_another(python: Path, tmp_path: Path) -> None:
     assert result.code == 2 and "14 of 16 dimensions missing" in result.err
     files[0].write_bytes(b"x" * 60)
     assert "temporal_flickering] 0.501" in recipe_runner.succeed(SCRIPT, *given).out
+    videos(tmp_path / "v", "background_consistency", 70)
+    out = recipe_runner.succeed(SCRIPT, *given[:-1], "dimensions=[temporal_flickering]").out
+    assert "background_consistency: left out of the summary" in out and "background_consistency   " not in out
     files[3].write_bytes(b"")
     assert f"could not read 1 videos, such as {files[3]}" in refused(*given)[0]
     files[3].write_bytes(b"x" * 50_000)
