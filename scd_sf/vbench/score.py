@@ -32,11 +32,11 @@ _UNPICKLING = "Weights only load failed"
 
 @dataclass
 class ScoreConfig:
-    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of temporal
-    flickering count as filtered). ``out``: for results (empty: VIDEOS/scores). ``python``: one that has VBench; empty:
-    an environment is built in ``env``, with ``torch`` and ``detectron2`` as pip requirements. ``cache``: VBench's weights (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench);
-    ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the CPU; -1: all GPUs. ``unfiltered``: temporal
-    flickering of the first candidates, without the static filter."""
+    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of temporal flickering
+    count as filtered). ``out``: for results (empty: VIDEOS/scores). ``python``: one that has VBench; empty: an
+    environment is built in ``env``, with ``torch`` and ``detectron2`` as pip requirements. ``cache``: VBench's weights
+    (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench); ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the
+    CPU; -1: all GPUs. ``unfiltered``: temporal flickering of the first candidates, without the static filter."""
 
     videos: str
     out: str = ""

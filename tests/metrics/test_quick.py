@@ -82,7 +82,7 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
     assert logs["quick/clip"] == pytest.approx(float(found.mean())) and logs["quick/motion"] == float(
         motion(shown).mean()
     )
-    with pytest.raises(UserError, match="preview.clip_weights"):
+    with pytest.raises(UserError, match="no such file; give a checkpoint"):
         PreviewConfig(clip_weights=str(tmp_path / "none.pt"))
     torch.save({"other": torch.zeros(2)}, tmp_path / "other.pt")
     for name, file, words in (
