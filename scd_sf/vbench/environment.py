@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd_sf.data.manifest import write_json
+from scd_sf.data.manifest import read_json, write_json
 from scd_sf.types import UserError
 
 VERSION = "0.1.5"
@@ -55,7 +55,7 @@ def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
     """
     wanted = {"pins": [*PINS, torch], "detectron2": detectron2}
     python, ready = folder / "bin" / "python", folder / READY
-    if ready.is_file() and json.loads(ready.read_text()) == wanted:
+    if ready.is_file() and read_json(ready, f"delete {folder}") == wanted:
         return python
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"env {folder}: holds other files; nothing is overwritten: use another env=")

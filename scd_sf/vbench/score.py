@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scd_sf.data.manifest import Json, hash_json, read_json, safe_path, write_json
+from scd_sf.data.manifest import Json, read_json, write_json
 from scd_sf.sample_folder import INDEX
 from scd_sf.types import UserError
 from scd_sf.vbench import weights
@@ -32,11 +32,11 @@ _UNPICKLING = "Weights only load failed"
 
 @dataclass
 class ScoreConfig:
-    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4``. ``out``: for results (empty:
-    VIDEOS/scores). ``python``: one that has VBench; empty: an environment is built in ``env``, with ``torch`` and
-    ``detectron2`` as pip requirements. ``cache``: VBench's weights (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench);
-    ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the CPU; -1: all GPUs. ``unfiltered``: temporal
-    flickering of the first candidates, without the static filter."""
+    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of temporal flickering
+    count as filtered). ``out``: for results (empty: VIDEOS/scores). ``python``: one that has VBench; empty: an
+    environment is built in ``env``, with ``torch`` and ``detectron2`` as pip requirements. ``cache``: VBench's weights
+    (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench); ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the
+    CPU; -1: all GPUs. ``unfiltered``: temporal flickering of the first candidates, without the static filter."""
 
     videos: str
     out: str = ""
@@ -154,10 +154,8 @@ def _score(
 ) -> None:
     """One dimension, unless its result is there."""
     files, result = job.files, out / f"{job.dimension}.json"
-    stamp = hash_json(
-        [environment.versions["vbench"], [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
-    )
-    if result.is_file() and read_json(result, "delete it to score again").get("stamp") == stamp:
+    inputs = {str(file): stamp(file) for file in files}
+    if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
         print(f"[{place}] finished before", flush=True)
         return
     print(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}", flush=True)
@@ -178,8 +176,17 @@ def _score(
     log = work / f"{job.dimension}.log"
     _run(environment.python, told, log, cache, gpus, download, job.dimension)
     found = check_result(read_json(raw, f"see {log}"), job, log)
-    write_json(result, {**found, "stamp": stamp, "reduced": list(job.reduced)})
+    write_json(result, {**found, "reduced": list(job.reduced), "inputs": inputs})
     print(f"[{place}] {found['score']:.6f}", flush=True)
+
+
+def stamp(file: Path) -> list[int]:
+    """Size and time of a video, [] if it is gone: what decides whether a score is still its."""
+    try:
+        about = file.stat()
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns]
 
 
 def _run(python: Path, told: Path, log: Path, cache: Path, gpus: int, download: bool, name: str) -> None:
@@ -220,14 +227,20 @@ def check_result(raw: Mapping[str, object], job: Job, log: Path) -> dict[str, ob
 
 
 def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, float]:
-    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here."""
+    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here and whose
+    videos are still the same."""
     results = {}
     for name in chosen_dimensions([]):
         if (out / f"{name}.json").is_file():
-            results[name] = read_json(out / f"{name}.json", "score it again")
+            result = read_json(out / f"{name}.json", "score it again")
+            inputs = result.get("inputs")
+            if isinstance(inputs, dict) and all(stamp(Path(file)) == then for file, then in inputs.items()):
+                results[name] = result
+            else:
+                print(f"{name}: left out of the summary, its videos have changed since; score it again", flush=True)
     scores = {name: float(str(result["score"])) for name, result in results.items()}
     why = [str(line) for result in results.values() for line in _lines(result.get("reduced"))]
-    manifest = read_json(safe_path(root, INDEX, "manifest"), "sample again") if (root / INDEX).is_file() else {}
+    manifest = read_json(root / INDEX, "sample again") if (root / INDEX).is_file() else {}
     protocol = manifest.get("protocol")
     if isinstance(protocol, dict) and FLICKERING in scores:
         if int(protocol.get("flickering_candidates", CANDIDATES_EACH)) < CANDIDATES_EACH:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import recipe_runner
 from recipe_runner import At
-from tiny_run import BACKWARD, SCRIPTS, STEPS2, Chain
+from tiny_run import BACKWARD, SCRIPTS, STEPS2, Chain, metrics
 from typer.testing import CliRunner
 
 from scd_sf.cli import app
@@ -23,6 +23,11 @@ def scd(*arguments: object) -> tuple[int, str]:
 def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
     """The unbroken run's exported curve is a reference that a killed run falls short of, and meets once resumed."""
     assert find_runs(chain.root) == [chain.root / "stage2", chain.root / "stage3"]
+    for stage, steps in (("stage2", [3, 6]), ("stage3", [2, 4])):  # validation videos are measured
+        rows = [row for row in metrics(chain.root / stage) if "quick/motion" in row]
+        assert [row["step"] for row in rows] == steps and all(
+            {"quick/flicker", "quick/saturation"} < set(r) for r in rows
+        )
     run, reference = tmp_path / "run", tmp_path / "reference.jsonl"
     assert scd("export", chain.root / "stage2", reference)[0] == 0
     assert [row["step"] for row in map(json.loads, reference.read_text().splitlines())] == list(range(1, STEPS2 + 1))
