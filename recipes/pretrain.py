@@ -20,15 +20,13 @@ from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.provenance import provenance
+from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainConfig,
     TrainState,
-    check_batches,
-    check_shape,
-    check_text,
     from_command_line,
     generator,
     micro_batches,

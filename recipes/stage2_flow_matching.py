@@ -9,6 +9,7 @@ Works under ``deepspeed``, ``torchrun`` and plain ``python``; the same command r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,14 +26,12 @@ from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.stages import Stage2Config
+from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainState,
-    check_batches,
-    check_shape,
-    check_text,
     from_command_line,
     generator,
     micro_batches,
@@ -62,8 +61,10 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
     )
 
 
-def update(cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, position: int) -> tuple[StepInfo, Logs]:
-    """One update of all micro-batches; this rank's mean logs."""
+def update(
+    cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, position: int, may_stop: Callable[[], None]
+) -> tuple[StepInfo, Logs]:
+    """One update of all micro-batches, between which the run may end; this rank's mean logs."""
     sums: Logs = {}
     clips = reads.clips
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
@@ -73,6 +74,7 @@ def update(cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, positio
     reads.expect(indices for _, indices in (*now, *later))
     with keeping(run, position, engine, samples) as kept:
         for number, indices in now:
+            may_stop()
             read = reads.batch(indices)
             batch = read.to(run.ranks.device)
             loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
@@ -131,8 +133,7 @@ def main() -> None:
         show(run, preview, averaged, 0)
     for step in state.steps(start):
         with state.attempt(step):
-            position = state.position(step)
-            info, sums = update(cfg, run, engine, reads, position)
+            info, sums = update(cfg, run, engine, reads, state.position(step), state.may_stop)
             if info.stepped:
                 state.update_ema()
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}

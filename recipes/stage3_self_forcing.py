@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.stages import Stage3Config
+from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import (
     Engine,
@@ -46,9 +47,6 @@ from scd_sf.train.engine import (
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainState,
-    check_batches,
-    check_shape,
-    check_text,
     from_command_line,
     generator,
     micro_batches,
@@ -59,7 +57,12 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error
 from scd_sf.validation import show
 
+MayStop = Callable[[], None]
 Rollouts = dict[int, tuple[Tensor, Conditioning, list[int]]]  # by micro-batch: detached rollouts and their prompts
+
+
+def _go_on() -> None:
+    """Not here."""
 
 
 @dataclass
@@ -92,13 +95,14 @@ class Distillation:
         x: Tensor = self.student(noise, cond, exit_step, rng)
         return x
 
-    def critic_update(self, step: int, turn: int, stored: Rollouts, fresh: bool) -> Logs:
+    def critic_update(self, step: int, turn: int, stored: Rollouts, fresh: bool, may_stop: MayStop) -> Logs:
         """One critic update, on a new rollout or on the stored one noised anew."""
         cfg, total = self.cfg, 0.0
         position, size = (step - 1) * (cfg.ratio + 1) + turn, len(self.prompts)
         samples = epoch_order(cfg.run.seed + 1, position, cfg.train.global_batch, size) if fresh else []
         with keeping(self.run, step, self.critic, samples, f"critic{turn}") as kept:
             for number, indices in micro_batches(cfg.train, cfg.run.seed + 1, self.ranks, position, size):
+                may_stop()
                 if fresh or number not in stored:
                     cond = self.cond(indices)
                     with torch.no_grad():
@@ -112,13 +116,14 @@ class Distillation:
                 total += float(loss.detach()) / self.critic.micro_batches
         return {"critic/loss": total, "critic/grad_norm": info.grad_norm}
 
-    def student_update(self, step: int, stored: Rollouts) -> tuple[Logs, StepInfo]:
+    def student_update(self, step: int, stored: Rollouts, may_stop: MayStop) -> tuple[Logs, StepInfo]:
         """One student update; leaves its rollouts in ``stored``."""
         cfg, size = self.cfg, len(self.prompts)
         mean: Logs = {}
         samples = epoch_order(cfg.run.seed, step - 1, cfg.train.global_batch, size)
         with keeping(self.run, step, self.student, samples) as kept:
             for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, size):
+                may_stop()
                 cond = self.cond(indices)
                 x = self.rollout(cond, "student", step, 0, number)
                 rng = generator(cfg.run.seed, "dmd", step, number)
@@ -132,19 +137,25 @@ class Distillation:
                     mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
         return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
 
-    def update(self, step: int, first: bool) -> tuple[Logs, StepInfo]:
+    def update(self, step: int, first: bool, state: TrainState) -> tuple[Logs, StepInfo]:
         """One student update and its critic updates, ``first`` after the critic's warm-up. ``step`` places data and
-        random numbers."""
+        random numbers. The run may end between micro-batches, wherever what follows needs no rollout from before."""
         cfg = self.cfg
         stored: Rollouts = {}
         own = cfg.critic_data == "own"
         before = (cfg.critic_warmup if first else 0) + (cfg.ratio if own else 0)
-        critic_logs: Logs = {}
-        for turn in range(before):
-            critic_logs = self.critic_update(step, turn, stored, turn % cfg.reuse == 0)
-        logs, info = self.student_update(step, stored)
+        critic_logs = state.begun()
+        turns = int(critic_logs.pop("turns", 0))
+
+        def may_stop(turn: int) -> MayStop:
+            return lambda: state.may_stop({"turns": float(turn), **critic_logs})
+
+        for turn in range(turns, before):
+            fresh = turn % cfg.reuse == 0
+            critic_logs = self.critic_update(step, turn, stored, fresh, may_stop(turn) if fresh else _go_on)
+        logs, info = self.student_update(step, stored, may_stop(before))
         for turn in range(before, before + (0 if own else cfg.ratio)):
-            critic_logs = self.critic_update(step, turn, stored, fresh=False)
+            critic_logs = self.critic_update(step, turn, stored, False, _go_on)
         return logs | critic_logs, info
 
 
@@ -218,9 +229,7 @@ def main() -> None:
     ranks = init_distributed(cfg.run.timeout_minutes)
     init = find(Path(cfg.init))
     student, parent = load_student(init, "ema")
-    latent = VideoShape.from_pixels(
-        cfg.video.frames, cfg.video.height, cfg.video.width, channels=parent.model.wan.in_channels
-    )
+    latent = cfg.video.shape(parent.model.wan.in_channels)
     prompts = PromptSet(cfg.prompts)
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
@@ -262,7 +271,7 @@ def main() -> None:
         show(run, preview, averaged, 0)
     for step in state.steps(start):
         with state.attempt(step):
-            logs, info = parts.update(state.position(step), first=step == 1)
+            logs, info = parts.update(state.position(step), step == 1, state)
             if info.stepped:
                 state.update_ema()
             logs = ranks.mean(logs)

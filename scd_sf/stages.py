@@ -12,7 +12,7 @@ from scd_sf.preview import PreviewConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.train.recipe import TrainConfig
 from scd_sf.train.run import RunConfig
-from scd_sf.types import UserError
+from scd_sf.types import UserError, VideoShape
 
 
 @dataclass
@@ -38,12 +38,16 @@ class Stage2Config:
 
 
 @dataclass
-class PixelShape:
+class VideoConfig:
     """What is rolled out: 81 frames of 480x832 in the paper."""
 
     frames: int = 81
     height: int = 480
     width: int = 832
+
+    def shape(self, channels: int) -> VideoShape:
+        """In latents. UserError for sizes that the VAE does not make."""
+        return VideoShape.from_pixels(self.frames, self.height, self.width, channels=channels)
 
 
 @dataclass
@@ -59,7 +63,7 @@ class Stage3Config:
     critic: str
     prompts: str
     run: RunConfig
-    video: PixelShape = field(default_factory=PixelShape)
+    video: VideoConfig = field(default_factory=VideoConfig)
     loss: DmdConfig = field(default_factory=DmdConfig)
     linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     ratio: int = 5

@@ -31,9 +31,9 @@ from scd_sf.models.vae import Vae, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import open_wan
 from scd_sf.rollout import sample_bidirectional
+from scd_sf.train.checks import check_shape
 from scd_sf.train.engine import frozen_engine
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.recipe import check_shape
 from scd_sf.types import Conditioning, UserError
 
 WANTED = "wanted.jsonl"

@@ -18,7 +18,7 @@ from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import read_wan_config
 from scd_sf.plan.phases import Phase, Stage3, stage2
-from scd_sf.stages import PixelShape, Stage2Config, Stage3Config
+from scd_sf.stages import Stage2Config, Stage3Config, VideoConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import UserError, VideoShape
 
@@ -88,7 +88,7 @@ def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | No
         shape = _clips(cfg.data, model, assumed)
         return Job(cfg, model, shape, text_tokens=text_tokens, assumed=tuple(assumed))
     teacher, critic = _wan(cfg.teacher, "teacher", "14B", assumed), _wan(cfg.critic, "critic", "1.3B", assumed)
-    shape = _pixels(cfg.video, model)
+    shape = cfg.video.shape(model.wan.in_channels)
     return Job(cfg, model, shape, teacher, critic, text_tokens, tuple(assumed))
 
 
@@ -132,11 +132,7 @@ def _wan(path: str, role: str, default: str, assumed: list[str]) -> WanConfig:
 def _clips(data: str, model: ModelConfig, assumed: list[str]) -> VideoShape:
     if data and Path(data).exists():
         return LatentClips(data).shape
-    shape = _pixels(PixelShape(), model)
+    shape = VideoConfig().shape(model.wan.in_channels)
     text = f"{shape.pixel_frames} frames of {shape.pixel_height}x{shape.pixel_width}"
     assumed.append(f"clips: {text} ({data + ' is not here' if data else 'no data='})")
     return shape
-
-
-def _pixels(video: PixelShape, model: ModelConfig) -> VideoShape:
-    return VideoShape.from_pixels(video.frames, video.height, video.width, channels=model.wan.in_channels)

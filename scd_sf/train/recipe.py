@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,18 +26,18 @@ from torch import Tensor
 from scd_sf.checkpoint import STATE, SaveFailed, problem_of
 from scd_sf.config import load_config
 from scd_sf.data.latents import epoch_order
-from scd_sf.data.prompts import PromptTable
-from scd_sf.train.base import Diverged, Engine, accumulation
+from scd_sf.train.base import Diverged, Engine
 from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run, rank_zero_print
 from scd_sf.train.saving import Saving
 from scd_sf.train.shards import gathered, read_shards
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import Logs, UserError, VideoShape
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_BEGUN = "begun/"
 RESUMABLE = (
     *(
         f"train.{name}"
@@ -124,41 +124,17 @@ def micro_batches(cfg: TrainConfig, seed: int, ranks: Ranks, step: int, size: in
     return [(n, order[n * cfg.micro_batch : (n + 1) * cfg.micro_batch]) for n in numbers]
 
 
-def check_batches(cfg: TrainConfig, ranks: Ranks, size: int, root: Path) -> None:
-    """UserError before anything is written if ``size`` samples and these processes do not give whole batches."""
-    accumulation(cfg.global_batch, cfg.micro_batch, ranks.world)
-    if size < cfg.global_batch:
-        raise UserError(f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}: lower it")
-
-
-def check_shape(shape: VideoShape, where: Path | str, channels: int, patch: tuple[int, int], chunk: int) -> None:
-    """UserError before any training if clips of this latent shape do not fit the model."""
-    if shape.channels != channels:
-        raise UserError(
-            f"{where}: latents have {shape.channels} channels, the model takes {channels}: encode the clips "
-            "with the model's own VAE"
-        )
-    if shape.height % patch[0] or shape.width % patch[1]:
-        raise UserError(
-            f"{where}: latents of {shape.height}x{shape.width} do not split into patches of {patch[0]}x{patch[1]}: "
-            f"height and width in pixels must be multiples of {shape.spatial * patch[0]} and {shape.spatial * patch[1]}"
-        )
-    if shape.frames % chunk:
-        raise UserError(f"{where}: clips have {shape.frames} latent frames, which chunk={chunk} does not divide")
-
-
-def check_text(table: PromptTable, width: int) -> None:
-    """UserError before any training if the prompts were encoded by another text encoder than the model's."""
-    if table.width != width:
-        raise UserError(
-            f"{table.path}: text states are {table.width} wide, the model takes {width}: encode the prompts with "
-            "the model's own text encoder"
-        )
-
-
 def pixel_shape(shape: VideoShape) -> dict[str, int]:
     """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its default."""
     return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
+
+
+class _Interrupted(Exception):
+    """Leave within a step, of which ``done`` has what later parts need."""
+
+    def __init__(self, done: Logs) -> None:
+        super().__init__("interrupted")
+        self.done = done
 
 
 class TrainState:
@@ -225,6 +201,8 @@ class TrainState:
         try:
             yield
             self._after(step)
+        except _Interrupted as stop:
+            self._leave_within(step, stop.done)
         except Diverged as error:
             self._roll_back(step, error)
         except RuntimeError as error:
@@ -294,14 +272,46 @@ class TrainState:
         stop = wish is Wish.STOP and not last
         if last or stop or wish is Wish.SAVE or step % self.train.save_every == 0:
             self.save(step, required=last or stop)
+        if stop:
+            self._interrupted(f"stopped after step {step}, saved")
         if wish is not Wish.NONE:
             self.control.granted()
-        if stop:
-            self.control.say("interrupted", self.control.reason)
-            rank_zero_print(self.ranks, f"stopped after step {step}, saved; run the same command again to go on")
-            self.run.finish()
-            self.ranks.barrier()
-            leave(EXIT_AGAIN)
+
+    def may_stop(self, done: Logs | None = None) -> None:
+        """Between two micro-batches, by all ranks: leave here when asked to stop.
+
+        What the step did before is lost, except for finished parts: ``done`` are numbers that say which they are, and
+        :meth:`begun` gives them back to the resumed run. Nothing of the averaged model may have changed in this step.
+        """
+        if self.control.wish() is Wish.STOP:
+            raise _Interrupted(done or {})
+
+    def begun(self) -> Logs:
+        """What the run left within the coming step, as :meth:`may_stop` was told; once, and empty as a rule."""
+        found = {name: value for name, value in self.record.items() if name.startswith(_BEGUN)}
+        for name in found:
+            del self.record[name]
+        return {name.removeprefix(_BEGUN): value for name, value in found.items()}
+
+    def _leave_within(self, step: int, done: Logs) -> None:
+        """Save the state before ``step``, and its finished parts, unless that checkpoint is there: then they are
+        repeated."""
+        self.settle()
+        for engine in self.engines.values():
+            engine.abandon()
+        there = self.ranks.any(step - 1 in self.checkpoints.steps())
+        if step > 1 and not there:
+            self.record |= {f"{_BEGUN}{name}": value for name, value in done.items()}
+            self.save(step - 1, required=True)
+        self._interrupted(f"stopped within step {step}, {'saved' if step > 1 else 'nothing to save yet'}")
+
+    def _interrupted(self, what: str) -> NoReturn:
+        self.control.granted()
+        self.control.say("interrupted", self.control.reason)
+        rank_zero_print(self.ranks, f"{what}; run the same command again to go on")
+        self.run.finish()
+        self.ranks.barrier()
+        leave(EXIT_AGAIN)
 
     def _roll_back(self, step: int, error: Diverged) -> None:
         """Back to the last checkpoint, leaving out the data of the steps since then; all ranks together."""

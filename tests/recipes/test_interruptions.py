@@ -27,20 +27,43 @@ def status(run: Path) -> dict[str, object]:
     return dict(json.loads((run / "status.json").read_text()))
 
 
-@pytest.mark.parametrize(("stage", "call", "saved"), [("stage2", 5, 3), ("stage3", 7, 2)])
+WITHIN = [
+    ("stage2", 5, 2, "within step 3"),  # its first micro-batch; step 2 is saved already
+    ("stage2", 6, 3, "after step 3"),
+    ("stage2", 7, 3, "within step 4"),
+    ("stage3", 7, 1, "within step 2"),  # the first of six: two critic updates of two, and the student's
+    ("stage3", 9, 1, "within step 2"),  # one critic update is done and kept
+    ("stage3", 11, 1, "within step 2"),  # both are
+    ("stage3", 15, 2, "within step 3"),  # one is, but step 2 is saved already: it is made again
+]
+
+
+@pytest.mark.parametrize(("stage", "call", "saved", "where"), WITHIN)
 def test_a_signal_saves_and_asks_to_be_run_again(
-    chain: Chain, tmp_path: Path, stage: str, call: int, saved: int
+    chain: Chain, tmp_path: Path, stage: str, call: int, saved: int, where: str
 ) -> None:
-    """In the middle of a step: it is finished and saved, and the same command gives the run that was never stopped."""
+    """In the middle of a step: the micro-batch is finished, and the same command gives the run that never stopped."""
     run = tmp_path / "run"
     arguments = chain.stage2(run) if stage == "stage2" else chain.stage3(run)
     stopped = recipe_runner.run(SCRIPTS[stage], *arguments, at=At(BACKWARD, call, signal.SIGTERM))
     assert stopped.code == EXIT_AGAIN, stopped.err
-    assert steps(run)[-1] == saved and f"stopped after step {saved}" in stopped.out
+    assert steps(run)[-1] == saved and f"stopped {where}" in stopped.out
     assert (status(run)["state"], status(run)["reason"]) == ("interrupted", "SIGTERM")
     recipe_runner.succeed(SCRIPTS[stage], *arguments)
-    assert tiny_run.metrics(run) == tiny_run.metrics(chain.root / stage)
+    same_as_uninterrupted(chain, stage, run)
     assert status(run)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_deepspeed_stops_within_a_step(chain: Chain, tmp_path: Path) -> None:
+    """What DeepSpeed had added up is dropped: the resumed run repeats the step, and is the one that never stopped."""
+    arguments = {name: [*chain.stage2(tmp_path / name), "engine.kind=deepspeed"] for name in ("whole", "stopped")}
+    recipe_runner.succeed(SCRIPTS["stage2"], *arguments["whole"])
+    at = At("scd_sf.train.engine:DeepSpeedEngine.backward", 7, signal.SIGTERM)
+    stopped = recipe_runner.run(SCRIPTS["stage2"], *arguments["stopped"], at=at)
+    assert stopped.code == EXIT_AGAIN and "stopped within step 4, saved" in stopped.out, stopped.err
+    recipe_runner.succeed(SCRIPTS["stage2"], *arguments["stopped"])
+    assert tiny_run.metrics(tmp_path / "stopped") == tiny_run.metrics(tmp_path / "whole")
 
 
 def test_a_full_disk_is_an_alarm_and_the_training_goes_on(chain: Chain, tmp_path: Path) -> None:
@@ -142,6 +165,6 @@ def test_two_ranks_stop_together(chain: Chain, tmp_path: Path) -> None:
     at = {1: At(BACKWARD, 3, signal.SIGUSR1)}
     both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2, at=at)
     assert [result.code for result in both] == [EXIT_AGAIN] * 2, both[0].err + both[1].err
-    assert steps(run)[-1] == 3
+    assert steps(run)[-1] == 3 and "stopped after step 3" in both[0].out  # of one micro-batch a rank
     assert all((run / "heartbeat" / f"rank_0000{rank}.json").is_file() for rank in range(2))
     assert os.listdir(run / "checkpoints").count("latest") == 1

@@ -24,7 +24,6 @@ SECRETS = {
 
 @pytest.mark.slow
 def test_wandb_is_one_offline_run_across_restarts_and_no_secret_is_written(chain: Chain, tmp_path: Path) -> None:
-    pytest.importorskip("wandb", reason="the extra 'wandb' is not installed")
     run = tmp_path / "run"
     given = [*chain.stage2(run), "run.wandb=offline", "run.peak_tflops=0.01"]
     environ = {**os.environ, **SECRETS, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}

@@ -1,0 +1,43 @@
+"""Whether data, models and processes fit each other: before anything is written or trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scd_sf.data.prompts import PromptTable
+from scd_sf.train.base import accumulation
+from scd_sf.train.ranks import Ranks
+from scd_sf.train.recipe import TrainConfig
+from scd_sf.types import UserError, VideoShape
+
+
+def check_batches(cfg: TrainConfig, ranks: Ranks, size: int, root: Path) -> None:
+    """UserError before anything is written if ``size`` samples and these processes do not give whole batches."""
+    accumulation(cfg.global_batch, cfg.micro_batch, ranks.world)
+    if size < cfg.global_batch:
+        raise UserError(f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}: lower it")
+
+
+def check_shape(shape: VideoShape, where: Path | str, channels: int, patch: tuple[int, int], chunk: int) -> None:
+    """UserError before any training if clips of this latent shape do not fit the model."""
+    if shape.channels != channels:
+        raise UserError(
+            f"{where}: latents have {shape.channels} channels, the model takes {channels}: encode the clips "
+            "with the model's own VAE"
+        )
+    if shape.height % patch[0] or shape.width % patch[1]:
+        raise UserError(
+            f"{where}: latents of {shape.height}x{shape.width} do not split into patches of {patch[0]}x{patch[1]}: "
+            f"height and width in pixels must be multiples of {shape.spatial * patch[0]} and {shape.spatial * patch[1]}"
+        )
+    if shape.frames % chunk:
+        raise UserError(f"{where}: clips have {shape.frames} latent frames, which chunk={chunk} does not divide")
+
+
+def check_text(table: PromptTable, width: int) -> None:
+    """UserError before any training if the prompts were encoded by another text encoder than the model's."""
+    if table.width != width:
+        raise UserError(
+            f"{table.path}: text states are {table.width} wide, the model takes {width}: encode the prompts with "
+            "the model's own text encoder"
+        )
