@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 FLOORS = {
     "types": 0, "config": 0,
-    "checkpoint": 1, "provenance": 1, "nn": 1, "diffusion": 1, "data": 1,
+    "checkpoint": 1, "provenance": 1, "nn": 1, "diffusion": 1, "data": 1, "prompt_filter": 1,
     "models": 2,
     "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
     "train": 4,
@@ -25,7 +25,7 @@ FLOORS = {
 }  # fmt: skip
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.
 SIDEWAYS = {
-    ("provenance", "checkpoint"),
+    ("provenance", "checkpoint"), ("prompt_filter", "data"),
     ("config", "types"), ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"), ("pipeline", "rollout"),
     ("cli", "gallery"), ("cli", "serve"), ("cli", "doctor"), ("sample_folder", "sampling"),
     ("cli", "sampling"), ("cli", "sample_folder"), ("cli", "bench"), ("cli", "monitor"),

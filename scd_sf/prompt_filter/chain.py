@@ -1,0 +1,252 @@
+"""The chain: parse, clean, NSFW, length, letters, language, exact duplicates, near-duplicates, sample.
+
+Every decision about a row depends on that row and on rows before it (in the order of ``inputs``, then of the file), so
+appending rows changes nothing that was decided; only a ``sample`` of fixed size may trade a row for a newer one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scd_sf.prompt_filter import clean
+from scd_sf.prompt_filter.language import HEAD, Heads, foreign
+from scd_sf.prompt_filter.near_dup import NearDupConfig, near_duplicates
+from scd_sf.prompt_filter.table import SCORES, explain, scan
+from scd_sf.prompt_filter.workers import Workers
+from scd_sf.types import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+CHUNK = 10_000  # texts a worker gets at a time
+NSFW_REPORTED = (0.05, 0.2, 0.5)
+VIDPROM_LICENCE = "CC BY-NC 4.0 (VidProM)"
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """``inputs``: .csv with VidProM's columns, .jsonl ({"prompt": .., "uuid", "time", scores optional}) or one prompt
+    per line. ``nsfw``: a row goes when one of its six Detoxify scores is at least this. ``letters``: smallest share of
+    letters; ``run``: longest run of one character. ``language_score``: another language is refused from this on.
+    ``sample``: how many to draw, 0 for all. ``licence``: of lists that are not VidProM's. ``workers``: processes, 0 for
+    one per core; they change nothing but the time.
+    """
+
+    inputs: tuple[str, ...]
+    out: str
+    nsfw: float = 0.05
+    min_words: int = 3
+    max_words: int = 120
+    letters: float = 0.6
+    run: int = 6
+    language: str = "en"
+    language_score: float = 0.5
+    near: NearDupConfig = field(default_factory=NearDupConfig)
+    sample: int = 0
+    seed: int = 0
+    licence: str = ""
+    examples: int = 5
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ValueError("inputs is empty; name at least one file")
+        for name in ("nsfw", "letters", "language_score"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not 0 <= self.min_words <= self.max_words or min(self.run, self.examples) < 1:
+            raise ValueError("min_words must be from 0 to max_words, run and examples at least 1")
+        if self.sample < 0 or self.workers < 0:
+            raise ValueError("sample and workers must not be negative")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did: rows before, rows after, its settings, more counts, some of the dropped rows."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+    settings: dict[str, object]
+    counts: dict[str, object]
+    examples: list[dict[str, object]]
+
+
+class Chain:
+    """Rows on their way through the steps: ``table`` holds those still there, ``steps`` what happened, ``seconds`` how
+    long each took. Columns beside the lists' own: ``text`` (cleaned), ``nsfw`` (largest score), ``fate``."""
+
+    def __init__(self, cfg: FilterConfig, workers: Workers) -> None:
+        self.cfg, self.workers = cfg, workers
+        self.steps: list[Step] = []
+        self.seconds: dict[str, float] = {}
+        with self._timed("parse and clean"):
+            self.table, self.changed = _read(cfg)
+        rows = len(self.table)
+        self.steps.append(Step("parse", rows, rows, {"inputs": [Path(p).name for p in cfg.inputs]}, {}, []))
+        self.steps.append(Step("clean", rows, rows, {}, {"changed": self.changed}, []))
+
+    def run(self) -> pl.DataFrame:
+        """All steps after reading; the rows that are left, in their order."""
+        self._measured()
+        with self._timed("language"):
+            self._language()
+        with self._timed("exact duplicates"):
+            self._exact()
+        with self._timed("near-duplicates"):
+            self._near()
+        with self._timed("sample"):
+            self._sample()
+        names = self.table["uuid"]
+        if names.n_unique() != len(names):
+            twice = names.filter(names.is_duplicated())[0]
+            raise UserError(f"inputs: uuid {twice} names two different prompts; give every prompt its own")
+        return self.table
+
+    def _measured(self) -> None:
+        """The steps whose outcome was computed with the cleaning: ``fate`` is the step that a row does not pass."""
+        import polars as pl
+
+        cfg, table = self.cfg, self.table
+        scored = int(table["nsfw"].is_not_null().sum())
+        counts: dict[str, object] = {f"at {t}": int((table["nsfw"] >= t).sum()) for t in NSFW_REPORTED}
+        settings: dict[str, object] = {"threshold": cfg.nsfw, "rows with scores": scored}
+        self._drop("nsfw", pl.col("fate") == 1, settings, counts if scored else {"not applied": "no scores"})
+        self._drop("length", pl.col("fate") == 2, {"words": [cfg.min_words, cfg.max_words]}, {})
+        self._drop("letters", pl.col("fate") == 3, {"share": cfg.letters, "longest run": cfg.run}, {})
+
+    def _language(self) -> None:
+        import polars as pl
+
+        cfg = self.cfg
+        heads = self.table["text"].str.slice(0, HEAD)
+        parts = (heads.slice(first, CHUNK).to_list() for first in range(0, len(heads), CHUNK))
+        tasks = (Heads(part, cfg.language, cfg.language_score) for part in parts)
+        gone: dict[int, tuple[str, float]] = {}
+        for number, found in enumerate(self.workers.map(foreign, tasks)):
+            gone |= {number * CHUNK + index: (name, score) for index, name, score in found}
+        names = Counter(name for name, _ in gone.values())
+        more: dict[int, dict[str, object]] = {row: {"language": n, "score": s} for row, (n, s) in gone.items()}
+        settings: dict[str, object] = {"language": cfg.language, "refused from score": cfg.language_score}
+        mask = pl.Series(_mask(list(gone), len(heads)))
+        self._drop("language", mask, settings, {"languages": dict(sorted(names.items(), key=_most))}, more)
+
+    def _exact(self) -> None:
+        import polars as pl
+
+        self.table = self.table.with_columns(clean.key(pl.col("text")).alias("key"))
+        self._drop("exact duplicates", ~pl.col("key").is_first_distinct(), {"key": "lower case, words only"}, {})
+
+    def _near(self) -> None:
+        import polars as pl
+
+        near = self.cfg.near
+        lengths = self.table["key"].str.len_bytes().cast(pl.Int64).to_numpy()
+        found = near_duplicates(self.table["key"].to_list(), lengths, near, self.workers)
+        shown = sorted(found)[: self.cfg.examples]
+        more: dict[int, dict[str, object]] = {row: {"repeats": self.table["text"][found[row]]} for row in shown}
+        settings: dict[str, object] = {name: getattr(near, name) for name in ("jaccard", "shingle", "permutations")}
+        mask = pl.Series(_mask(list(found), len(self.table)))
+        self._drop("near-duplicates", mask, settings | {"bands": near.bands}, {}, more)
+
+    def _sample(self) -> None:
+        """The ``sample`` rows with the smallest hash of (seed, uuid), in their old order."""
+        import polars as pl
+
+        cfg = self.cfg
+        if not cfg.sample:
+            return
+        order = sorted(range(len(self.table)), key=[rank(cfg.seed, name) for name in self.table["uuid"]].__getitem__)
+        gone = pl.Series(_mask(order[cfg.sample :], len(self.table)))
+        self._drop("sample", gone, {"size": cfg.sample, "seed": cfg.seed, "order": "blake2b(seed, uuid)"}, {})
+
+    def _drop(
+        self,
+        name: str,
+        gone: pl.Expr | pl.Series,
+        settings: dict[str, object],
+        counts: dict[str, object],
+        more: dict[int, dict[str, object]] | None = None,
+    ) -> None:
+        """One step: count, keep examples (``more`` adds to them, by row), drop."""
+        mask = self.table.select(gone.alias("gone"))["gone"]
+        numbers = mask.arg_true()[: self.cfg.examples].to_list() if name != "sample" else []
+        examples = []
+        for number in numbers:
+            row = self.table.row(number, named=True)
+            what = {"nsfw": round(row["nsfw"], 4)} if name == "nsfw" else {"text": row["text"]}  # NSFW is not shown
+            examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
+        before, self.table = len(self.table), self.table.filter(~mask) if mask.any() else self.table
+        self.steps.append(Step(name, before, len(self.table), settings, counts, examples))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 2)
+
+
+def rank(seed: int, name: str) -> bytes:
+    """Where a row stands in the sample's order: the same in every file, on every machine."""
+    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+
+
+def _read(cfg: FilterConfig) -> tuple[pl.DataFrame, int]:
+    """All rows with text, largest score and fate; ``prompt`` is null where cleaning changed nothing."""
+    import polars as pl
+
+    parts, changed = [], 0
+    for path in map(Path, cfg.inputs):
+        rows = _decided(scan(path), cfg)
+        try:
+            part = rows.collect()
+        except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+            raise explain(path, error) from error
+        if part["bad"].any():
+            raise explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))
+        changed += len(part) - part["prompt"].null_count()
+        parts.append(part.drop("bad"))
+    table = pl.concat(parts)
+    if not len(table):
+        raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
+    return table, changed
+
+
+def _decided(table: pl.LazyFrame, cfg: FilterConfig) -> pl.LazyFrame:
+    import polars as pl
+
+    given = [pl.col(name).is_not_null() for name in SCORES]
+    wrong = [pl.col(name).is_not_null() & ~pl.col(name).is_between(0, 1) for name in SCORES]
+    bad = pl.col("uuid").is_null() | pl.any_horizontal(wrong) | (pl.any_horizontal(given) & ~pl.all_horizontal(given))
+    table = table.with_columns(
+        bad.alias("bad"), pl.col("prompt").fill_null(""), pl.max_horizontal(SCORES).alias("nsfw")
+    )
+    table = table.with_columns(clean.cleaned(pl.col("prompt")).alias("text"))
+    text, count = pl.col("text"), clean.words(pl.col("text"))
+    fate = (
+        pl.when(pl.col("nsfw") >= cfg.nsfw).then(1)
+        .when(~count.is_between(cfg.min_words, cfg.max_words)).then(2)
+        .when((clean.letter_share(text) < cfg.letters) | clean.long_run(text, cfg.run)).then(3)
+        .otherwise(0)
+    )  # fmt: skip
+    kept = pl.when(text != pl.col("prompt")).then(pl.col("prompt")).alias("prompt")
+    return table.with_columns(fate.cast(pl.UInt8).alias("fate"), kept)
+
+
+def _mask(rows: list[int], length: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    mask = np.zeros(length, np.bool_)
+    mask[rows] = True
+    return mask
+
+
+def _most(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]

@@ -1,0 +1,176 @@
+"""Near-duplicates: MinHash signatures (rensa's R-MinHash) of byte n-grams, LSH bands, confirmed by the signatures.
+
+A key's *class* is the logarithm of its length to the base 1 / ``jaccard``; keys that are compared are of one class or
+of neighbouring ones. A *bucket* holds the keys of two neighbouring classes with one band of their signatures equal.
+A row goes when its estimated Jaccard similarity to the first row of a bucket, or to the one before it there, is at
+least ``jaccard``; what it repeats may itself be gone, the first of such a chain stays. So what happens to a row depends
+on earlier rows only, and not on the number of processes; the work is linear in the rows.
+
+Most rows share no band with any other. Windows of classes find those (in the workers, cheaply, and without ever
+holding all signatures); only the rest are put into buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scd_sf.prompt_filter.workers import Workers
+
+SEED = 42  # of the signatures
+BLOCK = 20_000  # rows whose signatures are Python numbers at a time; pairs that are compared at a time
+Hashes = NDArray[np.uint64]
+Signatures = NDArray[np.uint32]
+Rows = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class NearDupConfig:
+    """``shingle``: bytes of an n-gram. 16 bands of 8 find 95 % of the pairs at 0.8 and more above. ``window``: about
+    how many rows a worker looks at together (memory: 1.3 KB each)."""
+
+    jaccard: float = 0.8
+    shingle: int = 3
+    permutations: int = 128
+    bands: int = 16
+    window: int = 250_000
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.jaccard < 1 or not 1 <= self.shingle <= 8 or self.window < 1:
+            raise ValueError("jaccard must be from 0.1 to below 1, shingle from 1 to 8 bytes, window at least 1")
+        if self.bands < 1 or self.permutations < 1 or self.permutations % self.bands:
+            raise ValueError(f"bands is {self.bands}; it must divide permutations ({self.permutations})")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a worker gets."""
+
+    texts: Sequence[str]
+    cfg: NearDupConfig
+
+
+def near_duplicates(keys: Sequence[str], lengths: Rows, cfg: NearDupConfig, workers: Workers) -> dict[int, int]:
+    """Row -> the earliest row that it repeats. ``lengths``: bytes of each key in UTF-8, at least 1."""
+    suspects: Flags = np.zeros(len(keys), np.bool_)
+    classes = np.floor(np.log(lengths) / -np.log(cfg.jaccard)).astype(np.int64)
+    members = list(windows(classes, cfg.window))
+    tasks = (Keys([keys[row] for row in rows], cfg) for rows in members)
+    for rows, flags in zip(members, workers.map(suspicious, tasks), strict=True):
+        suspects[rows[flags]] = True
+    found = np.flatnonzero(suspects)
+    blocks = (found[first : first + BLOCK].tolist() for first in range(0, len(found), BLOCK))
+    parts = list(workers.map(signatures, (Keys([keys[row] for row in rows], cfg) for rows in blocks)))
+    if not parts:
+        return {}
+    signed: Signatures = np.concatenate(parts)
+    later, earlier = confirmed(signed, *candidates(signed, classes[found], cfg.bands), cfg.jaccard)
+    first = dict[int, int]()
+    for row, other in zip(found[later].tolist(), found[earlier].tolist(), strict=True):
+        first[row] = min(other, first.get(row, other))
+    return first
+
+
+def windows(classes: Rows, size: int) -> Iterator[Rows]:
+    """Rows by window: every two neighbouring classes are together in one. At least one class and its neighbour each."""
+    order = np.argsort(classes, kind="stable")
+    names, starts = np.unique(classes[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    begin = 0
+    while begin < len(names):
+        last = begin
+        while last + 1 < len(names) and ends[last + 1] - starts[begin] <= size:
+            last += 1
+        more = last + 1 < len(names) and names[last + 1] == names[last] + 1
+        yield order[starts[begin] : ends[last + 1 if more else last]]
+        begin = last + 1
+
+
+def suspicious(keys: Keys) -> Flags:
+    """Which keys share a band with another one of these."""
+    import rensa
+
+    matrix = _digests(keys)
+    index = rensa.RMinHashLSH(keys.cfg.jaccard, keys.cfg.permutations, keys.cfg.bands)
+    return np.array(index.query_duplicate_flags_matrix_one_shot(matrix), dtype=np.bool_)
+
+
+def signatures(keys: Keys) -> Signatures:
+    """The signatures (keys, permutations)."""
+    rows = _digests(keys).to_rows()
+    return np.array(rows, np.uint32).reshape(len(rows), keys.cfg.permutations)
+
+
+def _digests(keys: Keys):  # type: ignore[no-untyped-def]  # rensa has no types
+    import rensa
+
+    values, ends = shingles(keys.texts, keys.cfg.shingle)
+    return rensa.RMinHash.digest_matrix_from_flat_token_hashes(mixed(values), ends, keys.cfg.permutations, SEED)
+
+
+def shingles(texts: Sequence[str], size: int) -> tuple[Hashes, Hashes]:
+    """The byte n-grams of every text as numbers, one after another; and where each text's begin, and the last ones end.
+
+    A text shorter than ``size`` is one shingle, itself.
+    """
+    encoded = [text.encode().ljust(size, b"\0") for text in texts]
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    data = np.frombuffer(b"".join(encoded), np.uint8)
+    count = max(0, len(data) - size + 1)
+    values = np.zeros(count, np.uint64)
+    for place in range(size):
+        values <<= np.uint64(8)
+        values |= data[place : place + count]
+    starts = np.cumsum(lengths) - lengths
+    inside: Flags = np.ones(count, np.bool_)
+    for back in range(1, size):  # n-grams that reach into the next text
+        inside[starts[1:] - back] = False
+    ends = np.zeros(len(encoded) + 1, np.uint64)
+    ends[1:] = np.cumsum(lengths - size + 1)
+    return values[inside], ends
+
+
+def mixed(values: Hashes) -> Hashes:
+    """Well-spread 64-bit hashes of numbers (the finalizer of SplitMix64), in place."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values ^= values >> np.uint64(shift)
+        values *= np.uint64(factor)
+    values ^= values >> np.uint64(31)
+    return values
+
+
+def candidates(signed: Signatures, classes: Rows, bands: int) -> tuple[Rows, Rows]:
+    """Pairs (later row, earlier row) that share a bucket: with its first row and with the one before."""
+    width = signed.shape[1] // bands
+    found = [np.zeros(0, np.int64)]
+    for band in range(bands):
+        key = np.zeros(len(signed), np.uint64)
+        for column in range(band * width, (band + 1) * width):
+            key = mixed(key ^ signed[:, column])
+        for side in (0, 1):  # together with the next shorter class, with the next longer one
+            found.append(np.unique(_pairs(mixed(key ^ mixed((classes + side).astype(np.uint64))))))
+    pairs = np.unique(np.concatenate(found))
+    return pairs // len(signed), pairs % len(signed)
+
+
+def _pairs(key: Hashes) -> Rows:
+    """later * rows + earlier, for every row of a bucket but the first."""
+    order = np.argsort(key, kind="stable")
+    opens = np.ones(len(key), np.bool_)
+    opens[1:] = key[order][1:] != key[order][:-1]
+    first = order[np.maximum.accumulate(np.where(opens, np.arange(len(key)), 0))]
+    later = np.flatnonzero(~opens)
+    return np.concatenate([order[later] * len(key) + other for other in (first[later], order[later - 1])])
+
+
+def confirmed(signed: Signatures, later: Rows, earlier: Rows, jaccard: float) -> tuple[Rows, Rows]:
+    """The pairs whose share of equal signature places, the estimate of their Jaccard similarity, is at least that."""
+    good: Flags = np.zeros(len(later), np.bool_)
+    for first in range(0, len(later), BLOCK):
+        part = slice(first, first + BLOCK)
+        good[part] = (signed[later[part]] == signed[earlier[part]]).mean(axis=1) >= jaccard
+    return later[good], earlier[good]
