@@ -20,7 +20,7 @@ FLOORS = {
     "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
     "train": 4,
     "gallery": 5, "serve": 5, "doctor": 5, "steps": 5, "sampling": 5, "sample_folder": 5, "bench": 5,
-    "monitor": 5,
+    "monitor": 5, "prompt_extend": 5,
     "cli": 5,
 }  # fmt: skip
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.

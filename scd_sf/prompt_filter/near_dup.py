@@ -145,26 +145,28 @@ def mixed(values: Hashes) -> Hashes:
 
 def candidates(signed: Signatures, classes: Rows, bands: int) -> tuple[Rows, Rows]:
     """Pairs (later row, earlier row) that share a bucket: with its first row and with the one before."""
-    width = signed.shape[1] // bands
-    found = [np.zeros(0, np.int64)]
+    rows, width = len(signed), signed.shape[1] // bands
+    sides = mixed(
+        (np.repeat(classes, 2) + np.tile([0, 1], rows)).astype(np.uint64)
+    )  # with the shorter, the longer class
+    found: list[Rows] = [np.zeros(0, np.int64)]
     for band in range(bands):
-        key = np.zeros(len(signed), np.uint64)
+        key = np.zeros(rows, np.uint64)
         for column in range(band * width, (band + 1) * width):
             key = mixed(key ^ signed[:, column])
-        for side in (0, 1):  # together with the next shorter class, with the next longer one
-            found.append(np.unique(_pairs(mixed(key ^ mixed((classes + side).astype(np.uint64))))))
+        found.append(np.unique(_pairs(mixed(np.repeat(key, 2) ^ sides), rows)))
     pairs = np.unique(np.concatenate(found))
-    return pairs // len(signed), pairs % len(signed)
+    return pairs // rows, pairs % rows
 
 
-def _pairs(key: Hashes) -> Rows:
-    """later * rows + earlier, for every row of a bucket but the first."""
-    order = np.argsort(key, kind="stable")
-    opens = np.ones(len(key), np.bool_)
-    opens[1:] = key[order][1:] != key[order][:-1]
-    first = order[np.maximum.accumulate(np.where(opens, np.arange(len(key)), 0))]
+def _pairs(bucket: Hashes, rows: int) -> Rows:
+    """later * rows + earlier, for every row of a bucket but its first; ``bucket`` names two per row."""
+    order = np.argsort(bucket, kind="stable")
+    opens = np.ones(len(bucket), np.bool_)
+    opens[1:] = bucket[order][1:] != bucket[order][:-1]
+    first = order[np.maximum.accumulate(np.where(opens, np.arange(len(bucket)), 0))]
     later = np.flatnonzero(~opens)
-    return np.concatenate([order[later] * len(key) + other for other in (first[later], order[later - 1])])
+    return np.concatenate([order[later] // 2 * rows + other // 2 for other in (first[later], order[later - 1])])
 
 
 def confirmed(signed: Signatures, later: Rows, earlier: Rows, jaccard: float) -> tuple[Rows, Rows]:

@@ -12,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from scd_sf.types import UserError
 
@@ -43,12 +43,8 @@ def explain(path: Path, error: Exception) -> UserError:
     """What is wrong with a file that polars could not read or in which it found an impossible value: the first bad row,
     found with Python's csv reader. Rows count from 1 after the header, lines as an editor counts them."""
     if path.suffix == ".csv":
-        try:
-            for row, line, problem in _bad_csv_rows(path):
-                return UserError(f"{path}: row {row} (line {line}): {problem}; correct or remove it")
-        except UnicodeDecodeError as wrong:
-            line = path.read_bytes()[: wrong.start].count(b"\n") + 1
-            return UserError(f"{path}: line {line}: not UTF-8 ({wrong.reason}); convert the file")
+        for row, line, problem in _bad_csv_rows(path):
+            return UserError(f"{path}: row {row} (line {line}): {problem}; correct or remove it")
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"{path}: cannot be read ({first}); check the file")
 
@@ -75,10 +71,10 @@ def _scan_csv(path: Path) -> pl.LazyFrame:
 
 
 def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _opened(path) as file:
         try:
             names = next(csv.reader(file), [])
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise UserError(f"{path}: line 1: the header cannot be read ({error}); is it a csv file?") from error
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: line 1: column '{twice[0]}' is there twice; rename one")
@@ -88,7 +84,7 @@ def _header(path: Path) -> list[str]:
 def _bad_csv_rows(path: Path) -> Iterator[tuple[int, int, str]]:
     """(row, its first line, what is wrong) of the rows that cannot be right."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _opened(path) as file:
         seen: list[str] = []
         reader = csv.reader(_kept(file, seen), strict=True)
         names = next(reader)
@@ -107,6 +103,11 @@ def _bad_csv_rows(path: Path) -> Iterator[tuple[int, int, str]]:
                 yield number, line, problem
 
 
+def _opened(path: Path) -> TextIO:
+    """Bytes that are not UTF-8 come out as lone surrogates, so that they do not end the search for their row."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
 def _kept(lines: Iterator[str], seen: list[str]) -> Iterator[str]:
     for line in lines:
         seen.append(line)
@@ -123,6 +124,8 @@ def _problem(names: list[str], fields: list[str], raw: str) -> str:
     if not row["uuid"]:
         return "'uuid' is empty"
     for name, value in row.items():
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            return f"'{name}' is not UTF-8; convert the file"
         quoted = value.replace('"', '""')
         if '"' in value and f'"{quoted}"' not in raw:
             return f"'{name}' has a quote but does not begin with one ({value[:SEEN_IN_A_MESSAGE]!r})"
