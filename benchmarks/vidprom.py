@@ -8,6 +8,7 @@ are random English words, and what is assumed of them is written down in ``SHARE
 words (median 19), a third with Pika flags, some in other languages, some that equal or nearly equal an earlier one,
 Detoxify scores mostly below 0.01. So the seconds say something about VidProM, the numbers of kept rows nothing.
 
+CPU seconds tell what it would take with the cores to itself (on shared ones the wall clock tells about the others).
 Memory is the sum over the processes of their proportional set sizes (shared pages are counted once), read every 0.2 s;
 the sum of resident sizes, which counts shared pages once per process, is printed beside it.
 """
@@ -162,6 +163,15 @@ def family(root: int) -> list[int]:
     return found
 
 
+def cpu_seconds(process: int, seen: dict[int, float]) -> None:
+    """Note what this process has used so far."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended
+        return
+    seen[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def memory_gib(processes: list[int]) -> tuple[float, float]:
     """(proportional, resident) size of all together."""
     kib = {"Pss": 0, "Rss": 0}
@@ -177,17 +187,21 @@ def memory_gib(processes: list[int]) -> tuple[float, float]:
     return kib["Pss"] / 2**20, kib["Rss"] / 2**20
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Wall seconds, peak proportional and peak resident GiB of a command and its children. Fails if it fails."""
-    began, peak, resident = time.monotonic(), 0.0, 0.0
+def measure(command: list[str]) -> dict[str, float]:
+    """Wall and CPU seconds, peak proportional and peak resident GiB of a command and its children. Fails if it fails."""
+    began, peak, resident, used = time.monotonic(), 0.0, 0.0, dict[int, float]()
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None:
-        now = memory_gib(family(process.pid))
+        processes = family(process.pid)
+        now = memory_gib(processes)
         peak, resident = max(peak, now[0]), max(resident, now[1])
+        for number in processes:
+            cpu_seconds(number, used)
         time.sleep(0.2)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return time.monotonic() - began, peak, resident
+    wall = time.monotonic() - began
+    return {"wall": wall, "cpu": sum(used.values()), "proportional": peak, "resident": resident}
 
 
 def main() -> None:
@@ -204,17 +218,19 @@ def main() -> None:
     shutil.rmtree(result, ignore_errors=True)
     load = os.getloadavg()[0]
     script = str(ROOT / "data_prep" / "filter_vidprom.py")
-    seconds, peak, resident = measure([sys.executable, script, f"inputs=[{rows.resolve()}]", f"out={result.resolve()}"])
+    cost = measure([sys.executable, script, f"inputs=[{rows.resolve()}]", f"out={result.resolve()}"])
     report = read_json(result / "report.json", "run again")
     found = {
-        "vidprom_seconds": round(seconds, 1),
-        "vidprom_peak_gib": round(peak, 2),
+        "vidprom_seconds": round(cost["wall"], 1),
+        "vidprom_peak_gib": round(cost["proportional"], 2),
         "vidprom": {
             "rows": args.rows,
             "kept": report["kept"],
-            "resident_gib": round(resident, 2),
+            "cpu_seconds": round(cost["cpu"], 1),
+            "resident_gib": round(cost["resident"], 2),
             "seconds": report["seconds"],
             "load_before": round(load, 2),
+            "load_after": round(os.getloadavg()[0], 2),
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         },
     }

@@ -150,8 +150,9 @@ class Chain:
         import polars as pl
 
         near = self.cfg.near
-        lengths = self.table["key"].str.len_bytes().cast(pl.Int64).to_numpy()
-        found = near_duplicates(self.table["key"].to_list(), lengths, near, self.workers)
+        keys = self.table["key"]
+        lengths = keys.str.len_bytes().cast(pl.Int64).to_numpy()
+        found = near_duplicates(lambda rows: keys.gather(rows).to_list(), lengths, near, self.workers)
         shown = sorted(found)[: self.cfg.examples]
         more: dict[int, dict[str, object]] = {row: {"repeats": self.table["text"][found[row]]} for row in shown}
         settings: dict[str, object] = {name: getattr(near, name) for name in ("jaccard", "shingle", "permutations")}
@@ -187,6 +188,7 @@ class Chain:
             examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
         before, self.table = len(self.table), self.table.filter(~mask) if mask.any() else self.table
         self.steps.append(Step(name, before, len(self.table), settings, counts, examples))
+        print(f"{name}: {before} -> {len(self.table)}", flush=True)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -214,7 +216,10 @@ def _read(cfg: FilterConfig) -> tuple[pl.DataFrame, int]:
         if part["bad"].any():
             raise explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))
         changed += len(part) - part["prompt"].null_count()
-        parts.append(part.drop("bad"))
+        copied = pl.concat_str(
+            "prompt", pl.lit("")
+        )  # a text of its own: else every prompt that was read stays in memory
+        parts.append(part.drop("bad").with_columns(copied.alias("prompt")))
     table = pl.concat(parts)
     if not len(table):
         raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")

@@ -12,7 +12,7 @@ holding all signatures); only the rest are put into buckets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ class NearDupConfig:
     shingle: int = 3
     permutations: int = 128
     bands: int = 16
-    window: int = 250_000
+    window: int = 150_000
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.jaccard < 1 or not 1 <= self.shingle <= 8 or self.window < 1:
@@ -54,17 +54,20 @@ class Keys:
     cfg: NearDupConfig
 
 
-def near_duplicates(keys: Sequence[str], lengths: Rows, cfg: NearDupConfig, workers: Workers) -> dict[int, int]:
-    """Row -> the earliest row that it repeats. ``lengths``: bytes of each key in UTF-8, at least 1."""
-    suspects: Flags = np.zeros(len(keys), np.bool_)
+def near_duplicates(
+    keys: Callable[[Rows], list[str]], lengths: Rows, cfg: NearDupConfig, workers: Workers
+) -> dict[int, int]:
+    """Row -> the earliest row that it repeats. ``keys`` gives the keys of some rows (as Python texts all would take
+    much memory); ``lengths``: bytes of each key in UTF-8, at least 1."""
+    suspects: Flags = np.zeros(len(lengths), np.bool_)
     classes = np.floor(np.log(lengths) / -np.log(cfg.jaccard)).astype(np.int64)
     members = list(windows(classes, cfg.window))
-    tasks = (Keys([keys[row] for row in rows], cfg) for rows in members)
+    tasks = (Keys(keys(rows), cfg) for rows in members)
     for rows, flags in zip(members, workers.map(suspicious, tasks), strict=True):
         suspects[rows[flags]] = True
     found = np.flatnonzero(suspects)
-    blocks = (found[first : first + BLOCK].tolist() for first in range(0, len(found), BLOCK))
-    parts = list(workers.map(signatures, (Keys([keys[row] for row in rows], cfg) for rows in blocks)))
+    blocks = (found[first : first + BLOCK] for first in range(0, len(found), BLOCK))
+    parts = list(workers.map(signatures, (Keys(keys(rows), cfg) for rows in blocks)))
     if not parts:
         return {}
     signed: Signatures = np.concatenate(parts)
@@ -117,21 +120,27 @@ def shingles(texts: Sequence[str], size: int) -> tuple[Hashes, Hashes]:
 
     A text shorter than ``size`` is one shingle, itself.
     """
-    encoded = [text.encode().ljust(size, b"\0") for text in texts]
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    data = np.frombuffer(b"".join(encoded), np.uint8)
-    count = max(0, len(data) - size + 1)
-    values = np.zeros(count, np.uint64)
+    lengths = np.fromiter((max(size, len(text.encode())) for text in texts), np.int64, len(texts))
+    ends: Hashes = np.zeros(len(texts) + 1, np.uint64)
+    ends[1:] = np.cumsum(lengths - size + 1)
+    values: Hashes = np.empty(int(ends[-1]), np.uint64)
+    for first in range(0, len(texts), BLOCK):
+        part = texts[first : first + BLOCK]
+        values[int(ends[first]) : int(ends[first + len(part)])] = _shingles(part, lengths[first : first + BLOCK], size)
+    return values, ends
+
+
+def _shingles(texts: Sequence[str], lengths: Rows, size: int) -> Hashes:
+    data = np.frombuffer(b"".join(text.encode().ljust(size, b"\0") for text in texts), np.uint8)
+    count = len(data) - size + 1
+    values: Hashes = np.zeros(count, np.uint64)
     for place in range(size):
         values <<= np.uint64(8)
         values |= data[place : place + count]
-    starts = np.cumsum(lengths) - lengths
     inside: Flags = np.ones(count, np.bool_)
     for back in range(1, size):  # n-grams that reach into the next text
-        inside[starts[1:] - back] = False
-    ends = np.zeros(len(encoded) + 1, np.uint64)
-    ends[1:] = np.cumsum(lengths - size + 1)
-    return values[inside], ends
+        inside[np.cumsum(lengths)[:-1] - back] = False
+    return values[inside]
 
 
 def mixed(values: Hashes) -> Hashes:

@@ -29,10 +29,10 @@ class Here:
 
 
 class Pool:
-    """Some processes. At most two items each are on their way, so that a long list is not copied at once."""
+    """Some processes. One item more than they are is on its way, so that a long list is not copied at once."""
 
     def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
-        self.pool, self.ahead = pool, 2 * count
+        self.pool, self.ahead = pool, count
 
     def map(self, function: Callable[[A], B], items: Iterable[A], /) -> Iterable[B]:
         waiting: deque[Future[B]] = deque()

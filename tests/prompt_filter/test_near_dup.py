@@ -44,7 +44,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 def found(keys: list[str], cfg: NearDupConfig | None = None) -> dict[int, int]:
     lengths = np.array([len(key.encode()) for key in keys])
-    return near_duplicates(keys, lengths, cfg or NearDupConfig(), Here())
+    return near_duplicates(lambda rows: [keys[row] for row in rows], lengths, cfg or NearDupConfig(), Here())
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 8])
@@ -76,7 +76,8 @@ def test_earlier_rows_do_not_depend_on_later_ones_windows_or_processes() -> None
     assert found(keys, NearDupConfig(window=1)) == found(keys, NearDupConfig(window=150)) == whole
     lengths = np.array([len(key) for key in keys])
     with open_workers(2) as workers:
-        assert near_duplicates(keys, lengths, NearDupConfig(window=150), workers) == whole
+        cfg = NearDupConfig(window=150)
+        assert near_duplicates(lambda rows: [keys[row] for row in rows], lengths, cfg, workers) == whole
 
 
 def test_windows_hold_neighbouring_classes_together() -> None:
