@@ -188,7 +188,7 @@ def memory_gib(processes: list[int]) -> tuple[float, float]:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds, peak proportional and peak resident GiB of a command and its children. Fails if it fails."""
+    """Wall and CPU seconds, peak proportional and resident GiB of a command and its children. Fails if it fails."""
     began, peak, resident, used = time.monotonic(), 0.0, 0.0, dict[int, float]()
     process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None:

@@ -216,9 +216,7 @@ def _read(cfg: FilterConfig) -> tuple[pl.DataFrame, int]:
         if part["bad"].any():
             raise explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))
         changed += len(part) - part["prompt"].null_count()
-        copied = pl.concat_str(
-            "prompt", pl.lit("")
-        )  # a text of its own: else every prompt that was read stays in memory
+        copied = pl.concat_str("prompt", pl.lit(""))  # texts of their own: else all that were read stay in memory
         parts.append(part.drop("bad").with_columns(copied.alias("prompt")))
     table = pl.concat(parts)
     if not len(table):

@@ -144,11 +144,11 @@ def _shingles(texts: Sequence[str], lengths: Rows, size: int) -> Hashes:
 
 
 def mixed(values: Hashes) -> Hashes:
-    """Well-spread 64-bit hashes of numbers (the finalizer of SplitMix64), in place."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values ^= values >> np.uint64(shift)
+    """Well-spread 64-bit hashes of numbers (the finalizer of MurmurHash3), in place."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        values ^= values >> np.uint64(33)
         values *= np.uint64(factor)
-    values ^= values >> np.uint64(31)
+    values ^= values >> np.uint64(33)
     return values
 
 

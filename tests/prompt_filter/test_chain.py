@@ -36,7 +36,7 @@ ROWS = [  # prompt, largest score, the step that drops it
     ("una mujer caminando por la calle bajo la lluvia", 0.0, "language"),
     ('A CAT "sleeping"\non the   warm roof!', 0.0, "exact duplicates"),
     (LONG.replace("white", "bright"), 0.0, "near-duplicates"),
-    ("a horse gallops through shallow water at dawn", 0.0, ""),
+    ("a horse gallops\u2028through shallow water\u0085at dawn", 0.0, ""),
     ("", 0.0, "length"),
     ("very violent scene in the old street", 0.6, "nsfw"),
 ]
@@ -79,7 +79,7 @@ def test_every_step_drops_what_it_should(tmp_path: Path) -> None:
         assert step["rows_in"] - step["rows_out"] == len(wanted)
     assert steps["nsfw"]["counts"] == {"at 0.05": 2, "at 0.2": 1, "at 0.5": 1}
     assert steps["nsfw"]["settings"]["threshold"] == 0.05 and "violent" not in json.dumps(report)
-    assert steps["clean"]["counts"] == {"changed": 3} and steps["language"]["counts"] == {"languages": {"es": 1}}
+    assert steps["clean"]["counts"] == {"changed": 4} and steps["language"]["counts"] == {"languages": {"es": 1}}
     assert steps["near-duplicates"]["examples"][0]["repeats"] == LONG
     assert report["licence"].startswith("CC BY-NC 4.0") and report["kept"] == 3
     rows = read_jsonl(tmp_path / "out" / "prompts.jsonl", "")
