@@ -152,7 +152,8 @@ class Chain:
         near = self.cfg.near
         keys = self.table["key"]
         lengths = keys.str.len_bytes().cast(pl.Int64).to_numpy()
-        found = near_duplicates(lambda rows: keys.gather(rows).to_list(), lengths, near, self.workers)
+        keys = keys.str.pad_end(near.shingle, "\0")
+        found = near_duplicates(lambda rows: keys.gather(rows).str.join("\n")[0], lengths, near, self.workers)
         shown = sorted(found)[: self.cfg.examples]
         more: dict[int, dict[str, object]] = {row: {"repeats": self.table["text"][found[row]]} for row in shown}
         settings: dict[str, object] = {name: getattr(near, name) for name in ("jaccard", "shingle", "permutations")}

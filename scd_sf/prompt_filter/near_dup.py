@@ -12,7 +12,7 @@ holding all signatures); only the rest are put into buckets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scd_sf.prompt_filter.workers import Workers
 
 SEED = 42  # of the signatures
+LINE_FEED = 10
 BLOCK = 20_000  # rows whose signatures are Python numbers at a time; pairs that are compared at a time
 Hashes = NDArray[np.uint64]
 Signatures = NDArray[np.uint32]
@@ -31,7 +32,7 @@ Flags = NDArray[np.bool_]
 @dataclass(frozen=True)
 class NearDupConfig:
     """``shingle``: bytes of an n-gram. 16 bands of 8 find 95 % of the pairs at 0.8 and more above. ``window``: about
-    how many rows a worker looks at together (memory: 1.3 KB each)."""
+    how many rows a worker looks at together, besides those of one class more (memory: 1.5 KB a row)."""
 
     jaccard: float = 0.8
     shingle: int = 3
@@ -48,17 +49,16 @@ class NearDupConfig:
 
 @dataclass(frozen=True)
 class Keys:
-    """What a worker gets."""
+    """What a worker gets: keys joined by line feeds (a list of texts would be three times as large), each of at least
+    ``cfg.shingle`` bytes and without a line feed of its own."""
 
-    texts: Sequence[str]
+    text: str
     cfg: NearDupConfig
 
 
-def near_duplicates(
-    keys: Callable[[Rows], list[str]], lengths: Rows, cfg: NearDupConfig, workers: Workers
-) -> dict[int, int]:
-    """Row -> the earliest row that it repeats. ``keys`` gives the keys of some rows (as Python texts all would take
-    much memory); ``lengths``: bytes of each key in UTF-8, at least 1."""
+def near_duplicates(keys: Callable[[Rows], str], lengths: Rows, cfg: NearDupConfig, workers: Workers) -> dict[int, int]:
+    """Row -> the earliest row that it repeats. ``keys`` gives the keys of some rows, as in :class:`Keys`; ``lengths``:
+    bytes of each key in UTF-8, at least 1."""
     suspects: Flags = np.zeros(len(lengths), np.bool_)
     classes = np.floor(np.log(lengths) / -np.log(cfg.jaccard)).astype(np.int64)
     members = list(windows(classes, cfg.window))
@@ -111,35 +111,36 @@ def signatures(keys: Keys) -> Signatures:
 def _digests(keys: Keys):  # type: ignore[no-untyped-def]  # rensa has no types
     import rensa
 
-    values, ends = shingles(keys.texts, keys.cfg.shingle)
+    values, ends = shingles(keys.text, keys.cfg.shingle)
     return rensa.RMinHash.digest_matrix_from_flat_token_hashes(mixed(values), ends, keys.cfg.permutations, SEED)
 
 
-def shingles(texts: Sequence[str], size: int) -> tuple[Hashes, Hashes]:
-    """The byte n-grams of every text as numbers, one after another; and where each text's begin, and the last ones end.
+def shingles(text: str, size: int) -> tuple[Hashes, Hashes]:
+    """The byte n-grams of every line as numbers, one after another; and where each line's begin, and the last ones end.
 
-    A text shorter than ``size`` is one shingle, itself.
+    Every line has at least ``size`` bytes.
     """
-    lengths = np.fromiter((max(size, len(text.encode())) for text in texts), np.int64, len(texts))
-    ends: Hashes = np.zeros(len(texts) + 1, np.uint64)
-    ends[1:] = np.cumsum(lengths - size + 1)
+    data = np.frombuffer(text.encode(), np.uint8)
+    stops = np.append(np.flatnonzero(data == LINE_FEED), len(data))  # of the lines
+    starts = np.append(0, stops[:-1] + 1)
+    ends: Hashes = np.zeros(len(stops) + 1, np.uint64)
+    ends[1:] = np.cumsum(stops - starts - size + 1)
     values: Hashes = np.empty(int(ends[-1]), np.uint64)
-    for first in range(0, len(texts), BLOCK):
-        part = texts[first : first + BLOCK]
-        values[int(ends[first]) : int(ends[first + len(part)])] = _shingles(part, lengths[first : first + BLOCK], size)
+    for first in range(0, len(stops), BLOCK):
+        last = min(first + BLOCK, len(stops))
+        part = _shingles(data[starts[first] : stops[last - 1]], size)
+        values[int(ends[first]) : int(ends[last])] = part
     return values, ends
 
 
-def _shingles(texts: Sequence[str], lengths: Rows, size: int) -> Hashes:
-    data = np.frombuffer(b"".join(text.encode().ljust(size, b"\0") for text in texts), np.uint8)
+def _shingles(data: NDArray[np.uint8], size: int) -> Hashes:
     count = len(data) - size + 1
     values: Hashes = np.zeros(count, np.uint64)
+    inside: Flags = np.ones(count, np.bool_)  # no n-gram that reaches into the next line
     for place in range(size):
         values <<= np.uint64(8)
         values |= data[place : place + count]
-    inside: Flags = np.ones(count, np.bool_)
-    for back in range(1, size):  # n-grams that reach into the next text
-        inside[np.cumsum(lengths)[:-1] - back] = False
+        inside &= data[place : place + count] != LINE_FEED
     return values[inside]
 
 

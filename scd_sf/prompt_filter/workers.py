@@ -56,12 +56,14 @@ def open_workers(count: int) -> Iterator[Workers]:
         yield Here()
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(number, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(number, mp_context=context, initializer=_begin) as pool:
         yield Pool(pool, number)
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot say so: watch it, instead of waiting for work for ever."""
+def _begin() -> None:
+    """One thread each (rensa's many threads would copy what they read). And: a parent that is killed cannot say so;
+    watch it, instead of waiting for work for ever."""
+    os.environ["RAYON_NUM_THREADS"] = "1"
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -42,18 +42,22 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return made
 
 
+def joined(keys: list[str], size: int = 3) -> str:
+    return "\n".join(key.ljust(size, "\0") for key in keys)
+
+
 def found(keys: list[str], cfg: NearDupConfig | None = None) -> dict[int, int]:
     lengths = np.array([len(key.encode()) for key in keys])
-    return near_duplicates(lambda rows: [keys[row] for row in rows], lengths, cfg or NearDupConfig(), Here())
+    return near_duplicates(lambda rows: joined([keys[row] for row in rows]), lengths, cfg or NearDupConfig(), Here())
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 8])
 def test_shingles(size: int) -> None:
     keys = ["abcdefghij", "é", "a", "abcabcabc"]
-    values, ends = shingles(keys, size)
+    values, ends = shingles(joined(keys, size), size)
     assert ends.dtype == np.uint64
     for key, a, b in zip(keys, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        data = key.encode().ljust(size, b"\0")
+        data = key.ljust(size, "\0").encode()
         wanted = [int.from_bytes(data[i : i + size], "big") for i in range(len(data) - size + 1)]
         assert values[a:b].tolist() == wanted
 
@@ -77,7 +81,7 @@ def test_earlier_rows_do_not_depend_on_later_ones_windows_or_processes() -> None
     lengths = np.array([len(key) for key in keys])
     with open_workers(2) as workers:
         cfg = NearDupConfig(window=150)
-        assert near_duplicates(lambda rows: [keys[row] for row in rows], lengths, cfg, workers) == whole
+        assert near_duplicates(lambda rows: joined([keys[row] for row in rows]), lengths, cfg, workers) == whole
 
 
 def test_windows_hold_neighbouring_classes_together() -> None:
@@ -93,8 +97,8 @@ def test_windows_hold_neighbouring_classes_together() -> None:
 def test_the_flags_hold_every_pair_that_shares_a_band() -> None:
     """rensa's index must flag every row whose signature shares a run of 8 places: candidates come from those."""
     keys, cfg = texts(800, seed=2), NearDupConfig()
-    signed = signatures(Keys(keys, cfg))
-    flags = suspicious(Keys(keys, cfg))
+    signed = signatures(Keys(joined(keys), cfg))
+    flags = suspicious(Keys(joined(keys), cfg))
     for band in range(cfg.bands):
         places = signed[:, band * 8 : band * 8 + 8]
         _, number, count = np.unique(places, axis=0, return_inverse=True, return_counts=True)
