@@ -21,7 +21,7 @@ from scd_sf.prompt_extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.prompt_extend.local import LocalModel
 from scd_sf.prompt_extend.rules import SYSTEM, Answer, Gates, refusal, seed_of
 from scd_sf.prompt_filter.optional import require
-from scd_sf.prompt_filter.table import explain, scan
+from scd_sf.prompt_filter.table import collect, scan
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 
@@ -90,13 +90,7 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts."""
-    import polars as pl
-
-    table = scan(path).select("uuid", "prompt")
-    try:
-        rows: list[Row] = table.collect().rows()
-    except pl.exceptions.PolarsError as error:
-        raise explain(path, error) from error
+    rows: list[Row] = collect(path, scan(path).select("uuid", "prompt")).rows()
     seen: dict[str, str] = {}
     for number, (name, prompt) in enumerate(rows, 1):
         if not name or not prompt or not prompt.strip():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from scd_sf.prompt_filter import clean
 from scd_sf.prompt_filter.language import HEAD, Heads, foreign
 from scd_sf.prompt_filter.near_dup import NearDupConfig, near_duplicates
-from scd_sf.prompt_filter.table import SCORES, explain, scan
+from scd_sf.prompt_filter.table import SCORES, collect, explain, scan
 from scd_sf.prompt_filter.workers import Workers
 from scd_sf.types import UserError
 
@@ -83,20 +83,22 @@ class Step:
 
 class Chain:
     """Rows on their way through the steps: ``table`` holds those still there, ``steps`` what happened, ``seconds`` how
-    long each took. Columns beside the lists' own: ``text`` (cleaned), ``nsfw`` (largest score), ``fate``."""
+    long each took. Columns: ``source`` (which input), ``row``, ``uuid``, ``text`` (cleaned), ``nsfw`` (largest score),
+    ``fate``; what else the inputs hold is read again at the end (:meth:`rows`), to save memory."""
 
     def __init__(self, cfg: FilterConfig, workers: Workers) -> None:
         self.cfg, self.workers = cfg, workers
         self.steps: list[Step] = []
         self.seconds: dict[str, float] = {}
         with self._timed("parse and clean"):
-            self.table, self.changed = _read(cfg)
+            self.sources = [scan(Path(path)) for path in cfg.inputs]
+            self.table, changed = _read(cfg, self.sources)
         rows = len(self.table)
         self.steps.append(Step("parse", rows, rows, {"inputs": [Path(p).name for p in cfg.inputs]}, {}, []))
-        self.steps.append(Step("clean", rows, rows, {}, {"changed": self.changed}, []))
+        self.steps.append(Step("clean", rows, rows, {}, {"changed": changed}, []))
 
-    def run(self) -> pl.DataFrame:
-        """All steps after reading; the rows that are left, in their order."""
+    def run(self) -> int:
+        """All steps after reading; how many rows are left."""
         self._measured()
         with self._timed("language"):
             self._language()
@@ -110,7 +112,23 @@ class Chain:
         if names.n_unique() != len(names):
             twice = names.filter(names.is_duplicated())[0]
             raise UserError(f"inputs: uuid {twice} names two different prompts; give every prompt its own")
-        return self.table
+        self.table = self.table.select("source", "row", "uuid", "text")
+        return len(self.table)
+
+    def rows(self) -> Iterator[pl.DataFrame]:
+        """The rows that are left, in their order and by input: uuid, prompt (cleaned), original (null where cleaning
+        changed nothing), time, scores (null where there are none)."""
+        import polars as pl
+
+        scores = pl.when(pl.col(SCORES[0]).is_not_null()).then(pl.struct(SCORES)).alias("scores")
+        original = pl.when(pl.col("prompt") != pl.col("text")).then(pl.col("prompt")).alias("original")
+        for number, source in enumerate(self.sources):
+            left = self.table.filter(pl.col("source") == number).select("row", "uuid", "text")
+            chosen = source.filter(pl.col("row").is_in(left["row"].implode())).drop("uuid").collect()
+            if not chosen["row"].equals(left["row"]):
+                raise UserError(f"inputs: {self.cfg.inputs[number]} changed while it was read; run again")
+            both = left.hstack(chosen.drop("row"))
+            yield both.select("uuid", pl.col("text").alias("prompt"), original, "time", scores)
 
     def _measured(self) -> None:
         """The steps whose outcome was computed with the cleaning: ``fate`` is the step that a row does not pass."""
@@ -203,22 +221,17 @@ def rank(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
 
 
-def _read(cfg: FilterConfig) -> tuple[pl.DataFrame, int]:
-    """All rows with text, largest score and fate; ``prompt`` is null where cleaning changed nothing."""
+def _read(cfg: FilterConfig, sources: Sequence[pl.LazyFrame]) -> tuple[pl.DataFrame, int]:
+    """All rows with text, largest score and fate; and how many cleaning changed."""
     import polars as pl
 
     parts, changed = [], 0
-    for path in map(Path, cfg.inputs):
-        rows = _decided(scan(path), cfg)
-        try:
-            part = rows.collect()
-        except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-            raise explain(path, error) from error
+    for number, (path, source) in enumerate(zip(map(Path, cfg.inputs), sources, strict=True)):
+        part = collect(path, _decided(source, cfg))
         if part["bad"].any():
             raise explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))
-        changed += len(part) - part["prompt"].null_count()
-        copied = pl.concat_str("prompt", pl.lit(""))  # texts of their own: else all that were read stay in memory
-        parts.append(part.drop("bad").with_columns(copied.alias("prompt")))
+        changed += int(part["changed"].sum())
+        parts.append(part.drop("bad", "changed").with_columns(pl.lit(number, pl.UInt32).alias("source")))
     table = pl.concat(parts)
     if not len(table):
         raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
@@ -242,8 +255,8 @@ def _decided(table: pl.LazyFrame, cfg: FilterConfig) -> pl.LazyFrame:
         .when((clean.letter_share(text) < cfg.letters) | clean.long_run(text, cfg.run)).then(3)
         .otherwise(0)
     )  # fmt: skip
-    kept = pl.when(text != pl.col("prompt")).then(pl.col("prompt")).alias("prompt")
-    return table.with_columns(fate.cast(pl.UInt8).alias("fate"), kept)
+    changed = (text != pl.col("prompt")).alias("changed")
+    return table.select("row", "uuid", "text", "nsfw", "bad", changed, fate.cast(pl.UInt8).alias("fate"))
 
 
 def _mask(rows: list[int], length: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

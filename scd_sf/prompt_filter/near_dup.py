@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,9 +59,9 @@ class Keys:
 
 def near_duplicates(keys: Callable[[Rows], str], lengths: Rows, cfg: NearDupConfig, workers: Workers) -> dict[int, int]:
     """Row -> the earliest row that it repeats. ``keys`` gives the keys of some rows, as in :class:`Keys`; ``lengths``:
-    bytes of each key in UTF-8, at least 1."""
+    bytes of each key in UTF-8."""
     suspects: Flags = np.zeros(len(lengths), np.bool_)
-    classes = np.floor(np.log(lengths) / -np.log(cfg.jaccard)).astype(np.int64)
+    classes = np.floor(np.log(np.maximum(lengths, 1)) / -np.log(cfg.jaccard)).astype(np.int64)
     members = list(windows(classes, cfg.window))
     tasks = (Keys(keys(rows), cfg) for rows in members)
     for rows, flags in zip(members, workers.map(suspicious, tasks), strict=True):
@@ -108,7 +109,7 @@ def signatures(keys: Keys) -> Signatures:
     return np.array(rows, np.uint32).reshape(len(rows), keys.cfg.permutations)
 
 
-def _digests(keys: Keys):  # type: ignore[no-untyped-def]  # rensa has no types
+def _digests(keys: Keys) -> Any:
     import rensa
 
     values, ends = shingles(keys.text, keys.cfg.shingle)

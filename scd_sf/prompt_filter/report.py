@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 from scd_sf.data.manifest import read_json, sha256_file, write_json, write_text
 from scd_sf.prompt_filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
 from scd_sf.prompt_filter.optional import EXTRA, require
-from scd_sf.prompt_filter.table import SCORES
 from scd_sf.prompt_filter.workers import open_workers
 from scd_sf.types import UserError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 PROMPTS, TEXT, REPORT, PAGE = "prompts.jsonl", "prompts.txt", "report.json", "report.md"
 SLICE = 50_000  # rows written at a time
@@ -39,22 +34,25 @@ def run_filter(cfg: FilterConfig) -> Path:
         return out / REPORT
     with open_workers(cfg.workers) as workers:
         chain = Chain(cfg, workers)
-        table = chain.run()
-    if not len(table):
+        kept = chain.run()
+    if not kept:
         raise UserError(
             f"inputs: none of {chain.steps[0].rows_in} prompts passed ({_lossiest(chain.steps)}); nothing kept"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
     with suppress(FileNotFoundError):  # from here to the end the folder is not complete
         (out / REPORT).unlink()
     before = time.monotonic()
-    _write_rows(out, table)
+    _write_rows(out, chain)
     seconds = chain.seconds | {"write": round(time.monotonic() - before, 2)}
     report = {
         "settings": settings,
         "inputs": {Path(path).name: sha for path, sha in inputs.items()},
         "licence": _licence(cfg),
-        "kept": len(table),
+        "kept": kept,
         "steps": [asdict(step) for step in chain.steps],
         "seconds": seconds | {"all": round(time.monotonic() - started, 2)},
         "sha256": {name: sha256_file(out / name) for name in (PROMPTS, TEXT)},
@@ -85,28 +83,20 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _write_rows(out: Path, table: pl.DataFrame) -> None:
-    """prompts.jsonl {uuid, prompt, original (null: the same), time, scores (null: none)} and prompts.txt, in order."""
-    import polars as pl
-
-    scores = pl.when(pl.col("nsfw").is_not_null()).then(pl.struct(SCORES)).alias("scores")
-    columns = ["uuid", pl.col("text").alias("prompt"), pl.col("prompt").alias("original"), "time", scores]
-
-    def lines(file: IO[bytes]) -> None:
-        for first in range(0, len(table), SLICE):
-            table.slice(first, SLICE).select(columns).write_ndjson(file)
-
-    def text(file: IO[bytes]) -> None:
-        for first in range(0, len(table), SLICE):
-            file.write("".join(f"{line}\n" for line in table["text"].slice(first, SLICE)).encode())
-
-    for name, write in ((PROMPTS, lines), (TEXT, text)):
-        temporary = out / f"{name}.tmp"
-        with temporary.open("wb") as file:
-            write(file)
+def _write_rows(out: Path, chain: Chain) -> None:
+    """Both lists, in the rows' order. Each appears whole or not at all."""
+    with ExitStack() as files:
+        lines, text = (files.enter_context((out / f"{name}.tmp").open("wb")) for name in (PROMPTS, TEXT))
+        for table in chain.rows():
+            for first in range(0, len(table), SLICE):
+                part = table.slice(first, SLICE)
+                part.write_ndjson(lines)
+                text.write("".join(f"{line}\n" for line in part["prompt"]).encode())
+        for file in (lines, text):
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(out / name)
+    for name in (PROMPTS, TEXT):
+        (out / f"{name}.tmp").replace(out / name)
 
 
 def _licence(cfg: FilterConfig) -> str:

@@ -39,6 +39,17 @@ def scan(path: Path) -> pl.LazyFrame:
     return _from_rows(_jsonl_rows(path) if path.suffix in (".jsonl", ".ndjson") else _text_rows(path))
 
 
+def collect(path: Path, table: pl.LazyFrame) -> pl.DataFrame:
+    """Compute a table that was made from ``path``. Every column is parsed, also those that are not asked for: polars
+    would not notice rows that are too long else. UserError for a row that cannot be read."""
+    import polars as pl
+
+    try:
+        return table.collect(optimizations=pl.QueryOptFlags(projection_pushdown=False))
+    except pl.exceptions.PolarsError as error:
+        raise explain(path, error) from error
+
+
 def explain(path: Path, error: Exception) -> UserError:
     """What is wrong with a file that polars could not read or in which it found an impossible value: the first bad row,
     found with Python's csv reader. Rows count from 1 after the header, lines as an editor counts them."""

@@ -186,6 +186,9 @@ def test_a_longer_list_goes_on_and_another_setting_is_refused(tmp_path: Path) ->
         (tmp_path / "in.jsonl").write_text('{"uuid": "x", "prompt": "a"}\n{"uuid": "x", "prompt": "b"}\n')
         with pytest.raises(UserError, match=r"uuid x names two prompts"):
             run_extend(cfg, ALONE)
+        (tmp_path / "in.csv").write_text("uuid,prompt,time\nu,a,t\nv,b,t,more\n")
+        with pytest.raises(UserError, match=r"in\.csv: row 2 \(line 3\): 4 columns instead of 3"):
+            run_extend(replace(cfg, prompts=str(tmp_path / "in.csv")), ALONE)
         assert len(server.requests) == 5
 
 

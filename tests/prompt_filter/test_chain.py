@@ -197,3 +197,9 @@ def test_lists_without_scores(tmp_path: Path) -> None:
         report["steps"][2]["counts"] == {"not applied": "no scores"} and report["licence"] == "not stated; set licence="
     )
     assert read_jsonl(tmp_path / "out" / "prompts.jsonl", "")[0]["scores"] is None
+    (tmp_path / "b.txt").write_text("...\n!!!\na\n")  # keys without a word, shorter than a shingle
+    everything = FilterConfig(
+        (str(tmp_path / "b.txt"),), str(tmp_path / "b"), min_words=0, letters=0.0, language_score=1.0, workers=1
+    )
+    run_filter(everything)
+    assert (tmp_path / "b" / "prompts.txt").read_text() == "...\na\n"
