@@ -161,7 +161,10 @@ class Chain:
     def _exact(self) -> None:
         import polars as pl
 
-        self.table = self.table.with_columns(clean.key(pl.col("text")).alias("key"))
+        text, size = self.table["text"], 20 * CHUNK  # in parts: each of the expression's steps copies its whole column
+        parts = [text.slice(first, size).to_frame() for first in range(0, max(1, len(text)), size)]
+        keys = pl.concat([part.select(clean.key(pl.col("text")).alias("key")) for part in parts])
+        self.table = self.table.hstack(keys)
         self._drop("exact duplicates", ~pl.col("key").is_first_distinct(), {"key": "lower case, words only"}, {})
 
     def _near(self) -> None:
@@ -170,8 +173,9 @@ class Chain:
         near = self.cfg.near
         keys = self.table["key"]
         lengths = keys.str.len_bytes().cast(pl.Int64).to_numpy()
-        keys = keys.str.pad_end(near.shingle, "\0")
-        found = near_duplicates(lambda rows: keys.gather(rows).str.join("\n")[0], lengths, near, self.workers)
+        if len(keys) and lengths.min() < near.shingle:
+            keys = keys.str.pad_end(near.shingle, "\0")
+        found = near_duplicates(lambda rows: keys.gather(rows).str.join("\n")[0].encode(), lengths, near, self.workers)
         shown = sorted(found)[: self.cfg.examples]
         more: dict[int, dict[str, object]] = {row: {"repeats": self.table["text"][found[row]]} for row in shown}
         settings: dict[str, object] = {name: getattr(near, name) for name in ("jaccard", "shingle", "permutations")}

@@ -50,14 +50,16 @@ class NearDupConfig:
 
 @dataclass(frozen=True)
 class Keys:
-    """What a worker gets: keys joined by line feeds (a list of texts would be three times as large), each of at least
-    ``cfg.shingle`` bytes and without a line feed of its own."""
+    """What a worker gets: keys in UTF-8, joined by line feeds (a list of texts would be three times as large), each of
+    at least ``cfg.shingle`` bytes and without a line feed of its own."""
 
-    text: str
+    text: bytes
     cfg: NearDupConfig
 
 
-def near_duplicates(keys: Callable[[Rows], str], lengths: Rows, cfg: NearDupConfig, workers: Workers) -> dict[int, int]:
+def near_duplicates(
+    keys: Callable[[Rows], bytes], lengths: Rows, cfg: NearDupConfig, workers: Workers
+) -> dict[int, int]:
     """Row -> the earliest row that it repeats. ``keys`` gives the keys of some rows, as in :class:`Keys`; ``lengths``:
     bytes of each key in UTF-8."""
     suspects: Flags = np.zeros(len(lengths), np.bool_)
@@ -116,12 +118,12 @@ def _digests(keys: Keys) -> Any:
     return rensa.RMinHash.digest_matrix_from_flat_token_hashes(mixed(values), ends, keys.cfg.permutations, SEED)
 
 
-def shingles(text: str, size: int) -> tuple[Hashes, Hashes]:
+def shingles(text: bytes, size: int) -> tuple[Hashes, Hashes]:
     """The byte n-grams of every line as numbers, one after another; and where each line's begin, and the last ones end.
 
     Every line has at least ``size`` bytes.
     """
-    data = np.frombuffer(text.encode(), np.uint8)
+    data = np.frombuffer(text, np.uint8)
     stops = np.append(np.flatnonzero(data == LINE_FEED), len(data))  # of the lines
     starts = np.append(0, stops[:-1] + 1)
     ends: Hashes = np.zeros(len(stops) + 1, np.uint64)

@@ -42,8 +42,8 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return made
 
 
-def joined(keys: list[str], size: int = 3) -> str:
-    return "\n".join(key.ljust(size, "\0") for key in keys)
+def joined(keys: list[str], size: int = 3) -> bytes:
+    return "\n".join(key.ljust(size, "\0") for key in keys).encode()
 
 
 def found(keys: list[str], cfg: NearDupConfig | None = None) -> dict[int, int]:
