@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,9 +161,7 @@ class Chain:
     def _exact(self) -> None:
         import polars as pl
 
-        text, size = self.table["text"], 20 * CHUNK  # in parts: each of the expression's steps copies its whole column
-        parts = [text.slice(first, size).to_frame() for first in range(0, max(1, len(text)), size)]
-        keys = pl.concat([part.select(clean.key(pl.col("text")).alias("key")) for part in parts])
+        keys = _in_parts(self.table.select("text"), lambda part: part.select(clean.key(pl.col("text")).alias("key")))
         self.table = self.table.hstack(keys)
         self._drop("exact duplicates", ~pl.col("key").is_first_distinct(), {"key": "lower case, words only"}, {})
 
@@ -231,7 +229,7 @@ def _read(cfg: FilterConfig, sources: Sequence[pl.LazyFrame]) -> tuple[pl.DataFr
 
     parts, changed = [], 0
     for number, (path, source) in enumerate(zip(map(Path, cfg.inputs), sources, strict=True)):
-        part = collect(path, _decided(source, cfg))
+        part = _in_parts(collect(path, source), lambda rows: _decided(rows, cfg))
         if part["bad"].any():
             raise explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))
         changed += int(part["changed"].sum())
@@ -240,6 +238,16 @@ def _read(cfg: FilterConfig, sources: Sequence[pl.LazyFrame]) -> tuple[pl.DataFr
     if not len(table):
         raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
     return table, changed
+
+
+def _in_parts(table: pl.DataFrame, work: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:
+    """``work`` on slices of rows: polars' threads share them (it does not cut a column of texts by itself), and what
+    its steps copy on the way is small."""
+    import polars as pl
+
+    size = 20 * CHUNK
+    slices = [work(table.slice(first, size).lazy()) for first in range(0, max(1, len(table)), size)]
+    return pl.concat(pl.collect_all(slices))
 
 
 def _decided(table: pl.LazyFrame, cfg: FilterConfig) -> pl.LazyFrame:

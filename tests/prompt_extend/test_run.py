@@ -13,7 +13,7 @@ import recipe_runner
 import torch
 from chat_server import completion, serving
 from recipe_runner import At
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from scd_sf.data.manifest import read_json, read_jsonl
@@ -39,9 +39,9 @@ LONG = " ".join(f"{word} the old green hill" for word in WORDS[:12])  # 60 words
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
-    words = ["<pad>", "<unk>", "<end>", "system", "user", "assistant", *WORDS]
+    words = ["<pad>", "<unk>", "<end>", *(f"Ġ{word}" for word in ("system", "user", "assistant", *WORDS))]
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()  # as Qwen2's
     fast = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(root)
