@@ -9,9 +9,11 @@ names the file or the argument, the key, and the nearest valid key. This is the 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -39,6 +41,25 @@ def load_config(schema: type[T], path: Path | Sequence[Path] | None, overrides: 
     layers = [(str(file), _read_yaml(file)) for file in paths]
     layers += [(f"override '{text}'", _parse_override(text)) for text in overrides]
     return _build(schema, layers)
+
+
+def from_command_line(schema: type[T], description: str, argv: Sequence[str] | None = None) -> T:
+    """``recipe.py [--config file.yaml ..] [a.b=value ..]`` -> an instance of ``schema``; later files win over earlier.
+
+    ``--local_rank`` is accepted because the deepspeed launcher adds it; ranks are read from the environment.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        default=[],
+        help="YAML file that overrides the recipe's defaults; may be given again, the later one wins",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="overrides of single fields")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return load_config(schema, args.config, args.overrides)
 
 
 def from_yaml(schema: type[T], source: Path | str) -> T:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # annotations only: tools that need no tensors start without torch (0.5 GiB, seconds)
+    import torch
+    from torch import Tensor
 
 Logs = dict[str, float]
 

@@ -84,7 +84,7 @@ def read_json(path: Path, remedy: str) -> Json:
 def read_jsonl(path: Path, remedy: str) -> list[Json]:
     """JSON lines, each an object; blank lines are skipped. Raises UserError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028 and its like, as they are
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
     rows: list[Json] = []

@@ -60,7 +60,7 @@ def _csv_rows(path: Path, text: str, column: str) -> list[PromptRow]:
 
 def _jsonl_rows(path: Path, text: str, column: str) -> list[PromptRow]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold U+2028 and its like, as they are
         if line.strip():
             try:
                 value = json.loads(line)

