@@ -20,6 +20,7 @@ from scd_sf.prompt_filter.near_dup import (
     windows,
 )
 from scd_sf.prompt_filter.workers import Here, open_workers
+from scd_sf.vbench.prompts import load_entries
 
 LONG = "an old lighthouse keeper climbs the narrow stairs while the storm outside throws waves against the tower"
 WORDS = [f"{a}{b}{c}" for a in ("ka", "to", "mi", "re") for b in ("lun", "vas", "do", "") for c in ("ber", "n", "sil")]
@@ -137,4 +138,10 @@ def test_language_agrees_with_the_library() -> None:
     best = [detector.detect(line)[0] for line in lines]
     other = [index for index, found in enumerate(best) if found["lang"] != "en" and found["score"] >= 0.2]
     assert foreign(Heads(lines, score=0.2)) == [(i, best[i]["lang"], round(best[i]["score"], 3)) for i in other] != []
-    assert LangDetectConfig().max_input_length == HEAD
+
+
+def test_no_prompt_of_vbench_is_taken_for_another_language() -> None:
+    """All 944, which are short and English, by their first characters alone."""
+    prompts = [entry.prompt for entry in load_entries()]
+    assert len(set(prompts)) == 944
+    assert foreign(Heads([" ".join(prompt.split())[:HEAD] for prompt in prompts])) == []
