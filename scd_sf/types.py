@@ -103,6 +103,8 @@ class Conditioning:
         return Conditioning(self.text_BLE.repeat(times, 1, 1))
 
     def cat(self, other: Conditioning) -> Conditioning:
+        import torch
+
         return Conditioning(torch.cat([self.text_BLE, other.text_BLE]))
 
 
