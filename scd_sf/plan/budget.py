@@ -65,6 +65,12 @@ class Budget:
         return max(self.at(phase) for phase in self.phases)
 
     @property
+    def validation(self) -> int:
+        """Device memory while validating: all states and the averaged student in fp32, without what sampling and the
+        VAE's decoder need."""
+        return sum(held.always for held in self.held.values()) + 4 * self.counts["student"]
+
+    @property
     def needed_gib(self) -> float:
         """With the estimates for CUDA's context and the allocator's slack."""
         return self.peak / GIB * (1 + SLACK) + CONTEXT_GIB

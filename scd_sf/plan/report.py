@@ -45,7 +45,10 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
         f"on {cluster.world} GPUs {found.seconds:.3g} s a step, {hours:,.1f} h for {job.cfg.train.steps:,} steps: "
         "an estimate, in which recomputation counts as work"
     )
-    yield "not in it: text encoder and VAE are not loaded while training (prompts and latents are encoded before)"
+    yield (
+        f"while validating: {found.validation / GIB:.1f} GiB per GPU with the averaged student in fp32, and what "
+        "sampling and the VAE's decoder need on top; the text encoder is never loaded (prompts are encoded before)"
+    )
     for change, then in advised:
         yield f"to change: {change} -> {then.needed_gib:.1f} GiB{', fits' if then.fits else ''}"
     if not found.fits and not (advised and advised[-1][1].fits):
@@ -73,6 +76,7 @@ def as_json(found: Budget, advised: list[tuple[str, Budget]]) -> dict[str, objec
             for phase in found.phases
         },
         "device_peak": found.peak,
+        "device_while_validating_at_least": found.validation,
         "device_needed_gib_estimate": round(found.needed_gib, 2),
         "fits": found.fits,
         "cache": found.cache_bytes() if job.stage == 3 else 0,
