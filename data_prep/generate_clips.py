@@ -13,9 +13,9 @@ Fields: scd_sf/generate/plan.py. The folder's tools: ``scd data check | repair |
 
 from __future__ import annotations
 
+from scd_sf.config import from_command_line
 from scd_sf.generate.launch import run_generate
 from scd_sf.generate.plan import GenerateConfig
-from scd_sf.train.recipe import from_command_line
 from scd_sf.types import exit_on_user_error
 
 

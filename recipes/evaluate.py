@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd_sf.checkpoint import find
+from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.manifest import sha256_folder
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
@@ -46,7 +47,6 @@ from scd_sf.nn.layers import WanBlock
 from scd_sf.provenance import git_revision, versions
 from scd_sf.rollout import row_noise, sample, sample_bidirectional, stream_rollout
 from scd_sf.train.ranks import keep_freed_memory
-from scd_sf.train.recipe import from_command_line
 from scd_sf.types import UserError, exit_on_user_error
 
 LOG_WIDTH = 140  # of the table where no terminal says how wide it is

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scd_sf.config import to_yaml
+from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
 from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
@@ -27,7 +27,6 @@ from scd_sf.train.recipe import (
     RESUMABLE,
     TrainConfig,
     TrainState,
-    from_command_line,
     generator,
     micro_batches,
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.checkpoint import find
-from scd_sf.config import to_yaml
+from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.solvers import build_sampler
@@ -32,7 +32,6 @@ from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engin
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainState,
-    from_command_line,
     generator,
     micro_batches,
     pixel_shape,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.checkpoint import find
-from scd_sf.config import to_yaml
+from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
@@ -47,7 +47,6 @@ from scd_sf.train.engine import (
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainState,
-    from_command_line,
     generator,
     micro_batches,
     pixel_shape,

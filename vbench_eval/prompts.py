@@ -14,7 +14,7 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scd_sf.train.recipe import from_command_line
+from scd_sf.config import from_command_line
 from scd_sf.types import exit_on_user_error
 from scd_sf.vbench.prompts import chosen_dimensions, load_entries, read_extended, video_name
 

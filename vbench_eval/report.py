@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scd_sf.train.recipe import from_command_line
+from scd_sf.config import from_command_line
 from scd_sf.types import UserError, exit_on_user_error
 from scd_sf.vbench.report import write_report
 

@@ -2,10 +2,10 @@
 
     touch RUN/save               save after the current step and go on
     touch RUN/stop, or TERM, USR1, INT to any rank
-                                 save after the current step and leave with exit code 75: "run me again"
+                                 finish the micro-batch, save, leave with exit code 75: "run me again"
     kill -USR2 PID               append that process's stacks to RUN/heartbeat/rank_NNNNN.stacks
 
-Rank 0 alone looks at the files, and all ranks agree once per step, so none leaves alone. Every rank rewrites
+Rank 0 alone looks at the files, and all ranks agree at micro-batches and steps, so none leaves alone. Every rank rewrites
 ``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread: a time that stands still means a process that
 is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json`` says how the job stands or ended.
 """

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from scd_sf.checkpoint import STATE, SaveFailed, problem_of
-from scd_sf.config import from_command_line  # noqa: F401  (the recipes look for it here)
 from scd_sf.data.latents import epoch_order
 from scd_sf.train.base import Diverged, Engine
 from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
