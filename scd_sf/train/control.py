@@ -5,7 +5,7 @@
                                  finish the micro-batch, save, leave with exit code 75: "run me again"
     kill -USR2 PID               append that process's stacks to RUN/heartbeat/rank_NNNNN.stacks
 
-Rank 0 alone looks at the files, and all ranks agree at micro-batches and steps, so none leaves alone. Every rank rewrites
+Rank 0 alone looks at the files, and all ranks agree between micro-batches, so none leaves alone. Every rank rewrites
 ``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread: a time that stands still means a process that
 is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json`` says how the job stands or ended.
 """
