@@ -83,29 +83,79 @@ class VideoShape:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the model is told: text token states (B, L, E), exactly zero after each prompt's true length (as Wan)."""
+    """What the model is told. Absent conditions are None; text is then (B, 0, 0).
+
+    ``text_BLE``: token states (B, L, E), exactly zero after each prompt's true length (as Wan). ``actions_BF``: one
+    number per frame, what led to it; ``labels_B``: one per clip; -1 is the null action or label.
+    ``decoder_actions_BF``: what SCD's decoder is told instead (None: the same): it is guided without its encoder.
+    """
 
     text_BLE: Tensor
+    actions_BF: Tensor | None = None
+    labels_B: Tensor | None = None
+    decoder_actions_BF: Tensor | None = None
+
+    @classmethod
+    def of_frames(cls, batch: int, actions_BF: Tensor | None = None, labels_B: Tensor | None = None) -> Conditioning:
+        """Without text."""
+        import torch
+
+        return cls(torch.zeros(batch, 0, 0), actions_BF, labels_B)
 
     @property
     def batch(self) -> int:
         return self.text_BLE.shape[0]
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        parts = (self.text_BLE, self.actions_BF, self.labels_B, self.decoder_actions_BF)
+        text, *others = (None if part is None else change(part) for part in parts)
+        assert text is not None
+        return Conditioning(text, *others)
+
     def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning(self.text_BLE.to(device))
+        return self._each(lambda part: part.to(device))
 
     def expand(self, batch: int) -> Conditioning:
-        """One prompt for the whole batch (B=1 -> B=batch), without a copy."""
-        return Conditioning(self.text_BLE.expand(batch, -1, -1))
+        """One clip's conditions for the whole batch (B=1 -> B=batch), without a copy."""
+        return self._each(lambda part: part.expand(batch, *part.shape[1:]))
 
     def repeat(self, times: int) -> Conditioning:
         """(B, ...) -> (times*B, ...), whole batch after whole batch."""
-        return Conditioning(self.text_BLE.repeat(times, 1, 1))
+        return self._each(lambda part: part.repeat(times, *(1 for _ in part.shape[1:])))
 
     def cat(self, other: Conditioning) -> Conditioning:
+        """One batch after the other; both have the same kinds of conditions."""
         import torch
 
-        return Conditioning(torch.cat([self.text_BLE, other.text_BLE]))
+        pairs = [
+            (getattr(self, name), getattr(other, name))
+            for name in ("text_BLE", "actions_BF", "labels_B", "decoder_actions_BF")
+        ]
+        if any((mine is None) != (theirs is None) for mine, theirs in pairs):
+            raise UserError("conditions of different kinds cannot be joined: give both batches the same")
+        text, *others = (None if mine is None else torch.cat([mine, theirs]) for mine, theirs in pairs)
+        assert text is not None
+        return Conditioning(text, *others)
+
+
+class Tokenizer(Protocol):
+    """An image autoencoder, frame by frame. Latents are normalised to about mean 0, variance 1."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent along a side."""
+        ...
+
+    def encode(self, frames_BF3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1], fp32 -> latents (B, F, C, H / spatial, W / spatial), fp32, the mode of the posterior."""
+        ...
+
+    def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        """Latents -> pixels (B, F, 3, H, W), fp32, not clamped."""
+        ...
 
 
 class Denoiser(Protocol):

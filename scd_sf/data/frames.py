@@ -1,0 +1,225 @@
+"""Encoded clips for training from scratch: latents frame by frame, with an action per frame or a label per clip.
+
+A directory of ``frames-00000.safetensors`` ... with ``latents`` (rows, C, H, W), normalised by the tokenizer, and where
+there are actions ``actions`` (rows,); a row is a frame, the frames of a clip lie together in one shard. ``clips.jsonl``
+says which rows are whose; ``manifest.json`` names all files and what they were made from. Clips may differ in length.
+
+``actions[f]`` is what led from frame f-1 to frame f: what is known when frame f is predicted.
+Letters: B batch, F frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, write_jsonl
+from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.types import Conditioning, UserError, VideoShape
+
+FORMAT, VERSION, KIND = "scd-sf-frames", 1, "frames"
+
+
+@dataclass(frozen=True)
+class FrameClip:
+    """One line of ``clips.jsonl``: ``frames`` rows from ``first`` on (counted over all shards)."""
+
+    id: str
+    first: int
+    frames: int
+    label: int | None = None
+
+    @classmethod
+    def from_json(cls, row: Json, where: str) -> Self:
+        kinds = {"id": (str,), "first": (int,), "frames": (int,), "label": (int, type(None))}
+        if set(row) != set(kinds) or any(type(row[name]) not in kind for name, kind in kinds.items()):
+            raise UserError(f"{where}: a clip needs exactly {', '.join(kinds)}; {AGAIN}")
+        return cls(**row)  # type: ignore[arg-type]  # checked above
+
+
+@dataclass(frozen=True)
+class FrameSetInfo:
+    """What a set is about: latents of a frame (C, H, W), how many pixels a latent stands for along a side, how many
+    actions there are (0: none), the labels' names (empty: none), and frames per second."""
+
+    channels: int
+    height: int
+    width: int
+    spatial: int
+    num_actions: int = 0
+    labels: tuple[str, ...] = ()
+    fps: float = 20.0
+
+    def shape(self, frames: int) -> VideoShape:
+        return VideoShape(frames, self.channels, self.height, self.width, 1, self.spatial)
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """``latents_BFCHW`` fp32 with what the model is told of them."""
+
+    latents_BFCHW: Tensor
+    cond: Conditioning
+
+    def to(self, device: torch.device | str) -> FrameBatch:
+        return FrameBatch(self.latents_BFCHW.to(device), self.cond.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"latents": self.latents_BFCHW, "actions": self.cond.actions_BF, "labels": self.cond.labels_B}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+class FrameClips:
+    """The clips of a directory. Files and sizes are checked when opened, tensors when first read.
+
+    UserError names the file and the remedy.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        path, where = self.root / "manifest.json", self.root / "clips.jsonl"
+        manifest = read_json(path, "encode the clips first (python data_prep/encode_frames.py)")
+        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+            raise UserError(f"{path}: 'format'/'version' are not {FORMAT}/{VERSION}; {AGAIN}")
+        self.hash, self.info = str(manifest.get("hash")), _info(manifest, path)
+        self.reader = ShardReader(self.root, read_shards(manifest, str(path)), str(path))
+        rows = read_jsonl(where, AGAIN)
+        self.clips = [FrameClip.from_json(row, f"{where}:{number}") for number, row in enumerate(rows, 1)]
+        ends = [clip.first + clip.frames for clip in self.clips]
+        starts = [clip.first for clip in self.clips]
+        whole = starts == [0, *ends[:-1]] and bool(ends) and ends[-1] == len(self.reader)
+        if not whole or hash_json(rows) != manifest.get("clips_sha256"):
+            raise UserError(f"{where}: does not belong to the manifest (changed or cut); {AGAIN}")
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def at_least(self, frames: int) -> list[int]:
+        """Indices of the clips with so many frames. UserError: there is none."""
+        found = [index for index, clip in enumerate(self.clips) if clip.frames >= frames]
+        if not found:
+            longest = max(clip.frames for clip in self.clips)
+            raise UserError(
+                f"{self.root}: no clip has {frames} frames (the longest has {longest}); use shorter windows"
+            )
+        return found
+
+    def batch(self, indices: Sequence[int], starts: Sequence[int], frames: int) -> FrameBatch:
+        """Windows of ``frames`` frames, each from its start on."""
+        info, latents, actions = self.info, [], []
+        for index, start in zip(indices, starts, strict=True):
+            clip = self.clips[index]
+            if not 0 <= start <= clip.frames - frames:
+                raise IndexError(
+                    f"{self.root}: frames {start}..{start + frames - 1} of {clip.id}, which has {clip.frames}"
+                )
+            shard, row = self.reader.locate(clip.first + start)
+            latents.append(self.reader.rows(shard, "latents", row, row + frames).float())
+            if info.num_actions:
+                actions.append(self.reader.rows(shard, "actions", row, row + frames).long())
+        labels = torch.tensor([self.clips[index].label for index in indices]) if info.labels else None
+        wanted = (frames, info.channels, info.height, info.width)
+        for index, found in zip(indices, latents, strict=True):
+            if tuple(found.shape) != wanted:
+                raise UserError(f"{self.root}: {self.clips[index].id} has {tuple(found.shape)}, not {wanted}; {AGAIN}")
+        cond = Conditioning.of_frames(len(indices), torch.stack(actions) if actions else None, labels)
+        return FrameBatch(torch.stack(latents), cond)
+
+    def verify(self) -> None:
+        """Compare every file's sha256 with its record (reads everything). Raises UserError."""
+        self.reader.verify()
+
+
+class FrameWriter:
+    """Appends clips; full shards go to disk at once, so an interrupted run goes on from clip :attr:`done`."""
+
+    def __init__(self, root: Path, inputs: Json, info: FrameSetInfo, *, frames_per_shard: int = 10_000) -> None:
+        """``inputs``: what the data is made from; a directory begun with others is a UserError."""
+        self.info, self.frames_per_shard = info, frames_per_shard
+        self.writer = ShardWriter(root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}})
+        self.rows = [FrameClip.from_json(row, str(self._progress)) for row in self._begun()]
+        self._waiting: list[tuple[FrameClip, Tensor, Tensor | None]] = []
+
+    @property
+    def _progress(self) -> Path:
+        return self.writer.root / "clips-written.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        return self.writer.finished
+
+    @property
+    def done(self) -> list[str]:
+        """Ids of the clips in complete shards."""
+        return [row.id for row in self.rows]
+
+    def append(self, id: str, latents_FCHW: Tensor, actions_F: Tensor | None = None, label: int | None = None) -> None:
+        """The next clip's normalised latents. UserError: another shape, not finite, an unknown action or label."""
+        info, frames = self.info, len(latents_FCHW)
+        if frames < 1 or tuple(latents_FCHW.shape[1:]) != (info.channels, info.height, info.width):
+            raise UserError(f"{id}: latents {tuple(latents_FCHW.shape)} do not fit {info}; check the tokenizer")
+        stored = latents_FCHW.detach().to("cpu", torch.float16)
+        if not bool(stored.isfinite().all()):
+            raise UserError(f"{id}: latents are not finite in 16 bits; check the tokenizer")
+        if (actions_F is None) != (info.num_actions == 0) or (label is None) != (not info.labels):
+            raise UserError(f"{id}: has actions or a label where the set has none, or lacks them; check the source")
+        if actions_F is not None:
+            if actions_F.shape != (frames,) or int(actions_F.min()) < 0 or int(actions_F.max()) >= info.num_actions:
+                raise UserError(
+                    f"{id}: actions must be {frames} numbers in 0..{info.num_actions - 1}; check the source"
+                )
+            actions_F = actions_F.to("cpu", torch.int16)
+        if label is not None and not 0 <= label < len(info.labels):
+            raise UserError(f"{id}: label {label} is outside 0..{len(info.labels) - 1}; check the source")
+        first = sum(len(latents) for _, latents, _ in self._waiting) + self.writer.count(KIND)
+        self._waiting.append((FrameClip(id, first, frames, label), stored, actions_F))
+        if sum(len(latents) for _, latents, _ in self._waiting) >= self.frames_per_shard:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write the rest, ``clips.jsonl`` and the manifest (last). UserError: there is no clip at all."""
+        if self.finished:
+            return
+        if self._waiting:
+            self._flush()
+        if not self.rows:
+            raise UserError(f"{self.writer.root}: no clip was encoded; see the report for why")
+        rows = [asdict(row) for row in self.rows]
+        write_jsonl(self.writer.root / "clips.jsonl", rows)
+        section: Json = {"format": FORMAT, "version": VERSION, **asdict(self.info), "clips_sha256": hash_json(rows)}
+        section |= {"labels": list(self.info.labels), "shards": self.writer.section(KIND)}
+        self.writer.finish({**section, "hash": hash_json(section)})
+        self._progress.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        clips, latents, actions = zip(*self._waiting, strict=True)
+        tensors = {"latents": torch.cat(latents)}
+        if self.info.num_actions:
+            tensors["actions"] = torch.cat(actions)
+        rows = [*self.rows, *clips]
+        write_jsonl(self._progress, [asdict(row) for row in rows])  # first: rows beyond the shards are forgotten
+        self.writer.write(KIND, len(tensors["latents"]), tensors)
+        self.rows, self._waiting = rows, []
+
+    def _begun(self) -> list[Json]:
+        if self.writer.finished:
+            return read_jsonl(self.writer.root / "clips.jsonl", AGAIN)
+        if not self._progress.is_file():
+            return []
+        rows, stored = read_jsonl(self._progress, AGAIN), self.writer.count(KIND)
+        return [row for row in rows if int(str(row["first"])) < stored]
+
+
+def _info(manifest: Json, path: Path) -> FrameSetInfo:
+    kinds = {"channels": int, "height": int, "width": int, "spatial": int, "num_actions": int, "labels": list}
+    if wrong := [name for name, kind in kinds.items() if type(manifest.get(name)) is not kind]:
+        raise UserError(f"{path}: '{wrong[0]}' is missing or of another type; {AGAIN}")
+    if type(manifest.get("fps")) not in (int, float):
+        raise UserError(f"{path}: 'fps' is missing or no number; {AGAIN}")
+    fields = {name: manifest[name] for name in (*kinds, "fps")}
+    return FrameSetInfo(**{**fields, "labels": tuple(manifest["labels"])})  # type: ignore[arg-type]  # checked above
