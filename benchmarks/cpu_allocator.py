@@ -17,7 +17,7 @@ import torch
 
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.layers import WanBlock
-from scd_sf.nn.rope import rope_table
+from scd_sf.nn.rope import axis_dims, rope_table
 from scd_sf.train.ranks import keep_freed_memory
 
 REPEATS = 20
@@ -31,7 +31,7 @@ def measure(keep: bool) -> float:
     torch.manual_seed(0)
     block = WanBlock(128, 512, 4, True, 1e-6)
     x, mod, text = torch.randn(8, 144, 128, requires_grad=True), torch.randn(8, 1, 6, 128), torch.randn(8, 24, 128)
-    rotary = rope_table(tuple(range(9)), 4, 4, 32, torch.device("cpu"))
+    rotary = rope_table(tuple(range(9)), 4, 4, axis_dims(32), torch.device("cpu"))
     times = []
     for repeat in range(REPEATS + 5):
         start = time.perf_counter()

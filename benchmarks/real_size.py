@@ -27,7 +27,7 @@ from scd_sf.diffusion.solvers import Renoise
 from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
 from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
@@ -57,7 +57,7 @@ class Variant:
         """On the meta device."""
         with torch.device("meta"):
             if not self.fusion:
-                return CausalWan(cfg, self.chunk)
+                return Causal(cfg, self.chunk)
             return Scd(
                 cfg, ScdConfig(encoder, DecoderConfig(decoder, self.fusion, "identical", self.prefix), self.chunk)
             )

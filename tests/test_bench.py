@@ -36,7 +36,7 @@ def test_the_document_holds_what_reviewers_ask_for() -> None:
     document: Any = run_bench(config(), said.append)
     assert said == ["ours: warm", "theirs: warm", "round 1/2", "round 2/2"]
     ours, theirs = document["rows"]
-    assert (ours["family"], ours["fusion"], theirs["family"]) == ("Scd", "delta", "CausalWan")
+    assert (ours["family"], ours["fusion"], theirs["family"]) == ("Scd", "delta", "Causal")
     # encoder 3 and the decoder's early block once, decoder 2 times 4 steps; causal: 4 layers times 4 steps, and a clean
     # pass for all frames but the last
     assert ours["block_passes_per_latent_frame"] == 3 + 1 + 2 * 4

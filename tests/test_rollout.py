@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
 from scd_sf.models.build import Student
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
 from scd_sf.models.generator import CacheConfig, Query
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
@@ -106,7 +106,7 @@ def test_what_the_context_costs_once_per_chunk(fusion: str, prefix: str, once: i
 def test_causal_12_with_4_steps_is_60_block_passes_per_chunk_but_the_last(chunk: int) -> None:
     """Four steps of 12 and one cache pass of 12: 60. The cache pass belongs to the next chunk's ``advance``, so the
     last chunk of a clip never pays for it: 3 chunks are 3 * 48 + 2 * 12."""
-    model = CausalWan(WanConfig(1, 6, 4, 4, 8, 16, 8, 12), chunk)
+    model = Causal(WanConfig(1, 6, 4, 4, 8, 16, 8, 12), chunk)
     assert block_passes(model, chunks=3, steps=4).total() == 3 * 48 + 2 * 12
     per_chunk = block_passes(model, chunks=4, steps=4).total()  # hooks of the first count are still there, harmless
     assert per_chunk == 4 * 48 + 3 * 12

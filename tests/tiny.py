@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.models.build import Student
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
 from scd_sf.models.generator import Query
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
@@ -118,7 +118,7 @@ def scd_config(variant: Variant) -> ScdConfig:
 
 def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64) -> Student:
     """A student of the variant's family."""
-    model: Student = CausalWan(CFG, variant.chunk)
+    model: Student = Causal(CFG, variant.chunk)
     if variant.family == "scd":
         model = Scd(CFG, scd_config(variant))
     redraw(model, seed, dtype)

@@ -46,6 +46,11 @@ def shifted_uniform(shape: tuple[int, ...], shift: float, rng: torch.Generator) 
     return shift_time(torch.rand(shape, generator=rng), shift)
 
 
+def shifted_logit_normal(shape: tuple[int, ...], shift: float, rng: torch.Generator) -> Tensor:
+    """t of the given shape: u logit-normal(0, 1) (the released SCD's and FAR's sampler), then shifted. fp32."""
+    return shift_time(torch.randn(shape, generator=rng).sigmoid(), shift)
+
+
 def stratified_times(batch: int, shift: float, rng: torch.Generator) -> Tensor:
     """(B,) shifted times, one u in each of B equal strata of [0, 1), shuffled: less gradient noise at small batches."""
     u = (torch.randperm(batch, generator=rng) + torch.rand(batch, generator=rng)) / batch

@@ -6,12 +6,13 @@ Letters: B batch, K noisy samples per encoder pass, F latent frames, C H W laten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.flow import add_noise, shift_time, shifted_uniform, velocity_target
+from scd_sf.diffusion.flow import add_noise, shift_time, shifted_logit_normal, shifted_uniform, velocity_target
 from scd_sf.models.generator import FrameGenerator, Query, check_chunks, pick_chunks
 from scd_sf.types import Conditioning, Denoiser, Logs, UserError
 
@@ -20,7 +21,11 @@ TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
-    """Defaults are the supplement's Table 6 where it speaks, spec/scd.md W3, W4, W10, W17, W18 where it does not."""
+    """Defaults are the supplement's Table 6 where it speaks, spec/scd.md W3, W4, W10, W17, W18 where it does not.
+
+    ``time``: t uniform (Algorithm 1), or logit-normal(0, 1) as in the released configuration; then shifted.
+    ``action_dropout``: each frame's action, in encoder and decoder independently; ``label_dropout``: a clip's label.
+    """
 
     shift: float = 5.0
     samples: int = 2
@@ -29,11 +34,14 @@ class FlowMatchingConfig:
     query_from: float = 0.8
     query_pure: float = 0.5
     targets: int | None = None
+    time: Literal["uniform", "logit_normal"] = "uniform"
+    action_dropout: float = 0.1
+    label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, value in (("text_dropout", self.text_dropout), ("query_from", self.query_from)):
-            if not 0 <= value <= 1:
-                raise UserError(f"loss.{name} is {value}; it must lie in [0, 1]")
+        for name in ("text_dropout", "query_from", "action_dropout", "label_dropout"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise UserError(f"loss.{name} is {vars(self)[name]}; it must lie in [0, 1]")
         if self.shift <= 0 or self.eta < 0:
             raise UserError(f"loss.shift is {self.shift} (must be > 0) and loss.eta {self.eta} (must be >= 0)")
         if not 0 <= self.query_pure <= 1 or self.samples < 1:
@@ -46,7 +54,21 @@ def drop_text(cond: Conditioning, null: Conditioning, rate: float, rng: torch.Ge
     """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free guidance)."""
     dropped = torch.rand(cond.batch, generator=rng) < rate
     keep = (~dropped).to(cond.text_BLE.device).reshape(-1, 1, 1)
-    return Conditioning(torch.where(keep, cond.text_BLE, null.text_BLE.to(cond.text_BLE)))
+    return replace(cond, text_BLE=torch.where(keep, cond.text_BLE, null.text_BLE.to(cond.text_BLE)))
+
+
+def drop_signals(cond: Conditioning, cfg: FlowMatchingConfig, rng: torch.Generator) -> Conditioning:
+    """Actions and labels replaced by the null ones; the decoder's actions by draws of their own. Without any: none."""
+
+    def dropped(x: Tensor, rate: float) -> Tensor:
+        return x.masked_fill((torch.rand(x.shape, generator=rng) < rate).to(x.device), -1)
+
+    if cond.labels_B is not None:
+        cond = replace(cond, labels_B=dropped(cond.labels_B, cfg.label_dropout))
+    if cond.actions_BF is not None:
+        encoder, decoder = (dropped(cond.actions_BF, cfg.action_dropout) for _ in range(2))
+        cond = replace(cond, actions_BF=encoder, decoder_actions_BF=decoder)
+    return cond
 
 
 def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Generator) -> Tensor:
@@ -77,13 +99,16 @@ def flow_matching_loss(
     targets = list(range(num_chunks))
     if cfg.targets is not None and cfg.targets < num_chunks:
         targets = sorted(torch.randperm(num_chunks, generator=rng)[: cfg.targets].tolist())
-    cond = drop_text(cond, null, cfg.text_dropout, rng)
-    t = shifted_uniform((cfg.samples, batch, num_chunks), cfg.shift, rng).repeat_interleave(generator.chunk, -1)
+    cond = drop_signals(drop_text(cond, null, cfg.text_dropout, rng), cfg, rng)
+    draw = shifted_uniform if cfg.time == "uniform" else shifted_logit_normal
+    t = draw((cfg.samples, batch, num_chunks), cfg.shift, rng).repeat_interleave(generator.chunk, -1)
     t = t.to(x_0.device)
     eps = _normal((cfg.samples, *x_0.shape), rng, x_0)
-    t_query = query_times((batch, num_chunks), cfg, rng).repeat_interleave(generator.chunk, -1).to(x_0.device)
-    query_eps = _normal(tuple(x_0.shape), rng, x_0)  # never eps: the decoder would read the answer off the context
-    query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
+    query = Query(eta=cfg.eta, rng=rng)
+    if generator.needs_query:
+        t_query = query_times((batch, num_chunks), cfg, rng).repeat_interleave(generator.chunk, -1).to(x_0.device)
+        query_eps = _normal(tuple(x_0.shape), rng, x_0)  # never eps: the decoder would read the answer off the context
+        query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
 
     x_t = add_noise(x_0.unsqueeze(0), eps, t)
     velocity = generator.teacher_forced(x_t, t, x_0, cond, query=query, targets=targets)

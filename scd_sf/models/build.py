@@ -14,34 +14,45 @@ from torch import Tensor, nn
 
 from scd_sf.checkpoint import find, load_tensors, read_provenance
 from scd_sf.config import from_yaml, to_yaml
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
+from scd_sf.models.dit import DitConfig
 from scd_sf.models.generator import FrameGenerator
 from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.trunk import TrunkConfig, WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.types import Conditioning, UserError
 
-Student = Scd | CausalWan
+Student = Scd | Causal
 SINGLE = "scd_sf.model.1"  # the format of an exported file, in its metadata
 LICENCE = "Apache-2.0"  # of Wan 2.1 and of this project; the weights of others may have another
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``family``: "scd", "causal" or "wan" (bidirectional). ``chunk`` is the causal baseline's frames per chunk."""
+    """``family``: "scd", "causal" or "wan" (bidirectional). ``backbone``: "wan", or "dit" (from scratch) for the first
+    two. ``chunk`` is the causal baseline's frames per chunk."""
 
     family: str = "scd"
     chunk: int = 1
     wan: WanConfig = field(default_factory=WanConfig)
     scd: ScdConfig = field(default_factory=ScdConfig)
+    backbone: str = "wan"
+    dit: DitConfig = field(default_factory=DitConfig)
 
     def __post_init__(self) -> None:
         if self.family not in ("scd", "causal", "wan"):
             raise UserError(f"model.family is '{self.family}'; use scd, causal or wan")
+        if self.backbone not in ("wan", "dit") or (self.family, self.backbone) == ("wan", "dit"):
+            raise UserError(f"model.backbone is '{self.backbone}'; use wan, or dit with family scd or causal")
         if self.chunk < 1:
             raise UserError(f"model.chunk is {self.chunk}; it must be at least 1")
         if self.family == "scd":
-            self.scd.check(self.wan.num_layers)
+            self.scd.check(self.transformer.num_layers)
+
+    @property
+    def transformer(self) -> WanConfig | DitConfig:
+        """The geometry in use."""
+        return self.wan if self.backbone == "wan" else self.dit
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,8 @@ def build_model(config: ModelConfig) -> Student | Wan:
     """A freshly initialised model of the configured family."""
     if config.family == "wan":
         return Wan(config.wan)
-    return CausalWan(config.wan, config.chunk) if config.family == "causal" else Scd(config.wan, config.scd)
+    cfg = config.transformer
+    return Causal(cfg, config.chunk) if config.family == "causal" else Scd(cfg, config.scd)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
@@ -107,11 +119,18 @@ def load_checkpoint_model(path: Path, weights: str = "ema") -> tuple[Student | W
 
 
 def load_student(path: Path, weights: str = "ema") -> tuple[Student, CheckpointConfig]:
-    """As :func:`load_checkpoint_model`, refusing a bidirectional model."""
+    """As :func:`load_checkpoint_model`, refusing a bidirectional model, and one trained from scratch."""
     model, config = load_checkpoint_model(path, weights)
+    require_wan(config.model, path)
     if isinstance(model, Wan):
         raise UserError(f"{path}: holds a bidirectional Wan; this needs an SCD or causal student (run stage 1 first)")
     return model, config
+
+
+def require_wan(config: ModelConfig, where: Path) -> None:
+    """UserError for a model trained from scratch, where prompts or Wan's own layouts are needed."""
+    if config.backbone != "wan":
+        raise UserError(f"{where}: trained from scratch, it knows no prompts; use recipes/evaluate_prediction.py")
 
 
 def write_single(
@@ -180,7 +199,8 @@ def describe_checkpoint(path: Path) -> tuple[CheckpointConfig, dict[str, object]
 @torch.no_grad()
 def probe(model: Student | Wan) -> Tensor:
     """The model's output on a small fixed input, to compare a model with its copy: a student's second chunk."""
-    cfg, rng = model.cfg, torch.Generator().manual_seed(0)
+    cfg: TrunkConfig = model.cfg
+    rng = torch.Generator().manual_seed(0)
     size = (2 * cfg.patch_height, 2 * cfg.patch_width)
     reference = next(model.parameters())
 
@@ -188,6 +208,9 @@ def probe(model: Student | Wan) -> Tensor:
         return torch.randn(shape, generator=rng).to(reference.device)
 
     cond = Conditioning(normal(1, 4, cfg.text_dim))
+    if isinstance(cfg, DitConfig) and not isinstance(model, Wan):
+        told = torch.zeros(1, 2 * model.chunk, dtype=torch.long, device=reference.device)
+        cond = Conditioning(cond.text_BLE, told, told[:, 0])
     if isinstance(model, Wan):
         velocity: Tensor = model(
             normal(1, 2, cfg.in_channels, *size), torch.full((1,), 0.7, device=reference.device), cond

@@ -17,6 +17,7 @@ from scd_sf.models.build import (
     load_checkpoint_model,
     load_state,
     probe,
+    require_wan,
     write_single,
 )
 from scd_sf.models.names import Layout
@@ -58,9 +59,12 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
         return largest(before, probe(again))
     if layout not in ("diffusers", "original"):
         raise UserError(f"layout '{layout}' is unknown; use single, pipeline, diffusers or original")
+    require_wan(config.model, checkpoint)
     if isinstance(model, Scd):
         raise UserError(f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline")
-    save_wan(model.state_dict(), model.cfg, out, kind, layout="original" if layout == "original" else "diffusers")
+    save_wan(
+        model.state_dict(), config.model.wan, out, kind, layout="original" if layout == "original" else "diffusers"
+    )
     read = load_wan(out)
     rebuilt: Student | Wan = build_model(config.model)
     load_state(rebuilt, read.state_dict(), out)

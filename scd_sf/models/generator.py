@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from scd_sf.nn.kv_cache import Window
+from scd_sf.nn.rope import Axes
 from scd_sf.types import Conditioning, UserError
 
 
 @dataclass(frozen=True)
 class Query:
-    """The encoder's noisy query frames of SCD on Wan: x (B, F, C, H, W) at times t (B, F) (paper 4; spec W4).
+    """The encoder's noisy query frames of SCD on Wan: x (B, F, C, H, W) at times t (B, F) (paper 4; spec W4); None for
+    models trained from scratch, whose encoder has no query.
 
     ``eta`` is the context corruption of Eq. 7; its noise comes from ``rng`` (CPU), independently per noisy sample.
     """
 
-    x: Tensor
-    t: Tensor
+    x: Tensor | None = None
+    t: Tensor | None = None
     eta: float = 0.0
     rng: torch.Generator | None = None
 
@@ -57,9 +59,10 @@ class CacheConfig:
             raise UserError(f"window {window} and sink {sink} must be >= 0, and a sink needs a window")
         return cls(window, sink, preallocate=window + sink) if window else cls(preallocate=frames)
 
-    def tokens(self, per_frame: int) -> Window:
+    def tokens(self, per_frame: int, axes: Axes) -> Window:
+        """In tokens, for keys whose rotary positions are split over ``axes``."""
         recent = None if self.window is None else self.window * per_frame
-        return Window(recent, self.sink * per_frame, per_frame if self.turn_sink and self.sink else 0)
+        return Window(recent, self.sink * per_frame, per_frame if self.turn_sink and self.sink else 0, axes)
 
 
 class FrameStreamer(Protocol):
@@ -91,6 +94,11 @@ class FrameStreamer(Protocol):
 class FrameGenerator(FrameStreamer, Protocol):
     """A student: it can be rolled out, and trained on whole clips."""
 
+    @property
+    def needs_query(self) -> bool:
+        """Whether its encoder is given noisy query frames (SCD on Wan)."""
+        ...
+
     def teacher_forced(
         self,
         x_t: Tensor,
@@ -102,7 +110,8 @@ class FrameGenerator(FrameStreamer, Protocol):
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         """One pass over the clip: x_t (K, B, F, C, H, W), t (K, B, F), x_clean (B, F, C, H, W) -> velocity
-        (K, B, M*chunk, C, H, W) of the target chunks (default: all). ``query`` is needed by SCD, ignored by others."""
+        (K, B, M*chunk, C, H, W) of the target chunks (default: all). ``query``: SCD's query frames and the corruption
+        of its context; ignored by others."""
         ...
 
 
@@ -119,3 +128,18 @@ def pick_chunks(x: Tensor, targets: Sequence[int], chunk: int, dim: int) -> Tens
         return x
     frames = [c * chunk + i for c in targets for i in range(chunk)]
     return x.index_select(dim, torch.tensor(frames, device=x.device))
+
+
+def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | None:
+    """The vectors of these frames; one vector (labels) serves all. UserError: frames that nothing is told of."""
+    if signal_BFE is None:
+        return None
+    told = signal_BFE.shape[1]
+    if told == 1:
+        return signal_BFE.expand(-1, len(frames), -1)
+    if max(frames, default=0) >= told:
+        raise UserError(f"actions are given for {told} frames, frame {max(frames)} needs one too: give one per frame")
+    first, count = frames[0] if frames else 0, len(frames)
+    if list(frames) == list(range(first, first + count)):
+        return signal_BFE[:, first : first + count]
+    return signal_BFE[:, list(frames)]

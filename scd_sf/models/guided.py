@@ -8,7 +8,7 @@ guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,4 +99,4 @@ class Guided:
         """The decoder's prompts for both rows of every clip."""
         assert isinstance(self.student, Scd)
         rows = cond.repeat(2) if self.guidance.corruption != 1.0 else self._both(cond)
-        return replace(stream, decoder_text=self.student.text_kv(rows)[1])
+        return self.student.switch_decoder(stream, rows)

@@ -1,8 +1,12 @@
-"""Separable Causal Diffusion on Wan 2.1: a causal encoder once per chunk, a light decoder S times per chunk.
+"""Separable Causal Diffusion: a causal encoder once per chunk, a light decoder S times per chunk.
 
-Encoder input reparameterisation (paper 4, supplement E.1; spec/scd.md W1-W5): clean history frames at t = 0 provide
-K/V, one query chunk of (nearly) pure noise attends to them and to itself, and its output is the context c_i. While
-sampling both go through ONE fused pass per chunk: [clean x_{i-1}; query_i]; the clean frames do not see the query.
+On Wan 2.1, encoder input reparameterisation (paper 4, supplement E.1; spec/scd.md W1-W5): clean history frames at
+t = 0 provide K/V, one query chunk of (nearly) pure noise attends to them and to itself, and its output is the context
+c_i. While sampling both go through ONE fused pass per chunk, [clean x_{i-1}; query_i]; the clean frames do not see the
+query.
+
+From scratch (dit.py; paper 3, spec/scd.md 1): the encoder reads the finished frames alone, shifted by one: slot i holds
+x_{i-1} and the action a_i, a learned start token stands before the first, and slot i's output is c_i.
 
 Letters: B batch, K noisy samples, F latent frames, M target chunks, n frames per chunk, C H W latent axes, L tokens.
 """
@@ -14,27 +18,30 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scd_sf.models.causal import new_cache
-from scd_sf.models.generator import CacheConfig, Query, check_chunks, pick_chunks
+from scd_sf.models.dit import ContextNorm, DitConfig
+from scd_sf.models.generator import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
 from scd_sf.models.scd_decoder import Context, Decoder, DecoderConfig
-from scd_sf.models.trunk import Trunk, WanConfig
+from scd_sf.models.trunk import Text, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
-from scd_sf.nn.kv_cache import KV, Cache
-from scd_sf.nn.masks import Layout, teacher_forcing_mask
+from scd_sf.nn.kv_cache import Cache
+from scd_sf.nn.masks import CLEAN, Layout, teacher_forcing_mask
 from scd_sf.types import Conditioning, UserError
 
 
 @dataclass(frozen=True)
 class ScdConfig:
-    """Which Wan layers make the encoder and the decoder, how they are joined, and frames per chunk (paper: 1)."""
+    """Which layers of the base model make the encoder and the decoder (from scratch: how many, numbered on), how they
+    are joined, and frames per chunk (paper: 1)."""
 
     encoder_layers: tuple[int, ...] = tuple(range(25))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     chunk: int = 1
 
     def check(self, num_layers: int) -> None:
-        """UserError unless every layer exists in a Wan of ``num_layers``."""
+        """UserError unless every layer exists in a model of ``num_layers``."""
         for name, layers in (("encoder_layers", self.encoder_layers), ("decoder.layers", self.decoder.layers)):
             bad = [layer for layer in layers if not 0 <= layer < num_layers]
             if bad or not layers:
@@ -49,29 +56,45 @@ class ScdConfig:
 
 @dataclass(frozen=True)
 class ScdStream:
-    """One video in the making: prompt K/V of both nets, the encoder's history, the coming chunk's context."""
+    """One video in the making: prompt K/V and signals of both nets, the encoder's history, the coming chunk's context
+    and (from scratch) the embedding that modulates it."""
 
-    encoder_text: tuple[KV, ...]
-    decoder_text: tuple[KV, ...]
+    encoder_text: Text
+    decoder_text: Text
+    encoder_signal: Tensor | None
+    decoder_signal: Tensor | None
     cache: Cache
     latent: tuple[int, int]
     index: int = -1
     context: Context | None = None
+    temb: Tensor | None = None
 
 
 class Scd(nn.Module):
-    """A :class:`~scd_sf.models.generator.FrameGenerator`."""
+    """A :class:`~scd_sf.models.generator.FrameGenerator`.
 
-    def __init__(self, cfg: WanConfig, scd: ScdConfig) -> None:
+    ``samples_in_turn``: teacher forcing decodes the K noisy samples one after the other and computes each again for the
+    backward pass, so that memory does not grow with K.
+    """
+
+    def __init__(self, cfg: TrunkConfig, scd: ScdConfig) -> None:
         super().__init__()
         scd.check(cfg.num_layers)
-        self.cfg, self.scd = cfg, scd
+        self.cfg, self.scd, self.samples_in_turn = cfg, scd, False
         self.encoder = Trunk(cfg, scd.encoder_layers, with_head=False)
-        self.decoder = Decoder(cfg, scd.decoder, scd.encoder_layers)
+        self.context_norm, self.start_token = None, None
+        if isinstance(cfg, DitConfig):
+            self.context_norm = ContextNorm(cfg)
+            self.start_token = nn.Parameter(0.02 * torch.randn(cfg.width))
+        self.decoder = Decoder(cfg, scd.decoder, scd.encoder_layers, normed=self.context_norm is not None)
 
     @property
     def chunk(self) -> int:
         return self.scd.chunk
+
+    @property
+    def needs_query(self) -> bool:
+        return self.context_norm is None
 
     def trunks(self) -> list[Trunk]:
         """The stacks of blocks, e.g. to switch activation checkpointing."""
@@ -87,31 +110,72 @@ class Scd(nn.Module):
         query: Query | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
-        """Encoder once on ``[clean | query]``, decoder once on all K samples of all target chunks."""
-        if query is None:
-            raise UserError("SCD's teacher_forced needs the encoder's query frames")
+        """Encoder once, decoder once on all K samples of all target chunks (``samples_in_turn``: K times)."""
         samples, batch, frames = x_t.shape[:3]
         num_chunks = check_chunks(frames, self.chunk)
         targets = list(range(num_chunks)) if targets is None else targets
-        rows = (batch, samples, len(targets))
+        rows, told = (batch, samples, len(targets)), [c * self.chunk + i for c in targets for i in range(self.chunk)]
         text = self.encoder.text(cond.text_BLE)
-        x_query = pick_chunks(query.x, targets, self.chunk, 1)
-        t_query = pick_chunks(query.t, targets, self.chunk, 1)
-        c_BLE = self.encode(x_clean, x_query, t_query, text, targets)
+        if self.context_norm is not None:
+            x_query = pick_chunks(x_clean, targets, self.chunk, 1)  # only its shape matters
+            t_query = torch.full(x_query.shape[:2], self.cfg.clean_time, device=x_t.device)
+            c_BLE = self.encode_previous(x_clean.to(x_t.dtype), text, cond, targets)
+        elif query is None or query.x is None or query.t is None:
+            raise UserError("SCD's teacher_forced on Wan needs the encoder's query frames")
+        else:
+            x_query = pick_chunks(query.x, targets, self.chunk, 1)
+            t_query = pick_chunks(query.t, targets, self.chunk, 1)
+            c_BLE = self.encode(x_clean, x_query, t_query, text, targets)
 
         c_rows = c_BLE.unflatten(1, (1, len(targets), -1)).expand(*rows, -1, -1).flatten(0, 2)
-        c_rows = corrupt(c_rows, query.eta, query.rng)
-        context = self.decoder.context(
-            c_rows, self._rows(x_query[:, None]), self._rows(t_query[:, None]), text, samples
-        )
-        x_rows = self._rows(pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1))
-        t_rows = self._rows(pick_chunks(t, targets, self.chunk, 2).transpose(0, 1))
-        velocity: Tensor = self.decoder(context, x_rows, t_rows, text)
-        return velocity.unflatten(0, rows).flatten(2, 3).transpose(0, 1)
+        if query is not None:
+            c_rows = corrupt(c_rows, query.eta, query.rng)
+        if self.context_norm is not None:
+            temb = self.encoder.times(t_query, pick_frames(self.encoder.signal(cond), told)).temb
+            c_rows = self.context_norm.modulated(c_rows, self._rows(temb[:, None].expand(-1, samples, -1, -1)))
+        signal = pick_frames(self.decoder.trunk.signal(cond, True), told)
+        x_BKF, t_BKF = (pick_chunks(x, targets, self.chunk, 2).transpose(0, 1) for x in (x_t, t))
+
+        def decode(c_rows: Tensor, x_BKF: Tensor, t_BKF: Tensor) -> Tensor:
+            """Rows (B, K, M) -> (K, B, M * n, C, H, W)."""
+            count = x_BKF.shape[1]
+            told_rows = None if signal is None else self._rows(signal[:, None].expand(-1, count, -1, -1))
+            context = self.decoder.context(
+                c_rows, self._rows(x_query[:, None]), self._rows(t_query[:, None]), text, count, told_rows
+            )
+            velocity: Tensor = self.decoder(context, self._rows(x_BKF), self._rows(t_BKF), text)
+            return velocity.unflatten(0, (batch, count, -1)).flatten(2, 3).transpose(0, 1)
+
+        if not self.samples_in_turn:
+            return decode(c_rows, x_BKF, t_BKF)
+        c_BK = c_rows.unflatten(0, (batch, samples, -1))
+        parts = [(c_BK[:, k].flatten(0, 1), x_BKF[:, k : k + 1], t_BKF[:, k : k + 1]) for k in range(samples)]
+        return torch.cat([checkpoint(decode, *part, use_reentrant=False) for part in parts])
 
     def _rows(self, x_BKF: Tensor) -> Tensor:
         """(B, K, M*n, ...) -> (B*K*M, n, ...): batch-major, so that rows of one clip share its prompt."""
         return x_BKF.unflatten(2, (-1, self.chunk)).flatten(0, 2)
+
+    def encode_previous(self, x_clean: Tensor, text: Tensor, cond: Conditioning, targets: Sequence[int]) -> Tensor:
+        """Normalised contexts of the target chunks, (B, M * n * tokens, E), of a model trained from scratch."""
+        assert self.context_norm is not None
+        slots, n = max(targets) + 1, self.chunk
+        batch, height, width = len(x_clean), *x_clean.shape[-2:]
+        length, positions = n * self.cfg.tokens(height, width), range(slots * n)
+        tokens = torch.cat([self._start(batch, length), self.encoder.embed(x_clean[:, : (slots - 1) * n])], 1)
+        clean_t = torch.full((batch, slots * n), self.cfg.clean_time, device=x_clean.device)
+        attend = FullSequence(
+            teacher_forcing_mask(Layout((CLEAN,) * slots, tuple(range(slots)), length), x_clean.device)
+        )
+        signal = pick_frames(self.encoder.signal(cond), positions)
+        rotary = self.encoder.rope(positions, height, width, tokens)
+        c_BLE = self.context_norm(self.encoder(tokens, clean_t, text, rotary, attend, signal_BFE=signal))
+        return pick_chunks(c_BLE, targets, length, 1)
+
+    def _start(self, batch: int, length: int) -> Tensor:
+        """The learned token in place of the frames before the first."""
+        assert self.start_token is not None
+        return self.start_token.expand(batch, length, -1)
 
     def encode(self, x_clean: Tensor, x_query: Tensor, t_query: Tensor, text: Tensor, targets: Sequence[int]) -> Tensor:
         """Contexts of the target chunks, (B, M * n * tokens, E), under the teacher-forcing mask."""
@@ -128,18 +192,17 @@ class Scd(nn.Module):
         return out[:, frames * tokens :]
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScdStream:
-        encoder_text, decoder_text = self.text_kv(cond)
-        history = new_cache(cache, self.cfg.tokens(*latent), 2 * self.chunk)
-        return ScdStream(encoder_text, decoder_text, history, latent)
+        history = new_cache(cache, self.cfg.tokens(*latent), self.cfg.rope_axes, 2 * self.chunk)
+        return self.switch(ScdStream((), (), None, None, history, latent), cond)
 
     def switch(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
-        encoder_text, decoder_text = self.text_kv(cond)
-        return replace(stream, encoder_text=encoder_text, decoder_text=decoder_text)
+        text = self.encoder.text_kv(self.encoder.text(cond.text_BLE))
+        return self.switch_decoder(replace(stream, encoder_text=text, encoder_signal=self.encoder.signal(cond)), cond)
 
-    def text_kv(self, cond: Conditioning) -> tuple[tuple[KV, ...], tuple[KV, ...]]:
-        """The prompt's K/V for the encoder's blocks and for the decoder's."""
-        text = self.encoder.text(cond.text_BLE)
-        return self.encoder.text_kv(text), self.decoder.trunk.text_kv(text)
+    def switch_decoder(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
+        """The same stream, whose decoder alone is told these conditions; they may be of more rows (guidance)."""
+        text = self.decoder.trunk.text_kv(self.encoder.text(cond.text_BLE))
+        return replace(stream, decoder_text=text, decoder_signal=self.decoder.trunk.signal(cond, True))
 
     def advance(self, stream: ScdStream, x_0: Tensor | None, query_noise: Tensor) -> ScdStream:
         """ONE fused encoder pass; ``query_noise`` (B, n, C, H, W) is pure noise (t = 1). x_0 is detached."""
@@ -148,11 +211,21 @@ class Scd(nn.Module):
 
     def with_context(self, stream: ScdStream, c_RLE: Tensor, query_noise: Tensor) -> ScdStream:
         """The stream whose decoder reads the contexts ``c_RLE`` of these rows, one per row of its prompts."""
-        ones = query_noise.new_ones(query_noise.shape[:2])
-        return replace(stream, context=self.decoder.context(c_RLE, query_noise, ones, stream.decoder_text))
+        time = 1.0 if self.context_norm is None else self.cfg.clean_time
+        if self.context_norm is not None and stream.temb is not None:
+            times = len(c_RLE) // len(stream.temb)
+            c_RLE = self.context_norm.modulated(c_RLE, stream.temb.repeat(times, 1, 1))
+        t = query_noise.new_full(query_noise.shape[:2], time)
+        signal = pick_frames(stream.decoder_signal, self._frames(stream.index))
+        return replace(stream, context=self.decoder.context(c_RLE, query_noise, t, stream.decoder_text, 1, signal))
+
+    def _frames(self, index: int) -> range:
+        return range(index * self.chunk, (index + 1) * self.chunk)
 
     def encode_next(self, stream: ScdStream, x_0: Tensor | None, query_noise: Tensor) -> tuple[ScdStream, Tensor]:
         """The encoder's part of :meth:`advance`: the stream with x_0 in its history, and the next chunk's c."""
+        if self.context_norm is not None:
+            return self._encode_next_previous(stream, x_0, query_noise)
         index, n = stream.index + 1, query_noise.shape[1]
         length = n * self.cfg.tokens(*stream.latent)
         ones = query_noise.new_ones(query_noise.shape[:2])
@@ -167,6 +240,20 @@ class Scd(nn.Module):
         c_BLE = self.encoder(x, t, stream.encoder_text, rotary, attend, keep=n)
         cache = stream.cache if x_0 is None else stream.cache.extended(attend.take())
         return replace(stream, cache=cache, index=index, context=None), c_BLE
+
+    def _encode_next_previous(self, stream: ScdStream, x_0: Tensor | None, like: Tensor) -> tuple[ScdStream, Tensor]:
+        """From scratch: ONE pass of x_0 (or the start token) is the next chunk's c, and writes K/V."""
+        assert self.context_norm is not None
+        frames = self._frames(stream.index + 1)
+        length = len(frames) * self.cfg.tokens(*stream.latent)
+        x = self._start(len(like), length) if x_0 is None else x_0.detach().to(like.dtype)
+        t = like.new_full(like.shape[:2], self.cfg.clean_time)
+        signal = pick_frames(stream.encoder_signal, frames)
+        attend = Streaming(stream.cache, (length,), write=1)
+        rotary = self.encoder.rope(frames, *stream.latent, like)
+        c_BLE = self.context_norm(self.encoder(x, t, stream.encoder_text, rotary, attend, signal_BFE=signal))
+        temb, cache = self.encoder.times(t, signal).temb, stream.cache.extended(attend.take())
+        return replace(stream, cache=cache, index=stream.index + 1, context=None, temb=temb), c_BLE
 
     def denoise(self, stream: ScdStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The decoder alone, on the coming chunk and its context."""

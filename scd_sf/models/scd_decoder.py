@@ -1,4 +1,4 @@
-"""SCD's light frame-wise decoder on Wan: how the context c_i meets the noisy chunk (spec/scd.md W7-W9, W13).
+"""SCD's light frame-wise decoder: how the context c_i meets the noisy chunk (paper Table 3; spec/scd.md W7-W9, W13).
 
 Presets of ``fusion``:
   paper     prefix [adapter(c); x] in front of all decoder blocks (paper Table 3, "frame concat").
@@ -8,6 +8,7 @@ Presets of ``fusion``:
   channel   Linear([x; c]) per token at the decoder's input (paper Table 3, "channel concat").
 ``prefix_rope``: "temporal" gives c the frames before x, "identical" the same frames. ``prefix``: "full" runs c through
 the blocks with x at every step; "cached" lets c attend only to itself, so its K/V are computed once per chunk.
+``prefix_time``: c's time is that of the encoder's "query", or (as in the released code) the "step" x is at.
 
 Letters: R rows (batch x chunks), n frames per chunk, C H W latent axes, L tokens of a chunk, E width.
 """
@@ -21,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.models.trunk import Times, Trunk, WanConfig
+from scd_sf.models.trunk import Text, Times, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
-from scd_sf.nn.kv_cache import KV, KVCache, LivePast, Past
+from scd_sf.nn.kv_cache import KVCache, LivePast, Past
 from scd_sf.nn.rope import Rotary, join
 from scd_sf.types import UserError
 
 FUSIONS = ("paper", "junction", "delta", "channel")
-Text = Tensor | Sequence[KV]
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,19 @@ class DecoderConfig:
     prefix_rope: str = "identical"
     prefix: str = "full"
     split: int | None = None
+    prefix_time: str = "query"
 
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("fusion", self.fusion, FUSIONS),
             ("prefix_rope", self.prefix_rope, ("temporal", "identical")),
             ("prefix", self.prefix, ("full", "cached")),
+            ("prefix_time", self.prefix_time, ("query", "step")),
         ):
             if value not in choices:
                 raise UserError(f"decoder.{name} is '{value}'; use one of {', '.join(choices)}")
+        if self.prefix == "cached" and self.prefix_time == "step":
+            raise UserError("decoder.prefix=cached computes c once per chunk: it needs decoder.prefix_time=query")
         if self.split is not None and not 0 <= self.split <= len(self.layers):
             raise UserError(f"decoder.split is {self.split}; it must lie in 0..{len(self.layers)} (number of layers)")
 
@@ -73,11 +77,12 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """What the decoder keeps of one chunk's c for all S steps: the positions of chunk and prefix, and what the fusion
-    needs of the other fields."""
+    """What the decoder keeps of one chunk's c for all S steps: the positions of chunk and prefix, the signal of its
+    frames, and what the fusion needs of the other fields."""
 
     rotary_x: Rotary
     rotary_c: Rotary
+    signal: Tensor | None = None
     prefix: Tensor | None = None
     prefix_times: Times | None = None
     past: Past | None = None
@@ -88,12 +93,15 @@ class Context:
 class Decoder(nn.Module):
     """Blocks on one chunk of noisy frames and its context; other chunks are invisible."""
 
-    def __init__(self, cfg: WanConfig, config: DecoderConfig, encoder_layers: Sequence[int]) -> None:
+    def __init__(
+        self, cfg: TrunkConfig, config: DecoderConfig, encoder_layers: Sequence[int], *, normed: bool = False
+    ) -> None:
+        """``normed``: the context arrives normalised and modulated, as that of a model trained from scratch."""
         super().__init__()
-        self.cfg, self.config = cfg, config
+        self.cfg, self.config, self.normed = cfg, config, normed
         self.split = config.junction(encoder_layers)
         self.trunk = Trunk(cfg, config.layers, with_text=False)
-        inputs = {"paper": cfg.width, "channel": 2 * cfg.width}.get(config.fusion)
+        inputs = {"paper": 0 if normed else cfg.width, "channel": 2 * cfg.width}.get(config.fusion)
         self.adapter = nn.Linear(inputs, cfg.width) if inputs else None
         self.reset_adapter()
 
@@ -105,15 +113,26 @@ class Decoder(nn.Module):
             self.adapter.weight.copy_(eye if self.config.fusion == "paper" else torch.cat([eye, eye], dim=1))
             self.adapter.bias.zero_()
 
-    def context(self, c_RLE: Tensor, query: Tensor, t_query: Tensor, text: Text, samples: int = 1) -> Context:
-        """c of R rows, their query frames (R/K, n, C, H, W) and its times (R/K, n) -> what all steps share.
+    def context(
+        self,
+        c_RLE: Tensor,
+        query: Tensor,
+        t_query: Tensor,
+        text: Text,
+        samples: int = 1,
+        signal: Tensor | None = None,
+    ) -> Context:
+        """c of R rows, their query frames (R/K, n, C, H, W), its times (R/K, n) and signal (R, n, E) -> what all steps
+        share.
 
         Rows are (B, K, M): the K = ``samples`` rows of one query differ in c's corruption only.
         """
         fusion, trunk = self.config.fusion, self.trunk
         rotary_c, rotary_x = self._rotary(query)
+        if fusion in ("paper", "channel") and not self.normed:
+            c_RLE = F.layer_norm(c_RLE, c_RLE.shape[-1:])
         if fusion == "channel":
-            return Context(rotary_x, rotary_c, channels=F.layer_norm(c_RLE, c_RLE.shape[-1:]))
+            return Context(rotary_x, rotary_c, signal, channels=c_RLE)
         clips = text.shape[0] if isinstance(text, Tensor) else text[0][0].shape[0]
 
         def per_sample(x: Tensor) -> Tensor:
@@ -125,21 +144,22 @@ class Decoder(nn.Module):
 
         if fusion == "delta":
             early = trunk(query, t_query, text, rotary_x, FullSequence(), slice(0, self.split))
-            return Context(rotary_x, rotary_c, residual=c_RLE - per_sample(early))
-        times = trunk.times(per_sample(t_query))
-        if fusion == "paper":
-            assert self.adapter is not None
-            c_RLE = self.adapter(F.layer_norm(c_RLE, c_RLE.shape[-1:]))
+            return Context(rotary_x, rotary_c, signal, residual=c_RLE - per_sample(early))
+        if fusion == "paper" and self.adapter is not None:
+            c_RLE = self.adapter(c_RLE)
+        if self.config.prefix_time == "step":
+            return Context(rotary_x, rotary_c, signal, prefix=c_RLE)
+        times = trunk.times(per_sample(t_query), signal)
         if self.config.prefix == "full":
-            return Context(rotary_x, rotary_c, prefix=c_RLE, prefix_times=times)
+            return Context(rotary_x, rotary_c, signal, prefix=c_RLE, prefix_times=times)
         attend = Streaming(KVCache.empty(), (c_RLE.shape[1],), write=1)
         trunk.run(c_RLE, times.mod, text, rotary_c, attend, slice(self.split, None), keep=0)
-        return Context(rotary_x, rotary_c, past=LivePast(attend.staged))
+        return Context(rotary_x, rotary_c, signal, past=LivePast(attend.staged))
 
     def forward(self, context: Context, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """x_t (R, n, C, H, W) at times t (R, n) -> velocity of the same shape."""
         trunk = self.trunk
-        times, rotary_x = trunk.times(t), context.rotary_x
+        times, rotary_x = trunk.times(t, context.signal), context.rotary_x
         late = slice(self.split, None)
         x = trunk.run(trunk.embed(x_t), times.mod, text, rotary_x, FullSequence(), slice(0, self.split))
         if context.residual is not None:
@@ -151,9 +171,9 @@ class Decoder(nn.Module):
         elif context.past is not None:
             x = trunk.run(x, times.mod, text, rotary_x, Streaming(context.past, (x.shape[1],)), late)
         else:
-            assert context.prefix is not None and context.prefix_times is not None
+            assert context.prefix is not None
             both = torch.cat([context.prefix.to(x.dtype), x], dim=1)
-            mod = context.prefix_times.join(times).mod
+            mod = (context.prefix_times or times).join(times).mod
             positions = join(context.rotary_c, rotary_x)
             x = trunk.run(both, mod, text, positions, FullSequence(), late, keep=x_t.shape[1])
         return trunk.velocity(x, times.temb, *x_t.shape[-2:])

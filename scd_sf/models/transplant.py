@@ -18,7 +18,7 @@ from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
 from scd_sf.data.manifest import sha256_file, sha256_folder
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
@@ -93,11 +93,11 @@ def transplant_scd(wan: Wan, config: ScdConfig) -> tuple[Scd, list[Transfer]]:
     return scd, _copy(scd, wan, _pairs(scd))
 
 
-def transplant_causal(wan: Wan, chunk: int) -> tuple[CausalWan, list[Transfer]]:
+def transplant_causal(wan: Wan, chunk: int) -> tuple[Causal, list[Transfer]]:
     """Wan -> the causal baseline: the same tensors under a causal mask."""
     if chunk < 1:
         raise UserError(f"model.chunk is {chunk}; it must be at least 1")
-    causal = CausalWan(wan.cfg, chunk)
+    causal = Causal(wan.cfg, chunk)
     return causal, _copy(causal, wan, ((name, name) for name, _ in causal.named_parameters()))
 
 
@@ -139,7 +139,7 @@ def run_transplant(cfg: TransplantConfig) -> str:
         raise UserError(f"{cfg.out}: already holds a checkpoint, which is never overwritten; choose another out=")
     wan, origin = source_wan(cfg)
     config = ModelConfig(cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk))
-    student: Scd | CausalWan
+    student: Scd | Causal
     if cfg.family == "scd":
         student, report = transplant_scd(wan, config.scd)
     else:

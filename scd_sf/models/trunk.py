@@ -1,6 +1,7 @@
-"""The parts every Wan family shares: patches, time and text conditioning, the stack of blocks, the velocity head.
+"""What every model shares: patches, conditioning, the stack of blocks, the velocity head; and Wan's own such parts.
 
-Parameter names map 1:1 on ``diffusers.WanTransformer3DModel`` (``head.`` is the one prefix of ours: weights.py).
+A config makes the parts: :class:`WanConfig` here, ``DitConfig`` in dit.py for the models trained from scratch. Wan's
+parameter names map 1:1 on ``diffusers.WanTransformer3DModel`` (``head.`` is the one prefix of ours: weights.py).
 Letters: B batch, F latent frames, C channels, H W latent height and width, L tokens, E width.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,57 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from scd_sf.nn.attention import AttentionContext
 from scd_sf.nn.kv_cache import KV
-from scd_sf.nn.layers import LayerNorm, WanBlock, upcast
-from scd_sf.nn.rope import Rotary, rope_table
-from scd_sf.types import UserError, VideoShape
+from scd_sf.nn.layers import LayerNorm, WanBlock, modulate, upcast
+from scd_sf.nn.rope import Axes, Rotary, axis_dims, rope_table
+from scd_sf.types import Conditioning, UserError, VideoShape
+
+TOKENS = 3  # dimensions of (B, L, E)
+Text = Tensor | Sequence[KV]  # the embedded prompt, or its K/V in every block
+
+
+class Conditioner(Protocol):
+    """Embeddings of time, text and what else the model is told."""
+
+    def time(self, t_BF: Tensor, signal_BFE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """t in [0, 1] (or the config's ``clean_time``) -> (embedding (B, F, E), what the blocks are modulated by)."""
+        ...
+
+    def text(self, text_BLE: Tensor) -> Tensor: ...
+
+    def signal(self, cond: Conditioning, decoder: bool) -> Tensor | None:
+        """Actions and labels, (B, F, E) or (B, 1, E) to be added to the time's embedding; None: there are none."""
+        ...
+
+
+class TrunkConfig(Protocol):
+    """Geometry of a transformer, and the maker of its parts."""
+
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def patch_height(self) -> int: ...
+    @property
+    def patch_width(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def rope_axes(self) -> Axes: ...
+    @property
+    def clean_time(self) -> float:
+        """The time that marks finished frames."""
+        ...
+
+    def tokens(self, height: int, width: int) -> int: ...
+    def clip_tokens(self, shape: VideoShape) -> int: ...
+    def block(self) -> nn.Module: ...
+    def conditioner(self, with_text: bool) -> nn.Module: ...
+    def head(self) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -51,18 +100,40 @@ class WanConfig:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def rope_axes(self) -> Axes:
+        return axis_dims(self.attention_head_dim)
+
+    @property
+    def clean_time(self) -> float:
+        return 0.0
+
     def tokens(self, height: int, width: int) -> int:
         """Tokens of one latent frame; UserError if the patch does not divide the frame."""
-        if height % self.patch_height or width % self.patch_width:
-            raise UserError(
-                f"latent frame {height}x{width} is not divisible by the patch {self.patch_height}x{self.patch_width}: "
-                f"choose pixel sizes that are multiples of {8 * self.patch_height}"
-            )
-        return (height // self.patch_height) * (width // self.patch_width)
+        return patches(height, width, self.patch_height, self.patch_width)
 
     def clip_tokens(self, shape: VideoShape) -> int:
         """Tokens of a whole clip of latents."""
         return shape.frames * self.tokens(shape.height, shape.width)
+
+    def block(self) -> nn.Module:
+        return WanBlock(self.width, self.ffn_dim, self.num_attention_heads, self.cross_attn_norm, self.eps)
+
+    def conditioner(self, with_text: bool) -> nn.Module:
+        return ConditionEmbedder(self, with_text)
+
+    def head(self) -> nn.Module:
+        return Head(self)
+
+
+def patches(height: int, width: int, patch_height: int, patch_width: int) -> int:
+    """How many patches a latent frame has; UserError if they do not divide it."""
+    if height % patch_height or width % patch_width:
+        raise UserError(
+            f"latent frame {height}x{width} is not divisible by the patch {patch_height}x{patch_width}: "
+            f"choose pixel sizes whose latents are multiples of {patch_height}x{patch_width}"
+        )
+    return (height // patch_height) * (width // patch_width)
 
 
 WAN_14B = WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40)  # Wan 2.1 T2V-14B
@@ -71,7 +142,7 @@ WAN_14B = WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40)  # Wan
 class PatchEmbedding(nn.Module):
     """Non-overlapping 1 x ph x pw patches -> width; the weight has diffusers' Conv3d shape (E, C, 1, ph, pw)."""
 
-    def __init__(self, cfg: WanConfig) -> None:
+    def __init__(self, cfg: TrunkConfig) -> None:
         super().__init__()
         self.patch = (cfg.patch_height, cfg.patch_width)
         conv = nn.Conv3d(cfg.in_channels, cfg.width, (1, *self.patch))
@@ -85,11 +156,21 @@ class PatchEmbedding(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class _TwoLinears(nn.Module):
+class TwoLinears(nn.Module):
+    """A linear, an activation, a linear; who calls them chooses the activation."""
+
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(inputs, width)
         self.linear_2 = nn.Linear(width, width)
+
+
+def sinusoid(t_BF: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """cos and sin of 1000 t at ``dim`` / 2 frequencies, computed in at least fp32: (B, F) -> (B, F, dim)."""
+    half, t = dim // 2, upcast(t_BF)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+    angles = (1000 * t).unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
 class ConditionEmbedder(nn.Module):
@@ -98,20 +179,20 @@ class ConditionEmbedder(nn.Module):
     def __init__(self, cfg: WanConfig, with_text: bool) -> None:
         super().__init__()
         self.freq_dim = cfg.freq_dim
-        self.time_embedder = _TwoLinears(cfg.freq_dim, cfg.width)
+        self.time_embedder = TwoLinears(cfg.freq_dim, cfg.width)
         self.time_proj = nn.Linear(cfg.width, 6 * cfg.width)
-        self.text_embedder = _TwoLinears(cfg.text_dim, cfg.width) if with_text else None
+        self.text_embedder = TwoLinears(cfg.text_dim, cfg.width) if with_text else None
 
-    def time(self, t_BF: Tensor) -> tuple[Tensor, Tensor]:
+    def time(self, t_BF: Tensor, signal_BFE: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """t in [0,1] (B, F) -> temb (B, F, E) and modulation (B, F, 6, E)."""
-        half = self.freq_dim // 2
-        t = upcast(t_BF)
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
-        angles = (1000 * t).unsqueeze(-1) * frequencies
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.time_proj.weight.dtype)
         embedder = self.time_embedder
-        temb = embedder.linear_2(F.silu(embedder.linear_1(sinusoid)))
+        angles = sinusoid(t_BF, self.freq_dim, self.time_proj.weight.dtype)
+        temb = embedder.linear_2(F.silu(embedder.linear_1(angles)))
         return temb, self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
+
+    def signal(self, cond: Conditioning, decoder: bool) -> Tensor | None:
+        """Wan knows text alone."""
+        return None
 
     def text(self, text_BLE: Tensor) -> Tensor:
         """Token states (B, L, text_dim) -> (B, L, E). Padding rows are zeros and are attended to, as in Wan."""
@@ -136,17 +217,20 @@ class Head(nn.Module):
         """-> velocity (B, F, C, H, W), at least fp32."""
         table = (upcast(self.scale_shift_table) + upcast(temb_BFE).unsqueeze(2)).unsqueeze(3)
         shift, scale = table.unbind(2)
-        frames = temb_BFE.shape[1]
-        x = torch.addcmul(shift, self.norm_out(x_BLE).unflatten(1, (frames, -1)), 1 + scale).flatten(1, 2)
-        out = upcast(self.proj_out(x.to(x_BLE.dtype)))
-        ph, pw = self.patch
-        h, w = height // ph, width // pw
-        out = out.unflatten(-1, (ph, pw, self.channels)).unflatten(1, (-1, h, w))
-        return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        x = modulate(self.norm_out(x_BLE), scale, shift, temb_BFE.shape[1])
+        return unpatchify(upcast(self.proj_out(x.to(x_BLE.dtype))), self.patch, self.channels, height, width)
+
+
+def unpatchify(out_BLP: Tensor, patch: tuple[int, int], channels: int, height: int, width: int) -> Tensor:
+    """Patches, channels fastest, of frames of height x width -> (B, F, C, H, W)."""
+    ph, pw = patch
+    out = out_BLP.unflatten(-1, (ph, pw, channels)).unflatten(1, (-1, height // ph, width // pw))
+    return out.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
 class Times(NamedTuple):
-    """Per-frame time conditioning: temb (B, F, E) for the head, modulation (B, F, 6, E) for the blocks."""
+    """Per-frame conditioning: temb (B, F, E) for the head, and what modulates the blocks: Wan's (B, F, 6, E), or the
+    (B, F, E) of blocks with projections of their own."""
 
     temb: Tensor
     mod: Tensor
@@ -157,50 +241,58 @@ class Times(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """A stack of Wan blocks with its own embeddings. ``layers`` are the Wan layers its blocks come from.
+    """A stack of blocks with its own embeddings. ``layers`` are the layers of the base model its blocks come from.
 
     ``checkpointing`` keeps of each block its input alone and computes the rest again for the backward pass; without
     ``recompute_attention`` attention outputs are kept too (SDPA's; FlexAttention is computed again all the same).
     """
 
     def __init__(
-        self, cfg: WanConfig, layers: Sequence[int], *, with_text: bool = True, with_head: bool = True
+        self, cfg: TrunkConfig, layers: Sequence[int], *, with_text: bool = True, with_head: bool = True
     ) -> None:
         super().__init__()
         self.cfg, self.layers = cfg, tuple(layers)
         self.checkpointing, self.recompute_attention = False, True
         self.patch_embedding = PatchEmbedding(cfg)
-        self.condition_embedder = ConditionEmbedder(cfg, with_text)
-        self.blocks = nn.ModuleList(
-            WanBlock(cfg.width, cfg.ffn_dim, cfg.num_attention_heads, cfg.cross_attn_norm, cfg.eps) for _ in layers
-        )
-        self.head = Head(cfg) if with_head else None
+        self.condition_embedder = cfg.conditioner(with_text)
+        self.blocks = nn.ModuleList(cfg.block() for _ in layers)
+        self.head = cfg.head() if with_head else None
 
     def embed(self, x_BFCHW: Tensor) -> Tensor:
         tokens: Tensor = self.patch_embedding(x_BFCHW)
         return tokens
 
-    def times(self, t_BF: Tensor) -> Times:
-        return Times(*self.condition_embedder.time(t_BF))
+    @property
+    def conditioner(self) -> Conditioner:
+        return self.condition_embedder  # type: ignore[return-value]  # a module that the config made
+
+    def times(self, t_BF: Tensor, signal_BFE: Tensor | None = None) -> Times:
+        """``signal``: what :meth:`signal` gave for these frames."""
+        return Times(*self.conditioner.time(t_BF, signal_BFE))
+
+    def signal(self, cond: Conditioning, decoder: bool = False) -> Tensor | None:
+        """Actions and labels as (B, F, E), one vector per frame; None: the model has none."""
+        return self.conditioner.signal(cond, decoder)
 
     def text(self, text_BLE: Tensor) -> Tensor:
-        return self.condition_embedder.text(text_BLE)
+        return self.conditioner.text(text_BLE)
 
-    def text_kv(self, embedded_BLE: Tensor) -> tuple[KV, ...]:
-        """Cross-attention K/V of every block: once per prompt."""
-        return tuple(block.attn2.kv(embedded_BLE) for block in self.blocks if isinstance(block, WanBlock))
+    def text_kv(self, embedded_BLE: Tensor) -> Text:
+        """Cross-attention K/V of every block, once per prompt; without such blocks the (empty) text itself."""
+        found = tuple(block.attn2.kv(embedded_BLE) for block in self.blocks if isinstance(block, WanBlock))
+        return found or embedded_BLE
 
     def rope(self, frames: Sequence[int], height: int, width: int, like: Tensor) -> Rotary:
         """Positions of whole frames, as a table on ``like``'s device."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         grid = (height // self.cfg.patch_height, width // self.cfg.patch_width)
-        return rope_table(tuple(frames), *grid, self.cfg.attention_head_dim, like.device, dtype)
+        return rope_table(tuple(frames), *grid, self.cfg.rope_axes, like.device, dtype)
 
     def run(
         self,
         x_BLE: Tensor,
         mod_BF6E: Tensor,
-        text: Tensor | Sequence[KV],
+        text: Text,
         rotary: Rotary,
         attend: AttentionContext,
         span: slice = slice(None),
@@ -222,22 +314,24 @@ class Trunk(nn.Module):
 
     def forward(
         self,
-        x_BFCHW: Tensor,
+        x: Tensor,
         t_BF: Tensor,
-        text: Tensor | Sequence[KV],
+        text: Text,
         rotary: Rotary,
         attend: AttentionContext,
         span: slice = slice(None),
         keep: int | None = None,
+        signal_BFE: Tensor | None = None,
     ) -> Tensor:
         """Frames at their times through the blocks of ``span``: velocity (B, keep or F, C, H, W) if the stack has a
-        head and the span reaches it, else tokens. See :meth:`run`."""
-        times = self.times(t_BF)
-        x = self.run(self.embed(x_BFCHW), times.mod, text, rotary, attend, span, keep)
+        head and the span reaches it, else tokens. ``x``: latents (B, F, C, H, W), or for a stack without a head tokens
+        (B, L, E). ``signal``: see :meth:`times`. The rest: see :meth:`run`."""
+        times, size = self.times(t_BF, signal_BFE), x.shape[-2:]
+        x = self.run(x if x.ndim == TOKENS else self.embed(x), times.mod, text, rotary, attend, span, keep)
         frames = times.temb.shape[1] if keep is None else min(keep, times.temb.shape[1])
         if self.head is None or frames == 0 or span.indices(len(self.blocks))[1] < len(self.blocks):
             return x
-        return self.velocity(x, times.temb[:, times.temb.shape[1] - frames :], *x_BFCHW.shape[-2:])
+        return self.velocity(x, times.temb[:, times.temb.shape[1] - frames :], *size)
 
     def velocity(self, x_BLE: Tensor, temb_BFE: Tensor, height: int, width: int) -> Tensor:
         assert self.head is not None, "this trunk was built without a head"

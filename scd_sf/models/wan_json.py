@@ -20,7 +20,7 @@ def read_config(file: Path) -> tuple[WanConfig, Layout]:
     name = raw.get("_class_name")
     if name == "WanTransformer3DModel":
         return _diffusers_config(raw, file), "diffusers"
-    if name in ("WanModel", "CausalWanModel"):
+    if name in ("WanModel", "CausalModel"):
         return _original_config(raw, file), "original"
     raise UserError(f"{file}: _class_name is {name!r}; this needs a WanTransformer3DModel or the original's WanModel")
 

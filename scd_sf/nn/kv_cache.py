@@ -12,13 +12,13 @@ again is the key of the later position). Recent frames need nothing: rotary atte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from scd_sf.nn.rope import rope_table, rotate
+from scd_sf.nn.rope import Axes, rope_table, rotate
 from scd_sf.types import UserError
 
 KV = tuple[Tensor, Tensor]
@@ -44,12 +44,14 @@ class Cache(Past, Protocol):
 class Window:
     """Which past tokens stay visible: the first ``sink`` and the last ``recent`` (None = all).
 
-    ``per_frame`` tokens make a frame whose sink keys are turned along; 0: they keep their positions.
+    ``per_frame`` tokens make a frame whose sink keys, split over the rotary ``axes``, are turned along; 0: they keep
+    their positions.
     """
 
     recent: int | None = None
     sink: int = 0
     per_frame: int = 0
+    axes: Axes = (0, 0, 0)
 
     def shift(self, length: int) -> int:
         """How many frames later than it was the sink stands, after ``length`` tokens."""
@@ -58,12 +60,12 @@ class Window:
         return max(0, length - self.recent - self.sink) // self.per_frame
 
 
-def turned(k_BNLD: Tensor, frames: int) -> Tensor:
+def turned(k_BNLD: Tensor, frames: int, axes: Axes) -> Tensor:
     """Rotated keys as they would be ``frames`` later: rotations add up, and place (0, 0) adds none in space."""
     if frames == 0:
         return k_BNLD
     dtype = torch.float64 if k_BNLD.dtype == torch.float64 else torch.float32
-    return rotate(k_BNLD, rope_table((frames,), 1, 1, k_BNLD.shape[-1], k_BNLD.device, dtype))
+    return rotate(k_BNLD, rope_table((frames,), 1, 1, axes, k_BNLD.device, dtype))
 
 
 def _append(past: KV | None, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
@@ -121,7 +123,7 @@ class KVCache:
         recent, sink = self.window.recent, self.window.sink
         if recent is None or self.length <= recent + sink:
             return k, v
-        near = turned(k[:, :, :sink], self.window.shift(self.length))
+        near = turned(k[:, :, :sink], self.window.shift(self.length), self.window.axes)
         return torch.cat([near, k[:, :, -recent:]], dim=2), torch.cat([v[:, :, :sink], v[:, :, -recent:]], dim=2)
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
@@ -145,9 +147,11 @@ class RingKVCache:
     truncated: pass a window (``wrap=True``) to allow it.
     """
 
-    def __init__(self, capacity: int, new: int, *, sink: int = 0, wrap: bool = False, per_frame: int = 0) -> None:
-        self.capacity, self.new, self.sink, self.wrap = capacity, new, sink, wrap
-        self.window = Window(capacity - sink, sink, per_frame)
+    def __init__(self, capacity: int, new: int, *, wrap: bool = False, window: Window | None = None) -> None:
+        """``window``: says how large the sink is and whether it turns."""
+        window = window or Window()
+        self.capacity, self.new, self.sink, self.wrap = capacity, new, window.sink, wrap
+        self.window = replace(window, recent=capacity - window.sink)
         self.length = self.filled = 0
         self._buffers: dict[int, KV] = {}
         self._first: dict[int, Tensor] = {}  # the sink's keys at their own positions, once it moves
@@ -195,7 +199,7 @@ class RingKVCache:
         shift = self.window.shift(length)
         if shift:
             first = self._first.setdefault(index, k_BNLD[:, :, : self.sink].clone())
-            k_BNLD[:, :, : self.sink] = turned(first, shift)
+            k_BNLD[:, :, : self.sink] = turned(first, shift, self.window.axes)
 
     def _runs(self, added: int) -> list[tuple[int, int, int]]:
         """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as there can be."""

@@ -1,4 +1,5 @@
-"""Wan 2.1's transformer block, with parameter names equal to diffusers' ``WanTransformerBlock``.
+"""The two transformer blocks: Wan 2.1's, with parameter names equal to diffusers' ``WanTransformerBlock``, and the
+adaLN block of the models trained from scratch.
 
 Modulation is per frame and broadcast to the frame's tokens, never computed per token. Norms, modulation and residual
 sums run in at least fp32. Letters: B batch, F frames, L tokens, E width, N heads, D head dim.
@@ -39,27 +40,30 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention: q and k are RMS-normalised across all heads (Wan's qk norm)."""
+    """Projections of one attention: q and k are RMS-normalised across all heads (Wan's qk norm), or ``per_head``."""
 
-    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, eps: float, per_head: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.per_head = num_heads, per_head
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.norm_q = nn.RMSNorm(width, eps=eps)
-        self.norm_k = nn.RMSNorm(width, eps=eps)
+        self.norm_q, self.norm_k = (nn.RMSNorm(width // num_heads if per_head else width, eps=eps) for _ in range(2))
 
     def heads(self, x_BLE: Tensor) -> Tensor:
         """(B, L, E) -> (B, N, L, D)."""
         return x_BLE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def query(self, x_BLE: Tensor) -> Tensor:
-        return self.heads(self.norm_q(self.to_q(x_BLE)))
+        return self._normed(self.norm_q, self.to_q(x_BLE))
 
     def kv(self, x_BLE: Tensor) -> KV:
-        return self.heads(self.norm_k(self.to_k(x_BLE))), self.heads(self.to_v(x_BLE))
+        return self._normed(self.norm_k, self.to_k(x_BLE)), self.heads(self.to_v(x_BLE))
+
+    def _normed(self, norm: nn.Module, x_BLE: Tensor) -> Tensor:
+        normed: Tensor = norm(self.heads(x_BLE)) if self.per_head else self.heads(norm(x_BLE))
+        return normed
 
     def out(self, x_BNLD: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](x_BNLD.transpose(1, 2).flatten(2))
@@ -127,7 +131,7 @@ class WanBlock(nn.Module):
         table = (upcast(self.scale_shift_table) + upcast(mod_BF6E)).unsqueeze(3)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = table.unbind(2)
 
-        h = self._modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)
+        h = modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)
         k, v = self.attn1.kv(h)
         k, query_rotary = rotate(k, rotary), rotary
         if keep is not None and keep < frames:
@@ -137,12 +141,12 @@ class WanBlock(nn.Module):
         attended = attend(layer, rotate(self.attn1.query(h), query_rotary), k, v)
         if frames == 0:
             return x_BLE
-        x_BLE = self._gated(x_BLE, self.attn1.out(attended), gate_a, frames)
+        x_BLE = _gated(x_BLE, self.attn1.out(attended), gate_a, frames)
 
         x_BLE = x_BLE + self._cross(self.norm2(x_BLE).to(x_BLE.dtype), text)
 
-        h = self._modulate(self.norm3(x_BLE), scale_f, shift_f, frames).to(x_BLE.dtype)
-        return self._gated(x_BLE, self.ffn(h), gate_f, frames)
+        h = modulate(self.norm3(x_BLE), scale_f, shift_f, frames).to(x_BLE.dtype)
+        return _gated(x_BLE, self.ffn(h), gate_f, frames)
 
     def _cross(self, h_BLE: Tensor, text: Tensor | KV) -> Tensor:
         k, v = self.attn2.kv(text) if isinstance(text, Tensor) else text
@@ -151,11 +155,64 @@ class WanBlock(nn.Module):
         out = self.attn2.out(attention(q, k.to(q.dtype), v.to(q.dtype)))
         return out.reshape(rows, length, width)
 
-    @staticmethod
-    def _modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int) -> Tensor:
-        return torch.addcmul(shift_BF1E, x_BLE.unflatten(1, (frames, -1)), 1 + scale_BF1E).flatten(1, 2)
 
-    @staticmethod
-    def _gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tensor:
-        x, y = upcast(x_BLE).unflatten(1, (frames, -1)), upcast(y_BLE).unflatten(1, (frames, -1))
-        return torch.addcmul(x, y, gate_BF1E).flatten(1, 2).to(x_BLE.dtype)
+class DitBlock(nn.Module):
+    """Self-attention and feed-forward, each with an adaLN-zero projection of its own (paper C.1; spec/scd.md 1.3).
+
+    The projection runs on one vector per frame: on every token, as in the released code (P9), it would be a third of
+    the block. ``18 D^2 + 15 D`` parameters and two norms.
+    """
+
+    def __init__(self, width: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width, eps, affine=False)
+        self.adaln1 = nn.Linear(width, 3 * width)
+        self.attn = Attention(width, num_heads, eps, per_head=True)
+        self.norm2 = LayerNorm(width, eps, affine=False)
+        self.adaln2 = nn.Linear(width, 3 * width)
+        self.ffn = FeedForward(width, ffn_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.adaln1.weight)
+        nn.init.zeros_(self.adaln2.weight)
+
+    def forward(
+        self,
+        x_BLE: Tensor,
+        mod_BFE: Tensor,
+        text: Tensor | KV,
+        rotary: Rotary,
+        attend: AttentionContext,
+        layer: int,
+        keep: int | None = None,
+    ) -> Tensor:
+        """As :meth:`WanBlock.forward`; mod (B, F, E) is the activated embedding, and there is no text."""
+        frames = mod_BFE.shape[1]
+        shift_a, scale_a, gate_a = upcast(self.adaln1(mod_BFE)).unsqueeze(2).chunk(3, -1)
+        h = modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)
+        k, v = self.attn.kv(h)
+        k, query_rotary = rotate(k, rotary), rotary
+        if keep is not None and keep < frames:
+            tokens, frames = keep * (x_BLE.shape[1] // frames), keep
+            x_BLE, h, query_rotary = _last(x_BLE, tokens, 1), _last(h, tokens, 1), rotary.last(tokens)
+            gate_a, mod_BFE = _last(gate_a, keep, 1), _last(mod_BFE, keep, 1)
+        attended = attend(layer, rotate(self.attn.query(h), query_rotary), k, v)
+        if frames == 0:
+            return x_BLE
+        x_BLE = _gated(x_BLE, self.attn.out(attended), gate_a, frames)
+
+        shift_f, scale_f, gate_f = upcast(self.adaln2(mod_BFE)).unsqueeze(2).chunk(3, -1)
+        h = modulate(self.norm2(x_BLE), scale_f, shift_f, frames).to(x_BLE.dtype)
+        return _gated(x_BLE, self.ffn(h), gate_f, frames)
+
+
+def modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int) -> Tensor:
+    """x (1 + scale) + shift, one scale and shift per frame."""
+    return torch.addcmul(shift_BF1E, x_BLE.unflatten(1, (frames, -1)), 1 + scale_BF1E).flatten(1, 2)
+
+
+def _gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tensor:
+    x, y = upcast(x_BLE).unflatten(1, (frames, -1)), upcast(y_BLE).unflatten(1, (frames, -1))
+    return torch.addcmul(x, y, gate_BF1E).flatten(1, 2).to(x_BLE.dtype)

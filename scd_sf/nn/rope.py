@@ -1,4 +1,4 @@
-"""Wan's three-axis rotary positions (time, height, width). Positions are arguments: Python integers, never floats.
+"""Three-axis rotary positions (time, height, width). Positions are arguments: Python integers, never floats.
 
 Angles are computed in float64 and stored in float32, so frame 1,000 is as exact as frame 1 whatever the model's dtype
 (released SCD and FAR code keep ids in bf16, where 257 == 256: spec B3). Letters: L tokens, D head dim.
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Axes = tuple[int, int, int]  # how many of a head's dimensions turn with (time, height, width)
 
 
 class Rotary(NamedTuple):
@@ -30,7 +32,7 @@ class Rotary(NamedTuple):
         return Rotary(self.cos[first:], self.sin[first:], self.turn[first:])
 
 
-def axis_dims(head_dim: int) -> tuple[int, int, int]:
+def axis_dims(head_dim: int) -> Axes:
     """How Wan splits a head over (time, height, width): 128 -> (44, 42, 42)."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
@@ -51,17 +53,18 @@ def rope_table(
     frames: tuple[int, ...],
     height: int,
     width: int,
-    head_dim: int,
+    axes: Axes,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     theta: float = 10000.0,
 ) -> Rotary:
-    """The table of ``len(frames) * height * width`` tokens, time slowest; ``frames`` are absolute frame indices.
+    """The table of ``len(frames) * height * width`` tokens, time slowest; ``frames`` are absolute frame indices and
+    ``axes`` says how a head is split.
 
     Only the small tables of the three axes are computed on the host and moved; the whole is laid out on ``device``.
     """
     with torch.inference_mode(False):  # cached: a table first needed while sampling must also serve training
-        t_dim, h_dim, w_dim = axis_dims(head_dim)
+        t_dim, h_dim, w_dim = axes
         t = _axis(frames, t_dim, theta, device, dtype)
         h = _axis(tuple(range(height)), h_dim, theta, device, dtype)
         w = _axis(tuple(range(width)), w_dim, theta, device, dtype)

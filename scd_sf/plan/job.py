@@ -12,7 +12,7 @@ import torch
 
 from scd_sf.config import load_config, plain_yaml
 from scd_sf.data.latents import LatentClips
-from scd_sf.models.build import ModelConfig, build_model, describe_checkpoint
+from scd_sf.models.build import ModelConfig, build_model, describe_checkpoint, require_wan
 from scd_sf.models.transplant import TransplantConfig
 from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan import Wan
@@ -114,7 +114,9 @@ def _student(init: str, file: Path | None, assumed: list[str]) -> ModelConfig:
         stage1 = load_config(TransplantConfig, file, ["base=", "out="])
         return ModelConfig(stage1.family, stage1.chunk, WanConfig(), stage1.scd)
     if init and Path(init).exists():
-        return describe_checkpoint(Path(init))[0].model
+        found = describe_checkpoint(Path(init))[0].model
+        require_wan(found, Path(init))
+        return found
     assumed.append(f"student: SCD of Wan 2.1 1.3B, 25 + 10 layers ({init + ' is not here' if init else 'no init='})")
     return ModelConfig()
 

@@ -21,7 +21,7 @@ from scd_sf.models.build import (
     load_state,
     load_student,
 )
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
 from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
 from scd_sf.provenance import provenance
@@ -41,7 +41,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("config", "family"), [(SCD, Scd), (CAUSAL, CausalWan), (WAN, Wan)])
+@pytest.mark.parametrize(("config", "family"), [(SCD, Scd), (CAUSAL, Causal), (WAN, Wan)])
 def test_the_family_and_every_weight_come_back(tmp_path: Path, config: ModelConfig, family: type) -> None:
     model = build_model(config)
     tiny.redraw(model, 1, torch.float32)
@@ -53,7 +53,7 @@ def test_the_family_and_every_weight_come_back(tmp_path: Path, config: ModelConf
         assert parameter.dtype == torch.float32 and torch.equal(parameter, model.get_parameter(name))
     if isinstance(loaded, Scd):
         assert (loaded.chunk, loaded.decoder.config) == (3, config.scd.decoder)
-    if isinstance(loaded, CausalWan):
+    if isinstance(loaded, Causal):
         assert loaded.chunk == 3
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.causal import CausalWan, new_cache
+from scd_sf.models.causal import Causal, new_cache
 from scd_sf.models.generator import CacheConfig
 from scd_sf.models.transplant import transplant_causal
 from scd_sf.nn.kv_cache import KVCache, RingKVCache, Window
@@ -14,7 +14,7 @@ from scd_sf.types import UserError
 
 
 def test_parameters_are_wans_parameters() -> None:
-    ours = {name: p.shape for name, p in CausalWan(tiny.CFG).named_parameters()}
+    ours = {name: p.shape for name, p in Causal(tiny.CFG).named_parameters()}
     assert ours == {name: p.shape for name, p in tiny.wan().named_parameters()}
 
 
@@ -34,7 +34,7 @@ def test_one_chunk_over_the_whole_clip_is_the_bidirectional_model() -> None:
 def test_history_is_written_at_time_zero_and_at_its_own_position() -> None:
     """Teacher-forced: the clean half at t = 0. Another clean time must change what later chunks see."""
     model, data = tiny.student(tiny.Variant("causal", 1)), tiny.clip(1, samples=1)
-    assert isinstance(model, CausalWan)
+    assert isinstance(model, Causal)
     stream = model.advance(model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.query.x[:, :1])
     assert isinstance(stream.cache, KVCache) and stream.cache.length == 0 and stream.index == 0
     stream = model.advance(stream, data.x[:, :1], data.query.x[:, 1:2])
@@ -51,13 +51,14 @@ def test_history_is_written_at_time_zero_and_at_its_own_position() -> None:
 
 
 def test_which_cache_a_config_means() -> None:
-    whole = new_cache(None, 6, 1)
-    assert isinstance(whole, KVCache) and whole.window == Window()
-    windowed = new_cache(CacheConfig(window=2, sink=1), 6, 1)
-    assert isinstance(windowed, KVCache) and windowed.window == Window(12, 6, 6)
-    ring = new_cache(CacheConfig(preallocate=5), 6, 2)
+    axes = (4, 2, 2)
+    whole = new_cache(None, 6, axes, 1)
+    assert isinstance(whole, KVCache) and whole.window == Window(axes=axes)
+    windowed = new_cache(CacheConfig(window=2, sink=1), 6, axes, 1)
+    assert isinstance(windowed, KVCache) and windowed.window == Window(12, 6, 6, axes)
+    ring = new_cache(CacheConfig(preallocate=5), 6, axes, 2)
     assert isinstance(ring, RingKVCache) and (ring.capacity, ring.new, ring.wrap) == (30, 12, False)
-    rolling = new_cache(CacheConfig(window=2, sink=1, preallocate=5), 6, 1)
+    rolling = new_cache(CacheConfig(window=2, sink=1, preallocate=5), 6, axes, 1)
     assert isinstance(rolling, RingKVCache) and (rolling.capacity, rolling.sink, rolling.wrap) == (18, 6, True)
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student
-from scd_sf.models.causal import CausalWan
+from scd_sf.models.causal import Causal
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd, ScdConfig
@@ -88,7 +88,7 @@ def small(name: str) -> Student:
     """Two blocks in every part: compiling is slow on one core."""
     variant = BY_NAME[name]
     cfg = WanConfig(2, 12, tiny.CHANNELS, tiny.CHANNELS, tiny.TEXT, 16, 32, 2)
-    model: Student = CausalWan(cfg, variant.chunk)
+    model: Student = Causal(cfg, variant.chunk)
     if variant.family == "scd":
         decoder = DecoderConfig(
             (0, 1), variant.fusion, variant.rope, variant.prefix, None if variant.fusion == "paper" else 1

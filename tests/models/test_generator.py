@@ -242,6 +242,9 @@ def test_bad_geometry_is_named(variant: tiny.Variant) -> None:
             model.teacher_forced(data.x_t[:, :, :4], data.t[..., :4], data.x[:, :4], data.cond, query=data.query)
 
 
+AXES = (4, 2, 2)
+
+
 def test_chunk_helpers() -> None:
     assert check_chunks(6, 3) == 2
     with pytest.raises(UserError, match="choose a divisor"):
@@ -249,9 +252,9 @@ def test_chunk_helpers() -> None:
     x = torch.arange(6)
     assert pick_chunks(x, [0, 1, 2], 2, 0) is x
     assert pick_chunks(x, [2, 0], 2, 0).tolist() == [4, 5, 0, 1]
-    assert CacheConfig(window=2, sink=1).tokens(7) == Window(14, 7, 7)
-    assert CacheConfig(window=2, sink=1, turn_sink=False).tokens(7) == Window(14, 7)
-    assert CacheConfig().tokens(7) == Window(None, 0)
+    assert CacheConfig(window=2, sink=1).tokens(7, AXES) == Window(14, 7, 7, AXES)
+    assert CacheConfig(window=2, sink=1, turn_sink=False).tokens(7, AXES) == Window(14, 7, 0, AXES)
+    assert CacheConfig().tokens(7, AXES) == Window(None, 0, 0, AXES)
 
 
 @pytest.mark.parametrize("setting", [{"window": 0}, {"window": -1}, {"sink": -1}, {"preallocate": 0}])

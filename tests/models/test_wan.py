@@ -50,7 +50,7 @@ def test_output_is_at_least_fp32_and_time_is_not_rounded_to_the_models_dtype() -
 
 
 def test_geometry_errors_say_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"latent frame 5x6 is not divisible by the patch 2x2.*multiples of 16"):
+    with pytest.raises(UserError, match=r"latent frame 5x6 is not divisible by the patch 2x2.*multiples of 2x2"):
         tiny.wan()(tiny.latents(1, 1)[..., :1, :].expand(-1, -1, -1, 5, -1), torch.zeros(1), tiny.prompts(1))
     for head_dim in (7, 4):
         with pytest.raises(UserError, match=f"attention_head_dim is {head_dim}"):

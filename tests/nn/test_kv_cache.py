@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.nn.kv_cache import KV, KVCache, RingKVCache, Window
-from scd_sf.nn.rope import rope_table, rotate
+from scd_sf.nn.rope import axis_dims, rope_table, rotate
 from scd_sf.types import UserError
 
 
@@ -44,7 +44,10 @@ def test_append_only_and_functional() -> None:
 @torch.no_grad()
 def test_window_and_sink_are_slices_and_the_ring_agrees(recent: int, sink: int) -> None:
     staged = pieces([2] * 9)
-    cache, ring = KVCache.empty(Window(recent, sink)), RingKVCache(recent + sink, 4, sink=sink, wrap=True)
+    cache, ring = (
+        KVCache.empty(Window(recent, sink)),
+        RingKVCache(recent + sink, 4, wrap=True, window=Window(sink=sink)),
+    )
     everything: Tensor = torch.empty(1, 2, 0, 3)
     for piece in staged:
         cache, ring = cache.extended(piece), ring.extended(piece)
@@ -99,11 +102,12 @@ def test_ring_refuses_training() -> None:
 
 
 HEAD_DIM, PER_FRAME = 12, 6
+AXES = axis_dims(HEAD_DIM)
 
 
 def rotated(raw: Tensor, frames: list[int]) -> Tensor:
     """Keys (1, 2, L, D) of whole frames of 2 x 3 tokens, rotated to these frame positions."""
-    return rotate(raw, rope_table(tuple(frames), 2, 3, HEAD_DIM, torch.device("cpu"), torch.float64))
+    return rotate(raw, rope_table(tuple(frames), 2, 3, AXES, torch.device("cpu"), torch.float64))
 
 
 @pytest.mark.parametrize("ring", [False, True])
@@ -111,10 +115,10 @@ def rotated(raw: Tensor, frames: list[int]) -> Tensor:
 def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
     """200 frames, window 3, sink 2: what is read equals the un-rotated keys rotated at consecutive positions."""
     raw = torch.randn(200, 1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(0), dtype=torch.float64)
-    window = Window(3 * PER_FRAME, 2 * PER_FRAME, PER_FRAME)
+    window = Window(3 * PER_FRAME, 2 * PER_FRAME, PER_FRAME, AXES)
     cache: KVCache | RingKVCache = KVCache.empty(window)
     if ring:
-        cache = RingKVCache(5 * PER_FRAME, PER_FRAME, sink=2 * PER_FRAME, wrap=True, per_frame=PER_FRAME)
+        cache = RingKVCache(5 * PER_FRAME, PER_FRAME, wrap=True, window=window)
     for frame in range(200):
         cache = cache.extended({0: (rotated(raw[frame], [frame]), raw[frame])})
         got, recent = cache.layer(0), list(range(max(2, frame - 2), frame + 1))
@@ -131,7 +135,7 @@ def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
 @torch.no_grad()
 def test_a_turned_sink_does_not_drift_in_bf16() -> None:
     """It is turned from the first keys each time: after 2,000 frames as exact as bf16 is."""
-    ring = RingKVCache(2 * PER_FRAME, PER_FRAME, sink=PER_FRAME, wrap=True, per_frame=PER_FRAME)
+    ring = RingKVCache(2 * PER_FRAME, PER_FRAME, wrap=True, window=Window(None, PER_FRAME, PER_FRAME, AXES))
     raw = torch.randn(1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(1), dtype=torch.float64)
     for frame in range(2000):
         key = rotated(raw, [frame]).bfloat16()

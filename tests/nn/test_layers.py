@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.layers import LayerNorm, WanBlock, upcast
-from scd_sf.nn.rope import Rotary, rope_table
+from scd_sf.nn.rope import Rotary, axis_dims, rope_table
 
 WIDTH, HEADS, FRAMES, TOKENS = 24, 2, 3, 4
 
@@ -25,7 +25,12 @@ def inputs(rows: int = 2) -> tuple[Tensor, Tensor, Tensor, Rotary]:
     x = torch.randn(rows, FRAMES * TOKENS, WIDTH, generator=rng, dtype=torch.float64)
     mod = torch.randn(rows, FRAMES, 6, WIDTH, generator=rng, dtype=torch.float64)
     text = torch.randn(2, 5, WIDTH, generator=rng, dtype=torch.float64)
-    return x, mod, text, rope_table(tuple(range(FRAMES)), 2, 2, WIDTH // HEADS, torch.device("cpu"), torch.float64)
+    return (
+        x,
+        mod,
+        text,
+        rope_table(tuple(range(FRAMES)), 2, 2, axis_dims(WIDTH // HEADS), torch.device("cpu"), torch.float64),
+    )
 
 
 @pytest.mark.parametrize("cross_attn_norm", [True, False])
