@@ -123,6 +123,10 @@ class Conditioning:
         """(B, ...) -> (times*B, ...), whole batch after whole batch."""
         return self._each(lambda part: part.repeat(times, *(1 for _ in part.shape[1:])))
 
+    def rows(self, chosen: slice) -> Conditioning:
+        """Those of some of the batch."""
+        return self._each(lambda part: part[chosen])
+
     def cat(self, other: Conditioning) -> Conditioning:
         """One batch after the other; both have the same kinds of conditions."""
         import torch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
+from scd_sf.models.dit import DitConfig
 from scd_sf.models.generator import Query
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
@@ -24,6 +25,7 @@ from scd_sf.types import Conditioning
 torch.set_num_threads(1)
 
 CHANNELS, HEIGHT, WIDTH, TEXT, TEXT_LENGTH = 4, 4, 6, 8, 5
+TOLD = 64  # frames that actions are given for
 CFG = WanConfig(
     num_attention_heads=2,
     attention_head_dim=12,
@@ -33,6 +35,19 @@ CFG = WanConfig(
     freq_dim=16,
     ffn_dim=32,
     num_layers=6,
+)
+DIT = DitConfig(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=CHANNELS,
+    out_channels=CHANNELS,
+    freq_dim=16,
+    ffn_dim=64,
+    num_layers=6,
+    patch_height=2,
+    patch_width=2,
+    num_actions=3,
+    num_labels=2,
 )
 ENCODER, DECODER = (0, 1, 2, 3), (0, 1, 4, 5)
 
@@ -46,9 +61,10 @@ class Variant:
     fusion: str = ""
     rope: str = "identical"
     prefix: str = "full"
+    backbone: str = "wan"
 
     def __str__(self) -> str:
-        parts = [self.family, f"chunk{self.chunk}"]
+        parts = [self.family if self.backbone == "wan" else f"dit-{self.family}", f"chunk{self.chunk}"]
         parts += [self.fusion] if self.fusion else []
         parts += [self.rope, self.prefix] if self.fusion in ("paper", "junction") else []
         return "-".join(parts)
@@ -66,13 +82,20 @@ def _variants() -> list[Variant]:
                 for rope in ("temporal", "identical")
                 for prefix in ("full", "cached")
             ]
+        found.append(Variant("causal", chunk, backbone="dit"))
+        found.append(Variant("scd", chunk, "channel", backbone="dit"))
+        for rope, prefix in (("temporal", "full"), ("identical", "full"), ("temporal", "cached")):
+            found.append(Variant("scd", chunk, "paper", rope, prefix, "dit"))
     return found
 
 
 VARIANTS = _variants()
+WAN_VARIANTS = [v for v in VARIANTS if v.backbone == "wan"]
+DIT_VARIANTS = [v for v in VARIANTS if v.backbone == "dit"]
 SCD_VARIANTS = [v for v in VARIANTS if v.family == "scd"]
-# Every family, fusion, prefix position and prefix kind once, chunks of 1 and 3 in turn.
-SOME = [v for i, v in enumerate(VARIANTS) if i in (0, 2, 3, 6, 8, 9, 11, 12, 15, 18, 21)]
+# Every family, fusion, prefix position and prefix kind once, chunks of 1 and 3 in turn; and one of each DiT.
+SOME = [v for i, v in enumerate(WAN_VARIANTS) if i in (0, 2, 3, 6, 8, 9, 11, 12, 15, 18, 21)]
+SOME += [v for i, v in enumerate(DIT_VARIANTS) if i in (0, 2, 6, 9)]
 # Where the prefix's details cannot matter.
 FEW = [v for v in SOME if v.fusion in ("", "delta") or (v.fusion, v.prefix) == ("junction", "cached")]
 
@@ -113,14 +136,20 @@ def double() -> Iterator[None]:
 
 
 def scd_config(variant: Variant) -> ScdConfig:
+    """From scratch the decoder's layers are its own, and its context shares the time of the frame."""
+    if variant.backbone == "dit":
+        time = "query" if variant.prefix == "cached" else "step"
+        decoder = DecoderConfig((4, 5), variant.fusion, variant.rope, variant.prefix, prefix_time=time)
+        return ScdConfig(ENCODER, decoder, variant.chunk)
     return ScdConfig(ENCODER, DecoderConfig(DECODER, variant.fusion, variant.rope, variant.prefix), variant.chunk)
 
 
 def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64) -> Student:
     """A student of the variant's family."""
-    model: Student = Causal(CFG, variant.chunk)
+    cfg = CFG if variant.backbone == "wan" else DIT
+    model: Student = Causal(cfg, variant.chunk)
     if variant.family == "scd":
-        model = Scd(CFG, scd_config(variant))
+        model = Scd(cfg, scd_config(variant))
     redraw(model, seed, dtype)
     return model
 
@@ -133,10 +162,12 @@ def set_checkpointing(model: Student | Wan, on: bool, recompute_attention: bool 
 
 
 def prompts(batch: int, seed: int = 0, dtype: torch.dtype = torch.float64, length: int = TEXT_LENGTH) -> Conditioning:
-    """Random prompts; the last token of each is padding, hence zero."""
+    """Random prompts, actions (one of them null) and labels; each prompt's last token is padding, hence zero."""
     text = torch.randn(batch, length, TEXT, generator=generator(1000 + seed), dtype=torch.float64)
     text[:, -1] = 0
-    return Conditioning(text.to(dtype))
+    rng = generator(1500 + seed)
+    actions = torch.randint(-1, DIT.num_actions, (batch, TOLD), generator=rng)
+    return Conditioning(text.to(dtype), actions, torch.randint(0, DIT.num_labels, (batch,), generator=rng))
 
 
 def latents(batch: int, frames: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

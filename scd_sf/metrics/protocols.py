@@ -216,14 +216,18 @@ class BlockPassCounter:
     a prompted and an unprompted branch in one batch of two count as two.
     """
 
-    def __init__(self, module: nn.Module, is_block: type[nn.Module] | Callable[[str, nn.Module], bool]) -> None:
-        """``is_block``: a class (subclasses count too) or a predicate on (qualified name, submodule)."""
+    def __init__(
+        self,
+        module: nn.Module,
+        is_block: type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool],
+    ) -> None:
+        """``is_block``: a class or several (subclasses count too), or a predicate on (qualified name, submodule)."""
         self.calls = 0
         self.samples = 0
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
         for name, child in module.named_modules():
-            if isinstance(child, is_block) if isinstance(is_block, type) else is_block(name, child):
+            if isinstance(child, is_block) if isinstance(is_block, type | tuple) else is_block(name, child):
                 self._blocks.append(child)
         if not self._blocks:
             raise UserError("block passes: no submodule matches; give the class of the transformer blocks")

@@ -87,7 +87,7 @@ class Causal(nn.Module):
         sequence = trunk.embed(torch.cat([x_clean.to(noisy.dtype), noisy], 1))
         target_frames = [c * self.chunk + i for c in targets for i in range(self.chunk)]
         positions = [*range(frames), *(target_frames * samples)]
-        clean_t = torch.full_like(t[0, :, :frames], self.cfg.clean_time)
+        clean_t = trunk.clean_times((len(x_clean), frames), noisy_t)
         times = trunk.times(torch.cat([clean_t, noisy_t], 1), pick_frames(trunk.signal(cond), positions))
         rotary = trunk.rope(positions, height, width, sequence)
         layout = Layout.teacher_forced(max(targets), targets, samples, self.chunk * tokens)
@@ -115,20 +115,19 @@ class Causal(nn.Module):
         x_0 = x_0.detach()
         attend = Streaming(stream.cache, (x_0.shape[1] * self.cfg.tokens(*stream.latent),), write=1)
         with torch.no_grad():  # its output is unused and its K/V are detached
-            t = torch.full(x_0.shape[:1], self.cfg.clean_time, device=x_0.device)
+            t = self.trunk.clean_times(x_0.shape[:2], x_0)
             self._pass(stream, x_0, t, stream.index - 1, attend, keep=0)
         return replace(stream, cache=stream.cache.extended(attend.take()))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The whole trunk on the noisy chunk, reading the history."""
         attend = Streaming(stream.cache, (x_t.shape[1] * self.cfg.tokens(*stream.latent),))
-        return self._pass(stream, x_t, t, stream.index, attend)
+        return self._pass(stream, x_t, t.unsqueeze(1).expand(-1, x_t.shape[1]), stream.index, attend)
 
     def _pass(
-        self, stream: CausalStream, x: Tensor, t_B: Tensor, index: int, attend: Streaming, keep: int | None = None
+        self, stream: CausalStream, x: Tensor, t_Bn: Tensor, index: int, attend: Streaming, keep: int | None = None
     ) -> Tensor:
         frames = range(index * self.chunk, index * self.chunk + x.shape[1])
         rotary, signal = self.trunk.rope(frames, *stream.latent, x), pick_frames(stream.signal, frames)
-        t = t_B.unsqueeze(1).expand(-1, x.shape[1])
-        velocity: Tensor = self.trunk(x, t, stream.text, rotary, attend, keep=keep, signal_BFE=signal)
+        velocity: Tensor = self.trunk(x, t_Bn, stream.text, rotary, attend, keep=keep, signal_BFE=signal)
         return velocity

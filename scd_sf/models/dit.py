@@ -2,7 +2,7 @@
 
 What differs from Wan: adaLN-zero projections in every block, q and k normalised per head, FLUX's three-axis RoPE (a
 quarter of a head for time), actions and labels added to the time's embedding, no text. Finished frames are marked by
-the timestep -1. The models themselves are :class:`~scd_sf.models.causal.Causal` and :class:`~scd_sf.models.scd.Scd`.
+a timestep of about -1. The models are :class:`~scd_sf.models.causal.Causal` and :class:`~scd_sf.models.scd.Scd`.
 Letters: B batch, F frames, L tokens, E width, R decoder rows, n frames of a row.
 """
 
@@ -68,8 +68,8 @@ class DitConfig:
 
     @property
     def clean_time(self) -> float:
-        """Timestep -1 of 1000."""
-        return -1e-3
+        """Timestep -0.98 of 1000: the released code's -1, as a number that is exact in every dtype."""
+        return -(2.0**-10)
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of one latent frame; UserError if the patch does not divide the frame."""
@@ -104,7 +104,7 @@ class DitConditioner(nn.Module):
     def time(self, t_BF: Tensor, signal_BFE: Tensor | None) -> tuple[Tensor, Tensor]:
         """-> (temb, silu(temb)), both (B, F, E)."""
         embedder = self.time_embedder
-        angles = sinusoid(t_BF, self.cfg.freq_dim, embedder.linear_1.weight.dtype)
+        angles = sinusoid(t_BF.double(), self.cfg.freq_dim, embedder.linear_1.weight.dtype)
         temb = embedder.linear_2(F.silu(embedder.linear_1(angles)))
         if signal_BFE is not None:
             temb = temb + signal_BFE

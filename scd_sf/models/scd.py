@@ -118,7 +118,7 @@ class Scd(nn.Module):
         text = self.encoder.text(cond.text_BLE)
         if self.context_norm is not None:
             x_query = pick_chunks(x_clean, targets, self.chunk, 1)  # only its shape matters
-            t_query = torch.full(x_query.shape[:2], self.cfg.clean_time, device=x_t.device)
+            t_query = self.encoder.clean_times(x_query.shape[:2], x_t)
             c_BLE = self.encode_previous(x_clean.to(x_t.dtype), text, cond, targets)
         elif query is None or query.x is None or query.t is None:
             raise UserError("SCD's teacher_forced on Wan needs the encoder's query frames")
@@ -163,7 +163,7 @@ class Scd(nn.Module):
         batch, height, width = len(x_clean), *x_clean.shape[-2:]
         length, positions = n * self.cfg.tokens(height, width), range(slots * n)
         tokens = torch.cat([self._start(batch, length), self.encoder.embed(x_clean[:, : (slots - 1) * n])], 1)
-        clean_t = torch.full((batch, slots * n), self.cfg.clean_time, device=x_clean.device)
+        clean_t = self.encoder.clean_times((batch, slots * n), x_clean)
         attend = FullSequence(
             teacher_forcing_mask(Layout((CLEAN,) * slots, tuple(range(slots)), length), x_clean.device)
         )
@@ -211,11 +211,10 @@ class Scd(nn.Module):
 
     def with_context(self, stream: ScdStream, c_RLE: Tensor, query_noise: Tensor) -> ScdStream:
         """The stream whose decoder reads the contexts ``c_RLE`` of these rows, one per row of its prompts."""
-        time = 1.0 if self.context_norm is None else self.cfg.clean_time
+        t = query_noise.new_ones(query_noise.shape[:2])
         if self.context_norm is not None and stream.temb is not None:
-            times = len(c_RLE) // len(stream.temb)
-            c_RLE = self.context_norm.modulated(c_RLE, stream.temb.repeat(times, 1, 1))
-        t = query_noise.new_full(query_noise.shape[:2], time)
+            c_RLE = self.context_norm.modulated(c_RLE, stream.temb.repeat(len(c_RLE) // len(stream.temb), 1, 1))
+            t = self.encoder.clean_times(t.shape, query_noise)
         signal = pick_frames(stream.decoder_signal, self._frames(stream.index))
         return replace(stream, context=self.decoder.context(c_RLE, query_noise, t, stream.decoder_text, 1, signal))
 
@@ -247,7 +246,7 @@ class Scd(nn.Module):
         frames = self._frames(stream.index + 1)
         length = len(frames) * self.cfg.tokens(*stream.latent)
         x = self._start(len(like), length) if x_0 is None else x_0.detach().to(like.dtype)
-        t = like.new_full(like.shape[:2], self.cfg.clean_time)
+        t = self.encoder.clean_times(like.shape[:2], like)
         signal = pick_frames(stream.encoder_signal, frames)
         attend = Streaming(stream.cache, (length,), write=1)
         rotary = self.encoder.rope(frames, *stream.latent, like)

@@ -270,6 +270,11 @@ class Trunk(nn.Module):
         """``signal``: what :meth:`signal` gave for these frames."""
         return Times(*self.conditioner.time(t_BF, signal_BFE))
 
+    def clean_times(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """The time of finished frames, (rows, frames), in at least fp32."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.full(tuple(shape), self.cfg.clean_time, device=like.device, dtype=dtype)
+
     def signal(self, cond: Conditioning, decoder: bool = False) -> Tensor | None:
         """Actions and labels as (B, F, E), one vector per frame; None: the model has none."""
         return self.conditioner.signal(cond, decoder)

@@ -39,7 +39,7 @@ VARIANTS = [
 def student_values(variant: tiny.Variant) -> dict[str, float]:
     """Stage 2 loss and gradient norm, the mean square of a few-step and of an Euler rollout, stage 3 loss."""
     model, x_0 = tiny.student(variant, seed=11), tiny.latents(2, 3 * variant.chunk, seed=12)
-    cond, null = tiny.prompts(2, seed=13), tiny.prompts(1, seed=14)
+    cond, null = (Conditioning(tiny.prompts(batch, seed=seed).text_BLE) for batch, seed in ((2, 13), (1, 14)))
     loss, _ = flow_matching_loss(model, x_0, cond, null, FlowMatchingConfig(targets=2), tiny.generator(15))
     loss.backward()
     norms = [g.norm() for g in tiny.gradients(model).values() if g is not None]

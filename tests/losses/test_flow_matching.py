@@ -32,6 +32,7 @@ class Recorder:
 
     chunk: int = 1
     dtype: torch.dtype = torch.float32
+    needs_query: bool = True
     seen: dict[str, Any] = field(default_factory=dict)
 
     def teacher_forced(

@@ -27,7 +27,7 @@ from scd_sf.nn import rope
 from scd_sf.nn.kv_cache import RingKVCache
 from scd_sf.nn.layers import WanBlock
 from scd_sf.rollout import cpu_noise, fresh_noise, stream_rollout
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import UserError
 
 CPU = torch.device("cpu")
 WINDOW = CacheConfig(window=3, sink=1, preallocate=4)
@@ -199,7 +199,7 @@ def test_no_step_waits_for_the_device(variant: tiny.Variant) -> None:
     with pytest.raises(RuntimeError, match=r"item|meta"):
         torch.zeros(1, device="meta").item()
     student = tiny.student(variant, dtype=torch.float32).to("meta")
-    cond = Conditioning(torch.empty(1, tiny.TEXT_LENGTH, tiny.TEXT, device="meta"))
+    cond = tiny.prompts(1, dtype=torch.float32).to("meta")
     noise, cache = torch.empty(1, 3 * student.chunk, *SHAPE, device="meta"), CacheConfig(1, sink=1, preallocate=2)
     if student.chunk > 1:
         cache = CacheConfig(preallocate=3 * student.chunk)

@@ -13,7 +13,7 @@ from scd_sf.metrics.floor import HeavyCalls
 from scd_sf.models.build import Student
 from scd_sf.models.generator import CacheConfig, check_chunks, pick_chunks
 from scd_sf.nn.kv_cache import KVCache, Window
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import UserError
 
 some_students = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
 a_few = pytest.mark.parametrize("variant", tiny.FEW, ids=str)
@@ -106,10 +106,11 @@ def test_clips_of_a_batch_do_not_mix_and_each_keeps_its_prompt(variant: tiny.Var
     for row in (0, 1):
         only = slice(row, row + 1)
         query = tiny.Query(data.query.x[only], data.query.t[only])
-        cond = Conditioning(data.cond.text_BLE[only])
+        cond = data.cond.rows(only)
         alone = model.teacher_forced(data.x_t[:, only], data.t[:, only], data.x[only], cond, query=query)
         assert torch.allclose(alone, whole[:, only], rtol=0, atol=1e-11)
     data.cond.text_BLE[1] += 1.0
+    data.cond.actions_BF[1] = (data.cond.actions_BF[1] + 2) % tiny.DIT.num_actions
     other = tiny.teacher_forced(model, data)
     assert torch.allclose(other[:, 0], whole[:, 0], rtol=0, atol=1e-11)
     assert float((other[:, 1] - whole[:, 1]).abs().max()) > 1e-4
@@ -130,7 +131,7 @@ def test_no_gradient_crosses_chunks(variant: tiny.Variant) -> None:
         leaves = [*clean, *query, *noisy]
         found = torch.autograd.grad(out, leaves, retain_graph=True, allow_unused=True)
         reached = [leaves[i] is not None and g is not None for i, g in enumerate(found)]
-        own_query = variant.family == "scd"
+        own_query = model.needs_query
         expected = [False] * chunks + [i == j and own_query for i in range(chunks)] + [i == j for i in range(chunks)]
         assert reached == expected
 
@@ -150,7 +151,8 @@ def test_history_is_detached_and_never_written_in_place(variant: tiny.Variant) -
     tokens = variant.chunk * tiny.CFG.tokens(tiny.HEIGHT, tiny.WIDTH)
     storages = set()
     for index, (cache, copies) in enumerate(caches):
-        assert cache.length == index * tokens and (copies or not index)
+        start_token = variant.family == "scd" and variant.backbone == "dit"
+        assert cache.length == (index + start_token) * tokens and (copies or not index)
         for layer, (k, v) in copies.items():
             now = cache.layer(layer)
             assert now is not None and not now[0].requires_grad and not now[1].requires_grad
