@@ -1,120 +1,90 @@
-"""Pretrain a bidirectional Wan from scratch by flow matching: the demo's small teacher.
+"""Train Causal DiT or SCD from scratch on encoded frames (paper 3 and 5; TECO-Minecraft, UCF-101, RealEstate10K).
 
-    python recipes/pretrain.py --config recipes/configs/teacher_doom.yaml data=D/train val=D/val run.dir=runs/teacher
+    deepspeed recipes/pretrain.py --config recipes/configs/pretrain_minecraft.yaml \\
+        --config recipes/configs/pretrain_scd_b.yaml data=D/train val=D/test run.dir=runs/scd_b
 
-Writes ordinary checkpoints; ``export`` a finished one to diffusers layout with recipes/make_teacher.py.
+``data`` and ``val`` are directories of encoded frames (data_prep/teco_minecraft.py, ucf101.py, realestate10k.py). Every
+update draws clips by epoch and a window of ``frames`` frames of each. Flow matching with teacher forcing, Algorithm 1:
+the encoder once per clip on clean frames, the decoder on ``loss.samples`` noisy ones of every frame. Score the
+checkpoints with recipes/evaluate_prediction.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from scd_sf.config import from_command_line, to_yaml
-from scd_sf.data.latents import LatentClips, epoch_order
-from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
-from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.data.frames import FrameClips
+from scd_sf.data.latents import epoch_order
+from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_model
+from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.wan import Wan
 from scd_sf.provenance import provenance
-from scd_sf.train.checks import check_batches, check_shape, check_text
+from scd_sf.train.checks import check_batches, check_shape
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
-from scd_sf.train.recipe import (
-    RESUMABLE,
-    TrainConfig,
-    TrainState,
-    generator,
-    micro_batches,
-)
+from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, generator, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, exit_on_user_error
+from scd_sf.types import Conditioning, Logs, UserError, exit_on_user_error
+
+SCD_B = ModelConfig(
+    backbone="dit",
+    scd=ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix_time="step")),
+)  # 8 + 4 layers of width 768 (Table 2)
 
 
 @dataclass
 class PretrainConfig:
+    """The default model is SCD-B. ``frames``: the training window (Minecraft 300, UCF-101 16, RealEstate10K 64).
+    ``samples_in_turn``: the decoder's K noisy samples one after the other, in the memory of one. ``validation_clips``
+    at fixed noise. Windows are small and read when needed: ``train.prefetch`` does nothing here."""
+
     data: str
     val: str
     run: RunConfig
-    wan: WanConfig = field(default_factory=WanConfig)
-    shift: float = 5.0
-    text_dropout: float = 0.1
+    model: ModelConfig = field(default_factory=lambda: SCD_B)
+    loss: FlowMatchingConfig = field(default_factory=lambda: FlowMatchingConfig(shift=1.0))
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(shift=1.0))
+    frames: int = 16
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpointing: bool = True
+    recompute_attention: bool = True
+    samples_in_turn: bool = False
+    validation_clips: int = 32
+
+    def __post_init__(self) -> None:
+        if self.model.backbone != "dit":
+            raise UserError("model.backbone must be dit; Wan's own small teacher is trained by pretrain_teacher.py")
+        if self.frames < 1 or self.validation_clips < 1:
+            raise UserError(f"frames {self.frames} and validation_clips {self.validation_clips} must be at least 1")
 
 
-@torch.no_grad()
-def validate(model: Wan, clips: LatentClips, limit: int = 48) -> Logs:
-    """Flow loss at fixed noise, mean over t = .2, .5, .8, .95: with the right prompt, the prompt of the same place with
-    another motion, and the null prompt. The gap wrong - right says how much of the prompt's motion is used."""
-    stride = max(1, len(clips) // limit)
-    indices = list(range(0, len(clips), stride))[:limit]
-    batch = clips.batch(indices)
-    prompts = clips.batch(_other_motion(clips, indices)).text
-    null = clips.null.expand(len(indices))
-    losses: dict[str, list[Tensor]] = {"right": [], "wrong_motion": [], "null": []}
-    for t in (0.2, 0.5, 0.8, 0.95):
-        eps = torch.randn(batch.latents_BFCHW.shape, generator=generator(0, "val", int(1000 * t)))
-        times = torch.full((len(indices),), t)
-        x_t = add_noise(batch.latents_BFCHW, eps, times)
-        for name, cond in (("right", batch.text), ("wrong_motion", prompts), ("null", null)):
-            error = model(x_t, times, cond) - velocity_target(batch.latents_BFCHW, eps)
-            losses[name].append(error.pow(2).mean())
-    return {f"val/{name}": float(torch.stack(values).mean()) for name, values in losses.items()}
+def student_of(config: ModelConfig) -> Student:
+    """A fresh model."""
+    model = build_model(config)
+    assert not isinstance(model, Wan)
+    return model
 
 
-def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
-    """For each clip another clip of the same place whose motion differs, in turn over the motions."""
-    others = []
-    for turn, index in enumerate(indices):
-        tags = clips.rows[index].tags
-        choices = [
-            i
-            for i, c in enumerate(clips.rows)
-            if c.tags["place"] == tags["place"] and c.tags["motion"] != tags["motion"]
-        ]
-        others.append(choices[(turn * 7) % len(choices)])
-    return others
+def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
+    """The model, with its whole loss as one engine forward."""
+    for trunk in model.trunks():
+        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+    if isinstance(model, Scd):
+        model.samples_in_turn = cfg.samples_in_turn
 
+    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
+        return flow_matching_loss(model, x_0, cond, Conditioning.of_frames(1), cfg.loss, rng)
 
-def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, float]:
-    """One update of all micro-batches; this rank's mean loss."""
-    total, samples = 0.0, epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
-    with keeping(run, position, engine, samples) as kept:
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
-            rng = generator(cfg.run.seed, "loss", position, number)
-            read = clips.batch(indices)
-            batch = read.to(run.ranks.device)
-            cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
-            t = stratified_times(len(indices), cfg.shift, rng).to(run.ranks.device)
-            loss = engine(batch.latents_BFCHW, cond, t, rng)
-            kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
-            engine.backward(loss)
-            info = engine.step()
-            total += float(loss.detach()) / engine.micro_batches
-    return info, total
-
-
-def main() -> None:
-    cfg = from_command_line(PretrainConfig, __doc__ or "")
-    ranks = init_distributed(cfg.run.timeout_minutes)
-    clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
-    for data in (clips, val):
-        check_shape(data.shape, data.root, cfg.wan.in_channels, (cfg.wan.patch_height, cfg.wan.patch_width), 1)
-        check_text(data.prompts, cfg.wan.text_dim)
-    check_batches(cfg.train, ranks, len(clips), clips.root)
-    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
-    run.tokens_per_step = cfg.train.global_batch * cfg.wan.clip_tokens(clips.shape)
-    model = Wan(cfg.wan)
-
-    def loss_fn(wan: Wan, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
-        return denoiser_flow_loss(wan, x_0, cond, t, rng)
-
-    engine = build_engine(
+    return build_engine(
         StepModule(model, loss_fn),
         cfg.engine,
         ranks,
@@ -122,22 +92,107 @@ def main() -> None:
         micro_batch=cfg.train.micro_batch,
         total_updates=cfg.train.steps,
     )
-    description = to_yaml(CheckpointConfig(ModelConfig("wan", wan=cfg.wan), SamplerConfig("euler", 50, cfg.shift)))
+
+
+def starts_of(clips: FrameClips, indices: Sequence[int], frames: int, rng: torch.Generator) -> list[int]:
+    """Where each clip's window begins, uniformly."""
+    room = [clips.clips[index].frames - frames + 1 for index in indices]
+    return [int(torch.randint(places, (), generator=rng)) for places in room]
+
+
+def update(
+    cfg: PretrainConfig,
+    run: Run,
+    engine: Engine,
+    clips: FrameClips,
+    usable: Sequence[int],
+    position: int,
+    may_stop: Callable[[], None],
+) -> tuple[StepInfo, Logs]:
+    """One update of all micro-batches, between which the run may end; this rank's mean logs."""
+    sums: Logs = {}
+    samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(usable))
+    with keeping(run, position, engine, [usable[place] for place in samples]) as kept:
+        for number, places in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(usable)):
+            may_stop()
+            indices = [usable[place] for place in places]
+            starts = starts_of(clips, indices, cfg.frames, generator(cfg.run.seed, "window", position, number))
+            read = clips.batch(indices, starts, cfg.frames)
+            batch = read.to(run.ranks.device)
+            loss, logs = engine(batch.latents_BFCHW, batch.cond, generator(cfg.run.seed, "loss", position, number))
+            kept.append(
+                MicroBatch(number, indices, [clips.clips[i].id for i in indices], loss.detach(), read.tensors())
+            )
+            engine.backward(loss)
+            info = engine.step()
+            sums = {name: sums.get(name, 0.0) + value / engine.micro_batches for name, value in logs.items()}
+    return info, sums
+
+
+@torch.no_grad()
+def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Ranks) -> Logs:
+    """Flow loss of the first windows at fixed noise, without dropout and corruption; shared over the ranks."""
+    fixed = replace(cfg.loss, samples=2, eta=0.0, action_dropout=0.0, label_dropout=0.0, targets=None)
+    usable = clips.at_least(cfg.frames)
+    indices = usable[:: max(1, len(usable) // cfg.validation_clips)][: cfg.validation_clips]
+    total, null = 0.0, Conditioning.of_frames(1)
+    model.to(ranks.device)
+    for index in indices[ranks.rank :: ranks.world]:
+        batch = clips.batch([index], [0], cfg.frames).to(ranks.device)
+        rng = generator(0, "validation", index)
+        total += float(flow_matching_loss(model, batch.latents_BFCHW, batch.cond, null, fixed, rng)[0])
+    model.to("cpu")
+    return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
+
+
+def checked(cfg: PretrainConfig, ranks: Ranks) -> tuple[FrameClips, FrameClips, list[int]]:
+    """Training and validation clips, and which of the first are long enough. UserError: they do not fit the model."""
+    clips, val = FrameClips(cfg.data), FrameClips(cfg.val)
+    dit, chunk = cfg.model.dit, cfg.model.scd.chunk if cfg.model.family == "scd" else cfg.model.chunk
+    for data in (clips, val):
+        patch = (dit.patch_height, dit.patch_width)
+        check_shape(data.info.shape(cfg.frames), data.root, dit.in_channels, patch, chunk)
+        for name, has, takes in (
+            ("actions", data.info.num_actions, dit.num_actions),
+            ("labels", len(data.info.labels), dit.num_labels),
+        ):
+            if takes and has != takes:
+                raise UserError(f"{data.root}: has {has} {name}, model.dit.num_{name} is {takes}: set it to {has}")
+        data.at_least(cfg.frames)
+    usable = clips.at_least(cfg.frames)
+    check_batches(cfg.train, ranks, len(usable), clips.root)
+    return clips, val, usable
+
+
+def main() -> None:
+    cfg = from_command_line(PretrainConfig, __doc__ or "")
+    ranks = init_distributed(cfg.run.timeout_minutes)
+    clips, val, usable = checked(cfg, ranks)
+    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips"))
+    run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(clips.info.shape(cfg.frames))
+    torch.manual_seed(cfg.run.seed)
+    engine = model_engine(cfg, ranks, student_of(cfg.model))
+    description = to_yaml(CheckpointConfig(cfg.model, cfg.sampler))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
-        return description, provenance(stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash)
+        latent = [cfg.frames, clips.info.channels, clips.info.height, clips.info.width]
+        extra = {"latent": latent, "fps": clips.info.fps}
+        return description, provenance(
+            stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash, extra=extra
+        )
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
+    averaged = student_of(cfg.model)
     for step in state.steps(state.resume()):
         with state.attempt(step):
-            info, total = update(cfg, run, engine, clips, state.position(step))
+            info, sums = update(cfg, run, engine, clips, usable, state.position(step), state.may_stop)
             if info.stepped:
                 state.update_ema()
-            logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+            logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                averaged = Wan(cfg.wan)
                 state.ema.copy_to(averaged)
-                logs |= validate(averaged, val)
+                logs |= validate(averaged, val, cfg, ranks)
+                state.note_best(step, logs["val/loss"])
             run.log(step, logs)
     run.finish()
 

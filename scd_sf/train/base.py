@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +26,7 @@ class EngineConfig:
 
     ``grad_clip`` is the global gradient norm limit (0: none). ``offload`` puts optimizer state (a frozen engine: the
     parameters) on the CPU. ``bucket`` is DeepSpeed's bucket in elements. ``max_skips`` non-finite updates in a row stop
-    the run.
+    the run. ``lr_scale``: parameters whose name starts so learn at a multiple of ``lr``, e.g. ``{decoder: 2.0}``.
     """
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
@@ -42,6 +42,7 @@ class EngineConfig:
     offload: bool = False
     bucket: int = 50_000_000
     max_skips: int = 10
+    lr_scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -53,6 +54,8 @@ class EngineConfig:
             )
         if self.lr < 0 or self.weight_decay < 0 or self.grad_clip < 0 or self.warmup < 0:
             raise ValueError("lr, weight_decay, grad_clip and warmup must be 0 or more")
+        if any(scale < 0 for scale in self.lr_scale.values()):
+            raise ValueError("every lr_scale must be 0 or more")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas are {tuple(self.betas)}; each must be in [0, 1)")
         if not 0.0 <= self.anneal_from <= 1.0:

@@ -39,7 +39,7 @@ from scd_sf.train.base import (
     whole_masters,
 )
 from scd_sf.train.local import LocalEngine
-from scd_sf.train.optim import Schedule, param_groups
+from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
 from scd_sf.train.ranks import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, gathered, share
 
@@ -128,7 +128,7 @@ class DeepSpeedEngine:
         if cfg.dtype == "bf16":
             originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
         config = _training_config(cfg, ranks, micro_batch, micro_batches)
-        groups = param_groups(named_parameters(module), cfg.weight_decay)
+        groups = param_groups(named_parameters(module), cfg.weight_decay, cfg.lr_scale)
         self._engine = _initialize(module, config, ranks, groups)
         self.module: nn.Module = self._engine.module
         if cfg.dtype == "bf16":
@@ -157,8 +157,7 @@ class DeepSpeedEngine:
         lr = self._schedule.at(self.updates)
         if self._micro < self.micro_batches:
             return StepInfo(stepped=False, grad_norm=0.0, finite=True, lr=lr)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._engine.optimizer.param_groups, lr)
         if self.cfg.zero_stage == 0:
             norm = self._clip_replicated()
             self._engine.step()

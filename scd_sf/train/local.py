@@ -24,7 +24,7 @@ from scd_sf.train.base import (
     read_counters,
     whole_masters,
 )
-from scd_sf.train.optim import Schedule, param_groups
+from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, share
 
@@ -49,7 +49,7 @@ class LocalEngine:
         self._gradients: dict[str, Tensor] = {}
         self._micro = 0
         self._bad = torch.zeros((), device=ranks.device)
-        groups = param_groups(self._masters.items(), cfg.weight_decay)
+        groups = param_groups(self._masters.items(), cfg.weight_decay, cfg.lr_scale)
         self._optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
     @property
@@ -154,8 +154,7 @@ class LocalEngine:
             scale = 1.0 / max(1.0, (float(norm) + 1e-6) / self.cfg.grad_clip)
         for name, master in self._masters.items():
             master.grad = gradients[name] * scale
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer.param_groups, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self.cfg.dtype == "bf16":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from scd_sf.types import UserError
 
 NO_DECAY_WORDS = ("norm", "table", "modulation", "embedding_bias", "start_token", "pos_embed")
 
@@ -39,11 +41,36 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(word in name.lower() for word in NO_DECAY_WORDS)
 
 
-def param_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of the parameters that require grad: with decay, then without; an empty group is left out."""
+def param_groups(
+    named: Iterable[tuple[str, Tensor]], weight_decay: float, scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW groups of the parameters that require grad: with decay, then without; an empty group is left out.
+
+    ``scales``: the learning rate of parameters whose name starts so is a multiple of the others'; each group's is in
+    its ``lr_scale``. UserError: a prefix that no parameter has.
+    """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    for prefix in scales or {}:
+        if not any(name.startswith(prefix) for name, _ in trained):
+            raise UserError(f"lr_scale.{prefix}: no parameter's name starts so; they start with {_heads(trained)}")
+
+    def scale(name: str) -> float:
+        return next((value for prefix, value in (scales or {}).items() if name.startswith(prefix)), 1.0)
+
+    groups: list[dict[str, Any]] = []
+    for factor in sorted({scale(name) for name, _ in trained}):
+        for decay in (True, False):
+            chosen = [p for n, p in trained if scale(n) == factor and decays(n, p) == decay]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay * decay, "lr_scale": factor})
+    return groups
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """``lr`` times the group's own scale."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def _heads(named: Iterable[tuple[str, Tensor]]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for name, _ in named}))

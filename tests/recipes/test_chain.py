@@ -86,7 +86,7 @@ def test_pretrain_then_stage1_refuses_our_own_checkpoint_and_takes_diffusers(cha
     model += "freq_dim: 16, ffn_dim: 32, num_layers: 2}"
     train = "train={steps: 2, global_batch: 4, micro_batch: 4, save_every: 2, validate_every: 2}"
     inputs = [f"data={chain.train}", f"val={chain.root}/val", f"run.dir={tmp_path}/teacher", "engine.kind=local"]
-    recipe_runner.succeed("recipes/pretrain.py", *inputs, model, train)
+    recipe_runner.succeed("recipes/pretrain_teacher.py", *inputs, model, train)
     assert {"val/right", "val/wrong_motion", "val/null"} <= tiny_run.metrics(tmp_path / "teacher")[-1].keys()
     result = recipe_runner.run("recipes/stage1_transplant.py", f"base={tmp_path}/teacher", f"out={tmp_path}/s1")
     assert result.code == 2 and "Wan 2.1 directory" in result.err

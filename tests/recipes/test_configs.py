@@ -23,10 +23,11 @@ CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
 SCHEMAS = {
     "bench": ("scd_sf.bench", "BenchConfig"),
     "evaluate": ("evaluate", "EvaluateConfig"),
+    "pretrain": ("pretrain", "PretrainConfig"),
     "stage1": ("stage1_transplant", "TransplantConfig"),
     "stage2": ("stage2_flow_matching", "Stage2Config"),
     "stage3": ("stage3_self_forcing", "Stage3Config"),
-    "teacher": ("pretrain", "PretrainConfig"),
+    "teacher": ("pretrain_teacher", "PretrainConfig"),
     "vae": ("pretrain_vae", "PretrainVae"),
 }
 

@@ -1,0 +1,147 @@
+"""Pretrain a bidirectional Wan from scratch by flow matching: the demo's small teacher.
+
+    python recipes/pretrain_teacher.py --config recipes/configs/teacher_doom.yaml \\
+        data=D/train val=D/val run.dir=runs/teacher
+
+Writes ordinary checkpoints; ``export`` a finished one to diffusers layout with recipes/make_teacher.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scd_sf.config import from_command_line, to_yaml
+from scd_sf.data.latents import LatentClips, epoch_order
+from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
+from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
+from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan import Wan
+from scd_sf.provenance import provenance
+from scd_sf.train.checks import check_batches, check_shape, check_text
+from scd_sf.train.ema import Ema
+from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.recipe import (
+    RESUMABLE,
+    TrainConfig,
+    TrainState,
+    generator,
+    micro_batches,
+)
+from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.types import Conditioning, Logs, exit_on_user_error
+
+
+@dataclass
+class PretrainConfig:
+    data: str
+    val: str
+    run: RunConfig
+    wan: WanConfig = field(default_factory=WanConfig)
+    shift: float = 5.0
+    text_dropout: float = 0.1
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@torch.no_grad()
+def validate(model: Wan, clips: LatentClips, limit: int = 48) -> Logs:
+    """Flow loss at fixed noise, mean over t = .2, .5, .8, .95: with the right prompt, the prompt of the same place with
+    another motion, and the null prompt. The gap wrong - right says how much of the prompt's motion is used."""
+    stride = max(1, len(clips) // limit)
+    indices = list(range(0, len(clips), stride))[:limit]
+    batch = clips.batch(indices)
+    prompts = clips.batch(_other_motion(clips, indices)).text
+    null = clips.null.expand(len(indices))
+    losses: dict[str, list[Tensor]] = {"right": [], "wrong_motion": [], "null": []}
+    for t in (0.2, 0.5, 0.8, 0.95):
+        eps = torch.randn(batch.latents_BFCHW.shape, generator=generator(0, "val", int(1000 * t)))
+        times = torch.full((len(indices),), t)
+        x_t = add_noise(batch.latents_BFCHW, eps, times)
+        for name, cond in (("right", batch.text), ("wrong_motion", prompts), ("null", null)):
+            error = model(x_t, times, cond) - velocity_target(batch.latents_BFCHW, eps)
+            losses[name].append(error.pow(2).mean())
+    return {f"val/{name}": float(torch.stack(values).mean()) for name, values in losses.items()}
+
+
+def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
+    """For each clip another clip of the same place whose motion differs, in turn over the motions."""
+    others = []
+    for turn, index in enumerate(indices):
+        tags = clips.rows[index].tags
+        choices = [
+            i
+            for i, c in enumerate(clips.rows)
+            if c.tags["place"] == tags["place"] and c.tags["motion"] != tags["motion"]
+        ]
+        others.append(choices[(turn * 7) % len(choices)])
+    return others
+
+
+def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, float]:
+    """One update of all micro-batches; this rank's mean loss."""
+    total, samples = 0.0, epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
+    with keeping(run, position, engine, samples) as kept:
+        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
+            rng = generator(cfg.run.seed, "loss", position, number)
+            read = clips.batch(indices)
+            batch = read.to(run.ranks.device)
+            cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
+            t = stratified_times(len(indices), cfg.shift, rng).to(run.ranks.device)
+            loss = engine(batch.latents_BFCHW, cond, t, rng)
+            kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
+            engine.backward(loss)
+            info = engine.step()
+            total += float(loss.detach()) / engine.micro_batches
+    return info, total
+
+
+def main() -> None:
+    cfg = from_command_line(PretrainConfig, __doc__ or "")
+    ranks = init_distributed(cfg.run.timeout_minutes)
+    clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
+    for data in (clips, val):
+        check_shape(data.shape, data.root, cfg.wan.in_channels, (cfg.wan.patch_height, cfg.wan.patch_width), 1)
+        check_text(data.prompts, cfg.wan.text_dim)
+    check_batches(cfg.train, ranks, len(clips), clips.root)
+    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
+    run.tokens_per_step = cfg.train.global_batch * cfg.wan.clip_tokens(clips.shape)
+    model = Wan(cfg.wan)
+
+    def loss_fn(wan: Wan, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
+        return denoiser_flow_loss(wan, x_0, cond, t, rng)
+
+    engine = build_engine(
+        StepModule(model, loss_fn),
+        cfg.engine,
+        ranks,
+        global_batch=cfg.train.global_batch,
+        micro_batch=cfg.train.micro_batch,
+        total_updates=cfg.train.steps,
+    )
+    description = to_yaml(CheckpointConfig(ModelConfig("wan", wan=cfg.wan), SamplerConfig("euler", 50, cfg.shift)))
+
+    def describe(step: int) -> tuple[str, dict[str, object]]:
+        return description, provenance(stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash)
+
+    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
+    for step in state.steps(state.resume()):
+        with state.attempt(step):
+            info, total = update(cfg, run, engine, clips, state.position(step))
+            if info.stepped:
+                state.update_ema()
+            logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+            if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
+                averaged = Wan(cfg.wan)
+                state.ema.copy_to(averaged)
+                logs |= validate(averaged, val)
+            run.log(step, logs)
+    run.finish()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,97 @@
+"""Video prediction with a model trained from scratch: the first frames of a clip in, the next ones out.
+
+Letters: B batch, F frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.guidance import GuidanceConfig
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
+from scd_sf.models.generator import CacheConfig, FrameStreamer
+from scd_sf.models.guided import Guided, SampleGuidance
+from scd_sf.models.wan import Wan
+from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
+from scd_sf.types import Conditioning, UserError
+
+
+@dataclass(frozen=True)
+class PredictionGuidance:
+    """``corruption``: the s of Table 5 (1 is off, 1.5 its best), c corrupted by ``eta``. ``actions``: CFG of the
+    decoder with the null action (1 is off). One of the two; the encoder is never doubled."""
+
+    corruption: float = 1.0
+    eta: float = 0.05
+    actions: float = 1.0
+
+    def applied(self, student: Student, null: Conditioning, noise: Sequence[int]) -> FrameStreamer:
+        """The student under this guidance; ``noise``: a seed per row for the corruption."""
+        guidance = SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.eta)
+        return Guided(student, guidance, null, row_noise(noise)) if guidance.on else student
+
+
+@dataclass(frozen=True)
+class PredictionConfig:
+    """How a model is rolled out. ``window``: latent frames of history it sees (0: all)."""
+
+    window: int = 0
+    sink: int = 0
+    guidance: PredictionGuidance = field(default_factory=PredictionGuidance)
+
+
+def load_predictor(path: Path, weights: str = "ema") -> tuple[Student, CheckpointConfig]:
+    """A checkpoint of recipes/pretrain.py. UserError: another kind of model."""
+    model, config = load_checkpoint_model(path, weights)
+    if isinstance(model, Wan) or config.model.backbone != "dit":
+        raise UserError(f"{path}: not trained from scratch on frames; sample it with 'scd sample'")
+    return model, config
+
+
+@torch.no_grad()
+def predict(
+    student: Student,
+    context_BFCHW: Tensor,
+    cond: Conditioning,
+    frames: int,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    cfg: PredictionConfig | None = None,
+) -> Iterator[Tensor]:
+    """Yield the ``frames`` latents after the context (which may have none), chunk by chunk, (B, n, C, H, W) each.
+
+    ``cond`` tells of all frames, the context's too. A row's result depends on its seed alone. UserError: too few
+    actions, or numbers that chunks do not divide.
+    """
+    cfg = cfg or PredictionConfig()
+    batch, known, *shape = context_BFCHW.shape
+    if cond.actions_BF is not None and cond.actions_BF.shape[1] < known + frames:
+        raise UserError(
+            f"actions are given for {cond.actions_BF.shape[1]} frames of {known + frames}; give one per frame"
+        )
+    noise_like = row_noise(seeds)
+    null = cond.rows(slice(0, 1))
+    null = replace(
+        null,
+        actions_BF=None if null.actions_BF is None else torch.full_like(null.actions_BF, -1),
+        labels_B=None if null.labels_B is None else torch.full_like(null.labels_B, -1),
+    )
+    guided = cfg.guidance.applied(student, null, [seed ^ 0x5EED for seed in seeds])
+    yield from stream_rollout(
+        guided,
+        (
+            part.to(context_BFCHW)
+            for part in fresh_noise((shape[0], shape[1], shape[2]), batch, student.chunk, frames, noise_like)
+        ),
+        cond,
+        sampler,
+        noise_like,
+        cache=CacheConfig.sampling(cfg.window, cfg.sink, known + frames),
+        history=context_BFCHW if known else None,
+    )
