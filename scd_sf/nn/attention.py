@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from scd_sf.nn.kv_cache import KV, Past
+from scd_sf.nn.masks import Layout, row_mask
+
+ROWS = 1024  # queries at a time
 
 
 class AttentionContext(Protocol):
@@ -43,9 +46,11 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 class FullSequence:
-    """All tokens are here. ``mask``: None (everything sees everything), dense boolean (L, L), or a BlockMask."""
+    """All tokens are here. ``mask``: None (everything sees everything), dense boolean (L, L), a BlockMask, or a layout
+    of groups (long sequences on a CPU: attention runs on ``ROWS`` queries at a time, and nothing is as large as L x L).
+    """
 
-    def __init__(self, mask: Tensor | BlockMask | None = None) -> None:
+    def __init__(self, mask: Tensor | BlockMask | Layout | None = None) -> None:
         self.mask = mask
 
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
@@ -54,7 +59,20 @@ class FullSequence:
                 seen = round(k_BNLD.shape[2] * (1 - self.mask.sparsity() / 100))
                 return attention(q_BNLD, k_BNLD[:, :, :seen], v_BNLD[:, :, :seen])
             return _compiled_flex()(q_BNLD, k_BNLD, v_BNLD, block_mask=self.mask)
+        if isinstance(self.mask, Layout):
+            return self._by_rows(self.mask, q_BNLD, k_BNLD, v_BNLD)
         return attention(q_BNLD, k_BNLD, v_BNLD, self.mask)
+
+    @staticmethod
+    def _by_rows(layout: Layout, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
+        outputs, length, asked = [], k_BNLD.shape[2], q_BNLD.shape[2]
+        step = max(1, ROWS // layout.tokens) * layout.tokens
+        for start in range(length - asked, length, step):
+            stop = min(start + step, length)
+            mask, keys = row_mask(layout, start, stop)
+            q = q_BNLD[:, :, start - (length - asked) : stop - (length - asked)]
+            outputs.append(attention(q, k_BNLD[:, :, :keys], v_BNLD[:, :, :keys], mask))
+        return torch.cat(outputs, dim=2)
 
 
 class Streaming:

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 CLEAN = 0
 BLOCK = 128  # FlexAttention's own default
+DENSE_LIMIT = 4096  # tokens; a dense mask of more is not made
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -103,9 +104,29 @@ def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
-def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask:
-    """BlockMask on CUDA; dense on CPU, where FlexAttention has no backward. Tensors on the meta device get a BlockMask
-    too, whose own tables are real: ``scd plan`` reads from it how much is visible."""
+def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, int]:
+    """What the tokens ``start`` .. ``stop`` - 1 may see: (mask (rows, keys), keys), of the first ``keys`` tokens; None
+    where they see all of those. Never larger than rows x tokens."""
+    tokens, groups = layout.tokens, slice(start // layout.tokens, (stop - 1) // layout.tokens + 1)
+    seen = _visible(layout)[groups]
+    keys = (int(seen.any(0).nonzero().max()) + 1) * tokens
+    if bool(seen[:, : keys // tokens].all()):
+        return None, keys
+    first = start - groups.start * tokens
+    rows = seen.repeat_interleave(tokens, 0)[first : first + stop - start]
+    return rows.repeat_interleave(tokens, 1)[:, :keys], keys
+
+
+@lru_cache(maxsize=32)
+def _visible(layout: Layout) -> Tensor:
+    with torch.inference_mode(False):
+        return layout.visible()
+
+
+def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask | Layout:
+    """BlockMask on CUDA. On CPU, where FlexAttention has no backward, dense; of a long sequence the layout itself, whose
+    rows attention takes block by block. Tensors on the meta device get a BlockMask too, whose own tables are real:
+    ``scd plan`` reads from it how much is visible."""
     if device.type == "cpu":
-        return dense_mask(layout, device)
+        return layout if len(layout.kinds) * layout.tokens > DENSE_LIMIT else dense_mask(layout, device)
     return block_mask(layout, torch.device("cpu") if device.type == "meta" else device)

@@ -79,7 +79,7 @@ def test_ring_without_wrap_fills_up_and_then_says_so() -> None:
 
 @torch.no_grad()
 def test_ring_keeps_its_memory() -> None:
-    ring = RingKVCache(6, 4, sink=2, wrap=True)
+    ring = RingKVCache(6, 4, wrap=True, window=Window(sink=2))
     staged = pieces([2] * 5)
     ring.extended(staged[0])
     before = ring.layer(0)
@@ -93,7 +93,7 @@ def test_ring_keeps_its_memory() -> None:
 @torch.no_grad()
 def test_a_ring_smaller_than_one_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"window holds 2 tokens, fewer than one chunk \(3\)"):
-        RingKVCache(4, 4, sink=2, wrap=True).extended(pieces([2])[0]).extended(pieces([3])[0])
+        RingKVCache(4, 4, wrap=True, window=Window(sink=2)).extended(pieces([2])[0]).extended(pieces([3])[0])
 
 
 def test_ring_refuses_training() -> None:

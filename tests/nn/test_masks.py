@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from scd_sf.nn.masks import Layout, block_mask, dense_mask, teacher_forcing_mask
+from scd_sf.nn.attention import FullSequence
+from scd_sf.nn.masks import Layout, block_mask, dense_mask, row_mask, teacher_forcing_mask
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -77,6 +78,35 @@ def test_layout_order_and_tokens() -> None:
     kinds, chunks = layout.per_token(CPU)
     assert kinds.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert chunks[:6].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@layouts
+def test_rows_of_the_mask_are_the_dense_masks(layout: Layout) -> None:
+    """Block by block, over the keys that some row sees; a block that sees all of them needs no mask."""
+    dense = dense_mask(layout, CPU)
+    for start in range(0, len(dense), 5):
+        stop = min(start + 5, len(dense))
+        mask, keys = row_mask(layout, start, stop)
+        assert not bool(dense[start:stop, keys:].any())
+        assert bool(dense[start:stop, :keys].all()) if mask is None else torch.equal(mask, dense[start:stop, :keys])
+
+
+def test_long_sequences_make_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by rows is attention under the dense mask, forward and backward, and for the last tokens alone."""
+    layout = Layout.teacher_forced(6, range(6), 2, 4)
+    length = len(layout.kinds) * layout.tokens
+    q, k, v = (torch.randn(2, 2, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dense = FullSequence(dense_mask(layout, CPU))(0, q, k, v)
+    expected = torch.autograd.grad(dense.pow(2).sum(), (q, k, v))
+    monkeypatch.setattr("scd_sf.nn.masks.DENSE_LIMIT", 8)
+    monkeypatch.setattr("scd_sf.nn.attention.ROWS", 12)
+    lazy = FullSequence(teacher_forcing_mask(layout, CPU))
+    assert lazy.mask is layout
+    out = lazy(0, q, k, v)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-12)
+    for got, wanted in zip(torch.autograd.grad(out.pow(2).sum(), (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lazy(0, q[:, :, -20:], k, v), dense[:, :, -20:], rtol=0, atol=1e-12)
 
 
 def test_cpu_gets_the_dense_mask_and_masks_are_kept() -> None:
