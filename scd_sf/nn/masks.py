@@ -124,9 +124,9 @@ def _visible(layout: Layout) -> Tensor:
 
 
 def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask | Layout:
-    """BlockMask on CUDA. On CPU, where FlexAttention has no backward, dense; of a long sequence the layout itself, whose
-    rows attention takes block by block. Tensors on the meta device get a BlockMask too, whose own tables are real:
-    ``scd plan`` reads from it how much is visible."""
+    """BlockMask on CUDA. On CPU, where FlexAttention has no backward, dense; of a long sequence the layout itself, of
+    which attention takes rows block by block. Tensors on the meta device get a BlockMask too, whose own tables are
+    real: ``scd plan`` reads from it how much is visible."""
     if device.type == "cpu":
         return layout if len(layout.kinds) * layout.tokens > DENSE_LIMIT else dense_mask(layout, device)
     return block_mask(layout, torch.device("cpu") if device.type == "meta" else device)

@@ -1,0 +1,168 @@
+"""What SCD-B costs at Minecraft's shapes: seconds per frame by length of history, and a training step.
+
+    python benchmarks/scratch_speed.py --out docs/results/scratch_speed.json
+
+64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row is one (steps, frames of history): the encoder's
+pass and S decoder passes of the frames after it, in turns over all rows, with the floor of their own matmuls and
+attention calls. Causal DiT-B beside it at S = 4. Finished rows in --out are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.bench import random_weights
+from scd_sf.data.manifest import write_json
+from scd_sf.diffusion.solvers import Euler
+from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.metrics.floor import HeavyCalls, peak_gib
+from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.dit import DitConfig
+from scd_sf.models.generator import CacheConfig
+from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.wan import Wan
+from scd_sf.types import Conditioning
+
+CHANNELS, SIDE, ACTIONS = 32, 8, 3
+HISTORIES, STEPS, SAMPLES = (16, 64, 300), (4, 50), (1, 4)
+SCD = ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix_time="step"))
+CACHED = ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix="cached"))
+
+
+def model_of(family: str, scd: ScdConfig = SCD) -> Student:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(family, backbone="dit", dit=DitConfig(num_actions=ACTIONS), scd=scd))
+    assert not isinstance(model, Wan)
+    random_weights(model, torch.bfloat16)
+    return model
+
+
+def told(frames: int) -> Conditioning:
+    actions = torch.randint(0, ACTIONS, (1, frames), generator=torch.Generator().manual_seed(0))
+    return Conditioning.of_frames(1, actions)
+
+
+class Rollout:
+    """A stream whose history is full of noise; :meth:`frame` generates the next frame, always at the same place."""
+
+    def __init__(self, model: Student, history: int, steps: int) -> None:
+        self.model, self.sampler = model, Euler(steps, 1.0)
+        rng = torch.Generator().manual_seed(1)
+        frames = torch.randn(history, 1, 1, CHANNELS, SIDE, SIDE, generator=rng).bfloat16()
+        self.like = frames[0]
+        stream = model.start(told(history + 1), (SIDE, SIDE), CacheConfig(preallocate=history + 1))
+        with torch.no_grad():
+            previous: Tensor | None = None
+            for frame in frames[:-1]:
+                stream, previous = model.advance(stream, previous, self.like), frame
+        self.stream, self.previous = stream, previous
+        self.cache = stream.cache
+        self.kept = (self.cache.length, self.cache.filled)
+
+    @torch.no_grad()
+    def frame(self) -> Tensor:
+        self.cache.length, self.cache.filled = self.kept
+        stream = self.model.advance(self.stream, self.previous, self.like)
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return self.model.denoise(stream, x, torch.full((1,), t)).to(x.dtype)
+
+        return self.sampler(velocity, torch.randn_like(self.like), torch.randn_like)
+
+
+def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
+    """Forward and backward of one clip, activations recomputed as in training; no optimizer."""
+    x_0 = torch.randn(1, frames, CHANNELS, SIDE, SIDE)
+    cfg = FlowMatchingConfig(shift=1.0, samples=samples)
+    for trunk in model.trunks():
+        trunk.checkpointing = True
+    model.requires_grad_(True)
+
+    def run() -> None:
+        loss, _ = flow_matching_loss(
+            model, x_0, told(frames), Conditioning.of_frames(1), cfg, torch.Generator().manual_seed(0)
+        )
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def measured(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    run()
+    peak_gib(reset=True)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    with HeavyCalls() as heavy:
+        run()
+    seconds, floor = statistics.median(times), heavy.floor()
+    found = {"seconds": seconds, "floor_seconds": floor, "floor_ratio": seconds / floor, "peak_rss_gib": peak_gib()}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def rollouts(repeats: int) -> dict[str, Callable[[], dict[str, float]]]:
+    def row(model: Student, history: int, steps: int) -> Callable[[], dict[str, float]]:
+        return lambda: measured(Rollout(model, history, steps).frame, repeats)
+
+    scd, cached, causal = model_of("scd"), model_of("scd", CACHED), model_of("causal")
+    rows = {}
+    for steps in STEPS:
+        for history in HISTORIES:
+            rows[f"SCD-B, S = {steps}, {history} frames of history"] = row(scd, history, steps)
+    for history in HISTORIES:
+        rows[f"SCD-B with cached prefix, S = 50, {history} frames of history"] = row(cached, history, 50)
+        rows[f"Causal DiT-B, S = 4, {history} frames of history"] = row(causal, history, 4)
+    return rows
+
+
+def steps_of_training(frames: int) -> dict[str, Callable[[], dict[str, float]]]:
+    def row(family: str, samples: int, in_turn: bool) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            model = model_of(family)
+            if isinstance(model, Scd):
+                model.samples_in_turn = in_turn
+            return measured(training(model, frames, samples), 1)
+
+        return run
+
+    rows = {f"SCD-B, training step of {frames} frames, K = {k}": row("scd", k, False) for k in SAMPLES}
+    rows[f"SCD-B, training step of {frames} frames, K = 4 in turn"] = row("scd", 4, True)
+    rows[f"Causal DiT-B, training step of {frames} frames, K = 1"] = row("causal", 1, False)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    document = {"machine": f"{args.threads} threads, bf16", "torch": str(torch.__version__), "rows": {}}
+    if args.out.is_file():
+        document = json.loads(args.out.read_text())
+    cases = rollouts(args.repeats)
+    for frames in args.frames:
+        cases |= steps_of_training(frames)
+    for name, case in cases.items():
+        if name not in document["rows"]:
+            document["rows"][name] = case()
+            print(json.dumps({name: document["rows"][name]}), flush=True)
+            write_json(args.out, document)
+
+
+if __name__ == "__main__":
+    main()
