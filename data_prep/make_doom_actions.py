@@ -47,6 +47,7 @@ SPAWN_TICS, WARM_UP = 12, 8  # tics: a new player cannot turn for 7; frames: the
 STRAIGHT, TURN = (5, 20), (1, 5)  # frames of a span, at least and at most
 RADIUS, NEAR, FREE = 17.0, 64.0, 144.0  # map units: the walker's, turn away from walls this near, until this free
 LEAST_SPEED, MOST_STUCK = 2.0, 0.1  # a frame of walking slower than this (units) is stuck; reject clips with more
+SPAN, LEAST_EXTENT = 100, 128.0  # reject clips that stay inside a square of so many units for so many frames
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def film(game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator) -> tupl
     game.advance_action(SPAWN_TICS, False)
     game.make_action([float(rng.uniform(-180, 180)), 0.0])
     walker = Walker(walls(game), rng)
-    pictures, actions = [], []
+    pictures, actions, spots = [], [], []
     moved = np.inf
     for frame in range(-WARM_UP, chunk.frames):
         x, y, heading = game.get_state().game_variables
@@ -200,6 +201,7 @@ def film(game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator) -> tupl
             return "the episode ended"
         state = game.get_state()
         moved = float(np.hypot(state.game_variables[0] - x, state.game_variables[1] - y))
+        spots.append(state.game_variables[:2])
         if frame >= 0:
             square = ((WIDTH - HEIGHT) // 2, 0, (WIDTH + HEIGHT) // 2, HEIGHT)
             picture = Image.fromarray(state.screen_buffer)
@@ -207,6 +209,8 @@ def film(game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator) -> tupl
             actions.append(action)
     if walker.stuck > MOST_STUCK * chunk.frames:
         return "stuck"
+    if any(np.ptp(spots[i : i + SPAN], axis=0).max() < LEAST_EXTENT for i in range(0, len(spots) - SPAN, 10)):
+        return "stays in one place"
     return np.stack(pictures), np.asarray(actions, dtype=np.int64)
 
 

@@ -1,13 +1,13 @@
 """RealEstate10K in pixelSplat's chunks to a directory of encoded frames, without conditions.
 
-    python data_prep/realestate10k.py --root data/re10k --split train --tokenizer models/vavae --out data/re10k_enc/train
+    python data_prep/realestate10k.py --root data/re10k --split train --tokenizer models/vavae --out data/re_enc/train
 
-``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are resized (short side) and
-cropped to ``--size``; of every clip the first ``--frames`` are taken, shorter clips count as malformed (0: all frames
-of all clips). Cameras are ignored, or checked with ``--cameras`` (``scd_sf.data.realestate10k`` reads them).
+``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are resized (short side)
+and cropped to ``--size``; of every clip the first ``--frames`` are taken, shorter clips count as malformed (0: all
+frames of all clips). Cameras are ignored, or checked with ``--cameras`` (``scd_sf.data.realestate10k`` reads them).
 
-Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error. ``--check``
-only reads everything and reports. An interrupted run goes on where it stopped.
+Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
+``--check`` only reads everything and reports. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

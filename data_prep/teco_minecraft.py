@@ -7,8 +7,8 @@
 working folder and the clips are those of FAR's JSON list. Latents that FAR computed already (``.pt`` in a folder or in
 ``shard-*.tar``) are imported with ``--latents``, multiplied by ``--scaling-factor``; then no tokenizer is needed.
 
-Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error. ``--check``
-only reads everything and reports. An interrupted run goes on where it stopped.
+Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
+``--check`` only reads everything and reports. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 resized (short side) and cropped to ``--size``. ``--split test --every 10 --first 256`` are the clips of FAR's and
 MCVD's evaluation. With ``--list`` the clips are those of FAR's JSON list, its paths relative to ``--root``.
 
-Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error. ``--check``
-only reads everything and reports. An interrupted run goes on where it stopped.
+Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
+``--check`` only reads everything and reports. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

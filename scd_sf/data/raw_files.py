@@ -131,6 +131,9 @@ class Tars:
                     else:
                         self._members[name] = (parts, entry.offset_data, entry.size)
                     tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+                end = parts.at(tar.offset, tarfile.BLOCKSIZE)
+                if end != bytes(tarfile.BLOCKSIZE):  # tarfile stops in silence at a broken header that is not the first
+                    raise tarfile.ReadError("no end mark where the members end")
         except (tarfile.TarError, OSError, EOFError) as error:
             self.refused.append(Refused(parts.name, f"the tar is damaged or cut ({error}); what came before is taken"))
 

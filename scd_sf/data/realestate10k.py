@@ -163,9 +163,9 @@ def _picture(image: object, size: int, where: str, number: int) -> np.ndarray:
         raise UserError(f"{where}: image {number} is not the bytes of a JPEG file; {COPY}")
     try:
         with Image.open(io.BytesIO(image.numpy().tobytes()), formats=["JPEG"]) as picture:
-            if picture.width * picture.height > LARGEST_FRAME:
+            if picture.width * picture.height > LARGEST_FRAME:  # nothing is decoded yet
                 raise UserError(f"{where}: image {number} of {picture.width}x{picture.height} is too large; {COPY}")
-            pixels = np.asarray(picture.convert("RGB"))
+            pixels = np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: image {number} cannot be decoded ({error}); {COPY}") from error
     return resize_crop(pixels, size)
