@@ -47,7 +47,7 @@ SPAWN_TICS, WARM_UP = 12, 8  # tics: a new player cannot turn for 7; frames: the
 STRAIGHT, TURN = (5, 20), (1, 5)  # frames of a span, at least and at most
 RADIUS, NEAR, FREE = 17.0, 64.0, 144.0  # map units: the walker's, turn away from walls this near, until this free
 LEAST_SPEED, MOST_STUCK = 2.0, 0.1  # a frame of walking slower than this (units) is stuck; reject clips with more
-SPAN, LEAST_EXTENT = 100, 128.0  # reject clips that stay inside a square of so many units for so many frames
+LEAST_EXTENT = 200.0  # reject clips that stay inside a square of so many units: a room has 160
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def film(game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator) -> tupl
             actions.append(action)
     if walker.stuck > MOST_STUCK * chunk.frames:
         return "stuck"
-    if any(np.ptp(spots[i : i + SPAN], axis=0).max() < LEAST_EXTENT for i in range(0, len(spots) - SPAN, 10)):
+    if np.ptp(spots, axis=0).max() < min(LEAST_EXTENT, LEAST_SPEED * chunk.frames):
         return "stays in one place"
     return np.stack(pictures), np.asarray(actions, dtype=np.int64)
 

@@ -304,7 +304,7 @@ def test_ucf101(tmp_path: Path) -> None:
 
 
 def test_resize_is_torchvisions() -> None:
-    """Resize(64) + CenterCrop(64) of 320x240, as FAR's loader has it, from their formulas: 85x64, then columns 10-73."""
+    """Resize(64) + CenterCrop(64) of 320x240, as in FAR's loader, from their formulas: 85x64, then columns 10-73."""
     source = bikes()[7, :, :240, :320]
     wide = torch.nn.functional.interpolate(source[None].float(), (64, 85), mode="bilinear", antialias=True)[0].round()
     crop = small(source, 64)
