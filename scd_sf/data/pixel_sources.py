@@ -50,11 +50,11 @@ class PixelsConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in SIZES:
-            raise ValueError(f"kind is '{self.kind}'; it must be one of {', '.join(SIZES)}")
+            raise UserError(f"pixels: kind is '{self.kind}'; it must be one of {', '.join(SIZES)}")
         if self.num_actions < 1 or self.every < 1 or self.fold not in (1, 2, 3):
-            raise ValueError("num_actions and every must be at least 1, fold 1, 2 or 3")
+            raise UserError("pixels: num_actions and every must be at least 1, fold 1, 2 or 3")
         if min(self.size, self.frames, self.first) < 0 or self.fps < 0:
-            raise ValueError("size, frames, first and fps must not be negative")
+            raise UserError("pixels: size, frames, first and fps must not be negative")
 
 
 def open_pixels(config: PixelsConfig) -> SourceClips:

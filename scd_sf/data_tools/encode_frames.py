@@ -88,9 +88,11 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.workers, self.frames_per_shard) < 1:
-            raise ValueError("batch, workers and frames_per_shard must be at least 1")
+            raise UserError("batch, workers and frames_per_shard must be at least 1")
         if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad is {self.max_bad}; it is a share from 0 to 1")
+            raise UserError(f"max_bad is {self.max_bad}; it is a share from 0 to 1")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device is '{self.device}', but no CUDA device is visible; use cpu")
 
 
 @dataclass

@@ -456,8 +456,8 @@ def test_camera_files(tmp_path: Path) -> None:
 
 
 def test_bad_configs() -> None:
-    for values in ({"every": 0}, {"num_actions": 0}, {"fold": 4}, {"size": -1}):
-        with pytest.raises(ValueError):
+    for values in ({"every": 0}, {"num_actions": 0}, {"fold": 4}, {"size": -1}, {"kind": "x"}):
+        with pytest.raises(UserError, match=next(iter(values))):
             PixelsConfig(**values)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="'root' is empty"):
         open_pixels(PixelsConfig())
