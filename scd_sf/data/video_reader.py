@@ -33,8 +33,11 @@ def read_frames(source: Path | bytes, where: str, *, size: int = 0, remedy: str 
     reformatter = VideoReformatter()  # one thread: at this size the default's thread pool costs five times the work
     pictures: list[np.ndarray] = []
     try:
-        with av.open(str(source) if isinstance(source, Path) else io.BytesIO(source)) as container:
+        file = str(source) if isinstance(source, Path) else io.BytesIO(source)
+        with av.open(file, metadata_errors="ignore") as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise UserError(f"{where}: its codec is unknown; {remedy}")
             stream.codec_context.thread_count = 1
             promised = int(stream.frames)
             for frame in container.decode(stream):
