@@ -15,30 +15,25 @@ size and 1 + 4*k frames. This writes ``manifest.json`` and ``clips.jsonl`` besid
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scd_sf.data.clips import Clip, ClipSet, file_sha256, read_video, write_index
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.manifest import Json, read_jsonl, safe_path, sha256_file, sha256_folder
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
+from scd_sf.data_tools.progress import progress_of
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.text_cache import OFF, open_text_encoder
 from scd_sf.models.vae import Vae, load_vae, vae_source
 from scd_sf.types import UserError, exit_on_user_error
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SECONDS_PER_LINE = 20.0  # without a terminal
 ROW_FIELDS = {"file", "caption", "held_out_caption", "split", "place", "motion"}
 
 
@@ -145,28 +140,6 @@ class Job:
     text_cache: str
     negative_prompt: str
     dtypes: dict[str, str]
-
-
-@contextmanager
-def progress_of(what: str, total: int, start: int) -> Iterator[Callable[[int], None]]:
-    """A function to be told how many are done: a bar on a terminal, else a line now and then, both with time left."""
-    if Console(stderr=True).is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, completed=start)
-            yield lambda done: bar.update(task, completed=done)
-        return
-    began = last = time.monotonic()
-
-    def line(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= SECONDS_PER_LINE or done == total:
-            left = (now - began) / max(1, done - start) * (total - done)
-            print(f"{what} {done}/{total}, {left:.0f} s left", flush=True)
-            last = now
-
-    yield line
 
 
 def encode_clips(clips: ClipSet, vae: Vae, writer: LatentWriter, batch: int) -> None:

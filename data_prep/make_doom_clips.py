@@ -22,20 +22,11 @@ from __future__ import annotations
 import atexit
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import tempfile
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import product
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +38,7 @@ from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress
 
 from scd_sf.data.clips import Clip, file_sha256, write_index, write_text, write_video
+from scd_sf.data_tools.render import begin, run_all, sources
 from scd_sf.types import UserError, exit_on_user_error
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
@@ -251,27 +243,12 @@ def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> 
 _games: dict[str, vizdoom.DoomGame] = {}
 
 
-def start_worker(scratch: str) -> None:
-    """Games that share a working directory crash at start: give this one its own. It ends when its parent does."""
-    torch.set_num_threads(1)
-    os.chdir(tempfile.mkdtemp(dir=scratch))
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    atexit.register(close_games)
-
-
+@atexit.register
 def close_games() -> None:
     """Ends the games' own processes, which would otherwise outlive the worker."""
     for game in _games.values():
         game.close()
     _games.clear()
-
-
-def end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: interrupt it, which also ends its game."""
-    parent = multiprocessing.parent_process()
-    while parent is not None and wait([parent.sentinel]):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
 
 
 def run_chunk(chunk: Chunk, root: Path) -> str:
@@ -287,23 +264,7 @@ def run_chunk(chunk: Chunk, root: Path) -> str:
 
 def prepare(root: Path, request: Request) -> bool:
     """Make or resume the directory; True when it is already complete. Raises UserError if it holds something else."""
-    wanted = json.dumps(asdict(request))
-    manifest, started = root / "manifest.json", root / "work" / "request.json"
-    try:
-        if manifest.is_file():
-            if json.loads(manifest.read_text(encoding="utf-8")).get("request") != asdict(request):
-                raise UserError(f"{manifest}: another dataset is here; choose another directory or delete this one")
-            return True
-        if started.is_file() and started.read_text(encoding="utf-8") != wanted:
-            raise UserError(f"{started}: an unfinished, different run is here; choose another directory or delete it")
-        if root.is_dir() and not started.is_file() and any(root.iterdir()):
-            raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
-        for name in ("work", *(f"clips/{split}" for split in SPLITS)):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        write_text(started, wanted)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); choose another directory") from error
-    return False
+    return begin(root, asdict(request), [f"clips/{split}" for split in SPLITS])
 
 
 def chunk_done(root: Path, chunk: Chunk) -> bool:
@@ -313,21 +274,6 @@ def chunk_done(root: Path, chunk: Chunk) -> bool:
         return False
     clips = [Clip.from_json(line, str(part)) for line in json.loads(part.read_text(encoding="utf-8"))[0]]
     return all((root / c.path).is_file() and (root / c.path).stat().st_size == c.bytes for c in clips)
-
-
-def run_all(chunks: list[Chunk], root: Path, workers: int) -> Iterator[Chunk]:
-    """Run the chunks in worker processes with separate scratch directories; yields each as it is finished."""
-    with (
-        tempfile.TemporaryDirectory(prefix="doom-clips-") as scratch,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (scratch,)) as pool,
-    ):
-        futures: dict[Future[str], Chunk] = {pool.submit(run_chunk, chunk, root): chunk for chunk in chunks}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def finish(root: Path, request: Request) -> str:
@@ -349,10 +295,7 @@ def finish(root: Path, request: Request) -> str:
         "kept": kept,
         "rejected": rejected,
         "video": {"codec": "h264", "crf": CRF, "pixels": "yuv444p", "rendered": "160x120, box filter to 64x64"},
-        "sources": {
-            "vizdoom": f"{version('vizdoom')}: MIT (its own code); contains ZDoom: http://zdoom.org/wiki/license",
-            "freedoom": "freedoom2.wad (textures, sprites): modified BSD license, https://freedoom.github.io",
-        },
+        "sources": sources(),
     }
     write_index(root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about)
     shutil.rmtree(root / "work")
@@ -384,7 +327,7 @@ def main(
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         total, left = (sum(chunk.end - chunk.first for chunk in some) for some in (request.chunks(), todo))
         task = bar.add_task("clips", total=total, completed=total - left)
-        for chunk in run_all(todo, root, workers):
+        for chunk in run_all(run_chunk, todo, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     print(finish(root, request))
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,17 @@ python = f"py{sys.version_info.major}{sys.version_info.minor}-torch{version('tor
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(cache, "torch_extensions", f"scd-sf-tests-{python}"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="scd-sf-cache-")  # where scd_sf keeps encoded prompts
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def doom_actions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four training clips and a test clip of 40 frames 64x64 in TECO's layout, walked in ViZDoom. Only to be read."""
+    from raw_sets import make_doom
+
+    out = tmp_path_factory.mktemp("doom-actions") / "set"
+    done = make_doom(out, "--train", "4", "--test", "1", "--frames", "40", "--size", "64")
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Captioned pixel clips on disk, and the project's only reader and writer of mp4 files.
+"""Captioned pixel clips on disk, and the project's only writer of mp4 files (the reader is video_reader.py).
 
 A clip directory holds ``manifest.json`` (format, shape, counts, the sha256 of ``clips.jsonl``), ``clips.jsonl`` (one
 :class:`Clip` per line, with the size and sha256 of its file) and ``clips/<split>/<id>.mp4``. So one hash covers all.
@@ -18,12 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 import av
-import av.error
-import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from scd_sf.data.video_reader import read_frames
 from scd_sf.types import UserError
 
 FORMAT = "scd-sf-clips"
@@ -164,20 +163,7 @@ def write_video(
 
 def read_video(path: Path) -> Tensor:
     """All frames of a video file as uint8 RGB (F, 3, H, W). Raises UserError when missing, damaged or empty."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; write the video again")
-    reformatter = VideoReformatter()  # one thread: at this size the default's thread pool costs five times the work
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            decoded = (reformatter.reformat(f, format="rgb24", threads=1) for f in container.decode(stream))
-            pictures = [frame.to_ndarray() for frame in decoded]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: cannot be decoded ({error}); write the video again") from error
-    if not pictures:
-        raise UserError(f"{path}: holds no frame; write the video again")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return read_frames(path, str(path), remedy="write the video again")
 
 
 def _read_manifest(root: Path) -> dict[str, object]:

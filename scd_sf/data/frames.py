@@ -83,7 +83,9 @@ class FrameClips:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
         path, where = self.root / "manifest.json", self.root / "clips.jsonl"
-        manifest = read_json(path, "encode the clips first (python data_prep/encode_frames.py)")
+        manifest = read_json(
+            path, "encode the clips first (data_prep/teco_minecraft.py, ucf101.py or realestate10k.py)"
+        )
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{path}: 'format'/'version' are not {FORMAT}/{VERSION}; {AGAIN}")
         self.hash, self.info = str(manifest.get("hash")), _info(manifest, path)

@@ -5,10 +5,13 @@ Letters: F frames, H W pixel height and width; videos are uint8 (F, 3, H, W), RG
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from scd_sf.data.raw_files import Refused
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,10 @@ class PixelClip:
     frames_F3HW: Tensor
     actions_F: Tensor | None = None
     label: int | None = None
+
+    @property
+    def frames(self) -> int:
+        return len(self.frames_F3HW)
 
 
 class PixelClips(Protocol):
@@ -46,3 +53,28 @@ class PixelClips(Protocol):
     def read(self, index: int) -> PixelClip:
         """All frames of a clip. UserError (file, what is wrong) when it is malformed."""
         ...
+
+
+class SourceClips(PixelClips, Protocol):
+    """The clips of a data set that others made."""
+
+    @property
+    def refused(self) -> list[Refused]:
+        """What was found when it was opened and is not among the clips, each with a reason."""
+        ...
+
+
+class Subset:
+    """Some clips of another list, in the order of ``indices``."""
+
+    def __init__(self, clips: SourceClips, indices: Sequence[int]) -> None:
+        self.clips, self.indices = clips, list(indices)
+        self.num_actions, self.labels, self.fps = clips.num_actions, clips.labels, clips.fps
+        self.refused = clips.refused
+        self.ids = [clips.ids[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> PixelClip:
+        return self.clips.read(self.indices[index])

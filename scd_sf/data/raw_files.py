@@ -1,0 +1,283 @@
+"""Files of data sets that others made: in a folder, or inside tars that are read in place, never extracted.
+
+What could lead elsewhere (absolute paths, ``..``, links) or is of no known kind is refused and named. Arrays are read
+without running code: no pickles, no sizes but those that the file itself has.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scd_sf.data.manifest import safe_path
+from scd_sf.types import UserError
+
+LARGEST = 2**30  # bytes of a member, or of an array
+PARTS = re.compile(r"^(.*\.tar)\.?(?:part)?([a-z]{2}|\d+)$")  # minecraft.tar.partaa, x.tar.000, x.taraa
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COPY = "copy it again"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A part of a source that is not taken, and why."""
+
+    name: str
+    reason: str
+
+
+class RawFiles(Protocol):
+    """Named files, wherever they lie. Names are POSIX paths without a root."""
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted."""
+        ...
+
+    @property
+    def refused(self) -> list[Refused]: ...
+
+    def where(self, name: str) -> str:
+        """How errors name a file."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The contents. UserError: there is no such file, it is cut, or larger than 1 GiB."""
+        ...
+
+
+class Folder:
+    """The files with one of ``suffixes`` under a folder; others are not looked at."""
+
+    def __init__(self, root: Path, suffixes: Sequence[str]) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root}: no such folder; check the path")
+        self.root = root
+        self.names: list[str] = []
+        self.refused: list[Refused] = []
+        found = (
+            (Path(folder) / file).relative_to(root).as_posix()
+            for folder, _, files in os.walk(root)
+            for file in files
+            if file.endswith(tuple(suffixes))
+        )
+        for name in sorted(found):
+            path = root / name
+            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+                self.refused.append(Refused(str(path), "a link that leaves the folder"))
+            else:
+                self.names.append(name)
+
+    def where(self, name: str) -> str:
+        return str(self.root / name)
+
+    def read(self, name: str) -> bytes:
+        path = safe_path(self.root, name, f"{self.root}: a file's name")
+        try:
+            if path.stat().st_size > LARGEST:
+                raise UserError(f"{path}: more than {LARGEST} bytes; {COPY}")
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {COPY}") from error
+
+
+class Tars:
+    """The regular members of tars, found once when opened and then read where they lie. Any thread may read."""
+
+    def __init__(self, archives: Sequence[Sequence[Path]], suffixes: Sequence[str]) -> None:
+        """``archives``: each is one tar, whole or in parts (``minecraft.tar.partaa`` ..) that follow one another."""
+        self.refused: list[Refused] = []
+        self._members: dict[str, tuple[_Parts, int, int]] = {}
+        for parts in archives:
+            self._index(_Parts(parts), tuple(suffixes))
+        self.names = sorted(self._members)
+
+    def where(self, name: str) -> str:
+        return f"{self._members[name][0].name}[{name}]" if name in self._members else name
+
+    def read(self, name: str) -> bytes:
+        if name not in self._members:
+            raise UserError(f"{name}: is in none of the tars; {COPY}")
+        parts, offset, size = self._members[name]
+        data = parts.at(offset, size)
+        if len(data) != size:
+            raise UserError(f"{self.where(name)}: {len(data)} bytes instead of {size}: the tar is cut; {COPY}")
+        return data
+
+    def _index(self, parts: _Parts, suffixes: tuple[str, ...]) -> None:
+        try:
+            with tarfile.open(fileobj=parts, mode="r:") as tar:
+                for entry in tar:
+                    if entry.isdir():
+                        continue
+                    name = PurePosixPath(entry.name).as_posix()
+                    reason = _refusal(entry, suffixes) or ("a second member of this name" * (name in self._members))
+                    if reason:
+                        self.refused.append(Refused(f"{parts.name}[{entry.name}]", reason))
+                    else:
+                        self._members[name] = (parts, entry.offset_data, entry.size)
+                    tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+                end = parts.at(tar.offset, tarfile.BLOCKSIZE)
+                if end != bytes(tarfile.BLOCKSIZE):  # tarfile stops in silence at a broken header that is not the first
+                    raise tarfile.ReadError("no end mark where the members end")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            self.refused.append(Refused(parts.name, f"the tar is damaged or cut ({error}); what came before is taken"))
+
+
+def _refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
+    name = PurePosixPath(entry.name)
+    if name.is_absolute() or ".." in name.parts or "\\" in entry.name or "\0" in entry.name:
+        return "its path leaves the archive"
+    if not entry.isreg() or entry.issparse():
+        return "not a regular file (a link, a device or a sparse file)"
+    if not entry.name.endswith(suffixes):
+        return f"its suffix is none of {', '.join(suffixes)}"
+    return f"{entry.size} bytes, more than {LARGEST}" if entry.size > LARGEST else ""
+
+
+class _Parts(io.RawIOBase):
+    """Files that follow one another as one, for reading."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.name = str(paths[0])
+        try:
+            self._files = [os.open(path, os.O_RDONLY) for path in paths]
+            sizes = [os.fstat(file).st_size for file in self._files]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {COPY}") from error
+        self._ends, self._place = list(accumulate(sizes)), 0
+
+    def __del__(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+    def close(self) -> None:
+        """tarfile closes what it reads; the members are read later, so the files stay open with this object."""
+
+    def at(self, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``offset`` on; no state, so threads do not disturb each other."""
+        pieces = []
+        while size > 0 and offset < self._ends[-1]:
+            part = bisect_right(self._ends, offset)
+            begin = self._ends[part - 1] if part else 0
+            piece = os.pread(self._files[part], min(size, self._ends[part] - offset), offset - begin)
+            if not piece:
+                break
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return b"".join(pieces)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = offset + {0: 0, 1: self._place, 2: self._ends[-1]}[whence]
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = self._ends[-1] - self._place if size is None or size < 0 else size
+        data = self.at(self._place, max(0, wanted))
+        self._place += len(data)
+        return data
+
+
+def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
+    """A folder's files, or a tar's, or those of all tars in a folder that holds tars (or parts of them).
+
+    UserError: nothing there, or a compressed tar.
+    """
+    if root.is_file():
+        return Tars([[root]], suffixes)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such file or folder; check the path")
+    inside = sorted(path for path in root.iterdir() if path.is_file())
+    if packed := [path for path in inside if path.name.endswith(PACKED)]:
+        raise UserError(f"{packed[0]}: members of a compressed tar cannot be read in place; decompress it to a .tar")
+    archives: dict[str, list[Path]] = {path.name: [path] for path in inside if path.suffix == ".tar"}
+    for path in inside:
+        if match := PARTS.match(path.name):
+            archives.setdefault(match[1], []).append(path)
+    return Tars([archives[name] for name in sorted(archives)], suffixes) if archives else Folder(root, suffixes)
+
+
+def arrays_of(data: bytes, names: Sequence[str], where: str) -> dict[str, np.ndarray]:
+    """Those of ``names`` that a .npz has. UserError: no .npz, a pickle, or an array whose size is not its header's."""
+    found = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+            for name in names:
+                if f"{name}.npy" not in sizes:
+                    continue
+                if sizes[f"{name}.npy"] > LARGEST:
+                    raise ValueError(f"'{name}' has more than {LARGEST} bytes")
+                found[name] = _array_of(archive.read(f"{name}.npy"))
+    except (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where}: not a .npz of plain arrays ({error}); {COPY}") from error
+    return found
+
+
+def _array_of(data: bytes) -> np.ndarray:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"an array of format {version}")
+    shape, _, dtype = read[version](file)
+    if dtype.hasobject:
+        raise ValueError("a pickle, which could run code: not loaded")
+    count = 1
+    for length in shape:
+        count *= length
+    if count * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"{len(data) - file.tell()} bytes for shape {shape} of {dtype}")
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+def actions_of(array: np.ndarray | None, frames: int, num_actions: int, where: str) -> Tensor:
+    """(F,) int64 of a stored array of actions. UserError: none, not one whole number per frame, or one too large."""
+    if array is None:
+        raise UserError(f"{where}: has no 'actions'; {COPY}")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise UserError(f"{where}: 'actions' has shape {array.shape} of {array.dtype}, not whole numbers (F,); {COPY}")
+    if len(array) != frames:
+        raise UserError(f"{where}: {len(array)} actions for {frames} frames; {COPY}")
+    if len(array) and not 0 <= int(array.min()) <= int(array.max()) < num_actions:
+        raise UserError(
+            f"{where}: actions {int(array.min())}..{int(array.max())} are not in 0..{num_actions - 1}; "
+            "give the true number of actions"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def tensor_file(data: bytes, where: str) -> object:
+    """What a ``torch.save`` file holds. UserError for anything that is not plain data; code in a pickle is not run."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(f"{where}: a pickle that could run code; it is not loaded") from error
+    except Exception as error:  # a broken pickle can end in any of them
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{where}: not a file of torch.save ({first}); {COPY}") from error

@@ -1,0 +1,93 @@
+"""What scripts that render clips with ViZDoom share: a directory that says what it is for, worker processes, licences.
+
+A game is a process of its own, needs a working directory that no other game uses, and must end with its worker.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from scd_sf.data.manifest import write_text
+from scd_sf.types import UserError
+
+Chunk = TypeVar("Chunk")
+
+
+def sources() -> dict[str, str]:
+    """Where the pictures come from and under which licences, for a manifest."""
+    return {
+        "vizdoom": f"{version('vizdoom')}: MIT (its own code); contains ZDoom: http://zdoom.org/wiki/license",
+        "freedoom": "freedoom2.wad (textures, sprites): modified BSD license, https://freedoom.github.io",
+    }
+
+
+def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> bool:
+    """Make or resume a directory: ``work/request.json`` and ``folders``; True when its ``manifest.json`` says that the
+    same request is already complete.
+
+    Raises UserError if it holds something else or cannot be written.
+    """
+    wanted = json.dumps(request)
+    manifest, started = root / "manifest.json", root / "work" / "request.json"
+    try:
+        if manifest.is_file():
+            if json.loads(manifest.read_text(encoding="utf-8")).get("request") != json.loads(wanted):
+                raise UserError(f"{manifest}: another dataset is here; choose another directory or delete this one")
+            return True
+        if started.is_file() and started.read_text(encoding="utf-8") != wanted:
+            raise UserError(f"{started}: an unfinished, different run is here; choose another directory or delete it")
+        if root.is_dir() and not started.is_file() and any(root.iterdir()):
+            raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
+        for name in ("work", *folders):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        write_text(started, wanted)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error.strerror}); choose another directory") from error
+    return False
+
+
+def run_all(
+    function: Callable[[Chunk, Path], object], chunks: Sequence[Chunk], root: Path, workers: int
+) -> Iterator[Chunk]:
+    """Call ``function(chunk, root)`` for all in worker processes with separate scratch directories; yields each chunk
+    as it is finished."""
+    with (
+        tempfile.TemporaryDirectory(prefix="doom-clips-") as scratch,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
+    ):
+        futures: dict[Future[object], Chunk] = {pool.submit(function, chunk, root): chunk for chunk in chunks}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(scratch: str) -> None:
+    """Games that share a working directory crash at start: give this one its own. It ends when its parent does."""
+    torch.set_num_threads(1)
+    os.chdir(tempfile.mkdtemp(dir=scratch))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever: interrupt it, which also ends its game."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and wait([parent.sentinel]):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
