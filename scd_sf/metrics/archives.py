@@ -33,7 +33,8 @@ class __legacy__:
     def prepare_metadata_for_build_wheel(directory, config_settings=None):
         with open("PKG-INFO", encoding="utf-8") as file:
             lines = file.read().split("\\n\\n")[0].splitlines()
-        name, version = (next(line[len(key):] for line in lines if line.startswith(key)) for key in ("Name: ", "Version: "))
+        keys = ("Name: ", "Version: ")
+        name, version = (next(line[len(key):] for line in lines if line.startswith(key)) for key in keys)
         folder = f"{name.replace('-', '_')}-{version}.dist-info"
         os.makedirs(os.path.join(directory, folder))
         with open(os.path.join(directory, folder, "METADATA"), "w", encoding="utf-8") as file:

@@ -23,7 +23,7 @@ SMALLEST = {"alex": 31, "vgg": 16}  # pixels a side, below which a pool has noth
 def lpips_network(trunk: Trunk, state: State) -> nn.Module:
     """``lpips.LPIPS`` with trunk and heads of ``state`` (the package's own names), in evaluation mode.
 
-    Built without weights: nothing is downloaded. Raises UserError when tensors are missing, too many, or of other shapes.
+    Built without weights: nothing is downloaded. UserError when tensors are missing, too many, or of other shapes.
     """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.filterwarnings("ignore", message=r"(?s).*pretrained.*|.*Arguments other than a weight enum.*")

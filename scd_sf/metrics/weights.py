@@ -54,7 +54,7 @@ BRANCHES = {
     "Branch_2/Conv3d_0b_3x3": "b2b",
     "Branch_3/Conv3d_0b_1x1": "b3b",
 }
-_I3D_ARRAYS = {
+_I3D_ARRAYS: dict[tuple[str, ...], str] = {
     ("Conv_0", "kernel"): "conv3d.weight",
     ("Conv_0", "bias"): "conv3d.bias",
     ("BatchNorm_0", "bias"): "bn.bias",
