@@ -85,9 +85,10 @@ class PredictionScorer:
         self.scores: dict[int, ClipScore] = {}
         self.key = hash_json([asdict(protocol), networks.weights, far_compat])
 
+    @torch.no_grad()
     def add(self, clip: int, reference: Tensor, samples: Iterable[Tensor]) -> ClipScore:
         """Score one clip: ``reference`` (context + generated, 3, H, W), and for each of the protocol's seeds, in their
-        order, a sample (generated, 3, H, W) without the context. Float in [0, 1]; arithmetic runs on the reference's device.
+        order, a sample (generated, 3, H, W) without the context. Float in [0, 1]; sums run on the reference's device.
 
         ``samples`` may be a generator that makes them on demand; waiting for it is counted as generation.
         Raises UserError for a clip that is there already or beyond the protocol, wrong sizes, counts or values.
