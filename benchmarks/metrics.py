@@ -1,0 +1,79 @@
+"""How long LPIPS, SSIM, I3D and the Frechet distance take on this machine.
+
+    scd weights metrics && python benchmarks/metrics.py --out docs/results/metrics.json
+
+Medians over ``--rounds`` (after one unmeasured) on random frames of ``--side`` pixels: seconds per clip of 16 and 64
+frames for I3D, pairs of frames per second for LPIPS and SSIM, seconds for the distance of 256 x 400 features.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+
+from scd_sf.data.manifest import write_json
+from scd_sf.metrics.frames import ssim_frames
+from scd_sf.metrics.fvd import frechet_distance
+from scd_sf.metrics.i3d import I3dFeatures
+from scd_sf.metrics.lpips import Lpips
+from scd_sf.types import UserError, exit_on_user_error
+
+CLIPS, DIMENSIONS = 256, 400
+
+
+def seconds(run: Callable[[], object], rounds: int) -> float:
+    """Median wall time of one call; the results lie on the CPU, so a device has finished."""
+    run()
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return median(found)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of 'scd weights metrics'; default: its own.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    side: Annotated[int, typer.Option(help="Pixels.")] = 128,
+    batch: Annotated[int, typer.Option(help="Pairs of frames per LPIPS pass.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Measured calls.")] = 5,
+    threads: Annotated[int, typer.Option(help="Torch's threads on the CPU.")] = 1,
+) -> None:
+    """Print one line per network; see the top of this file."""
+    if rounds < 1 or threads < 1 or batch < 1:
+        raise UserError("--rounds, --threads and --batch must be at least 1")
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.rand(2, 1, batch, 3, side, side, generator=generator)
+    alex, vgg, i3d = (
+        Lpips.load("alex", weights, device),
+        Lpips.load("vgg", weights, device),
+        I3dFeatures.load(weights, device),
+    )
+    rows = torch.randn(2, CLIPS, DIMENSIONS, generator=generator, dtype=torch.float64)
+    figures: dict[str, float] = {}
+    for frames in (16, 64):
+        clip = torch.rand(1, frames, 3, side, side, generator=generator)
+        figures[f"i3d_seconds_per_{frames}_frames"] = seconds(lambda clip=clip: i3d(clip), rounds)  # type: ignore[misc]
+    figures["lpips_alex_pairs_per_second"] = batch / seconds(lambda: alex(pairs[0], pairs[1]), rounds)
+    figures["lpips_vgg_pairs_per_second"] = batch / seconds(lambda: vgg(pairs[0], pairs[1]), rounds)
+    figures["ssim_pairs_per_second"] = batch / seconds(lambda: ssim_frames(pairs[0], pairs[1]), rounds)
+    figures[f"frechet_seconds_{CLIPS}_clips"] = seconds(lambda: frechet_distance(rows[0], rows[1]), rounds)
+    for name, value in figures.items():
+        print(f"{name}: {value:.4g}")
+    if out is not None:
+        machine = {"device": device, "threads": threads, "torch": torch.__version__, "cpu": platform.processor()}
+        write_json(out, {"side": side, "batch": batch, "rounds": rounds, "machine": machine, "figures": figures})
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: typer.run(main))
