@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.manifest import write_json
 from scd_sf.data.pixel_frames import PixelFrames, to_unit
-from scd_sf.data.teco import open_pixels
+from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
 from scd_sf.metrics.reconstruction import reconstruction, write_sheet
@@ -54,13 +54,9 @@ RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_e
 
 @dataclass
 class FramesConfig:
-    """``per_clip`` frames, ``step`` apart, of each clip of a batch. ``keep_every`` > 0: that share of all frames is kept
+    """``per_clip`` frames, ``step`` apart, of each clip of a batch. ``keep_every`` n > 0: each n-th frame of all is kept
     in memory, and ``step`` counts kept ones; 0: clips are decoded anew. ``clips``: so many at most (0: all)."""
 
-    root: str
-    kind: str = "teco"
-    train: str = "train"
-    val: str = "test"
     per_clip: int = 1
     step: int = 1
     keep_every: int = 0
@@ -86,10 +82,13 @@ class EvaluationConfig:
 @dataclass
 class PretrainTokenizerConfig:
     """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
-    (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too."""
+    (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too.
+    ``val`` without a root: that split of the training data."""
 
-    data: FramesConfig
+    data: PixelsConfig
     run: RunConfig
+    val: PixelsConfig = field(default_factory=lambda: PixelsConfig(split="test"))
+    frames: FramesConfig = field(default_factory=FramesConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     gan: GanConfig = field(default_factory=GanConfig)
@@ -157,7 +156,7 @@ class Training:
         with keeping(self.run, position, self.engine, samples) as kept:
             for number, clips in micro_batches(cfg.train, seed, self.run.ranks, position - 1, len(self.frames)):
                 rng = generator(seed, "frames", position, number)
-                pixels = to_unit(self.frames.batch(clips, cfg.data.per_clip, cfg.data.step, rng).to(device))
+                pixels = to_unit(self.frames.batch(clips, cfg.frames.per_clip, cfg.frames.step, rng).to(device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
                 noise = torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng).to(device)
                 loss, made, logs = self.engine(pixels, noise, adversarial)
@@ -236,12 +235,11 @@ def write(cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrame
 def main() -> None:
     cfg = from_command_line(PretrainTokenizerConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
-    data, root = cfg.data, Path(cfg.data.root)
-    clips, held_out = (open_pixels(data.kind, root, split) for split in (data.train, data.val))
-    spatial = cfg.tokenizer.spatial
-    frames = PixelFrames(clips, str(root), spatial, every=data.keep_every, limit=data.clips)
-    check_batches(cfg.train, ranks, len(frames), root)
-    judged = PixelFrames(held_out, str(root), spatial, limit=cfg.evaluation.clips)
+    root, spatial = cfg.data.root, cfg.tokenizer.spatial
+    held_out = open_pixels(replace(cfg.val, root=cfg.val.root or root))
+    frames = PixelFrames(open_pixels(cfg.data), root, spatial, every=cfg.frames.keep_every, limit=cfg.frames.clips)
+    check_batches(cfg.train, ranks, len(frames), Path(root))
+    judged = PixelFrames(held_out, f"{cfg.val.root or root} ({cfg.val.split})", spatial, limit=cfg.evaluation.clips)
     val = to_unit(judged.spread(cfg.evaluation.frames))
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE_HERE)
     training = Training(cfg, run, frames)
