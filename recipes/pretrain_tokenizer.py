@@ -54,8 +54,8 @@ RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_e
 
 @dataclass
 class FramesConfig:
-    """``per_clip`` frames, ``step`` apart, of each clip of a batch. ``keep_every`` n > 0: each n-th frame of all is kept
-    in memory, and ``step`` counts kept ones; 0: clips are decoded anew. ``clips``: so many at most (0: all)."""
+    """``per_clip`` frames, ``step`` apart, of each clip of a batch. ``keep_every`` n > 0: each n-th frame of all is
+    kept in memory, and ``step`` counts kept ones; 0: clips are decoded anew. ``clips``: so many at most (0: all)."""
 
     per_clip: int = 1
     step: int = 1

@@ -36,7 +36,7 @@ class PixelFrames:
             frames = self._read(index, spatial)[:: every or 1]
             if every:
                 self._kept.append(frames.clone())
-                digest.update(frames.contiguous().numpy())
+                digest.update(frames.contiguous().numpy().tobytes())
         ids = [clips.ids[index] for index in self.indices]
         self.hash = hash_json([ids, every, digest.hexdigest() if every else ""])
 
@@ -58,14 +58,14 @@ class PixelFrames:
         return self._kept[clip] if self.every else self._read(self.indices[clip])
 
     def batch(self, clips: Sequence[int], per_clip: int, step: int, rng: torch.Generator) -> Tensor:
-        """``per_clip`` frames, ``step`` apart (counted in kept ones), from a random place of each clip: (N, 3, H, W)."""
+        """(N, 3, H, W): ``per_clip`` frames of each clip, ``step`` apart (among kept ones), from a random place."""
         parts = []
         for clip in clips:
             frames = self.frames(clip)
             last = len(frames) - 1 - (per_clip - 1) * step
             if last < 0:
                 have, need = len(frames), 1 + (per_clip - 1) * step
-                raise UserError(f"{self.name}: a clip has {have} frames, {need} are needed; lower clip_frames")
+                raise UserError(f"{self.name}: a clip has {have} frames, {need} are needed; lower per_clip or step")
             first = int(torch.randint(last + 1, (), generator=rng))
             parts.append(frames[first : first + 1 + (per_clip - 1) * step : step])
         return torch.cat(parts)

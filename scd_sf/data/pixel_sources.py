@@ -1,4 +1,4 @@
-"""Any source of pixel clips by name. Here: TECO's layout (``split/<folder>/X.mp4``, ``X.npz`` with ``actions`` (F,))."""
+"""Any source of pixel clips by name. Here: TECO's (``split/<folder>/X.mp4``, beside it ``X.npz`` with ``actions``)."""
 
 from __future__ import annotations
 

@@ -21,10 +21,11 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images (N, 3, H,
 
 @dataclass
 class ReconstructionConfig:
-    """Weights. ``gradient``: mean absolute error of differences between neighbours, at ``scales`` halvings of the
-    picture each. ``perceptual``: LPIPS. ``anchor``: latents to the principal components of their patches (squared
-    error), which are computed once and floored at ``anchor_floor`` of the strongest one's deviation. ``noise``: standard
-    deviation of what is added to the latents before they are decoded. DC-AE and FAR: l1 1, perceptual 1, all else 0."""
+    """Weights. ``gradient``: mean absolute error of differences between neighbours, at ``scales`` sizes of the picture,
+    each half the one before. ``perceptual``: LPIPS. ``anchor``: latents to the principal components of their patches
+    (squared error), computed once, floored at ``anchor_floor`` of the strongest one's deviation. ``noise``: standard
+    deviation of what is added to the latents before they are decoded. DC-AE and FAR: l1 1, perceptual 1, all else 0.
+    """
 
     l1: float = 1.0
     mse: float = 0.0

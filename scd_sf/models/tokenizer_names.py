@@ -1,9 +1,9 @@
 """Names of tensors in public image tokenizers, turned into those of diffusers' classes.
 
-- **DC-AE** as its authors publish it (mit-han-lab/efficientvit: ``encoder.stages.1.op_list.0.main.conv1.conv.weight``)
-  to ``AutoencoderDC``. FAR's checkpoints need no map: FAR trains diffusers' own class and saves its state.
-- **LDM's KL autoencoder** (CompVis/latent-diffusion; VA-VAE and E2E-VAE use it: ``encoder.down.0.block.0.conv1.weight``)
-  to ``AutoencoderKL``, whose decoder counts levels from the latent up where LDM counts from the pixels down.
+- **DC-AE** as its authors publish it (mit-han-lab/efficientvit, ``encoder.stages.1.op_list.0.main.conv1.conv.weight``)
+  to ``AutoencoderDC``. FAR's checkpoints need no map: FAR trains a class with diffusers' names and saves its state.
+- **LDM's KL autoencoder** (CompVis/latent-diffusion, ``encoder.down.0.block.0.conv1.weight``; VA-VAE and E2E-VAE use
+  it) to ``AutoencoderKL``, whose decoder counts levels from the latent up where LDM counts from the pixels down.
 
 Values change in two ways only: 1x1 convolutions of attention become matrices, and DC-AE's one kernel for query, key and
 value is cut in three.

@@ -14,6 +14,8 @@ Letters: N images, C channels, H W height and width; P pixels along a patch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
@@ -45,10 +47,11 @@ def linear_start(model: AutoencoderDC, pixels_N3HW: Tensor, floor: float) -> Com
     return components
 
 
-def _encoder(encoder: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
+def _encoder(encoder: Any, x: Tensor, wanted: Tensor) -> Tensor:
     """Returns its latents of the pixels ``x``."""
     first = _conv(encoder.conv_in)
     first.weight.zero_()
+    assert first.bias is not None
     first.bias.zero_()
     first.weight[:3, :, 1, 1] = torch.eye(3)
     x = encoder.conv_in(x)
@@ -67,7 +70,7 @@ def _encoder(encoder: nn.Module, x: Tensor, wanted: Tensor) -> Tensor:
     return encoder.conv_out(x) + shortcut
 
 
-def _decoder(decoder: nn.Module, latents: Tensor, pixels: Tensor, patch: int) -> None:
+def _decoder(decoder: Any, latents: Tensor, pixels: Tensor, patch: int) -> None:
     x = decoder.conv_in(latents)
     if decoder.in_shortcut:
         x = x + latents.repeat_interleave(decoder.in_shortcut_repeats, dim=1)
@@ -90,12 +93,12 @@ def _decoder(decoder: nn.Module, latents: Tensor, pixels: Tensor, patch: int) ->
     )
 
 
-def _last_width(decoder: nn.Module, pixels: Tensor) -> int:
+def _last_width(decoder: Any, pixels: Tensor) -> int:
     """Width of the features before the last convolution."""
     return pixels.shape[-1] // (1 if isinstance(decoder.conv_out, nn.Conv2d) else 2)
 
 
-def _conv(end: nn.Module) -> nn.Conv2d:
+def _conv(end: Any) -> nn.Conv2d:
     """The outermost convolution, which a first stage without blocks wraps."""
     found = end if isinstance(end, nn.Conv2d) else end.conv
     assert isinstance(found, nn.Conv2d)

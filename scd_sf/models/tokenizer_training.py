@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderDC
@@ -43,13 +44,11 @@ class TokenizerConfig:
             raise ValueError(f"res_stages is {self.res_stages}; it must be 0 to {stages}")
         if self.channels < 1 or self.widths[-1] % self.channels:
             raise ValueError(f"channels is {self.channels}; it must divide the last width, {self.widths[-1]}")
-        for small, large in zip(self.widths, self.widths[1:], strict=False):
+        for small, large in pairwise(self.widths):
             if large % 4 or 4 * small % large or large % small:
                 raise ValueError(f"widths {small}, {large}: the next must be the same, twice or four times, and 4k")
         if self.res_stages < stages and any(width % self.head_dim for width in self.widths[self.res_stages :]):
-            raise ValueError(
-                f"head_dim is {self.head_dim}; it must divide the widths after the first {self.res_stages}"
-            )
+            raise ValueError(f"head_dim is {self.head_dim}; it must divide the widths after stage {self.res_stages}")
 
     @property
     def spatial(self) -> int:
@@ -88,9 +87,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if self.width < 8 or self.width % 8 or self.layers < 1:
-            raise ValueError(
-                f"width {self.width}, layers {self.layers}: width must be a multiple of 8, layers 1 or more"
-            )
+            raise ValueError(f"width is {self.width}, layers {self.layers}: a multiple of 8, and at least 1")
 
 
 class Discriminator(nn.Module):
@@ -100,7 +97,7 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [cfg.width * min(2**index, 8) for index in range(cfg.layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(widths)):
             stride = 2 if index < cfg.layers - 1 else 1
             layers += [nn.Conv2d(before, after, 4, stride, 1, bias=False), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))

@@ -7,8 +7,8 @@ A directory holds ``config.json`` in diffusers' form and one file of weights, sa
 - ``AutoencoderKL``: E2E-VAE and VA-VAE (f16, 32 channels) as diffusers has them, or under LDM's names; then no
   config.json is needed, and ``latents_stats.pt`` (E2E: ``*-latents-stats.pt``) lies beside the weights.
 
-Latents are normalised, in this order: ``latents_mean`` and ``latents_std`` per channel of config.json, (z - mean) / std;
-the statistics file; ``scaling_factor`` (and ``shift_factor``) of config.json, (z - shift) * factor.
+Latents are normalised by the first of: config.json's ``latents_mean`` and ``latents_std`` per channel, (z - mean) /
+std; the statistics file; config.json's ``scaling_factor`` (and ``shift_factor``), (z - shift) * factor.
 
 Letters: B batch, F frames, C latent channels, H W height and width.
 """
@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -33,7 +34,7 @@ from scd_sf.models.tokenizer_names import dc_from_efficientvit, is_efficientvit,
 from scd_sf.models.weights import PICKLES, WEIGHTS, read_tensors
 from scd_sf.types import UserError
 
-Autoencoder = AutoencoderDC | AutoencoderKL
+Autoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
 CONFIG = "config.json"
 STATISTICS = ("latents_mean", "latents_std")
 AGAIN = "copy the tokenizer again"
@@ -115,9 +116,9 @@ class FrameTokenizer:
         return self._in_batches(latents_BFCHW, lambda latents: self._pixels(latents * self._std + self._mean))
 
     def _in_batches(self, all_BFCHW: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = [work(part.to(self.device, torch.float32)) for part in all_BFCHW.flatten(0, 1).split(self.batch)]
         if not all_BFCHW.shape[0] * all_BFCHW.shape[1]:
             raise UserError(f"tokenizer: {tuple(all_BFCHW.shape)} holds no frame; give at least one")
+        parts = [work(part.to(self.device, torch.float32)) for part in all_BFCHW.flatten(0, 1).split(self.batch)]
         return torch.cat(parts).unflatten(0, all_BFCHW.shape[:2])
 
     def _posterior(self, pixels_N3HW: Tensor) -> Tensor:
