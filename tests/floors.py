@@ -41,7 +41,9 @@ GEOMETRY = {21, 30, 480, 832, 1560, 32760}
 NOT_GEOMETRY = re.compile(r"time|second|minute|interval|every|patience|retr|delay|width_|port|bytes|columns", re.I)
 CONFIG_NAME = re.compile(r"^(.*_)?(cfg|config|args)$")
 # Evaluation mode of third-party networks (dropout off) is set where they are loaded, and nowhere else.
-LOADS_FOREIGN_NETWORKS = ("scd_sf/models/text.py", "scd_sf/models/vae.py", "scd_sf/metrics/")
+LOADS_FOREIGN_NETWORKS = (
+    "scd_sf/models/text.py", "scd_sf/models/vae.py", "scd_sf/models/tokenizers.py", "scd_sf/metrics/",
+)  # fmt: skip
 RUNS_CODE = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "dill.load"}
 UNSAFE_YAML = {"", "yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader"}
 TORCH_SETTINGS = ("torch.backends.", "torch._dynamo.config.", "torch._inductor.config.")

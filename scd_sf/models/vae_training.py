@@ -80,17 +80,17 @@ def inflate(model: AutoencoderKLWan) -> None:
 
 
 @torch.no_grad()
-def patch_components(pixels_N3HW: Tensor, count: int, floor: float) -> dict[str, Tensor]:
-    """Principal components of 8x8 patches of pixels (N, 3, H, W), as a stride-8 convolution: weight (C, 3, 8, 8), bias.
+def patch_components(pixels_N3HW: Tensor, count: int, floor: float, patch: int = PATCH) -> dict[str, Tensor]:
+    """Principal components of PxP patches of pixels (N, 3, H, W), as a stride-P convolution: weight (C, 3, P, P), bias.
 
     Each is divided by its standard deviation, at least ``floor`` times the largest, so weak ones stay weak.
     """
-    patches = F.unfold(pixels_N3HW, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
+    patches = F.unfold(pixels_N3HW, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     deviation = values.flip(0)[:count].clamp_min(0).sqrt()
     rows = vectors.flip(1)[:, :count].T / deviation.clamp_min(floor * float(deviation[0])).unsqueeze(1)
-    return {"weight": rows.reshape(count, 3, PATCH, PATCH).contiguous(), "bias": -(rows @ mean)}
+    return {"weight": rows.reshape(count, 3, patch, patch).contiguous(), "bias": -(rows @ mean)}
 
 
 def psnr(squared_error: Tensor) -> float:

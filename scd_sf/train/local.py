@@ -116,7 +116,9 @@ class LocalEngine:
             master.copy_(files.read(MASTER, whole).view_as(master))
             self._live[name].copy_(master)
             if saved["updates"]:
-                state = {kind: files.read(kind, whole).view_as(master).to(master.device) for kind in MOMENTS}
+                # In the master's memory order (convolutions may be channels-last): the fused AdamW walks all in step.
+                moments = {kind: files.read(kind, whole).view_as(master) for kind in MOMENTS}
+                state = {kind: torch.empty_like(master).copy_(value) for kind, value in moments.items()}
                 step = torch.tensor(float(saved["updates"]), device=master.device)
                 self._optimizer.state[master] = {"step": step, **state}
         for name, value in self.module.named_buffers():

@@ -28,6 +28,7 @@ SCHEMAS = {
     "stage2": ("stage2_flow_matching", "Stage2Config"),
     "stage3": ("stage3_self_forcing", "Stage3Config"),
     "teacher": ("pretrain_teacher", "PretrainConfig"),
+    "tokenizer": ("pretrain_tokenizer", "PretrainTokenizerConfig"),
     "vae": ("pretrain_vae", "PretrainVae"),
 }
 

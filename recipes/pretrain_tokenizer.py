@@ -1,0 +1,272 @@
+"""Train an image tokenizer (``AutoencoderDC``) on the frames of pixel clips, and write it for ``load_tokenizer``.
+
+    python recipes/pretrain_tokenizer.py --config recipes/configs/tokenizer_doom.yaml data.root=data/doom_actions \
+        run.dir=runs/tokenizer
+
+Works under ``deepspeed`` and ``torchrun`` too. The same command goes on after an interruption. At the end
+``RUN/tokenizer/`` holds config.json with the measured mean and deviation of the latents, fp16 weights, provenance.json
+and evaluation.json (PSNR, SSIM, time per frame, of the written files, on held-out clips); ``RUN/reconstructions.png``
+shows pairs. Losses: ``scd_sf/losses/reconstruction.py``. Source: DC-AE (arXiv:2410.10733), FAR's settings.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor
+
+from scd_sf.checkpoint import Checkpoints
+from scd_sf.config import from_command_line, to_yaml
+from scd_sf.data.latents import epoch_order
+from scd_sf.data.manifest import write_json
+from scd_sf.data.pixel_frames import PixelFrames, to_unit
+from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
+from scd_sf.metrics.perceptual import load_perceptual
+from scd_sf.metrics.reconstruction import reconstruction, write_sheet
+from scd_sf.models.tokenizer_start import linear_start
+from scd_sf.models.tokenizer_training import (
+    Components,
+    DiscriminatorConfig,
+    TokenizerConfig,
+    build_discriminator,
+    build_tokenizer,
+)
+from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.vae_training import patch_components
+from scd_sf.provenance import provenance
+from scd_sf.train.checks import check_batches
+from scd_sf.train.ema import Ema
+from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, generator, micro_batches
+from scd_sf.train.run import Run, RunConfig
+from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.types import Logs, UserError, exit_on_user_error
+
+RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
+
+
+@dataclass
+class FramesConfig:
+    """``per_clip`` frames, ``step`` apart, of each clip of a batch. ``keep_every`` n > 0: each n-th frame of all is
+    kept in memory, and ``step`` counts kept ones; 0: clips are decoded anew. ``clips``: so many at most (0: all)."""
+
+    per_clip: int = 1
+    step: int = 1
+    keep_every: int = 0
+    clips: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_clip < 1 or self.step < 1 or self.keep_every < 0 or self.clips < 0:
+            raise ValueError("per_clip and step must be at least 1, keep_every and clips at least 0")
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out clips and frames that PSNR and SSIM are measured on, and frames that the statistics are: of the latents
+    per ``channel``, or ``one`` deviation for all. ``sheet``: pairs in the picture."""
+
+    clips: int = 64
+    frames: int = 256
+    statistics_frames: int = 2048
+    statistics: Literal["channel", "one"] = "channel"
+    sheet: int = 24
+
+
+@dataclass
+class PretrainTokenizerConfig:
+    """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
+    (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too.
+    ``val`` without a root: that split of the training data."""
+
+    data: PixelsConfig
+    run: RunConfig
+    val: PixelsConfig = field(default_factory=lambda: PixelsConfig(split="test"))
+    frames: FramesConfig = field(default_factory=FramesConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    lpips_weights: str = ""
+    start: Literal["random", "linear"] = "random"
+    start_frames: int = 256
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    gan_engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if (self.loss.perceptual > 0) != bool(self.lpips_weights):
+            raise ValueError("loss.perceptual and lpips_weights go together: set both, or neither (loss.gradient then)")
+        if self.gan.weight > 0 and 3 in (self.engine.zero_stage, self.gan_engine.zero_stage):
+            raise ValueError("a GAN needs zero_stage 2 or less: the decoder asks for the discriminator's weights")
+
+
+def prepare(cfg: PretrainTokenizerConfig, frames: PixelFrames) -> tuple[AutoencoderDC, Components | None]:
+    """The model before the first step, and the anchor's components; a pure function of config and data."""
+    model = build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    if cfg.start == "random" and not cfg.loss.anchor:
+        return model, None
+    pixels = to_unit(frames.spread(cfg.start_frames))
+    begun = cfg.run.resume != "never" and bool(Checkpoints(Path(cfg.run.dir) / "checkpoints").steps())
+    if cfg.start == "linear" and not begun:
+        try:
+            return model, linear_start(model, pixels, cfg.loss.anchor_floor)
+        except ValueError as error:
+            raise UserError(f"start=linear: {error}; widen tokenizer.widths, or start=random") from error
+    found = patch_components(pixels, cfg.tokenizer.channels, cfg.loss.anchor_floor, cfg.tokenizer.spatial)
+    return model, Components(**found)
+
+
+class Training:
+    """What a step needs: frames, the engine, and with a GAN the discriminator's."""
+
+    def __init__(self, cfg: PretrainTokenizerConfig, run: Run, frames: PixelFrames) -> None:
+        self.cfg, self.run, self.frames = cfg, run, frames
+        ranks, sizes = run.ranks, {"global_batch": cfg.train.global_batch, "micro_batch": cfg.train.micro_batch}
+        model, components = prepare(cfg, frames)
+        if components is not None:
+            components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))
+        perceptual = load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
+        self.discriminator: Engine | None = None
+        network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
+        objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
+        steps = cfg.train.steps
+        self.engine = build_engine(StepModule(model, objective), cfg.engine, ranks, total_updates=steps, **sizes)
+        if network is not None:
+            updates = max(1, steps - cfg.gan.start)
+            step_module = StepModule(network, judge)
+            self.discriminator = build_engine(step_module, cfg.gan_engine, ranks, total_updates=updates, **sizes)
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        return {"model": self.engine} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
+
+    def update(self, step: int, position: int) -> tuple[StepInfo, Logs]:
+        """One update, and with the GAN on one of the discriminator on the same pictures; this rank's mean losses."""
+        cfg, seed, device = self.cfg, self.cfg.run.seed, self.run.ranks.device
+        samples, totals = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames)), dict[str, float]()
+        adversarial = cfg.gan.on(step)
+        with keeping(self.run, position, self.engine, samples) as kept:
+            for number, clips in micro_batches(cfg.train, seed, self.run.ranks, position - 1, len(self.frames)):
+                rng = generator(seed, "frames", position, number)
+                pixels = to_unit(self.frames.batch(clips, cfg.frames.per_clip, cfg.frames.step, rng).to(device))
+                size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
+                noise = torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng).to(device)
+                loss, made, logs = self.engine(pixels, noise, adversarial)
+                kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": pixels.cpu()}))
+                self.engine.backward(loss)
+                info = self.engine.step()
+                logs |= {"loss": float(loss.detach())}
+                if adversarial and self.discriminator is not None:
+                    judged = self.discriminator(pixels, made)
+                    self.discriminator.backward(judged)
+                    self.discriminator.step()
+                    logs["discriminator"] = float(judged.detach())
+                for name, value in logs.items():
+                    totals[name] = totals.get(name, 0.0) + value / self.engine.micro_batches
+        return info, totals
+
+
+def reconstructed(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> Tensor:
+    """Through the tokenizer and back, in [0, 1]."""
+    made = tokenizer.decode(tokenizer.encode(pixels_N3HW.unsqueeze(0)))[0]
+    return (made.clamp(-1, 1) / 2 + 0.5).cpu()
+
+
+def as_tokenizer(model: AutoencoderDC, normalisation: Normalisation | None = None) -> FrameTokenizer:
+    channels = int(model.config["latent_channels"])
+    return FrameTokenizer(model, normalisation or Normalisation((0.0,) * channels, (1.0,) * channels))
+
+
+def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -> Normalisation:
+    """Mean and deviation of the latents of training frames."""
+    pixels = to_unit(frames.spread(cfg.statistics_frames))
+    latents = as_tokenizer(model).encode(pixels.unsqueeze(0))[0].transpose(0, 1).flatten(1).double()
+    mean = latents.mean(1, keepdim=True)
+    variance = (latents - mean).square().mean(1)
+    std = (variance if cfg.statistics == "channel" else variance.mean().expand_as(variance)).sqrt()
+    return Normalisation(
+        tuple(round(float(value), 6) for value in mean[:, 0]), tuple(round(float(value), 6) for value in std)
+    )
+
+
+def milliseconds(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> dict[str, float]:
+    """Per frame, the median of five batches."""
+    batch = pixels_N3HW[: tokenizer.batch].unsqueeze(0)
+    latents = tokenizer.encode(batch)
+    found = {}
+    for name, work, given in (("encode", tokenizer.encode, batch), ("decode", tokenizer.decode, latents)):
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            work(given)
+            times.append(time.perf_counter() - began)
+        found[f"{name}_ms_per_frame"] = round(1000 * sorted(times)[2] / batch.shape[1], 3)
+    return found
+
+
+def write(cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrames, val: Tensor) -> dict[str, object]:
+    """Write ``RUN/tokenizer`` and judge what was written."""
+    folder, found = Path(cfg.run.dir) / "tokenizer", cfg.evaluation
+    save_tokenizer(model, measured(model, found, frames), folder)
+    tokenizer = load_tokenizer(folder)
+    made, real = reconstructed(tokenizer, val), val / 2 + 0.5
+    report: dict[str, object] = {name: round(value, 4) for name, value in reconstruction(made, real).items()}
+    latents = tokenizer.encode(val.unsqueeze(0))[0]
+    report |= {"frames": len(val), "latent_mean": float(latents.mean()), "latent_std": float(latents.std())}
+    report |= milliseconds(tokenizer, val)
+    report |= {"parameters": sum(p.numel() for p in model.parameters()), "sha256": tokenizer.sha256}
+    columns = min(8, found.sheet, len(val))
+    chosen = [index * len(val) // max(columns, found.sheet) for index in range(max(columns, found.sheet))]
+    write_sheet(Path(cfg.run.dir) / "reconstructions.png", real[chosen], made[chosen], columns=columns)
+    origin = provenance(stage="tokenizer", step=cfg.train.steps, seed=cfg.run.seed, data_hash=frames.hash)
+    write_json(folder / "provenance.json", {**origin, "command": " ".join(sys.argv), "config": to_yaml(cfg)})
+    write_json(folder / "evaluation.json", report)
+    return report
+
+
+def main() -> None:
+    cfg = from_command_line(PretrainTokenizerConfig, __doc__ or "")
+    ranks = init_distributed(cfg.run.timeout_minutes)
+    root, spatial = cfg.data.root, cfg.tokenizer.spatial
+    held_out = open_pixels(replace(cfg.val, root=cfg.val.root or root))
+    frames = PixelFrames(open_pixels(cfg.data), root, spatial, every=cfg.frames.keep_every, limit=cfg.frames.clips)
+    check_batches(cfg.train, ranks, len(frames), Path(root))
+    judged = PixelFrames(held_out, f"{cfg.val.root or root} ({cfg.val.split})", spatial, limit=cfg.evaluation.clips)
+    val = to_unit(judged.spread(cfg.evaluation.frames))
+    run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE_HERE)
+    training = Training(cfg, run, frames)
+
+    def describe(step: int) -> tuple[str, dict[str, object]]:
+        return to_yaml(cfg), provenance(stage="tokenizer", step=step, seed=cfg.run.seed, data_hash=frames.hash)
+
+    state = TrainState(run, training.engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
+    averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    for step in state.steps(state.resume()):
+        with state.attempt(step):
+            info, logs = training.update(step, state.position(step))
+            if info.stepped:
+                state.update_ema()
+            logs = ranks.mean(logs) | {"grad_norm": info.grad_norm, "lr": info.lr}
+            if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
+                state.ema.copy_to(averaged)
+                found = reconstruction(reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5)
+                logs |= {f"val/{name}": value for name, value in found.items()}
+            run.log(step, logs)
+    state.ema.copy_to(averaged)
+    if ranks.is_main:
+        for name, value in write(cfg, averaged, frames, val).items():
+            print(f"{name}: {value}", flush=True)
+    ranks.barrier()
+    run.finish()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,160 @@
+"""Losses of an image tokenizer: pixels, edges at several scales, perceptual, adversarial.
+
+Letters: N images, H W height and width; pixels are fp32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderDC
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scd_sf.models.tokenizer_training import Components, frozen, last_weight
+from scd_sf.types import Logs
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images (N, 3, H, W) -> a scalar
+
+
+@dataclass
+class ReconstructionConfig:
+    """Weights. ``gradient``: mean absolute error of differences between neighbours, at ``scales`` sizes of the picture,
+    each half the one before. ``perceptual``: LPIPS. ``anchor``: latents to the principal components of their patches
+    (squared error), computed once, floored at ``anchor_floor`` of the strongest one's deviation. ``noise``: standard
+    deviation of what is added to the latents before they are decoded. DC-AE and FAR: l1 1, perceptual 1, all else 0.
+    """
+
+    l1: float = 1.0
+    mse: float = 0.0
+    gradient: float = 0.0
+    scales: int = 3
+    perceptual: float = 0.0
+    anchor: float = 0.0
+    anchor_floor: float = 0.2
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "mse", "gradient", "perceptual", "anchor", "noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.scales < 1:
+            raise ValueError(f"scales is {self.scales}; it must be at least 1")
+        if not 0 < self.anchor_floor <= 1:
+            raise ValueError(f"anchor_floor is {self.anchor_floor}; it must be more than 0, at most 1")
+        if self.l1 + self.mse <= 0:
+            raise ValueError("l1 and mse are both 0: nothing says what the pixels should be")
+
+
+@dataclass
+class GanConfig:
+    """``weight`` 0: none. From step ``start`` on; the encoder stands still then if ``freeze_encoder`` (as in FAR)."""
+
+    weight: float = 0.0
+    start: int = 0
+    freeze_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.start < 0:
+            raise ValueError("weight and start must be 0 or more")
+
+    def on(self, step: int) -> bool:
+        """Whether step ``step`` (the first is 1) has it."""
+        return self.weight > 0 and step > self.start
+
+
+def pixel_loss(
+    made_N3HW: Tensor, real_N3HW: Tensor, cfg: ReconstructionConfig, perceptual: Distance | None = None
+) -> tuple[Tensor, Logs]:
+    """Everything but anchor and GAN, weighted and summed; the logs hold the unweighted parts that have a weight."""
+    error = made_N3HW - real_N3HW
+    parts: dict[str, tuple[float, Tensor]] = {}
+    if cfg.l1:
+        parts["l1"] = (cfg.l1, error.abs().mean())
+    if cfg.mse:
+        parts["mse"] = (cfg.mse, error.square().mean())
+    if cfg.gradient:
+        parts["gradient"] = (cfg.gradient, gradient_error(error, cfg.scales))
+    if cfg.perceptual and perceptual is not None:
+        parts["perceptual"] = (cfg.perceptual, perceptual(made_N3HW, real_N3HW))
+    total = torch.stack([weight * value for weight, value in parts.values()]).sum()
+    return total, {name: float(value.detach()) for name, (_, value) in parts.items()}
+
+
+def gradient_error(error_N3HW: Tensor, scales: int) -> Tensor:
+    """Mean |dx| + mean |dy| of an error, averaged over the picture at full size, half, ...; too small ones are left
+    out. Differences are linear: this is the L1 distance of the gradients."""
+    values = []
+    for _ in range(scales):
+        values.append(error_N3HW.diff(dim=2).abs().mean() + error_N3HW.diff(dim=3).abs().mean())
+        if min(error_N3HW.shape[2:]) < 4:
+            break
+        error_N3HW = functional.avg_pool2d(error_N3HW, 2)
+    return torch.stack(values).mean()
+
+
+def generator_loss(logits_of_made: Tensor) -> Tensor:
+    """What the decoder lowers: minus the mean logit of its pictures."""
+    return -logits_of_made.mean()
+
+
+def discriminator_loss(logits_of_real: Tensor, logits_of_made: Tensor) -> Tensor:
+    """Hinge loss, halved."""
+    return 0.5 * (functional.relu(1 - logits_of_real).mean() + functional.relu(1 + logits_of_made).mean())
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+    """By how much the adversarial loss is to be multiplied so that both pull equally at the kernel ``last`` (VQGAN,
+    arXiv:2012.09841, equation 7): the ratio of the norms of their gradients there, at most 1e4, without gradient."""
+    ours, theirs = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, adversarial))
+    return (ours.float().norm() / (theirs.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+class TokenizerObjective:
+    """The loss of one micro-batch, for :class:`scd_sf.train.engine.StepModule`.
+
+    ``components``: what the anchor holds latents to. ``discriminator``: only asked, never trained, by this loss.
+    """
+
+    def __init__(
+        self,
+        cfg: ReconstructionConfig,
+        gan: GanConfig,
+        components: Components | None = None,
+        perceptual: Distance | None = None,
+        discriminator: nn.Module | None = None,
+    ) -> None:
+        self.cfg, self.gan, self.components, self.perceptual = cfg, gan, components, perceptual
+        self.discriminator = discriminator
+
+    def __call__(
+        self, model: AutoencoderDC, pixels_N3HW: Tensor, noise_NCHW: Tensor, adversarial: bool
+    ) -> tuple[Tensor, Tensor, Logs]:
+        """Pixels in [-1, 1], standard normal noise in the shape of the latents -> (loss, pictures without gradient,
+        logs of the parts)."""
+        frozen_encoder = adversarial and self.gan.freeze_encoder
+        weight = last_weight(model)
+        x = pixels_N3HW.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
+            latents = model.encoder(x)
+        made = model.decoder(latents + self.cfg.noise * noise_NCHW.to(latents.dtype)).float()
+        loss, logs = pixel_loss(made, pixels_N3HW, self.cfg, self.perceptual)
+        if adversarial and self.discriminator is not None:
+            judged = generator_loss(frozen(self.discriminator)(made.to(weight.dtype)).float())
+            balance = adaptive_weight(loss, judged, weight)
+            loss = loss + self.gan.weight * balance * judged
+            logs |= {"gan": float(judged.detach()), "gan_balance": float(balance)}
+        if self.cfg.anchor and self.components is not None and not frozen_encoder:
+            anchor = functional.mse_loss(latents.float(), self.components(pixels_N3HW))
+            loss = loss + self.cfg.anchor * anchor
+            logs["anchor"] = float(anchor.detach())
+        return loss, made.detach(), logs
+
+
+def judge(discriminator: nn.Module, real_N3HW: Tensor, made_N3HW: Tensor) -> Tensor:
+    """The discriminator's own loss, for :class:`scd_sf.train.engine.StepModule`."""
+    dtype = next(discriminator.parameters()).dtype
+    logits = [discriminator(pixels.to(dtype)).float() for pixels in (real_N3HW, made_N3HW)]
+    return discriminator_loss(logits[0], logits[1])
