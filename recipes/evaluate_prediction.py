@@ -1,0 +1,286 @@
+"""Score a model trained from scratch as a video predictor: true first frames in, the rest generated, real metrics.
+
+    deepspeed recipes/evaluate_prediction.py checkpoint=runs/scd_b tokenizer=DIR pixels.kind=teco pixels.root=DATA \\
+        pixels.split=test protocol=minecraft-fvd out=runs/scd_b/fvd
+
+LPIPS and I3D need ``scd weights metrics`` once. ``checkpoint=reconstruction`` scores the tokenizer's own
+reconstructions (no model can do better), ``checkpoint=repeat`` the last true frame held still. Clips are shared over
+the ranks and kept in ``out/clips``: the same command goes on where it stopped. ``out`` gets result.json (protocol,
+seeds, counts, weights' hashes, figures, curves per frame), cost.json (block passes, seconds per frame) and a few
+videos, truth beside prediction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from scd_sf.checkpoint import find
+from scd_sf.config import from_command_line
+from scd_sf.data.clips import write_video
+from scd_sf.data.manifest import Json, read_json, sha256_file, sha256_folder, write_json
+from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.data.pixels import PixelClip, PixelClips
+from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.metrics.frames import as_uint8
+from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
+from scd_sf.metrics.prediction_protocols import PredictionProtocol, named_protocol
+from scd_sf.metrics.prediction_result import result_table
+from scd_sf.metrics.protocols import Cost, time_in_rounds
+from scd_sf.models.build import Student
+from scd_sf.models.tokenizers import load_tokenizer
+from scd_sf.nn.layers import DitBlock
+from scd_sf.prediction import PredictionConfig, load_predictor, predict
+from scd_sf.provenance import git_revision, versions
+from scd_sf.train.engine import init_distributed
+from scd_sf.train.ranks import Ranks
+from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error
+
+FREE = ("out", "batch", "videos", "timed", "checkpoint", "tokenizer", "metrics")  # may differ when a run goes on
+CONTROLS = ("reconstruction", "repeat")
+
+
+@dataclass
+class SamplerChoice:
+    """Empty or 0: as the checkpoint says."""
+
+    name: str = ""
+    steps: int = 0
+
+
+@dataclass
+class CustomProtocol:
+    """For ``protocol=custom``: smaller than the published ones, and labelled so. ``resolution`` in pixels."""
+
+    context: int = 8
+    generated: int = 24
+    clips: int = 16
+    resolution: int = 128
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass
+class EvaluatePredictionConfig:
+    """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
+    alone. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts them). ``videos``:
+    so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none)."""
+
+    checkpoint: str
+    tokenizer: str
+    out: str
+    pixels: PixelsConfig
+    weights: str = "ema"
+    protocol: str = "custom"
+    custom: CustomProtocol = field(default_factory=CustomProtocol)
+    sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    rollout: PredictionConfig = field(default_factory=PredictionConfig)
+    batch: int = 8
+    networks: bool = True
+    metrics: str = ""
+    far_compat: bool = False
+    videos: int = 4
+    timed: int = 8
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or min(self.videos, self.timed) < 0:
+            raise UserError(f"batch {self.batch} must be >= 1, videos {self.videos} and timed {self.timed} >= 0")
+
+    def rules(self) -> PredictionProtocol:
+        """The protocol's own numbers."""
+        if self.protocol == "custom":
+            return PredictionProtocol.custom(**vars(self.custom))
+        return named_protocol(self.protocol)
+
+    def metric_networks(self, device: torch.device) -> MetricNetworks:
+        """LPIPS and I3D, or none."""
+        if not self.networks:
+            return MetricNetworks()
+        return MetricNetworks.load(Path(self.metrics) if self.metrics else None, device)
+
+
+@dataclass
+class Evaluation:
+    """What every clip is generated with. ``model`` None: a control."""
+
+    cfg: EvaluatePredictionConfig
+    rules: PredictionProtocol
+    clips: PixelClips
+    tokenizer: Tokenizer
+    model: Student | None
+    sampler: Sampler
+    device: torch.device
+
+    def read(self, index: int) -> PixelClip:
+        """The protocol's frames of a clip. UserError: it is shorter, or of another size."""
+        clip, first, frames = self.clips.read(index), self.rules.first_frame, self.rules.frames
+        side = self.rules.resolution
+        if clip.frames < first + frames or tuple(clip.frames_F3HW.shape[1:]) != (3, side, side):
+            raise UserError(
+                f"{clip.id}: {tuple(clip.frames_F3HW.shape)}; the protocol needs {frames} frames of {side}x{side}: "
+                "choose other clips, or pixels.size"
+            )
+        actions = None if clip.actions_F is None else clip.actions_F[first : first + frames]
+        return PixelClip(clip.id, clip.frames_F3HW[first : first + frames], actions, clip.label)
+
+    def conditions(self, clips: Sequence[PixelClip]) -> Conditioning:
+        actions = [clip.actions_F for clip in clips if clip.actions_F is not None]
+        labels = [clip.label for clip in clips if clip.label is not None]
+        told = Conditioning.of_frames(
+            len(clips), torch.stack(actions) if actions else None, torch.tensor(labels) if labels else None
+        )
+        return told.to(self.device)
+
+    def futures(self, clips: Sequence[PixelClip], numbers: Sequence[int], seed: int) -> Tensor:
+        """(B, generated, 3, H, W) in [0, 1] of one trajectory."""
+        pixels = torch.stack([clip.frames_F3HW for clip in clips]).float() / 127.5 - 1
+        context, truth = pixels.split([self.rules.context, self.rules.generated], 1)
+        if self.model is not None:
+            latents = torch.cat(list(self.latents(clips, numbers, seed, context)), 1)
+        elif self.cfg.checkpoint == "repeat":
+            return (context[:, -1:].expand_as(truth) + 1) / 2
+        else:
+            latents = self.tokenizer.encode(truth)
+        return (self.tokenizer.decode(latents.float().cpu()).clamp(-1, 1) + 1) / 2
+
+    def latents(
+        self, clips: Sequence[PixelClip], numbers: Sequence[int], seed: int, context_BF3HW: Tensor, frames: int = 0
+    ) -> Iterator[Tensor]:
+        """Generated latents as they come; a trajectory's noise depends on clip and seed, not on the batch."""
+        assert self.model is not None
+        known = self.tokenizer.encode(context_BF3HW).to(self.device)
+        seeds = [1_000_003 * seed + number for number in numbers]
+        wanted = frames or self.rules.generated
+        return predict(self.model, known, self.conditions(clips), wanted, self.sampler, seeds, self.cfg.rollout)
+
+
+def build(cfg: EvaluatePredictionConfig, ranks: Ranks) -> Evaluation:
+    """Everything that generates. UserError: parts that do not fit."""
+    rules, clips = cfg.rules(), open_pixels(cfg.pixels)
+    if rules.clips > len(clips):
+        raise UserError(f"{cfg.pixels.root}: {len(clips)} clips, the protocol has {rules.clips}: use custom.clips")
+    tokenizer = load_tokenizer(Path(cfg.tokenizer))
+    if cfg.checkpoint in CONTROLS:
+        if cfg.checkpoint == "repeat" and not rules.context:
+            raise UserError("checkpoint=repeat holds the last true frame: the protocol has none")
+        return Evaluation(cfg, rules, clips, tokenizer, None, build_sampler("euler", 1, 1.0), ranks.device)
+    model, description = load_predictor(Path(cfg.checkpoint), cfg.weights)
+    dit, own = description.model.dit, description.sampler
+    if tokenizer.channels != dit.in_channels:
+        raise UserError(
+            f"{cfg.tokenizer}: {tokenizer.channels} channels, the model takes {dit.in_channels}; use its own"
+        )
+    if dit.num_actions and clips.num_actions != dit.num_actions:
+        raise UserError(f"{cfg.pixels.root}: {clips.num_actions} actions, the model knows {dit.num_actions}")
+    sampler = build_sampler(cfg.sampler.name or own.name, cfg.sampler.steps or own.steps, own.shift)
+    return Evaluation(cfg, rules, clips, tokenizer, model.to(ranks.device), sampler, ranks.device)
+
+
+def claim(cfg: EvaluatePredictionConfig, ranks: Ranks) -> None:
+    """``out`` is for these weights and settings alone. UserError: it was begun with others."""
+    decide: Json = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
+    if cfg.checkpoint not in CONTROLS:
+        decide["weights_sha256"] = sha256_file(weights_file(Path(cfg.checkpoint), cfg.weights))
+    decide["tokenizer_sha256"] = sha256_folder(Path(cfg.tokenizer))
+    path, wanted = Path(cfg.out) / "generation.json", json.loads(json.dumps(decide))
+    if path.is_file() and (found := read_json(path, "choose another out=")) != wanted:
+        names = ", ".join(sorted(name for name in wanted if found.get(name) != wanted[name]))
+        raise UserError(f"{path}: begun with another {names or 'configuration'}; choose another out=")
+    ranks.barrier()
+    if ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+
+
+def weights_file(checkpoint: Path, weights: str) -> Path:
+    """The file that a checkpoint's weights are read from."""
+    return checkpoint if checkpoint.is_file() else find(checkpoint) / f"{weights}.safetensors"
+
+
+def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
+    """This rank's share of the clips, ``batch`` at a time; every scored clip is kept on disk."""
+    cfg, rules, out = bench.cfg, bench.rules, Path(bench.cfg.out)
+    done = scorer.resume(out / "clips")
+    mine = [number for number in range(rules.clips)[ranks.rank :: ranks.world] if number not in done]
+    for start in range(0, len(mine), cfg.batch):
+        numbers, began = mine[start : start + cfg.batch], time.monotonic()
+        clips = [bench.read(number) for number in numbers]
+        trajectories = [bench.futures(clips, numbers, seed) for seed in rules.seeds]
+        for row, number in enumerate(numbers):
+            truth = clips[row].frames_F3HW.float() / 255
+            scorer.save(scorer.add(number, truth, [videos[row] for videos in trajectories]), out / "clips")
+            if number < cfg.videos:
+                shown = torch.cat([truth[: rules.context], trajectories[0][row]])
+                pair = as_uint8(torch.cat([truth, shown], dim=-1))
+                (out / "videos").mkdir(parents=True, exist_ok=True)
+                write_video(out / "videos" / f"{number:05d}.mp4", pair, bench.clips.fps)
+        left = (len(mine) - start - len(numbers)) * (time.monotonic() - began) / len(numbers)
+        if ranks.is_main:
+            print(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s", flush=True)
+
+
+def cost(bench: Evaluation) -> dict[str, object]:
+    """Block passes and seconds per frame at batch 1, without tokenizer: history read first, then ``timed`` frames."""
+    model, rules, frames = bench.model, bench.rules, bench.cfg.timed
+    if model is None or frames == 0:
+        return {}
+    clip = bench.read(0)
+    context = clip.frames_F3HW[None, : rules.context].float() / 127.5 - 1
+    stream = partial(bench.latents, [clip], [0], 0, context, min(frames, rules.generated))
+    history = Cost(partial(bench.latents, [clip], [0], 0, context, 1), model, DitBlock, 1)
+    measured = Cost(stream, model, DitBlock, 1)
+    time_in_rounds([history, measured], 3, 60.0)
+    counted = measured.runs[0].frames
+    begin, whole = (
+        min(run.seconds_per_frame * run.frames for run in part.runs) for part in (history, measured)
+    )  # the first frame comes after the context is read; the others cost what a frame costs
+    later = max(1, counted - 1)
+    return {
+        "frames": counted,
+        "context": rules.context,
+        "block_passes_per_frame": (measured.passes * counted - history.passes) / later,
+        "seconds_per_frame": (whole - begin) / later,
+        "seconds_to_first_frame": begin,
+        "device": str(bench.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write(bench: Evaluation, scorer: PredictionScorer) -> None:
+    """result.json, cost.json and a table for people."""
+    cfg, out, result = bench.cfg, Path(bench.cfg.out), scorer.result()
+    result.write(out / "result.json")
+    about: dict[str, object] = {"config": dataclasses.asdict(cfg), "git": git_revision(), "versions": versions()}
+    if bench.model is not None:
+        about |= {"checkpoint": str(find(Path(cfg.checkpoint))), "sampler": [bench.sampler.name, bench.sampler.steps]}
+        about["parameters"] = sum(p.numel() for p in bench.model.parameters())
+    write_json(out / "cost.json", {**about, **cost(bench)})
+    Console(width=140).print(result_table({cfg.checkpoint: result}))
+    print(f"{out / 'result.json'}, {out / 'videos'}")
+
+
+def main() -> None:
+    cfg = from_command_line(EvaluatePredictionConfig, __doc__ or "")
+    ranks = init_distributed()
+    bench = build(cfg, ranks)
+    networks = cfg.metric_networks(ranks.device)
+    claim(cfg, ranks)
+    score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
+    ranks.barrier()
+    if ranks.is_main:
+        everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
+        everything.resume(Path(cfg.out) / "clips")
+        write(bench, everything)
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,110 @@
+"""From TECO's layout to a score: encode, train SCD from scratch, predict, measure; and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import recipe_runner
+import torch
+from diffusers import AutoencoderDC
+
+from scd_sf.data.frames import FrameClips
+from scd_sf.metrics.prediction_result import PredictionResult
+from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, save_tokenizer
+
+EVALUATE = "recipes/evaluate_prediction.py"
+SCD = "{encoder_layers: [0, 1], decoder: {layers: [2], fusion: paper, prefix_rope: temporal, prefix_time: step}}"
+DIT = (
+    "{num_attention_heads: 2, attention_head_dim: 16, in_channels: 4, out_channels: 4, freq_dim: 16, ffn_dim: 32, "
+    "num_layers: 3, num_actions: 3}"
+)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A random DC-AE of 64 pixels to 4x4x4."""
+    torch.manual_seed(0)
+    blocks = ("ResBlock",) * 5
+    model = AutoencoderDC(
+        latent_channels=4, attention_head_dim=8, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=(8,) * 5, decoder_block_out_channels=(8,) * 5,
+        encoder_layers_per_block=(0, 1, 1, 1, 1), decoder_layers_per_block=(0, 1, 1, 1, 1),
+        encoder_qkv_multiscales=((),) * 5, decoder_qkv_multiscales=((),) * 5, scaling_factor=1.0,
+    )  # fmt: skip
+    save_tokenizer(FrameTokenizer(model, Normalisation((0.0,) * 4, (1.0,) * 4)), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(doom_actions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tokenizer``, ``train`` and ``test`` encoded, and ``run``: a model of a few updates."""
+    root = tmp_path_factory.mktemp("prediction")
+    write_tokenizer(root / "tokenizer")
+    for split in ("train", "test"):
+        recipe_runner.succeed(
+            "data_prep/teco_minecraft.py", "--root", doom_actions, "--split", split, "--tokenizer", root / "tokenizer",
+            "--out", root / split,
+        )  # fmt: skip
+    recipe_runner.succeed(
+        "recipes/pretrain.py", f"data={root / 'train'}", f"val={root / 'test'}", f"run.dir={root / 'run'}", "frames=12",
+        f"model={{dit: {DIT}, scd: {SCD}}}", "engine={kind: local}", "validation_clips=1",
+        "train={steps: 2, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}",
+    )  # fmt: skip
+    return root
+
+
+def evaluation(chain: Path, data: Path, out: Path, *more: str) -> list[str]:
+    custom = "custom={context: 4, generated: 6, clips: 3, resolution: 64, seeds: [0, 1]}"
+    given = [f"checkpoint={chain / 'run'}", f"tokenizer={chain / 'tokenizer'}", f"out={out}", f"pixels.root={data}"]
+    return [*given, custom, "networks=false", "batch=2", "sampler.steps=2", "videos=1", "timed=3", *more]
+
+
+def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> None:
+    assert FrameClips(chain / "train").info.num_actions == 3
+    for out, more in ((tmp_path / "a", "batch=2"), (tmp_path / "b", "batch=3")):
+        recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, out, more))
+    result, other = (PredictionResult.read(tmp_path / name / "result.json") for name in "ab")
+    assert result.clips == 3 and "custom" in result.title and set(result.figures) == {"psnr", "ssim", "mse"}
+    assert result.curves["psnr"] == pytest.approx(other.curves["psnr"], abs=1e-3)  # a clip's noise is its own
+    assert result.figures["psnr"].value > 3.0 and len(result.curves["ssim"]) == 6
+    cost = json.loads((tmp_path / "a" / "cost.json").read_text())
+    assert cost["block_passes_per_frame"] == 2 + 2 * 1 and cost["seconds_per_frame"] > 0  # encoder once, decoder twice
+    assert len(list((tmp_path / "a" / "videos").glob("*.mp4"))) == 1
+
+    removed = tmp_path / "a" / "clips" / "clip-00001.safetensors"
+    before = removed.read_bytes()
+    removed.unlink()
+    recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, tmp_path / "a"))
+    assert len(removed.read_bytes()) == len(before)
+    again = PredictionResult.read(tmp_path / "a" / "result.json")
+    assert again.figures["psnr"].value == pytest.approx(result.figures["psnr"].value, abs=1e-4)
+
+    scores = {}
+    for name in ("reconstruction", "repeat"):
+        recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, tmp_path / name, f"checkpoint={name}"))
+        scores[name] = PredictionResult.read(tmp_path / name / "result.json").figures["psnr"].value
+    assert scores["repeat"] > scores["reconstruction"]  # a random tokenizer reconstructs nothing
+
+
+def test_what_does_not_fit_is_refused(chain: Path, doom_actions: Path, tmp_path: Path) -> None:
+    recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, tmp_path / "out"))
+    shutil.copytree(chain / "tokenizer", tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text())
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps({**config, "scaling_factor": 2.0}))
+    for more, message in (
+        ("sampler.steps=3", "begun with another sampler"),
+        (f"tokenizer={tmp_path / 'wrong'}", "begun with another tokenizer_sha256"),
+        ("custom.clips=9", "4 clips, the protocol has 9"),
+        ("custom.resolution=32", "the protocol needs 10 frames of 32x32"),
+        ("custom.generated=90", "the protocol needs 94 frames"),
+        ("pixels.num_actions=2", "2 actions, the model knows 3"),
+        ("protocol=minecraft", "protocol 'minecraft' is unknown"),
+        (f"checkpoint={tmp_path}", str(tmp_path)),
+        ("rollout.guidance={corruption: 1.5, actions: 2.0}", "not both"),
+    ):
+        out = [] if "begun" in message else [f"out={tmp_path / 'new'}"]
+        given = evaluation(chain, doom_actions, tmp_path / "out")
+        result = recipe_runner.run(EVALUATE, *given, *out, more)
+        assert result.code == 2 and message in result.err, (more, result.code, result.err[-600:])
