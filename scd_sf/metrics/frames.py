@@ -86,8 +86,10 @@ def ssim_frames(videos: Tensor, reference: Tensor) -> Tensor:
 
     Gaussian window of 11x11 pixels, sigma 1.5, only where it fits whole; data range 1. UserError below 11 pixels.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise UserError(f"SSIM needs the package torchmetrics ({error}); pip install 'scd-sf[eval]'") from error
     check_pair(videos, reference, "SSIM")
     if min(videos.shape[-2:]) < SSIM_WINDOW:
         raise UserError(f"SSIM: frames of {videos.shape[-1]}x{videos.shape[-2]}; it needs {SSIM_WINDOW} pixels a side")

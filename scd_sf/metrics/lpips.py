@@ -27,8 +27,10 @@ def lpips_network(trunk: Trunk, state: State) -> nn.Module:
     """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.filterwarnings("ignore", message=r"(?s).*pretrained.*|.*Arguments other than a weight enum.*")
-        import lpips
-
+        try:
+            import lpips
+        except ImportError as error:
+            raise UserError(f"LPIPS needs the package lpips ({error}); pip install 'scd-sf[eval]'") from error
         network: nn.Module = lpips.LPIPS(net=trunk, pretrained=False, pnet_rand=True, verbose=False)
     own = network.state_dict()
     heads = {name.replace("lin", "lins.", 1): value for name, value in state.items() if name.startswith("lin")}

@@ -76,7 +76,8 @@ class PredictionScorer:
     def __init__(self, protocol: PredictionProtocol, networks: MetricNetworks, *, far_compat: bool = False) -> None:
         """``far_compat``: measured the way FAR and SCD's release do, for comparison with their tables only: sample and
         reference side by side through an H.264 file at 8 frames a second, and LPIPS fed [0, 1]. Close to theirs, not
-        bit-equal (encoder version and preset, one file for each trajectory)."""
+        bit-equal: encoder version and preset differ, theirs joins the trajectories in one file, and may draw a red
+        border around context frames. (Their FVD is of another file of I3D: give ``TorchscriptFeatures``.)"""
         if networks.features is not None and protocol.clips < 2:
             raise UserError(f"protocol {protocol.name}: FVD needs 2 clips; give networks without features for 1")
         self.protocol = protocol

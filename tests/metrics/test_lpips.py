@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scd_sf.metrics.frames import ssim_frames
 from scd_sf.metrics.lpips import Lpips, lpips_network
 from scd_sf.metrics.weights import ALEX_PLACES, VGG_PLACES, State
 from scd_sf.types import UserError
@@ -53,6 +56,15 @@ def test_it_is_the_formula_per_frame_with_scaling_and_without() -> None:
     torch.testing.assert_close(metric(one, other, unscaled=True).flatten().float(), written_out(state, *flat))
     assert float(metric(one, one).abs().max()) == 0
     torch.testing.assert_close(metric(one, other), metric(other, one))
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match=r"the package lpips .*pip install 'scd-sf\[eval\]'"):
+        lpips_network("alex", {})
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(UserError, match="the package torchmetrics"):
+        ssim_frames(torch.rand(1, 1, 3, 16, 16), torch.rand(1, 1, 3, 16, 16))
 
 
 def test_what_is_refused() -> None:
