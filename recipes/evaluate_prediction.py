@@ -272,6 +272,7 @@ def main() -> None:
     ranks = init_distributed()
     bench = build(cfg, ranks)
     networks = cfg.metric_networks(ranks.device)
+    bench.read(0)  # whether the clips fit the protocol
     claim(cfg, ranks)
     score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
     ranks.barrier()

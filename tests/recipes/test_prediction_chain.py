@@ -13,7 +13,7 @@ from diffusers import AutoencoderDC
 
 from scd_sf.data.frames import FrameClips
 from scd_sf.metrics.prediction_result import PredictionResult
-from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, save_tokenizer
+from scd_sf.models.tokenizers import Normalisation, save_tokenizer
 
 EVALUATE = "recipes/evaluate_prediction.py"
 SCD = "{encoder_layers: [0, 1], decoder: {layers: [2], fusion: paper, prefix_rope: temporal, prefix_time: step}}"
@@ -33,7 +33,7 @@ def write_tokenizer(folder: Path) -> Path:
         encoder_layers_per_block=(0, 1, 1, 1, 1), decoder_layers_per_block=(0, 1, 1, 1, 1),
         encoder_qkv_multiscales=((),) * 5, decoder_qkv_multiscales=((),) * 5, scaling_factor=1.0,
     )  # fmt: skip
-    save_tokenizer(FrameTokenizer(model, Normalisation((0.0,) * 4, (1.0,) * 4)), folder)
+    save_tokenizer(model, Normalisation((0.0,) * 4, (1.0,) * 4), folder)
     return folder
 
 
