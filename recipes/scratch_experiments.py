@@ -1,0 +1,300 @@
+"""The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions, with real metrics.
+
+    python recipes/scratch_experiments.py models --run runs/scratch          (interfaces, amortisation, corruption, long, all)
+
+Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it with
+assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
+(recipes/evaluate_prediction.py: 4 true frames, 12 generated), and writes ``RUN/scratch.json`` and figures. Everything
+is resumable: what is finished is not run again. ``--steps`` and ``--test`` make it smaller, ``--seeds 0 1`` gives spreads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scd_sf.data.manifest import write_json
+from scd_sf.metrics.curves import curve_figure, group_figure
+from scd_sf.metrics.prediction_result import PredictionResult
+from scd_sf.steps import Group, Step, python, run_steps
+from scd_sf.types import UserError, exit_on_user_error
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+TOKENIZER, CONFIG = "assets/tokenizer_doom", "recipes/configs/pretrain_doom.yaml"
+SCD = "model.scd={{encoder_layers: {}, decoder: {{layers: {}, fusion: {}, prefix_rope: {}, prefix_time: step}}}}"
+EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
+GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
+
+
+def scd(encoder: int, decoder: int, fusion: str = "paper", rope: str = "temporal") -> tuple[str, ...]:
+    """Overrides of an SCD of so many layers; the decoder at twice the learning rate, as in the released code."""
+    layers = list(range(encoder)), list(range(encoder, encoder + decoder))
+    return (
+        "model.family=scd",
+        f"model.dit.num_layers={encoder + decoder}",
+        SCD.format(*layers, fusion, rope),
+        "engine.lr_scale={decoder: 2.0}",
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: overrides of pretrain_doom.yaml, which differ from those of "scd" in one thing. ``seconds``: when
+    last measured, on one core."""
+
+    name: str
+    overrides: tuple[str, ...]
+    seconds: float = 900.0
+
+
+TRIALS = {
+    trial.name: trial
+    for trial in (
+        Trial("scd", scd(8, 4)),
+        Trial("causal", ("model.family=causal",), 1400.0),
+        Trial("scd_e", scd(12, 4)),
+        Trial("scd_d", scd(8, 12), 1600.0),
+        Trial("channel", scd(8, 4, "channel")),
+        Trial("identical", scd(8, 4, "paper", "identical")),
+        Trial("k1", (*scd(8, 4), "loss.samples=1"), 600.0),
+        Trial("k4", (*scd(8, 4), "loss.samples=4"), 1500.0),
+        *(Trial(f"eta{eta}", (*scd(8, 4), f"loss.eta={eta}")) for eta in (0.0, 0.1, 0.2, 0.5)),
+    )
+}
+TABLES = {
+    "models": ("causal", "scd", "scd_e", "scd_d"),
+    "interfaces": ("channel", "scd", "identical"),
+    "amortisation": ("k1", "scd", "k4"),
+    "corruption": ("eta0.0", "scd", "eta0.1", "eta0.2", "eta0.5"),
+    "long": ("causal", "scd"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for."""
+
+    run: Path
+    steps: int
+    seeds: tuple[int, ...]
+    train: int
+    test: int
+
+    @property
+    def data(self) -> Path:
+        return self.run / "doom"
+
+    def data_steps(self) -> list[Group]:
+        render = python("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
+        made = Step("clips", [*render, "--train", str(self.train), "--test", str(self.test)], 300)
+        encode = python("data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER)
+        encoded = [
+            Step(
+                f"encode-{split}",
+                [*encode, "--split", split, "--out", str(self.run / "latents" / split)],
+                400,
+                ONE_THREAD,
+            )
+            for split in ("train", "test")
+        ]
+        return [[made], encoded]
+
+    def folder(self, trial: str, seed: int) -> Path:
+        return self.run / "trials" / f"{trial}-{seed}"
+
+    def training(self, trial: Trial, seed: int, steps: int, name: str = "") -> Step:
+        """The first ``steps`` updates. A longer training of the same folder goes on from a shorter one."""
+        latents = [f"data={self.run / 'latents' / 'train'}", f"val={self.run / 'latents' / 'test'}"]
+        places = [f"run.dir={self.folder(trial.name, seed)}", f"run.seed={seed}", f"train.steps={steps}"]
+        often = [f"train.keep_every={self.steps // 4}", f"train.save_every={self.steps // 4}"]
+        command = python("recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides)
+        seconds = trial.seconds * steps / 1600
+        return Step(f"train-{trial.name}-{seed}{name}", command, seconds, ONE_THREAD)
+
+    def scoring(self, trial: str, seed: int, name: str, *more: str, step: int = 0) -> Step:
+        """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint or of ``step``."""
+        checkpoint = self.folder(trial, seed)
+        given = [
+            f"checkpoint={checkpoint / f'step_{step:08d}' if step else checkpoint}",
+            f"tokenizer={TOKENIZER}",
+            f"pixels={{kind: teco, root: {self.data}, split: test}}",
+            f"custom={{context: 4, generated: 12, clips: {self.test}, resolution: 128}}",
+            f"out={self.run / 'scores' / f'{name}-{seed}'}",
+            "batch=16",
+            "videos=4",
+        ]
+        return Step(f"score-{name}-{seed}", python("recipes/evaluate_prediction.py", *given, *more), 240, ONE_THREAD)
+
+    def result(self, name: str, seed: int) -> dict[str, Any]:
+        """Figures and costs of a finished scoring."""
+        folder = self.run / "scores" / f"{name}-{seed}"
+        result, cost = PredictionResult.read(folder / "result.json"), json.loads((folder / "cost.json").read_text())
+        found = {figure: round(value.value, 4) for figure, value in result.figures.items()}
+        kept = ("parameters", "block_passes_per_frame", "seconds_per_frame", "seconds_to_first_frame")
+        return (
+            found
+            | {key: round(cost[key], 4) for key in kept if key in cost}
+            | {"curves": {name: [round(value, 4) for value in curve] for name, curve in result.curves.items()}}
+        )
+
+    def log(self, trial: str, seed: int) -> list[dict[str, float]]:
+        """The training's own lines."""
+        lines = (self.folder(trial, seed) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def seconds_per_update(self, trial: str, seed: int) -> float:
+        """Median of the logged time of an update."""
+        found = sorted(row["perf/seconds"] for row in self.log(trial, seed) if "perf/seconds" in row)
+        if not found:
+            raise UserError(f"{self.folder(trial, seed)}: no times in metrics.jsonl; train again")
+        return found[len(found) // 2]
+
+
+def in_pairs(steps: Sequence[Step]) -> list[Group]:
+    """Two at a time: one core each."""
+    return [list(steps[start : start + 2]) for start in range(0, len(steps), 2)]
+
+
+def train_and_score(plan: Plan, experiment: str) -> list[Group]:
+    """Every trial of a table trained and scored at equal steps, two at a time."""
+    jobs = [(TRIALS[name], seed) for seed in plan.seeds for name in TABLES[experiment]]
+    return [
+        *in_pairs([plan.training(trial, seed, plan.steps) for trial, seed in jobs]),
+        *in_pairs([plan.scoring(trial.name, seed, trial.name, step=plan.steps) for trial, seed in jobs]),
+    ]
+
+
+def equal_time(plan: Plan) -> list[Group]:
+    """Trainings go on (or are scored earlier) until each has had the wall time of the causal baseline's equal steps."""
+    groups: list[Step] = []
+    scored: list[Step] = []
+    quarter = plan.steps // 4
+    for seed in plan.seeds:
+        budget = plan.steps * plan.seconds_per_update("causal", seed)
+        for name in TABLES["models"]:
+            updates = max(quarter, round(budget / plan.seconds_per_update(name, seed) / quarter) * quarter)
+            if updates > plan.steps:
+                groups.append(plan.training(TRIALS[name], seed, updates, "-on"))
+            scored.append(plan.scoring(name, seed, f"{name}-time", step=updates))
+    return [*in_pairs(groups), *in_pairs(scored)]
+
+
+def extra(plan: Plan, experiment: str) -> list[Group]:
+    """What an experiment scores beside its trials."""
+    steps: list[Step] = []
+    for seed in plan.seeds:
+        if experiment == "corruption":
+            steps += [
+                plan.scoring("scd", seed, f"guided{s}", f"rollout.guidance.corruption={s}", step=plan.steps)
+                for s in GUIDANCE
+            ]
+        if experiment == "amortisation":
+            quarters = [plan.steps * part // 4 for part in (1, 2, 3)]
+            steps += [
+                plan.scoring(name, seed, f"{name}-{step}", "fvd=false", step=step)
+                for name in TABLES[experiment]
+                for step in quarters
+            ]
+        if experiment == "long":
+            protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
+            steps += [
+                plan.scoring(
+                    name, seed, f"{name}-long", protocol, "fvd=false", "rollout.window=15", "batch=8", step=plan.steps
+                )
+                for name in TABLES[experiment]
+            ]
+        if experiment == "models":
+            steps += [plan.scoring("scd", seed, name, f"checkpoint={name}") for name in ("reconstruction", "repeat")]
+    return in_pairs(steps)
+
+
+def collect(plan: Plan, experiment: str) -> dict[str, Any]:
+    """Figures by trial and seed, as they go into scratch.json."""
+    names = list(TABLES[experiment])
+    if experiment == "models":
+        names += [f"{name}-time" for name in TABLES[experiment]] + ["reconstruction", "repeat"]
+    if experiment == "corruption":
+        names += [f"guided{s}" for s in GUIDANCE]
+    if experiment == "long":
+        names = [f"{name}-long" for name in TABLES[experiment]]
+    found: dict[str, Any] = {}
+    for name in names:
+        found[name] = {str(seed): plan.result(name, seed) for seed in plan.seeds}
+    if experiment in ("amortisation", "models"):
+        for name in TABLES[experiment]:
+            for seed in plan.seeds:
+                found[name][str(seed)]["seconds_per_update"] = round(plan.seconds_per_update(name, seed), 4)
+    if experiment == "amortisation":
+        for name in TABLES[experiment]:
+            for seed in plan.seeds:
+                found[name][str(seed)]["by_time"] = by_time(plan, name, seed)
+    return found
+
+
+def by_time(plan: Plan, name: str, seed: int) -> dict[str, list[float]]:
+    """LPIPS and validation loss against training seconds (Figure 1)."""
+    second = plan.seconds_per_update(name, seed)
+    quarters = [plan.steps * part // 4 for part in (1, 2, 3)]
+    lpips = [plan.result(f"{name}-{step}", seed)["lpips"] for step in quarters] + [plan.result(name, seed)["lpips"]]
+    rows = [row for row in plan.log(name, seed) if "val/loss" in row and row["step"] <= plan.steps]
+    return {
+        "seconds": [round(second * step, 1) for step in (*quarters, plan.steps)],
+        "lpips": lpips,
+        "loss_seconds": [round(second * row["step"], 1) for row in rows],
+        "loss": [round(row["val/loss"], 5) for row in rows],
+    }
+
+
+def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
+    """Figures of an experiment, of its first seed."""
+    folder, seed = plan.run / "figures", str(plan.seeds[0])
+    if experiment == "long":
+        files = []
+        for measure, unit in (("psnr", "PSNR, dB"), ("lpips", "LPIPS")):
+            curves = {name.removesuffix("-long"): rows[seed]["curves"][measure] for name, rows in found.items()}
+            lines = {name: (list(range(1, len(curve) + 1)), curve) for name, curve in curves.items()}
+            files.append(curve_figure(folder / f"long_{measure}.png", lines, "generated frame", unit))
+        return files
+    if experiment == "amortisation":
+        timed = {name: rows[seed]["by_time"] for name, rows in found.items()}
+        lines = {name: (row["seconds"], row["lpips"]) for name, row in timed.items()}
+        return [curve_figure(folder / "amortisation.png", lines, "training seconds", "LPIPS")]
+    values = {
+        name: {measure: [row[measure] for row in rows.values()] for measure in ("fvd", "lpips")}
+        for name, rows in found.items()
+    }
+    return [group_figure(folder / f"{experiment}.png", values)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, "all", "data"))
+    parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable")
+    parser.add_argument("--steps", type=int, default=1600, help="updates of every training; a multiple of 4")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--train", type=int, default=400, help="training clips of 300 frames")
+    parser.add_argument("--test", type=int, default=64, help="test clips")
+    args = parser.parse_args()
+    if args.steps < 4 or args.steps % 4 or args.test < 2:
+        raise UserError(f"--steps {args.steps} must be a multiple of 4 and --test {args.test} at least 2")
+    plan = Plan(args.run, args.steps, tuple(args.seeds), args.train, args.test)
+    run_steps(plan.run, plan.data_steps())
+    chosen = EXPERIMENTS if args.experiment == "all" else () if args.experiment == "data" else (args.experiment,)
+    for experiment in chosen:
+        run_steps(plan.run, train_and_score(plan, experiment))
+        if experiment == "models":
+            run_steps(plan.run, equal_time(plan))
+        run_steps(plan.run, extra(plan, experiment))
+        file = plan.run / "scratch.json"
+        document = json.loads(file.read_text()) if file.is_file() else {"steps": plan.steps, "test_clips": plan.test}
+        document[experiment] = collect(plan, experiment)
+        write_json(file, document)
+        print(f"{experiment}: {file}; " + ", ".join(str(path) for path in draw(plan, experiment, document[experiment])))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

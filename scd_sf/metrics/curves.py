@@ -1,0 +1,58 @@
+"""Figures of experiments as PNG files (matplotlib, extra ``eval``): lines over a number, and bars of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from scd_sf.types import UserError
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
+    """One line per name, ``(xs, ys)``; ``x`` and ``y`` are the axes' titles with their units."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, (xs, ys) in lines.items():
+        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 20 else None, linewidth=1.5)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
+
+
+def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
+    """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with every seed as a dot."""
+    plt = _pyplot()
+    measures = list(next(iter(values.values())))
+    figure, panels = plt.subplots(
+        1, len(measures), figsize=(4.5 * len(measures), 3.6), layout="constrained", squeeze=False
+    )
+    for axes, measure in zip(panels[0], measures, strict=True):
+        for place, row in enumerate(values.values()):
+            axes.bar(place, sum(row[measure]) / len(row[measure]), width=0.7, color="#7a9cc6")
+            axes.plot([place] * len(row[measure]), row[measure], "k.", markersize=5)
+        axes.set_xticks(range(len(values)), list(values), rotation=40, ha="right")
+        axes.set_title(f"{measure} (lower is better)")
+        axes.grid(alpha=0.3, axis="y")
+    return _save(figure, path)
+
+
+def _pyplot():  # type: ignore[no-untyped-def]
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("figures need matplotlib: pip install 'scd-sf[eval]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: object, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)  # type: ignore[attr-defined]
+    _pyplot().close(figure)
+    return path
