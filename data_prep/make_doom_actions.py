@@ -10,7 +10,8 @@ An interrupted run goes on where it stopped; a clip is done when its .npz, writt
 The world: maps of ViZDoom's own without monsters, rendered 320x240 without HUD and weapon, the middle square filtered
 to --size; 2 tics of the game (35 a second) per frame. A turn is 10 degrees per frame; who walks gathers speed and
 slides on for some frames when he turns. Walks are straight spans with short turns between. Walls are known from the map
-(never from the picture): near one the walker turns to a side where the way is free.
+(never from the picture): near one the walker turns to a side where the way is free. A walk that ends early, is stuck
+or never leaves its room is drawn again.
 
 Licences: as in ``make_doom_clips.py`` (nothing of the game is part of this repository); the manifest names them.
 """
