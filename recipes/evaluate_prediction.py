@@ -71,7 +71,7 @@ class CustomProtocol:
 @dataclass
 class EvaluatePredictionConfig:
     """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
-    alone. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts them). ``videos``:
+    alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts them). ``videos``:
     so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none)."""
 
     checkpoint: str
@@ -85,6 +85,7 @@ class EvaluatePredictionConfig:
     rollout: PredictionConfig = field(default_factory=PredictionConfig)
     batch: int = 8
     networks: bool = True
+    fvd: bool = True
     metrics: str = ""
     far_compat: bool = False
     videos: int = 4
@@ -104,7 +105,8 @@ class EvaluatePredictionConfig:
         """LPIPS and I3D, or none."""
         if not self.networks:
             return MetricNetworks()
-        return MetricNetworks.load(Path(self.metrics) if self.metrics else None, device)
+        networks = MetricNetworks.load(Path(self.metrics) if self.metrics else None, device)
+        return networks if self.fvd else MetricNetworks(networks.lpips, None, networks.weights)
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions, with real metrics.
 
-    python recipes/scratch_experiments.py models --run runs/scratch          (interfaces, amortisation, corruption, long, all)
+    python recipes/scratch_experiments.py models --run runs/scratch    (interfaces, amortisation, corruption, long, all)
 
 Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it with
 assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
 (recipes/evaluate_prediction.py: 4 true frames, 12 generated), and writes ``RUN/scratch.json`` and figures. Everything
-is resumable: what is finished is not run again. ``--steps`` and ``--test`` make it smaller, ``--seeds 0 1`` gives spreads.
+is resumable: what is finished is not run again. ``--steps`` and ``--test`` make it smaller, ``--seeds 0 1`` gives
+spreads.
 """
 
 from __future__ import annotations
@@ -92,16 +93,12 @@ class Plan:
         render = python("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
         made = Step("clips", [*render, "--train", str(self.train), "--test", str(self.test)], 300)
         encode = python("data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER)
-        encoded = [
-            Step(
-                f"encode-{split}",
-                [*encode, "--split", split, "--out", str(self.run / "latents" / split)],
-                400,
-                ONE_THREAD,
-            )
-            for split in ("train", "test")
-        ]
-        return [[made], encoded]
+
+        def encoded(split: str) -> Step:
+            out = str(self.run / "latents" / split)
+            return Step(f"encode-{split}", [*encode, "--split", split, "--out", out], 400, ONE_THREAD)
+
+        return [[made], [encoded("train"), encoded("test")]]
 
     def folder(self, trial: str, seed: int) -> Path:
         return self.run / "trials" / f"{trial}-{seed}"
@@ -276,7 +273,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable")
     parser.add_argument("--steps", type=int, default=1600, help="updates of every training; a multiple of 4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--train", type=int, default=400, help="training clips of 300 frames")
+    parser.add_argument("--train", type=int, default=240, help="training clips of 300 frames")
     parser.add_argument("--test", type=int, default=64, help="test clips")
     args = parser.parse_args()
     if args.steps < 4 or args.steps % 4 or args.test < 2:

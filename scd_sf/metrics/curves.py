@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from scd_sf.types import UserError
 
@@ -27,9 +28,8 @@ def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
     """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with every seed as a dot."""
     plt = _pyplot()
     measures = list(next(iter(values.values())))
-    figure, panels = plt.subplots(
-        1, len(measures), figsize=(4.5 * len(measures), 3.6), layout="constrained", squeeze=False
-    )
+    size = (4.5 * len(measures), 3.6)
+    figure, panels = plt.subplots(1, len(measures), figsize=size, layout="constrained", squeeze=False)
     for axes, measure in zip(panels[0], measures, strict=True):
         for place, row in enumerate(values.values()):
             axes.bar(place, sum(row[measure]) / len(row[measure]), width=0.7, color="#7a9cc6")
@@ -40,7 +40,7 @@ def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
     return _save(figure, path)
 
 
-def _pyplot():  # type: ignore[no-untyped-def]
+def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
@@ -51,8 +51,8 @@ def _pyplot():  # type: ignore[no-untyped-def]
     return pyplot
 
 
-def _save(figure: object, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)  # type: ignore[attr-defined]
+    figure.savefig(path, dpi=120)
     _pyplot().close(figure)
     return path
