@@ -71,8 +71,9 @@ class CustomProtocol:
 @dataclass
 class EvaluatePredictionConfig:
     """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
-    alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts them). ``videos``:
-    so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none)."""
+    alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts
+    them). ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none).
+    """
 
     checkpoint: str
     tokenizer: str

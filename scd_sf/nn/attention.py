@@ -32,10 +32,14 @@ class AttentionContext(Protocol):
 
 def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot product attention. On the meta device (``scd plan`` counts there) FlashAttention's own operator: the
-    general one would lay out the whole table of scores."""
+    general one would lay out the whole table of scores. On a CPU bf16 is trained in fp32: the bf16 backward pass takes
+    ten times as long (docs/results.md)."""
     if q_BNLD.is_meta and mask is None:
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BNLD, k_BNLD, v_BNLD)[0]
         return out
+    if q_BNLD.dtype == torch.bfloat16 and q_BNLD.device.type == "cpu" and torch.is_grad_enabled():
+        q, k, v = q_BNLD.float(), k_BNLD.float(), v_BNLD.float()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).to(q_BNLD.dtype)
     return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, attn_mask=mask)
 
 
@@ -69,9 +73,11 @@ class FullSequence:
         step = max(1, ROWS // layout.tokens) * layout.tokens
         for start in range(length - asked, length, step):
             stop = min(start + step, length)
-            mask, keys = row_mask(layout, start, stop)
+            mask, runs = row_mask(layout, start, stop)
             q = q_BNLD[:, :, start - (length - asked) : stop - (length - asked)]
-            outputs.append(attention(q, k_BNLD[:, :, :keys], v_BNLD[:, :, :keys], mask))
+            k, v = (x[:, :, runs[0]] if len(runs) == 1 else torch.cat([x[:, :, run] for run in runs], 2)
+                    for x in (k_BNLD, v_BNLD))  # fmt: skip
+            outputs.append(attention(q, k, v, mask))
         return torch.cat(outputs, dim=2)
 
 

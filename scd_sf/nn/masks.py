@@ -104,17 +104,26 @@ def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[None, None].to(device), indices[None, None].to(device)
 
 
-def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, int]:
-    """What the tokens ``start`` .. ``stop`` - 1 may see: (mask (rows, keys), keys), of the first ``keys`` tokens; None
-    where they see all of those. Never larger than rows x tokens."""
+@lru_cache(maxsize=4096)
+def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, tuple[slice, ...]]:
+    """What the tokens ``start`` .. ``stop`` - 1 see: the runs of tokens that any of them sees, and a mask (rows, tokens
+    of all runs), None where all see all of those. Never as large as tokens x tokens."""
     tokens, groups = layout.tokens, slice(start // layout.tokens, (stop - 1) // layout.tokens + 1)
     seen = _visible(layout)[groups]
-    keys = (int(seen.any(0).nonzero().max()) + 1) * tokens
-    if bool(seen[:, : keys // tokens].all()):
-        return None, keys
+    chosen = seen.any(0).nonzero().flatten().tolist()
+    runs: list[slice] = []
+    for group in chosen:
+        if runs and runs[-1].stop == group * tokens:
+            runs[-1] = slice(runs[-1].start, (group + 1) * tokens)
+        else:
+            runs.append(slice(group * tokens, (group + 1) * tokens))
+    seen = seen[:, chosen]
+    if bool(seen.all()):
+        return None, tuple(runs)
     first = start - groups.start * tokens
-    rows = seen.repeat_interleave(tokens, 0)[first : first + stop - start]
-    return rows.repeat_interleave(tokens, 1)[:, :keys], keys
+    with torch.inference_mode(False):
+        rows = seen.repeat_interleave(tokens, 0)[first : first + stop - start]
+        return rows.repeat_interleave(tokens, 1), tuple(runs)
 
 
 @lru_cache(maxsize=32)
