@@ -84,6 +84,41 @@ def test_commands_of_the_chains_fit_their_scripts() -> None:
         load_config(schema_of(recipe_runner.ROOT / config), recipe_runner.ROOT / config, list(overrides))
 
 
+def test_commands_of_the_experiments_fit_their_scripts() -> None:
+    """Every training and scoring of every table."""
+    script = recipe_runner.load_script("recipes/scratch_experiments.py")
+    plan = script.Plan(Path("runs/x"), 1600, (0, 1), 24, 8)
+    groups = [group for name in script.EXPERIMENTS for group in script.train_and_score(plan, name)]
+    groups += [group for name in script.EXPERIMENTS for group in script.extra(plan, name)]
+    steps = [step for group in groups for step in group]
+    assert {trial for names in script.TABLES.values() for trial in names} == set(script.TRIALS)
+    schemas = {
+        f"recipes/{name}.py": vars(recipe_runner.load_script(f"recipes/{name}.py"))[schema]
+        for name, schema in (("pretrain", "PretrainConfig"), ("evaluate_prediction", "EvaluatePredictionConfig"))
+    }
+    for step in steps:
+        given = list(step.command)[2:]
+        config = recipe_runner.ROOT / given[1] if given[0] == "--config" else None
+        load_config(schemas[step.command[1]], config, given[2:] if config else given)
+    assert len(steps) >= 60
+
+
+def test_training_from_scratch_has_the_published_numbers() -> None:
+    """spec/scd.md 1.7, 1.9: what is published or released; the rest is marked in the files."""
+    for data, frames, actions in (("minecraft", 300, 3), ("ucf101", 16, 0), ("realestate10k", 64, 0)):
+        cfg: Any = configured("pretrain", f"pretrain_{data}", "pretrain_scd_b")
+        assert (cfg.frames, cfg.model.dit.num_actions, cfg.sampler.steps) == (frames, actions, 50)
+        assert (cfg.engine.lr, cfg.engine.lr_scale, cfg.engine.weight_decay) == (1e-4, {"decoder": 2.0}, 0.0)
+        assert cfg.train.ema.decay == 0.9999 and cfg.engine.grad_clip == 1.0 and cfg.loss.eta == 0.05
+        assert cfg.train.steps == (200_000 if data == "ucf101" else 400_000)
+        assert (cfg.model.dit.width, len(cfg.model.scd.encoder_layers)) == (768, 8)
+    cfg = configured("pretrain", "pretrain_minecraft", "pretrain_scd_m_d")
+    assert cfg.train.global_batch == 16 and cfg.loss.samples == 2 and cfg.engine.warmup == 10_000
+    assert (cfg.model.dit.width, cfg.model.dit.num_actions, len(cfg.model.scd.decoder.layers)) == (1024, 3, 12)
+    cfg = configured("pretrain", "pretrain_minecraft", "pretrain_causal_m")
+    assert (cfg.model.family, cfg.model.dit.width, cfg.engine.lr_scale) == ("causal", 1024, {})
+
+
 def configured(stage: str, *files: str) -> object:
     """A stage's configuration as these files and a run's own arguments make it."""
     paths = [CONFIGS / f"{name}.yaml" for name in files]
