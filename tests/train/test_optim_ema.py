@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scd_sf.train.ema import Ema, EmaConfig
-from scd_sf.train.optim import Schedule, param_groups
+from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import Shard, read_shards, share
 from scd_sf.types import UserError
@@ -117,3 +117,20 @@ def test_ema_copy_to() -> None:
 def test_ema_config_is_checked(decay: float) -> None:
     with pytest.raises(ValueError, match="decay"):
         EmaConfig(decay=decay)
+
+
+def test_parts_of_a_model_learn_at_their_own_rate() -> None:
+    """Groups by scale and by decay; every group's rate follows the schedule at its own multiple."""
+    net = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2)})
+    groups = param_groups(net.named_parameters(), 0.1, {"decoder": 2.0})
+    assert [(g["lr_scale"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (1.0, 0.1, 1),
+        (1.0, 0.0, 1),
+        (2.0, 0.1, 1),
+        (2.0, 0.0, 1),
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    set_learning_rate(optimizer.param_groups, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 0.5, 0.5]
+    with pytest.raises(UserError, match=r"lr_scale\.head: no parameter's name starts so; they start with decoder, enc"):
+        param_groups(net.named_parameters(), 0.1, {"head": 2.0})
