@@ -38,7 +38,7 @@ from scd_sf.models.tokenizer_training import (
     build_discriminator,
     build_tokenizer,
 )
-from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, channels_last, load_tokenizer, save_tokenizer
 from scd_sf.models.vae_training import patch_components
 from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches
@@ -83,6 +83,7 @@ class EvaluationConfig:
 class PretrainTokenizerConfig:
     """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
     (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too.
+    ``init``: the directory of a tokenizer of this architecture to go on from instead.
     ``val`` without a root: that split of the training data."""
 
     data: PixelsConfig
@@ -94,6 +95,7 @@ class PretrainTokenizerConfig:
     gan: GanConfig = field(default_factory=GanConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     lpips_weights: str = ""
+    init: str = ""
     start: Literal["random", "linear"] = "random"
     start_frames: int = 256
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -108,14 +110,25 @@ class PretrainTokenizerConfig:
             raise ValueError("a GAN needs zero_stage 2 or less: the decoder asks for the discriminator's weights")
 
 
+def fine_tuned(cfg: PretrainTokenizerConfig) -> AutoencoderDC:
+    """A copy of the network of ``cfg.init``. UserError: it is another architecture."""
+    model, found = build_tokenizer(cfg.tokenizer, cfg.run.seed), load_tokenizer(Path(cfg.init)).model.state_dict()
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if wrong := sorted(wanted.items() ^ {name: tensor.shape for name, tensor in found.items()}.items()):
+        raise UserError(f"{cfg.init}: its '{wrong[0][0]}' is not that of the config's tokenizer; set the same sizes")
+    model.load_state_dict(found)
+    return model
+
+
 def prepare(cfg: PretrainTokenizerConfig, frames: PixelFrames) -> tuple[AutoencoderDC, Components | None]:
     """The model before the first step, and the anchor's components; a pure function of config and data."""
-    model = build_tokenizer(cfg.tokenizer, cfg.run.seed)
-    if cfg.start == "random" and not cfg.loss.anchor:
+    model = fine_tuned(cfg) if cfg.init else build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    linear = cfg.start == "linear" and not cfg.init
+    if not linear and not cfg.loss.anchor:
         return model, None
     pixels = to_unit(frames.spread(cfg.start_frames))
     begun = cfg.run.resume != "never" and bool(Checkpoints(Path(cfg.run.dir) / "checkpoints").steps())
-    if cfg.start == "linear" and not begun:
+    if linear and not begun:
         try:
             return model, linear_start(model, pixels, cfg.loss.anchor_floor)
         except ValueError as error:
@@ -131,6 +144,8 @@ class Training:
         self.cfg, self.run, self.frames = cfg, run, frames
         ranks, sizes = run.ranks, {"global_batch": cfg.train.global_batch, "micro_batch": cfg.train.micro_batch}
         model, components = prepare(cfg, frames)
+        if cfg.engine.kind == "local":  # DeepSpeed wants plain memory and lays it out itself
+            channels_last(model)
         if components is not None:
             components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))
         perceptual = load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
@@ -189,7 +204,7 @@ def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -
     """Mean and deviation of the latents of training frames."""
     pixels = to_unit(frames.spread(cfg.statistics_frames))
     latents = as_tokenizer(model).encode(pixels.unsqueeze(0))[0].transpose(0, 1).flatten(1).double()
-    mean = latents.mean(1, keepdim=True)
+    mean = latents.mean(1, keepdim=True)  # (C, 1)
     variance = (latents - mean).square().mean(1)
     std = (variance if cfg.statistics == "channel" else variance.mean().expand_as(variance)).sqrt()
     return Normalisation(
@@ -206,7 +221,7 @@ def milliseconds(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> dict[str, fl
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            work(given)
+            work(given).cpu()  # waits for the device
             times.append(time.perf_counter() - began)
         found[f"{name}_ms_per_frame"] = round(1000 * sorted(times)[2] / batch.shape[1], 3)
     return found
@@ -216,7 +231,7 @@ def write(cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrame
     """Write ``RUN/tokenizer`` and judge what was written."""
     folder, found = Path(cfg.run.dir) / "tokenizer", cfg.evaluation
     save_tokenizer(model, measured(model, found, frames), folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, device=next(model.parameters()).device)
     made, real = reconstructed(tokenizer, val), val / 2 + 0.5
     report: dict[str, object] = {name: round(value, 4) for name, value in reconstruction(made, real).items()}
     latents = tokenizer.encode(val.unsqueeze(0))[0]
@@ -248,7 +263,7 @@ def main() -> None:
         return to_yaml(cfg), provenance(stage="tokenizer", step=step, seed=cfg.run.seed, data_hash=frames.hash)
 
     state = TrainState(run, training.engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
     for step in state.steps(state.resume()):
         with state.attempt(step):
             info, logs = training.update(step, state.position(step))

@@ -101,6 +101,18 @@ def written(run: Path, data: Path) -> None:
     assert (run / "reconstructions.png").stat().st_size > 0
 
 
+def test_going_on_from_a_tokenizer(data: Path, tmp_path: Path) -> None:
+    """Without a step worth the name the pictures are those of the first training; other sizes are refused."""
+    arguments = [f"data.root={data}", *SIZES, "start=linear", "train.steps=1"]
+    recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={tmp_path / 'one'}")
+    init = [f"init={tmp_path / 'one' / 'tokenizer'}", "engine.lr=1e-9", f"run.dir={tmp_path / 'two'}"]
+    recipe_runner.succeed(SCRIPT, *arguments, *init)
+    one, two = (json.loads((tmp_path / name / "tokenizer" / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["psnr"] == pytest.approx(two["psnr"], abs=0.01) and one["sha256"] != ""
+    other = recipe_runner.run(SCRIPT, *arguments, *init, "tokenizer.channels=16", f"run.dir={tmp_path / 'three'}")
+    assert other.code == 2 and "is not that of the config's tokenizer" in other.err
+
+
 def test_one_statistic_for_all_channels(data: Path, tmp_path: Path) -> None:
     more = ["train.steps=1", "evaluation.statistics=one"]
     recipe_runner.succeed(SCRIPT, f"data.root={data}", *SIZES, *more, f"run.dir={tmp_path / 'run'}")
@@ -126,10 +138,12 @@ def test_refused(data: Path, tmp_path: Path, arguments: list[str], said: str) ->
 
 
 @pytest.mark.slow
-def test_two_ranks_see_the_same_batches(data: Path, tmp_path: Path) -> None:
-    """The losses of two processes are those of one, up to the order of sums."""
+@pytest.mark.parametrize("kind", ["local", "deepspeed"])
+def test_two_ranks_see_the_same_batches(data: Path, tmp_path: Path, kind: str) -> None:
+    """The losses of two processes, DeepSpeed's ZeRO-2 among them, are those of one, up to the order of sums."""
     arguments = [f"data.root={data}", *SIZES, *VARIANTS["linear and gan"]]
     recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={tmp_path / 'one'}")
+    arguments += [f"engine.kind={kind}", f"gan_engine.kind={kind}"]
     ranks = recipe_runner.run_ranks(SCRIPT, *arguments, f"run.dir={tmp_path / 'two'}", world=2)
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].err[-2000:]
     one, two = ([row["loss"] for row in tiny_run.metrics(tmp_path / name)] for name in ("one", "two"))
