@@ -25,7 +25,7 @@ from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.manifest import write_json
-from scd_sf.data.pixel_frames import PixelFrames, to_unit
+from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
@@ -50,6 +50,8 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Logs, UserError, exit_on_user_error
 
 RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
+
+MicroKey = tuple[int, int, tuple[int, ...]]
 
 
 @dataclass
@@ -149,6 +151,7 @@ class Training:
         if components is not None:
             components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))
         perceptual = load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
+        self.pixels = ReadAhead(self.read, cfg.train.prefetch if not cfg.frames.keep_every else 0)
         self.discriminator: Engine | None = None
         network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
         objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
@@ -163,16 +166,29 @@ class Training:
     def engines(self) -> dict[str, Engine]:
         return {"model": self.engine} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
 
+    def micro_batches(self, position: int) -> list[MicroKey]:
+        """This rank's of one update: (position, number, clips) each."""
+        cfg = self.cfg
+        found = micro_batches(cfg.train, cfg.run.seed, self.run.ranks, position - 1, len(self.frames))
+        return [(position, number, tuple(clips)) for number, clips in found]
+
+    def read(self, key: MicroKey) -> Tensor:
+        """uint8 (N, 3, H, W)."""
+        position, number, clips = key
+        rng = generator(self.cfg.run.seed, "frames", position, number)
+        return self.frames.batch(clips, self.cfg.frames.per_clip, self.cfg.frames.step, rng)
+
     def update(self, step: int, position: int) -> tuple[StepInfo, Logs]:
         """One update, and with the GAN on one of the discriminator on the same pictures; this rank's mean losses."""
         cfg, seed, device = self.cfg, self.cfg.run.seed, self.run.ranks.device
         samples, totals = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames)), dict[str, float]()
         adversarial = cfg.gan.on(step)
         with keeping(self.run, position, self.engine, samples) as kept:
-            for number, clips in micro_batches(cfg.train, seed, self.run.ranks, position - 1, len(self.frames)):
-                rng = generator(seed, "frames", position, number)
-                pixels = to_unit(self.frames.batch(clips, cfg.frames.per_clip, cfg.frames.step, rng).to(device))
+            keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
+            for index, (_, number, clips) in enumerate(keys[: self.engine.micro_batches]):
+                pixels = to_unit(self.pixels(keys[index], keys[index + 1 :]).to(device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
+                rng = generator(seed, "noise", position, number)
                 noise = torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng).to(device)
                 loss, made, logs = self.engine(pixels, noise, adversarial)
                 kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": pixels.cpu()}))
