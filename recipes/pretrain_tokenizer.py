@@ -25,7 +25,7 @@ from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.manifest import write_json
-from scd_sf.data.pixel_frames import PixelFrames, to_unit
+from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
@@ -38,7 +38,7 @@ from scd_sf.models.tokenizer_training import (
     build_discriminator,
     build_tokenizer,
 )
-from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, channels_last, load_tokenizer, save_tokenizer
 from scd_sf.models.vae_training import patch_components
 from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches
@@ -50,6 +50,8 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Logs, UserError, exit_on_user_error
 
 RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
+
+MicroKey = tuple[int, int, tuple[int, ...]]
 
 
 @dataclass
@@ -83,6 +85,7 @@ class EvaluationConfig:
 class PretrainTokenizerConfig:
     """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
     (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too.
+    ``init``: the directory of a tokenizer of this architecture to go on from instead.
     ``val`` without a root: that split of the training data."""
 
     data: PixelsConfig
@@ -94,6 +97,7 @@ class PretrainTokenizerConfig:
     gan: GanConfig = field(default_factory=GanConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     lpips_weights: str = ""
+    init: str = ""
     start: Literal["random", "linear"] = "random"
     start_frames: int = 256
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -108,14 +112,25 @@ class PretrainTokenizerConfig:
             raise ValueError("a GAN needs zero_stage 2 or less: the decoder asks for the discriminator's weights")
 
 
+def fine_tuned(cfg: PretrainTokenizerConfig) -> AutoencoderDC:
+    """A copy of the network of ``cfg.init``. UserError: it is another architecture."""
+    model, found = build_tokenizer(cfg.tokenizer, cfg.run.seed), load_tokenizer(Path(cfg.init)).model.state_dict()
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if wrong := sorted(wanted.items() ^ {name: tensor.shape for name, tensor in found.items()}.items()):
+        raise UserError(f"{cfg.init}: its '{wrong[0][0]}' is not that of the config's tokenizer; set the same sizes")
+    model.load_state_dict(found)
+    return model
+
+
 def prepare(cfg: PretrainTokenizerConfig, frames: PixelFrames) -> tuple[AutoencoderDC, Components | None]:
     """The model before the first step, and the anchor's components; a pure function of config and data."""
-    model = build_tokenizer(cfg.tokenizer, cfg.run.seed)
-    if cfg.start == "random" and not cfg.loss.anchor:
+    model = fine_tuned(cfg) if cfg.init else build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    linear = cfg.start == "linear" and not cfg.init
+    if not linear and not cfg.loss.anchor:
         return model, None
     pixels = to_unit(frames.spread(cfg.start_frames))
     begun = cfg.run.resume != "never" and bool(Checkpoints(Path(cfg.run.dir) / "checkpoints").steps())
-    if cfg.start == "linear" and not begun:
+    if linear and not begun:
         try:
             return model, linear_start(model, pixels, cfg.loss.anchor_floor)
         except ValueError as error:
@@ -131,9 +146,12 @@ class Training:
         self.cfg, self.run, self.frames = cfg, run, frames
         ranks, sizes = run.ranks, {"global_batch": cfg.train.global_batch, "micro_batch": cfg.train.micro_batch}
         model, components = prepare(cfg, frames)
+        if cfg.engine.kind == "local":  # DeepSpeed wants plain memory and lays it out itself
+            channels_last(model)
         if components is not None:
             components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))
         perceptual = load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
+        self.pixels = ReadAhead(self.read, cfg.train.prefetch if not cfg.frames.keep_every else 0)
         self.discriminator: Engine | None = None
         network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
         objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
@@ -148,16 +166,29 @@ class Training:
     def engines(self) -> dict[str, Engine]:
         return {"model": self.engine} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
 
+    def micro_batches(self, position: int) -> list[MicroKey]:
+        """This rank's of one update: (position, number, clips) each."""
+        cfg = self.cfg
+        found = micro_batches(cfg.train, cfg.run.seed, self.run.ranks, position - 1, len(self.frames))
+        return [(position, number, tuple(clips)) for number, clips in found]
+
+    def read(self, key: MicroKey) -> Tensor:
+        """uint8 (N, 3, H, W)."""
+        position, number, clips = key
+        rng = generator(self.cfg.run.seed, "frames", position, number)
+        return self.frames.batch(clips, self.cfg.frames.per_clip, self.cfg.frames.step, rng)
+
     def update(self, step: int, position: int) -> tuple[StepInfo, Logs]:
         """One update, and with the GAN on one of the discriminator on the same pictures; this rank's mean losses."""
         cfg, seed, device = self.cfg, self.cfg.run.seed, self.run.ranks.device
         samples, totals = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames)), dict[str, float]()
         adversarial = cfg.gan.on(step)
         with keeping(self.run, position, self.engine, samples) as kept:
-            for number, clips in micro_batches(cfg.train, seed, self.run.ranks, position - 1, len(self.frames)):
-                rng = generator(seed, "frames", position, number)
-                pixels = to_unit(self.frames.batch(clips, cfg.frames.per_clip, cfg.frames.step, rng).to(device))
+            keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
+            for index, (_, number, clips) in enumerate(keys[: self.engine.micro_batches]):
+                pixels = to_unit(self.pixels(keys[index], keys[index + 1 :]).to(device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
+                rng = generator(seed, "noise", position, number)
                 noise = torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng).to(device)
                 loss, made, logs = self.engine(pixels, noise, adversarial)
                 kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": pixels.cpu()}))
@@ -189,7 +220,7 @@ def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -
     """Mean and deviation of the latents of training frames."""
     pixels = to_unit(frames.spread(cfg.statistics_frames))
     latents = as_tokenizer(model).encode(pixels.unsqueeze(0))[0].transpose(0, 1).flatten(1).double()
-    mean = latents.mean(1, keepdim=True)
+    mean = latents.mean(1, keepdim=True)  # (C, 1)
     variance = (latents - mean).square().mean(1)
     std = (variance if cfg.statistics == "channel" else variance.mean().expand_as(variance)).sqrt()
     return Normalisation(
@@ -206,7 +237,7 @@ def milliseconds(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> dict[str, fl
         times = []
         for _ in range(5):
             began = time.perf_counter()
-            work(given)
+            work(given).cpu()  # waits for the device
             times.append(time.perf_counter() - began)
         found[f"{name}_ms_per_frame"] = round(1000 * sorted(times)[2] / batch.shape[1], 3)
     return found
@@ -216,7 +247,7 @@ def write(cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrame
     """Write ``RUN/tokenizer`` and judge what was written."""
     folder, found = Path(cfg.run.dir) / "tokenizer", cfg.evaluation
     save_tokenizer(model, measured(model, found, frames), folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, device=next(model.parameters()).device)
     made, real = reconstructed(tokenizer, val), val / 2 + 0.5
     report: dict[str, object] = {name: round(value, 4) for name, value in reconstruction(made, real).items()}
     latents = tokenizer.encode(val.unsqueeze(0))[0]
@@ -248,7 +279,7 @@ def main() -> None:
         return to_yaml(cfg), provenance(stage="tokenizer", step=step, seed=cfg.run.seed, data_hash=frames.hash)
 
     state = TrainState(run, training.engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
     for step in state.steps(state.resume()):
         with state.attempt(step):
             info, logs = training.update(step, state.position(step))

@@ -1,11 +1,13 @@
 """LPIPS as a training loss: the ``lpips`` package's network and heads on weights that the caller has.
 
-The package brings the heads; the trunk is torchvision's VGG16 (``vgg16-397923af.pth``) or AlexNet, read from a file.
+The package brings the heads; the trunk is VGG16 or AlexNet, read from torchvision's file (``vgg16-397923af.pth``) or
+from one in the package's own names (``net.slice1.0.weight``).
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,16 +27,24 @@ def load_perceptual(weights: Path, device: torch.device) -> Callable[[Tensor, Te
         import lpips
     except ImportError as error:
         raise UserError("lpips_weights: the lpips package is missing; pip install 'scd-sf[eval]'") from error
-    trunk = {name: tensor for name, tensor in read_tensors(weights).items() if name.startswith("features.")}
-    kind = next((kind for name, kind in _TRUNKS.items() if name in trunk), None)
+    found = read_tensors(weights)
+    layers = {_torchvision(name): tensor for name, tensor in found.items()}
+    kind = next((kind for name, kind in _TRUNKS.items() if name in layers), None)
     if kind is None:
-        raise UserError(f"{weights}: no VGG16 or AlexNet of torchvision; give vgg16-397923af.pth")
-    net = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-    layers = {re.sub(r"slice\d\.", "features.", name): value for name, value in net.net.state_dict().items()}
-    for name, value in layers.items():
-        if name not in trunk or trunk[name].shape != value.shape:
-            found = list(trunk[name].shape) if name in trunk else "missing"
-            raise UserError(f"{weights}: tensor '{name}' is {found}, not {list(value.shape)}; use torchvision's {kind}")
-        value.copy_(trunk[name])
+        raise UserError(f"{weights}: neither torchvision's VGG16 or AlexNet nor LPIPS; give one of these")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*pretrained.*|.*Arguments other than a weight enum.*")
+        net = lpips.LPIPS(net=kind, pnet_rand=True, verbose=False).eval().requires_grad_(False)
+    for name, value in net.net.state_dict().items():
+        layer = _torchvision(f"net.{name}")
+        if layer not in layers or layers[layer].shape != value.shape:
+            shape = list(layers[layer].shape) if layer in layers else "missing"
+            raise UserError(f"{weights}: tensor '{layer}' is {shape}, not {list(value.shape)}; use another file")
+        value.copy_(layers[layer])
     net = net.to(device)
     return lambda made, real: net(made.float(), real.float()).mean()
+
+
+def _torchvision(name: str) -> str:
+    """``net.slice2.3.weight`` of the lpips package -> ``features.3.weight``."""
+    return re.sub(r"net\.slice\d\.", "features.", name)

@@ -16,8 +16,6 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
-from scd_sf.models.tokenizers import channels_last
-
 
 @dataclass
 class TokenizerConfig:
@@ -56,19 +54,18 @@ class TokenizerConfig:
 
 
 def build_tokenizer(cfg: TokenizerConfig, seed: int) -> AutoencoderDC:
-    """A fresh network, a function of (cfg, seed), weights channels-last."""
+    """A fresh network, a function of (cfg, seed)."""
     stages = len(cfg.widths)
     types = ["ResBlock"] * cfg.res_stages + ["EfficientViTBlock"] * (stages - cfg.res_stages)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoencoderDC(
+        return AutoencoderDC(
             latent_channels=cfg.channels, attention_head_dim=cfg.head_dim,
             encoder_block_types=tuple(types), decoder_block_types=tuple(types),
             encoder_block_out_channels=tuple(cfg.widths), decoder_block_out_channels=tuple(cfg.widths),
             encoder_layers_per_block=tuple(cfg.encoder_layers), decoder_layers_per_block=tuple(cfg.decoder_layers),
             encoder_qkv_multiscales=((),) * stages, decoder_qkv_multiscales=((),) * stages,
         )  # fmt: skip
-    return channels_last(model)
 
 
 def last_weight(model: AutoencoderDC) -> Tensor:

@@ -272,6 +272,9 @@ def _normalisation(folder: Path, config: Json, model: Autoencoder) -> Normalisat
 
 
 def _numbers(values: object, where: str) -> tuple[float, ...]:
+    """A list of numbers, of any nesting: some configs have the shape (1, C, 1, 1)."""
+    while isinstance(values, list) and values and all(isinstance(value, list) for value in values):
+        values = [inner for value in values for inner in value]
     if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise UserError(f"{where}: latents_mean, latents_std, scaling_factor and shift_factor must be numbers; {AGAIN}")
     return tuple(float(value) for value in values)

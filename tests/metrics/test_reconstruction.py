@@ -57,10 +57,12 @@ def test_perceptual(tmp_path: Path) -> None:
     made.requires_grad_()
     distance = load_perceptual(tmp_path / "alexnet.pth", torch.device("cpu"))(made, real)
     torch.testing.assert_close(distance, net(made, real).mean())
+    torch.save(net.state_dict(), tmp_path / "lpips.pth")
+    torch.testing.assert_close(load_perceptual(tmp_path / "lpips.pth", torch.device("cpu"))(made, real), distance)
     distance.backward()
     assert made.grad is not None and float(made.grad.abs().sum()) > 0
     torch.save({name: value for name, value in trunk.items() if name != "features.0.bias"}, tmp_path / "cut.pth")
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
-    for name, said in (("cut.pth", "'features.0.bias' is missing"), ("other.pth", "no VGG16 or AlexNet")):
+    for name, said in (("cut.pth", "'features.0.bias' is missing"), ("other.pth", "neither torchvision's")):
         with pytest.raises(UserError, match=said):
             load_perceptual(tmp_path / name, torch.device("cpu"))

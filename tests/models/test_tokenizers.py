@@ -203,7 +203,7 @@ def test_vae_with_statistics(tmp_path: Path, kind: str) -> None:
     model, mean, std = tiny_kl(), torch.tensor(STATS.mean), torch.tensor(STATS.std)
     if kind == "diffusers":
         model.save_pretrained(tmp_path)
-        config_of(model, tmp_path, latents_mean=list(STATS.mean), latents_std=list(STATS.std))
+        config_of(model, tmp_path, latents_mean=[[[[m]] for m in STATS.mean]], latents_std=list(STATS.std))
     elif kind == "va-vae":
         extra = {
             "loss.logvar": torch.zeros(()),

@@ -30,7 +30,7 @@ SIZES = [
 # From the components, held to them, with a GAN from the third step; and the plain L1 of a fresh network in bf16.
 VARIANTS = {
     "linear and gan": ["start=linear", "loss.anchor=0.1", "loss.noise=0.1", "gan.weight=0.5", "gan.start=2"],
-    "random": ["engine.dtype=bf16"],
+    "random": ["engine.dtype=bf16", "frames.keep_every=0"],
 }
 
 
@@ -74,10 +74,10 @@ def test_killed_and_resumed(data: Path, tmp_path: Path, variant: str) -> None:
     names = [set(row) for row in rows]
     assert ("gan" in names[2]) == (variant == "linear and gan") and "gan" not in names[1]
     assert "val/psnr" in names[1] and "val/ssim" in names[2]
-    written(whole, data)
+    written(whole, data, every=2 if variant == "linear and gan" else 1)
 
 
-def written(run: Path, data: Path) -> None:
+def written(run: Path, data: Path, every: int) -> None:
     """What it leaves: the averaged weights in fp16, latents of variance 1 per channel, figures of these very files."""
     tokenizer = load_tokenizer(run / "tokenizer")
     average = load_file(run / "checkpoints" / "step_00000003" / "ema.safetensors")
@@ -87,7 +87,7 @@ def written(run: Path, data: Path) -> None:
         to_unit(torch.cat([read_video(file) for file in sorted((data / split).glob("*/*.mp4"))]))[None]
         for split in ("train", "test")
     )
-    latents = tokenizer.encode(train[:, ::2])[0].transpose(0, 1).flatten(1)
+    latents = tokenizer.encode(train[:, ::every])[0].transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(8), rtol=0, atol=2e-2)
     torch.testing.assert_close(latents.std(1), torch.ones(8), rtol=2e-2, atol=0)
     report = json.loads((run / "tokenizer" / "evaluation.json").read_text())
@@ -99,6 +99,18 @@ def written(run: Path, data: Path) -> None:
     origin = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert origin["stage"] == "tokenizer" and origin["step"] == 3 and SCRIPT in origin["command"]
     assert (run / "reconstructions.png").stat().st_size > 0
+
+
+def test_going_on_from_a_tokenizer(data: Path, tmp_path: Path) -> None:
+    """Without a step worth the name the pictures are those of the first training; other sizes are refused."""
+    arguments = [f"data.root={data}", *SIZES, "start=linear", "train.steps=1"]
+    recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={tmp_path / 'one'}")
+    init = [f"init={tmp_path / 'one' / 'tokenizer'}", "engine.lr=1e-9", f"run.dir={tmp_path / 'two'}"]
+    recipe_runner.succeed(SCRIPT, *arguments, *init)
+    one, two = (json.loads((tmp_path / name / "tokenizer" / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["psnr"] == pytest.approx(two["psnr"], abs=0.01) and one["sha256"] != ""
+    other = recipe_runner.run(SCRIPT, *arguments, *init, "tokenizer.channels=16", f"run.dir={tmp_path / 'three'}")
+    assert other.code == 2 and "is not that of the config's tokenizer" in other.err
 
 
 def test_one_statistic_for_all_channels(data: Path, tmp_path: Path) -> None:
@@ -126,10 +138,12 @@ def test_refused(data: Path, tmp_path: Path, arguments: list[str], said: str) ->
 
 
 @pytest.mark.slow
-def test_two_ranks_see_the_same_batches(data: Path, tmp_path: Path) -> None:
-    """The losses of two processes are those of one, up to the order of sums."""
+@pytest.mark.parametrize("kind", ["local", "deepspeed"])
+def test_two_ranks_see_the_same_batches(data: Path, tmp_path: Path, kind: str) -> None:
+    """The losses of two processes, DeepSpeed's ZeRO-2 among them, are those of one, up to the order of sums."""
     arguments = [f"data.root={data}", *SIZES, *VARIANTS["linear and gan"]]
     recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={tmp_path / 'one'}")
+    arguments += [f"engine.kind={kind}", f"gan_engine.kind={kind}"]
     ranks = recipe_runner.run_ranks(SCRIPT, *arguments, f"run.dir={tmp_path / 'two'}", world=2)
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].err[-2000:]
     one, two = ([row["loss"] for row in tiny_run.metrics(tmp_path / name)] for name in ("one", "two"))
