@@ -116,7 +116,7 @@ class Plan:
         """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint or of ``step``."""
         checkpoint = self.folder(trial, seed)
         given = [
-            f"checkpoint={checkpoint / f'step_{step:08d}' if step else checkpoint}",
+            f"checkpoint={checkpoint / 'checkpoints' / f'step_{step:08d}' if step else checkpoint}",
             f"tokenizer={TOKENIZER}",
             f"pixels={{kind: teco, root: {self.data}, split: test}}",
             f"custom={{context: 4, generated: 12, clips: {self.test}, resolution: 128}}",
