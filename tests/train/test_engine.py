@@ -12,7 +12,7 @@ import pytest
 import torch
 from train import workers
 
-from scd_sf.train.engine import Ranks, build_engine
+from scd_sf.train.engine import Engine, EngineConfig, Ranks, build_engine
 from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -123,6 +123,32 @@ def test_local_bf16_follows_fp32(local: Results) -> None:
 
 def test_too_many_skips_say_what_to_do(local: Results) -> None:
     assert "2 updates in a row" in local["skips-local"] and "resume from the last checkpoint" in local["skips-local"]
+
+
+def test_resume_keeps_the_memory_order(tmp_path: Path) -> None:
+    """Channels-last weights go on exactly: the fused AdamW takes weights and moments in the order of memory."""
+
+    def engine() -> Engine:
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        cfg = EngineConfig(kind="local", lr=1e-2)
+        return build_engine(model, cfg, ALONE, global_batch=1, micro_batch=1, total_updates=4)
+
+    x = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+
+    def updates(one: Engine, count: int) -> None:
+        for _ in range(count):
+            one.backward(one(x).square().mean())
+            one.step()
+
+    whole, resumed = engine(), engine()
+    updates(whole, 2)
+    whole.state().write(tmp_path / "state")
+    resumed.load(tmp_path / "state")
+    for one in (whole, resumed):
+        updates(one, 2)
+    for name, value in whole.masters().items():
+        assert torch.equal(value, resumed.masters()[name]), name
 
 
 def test_world_size_must_divide_before_anything_is_built() -> None:
