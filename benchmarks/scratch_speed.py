@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scd_sf.bench import random_weights
+from scd_sf.bench import in_rounds, random_weights
 from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
@@ -30,6 +30,7 @@ from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.wan import Wan
+from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import Conditioning
 
 CHANNELS, SIDE, ACTIONS = 32, 8, 3
@@ -97,34 +98,39 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
     return run
 
 
-def measured(run: Callable[[], object], repeats: int) -> dict[str, float]:
+def measured(run: Callable[[], object]) -> dict[str, float]:
+    """Once to warm up, then once; the memory of that, and the floor of its calls."""
     run()
     peak_gib(reset=True)
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - began
+    peak = peak_gib()
+    return {"seconds": round(seconds, 4), **floor_of(run, seconds), "peak_rss_gib": round(peak, 3)}
+
+
+def floor_of(run: Callable[[], object], seconds: float) -> dict[str, float]:
+    """What its matmuls and attention calls take alone, and how far ``seconds`` is from that."""
     with HeavyCalls() as heavy:
         run()
-    seconds, floor = statistics.median(times), heavy.floor()
-    found = {"seconds": seconds, "floor_seconds": floor, "floor_ratio": seconds / floor, "peak_rss_gib": peak_gib()}
-    return {name: round(value, 4) for name, value in found.items()}
+    floor = heavy.floor()
+    return {"floor_seconds": round(floor, 4), "floor_ratio": round(seconds / floor, 3)}
 
 
-def rollouts(repeats: int) -> dict[str, Callable[[], dict[str, float]]]:
-    def row(model: Student, history: int, steps: int) -> Callable[[], dict[str, float]]:
-        return lambda: measured(Rollout(model, history, steps).frame, repeats)
-
-    scd, cached, causal = model_of("scd"), model_of("scd", CACHED), model_of("causal")
-    rows = {}
-    for steps in STEPS:
-        for history in HISTORIES:
-            rows[f"SCD-B, S = {steps}, {history} frames of history"] = row(scd, history, steps)
-    for history in HISTORIES:
-        rows[f"SCD-B with cached prefix, S = 50, {history} frames of history"] = row(cached, history, 50)
-        rows[f"Causal DiT-B, S = 4, {history} frames of history"] = row(causal, history, 4)
-    return rows
+def rollouts(rounds: int) -> dict[str, dict[str, float]]:
+    """All cases in turn, so that a slow minute falls on all."""
+    kinds = (("SCD-B", "scd", SCD, STEPS), ("SCD-B with cached prefix", "scd", CACHED, STEPS[1:]))
+    frames = {}
+    for name, family, scd, steps in (*kinds, ("Causal DiT-B", "causal", SCD, STEPS[:1])):
+        model = model_of(family, scd)
+        for count in steps:
+            for history in HISTORIES:
+                frames[f"{name}, S = {count}, {history} frames of history"] = Rollout(model, history, count).frame
+    found = {}
+    for row in in_rounds(frames, rounds):
+        name, seconds = str(row["name"]), float(str(row["seconds"]))
+        found[name] = {"seconds": seconds, **floor_of(frames[name], seconds)}
+    return found
 
 
 def steps_of_training(frames: int) -> dict[str, Callable[[], dict[str, float]]]:
@@ -133,7 +139,7 @@ def steps_of_training(frames: int) -> dict[str, Callable[[], dict[str, float]]]:
             model = model_of(family)
             if isinstance(model, Scd):
                 model.samples_in_turn = in_turn
-            return measured(training(model, frames, samples), 1)
+            return measured(training(model, frames, samples))
 
         return run
 
@@ -146,22 +152,27 @@ def steps_of_training(frames: int) -> dict[str, Callable[[], dict[str, float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    document = {"machine": f"{args.threads} threads, bf16", "torch": str(torch.__version__), "rows": {}}
+    keep_freed_memory()
+    document: dict[str, Any] = {"machine": f"{args.threads} threads, bf16", "torch": str(torch.__version__), "rows": {}}
     if args.out.is_file():
         document = json.loads(args.out.read_text())
-    cases = rollouts(args.repeats)
+    if not any("history" in name for name in document["rows"]):
+        document["rows"] |= rollouts(args.rounds)
+        document |= {"rounds": args.rounds, "rollout_peak_rss_gib": round(peak_gib(), 3)}
+        write_json(args.out, document)
+    cases: dict[str, Callable[[], dict[str, float]]] = {}
     for frames in args.frames:
         cases |= steps_of_training(frames)
     for name, case in cases.items():
         if name not in document["rows"]:
             document["rows"][name] = case()
-            print(json.dumps({name: document["rows"][name]}), flush=True)
             write_json(args.out, document)
+    print(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":
