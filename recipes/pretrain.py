@@ -20,11 +20,13 @@ from torch import Tensor
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
+from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_model
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.wan import Wan
+from scd_sf.prediction import Preview, PreviewConfig
 from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches, check_shape
 from scd_sf.train.ema import Ema
@@ -59,6 +61,7 @@ class PretrainConfig:
     recompute_attention: bool = True
     samples_in_turn: bool = False
     validation_clips: int = 32
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
         if self.model.backbone != "dit":
@@ -168,7 +171,8 @@ def main() -> None:
     cfg = from_command_line(PretrainConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
     clips, val, usable = checked(cfg, ranks)
-    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips"))
+    preview = Preview(cfg.preview, val, build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift))
+    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips", "preview"))
     run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(clips.info.shape(cfg.frames))
     torch.manual_seed(cfg.run.seed)
     engine = model_engine(cfg, ranks, student_of(cfg.model))
@@ -183,7 +187,11 @@ def main() -> None:
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     averaged = student_of(cfg.model)
-    for step in state.steps(state.resume()):
+    start = state.resume()
+    if start == 0:
+        averaged.load_state_dict(engine.masters())
+        preview.show(run, averaged, 0)
+    for step in state.steps(start):
         with state.attempt(step):
             info, sums = update(cfg, run, engine, clips, usable, state.position(step), state.may_stop)
             if info.stepped:
@@ -193,6 +201,7 @@ def main() -> None:
                 state.ema.copy_to(averaged)
                 logs |= validate(averaged, val, cfg, ranks)
                 state.note_best(step, logs["val/loss"])
+                preview.show(run, averaged, step)
             run.log(step, logs)
     run.finish()
 

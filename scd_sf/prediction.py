@@ -12,13 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.data.clips import write_video
+from scd_sf.data.frames import FrameClips
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
 from scd_sf.models.generator import CacheConfig, FrameStreamer
 from scd_sf.models.guided import Guided, SampleGuidance
+from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.models.wan import Wan
 from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
+from scd_sf.train.run import Run
 from scd_sf.types import Conditioning, UserError
 
 
@@ -44,6 +49,57 @@ class PredictionConfig:
     window: int = 0
     sink: int = 0
     guidance: PredictionGuidance = field(default_factory=PredictionGuidance)
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Videos while training: ``clips`` of the validation set, ``frames`` predicted after ``context`` true ones, decoded
+    by ``tokenizer`` (a directory; empty: no videos)."""
+
+    tokenizer: str = ""
+    clips: int = 2
+    context: int = 4
+    frames: int = 12
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.frames) < 1 or self.context < 0:
+            raise UserError("preview: clips and frames must be at least 1, context at least 0")
+
+
+class Preview:
+    """The same clips with the same noise every time: truth (as the tokenizer decodes it) above prediction, in
+    ``RUN/videos/STEP.mp4``."""
+
+    def __init__(self, cfg: PreviewConfig, clips: FrameClips, sampler: Sampler) -> None:
+        """UserError before any training: a tokenizer of another size, or clips that are too short."""
+        self.cfg, self.sampler, self.fps = cfg, sampler, clips.info.fps
+        self.tokenizer = load_tokenizer(Path(cfg.tokenizer)) if cfg.tokenizer else None
+        if self.tokenizer is None:
+            return
+        if (self.tokenizer.channels, self.tokenizer.spatial) != (clips.info.channels, clips.info.spatial):
+            raise UserError(f"preview.tokenizer {cfg.tokenizer}: not the one that {clips.root} was encoded with")
+        length = cfg.context + cfg.frames
+        chosen = clips.at_least(length)[: cfg.clips]
+        self.batch = clips.batch(chosen, [0] * len(chosen), length)
+
+    def show(self, run: Run, model: Student, step: int) -> None:
+        """On the main rank, with its own whole copy of the model."""
+        if self.tokenizer is None or not run.ranks.is_main:
+            return
+        device, cfg = run.ranks.device, self.cfg
+        batch, model = self.batch.to(device), model.to(device)
+        context = batch.latents_BFCHW[:, : cfg.context]
+        seeds = list(range(len(context)))
+        future = list(predict(model, context, batch.cond, cfg.frames, self.sampler, seeds))
+        made = torch.cat([context, *future], 1)
+        model.to("cpu")
+        pixels = [self.tokenizer.decode(latents.float().cpu()) for latents in (self.batch.latents_BFCHW, made)]
+        rows = torch.cat([torch.cat(list(video), dim=-1) for video in pixels], dim=-2)  # truth above prediction
+        frames = as_uint8((rows.clamp(-1, 1) + 1) / 2)
+        file = run.dir / "videos" / f"{step:08d}.mp4"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_video(file, frames, self.fps)
+        run.video(step, "samples", frames.permute(0, 2, 3, 1), file)
 
 
 def load_predictor(path: Path, weights: str = "ema") -> tuple[Student, CheckpointConfig]:

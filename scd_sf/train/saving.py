@@ -59,7 +59,10 @@ class Saving:
         problem = problem_of(lambda: self._write_state(self._folder / STATE))
         if not self._ranks.is_main:  # whose commit brings the whole tree onto the disk
             problem = problem or problem_of(lambda: fsync_tree(self._folder / STATE))
-            self._mark(self._ranks.rank).write_text(problem)
+            mark = self._mark(self._ranks.rank)
+            begun = mark.with_name(mark.name + ".begun")  # else the main rank could read it before its words are in it
+            begun.write_text(problem)
+            begun.rename(mark)
         if problem:
             raise UserError(problem)
 

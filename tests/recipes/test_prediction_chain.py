@@ -11,6 +11,7 @@ import recipe_runner
 import torch
 from diffusers import AutoencoderDC
 
+from scd_sf.data.clips import read_video
 from scd_sf.data.frames import FrameClips
 from scd_sf.metrics.prediction_result import PredictionResult
 from scd_sf.models.tokenizers import Normalisation, save_tokenizer
@@ -50,6 +51,7 @@ def chain(doom_actions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe_runner.succeed(
         "recipes/pretrain.py", f"data={root / 'train'}", f"val={root / 'test'}", f"run.dir={root / 'run'}", "frames=12",
         f"model={{dit: {DIT}, scd: {SCD}}}", "engine={kind: local}", "validation_clips=1",
+        f"preview={{tokenizer: {root / 'tokenizer'}, clips: 1, context: 2, frames: 3}}", "sampler.steps=2",
         "train={steps: 2, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}",
     )  # fmt: skip
     return root
@@ -63,6 +65,9 @@ def evaluation(chain: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> None:
     assert FrameClips(chain / "train").info.num_actions == 3
+    shown = read_video(chain / "run" / "videos" / "00000002.mp4")
+    assert shown.shape == (5, 3, 128, 64)  # truth above prediction
+    assert sorted(path.name for path in (chain / "run" / "videos").iterdir()) == ["00000000.mp4", "00000002.mp4"]
     for out, more in ((tmp_path / "a", "batch=2"), (tmp_path / "b", "batch=3")):
         recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, out, more))
     result, other = (PredictionResult.read(tmp_path / name / "result.json") for name in "ab")

@@ -98,6 +98,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(data: Path, tmp
         (f"val={tmp_path / 'silent'}", "has 0 actions"),
         ("engine.lr_scale.head=2", "lr_scale.head: no parameter's name starts so"),
         (f"data={tmp_path}", "encode the clips first"),
+        (f"preview.tokenizer={tmp_path}", str(tmp_path)),
     ):
         result = recipe_runner.run(SCRIPT, *arguments(data, tmp_path / "run", more))
         assert result.code == 2 and message in result.err, (more, result.err[-500:])

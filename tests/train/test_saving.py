@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from pathlib import Path
 
@@ -58,3 +60,23 @@ def test_nobody_waits_for_a_mark_that_could_not_be_left(root: Path) -> None:
     started, committed = time.monotonic(), list[int]()
     assert "another process" in saving(root, 0, committed, fails_elsewhere=True).wait()
     assert time.monotonic() - started < 5 and committed == []
+
+
+def test_a_mark_is_never_seen_without_its_words(root: Path) -> None:
+    """Rank 1's mark says what went wrong from the moment it is there."""
+    seen: list[str] = []
+    watching = threading.Event()
+
+    def watch() -> None:
+        while not watching.is_set():
+            for mark in root.rglob(".rank_00001"):
+                with contextlib.suppress(OSError):
+                    seen.append(mark.read_text())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for _ in range(30):
+        assert "No space left" in saving(root, 1, [], full=True).wait()
+    watching.set()
+    thread.join()
+    assert seen and all("No space left" in said for said in seen)
