@@ -1,7 +1,7 @@
 """Run a chain of commands as one resumable job: what is finished is not run again, and the time left is shown.
 
 A step is finished when its marker under ``<run>/.done`` holds exactly the command it was run with. Every step's output
-goes to ``<run>/logs/<step>.log``. Steps of one group run at the same time. Used by recipes/demo.py and make_teacher.py.
+goes to ``<run>/logs/<step>.log``. Steps of one group run at the same time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ class Step:
 Group = Sequence[Step]
 
 
-def run_steps(run: Path, groups: Sequence[Group]) -> dict[str, float]:
+def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str, float]:
     """Run all groups in order; returns seconds per step (from its marker if it was finished before).
+
+    ``at_once``: of a larger group, so many steps run at a time; the next starts when one ends.
 
     Raises UserError naming the step and its log when a command fails; what it had done is kept.
     """
@@ -50,7 +52,7 @@ def run_steps(run: Path, groups: Sequence[Group]) -> dict[str, float]:
             (run / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run}: cannot write the run directory ({error}); choose another --run") from error
-    total = sum(max(step.seconds for step in group) for group in groups)
+    total = sum(_expected(group, at_once) for group in groups)
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -64,7 +66,7 @@ def run_steps(run: Path, groups: Sequence[Group]) -> dict[str, float]:
         task = bar.add_task("starting", total=total)
         before = 0.0
         for number, group in enumerate(groups, 1):
-            expected = max(step.seconds for step in group)
+            expected = _expected(group, at_once)
             title = f"{number}/{len(groups)} {', '.join(step.name for step in group)}"
             bar.update(task, description=escape(title), completed=before)
             _say(console, f"[{title}] about {_clock(expected)}, then about {_clock(total - before - expected)} more")
@@ -72,7 +74,7 @@ def run_steps(run: Path, groups: Sequence[Group]) -> dict[str, float]:
             def tick(seconds: float, base: float = before, most: float = expected) -> None:
                 bar.update(task, completed=base + min(seconds, most))
 
-            taken |= _run_group(run, group, console, tick)
+            taken |= _run_group(run, group, at_once, console, tick)
             before += expected
         bar.update(task, completed=total)
     return taken
@@ -121,30 +123,40 @@ class _Running:
         self.seconds = round(time.monotonic() - self._began, 1)
 
 
-def _run_group(run: Path, group: Group, console: Console, tick: Callable[[float], None]) -> dict[str, float]:
+def _expected(group: Group, at_once: int) -> float:
+    """Seconds that a group takes, about."""
+    return max(*(step.seconds for step in group), sum(step.seconds for step in group) / min(at_once, len(group)))
+
+
+def _run_group(
+    run: Path, group: Group, at_once: int, console: Console, tick: Callable[[float], None]
+) -> dict[str, float]:
     taken = {step.name: seconds for step in group if (seconds := _finished(run, step)) is not None}
     for name in taken:
         _say(console, f"  {name}: finished before")
+    waiting = [step for step in group if step.name not in taken]
     started = time.monotonic()
     running: list[_Running] = []
+    failed: list[_Running] = []
     try:
-        for step in group:
-            if step.name not in taken:
-                running.append(_Running(run, step, console))
-        while any(item.process.poll() is None for item in running):
+        while running or (waiting and not failed):
+            while waiting and len(running) < at_once and not failed:
+                running.append(_Running(run, waiting.pop(0), console))
             time.sleep(0.1)
             tick(time.monotonic() - started)
+            for item in [item for item in running if item.process.poll() is not None]:
+                running.remove(item)
+                if item.wait() != 0:
+                    failed.append(item)
+                    continue
+                taken[item.step.name] = item.seconds
+                write_json(_marker(run, item.step), {"command": list(item.step.command), "seconds": item.seconds})
     except BaseException:
         for item in running:
             item.process.terminate()
         for item in running:  # a training saves before it goes
             item.process.wait()
         raise
-    failed = [item for item in running if item.wait() != 0]
-    for item in running:
-        if item not in failed:
-            taken[item.step.name] = item.seconds
-            write_json(_marker(run, item.step), {"command": list(item.step.command), "seconds": item.seconds})
     for item in failed:
         raise UserError(
             f"step '{item.step.name}' failed (exit {item.process.returncode}): {item.last_line} - see {item.log}; "

@@ -72,6 +72,16 @@ def test_steps_of_a_group_run_at_the_same_time(tmp_path: Path) -> None:
     assert run_steps(tmp_path / "run", [group]).keys() == {"left", "right"}
 
 
+def test_no_more_than_asked_run_at_once(tmp_path: Path) -> None:
+    """Five steps, two at a time: each says how many it sees running; the third starts before the slowest has ended."""
+    count = "touch {0}/on.{1}; ls {0} | grep -c on. >> {0}/seen; sleep {2}; rm {0}/on.{1}; echo {1} >> {0}/order"
+    seconds = (0.8, 0.1, 0.1, 0.1, 0.1)
+    group = [Step(f"s{i}", shell(count.format(tmp_path, i, s)), s) for i, s in enumerate(seconds)]
+    assert len(run_steps(tmp_path / "run", [group], at_once=2)) == 5
+    assert max(int(line) for line in (tmp_path / "seen").read_text().split()) == 2
+    assert (tmp_path / "order").read_text().split()[:2] == ["1", "2"]
+
+
 def test_a_finished_member_of_a_failed_group_is_kept(tmp_path: Path) -> None:
     group = [
         Step("bad", shell(f"echo no >&2; test -e {tmp_path}/repaired"), 1),
