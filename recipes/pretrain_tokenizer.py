@@ -30,7 +30,7 @@ from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
 from scd_sf.metrics.reconstruction import reconstruction, write_sheet
-from scd_sf.models.tokenizer_start import linear_start
+from scd_sf.models.tokenizer_start import first_channels, linear_start
 from scd_sf.models.tokenizer_training import (
     Components,
     DiscriminatorConfig,
@@ -85,7 +85,8 @@ class EvaluationConfig:
 class PretrainTokenizerConfig:
     """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
     (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too.
-    ``init``: the directory of a tokenizer of this architecture to go on from instead.
+    ``init``: the directory of a tokenizer of this architecture to go on from instead; without ``tokenizer.shortcuts``
+    it may have more channels, of which the first are kept.
     ``val`` without a root: that split of the training data."""
 
     data: PixelsConfig
@@ -113,8 +114,11 @@ class PretrainTokenizerConfig:
 
 
 def fine_tuned(cfg: PretrainTokenizerConfig) -> AutoencoderDC:
-    """A copy of the network of ``cfg.init``. UserError: it is another architecture."""
-    model, found = build_tokenizer(cfg.tokenizer, cfg.run.seed), load_tokenizer(Path(cfg.init)).model.state_dict()
+    """A copy of the network of ``cfg.init``, or of its first channels. UserError: it is another architecture."""
+    model, before = build_tokenizer(cfg.tokenizer, cfg.run.seed), load_tokenizer(Path(cfg.init))
+    found = before.model.state_dict()
+    if isinstance(before.model, AutoencoderDC) and not cfg.tokenizer.shortcuts:
+        found = first_channels(before.model, cfg.tokenizer.channels, before.normalisation.mean)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if wrong := sorted(wanted.items() ^ {name: tensor.shape for name, tensor in found.items()}.items()):
         raise UserError(f"{cfg.init}: its '{wrong[0][0]}' is not that of the config's tokenizer; set the same sizes")

@@ -90,6 +90,10 @@ class Plan:
     def data(self) -> Path:
         return self.run / "doom"
 
+    @property
+    def quarters(self) -> list[int]:
+        return [self.steps * part // 4 for part in (1, 2, 3, 4)]
+
     def data_steps(self) -> list[Group]:
         render = python("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
         made = Step("clips", [*render, "--train", str(self.train), "--test", str(self.test)], 300)
@@ -184,11 +188,11 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
                 for s in GUIDANCE
             ]
         if experiment == "amortisation":
-            quarters = [plan.steps * part // 4 for part in (1, 2, 3)]
+            fewer = [f"custom.clips={min(24, plan.test)}", "fvd=false"]
             steps += [
-                plan.scoring(name, seed, f"{name}-{step}", "fvd=false", step=step)
+                plan.scoring(name, seed, f"{name}-{step}", *fewer, step=step)
                 for name in TABLES[experiment]
-                for step in quarters
+                for step in plan.quarters
             ]
         if experiment == "long":
             protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
@@ -229,11 +233,10 @@ def collect(plan: Plan, experiment: str) -> dict[str, Any]:
 def by_time(plan: Plan, name: str, seed: int) -> dict[str, list[float]]:
     """LPIPS and validation loss against training seconds (Figure 1)."""
     second = plan.seconds_per_update(name, seed)
-    quarters = [plan.steps * part // 4 for part in (1, 2, 3)]
-    lpips = [plan.result(f"{name}-{step}", seed)["lpips"] for step in quarters] + [plan.result(name, seed)["lpips"]]
+    lpips = [plan.result(f"{name}-{step}", seed)["lpips"] for step in plan.quarters]
     rows = [row for row in plan.log(name, seed) if "val/loss" in row and row["step"] <= plan.steps]
     return {
-        "seconds": [round(second * step, 1) for step in (*quarters, plan.steps)],
+        "seconds": [round(second * step, 1) for step in plan.quarters],
         "lpips": lpips,
         "loss_seconds": [round(second * row["step"], 1) for row in rows],
         "loss": [round(row["val/loss"], 5) for row in rows],

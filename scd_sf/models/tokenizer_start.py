@@ -9,11 +9,15 @@ components of the next smaller patches (decoder), the shortcuts taken into accou
 The decoder's end is a norm and a ReLU. A large constant channel keeps the norm near linear; pixels pass the ReLU as a
 positive and a negative part.
 
+The latents of such a training stay near the components, in falling order: :func:`first_channels` makes a narrower
+tokenizer of a trained one.
+
 Letters: N images, C channels, H W height and width; P pixels along a patch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +49,29 @@ def linear_start(model: AutoencoderDC, pixels_N3HW: Tensor, floor: float) -> Com
     latents = _encoder(model.encoder, pixels_N3HW, components(pixels_N3HW))
     _decoder(model.decoder, latents, pixels_N3HW, patch)
     return components
+
+
+@torch.no_grad()
+def first_channels(model: AutoencoderDC, count: int, mean: Sequence[float]) -> dict[str, Tensor]:
+    """Weights of ``model`` without shortcuts at the latents, and with ``count`` of its channels alone.
+
+    The encoder gives its first ``count`` latents; the decoder gives what it makes of them with the others at their
+    ``mean`` (length C, in the network's own units). Exact but for the picture's border.
+    """
+    tensors, encoder, decoder = dict(model.state_dict()), model.encoder, model.decoder
+    end, start = encoder.conv_out.weight.clone(), decoder.conv_in.weight.clone()
+    channels, width = end.shape[:2]
+    copies = torch.eye(channels).repeat_interleave(width // channels, dim=1)  # (C, width)
+    if encoder.out_shortcut:
+        end[:, :, 1, 1] += copies * channels / width
+    if decoder.in_shortcut:
+        start[:, :, 1, 1] += copies.T
+    dropped = start[:, count:].sum((2, 3)) @ torch.tensor(mean, dtype=start.dtype)[count:]
+    tensors["encoder.conv_out.weight"] = end[:count]
+    tensors["encoder.conv_out.bias"] = encoder.conv_out.bias[:count]
+    tensors["decoder.conv_in.weight"] = start[:, :count]
+    tensors["decoder.conv_in.bias"] = decoder.conv_in.bias + dropped
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _encoder(encoder: Any, x: Tensor, wanted: Tensor) -> Tensor:

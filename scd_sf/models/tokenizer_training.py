@@ -23,7 +23,8 @@ class TokenizerConfig:
 
     ``encoder_layers`` and ``decoder_layers``: blocks per stage; 0 in the first stage joins it with the halving (pixels
     then become the second width at once). The first ``res_stages`` stages are residual convolutions, the rest
-    EfficientViT blocks with heads of ``head_dim``. The defaults are DC-AE's f16c32 as FAR trains it on Minecraft.
+    EfficientViT blocks with heads of ``head_dim``. ``shortcuts``: averages into the latents and copies out of them. The
+    defaults are DC-AE's f16c32 as FAR trains it on Minecraft.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024)
@@ -32,6 +33,7 @@ class TokenizerConfig:
     res_stages: int = 3
     head_dim: int = 32
     channels: int = 32
+    shortcuts: bool = True
 
     def __post_init__(self) -> None:
         stages = len(self.widths)
@@ -40,8 +42,10 @@ class TokenizerConfig:
                 raise ValueError(f"{name} is {layers}; it must have {stages} entries, all but the first at least 1")
         if not 0 <= self.res_stages <= stages:
             raise ValueError(f"res_stages is {self.res_stages}; it must be 0 to {stages}")
-        if self.channels < 1 or self.widths[-1] % self.channels:
-            raise ValueError(f"channels is {self.channels}; it must divide the last width, {self.widths[-1]}")
+        if self.channels < 1 or (self.shortcuts and self.widths[-1] % self.channels):
+            raise ValueError(
+                f"channels is {self.channels}; it must divide the last width, {self.widths[-1]}, or shortcuts be false"
+            )
         for small, large in pairwise(self.widths):
             if large % 4 or 4 * small % large or large % small:
                 raise ValueError(f"widths {small}, {large}: the next must be the same, twice or four times, and 4k")
@@ -65,6 +69,7 @@ def build_tokenizer(cfg: TokenizerConfig, seed: int) -> AutoencoderDC:
             encoder_block_out_channels=tuple(cfg.widths), decoder_block_out_channels=tuple(cfg.widths),
             encoder_layers_per_block=tuple(cfg.encoder_layers), decoder_layers_per_block=tuple(cfg.decoder_layers),
             encoder_qkv_multiscales=((),) * stages, decoder_qkv_multiscales=((),) * stages,
+            encoder_out_shortcut=cfg.shortcuts, decoder_in_shortcut=cfg.shortcuts,
         )  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scd_sf.models.tokenizer_start import linear_start
+from scd_sf.models.tokenizer_start import first_channels, linear_start
 from scd_sf.models.tokenizer_training import (
     DiscriminatorConfig,
     TokenizerConfig,
@@ -55,6 +56,26 @@ def test_linear_start_is_the_components(first: int) -> None:
     assert mse(latents, components(fresh)) < 0.05 * float(components(fresh).var())
     assert mse(made, fresh) < 1.5 * best, (mse(made, fresh), best)  # context may make it better
     assert mse(made, fresh) < 0.3 * before
+
+
+def test_first_channels_give_what_the_whole_gives_without_the_others() -> None:
+    """The encoder's first 5 of 8 latents; the decoder's picture with the other three at their means, but at the border,
+    where the means have no neighbours."""
+    whole = build_tokenizer(SMALL, 0)
+    narrow = build_tokenizer(replace(SMALL, channels=5, shortcuts=False), 1)
+    pixels = smooth(2, 96)
+    with torch.no_grad():
+        latents = whole.encoder(pixels)
+        for mean in ((0.0,) * 8, (0.3, -0.2, 0.1, 0.4, -0.5, 0.6, -0.7, 0.8)):
+            narrow.load_state_dict(first_channels(whole, 5, mean))
+            torch.testing.assert_close(narrow.encoder(pixels), latents[:, :5])
+            others = torch.tensor(mean[5:]).view(1, 3, 1, 1).expand(2, 3, *latents.shape[2:])
+            wanted = whole.decoder(torch.cat([latents[:, :5], others], 1))
+            inner = slice(None) if not any(mean) else slice(32, 64)
+            made = narrow.decoder(latents[:, :5])
+            torch.testing.assert_close(made[..., inner, inner], wanted[..., inner, inner])
+    with pytest.raises(ValueError, match="channels is 5; it must divide the last width, 32, or shortcuts be false"):
+        replace(SMALL, channels=5)
 
 
 def test_linear_start_needs_room_for_the_pixels() -> None:

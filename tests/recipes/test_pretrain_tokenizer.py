@@ -46,6 +46,11 @@ def write_clips(root: Path) -> None:
             np.savez(folder / f"{number}.npz", actions=np.zeros(8, dtype=np.int64))
 
 
+def smooth_pixels() -> torch.Tensor:
+    coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, (16, 16), mode="bilinear")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clips")
@@ -102,13 +107,20 @@ def written(run: Path, data: Path, every: int) -> None:
 
 
 def test_going_on_from_a_tokenizer(data: Path, tmp_path: Path) -> None:
-    """Without a step worth the name the pictures are those of the first training; other sizes are refused."""
+    """Without a step worth the name the pictures are those of the first training; fewer channels are its first ones;
+    other sizes are refused."""
     arguments = [f"data.root={data}", *SIZES, "start=linear", "train.steps=1"]
     recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={tmp_path / 'one'}")
     init = [f"init={tmp_path / 'one' / 'tokenizer'}", "engine.lr=1e-9", f"run.dir={tmp_path / 'two'}"]
     recipe_runner.succeed(SCRIPT, *arguments, *init)
     one, two = (json.loads((tmp_path / name / "tokenizer" / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["psnr"] == pytest.approx(two["psnr"], abs=0.01) and one["sha256"] != ""
+    fewer = ["tokenizer.channels=5", "tokenizer.shortcuts=false", f"run.dir={tmp_path / 'fewer'}"]
+    recipe_runner.succeed(SCRIPT, *arguments, *init, *fewer)
+    pixels = smooth_pixels()
+    whole, narrow = (load_tokenizer(tmp_path / name / "tokenizer") for name in ("two", "fewer"))
+    inner = [whole.model.encode(pixels)[0][:, :5], narrow.model.encode(pixels)[0]]
+    torch.testing.assert_close(*inner, atol=0.02, rtol=0.02)  # fp16 files
     other = recipe_runner.run(SCRIPT, *arguments, *init, "tokenizer.channels=16", f"run.dir={tmp_path / 'three'}")
     assert other.code == 2 and "is not that of the config's tokenizer" in other.err
 
