@@ -1,0 +1,70 @@
+"""A model together with what a probe runs it on.
+
+Letters: B clips, F latent frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from scd_sf.data.latents import LatentClips
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.models.build import Student
+from scd_sf.models.causal import Causal
+from scd_sf.models.scd import Scd
+from scd_sf.models.wan import Wan
+from scd_sf.rollout import sample, sample_bidirectional
+from scd_sf.types import Conditioning, VideoShape
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``cond``: B prompts (actions, labels), ``seeds``: one per clip. ``clips``: encoded clips for what needs true
+    frames (None: none were given)."""
+
+    name: str
+    model: Student | Wan
+    shape: VideoShape
+    cond: Conditioning
+    sampler: Sampler
+    seeds: tuple[int, ...]
+    clips: LatentClips | None = None
+    device: torch.device | str = "cpu"
+
+    @property
+    def chunk(self) -> int:
+        """Latent frames that are denoised together."""
+        return self.shape.frames if isinstance(self.model, Wan) else self.model.chunk
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return self.model.cfg.tokens(self.shape.height, self.shape.width)
+
+    @property
+    def step_blocks(self) -> list[nn.Module]:
+        """The blocks that run at every denoising step, in order: all, or SCD's decoder."""
+        trunk = self.model.decoder.trunk if isinstance(self.model, Scd) else self.model.trunk
+        return list(trunk.blocks)
+
+    @property
+    def history_blocks(self) -> list[nn.Module]:
+        """The blocks that see other frames, in order: all, or SCD's encoder (which runs once per chunk)."""
+        trunk = self.model.encoder if isinstance(self.model, Scd) else self.model.trunk
+        return list(trunk.blocks)
+
+    def with_sampler(self, sampler: Sampler) -> Subject:
+        return replace(self, sampler=sampler)
+
+    @torch.no_grad()
+    def sample(self) -> Tensor:
+        """Its videos' latents (B, F, C, H, W), by the ordinary rollout."""
+        size = (self.shape.frames, self.shape.channels, self.shape.height, self.shape.width)
+        cond = self.cond.to(self.device)
+        if isinstance(self.model, Wan):
+            return sample_bidirectional(self.model, cond, size, self.sampler, self.seeds, self.device)
+        assert isinstance(self.model, Causal | Scd)
+        return sample(self.model, cond, size, self.sampler, self.seeds, self.device)
