@@ -13,7 +13,7 @@ Line = tuple[Sequence[float], Sequence[float]]
 
 def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
     """One line per name, ``(xs, ys)``; ``x`` and ``y`` are the axes' titles with their units."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, (xs, ys) in lines.items():
         axes.plot(xs, ys, label=name, marker="o" if len(xs) < 20 else None, linewidth=1.5)
@@ -21,12 +21,12 @@ def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
     """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with every seed as a dot."""
-    plt = _pyplot()
+    plt = pyplot()
     measures = list(next(iter(values.values())))
     size = (4.5 * len(measures), 3.6)
     figure, panels = plt.subplots(1, len(measures), figsize=size, layout="constrained", squeeze=False)
@@ -37,22 +37,22 @@ def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
         axes.set_xticks(range(len(values)), list(values), rotation=40, ha="right")
         axes.set_title(f"{measure} (lower is better)")
         axes.grid(alpha=0.3, axis="y")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
         raise UserError("figures need matplotlib: pip install 'scd-sf[eval]'") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path

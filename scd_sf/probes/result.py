@@ -11,8 +11,8 @@ from scd_sf.data.manifest import write_json
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """``name``: the stem of its files. ``text``: what was measured (with its source) and what came out, plain sentences.
-    ``data``: finite numbers, lists and objects of them. ``figures``: name -> draws a PNG at a path and returns it."""
+    """``name``: the stem of its files. ``text``: what was measured and what came out, plain sentences. ``data``: finite
+    numbers, lists and objects of them. ``figures``: name -> draws a PNG at a path and returns it."""
 
     name: str
     title: str

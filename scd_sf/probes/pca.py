@@ -1,0 +1,103 @@
+"""P3: what a block's tokens show at every step, as colours (paper Figure 2b, supplement Figure 3b; spec/scd.md 3).
+
+The three principal components of one frame's tokens, of ONE basis per block fitted on all steps together, so that equal
+colours mean equal features at any step. Components become red, green and blue between their 1st and 99th percentile.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.probes.figures import pictures_figure
+from scd_sf.probes.result import ProbeResult
+from scd_sf.probes.similarity import chosen_frames, collect, spread
+from scd_sf.probes.store import FeatureStore
+from scd_sf.probes.subject import Subject
+from scd_sf.types import UserError
+
+
+@dataclass(frozen=True)
+class PcaProbe:
+    """``frame``: latent frame of the first clip. ``blocks``: which (empty: four, spread evenly). ``steps``: how many
+    columns are drawn."""
+
+    frame: int = -1
+    blocks: tuple[int, ...] = ()
+    steps: int = 8
+
+
+def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
+    """Pictures of the chosen blocks and steps, and how much of the variance the three components hold."""
+    frames, total = chosen_frames((cfg.frame,), subject.shape.frames), len(subject.step_blocks)
+    blocks = list(cfg.blocks) or spread(total, 4)
+    if wrong := [block for block in blocks if not 0 <= block < total]:
+        raise UserError(f"pca.blocks: {wrong}; the model has step blocks 0..{total - 1}")
+    steps = subject.sampler.steps
+    columns = spread(steps, cfg.steps)
+    cfg_model = subject.model.cfg
+    grid = (subject.shape.height // cfg_model.patch_height, subject.shape.width // cfg_model.patch_width)
+    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
+        store = FeatureStore(Path(folder), steps)
+        collect(subject, blocks, frames, list(range(subject.tokens)), store)
+        fitted = {block: components(store, block, frames[0]) for block in blocks}
+        drawn = {b: pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
+    shares = {str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks}
+    moved = {
+        str(b): round(float((drawn[b][0] - drawn[b][-1]).abs().mean()), 6) for b in blocks
+    }  # of colours in [0, 1], first against last step
+    text = (
+        f"Latent frame {frames[0]} of the first clip at {steps} steps, one basis per block over all of them. The "
+        f"three components hold {100 * min(sum(s) for s in shares.values()):.0f} to "
+        f"{100 * max(sum(s) for s in shares.values()):.0f} % of the variance; from the first to the last step the "
+        "colours move by "
+        + ", ".join(f"{value:.3f} (block {block})" for block, value in moved.items())
+        + " on average."
+    )
+    rows = [[drawn[block][step] for step in columns] for block in blocks]
+    figures = {
+        "frames": partial(
+            pictures_figure,
+            pictures=rows,
+            rows=[f"block {b}" for b in blocks],
+            columns=[f"step {s + 1}" for s in columns],
+        )
+    }
+    data: dict[str, object] = {
+        "frame": frames[0], "steps": steps, "variance_share": shares, "first_to_last": moved,
+    }  # fmt: skip
+    return ProbeResult("pca", "Principal components over all steps (P3)", text, data, figures)
+
+
+def components(store: FeatureStore, block: int, frame: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean (E,), basis (E, 3), shares of the variance (3,)) of the first clip's tokens at all steps; the largest entry
+    of a component is positive."""
+    total = square = None
+    count = 0
+    for part in store.tokens(block, frame):
+        rows = part[0].flatten(0, 1)
+        total = rows.sum(0) if total is None else total + rows.sum(0)
+        square = rows.T @ rows if square is None else square + rows.T @ rows
+        count += len(rows)
+    assert total is not None and square is not None
+    mean = total / count
+    values, vectors = torch.linalg.eigh(square / count - torch.outer(mean, mean))
+    basis = vectors[:, -3:].flip(1)
+    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    shares = values[-3:].flip(0).clamp(min=0) / values.clamp(min=0).sum().clamp(min=1e-300)
+    return mean, basis * signs, shares
+
+
+def pictures(
+    store: FeatureStore, block: int, frame: int, mean: Tensor, basis: Tensor, grid: tuple[int, int]
+) -> list[Tensor]:
+    """(h, w, 3) in [0, 1] per step, on one scale for all steps."""
+    points = torch.stack([(store.step(block, frame, step)[0] - mean) @ basis for step in range(store.steps)])
+    low, high = (torch.quantile(points.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
+    scaled = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return [picture.reshape(*grid, -1).float() for picture in scaled]

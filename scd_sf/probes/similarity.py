@@ -1,0 +1,150 @@
+"""P1, P2: how alike a block's features of one frame are at different denoising steps (paper Figure 2a, supplement
+Figures 2a, 2b, 3a; spec/scd.md 3).
+
+For steps s and s', f the features of a frame (tokens x width), and means over the frame's tokens and the clips:
+  cosine      of f_s and f_s' per token
+  centred     the same after each step's mean over tokens is taken off: residual streams have a large common part, by
+              which unrelated features are alike too
+  mse         of f_s - f_s' (the supplement's squared distance, per number)
+  relative    |f_s - f_s'| / sqrt((|f_s|^2 + |f_s'|^2) / 2): 0 equal, 1.41 unrelated
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.probes.figures import matrices_figure, panels_figure
+from scd_sf.probes.result import ProbeResult
+from scd_sf.probes.store import FeatureStore
+from scd_sf.probes.subject import Subject
+from scd_sf.probes.watch import Place, watch_features
+from scd_sf.types import UserError
+
+MEASURES = ("cosine", "centred", "mse", "relative")
+
+
+@dataclass(frozen=True)
+class SimilarityProbe:
+    """``frames``: latent frames that are looked at (negative: from the end). ``tokens``: of a frame, spread evenly (0:
+    all). ``shown``: blocks whose matrices are drawn (empty: seven, spread evenly, as in the supplement)."""
+
+    frames: tuple[int, ...] = (-1,)
+    tokens: int = 256
+    shown: tuple[int, ...] = ()
+
+
+def chosen_frames(frames: tuple[int, ...], total: int) -> list[int]:
+    """Indices from 0. UserError: one that is not there."""
+    wrong = [frame for frame in frames if not -total <= frame < total]
+    if wrong or not frames:
+        raise UserError(f"frames is {list(frames)}: the clip has latent frames 0..{total - 1}; choose some of them")
+    return sorted({frame % total for frame in frames})
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` of ``total`` indices, evenly, first and last among them (0 or too many: all)."""
+    if count <= 0 or count >= total:
+        return list(range(total))
+    return sorted({round(place * (total - 1) / max(1, count - 1)) for place in range(count)})
+
+
+def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
+    """Matrices S x S of every step block, averaged over clips and frames, and their means by block."""
+    frames, blocks = chosen_frames(cfg.frames, subject.shape.frames), list(range(len(subject.step_blocks)))
+    tokens = spread(subject.tokens, cfg.tokens)
+    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
+        store = FeatureStore(Path(folder), subject.sampler.steps)
+        collect(subject, blocks, frames, tokens, store)
+        found = {block: step_matrices(store, block, frames) for block in blocks}
+    times = {measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES}
+    common = [round(float(found[block]["common"]), 6) for block in blocks]
+    shown = list(cfg.shown) or spread(len(blocks), 7)
+    if wrong := [block for block in shown if block not in found]:
+        raise UserError(f"similarity.shown: {wrong}; the model has step blocks 0..{len(blocks) - 1}")
+    data: dict[str, object] = {
+        "steps": subject.sampler.steps, "frames": frames, "tokens": len(tokens), "clips": len(subject.seeds),
+        "mean": times, "common_share": common,
+        "matrices": {str(b): {m: rounded(found[b][m]) for m in MEASURES} for b in blocks},
+    }  # fmt: skip
+    low = min(range(len(blocks)), key=lambda b: times["relative"][b])
+    high = max(range(len(blocks)), key=lambda b: times["relative"][b])
+    text = (
+        f"Features of {len(frames)} latent frame(s), {len(subject.seeds)} clip(s), {subject.sampler.steps} steps of "
+        f"{subject.sampler.name}. Mean over all pairs of steps: the cosine lies between {min(times['cosine']):.3f} and "
+        f"{max(times['cosine']):.3f} over the blocks, the mean-centred cosine between {min(times['centred']):.3f} and "
+        f"{max(times['centred']):.3f}; relative distance is least in block {low} ({times['relative'][low]:.3f}) and "
+        f"largest in block {high} ({times['relative'][high]:.3f})."
+    )
+    figures = {
+        "matrices": partial(
+            matrices_figure,
+            rows={m: [found[b][m] for b in shown] for m in MEASURES},
+            names=[f"block {b}" for b in shown],
+        ),
+        "mean": partial(panels_figure, panels={m: {"mean over pairs of steps": times[m]} for m in MEASURES}, x="block"),
+    }
+    return ProbeResult("similarity", "Step-step similarity (P1, P2)", text, data, figures)
+
+
+def collect(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore) -> Tensor:
+    """One rollout that fills ``store``; returns its latents."""
+    per_frame, chosen = subject.tokens, torch.tensor(tokens, device=subject.device)
+
+    def keep(place: Place, block: int, x_BLE: Tensor) -> None:
+        assert place.step is not None
+        for frame in frames:
+            if frame // subject.chunk == place.chunk:
+                start = frame % subject.chunk * per_frame
+                store.write(block, frame, place.step, x_BLE[:, start : start + per_frame].index_select(1, chosen))
+
+    return watch_features(subject, blocks, keep)
+
+
+def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[str, Tensor]:
+    """The four measures as fp64 (S, S), and ``common``: the share of the mean token in the mean square."""
+    sums: dict[str, Tensor] = {}
+    for frame in frames:
+        means = torch.stack([store.step(block, frame, s).mean(1) for s in range(store.steps)], 1)  # (clips, S, E)
+        energy = total = 0.0
+        grams = {name: torch.zeros(store.steps, store.steps, dtype=torch.float64) for name in ("cosine", "centred")}
+        square = torch.zeros_like(grams["cosine"])
+        power = torch.zeros(store.steps, dtype=torch.float64)
+        count = width = 0
+        for part in store.tokens(block, frame):  # (clips, S, t, E)
+            x, width = part.transpose(1, 2).flatten(0, 1), part.shape[-1]  # (clips * t, S, E)
+            grams["cosine"] += _cosines(x)
+            grams["centred"] += _cosines((part - means.unsqueeze(2)).transpose(1, 2).flatten(0, 1))
+            square += torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square().sum(0)
+            power += x.square().sum((0, 2))
+            count += len(x)
+        energy, total = float(means.square().sum()) * count / len(means), float(power.sum())
+        pairs = (power.unsqueeze(0) + power.unsqueeze(1)) / 2
+        found = {name: gram / count for name, gram in grams.items()}
+        found |= {"mse": square / (count * width), "relative": (square / pairs.clamp(min=1e-300)).sqrt()}
+        found["common"] = torch.tensor(energy / max(total, 1e-300), dtype=torch.float64)
+        for name, value in found.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(frames)
+    return sums
+
+
+def _cosines(x_TSE: Tensor) -> Tensor:
+    """Sum over tokens of the cosines between steps, (S, S); a vector of zeros is like nothing."""
+    unit = x_TSE / x_TSE.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    return torch.einsum("tse,tre->sr", unit, unit)
+
+
+def rounded(matrix: Tensor) -> list[object]:
+    """Six digits of each number."""
+    found: list[object] = (
+        torch.tensor([float(f"{value:.6g}") for value in matrix.flatten().tolist()])
+        .double()
+        .reshape(matrix.shape)
+        .tolist()
+    )
+    return found

@@ -1,0 +1,213 @@
+"""Similarity, components and attention mass against naive formulas, on every family; a probe leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from scd_sf.diffusion.solvers import Euler, Renoise
+from scd_sf.models.wan import Wan
+from scd_sf.probes.attention_mass import AttentionProbe, attention_mass, frame_mass
+from scd_sf.probes.pca import PcaProbe, components, pca
+from scd_sf.probes.similarity import MEASURES, SimilarityProbe, similarity, spread
+from scd_sf.probes.store import FeatureStore
+from scd_sf.probes.subject import Subject
+from scd_sf.probes.watch import Place, watch_attention, watch_features
+from scd_sf.types import Conditioning, UserError, VideoShape
+
+FRAMES, STEPS = 6, 4
+FAMILIES = ["wan", "causal", "causal-3", "scd", "scd-delta", "dit"]
+
+
+def subject(family: str, steps: int = STEPS, clips: int = 2) -> Subject:
+    variants = {
+        "causal": tiny.Variant("causal", 1), "causal-3": tiny.Variant("causal", 3),
+        "scd": tiny.Variant("scd", 1, "paper", "temporal"), "scd-delta": tiny.Variant("scd", 1, "delta"),
+        "dit": tiny.Variant("causal", 1, backbone="dit"),
+    }  # fmt: skip
+    if family == "wan":
+        model: nn.Module = Wan(tiny.CFG)
+        tiny.redraw(model, 0, torch.float32)
+    else:
+        model = tiny.student(variants[family], 0, torch.float32)
+    text = torch.randn(clips, tiny.TEXT_LENGTH, tiny.TEXT, generator=tiny.generator(1))
+    cond = Conditioning(text)
+    if family == "dit":
+        cond = Conditioning.of_frames(clips, torch.zeros(clips, FRAMES, dtype=torch.long), torch.zeros(clips).long())
+    shape = VideoShape(FRAMES, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
+    return Subject(family, model, shape, cond, Euler(steps, 5.0), tuple(range(clips)))  # type: ignore[arg-type]
+
+
+def everything(found: Subject) -> dict[tuple[int, int, int], Tensor]:
+    """(chunk, step, block) -> the whole chunk's tokens, fp64."""
+    kept: dict[tuple[int, int, int], Tensor] = {}
+
+    def keep(place: Place, block: int, x_BLE: Tensor) -> None:
+        assert place.step is not None
+        kept[place.chunk, place.step, block] = x_BLE.double().clone()
+
+    watch_features(found, list(range(len(found.step_blocks))), keep)
+    return kept
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_probe_leaves_no_trace(family: str) -> None:
+    """The probed rollout is the plain one, and the model is what it was; also when the probe fails half-way."""
+    one = subject(family)
+    before, weights = one.sample(), {k: v.clone() for k, v in one.model.state_dict().items()}
+    assert torch.equal(watch_features(one, [0], lambda *_: None), before)
+    assert torch.equal(watch_attention(one, lambda *_: None), before)
+
+    def fail(place: Place, block: int, *_: Tensor) -> None:
+        raise RuntimeError("full disk")
+
+    for watch in (lambda: watch_features(one, [0], fail), lambda: watch_attention(one, fail)):
+        with pytest.raises(RuntimeError, match="full disk"):
+            watch()
+    assert hooks(one.model) == 0 and torch.equal(one.sample(), before)
+    assert all(torch.equal(v, weights[k]) for k, v in one.model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_are_those_of_the_formulas(family: str) -> None:
+    one, frame = subject(family), 4
+    kept = everything(one)
+    found = similarity(one, SimilarityProbe((frame,), tokens=0)).data
+    chunk, at = divmod(frame, one.chunk)
+    span = slice(at * one.tokens, (at + 1) * one.tokens)
+    for block in range(len(one.step_blocks)):
+        f = torch.stack([kept[chunk, step, block][:, span] for step in range(STEPS)])  # (S, B, T, E)
+        g = f - f.mean(2, keepdim=True)
+        for s in range(STEPS):
+            for r in range(STEPS):
+                wanted = {
+                    "cosine": torch.cosine_similarity(f[s], f[r], dim=-1).mean(),
+                    "centred": torch.cosine_similarity(g[s], g[r], dim=-1).mean(),
+                    "mse": (f[s] - f[r]).square().mean(),
+                    "relative": (f[s] - f[r]).norm() / ((f[s].square().sum() + f[r].square().sum()) / 2).sqrt(),
+                }
+                for measure in MEASURES:
+                    got = found["matrices"][str(block)][measure][s][r]  # type: ignore[index]
+                    assert got == pytest.approx(float(wanted[measure]), rel=2e-5, abs=2e-6), (block, s, r, measure)
+        share = float(f.mean(2).square().sum() * one.tokens / f.square().sum())
+        assert found["common_share"][block] == pytest.approx(share, abs=1e-5)  # type: ignore[index]
+
+
+def test_fewer_tokens_and_more_frames_are_averages() -> None:
+    one = subject("causal")
+    both = similarity(one, SimilarityProbe((2, -1), tokens=0)).data["mean"]
+    each = [similarity(one, SimilarityProbe((frame,), tokens=0)).data["mean"] for frame in (2, 5)]
+    for measure in MEASURES:
+        wanted = [(a + b) / 2 for a, b in zip(each[0][measure], each[1][measure], strict=True)]  # type: ignore[index]
+        assert both[measure] == pytest.approx(wanted, abs=2e-6)  # type: ignore[index]
+    assert similarity(one, SimilarityProbe(tokens=2)).data["tokens"] == 2
+    assert spread(10, 3) == [0, 4, 9] and spread(3, 7) == [0, 1, 2] and spread(5, 1) == [0]
+
+
+def test_memory_of_the_store(tmp_path: Path) -> None:
+    """Slices are no larger than one step's features, and together they are all of them."""
+    store, x = FeatureStore(tmp_path, 5), torch.randn(5, 2, 17, 3, generator=tiny.generator(0))
+    for step in (3, 0, 4, 1, 2):
+        store.write(7, 1, step, x[step])
+    parts = list(store.tokens(7, 1))
+    assert max(part.numel() for part in parts) <= x[0].numel() and store.frames() == [(7, 1)]
+    assert torch.equal(torch.cat(parts, 2), x.transpose(0, 1).double())
+    assert torch.equal(store.step(7, 1, 3), x[3].double())
+
+
+def test_one_basis_over_all_steps(tmp_path: Path) -> None:
+    """Against an SVD of all rows; signs are fixed; equal features have equal colours."""
+    x = torch.randn(3, 1, 40, 6, generator=tiny.generator(0)) * torch.tensor([9.0, 4.0, 2.0, 0.3, 0.2, 0.1])
+    x[2] = x[0]
+    store = FeatureStore(tmp_path, 3)
+    for step in range(3):
+        store.write(0, 0, step, x[step])
+    mean, basis, shares = components(store, 0, 0)
+    rows = x[:, 0].reshape(-1, 6).double()
+    torch.testing.assert_close(mean, rows.mean(0))
+    _, values, right = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    torch.testing.assert_close((basis.T @ right[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(shares, values[:3].square() / values.square().sum())
+    assert all(basis[basis[:, i].abs().argmax(), i] > 0 for i in range(3))
+    found = pca(subject("wan"), PcaProbe(blocks=(1, 4)))
+    assert found.data["frame"] == FRAMES - 1 and set(found.data["variance_share"]) == {"1", "4"}  # type: ignore[call-overload]
+
+
+def test_mass_by_frame() -> None:
+    """In pieces of queries as in one softmax."""
+    q, k = (torch.randn(2, 3, length, 8, generator=tiny.generator(length)) for length in (10, 24))
+    wanted = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1).unflatten(-1, (4, 6)).sum(-1)
+    torch.testing.assert_close(frame_mass(q, k, 6, rows=3), wanted)
+
+
+@pytest.mark.parametrize("family", ["wan", "causal", "causal-3", "scd", "dit"])
+def test_uniform_attention_is_the_baseline(family: str) -> None:
+    """With queries of zero every visible token gets the same; what is visible is what the family says."""
+    one = subject(family)
+    seen: dict[int, int] = {}
+    for block in one.history_blocks:
+        attention = block.attn if family == "dit" else block.attn1
+        for parameter in attention.to_q.parameters():  # type: ignore[union-attr]
+            torch.nn.init.zeros_(parameter)
+
+    def count(place: Place, block: int, q: Tensor, k: Tensor) -> None:
+        seen[place.chunk] = k.shape[2] // one.tokens
+
+    watch_attention(one, count)
+    chunks = FRAMES // one.chunk
+    assert seen == {chunk: (chunk + 1) * one.chunk for chunk in range(chunks)}
+    found = attention_mass(one, AttentionProbe(queries=3)).data
+    for row in found["by_distance"]:  # type: ignore[attr-defined]
+        assert row == pytest.approx(found["uniform_by_distance"], abs=1e-5)
+    assert len(found["by_distance"]) == len(one.history_blocks)  # type: ignore[arg-type]
+
+
+def test_mass_of_a_rollout_is_that_of_its_own_softmax() -> None:
+    """Causal, block by block and step by step, distance by distance, without the code under test."""
+    one = subject("causal", clips=1)
+    sums = torch.zeros(len(one.history_blocks), 2, STEPS, FRAMES)
+
+    def add(place: Place, block: int, q: Tensor, k: Tensor) -> None:
+        assert place.step is not None
+        if place.chunk >= 2:
+            weights = torch.softmax((q[0] @ k[0].mT) / q.shape[-1] ** 0.5, -1).mean(1)  # (N, keys)
+            for frame in range(place.chunk + 1):
+                mass = weights[:, frame * one.tokens : (frame + 1) * one.tokens].sum(-1)
+                sums[block, :, place.step, place.chunk - frame] += mass / (FRAMES - 2)
+
+    watch_attention(one, add)
+    found = attention_mass(one, AttentionProbe(queries=0, first_frame=2)).data
+    torch.testing.assert_close(torch.tensor(found["by_distance"]), sums.mean((1, 2)), atol=1e-5, rtol=1e-4)
+    other = 1 - sums[..., 0]
+    torch.testing.assert_close(torch.tensor(found["other_frames_by_step"]), other.mean(1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(found["other_frames_by_head"]), other.mean(2), atol=1e-5, rtol=1e-4)
+
+
+def test_files_and_errors(tmp_path: Path) -> None:
+    """A few-step student too; figures are pictures; wrong choices are named."""
+    one = subject("scd").with_sampler(Renoise())
+    for result in (
+        similarity(one, SimilarityProbe()), pca(one, PcaProbe(steps=2)), attention_mass(one, AttentionProbe())
+    ):  # fmt: skip
+        drawn = result.write(tmp_path)
+        assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in drawn) and drawn
+        text = (tmp_path / f"{result.name}.json").read_text()
+        assert "NaN" not in text and json.loads(text)["figures"] == [path.name for path in drawn]
+    with pytest.raises(UserError, match=r"frames is \[9\].*0..5"):
+        similarity(one, SimilarityProbe((9,)))
+    with pytest.raises(UserError, match=r"pca.blocks: \[44\].*0..3"):
+        pca(one, PcaProbe(blocks=(44,)))
+    with pytest.raises(UserError, match="first_frame is 6"):
+        attention_mass(one, AttentionProbe(first_frame=6))
+    with pytest.raises(UserError, match="two latent frames"):
+        attention_mass(replace(one, shape=VideoShape(1, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)), AttentionProbe())
