@@ -24,6 +24,29 @@ def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
     return _save(figure, path)
 
 
+def tradeoff_figure(path: Path, points: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str, y: str) -> Path:
+    """name -> kind -> (x, y, error of y): a colour per name, a marker per kind, x on a logarithmic axis."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    kinds = list(dict.fromkeys(kind for row in points.values() for kind in row))
+    markers = {kind: "osD^v"[number % 5] for number, kind in enumerate(kinds)}
+    for number, (name, row) in enumerate(points.items()):
+        colour = f"C{number % 10}"
+        for kind, (across, up, error) in row.items():
+            axes.errorbar(across, up, yerr=error, fmt=markers[kind], color=colour, capsize=2)
+        axes.plot([], [], linewidth=5, color=colour, label=name)
+    for kind, marker in markers.items():
+        axes.plot([], [], marker, color="0.4", label=kind)
+    axes.set_xscale("log", subs=[2, 5])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _save(figure, path)
+
+
 def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
     """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with every seed as a dot."""
     plt = _pyplot()

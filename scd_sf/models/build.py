@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -98,6 +99,23 @@ def set_blocks(model: Student | Wan, blocks: BlocksConfig) -> None:
         model.trunk.skip = blocks.skip
     if isinstance(model, Causal):
         model.frame_diagonal = blocks.frame_diagonal
+
+
+def blocks_of(model: Student | Wan) -> BlocksConfig:
+    """How the model's blocks are run now."""
+    skip = None if isinstance(model, Scd) else model.trunk.skip
+    return BlocksConfig(model.frame_diagonal if isinstance(model, Causal) else 0, skip)
+
+
+@contextmanager
+def running_as(model: Student | Wan, blocks: BlocksConfig) -> Iterator[None]:
+    """Inside, the model's blocks are run so; afterwards as before."""
+    before = blocks_of(model)
+    set_blocks(model, blocks)
+    try:
+        yield
+    finally:
+        set_blocks(model, before)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
