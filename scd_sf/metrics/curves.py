@@ -40,6 +40,7 @@ def tradeoff_figure(path: Path, points: Mapping[str, Mapping[str, tuple[float, f
     axes.set_xscale("log", subs=[2, 5])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", length=4, pad=4)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3, which="both")

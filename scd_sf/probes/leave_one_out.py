@@ -160,8 +160,8 @@ def write_stage1(path: Path, split: Split, model: str) -> Path:
     """A configuration for ``recipes/stage1_transplant.py --config``; ``model``: what was probed, for the comment."""
     part = _Stage1Part("scd", _ScdPart(split.encoder_layers, _DecoderPart(split.decoder_layers)))
     head = (
-        f"# Proposed by 'scd probe leave-one-out' for {' '.join(model.split())}: the decoder's layers carry "
-        f"{100 * split.held:.0f} % of what\n# leaving single blocks out costs.\n"
+        f"# Proposed by leaving single blocks out (probe P7) of {' '.join(model.split())}: the decoder's layers carry "
+        f"{100 * split.held:.0f} %\n# of what all blocks together cost.\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + to_yaml(part), encoding="utf-8")
