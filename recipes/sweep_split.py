@@ -4,8 +4,9 @@
 
 Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut into early and late layers, and what
 leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and is sampled with 4 and 50 steps.
-Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence, block passes and seconds per latent frame) and
-``RUN/figures/sweep_split.png``. The same command goes on where it stopped.
+Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence, block passes and seconds per latent frame),
+``RUN/figures/sweep_split.png`` and the probe's ``leave_one_out.png``. The same command goes on where it stopped.
+About 25 minutes on two idle cores (an estimate); ``--seeds 0 1 2`` for spreads takes twice the trainings more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scd_sf.metrics.protocols import Row, read_rows
 from scd_sf.models.transplant import TransplantConfig
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.probes.leave_one_out import as_json, leave_one_out, propose_split, write_stage1
+from scd_sf.probes.leave_one_out import draw as draw_costs
 from scd_sf.probes.paired import training_levels
 from scd_sf.steps import Group, Step, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error
@@ -181,6 +183,7 @@ def proposal(plan: Plan) -> Cut:
         found = leave_one_out(wan, batch.latents_BFCHW, batch.text, training_levels(LEVELS, SHIFT))
         split = propose_split([cost.overall for cost in found.blocks])
         write_stage1(config, split, str(plan.teacher))
+        draw_costs(plan.run / "figures" / "leave_one_out.png", found)
         write_json(file, {"key": key, **as_json(found, split)})
     scd = load_config(TransplantConfig, config, ["base=", "out="]).scd
     return Cut(scd.encoder_layers, scd.decoder.layers)
@@ -266,7 +269,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/sweep"), help="run directory, resumable")
     parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to be cut")
     parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")
-    parser.add_argument("--updates", type=int, default=300, help="of every split's stage 2")
+    parser.add_argument("--updates", type=int, default=500, help="of every split's stage 2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--clips", type=int, default=24, help="held-out clips that are scored")
     parser.add_argument("--probe-clips", type=int, default=24, help="clips that single blocks are left out on")

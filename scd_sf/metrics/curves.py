@@ -8,15 +8,18 @@ from typing import Any
 
 from scd_sf.types import UserError
 
-Line = tuple[Sequence[float], Sequence[float]]
+FEW = 20  # points of a line that are marked
+Line = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Sequence[float]]
 
 
 def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
-    """One line per name, ``(xs, ys)``; ``x`` and ``y`` are the axes' titles with their units."""
+    """One line per name, ``(xs, ys)``, with error bars ``(xs, ys, errors)``; ``x`` and ``y`` are the axes' titles with
+    their units."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 20 else None, linewidth=1.5)
+    for name, (xs, ys, *errors) in lines.items():
+        marker = "o" if len(xs) < FEW else None
+        axes.errorbar(xs, ys, *errors, label=name, marker=marker, markersize=4, linewidth=1.5, capsize=2)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

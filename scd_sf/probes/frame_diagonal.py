@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.models.build import blocks_of, running_as
 from scd_sf.models.causal import Causal
 from scd_sf.probes.paired import Change, increase, losses_of_seeds, moved, samples
@@ -61,3 +63,14 @@ def frame_diagonal(
         left = (depth - way.frame_diagonal) / depth
         rows.append(DiagonalRow(way.frame_diagonal, increase(base_TB, changed_TB), each, distance, left))
     return rows
+
+
+def draw(path: Path, rows: Sequence[DiagonalRow]) -> Path:
+    """Against the number of frame-diagonal blocks: increase of the flow loss, and how far the videos moved."""
+    counts = [row.blocks for row in rows]
+    changes = {"flow loss": [row.loss for row in rows], "videos moved": [row.moved for row in rows]}
+    lines: dict[str, Line] = {
+        name: (counts, [100 * each.mean for each in found], [100 * each.error for each in found])
+        for name, found in changes.items()
+    }
+    return curve_figure(path, lines, "last blocks that see their own chunk alone", "relative change, %")

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from scd_sf.config import to_yaml
+from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.models.build import Student
 from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
@@ -166,6 +167,16 @@ def write_stage1(path: Path, split: Split, model: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + to_yaml(part), encoding="utf-8")
     return path
+
+
+def draw(path: Path, found: LeaveOneOut) -> Path:
+    """Cost against block, in percent of the whole model's loss: over all levels with error bars, and at each level."""
+    places = list(range(len(found.blocks)))
+    overall = [100 * cost.overall.mean for cost in found.blocks], [100 * cost.overall.error for cost in found.blocks]
+    lines: dict[str, Line] = {"all levels": (places, *overall)}
+    for i, level in enumerate(found.levels):
+        lines[f"t = {level:.2f}"] = (places, [100 * cost.by_level[i].mean for cost in found.blocks])
+    return curve_figure(path, lines, "block left out", "increase of the flow loss, %")
 
 
 def as_json(found: LeaveOneOut, split: Split | None) -> dict[str, object]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.metrics.protocols import Cost, time_in_rounds
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import blocks_of, running_as
@@ -83,6 +85,18 @@ def skip_layer(
     time_in_rounds(costs, 5, timing_seconds)
     seconds = [statistics.median(run.seconds_per_frame for run in cost.runs) for cost in costs]
     return [SkipRow(*row, cost.passes, second) for row, cost, second in zip(found, costs, seconds, strict=True)]
+
+
+def draw(path: Path, rows: Sequence[SkipRow]) -> Path:
+    """Block passes per frame against how far the videos moved and what the flow loss says, one point per schedule."""
+    short = [row for row in rows if row.skip is not None]
+    passes = [row.block_passes_per_frame for row in short]
+    changes = {"videos moved": [row.moved for row in short], "flow loss of short steps": [row.loss for row in short]}
+    lines: dict[str, Line] = {
+        name: (passes, [100 * each.mean for each in found], [100 * each.error for each in found])
+        for name, found in changes.items()
+    }
+    return curve_figure(path, lines, "block passes per latent frame", "relative change, %")
 
 
 def _one_clip(

@@ -18,7 +18,7 @@ from scd_sf.models.build import Student, load_student
 from scd_sf.models.scd import Scd
 from scd_sf.models.transplant import TransplantConfig
 from scd_sf.models.wan import Wan
-from scd_sf.probes.leave_one_out import leave_one_out, left_out, named_blocks, propose_split, write_stage1
+from scd_sf.probes.leave_one_out import draw, leave_one_out, left_out, named_blocks, propose_split, write_stage1
 from scd_sf.probes.paired import Change, clip_losses, increase, training_levels
 from scd_sf.types import Conditioning, UserError
 
@@ -76,7 +76,7 @@ def test_losses_are_the_velocity_errors_and_do_not_depend_on_the_batch() -> None
 
 
 @torch.no_grad()
-def test_costs_of_blocks() -> None:
+def test_costs_of_blocks(tmp_path: Path) -> None:
     """A block without effect costs nothing at all; figures are those of the losses; seeds are averaged."""
     wan, x, cond = tiny.wan(), tiny.latents(4, 2), tiny.prompts(4)
     idle = wan.trunk.blocks[2]
@@ -92,6 +92,7 @@ def test_costs_of_blocks() -> None:
         without = torch.stack([clip_losses(wan, x, cond, LEVELS, seed) for seed in (0, 1)]).mean(0)
     assert found.blocks[5].overall.mean == pytest.approx(float(without.mean() / base.mean()) - 1)
     assert found.blocks[5].by_level[1].mean == pytest.approx(float(without[1].mean() / base[1].mean()) - 1)
+    assert draw(tmp_path / "costs.png", found).is_file()
     with pytest.raises(UserError, match="at least 2 clips"):
         leave_one_out(wan, x[:1], cond, LEVELS)
 

@@ -1,6 +1,8 @@
-"""P5 and P6 as probes: rows against measurements made by hand, and the model as it was afterwards."""
+"""P5 as a probe: rows against measurements made by hand, and the model run as before afterwards."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import tiny
@@ -8,13 +10,11 @@ import torch
 
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import blocks_of, running_as, set_blocks
+from scd_sf.models.build import blocks_of, running_as
 from scd_sf.models.causal import Causal
 from scd_sf.models.wan import Wan
-from scd_sf.probes.frame_diagonal import frame_diagonal
 from scd_sf.probes.paired import Change, clip_losses, increase, moved, samples
-from scd_sf.probes.skip_layer import schedules, skip_layer
-from scd_sf.types import UserError
+from scd_sf.probes.skip_layer import draw, schedules, skip_layer
 
 SKIP = SkipConfig(prefix=2, suffix=2, full_steps=1, steps=4, shift=5.0)
 LEVELS = (0.4, 0.9, 0.99)
@@ -29,7 +29,7 @@ def causal() -> Causal:
 
 @pytest.mark.parametrize("model", [causal(), tiny.wan(dtype=torch.float32)], ids=["causal", "wan"])
 @torch.no_grad()
-def test_rows_of_schedules(model: Causal | Wan) -> None:
+def test_rows_of_schedules(model: Causal | Wan, tmp_path: Path) -> None:
     x, cond = tiny.latents(3, 3, dtype=torch.float32), tiny.prompts(3, dtype=torch.float32)
     found = skip_layer(model, x, cond, EULER, schedules(SKIP, (4, 1, 0)), LEVELS, timing_seconds=0.1)
     assert [None if row.skip is None else row.skip.full_steps for row in found] == [None, 4, 1, 0]
@@ -46,22 +46,7 @@ def test_rows_of_schedules(model: Causal | Wan) -> None:
     with running_as(model, BlocksConfig(skip=SKIP)):
         assert moved(plain, samples(model, x, cond, EULER)) == one.moved
         assert increase(base, clip_losses(model, x, cond, (0.4, 0.9))) == one.loss
-
-
-@torch.no_grad()
-def test_rows_of_frame_diagonal_blocks() -> None:
-    model = causal()
-    x, cond = tiny.latents(3, 3, dtype=torch.float32), tiny.prompts(3, dtype=torch.float32)
-    nothing, two, all_ = frame_diagonal(model, x, cond, EULER, (0, 2, 6), LEVELS)
-    assert nothing.loss == nothing.moved == Change(0.0, 0.0) and [nothing.cache, all_.cache] == [1.0, 0.0]
-    assert two.blocks == 2 and two.cache == pytest.approx(4 / 6) and two.moved.mean > 0.001
-    assert blocks_of(model) == BlocksConfig()
-    base = clip_losses(model, x, cond, LEVELS)
-    set_blocks(model, BlocksConfig(2))
-    assert two.loss == increase(base, clip_losses(model, x, cond, LEVELS))
-    assert two.loss_by_level[1] == increase(base[1:2], clip_losses(model, x, cond, LEVELS)[1:2])
-    with pytest.raises(UserError, match="the model has 6 blocks"):
-        frame_diagonal(model, x, cond, EULER, (7,), LEVELS)
+    assert draw(tmp_path / "skip.png", found).is_file()
 
 
 @torch.no_grad()
