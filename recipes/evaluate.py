@@ -38,7 +38,8 @@ from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
 from scd_sf.metrics.fvd import VideoFrechet
 from scd_sf.metrics.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
 from scd_sf.metrics.protocols import Cost, Row, split_reference, table, time_in_rounds, write_rows
-from scd_sf.models.build import Student, load_student
+from scd_sf.models.blocks import BlocksConfig
+from scd_sf.models.build import Student, load_student, set_blocks
 from scd_sf.models.scd import Scd
 from scd_sf.models.vae import Vae, load_vae
 from scd_sf.models.wan import Wan
@@ -56,7 +57,8 @@ LOG_WIDTH = 140  # of the table where no terminal says how wide it is
 class RowConfig:
     """One model of the table: ``checkpoint`` below ``root`` (empty: the bidirectional base), and how it is sampled.
 
-    ``seeds``: its own sampling seeds, for rows too slow for all of the table's (empty: those)."""
+    ``seeds``: its own sampling seeds, for rows too slow for all of the table's (empty: those). ``blocks``: how its
+    blocks are run (null: as its checkpoint says)."""
 
     name: str
     checkpoint: str = ""
@@ -66,6 +68,7 @@ class RowConfig:
     steps: int = 50
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     seeds: tuple[int, ...] = ()
+    blocks: BlocksConfig | None = None
 
 
 @dataclass
@@ -250,18 +253,20 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
 
 def load_model(row: RowConfig, cfg: EvaluateConfig) -> Student | Wan:
     if not row.checkpoint:
-        return _base(Path(cfg.base))
-    return _student(find(Path(cfg.root) / row.checkpoint), row.weights)
+        return _base(Path(cfg.base), row.blocks or BlocksConfig())
+    return _student(find(Path(cfg.root) / row.checkpoint), row.weights, row.blocks)
 
 
 @cache
-def _base(path: Path) -> Wan:
-    return load_wan(path)
+def _base(path: Path, blocks: BlocksConfig) -> Wan:
+    model = load_wan(path)
+    set_blocks(model, blocks)
+    return model
 
 
 @cache
-def _student(path: Path, weights: str) -> Student:
-    return load_student(path, weights)[0]
+def _student(path: Path, weights: str, blocks: BlocksConfig | None) -> Student:
+    return load_student(path, weights, blocks)[0]
 
 
 def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: str) -> Row:
@@ -371,12 +376,7 @@ def main() -> None:
     console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
 
 
-def write_gallery(
-    cfg: EvaluateConfig,
-    bench: Bench,
-    results: list[tuple[Row, Tensor]],
-    rows: list[Row],
-) -> None:
+def write_gallery(cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Tensor]], rows: list[Row]) -> None:
     """Videos of all rows side by side for some of the prompts."""
     stride = max(1, len(bench.indices) // cfg.gallery_clips)
     chosen = list(range(0, len(bench.indices), stride))[: cfg.gallery_clips]

@@ -88,7 +88,7 @@ def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
     init = find(Path(cfg.init))
-    student, parent = load_student(init, "ema")
+    student, parent = load_student(init, "ema", cfg.blocks)
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
     wan = parent.model.wan
     for data in (clips, val):

@@ -24,6 +24,7 @@ from scd_sf.data.manifest import sha256_file
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.metrics.frames import as_uint8
+from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.export import dtype_of
@@ -47,7 +48,8 @@ class SampleConfig:
     or video that all videos continue. ``window``, ``sink``: latent frames the history keeps (0: all), for videos longer
     than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's own). ``text_cache``: where
     encoded prompts are kept (empty: in the user's cache; "off": nowhere), see models/text_cache.py. ``dtype``: fp32,
-    bf16 or fp16 for the student and the text encoder; the VAE computes in fp32."""
+    bf16 or fp16 for the student and the text encoder; the VAE computes in fp32. ``blocks``: how the causal baseline's
+    blocks are run, such as the skip-layer schedule (unset: as the checkpoint says)."""
 
     checkpoint: str
     out: str
@@ -70,6 +72,7 @@ class SampleConfig:
     window: int = 0
     sink: int = 0
     dtype: str = "fp32"
+    blocks: BlocksConfig | None = None
     compile: CompileConfig = field(default_factory=CompileConfig)
     batch: int = 4
     fps: int = 16
@@ -261,7 +264,7 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
     description, origin = describe_checkpoint(path)
     own = description.sampler
     sampler = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
-    student, _ = load_student(path, cfg.weights)
+    student, _ = load_student(path, cfg.weights, cfg.blocks)
     if not (cfg.base or description.base):
         raise UserError(f"{path}: does not name its Wan directory; set base=")
     base = Path(cfg.base or description.base)
@@ -275,6 +278,7 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
         "checkpoint_sha256": sha256_file(path if path.is_file() else find(path) / MANIFEST),
         "weights": cfg.weights,
         "dtype": cfg.dtype,
+        "blocks": None if cfg.blocks is None else asdict(cfg.blocks),
         "sampler": asdict(cfg.sampler or own),
         "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt} if cfg.guidance.on else None,
         "window": [cfg.window, cfg.sink] if cfg.window else None,

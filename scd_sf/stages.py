@@ -7,6 +7,7 @@ from typing import Literal
 
 from scd_sf.losses.dmd import DmdConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig
+from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import SamplerConfig
 from scd_sf.preview import PreviewConfig
 from scd_sf.train.base import EngineConfig
@@ -19,6 +20,7 @@ from scd_sf.types import UserError, VideoShape
 class Stage2Config:
     """Defaults are Table 6: AdamW (.9, .99), lr 2e-5, wd .01, global batch 64, EMA .99, shift 5.
 
+    ``blocks``: trains the student to be run so, and its checkpoints say it (null: as ``init`` says).
     ``checkpointing``: the backward pass computes every block again, with ``recompute_attention=false`` all but its
     attention.
     """
@@ -27,6 +29,7 @@ class Stage2Config:
     data: str
     val: str
     run: RunConfig
+    blocks: BlocksConfig | None = None
     loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -28,6 +28,7 @@ FLOORS = {
 SIDEWAYS = {
     ("provenance", "checkpoint"), ("prompt_filter", "data"),
     ("config", "types"), ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"), ("pipeline", "rollout"),
+    ("probes", "metrics"),
     ("preview", "metrics"), ("vbench", "sampling"), ("vbench", "sample_folder"),
     ("cli", "gallery"), ("cli", "serve"), ("cli", "doctor"), ("sample_folder", "sampling"),
     ("cli", "sampling"), ("cli", "sample_folder"), ("cli", "bench"), ("cli", "monitor"),

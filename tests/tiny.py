@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.build import Student
+from scd_sf.models.blocks import BlocksConfig, SkipConfig
+from scd_sf.models.build import Student, set_blocks
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.generator import Query
@@ -50,11 +51,12 @@ DIT = DitConfig(
     num_labels=2,
 )
 ENCODER, DECODER = (0, 1, 2, 3), (0, 1, 4, 5)
+SKIP = SkipConfig(prefix=2, suffix=2, full_steps=2, steps=4, shift=1.0)  # all blocks above t = 5/8
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One student: ``family`` "causal" or "scd"; the rest says how SCD's context meets the chunk."""
+    """One student: ``family`` "causal" or "scd"; how SCD's context meets the chunk; how the causal blocks are run."""
 
     family: str
     chunk: int
@@ -62,11 +64,14 @@ class Variant:
     rope: str = "identical"
     prefix: str = "full"
     backbone: str = "wan"
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
 
     def __str__(self) -> str:
         parts = [self.family if self.backbone == "wan" else f"dit-{self.family}", f"chunk{self.chunk}"]
         parts += [self.fusion] if self.fusion else []
         parts += [self.rope, self.prefix] if self.fusion in ("paper", "junction") else []
+        parts += ["diagonal"] if self.blocks.frame_diagonal else []
+        parts += ["skip"] if self.blocks.skip else []
         return "-".join(parts)
 
 
@@ -96,6 +101,11 @@ SCD_VARIANTS = [v for v in VARIANTS if v.family == "scd"]
 # Every family, fusion, prefix position and prefix kind once, chunks of 1 and 3 in turn; and one of each DiT.
 SOME = [v for i, v in enumerate(WAN_VARIANTS) if i in (0, 2, 3, 6, 8, 9, 11, 12, 15, 18, 21)]
 SOME += [v for i, v in enumerate(DIT_VARIANTS) if i in (0, 2, 6, 9)]
+DIAGONAL, SKIPPING = (Variant("causal", 1, blocks=blocks) for blocks in (BlocksConfig(2), BlocksConfig(0, SKIP)))
+BOTH = Variant("causal", 3, backbone="dit", blocks=BlocksConfig(1, SKIP))
+BLOCKS = [DIAGONAL, SKIPPING, BOTH]
+VARIANTS += BLOCKS
+SOME += BLOCKS
 # Where the prefix's details cannot matter.
 FEW = [v for v in SOME if v.fusion in ("", "delta") or (v.fusion, v.prefix) == ("junction", "cached")]
 
@@ -150,6 +160,7 @@ def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64)
     model: Student = Causal(cfg, variant.chunk)
     if variant.family == "scd":
         model = Scd(cfg, scd_config(variant))
+    set_blocks(model, variant.blocks)
     redraw(model, seed, dtype)
     return model
 

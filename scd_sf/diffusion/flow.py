@@ -6,10 +6,14 @@ is off by up to 19 % at low noise: spec/self_forcing.md section 2). Everything i
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from scd_sf.types import UserError
+
+Level = TypeVar("Level", float, Tensor)
 
 
 def broadcast_time(t: Tensor, like: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ def x_0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     return x_t - broadcast_time(t, x_t) * velocity
 
 
-def shift_time(u: Tensor, shift: float) -> Tensor:
+def shift_time(u: Level, shift: float) -> Level:
     """t = k u / (1 + (k-1) u): Wan's timestep shift; k = 5 is the supplement's 5t/(1+4t) (Tables 6, 7)."""
     if shift <= 0:
         raise UserError(f"timestep shift is {shift}; it must be positive (Wan 2.1 at 480p uses 5)")

@@ -8,19 +8,46 @@ from typing import Any
 
 from scd_sf.types import UserError
 
-Line = tuple[Sequence[float], Sequence[float]]
+FEW = 20  # points of a line that are marked
+Line = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Sequence[float]]
 
 
 def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
-    """One line per name, ``(xs, ys)``; ``x`` and ``y`` are the axes' titles with their units."""
+    """One line per name, ``(xs, ys)``, with error bars ``(xs, ys, errors)``; ``x`` and ``y`` are the axes' titles with
+    their units."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, (xs, ys) in lines.items():
-        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 20 else None, linewidth=1.5)
+    for name, (xs, ys, *errors) in lines.items():
+        marker = "o" if len(xs) < FEW else None
+        axes.errorbar(xs, ys, *errors, label=name, marker=marker, markersize=4, linewidth=1.5, capsize=2)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.legend()
+    return save(figure, path)
+
+
+def tradeoff_figure(path: Path, points: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str, y: str) -> Path:
+    """name -> kind -> (x, y, error of y): a colour per name, a marker per kind, x on a logarithmic axis."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    kinds = list(dict.fromkeys(kind for row in points.values() for kind in row))
+    markers = {kind: "osD^v"[number % 5] for number, kind in enumerate(kinds)}
+    for number, (name, row) in enumerate(points.items()):
+        colour = f"C{number % 10}"
+        for kind, (across, up, error) in row.items():
+            axes.errorbar(across, up, yerr=error, fmt=markers[kind], color=colour, capsize=2)
+        axes.plot([], [], linewidth=5, color=colour, label=name)
+    for kind, marker in markers.items():
+        axes.plot([], [], marker, color="0.4", label=kind)
+    axes.set_xscale("log", subs=[2, 5])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", length=4, pad=4)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return save(figure, path)
 
 

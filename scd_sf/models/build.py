@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from scd_sf.checkpoint import find, load_tensors, read_provenance
 from scd_sf.config import from_yaml, to_yaml
+from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.generator import FrameGenerator
@@ -30,7 +32,7 @@ LICENCE = "Apache-2.0"  # of Wan 2.1 and of this project; the weights of others 
 @dataclass(frozen=True)
 class ModelConfig:
     """``family``: "scd", "causal" or "wan" (bidirectional). ``backbone``: "wan", or "dit" (from scratch) for the first
-    two. ``chunk`` is the causal baseline's frames per chunk."""
+    two. ``chunk`` is the causal baseline's frames per chunk. ``blocks``: which of them run, and which see the past."""
 
     family: str = "scd"
     chunk: int = 1
@@ -38,6 +40,7 @@ class ModelConfig:
     scd: ScdConfig = field(default_factory=ScdConfig)
     backbone: str = "wan"
     dit: DitConfig = field(default_factory=DitConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
 
     def __post_init__(self) -> None:
         if self.family not in ("scd", "causal", "wan"):
@@ -48,11 +51,16 @@ class ModelConfig:
             raise UserError(f"model.chunk is {self.chunk}; it must be at least 1")
         if self.family == "scd":
             self.scd.check(self.transformer.num_layers)
+        self.blocks.check(self.family, self.transformer.num_layers)
 
     @property
     def transformer(self) -> WanConfig | DitConfig:
         """The geometry in use."""
         return self.wan if self.backbone == "wan" else self.dit
+
+    def with_blocks(self, blocks: BlocksConfig | None) -> ModelConfig:
+        """The same parameters run otherwise; None: as before. UserError where this model cannot run so."""
+        return self if blocks is None else replace(self, blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,39 @@ class CheckpointConfig:
 
 def build_model(config: ModelConfig) -> Student | Wan:
     """A freshly initialised model of the configured family."""
-    if config.family == "wan":
-        return Wan(config.wan)
     cfg = config.transformer
-    return Causal(cfg, config.chunk) if config.family == "causal" else Scd(cfg, config.scd)
+    if config.family == "scd":
+        return Scd(cfg, config.scd)
+    model = Wan(config.wan) if config.family == "wan" else Causal(cfg, config.chunk)
+    set_blocks(model, config.blocks)
+    return model
+
+
+def set_blocks(model: Student | Wan, blocks: BlocksConfig) -> None:
+    """Run the model's blocks so from now on. UserError where it cannot run so."""
+    family = "wan" if isinstance(model, Wan) else "causal" if isinstance(model, Causal) else "scd"
+    blocks.check(family, model.cfg.num_layers)
+    if not isinstance(model, Scd):
+        model.trunk.skip = blocks.skip
+    if isinstance(model, Causal):
+        model.frame_diagonal = blocks.frame_diagonal
+
+
+def blocks_of(model: Student | Wan) -> BlocksConfig:
+    """How the model's blocks are run now."""
+    skip = None if isinstance(model, Scd) else model.trunk.skip
+    return BlocksConfig(model.frame_diagonal if isinstance(model, Causal) else 0, skip)
+
+
+@contextmanager
+def running_as(model: Student | Wan, blocks: BlocksConfig) -> Iterator[None]:
+    """Inside, the model's blocks are run so; afterwards as before."""
+    before = blocks_of(model)
+    set_blocks(model, blocks)
+    try:
+        yield
+    finally:
+        set_blocks(model, before)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
@@ -94,20 +131,23 @@ def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None
     model.load_state_dict(state)
 
 
-def load_checkpoint_model(path: Path, weights: str = "ema") -> tuple[Student | Wan, CheckpointConfig]:
+def load_checkpoint_model(
+    path: Path, weights: str = "ema", blocks: BlocksConfig | None = None
+) -> tuple[Student | Wan, CheckpointConfig]:
     """Build a checkpoint's model in fp32. ``path``: a step directory (verified), a run directory (newest verified), or
     an exported file (:func:`write_single`; it has one set of weights, ``weights`` does not matter).
 
+    ``blocks``: how its blocks are run (None: as its config says); the config that is returned says the same.
     ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has only "model" and says so by
     holding no ema.safetensors: "ema" then means the transplanted weights.
     """
     if path.is_file():
-        config, _ = read_single(path)
+        config = _run_so(read_single(path)[0], blocks)
         model = build_model(config.model)
         load_state(model, {name: t.to(torch.float32) for name, t in load_tensors(path).items()}, path)
         return model, config
     path = find(path)
-    config = from_yaml(CheckpointConfig, path / "config.yaml")
+    config = _run_so(from_yaml(CheckpointConfig, path / "config.yaml"), blocks)
     file = path / f"{weights}.safetensors"
     if weights == "ema" and not file.is_file():
         file = path / "model.safetensors"
@@ -118,9 +158,15 @@ def load_checkpoint_model(path: Path, weights: str = "ema") -> tuple[Student | W
     return model, config
 
 
-def load_student(path: Path, weights: str = "ema") -> tuple[Student, CheckpointConfig]:
+def _run_so(config: CheckpointConfig, blocks: BlocksConfig | None) -> CheckpointConfig:
+    return replace(config, model=config.model.with_blocks(blocks))
+
+
+def load_student(
+    path: Path, weights: str = "ema", blocks: BlocksConfig | None = None
+) -> tuple[Student, CheckpointConfig]:
     """As :func:`load_checkpoint_model`, refusing a bidirectional model, and one trained from scratch."""
-    model, config = load_checkpoint_model(path, weights)
+    model, config = load_checkpoint_model(path, weights, blocks)
     require_wan(config.model, path)
     if isinstance(model, Wan):
         raise UserError(f"{path}: holds a bidirectional Wan; this needs an SCD or causal student (run stage 1 first)")

@@ -46,11 +46,16 @@ class CausalStream:
 
 
 class Causal(nn.Module):
-    """A :class:`~scd_sf.models.generator.FrameGenerator` with exactly the parameters of the bidirectional model."""
+    """A :class:`~scd_sf.models.generator.FrameGenerator` with exactly the parameters of the bidirectional model.
+
+    ``frame_diagonal``: its last so many blocks see their own chunk alone (spec/scd.md 3, P6). Nobody reads their keys
+    and values of finished frames, so those are never made: teacher forcing drops the clean frames before these blocks,
+    and the cache does not have them.
+    """
 
     def __init__(self, cfg: TrunkConfig, chunk: int = 1) -> None:
         super().__init__()
-        self.cfg, self._chunk = cfg, chunk
+        self.cfg, self._chunk, self.frame_diagonal = cfg, chunk, 0
         self.trunk = Trunk(cfg, range(cfg.num_layers))
 
     @property
@@ -60,6 +65,11 @@ class Causal(nn.Module):
     @property
     def needs_query(self) -> bool:
         return False
+
+    @property
+    def _temporal(self) -> int:
+        """How many blocks see the history."""
+        return len(self.trunk.blocks) - self.frame_diagonal
 
     def trunks(self) -> list[Trunk]:
         """The stacks of blocks, e.g. to switch activation checkpointing."""
@@ -87,12 +97,20 @@ class Causal(nn.Module):
         sequence = trunk.embed(torch.cat([x_clean.to(noisy.dtype), noisy], 1))
         target_frames = [c * self.chunk + i for c in targets for i in range(self.chunk)]
         positions = [*range(frames), *(target_frames * samples)]
-        clean_t = trunk.clean_times((len(x_clean), frames), noisy_t)
-        times = trunk.times(torch.cat([clean_t, noisy_t], 1), pick_frames(trunk.signal(cond), positions))
+        both_t = torch.cat([trunk.clean_times((len(x_clean), frames), noisy_t), noisy_t], 1)
+        times, text = trunk.times(both_t, pick_frames(trunk.signal(cond), positions)), trunk.text(cond.text_BLE)
         rotary = trunk.rope(positions, height, width, sequence)
-        layout = Layout.teacher_forced(max(targets), targets, samples, self.chunk * tokens)
-        attend = FullSequence(teacher_forcing_mask(layout, sequence.device))
-        out = trunk.run(sequence, times.mod, trunk.text(cond.text_BLE), rotary, attend)[:, frames * tokens :]
+
+        def attend(history: int) -> FullSequence:
+            """Of chunks that have ``history`` clean ones in front."""
+            layout = Layout.teacher_forced(history, targets, samples, self.chunk * tokens)
+            return FullSequence(teacher_forcing_mask(layout, sequence.device))
+
+        temporal, own = slice(0, self._temporal), slice(self._temporal, None)
+        out = trunk.run(sequence, times.mod, text, rotary, attend(max(targets)), temporal, t_BF=both_t)
+        out = out[:, frames * tokens :]
+        if self.frame_diagonal:
+            out = trunk.run(out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), own)
         velocity = trunk.velocity(out, times.temb[:, frames:], height, width)
         return velocity.unflatten(1, (samples, -1)).transpose(0, 1)
 
@@ -108,7 +126,8 @@ class Causal(nn.Module):
         return self.trunk.text_kv(self.trunk.text(cond.text_BLE)), self.trunk.signal(cond)
 
     def advance(self, stream: CausalStream, x_0: Tensor | None, query_noise: Tensor) -> CausalStream:
-        """Write the finished chunk's K/V (one clean pass); nothing to write before the first chunk."""
+        """Write the finished chunk's K/V (one clean pass of the blocks that see the history); nothing to write before
+        the first chunk."""
         stream = replace(stream, index=stream.index + 1)
         if x_0 is None:
             return stream
@@ -116,18 +135,25 @@ class Causal(nn.Module):
         attend = Streaming(stream.cache, (x_0.shape[1] * self.cfg.tokens(*stream.latent),), write=1)
         with torch.no_grad():  # its output is unused and its K/V are detached
             t = self.trunk.clean_times(x_0.shape[:2], x_0)
-            self._pass(stream, x_0, t, stream.index - 1, attend, keep=0)
+            self._pass(stream, x_0, t, stream.index - 1, attend, slice(0, self._temporal), keep=0)
         return replace(stream, cache=stream.cache.extended(attend.take()))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
-        """The whole trunk on the noisy chunk, reading the history."""
+        """The whole trunk on the noisy chunk, reading the history where the cache has one."""
         attend = Streaming(stream.cache, (x_t.shape[1] * self.cfg.tokens(*stream.latent),))
         return self._pass(stream, x_t, t.unsqueeze(1).expand(-1, x_t.shape[1]), stream.index, attend)
 
     def _pass(
-        self, stream: CausalStream, x: Tensor, t_Bn: Tensor, index: int, attend: Streaming, keep: int | None = None
+        self,
+        stream: CausalStream,
+        x: Tensor,
+        t_Bn: Tensor,
+        index: int,
+        attend: Streaming,
+        span: slice = slice(None),
+        keep: int | None = None,
     ) -> Tensor:
         frames = range(index * self.chunk, index * self.chunk + x.shape[1])
         rotary, signal = self.trunk.rope(frames, *stream.latent, x), pick_frames(stream.signal, frames)
-        velocity: Tensor = self.trunk(x, t_Bn, stream.text, rotary, attend, keep=keep, signal_BFE=signal)
+        velocity: Tensor = self.trunk(x, t_Bn, stream.text, rotary, attend, span, keep, signal)
         return velocity

@@ -48,6 +48,8 @@ def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, ba
                 "compile.cuda_graphs: every step of the causal baseline reads the growing history; only SCD's decoder "
                 "has fixed shapes"
             )
+        if student.trunk.skip is not None:
+            raise UserError("compile.enabled: which blocks run depends on the step (blocks.skip); leave it off")
         student.trunk.compile(**whole)
         return
     student.encoder.compile(**whole)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from scd_sf.models.blocks import SkipConfig, run_skipping
 from scd_sf.nn.attention import AttentionContext
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.layers import LayerNorm, WanBlock, modulate, upcast
@@ -245,6 +246,7 @@ class Trunk(nn.Module):
 
     ``checkpointing`` keeps of each block its input alone and computes the rest again for the backward pass; without
     ``recompute_attention`` attention outputs are kept too (SDPA's; FlexAttention is computed again all the same).
+    ``skip``: which blocks are bypassed at which noise level (blocks.py); None: none.
     """
 
     def __init__(
@@ -253,6 +255,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.cfg, self.layers = cfg, tuple(layers)
         self.checkpointing, self.recompute_attention = False, True
+        self.skip: SkipConfig | None = None
         self.patch_embedding = PatchEmbedding(cfg)
         self.condition_embedder = cfg.conditioner(with_text)
         self.blocks = nn.ModuleList(cfg.block() for _ in layers)
@@ -302,10 +305,34 @@ class Trunk(nn.Module):
         attend: AttentionContext,
         span: slice = slice(None),
         keep: int | None = None,
+        t_BF: Tensor | None = None,
     ) -> Tensor:
         """The blocks of ``span`` in order. ``text`` is the embedded prompt, or the K/V of all blocks. ``keep``: return
-        the last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs."""
+        the last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs. ``t``: the frames'
+        times, by which ``skip`` bypasses blocks (not together with ``keep``, unless for finished frames)."""
         chosen = range(*span.indices(len(self.blocks)))
+
+        def run(x_BLE: Tensor, indices: range) -> Tensor:
+            return self._run(x_BLE, mod_BF6E, text, rotary, attend, indices, keep)
+
+        if self.skip is None or t_BF is None or x_BLE.is_meta:  # what is only counted: every block
+            return run(x_BLE, chosen)
+        full_BF = self.skip.full(t_BF, self.cfg.clean_time)
+        if bool(full_BF.all()):
+            return run(x_BLE, chosen)
+        assert keep is None, "some blocks are bypassed: all frames go on"
+        return run_skipping(run, x_BLE, full_BF, chosen, self.skip.middle(len(self.blocks)))
+
+    def _run(
+        self,
+        x_BLE: Tensor,
+        mod_BF6E: Tensor,
+        text: Text,
+        rotary: Rotary,
+        attend: AttentionContext,
+        chosen: range,
+        keep: int | None,
+    ) -> Tensor:
         context = noop_context_fn if self.recompute_attention else _keep_attention
         for index in chosen:
             block_text = text if isinstance(text, Tensor) else text[index]
@@ -332,7 +359,7 @@ class Trunk(nn.Module):
         head and the span reaches it, else tokens. ``x``: latents (B, F, C, H, W), or for a stack without a head tokens
         (B, L, E). ``signal``: see :meth:`times`. The rest: see :meth:`run`."""
         times, size = self.times(t_BF, signal_BFE), x.shape[-2:]
-        x = self.run(x if x.ndim == TOKENS else self.embed(x), times.mod, text, rotary, attend, span, keep)
+        x = self.run(x if x.ndim == TOKENS else self.embed(x), times.mod, text, rotary, attend, span, keep, t_BF)
         frames = times.temb.shape[1] if keep is None else min(keep, times.temb.shape[1])
         if self.head is None or frames == 0 or span.indices(len(self.blocks))[1] < len(self.blocks):
             return x

@@ -85,6 +85,7 @@ def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | No
     assumed: list[str] = []
     model = _student(cfg.init, student, assumed)
     if isinstance(cfg, Stage2Config):
+        model = model.with_blocks(cfg.blocks)
         shape = _clips(cfg.data, model, assumed)
         return Job(cfg, model, shape, text_tokens=text_tokens, assumed=tuple(assumed))
     teacher, critic = _wan(cfg.teacher, "teacher", "14B", assumed), _wan(cfg.critic, "critic", "1.3B", assumed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scd_sf.metrics.curves import curve_figure, group_figure
+from scd_sf.metrics.curves import curve_figure, group_figure, tradeoff_figure
 
 
 def picture(path: Path) -> np.ndarray:
@@ -30,3 +30,10 @@ def test_lines_and_bars(tmp_path: Path) -> None:
         tmp_path / "bars.png", {"a": {"fvd": [1.0, 2.0], "lpips": [0.2, 0.3]}, "b": {"fvd": [3.0], "lpips": [0.1]}}
     )
     assert picture(bars).shape[1] > picture(one).shape[1]  # a panel per measure
+
+
+def test_points_of_a_trade_off(tmp_path: Path) -> None:
+    points = {"a": {"4 steps": (10.0, 3.0, 0.5), "50 steps": (100.0, 1.0, 0.0)}}
+    one = tradeoff_figure(tmp_path / "one.png", points, "ms", "distance")
+    two = tradeoff_figure(tmp_path / "two.png", points | {"b": {"4 steps": (20.0, 2.0, 0.1)}}, "ms", "distance")
+    assert colours(two) > colours(one) > 3

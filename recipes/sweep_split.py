@@ -1,0 +1,301 @@
+"""Where to cut: several encoder / decoder splits of one teacher under the same short budget (supplement E.3).
+
+    python recipes/sweep_split.py --run runs/sweep          (--latents runs/demo/latents: those of 'make demo')
+
+Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut into early and late layers, and what
+leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and is sampled with 4 and 50 steps.
+Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence, block passes and seconds per latent frame),
+``RUN/figures/sweep_split.png`` and the probe's ``leave_one_out.png``. The same command goes on where it stopped.
+About 25 minutes on two idle cores (an estimate); ``--seeds 0 1 2`` for spreads takes twice the trainings more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scd_sf.config import load_config
+from scd_sf.data.latents import LatentClips
+from scd_sf.data.manifest import hash_json, sha256_folder, write_json
+from scd_sf.metrics.curves import tradeoff_figure
+from scd_sf.metrics.protocols import Row, read_rows
+from scd_sf.models.transplant import TransplantConfig
+from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
+from scd_sf.probes.leave_one_out import as_json, leave_one_out, propose_split, write_stage1
+from scd_sf.probes.leave_one_out import draw as draw_costs
+from scd_sf.probes.paired import training_levels
+from scd_sf.steps import Group, Step, python, run_steps
+from scd_sf.types import UserError, exit_on_user_error
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+LEAVE_ONE_OUT = "leave-one-out"
+LEVELS, SHIFT = 5, 5.0  # the paper's five noise levels; the training's shift
+UPDATE_SECONDS, DEMO_WORK = 0.8, 30  # of the demo's own split (10 and 4 of 12 layers), on one idle core
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Layers of encoder and decoder."""
+
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        """For stage 1."""
+        decoder = f"decoder: {{layers: {list(self.decoder)}, fusion: delta}}"
+        return [f"scd={{encoder_layers: {list(self.encoder)}, {decoder}}}"]
+
+    @property
+    def work(self) -> float:
+        """Block passes of one training update, those of the demo's own split being 1: two frames in the encoder, two
+        noisy samples in the decoder, and the query through its early blocks."""
+        early = sum(layer in self.encoder for layer in self.decoder)
+        return (2 * len(self.encoder) + 2 * len(self.decoder) + early) / DEMO_WORK
+
+
+def both_ends(depth: int, decoder: int) -> Cut:
+    """The decoder: copies of the first layers and, at least half of it, the last ones."""
+    early = decoder // 2
+    late = depth - (decoder - early)
+    return Cut(tuple(range(late)), (*range(early), *range(late, depth)))
+
+
+def cuts(depth: int, proposed: Cut) -> dict[str, Cut]:
+    """The splits of the sweep. UserError: too few layers to tell them apart."""
+    size = depth // 3
+    if size < 2:
+        raise UserError(f"the teacher has {depth} layers; a sweep needs at least 6")
+    return {
+        "both ends": both_ends(depth, size),
+        "encoder-heavier": both_ends(depth, max(1, size // 2)),
+        "decoder-heavier": both_ends(depth, 2 * size),
+        "early / late": Cut(tuple(range(depth - size)), tuple(range(depth - size, depth))),
+        LEAVE_ONE_OUT: proposed,
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for."""
+
+    run: Path
+    teacher: Path
+    latents: Path
+    updates: int
+    seeds: tuple[int, ...]
+    clips: int
+    probe_clips: int
+    steps: tuple[int, ...] = (4, 50)
+
+    def data_steps(self, train: int) -> list[Group]:
+        """As in the demo: rendered clips, encoded."""
+        clips, count = self.run / "clips", str(train)
+        render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", count, "--val", "4")
+        encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
+        return [[Step("clips", render, 27)], [Step("latents", [*encode, "--out", str(self.latents)], 55)]]
+
+    def place(self, stage: int, cut: Cut, seed: int = 0) -> Path:
+        """Named by its layers: a split that stands in the sweep twice is trained once."""
+        layers = "-".join(["e", *map(str, cut.encoder), "d", *map(str, cut.decoder)])
+        return self.run / f"stage{stage}" / (layers if stage == 1 else f"{layers}-s{seed}")
+
+    def training(self, chosen: dict[str, Cut]) -> list[Group]:
+        """Stages 1 and 2 of every split and seed, two at a time, one core each, the longest first."""
+        first, second = [], []
+        for cut, name in sorted(first_names(chosen).items(), key=lambda item: -item[0].work):
+            out, words = self.place(1, cut), name.replace(" / ", "-").replace(" ", "-")
+            transplant = python("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
+            given = [f"base={self.teacher}", f"out={out}", *cut.overrides]
+            first.append(Step(f"stage1-{words}", [*transplant, *given], 8, ONE_THREAD))
+            for seed in self.seeds:
+                tune = python("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
+                data = [f"data={self.latents / 'train'}", f"val={self.latents / 'val'}"]
+                place = [f"init={out}", f"run.dir={self.place(2, cut, seed)}", f"run.seed={seed}"]
+                often = f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
+                seconds = UPDATE_SECONDS * self.updates * cut.work
+                second.append(Step(f"stage2-{words}-{seed}", [*tune, *data, *place, often], seconds, ONE_THREAD))
+        return [*in_pairs(first), *in_pairs(second)]
+
+    def rows(self, chosen: dict[str, Cut]) -> list[dict[str, object]]:
+        """Of the evaluation: every training once, with every number of steps."""
+        return [
+            {
+                "name": row_name(name, seed, steps),
+                "checkpoint": str(self.place(2, cut, seed).relative_to(self.run)),
+                "steps": steps,
+            }
+            for cut, name in first_names(chosen).items()
+            for seed in self.seeds
+            for steps in self.steps
+        ]
+
+    def scoring(self, chosen: dict[str, Cut]) -> Step:
+        script = python("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
+        data = [f"train={self.latents / 'train'}", f"val={self.latents / 'val'}", f"root={self.run}"]
+        rows = self.rows(chosen)
+        given = [f"out={self.run / 'scores'}", f"rows={json.dumps(rows)}"]
+        return Step("evaluate", [*script, *data, *given], 60 + 25 * len(rows))
+
+    def loss(self, cut: Cut, seed: int) -> float:
+        """Validation loss of the averaged weights after the last update."""
+        lines = (self.place(2, cut, seed) / "metrics.jsonl").read_text().splitlines()
+        found = [row["val/loss"] for row in map(json.loads, lines) if row["step"] == self.updates and "val/loss" in row]
+        if not found:
+            raise UserError(f"{self.place(2, cut, seed)}: no validation loss of update {self.updates}; train it again")
+        return float(found[-1])
+
+
+def first_names(chosen: dict[str, Cut]) -> dict[Cut, str]:
+    """Every split once, by the first of its names."""
+    found: dict[Cut, str] = {}
+    for name, cut in chosen.items():
+        found.setdefault(cut, name)
+    return found
+
+
+def row_name(name: str, seed: int, steps: int) -> str:
+    return f"{name}, seed {seed}, {steps} steps"
+
+
+def in_pairs(steps: Sequence[Step]) -> list[Group]:
+    """Two at a time: one core each."""
+    return [list(steps[start : start + 2]) for start in range(0, len(steps), 2)]
+
+
+def proposal(plan: Plan) -> Cut:
+    """What probe P7 proposes for the teacher, measured once: kept with what it depends on."""
+    file, config = plan.run / "leave_one_out.json", plan.run / "stage1_proposed.yaml"
+    val = LatentClips(plan.latents / "val")
+    weights = sha256_folder(transformer_dir(plan.teacher), "*.safetensors")
+    key = hash_json([weights, val.hash, plan.probe_clips, LEVELS, SHIFT])
+    if not (file.is_file() and config.is_file() and json.loads(file.read_text())["key"] == key):
+        chosen = list(range(0, len(val), max(1, len(val) // plan.probe_clips)))[: plan.probe_clips]
+        batch, wan = val.batch(chosen), load_wan(plan.teacher)
+        print(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {len(chosen)} clips", flush=True)
+        found = leave_one_out(wan, batch.latents_BFCHW, batch.text, training_levels(LEVELS, SHIFT))
+        split = propose_split([cost.overall for cost in found.blocks])
+        write_stage1(config, split, str(plan.teacher))
+        draw_costs(plan.run / "figures" / "leave_one_out.png", found)
+        write_json(file, {"key": key, **as_json(found, split)})
+    scd = load_config(TransplantConfig, config, ["base=", "out="]).scd
+    return Cut(scd.encoder_layers, scd.decoder.layers)
+
+
+def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
+    """Figures by split, as they go into sweep.json."""
+    scored = {row.name: row for row in read_rows(plan.run / "scores" / "results.json")[0]}
+    names = first_names(chosen)
+    found: dict[str, Any] = {}
+    for name, cut in chosen.items():
+        losses = [plan.loss(cut, seed) for seed in plan.seeds]
+        sampled: dict[str, Any] = {}
+        for steps in plan.steps:
+            rows = [scored[row_name(names[cut], seed, steps)] for seed in plan.seeds]
+            sampled[str(steps)] = figures(rows)
+        found[name] = {
+            "encoder_layers": list(cut.encoder),
+            "decoder_layers": list(cut.decoder),
+            "same_as": None if names[cut] == name else names[cut],
+            "loss": losses,
+            "steps": sampled,
+        }
+    return found
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the trainings of one split at one number of steps: their means, and the values they are the means of."""
+
+    def every(name: str) -> list[float]:
+        values = [float(vars(row)[name]) for row in rows if vars(row)[name] is not None]
+        return values
+
+    def mean(values: Sequence[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    adherence = [row.adherence for row in rows if row.adherence is not None]
+    measured = ("video_frechet", "video_frechet_by_prompt", "sharpness", "block_passes_per_frame", "seconds_per_frame")
+    return {
+        **{name: mean(every(name)) for name in (*measured, "seconds_to_first_frame")},
+        "video_frechet_std_over_sampling_seeds": mean(every("video_frechet_std")),
+        "video_frechet_by_training_seed": every("video_frechet"),
+        "place": mean([found.place for found in adherence]),
+        "motion": mean([found.motion for found in adherence]),
+    }
+
+
+def draw(plan: Plan, found: dict[str, Any]) -> Path:
+    """Quality against latency; names of one split share a point."""
+    points = {}
+    for name, split in found.items():
+        if split["same_as"] is None:
+            others = [other for other, row in found.items() if row["same_as"] == name]
+            points[" = ".join([name, *others])] = {
+                f"{steps} steps": (
+                    1000 * row["seconds_per_frame"],
+                    row["video_frechet"],
+                    row["video_frechet_std_over_sampling_seeds"] or 0.0,
+                )
+                for steps, row in split["steps"].items()
+            }
+    place = plan.run / "figures" / "sweep_split.png"
+    return tradeoff_figure(place, points, "ms per latent frame", "video Frechet distance (lower is better)")
+
+
+def show(found: dict[str, Any], updates: int) -> None:
+    table = Table(title=f"Encoder / decoder splits after {updates} updates", title_justify="left")
+    heads = ("split", "encoder", "decoder", "loss", "steps", "video Frechet", "place %", "motion %", "passes", "ms")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "split" else "right", no_wrap=True)
+    for name, split in found.items():
+        for steps, row in split["steps"].items():
+            cells = [f"{row['video_frechet']:.1f}", f"{100 * row['place']:.0f}", f"{100 * row['motion']:.0f}"]
+            costs = [f"{row['block_passes_per_frame']:.0f}", f"{1000 * row['seconds_per_frame']:.1f}"]
+            layers = [str(len(split[f"{part}_layers"])) for part in ("encoder", "decoder")]
+            loss = sum(split["loss"]) / len(split["loss"])
+            table.add_row(name, *layers, f"{loss:.4f}", steps, *cells, *costs)
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/sweep"), help="run directory, resumable")
+    parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to be cut")
+    parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")
+    parser.add_argument("--updates", type=int, default=500, help="of every split's stage 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
+    parser.add_argument("--clips", type=int, default=24, help="held-out clips that are scored")
+    parser.add_argument("--probe-clips", type=int, default=24, help="clips that single blocks are left out on")
+    parser.add_argument("--train", type=int, default=48, help="rendered training clips per place and motion")
+    args = parser.parse_args()
+    if min(args.updates, args.clips) < 1 or args.probe_clips < 2:
+        raise UserError("--updates and --clips must be at least 1, --probe-clips at least 2")
+    latents = args.latents or args.run / "latents"
+    plan = Plan(
+        args.run, args.teacher, latents, args.updates, tuple(dict.fromkeys(args.seeds)), args.clips, args.probe_clips
+    )
+    depth = read_wan_config(plan.teacher).num_layers
+    cuts(depth, both_ends(depth, 1))  # refuses a small teacher before anything is made
+    if args.latents is None:
+        run_steps(plan.run, plan.data_steps(args.train))
+    plan.run.mkdir(parents=True, exist_ok=True)
+    chosen = cuts(depth, proposal(plan))
+    run_steps(plan.run, [*plan.training(chosen), [plan.scoring(chosen)]])
+    found = collect(plan, chosen)
+    context = json.loads((plan.run / "scores" / "results.json").read_text())["context"]
+    about = {"updates": plan.updates, "training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
+    write_json(plan.run / "sweep.json", {"schema": 1, "context": about, "splits": found})
+    figure = draw(plan, found)
+    show(found, plan.updates)
+    print(f"{plan.run}/sweep.json, {figure}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
