@@ -1,6 +1,7 @@
 """The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), videos (`sample`), their speed (`bench`), trainings (`runs`), and
-what one would need (`plan`), folders of clips (`data`), and the metrics' networks (`weights`).
+form to another (`transplant`, `convert`, `export`), videos (`sample`), what a model does inside (`probe`), its speed
+(`bench`), trainings (`runs`), and what one would need (`plan`), folders of clips (`data`), and the metrics' networks
+(`weights`).
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
 """
@@ -150,6 +151,27 @@ def sample(
     from scd_sf.train.ranks import init_distributed
 
     run_samples(load_config(SampleConfig, config, overrides), init_distributed())
+
+
+@app.command()
+def probe(
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="checkpoint=RUN out=DIR [a.b=value ..]",
+            help="prompts='[...]' or data=, probes='[similarity,pca,attention,skip,diagonal,leave_one_out]', and their "
+            "own fields: similarity.tokens=0, skip.prefix=2 .. (scd_sf/probing.py).",
+        ),
+    ],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
+) -> None:
+    """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and one page."""
+    import torch
+
+    from scd_sf.probing import ProbeConfig, run_probes
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(run_probes(load_config(ProbeConfig, config, overrides), device))
 
 
 @app.command()

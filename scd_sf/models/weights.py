@@ -67,6 +67,11 @@ class WanFiles:
     tensors: Mapping[str, Lazy]
 
 
+def is_wan_directory(path: Path) -> bool:
+    """Whether a transformer's config.json is there or in ``transformer/``; our own checkpoints have none."""
+    return any((folder / "config.json").is_file() for folder in (path / "transformer", path))
+
+
 def transformer_dir(path: Path) -> Path:
     """``path`` itself or its ``transformer/`` sub-folder, whichever holds the transformer's config.json."""
     for folder in (path / "transformer", path):

@@ -59,9 +59,9 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
     frames, blocks = chosen_frames(cfg.frames, subject.shape.frames), list(range(len(subject.step_blocks)))
     tokens = spread(subject.tokens, cfg.tokens)
     with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
-        store = FeatureStore(Path(folder), subject.sampler.steps)
-        collect(subject, blocks, frames, tokens, store)
-        found = {block: step_matrices(store, block, frames) for block in blocks}
+        with FeatureStore(Path(folder), subject.sampler.steps) as store:
+            collect(subject, blocks, frames, tokens, store)
+            found = {block: step_matrices(store, block, frames) for block in blocks}
     times = {measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES}
     common = [round(float(found[block]["common"]), 6) for block in blocks]
     shown = list(cfg.shown) or spread(len(blocks), 7)
@@ -110,33 +110,34 @@ def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[st
     """The four measures as fp64 (S, S), and ``common``: the share of the mean token in the mean square."""
     sums: dict[str, Tensor] = {}
     for frame in frames:
-        means = torch.stack([store.step(block, frame, s).mean(1) for s in range(store.steps)], 1)  # (clips, S, E)
-        energy = total = 0.0
-        grams = {name: torch.zeros(store.steps, store.steps, dtype=torch.float64) for name in ("cosine", "centred")}
-        square = torch.zeros_like(grams["cosine"])
-        power = torch.zeros(store.steps, dtype=torch.float64)
-        count = width = 0
+        mean = store.means[block, frame].unsqueeze(2)  # (clips, S, 1, E)
+        cosine, centred, product = torch.zeros(3, store.steps, store.steps, dtype=torch.float64)
+        tokens = width = 0
         for part in store.tokens(block, frame):  # (clips, S, t, E)
-            x, width = part.transpose(1, 2).flatten(0, 1), part.shape[-1]  # (clips * t, S, E)
-            grams["cosine"] += _cosines(x)
-            grams["centred"] += _cosines((part - means.unsqueeze(2)).transpose(1, 2).flatten(0, 1))
-            square += torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square().sum(0)
-            power += x.square().sum((0, 2))
-            count += len(x)
-        energy, total = float(means.square().sum()) * count / len(means), float(power.sum())
+            cosine += _products(_unit(part))
+            centred += _products(_unit(part - mean))
+            product += _products(part)
+            tokens, width = tokens + part.shape[2], part.shape[3]
+        count, power = len(mean) * tokens, product.diagonal()
         pairs = (power.unsqueeze(0) + power.unsqueeze(1)) / 2
-        found = {name: gram / count for name, gram in grams.items()}
-        found |= {"mse": square / (count * width), "relative": (square / pairs.clamp(min=1e-300)).sqrt()}
-        found["common"] = torch.tensor(energy / max(total, 1e-300), dtype=torch.float64)
+        square = (2 * (pairs - product)).clamp(min=0)
+        found = {"cosine": cosine / count, "centred": centred / count, "mse": square / (count * width)}
+        found["relative"] = (square / pairs.clamp(min=1e-300)).sqrt()
+        found["common"] = mean.square().sum() * tokens / power.sum().clamp(min=1e-300)
         for name, value in found.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(frames)
     return sums
 
 
-def _cosines(x_TSE: Tensor) -> Tensor:
-    """Sum over tokens of the cosines between steps, (S, S); a vector of zeros is like nothing."""
-    unit = x_TSE / x_TSE.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-    return torch.einsum("tse,tre->sr", unit, unit)
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length 1; one of zeros stays, and is like nothing."""
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+
+
+def _products(x_BSTE: Tensor) -> Tensor:
+    """Inner products between steps, summed over clips and tokens: (S, S)."""
+    rows = x_BSTE.transpose(0, 1).flatten(1)
+    return rows @ rows.T
 
 
 def rounded(matrix: Tensor) -> list[object]:

@@ -7,50 +7,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+FLOAT = 4  # bytes
+
 
 class FeatureStore:
-    """fp32 (clips, S, T, E) per block and frame in ``folder``; rows are written as they come, read by slices of tokens.
+    """fp32 (S, clips, T, E) per block and frame in a file of ``folder``; steps come in any order, and are read by
+    slices of tokens, none larger than one step's features. A context manager: the files are closed at its end.
 
-    ``room``: a slice has about as many numbers as this many tokens of one step.
+    ``means``: of the tokens, fp64 (clips, S, E) per block and frame.
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
+        self.means: dict[tuple[int, int], Tensor] = {}
+        self._files: dict[tuple[int, int], BinaryIO] = {}
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
 
     def write(self, block: int, frame: int, step: int, x_BTE: Tensor) -> None:
         """A step's tokens of every clip."""
-        key, clips = (block, frame), len(x_BTE)
-        shape = (clips, self.steps, *x_BTE.shape[1:])
-        mode: Literal["r+", "w+"] = "r+" if key in self._shapes else "w+"
-        self._shapes[key] = shape
-        file = np.memmap(self._path(*key), np.float32, mode, shape=shape)
-        file[:, step] = x_BTE.float().cpu().numpy()
-        file.flush()
+        key, x = (block, frame), x_BTE.detach().float().cpu().contiguous()
+        if key not in self._files:
+            self._files[key] = self._path(*key).open("w+b")
+            self._shapes[key] = (self.steps, *x.shape)
+            self.means[key] = torch.zeros(x.shape[0], self.steps, x.shape[2], dtype=torch.float64)
+        file = self._files[key]
+        file.seek(step * x.numel() * FLOAT)
+        file.write(x.numpy().data)
+        self.means[key][:, step] = x.double().mean(1)
 
     def frames(self) -> list[tuple[int, int]]:
         """(block, frame) of all that was written."""
         return sorted(self._shapes)
 
     def tokens(self, block: int, frame: int) -> Iterator[Tensor]:
-        """fp64 (clips, S, t, E), a few tokens at a time: no slice is larger than one step's features."""
-        shape = self._shapes[block, frame]
-        file = np.memmap(self._path(block, frame), dtype=np.float32, mode="r", shape=shape)
-        width = max(1, shape[2] // self.steps)
-        for start in range(0, shape[2], width):
-            yield torch.from_numpy(np.array(file[:, :, start : start + width])).double()
+        """fp64 (clips, S, t, E), a few tokens at a time."""
+        file = self._read(block, frame)
+        width = max(1, file.shape[2] // self.steps)
+        for start in range(0, file.shape[2], width):
+            yield torch.from_numpy(np.array(file[:, :, start : start + width])).double().transpose(0, 1)
 
     def step(self, block: int, frame: int, step: int) -> Tensor:
         """fp64 (clips, T, E)."""
-        shape = self._shapes[block, frame]
-        file = np.memmap(self._path(block, frame), dtype=np.float32, mode="r", shape=shape)
-        return torch.from_numpy(np.array(file[:, step])).double()
+        return torch.from_numpy(np.array(self._read(block, frame)[step])).double()
+
+    def _read(self, block: int, frame: int) -> np.ndarray:
+        self._files[block, frame].flush()
+        return np.memmap(self._path(block, frame), np.float32, "r", shape=self._shapes[block, frame])
 
     def _path(self, block: int, frame: int) -> Path:
         return self.folder / f"block_{block:03d}_frame_{frame:03d}.f32"

@@ -116,23 +116,24 @@ def test_fewer_tokens_and_more_frames_are_averages() -> None:
 
 def test_memory_of_the_store(tmp_path: Path) -> None:
     """Slices are no larger than one step's features, and together they are all of them."""
-    store, x = FeatureStore(tmp_path, 5), torch.randn(5, 2, 17, 3, generator=tiny.generator(0))
-    for step in (3, 0, 4, 1, 2):
-        store.write(7, 1, step, x[step])
-    parts = list(store.tokens(7, 1))
-    assert max(part.numel() for part in parts) <= x[0].numel() and store.frames() == [(7, 1)]
-    assert torch.equal(torch.cat(parts, 2), x.transpose(0, 1).double())
-    assert torch.equal(store.step(7, 1, 3), x[3].double())
+    x = torch.randn(5, 2, 17, 3, generator=tiny.generator(0))
+    with FeatureStore(tmp_path, 5) as store:
+        for step in (3, 0, 4, 1, 2):
+            store.write(7, 1, step, x[step])
+        parts = list(store.tokens(7, 1))
+        assert max(part.numel() for part in parts) <= x[0].numel() and store.frames() == [(7, 1)]
+        assert torch.equal(torch.cat(parts, 2), x.transpose(0, 1).double())
+        assert torch.equal(store.step(7, 1, 3), x[3].double())
 
 
 def test_one_basis_over_all_steps(tmp_path: Path) -> None:
     """Against an SVD of all rows; signs are fixed; equal features have equal colours."""
     x = torch.randn(3, 1, 40, 6, generator=tiny.generator(0)) * torch.tensor([9.0, 4.0, 2.0, 0.3, 0.2, 0.1])
     x[2] = x[0]
-    store = FeatureStore(tmp_path, 3)
-    for step in range(3):
-        store.write(0, 0, step, x[step])
-    mean, basis, shares = components(store, 0, 0)
+    with FeatureStore(tmp_path, 3) as store:
+        for step in range(3):
+            store.write(0, 0, step, x[step])
+        mean, basis, shares = components(store, 0, 0)
     rows = x[:, 0].reshape(-1, 6).double()
     torch.testing.assert_close(mean, rows.mean(0))
     _, values, right = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)

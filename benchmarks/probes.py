@@ -1,0 +1,75 @@
+"""What a probe adds to the rollout it looks into: a Wan-shaped causal model of 30 blocks, 50 steps, random weights.
+
+    python benchmarks/probes.py --out docs/results/probe_cost.json
+
+Plain and probed rollouts take turns (``--rounds``), medians, batch 1; a probe's whole time counts: its rollout, its
+files, its matrices and components, but not the drawing. Goal: less than 1.3 times the plain rollout.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+
+from scd_sf.data.manifest import write_json
+from scd_sf.diffusion.solvers import Euler
+from scd_sf.models.causal import Causal
+from scd_sf.models.trunk import WanConfig
+from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
+from scd_sf.probes.pca import PcaProbe, pca
+from scd_sf.probes.similarity import SimilarityProbe, similarity
+from scd_sf.probes.subject import Subject
+from scd_sf.types import Conditioning, VideoShape, exit_on_user_error
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    width: Annotated[int, typer.Option(help="Model width, a multiple of 64.")] = 256,
+    side: Annotated[int, typer.Option(help="Latents along a side; a quarter of its square are tokens.")] = 24,
+    frames: Annotated[int, typer.Option(help="Latent frames.")] = 3,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 3,
+    threads: Annotated[int, typer.Option(help="Torch's threads on the CPU.")] = 2,
+) -> None:
+    """Print (and write) seconds and ratios."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = WanConfig(num_attention_heads=width // 64, attention_head_dim=64, ffn_dim=4 * width, text_dim=64)
+    model = Causal(config).eval().requires_grad_(False)
+    shape = VideoShape(frames, config.in_channels, side, side)
+    subject = Subject("random", model, shape, Conditioning(torch.randn(1, 16, 64)), Euler(steps, 5.0), (0,))
+    ways: dict[str, Callable[[], object]] = {
+        "plain": subject.sample,
+        "similarity": lambda: similarity(subject, SimilarityProbe()),
+        "pca": lambda: pca(subject, PcaProbe()),
+        "attention": lambda: attention_mass(subject, AttentionProbe()),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    subject.with_sampler(Euler(2, 5.0)).sample()
+    for number in range(rounds):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            taken[name].append(time.perf_counter() - start)
+            print(f"round {number + 1}/{rounds}  {name}: {taken[name][-1]:.1f} s", flush=True)
+    seconds = {name: round(median(times), 2) for name, times in taken.items()}
+    ratios = {
+        name: round(median(t / p for t, p in zip(taken[name], taken["plain"], strict=True)), 3)
+        for name in ways if name != "plain"
+    }  # fmt: skip
+    print(f"seconds {seconds}; over the plain rollout {ratios}")
+    if out is not None:
+        about = {"blocks": config.num_layers, "width": width, "tokens_per_frame": subject.tokens, "frames": frames}
+        machine = {"steps": steps, "rounds": rounds, "threads": threads, "machine": platform.machine()}
+        write_json(out, {**about, **machine, "seconds": seconds, "ratio_to_plain": ratios})
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: typer.run(main))
