@@ -5,7 +5,7 @@
 Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut into early and late layers, and what
 leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and is sampled with 4 and 50 steps.
 Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence, block passes and seconds per latent frame),
-``RUN/figures/sweep_split.png`` and the probe's ``leave_one_out.png``. The same command goes on where it stopped.
+``RUN/figures/sweep_split.png`` and the probe's result under ``RUN/probe``. The same command goes on where it stopped.
 About 25 minutes on two idle cores (an estimate); ``--seeds 0 1 2`` for spreads takes twice the trainings more.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,20 @@ from rich.table import Table
 
 from scd_sf.config import load_config
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import hash_json, sha256_folder, write_json
+from scd_sf.data.manifest import sha256_folder, write_json
+from scd_sf.diffusion.solvers import Euler
 from scd_sf.metrics.curves import tradeoff_figure
 from scd_sf.metrics.protocols import Row, read_rows
 from scd_sf.models.transplant import TransplantConfig
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
-from scd_sf.probes.leave_one_out import as_json, leave_one_out, propose_split, write_stage1
-from scd_sf.probes.leave_one_out import draw as draw_costs
-from scd_sf.probes.paired import training_levels
+from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
+from scd_sf.probes.paired import LossConfig
+from scd_sf.probes.subject import Subject
 from scd_sf.steps import Group, Step, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LEAVE_ONE_OUT = "leave-one-out"
-LEVELS, SHIFT = 5, 5.0  # the paper's five noise levels; the training's shift
 UPDATE_SECONDS, DEMO_WORK = 0.8, 30  # of the demo's own split (10 and 4 of 12 layers), on one idle core
 
 
@@ -171,20 +171,20 @@ def in_pairs(steps: Sequence[Step]) -> list[Group]:
 
 
 def proposal(plan: Plan) -> Cut:
-    """What probe P7 proposes for the teacher, measured once: kept with what it depends on."""
-    file, config = plan.run / "leave_one_out.json", plan.run / "stage1_proposed.yaml"
-    val = LatentClips(plan.latents / "val")
+    """What probe P7 proposes for the teacher, measured once: kept beside what it depends on."""
+    folder = plan.run / "probe"
+    config, keys = folder / "leave_one_out-stage1.yaml", folder / "measured.json"
+    val, cfg = LatentClips(plan.latents / "val"), LeaveOneOut(LossConfig(clips=plan.probe_clips))
     weights = sha256_folder(transformer_dir(plan.teacher), "*.safetensors")
-    key = hash_json([weights, val.hash, plan.probe_clips, LEVELS, SHIFT])
-    if not (file.is_file() and config.is_file() and json.loads(file.read_text())["key"] == key):
-        chosen = list(range(0, len(val), max(1, len(val) // plan.probe_clips)))[: plan.probe_clips]
-        batch, wan = val.batch(chosen), load_wan(plan.teacher)
-        print(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {len(chosen)} clips", flush=True)
-        found = leave_one_out(wan, batch.latents_BFCHW, batch.text, training_levels(LEVELS, SHIFT))
-        split = propose_split([cost.overall for cost in found.blocks])
-        write_stage1(config, split, str(plan.teacher))
-        draw_costs(plan.run / "figures" / "leave_one_out.png", found)
-        write_json(file, {"key": key, **as_json(found, split)})
+    key = {"weights": weights, "data": val.hash, "settings": asdict(cfg.loss)}
+    if not (keys.is_file() and json.loads(keys.read_text()) == json.loads(json.dumps(key)) and config.is_file()):
+        wan = load_wan(plan.teacher)
+        print(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips", flush=True)
+        cond = val.prompts.conditioning([0])
+        result = leave_one_out(Subject(str(plan.teacher), wan, val.shape, cond, Euler(), (0,), val), cfg)
+        result.write(folder)
+        write_json(keys, key)
+        print(result.text)
     scd = load_config(TransplantConfig, config, ["base=", "out="]).scd
     return Cut(scd.encoder_layers, scd.decoder.layers)
 

@@ -7,70 +7,86 @@ stage 2 with ``blocks: {frame_diagonal: n}`` and recipes/evaluate.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
-from torch import Tensor
-
-from scd_sf.diffusion.solvers import Sampler
-from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.models.build import blocks_of, running_as
 from scd_sf.models.causal import Causal
-from scd_sf.probes.paired import Change, increase, losses_of_seeds, moved, samples
-from scd_sf.types import Conditioning
+from scd_sf.probes.paired import Change, FlowLosses, LossConfig, changes_figure, increase, increases, moved
+from scd_sf.probes.result import ProbeResult
+from scd_sf.probes.subject import Subject
+from scd_sf.types import UserError
+
+PAPER_SHARE = 6  # its last 5 of 30 blocks
+
+
+@dataclass(frozen=True)
+class DiagonalProbe:
+    """``counts``: so many last blocks at a time (empty: a sixth of the model, the paper's share, and up to all)."""
+
+    counts: tuple[int, ...] = ()
+    loss: LossConfig = field(default_factory=LossConfig)
 
 
 @dataclass(frozen=True)
 class DiagonalRow:
-    """The last ``blocks`` blocks see their own chunk alone. ``loss``: relative increase over all levels, and at each;
-    ``moved``: how far the videos lie from those without such blocks, relative, same noise; ``cache``: the part of the
-    K/V cache that is left."""
+    """The last ``blocks`` blocks see their own chunk alone. ``loss``: relative increase over all levels, and at each
+    (without clips none); ``moved``: how far the videos lie from those without such blocks, same noise; ``cache``: the
+    part of the K/V cache that is left."""
 
     blocks: int
-    loss: Change
+    loss: Change | None
     loss_by_level: tuple[Change, ...]
     moved: Change
     cache: float
 
 
-def frame_diagonal(
-    model: Causal,
-    x_0: Tensor,
-    cond: Conditioning,
-    sampler: Sampler,
-    counts: Sequence[int],
-    levels: Sequence[float],
-    seeds: Sequence[int] = (0,),
-    *,
-    batch: int = 8,
-) -> list[DiagonalRow]:
-    """A row for each number of blocks in ``counts``, on real clips ``x_0`` (B, F, C, H, W) of the prompts ``cond``.
-    UserError: more blocks than there are."""
-    depth, whole_way = model.cfg.num_layers, replace(blocks_of(model), frame_diagonal=0)
-    ways = [replace(whole_way, frame_diagonal=count) for count in counts]
+def diagonal_rows(subject: Subject, counts: tuple[int, ...], losses: FlowLosses | None) -> list[DiagonalRow]:
+    """A row for each of ``counts``; the model is run as before afterwards. UserError: more blocks than there are, or
+    not the causal baseline."""
+    model = subject.model
+    if not isinstance(model, Causal):
+        raise UserError(f"{subject.name}: frame-diagonal blocks are for the causal baseline; give a checkpoint of it")
+    depth, whole = model.cfg.num_layers, replace(blocks_of(model), frame_diagonal=0)
+    ways = [replace(whole, frame_diagonal=count) for count in counts]
     for way in ways:
         way.check("causal", depth)
-    with running_as(model, whole_way):
-        base_TB = losses_of_seeds(model, x_0, cond, levels, seeds, batch)
-        whole = samples(model, x_0, cond, sampler, seeds[0], batch)
+    with running_as(model, whole):
+        base_TB = None if losses is None else losses.measure(model)
+        video = subject.sample()
     rows = []
     for way in ways:
+        overall, each = None, tuple[Change, ...]()
         with running_as(model, way):
-            changed_TB = losses_of_seeds(model, x_0, cond, levels, seeds, batch)
-            distance = moved(whole, samples(model, x_0, cond, sampler, seeds[0], batch))
-        each = tuple(increase(base_TB[i : i + 1], changed_TB[i : i + 1]) for i in range(len(levels)))
-        left = (depth - way.frame_diagonal) / depth
-        rows.append(DiagonalRow(way.frame_diagonal, increase(base_TB, changed_TB), each, distance, left))
+            distance = moved(video, subject.sample())
+            if losses is not None and base_TB is not None:
+                changed_TB = losses.measure(model)
+                overall, each = increase(base_TB, changed_TB), increases(base_TB, changed_TB)
+        rows.append(DiagonalRow(way.frame_diagonal, overall, each, distance, (depth - way.frame_diagonal) / depth))
     return rows
 
 
-def draw(path: Path, rows: Sequence[DiagonalRow]) -> Path:
-    """Against the number of frame-diagonal blocks: increase of the flow loss, and how far the videos moved."""
-    counts = [row.blocks for row in rows]
-    changes = {"flow loss": [row.loss for row in rows], "videos moved": [row.moved for row in rows]}
-    lines: dict[str, Line] = {
-        name: (counts, [100 * each.mean for each in found], [100 * each.error for each in found])
-        for name, found in changes.items()
+def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
+    """The last blocks without context, by their number. The flow loss is taken where the subject has clips."""
+    depth = subject.model.cfg.num_layers
+    share = max(1, depth // PAPER_SHARE)
+    counts = cfg.counts or tuple(dict.fromkeys((1, share, 2 * share, depth // 2, depth)))
+    losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
+    rows = diagonal_rows(subject, counts, losses)
+    text = (
+        f"The last blocks of {depth} see their own chunk alone, without any training (P6; the paper does it to the "
+        "last 5 of 30 and finds the baseline's quality again after a fine-tune). "
+    )
+    for row in rows:
+        flow = "" if row.loss is None else f"flow loss {row.loss}, "
+        text += f"Last {row.blocks}: {flow}videos moved by {row.moved}, {100 * row.cache:.0f} % of the cache left. "
+    lines = {"videos moved": [row.moved for row in rows]}
+    found = [row.loss for row in rows if row.loss is not None]
+    lines |= {"flow loss": found} if found else {}
+    draw = partial(changes_figure, lines=lines, across=counts, x="last blocks that see their own chunk alone")
+    data: dict[str, object] = {
+        "levels": list(losses.levels) if losses else [],
+        "clips": len(losses.x_0) if losses else 0,
+        "rows": [asdict(row) for row in rows],
     }
-    return curve_figure(path, lines, "last blocks that see their own chunk alone", "relative change, %")
+    return ProbeResult("frame_diagonal", "Last blocks without context (P6)", text.strip(), data, {"changes": draw})

@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
 from scd_sf.config import to_yaml
-from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.models.build import Student
 from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
-from scd_sf.probes.paired import Change, increase, losses_of_seeds
-from scd_sf.types import Conditioning, UserError
+from scd_sf.probes.paired import Change, FlowLosses, LossConfig, changes_figure, increase, increases
+from scd_sf.probes.result import ProbeResult
+from scd_sf.probes.subject import Subject
+from scd_sf.types import UserError
 
 DECODER_SHARE = 3  # the paper's decoder has a third of the model's layers: 10 of 30
 
@@ -52,6 +53,14 @@ def named_blocks(model: Student | Wan) -> dict[str, nn.Module]:
 
 
 @dataclass(frozen=True)
+class LeaveOneOut:
+    """``decoder_blocks``: how many the proposed decoder has (0: a third of the model, the paper's share)."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    decoder_blocks: int = 0
+
+
+@dataclass(frozen=True)
 class BlockCost:
     """What leaving one block out costs: relative increase of the flow loss over all levels, and at each."""
 
@@ -60,36 +69,15 @@ class BlockCost:
     by_level: tuple[Change, ...]
 
 
-@dataclass(frozen=True)
-class LeaveOneOut:
-    """``base``: the whole model's loss at each of ``levels``; ``blocks`` in the order they run."""
-
-    levels: tuple[float, ...]
-    base: tuple[float, ...]
-    clips: int
-    seeds: tuple[int, ...]
-    blocks: tuple[BlockCost, ...]
-
-
-def leave_one_out(
-    model: Student | Wan,
-    x_0: Tensor,
-    cond: Conditioning,
-    levels: Sequence[float],
-    seeds: Sequence[int] = (0,),
-    batch: int = 8,
-) -> LeaveOneOut:
-    """The cost of every block, one at a time: (blocks + 1) x levels x seeds passes over the clips ``x_0``
-    (B, F, C, H, W) under ``cond``. UserError: fewer than 2 clips."""
-    base_TB = losses_of_seeds(model, x_0, cond, levels, seeds, batch)
-    costs = []
+def block_costs(model: Student | Wan, losses: FlowLosses) -> tuple[Tensor, list[BlockCost]]:
+    """The whole model's losses (T, B), and the cost of every block in the order they run, left out one at a time:
+    (blocks + 1) x levels x seeds passes over the clips."""
+    base_TB, costs = losses.measure(model), []
     for name, block in named_blocks(model).items():
         with left_out(block):
-            without_TB = losses_of_seeds(model, x_0, cond, levels, seeds, batch)
-        each = tuple(increase(base_TB[i : i + 1], without_TB[i : i + 1]) for i in range(len(levels)))
-        costs.append(BlockCost(name, increase(base_TB, without_TB), each))
-    base = tuple(float(value) for value in base_TB.mean(1))
-    return LeaveOneOut(tuple(levels), base, len(x_0), tuple(seeds), tuple(costs))
+            without_TB = losses.measure(model)
+        costs.append(BlockCost(name, increase(base_TB, without_TB), increases(base_TB, without_TB)))
+    return base_TB, costs
 
 
 @dataclass(frozen=True)
@@ -106,6 +94,14 @@ class Split:
         return sum(layer in self.encoder_layers for layer in self.decoder_layers)
 
 
+def decoder_size(count: int, decoder_blocks: int = 0) -> int:
+    """How many of ``count`` blocks the decoder gets (0: a third). UserError: none are left for it or the encoder."""
+    size = decoder_blocks or max(1, round(count / DECODER_SHARE))
+    if not 1 <= size < count:
+        raise UserError(f"decoder_blocks is {size}; of {count} blocks the decoder needs 1..{count - 1}")
+    return size
+
+
 def propose_split(costs: Sequence[Change], decoder_blocks: int = 0) -> Split:
     """Where to cut a stack whose block l costs ``costs[l]`` when it is left out.
 
@@ -115,10 +111,7 @@ def propose_split(costs: Sequence[Change], decoder_blocks: int = 0) -> Split:
     that come within one standard error of it count as equal, and the most even of those is taken: where both ends are
     well inside, the middle's noise would decide. UserError: no room for a decoder.
     """
-    count = len(costs)
-    size = decoder_blocks or max(1, round(count / DECODER_SHARE))
-    if not 1 <= size < count:
-        raise UserError(f"decoder_blocks is {size}; of {count} blocks the decoder needs 1..{count - 1}")
+    count, size = len(costs), decoder_size(len(costs), decoder_blocks)
 
     def chosen(early: int) -> frozenset[int]:
         return frozenset((*range(early), *range(count - size + early, count)))
@@ -157,29 +150,51 @@ class _Stage1Part:
     scd: _ScdPart
 
 
-def write_stage1(path: Path, split: Split, model: str) -> Path:
+def stage1_yaml(split: Split, model: str) -> str:
     """A configuration for ``recipes/stage1_transplant.py --config``; ``model``: what was probed, for the comment."""
     part = _Stage1Part("scd", _ScdPart(split.encoder_layers, _DecoderPart(split.decoder_layers)))
     head = (
         f"# Proposed by leaving single blocks out (probe P7) of {' '.join(model.split())}: the decoder's layers carry "
         f"{100 * split.held:.0f} %\n# of what all blocks together cost.\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head + to_yaml(part), encoding="utf-8")
-    return path
+    return head + to_yaml(part)
 
 
-def draw(path: Path, found: LeaveOneOut) -> Path:
-    """Cost against block, in percent of the whole model's loss: over all levels with error bars, and at each level."""
-    places = list(range(len(found.blocks)))
-    overall = [100 * cost.overall.mean for cost in found.blocks], [100 * cost.overall.error for cost in found.blocks]
-    lines: dict[str, Line] = {"all levels": (places, *overall)}
-    for i, level in enumerate(found.levels):
-        lines[f"t = {level:.2f}"] = (places, [100 * cost.by_level[i].mean for cost in found.blocks])
-    return curve_figure(path, lines, "block left out", "increase of the flow loss, %")
-
-
-def as_json(found: LeaveOneOut, split: Split | None) -> dict[str, object]:
-    """For a result file; ``split`` None: the model is split already."""
-    proposal = None if split is None else asdict(split)
-    return {**asdict(found), "proposed_split": proposal}
+def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:
+    """Every block's cost, and (but for SCD, which is split already) a split, as a configuration of stage 1 in
+    ``leave_one_out-stage1.yaml``. UserError: no clips, or no room for such a decoder."""
+    whole_stack = not isinstance(subject.model, Scd)
+    if whole_stack:
+        decoder_size(len(subject.step_blocks), cfg.decoder_blocks)
+    losses = FlowLosses.of(subject, cfg.loss)
+    base_TB, costs = block_costs(subject.model, losses)
+    dear = sorted(costs, key=lambda cost: -cost.overall.mean)
+    levels = ", ".join(f"{level:.2f}" for level in losses.levels)
+    text = (
+        f"One block at a time is left out, the identity on the residual path (P7, paper Figure 7): flow loss of "
+        f"{len(losses.x_0)} clips at t = {levels}, equal parts of the training density; errors are standard errors "
+        f"over clips, same noise. Dearest: {', '.join(f'block {c.block} {c.overall}' for c in dear[:4])}; cheapest: "
+        f"{', '.join(f'block {c.block} {c.overall}' for c in dear[-2:])}. "
+    )
+    data: dict[str, object] = {
+        "levels": list(losses.levels),
+        "base": base_TB.mean(1).tolist(),
+        "clips": len(losses.x_0),
+        "seeds": list(losses.seeds),
+        "blocks": [asdict(cost) for cost in costs],
+        "proposed_split": None,
+    }
+    files = {}
+    if whole_stack:
+        split = propose_split([cost.overall for cost in costs], cfg.decoder_blocks)
+        text += (
+            f"Proposed: encoder 0-{split.encoder_layers[-1]}, decoder {list(split.decoder_layers)}, whose layers carry "
+            f"{100 * split.held:.0f} % of the cost of all."
+        )
+        data["proposed_split"] = asdict(split)
+        files["stage1.yaml"] = stage1_yaml(split, subject.name)
+    lines = {"all levels": [cost.overall for cost in costs]}
+    lines |= {f"t = {level:.2f}": [cost.by_level[i] for cost in costs] for i, level in enumerate(losses.levels)}
+    title = "block left out" if whole_stack else "block left out (encoder's, then decoder's)"
+    draw = partial(changes_figure, lines=lines, across=range(len(costs)), x=title, y="increase of the flow loss, %")
+    return ProbeResult("leave_one_out", "Single blocks left out (P7)", text.strip(), data, {"costs": draw}, files)

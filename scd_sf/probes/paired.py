@@ -1,4 +1,4 @@
-"""The same clips under the same noise, before and after something is changed in a model: flow losses and samples.
+"""The same clips under the same noise, before and after something is changed in a model: flow losses and videos.
 
 Every clip's noise depends on its number and the seed alone: what two measurements differ by is the change, and error
 bars are those of the difference. Letters: B clips, F latent frames, C H W latent axes, T noise levels.
@@ -6,92 +6,100 @@ bars are those of the difference. Letters: B clips, F latent frames, C H W laten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scd_sf.diffusion.flow import add_noise, shift_time, velocity_target
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.models.build import Student
 from scd_sf.models.generator import Query
 from scd_sf.models.wan import Wan
-from scd_sf.rollout import row_noise, sample, sample_bidirectional
+from scd_sf.probes.subject import Subject
+from scd_sf.rollout import row_noise
 from scd_sf.types import Conditioning, UserError
 
 SEED_STRIDE = 1_000_003  # between the seeds of a clip
 
 
+@dataclass(frozen=True)
+class LossConfig:
+    """``clips`` of the given ones, noised at ``levels`` levels of the training density, whose ``shift`` is the
+    training's, by a draw for each of ``seeds``; ``batch`` clips in one forward."""
+
+    clips: int = 24
+    levels: int = 5
+    shift: float = 5.0
+    seeds: tuple[int, ...] = (0,)
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        if min(self.levels, len(self.seeds), self.batch) < 1 or self.clips < 2:
+            raise UserError("loss: levels, seeds and batch must be at least 1, clips 2 (error bars are over clips)")
+
+
 def training_levels(count: int, shift: float) -> tuple[float, ...]:
-    """``count`` noise levels at the middle of equal parts of the training density, t = shifted u, u uniform. Levels
-    outside it give garbage (spec/scd.md 3, pitfall ii). UserError: none are asked for."""
-    if count < 1:
-        raise UserError(f"levels is {count}; it must be at least 1")
+    """Noise levels at the middle of ``count`` equal parts of the training density, t = shifted u, u uniform. Levels
+    outside it say nothing (spec/scd.md 3, pitfall ii)."""
     return tuple(shift_time((index + 0.5) / count, shift) for index in range(count))
 
 
-@torch.no_grad()
-def clip_losses(
-    model: Student | Wan, x_0: Tensor, cond: Conditioning, levels: Sequence[float], seed: int = 0, batch: int = 8
-) -> Tensor:
-    """Flow loss of every clip (B, F, C, H, W) at every level: (T, B), fp64 on the CPU.
+@dataclass(frozen=True)
+class FlowLosses:
+    """True clips ``x_0`` (B, F, C, H, W) of the prompts ``cond``, and how they are noised."""
 
-    A bidirectional model denoises whole clips; a student is teacher-forced, with a query of pure noise as in sampling
-    and no corruption of its context. ``batch``: clips in one forward.
-    """
-    device = next(model.parameters()).device
-    table = torch.empty(len(levels), len(x_0), dtype=torch.float64)
-    for start in range(0, len(x_0), batch):
-        rows = slice(start, min(start + batch, len(x_0)))
-        x, told = x_0[rows].to(device), cond.rows(rows).to(device)
-        noise_like = row_noise(_seeds(rows, seed))
-        eps, query = noise_like(x), noise_like(x)
-        target = velocity_target(x, eps)
-        for place, level in enumerate(levels):
-            t = torch.full(x.shape[:2], level, device=device)
-            x_t = add_noise(x, eps, t)
+    x_0: Tensor
+    cond: Conditioning
+    levels: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    batch: int = 8
+
+    @classmethod
+    def of(cls, subject: Subject, cfg: LossConfig) -> FlowLosses:
+        """Clips spread over all of the subject's. UserError: none are given, or fewer than 2."""
+        if subject.clips is None:
+            raise UserError(f"{subject.name}: a flow loss needs encoded clips; give them with data=")
+        total = len(subject.clips)
+        count = min(cfg.clips, total)
+        if count < 2:
+            raise UserError(f"{subject.clips.root}: {total} clips; error bars need at least 2")
+        batch = subject.clips.batch([index * total // count for index in range(count)])
+        levels = training_levels(cfg.levels, cfg.shift)
+        return cls(batch.latents_BFCHW, batch.text, levels, cfg.seeds, cfg.batch)
+
+    @torch.no_grad()
+    def measure(self, model: Student | Wan) -> Tensor:
+        """Flow loss of every clip at every level, mean over seeds: (T, B), fp64 on the CPU.
+
+        A bidirectional model denoises whole clips; a student is teacher-forced, with a query of pure noise as in
+        sampling and no corruption of its context.
+        """
+        table = torch.zeros(len(self.levels), len(self.x_0), dtype=torch.float64)
+        for seed in self.seeds:
+            for start in range(0, len(self.x_0), self.batch):
+                rows = slice(start, min(start + self.batch, len(self.x_0)))
+                table[:, rows] += self._of_rows(model, rows, seed) / len(self.seeds)
+        return table
+
+    def _of_rows(self, model: Student | Wan, rows: slice, seed: int) -> Tensor:
+        device, errors = next(model.parameters()).device, []
+        x_0, cond = self.x_0[rows].to(device), self.cond.rows(rows).to(device)
+        noise_like = row_noise([SEED_STRIDE * seed + number for number in range(rows.start, rows.stop)])
+        eps, query = noise_like(x_0), noise_like(x_0)
+        for level in self.levels:
+            t = torch.full(x_0.shape[:2], level, device=device)
+            x_t = add_noise(x_0, eps, t)
             if isinstance(model, Wan):
-                velocity = model(x_t, t[:, 0], told)
+                velocity = model(x_t, t[:, 0], cond)
             else:
                 given = Query(query, torch.ones_like(t)) if model.needs_query else Query()
-                velocity = model.teacher_forced(x_t[None], t[None], x, told, query=given)[0]
-            errors = (velocity.float() - target.float()).pow(2).mean(dim=(1, 2, 3, 4))
-            table[place, rows] = errors.double().cpu()
-    return table
-
-
-def losses_of_seeds(
-    model: Student | Wan,
-    x_0: Tensor,
-    cond: Conditioning,
-    levels: Sequence[float],
-    seeds: Sequence[int],
-    batch: int = 8,
-) -> Tensor:
-    """:func:`clip_losses`, mean over noise ``seeds``. UserError: fewer than 2 clips (error bars are over clips)."""
-    if len(x_0) < 2 or not seeds:
-        raise UserError(f"{len(x_0)} clips, {len(seeds)} seeds: error bars need at least 2 clips and 1 seed")
-    return torch.stack([clip_losses(model, x_0, cond, levels, seed, batch) for seed in seeds]).mean(0)
-
-
-def _seeds(rows: slice, seed: int) -> list[int]:
-    return [SEED_STRIDE * seed + number for number in range(rows.start, rows.stop)]
-
-
-@torch.no_grad()
-def samples(
-    model: Student | Wan, like: Tensor, cond: Conditioning, sampler: Sampler, seed: int = 0, batch: int = 8
-) -> Tensor:
-    """One clip of latents for each prompt, of the number and shape of ``like`` (B, F, C, H, W), on the CPU."""
-    device, parts = next(model.parameters()).device, []
-    for start in range(0, len(like), batch):
-        rows = slice(start, min(start + batch, len(like)))
-        told, (frames, channels, height, width) = cond.rows(rows).to(device), like.shape[1:]
-        draw = sample_bidirectional if isinstance(model, Wan) else sample
-        shape = (frames, channels, height, width)
-        parts.append(draw(model, told, shape, sampler, _seeds(rows, seed), device).cpu())  # type: ignore[arg-type]
-    return torch.cat(parts)
+                velocity = model.teacher_forced(x_t[None], t[None], x_0, cond, query=given)[0]
+            wrong = velocity.float() - velocity_target(x_0, eps).float()
+            errors.append(wrong.pow(2).mean(dim=(1, 2, 3, 4)).double().cpu())
+        return torch.stack(errors)
 
 
 @dataclass(frozen=True)
@@ -101,18 +109,43 @@ class Change:
     mean: float
     error: float
 
+    def __str__(self) -> str:
+        """In percent."""
+        return f"{100 * self.mean:+.1f} ± {100 * self.error:.1f} %"
 
-def moved(base: Tensor, other: Tensor) -> Change:
-    """How far the clips ``other`` (B, ...) lie from ``base``: |other - base| / |base| of each, its mean and error."""
-    distances = (other - base).flatten(1).double().norm(dim=1) / base.flatten(1).double().norm(dim=1)
-    return Change(float(distances.mean()), float(distances.std() / len(distances) ** 0.5))
+
+NONE = Change(0.0, 0.0)
 
 
 def increase(base_TB: Tensor, changed_TB: Tensor) -> Change:
     """Of the mean over levels and clips, mean(changed) / mean(base) - 1. The error is that of this ratio of means over
-    paired clips (delta method): noise that both share falls out."""
+    paired clips (delta method): what all clips share falls out."""
     base, changed = base_TB.mean(0), changed_TB.mean(0)
     ratio = changed.mean() / base.mean()
-    residual = changed - ratio * base
-    error = residual.std() / (len(base) ** 0.5 * base.mean())
+    error = (changed - ratio * base).std() / (len(base) ** 0.5 * base.mean())
     return Change(float(ratio) - 1, float(error))
+
+
+def increases(base_TB: Tensor, changed_TB: Tensor) -> tuple[Change, ...]:
+    """:func:`increase` at each level."""
+    return tuple(increase(base_TB[i : i + 1], changed_TB[i : i + 1]) for i in range(len(base_TB)))
+
+
+def moved(base: Tensor, other: Tensor) -> Change:
+    """How far the clips ``other`` (B, ...) lie from ``base``: |other - base| / |base| of each, its mean and error.
+    UserError: fewer than 2 clips."""
+    if len(base) < 2:
+        raise UserError("how far videos move has error bars over videos: give at least 2 prompts")
+    distances = (other - base).flatten(1).double().norm(dim=1) / base.flatten(1).double().norm(dim=1)
+    return Change(float(distances.mean()), float(distances.std() / len(distances) ** 0.5))
+
+
+def changes_figure(
+    path: Path, lines: Mapping[str, Sequence[Change]], across: Sequence[float], x: str, y: str = "relative change, %"
+) -> Path:
+    """Changes in percent with their error bars, against ``across``; ``x`` and ``y`` are the axes' titles."""
+    drawn: dict[str, Line] = {
+        name: (across, [100 * each.mean for each in found], [100 * each.error for each in found])
+        for name, found in lines.items()
+    }
+    return curve_figure(path, drawn, x, y)

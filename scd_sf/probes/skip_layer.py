@@ -7,112 +7,147 @@ a fine-tune by the same schedule, says recipes/evaluate.py, whose rows take ``bl
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import Sampler
-from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.metrics.protocols import Cost, time_in_rounds
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import blocks_of, running_as
-from scd_sf.models.causal import Causal
+from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
-from scd_sf.probes.paired import Change, increase, losses_of_seeds, moved, samples
-from scd_sf.rollout import row_noise, sample_bidirectional, stream_rollout
-from scd_sf.types import Conditioning
+from scd_sf.probes.paired import NONE, Change, FlowLosses, LossConfig, changes_figure, increase, moved
+from scd_sf.probes.result import ProbeResult
+from scd_sf.probes.subject import Subject
+from scd_sf.rollout import row_noise, stream_rollout
+from scd_sf.types import UserError
+
+PREFIX_SHARE, SUFFIX_SHARE = 6, 3  # the supplement's 5 early and 10 late of 30 blocks
+
+
+@dataclass(frozen=True)
+class SkipProbe:
+    """``prefix``, ``suffix``: blocks that always run (null: a sixth and a third of the model, the paper's shares).
+    ``whole``: the parts of the sampler's steps, from the first on, that run all blocks (the paper: 0.1). ``shift``: of
+    the sampler's times. Each schedule is timed for up to ``timing_seconds``."""
+
+    prefix: int | None = None
+    suffix: int | None = None
+    whole: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5)
+    shift: float = 5.0
+    loss: LossConfig = field(default_factory=LossConfig)
+    timing_seconds: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not self.whole or not all(0 <= part <= 1 for part in self.whole):
+            raise UserError(f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]")
+
+    def schedules(self, depth: int, steps: int) -> tuple[SkipConfig, ...]:
+        """For a model of ``depth`` blocks and a sampler of ``steps`` steps; parts are rounded up to whole steps."""
+        prefix = max(1, depth // PREFIX_SHARE) if self.prefix is None else self.prefix
+        suffix = max(1, depth // SUFFIX_SHARE) if self.suffix is None else self.suffix
+        counts = dict.fromkeys(math.ceil(part * steps - 1e-9) for part in self.whole)
+        return tuple(SkipConfig(prefix, suffix, count, steps, self.shift) for count in counts)
 
 
 @dataclass(frozen=True)
 class SkipRow:
     """One schedule; None: every block always runs. ``moved``: how far its videos lie from those of the whole model,
-    relative, same noise. ``loss``: increase at ``loss_levels``, those at which blocks are bypassed. Costs are per
-    latent frame at batch 1."""
+    same noise. ``loss``: increase at ``loss_levels``, those at which blocks are bypassed (without clips none). Costs
+    are per latent frame at batch 1."""
 
     skip: SkipConfig | None
     moved: Change
-    loss: Change
+    loss: Change | None
     loss_levels: tuple[float, ...]
-    block_passes_per_frame: float
-    seconds_per_frame: float
+    block_passes_per_frame: float = 0.0
+    seconds_per_frame: float = 0.0
 
 
-def schedules(skip: SkipConfig, full_steps: Sequence[int]) -> tuple[SkipConfig, ...]:
-    """The same prefix and suffix, with so many whole steps."""
-    return tuple(replace(skip, full_steps=count) for count in full_steps)
-
-
-def skip_layer(
-    model: Causal | Wan,
-    x_0: Tensor,
-    cond: Conditioning,
-    sampler: Sampler,
-    ways: Sequence[SkipConfig],
-    levels: Sequence[float],
-    seeds: Sequence[int] = (0,),
-    *,
-    batch: int = 8,
-    timing_seconds: float = 8.0,
-) -> list[SkipRow]:
-    """The model whole, then by each schedule. ``x_0`` (B, F, C, H, W) are real clips of the prompts ``cond``: their
-    flow loss is taken, and videos of their number and shape are made. All are timed in turn, each for up to
-    ``timing_seconds``. UserError: a schedule that does not fit the model's depth.
-    """
-    as_it_is = replace(blocks_of(model), skip=None)
+def skip_rows(subject: Subject, ways: tuple[SkipConfig, ...], losses: FlowLosses | None) -> list[SkipRow]:
+    """The model whole, then by each schedule, without costs; it is run as before afterwards. UserError: a schedule that
+    the model cannot run."""
+    model, as_it_is = subject.model, replace(blocks_of(subject.model), skip=None)
     with running_as(model, as_it_is):
-        base_TB = losses_of_seeds(model, x_0, cond, levels, seeds, batch)
-        whole = samples(model, x_0, cond, sampler, seeds[0], batch)
-    found: list[tuple[SkipConfig | None, Change, Change, tuple[float, ...]]] = []
-    found.append((None, Change(0.0, 0.0), Change(0.0, 0.0), ()))
+        base_TB = None if losses is None else losses.measure(model)
+        video = subject.sample()
+    rows = [SkipRow(None, NONE, None if base_TB is None else NONE, ())]
     for way in ways:
+        levels = losses.levels if losses else ()
         touched = [place for place, level in enumerate(levels) if level <= way.above]
-        chosen = tuple(levels[place] for place in touched)
+        chosen, change = tuple(levels[place] for place in touched), None
         with running_as(model, replace(as_it_is, skip=way)):
-            distance = moved(whole, samples(model, x_0, cond, sampler, seeds[0], batch))
-            loss = Change(0.0, 0.0)
-            if touched:
-                loss = increase(base_TB[touched], losses_of_seeds(model, x_0, cond, chosen, seeds, batch))
-        found.append((way, distance, loss, chosen))
-    block, frames_per_pass = type(model.trunk.blocks[0]), x_0.shape[1] if isinstance(model, Wan) else model.chunk
-    costs = [
-        Cost(_one_clip(model, x_0, cond, sampler, replace(as_it_is, skip=way)), model, block, frames_per_pass)
-        for way, *_ in found
+            distance = moved(video, subject.sample())
+            if losses is not None and base_TB is not None:
+                short = replace(losses, levels=chosen)
+                change = increase(base_TB[touched], short.measure(model)) if touched else NONE
+        rows.append(SkipRow(way, distance, change, chosen))
+    return rows
+
+
+def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[SkipRow]:
+    """Block passes and seconds per latent frame of each, at batch 1, all timed in turn."""
+    model, as_it_is = subject.model, blocks_of(subject.model)
+    assert not isinstance(model, Scd)
+    block, per_pass = type(model.trunk.blocks[0]), subject.chunk
+    costs = [Cost(_one_clip(subject, replace(as_it_is, skip=row.skip)), model, block, per_pass) for row in rows]
+    time_in_rounds(costs, 5, seconds)
+    return [
+        replace(
+            row,
+            block_passes_per_frame=cost.passes,
+            seconds_per_frame=statistics.median(run.seconds_per_frame for run in cost.runs),
+        )
+        for row, cost in zip(rows, costs, strict=True)
     ]
-    time_in_rounds(costs, 5, timing_seconds)
-    seconds = [statistics.median(run.seconds_per_frame for run in cost.runs) for cost in costs]
-    return [SkipRow(*row, cost.passes, second) for row, cost, second in zip(found, costs, seconds, strict=True)]
 
 
-def draw(path: Path, rows: Sequence[SkipRow]) -> Path:
-    """Block passes per frame against how far the videos moved and what the flow loss says, one point per schedule."""
-    short = [row for row in rows if row.skip is not None]
-    passes = [row.block_passes_per_frame for row in short]
-    changes = {"videos moved": [row.moved for row in short], "flow loss of short steps": [row.loss for row in short]}
-    lines: dict[str, Line] = {
-        name: (passes, [100 * each.mean for each in found], [100 * each.error for each in found])
-        for name, found in changes.items()
-    }
-    return curve_figure(path, lines, "block passes per latent frame", "relative change, %")
-
-
-def _one_clip(
-    model: Causal | Wan, x_0: Tensor, cond: Conditioning, sampler: Sampler, blocks: BlocksConfig
-) -> Callable[[], Iterator[Tensor]]:
-    """Generates the first prompt's clip, run so, in the parts it comes in."""
-    device = next(model.parameters()).device
-    told, (frames, channels, height, width) = cond.rows(slice(0, 1)).to(device), x_0.shape[1:]
+def _one_clip(subject: Subject, blocks: BlocksConfig) -> Callable[[], Iterator[Tensor]]:
+    """Makes the first prompt's video, run so, in the parts it comes in."""
+    one = replace(subject, cond=subject.cond.rows(slice(0, 1)), seeds=subject.seeds[:1])
 
     def stream() -> Iterator[Tensor]:
+        model = one.model
         with running_as(model, blocks), torch.no_grad():
             if isinstance(model, Wan):
-                yield sample_bidirectional(model, told, (frames, channels, height, width), sampler, [0], device)
+                yield one.sample()
                 return
-            noise_like = row_noise([0])
-            noise = noise_like(torch.empty(1, frames, channels, height, width, device=device))
-            yield from stream_rollout(model, noise, told, sampler, noise_like)
+            noise_like = row_noise(one.seeds)
+            noise = noise_like(torch.empty(one.shape.latent(1), device=one.device))
+            yield from stream_rollout(model, noise, one.cond.to(one.device), one.sampler, noise_like)
 
     return stream
+
+
+def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
+    """The schedule with different numbers of whole steps. The flow loss is taken where the subject has clips.
+    UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
+    depth, steps = subject.model.cfg.num_layers, subject.sampler.steps
+    ways = cfg.schedules(depth, steps)
+    family = "scd" if isinstance(subject.model, Scd) else "causal"
+    for way in ways:
+        BlocksConfig(skip=way).check(family, depth)
+    losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
+    whole, *rows = with_costs(subject, skip_rows(subject, ways, losses), cfg.timing_seconds)
+    text = (
+        f"After the first steps of {steps} only the first {ways[0].prefix} and the last {ways[0].suffix} of {depth} "
+        "blocks run, without any training (P5; the paper does so after 5 of 50 steps, 5 + 10 of 30, and fine-tunes). "
+        f"Whole: {whole.block_passes_per_frame:.0f} block passes, {1000 * whole.seconds_per_frame:.1f} ms per frame. "
+    )
+    for way, row in zip(ways, rows, strict=True):
+        flow = "" if row.loss is None else f", flow loss at the levels of short steps {row.loss}"
+        text += (
+            f"{way.full_steps} whole steps: {row.block_passes_per_frame:.0f} passes, "
+            f"{1000 * row.seconds_per_frame:.1f} ms, videos moved by {row.moved}{flow}. "
+        )
+    lines = {"videos moved": [row.moved for row in rows]}
+    found = [row.loss for row in rows if row.loss is not None]
+    lines |= {"flow loss of short steps": found} if found else {}
+    draw = partial(changes_figure, lines=lines, across=[way.full_steps for way in ways], x=f"whole steps of {steps}")
+    data: dict[str, object] = {"steps": steps, "rows": [asdict(row) for row in (whole, *rows)]}
+    return ProbeResult("skip_layer", "Steps that bypass the middle (P5)", text.strip(), data, {"changes": draw})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import probed
 import pytest
 import recipe_runner
 import tiny
@@ -18,8 +20,16 @@ from scd_sf.models.build import Student, load_student
 from scd_sf.models.scd import Scd
 from scd_sf.models.transplant import TransplantConfig
 from scd_sf.models.wan import Wan
-from scd_sf.probes.leave_one_out import draw, leave_one_out, left_out, named_blocks, propose_split, write_stage1
-from scd_sf.probes.paired import Change, clip_losses, increase, training_levels
+from scd_sf.probes.leave_one_out import (
+    LeaveOneOut,
+    block_costs,
+    leave_one_out,
+    left_out,
+    named_blocks,
+    propose_split,
+    stage1_yaml,
+)
+from scd_sf.probes.paired import NONE, Change, FlowLosses, LossConfig, increase, training_levels
 from scd_sf.types import Conditioning, UserError
 
 LEVELS = (0.3, 0.8)
@@ -42,22 +52,22 @@ def models() -> list[Student | Wan]:
 @torch.no_grad()
 def test_a_block_left_out_is_not_there_and_comes_back_bit_for_bit(model: Student | Wan) -> None:
     data = tiny.clip(model.chunk if not isinstance(model, Wan) else 1, chunks=2)
-    cond = Conditioning(data.cond.text_BLE, data.cond.actions_BF, data.cond.labels_B)
-    before, weights = clip_losses(model, data.x, cond, LEVELS), {k: v.clone() for k, v in model.state_dict().items()}
+    losses = FlowLosses(data.x, Conditioning(data.cond.text_BLE, data.cond.actions_BF, data.cond.labels_B), LEVELS)
+    before, weights = losses.measure(model), {name: value.clone() for name, value in model.state_dict().items()}
     stacks = [model.encoder, model.decoder.trunk] if isinstance(model, Scd) else [model.trunk]
     places = [(stack.blocks, i) for stack in stacks for i in range(len(stack.blocks))]
     assert [id(b) for b in named_blocks(model).values()] == [id(blocks[i]) for blocks, i in places]
     for blocks, i in places:
         with left_out(blocks[i]):
-            hooked = clip_losses(model, data.x, cond, LEVELS)
+            hooked = losses.measure(model)
         block = blocks[i]
         blocks[i] = Nothing()
-        assert torch.equal(hooked, clip_losses(model, data.x, cond, LEVELS))
+        assert torch.equal(hooked, losses.measure(model))
         blocks[i] = block
         assert not torch.equal(hooked, before)
     with pytest.raises(RuntimeError, match="stop"), left_out(places[0][0][0]):
         raise RuntimeError("stop")
-    assert torch.equal(clip_losses(model, data.x, cond, LEVELS), before)
+    assert torch.equal(losses.measure(model), before)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -65,36 +75,61 @@ def test_a_block_left_out_is_not_there_and_comes_back_bit_for_bit(model: Student
 @torch.no_grad()
 def test_losses_are_the_velocity_errors_and_do_not_depend_on_the_batch() -> None:
     wan, x, cond = tiny.wan(), tiny.latents(5, 2), tiny.prompts(5)
-    found = clip_losses(wan, x, cond, LEVELS, seed=3, batch=2)
-    assert found.shape == (2, 5) and torch.allclose(found, clip_losses(wan, x, cond, LEVELS, seed=3, batch=5))
+    found = FlowLosses(x, cond, LEVELS, (3,), batch=2).measure(wan)
+    assert found.shape == (2, 5) and torch.allclose(found, FlowLosses(x, cond, LEVELS, (3,), batch=5).measure(wan))
     rng = torch.Generator().manual_seed(1_000_003 * 3 + 4)
     eps = torch.randn(x.shape[1:], generator=rng).double()
     x_t = 0.2 * x[4:] + 0.8 * eps
     velocity = wan(x_t, torch.tensor([0.8]), cond.rows(slice(4, 5)))
     assert float(found[1, 4]) == pytest.approx(float((velocity - (eps - x[4:])).pow(2).mean()), rel=1e-6)
-    assert not torch.allclose(found, clip_losses(wan, x, cond, LEVELS, seed=4))
+    other = FlowLosses(x, cond, LEVELS, (4,)).measure(wan)
+    assert torch.allclose(FlowLosses(x, cond, LEVELS, (3, 4)).measure(wan), (found + other) / 2)
 
 
 @torch.no_grad()
-def test_costs_of_blocks(tmp_path: Path) -> None:
-    """A block without effect costs nothing at all; figures are those of the losses; seeds are averaged."""
-    wan, x, cond = tiny.wan(), tiny.latents(4, 2), tiny.prompts(4)
+def test_costs_of_blocks() -> None:
+    """A block without effect costs nothing at all; figures are those of the losses."""
+    wan, losses = tiny.wan(), FlowLosses(tiny.latents(4, 2), tiny.prompts(4), LEVELS, (0, 1))
     idle = wan.trunk.blocks[2]
-    idle.attn1.to_out[0].weight.zero_(), idle.attn2.to_out[0].weight.zero_(), idle.ffn.net[2].weight.zero_()
     for layer in (idle.attn1.to_out[0], idle.attn2.to_out[0], idle.ffn.net[2]):
+        layer.weight.zero_()
         layer.bias.zero_()
-    found = leave_one_out(wan, x, cond, LEVELS, (0, 1))
-    assert [cost.block for cost in found.blocks] == [str(i) for i in range(6)] and found.clips == 4
-    assert found.blocks[2].overall == Change(0.0, 0.0) and found.blocks[2].by_level == (Change(0.0, 0.0),) * 2
-    base = torch.stack([clip_losses(wan, x, cond, LEVELS, seed) for seed in (0, 1)]).mean(0)
-    assert found.base == pytest.approx(base.mean(1).tolist())
+    base, found = block_costs(wan, losses)
+    assert [cost.block for cost in found] == [str(i) for i in range(6)] and torch.equal(base, losses.measure(wan))
+    assert found[2].overall == NONE and found[2].by_level == (NONE, NONE)
     with left_out(wan.trunk.blocks[5]):
-        without = torch.stack([clip_losses(wan, x, cond, LEVELS, seed) for seed in (0, 1)]).mean(0)
-    assert found.blocks[5].overall.mean == pytest.approx(float(without.mean() / base.mean()) - 1)
-    assert found.blocks[5].by_level[1].mean == pytest.approx(float(without[1].mean() / base[1].mean()) - 1)
-    assert draw(tmp_path / "costs.png", found).is_file()
-    with pytest.raises(UserError, match="at least 2 clips"):
-        leave_one_out(wan, x[:1], cond, LEVELS)
+        without = losses.measure(wan)
+    assert found[5].overall.mean == pytest.approx(float(without.mean() / base.mean()) - 1)
+    assert found[5].by_level[1].mean == pytest.approx(float(without[1].mean() / base[1].mean()) - 1)
+
+
+def test_the_probe_and_its_files(tmp_path: Path) -> None:
+    """A split for a whole stack and none for SCD; what cannot be measured is refused before anything is."""
+    clips = probed.write_clips(tmp_path / "clips")
+    cfg = LeaveOneOut(LossConfig(clips=4, levels=2), decoder_blocks=3)
+    wan = probed.subject(tiny.wan(dtype=torch.float32), clips)
+    result = leave_one_out(wan, cfg)
+    assert len(result.write(tmp_path / "out")) == 1
+    written = json.loads((tmp_path / "out" / "leave_one_out.json").read_text())
+    assert written["clips"] == 4 and len(written["levels"]) == len(written["base"]) == 2
+    split = propose_split([Change(**block["overall"]) for block in written["blocks"]], 3)
+    assert written["proposed_split"]["decoder_layers"] == list(split.decoder_layers)
+    config = load_config(TransplantConfig, tmp_path / "out" / "leave_one_out-stage1.yaml", ["base=x", "out=y"])
+    assert config.scd.decoder.layers == split.decoder_layers and str(list(split.decoder_layers)) in result.text
+    again = leave_one_out(wan, cfg)
+    assert again.data == result.data and again.text == result.text
+
+    scd = tiny.student(tiny.Variant("scd", 1, "delta"), dtype=torch.float32)
+    of_scd = leave_one_out(probed.subject(scd, clips), cfg)
+    assert of_scd.data["proposed_split"] is None and not of_scd.files and "block decoder" in of_scd.text
+    with pytest.raises(UserError, match="data="):
+        leave_one_out(probed.subject(wan.model, None), cfg)
+    with pytest.raises(UserError, match=r"needs 1\.\.5"):
+        leave_one_out(wan, LeaveOneOut(decoder_blocks=6))
+    with pytest.raises(UserError, match="clips 2"):
+        LossConfig(clips=1)
+    with pytest.raises(UserError, match="1 clips; error bars"):
+        leave_one_out(probed.subject(wan.model, probed.write_clips(tmp_path / "one", 1)), cfg)
 
 
 def test_error_bars_are_those_of_resampled_clips() -> None:
@@ -115,8 +150,6 @@ def test_levels_are_quantiles_of_the_training_density() -> None:
     u = shift_time(torch.rand(200_000, generator=tiny.generator(0), dtype=torch.float64), 5.0)
     wanted = torch.quantile(u, torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64))
     assert training_levels(5, 5.0) == pytest.approx(wanted.tolist(), abs=5e-3)
-    with pytest.raises(UserError, match="levels is 0"):
-        training_levels(0, 5.0)
 
 
 def costs(*means: float, error: float = 0.001) -> list[Change]:
@@ -157,7 +190,8 @@ def test_stage_1_takes_the_proposal(tmp_path: Path) -> None:
     wan = tiny_run.write_wan(tmp_path / "wan")
     for number, (means, size) in enumerate([([0.5, 0.1, 0.0, 0.0, 0.1, 0.5], 4), ([0.0, 0.0, 0.0, 0.0, 0.1, 0.5], 2)]):
         split = propose_split(costs(*means), size)
-        file = write_stage1(tmp_path / "deep" / f"stage1-{number}.yaml", split, "a model\nfamily: causal")
+        file = tmp_path / f"stage1-{number}.yaml"
+        file.write_text(stage1_yaml(split, "a model\nfamily: causal"))
         config = load_config(TransplantConfig, file, ["base=x", "out=y"])
         assert (config.family, config.scd.encoder_layers) == ("scd", split.encoder_layers)
         out = tmp_path / f"out-{number}"

@@ -124,7 +124,7 @@ def test_the_whole_sweep_and_again(tmp_path: Path) -> None:
         for steps, row in split["steps"].items():
             passes = len(split["encoder_layers"]) + early + int(steps) * len(split["decoder_layers"])
             assert row["block_passes_per_frame"] == passes and row["video_frechet"] > 0 < row["seconds_per_frame"]
-    probed = json.loads((run / "leave_one_out.json").read_text())
+    probed = json.loads((run / "probe" / "leave_one_out.json").read_text())
     proposed = document["splits"]["leave-one-out"]
     assert probed["proposed_split"]["decoder_layers"] == proposed["decoder_layers"] and len(probed["blocks"]) == 6
     assert (run / "figures" / "sweep_split.png").stat().st_size > 5000
