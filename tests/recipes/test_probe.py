@@ -1,0 +1,82 @@
+"""``scd probe`` on a chain's checkpoints and a Wan directory: files, one page, refusals before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import SHAPE, Chain
+from typer.testing import CliRunner
+
+from scd_sf.cli import app
+from scd_sf.config import load_config
+from scd_sf.probes.report import write_report
+from scd_sf.probing import PROBES, ProbeConfig, open_subject, run_probes
+from scd_sf.types import UserError
+
+CPU = torch.device("cpu")
+
+
+def config(chain: Chain, out: Path, *more: str) -> ProbeConfig:
+    return load_config(ProbeConfig, None, [f"checkpoint={chain.root}/stage2", f"out={out}", *more])
+
+
+def test_all_probes_of_a_bidirectional_model(chain: Chain, tmp_path: Path) -> None:
+    """A diffusers directory with encoded clips; the command itself."""
+    given = [f"checkpoint={chain.wan}", f"data={chain.train}", "sampler={name: euler, steps: 3}", "clips=2"]
+    chosen = ["probes=[similarity,pca,attention,leave_one_out]", f"out={tmp_path}"]
+    result = CliRunner().invoke(app, ["probe", *given, *chosen])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report.html").read_text()
+    for name in ("similarity", "pca", "attention", "leave_one_out"):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["figures"] and all((tmp_path / figure).is_file() for figure in found["figures"]), name
+        assert f"{name}.json" in page
+    assert page.count("data:image/png;base64,") >= 5 and "http" not in page.split("</head>")[1]
+    about = json.loads((tmp_path / "probe.json").read_text())
+    assert about["latent"] == list(SHAPE.latent(2)) and about["sampler"] == "euler, 3 steps"
+
+
+def test_a_student_and_its_own_size(chain: Chain, tmp_path: Path) -> None:
+    """Prompts alone: the size of the training videos, the checkpoint's own sampler; what cannot run is said."""
+    cfg = config(chain, tmp_path, 'prompts=["left in meadow"]')
+    subject = open_subject(cfg, CPU)
+    assert subject.shape == SHAPE and subject.sampler.steps == 2 and subject.cond.batch == 1
+    assert run_probes(cfg, CPU).is_file()
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"similarity", "pca", "attention", "probe"}
+
+
+def test_refusals(chain: Chain, tmp_path: Path) -> None:
+    for more, said in (
+        (["probes=[simlarity]"], r"simlarity.*choose from similarity"),
+        ([], "set data= to encoded clips, or prompts="),
+        ([f"data={tmp_path}"], "manifest.json"),
+        ([f"checkpoint={tmp_path}", f"data={chain.train}"], "no checkpoint"),
+        ([f"data={chain.train}", "similarity.frames=[7]"], r"frames is \[7\]"),
+        ([f"data={chain.train}", "probes=[diagonal]"], "causal"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_probes(config(chain, tmp_path / "out", *more), CPU)
+    distilled = [f"checkpoint={chain.root}/stage3", f"data={chain.train}", "sampler={name: euler, steps: 2}"]
+    with pytest.raises(UserError, match="distilled for sampler"):
+        open_subject(config(chain, tmp_path, *distilled), CPU)
+    assert open_subject(config(chain, tmp_path, *distilled, "force=true"), CPU).sampler.name == "euler"
+
+
+def test_a_page_of_hostile_names(tmp_path: Path) -> None:
+    """Titles and facts are text, pictures come from the folder alone."""
+    (tmp_path / "x.json").write_text(json.dumps({"title": "<script>x</script>", "text": "a & b", "figures": []}))
+    page = write_report(tmp_path, "</title><script>", {"prompt": '"><img src=x onerror=alert(1)>'}).read_text()
+    assert "<script" not in page and "<img" not in page and "a &amp; b" in page
+    (tmp_path / "x.json").write_text(json.dumps({"title": "", "text": "", "figures": ["../../etc/passwd"]}))
+    with pytest.raises(UserError, match="passwd: missing; run the probe again"):
+        write_report(tmp_path, "", {})
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        write_report(tmp_path, "", {})
+
+
+def test_every_probe_has_its_section() -> None:
+    assert set(PROBES) <= set(vars(ProbeConfig("a", "b")))
