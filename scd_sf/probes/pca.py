@@ -42,11 +42,10 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
     columns = spread(steps, cfg.steps)
     cfg_model = subject.model.cfg
     grid = (subject.shape.height // cfg_model.patch_height, subject.shape.width // cfg_model.patch_width)
-    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
-        with FeatureStore(Path(folder), steps) as store:
-            collect(subject, blocks, frames, list(range(subject.tokens)), store)
-            fitted = {block: components(store, block, frames[0]) for block in blocks}
-            drawn = {b: pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
+    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder, FeatureStore(Path(folder), steps) as store:
+        collect(subject, blocks, frames, list(range(subject.tokens)), store)
+        fitted = {block: components(store, block, frames[0]) for block in blocks}
+        drawn = {b: pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
     shares = {str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks}
     moved = {
         str(b): round(float((drawn[b][0] - drawn[b][-1]).abs().mean()), 6) for b in blocks
