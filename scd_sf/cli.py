@@ -154,6 +154,31 @@ def sample(
 
 
 @app.command()
+def gallery(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of samples (scd sample); one per model.")],
+    out: Annotated[Path, typer.Option(help="A .html file with all videos inside, or a folder.")],
+    names: Annotated[str, typer.Option(help="Models' names, comma-separated; default: the folders' names.")] = "",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "Videos side by side",
+    sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")] = None,
+) -> None:
+    """Models x prompts on one page that needs no network: play in step, search, compare A/B."""
+    from scd_sf.gallery.folders import contact_sheet, page_of, read_folder
+    from scd_sf.gallery.page import write_page
+
+    given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
+    if len(given) != len(folders):
+        raise UserError(f"--names has {len(given)} names for {len(folders)} folders; give one per folder")
+    page = page_of([read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title)
+    missing = sum(sample.file is None for sample in page.samples)
+    index = write_page(page, out)
+    print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
+    if missing:
+        print(f"{missing} of the videos are missing and marked so: run scd sample again to make them")
+    if sheet is not None:
+        print(contact_sheet(page, sheet))
+
+
+@app.command()
 def probe(
     overrides: Annotated[
         list[str],

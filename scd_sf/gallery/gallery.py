@@ -1,26 +1,18 @@
-"""One self-contained HTML file: every row's videos side by side per prompt, played in step, and the measured table.
-
-The file opens from disk (``file://``) and loads nothing: videos are base64 H.264, styles and script are inline and
-allowed by their hashes in a Content-Security-Policy that forbids everything else. All text goes through Jinja2's
-autoescape, so a prompt is shown and never run.
-"""
+"""The gallery of an evaluation: every row's videos, still in memory, and the measured table, in one HTML file."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from torch import Tensor
 
 from scd_sf.data.clips import write_video
+from scd_sf.gallery.page import Page, Prompt, Sample, write_page
 from scd_sf.metrics.frames import as_uint8
-from scd_sf.metrics.protocols import COLUMNS, LEFT_ALIGNED, Row
+from scd_sf.metrics.protocols import Row
 from scd_sf.types import UserError
 
 FRAME_DIMENSIONS = 4
@@ -35,13 +27,9 @@ class PromptCard:
     motion: str
     held_out: bool = False
 
-
-@dataclass(frozen=True)
-class _Cell:
-    """One video under one prompt: the row's name and the mp4 as base64."""
-
-    name: str
-    base64: str
+    def prompt(self) -> Prompt:
+        note = "wording never seen in training" if self.held_out else ""
+        return Prompt(self.text, {"place": self.place, "motion": self.motion}, note)
 
 
 def build_gallery(
@@ -62,32 +50,23 @@ def build_gallery(
     two rows of one name, wrong frames, a directory that cannot be written.
     """
     _check(rows, videos, prompts, fps)
-    cells: list[list[_Cell]] = [[] for _ in prompts]
-    longest = 1
-    for row in rows:
-        for index, frames in videos.get(row.name, ()):
-            cells[index].append(_Cell(row.name, _mp4_base64(row.name, index, frames, fps)))
-            longest = max(longest, frames.shape[0])
-    html = _template().render(
-        title=title,
-        rows=rows,
-        columns=COLUMNS,
-        left_aligned=LEFT_ALIGNED,
-        cards=[(index, card, cells[index]) for index, card in enumerate(prompts)],
-        places=sorted({card.place for card in prompts}),
-        motions=sorted({card.motion for card in prompts}),
-        notes=notes,
-        fps=float(fps),
-        longest=longest,
-        policy=_policy,
-    )
-    partial = out_html.with_name(out_html.name + ".tmp")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, out_html)
-    except OSError as error:
-        raise UserError(f"{out_html}: cannot be written ({error.strerror}); make the directory writable") from error
-    return out_html
+    with tempfile.TemporaryDirectory(prefix="gallery-") as folder:
+        samples: list[Sample] = []
+        longest = 1
+        for row in rows:
+            facts = {"sampler": row.sampler, "steps": str(row.steps)} if row.steps else {}
+            facts |= {"seed": str(row.seed)} if row.seed is not None else {}
+            for index, frames in videos.get(row.name, ()):
+                file = Path(folder) / f"{len(samples)}.mp4"
+                try:
+                    write_video(file, as_uint8(frames), fps)
+                except UserError as error:
+                    raise UserError(f"gallery: row '{row.name}', prompt {index}: {error}") from error
+                samples.append(Sample(row.name, index, file, facts))
+                longest = max(longest, frames.shape[0])
+        models: dict[str, Mapping[str, str]] = {row.name: {} for row in rows if videos.get(row.name)}
+        shown = [card.prompt() for card in prompts]
+        return write_page(Page(title, models, shown, samples, fps, longest, rows, notes), out_html)
 
 
 def _check(
@@ -114,43 +93,3 @@ def _check(
                 raise UserError(
                     f"gallery: row '{name}', prompt {index}: frames {tuple(frames.shape)}, not (F, 3, H, W)"
                 )
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("scd_sf.gallery", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("template.html.j2")
-
-
-def _mp4_base64(name: str, index: int, frames: Tensor, fps: float) -> str:
-    """The bytes of an H.264 mp4 (it exists on disk only for as long as it takes to write it) as base64 text."""
-    with tempfile.TemporaryDirectory(prefix="gallery-") as folder:
-        path = Path(folder) / f"prompt{index}.mp4"
-        try:
-            write_video(path, as_uint8(frames), fps)
-        except UserError as error:
-            raise UserError(f"gallery: row '{name}', prompt {index}: {error}") from error
-        return base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def _policy(script: str, style: str) -> str:
-    """The Content-Security-Policy: only this script, this style and data: videos; no network, frames or forms."""
-
-    def digest(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") + "'"
-
-    return "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {digest(script)}",
-            f"style-src {digest(style)}",
-            "media-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )

@@ -58,10 +58,10 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
     """Matrices S x S of every step block, averaged over clips and frames, and their means by block."""
     frames, blocks = chosen_frames(cfg.frames, subject.shape.frames), list(range(len(subject.step_blocks)))
     tokens = spread(subject.tokens, cfg.tokens)
-    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
-        with FeatureStore(Path(folder), subject.sampler.steps) as store:
-            collect(subject, blocks, frames, tokens, store)
-            found = {block: step_matrices(store, block, frames) for block in blocks}
+    steps = subject.sampler.steps
+    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder, FeatureStore(Path(folder), steps) as store:
+        collect(subject, blocks, frames, tokens, store)
+        found = {block: step_matrices(store, block, frames) for block in blocks}
     times = {measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES}
     common = [round(float(found[block]["common"]), 6) for block in blocks]
     shown = list(cfg.shown) or spread(len(blocks), 7)

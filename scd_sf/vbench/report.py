@@ -16,6 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from scd_sf.data.manifest import write_json, write_text
+from scd_sf.data.prompt_files import visible
 from scd_sf.types import UserError
 from scd_sf.vbench.aggregate import Scores, aggregate, label, read_scores
 from scd_sf.vbench.prompts import dimensions, packaged
@@ -24,7 +25,6 @@ from scd_sf.vbench.suite import VIDEOS
 
 _NUMBER = re.compile(r"-\d+$")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#&~])")
-_UNSEEN = re.compile("[\x00-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 NOTE = "Totals of different laboratories are not comparable; compare with a baseline scored by the same pipeline."
 
 
@@ -75,11 +75,6 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _plain(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", visible(text))
-
-
-def visible(text: str) -> str:
-    """Without control characters and marks that turn the direction of text round."""
-    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def find_videos(root: Path, limit: int) -> list[tuple[str, list[Path]]]:
