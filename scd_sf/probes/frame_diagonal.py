@@ -79,7 +79,8 @@ def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
     )
     for row in rows:
         flow = "" if row.loss is None else f"flow loss {row.loss}, "
-        text += f"Last {row.blocks}: {flow}videos moved by {row.moved}, {100 * row.cache:.0f} % of the cache left. "
+        distance = str(row.moved).lstrip("+")
+        text += f"Last {row.blocks}: {flow}videos moved by {distance}, {100 * row.cache:.0f} % of the cache left. "
     lines = {"videos moved": [row.moved for row in rows]}
     found = [row.loss for row in rows if row.loss is not None]
     lines |= {"flow loss": found} if found else {}

@@ -143,7 +143,7 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
         flow = "" if row.loss is None else f", flow loss at the levels of short steps {row.loss}"
         text += (
             f"{way.full_steps} whole steps: {row.block_passes_per_frame:.0f} passes, "
-            f"{1000 * row.seconds_per_frame:.1f} ms, videos moved by {row.moved}{flow}. "
+            f"{1000 * row.seconds_per_frame:.1f} ms, videos moved by {str(row.moved).lstrip('+')}{flow}. "
         )
     lines = {"videos moved": [row.moved for row in rows]}
     found = [row.loss for row in rows if row.loss is not None]
