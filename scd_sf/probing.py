@@ -111,7 +111,7 @@ def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
     if shape.channels != model.cfg.in_channels:
         raise UserError(f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}")
     seeds = tuple(cfg.seed + number for number in range(cond.batch))
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).to(device)
     return Subject(Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device)
 
 

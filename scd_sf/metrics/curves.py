@@ -68,6 +68,7 @@ def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def pyplot() -> Any:
+    """matplotlib's drawing interface, without a screen. UserError: it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -79,6 +80,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG and let it go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot().close(figure)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,9 @@ def test_it_plays_in_step_and_scrubs(visit: Visit) -> None:
     visit.page.keyboard.press("ArrowLeft")
     assert visit.ask("document.getElementById('where').textContent") == "frame 7 of 20"
     bright = """(() => { const v = document.querySelector('.card video'), c = document.createElement('canvas');
-      c.width = v.videoWidth; c.height = v.videoHeight; c.getContext('2d').drawImage(v, 0, 0); return [c.width, c.height]; })()"""
+      c.width = v.videoWidth; c.height = v.videoHeight;
+      c.getContext('2d').drawImage(v, 0, 0);
+      return [c.width, c.height]; })()"""
     assert visit.ask(bright) == [32, 32]
     assert visit.complaints == []
 
@@ -153,7 +155,7 @@ def test_missing_and_broken_videos_are_marked(visit: Visit) -> None:
 
 
 def test_two_models_against_each_other(visit: Visit) -> None:
-    """Opened by key, both sides play by the page's clock, the wipe follows slider and pointer, sides swap, Esc closes."""
+    """Opened by key, both sides play by the page's clock, the wipe follows slider and pointer; swapping, closing."""
     visit.page.keyboard.press("j")
     visit.page.keyboard.press("c")
     visit.until("document.getElementById('compare').open && document.querySelectorAll('#wipe video').length === 2")

@@ -41,7 +41,9 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
     assert result.exit_code == 0, result.output
     assert "2 prompts, 2 models, 4 videos" in result.output and "1 of the videos are missing" in result.output
     text = (out if single else out / "index.html").read_text()
-    assert text.count('<div class="frame" data-state="missing"') == 1 and "http://" not in text and "https://" not in text
+    assert (
+        text.count('<div class="frame" data-state="missing"') == 1 and "http://" not in text and "https://" not in text
+    )
     assert text.count('id="video') == (3 if single else 0)
     assert single or sorted(p.name for p in (out / "videos").iterdir()) == [f"{i:05d}.mp4" for i in range(3)]
     with Image.open(tmp_path / "sheet.png") as sheet:

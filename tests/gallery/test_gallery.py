@@ -70,7 +70,7 @@ def test_hostile_text_is_shown_and_never_markup(page: str) -> None:
     assert not any(name.startswith("on") for _, attributes in tags.found for name in attributes)
     heading = re.search(r'<h3 id="prompt0"><bdi>(.*?)</bdi></h3>', page, re.DOTALL)
     assert heading is not None and html.unescape(heading.group(1)) == HOSTILE
-    assert 'place: <bdi>hall&#34; onclick=&#34;x</bdi>' in page
+    assert "place: <bdi>hall&#34; onclick=&#34;x</bdi>" in page
 
 
 def test_policy_allows_exactly_the_inline_script_and_style(page: str) -> None:
