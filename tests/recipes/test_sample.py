@@ -69,12 +69,17 @@ def test_files_and_manifest(made: Path) -> None:
 
 
 def test_a_second_run_makes_only_what_is_missing(chain: Chain, made: Path) -> None:
-    before = manifest(made)
+    """The remade one has another batch around it: its pixels agree, its bytes need not."""
+    before, lost = manifest(made), read_video(made / "0001-00.mp4").float()
     times = {file.name: file.stat().st_mtime_ns for file in made.glob("*.mp4")}
     (made / "0001-00.mp4").write_bytes(b"damaged")
     result = recipe_runner.succeed(SCRIPT, *arguments(chain, made))
     assert "3 finished before" in result.out
-    assert manifest(made) == before
+    after = manifest(made)
+    assert (read_video(made / "0001-00.mp4").float() - lost).abs().mean() < 0.5
+    for content in (before, after):
+        content["videos"]["0001-00.mp4"].pop("sha256")
+    assert after == before
     changed = [name for name, time in times.items() if (made / name).stat().st_mtime_ns != time]
     assert changed == ["0001-00.mp4"]
 
