@@ -1,6 +1,7 @@
 """The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions, with real metrics.
 
     python recipes/scratch_experiments.py models --run runs/scratch    (interfaces, amortisation, corruption, long, all)
+    python recipes/scratch_experiments.py params                       (and lpips: seconds, nothing is trained)
 
 Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it with
 assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
@@ -13,19 +14,37 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from scd_sf.config import load_config
 from scd_sf.data.manifest import write_json
+from scd_sf.diffusion.solvers import Euler
 from scd_sf.metrics.curves import curve_figure, group_figure
+from scd_sf.metrics.lpips import Lpips, Trunk
 from scd_sf.metrics.prediction_result import PredictionResult
+from scd_sf.metrics.protocols import BlockPassCounter
+from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.wan import Wan
+from scd_sf.nn.layers import DitBlock
+from scd_sf.rollout import rollout
 from scd_sf.steps import Group, Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.train.base import EngineConfig
+from scd_sf.types import Conditioning, UserError, exit_on_user_error
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TOKENIZER, CONFIG = "assets/tokenizer_doom", "recipes/configs/pretrain_doom.yaml"
 SCD = "model.scd={{encoder_layers: {}, decoder: {{layers: {}, fusion: {}, prefix_rope: {}, prefix_time: step}}}}"
+SIZES = {  # the paper's Table 2: millions of parameters, block passes per frame at 50 steps
+    "causal_b": (131, 600), "scd_b": (132, 208), "scd_b_e": (174, 212), "scd_b_d": (217, 608),
+    "causal_m": (230, 600), "scd_m": (230, 208), "scd_m_e": (306, 212), "scd_m_d": (383, 608),
+}  # fmt: skip
+# What lpips.LPIPS(net="vgg") printed on ten pairs of numpy.random.RandomState(123).rand(10, 3, 100, 100).
+LPIPS_VGG = (0.3497, 0.3494, 0.3473, 0.3558, 0.3437, 0.3366, 0.3716, 0.3516, 0.3472, 0.3413)
 EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
 OTHERS = ("causal", "scd_e", "scd_d")
 GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
@@ -104,6 +123,11 @@ class Plan:
             return Step(f"encode-{split}", [*encode, "--split", split, "--out", out], 400, ONE_THREAD)
 
         return [[made], [encoded("train"), encoded("test")]]
+
+    def document(self) -> dict[str, Any]:
+        """What scratch.json holds so far."""
+        file = self.run / "scratch.json"
+        return json.loads(file.read_text()) if file.is_file() else {"steps": self.steps, "test_clips": self.test}
 
     def folder(self, trial: str, seed: int) -> Path:
         return self.run / "trials" / f"{trial}-{seed}"
@@ -243,6 +267,57 @@ def by_time(plan: Plan, name: str, seed: int) -> dict[str, list[float]]:
     }
 
 
+@dataclass
+class Sized:
+    """A model's own configuration file."""
+
+    model: ModelConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def params() -> dict[str, Any]:
+    """Table 2's sizes, counted on the meta device, with Minecraft's three actions; block passes of a frame at 50 steps
+    (Causal DiT's clean pass of the frame before it included)."""
+    found = {}
+    for name, (millions, passes) in SIZES.items():
+        file = Path(CONFIG).with_name(f"pretrain_{name}.yaml")
+        config = load_config(Sized, file, ["model.dit.num_actions=3"]).model
+        with torch.device("meta"):
+            model = build_model(config)
+        assert not isinstance(model, Wan)
+        one, two = (passes(model, 2, steps) - passes(model, 1, steps) for steps in (1, 2))  # of the second frame
+        counted, at_50 = sum(parameter.numel() for parameter in model.parameters()), one + 49 * (two - one)
+        found[name] = {"parameters": counted, "paper_millions": millions, "block_passes": at_50, "paper_passes": passes}
+        print(f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})")
+    return found
+
+
+def passes(model: Student, frames: int, steps: int) -> int:
+    """Block passes of so many frames, generated on the meta device."""
+    cond = Conditioning.of_frames(1, torch.zeros(1, frames, dtype=torch.long)).to("meta")
+    noise = torch.empty(1, frames, model.cfg.in_channels, 8, 8, device="meta")
+    with torch.no_grad(), BlockPassCounter(model, DitBlock) as counter:
+        rollout(model, noise, cond, Euler(steps, 1.0), lambda x: x)
+    return counter.samples
+
+
+def lpips() -> dict[str, Any]:
+    """LPIPS with the real weights on seeded noise; VGG beside published values."""
+    draw = np.random.RandomState(123)
+    one, other = (torch.from_numpy(draw.rand(10, 3, 100, 100)).float()[None] for _ in range(2))
+    found: dict[str, Any] = {"vgg_published": list(LPIPS_VGG)}
+    trunks: tuple[Trunk, ...] = ("alex", "vgg")
+    for trunk in trunks:
+        values = Lpips.load(trunk)(one, other)[0]
+        found[trunk] = [round(value, 5) for value in values.tolist()]
+    found["vgg_largest_error"] = max(abs(a - b) for a, b in zip(found["vgg"], LPIPS_VGG, strict=True))
+    print(f"LPIPS VGG: largest difference to the published values {found['vgg_largest_error']:.2g}")
+    return found
+
+
+QUICK = {"params": params, "lpips": lpips}
+
+
 def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
     """Figures of an experiment, of its first seed."""
     folder, seed = plan.run / "figures", str(plan.seeds[0])
@@ -266,7 +341,7 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=(*EXPERIMENTS, "all", "data"))
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, *QUICK, "all", "data"))
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable")
     parser.add_argument("--steps", type=int, default=480, help="updates of every training; a multiple of 8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -276,6 +351,12 @@ def main() -> None:
     if args.steps < 8 or args.steps % 8 or args.test < 2:
         raise UserError(f"--steps {args.steps} must be a multiple of 8 and --test {args.test} at least 2")
     plan = Plan(args.run, args.steps, tuple(args.seeds), args.train, args.test)
+    file = plan.run / "scratch.json"
+    for name in QUICK if args.experiment == "all" else {args.experiment} & set(QUICK):
+        plan.run.mkdir(parents=True, exist_ok=True)
+        write_json(file, plan.document() | {name: QUICK[name]()})
+    if args.experiment in QUICK:
+        return
     run_steps(plan.run, plan.data_steps(), 2)
     chosen = EXPERIMENTS if args.experiment == "all" else () if args.experiment == "data" else (args.experiment,)
     for experiment in chosen:
@@ -283,9 +364,7 @@ def main() -> None:
         if experiment == "models":
             run_steps(plan.run, equal_time(plan), 2)
         run_steps(plan.run, extra(plan, experiment), 2)
-        file = plan.run / "scratch.json"
-        document = json.loads(file.read_text()) if file.is_file() else {"steps": plan.steps, "test_clips": plan.test}
-        document[experiment] = collect(plan, experiment)
+        document = plan.document() | {experiment: collect(plan, experiment)}
         write_json(file, document)
         print(f"{experiment}: {file}; " + ", ".join(str(path) for path in draw(plan, experiment, document[experiment])))
 
