@@ -285,14 +285,14 @@ def params() -> dict[str, Any]:
         with torch.device("meta"):
             model = build_model(config)
         assert not isinstance(model, Wan)
-        one, two = (passes(model, 2, steps) - passes(model, 1, steps) for steps in (1, 2))  # of the second frame
+        one, two = (block_passes(model, 2, steps) - block_passes(model, 1, steps) for steps in (1, 2))  # of the second frame
         counted, at_50 = sum(parameter.numel() for parameter in model.parameters()), one + 49 * (two - one)
         found[name] = {"parameters": counted, "paper_millions": millions, "block_passes": at_50, "paper_passes": passes}
         print(f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})")
     return found
 
 
-def passes(model: Student, frames: int, steps: int) -> int:
+def block_passes(model: Student, frames: int, steps: int) -> int:
     """Block passes of so many frames, generated on the meta device."""
     cond = Conditioning.of_frames(1, torch.zeros(1, frames, dtype=torch.long)).to("meta")
     noise = torch.empty(1, frames, model.cfg.in_channels, 8, 8, device="meta")
