@@ -33,7 +33,8 @@ MEASURES = ("cosine", "centred", "mse", "relative")
 class SimilarityProbe:
     """``frames``: latent frames that are looked at (negative: from the end). ``tokens``: of a frame, spread evenly (0:
     all); while the probe runs, steps x tokens x width x 4 bytes per block, frame and clip lie under TMPDIR (2.4 GB for
-    Wan 1.3B, 50 steps, 256 tokens). ``shown``: blocks whose matrices are drawn (empty: seven, spread evenly, as in the supplement)."""
+    Wan 1.3B, 50 steps, 256 tokens). ``shown``: blocks whose matrices are drawn (empty: seven, spread
+    evenly, as in the supplement)."""
 
     frames: tuple[int, ...] = (-1,)
     tokens: int = 256
