@@ -45,7 +45,16 @@ from scd_sf.train.engine import init_distributed
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error
 
-FREE = ("out", "batch", "videos", "timed", "checkpoint", "tokenizer", "metrics")  # may differ when a run goes on
+FREE = (
+    "out",
+    "real",
+    "batch",
+    "videos",
+    "timed",
+    "checkpoint",
+    "tokenizer",
+    "metrics",
+)  # may differ when a run goes on
 CONTROLS = ("reconstruction", "repeat")
 
 
@@ -72,7 +81,8 @@ class CustomProtocol:
 class EvaluatePredictionConfig:
     """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
     alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts
-    them). ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none).
+    them). ``real``: a folder where I3D's features of the true clips are kept for other evaluations (empty: nowhere).
+    ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none).
     """
 
     checkpoint: str
@@ -88,6 +98,7 @@ class EvaluatePredictionConfig:
     networks: bool = True
     fvd: bool = True
     metrics: str = ""
+    real: str = ""
     far_compat: bool = False
     videos: int = 4
     timed: int = 8
@@ -107,7 +118,9 @@ class EvaluatePredictionConfig:
         if not self.networks:
             return MetricNetworks()
         networks = MetricNetworks.load(Path(self.metrics) if self.metrics else None, device)
-        return networks if self.fvd else MetricNetworks(networks.lpips, None, networks.weights)
+        if not self.fvd:
+            return MetricNetworks(networks.lpips, None, networks.weights)
+        return networks.keeping(Path(self.real)) if self.real else networks
 
 
 @dataclass

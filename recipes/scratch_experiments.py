@@ -149,6 +149,7 @@ class Plan:
             f"pixels={{kind: teco, root: {self.data}, split: test}}",
             f"custom={{context: 4, generated: 12, clips: {self.test}, resolution: 128}}",
             f"out={self.run / 'scores' / f'{name}-{seed}'}",
+            f"real={self.run / 'real'}",
             "batch=16",
             "videos=4",
         ]

@@ -10,13 +10,18 @@ and only with each other: a distance from another basis, world or extractor is a
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional
 
@@ -73,6 +78,34 @@ class FeatureExtractor(Protocol):
     def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
         """Float videos (V, F, 3, H, W) in [0, 1] -> groups (V, R, D_g) fp64 with equal V and R."""
         ...
+
+
+class KeptFeatures:
+    """An extractor that keeps what it gave in ``folder``, by the videos' own bytes and by ``weights``, the extractor's
+    hash: true clips are looked at once for many models. Damaged files are made anew."""
+
+    def __init__(self, extractor: FeatureExtractor, folder: Path, weights: str) -> None:
+        self.extractor, self.folder, self.weights = extractor, folder, weights
+
+    @property
+    def components(self) -> tuple[int | None, ...]:
+        return self.extractor.components
+
+    def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
+        x = videos.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{self.weights} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.numpy().data)
+        path = self.folder / f"{digest.hexdigest()}.safetensors"
+        try:
+            kept = load_file(path)
+            return tuple(kept[str(number)] for number in range(len(kept)))
+        except (FileNotFoundError, SafetensorError, KeyError):
+            groups = self.extractor(videos)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+        partial.write_bytes(save({str(number): group.contiguous() for number, group in enumerate(groups)}))
+        partial.replace(path)
+        return groups
 
 
 def fixed_uniform(seed: int, shape: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from scd_sf.data.clips import read_video, write_video
 from scd_sf.data.manifest import hash_json
 from scd_sf.metrics.frames import bootstrap, check_videos, mse_frames, spread, ssim_frames
-from scd_sf.metrics.fvd import FeatureExtractor, frechet_distance
+from scd_sf.metrics.fvd import FeatureExtractor, KeptFeatures, frechet_distance
 from scd_sf.metrics.i3d import I3dFeatures
 from scd_sf.metrics.lpips import Lpips, Trunk
 from scd_sf.metrics.prediction_protocols import PredictionProtocol
@@ -42,11 +42,19 @@ FAR_FPS, FAR_CRF = 8, 25  # imageio's default quality for libx264
 
 @dataclass(frozen=True)
 class MetricNetworks:
-    """What measures beside arithmetic. None: that figure is not taken. ``weights``: name -> sha256, kept in results."""
+    """What measures beside arithmetic. None: that figure is not taken. ``weights``: name -> sha256, kept in results.
+    ``real``: gives the features of true clips, which may be kept; None: ``features`` does."""
 
     lpips: Lpips | None = None
     features: FeatureExtractor | None = None
     weights: dict[str, str] = field(default_factory=dict)
+    real: FeatureExtractor | None = None
+
+    def keeping(self, folder: Path) -> MetricNetworks:
+        """The same networks, with the features of true clips kept in ``folder``."""
+        if self.features is None:
+            return self
+        return replace(self, real=KeptFeatures(self.features, folder, hash_json(self.weights)))
 
     @classmethod
     def load(
@@ -152,7 +160,8 @@ class PredictionScorer:
             seen = slice(None) if self.protocol.fvd_context else slice(len(context), None)
             found["fake"] = _features(self.networks.features, whole[seen])
             if first or self.far_compat:
-                found["real"] = _features(self.networks.features, reference[seen])
+                kept = None if self.far_compat else self.networks.real  # there the codec saw the sample, too
+                found["real"] = _features(kept or self.networks.features, reference[seen])
         return found
 
     def save(self, score: ClipScore, folder: Path) -> None:

@@ -167,6 +167,35 @@ def test_a_generator_of_samples_is_timed_and_counted() -> None:
     assert result.seconds_per_frame == pytest.approx(result.generation_seconds / 18)
 
 
+def test_features_of_true_clips_are_kept(tmp_path: Path) -> None:
+    """Computed once for two models, by content; never those of samples; a damaged file is made anew; equal figures."""
+    seen: list[Tensor] = []
+
+    class Counting(Means):
+        def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
+            seen.append(videos)
+            return super().__call__(videos)
+
+    protocol, plain = small(seeds=(0,), reduce="mean", clips=3), NETWORKS
+    counting = MetricNetworks(features=Counting(), weights=plain.weights).keeping(tmp_path)
+    results = []
+    for networks in (plain, counting, counting):
+        scorer = PredictionScorer(protocol, networks)
+        for clip in range(3):
+            scorer.add(clip, reference(clip), [noisy(clip, 0.1)])
+        results.append(scorer.result().figures["fvd"].value)
+    assert len(seen) == 2 * 3 + 3 and len(list(tmp_path.iterdir())) == 3
+    assert results[0] == results[1] == results[2]
+    next(tmp_path.iterdir()).write_bytes(b"damaged")
+    PredictionScorer(protocol, counting).add(0, reference(0), [noisy(0, 0.1)])
+    PredictionScorer(protocol, counting).add(1, reference(1), [noisy(1, 0.1)])
+    PredictionScorer(protocol, counting).add(2, reference(2), [noisy(2, 0.1)])
+    assert len(seen) == 9 + 3 + 1
+    other = MetricNetworks(features=Counting(), weights={"means": "1" * 64}).keeping(tmp_path)
+    PredictionScorer(protocol, other).add(0, reference(0), [noisy(0, 0.1)])
+    assert len(seen) == 13 + 2
+
+
 def test_what_add_refuses() -> None:
     scorer = PredictionScorer(small((0,)), NETWORKS)
     good = noisy(0, 0.1)
