@@ -11,23 +11,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import write_json
+from scd_sf.data.manifest import read_json, write_json
 from scd_sf.data.prompt_files import read_prompt_file
+from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,
     ModelConfig,
     SamplerConfig,
     Student,
+    blocks_of,
     describe_checkpoint,
     load_checkpoint_model,
+    set_blocks,
 )
+from scd_sf.models.causal import Causal
+from scd_sf.models.scd import Scd
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import load_vae
 from scd_sf.models.wan import Wan
@@ -55,13 +60,21 @@ PROBES: dict[str, Callable[[Subject, Any], ProbeResult]] = {
 }
 
 
+class Settings(Protocol):
+    """A probe's part of the configuration."""
+
+    def check(self, subject: Subject) -> None:
+        """UserError: what does not fit this subject."""
+        ...
+
+
 @dataclass
 class ProbeConfig:
     """``probes``: which (empty: all that the model and what is given allow). ``prompts``, or ``prompt_file``, or
     ``data``: encoded clips, whose first ``clips`` tell prompts (actions, labels) and the size, and which leave_one_out
     needs. Sizes (in pixels, without ``data``) of 0: as trained. ``sampler`` unset: the checkpoint's own, for a Wan
     directory 50 steps of Euler; ``force``: another one for a distilled student. ``base``: where text encoder and VAE
-    are."""
+    are. ``whole``: a checkpoint with a skip-layer schedule or frame-diagonal blocks is run without them."""
 
     checkpoint: str
     out: str
@@ -78,6 +91,7 @@ class ProbeConfig:
     width: int = 0
     sampler: SamplerConfig | None = None
     force: bool = False
+    whole: bool = False
     similarity: SimilarityProbe = field(default_factory=SimilarityProbe)
     pca: PcaProbe = field(default_factory=PcaProbe)
     attention: AttentionProbe = field(default_factory=AttentionProbe)
@@ -112,6 +126,8 @@ def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
         raise UserError(f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}")
     seeds = tuple(cfg.seed + number for number in range(cond.batch))
     model.requires_grad_(False).to(device)
+    if cfg.whole:
+        set_blocks(model, BlocksConfig())
     return Subject(Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device)
 
 
@@ -149,35 +165,68 @@ def sized(cfg: ProbeConfig, base: Path, origin: dict[str, object]) -> VideoShape
     return load_vae(base).geometry.shape(size["frames"], size["height"], size["width"])
 
 
+def unfit(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
+    """Probes that cannot run on this subject, and why."""
+    model, why = subject.model, {}
+    if isinstance(model, Scd):
+        why["skip"] = "SCD's decoder is short already; probe the model that it was made from"
+    if not isinstance(model, Causal):
+        why["diagonal"] = "is for the causal baseline"
+    if len(subject.seeds) < 2:
+        why |= {name: "compares videos of at least two prompts" for name in ("skip", "diagonal") if name not in why}
+    if subject.clips is None:
+        why["leave_one_out"] = "needs encoded clips of videos with prompts; give them with data="
+    if subject.shape.frames < 2:
+        why["attention"] = "needs two latent frames and more; give frames="
+    if blocks := subject.bypassed:
+        bypassed = f"blocks {blocks.start}..{blocks.stop - 1} do not run at every step; whole=true runs them all"
+        names = ["similarity", "pca", "attention"] + ["diagonal"] * (not cfg.diagonal.counts)
+        why = dict.fromkeys(names, bypassed) | why
+    return why
+
+
 def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
-    """The probes asked for; without a choice those that this model and data allow, and why not the others."""
-    if cfg.probes:
-        return list(cfg.probes)
-    family = "wan" if isinstance(subject.model, Wan) else type(subject.model).__name__.lower()
-    without = {"skip"} if family == "scd" else set()
-    without |= {"diagonal"} if family != "causal" else set()
-    without |= {"leave_one_out", "skip", "diagonal"} if subject.clips is None else set()
-    without |= {"attention"} if subject.shape.frames < 2 else set()
-    for name in sorted(without):
-        Console().print(f"without {name}: needs another kind of model, or data= (see --help)", highlight=False)
-    return [name for name in PROBES if name not in without]
+    """The probes asked for; without a choice those that this model and data allow, saying why not the others.
+    UserError: one that was asked for cannot run, or not with these settings."""
+    why = unfit(cfg, subject)
+    if wrong := [f"{name}: {why[name]}" for name in cfg.probes if name in why]:
+        raise UserError(f"{cfg.checkpoint}: {'; '.join(wrong)}")
+    names = list(cfg.probes) or [name for name in PROBES if name not in why]
+    if not names:
+        raise UserError(f"{cfg.checkpoint}: no probe fits: {'; '.join(f'{name}: {why[name]}' for name in why)}")
+    for name in names:
+        settings: Settings = getattr(cfg, name)
+        settings.check(subject)
+    for name, reason in why.items():
+        if not cfg.probes:
+            Console().print(f"without {name}: {reason}", highlight=False)
+    return names
 
 
 def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
-    """All files into ``out``; returns the page."""
+    """All files into ``out``, beside those of earlier probes of the same; returns the page, made anew after each."""
     subject, out = open_subject(cfg, device), Path(cfg.out)
     names = runnable(cfg, subject)
-    for number, name in enumerate(names, 1):
-        result = PROBES[name](subject, getattr(cfg, name))
-        result.write(out)
-        print(f"[{number}/{len(names)}] {result.title}: {result.text}", flush=True)
-    facts = {
+    facts: dict[str, object] = {
         "checkpoint": cfg.checkpoint,
         "family": type(subject.model).__name__,
+        "weights": cfg.weights,
+        "blocks": "whole" if blocks_of(subject.model) == BlocksConfig() else str(blocks_of(subject.model)),
         "clips": len(subject.seeds),
         "latent": list(subject.shape.latent(len(subject.seeds))),
         "sampler": f"{subject.sampler.name}, {subject.sampler.steps} steps",
         "seed": cfg.seed,
     }
-    write_json(out / "probe.json", {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()})
-    return write_report(out, f"Probes of {subject.name}", facts)
+    about = out / "probe.json"
+    if about.is_file():
+        before = read_json(about, "choose another out=")
+        if changed := [name for name, value in facts.items() if before.get(name) != value]:
+            raise UserError(f"{out}: holds probes of another {', '.join(changed)}; choose another out=")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()})
+    for number, name in enumerate(names, 1):
+        result = PROBES[name](subject, getattr(cfg, name))
+        result.write(out)
+        page = write_report(out, f"Probes of {subject.name}", facts)
+        print(f"[{number}/{len(names)}] {result.title}: {result.text}", flush=True)
+    return page

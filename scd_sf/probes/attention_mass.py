@@ -2,7 +2,8 @@
 
 The softmax mass that queries of frame i put on the keys of a frame j, by distance d = \\|i - j\\|, per block, head and
 step, averaged over queries, clips and the frames i that have a past; beside it what uniform attention over the visible
-tokens would put there. Logits are made for a few queries at a time: nothing is as large as tokens x tokens.
+tokens would put there. Logits are made for a few queries at a time: nothing is as large as tokens x tokens. Models of
+several frames per chunk see within it too, so that their mass on earlier chunks is told apart (supplement Figure 4).
 
 A bidirectional model sees frames on both sides. SCD's encoder runs once per chunk, not at steps. Letters as watch.py.
 """
@@ -15,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from scd_sf.models.scd import Scd
 from scd_sf.probes.figures import map_figure, panels_figure
-from scd_sf.probes.result import ProbeResult
-from scd_sf.probes.similarity import rounded, spread
+from scd_sf.probes.result import ProbeResult, rounded
+from scd_sf.probes.similarity import spread
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_attention
 from scd_sf.types import UserError
@@ -31,6 +33,18 @@ class AttentionProbe:
     queries: int = 64
     first_frame: int = 1
 
+    def check(self, subject: Subject) -> None:
+        """UserError: no frame is left, or blocks do not run at every step."""
+        subject.check_whole()
+        frames = subject.shape.frames
+        if frames < 2:
+            raise UserError(f"{subject.name}: attention needs clips of two latent frames and more; give frames=")
+        if not 0 <= self.first_frame < frames:
+            raise UserError(
+                f"attention.first_frame is {self.first_frame}: the clip has latent frames 0..{frames - 1}; make it "
+                "longer or first_frame smaller"
+            )
+
 
 def frame_mass(q_BNLD: Tensor, k_BNLD: Tensor, tokens: int, rows: int = 64) -> Tensor:
     """Softmax mass of every query on every frame of the keys, fp32 (B, N, L, frames), ``rows`` queries at a time."""
@@ -42,78 +56,102 @@ def frame_mass(q_BNLD: Tensor, k_BNLD: Tensor, tokens: int, rows: int = 64) -> T
 
 
 class Mass:
-    """Sums of mass by (block, head, step, distance)."""
+    """Sums of mass by (block, head, step, distance), and of what goes to earlier chunks by (block, head, step)."""
 
     def __init__(self, subject: Subject, cfg: AttentionProbe) -> None:
         self.subject, self.cfg, self.steps = subject, cfg, 1
         if subject.history_blocks[0] is subject.step_blocks[0]:
             self.steps = subject.sampler.steps
         self.picked = torch.tensor(spread(subject.tokens, cfg.queries), device=subject.device)
-        self.sums: Tensor | None = None  # (blocks, heads, steps, distances)
-        self.uniform = torch.zeros(subject.shape.frames, dtype=torch.float64)
-        self.count = torch.zeros(len(subject.history_blocks), self.steps, dtype=torch.float64)
+        self.frames = range(cfg.first_frame, subject.shape.frames)
+        self.later = [frame for frame in self.frames if frame >= subject.chunk]  # these have an earlier chunk
+        blocks, heads = len(subject.history_blocks), subject.model.cfg.num_attention_heads
+        shape = (blocks, heads, self.steps, subject.shape.frames)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=subject.device)
+        self.earlier = torch.zeros(shape[:3], dtype=torch.float64, device=subject.device)
 
     def add(self, place: Place, block: int, q_BNLD: Tensor, k_BNLD: Tensor) -> None:
         """The chunk's own queries are the last ones; its frames are the last of the keys."""
-        tokens, chunk, frames = self.subject.tokens, self.subject.chunk, self.subject.shape.frames
-        visible = k_BNLD.shape[2] // tokens
-        step = 0 if place.step is None else place.step
-        if self.sums is None:
-            shape = (len(self.subject.history_blocks), q_BNLD.shape[1], self.steps, frames)
-            self.sums = torch.zeros(shape, dtype=torch.float64)
-        for offset in range(chunk):
-            frame, place_in_keys = place.chunk * chunk + offset, visible - chunk + offset
-            if frame < self.cfg.first_frame:
-                continue
-            start = q_BNLD.shape[2] - (chunk - offset) * tokens
-            mass = frame_mass(q_BNLD[:, :, start + self.picked], k_BNLD, tokens)
-            by_frame = mass.mean((0, 2)).double().cpu()  # (heads, visible)
-            distance = (torch.arange(visible) - place_in_keys).abs()
-            self.sums[block, :, step].index_add_(1, distance, by_frame)
-            self.count[block, step] += 1
-            if block == 0:
-                self.uniform.index_add_(0, distance, torch.full((visible,), 1 / visible, dtype=torch.float64))
+        tokens, chunk = self.subject.tokens, self.subject.chunk
+        step, visible = place.step or 0, k_BNLD.shape[2] // tokens
+        asking = [frame % chunk for frame in self.frames if frame // chunk == place.chunk]
+        if not asking:
+            return
+        offsets = torch.tensor(asking, device=q_BNLD.device)
+        queries = q_BNLD.shape[2] - (chunk - offsets[:, None]) * tokens + self.picked
+        mass = frame_mass(q_BNLD[:, :, queries.flatten()], k_BNLD, tokens)
+        mass = mass.unflatten(2, queries.shape).double().mean((0, 3))  # (heads, asking frames, visible)
+        keys = torch.arange(visible, device=q_BNLD.device)
+        distance = (keys - (visible - chunk + offsets[:, None])).abs()
+        self.sums[block, :, step].index_add_(1, distance.flatten(), mass.flatten(1))
+        self.earlier[block, :, step] += mass[..., : visible - chunk].sum((1, 2))
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """((blocks, heads, steps, distances), uniform attention's (distances,)), each adding up to 1."""
-        if self.sums is None or not bool(self.count.any()):
-            raise UserError(
-                f"attention.first_frame is {self.cfg.first_frame}: no frame of {self.subject.shape.frames} is left; "
-                "make the clip longer or first_frame smaller"
-            )
-        return self.sums / self.count[:, None, :, None].clamp(min=1), self.uniform / self.uniform.sum()
+        """Mass by (block, head, step, distance), which adds up to 1, and mass on earlier chunks of the frames that have
+        some, by (block, head, step)."""
+        return self.sums.cpu() / len(self.frames), self.earlier.cpu() / max(1, len(self.later))
+
+    def uniform(self) -> tuple[Tensor, float]:
+        """The same of uniform attention over all frames of earlier chunks and the own one."""
+        chunk, by_distance, earlier = self.subject.chunk, torch.zeros(self.subject.shape.frames).double(), 0.0
+        for frame in self.frames:
+            start = frame // chunk * chunk
+            visible = torch.arange(start + chunk)
+            share = torch.full(visible.shape, 1 / len(visible), dtype=torch.float64)
+            by_distance.index_add_(0, (visible - frame).abs(), share)
+            earlier += start / len(visible)
+        return by_distance / len(self.frames), earlier / max(1, len(self.later))
 
 
 def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
-    """Mass by block and distance, by block and step, by block and head."""
-    if subject.shape.frames < 2:
-        raise UserError("attention needs clips of two latent frames and more; give frames=")
+    """Mass by block, head, step and distance, with its means, beside uniform attention's. UserError: nothing to look
+    at in so short a clip."""
+    cfg.check(subject)
     mass = Mass(subject, cfg)
     watch_attention(subject, mass.add)
-    found, uniform = mass.mean()
+    found, earlier = mass.mean()
+    uniform, uniform_earlier = mass.uniform()
     other = 1 - found[..., 0]  # on other frames, (blocks, heads, steps)
-    past, baseline = other.mean((1, 2)).tolist(), float(1 - uniform[0])
+    lines = {"other frames": other.mean((1, 2)).tolist()}
+    baseline = {"other frames": float(1 - uniform[0])}
+    if 1 < subject.chunk < subject.shape.frames:
+        lines["earlier chunks"], baseline["earlier chunks"] = earlier.mean((1, 2)).tolist(), uniform_earlier
     data: dict[str, object] = {
         "steps": mass.steps, "queries": len(mass.picked), "first_frame": cfg.first_frame,
-        "uniform_by_distance": [round(value, 6) for value in uniform.tolist()],
-        "by_distance": rounded(found.mean((1, 2))), "other_frames": [round(value, 6) for value in past],
-        "other_frames_by_step": rounded(other.mean(1)), "other_frames_by_head": rounded(other.mean(2)),
+        "uniform_by_distance": rounded(uniform), "by_distance": rounded(found.mean((1, 2))),
+        "other_frames": rounded(other.mean((1, 2))), "other_frames_by_step": rounded(other.mean(1)),
+        "other_frames_by_head": rounded(other.mean(2)), "earlier_chunks": rounded(earlier.mean((1, 2))),
+        "uniform_earlier_chunks": uniform_earlier, "by_block_head_step_distance": rounded(found, 4),
     }  # fmt: skip
-    half = len(past) // 2
-    early, late = sum(past[:half]) / max(1, half), sum(past[half:]) / (len(past) - half)
-    text = (
-        f"Mass on other frames, mean over heads and {mass.steps} step(s): {early:.3f} in the first half of the blocks, "
-        f"{late:.3f} in the second, from {min(past):.3f} (block {past.index(min(past))}) to {max(past):.3f} (block "
-        f"{past.index(max(past))}); uniform attention has {baseline:.3f}."
-    )
+    maps = {"by distance": (found.mean((1, 2)), "latent frames"), "other frames, by head": (other.mean(2), "head")}
+    if mass.steps > 1:
+        maps["other frames, by step"] = (other.mean(1), "step")
     figures = {
         "blocks": partial(
-            panels_figure, panels={"mass on other frames": {"model": past}}, x="block",
-            baseline={"mass on other frames": baseline},
+            panels_figure, panels={f"mass on {name}": {"model": line} for name, line in lines.items()}, x="block",
+            baseline={f"mass on {name}": height for name, height in baseline.items()},
         ),
-        "maps": partial(
-            map_figure, maps={"by distance": found.mean((1, 2)), "other frames, by head": other.mean(2)},
-            x="distance in latent frames; head", y="block",
-        ),
+        "maps": partial(map_figure, maps=maps, y="block"),
     }  # fmt: skip
-    return ProbeResult("attention", "Attention to other frames (P4)", text, data, figures)
+    text = " ".join(described(name, line, baseline[name], mass.steps) for name, line in lines.items())
+    return ProbeResult("attention", "Attention to other frames (P4)", text + seen_from(subject), data, figures)
+
+
+def described(name: str, line: list[float], baseline: float, steps: int) -> str:
+    """Mass by block in a sentence."""
+    half = len(line) // 2
+    early, late = sum(line[:half]) / max(1, half), sum(line[half:]) / (len(line) - half)
+    return (
+        f"Mass on {name}, mean over heads and {steps} step(s): {early:.3f} in the first half of the blocks, {late:.3f} "
+        f"in the second, from {min(line):.3f} (block {line.index(min(line))}) to {max(line):.3f} (block "
+        f"{line.index(max(line))}); uniform attention has {baseline:.3f}."
+    )
+
+
+def seen_from(subject: Subject) -> str:
+    """What stands at distance 0 where it is not the frame that is denoised."""
+    if not isinstance(subject.model, Scd):
+        return ""
+    if subject.model.needs_query:
+        return " The blocks are the encoder's; the query of pure noise asks, in the place of the coming frame."
+    return " The blocks are the encoder's; the previous frame asks (at first the start token), and is at distance 0."

@@ -46,12 +46,12 @@ def panels_figure(
     return save(figure, path)
 
 
-def map_figure(path: Path, maps: Mapping[str, Tensor], x: str, y: str) -> Path:
-    """Matrices side by side, each with its own colours: rows along ``y``, columns along ``x``."""
+def map_figure(path: Path, maps: Mapping[str, tuple[Tensor, str]], y: str) -> Path:
+    """Matrices side by side, each with its own colours and the name of its columns; rows along ``y``."""
     plt = pyplot()
     size = (4.0 * len(maps), 3.6)
     figure, panels = plt.subplots(1, len(maps), figsize=size, layout="constrained", squeeze=False)
-    for axes, (title, values) in zip(panels[0], maps.items(), strict=True):
+    for axes, (title, (values, x)) in zip(panels[0], maps.items(), strict=True):
         shown = axes.imshow(values.numpy(), aspect="auto", cmap="magma")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(x)

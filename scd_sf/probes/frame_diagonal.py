@@ -27,6 +27,22 @@ class DiagonalProbe:
     counts: tuple[int, ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
 
+    def check(self, subject: Subject) -> None:
+        """UserError: more blocks than there are, or not the causal baseline."""
+        model = subject.model
+        if not isinstance(model, Causal):
+            raise UserError(
+                f"{subject.name}: frame-diagonal blocks are for the causal baseline; give a checkpoint of it"
+            )
+        for count in self.chosen(subject):
+            replace(blocks_of(model), frame_diagonal=count).check("causal", model.cfg.num_layers)
+
+    def chosen(self, subject: Subject) -> tuple[int, ...]:
+        """How many last blocks, one row each."""
+        depth = subject.model.cfg.num_layers
+        share = max(1, depth // PAPER_SHARE)
+        return self.counts or tuple(dict.fromkeys((1, share, 2 * share, depth // 2, depth)))
+
 
 @dataclass(frozen=True)
 class DiagonalRow:
@@ -42,15 +58,11 @@ class DiagonalRow:
 
 
 def diagonal_rows(subject: Subject, counts: tuple[int, ...], losses: FlowLosses | None) -> list[DiagonalRow]:
-    """A row for each of ``counts``; the model is run as before afterwards. UserError: more blocks than there are, or
-    not the causal baseline."""
+    """A row for each of ``counts``; the model is run as before afterwards. UserError: as :class:`DiagonalProbe`."""
+    DiagonalProbe(counts).check(subject)
     model = subject.model
-    if not isinstance(model, Causal):
-        raise UserError(f"{subject.name}: frame-diagonal blocks are for the causal baseline; give a checkpoint of it")
     depth, whole = model.cfg.num_layers, replace(blocks_of(model), frame_diagonal=0)
     ways = [replace(whole, frame_diagonal=count) for count in counts]
-    for way in ways:
-        way.check("causal", depth)
     with running_as(model, whole):
         base_TB = None if losses is None else losses.measure(model)
         video = subject.sample()
@@ -68,9 +80,8 @@ def diagonal_rows(subject: Subject, counts: tuple[int, ...], losses: FlowLosses 
 
 def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
     """The last blocks without context, by their number. The flow loss is taken where the subject has clips."""
-    depth = subject.model.cfg.num_layers
-    share = max(1, depth // PAPER_SHARE)
-    counts = cfg.counts or tuple(dict.fromkeys((1, share, 2 * share, depth // 2, depth)))
+    cfg.check(subject)
+    depth, counts = subject.model.cfg.num_layers, cfg.chosen(subject)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
     rows = diagonal_rows(subject, counts, losses)
     text = (

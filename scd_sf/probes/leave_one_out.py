@@ -59,6 +59,12 @@ class LeaveOneOut:
     loss: LossConfig = field(default_factory=LossConfig)
     decoder_blocks: int = 0
 
+    def check(self, subject: Subject) -> None:
+        """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no proposal)."""
+        if not isinstance(subject.model, Scd):
+            decoder_size(len(subject.step_blocks), self.decoder_blocks)
+        FlowLosses.count(subject, self.loss)
+
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -163,9 +169,8 @@ def stage1_yaml(split: Split, model: str) -> str:
 def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:
     """Every block's cost, and (but for SCD, which is split already) a split, as a configuration of stage 1 in
     ``leave_one_out-stage1.yaml``. UserError: no clips, or no room for such a decoder."""
+    cfg.check(subject)
     whole_stack = not isinstance(subject.model, Scd)
-    if whole_stack:
-        decoder_size(len(subject.step_blocks), cfg.decoder_blocks)
     losses = FlowLosses.of(subject, cfg.loss)
     base_TB, costs = block_costs(subject.model, losses)
     dear = sorted(costs, key=lambda cost: -cost.overall.mean)

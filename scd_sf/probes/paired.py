@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.flow import add_noise, shift_time, velocity_target
 from scd_sf.metrics.curves import Line, curve_figure
 from scd_sf.models.build import Student
@@ -57,16 +58,22 @@ class FlowLosses:
     seeds: tuple[int, ...] = (0,)
     batch: int = 8
 
-    @classmethod
-    def of(cls, subject: Subject, cfg: LossConfig) -> FlowLosses:
-        """Clips spread over all of the subject's. UserError: none are given, or fewer than 2."""
+    @staticmethod
+    def count(subject: Subject, cfg: LossConfig) -> tuple[LatentClips, int]:
+        """The subject's clips, and how many of them are used. UserError: none are given, or fewer than 2."""
         if subject.clips is None:
             raise UserError(f"{subject.name}: a flow loss needs encoded clips; give them with data=")
         total = len(subject.clips)
-        count = min(cfg.clips, total)
-        if count < 2:
+        if total < 2:
             raise UserError(f"{subject.clips.root}: {total} clips; error bars need at least 2")
-        batch = subject.clips.batch([index * total // count for index in range(count)])
+        return subject.clips, min(cfg.clips, total)
+
+    @classmethod
+    def of(cls, subject: Subject, cfg: LossConfig) -> FlowLosses:
+        """Clips spread over all of the subject's. UserError: none are given, or fewer than 2."""
+        clips, count = cls.count(subject, cfg)
+        total = len(clips)
+        batch = clips.batch([index * total // count for index in range(count)])
         levels = training_levels(cfg.levels, cfg.shift)
         return cls(batch.latents_BFCHW, batch.text, levels, cfg.seeds, cfg.batch)
 

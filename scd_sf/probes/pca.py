@@ -6,20 +6,17 @@ colours mean equal features at any step. Components become red, green and blue b
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scd_sf.probes.figures import pictures_figure
 from scd_sf.probes.result import ProbeResult
-from scd_sf.probes.similarity import chosen_frames, collect, spread
+from scd_sf.probes.similarity import check_blocks, chosen_frames, collected, spread
 from scd_sf.probes.store import FeatureStore
 from scd_sf.probes.subject import Subject
-from scd_sf.types import UserError
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,23 @@ class PcaProbe:
     blocks: tuple[int, ...] = ()
     steps: int = 8
 
+    def check(self, subject: Subject) -> None:
+        """UserError: a frame or blocks that are not there, or blocks that do not run at every step."""
+        subject.check_whole()
+        chosen_frames((self.frame,), subject.shape.frames)
+        check_blocks("pca.blocks", self.blocks, subject)
+
 
 def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
     """Pictures of the chosen blocks and steps, and how much of the variance the three components hold."""
-    frames, total = chosen_frames((cfg.frame,), subject.shape.frames), len(subject.step_blocks)
-    blocks = list(cfg.blocks) or spread(total, 4)
-    if wrong := [block for block in blocks if not 0 <= block < total]:
-        raise UserError(f"pca.blocks: {wrong}; the model has step blocks 0..{total - 1}")
+    cfg.check(subject)
+    subject, frames = subject.first(1), chosen_frames((cfg.frame,), subject.shape.frames)
+    blocks = list(cfg.blocks) or spread(len(subject.step_blocks), 4)
     steps = subject.sampler.steps
     columns = spread(steps, cfg.steps)
     cfg_model = subject.model.cfg
     grid = (subject.shape.height // cfg_model.patch_height, subject.shape.width // cfg_model.patch_width)
-    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder, FeatureStore(Path(folder), steps) as store:
-        collect(subject, blocks, frames, list(range(subject.tokens)), store)
+    with collected(subject, blocks, frames, list(range(subject.tokens))) as store:
         fitted = {block: components(store, block, frames[0]) for block in blocks}
         drawn = {b: pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
     shares = {str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks}

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scd_sf.data.manifest import write_json, write_text
+import torch
+from torch import Tensor
+
+from scd_sf.data.manifest import write_text
+from scd_sf.types import UserError
+
+NUMBERS = re.compile(r"\[\n\s+([-+.,\de\s]+?)\s+\]")  # a list of numbers that is spread over lines
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,24 @@ class ProbeResult:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> list[Path]:
-        """NAME.json, NAME-FIGURE.png for every figure, and NAME-FILE for every file; the PNG files."""
+        """NAME.json, NAME-FIGURE.png for every figure, and NAME-FILE for every file; the PNG files. UserError: a number
+        is not finite."""
         folder.mkdir(parents=True, exist_ok=True)
         drawn = [draw(folder / f"{self.name}-{figure}.png") for figure, draw in self.figures.items()]
         for file, text in self.files.items():
             write_text(folder / f"{self.name}-{file}", text)
         about = {"title": self.title, "text": self.text, "figures": [path.name for path in drawn]}
-        write_json(folder / f"{self.name}.json", {**about, **self.data})
+        try:
+            found = json.dumps({**about, **self.data}, indent=2, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise UserError(f"{self.name}: the model gave numbers that are not finite; check its weights") from error
+        short = NUMBERS.sub(lambda row: f"[{' '.join(row[1].split())}]", found)
+        write_text(folder / f"{self.name}.json", short + "\n")
         return drawn
+
+
+def rounded(numbers: Tensor, digits: int = 6) -> list[object]:
+    """``digits`` significant digits of each, as nested lists of the tensor's shape."""
+    flat = [float(f"{value:.{digits}g}") for value in numbers.double().flatten().tolist()]
+    found: list[object] = torch.tensor(flat, dtype=torch.float64).reshape(numbers.shape).tolist()
+    return found

@@ -11,7 +11,10 @@ For steps s and s', f the features of a frame (tokens x width), and means over t
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +23,13 @@ import torch
 from torch import Tensor
 
 from scd_sf.probes.figures import matrices_figure, panels_figure
-from scd_sf.probes.result import ProbeResult
-from scd_sf.probes.store import FeatureStore
+from scd_sf.probes.result import ProbeResult, rounded
+from scd_sf.probes.store import FLOAT, FeatureStore
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_features
 from scd_sf.types import UserError
 
+GB = 1e9
 MEASURES = ("cosine", "centred", "mse", "relative")
 
 
@@ -39,6 +43,12 @@ class SimilarityProbe:
     frames: tuple[int, ...] = (-1,)
     tokens: int = 256
     shown: tuple[int, ...] = ()
+
+    def check(self, subject: Subject) -> None:
+        """UserError: frames or blocks that are not there, or blocks that do not run at every step."""
+        subject.check_whole()
+        chosen_frames(self.frames, subject.shape.frames)
+        check_blocks("similarity.shown", self.shown, subject)
 
 
 def chosen_frames(frames: tuple[int, ...], total: int) -> list[int]:
@@ -56,19 +66,23 @@ def spread(total: int, count: int) -> list[int]:
     return sorted({round(place * (total - 1) / max(1, count - 1)) for place in range(count)})
 
 
+def check_blocks(field: str, blocks: Sequence[int], subject: Subject) -> None:
+    """UserError: one of the blocks is not a step block."""
+    total = len(subject.step_blocks)
+    if wrong := [block for block in blocks if not 0 <= block < total]:
+        raise UserError(f"{field}: {wrong}; the model has step blocks 0..{total - 1}")
+
+
 def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
     """Matrices S x S of every step block, averaged over clips and frames, and their means by block."""
+    cfg.check(subject)
     frames, blocks = chosen_frames(cfg.frames, subject.shape.frames), list(range(len(subject.step_blocks)))
     tokens = spread(subject.tokens, cfg.tokens)
-    steps = subject.sampler.steps
-    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder, FeatureStore(Path(folder), steps) as store:
-        collect(subject, blocks, frames, tokens, store)
+    shown = cfg.shown or spread(len(blocks), 7)
+    with collected(subject, blocks, frames, tokens) as store:
         found = {block: step_matrices(store, block, frames) for block in blocks}
     times = {measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES}
     common = [round(float(found[block]["common"]), 6) for block in blocks]
-    shown = list(cfg.shown) or spread(len(blocks), 7)
-    if wrong := [block for block in shown if block not in found]:
-        raise UserError(f"similarity.shown: {wrong}; the model has step blocks 0..{len(blocks) - 1}")
     data: dict[str, object] = {
         "steps": subject.sampler.steps, "frames": frames, "tokens": len(tokens), "clips": len(subject.seeds),
         "mean": times, "common_share": common,
@@ -94,8 +108,24 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
     return ProbeResult("similarity", "Step-step similarity (P1, P2)", text, data, figures)
 
 
-def collect(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore) -> Tensor:
-    """One rollout that fills ``store``; returns its latents."""
+@contextmanager
+def collected(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int]) -> Iterator[FeatureStore]:
+    """The features of one rollout, on disk until the end of the context. UserError: there is no room for them."""
+    steps, width = subject.sampler.steps, subject.model.cfg.width
+    room = len(blocks) * len(frames) * steps * len(subject.seeds) * len(tokens) * width * FLOAT
+    with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
+        if (free := shutil.disk_usage(folder).free) < room:
+            raise UserError(
+                f"{folder}: the features take {room / GB:.1f} GB, {free / GB:.1f} are free; set TMPDIR to another "
+                "disk, or look at fewer tokens, frames, blocks or clips"
+            )
+        with FeatureStore(Path(folder), steps) as store:
+            collect(subject, blocks, frames, tokens, store)
+            yield store
+
+
+def collect(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore) -> None:
+    """One rollout that fills ``store``."""
     per_frame, chosen = subject.tokens, torch.tensor(tokens, device=subject.device)
 
     def keep(place: Place, block: int, x_BLE: Tensor) -> None:
@@ -105,7 +135,7 @@ def collect(subject: Subject, blocks: list[int], frames: list[int], tokens: list
                 start = frame % subject.chunk * per_frame
                 store.write(block, frame, place.step, x_BLE[:, start : start + per_frame].index_select(1, chosen))
 
-    return watch_features(subject, blocks, keep)
+    watch_features(subject, blocks, keep)
 
 
 def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[str, Tensor]:
@@ -140,14 +170,3 @@ def _products(x_BSTE: Tensor) -> Tensor:
     """Inner products between steps, summed over clips and tokens: (S, S)."""
     rows = x_BSTE.transpose(0, 1).flatten(1)
     return rows @ rows.T
-
-
-def rounded(matrix: Tensor) -> list[object]:
-    """Six digits of each number."""
-    found: list[object] = (
-        torch.tensor([float(f"{value:.6g}") for value in matrix.flatten().tolist()])
-        .double()
-        .reshape(matrix.shape)
-        .tolist()
-    )
-    return found

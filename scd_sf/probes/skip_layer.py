@@ -47,6 +47,12 @@ class SkipProbe:
         if not self.whole or not all(0 <= part <= 1 for part in self.whole):
             raise UserError(f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]")
 
+    def check(self, subject: Subject) -> None:
+        """UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
+        family, depth = "scd" if isinstance(subject.model, Scd) else "causal", subject.model.cfg.num_layers
+        for way in self.schedules(depth, subject.sampler.steps):
+            BlocksConfig(skip=way).check(family, depth)
+
     def schedules(self, depth: int, steps: int) -> tuple[SkipConfig, ...]:
         """For a model of ``depth`` blocks and a sampler of ``steps`` steps; parts are rounded up to whole steps."""
         prefix = max(1, depth // PREFIX_SHARE) if self.prefix is None else self.prefix
@@ -128,10 +134,8 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
     """The schedule with different numbers of whole steps. The flow loss is taken where the subject has clips.
     UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
     depth, steps = subject.model.cfg.num_layers, subject.sampler.steps
+    cfg.check(subject)
     ways = cfg.schedules(depth, steps)
-    family = "scd" if isinstance(subject.model, Scd) else "causal"
-    for way in ways:
-        BlocksConfig(skip=way).check(family, depth)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
     whole, *rows = with_costs(subject, skip_rows(subject, ways, losses), cfg.timing_seconds)
     text = (

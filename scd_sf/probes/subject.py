@@ -17,7 +17,7 @@ from scd_sf.models.causal import Causal
 from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
 from scd_sf.rollout import sample, sample_bidirectional
-from scd_sf.types import Conditioning, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,24 @@ class Subject:
         """The blocks that see other frames, in order: all, or SCD's encoder (which runs once per chunk)."""
         trunk = self.model.encoder if isinstance(self.model, Scd) else self.model.trunk
         return list(trunk.blocks)
+
+    @property
+    def bypassed(self) -> range:
+        """Blocks that a skip-layer schedule (P5) leaves out of some steps: there they have no features."""
+        skip = None if isinstance(self.model, Scd) else self.model.trunk.skip
+        return range(0) if skip is None else skip.middle(len(self.step_blocks))
+
+    def check_whole(self) -> None:
+        """UserError: some blocks do not run at every step."""
+        if blocks := self.bypassed:
+            raise UserError(
+                f"{self.name}: its blocks {blocks.start}..{blocks.stop - 1} do not run at every step (blocks.skip), so "
+                "steps cannot be compared; whole=true runs all blocks, or probe the checkpoint it was trained from"
+            )
+
+    def first(self, clips: int) -> Subject:
+        """The same of the first clips alone, whose videos do not depend on the others."""
+        return replace(self, cond=self.cond.rows(slice(0, clips)), seeds=self.seeds[:clips])
 
     def with_sampler(self, sampler: Sampler) -> Subject:
         return replace(self, sampler=sampler)

@@ -92,7 +92,8 @@ def _hooked(blocks: list[nn.Module], add: Callable[[int, nn.Module], Any]) -> It
 
 def watch_features(subject: Subject, blocks: list[int], show: Features) -> Tensor:
     """Run the subject's rollout; ``show`` gets the output of the chosen step blocks at every step, tokens of the chunk
-    alone. Returns the rollout's latents, which are those of a plain run."""
+    alone. Returns the rollout's latents, which are those of a plain run. UserError: a block that is bypassed."""
+    subject.check_whole()
     sampler, chosen = CountingSampler(subject.sampler), [subject.step_blocks[index] for index in blocks]
     length = subject.chunk * subject.tokens
 
@@ -109,7 +110,8 @@ def watch_features(subject: Subject, blocks: list[int], show: Features) -> Tenso
 
 def watch_attention(subject: Subject, show: QueriesAndKeys) -> Tensor:
     """Run the subject's rollout; ``show`` gets queries and keys of every history block: at every step, or (SCD's
-    encoder) once per chunk. Returns the rollout's latents."""
+    encoder) once per chunk. Returns the rollout's latents. UserError: a block that is bypassed."""
+    subject.check_whole()
     sampler, blocks = CountingSampler(subject.sampler), subject.history_blocks
     at_steps = blocks[0] is subject.step_blocks[0]
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import probed
 import pytest
+import tiny
 import torch
 from tiny_run import SHAPE, Chain
 from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.config import load_config
+from scd_sf.models.blocks import BlocksConfig
+from scd_sf.models.build import set_blocks
 from scd_sf.probes.report import write_report
-from scd_sf.probing import PROBES, ProbeConfig, open_subject, run_probes
+from scd_sf.probing import PROBES, ProbeConfig, open_subject, run_probes, runnable
 from scd_sf.types import UserError
 
 CPU = torch.device("cpu")
@@ -55,14 +60,41 @@ def test_refusals(chain: Chain, tmp_path: Path) -> None:
         ([f"data={tmp_path}"], "manifest.json"),
         ([f"checkpoint={tmp_path}", f"data={chain.train}"], "no checkpoint"),
         ([f"data={chain.train}", "similarity.frames=[7]"], r"frames is \[7\]"),
-        ([f"data={chain.train}", "probes=[diagonal]"], "causal"),
+        ([f"data={chain.train}", "probes=[diagonal]"], "diagonal: is for the causal baseline"),
+        (['prompts=["a"]', "probes=[similarity,leave_one_out]"], "leave_one_out: needs encoded clips.*data="),
+        ([f"data={chain.train}", "probes=[similarity,pca]", "pca.blocks=[77]"], r"pca.blocks: \[77\]"),
+        ([f"data={chain.train}", "attention.first_frame=50"], "first_frame is 50"),
     ):
         with pytest.raises(UserError, match=said):
             run_probes(config(chain, tmp_path / "out", *more), CPU)
+        assert not (tmp_path / "out").exists(), "refused before anything ran"
     distilled = [f"checkpoint={chain.root}/stage3", f"data={chain.train}", "sampler={name: euler, steps: 2}"]
     with pytest.raises(UserError, match="distilled for sampler"):
         open_subject(config(chain, tmp_path, *distilled), CPU)
     assert open_subject(config(chain, tmp_path, *distilled, "force=true"), CPU).sampler.name == "euler"
+
+
+def test_a_skip_layer_checkpoint(tmp_path: Path) -> None:
+    """What compares steps is left out of it, unless it is run whole; nothing is mixed with probes of another model."""
+    model = tiny.student(tiny.SKIPPING, dtype=torch.float32)
+    one, cfg = probed.subject(model, None), ProbeConfig("x", "y")
+    assert set(runnable(cfg, one)) == {"skip"}
+    with pytest.raises(UserError, match=r"similarity: blocks 2..3 do not run at every step; whole=true"):
+        runnable(replace(cfg, probes=("similarity",)), one)
+    with pytest.raises(UserError, match="no probe fits"):
+        runnable(cfg, probed.subject(model, None, prompts=1))
+    set_blocks(model, BlocksConfig())
+    assert set(runnable(cfg, one)) == {"similarity", "pca", "attention", "skip", "diagonal"}
+
+
+def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
+    """A second probe goes onto the same page; one of another seed is refused."""
+    given = [f"data={chain.train}", "clips=1"]
+    run_probes(config(chain, tmp_path, *given, "probes=[similarity]"), CPU)
+    page = run_probes(config(chain, tmp_path, *given, "probes=[pca]"), CPU).read_text()
+    assert "similarity.json" in page and "pca.json" in page
+    with pytest.raises(UserError, match="holds probes of another seed; choose another out="):
+        run_probes(config(chain, tmp_path, *given, "probes=[pca]", "seed=1"), CPU)
 
 
 def test_a_page_of_hostile_names(tmp_path: Path) -> None:
