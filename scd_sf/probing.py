@@ -29,7 +29,6 @@ from scd_sf.models.build import (
     blocks_of,
     describe_checkpoint,
     load_checkpoint_model,
-    set_blocks,
 )
 from scd_sf.models.causal import Causal
 from scd_sf.models.scd import Scd
@@ -112,7 +111,7 @@ def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[
     if is_wan_directory(path):
         wan = load_wan(path)
         return wan, CheckpointConfig(ModelConfig(family="wan", wan=wan.cfg), cfg.sampler or SamplerConfig()), {}
-    model, config = load_checkpoint_model(path, cfg.weights)
+    model, config = load_checkpoint_model(path, cfg.weights, BlocksConfig() if cfg.whole else None)
     return model, config, describe_checkpoint(path)[1]
 
 
@@ -126,22 +125,25 @@ def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
         raise UserError(f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}")
     seeds = tuple(cfg.seed + number for number in range(cond.batch))
     model.requires_grad_(False).to(device)
-    if cfg.whole:
-        set_blocks(model, BlocksConfig())
-    return Subject(Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device)
+    own = config.sampler
+    shifts = ((cfg.sampler or own).shift, own.shift)
+    return Subject(Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device, *shifts)
 
 
 def told(
     cfg: ProbeConfig, config: CheckpointConfig, base: Path, origin: dict[str, object]
-) -> tuple[LatentClips | None, Conditioning, VideoShape]:
+) -> tuple[LatentClips | FrameClips | None, Conditioning, VideoShape]:
     """Clips, conditions and the size: from ``data``, or from prompts."""
     if config.model.backbone == "dit":
         if not cfg.data:
             raise UserError(f"{cfg.checkpoint}: was trained on encoded frames; set data= to such a directory")
         frames = FrameClips(cfg.data)
-        number = cfg.frames or int(origin["latent"][0])  # type: ignore[index]
+        trained = origin.get("latent")
+        number = cfg.frames or (int(trained[0]) if isinstance(trained, list) else 0)
+        if not number:
+            raise UserError(f"{cfg.checkpoint}: does not say what it was trained on; set frames=")
         usable = frames.at_least(number)[: cfg.clips]
-        return None, frames.batch(usable, [0] * len(usable), number).cond, frames.info.shape(number)
+        return frames, frames.batch(usable, [0] * len(usable), number).cond, frames.info.shape(number)
     prompts = list(cfg.prompts)
     if cfg.prompt_file:
         prompts += [row.prompt for row in read_prompt_file(Path(cfg.prompt_file), "prompt")]
@@ -175,7 +177,7 @@ def unfit(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
     if len(subject.seeds) < 2:
         why |= {name: "compares videos of at least two prompts" for name in ("skip", "diagonal") if name not in why}
     if subject.clips is None:
-        why["leave_one_out"] = "needs encoded clips of videos with prompts; give them with data="
+        why["leave_one_out"] = "needs encoded clips; give them with data="
     if subject.shape.frames < 2:
         why["attention"] = "needs two latent frames and more; give frames="
     if blocks := subject.bypassed:
@@ -199,7 +201,7 @@ def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
         settings.check(subject)
     for name, reason in why.items():
         if not cfg.probes:
-            Console().print(f"without {name}: {reason}", highlight=False)
+            Console().print(f"without {name}: {reason}", highlight=False, soft_wrap=True)
     return names
 
 
@@ -212,6 +214,7 @@ def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
         "family": type(subject.model).__name__,
         "weights": cfg.weights,
         "blocks": "whole" if blocks_of(subject.model) == BlocksConfig() else str(blocks_of(subject.model)),
+        "prompts": "; ".join(cfg.prompts) or cfg.prompt_file or f"those of {cfg.data}",
         "clips": len(subject.seeds),
         "latent": list(subject.shape.latent(len(subject.seeds))),
         "sampler": f"{subject.sampler.name}, {subject.sampler.steps} steps",

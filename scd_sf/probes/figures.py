@@ -10,8 +10,8 @@ from torch import Tensor
 from scd_sf.metrics.curves import pyplot, save
 
 
-def matrices_figure(path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str]) -> Path:
-    """A row of matrices per measure, a column per name; every row has one colour scale."""
+def matrices_figure(path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], both: str) -> Path:
+    """A row of matrices per measure, a column per name; every row has one colour scale. ``both``: what the axes are."""
     plt = pyplot()
     size = (1.9 * len(names) + 1.2, 2.0 * len(rows))
     figure, panels = plt.subplots(len(rows), len(names), figsize=size, layout="constrained", squeeze=False)
@@ -23,6 +23,7 @@ def matrices_figure(path: Path, rows: Mapping[str, Sequence[Tensor]], names: Seq
             axes.tick_params(labelsize=6)
         line[0].set_ylabel(measure)
         figure.colorbar(shown, ax=list(line), shrink=0.8)
+    figure.supxlabel(both, fontsize=9)
     return save(figure, path)
 
 

@@ -63,7 +63,7 @@ class LeaveOneOut:
         """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no proposal)."""
         if not isinstance(subject.model, Scd):
             decoder_size(len(subject.step_blocks), self.decoder_blocks)
-        FlowLosses.count(subject, self.loss)
+        FlowLosses.chosen(subject, self.loss)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.flow import add_noise, shift_time, velocity_target
 from scd_sf.metrics.curves import Line, curve_figure
@@ -28,12 +29,12 @@ SEED_STRIDE = 1_000_003  # between the seeds of a clip
 
 @dataclass(frozen=True)
 class LossConfig:
-    """``clips`` of the given ones, noised at ``levels`` levels of the training density, whose ``shift`` is the
-    training's, by a draw for each of ``seeds``; ``batch`` clips in one forward."""
+    """``clips`` of the given ones, noised at ``levels`` levels of the training density (its ``shift``, null: the
+    checkpoint's), by a draw for each of ``seeds``; ``batch`` clips in one forward."""
 
     clips: int = 24
     levels: int = 5
-    shift: float = 5.0
+    shift: float | None = None
     seeds: tuple[int, ...] = (0,)
     batch: int = 8
 
@@ -59,22 +60,27 @@ class FlowLosses:
     batch: int = 8
 
     @staticmethod
-    def count(subject: Subject, cfg: LossConfig) -> tuple[LatentClips, int]:
-        """The subject's clips, and how many of them are used. UserError: none are given, or fewer than 2."""
-        if subject.clips is None:
+    def chosen(subject: Subject, cfg: LossConfig) -> tuple[LatentClips | FrameClips, list[int]]:
+        """The subject's clips and those that are used, spread over all that are long enough. UserError: none are given,
+        or fewer than 2."""
+        clips, frames = subject.clips, subject.shape.frames
+        if clips is None:
             raise UserError(f"{subject.name}: a flow loss needs encoded clips; give them with data=")
-        total = len(subject.clips)
-        if total < 2:
-            raise UserError(f"{subject.clips.root}: {total} clips; error bars need at least 2")
-        return subject.clips, min(cfg.clips, total)
+        usable = clips.at_least(frames) if isinstance(clips, FrameClips) else range(len(clips))
+        count = min(cfg.clips, len(usable))
+        if count < 2:
+            raise UserError(f"{clips.root}: {count} clips of {frames} latent frames; error bars need at least 2")
+        return clips, [usable[index * len(usable) // count] for index in range(count)]
 
     @classmethod
     def of(cls, subject: Subject, cfg: LossConfig) -> FlowLosses:
         """Clips spread over all of the subject's. UserError: none are given, or fewer than 2."""
-        clips, count = cls.count(subject, cfg)
-        total = len(clips)
-        batch = clips.batch([index * total // count for index in range(count)])
-        levels = training_levels(cfg.levels, cfg.shift)
+        clips, indices = cls.chosen(subject, cfg)
+        levels = training_levels(cfg.levels, subject.training_shift if cfg.shift is None else cfg.shift)
+        if isinstance(clips, FrameClips):
+            frames = clips.batch(indices, [0] * len(indices), subject.shape.frames)
+            return cls(frames.latents_BFCHW, frames.cond, levels, cfg.seeds, cfg.batch)
+        batch = clips.batch(indices)
         return cls(batch.latents_BFCHW, batch.text, levels, cfg.seeds, cfg.batch)
 
     @torch.no_grad()

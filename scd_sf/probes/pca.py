@@ -65,7 +65,7 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
             pictures_figure,
             pictures=rows,
             rows=[f"block {b}" for b in blocks],
-            columns=[f"step {s + 1}" for s in columns],
+            columns=[f"step {s}" for s in columns],
         )
     }
     data: dict[str, object] = {

@@ -32,6 +32,7 @@ def write_report(folder: Path, title: str, facts: Mapping[str, object]) -> Path:
                 raise UserError(f"{picture}: missing; run the probe again")
             pictures.append((picture.stem, base64.b64encode(picture.read_bytes()).decode()))
         results.append({"title": document["title"], "text": document["text"], "file": path.name, "pictures": pictures})
+    results.sort(key=lambda result: str(result["title"]).partition("(P")[2])  # P1 first
     environment = Environment(
         loader=PackageLoader("scd_sf.probes", package_path=""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

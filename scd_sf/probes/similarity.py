@@ -95,13 +95,15 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
         f"{subject.sampler.name}. Mean over all pairs of steps: the cosine lies between {min(times['cosine']):.3f} and "
         f"{max(times['cosine']):.3f} over the blocks, the mean-centred cosine between {min(times['centred']):.3f} and "
         f"{max(times['centred']):.3f}; relative distance is least in block {low} ({times['relative'][low]:.3f}) and "
-        f"largest in block {high} ({times['relative'][high]:.3f})."
+        f"largest in block {high} ({times['relative'][high]:.3f}). The mean token, common to all and the reason for "
+        f"the second measure, holds {100 * min(common):.0f} to {100 * max(common):.0f} % of the mean square."
     )
     figures = {
         "matrices": partial(
             matrices_figure,
             rows={m: [found[b][m] for b in shown] for m in MEASURES},
             names=[f"block {b}" for b in shown],
+            both="denoising step against denoising step, 0: from pure noise",
         ),
         "mean": partial(panels_figure, panels={m: {"mean over pairs of steps": times[m]} for m in MEASURES}, x="block"),
     }

@@ -34,12 +34,12 @@ PREFIX_SHARE, SUFFIX_SHARE = 6, 3  # the supplement's 5 early and 10 late of 30 
 class SkipProbe:
     """``prefix``, ``suffix``: blocks that always run (null: a sixth and a third of the model, the paper's shares).
     ``whole``: the parts of the sampler's steps, from the first on, that run all blocks (the paper: 0.1). ``shift``: of
-    the sampler's times. Each schedule is timed for up to ``timing_seconds``."""
+    the sampler's times (null: its own). Each schedule is timed for up to ``timing_seconds``."""
 
     prefix: int | None = None
     suffix: int | None = None
     whole: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5)
-    shift: float = 5.0
+    shift: float | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     timing_seconds: float = 8.0
 
@@ -50,15 +50,16 @@ class SkipProbe:
     def check(self, subject: Subject) -> None:
         """UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
         family, depth = "scd" if isinstance(subject.model, Scd) else "causal", subject.model.cfg.num_layers
-        for way in self.schedules(depth, subject.sampler.steps):
+        for way in self.schedules(depth, subject.sampler.steps, subject.sampler_shift):
             BlocksConfig(skip=way).check(family, depth)
 
-    def schedules(self, depth: int, steps: int) -> tuple[SkipConfig, ...]:
+    def schedules(self, depth: int, steps: int, shift: float = 5.0) -> tuple[SkipConfig, ...]:
         """For a model of ``depth`` blocks and a sampler of ``steps`` steps; parts are rounded up to whole steps."""
+        shift = shift if self.shift is None else self.shift
         prefix = max(1, depth // PREFIX_SHARE) if self.prefix is None else self.prefix
         suffix = max(1, depth // SUFFIX_SHARE) if self.suffix is None else self.suffix
         counts = dict.fromkeys(math.ceil(part * steps - 1e-9) for part in self.whole)
-        return tuple(SkipConfig(prefix, suffix, count, steps, self.shift) for count in counts)
+        return tuple(SkipConfig(prefix, suffix, count, steps, shift) for count in counts)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
     UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
     depth, steps = subject.model.cfg.num_layers, subject.sampler.steps
     cfg.check(subject)
-    ways = cfg.schedules(depth, steps)
+    ways = cfg.schedules(depth, steps, subject.sampler_shift)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
     whole, *rows = with_costs(subject, skip_rows(subject, ways, losses), cfg.timing_seconds)
     text = (

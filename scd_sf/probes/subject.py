@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.models.build import Student
@@ -23,7 +24,7 @@ from scd_sf.types import Conditioning, UserError, VideoShape
 @dataclass(frozen=True)
 class Subject:
     """``cond``: B prompts (actions, labels), ``seeds``: one per clip. ``clips``: encoded clips for what needs true
-    frames (None: none were given)."""
+    frames (None: none were given). Timestep shifts: of the sampler's times, and of those it was trained with."""
 
     name: str
     model: Student | Wan
@@ -31,8 +32,10 @@ class Subject:
     cond: Conditioning
     sampler: Sampler
     seeds: tuple[int, ...]
-    clips: LatentClips | None = None
+    clips: LatentClips | FrameClips | None = None
     device: torch.device | str = "cpu"
+    sampler_shift: float = 5.0
+    training_shift: float = 5.0
 
     @property
     def chunk(self) -> int:

@@ -128,7 +128,7 @@ def test_the_probe_and_its_files(tmp_path: Path) -> None:
         leave_one_out(wan, LeaveOneOut(decoder_blocks=6))
     with pytest.raises(UserError, match="clips 2"):
         LossConfig(clips=1)
-    with pytest.raises(UserError, match="1 clips; error bars"):
+    with pytest.raises(UserError, match="1 clips of 3 latent frames; error bars"):
         leave_one_out(probed.subject(wan.model, probed.write_clips(tmp_path / "one", 1)), cfg)
 
 

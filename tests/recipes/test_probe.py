@@ -15,8 +15,11 @@ from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.config import load_config
+from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import set_blocks
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, set_blocks, write_single
+from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.probes.paired import FlowLosses
 from scd_sf.probes.report import write_report
 from scd_sf.probing import PROBES, ProbeConfig, open_subject, run_probes, runnable
 from scd_sf.types import UserError
@@ -85,6 +88,41 @@ def test_a_skip_layer_checkpoint(tmp_path: Path) -> None:
         runnable(cfg, probed.subject(model, None, prompts=1))
     set_blocks(model, BlocksConfig())
     assert set(runnable(cfg, one)) == {"similarity", "pca", "attention", "skip", "diagonal"}
+
+
+@pytest.mark.parametrize("family", ["causal", "scd"])
+def test_a_model_from_scratch(family: str, tmp_path: Path) -> None:
+    """On encoded frames with actions, at the noise levels of its own training, which was without a shift."""
+    fusion = ("paper", "temporal") if family == "scd" else ()
+    model = tiny.student(tiny.Variant(family, 1, *fusion, backbone="dit"), dtype=torch.float32)
+    info = FrameSetInfo(tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH, 8, tiny.DIT.num_actions, ("a", "b"))
+    writer, rng = FrameWriter(tmp_path / "data", {}, info), tiny.generator(0)
+    for number in range(5):
+        frames = 2 + number  # the first is too short
+        actions = torch.randint(0, tiny.DIT.num_actions, (frames,), generator=rng)
+        size = (frames, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
+        writer.append(f"c{number}", torch.randn(size, generator=rng), actions, number % 2)
+    writer.finish()
+    scd = model.scd if isinstance(model, Scd) else ScdConfig()
+    kind = ModelConfig(family=family, backbone="dit", dit=tiny.DIT, scd=scd)
+    about = CheckpointConfig(kind, SamplerConfig(steps=4, shift=1.0))
+    write_single(tmp_path / "model.safetensors", model, about, {"latent": [3]}, torch.float32)
+
+    given = ["leave_one_out.loss.clips=3", "leave_one_out.loss.levels=2", "skip.whole=[0.5]", "skip.timing_seconds=0.1"]
+    paths = [f"checkpoint={tmp_path}/model.safetensors", f"data={tmp_path}/data", f"out={tmp_path}/out"]
+    cfg = load_config(ProbeConfig, None, [*paths, *given])
+    subject = open_subject(cfg, CPU)
+    run_probes(cfg, CPU)
+    found = json.loads((tmp_path / "out" / "leave_one_out.json").read_text())
+    assert found["levels"] == [0.25, 0.75] and found["clips"] == 3
+    frames = FrameClips(tmp_path / "data").batch([1, 2, 3], [0, 0, 0], 3)
+    losses = FlowLosses(frames.latents_BFCHW, frames.cond, (0.25, 0.75))
+    assert found["base"] == pytest.approx(losses.measure(subject.model).mean(1).tolist())
+    assert (tmp_path / "out" / "similarity.json").is_file() and (tmp_path / "out" / "attention.json").is_file()
+    if family == "causal":
+        rows = json.loads((tmp_path / "out" / "skip_layer.json").read_text())["rows"]
+        clean = 6 * 2 / 3  # passes of finished frames
+        assert rows[1]["block_passes_per_frame"] - clean == 2 * 6 + 2 * 3, "2 whole steps of 4, by its own times"
 
 
 def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
