@@ -162,20 +162,26 @@ def gallery(
     sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")] = None,
 ) -> None:
     """Models x prompts on one page that needs no network: play in step, search, compare A/B."""
-    from scd_sf.gallery.folders import contact_sheet, page_of, read_folder
+    from scd_sf.data.prompt_files import visible
+    from scd_sf.gallery.folders import page_of, read_folder
     from scd_sf.gallery.page import write_page
+    from scd_sf.gallery.sheet import ROWS, contact_sheet
 
     given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
     if len(given) != len(folders):
         raise UserError(f"--names has {len(given)} names for {len(folders)} folders; give one per folder")
     page = page_of([read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title)
-    missing = sum(sample.file is None for sample in page.samples)
     index = write_page(page, out)
     print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
-    if missing:
-        print(f"{missing} of the videos are missing and marked so: run scd sample again to make them")
+    for what in ("missing", "damaged"):
+        if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
+            print(
+                f"{len(found)} of the videos are {what} and marked so, such as {visible(found[0])}: sample them again"
+            )
+    if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
+        print(f"{len(found)} of the videos changed since they were sampled and are marked so: {visible(found[0])}")
     if sheet is not None:
-        print(contact_sheet(page, sheet))
+        print(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
 
 
 @app.command()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+import os
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scd_sf.data.clips import write_video
+from scd_sf.data.manifest import sha256_file
 
 
 def clip(seed: int, frames: int = 5, size: int = 32) -> Tensor:
@@ -21,21 +24,42 @@ def clip(seed: int, frames: int = 5, size: int = 32) -> Tensor:
 
 
 def write_folder(
-    root: Path, prompts: Sequence[str], *, fps: int = 10, frames: int = 5, size: int = 32, copy: bool = False
+    root: Path,
+    prompts: Sequence[str],
+    *,
+    fps: int = 10,
+    frames: int = 5,
+    size: int = 32,
+    samples: int = 1,
+    padding: int = 0,
 ) -> Path:
-    """One video per prompt; ``copy``: all of them the same file."""
+    """``samples`` videos per prompt. ``padding``: instead of different videos one, made so many bytes longer by a box
+    that players pass over, different in each file."""
     root.mkdir(parents=True)
-    videos = {}
+    videos: dict[str, dict[str, object]] = {}
     for number, prompt in enumerate(prompts):
-        name = f"{number:04d}-00.mp4"
-        if copy and number:
-            shutil.copyfile(root / "0000-00.mp4", root / name)
-        else:
-            write_video(root / name, clip(number, frames, size), fps)
-        videos[name] = {"prompt": prompt, "prompt_index": number, "sample": 0, "seed": 7000 + number, "sha256": "0"}
+        for sample in range(samples):
+            name = f"{number:04d}-{sample:02d}.mp4"
+            if padding and videos:
+                (root / name).write_bytes(first + struct.pack(">I4s", padding + 8, b"free") + os.urandom(padding))
+            else:
+                write_video(root / name, clip(number + 100 * sample, frames, size), fps)
+                first = (root / name).read_bytes()
+            videos[name] = {
+                "prompt": prompt, "prompt_index": number, "sample": sample, "seed": 7000 + number + 100 * sample,
+                "sha256": sha256_file(root / name),
+            }  # fmt: skip
     settings = {
         "checkpoint": f"runs/{root.name}", "checkpoint_sha256": "ab" * 32, "weights": "ema", "dtype": "fp32",
         "sampler": {"name": "renoise", "steps": 4, "shift": 5.0}, "size": [frames, size, size], "fps": fps, "seed": 0,
     }  # fmt: skip
     (root / "manifest.json").write_text(json.dumps({"settings": settings, "videos": videos}))
+    return root
+
+
+def change(root: Path, act: Callable[[dict[str, Any]], object]) -> Path:
+    """The folder with ``act`` done to its manifest."""
+    manifest = json.loads((root / "manifest.json").read_text())
+    act(manifest)
+    (root / "manifest.json").write_text(json.dumps(manifest))
     return root

@@ -5,54 +5,84 @@
   const fps = Number(body.dataset.fps), frames = Number(body.dataset.frames), length = frames / fps;
   const cards = [...document.querySelectorAll(".card")];
   const play = byId("play"), scrub = byId("scrub"), loop = byId("loop"), speed = byId("speed"), where = byId("where");
-  const search = byId("search"), found = byId("found"), compare = byId("compare"), help = byId("help"), wipe = byId("wipe");
+  const search = byId("search"), found = byId("found"), size = byId("size"), sample = byId("sample");
+  const compare = byId("compare"), wipe = byId("wipe"), wiper = byId("wiper"), wiped = wipe.parentElement;
+  const bar = byId("bar"), help = byId("help");
   const sides = [byId("sideA"), byId("sideB")];
   const filters = [...document.querySelectorAll("select[data-filter]")];
   const models = [...document.querySelectorAll("input[data-model]")];
   const moved = new WeakMap();  /* when a stray video was last put right */
   const live = new Set();       /* the video elements there are */
+  const near = new Set();       /* the places near the screen */
   let playing = false, clock = 0, last = 0;
 
   /* ---- videos: an element exists only while its place is near the screen ---- */
-  const address = (number) => {
-    const text = byId("video" + number);
-    return text === null ? "videos/" + String(number).padStart(5, "0") + ".mp4" : "data:video/mp4;base64," + text.textContent;
+  /* Of one file's videos those that the parser has passed are whole; null: not read yet. */
+  const address = (name) => {
+    if (body.dataset.single === undefined) { return "videos/" + name + ".mp4"; }
+    const text = byId("video-" + name);
+    if (text === null || (text.nextSibling === null && document.readyState === "loading")) { return null; }
+    const signs = atob(text.textContent), bytes = new Uint8Array(signs.length);
+    for (let i = 0; i < signs.length; i += 1) { bytes[i] = signs.charCodeAt(i); }
+    return URL.createObjectURL(new Blob([bytes], { type: "video/mp4" }));
   };
-  const attach = (frame, number, name) => {
+  const mark = (frame, words) => {
+    const text = document.createElement("p");
+    text.className = "mark";
+    text.textContent = words;
+    frame.append(text);
+    frame.dataset.state = "broken";
+  };
+  const attach = (frame, name, label) => {
+    const source = address(name);
+    if (source === null) { return null; }
     const video = document.createElement("video");
     video.muted = true;
     video.playsInline = true;
     video.preload = "auto";
-    video.setAttribute("aria-label", name);
-    video.addEventListener("error", () => { frame.dataset.state = "broken"; live.delete(video); video.remove(); });
+    video.setAttribute("aria-label", label);
+    video.addEventListener("error", () => {
+      if (live.has(video)) { detach(video); mark(frame, "video cannot be played"); }
+    });
     video.addEventListener("loadedmetadata", () => {
       frame.style.setProperty("--shape", video.videoWidth + " / " + video.videoHeight);
+      if (frame === wipe) { wiped.style.setProperty("--ratio", String(video.videoWidth / video.videoHeight)); }
       frame.classList.toggle("small", video.videoWidth < 200);
       (playing ? start : hold)(video);
     });
-    video.src = address(number);
+    video.src = source;
     frame.append(video);
     live.add(video);
     return video;
   };
   const detach = (video) => {
+    const source = video.src;
     live.delete(video);
     video.pause();
     video.removeAttribute("src");
     video.load();
     video.remove();
+    if (source.startsWith("blob:")) { URL.revokeObjectURL(source); }
+  };
+  const settle = (frame) => {
+    const video = frame.querySelector("video");
+    if (near.has(frame) && video === null && frame.dataset.state === undefined) {
+      attach(frame, frame.dataset.video, frame.dataset.name);
+    } else if (!near.has(frame) && video !== null) {
+      detach(video);
+    }
   };
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      const frame = entry.target, video = frame.querySelector("video");
-      if (entry.isIntersecting && video === null && frame.dataset.state === undefined) {
-        attach(frame, frame.dataset.video, frame.dataset.name);
-      } else if (!entry.isIntersecting && video !== null) {
-        detach(video);
-      }
+      if (entry.isIntersecting) { near.add(entry.target); } else { near.delete(entry.target); }
+      settle(entry.target);
     }
   }, { rootMargin: "200px" });
   document.querySelectorAll(".card .frame[data-video]").forEach((frame) => watcher.observe(frame));
+  const reading = setInterval(() => {
+    near.forEach(settle);
+    if (document.readyState !== "loading") { clearInterval(reading); }
+  }, 100);
 
   /* ---- one clock for all ---- */
   const rate = () => Number(speed.value);
@@ -117,28 +147,38 @@
   };
   const stop = () => { playing = false; play.textContent = "Play"; align(); show(); };
   const toggle = () => (playing ? stop() : go());
-  const step = (count) => {
+  const goToFrame = (frame) => {
+    clock = frame / fps;
     stop();
-    clock = ((Math.floor(clock * fps + 1e-6) + count + frames) % frames) / fps;
-    align();
-    show();
   };
+  const step = (count) => goToFrame((Math.floor(clock * fps + 1e-6) + count + frames) % frames);
 
   /* ---- which prompts and models are shown ---- */
-  const texts = cards.map((card) => card.querySelector("h3").textContent.toLowerCase());
+  const texts = cards.map((card) => {
+    const parts = [...card.querySelectorAll("h3, .words bdi")];
+    return parts.map((part) => part.textContent.toLowerCase()).join("\n");
+  });
+  const tag = (card, filter) => card.dataset["tag" + filter.dataset.filter];
+  const fits = (card) => filters.every((filter) => filter.value === "" || tag(card, filter) === filter.value);
   const choose = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter((word) => word !== "");
     let count = 0;
     cards.forEach((card, place) => {
-      const tagged = filters.every((filter) => filter.value === "" || card.dataset["tag" + filter.dataset.filter] === filter.value);
-      card.hidden = !(tagged && words.every((word) => texts[place].includes(word)));
+      card.hidden = !(fits(card) && words.every((word) => texts[place].includes(word)));
       count += card.hidden ? 0 : 1;
     });
     found.textContent = count + " of " + cards.length + " prompts";
+    byId("none").hidden = count > 0;
   };
-  const chooseModels = () => {
-    for (const box of models) {
-      document.querySelectorAll("figure[data-model='" + box.dataset.model + "']").forEach((figure) => { figure.hidden = !box.checked; });
+  const chooseFigures = () => {
+    const shown = new Set(models.filter((box) => box.checked).map((box) => box.dataset.model));
+    const number = sample === null ? "" : sample.value;
+    for (const videos of document.querySelectorAll(".videos")) {
+      const figures = [...videos.children];
+      for (const figure of figures) {
+        figure.hidden = !shown.has(figure.dataset.model) || (number !== "" && figure.dataset.sample !== number);
+      }
+      videos.style.setProperty("--count", String(figures.filter((figure) => !figure.hidden).length));
     }
   };
   const current = () => {
@@ -146,40 +186,80 @@
     const seen = (card) => !card.hidden && card.getBoundingClientRect().bottom > 80;
     return own !== null && !own.hidden ? own : cards.find(seen);
   };
+  const beside = (card, count) => {
+    const shown = cards.filter((other) => !other.hidden);
+    return shown[Math.max(0, Math.min(shown.length - 1, shown.indexOf(card) + count))];
+  };
   const goTo = (count) => {
-    const shown = cards.filter((card) => !card.hidden), at = shown.indexOf(current());
-    const next = shown[Math.max(0, Math.min(shown.length - 1, document.activeElement.closest(".card") ? at + count : at))];
+    if (compare.open) { another(count); return; }
+    const next = beside(current(), document.activeElement.closest(".card") ? count : 0);
     if (next !== undefined) { next.focus({ preventScroll: true }); next.scrollIntoView({ block: "center" }); }
   };
 
   /* ---- A/B ---- */
-  const choices = () => sides.map((side) => side.value);
+  let compared = null;           /* the card */
+  const chosen = [null, null];  /* labels last compared: kept from prompt to prompt */
+  const places = (card) => {
+    const frames = [...card.querySelectorAll(".frame[data-video]:not([data-state])")];
+    return frames.filter((frame) => !frame.parentElement.hidden);
+  };
+  const modelOf = (frame) => frame.parentElement.dataset.model;
   const fill = () => {
     wipe.querySelectorAll("video").forEach(detach);
-    choices().forEach((number, place) => {
-      const video = attach(wipe, number, sides[place].selectedOptions[0].textContent);
-      video.classList.toggle("top", place === 1);
-      wipe.querySelector(place === 0 ? ".a" : ".b").textContent = sides[place].selectedOptions[0].textContent;
-    });
+    wipe.querySelectorAll(".mark").forEach((text) => text.remove());
     delete wipe.dataset.state;
+    sides.forEach((side, which) => {
+      const label = side.selectedOptions[0].textContent;
+      const video = attach(wipe, side.value, label);
+      if (video !== null) { video.classList.toggle("top", which === 1); } else { mark(wipe, "still being read"); }
+      wipe.querySelector(which === 0 ? ".a" : ".b").textContent = (which === 0 ? "A: " : "B: ") + label;
+      chosen[which] = label;
+    });
   };
-  const open = (card) => {
-    const places = [...card.querySelectorAll(".frame[data-video]")].filter((frame) => !frame.parentElement.hidden);
-    if (places.length < 2) { return; }
+  const offer = (card) => {
+    const frames = places(card), labels = frames.map((frame) => frame.dataset.name);
+    const other = frames.findIndex((frame) => modelOf(frame) !== modelOf(frames[0]));
+    const pick = [0, other > 0 ? other : 1].map((place, which) => {
+      const kept = labels.indexOf(chosen[which]);
+      return kept >= 0 ? kept : place;
+    });
+    if (pick[0] === pick[1]) { pick[1] = pick[0] === 0 ? 1 : 0; }
+    compared = card;
     byId("compared").textContent = card.querySelector("h3").textContent;
     sides.forEach((side, which) => {
-      side.replaceChildren(...places.map((frame, place) => {
+      side.replaceChildren(...frames.map((frame, place) => {
         const option = new Option(frame.dataset.name, frame.dataset.video);
-        option.selected = place === which;
+        option.selected = place === pick[which];
         return option;
       }));
     });
+    fill();
+  };
+  const open = (card) => {
+    if (places(card).length < 2) { return; }
+    compare.append(bar);  /* a dialog's outside takes no clicks */
     compare.showModal();
+    offer(card);
+  };
+  const another = (count) => {
+    for (let card = beside(compared, count), last = compared; card !== last; last = card, card = beside(card, count)) {
+      if (places(card).length > 1) { offer(card); card.scrollIntoView({ block: "center" }); return; }
+    }
+  };
+  const close = () => {
+    wipe.querySelectorAll("video").forEach(detach);
+    body.append(bar);
+    if (compared !== null) { compared.focus({ preventScroll: true }); }
+  };
+  const swap = () => {
+    const [a, b] = sides.map((side) => side.selectedIndex);
+    sides[0].selectedIndex = b;
+    sides[1].selectedIndex = a;
     fill();
   };
   const cut = (share) => {
     const value = Math.max(0, Math.min(100, share));
-    byId("wiper").value = String(value);
+    wiper.value = String(value);
     wipe.style.setProperty("--wipe", value + "%");
   };
   const drag = (event) => {
@@ -189,7 +269,8 @@
 
   /* ---- copying, theme, keys ---- */
   const copy = async (button) => {
-    const text = button.closest(".card").querySelector("h3").textContent;
+    const card = button.closest(".card"), words = card.querySelectorAll(".words bdi");
+    const text = (words.length === 1 ? words[0] : card.querySelector("h3")).textContent;
     let done = false;
     try { await navigator.clipboard.writeText(text); done = true; } catch (error) {
       const area = document.createElement("textarea");
@@ -202,44 +283,62 @@
     button.textContent = done ? "Copied" : "Select and copy it";
     setTimeout(() => { button.textContent = "Copy prompt"; }, 1500);
   };
-  const dark = () => root.dataset.theme === "dark" || (root.dataset.theme === undefined && matchMedia("(prefers-color-scheme: dark)").matches);
-  const theme = () => { root.dataset.theme = dark() ? "light" : "dark"; };
+  const theme = () => {
+    const now = root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+  };
+  const details = () => {
+    const card = current(), parts = card === undefined ? [] : [...card.querySelectorAll("figure details")];
+    const shut = parts.some((part) => !part.open);
+    parts.forEach((part) => { part.open = shut; });
+  };
   const keys = {
     " ": toggle, ArrowRight: () => step(1), ArrowLeft: () => step(-1), l: () => { loop.checked = !loop.checked; },
-    "/": () => search.focus(), j: () => goTo(1), k: () => goTo(-1), t: theme, "?": () => help.showModal(),
+    Home: () => goToFrame(0), "/": () => search.focus(), j: () => goTo(1), k: () => goTo(-1),
+    t: theme, d: details, "?": () => help.showModal(), x: swap,
     c: () => { const card = current(); if (card !== undefined) { open(card); } },
+    "[": () => cut(Number(wiper.value) - 5), "]": () => cut(Number(wiper.value) + 5),
+  };
+  const comparing = [" ", "ArrowRight", "ArrowLeft", "Home", "l", "j", "k", "t", "x", "[", "]"];
+  const allowed = (key) => {
+    if (help.open) { return false; }
+    return compare.open ? comparing.includes(key) : !["x", "[", "]"].includes(key);
   };
   document.addEventListener("keydown", (event) => {
-    if (event.target === search && event.key === "Escape") { search.value = ""; choose(); search.blur(); return; }
-    if (event.ctrlKey || event.metaKey || event.altKey) { return; }
-    if (event.target.closest("select, input:not([type=checkbox])")) { return; }
-    if (event.key === " " && event.target.closest("input, button, summary")) { return; }
-    if ((compare.open || help.open) && ![" ", "ArrowRight", "ArrowLeft", "l"].includes(event.key)) { return; }
-    const act = keys[event.key];
-    if (act !== undefined) { event.preventDefault(); act(); }
+    const { key, target } = event;
+    if (target === search && key === "Escape") { search.value = ""; choose(); search.blur(); return; }
+    if (event.ctrlKey || event.metaKey || event.altKey || target.closest("select, input[type=search]")) { return; }
+    if (target.closest("input[type=range]") && /^(Arrow|Home|End|Page)/.test(key)) { return; }
+    if (key === " " && target.closest("input:not([type=range]), button, summary")) { return; }
+    if (Object.hasOwn(keys, key) && allowed(key)) { event.preventDefault(); keys[key](); }
   });
 
   play.addEventListener("click", toggle);
-  scrub.addEventListener("input", () => { const frame = Number(scrub.value); stop(); clock = frame / fps; align(); show(); });
+  scrub.addEventListener("input", () => goToFrame(Number(scrub.value)));
   speed.addEventListener("change", () => live.forEach((video) => { video.playbackRate = rate(); }));
   search.addEventListener("input", choose);
   filters.forEach((filter) => filter.addEventListener("change", choose));
-  models.forEach((box) => box.addEventListener("change", chooseModels));
+  models.forEach((box) => box.addEventListener("change", chooseFigures));
+  if (sample !== null) { sample.addEventListener("change", chooseFigures); }
+  size.addEventListener("change", () => root.style.setProperty("--side", size.value));
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button.copy, button.compare");
     if (button !== null) { button.classList.contains("copy") ? copy(button) : open(button.closest(".card")); }
   });
   sides.forEach((side) => side.addEventListener("change", fill));
-  byId("swap").addEventListener("click", () => { const [a, b] = choices(); sides[0].value = b; sides[1].value = a; fill(); });
+  byId("swap").addEventListener("click", swap);
+  byId("before").addEventListener("click", () => another(-1));
+  byId("after").addEventListener("click", () => another(1));
   byId("done").addEventListener("click", () => compare.close());
-  compare.addEventListener("close", () => wipe.querySelectorAll("video").forEach(detach));
-  byId("wiper").addEventListener("input", () => cut(Number(byId("wiper").value)));
+  compare.addEventListener("close", close);
+  wiper.addEventListener("input", () => cut(Number(wiper.value)));
   wipe.addEventListener("pointerdown", drag);
   wipe.addEventListener("pointermove", drag);
   byId("theme").addEventListener("click", theme);
   byId("keys").addEventListener("click", () => help.showModal());
   byId("helpdone").addEventListener("click", () => help.close());
   choose();
+  chooseFigures();
   show();
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) { go(); }
   body.dataset.ready = "true";

@@ -3,7 +3,7 @@
 The page opens from the disk (``file://``). Style and script are inline and allowed by their hashes in a
 Content-Security-Policy that forbids everything else but the page's own videos. All text goes through Jinja2's
 autoescape, so a prompt is shown and never run. A video element exists only near the screen: a thousand videos cost no
-more than those one sees.
+more than those one sees. In one file the script stands before the videos: it works while they are still read.
 """
 
 from __future__ import annotations
@@ -11,41 +11,73 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from scd_sf.data.manifest import sha256_file
 from scd_sf.data.prompt_files import visible
 from scd_sf.metrics.protocols import COLUMNS, LEFT_ALIGNED, Row
 from scd_sf.types import UserError
 
 VIDEOS = "videos"  # beside a folder's index.html
+VIDEO_NAME = re.compile(r"[0-9a-f]{16}\.mp4")  # by content
+MARK = '<meta name="generator" content="scd gallery">'
 MOST_CHOICES = 40  # values of a tag that a filter offers
-LARGEST_FILE = 1 << 30  # bytes of video in one HTML file
+LARGEST_FILE = 1 << 29  # bytes of video in one HTML file
+FAULTS = {
+    "missing": "video is missing",
+    "damaged": "video is damaged",
+    "absent": "no video of this prompt",
+}  # instead of a video
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A video of one model under one prompt: its mp4 file, or None where it is missing. ``facts``: name -> text, such
-    as seed, steps, sampler, checkpoint."""
+    """A video of one model under one prompt: its mp4 file, or None and the ``fault`` (of :data:`FAULTS`). ``facts``:
+    name -> text, such as seed, steps, sampler, checkpoint. ``remark``: a warning under the video."""
 
     model: str
     prompt: int
     file: Path | None
     facts: Mapping[str, str] = field(default_factory=dict)
+    fault: str = ""
+    remark: str = ""
+
+    @property
+    def brief(self) -> str:
+        """The facts that stand under a video without being asked for."""
+        steps = f"{self.facts['steps']} steps" if "steps" in self.facts else ""
+        seed = f"seed {self.facts['seed']}" if "seed" in self.facts else ""
+        return " · ".join(part for part in (steps, self.facts.get("sampler", ""), seed) if part)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``tags``: kind -> value, what the page can be filtered by. ``note``: shown under the text."""
+    """``tags``: kind -> value, what the page can be filtered by. ``note``: shown under the text. ``words``: what was
+    really sampled with, where ``text`` is a benchmark's name for it."""
 
     text: str
     tags: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A place for a video. ``label``: of all on its card the only one. ``number``: among its model's samples."""
+
+    sample: Sample
+    label: str
+    model: int
+    number: int
+    video: str
 
 
 @dataclass(frozen=True)
@@ -65,47 +97,83 @@ class Page:
 
 def write_page(page: Page, out: Path) -> Path:
     """``out`` ending in .html: one file with the videos inside; else a folder with index.html and ``videos/``. Returns
-    the page's path; it appears whole or not at all. UserError: cannot be written, or too large for one file."""
+    the page's path; it appears whole or not at all. UserError: cannot be written, too large for one file, or a folder
+    that holds another page."""
     single = out.suffix.lower() in (".html", ".htm")
-    files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
-    numbers = {file: number for number, file in enumerate(files)}
-    if single and (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
-        raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
     index = out if single else out / "index.html"
     partial = index.with_name(index.name + ".tmp")
     try:
+        files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
+        if single and (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
+            raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
+        names = {file: sha256_file(file)[:16] for file in files}
         if not single:
-            (out / VIDEOS).mkdir(parents=True, exist_ok=True)
-            for file, number in numbers.items():
-                shutil.copyfile(file, out / VIDEOS / f"{number:05d}.mp4")
-        embedded = [base64.b64encode(file.read_bytes()).decode("ascii") for file in files] if single else []
-        partial.write_text(render(page, numbers, embedded), encoding="utf-8")
+            _copy(names, out)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(render(page, names, single=single))
         os.replace(partial, index)
+        for stray in [] if single else (out / VIDEOS).iterdir():
+            if VIDEO_NAME.fullmatch(stray.name) and stray.stem not in names.values():
+                stray.unlink()  # of the page that stood here before
     except OSError as error:
-        raise UserError(f"{index}: cannot be written ({error.strerror}); make the directory writable") from error
+        raise UserError(f"{error.filename or index}: {error.strerror}; the gallery cannot be written") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
     return index
 
 
-def render(page: Page, numbers: Mapping[Path, int], embedded: Sequence[str]) -> str:
-    """The HTML. ``numbers``: of the video files; ``embedded``: their bytes as base64 (empty: they lie in a folder)."""
+def _copy(names: Mapping[Path, str], out: Path) -> None:
+    """The videos into a folder that is new or holds a gallery; files that are there are left alone."""
+    index, videos = out / "index.html", out / VIDEOS
+    ours = index.is_file() and MARK in index.read_text(encoding="utf-8", errors="replace")[:4096]
+    if not ours and (index.exists() or videos.exists()):
+        there = index if index.exists() else videos
+        raise UserError(f"{there}: not a gallery's; nothing is overwritten: give --out another folder")
+    videos.mkdir(parents=True, exist_ok=True)
+    for file, name in names.items():
+        place = videos / f"{name}.mp4"
+        if not (place.is_file() and place.stat().st_size == file.stat().st_size):
+            shutil.copyfile(file, place.with_suffix(".tmp"))
+            os.replace(place.with_suffix(".tmp"), place)
+
+
+def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[str]:
+    """The HTML in pieces. ``names``: of the video files; ``single``: with them inside."""
     environment = Environment(
         loader=PackageLoader("scd_sf.gallery", package_path=""), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     style, script = (_inline(name) for name in ("page.css", "page.js"))
-    cards: list[list[Sample]] = [[] for _ in page.prompts]
-    for sample in page.samples:
-        cards[sample.prompt].append(sample)
-    order = {name: place for place, name in enumerate(page.models)}
-    for card in cards:
-        card.sort(key=lambda sample: order[sample.model])
-    return environment.get_template("page.html.j2").render(
+    cards = _cards(page, names)
+    files = {name: file for file, name in names.items()}
+    shown = dict.fromkeys(figure.video for _, _, figures in cards for figure in figures if figure.video and single)
+    embedded = ((name, base64.b64encode(files[name].read_bytes()).decode("ascii")) for name in shown)
+    return environment.get_template("page.html.j2").generate(
         title=visible(page.title), models=list(page.models.items()), notes=page.notes, fps=float(page.fps),
-        cards=[(number, replace(p, text=visible(p.text)), cards[number]) for number, p in enumerate(page.prompts)],
-        rows=page.table, columns=COLUMNS, left_aligned=LEFT_ALIGNED, filters=filters(page.prompts),
-        frames=page.frames, order=order, numbers=numbers, embedded=embedded, style=Markup(style),
-        script=Markup(script), policy=_policy(script, style, "data:" if embedded else "'self' file:"), visible=visible,
+        cards=cards, rows=page.table, columns=COLUMNS, left_aligned=LEFT_ALIGNED, filters=filters(page.prompts),
+        most=max(figure.number for _, _, figures in cards for figure in figures) + 1 if cards else 1,
+        frames=page.frames, single=single, embedded=embedded, mark=Markup(MARK), faults=FAULTS, style=Markup(style),
+        script=Markup(script), policy=_policy(script, style, "blob:" if single else "'self' file:"), visible=visible,
     )  # fmt: skip
+
+
+def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[int, Prompt, list[Figure]]]:
+    """The prompts with their places: model by model, one at least of each."""
+    samples: list[dict[str, list[Sample]]] = [{name: [] for name in page.models} for _ in page.prompts]
+    for sample in page.samples:
+        samples[sample.prompt][sample.model].append(sample)
+    cards = []
+    for place, prompt in enumerate(page.prompts):
+        figures = []
+        for model, (name, own) in enumerate(samples[place].items()):
+            for number, sample in enumerate(own or [Sample(name, place, None, {}, "absent")]):
+                label = visible(name) if len(own) < 2 else f"{visible(name)}, sample {number + 1}"
+                video = names[sample.file] if sample.file is not None else ""
+                figures.append(Figure(sample, label, model, number, video))
+        clean = replace(prompt, text=visible(prompt.text), words=[visible(words) for words in prompt.words])
+        cards.append((place, clean, figures))
+    return cards
 
 
 def filters(prompts: Sequence[Prompt]) -> list[tuple[str, list[str]]]:
@@ -136,5 +204,7 @@ def _policy(script: str, style: str, videos: str) -> str:
             f"media-src {videos}",
             "base-uri 'none'",
             "form-action 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
         )
     )

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.gallery.folders import page_of, read_folder
+from scd_sf.gallery.page import write_page
 from scd_sf.types import UserError
 
 
@@ -21,34 +22,122 @@ def test_prompts_models_and_facts(tmp_path: Path) -> None:
     two = gallery_world.write_folder(tmp_path / "student", ["a hall", "a lake"], fps=16, frames=9)
     (two / "0001-00.mp4").unlink()
     page = page_of([read_folder(one), read_folder(two, "ours")], "T")
-    assert {prompt.text for prompt in page.prompts} == {"a fox", "a hall", "a lake"}
+    assert [prompt.text for prompt in page.prompts] == ["a fox", "a hall", "a lake"]
     assert list(page.models) == ["teacher", "ours"] and page.models["ours"]["steps"] == "4"
-    assert page.models["ours"]["sha256"] == "ab" * 8
+    assert page.models["ours"]["sha256"] == "ab" * 8 and page.models["ours"]["size"] == "[9, 32, 32]"
     at = {(s.model, page.prompts[s.prompt].text): s for s in page.samples}
-    assert at["ours", "a lake"].file is None and at["ours", "a hall"].file is not None
+    assert at["ours", "a lake"].file is None and at["ours", "a lake"].fault == "missing"
+    assert at["ours", "a hall"].file is not None and not at["ours", "a hall"].remark
     assert at["teacher", "a fox"].facts["seed"] == "7000" and at["teacher", "a fox"].facts["sampler"] == "renoise"
+    assert at["teacher", "a fox"].brief == "4 steps · renoise · seed 7000"
     assert page.frames == 9 and page.fps == 16
+    assert [prompt.tags["videos"] for prompt in page.prompts] == ["complete", "complete", "some are not there"]
+
+
+def test_the_words_of_a_sample_are_all_kept(tmp_path: Path) -> None:
+    """A benchmark's name groups, the prompt that was really used is told; so are changes of prompt and a start."""
+    one = gallery_world.write_folder(tmp_path / "one", ["a fox at length, in snow", "first", "go on"])
+    two = gallery_world.write_folder(tmp_path / "two", ["a fox otherwise", "first"])
+
+    def more(manifest: dict[str, dict[str, dict[str, object]]]) -> None:
+        manifest["videos"]["0000-00.mp4"]["title"] = "a fox"
+        manifest["videos"]["0001-00.mp4"]["then"] = [[41, "second"], [81, "third"]]
+        if "0002-00.mp4" in manifest["videos"]:
+            manifest["videos"]["0002-00.mp4"]["start"] = "/data/images/door.png"
+
+    page = page_of([read_folder(gallery_world.change(folder, more)) for folder in (one, two)], "T")
+    changing = "first\nfrom frame 41: second\nfrom frame 81: third"
+    assert [prompt.text for prompt in page.prompts] == ["a fox", changing, "go on\ncontinues door.png"]
+    assert page.prompts[0].words == ("a fox at length, in snow", "a fox otherwise") and not page.prompts[1].words
+    assert [sample.facts.get("prompt") for sample in page.samples if sample.prompt == 0] == list(page.prompts[0].words)
+    text = write_page(page, tmp_path / "page.html").read_text()
+    assert "a fox at length, in snow" in text and "a fox otherwise" in text and "from frame 81: third" in text
+
+
+def test_order_is_by_prompt_not_by_name(tmp_path: Path) -> None:
+    """VBench's files are named by their prompts."""
+    root = gallery_world.write_folder(tmp_path / "x", ["zebra", "ant"])
+
+    def rename(manifest: dict[str, dict[str, object]]) -> None:
+        manifest["videos"] = {f"{e['prompt']}-0.mp4": e for e in manifest["videos"].values()}  # type: ignore[index]
+
+    for old, new in (("0000-00.mp4", "zebra-0.mp4"), ("0001-00.mp4", "ant-0.mp4")):
+        (root / old).rename(root / new)
+    page = page_of([read_folder(gallery_world.change(root, rename))], "T")
+    assert [prompt.text for prompt in page.prompts] == ["zebra", "ant"]
+
+
+def test_an_unfinished_run_is_shown(tmp_path: Path) -> None:
+    """Its manifest lists nothing yet; the records do."""
+    root = gallery_world.write_folder(tmp_path / "x", ["a fox", "a hall"])
+    entries = json.loads((root / "manifest.json").read_text())["videos"]
+    (root / ".done").mkdir()
+    (root / ".done" / "0001-00.mp4.json").write_text(json.dumps(entries["0001-00.mp4"]))
+    page = page_of([read_folder(gallery_world.change(root, lambda m: m["videos"].clear()))], "T")
+    assert [prompt.text for prompt in page.prompts] == ["a hall"] and page.samples[0].facts["seed"] == "7001"
+
+
+def test_damaged_changed_and_disguised_videos(tmp_path: Path) -> None:
+    """No video at all, a torn one, a playlist named mp4, and a good video that is not the one that was sampled."""
+    root = gallery_world.write_folder(tmp_path / "x", ["a", "b", "c", "d"], frames=9)
+    (root / "0000-00.mp4").write_bytes(b"not a video")
+    (root / "0001-00.mp4").write_bytes((root / "0001-00.mp4").read_bytes()[:200])
+    (root / "0002-00.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{root / '0003-00.mp4'}\n#EXT-X-ENDLIST\n")
+    good = gallery_world.write_folder(tmp_path / "y", ["other"], frames=7)
+    (root / "0003-00.mp4").write_bytes((good / "0000-00.mp4").read_bytes())
+    page = page_of([read_folder(root)], "T")
+    assert [sample.fault for sample in page.samples] == ["damaged", "damaged", "damaged", ""]
+    assert [sample.file is None for sample in page.samples] == [True, True, True, False]
+    assert page.samples[3].remark == "changed since it was sampled" and page.frames == 7
 
 
 @pytest.mark.parametrize("single", [True, False])
 def test_the_command(tmp_path: Path, single: bool) -> None:
     for name in ("teacher", "student"):
-        gallery_world.write_folder(tmp_path / name, ["a fox", "a hall"])
+        gallery_world.write_folder(tmp_path / name, ["a fox", "a hall", "a lake"])
     (tmp_path / "student" / "0000-00.mp4").unlink()
+    (tmp_path / "student" / "0001-00.mp4").write_bytes(b"x")
+    (tmp_path / "student" / "0002-00.mp4").write_bytes((tmp_path / "teacher" / "0001-00.mp4").read_bytes())
     out = tmp_path / ("all.html" if single else "all")
     given = [str(tmp_path / "teacher"), str(tmp_path / "student"), "--out", str(out), "--names", "Wan, SCD"]
     result = CliRunner().invoke(app, ["gallery", *given, "--sheet", str(tmp_path / "sheet.png")])
     assert result.exit_code == 0, result.output
-    assert "2 prompts, 2 models, 4 videos" in result.output and "1 of the videos are missing" in result.output
+    for said in (
+        "3 prompts, 2 models, 6 videos", "1 of the videos are missing and marked so, such as SCD/0000-00.mp4",
+        "1 of the videos are damaged and marked so, such as SCD/0001-00.mp4", "changed since they were sampled",
+        "3 of 3 prompts",
+    ):  # fmt: skip
+        assert said in result.output.replace("\n", "")
     text = (out if single else out / "index.html").read_text()
-    assert (
-        text.count('<div class="frame" data-state="missing"') == 1 and "http://" not in text and "https://" not in text
-    )
-    assert text.count('id="video') == (3 if single else 0)
-    assert single or sorted(p.name for p in (out / "videos").iterdir()) == [f"{i:05d}.mp4" for i in range(3)]
+    assert text.count('data-state="missing"') == 1 and text.count('data-state="damaged"') == 1
+    assert "http://" not in text and "https://" not in text
+    assert text.count('id="video-') == (3 if single else 0)  # equal videos are kept once
+    assert single or len(list((out / "videos").iterdir())) == 3
     with Image.open(tmp_path / "sheet.png") as sheet:
-        colours = sheet.convert("RGB").getcolors(1 << 20)
-        assert sheet.width == 2 * 168 + 8 and colours is not None and len(colours) > 50
+        assert sheet.format == "PNG"
+    result = CliRunner().invoke(app, ["gallery", *given[:-1], "only one"])
+    assert isinstance(result.exception, UserError) and "1 names for 2 folders" in str(result.exception)
+
+
+def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
+    """A folder with somebody's page or videos is refused untouched; a gallery of ours is renewed, old videos leave."""
+    page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox", "a hall"]))], "T")
+    for name, file in (("site", "index.html"), ("samples", "videos/00000.mp4")):
+        place = tmp_path / name / file
+        place.parent.mkdir(parents=True)
+        place.write_text("mine")
+        with pytest.raises(UserError, match="nothing is overwritten: give --out another folder"):
+            write_page(page, tmp_path / name)
+        assert place.read_text() == "mine" and len([p for p in (tmp_path / name).rglob("*") if p.is_file()]) == 1
+    out = tmp_path / "gallery"
+    write_page(page, out)
+    (out / "videos" / "notes.txt").write_text("mine")
+    fewer = page_of([read_folder(gallery_world.write_folder(tmp_path / "y", ["a fox"]))], "T")
+    write_page(fewer, out)
+    names = sorted(path.name for path in (out / "videos").iterdir())
+    assert len(names) == 2 and "notes.txt" in names
+    kept = next(name for name in names if name != "notes.txt")
+    assert kept.removesuffix(".mp4") in (out / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -56,24 +145,40 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
     [
         (lambda m: m.pop("settings"), "no sample manifest"),
         (lambda m: m["settings"].update(fps="fast"), "settings.fps is 'fast'"),
+        (lambda m: m["settings"].update(fps=float("nan")), "settings.fps is nan"),
         (lambda m: m["videos"].update({"../../etc/x.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
         (lambda m: m["videos"].update({"/etc/x.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
         (lambda m: m["videos"].update({"a\0.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
+        (lambda m: m["videos"].update({"\ud800.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
+        (lambda m: m["videos"].update({"x" * 5000 + ".mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
         (lambda m: m["videos"].update({"0000-00.mp4": {"prompt": 3}}), "has no prompt"),
+        (lambda m: m["videos"].update({"0000-00.mp4": "text"}), "has no prompt"),
         (lambda m: m["videos"].update({"javascript:alert(1)": {"prompt": "p"}}), "not an mp4 file inside"),
         (lambda m: m["videos"].clear(), "hold no videos"),
     ],
 )
 def test_manifests_are_not_trusted(tmp_path: Path, change: object, said: str) -> None:
-    root = gallery_world.write_folder(tmp_path / "x", ["a fox"])
-    manifest = json.loads((root / "manifest.json").read_text())
-    change(manifest)  # type: ignore[operator]
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    root = gallery_world.change(gallery_world.write_folder(tmp_path / "x", ["a fox"]), change)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=said):
         page_of([read_folder(root)], "T")
 
 
-def test_links_out_of_the_folder_and_equal_names(tmp_path: Path) -> None:
+def test_strange_values_are_text(tmp_path: Path) -> None:
+    """Wrong types where a reader would count or join: shown as they are, and nothing breaks."""
+
+    def strange(manifest: dict[str, dict[str, dict[str, object]]]) -> None:
+        entry: dict[str, object] = {"seed": {"a": [1]}, "sample": "<b>", "prompt_index": "no", "title": 5, "start": 7}
+        manifest["videos"]["0000-00.mp4"] |= entry | {"then": [3, [1], [9, None]], "sha256": 4}
+        manifest["settings"] |= {"sampler": "x", "size": ["a"], "checkpoint": ["c"], "guidance": {"w": 3.0}}  # type: ignore[dict-item]
+
+    root = gallery_world.change(gallery_world.write_folder(tmp_path / "x", ["a fox"]), strange)
+    page = page_of([read_folder(root)], "T")
+    assert page.prompts[0].text == "a fox\nfrom frame 9: null" and page.samples[0].facts["seed"] == '{"a": [1]}'
+    assert page.frames == 5 and page.models["x"]["guidance"] == '{"w": 3.0}'
+    assert "&lt;b&gt;" in write_page(page, tmp_path / "page.html").read_text()
+
+
+def test_foreign_folders_links_and_equal_names(tmp_path: Path) -> None:
     root = gallery_world.write_folder(tmp_path / "x", ["a fox"])
     (root / "0000-00.mp4").unlink()
     (tmp_path / "secret.mp4").write_bytes(b"secret")
@@ -85,3 +190,9 @@ def test_links_out_of_the_folder_and_equal_names(tmp_path: Path) -> None:
         page_of([read_folder(one), read_folder(one)], "T")
     with pytest.raises(UserError, match=r"manifest.json.*give folders that scd sample"):
         read_folder(tmp_path / "nowhere")
+    for number, text in enumerate(("[" * 200_000, "\xff", "[]", '{"format": "clips", "version": 1}')):
+        foreign = tmp_path / f"foreign{number}"
+        foreign.mkdir()
+        (foreign / "manifest.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=r"manifest.json.*give folders that scd sample"):
+            read_folder(foreign)

@@ -96,7 +96,7 @@ def test_videos_decode_to_what_went_in(page: str, tmp_path: Path) -> None:
     places = [div["data-video"] for div in Tags(page).named("div") if "data-video" in div]
     assert len(places) == 3
     for number, wanted in zip(places, (clip(0), clip(2), clip(1)), strict=True):
-        text = re.search(rf'<script type="text/plain" id="video{number}">([^<]*)</script>', page)
+        text = re.search(rf'<script type="text/plain" id="video-{number}">([^<]*)</script>', page)
         assert text is not None
         path = tmp_path / "video.mp4"
         path.write_bytes(base64.b64decode(text.group(1), validate=True))
