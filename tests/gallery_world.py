@@ -37,10 +37,11 @@ def write_folder(
     that players pass over, different in each file."""
     root.mkdir(parents=True)
     videos: dict[str, dict[str, object]] = {}
+    first = b""
     for number, prompt in enumerate(prompts):
         for sample in range(samples):
             name = f"{number:04d}-{sample:02d}.mp4"
-            if padding and videos:
+            if padding and first:
                 (root / name).write_bytes(first + struct.pack(">I4s", padding + 8, b"free") + os.urandom(padding))
             else:
                 write_video(root / name, clip(number + 100 * sample, frames, size), fps)
