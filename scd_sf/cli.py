@@ -175,9 +175,7 @@ def gallery(
     print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
     for what in ("missing", "damaged"):
         if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
-            print(
-                f"{len(found)} of the videos are {what} and marked so, such as {visible(found[0])}: sample them again"
-            )
+            print(f"{len(found)} of the videos are {what} and marked so, such as {visible(found[0])}: sample again")
     if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
         print(f"{len(found)} of the videos changed since they were sampled and are marked so: {visible(found[0])}")
     if sheet is not None:

@@ -17,10 +17,11 @@ from scd_sf.data.manifest import sha256_file
 
 
 def clip(seed: int, frames: int = 5, size: int = 32) -> Tensor:
-    """Smooth moving colours, uint8 (F, 3, size, size); frame f is brighter than frame f - 1."""
+    """Smooth colours, uint8 (F, 3, size, size); each frame of its own brightness, far from its neighbours'."""
     coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)).expand(frames, -1, -1, -1)
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
-    return (smooth * 155 + torch.linspace(0, 100, frames).view(-1, 1, 1, 1)).to(torch.uint8)
+    levels = torch.arange(frames) * 11 % frames * (100 / max(1, frames - 1))
+    return (smooth * 155 + levels.view(-1, 1, 1, 1)).to(torch.uint8)
 
 
 def write_folder(

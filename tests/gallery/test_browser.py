@@ -107,17 +107,14 @@ class Visit:
         pixels = np.asarray(picture).astype(float)
         return float(pixels[8:-8, 8:-8].mean())
 
-    def listeners(self, enough: int) -> int:
-        """Of the page's elements, gone ones that are still held included: the least seen in 10 s of collecting garbage
-        (60 s while there are more than ``enough``); players end in their own time."""
-        started, least = time.monotonic(), 1 << 60
-        while (spent := time.monotonic() - started) < 10 or (enough < least and enough and spent < 60):
-            self.devtools.send("HeapProfiler.collectGarbage")
-            least = min(least, self.devtools.send("Memory.getDOMCounters")["jsEventListeners"])
-            if 0 < enough >= least:
-                break
-            self.page.wait_for_timeout(500)
-        return least
+    def alive(self) -> int:
+        """Video elements that the page's memory holds, in the document or not; garbage is collected first."""
+        prototype = self.devtools.send("Runtime.evaluate", {"expression": "HTMLVideoElement.prototype"})["result"]
+        found = self.devtools.send("Runtime.queryObjects", {"prototypeObjectId": prototype["objectId"]})["objects"]
+        count = {"objectId": found["objectId"], "functionDeclaration": "function () { return this.length; }"}
+        number = self.devtools.send("Runtime.callFunctionOn", count)["result"]["value"]
+        self.devtools.send("Runtime.releaseObject", {"objectId": found["objectId"]})
+        return int(number)
 
     def worked(self) -> float:
         """Processor seconds of the page's main thread."""
@@ -199,7 +196,7 @@ def test_it_plays_in_step_and_scrubs(visit: Visit) -> None:
 
 
 def test_the_frame_shown_is_the_frame_named(visit: Visit, world: Path) -> None:
-    """Pixels on the screen against the decoded file, frame by frame: neighbours differ by 5 of 255."""
+    """Pixels on the screen against the decoded file, frame by frame: neighbours differ by more than 40 of 255."""
     wanted = read_video(world / "teacher" / "0000-00.mp4").float().mean((1, 2, 3)).tolist()
     visit.until("document.querySelectorAll('.card video').length >= 5")
     visit.page.keyboard.press("Space")
@@ -208,7 +205,7 @@ def test_the_frame_shown_is_the_frame_named(visit: Visit, world: Path) -> None:
         visit.until("[...document.querySelectorAll('.card video')].every((v) => v.readyState >= 2 && !v.seeking)")
         for model in range(3):
             place, end = f"#card0 figure[data-model='{model}'] .frame", time.monotonic() + 15
-            while abs((found := visit.brightness(place)) - wanted[frame]) >= 2.4:  # until it is painted
+            while abs((found := visit.brightness(place)) - wanted[frame]) >= 4:  # until it is painted
                 assert time.monotonic() < end, (frame, model, found, wanted[frame])
                 visit.page.wait_for_timeout(60)
     assert visit.complaints == []
@@ -451,7 +448,7 @@ def test_a_thousand_videos(tmp_path: Path, browser: Browser, name: str) -> None:
     assert seconds < 2.0 or (busy and worked < 2.0), (seconds, worked)
     visit.page.locator("#search").fill("")
     visit.until("document.readyState === 'complete'", 60)
-    most, held, listeners = 0, [visit.resident()], []
+    most, held = 0, [visit.resident()]
     for _ in range(2):
         for place in range(0, 100_000, 8_000):
             visit.ask(f"window.scrollTo(0, {place})")
@@ -460,11 +457,12 @@ def test_a_thousand_videos(tmp_path: Path, browser: Browser, name: str) -> None:
         visit.until("[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)", 60)
         assert visit.ask("window.blobs") == (visit.ask("document.querySelectorAll('video').length") if single else 0)
         held.append(visit.resident())
-        listeners.append(visit.listeners(listeners[0] + 3 * 8 * most if listeners else 0))
-    print(f"{name}: usable after {seconds:.2f} s ({worked:.2f} s of work), {most} videos at most, bytes {held}")
+    print(f"{name}: usable after {seconds:.2f} s, {worked:.2f} s of work; {most} videos at most; bytes {held}")
     assert 0 < most <= 40, most
-    # A busy browser lets go late; a page that never did would hold a dozen screens' videos more.
-    assert listeners[1] <= listeners[0] + 3 * 8 * most, f"videos that are gone are still held: {listeners}"
+    end = time.monotonic() + 60
+    while (alive := visit.alive()) > 40:  # of some 400; players end in their own time
+        assert time.monotonic() < end, f"{alive} video elements are still held"
+        visit.page.wait_for_timeout(500)
     assert held[2] - held[0] < 300e6, held
     assert visit.complaints == [] and visit.foreign(tmp_path) == []
     visit.context.close()

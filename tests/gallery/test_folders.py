@@ -112,6 +112,7 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
     assert text.count('data-state="missing"') == 1 and text.count('data-state="damaged"') == 1
     assert "http://" not in text and "https://" not in text
     assert text.count('id="video-') == (3 if single else 0)  # equal videos are kept once
+    assert not single or text.index('"use strict"') < text.index('id="video-'), "usable while the videos are read"
     assert single or len(list((out / "videos").iterdir())) == 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"
