@@ -74,7 +74,7 @@ def read_json(path: Path, remedy: str) -> Json:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; {remedy}")
@@ -93,7 +93,7 @@ def read_jsonl(path: Path, remedy: str) -> list[Json]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not JSON ({error}); {remedy}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: not a JSON object; {remedy}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import av
 
-from scd_sf.data.manifest import Json, read_json, sha256_file
+from scd_sf.data.manifest import read_json, sha256_file
 from scd_sf.gallery.page import Page, Prompt, Sample
 from scd_sf.types import UserError
 
@@ -52,7 +52,7 @@ class Folder:
 
 def read_folder(root: Path, name: str = "") -> Folder:
     """UserError: no manifest, a foreign one, a file outside the folder."""
-    document = _json(root / INDEX)
+    document = read_json(root / INDEX, REMEDY)
     settings, listed = document.get("settings"), document.get("videos")
     if not isinstance(settings, dict) or not isinstance(listed, dict):
         raise UserError(f"{root / INDEX}: no sample manifest ('settings' and 'videos'); {REMEDY}")
@@ -70,15 +70,7 @@ def _finished(root: Path) -> dict[str, object]:
     """Records of a run whose manifest does not list its videos yet."""
     done = root / DONE
     files = sorted(done.rglob("*.json")) if done.is_dir() else []
-    return {file.relative_to(done).as_posix().removesuffix(".json"): _json(file) for file in files}
-
-
-def _json(path: Path) -> Json:
-    """UserError also for what is nested too deeply to be read."""
-    try:
-        return read_json(path, REMEDY)
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply; {REMEDY}") from error
+    return {file.relative_to(done).as_posix().removesuffix(".json"): read_json(file, REMEDY) for file in files}
 
 
 def _place(file: str, entries: Mapping[str, object]) -> tuple[int, int, str]:

@@ -12,9 +12,10 @@
   const filters = [...document.querySelectorAll("select[data-filter]")];
   const models = [...document.querySelectorAll("input[data-model]")];
   const moved = new WeakMap();  /* when a stray video was last put right */
-  const live = new Set();       /* the video elements there are */
+  const live = new Set();       /* the video elements in use */
+  const spare = [];             /* those that wait for another place: browsers let go of dropped ones late */
   const near = new Set();       /* the places near the screen */
-  let playing = false, clock = 0, last = 0;
+  let playing = false, clock = 0, last = 0, resting = 0;
 
   /* ---- videos: an element exists only while its place is near the screen ---- */
   /* Of one file's videos those that the parser has passed are whole; null: not read yet. */
@@ -33,23 +34,33 @@
     frame.append(text);
     frame.dataset.state = "broken";
   };
-  const attach = (frame, name, label) => {
-    const source = address(name);
-    if (source === null) { return null; }
+  const fresh = () => {
     const video = document.createElement("video");
     video.muted = true;
     video.playsInline = true;
     video.preload = "auto";
-    video.setAttribute("aria-label", label);
     video.addEventListener("error", () => {
-      if (live.has(video)) { detach(video); mark(frame, "video cannot be played"); }
+      if (!live.has(video)) { return; }
+      const frame = video.parentElement;
+      detach(video);
+      mark(frame, "video cannot be played");
     });
     video.addEventListener("loadedmetadata", () => {
+      if (!live.has(video)) { return; }
+      const frame = video.parentElement;
       frame.style.setProperty("--shape", video.videoWidth + " / " + video.videoHeight);
       if (frame === wipe) { wiped.style.setProperty("--ratio", String(video.videoWidth / video.videoHeight)); }
       frame.classList.toggle("small", video.videoWidth < 200);
       (playing ? start : hold)(video);
     });
+    return video;
+  };
+  const attach = (frame, name, label) => {
+    const source = address(name);
+    if (source === null) { return null; }
+    const video = spare.pop() || fresh();
+    video.className = "";
+    video.setAttribute("aria-label", label);
     video.src = source;
     frame.append(video);
     live.add(video);
@@ -62,6 +73,7 @@
     video.removeAttribute("src");
     video.load();
     video.remove();
+    spare.push(video);
     if (source.startsWith("blob:")) { URL.revokeObjectURL(source); }
   };
   const settle = (frame) => {
@@ -97,13 +109,20 @@
     scrub.setAttribute("aria-valuetext", where.textContent);
     body.dataset.playing = String(playing);
   };
-  const seek = (video) => { video.currentTime = Math.min(target(video) + 0.25 / fps, length); };
+  const seek = (video, within = 0.25) => { video.currentTime = Math.min(target(video) + within / fps, length); };
   function start(video) {
     video.playbackRate = rate();
     if (Math.abs(video.currentTime - target(video)) > 1 / fps) { seek(video); }
     if (video.paused && !video.ended) { video.play().catch(() => undefined); }
   }
-  function hold(video) { video.pause(); seek(video); }
+  function hold(video) {
+    video.pause();
+    seek(video);
+    clearTimeout(resting);
+    resting = setTimeout(again, 250);
+  }
+  /* Chromium now and then does not paint what it sought: all once more when the slider rests, elsewhere in the frame. */
+  const again = () => { if (!playing) { live.forEach((video) => seek(video, 0.35)); } };
   const align = () => live.forEach(playing ? start : hold);
 
   /* While videos play, the clock is their median: a slow machine slows all of them alike, and only strays are moved. */
