@@ -15,11 +15,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -82,7 +83,8 @@ class EvaluatePredictionConfig:
     """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
     alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts
     them). ``real``: a folder where I3D's features of the true clips are kept for other evaluations (empty: nowhere).
-    ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none).
+    ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none); each
+    frame's seconds and the memory held after it are noted.
     """
 
     checkpoint: str
@@ -265,9 +267,24 @@ def cost(bench: Evaluation) -> dict[str, object]:
         "block_passes_per_frame": (measured.passes * counted - history.passes) / later,
         "seconds_per_frame": (whole - begin) / later,
         "seconds_to_first_frame": begin,
+        "by_frame": by_frame(stream, bench.device),
         "device": str(bench.device),
         "threads": torch.get_num_threads(),
     }
+
+
+def by_frame(stream: Callable[[], Iterator[Tensor]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each chunk of frames of one more run, and the GiB held after it: of the GPU's allocator, on a CPU of
+    the process."""
+    seconds, memory, began = [], [], time.perf_counter()
+    for _ in stream():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(round(time.perf_counter() - began, 4))
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+        memory.append(round(held / 2**30, 4))
+        began = time.perf_counter()
+    return {"seconds": seconds, "memory_gib": memory}
 
 
 def write(bench: Evaluation, scorer: PredictionScorer) -> None:

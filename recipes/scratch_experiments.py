@@ -161,9 +161,12 @@ class Plan:
         result, cost = PredictionResult.read(folder / "result.json"), json.loads((folder / "cost.json").read_text())
         found = {figure: round(value.value, 4) for figure, value in result.figures.items()}
         kept = ("parameters", "block_passes_per_frame", "seconds_per_frame", "seconds_to_first_frame")
+        timing = {key: round(cost[key], 4) for key in kept if key in cost}
+        if name.endswith("-long"):
+            timing["by_frame"] = cost["by_frame"]
         return (
             found
-            | {key: round(cost[key], 4) for key in kept if key in cost}
+            | timing
             | {"curves": {name: [round(value, 4) for value in curve] for name, curve in result.curves.items()}}
         )
 
@@ -221,12 +224,8 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
             ]
         if experiment == "long":
             protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
-            steps += [
-                plan.scoring(
-                    name, seed, f"{name}-long", protocol, "fvd=false", "rollout.window=15", "batch=8", step=plan.steps
-                )
-                for name in TABLES[experiment]
-            ]
+            long = [protocol, "fvd=false", "rollout.window=15", "timed=264", "batch=8"]
+            steps += [plan.scoring(name, seed, f"{name}-long", *long, step=plan.steps) for name in TABLES[experiment]]
         if experiment == "models":
             steps += [plan.scoring("scd", seed, name, f"checkpoint={name}") for name in ("reconstruction", "repeat")]
     return [steps] if steps else []
@@ -325,8 +324,10 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
     folder, seed = plan.run / "figures", str(plan.seeds[0])
     if experiment == "long":
         files = []
-        for measure, unit in (("psnr", "PSNR, dB"), ("lpips", "LPIPS")):
-            curves = {name.removesuffix("-long"): rows[seed]["curves"][measure] for name, rows in found.items()}
+        drawn = {"psnr": "PSNR, dB", "lpips": "LPIPS", "seconds": "seconds of the frame", "memory_gib": "GiB held"}
+        for measure, unit in drawn.items():
+            part = "curves" if measure in ("psnr", "lpips") else "by_frame"
+            curves = {name.removesuffix("-long"): rows[seed][part][measure] for name, rows in found.items()}
             lines = {name: (list(range(1, len(curve) + 1)), curve) for name, curve in curves.items()}
             files.append(curve_figure(folder / f"long_{measure}.png", lines, "generated frame", unit))
         return files

@@ -76,6 +76,7 @@ def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> Non
     assert result.figures["psnr"].value > 3.0 and len(result.curves["ssim"]) == 6
     cost = json.loads((tmp_path / "a" / "cost.json").read_text())
     assert cost["block_passes_per_frame"] == 2 + 2 * 1 and cost["seconds_per_frame"] > 0  # encoder once, decoder twice
+    assert all(len(row) == 3 and min(row) > 0 for row in cost["by_frame"].values())
     assert len(list((tmp_path / "a" / "videos").glob("*.mp4"))) == 1
 
     removed = tmp_path / "a" / "clips" / "clip-00001.safetensors"
