@@ -47,6 +47,7 @@ SIZES = {  # the paper's Table 2: millions of parameters, block passes per frame
 LPIPS_VGG = (0.3497, 0.3494, 0.3473, 0.3558, 0.3437, 0.3366, 0.3716, 0.3516, 0.3472, 0.3413)
 EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
 OTHERS = ("causal", "scd_e", "scd_d")
+CONTROLS = ("reconstruction", "repeat")  # the same for every seed
 GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
 
 
@@ -226,8 +227,8 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
             protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
             long = [protocol, "fvd=false", "rollout.window=15", "timed=264", "batch=8"]
             steps += [plan.scoring(name, seed, f"{name}-long", *long, step=plan.steps) for name in TABLES[experiment]]
-        if experiment == "models":
-            steps += [plan.scoring("scd", seed, name, f"checkpoint={name}") for name in ("reconstruction", "repeat")]
+    if experiment == "models":
+        steps += [plan.scoring("scd", plan.seeds[0], name, f"checkpoint={name}") for name in CONTROLS]
     return [steps] if steps else []
 
 
@@ -235,14 +236,15 @@ def collect(plan: Plan, experiment: str) -> dict[str, Any]:
     """Figures by trial and seed, as they go into scratch.json."""
     names = list(TABLES[experiment])
     if experiment == "models":
-        names += [f"{name}-time" for name in OTHERS] + ["reconstruction", "repeat"]
+        names += [f"{name}-time" for name in OTHERS] + list(CONTROLS)
     if experiment == "corruption":
         names += [f"guided{s}" for s in GUIDANCE]
     if experiment == "long":
         names = [f"{name}-long" for name in TABLES[experiment]]
     found: dict[str, Any] = {}
     for name in names:
-        found[name] = {str(seed): plan.result(name, seed) for seed in plan.seeds}
+        seeds = plan.seeds[:1] if name in CONTROLS else plan.seeds
+        found[name] = {str(seed): plan.result(name, seed) for seed in seeds}
     if experiment in ("amortisation", "models"):
         for name in TABLES[experiment]:
             for seed in plan.seeds:
