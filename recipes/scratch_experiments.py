@@ -48,6 +48,7 @@ LPIPS_VGG = (0.3497, 0.3494, 0.3473, 0.3558, 0.3437, 0.3366, 0.3716, 0.3516, 0.3
 EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
 OTHERS = ("causal", "scd_e", "scd_d")
 CONTROLS = ("reconstruction", "repeat")  # the same for every seed
+OWN = {"interfaces": "temporal", "amortisation": "k2", "corruption": "eta0.05"}  # what "scd" is among the others
 GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
 
 
@@ -324,6 +325,7 @@ QUICK = {"params": params, "lpips": lpips}
 def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
     """Figures of an experiment, of its first seed."""
     folder, seed = plan.run / "figures", str(plan.seeds[0])
+    found = {OWN.get(experiment, name) if name == "scd" else name: rows for name, rows in found.items()}
     if experiment == "long":
         files = []
         drawn = {"psnr": "PSNR, dB", "lpips": "LPIPS", "seconds": "seconds of the frame", "memory_gib": "GiB held"}
