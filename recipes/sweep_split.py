@@ -6,7 +6,7 @@ Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut
 leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and is sampled with 4 and 50 steps.
 Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence, block passes and seconds per latent frame),
 ``RUN/figures/sweep_split.png`` and the probe's result under ``RUN/probe``. The same command goes on where it stopped.
-About 25 minutes on two idle cores (an estimate); ``--seeds 0 1 2`` for spreads takes twice the trainings more.
+About 15 minutes on two idle cores; ``--seeds 0 1 2`` for spreads takes twice the trainings more.
 """
 
 from __future__ import annotations
