@@ -1,7 +1,7 @@
 """The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions, with real metrics.
 
     python recipes/scratch_experiments.py models --run runs/scratch    (interfaces, amortisation, corruption, long, all)
-    python recipes/scratch_experiments.py params                       (and lpips: seconds, nothing is trained)
+    python recipes/scratch_experiments.py params             (and lpips [--pictures]: seconds, nothing is trained)
 
 Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it with
 assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from scd_sf.config import load_config
 from scd_sf.data.manifest import write_json
@@ -45,6 +47,8 @@ SIZES = {  # the paper's Table 2: millions of parameters, block passes per frame
 }  # fmt: skip
 # What lpips.LPIPS(net="vgg") printed on ten pairs of numpy.random.RandomState(123).rand(10, 3, 100, 100).
 LPIPS_VGG = (0.3497, 0.3494, 0.3473, 0.3558, 0.3437, 0.3366, 0.3716, 0.3516, 0.3472, 0.3413)
+# What lpips prints for imgs/ex_p0.png and ex_p1.png of its repository, each against ex_ref.png.
+LPIPS_PICTURES = {"alex": (0.7219, 0.1376), "vgg": (0.5686, 0.4217)}
 EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
 OTHERS = ("causal", "scd_e", "scd_d")
 CONTROLS = ("reconstruction", "repeat")  # the same for every seed
@@ -305,21 +309,36 @@ def block_passes(model: Student, frames: int, steps: int) -> int:
     return counter.samples
 
 
-def lpips() -> dict[str, Any]:
-    """LPIPS with the real weights on seeded noise; VGG beside published values."""
+def lpips(pictures: Path | None) -> dict[str, Any]:
+    """LPIPS with the real weights on seeded noise; VGG beside published values. ``pictures``: imgs/ of the lpips
+    repository, which is in no package, beside its documented values."""
     draw = np.random.RandomState(123)
     one, other = (torch.from_numpy(draw.rand(10, 3, 100, 100)).float()[None] for _ in range(2))
     found: dict[str, Any] = {"vgg_published": list(LPIPS_VGG)}
     trunks: tuple[Trunk, ...] = ("alex", "vgg")
     for trunk in trunks:
-        values = Lpips.load(trunk)(one, other)[0]
-        found[trunk] = [round(value, 5) for value in values.tolist()]
+        network = Lpips.load(trunk)
+        found[trunk] = [round(value, 5) for value in network(one, other)[0].tolist()]
+        if pictures is not None:
+            reference, *shown = (picture(pictures / f"ex_{name}.png") for name in ("ref", "p0", "p1"))
+            found[f"{trunk}_pictures"] = values = [round(float(network(each, reference)), 4) for each in shown]
+            print(f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})")
     found["vgg_largest_error"] = max(abs(a - b) for a, b in zip(found["vgg"], LPIPS_VGG, strict=True))
     print(f"LPIPS VGG: largest difference to the published values {found['vgg_largest_error']:.2g}")
     return found
 
 
-QUICK = {"params": params, "lpips": lpips}
+def picture(file: Path) -> Tensor:
+    """(1, 1, 3, H, W) in [0, 1]. UserError: it cannot be read."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    except OSError as error:
+        raise UserError(f"{file}: not a readable PNG ({error}); --pictures is imgs/ of the lpips repository") from error
+    return pixels.permute(2, 0, 1)[None, None].float() / 255
+
+
+QUICK = ("params", "lpips")
 
 
 def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
@@ -354,6 +373,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--train", type=int, default=240, help="training clips of 300 frames")
     parser.add_argument("--test", type=int, default=64, help="test clips")
+    parser.add_argument("--pictures", type=Path, help="for lpips: imgs/ of the lpips repository")
     args = parser.parse_args()
     if args.steps < 8 or args.steps % 8 or args.test < 2:
         raise UserError(f"--steps {args.steps} must be a multiple of 8 and --test {args.test} at least 2")
@@ -361,7 +381,7 @@ def main() -> None:
     file = plan.run / "scratch.json"
     for name in QUICK if args.experiment == "all" else {args.experiment} & set(QUICK):
         plan.run.mkdir(parents=True, exist_ok=True)
-        write_json(file, plan.document() | {name: QUICK[name]()})
+        write_json(file, plan.document() | {name: params() if name == "params" else lpips(args.pictures)})
     if args.experiment in QUICK:
         return
     run_steps(plan.run, plan.data_steps(), 2)
