@@ -58,8 +58,6 @@ def trained(
         buffers += size * min(3 * cfg.bucket, count) + 4 * full  # gathered and prefetched layers; reduce-scatter's copy
         parts = Held(size * share, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     accumulated = gradients if micro_batches > 1 or cfg.zero_stage == 3 else 0
-    if cfg.zero_stage == 3 and micro_batches > 1:
-        accumulated *= 2  # as measured: the sum, and a micro-batch's own
     return Held(
         parts.weights,
         device * parts.masters,

@@ -27,13 +27,9 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_planned_memory_is_what_a_run_takes(case: str, tmp_path: Path) -> None:
-    """ZeRO-3's buffers live longer where ranks wait for each other on a busy machine: then the smaller of two runs."""
     world, *given = CASES[case]
-    measured: list[float] = []
-    found: dict[str, float] = {}
-    while not measured or (measured[0] > 1.15 * found["planned"] and len(measured) < 2):
-        results = recipe_runner.run_ranks("tests/plan/measured.py", tmp_path / "out.json", *given, world=int(world))
-        assert all(result.code == 0 for result in results), results[0].err[-3000:]
-        found = json.loads((tmp_path / "out.json").read_text())
-        measured.append(found["measured"])
-    assert found["planned"] == pytest.approx(min(measured), rel=0.15), (found, measured)
+    results = recipe_runner.run_ranks("tests/plan/measured.py", tmp_path / "out.json", *given, world=int(world))
+    assert all(result.code == 0 for result in results), results[0].err[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    print(f"{case}: planned {found['planned']}, measured {found['measured']}")
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15), found
