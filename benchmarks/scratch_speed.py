@@ -4,7 +4,7 @@
 
 64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row is one (steps, frames of history): the encoder's
 pass and S decoder passes of the frames after it, in turns over all rows, with the floor of their own matmuls and
-attention calls. Causal DiT-B beside it at S = 4. Finished rows in --out are kept.
+attention calls. Causal DiT-B beside it at S = 4, and at the shortest training clip. Finished rows in --out are kept.
 """
 
 from __future__ import annotations
@@ -99,20 +99,24 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
 
 
 def measured(run: Callable[[], object]) -> dict[str, float]:
-    """Once to warm up, then once; the memory of that, and the floor of its calls."""
-    run()
+    """Once to warm up and to note the calls, then once for time and memory, then the floor of those calls."""
+    heavy = calls_of(run)
     peak_gib(reset=True)
     began = time.perf_counter()
     run()
     seconds = time.perf_counter() - began
     peak = peak_gib()
-    return {"seconds": round(seconds, 4), **floor_of(run, seconds), "peak_rss_gib": round(peak, 3)}
+    return {"seconds": round(seconds, 4), **floor_of(heavy, seconds), "peak_rss_gib": round(peak, 3)}
 
 
-def floor_of(run: Callable[[], object], seconds: float) -> dict[str, float]:
-    """What its matmuls and attention calls take alone, and how far ``seconds`` is from that."""
+def calls_of(run: Callable[[], object]) -> HeavyCalls:
     with HeavyCalls() as heavy:
         run()
+    return heavy
+
+
+def floor_of(heavy: HeavyCalls, seconds: float) -> dict[str, float]:
+    """What these matmuls and attention calls take alone, and how far ``seconds`` is from that."""
     floor = heavy.floor()
     return {"floor_seconds": round(floor, 4), "floor_ratio": round(seconds / floor, 3)}
 
@@ -129,11 +133,11 @@ def rollouts(rounds: int) -> dict[str, dict[str, float]]:
     found = {}
     for row in in_rounds(frames, rounds):
         name, seconds = str(row["name"]), float(str(row["seconds"]))
-        found[name] = {"seconds": seconds, **floor_of(frames[name], seconds)}
+        found[name] = {"seconds": seconds, **floor_of(calls_of(frames[name]), seconds)}
     return found
 
 
-def steps_of_training(frames: int) -> dict[str, Callable[[], dict[str, float]]]:
+def steps_of_training(frames: int, baseline: bool) -> dict[str, Callable[[], dict[str, float]]]:
     def row(family: str, samples: int, in_turn: bool) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
             model = model_of(family)
@@ -145,7 +149,8 @@ def steps_of_training(frames: int) -> dict[str, Callable[[], dict[str, float]]]:
 
     rows = {f"SCD-B, training step of {frames} frames, K = {k}": row("scd", k, False) for k in SAMPLES}
     rows[f"SCD-B, training step of {frames} frames, K = 4 in turn"] = row("scd", 4, True)
-    rows[f"Causal DiT-B, training step of {frames} frames, K = 1"] = row("causal", 1, False)
+    if baseline:
+        rows[f"Causal DiT-B, training step of {frames} frames, K = 1"] = row("causal", 1, False)
     return rows
 
 
@@ -167,7 +172,7 @@ def main() -> None:
         write_json(args.out, document)
     cases: dict[str, Callable[[], dict[str, float]]] = {}
     for frames in args.frames:
-        cases |= steps_of_training(frames)
+        cases |= steps_of_training(frames, frames == min(args.frames))
     for name, case in cases.items():
         if name not in document["rows"]:
             document["rows"][name] = case()
