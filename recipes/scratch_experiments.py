@@ -71,11 +71,12 @@ def scd(encoder: int, decoder: int, fusion: str = "paper", rope: str = "temporal
 @dataclass(frozen=True)
 class Trial:
     """One training: overrides of pretrain_doom.yaml, which differ from those of "scd" in one thing. ``seconds``: when
-    last measured, for 480 updates on one core."""
+    last measured, for 480 updates on one core. ``eighths`` of --steps that it trains."""
 
     name: str
     overrides: tuple[str, ...]
     seconds: float = 540.0
+    eighths: int = 8
 
 
 TRIALS = {
@@ -87,7 +88,7 @@ TRIALS = {
         Trial("scd_d", scd(4, 6), 1000.0),
         Trial("channel", scd(4, 2, "channel")),
         Trial("identical", scd(4, 2, "paper", "identical")),
-        Trial("k1", (*scd(4, 2), "loss.samples=1"), 360.0),
+        Trial("k1", (*scd(4, 2), "loss.samples=1"), 360.0, 18),  # as many seconds as K = 4
         Trial("k4", (*scd(4, 2), "loss.samples=4"), 900.0),
         *(Trial(f"eta{eta}", (*scd(4, 2), f"loss.eta={eta}")) for eta in (0.0, 0.2, 0.5)),
     )
@@ -115,9 +116,9 @@ class Plan:
     def data(self) -> Path:
         return self.run / "doom"
 
-    @property
-    def quarters(self) -> list[int]:
-        return [self.steps * part // 4 for part in (1, 2, 3, 4)]
+    def quarters(self, trial: str) -> list[int]:
+        """Every quarter of --steps, to the trial's last update."""
+        return [self.steps * eighths // 8 for eighths in range(2, TRIALS[trial].eighths + 1, 2)]
 
     def data_steps(self) -> list[Group]:
         render = python("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
@@ -140,10 +141,11 @@ class Plan:
 
     def training(self, trial: Trial, seed: int) -> Step:
         latents = [f"data={self.run / 'latents' / 'train'}", f"val={self.run / 'latents' / 'test'}"]
-        places = [f"run.dir={self.folder(trial.name, seed)}", f"run.seed={seed}", f"train.steps={self.steps}"]
+        steps = self.steps * trial.eighths // 8
+        places = [f"run.dir={self.folder(trial.name, seed)}", f"run.seed={seed}", f"train.steps={steps}"]
         often = [f"train.keep_every={self.steps // 8}", f"train.save_every={self.steps // 8}"]
         command = python("recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides)
-        seconds = trial.seconds * self.steps / 480
+        seconds = trial.seconds * steps / 480
         return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD)
 
     def scoring(self, trial: str, seed: int, name: str, *more: str, step: int = 0) -> Step:
@@ -170,11 +172,8 @@ class Plan:
         timing = {key: round(cost[key], 4) for key in kept if key in cost}
         if name.endswith("-long"):
             timing["by_frame"] = cost["by_frame"]
-        return (
-            found
-            | timing
-            | {"curves": {name: [round(value, 4) for value in curve] for name, curve in result.curves.items()}}
-        )
+        curves = {name: [round(value, 4) for value in curve] for name, curve in result.curves.items()}
+        return found | timing | {"curves": curves}
 
     def log(self, trial: str, seed: int) -> list[dict[str, float]]:
         """The training's own lines."""
@@ -226,8 +225,9 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
             steps += [
                 plan.scoring(name, seed, f"{name}-{step}", *fewer, step=step)
                 for name in TABLES[experiment]
-                for step in plan.quarters
+                for step in plan.quarters(name)
             ]
+            steps.append(plan.scoring("k1", seed, "k1-time", step=plan.quarters("k1")[-1]))
         if experiment == "long":
             protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
             long = [protocol, "fvd=false", "rollout.window=15", "timed=264", "batch=8"]
@@ -242,8 +242,7 @@ def collect(plan: Plan, experiment: str) -> dict[str, Any]:
     names = list(TABLES[experiment])
     if experiment == "models":
         names += [f"{name}-time" for name in OTHERS] + list(CONTROLS)
-    if experiment == "corruption":
-        names += [f"guided{s}" for s in GUIDANCE]
+    names += {"amortisation": ["k1-time"], "corruption": [f"guided{s}" for s in GUIDANCE]}.get(experiment, [])
     if experiment == "long":
         names = [f"{name}-long" for name in TABLES[experiment]]
     found: dict[str, Any] = {}
@@ -253,21 +252,21 @@ def collect(plan: Plan, experiment: str) -> dict[str, Any]:
     if experiment in ("amortisation", "models"):
         for name in TABLES[experiment]:
             for seed in plan.seeds:
-                found[name][str(seed)]["seconds_per_update"] = round(plan.seconds_per_update(name, seed), 4)
-    if experiment == "amortisation":
-        for name in TABLES[experiment]:
-            for seed in plan.seeds:
-                found[name][str(seed)]["by_time"] = by_time(plan, name, seed)
+                row = found[name][str(seed)]
+                row["seconds_per_update"] = round(plan.seconds_per_update(name, seed), 4)
+                if experiment == "amortisation":
+                    row["by_time"] = by_time(plan, name, seed)
     return found
 
 
 def by_time(plan: Plan, name: str, seed: int) -> dict[str, list[float]]:
     """LPIPS and validation loss against training seconds (Figure 1)."""
     second = plan.seconds_per_update(name, seed)
-    lpips = [plan.result(f"{name}-{step}", seed)["lpips"] for step in plan.quarters]
-    rows = [row for row in plan.log(name, seed) if "val/loss" in row and row["step"] <= plan.steps]
+    steps = plan.quarters(name)
+    lpips = [plan.result(f"{name}-{step}", seed)["lpips"] for step in steps]
+    rows = [row for row in plan.log(name, seed) if "val/loss" in row and row["step"] <= steps[-1]]
     return {
-        "seconds": [round(second * step, 1) for step in plan.quarters],
+        "seconds": [round(second * step, 1) for step in steps],
         "lpips": lpips,
         "loss_seconds": [round(second * row["step"], 1) for row in rows],
         "loss": [round(row["val/loss"], 5) for row in rows],
@@ -355,8 +354,8 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
             files.append(curve_figure(folder / f"long_{measure}.png", lines, "generated frame", unit))
         return files
     if experiment == "amortisation":
-        timed = {name: rows[seed]["by_time"] for name, rows in found.items()}
-        lines = {name: (row["seconds"], row["lpips"]) for name, row in timed.items()}
+        runs = [(f"{name}, seed {number}", row) for name, rows in found.items() for number, row in rows.items()]
+        lines = {name: (row["by_time"]["seconds"], row["by_time"]["lpips"]) for name, row in runs if "by_time" in row}
         return [curve_figure(folder / "amortisation.png", lines, "training seconds", "LPIPS")]
     values = {
         name: {measure: [row[measure] for row in rows.values()] for measure in ("fvd", "lpips")}
