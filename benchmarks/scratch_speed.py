@@ -4,7 +4,8 @@
 
 64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row is one (steps, frames of history): the encoder's
 pass and S decoder passes of the frames after it, in turns over all rows, with the floor of their own matmuls and
-attention calls. Causal DiT-B beside it at S = 4, and at the shortest training clip. Finished rows in --out are kept.
+attention calls. Causal DiT-B beside it at S = 4, and at the shortest training clip; every training step in a process of
+its own, so that its memory is its own. Finished rows in --out are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +141,41 @@ def rollouts(rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def steps_of_training(frames: int, baseline: bool) -> dict[str, Callable[[], dict[str, float]]]:
-    def row(family: str, samples: int, in_turn: bool) -> Callable[[], dict[str, float]]:
-        def run() -> dict[str, float]:
-            model = model_of(family)
-            if isinstance(model, Scd):
-                model.samples_in_turn = in_turn
-            return measured(training(model, frames, samples))
+@dataclass(frozen=True)
+class TrainingStep:
+    """One row, measured in a process of its own."""
 
-        return run
+    family: str
+    frames: int
+    samples: int
+    in_turn: bool = False
 
-    rows = {f"SCD-B, training step of {frames} frames, K = {k}": row("scd", k, False) for k in SAMPLES}
-    rows[f"SCD-B, training step of {frames} frames, K = 4 in turn"] = row("scd", 4, True)
-    if baseline:
-        rows[f"Causal DiT-B, training step of {frames} frames, K = 1"] = row("causal", 1, False)
-    return rows
+    @property
+    def name(self) -> str:
+        model = "SCD-B" if self.family == "scd" else "Causal DiT-B"
+        return f"{model}, training step of {self.frames} frames, K = {self.samples}" + " in turn" * self.in_turn
+
+    def measured(self, threads: int) -> dict[str, float]:
+        prepare(threads)
+        model = model_of(self.family)
+        if isinstance(model, Scd):
+            model.samples_in_turn = self.in_turn
+        return measured(training(model, self.frames, self.samples))
+
+
+def training_steps(lengths: list[int]) -> list[TrainingStep]:
+    found = []
+    for frames in lengths:
+        found += [TrainingStep("scd", frames, samples) for samples in SAMPLES]
+        found += [TrainingStep("scd", frames, max(SAMPLES), in_turn=True)]
+        if frames == min(lengths):
+            found += [TrainingStep("causal", frames, 1)]
+    return found
+
+
+def prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    keep_freed_memory()
 
 
 def main() -> None:
@@ -161,8 +185,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    prepare(args.threads)
     document: dict[str, Any] = {"machine": f"{args.threads} threads, bf16", "torch": str(torch.__version__), "rows": {}}
     if args.out.is_file():
         document = json.loads(args.out.read_text())
@@ -170,12 +193,10 @@ def main() -> None:
         document["rows"] |= rollouts(args.rounds)
         document |= {"rounds": args.rounds, "rollout_peak_rss_gib": round(peak_gib(), 3)}
         write_json(args.out, document)
-    cases: dict[str, Callable[[], dict[str, float]]] = {}
-    for frames in args.frames:
-        cases |= steps_of_training(frames, frames == min(args.frames))
-    for name, case in cases.items():
-        if name not in document["rows"]:
-            document["rows"][name] = case()
+    for step in training_steps(args.frames):
+        if step.name not in document["rows"]:
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                document["rows"][step.name] = alone.submit(step.measured, args.threads).result()
             write_json(args.out, document)
     print(json.dumps(document, indent=1))
 
