@@ -149,7 +149,7 @@ def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
             backwards = not backwards
 
 
-def transplanted(wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]) -> tuple[Scd, dict[str, object]]:
+def transplanted(wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]) -> tuple[Scd, dict[str, float]]:
     """The real stage 1 at size, compared bit for bit."""
     peak_gib(reset=True)
     started = time.perf_counter()
@@ -210,7 +210,7 @@ def main() -> None:
         model = variant.build(cfg, decoder, encoder)
         model.load_state_dict(state_of(variant, wan, scd, model), assign=True)
         rows.append(Row(variant, model, args.repeats))
-    done = {
+    done: dict[str, object] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.dtype}",
         "torch": str(torch.__version__),
         "transplant": about,

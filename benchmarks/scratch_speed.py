@@ -28,12 +28,11 @@ from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.metrics.floor import HeavyCalls, peak_gib
-from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.generator import CacheConfig
+from scd_sf.models.generator import CacheConfig, FrameStreamer
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.wan import Wan
 from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import Conditioning
 
@@ -45,8 +44,7 @@ CACHED = ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temp
 
 def model_of(family: str, scd: ScdConfig = SCD) -> Student:
     with torch.device("meta"):
-        model = build_model(ModelConfig(family, backbone="dit", dit=DitConfig(num_actions=ACTIONS), scd=scd))
-    assert not isinstance(model, Wan)
+        model = build_student(ModelConfig(family, backbone="dit", dit=DitConfig(num_actions=ACTIONS), scd=scd))
     random_weights(model, torch.bfloat16)
     return model
 
@@ -59,7 +57,7 @@ def told(frames: int) -> Conditioning:
 class Rollout:
     """A stream whose history is full of noise; :meth:`frame` generates the next frame, always at the same place."""
 
-    def __init__(self, model: Student, history: int, steps: int) -> None:
+    def __init__(self, model: FrameStreamer, history: int, steps: int) -> None:
         self.model, self.sampler = model, Euler(steps, 1.0)
         rng = torch.Generator().manual_seed(1)
         frames = torch.randn(history, 1, 1, CHANNELS, SIDE, SIDE, generator=rng).bfloat16()

@@ -16,6 +16,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,8 @@ def build(cfg: WanConfig, world: int) -> dict[str, object]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     started = time.monotonic()
     engine = frozen_engine(lambda: Wan(cfg), names, EngineConfig(dtype="bf16"), ranks)
-    parameters = dict(engine.module.named_parameters())
+    assert isinstance(engine.module, Wan)
+    parameters: dict[str, Any] = dict(engine.module.named_parameters())  # with ZeRO-3's own attributes
     held = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
     return {
         "world": world,

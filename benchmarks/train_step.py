@@ -17,7 +17,7 @@ import json
 import platform
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +68,7 @@ class Parts:
     """Seconds by part, while a step runs."""
 
     def __init__(self) -> None:
-        self.seconds = Counter[str]()
+        self.seconds = defaultdict[str, float](float)
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:

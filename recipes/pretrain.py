@@ -22,10 +22,9 @@ from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_model
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.wan import Wan
 from scd_sf.prediction import Preview, PreviewConfig
 from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches, check_shape
@@ -68,13 +67,6 @@ class PretrainConfig:
             raise UserError("model.backbone must be dit; Wan's own small teacher is trained by pretrain_teacher.py")
         if self.frames < 1 or self.validation_clips < 1:
             raise UserError(f"frames {self.frames} and validation_clips {self.validation_clips} must be at least 1")
-
-
-def student_of(config: ModelConfig) -> Student:
-    """A fresh model."""
-    model = build_model(config)
-    assert not isinstance(model, Wan)
-    return model
 
 
 def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
@@ -175,7 +167,7 @@ def main() -> None:
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips", "preview"))
     run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(clips.info.shape(cfg.frames))
     torch.manual_seed(cfg.run.seed)
-    engine = model_engine(cfg, ranks, student_of(cfg.model))
+    engine = model_engine(cfg, ranks, build_student(cfg.model))
     description = to_yaml(CheckpointConfig(cfg.model, cfg.sampler))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
@@ -186,7 +178,7 @@ def main() -> None:
         )
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    averaged = student_of(cfg.model)
+    averaged = build_student(cfg.model)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())

@@ -21,7 +21,7 @@ from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
-from scd_sf.models.build import Student, build_model, load_student
+from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
@@ -113,7 +113,7 @@ def main() -> None:
         )
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    averaged = build_model(parent.model)
+    averaged = build_student(parent.model)
     sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
     seen = [0, len(val) // 2]
     preview = Preview(

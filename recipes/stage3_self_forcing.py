@@ -25,7 +25,7 @@ from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptSet
 from scd_sf.diffusion.solvers import Renoise, few_step_times
 from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.models.build import SamplerConfig, Student, build_model, load_student
+from scd_sf.models.build import SamplerConfig, Student, build_student, load_student
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.plan.job import Job
@@ -234,8 +234,8 @@ def main() -> None:
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
-        wans = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
-        run.flops_per_step = Job(cfg, parent.model, latent, *wans, prompts.table.length).model_flops()
+        teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
+        run.flops_per_step = Job(cfg, parent.model, latent, teacher, critic, prompts.table.length).model_flops()
     parts = build(cfg, run, student, prompts, latent)
     sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
     description = to_yaml(dataclasses.replace(parent, sampler=sampler))
@@ -261,7 +261,7 @@ def main() -> None:
         texts=[prompts.rows[index].prompt for index in seen],
         cfg=cfg.preview,
     )
-    averaged = build_model(parent.model)
+    averaged = build_student(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
     state = TrainState(run, engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
     start = state.resume()

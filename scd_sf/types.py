@@ -165,6 +165,6 @@ class Tokenizer(Protocol):
 class Denoiser(Protocol):
     """A bidirectional model as losses and solvers see it: teacher, critic, or a student frozen on one stream."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, /) -> Tensor:
         """x_t (B,F,C,H,W), t (B,) or (B,F) in [0,1] -> velocity eps - x_0, same shape as x_t, fp32."""
         ...

@@ -91,6 +91,14 @@ def build_model(config: ModelConfig) -> Student | Wan:
     return model
 
 
+def build_student(config: ModelConfig) -> Student:
+    """As :func:`build_model`. UserError for a bidirectional model."""
+    model = build_model(config)
+    if isinstance(model, Wan):
+        raise UserError("model.family is wan, a bidirectional model; this needs scd or causal")
+    return model
+
+
 def set_blocks(model: Student | Wan, blocks: BlocksConfig) -> None:
     """Run the model's blocks so from now on. UserError where it cannot run so."""
     family = "wan" if isinstance(model, Wan) else "causal" if isinstance(model, Causal) else "scd"

@@ -17,6 +17,7 @@ from scd_sf.models.build import (
     ModelConfig,
     SamplerConfig,
     build_model,
+    build_student,
     load_checkpoint_model,
     load_state,
     load_student,
@@ -55,6 +56,12 @@ def test_the_family_and_every_weight_come_back(tmp_path: Path, config: ModelConf
         assert (loaded.chunk, loaded.decoder.config) == (3, config.scd.decoder)
     if isinstance(loaded, Causal):
         assert loaded.chunk == 3
+
+
+def test_a_student_is_not_bidirectional() -> None:
+    assert isinstance(build_student(CAUSAL), Causal)
+    with pytest.raises(UserError, match=r"model\.family is wan, a bidirectional model"):
+        build_student(WAN)
 
 
 def test_ema_is_preferred_and_the_plain_weights_can_be_asked_for(tmp_path: Path) -> None:
