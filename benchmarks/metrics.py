@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from scd_sf.data.manifest import write_json
+from scd_sf.files import write_json
 from scd_sf.metrics.frames import ssim_frames
 from scd_sf.metrics.fvd import frechet_distance
 from scd_sf.metrics.i3d import I3dFeatures

@@ -19,8 +19,8 @@ from typing import Annotated
 import torch
 import typer
 
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.files import write_json
 from scd_sf.models.causal import Causal
 from scd_sf.models.trunk import WanConfig
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass

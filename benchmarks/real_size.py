@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from scd_sf.bench import random_weights
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.files import write_json
 from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student

@@ -18,8 +18,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from scd_sf.bench import in_rounds, random_weights
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.files import write_json
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.generator import CacheConfig

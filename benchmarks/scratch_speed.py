@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from scd_sf.bench import in_rounds, random_weights
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.models.build import ModelConfig, Student, build_student

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.bench import random_weights
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.files import write_json
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.metrics.floor import HeavyCalls, peak_gib

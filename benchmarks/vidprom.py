@@ -29,7 +29,7 @@ import uuid
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from scd_sf.data.manifest import read_json, write_json
+from scd_sf.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ["uuid", "prompt", "time", "toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit"]

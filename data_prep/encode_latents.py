@@ -24,10 +24,10 @@ import typer
 
 from scd_sf.data.clips import Clip, ClipSet, file_sha256, read_video, write_index
 from scd_sf.data.latents import LatentClip, LatentWriter
-from scd_sf.data.manifest import Json, read_jsonl, safe_path, sha256_file, sha256_folder
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
 from scd_sf.data_tools.progress import progress_of
+from scd_sf.files import Json, read_jsonl, safe_path, sha256_file, sha256_folder
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.text_cache import OFF, open_text_encoder
 from scd_sf.models.vae import Vae, load_vae, vae_source

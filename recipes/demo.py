@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scd_sf.data.manifest import write_json
+from scd_sf.files import write_json
 from scd_sf.steps import Step, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error
 

@@ -30,9 +30,9 @@ from torch import Tensor
 from scd_sf.checkpoint import find
 from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import sha256_folder
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
 from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.files import sha256_folder
 from scd_sf.gallery.gallery import PromptCard, build_gallery
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
 from scd_sf.metrics.fvd import VideoFrechet

@@ -28,10 +28,10 @@ from torch import Tensor
 from scd_sf.checkpoint import find
 from scd_sf.config import from_command_line
 from scd_sf.data.clips import write_video
-from scd_sf.data.manifest import Json, read_json, sha256_file, sha256_folder, write_json
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.files import Json, read_json, sha256_file, sha256_folder, write_json
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
 from scd_sf.metrics.prediction_protocols import PredictionProtocol, named_protocol

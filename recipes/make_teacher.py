@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from scd_sf.checkpoint import find, read_provenance
-from scd_sf.data.manifest import write_json
+from scd_sf.files import write_json
 from scd_sf.models.build import load_checkpoint_model
 from scd_sf.models.text import TextEncoderConfig, write_reference
 from scd_sf.models.wan import Wan

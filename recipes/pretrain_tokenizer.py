@@ -24,9 +24,9 @@ from torch import Tensor
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
-from scd_sf.data.manifest import write_json
 from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.files import write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
 from scd_sf.metrics.reconstruction import reconstruction, write_sheet

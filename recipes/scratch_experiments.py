@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from scd_sf.config import load_config
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.files import write_json
 from scd_sf.metrics.curves import curve_figure, group_figure
 from scd_sf.metrics.lpips import Lpips, Trunk
 from scd_sf.metrics.prediction_result import PredictionResult

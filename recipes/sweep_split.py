@@ -23,8 +23,8 @@ from rich.table import Table
 
 from scd_sf.config import load_config
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import sha256_folder, write_json
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.files import sha256_folder, write_json
 from scd_sf.metrics.curves import tradeoff_figure
 from scd_sf.metrics.protocols import Row, read_rows
 from scd_sf.models.transplant import TransplantConfig

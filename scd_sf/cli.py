@@ -162,10 +162,10 @@ def gallery(
     sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")] = None,
 ) -> None:
     """Models x prompts on one page that needs no network: play in step, search, compare A/B."""
-    from scd_sf.data.prompt_files import visible
     from scd_sf.gallery.folders import page_of, read_folder
     from scd_sf.gallery.page import write_page
     from scd_sf.gallery.sheet import ROWS, contact_sheet
+    from scd_sf.types import printable
 
     given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
     if len(given) != len(folders):
@@ -175,9 +175,9 @@ def gallery(
     print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
     for what in ("missing", "damaged"):
         if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
-            print(f"{len(found)} of the videos are {what} and marked so, such as {visible(found[0])}: sample again")
+            print(f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again")
     if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
-        print(f"{len(found)} of the videos changed since they were sampled and are marked so: {visible(found[0])}")
+        print(f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}")
     if sheet is not None:
         print(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
 
@@ -216,7 +216,7 @@ def bench(
 ) -> None:
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
     from scd_sf.bench import BenchConfig, run_bench, table
-    from scd_sf.data.manifest import write_json
+    from scd_sf.files import write_json
 
     cfg = load_config(BenchConfig, config, overrides or [])
     document = run_bench(cfg)

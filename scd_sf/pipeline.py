@@ -23,8 +23,8 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scd_sf.data.manifest import write_json
 from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.files import write_json
 from scd_sf.models.build import (
     CheckpointConfig,
     SamplerConfig,

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import read_json, write_json
 from scd_sf.data.prompt_files import read_prompt_file
+from scd_sf.files import read_json, write_json
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,

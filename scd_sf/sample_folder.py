@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from scd_sf.data.clips import video_writer
-from scd_sf.data.manifest import read_json, sha256_file, write_json
+from scd_sf.files import read_json, sha256_file, write_json
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError

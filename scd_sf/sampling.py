@@ -20,9 +20,9 @@ from torch import Tensor
 
 from scd_sf.checkpoint import MANIFEST, find
 from scd_sf.data.clips import read_video
-from scd_sf.data.manifest import sha256_file
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.files import sha256_file
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student

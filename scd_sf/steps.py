@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scd_sf.data.manifest import write_json
+from scd_sf.files import write_json
 from scd_sf.types import UserError
 
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this time

@@ -5,6 +5,8 @@ Letters: B batch, F latent frames, C latent channels, H W latent height and widt
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +23,51 @@ class UserError(ValueError):
     """Bad input from a person: one line that names the file, the field and the remedy. Scripts exit with code 2."""
 
 
+# Control characters but line breaks, half surrogates, and marks that turn the direction of text round.
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# What the place of a file can do to a job: no space, quota, read-only, no rights, no such or too long a name.
+_PLACE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG,
+}  # fmt: skip
+INTERRUPTED = 130  # the exit code of a job that Ctrl-C ended, by the shells' custom
+
+
+def printable(text: str) -> str:
+    """Text of others, fit for a terminal: what would move the cursor or hide text becomes the replacement character."""
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
-    """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2. Others keep their traceback."""
+    """Run ``main``. One line on stderr and exit code 2 for a :class:`UserError` and for a place that cannot be written
+    or read (full, read-only); one line and 130 for Ctrl-C. Others keep their traceback."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted; the same command goes on where it stopped", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _PLACE:
+            raise
+        _leave(f"error: {_place(error)}", 2)
     sys.exit(0)
+
+
+def _place(error: OSError) -> str:
+    """An error of a file's place with the room that is left there, and what to do."""
+    import shutil
+    from pathlib import Path
+
+    file = Path(str(error.filename)) if error.filename else Path.cwd()
+    folder = next((parent for parent in (file, *file.absolute().parents) if parent.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    return f"{file}: {error.strerror} ({free / 1e9:.2f} GB free there); make room or use another place, then run again"
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    print(printable(line.replace("\n", " ")), file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import PurePosixPath
 
 FLOORS = {
-    "types": 0, "config": 0,
+    "types": 0, "config": 0, "files": 0,
     "checkpoint": 1, "provenance": 1, "nn": 1, "diffusion": 1, "data": 1, "prompt_filter": 1,
     "models": 2,
-    "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
+    "generation": 3, "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
     "train": 4,
     "gallery": 5, "serve": 5, "doctor": 5, "steps": 5, "sampling": 5, "sample_folder": 5, "bench": 5,
     "monitor": 5, "plan": 5, "stages": 5, "validation": 5, "vbench": 5, "generate": 5, "data_tools": 5,
@@ -27,7 +27,8 @@ FLOORS = {
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.
 SIDEWAYS = {
     ("provenance", "checkpoint"), ("prompt_filter", "data"),
-    ("config", "types"), ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"), ("pipeline", "rollout"),
+    ("config", "types"), ("files", "types"), ("config", "files"),
+    ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"), ("pipeline", "rollout"),
     ("probes", "metrics"),
     ("preview", "metrics"), ("vbench", "sampling"), ("vbench", "sample_folder"),
     ("cli", "gallery"), ("cli", "serve"), ("cli", "doctor"), ("sample_folder", "sampling"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clips import write_video
-from scd_sf.data.manifest import sha256_file
+from scd_sf.files import sha256_file
 
 
 def clip(seed: int, frames: int = 5, size: int = 32) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from scd_sf.data.manifest import Json
+from scd_sf.files import Json
 from scd_sf.types import UserError
 
 SUFFIX, VIDEO = ".safetensors", ".mp4"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clip_files import DTYPES, ClipFile, Header, clip_path, clip_paths, read_header
-from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, write_json, write_jsonl
+from scd_sf.files import Json, hash_json, read_json, read_jsonl, write_json, write_jsonl
 from scd_sf.types import UserError, VideoShape
 
 JOB, ROWS, MANIFEST = "job.json", "clips.jsonl", "manifest.json"

@@ -18,8 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, write_jsonl
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.files import Json, hash_json, read_json, read_jsonl, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 FORMAT, VERSION, KIND = "scd-sf-frames", 1, "frames"

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scd_sf.data.clip_index import ClipFiles
-from scd_sf.data.manifest import Json, hash_json, read_jsonl, write_jsonl
 from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.files import Json, hash_json, read_jsonl, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 

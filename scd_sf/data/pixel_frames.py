@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from scd_sf.data.manifest import hash_json
 from scd_sf.data.pixels import PixelClips
+from scd_sf.files import hash_json
 from scd_sf.types import UserError
 
 K = TypeVar("K", bound=Hashable)

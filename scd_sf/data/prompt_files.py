@@ -8,20 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from scd_sf.types import UserError
-
-UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """For people: control characters but line breaks, half surrogates and marks that turn the direction of text round
-    are shown as the replacement character."""
-    return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from scd_sf.data.clip_files import write_atomic
 from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
-from scd_sf.data.manifest import Json, hash_json, read_json, read_jsonl, sha256_file, write_jsonl
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.files import Json, hash_json, read_json, read_jsonl, sha256_file, write_jsonl
 from scd_sf.types import Conditioning, UserError
 
 FORMAT = "scd-sf-latents"

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scd_sf.data.manifest import safe_path
+from scd_sf.files import safe_path
 from scd_sf.types import UserError
 
 LARGEST = 2**30  # bytes of a member, or of an array

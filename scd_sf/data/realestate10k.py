@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scd_sf.data.manifest import read_json, safe_path
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import COPY, LARGEST, Refused, tensor_file
 from scd_sf.data.video_reader import LARGEST_FRAME, resize_crop
+from scd_sf.files import read_json, safe_path
 from scd_sf.types import UserError
 
 COLUMNS = 18

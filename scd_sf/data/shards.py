@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scd_sf.data.manifest import Json, read_json, safe_path, sha256_file, write_json
+from scd_sf.files import Json, read_json, safe_path, sha256_file, write_json
 from scd_sf.types import UserError
 
 AGAIN = "delete the directory and encode it again"

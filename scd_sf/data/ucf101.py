@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from scd_sf.data.manifest import safe_path
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import Refused
 from scd_sf.data.video_reader import read_frames
+from scd_sf.files import safe_path
 from scd_sf.types import UserError
 
 LISTS = "get UCF101TrainTestSplits-RecognitionTask.zip and unpack it beside UCF-101/"

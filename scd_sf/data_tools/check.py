@@ -11,8 +11,8 @@ from pathlib import Path
 from scd_sf.data.clip_files import QUARANTINE, SUFFIX, VIDEO, clip_path, files_of, is_temporary, read_header
 from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_job
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import read_jsonl, sha256_file
 from scd_sf.data.prompts import index_clips
+from scd_sf.files import read_jsonl, sha256_file
 from scd_sf.types import UserError
 
 WANTED = "wanted.jsonl"

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from scd_sf.data.far import LatentClip
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
-from scd_sf.data.manifest import Json, hash_json, sha256_folder, write_json
 from scd_sf.data.pixels import PixelClip, SourceClips
 from scd_sf.data.raw_files import Refused
 from scd_sf.data_tools.progress import progress_of
+from scd_sf.files import Json, hash_json, sha256_folder, write_json
 from scd_sf.types import Tokenizer, UserError
 
 REPORT = "report.json"

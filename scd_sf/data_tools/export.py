@@ -16,8 +16,8 @@ from pathlib import Path
 
 from scd_sf.data.clip_files import VIDEO, publish, read_header, temporary
 from scd_sf.data.clip_index import ROWS
-from scd_sf.data.manifest import read_jsonl, sha256_file, write_json
 from scd_sf.data_tools.check import whole_clips
+from scd_sf.files import read_jsonl, sha256_file, write_json
 from scd_sf.types import UserError
 
 INDEX = "index.json"

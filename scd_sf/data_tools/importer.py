@@ -26,9 +26,9 @@ from scd_sf.data.clip_files import (
     write_clip,
 )
 from scd_sf.data.clip_index import Common, fault_of, open_job
-from scd_sf.data.manifest import Json, write_jsonl
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.data_tools.foreign import Part, Refused, Sample, read_lmdb, read_parquet, read_tar
+from scd_sf.files import Json, write_jsonl
 from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, load_vae

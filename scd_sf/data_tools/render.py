@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 
-from scd_sf.data.manifest import write_text
+from scd_sf.files import write_text
 from scd_sf.types import UserError
 
 Chunk = TypeVar("Chunk")

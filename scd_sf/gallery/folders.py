@@ -15,7 +15,7 @@ from pathlib import Path
 
 import av
 
-from scd_sf.data.manifest import read_json, sha256_file
+from scd_sf.files import read_json, sha256_file
 from scd_sf.gallery.page import Page, Prompt, Sample
 from scd_sf.types import UserError
 

@@ -21,10 +21,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from scd_sf.data.manifest import sha256_file
-from scd_sf.data.prompt_files import visible
+from scd_sf.files import sha256_file
 from scd_sf.metrics.protocols import COLUMNS, LEFT_ALIGNED, Row
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 VIDEOS = "videos"  # beside a folder's index.html
 VIDEO_NAME = re.compile(r"[0-9a-f]{16}\.mp4")  # by content
@@ -150,11 +149,12 @@ def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[s
     shown = dict.fromkeys(figure.video for _, _, figures in cards for figure in figures if figure.video and single)
     embedded = ((name, base64.b64encode(files[name].read_bytes()).decode("ascii")) for name in shown)
     return environment.get_template("page.html.j2").generate(
-        title=visible(page.title), models=list(page.models.items()), notes=page.notes, fps=float(page.fps),
+        title=printable(page.title), models=list(page.models.items()), notes=page.notes, fps=float(page.fps),
         cards=cards, rows=page.table, columns=COLUMNS, left_aligned=LEFT_ALIGNED, filters=filters(page.prompts),
         most=max(figure.number for _, _, figures in cards for figure in figures) + 1 if cards else 1,
         frames=page.frames, single=single, embedded=embedded, mark=Markup(MARK), faults=FAULTS, style=Markup(style),
-        script=Markup(script), policy=_policy(script, style, "blob:" if single else "'self' file:"), visible=visible,
+        script=Markup(script), policy=_policy(script, style, "blob:" if single else "'self' file:"),
+        printable=printable,
     )  # fmt: skip
 
 
@@ -168,10 +168,10 @@ def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[int, Prompt, lis
         figures = []
         for model, (name, own) in enumerate(samples[place].items()):
             for number, sample in enumerate(own or [Sample(name, place, None, {}, "absent")]):
-                label = visible(name) if len(own) < 2 else f"{visible(name)}, sample {number + 1}"
+                label = printable(name) if len(own) < 2 else f"{printable(name)}, sample {number + 1}"
                 video = names[sample.file] if sample.file is not None else ""
                 figures.append(Figure(sample, label, model, number, video))
-        clean = replace(prompt, text=visible(prompt.text), words=[visible(words) for words in prompt.words])
+        clean = replace(prompt, text=printable(prompt.text), words=[printable(words) for words in prompt.words])
         cards.append((place, clean, figures))
     return cards
 

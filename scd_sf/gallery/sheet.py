@@ -8,10 +8,9 @@ from pathlib import Path
 import av
 from PIL import Image, ImageDraw, ImageFont
 
-from scd_sf.data.prompt_files import visible
 from scd_sf.gallery.folders import MP4, UNREADABLE
 from scd_sf.gallery.page import FAULTS, Page, Sample
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 TILE, GAP, LINE = 192, 8, 18  # pixels
 ROWS = 40  # prompts of a sheet
@@ -32,7 +31,7 @@ def contact_sheet(page: Page, out: Path) -> Path:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, name in enumerate(names):
         left = GAP + column * each * (TILE + GAP)
-        draw.text((left, GAP), fit(draw, visible(name), font, each * (TILE + GAP) - GAP), fill=INK, font=font)
+        draw.text((left, GAP), fit(draw, printable(name), font, each * (TILE + GAP) - GAP), fill=INK, font=font)
     top = LINE + 2 * GAP
     for row in rows:
         sheet.paste(row, (0, top))
@@ -56,7 +55,7 @@ def _row(page: Page, prompt: int, names: Sequence[str], each: int, width: int) -
     tiles = [tile for name in names for tile in _tiles(first.get(name), each)]
     row = Image.new("RGB", (width, LINE + 2 * GAP + max(tile.height for tile in tiles)), PAPER)
     draw, font = ImageDraw.Draw(row), ImageFont.load_default(13)
-    text = fit(draw, visible(page.prompts[prompt].text).replace("\n", " / "), font, width - 2 * GAP)
+    text = fit(draw, printable(page.prompts[prompt].text).replace("\n", " / "), font, width - 2 * GAP)
     draw.text((GAP, 2), text, fill=SOFT, font=font)
     for column, tile in enumerate(tiles):
         row.paste(tile, (GAP + column * (TILE + GAP), LINE + GAP // 2))

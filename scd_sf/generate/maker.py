@@ -18,10 +18,10 @@ from scd_sf import __version__
 from scd_sf.data.clip_files import VIDEO, About, clip_path, publish, remove_stale, temporary, write_clip
 from scd_sf.data.clip_index import Common, fault_of, open_job, read_job
 from scd_sf.data.clips import write_video
-from scd_sf.data.manifest import hash_json, sha256_file, write_jsonl
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.diffusion.guidance import guided
 from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.files import hash_json, sha256_file, write_jsonl
 from scd_sf.generate.plan import STORED, GenerateConfig, Spec, Unit, settings_of, wanted_clips
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.export import dtype_of

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scd_sf.data.manifest import sha256_file
+from scd_sf.files import sha256_file
 from scd_sf.types import UserError
 
 Arrays = dict[tuple[str, ...], np.ndarray]

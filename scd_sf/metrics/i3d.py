@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.data.manifest import sha256_file
+from scd_sf.files import sha256_file
 from scd_sf.metrics.weights import State, load_weights
 from scd_sf.types import UserError
 

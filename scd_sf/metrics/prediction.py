@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scd_sf.data.clips import read_video, write_video
-from scd_sf.data.manifest import hash_json
+from scd_sf.files import hash_json
 from scd_sf.metrics.frames import bootstrap, check_videos, mse_frames, spread, ssim_frames
 from scd_sf.metrics.fvd import FeatureExtractor, KeptFeatures, frechet_distance
 from scd_sf.metrics.i3d import I3dFeatures

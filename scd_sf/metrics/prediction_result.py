@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from scd_sf.data.manifest import write_text
+from scd_sf.files import write_text
 from scd_sf.metrics.prediction_protocols import PredictionProtocol
 from scd_sf.types import UserError
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from scd_sf.data.manifest import read_json, sha256_file, write_json
+from scd_sf.files import read_json, sha256_file, write_json
 from scd_sf.metrics.archives import Archive, Arrays, download, read_arrays, read_member
 from scd_sf.types import UserError
 

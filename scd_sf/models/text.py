@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from scd_sf.data.manifest import read_json, safe_path, write_json
+from scd_sf.files import read_json, safe_path, write_json
 from scd_sf.models.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.types import Conditioning, UserError
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
-from scd_sf.data.manifest import hash_json, sha256_file
+from scd_sf.files import hash_json, sha256_file
 from scd_sf.models.text import (
     TextEncoder,
     TextEncoderConfig,

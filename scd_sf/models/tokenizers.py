@@ -28,7 +28,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.data.manifest import Json, hash_json, read_json, sha256_file, write_json
+from scd_sf.files import Json, hash_json, read_json, sha256_file, write_json
 from scd_sf.models.names import unwrapped
 from scd_sf.models.tokenizer_names import dc_from_efficientvit, is_efficientvit, is_ldm, kl_config, kl_from_ldm
 from scd_sf.models.weights import PICKLES, WEIGHTS, read_tensors

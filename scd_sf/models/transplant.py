@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
-from scd_sf.data.manifest import sha256_file, sha256_folder
+from scd_sf.files import sha256_file, sha256_folder
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.scd import Scd, ScdConfig

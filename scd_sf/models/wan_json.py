@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from scd_sf.data.manifest import Json, read_json
+from scd_sf.files import Json, read_json
 from scd_sf.models.names import Layout
 from scd_sf.models.trunk import WanConfig
 from scd_sf.types import UserError

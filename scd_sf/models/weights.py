@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.data.manifest import read_json, write_json
+from scd_sf.files import read_json, write_json
 from scd_sf.models.names import (
     Layout,
     diffusers_to_original,

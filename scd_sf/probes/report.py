@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from scd_sf.data.manifest import write_text
+from scd_sf.files import write_text
 from scd_sf.types import UserError
 
 PAGE = "report.html"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.data.manifest import write_text
+from scd_sf.files import write_text
 from scd_sf.types import UserError
 
 NUMBERS = re.compile(r"\[\n\s+([-+.,\de\s]+?)\s+\]")  # a list of numbers that is spread over lines

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
-from scd_sf.data.manifest import Json, hash_json, read_json, sha256_file, write_json, write_jsonl, write_text
+from scd_sf.files import Json, hash_json, read_json, sha256_file, write_json, write_jsonl, write_text
 from scd_sf.prompt_extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.prompt_extend.local import LocalModel
 from scd_sf.prompt_extend.rules import SYSTEM, Answer, Gates, refusal, seed_of

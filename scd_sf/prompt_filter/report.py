@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from scd_sf.data.manifest import read_json, sha256_file, write_json, write_text
+from scd_sf.files import read_json, sha256_file, write_json, write_text
 from scd_sf.prompt_filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
 from scd_sf.prompt_filter.optional import EXTRA, require
 from scd_sf.prompt_filter.workers import open_workers

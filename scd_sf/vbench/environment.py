@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd_sf.data.manifest import read_json, write_json
+from scd_sf.files import read_json, write_json
 from scd_sf.types import UserError
 
 VERSION = "0.1.5"

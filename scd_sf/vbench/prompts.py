@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from scd_sf.data.manifest import hash_json
+from scd_sf.files import hash_json
 from scd_sf.types import UserError
 
 FLICKERING = "temporal_flickering"

@@ -15,9 +15,8 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from scd_sf.data.manifest import write_json, write_text
-from scd_sf.data.prompt_files import visible
-from scd_sf.types import UserError
+from scd_sf.files import write_json, write_text
+from scd_sf.types import UserError, printable
 from scd_sf.vbench.aggregate import Scores, aggregate, label, read_scores
 from scd_sf.vbench.prompts import dimensions, packaged
 from scd_sf.vbench.static_filter import STATIC
@@ -74,7 +73,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _plain(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", visible(text))
+    return _MARKDOWN.sub(r"\\\1", printable(text))
 
 
 def find_videos(root: Path, limit: int) -> list[tuple[str, list[Path]]]:
@@ -98,15 +97,15 @@ def html(rows: Sequence[Row], cards: Iterable[tuple[str, list[Path]]], page: Pat
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     linked = [
-        (visible(prompt), [quote(os.path.relpath(file, page.parent).replace(os.sep, "/")) for file in files])
+        (printable(prompt), [quote(os.path.relpath(file, page.parent).replace(os.sep, "/")) for file in files])
         for prompt, files in cards
     ]
     return environment.get_template("report.html.j2").render(
-        rows=[Row(visible(r.name), visible(r.source), r.totals, r.percent, visible(r.note)) for r in rows],
+        rows=[Row(printable(r.name), printable(r.source), r.totals, r.percent, printable(r.note)) for r in rows],
         totals=["total", "quality", "semantic"],
         dimensions=[d.name for d in dimensions()],
         cards=linked,
-        facts={visible(str(name)): visible(str(value)) for name, value in facts.items()},
+        facts={printable(str(name)): printable(str(value)) for name, value in facts.items()},
         note=NOTE,
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scd_sf.data.manifest import Json, read_json, write_json
+from scd_sf.files import Json, read_json, write_json
 from scd_sf.sample_folder import INDEX
 from scd_sf.types import UserError
 from scd_sf.vbench import weights

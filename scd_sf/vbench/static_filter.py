@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clips import read_video
-from scd_sf.data.manifest import read_json, sha256_file, write_json
+from scd_sf.files import read_json, sha256_file, write_json
 from scd_sf.metrics.raft import load_raft, optical_flow
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError

@@ -12,8 +12,8 @@ from typing import Literal
 
 import av
 
-from scd_sf.data.manifest import sha256_file
 from scd_sf.data.prompt_files import PromptRow
+from scd_sf.files import sha256_file
 from scd_sf.provenance import git_revision, versions
 from scd_sf.sample_folder import make_videos
 from scd_sf.sampling import SampleConfig, Video, sample_seed

@@ -29,9 +29,9 @@ from scd_sf.data.clip_files import (
 )
 from scd_sf.data.clip_index import Common, fault_of, open_job
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import read_jsonl
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import PromptSet, index_clips, write_fixed_prompts
+from scd_sf.files import read_jsonl
 from scd_sf.types import UserError, VideoShape
 
 SHAPE, WIDTH, LENGTH, CLIPS = VideoShape(3, 2, 4, 4), 8, 6, 5

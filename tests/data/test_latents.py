@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd_sf.data.latents import LatentClip, LatentClips, LatentWriter, epoch_order
-from scd_sf.data.manifest import Json, read_json, write_json
 from scd_sf.data.prompts import Prompt, PromptSet, encode_prompts, finish_prompts
 from scd_sf.data.shards import ShardWriter
+from scd_sf.files import Json, read_json, write_json
 from scd_sf.types import UserError, VideoShape
 
 SHAPE = VideoShape(3, 2, 4, 4)

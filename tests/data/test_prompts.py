@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scd_sf.data.manifest import read_json, read_jsonl, safe_path, sha256_folder, write_json
 from scd_sf.data.prompts import Prompt, PromptSet, PromptTable, encode_prompts, finish_prompts
 from scd_sf.data.shards import ShardWriter
+from scd_sf.files import read_json, read_jsonl, safe_path, sha256_folder, write_json
 from scd_sf.types import UserError
 
 LENGTH, WIDTH = 6, 4

@@ -21,8 +21,8 @@ from scd_sf.cli import app
 from scd_sf.data.clip_files import VIDEO, About, clip_path, clip_paths, temporary, write_atomic, write_clip
 from scd_sf.data.clip_index import Common, open_job
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.manifest import read_jsonl
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
+from scd_sf.files import read_jsonl
 from scd_sf.models.text import load_text_encoder
 from scd_sf.models.vae import load_vae
 from scd_sf.types import UserError

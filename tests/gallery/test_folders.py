@@ -146,11 +146,11 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     [
         (lambda m: m.pop("settings"), "no sample manifest"),
         (lambda m: m["settings"].update(fps="fast"), "settings.fps is 'fast'"),
-        (lambda m: m["settings"].update(fps=float("nan")), "settings.fps is nan"),
+        (lambda m: m["settings"].update(fps=float("nan")), "NaN is not a JSON number"),
         (lambda m: m["videos"].update({"../../etc/x.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
         (lambda m: m["videos"].update({"/etc/x.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
         (lambda m: m["videos"].update({"a\0.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
-        (lambda m: m["videos"].update({"\ud800.mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
+        (lambda m: m["videos"].update({"\ud800.mp4": {"prompt": "p"}}), "surrogates not allowed"),
         (lambda m: m["videos"].update({"x" * 5000 + ".mp4": {"prompt": "p"}}), "not an mp4 file inside the folder"),
         (lambda m: m["videos"].update({"0000-00.mp4": {"prompt": 3}}), "has no prompt"),
         (lambda m: m["videos"].update({"0000-00.mp4": "text"}), "has no prompt"),

@@ -16,8 +16,8 @@ from recipe_runner import At
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from scd_sf.data.manifest import read_json, read_jsonl
 from scd_sf.data.prompt_files import read_prompt_file
+from scd_sf.files import read_json, read_jsonl
 from scd_sf.prompt_extend.endpoint import EndpointConfig
 from scd_sf.prompt_extend.local import LocalModel
 from scd_sf.prompt_extend.rules import messages

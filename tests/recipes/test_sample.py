@@ -16,7 +16,7 @@ from tiny_run import Chain
 
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
-from scd_sf.data.manifest import sha256_file
+from scd_sf.files import sha256_file
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models import text_cache
 from scd_sf.models.export import export_weights

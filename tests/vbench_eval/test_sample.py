@@ -13,7 +13,7 @@ from recipe_runner import At
 from torchvision.models.optical_flow import raft_large
 
 from scd_sf.data.clips import read_video
-from scd_sf.data.manifest import sha256_file
+from scd_sf.files import sha256_file
 
 SCRIPT = "vbench_eval/sample.py"
 LIST = [

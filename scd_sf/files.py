@@ -1,0 +1,389 @@
+"""Files of ours and of others: each way to write, lock, hash and read them stands here once.
+
+Writing: :func:`write_text`, :func:`write_json`, :func:`new_file` and :func:`new_folder` build beside the place, under a
+name of this process, and rename. :func:`sweep` removes what a dead process left. :func:`locked` holds a folder.
+Reading: :func:`read_bytes` compares sizes before it reads. :func:`read_json` and :func:`typed` refuse what is nested
+too deeply, not finite or of another type. :func:`foreign` turns whatever a parser raises into one line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from scd_sf.types import UserError, printable
+
+if TYPE_CHECKING:  # tools that need no tensors start without torch
+    from torch import Tensor
+
+Json = dict[str, object]
+T = TypeVar("T")
+
+JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
+JSON_DEPTH = 64
+INTEGER_DIGITS = 20  # 64 bits
+NAME_BYTES = 255  # of one file name, on every file system in use
+LFS_POINTER = b"version https://git-lfs"
+_PART = re.compile(r"^\.part-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+
+# ------------------------------------------------------------------------------------------------------------- hashing
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's contents. Raises UserError when it is missing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check that it exists") from error
+
+
+def sha256_folder(root: Path, pattern: str = "*") -> str:
+    """One hash over names and contents of the files directly in ``root`` that match ``pattern``, in name order."""
+    files = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not files:
+        raise UserError(f"{root}: no file {pattern} in it; check the path")
+    return hash_json({path.name: sha256_file(path) for path in files})
+
+
+def hash_json(value: object) -> str:
+    """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal hash."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def safe_path(root: Path, relative: str, where: str) -> Path:
+    """``root/relative``, for a path written by someone else (POSIX form).
+
+    Raises UserError (naming ``where``) when it is absolute, has ``..``, a backslash or a NUL, has a name that no file
+    system takes, or leaves ``root`` by a link.
+    """
+    pure = PurePosixPath(relative)
+    remedy = "use a relative path inside it"
+    try:
+        long = any(len(part.encode()) > NAME_BYTES for part in pure.parts)
+    except UnicodeEncodeError:
+        long = True
+    if long or "\0" in relative:
+        raise UserError(f"{where} is {relative[:80]!r}, which is no file name; {remedy}")
+    path = root / pure
+    outside = pure.is_absolute() or ".." in pure.parts or "\\" in relative
+    if outside or not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{where} is {relative!r}, which leaves {root}; {remedy}")
+    return path
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Regular files below ``root`` in name order. Links, to files or folders, are neither followed nor listed."""
+    for folder, folders, names in os.walk(root, followlinks=False):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder) / name
+            if stat.S_ISREG(path.lstat().st_mode):
+                yield path
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def part_of(path: Path) -> Path:
+    """A name beside ``path`` for what is not finished: no other process uses it, and :func:`sweep` knows its owner."""
+    host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
+    return path.with_name(f".part-{host[:64]}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes of this host that are gone left unfinished in ``folder``."""
+    host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64] or "host"
+    for path in folder.glob(".part-*") if folder.is_dir() else ():
+        match = _PART.match(path.name)
+        if match is None or match["host"] != host or process_lives(int(match["pid"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this host is there and not a zombie (Linux knows; elsewhere a zombie counts as alive)."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (PermissionError, FileNotFoundError, IndexError):
+        return True
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write; at the end it is on the disk and becomes ``path``, or at an error it is gone."""
+    part = part_of(path)
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path]:
+    """A folder to fill; at the end it is on the disk and becomes ``path``, or at an error it is gone.
+
+    Raises UserError when ``path`` is there (an empty folder is taken). What a killed run left is removed first.
+    """
+    taken = UserError(f"{path}: is already there and is never overwritten; {remedy}")
+    if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise taken
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    part = part_of(path)
+    part.mkdir()
+    try:
+        yield part
+        fsync_tree(part)
+        try:
+            part.rename(path)  # replaces an empty folder, and nothing else
+        except OSError as error:
+            raise taken from error
+        fsync_folder(path.parent)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def fsync_folder(path: Path) -> None:
+    """The names in a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(root: Path) -> None:
+    """Every file and folder below ``root``, onto the disk."""
+    for file in files_below(root):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    for folder, _, _ in os.walk(root):
+        fsync_folder(Path(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees either the old or the whole new one."""
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Atomic, indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Atomic JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Atomic safetensors with the rights that the umask gives (the library itself makes files of mode 0600)."""
+    from safetensors.torch import save_file
+
+    with new_file(path) as part:
+        save_file(dict(tensors), str(part), metadata=None if metadata is None else dict(metadata))
+        part.chmod(0o666 & ~current_umask())
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold ``folder`` (made if missing) for this job; ``what`` names it. The kernel frees it when the process ends.
+
+    Raises UserError when another process holds it. On file systems without locks nothing is held, and nothing is said.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        _lock(file, folder, what)
+        sweep(folder)
+        yield
+
+
+def _lock(file: IO[str], folder: Path, what: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = printable(file.read(200)).strip() or "another process"
+        raise UserError(f"{folder}: {owner} is at work in it; wait for it, or use another folder for {what}") from error
+    except OSError:
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()} ({what})\n")
+    file.flush()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@contextmanager
+def foreign(where: str | Path, remedy: str) -> Iterator[None]:
+    """The boundary around a parser of bytes that others wrote: whatever it raises becomes one UserError line.
+
+    Wrap the parser alone, not our own code: a fault of ours must keep its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"{where}: needs more memory than there is; {remedy}") from error
+    except Exception as error:  # parsers raise KeyError, struct.error, RecursionError, library errors ..: no list holds
+        raise UserError(f"{where}: {reason(error)}; {remedy}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong, fit for a terminal, at most 200 characters."""
+    words = str(error).strip().splitlines()
+    text = getattr(error, "strerror", None) or (words[0] if words else "") or type(error).__name__
+    return printable(text if not isinstance(error, KeyError) else f"lacks {text}")[:200]
+
+
+def read_bytes(path: Path, remedy: str, limit: int = JSON_BYTES) -> bytes:
+    """A regular file of at most ``limit`` bytes. Raises UserError for anything else, before it is read."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: not a regular file; {remedy}")
+        if status.st_size > limit:
+            raise UserError(
+                f"{path}: {status.st_size:,} bytes, more than the {limit:,} that are read of such a file; {remedy}"
+            )
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise UserError(f"{path}: grows while it is read; {remedy}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    return data
+
+
+def read_text(path: Path, remedy: str, limit: int = JSON_BYTES) -> str:
+    """UTF-8 text, a byte order mark apart."""
+    data = read_bytes(path, remedy, limit)
+    with foreign(path, remedy):
+        return data.decode("utf-8-sig")
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as every editor counts them: only ``\\n`` and ``\\r\\n`` end one, not U+2028, U+0085 or a vertical tab."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines and not lines[-1] else lines
+
+
+def parse_json(text: str | bytes, where: str | Path, remedy: str) -> object:
+    """A JSON value: finite numbers, integers of 64 bits, at most ``JSON_DEPTH`` deep, no half surrogates."""
+    try:
+        value: object = json.loads(text, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
+        _check_tree(value)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{where}: not JSON ({reason(error)}); {remedy}") from error
+    return value
+
+
+def read_json(path: Path, remedy: str, limit: int = JSON_BYTES) -> Json:
+    """A JSON object. Raises UserError (with ``remedy``) when it is missing, not JSON, or not an object."""
+    value = parse_json(read_text(path, remedy, limit), path, remedy)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; {remedy}")
+    return value
+
+
+def read_jsonl(path: Path, remedy: str, limit: int = JSON_BYTES) -> list[Json]:
+    """JSON lines, each an object; blank lines are skipped. Raises UserError naming the line."""
+    rows: list[Json] = []
+    for number, line in enumerate(lines_of(read_text(path, remedy, limit)), 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, f"{path}:{number}", remedy)
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; {remedy}")
+        rows.append(row)
+    return rows
+
+
+def typed(value: object, kind: type[T], where: str | Path, remedy: str) -> T:
+    """``value`` (plain lists, mappings, numbers, text) as ``kind``: a dataclass, TypedDict or built-in container type.
+
+    Strict: "1" is no number, 1 no truth value. Unknown keys are ignored. Raises UserError that names the field.
+    """
+    with foreign(where, remedy):
+        return msgspec.convert(value, kind, strict=True)
+
+
+def read_typed(path: Path, kind: type[T], remedy: str, limit: int = JSON_BYTES) -> T:
+    """A JSON file as ``kind``: :func:`read_json`, then :func:`typed`."""
+    return typed(read_json(path, remedy, limit), kind, path, remedy)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a pointer that Git LFS leaves in place of the contents."""
+    with foreign(path, "check the path"), path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def _no_number(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > INTEGER_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is out of range")
+    return value
+
+
+def _check_tree(value: object) -> None:
+    """ValueError for a tree that is nested too deeply or has text that UTF-8 cannot hold."""
+    waiting: list[tuple[object, int]] = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, str):
+            item.encode()
+        elif isinstance(item, dict | list):
+            if depth > JSON_DEPTH:
+                raise ValueError(f"nested more than {JSON_DEPTH} deep")
+            inner = item if isinstance(item, list) else [*item, *item.values()]
+            waiting += [(each, depth + 1) for each in inner if isinstance(each, str | dict | list)]

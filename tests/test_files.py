@@ -1,0 +1,150 @@
+"""Files: written whole or not at all, held by one process, and whatever is wrong in those of others is one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd_sf.files import (
+    current_umask,
+    files_below,
+    foreign,
+    lines_of,
+    locked,
+    new_file,
+    new_folder,
+    parse_json,
+    part_of,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    typed,
+    write_tensors,
+    write_text,
+)
+from scd_sf.types import UserError, exit_on_user_error
+
+WRONG = {"cut": b'{"a": 1', "list": b"[]", "deep": b"[" * 200_000, "bytes": b'"\xff"'}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said(tmp_path: Path, wrong: bytes) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": 2}\n\n' + wrong)
+    with pytest.raises(UserError, match=r"rows\.jsonl.*; make it again"):
+        read_jsonl(file, "make it again")
+    file.write_bytes(wrong)
+    with pytest.raises(UserError, match=r"rows\.jsonl.*; make it again"):
+        read_json(file, "make it again")
+
+
+def test_a_file_appears_whole_or_not_at_all_with_the_rights_of_the_umask(tmp_path: Path) -> None:
+    """A failed write leaves the old contents and nothing beside them; tensors are as readable as any other file."""
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), new_file(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    write_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2)}, {"k": "v"})
+    assert stat.S_IMODE((tmp_path / "t.safetensors").stat().st_mode) == 0o666 & ~current_umask()
+
+
+def test_a_folder_appears_whole_and_what_the_dead_left_is_removed(tmp_path: Path) -> None:
+    """Never over something that is there; parts of a dead process go, those of a live one and strangers' files stay."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine = part_of(tmp_path / "x").name.rsplit("-", 2)
+    (tmp_path / f"{mine[0]}-{dead.pid}-0123abcd").mkdir()
+    alive, stranger = tmp_path / f"{mine[0]}-{os.getpid()}-0123abcd", tmp_path / ".part-of something"
+    alive.mkdir()
+    stranger.write_text("s")
+    with new_folder(tmp_path / "out") as part:
+        (part / "a").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, stranger.name}
+    with pytest.raises(UserError, match="never overwritten"), new_folder(tmp_path / "out"):
+        pass
+
+
+def test_one_process_holds_a_folder(tmp_path: Path) -> None:
+    """The second is refused and hears who holds it; a process that ended holds nothing."""
+    code = "import sys; from pathlib import Path; from scd_sf.files import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'b'): pass"
+    with locked(tmp_path, "samples"):
+        second = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+    assert f"process {os.getpid()}" in second.stderr and "is at work in it" in second.stderr
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200 + "]" * 200, "1e999", "NaN", '"\\ud800"', "9" * 30, '{"a": ' * 5000 + "1" + "}" * 5000, "", "{"],
+)
+def test_json_of_others_is_bounded(text: str) -> None:
+    with pytest.raises(UserError, match=r"^f: not JSON .*; fix it$"):
+        parse_json(text, "f", "fix it")
+
+
+@dataclass
+class Entry:
+    size: int
+    name: str = ""
+
+
+def test_typed_values_name_the_field(tmp_path: Path) -> None:
+    assert typed({"a": {"size": 3, "more": 1}}, dict[str, Entry], "f", "fix it") == {"a": Entry(3)}
+    with pytest.raises(UserError, match=r"f: Expected `int`, got `str` - at `\$\[\.\.\.\]\.size`; fix it"):
+        typed({"a": {"size": "3"}}, dict[str, Entry], "f", "fix it")
+
+
+def test_only_line_feeds_end_a_line() -> None:
+    assert lines_of("a\u2028b\x0bc\x85d\r\ne\rf\n\n") == ["a\u2028b\x0bc\x85d", "e\rf", ""]
+
+
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a regular file"):
+        read_bytes(Path("/dev/zero"), "fix it")
+    (tmp_path / "big").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="100 bytes, more than the 10"):
+        read_bytes(tmp_path / "big", "fix it", 10)
+    with pytest.raises(UserError, match=r"big: not good; fix it"), foreign(tmp_path / "big", "fix it"):
+        raise ValueError("not good\nsecond line")
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_text("a")
+    (tmp_path / "out").write_text("o")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "folder").symlink_to(tmp_path)
+    assert [p.name for p in files_below(tmp_path / "in")] == ["a"]
+
+
+def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2 and one clean line for input and places, 130 for Ctrl-C; a fault of ours keeps its traceback."""
+
+    def ended(error: BaseException) -> tuple[object, str]:
+        def main() -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            exit_on_user_error(main)
+        return caught.value.code, capsys.readouterr().err
+
+    assert ended(UserError("bad \x1b[31mred\nline")) == (2, "error: bad \ufffd[31mred line\n")
+    code, words = ended(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "f")))
+    assert code == 2 and f"{tmp_path / 'f'}: No space left" in words and "GB free" in words
+    assert ended(KeyboardInterrupt())[0] == 130
+    with pytest.raises(ZeroDivisionError):
+        exit_on_user_error(lambda: print(1 / 0))
