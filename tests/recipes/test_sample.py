@@ -16,6 +16,7 @@ from tiny_run import Chain
 
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
+from scd_sf.data.start import read_start
 from scd_sf.files import sha256_file
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models import text_cache
@@ -23,7 +24,7 @@ from scd_sf.models.export import export_weights
 from scd_sf.models.text import WAN_NEGATIVE_PROMPT
 from scd_sf.models.vae import load_vae
 from scd_sf.sample_folder import batches
-from scd_sf.sampling import SampleConfig, open_studio, read_start, wanted_videos
+from scd_sf.sampling import SampleConfig, open_studio, wanted_videos
 
 SCRIPT = "recipes/sample.py"
 PROMPTS = ["left in meadow", "still in hall"]
