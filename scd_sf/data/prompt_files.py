@@ -1,7 +1,8 @@
 """Prompts to sample from: lines of a text file, a column of a csv file, or jsonl with one object per video.
 
 A jsonl line may say more, ``{"prompt": "...", "start": "image.png", "then": [[41, "another"]]}``: frames that are
-there already, and other prompts from a pixel frame on. A csv file may have columns ``start`` and ``uuid``.
+there already, and other prompts from a pixel frame on. ``seed`` is its noise's. A csv file may have columns ``start``,
+``uuid`` and ``seed``.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from pathlib import Path
 
 from scd_sf.types import UserError
 
+SEED_DIGITS = len(str(2**63))
+
 
 @dataclass(frozen=True)
 class PromptRow:
     """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or video file.
 
-    ``uuid``: the prompt's name in its collection (VidProM), where the file gives one."""
+    ``uuid``: the prompt's name in its collection (VidProM), where the file gives one. ``seed``: of its (first) video,
+    0 <= seed < 2**63; None: the command's own choice."""
 
     prompt: str
     then: tuple[tuple[int, str], ...] = ()
     start: str = ""
     uuid: str = ""
+    seed: int | None = None
 
 
 def read_prompt_file(path: Path, column: str = "prompt") -> list[PromptRow]:
@@ -88,4 +93,16 @@ def _row(path: Path, number: int, row: Mapping[str, object], column: str) -> Pro
     uuid = row.get("uuid") or ""
     if not isinstance(uuid, str):
         raise UserError(f"{where}: 'uuid' is {uuid!r}; it must be a text")
-    return PromptRow(prompt.strip(), tuple(sorted(changes)), str(path.parent / start) if start else "", uuid)
+    file = str(path.parent / start) if start else ""
+    return PromptRow(prompt.strip(), tuple(sorted(changes)), file, uuid, _seed(row.get("seed"), where))
+
+
+def _seed(value: object, where: str) -> int | None:
+    """A row's seed (csv files give text); None where it has none."""
+    if value is None or value == "":
+        return None
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= SEED_DIGITS:
+        value = int(value)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise UserError(f"{where}: 'seed' is {str(value)[:40]!r}; it must be a whole number from 0 to 2**63 - 1")
+    return value
