@@ -32,8 +32,8 @@ def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
     render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "4")
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
     return [
-        [Step("clips", render, 27)],
-        [Step("latents", [*encode, "--out", f"{run}/latents"], 50)],
+        [Step("clips", render, 27, outputs=[run / "clips"])],
+        [Step("latents", [*encode, "--out", f"{run}/latents"], 50, outputs=[run / "latents"])],
     ]
 
 
@@ -42,12 +42,12 @@ def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
     first, second = [], []
     for family in STUDENTS:
         transplant = python("recipes/stage1_transplant.py", "--config", f"recipes/configs/demo_stage1_{family}.yaml")
-        first.append(
-            Step(f"stage1-{family}", [*transplant, f"base={teacher}", f"out={run}/stage1-{family}"], 12, ONE_THREAD)
-        )
+        start, tuned = run / f"stage1-{family}", run / f"stage2-{family}"
+        weights = [start / "step_00000000"]
+        first.append(Step(start.name, [*transplant, f"base={teacher}", f"out={start}"], 12, ONE_THREAD, weights))
         tune = python("recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml")
-        arguments = [f"init={run}/stage1-{family}", *latents(run), f"run.dir={run}/stage2-{family}", f"run.seed={seed}"]
-        second.append(Step(f"stage2-{family}", [*tune, *arguments], 190, ONE_THREAD))
+        arguments = [f"init={start}", *latents(run), f"run.dir={tuned}", f"run.seed={seed}"]
+        second.append(Step(tuned.name, [*tune, *arguments], 190, ONE_THREAD, [tuned / "checkpoints"]))
     return [first, second]
 
 
@@ -58,10 +58,11 @@ def distil_step(run: Path, teacher: Path, seed: int) -> list[Step]:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
     command = [launcher, "--num_accelerators", "1", "recipes/stage3_self_forcing.py"]
     arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
+    weights, samples = [run / "stage3-scd" / "checkpoints"], [run / "results" / "samples"]
     config, place = ["--config", "recipes/configs/demo_stage3.yaml"], [f"run.dir={run}/stage3-scd", f"run.seed={seed}"]
     return [
-        Step("stage3-scd", [*command, *config, *arguments, *place], 470, ONE_THREAD),
-        Step("samples", [*evaluation(run, teacher), "sample_stages=[teacher,'2']"], 250, ONE_THREAD),
+        Step("stage3-scd", [*command, *config, *arguments, *place], 470, ONE_THREAD, weights),
+        Step("samples", [*evaluation(run, teacher), "sample_stages=[teacher,'2']"], 250, ONE_THREAD, samples),
     ]
 
 
@@ -72,7 +73,8 @@ def evaluation(run: Path, teacher: Path) -> list[str]:
 
 def evaluate_step(run: Path, teacher: Path) -> list[Step]:
     """The distilled student's samples, everybody's scores and timings, table and gallery."""
-    return [Step("evaluate", evaluation(run, teacher), 110)]
+    results = [run / "results" / name for name in ("results.json", "gallery.html")]
+    return [Step("evaluate", evaluation(run, teacher), 110, outputs=results)]
 
 
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, object]]:

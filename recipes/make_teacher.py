@@ -49,10 +49,10 @@ REHEARSAL = {
 
 def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     clips = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
-    vae = python("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml")
+    vae, made = python("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"), [run / "vae" / "vae"]
     return [
-        [Step("clips", [*clips, *extra.get("clips", [])], 120)],
-        [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])], 1200)],
+        [Step("clips", [*clips, *extra.get("clips", [])], 120, outputs=[run / "clips"])],
+        [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])], 1200, outputs=made)],
     ]
 
 
@@ -61,18 +61,16 @@ def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train = [*torchrun, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]
     where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
+    trained = [run / "transformer" / "checkpoints"]
     return [
-        [Step("latents", [*encode, "--out", f"{run}/latents"], 180)],
-        [Step("transformer", [*train, *where, *extra.get("transformer", [])], 3600)],
+        [Step("latents", [*encode, "--out", f"{run}/latents"], 180, outputs=[run / "latents"])],
+        [Step("transformer", [*train, *where, *extra.get("transformer", [])], 3600, outputs=trained)],
     ]
 
 
 def write_model(run: Path, out: Path) -> None:
     """VAE, text encoder reference and scheduler: all that encoding needs, before there is a transformer."""
-    source = run / "vae" / "vae"
-    if not source.is_dir():
-        raise UserError(f"{source}: the VAE is missing; delete {run}/.done/vae.json and run again")
-    shutil.copytree(source, out / "vae", dirs_exist_ok=True)
+    shutil.copytree(run / "vae" / "vae", out / "vae", dirs_exist_ok=True)
     (out / "scheduler").mkdir(parents=True, exist_ok=True)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)

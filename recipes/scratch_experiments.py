@@ -121,12 +121,13 @@ class Plan:
 
     def data_steps(self) -> list[Group]:
         render = python("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
-        made = Step("clips", [*render, "--train", str(self.train), "--test", str(self.test)], 300)
+        count = ["--train", str(self.train), "--test", str(self.test)]
+        made = Step("clips", [*render, *count], 300, outputs=[self.data])
         encode = python("data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER)
 
         def encoded(split: str) -> Step:
-            out = str(self.run / "latents" / split)
-            return Step(f"encode-{split}", [*encode, "--split", split, "--out", out], 400, ONE_THREAD)
+            out = self.run / "latents" / split
+            return Step(f"encode-{split}", [*encode, "--split", split, "--out", str(out)], 400, ONE_THREAD, [out])
 
         return [[made], [encoded("train"), encoded("test")]]
 
@@ -144,23 +145,25 @@ class Plan:
         places = [f"run.dir={self.folder(trial.name, seed)}", f"run.seed={seed}", f"train.steps={steps}"]
         often = [f"train.keep_every={self.steps // 8}", f"train.save_every={self.steps // 8}"]
         command = python("recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides)
-        seconds = trial.seconds * steps / 480
-        return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD)
+        seconds, folder = trial.seconds * steps / 480, self.folder(trial.name, seed)
+        left = [folder / "checkpoints", folder / "metrics.jsonl"]
+        return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD, left)
 
     def scoring(self, trial: str, seed: int, name: str, *more: str, step: int = 0) -> Step:
         """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint or of ``step``."""
-        checkpoint = self.folder(trial, seed)
+        checkpoint, out = self.folder(trial, seed), self.run / "scores" / f"{name}-{seed}"
         given = [
             f"checkpoint={checkpoint / 'checkpoints' / f'step_{step:08d}' if step else checkpoint}",
             f"tokenizer={TOKENIZER}",
             f"pixels={{kind: teco, root: {self.data}, split: test}}",
             f"custom={{context: 4, generated: 12, clips: {self.test}, resolution: 128}}",
-            f"out={self.run / 'scores' / f'{name}-{seed}'}",
+            f"out={out}",
             f"real={self.run / 'real'}",
             "batch=16",
             "videos=4",
         ]
-        return Step(f"score-{name}-{seed}", python("recipes/evaluate_prediction.py", *given, *more), 240, ONE_THREAD)
+        command = python("recipes/evaluate_prediction.py", *given, *more)
+        return Step(f"score-{name}-{seed}", command, 240, ONE_THREAD, [out / "result.json", out / "cost.json"])
 
     def result(self, name: str, seed: int) -> dict[str, Any]:
         """Figures and costs of a finished scoring."""

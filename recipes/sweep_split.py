@@ -100,7 +100,10 @@ class Plan:
         clips, count = self.run / "clips", str(train)
         render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", count, "--val", "4")
         encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
-        return [[Step("clips", render, 27)], [Step("latents", [*encode, "--out", str(self.latents)], 55)]]
+        return [
+            [Step("clips", render, 27, outputs=[clips])],
+            [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],
+        ]
 
     def place(self, stage: int, cut: Cut, seed: int = 0) -> Path:
         """Named by its layers: a split that stands in the sweep twice is trained once."""
@@ -114,14 +117,16 @@ class Plan:
             out, words = self.place(1, cut), name.replace(" / ", "-").replace(" ", "-")
             transplant = python("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
             given = [f"base={self.teacher}", f"out={out}", *cut.overrides]
-            first.append(Step(f"stage1-{words}", [*transplant, *given], 8, ONE_THREAD))
+            first.append(Step(f"stage1-{words}", [*transplant, *given], 8, ONE_THREAD, [out / "step_00000000"]))
             for seed in self.seeds:
                 tune = python("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
                 data = [f"data={self.latents / 'train'}", f"val={self.latents / 'val'}"]
-                place = [f"init={out}", f"run.dir={self.place(2, cut, seed)}", f"run.seed={seed}"]
+                tuned = self.place(2, cut, seed)
+                place = [f"init={out}", f"run.dir={tuned}", f"run.seed={seed}"]
                 often = f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
                 seconds = UPDATE_SECONDS * self.updates * cut.work
-                second.append(Step(f"stage2-{words}-{seed}", [*tune, *data, *place, often], seconds, ONE_THREAD))
+                command, left = [*tune, *data, *place, often], [tuned / "checkpoints", tuned / "metrics.jsonl"]
+                second.append(Step(f"stage2-{words}-{seed}", command, seconds, ONE_THREAD, left))
         return [*in_pairs(first), *in_pairs(second)]
 
     def rows(self, chosen: dict[str, Cut]) -> list[dict[str, object]]:
@@ -142,7 +147,8 @@ class Plan:
         data = [f"train={self.latents / 'train'}", f"val={self.latents / 'val'}", f"root={self.run}"]
         rows = self.rows(chosen)
         given = [f"out={self.run / 'scores'}", f"rows={json.dumps(rows)}"]
-        return Step("evaluate", [*script, *data, *given], 60 + 25 * len(rows))
+        results = [self.run / "scores" / "results.json"]
+        return Step("evaluate", [*script, *data, *given], 60 + 25 * len(rows), outputs=results)
 
     def loss(self, cut: Cut, seed: int) -> float:
         """Validation loss of the averaged weights after the last update."""

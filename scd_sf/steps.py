@@ -1,7 +1,7 @@
 """Run a chain of commands as one resumable job: what is finished is not run again, and the time left is shown.
 
-A step is finished when its marker under ``<run>/.done`` holds exactly the command it was run with. Every step's output
-goes to ``<run>/logs/<step>.log``. Steps of one group run at the same time.
+A step is finished when its marker under ``<run>/.done`` holds exactly the command it was run with, and every file that
+it left is still there. What a step prints goes to ``<run>/logs/<step>.log``. Steps of one group run at the same time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scd_sf.files import write_json
+from scd_sf.files import files_below, write_json
 from scd_sf.types import UserError
 
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this time
@@ -29,12 +29,22 @@ QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this ti
 
 @dataclass(frozen=True)
 class Step:
-    """``seconds``: how long it took when last measured, for the time left. ``env``: added to the environment."""
+    """``seconds``: how long it took when last measured, for the time left. ``env``: added to the environment.
+    ``outputs``: files and folders that it leaves; when one of their files is gone later, the step runs again."""
 
     name: str
     command: Sequence[str]
     seconds: float
     env: dict[str, str] = field(default_factory=dict)
+    outputs: Sequence[Path] = ()
+
+    def files(self) -> list[str]:
+        """The files in ``outputs`` now, hidden ones apart. UserError: one of ``outputs`` is not there."""
+        for place in self.outputs:
+            if not place.exists():
+                raise UserError(f"step '{self.name}' ended without {place}; look at its log, and run it again")
+        places = [path for place in self.outputs for path in (files_below(place) if place.is_dir() else [place])]
+        return [str(path) for path in places if not path.name.startswith(".")]
 
 
 Group = Sequence[Step]
@@ -150,7 +160,8 @@ def _run_group(
                     failed.append(item)
                     continue
                 taken[item.step.name] = item.seconds
-                write_json(_marker(run, item.step), {"command": list(item.step.command), "seconds": item.seconds})
+                about = {"command": list(item.step.command), "seconds": item.seconds, "files": item.step.files()}
+                write_json(_marker(run, item.step), about)
     except BaseException:
         for item in running:
             item.process.terminate()
@@ -170,11 +181,13 @@ def _marker(run: Path, step: Step) -> Path:
 
 
 def _finished(run: Path, step: Step) -> float | None:
-    """Seconds the step took when this very command finished; None where it has to run (or its marker is damaged)."""
+    """Seconds the step took when this very command finished; None where it has to run: it never finished, its marker is
+    damaged, or a file that it left is gone (markers of older versions name no files)."""
     try:
         saved = json.loads(_marker(run, step).read_text(encoding="utf-8"))
-        return float(saved["seconds"]) if saved["command"] == list(step.command) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        there = all(Path(file).exists() for file in [*step.outputs, *saved.get("files", [])])
+        return float(saved["seconds"]) if saved["command"] == list(step.command) and there else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,35 @@ def test_damaged_marker_means_not_finished(tmp_path: Path) -> None:
     (tmp_path / "run" / ".done" / "again.json").write_text("{")
     run_steps(tmp_path / "run", groups)
     assert (tmp_path / "again").read_text() == "x\nx\n"
+
+
+def test_a_step_whose_outputs_are_gone_runs_again(tmp_path: Path) -> None:
+    """The whole folder, one file of it, or a single file; not what it never promised. Steps that kept theirs stay."""
+    run, folder, file = tmp_path / "run", tmp_path / "made", tmp_path / "one.json"
+    make = f"echo x >> {tmp_path}/count; mkdir -p {folder}/deep; touch {folder}/deep/a {folder}/b {folder}/.lock {file}"
+    other = Step("other", shell(f"echo x >> {tmp_path}/other; touch {tmp_path}/kept"), 1, outputs=[tmp_path / "kept"])
+    groups = [[Step("make", shell(make), 1, outputs=[folder, file]), other]]
+
+    def times() -> int:
+        run_steps(run, groups)
+        return len((tmp_path / "count").read_text().split())
+
+    assert times() == 1 and times() == 1
+    (folder / ".lock").unlink()
+    assert times() == 1
+    for count, damage in enumerate((folder / "deep" / "a", file, folder), 2):
+        shutil.rmtree(damage) if damage.is_dir() else damage.unlink()
+        assert times() == count and damage.exists() and times() == count
+    assert (tmp_path / "other").read_text() == "x\n"
+    marker = run / ".done" / "make.json"  # as older versions wrote it
+    saved = json.loads(marker.read_text())
+    marker.write_text(json.dumps({name: saved[name] for name in ("command", "seconds")}))
+    assert times() == 4
+    file.unlink()
+    assert times() == 5
+
+
+def test_a_step_that_leaves_less_than_it_promised_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"'idle' ended without {tmp_path}/nothing"):
+        run_steps(tmp_path / "run", [[Step("idle", shell("true"), 1, outputs=[tmp_path / "nothing"])]])
+    assert not (tmp_path / "run" / ".done" / "idle.json").exists()

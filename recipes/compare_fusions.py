@@ -1,0 +1,234 @@
+"""How the context enters the decoder: every fusion through the whole demo, several training seeds (ADR 0003).
+
+    python recipes/compare_fusions.py --run runs/fusions          (--latents runs/demo/latents: those of 'make demo')
+
+Each fusion goes through stages 1, 2 and 3 with the demo's configs and budgets, one training at a time on one core. Then
+all are scored together: stage 2 with 50 and 4 Euler steps, stage 3 with its own 4 re-noising steps. Writes
+``RUN/fusions.json`` and ``RUN/scores``. The same command goes on where it stopped. ``--part train`` stops before the
+scores, ``--part score`` only makes them. About 11 minutes of an idle core for each fusion and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scd_sf.files import write_json
+from scd_sf.metrics.protocols import Row, read_rows
+from scd_sf.steps import Group, Step, python, run_steps
+from scd_sf.types import UserError, exit_on_user_error
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+FUSIONS = {
+    "delta": "fusion: delta",
+    "channel": "fusion: channel",
+    "paper": "fusion: paper, prefix_rope: temporal, prefix: full",
+    "junction": "fusion: junction",
+}
+LAYERS = "encoder_layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], decoder: {layers: [0, 1, 10, 11]"  # of demo_stage1_scd.yaml
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the weights of one stage are sampled."""
+
+    stage: int
+    sampler: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"stage {self.stage}, {self.steps} {self.sampler}"
+
+
+SAMPLINGS = (Sampling(2, "euler", 50), Sampling(2, "euler", 4), Sampling(3, "renoise", 4))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for. ``updates``: of stages 2 and 3 (None: as many as the demo's)."""
+
+    run: Path
+    teacher: Path
+    latents: Path
+    fusions: tuple[str, ...]
+    seeds: tuple[int, ...]
+    clips: int
+    updates: int | None = None
+
+    def data_steps(self) -> list[Group]:
+        """As in the demo: rendered clips, encoded."""
+        clips = self.run / "clips"
+        render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", "48", "--val", "4")
+        encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
+        return [
+            [Step("clips", render, 27, outputs=[clips])],
+            [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],
+        ]
+
+    def place(self, stage: int, fusion: str, seed: int = 0) -> Path:
+        """Of a checkpoint; stage 1 draws nothing, so all seeds start from one."""
+        return self.run / (f"stage1-{fusion}" if stage == 1 else f"stage{stage}-{fusion}-s{seed}")
+
+    def training(self) -> list[Group]:
+        """One step at a time: stage 1 of all, then stages 2 and 3 of each, seed by seed."""
+        later = [step for seed in self.seeds for fusion in self.fusions for step in self.chain(fusion, seed)]
+        return [[step] for step in [*map(self.transplant, self.fusions), *later]]
+
+    def transplant(self, fusion: str) -> Step:
+        """Stage 1 of one fusion."""
+        script = python("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
+        out, how = self.place(1, fusion), f"scd={{{LAYERS}, {FUSIONS[fusion]}}}}}"
+        arguments = [f"base={self.teacher}", f"out={out}", how]
+        return Step(out.name, [*script, *arguments], 12, ONE_THREAD, [out / "step_00000000"])
+
+    def chain(self, fusion: str, seed: int) -> list[Step]:
+        """Stages 2 and 3 of one fusion and seed, each as the demo runs it."""
+        first, second, third = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
+        tune = python("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
+        distil = python("recipes/stage3_self_forcing.py", "--config", "recipes/configs/demo_stage3.yaml")
+        data = [f"data={self.latents}/train", f"val={self.latents}/val"]
+        models = [f"teacher={self.teacher}", f"critic={self.teacher}", f"prompts={self.latents}/train"]
+        often = {"steps": self.updates, "save_every": self.updates, "validate_every": self.updates}
+        brief = [] if self.updates is None else [f"train.{name}={value}" for name, value in often.items()]
+        commands = (
+            ([*tune, f"init={first}", *data, f"run.dir={second}", f"run.seed={seed}", *brief], second, 190),
+            ([*distil, f"init={second}", *models, f"run.dir={third}", f"run.seed={seed}", *brief], third, 470),
+        )
+        return [
+            Step(place.name, command, seconds, ONE_THREAD, [place / "checkpoints", place / "metrics.jsonl"])
+            for command, place, seconds in commands
+        ]
+
+    def rows(self) -> list[dict[str, object]]:
+        """Of the evaluation: every training with every sampler."""
+        return [
+            {
+                "name": row_name(fusion, seed, way),
+                "checkpoint": self.place(way.stage, fusion, seed).name,
+                "weights": "best" if way.stage == 3 else "ema",
+                "stage": str(way.stage),
+                "sampler": way.sampler,
+                "steps": way.steps,
+            }
+            for fusion in self.fusions
+            for seed in self.seeds
+            for way in SAMPLINGS
+        ]
+
+    def scoring(self) -> Step:
+        script = python("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
+        data = [f"train={self.latents}/train", f"val={self.latents}/val", f"root={self.run}", f"out={self.run}/scores"]
+        command = [*script, *data, f"rows={json.dumps(self.rows())}"]
+        return Step("evaluate", command, 60 + 25 * len(self.rows()), outputs=[self.run / "scores" / "results.json"])
+
+    def loss(self, fusion: str, seed: int) -> float:
+        """Flow loss of stage 2's averaged weights after the last update, on held-out clips at fixed noise."""
+        file = self.place(2, fusion, seed) / "metrics.jsonl"
+        if not file.is_file():
+            raise UserError(f"{file}: does not exist; run --part train first")
+        losses = [row["val/loss"] for row in map(json.loads, file.read_text().splitlines()) if "val/loss" in row]
+        if not losses:
+            raise UserError(f"{file}: no validation loss; remove {file.parent} and train it again")
+        return float(losses[-1])
+
+
+def row_name(fusion: str, seed: int, way: Sampling) -> str:
+    return f"{fusion}, seed {seed}, {way.name}"
+
+
+def collect(plan: Plan) -> dict[str, Any]:
+    """Figures by fusion, as they go into fusions.json."""
+    scored = {row.name: row for row in read_rows(plan.run / "scores" / "results.json")[0]}
+    return {
+        fusion: {
+            "decoder": FUSIONS[fusion],
+            "loss": [plan.loss(fusion, seed) for seed in plan.seeds],
+            "samplings": {
+                way.name: figures([scored[row_name(fusion, seed, way)] for seed in plan.seeds]) for way in SAMPLINGS
+            },
+        }
+        for fusion in plan.fusions
+    }
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the trainings of one fusion with one sampler: every seed's quality in turn, and the median cost."""
+    adherence = [row.adherence for row in rows if row.adherence is not None]
+
+    def median(name: str) -> float:
+        return float(statistics.median(vars(row)[name] for row in rows))
+
+    return {
+        "video_frechet": [row.video_frechet for row in rows],
+        "video_frechet_by_prompt": [row.video_frechet_by_prompt for row in rows],
+        "video_frechet_std_over_sampling_seeds": [row.video_frechet_std for row in rows],
+        "sharpness": [row.sharpness for row in rows],
+        "place": [said.place for said in adherence],
+        "motion": [said.motion for said in adherence],
+        "block_passes_per_frame": median("block_passes_per_frame"),
+        "seconds_per_frame": median("seconds_per_frame"),
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table, each quality as a mean over training seeds with every seed's value behind it."""
+
+    def every(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+        each = " ".join(f"{scale * value:.{digits}f}" for value in values)
+        return f"{scale * statistics.mean(values):.{digits}f} ({each})"
+
+    table = Table(title="Fusions under the demo's budget: mean (each training seed)", title_justify="left")
+    for head in ("fusion", "sampling", "loss", "video Frechet", "sharpness", "place %", "motion %", "passes", "ms"):
+        table.add_column(head, justify="left" if head in ("fusion", "sampling") else "right", no_wrap=True)
+    for fusion, row in found.items():
+        for name, way in row["samplings"].items():
+            quality = (every(way["video_frechet"], 1), every(way["sharpness"], 2))
+            said = (every(way["place"], 0, 100), every(way["motion"], 0, 100))
+            costs = (f"{way['block_passes_per_frame']:.0f}", f"{1000 * way['seconds_per_frame']:.1f}")
+            table.add_row(fusion, name, every(row["loss"], 4), *quality, *said, *costs)
+    Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/fusions"), help="run directory, resumable")
+    parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to start from")
+    parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")
+    parser.add_argument("--fusions", nargs="+", choices=tuple(FUSIONS), default=list(FUSIONS), help="to compare")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the trainings")
+    parser.add_argument("--clips", type=int, default=48, help="held-out clips that are scored")
+    parser.add_argument("--updates", type=int, help="of stages 2 and 3 (none: as many as the demo's)")
+    parser.add_argument("--part", choices=("all", "train", "score"), default="all", help="of the work")
+    args = parser.parse_args()
+    if args.clips < 1 or (args.updates is not None and args.updates < 1):
+        raise UserError("--clips and --updates must be at least 1")
+    fusions, seeds = tuple(dict.fromkeys(args.fusions)), tuple(dict.fromkeys(args.seeds))
+    latents = args.latents or args.run / "latents"
+    plan = Plan(args.run, args.teacher, latents, fusions, seeds, args.clips, args.updates)
+    if args.part != "score":
+        run_steps(plan.run, [*([] if args.latents else plan.data_steps()), *plan.training()])
+    if args.part == "train":
+        return
+    for fusion in fusions:
+        for seed in seeds:
+            plan.loss(fusion, seed)  # refuses what is not trained before anything is scored
+    run_steps(plan.run, [[plan.scoring()]])
+    found = collect(plan)
+    context = json.loads((plan.run / "scores" / "results.json").read_text())["context"]
+    about = {"training_seeds": list(seeds), "teacher": str(plan.teacher), **context}
+    write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
+    show(found)
+    print(f"{plan.run}/fusions.json")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
