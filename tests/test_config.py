@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from scd_sf.config import differences, from_yaml, load_config, to_yaml
+from scd_sf.config import differences, from_yaml, load_config, plain_yaml, to_yaml
 from scd_sf.types import UserError
 
 
@@ -27,9 +27,18 @@ class Optimiser:
 @dataclass
 class Model:
     depth: int
+    fast: bool = False
     widths: list[int] = field(default_factory=lambda: [8, 16])
     rope: str | None = None
     optim: Optimiser = field(default_factory=lambda: Optimiser(lr=3e-4))
+
+
+@dataclass
+class Sized:
+    size: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.size = self.size**2
 
 
 @dataclass
@@ -39,6 +48,8 @@ class Recipe:
     teacher: Optimiser | None = None
     steps: int = 10
     names: tuple[str, ...] = ()
+    log: Literal["off", "on"] = "on"
+    scales: dict[str, float] = field(default_factory=dict)
     out: Path = Path("runs/x")
 
 
@@ -91,7 +102,7 @@ def test_yaml_round_trip() -> None:
     [
         ("stpes=3", ["override 'stpes=3'", "unknown key 'stpes'", "did you mean 'steps'?"]),
         ("model.optim.lrr=3", ["unknown key 'model.optim.lrr'", "did you mean 'model.optim.lr'?"]),
-        ("model.zzzz=3", ["section 'model'", "valid keys are depth, widths, rope, optim"]),
+        ("model.zzzz=3", ["section 'model'", "valid keys are depth, fast, widths, rope, optim"]),
         ("teacher.wrmup=1", ["did you mean 'teacher.warmup'?"]),
         ("steps=many", ["steps", "expected int"]),
         ("steps=1.5", ["steps", "expected int"]),
@@ -100,10 +111,32 @@ def test_yaml_round_trip() -> None:
         ("model.optim.lr=-1", ["section 'model.optim'", "lr is -1.0; it must be positive"]),
         ("model.optim.betas=[0.1]", ["model.optim.betas has 1 values; it must have 2"]),
         ("model.optim.kind=lion", ["model.optim.kind is 'lion'", "'adamw', 'sgd'"]),
-        ("model=3", ["'model' is a section (depth, widths, rope, optim)"]),
+        ("model=3", ["'model' is a section (depth, fast, widths, rope, optim)"]),
         ("steps", ["write it as section.key=value"]),
         ("steps={", ["not valid YAML"]),
-        ("model.optim.lr=${nowhere}", ["model.optim.lr"]),
+        ("model.optim.lr=${nowhere}", ["model.optim.lr", "expected float"]),
+        ("steps=1e3", ["steps is '1e3'", "expected int"]),
+        ("steps=99999999999999999999", ["steps", "64 bits"]),
+        ("steps=" + "9" * 5000, ["steps", "64 bits"]),
+        ("steps=true", ["steps", "expected int"]),
+        ("model.optim.lr=.nan", ["model.optim.lr is '.nan'", "finite"]),
+        ("model.optim.betas=[0.9, -.inf]", ["model.optim.betas[1] is '-.inf'", "finite"]),
+        ("model.optim.lr=1e999", ["model.optim.lr", "finite"]),
+        ("model.optim.lr=[1, 2]", ["model.optim.lr", "expected float"]),
+        ("scales={a: nan}", ["scales.a is 'nan'", "finite"]),
+        ("scales.a.b=1", ["scales.a", "expected float"]),
+        ("names='a cat'", ["names is 'a cat'", "expected tuple[str, ...]"]),
+        ("root={a: b}", ["root is {'a': 'b'}", "expected str"]),
+        ("root=null", ["root", "expected str"]),
+        ("model.fast=perhaps", ["model.fast is 'perhaps'", "expected bool"]),
+        ('root="a\\0b"', ["root", "NUL"]),
+        ('root="\\ud800"', ["root", "surrogate"]),
+        ('root="\\UFFFFFFFF"', ["correct the YAML"]),
+        ("root=!!str 5", ["tags are not read"]),
+        ("root=&a 5", ["anchors and aliases are not read"]),
+        ("root=" + "[" * 100000, ["root=[[[", "nested more than"]),
+        ("a." * 20000 + "b=1", ["write it as section.key=value"]),
+        ("x" * 100000 + "=1", ["unknown key"]),
     ],
 )
 def test_bad_override_is_one_clear_line(override: str, words: list[str]) -> None:
@@ -123,6 +156,13 @@ def test_bad_override_is_one_clear_line(override: str, words: list[str]) -> None
         ("- 1\n", ["a.yaml", "found list"]),
         ("root: [\n", ["a.yaml", "not valid YAML"]),
         ("root: a\nroot: b\n", ["a.yaml", "'root' is given twice"]),
+        ("root: &a [1, 2]\nnames: *a\n", ["a.yaml", "anchors and aliases"]),
+        ("root: a\n---\nroot: b\n", ["a.yaml", "a second document"]),
+        ("root: d\n? [a, b]\n: c\n", ["a.yaml", "a key must be text"]),
+        ("root: " + "{a: " * 90 + "1" + "}" * 90 + "\n", ["a.yaml", "nested more than"]),
+        ("root: " + "[" * 100000, ["a.yaml", "nested more than"]),
+        ("root: a\x00b\n", ["a.yaml", "not valid YAML"]),
+        ("#" * (2**20 + 1), ["a.yaml", "more than the 1,048,576"]),
         ("root: !!python/object/apply:os.system ['true']\n", ["a.yaml", "not valid YAML"]),
     ],
 )
@@ -137,7 +177,7 @@ def test_bad_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.yaml: cannot read the config file"):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read .*; check the path of the config file"):
         load_config(Recipe, tmp_path / "none.yaml")
 
 
@@ -146,3 +186,31 @@ def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
     path.write_text("root: '1e-4'\nmodel: {depth: 1, optim: {lr: 2e-6}}\n")
     cfg = load_config(Recipe, path)
     assert cfg.model.optim.lr == 2e-6 and cfg.root == "1e-4"
+
+
+@pytest.mark.parametrize("word", ["${oc.env:HOME}", "${root}", "???", "off", "no", "1e-4", "007", "1:30", "2026-01-01"])
+def test_text_is_text_and_never_an_order(word: str, tmp_path: Path) -> None:
+    """Interpolation would read the environment; YAML 1.1 would make truth values, dates and numbers of the rest."""
+    path = tmp_path / "a.yaml"
+    path.write_text(f"root: {word}\nmodel: {{depth: 1, rope: '{word}'}}\nnames: ['a {word}']\n")
+    cfg = load_config(Recipe, path, [f"out={word}"])
+    assert (cfg.root, cfg.model.rope, cfg.names, cfg.out) == (word, word, (f"a {word}",), Path(word))
+    assert from_yaml(Recipe, to_yaml(cfg)) == cfg
+    path.write_text(to_yaml(cfg))
+    assert differences(plain_yaml(path), cfg) == {}
+
+
+def test_the_field_says_whether_off_is_text_or_a_truth_value() -> None:
+    cfg = load("root=off", "log=off", "model.fast=on", "names=[yes, no, on]")
+    assert (cfg.root, cfg.log, cfg.model.fast, cfg.names) == ("off", "off", True, ("yes", "no", "on"))
+    for word, truth in (("off", False), ("No", False), ("false", False), ("YES", True), ("true", True)):
+        assert load("model.fast=true", f"model.fast={word}").model.fast is truth
+
+
+def test_mappings_of_numbers_merge() -> None:
+    assert load("scales={a: 1, b: 2}", "scales.b=3e-1").scales == {"a": 1.0, "b": 0.3}
+
+
+def test_an_overflow_in_a_check_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"section 'Sized'"):
+        load_config(Sized, None, ["size=1e300"])

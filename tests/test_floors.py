@@ -40,7 +40,7 @@ CASES: list[tuple[Rule, str, str, str]] = [
     (floors.imports_go_down, "scd_sf/losses/dmd.py", "from scd_sf.rollout import rollout", "import scd_sf.nn.rope"),
     (floors.imports_go_down, "scd_sf/train/ema.py", "from scd_sf.models import scd", "from scd_sf import checkpoint"),
     (floors.imports_go_down, "scd_sf/utils/a.py", "x = 1", ""),
-    (floors.confined_imports, "scd_sf/types.py", "from omegaconf import OmegaConf", "import torch"),
+    (floors.confined_imports, "scd_sf/types.py", "import yaml", "import torch"),
     (floors.confined_imports, "scd_sf/train/optim.py", "import deepspeed.ops", "import deepspeed_notes"),
     (floors.confined_imports, "recipes/sample.py", "def f():\n    import wandb", "from importlib import metadata"),
     (floors.confined_imports, "scd_sf/cli.py", "import_module('deepspeed')", "import typer"),

@@ -36,6 +36,8 @@ from scd_sf.config import differences, plain_yaml, to_yaml
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import Logs, UserError
 
+YEAR_MINUTES = 525_600.0
+
 
 @dataclass
 class RunConfig:
@@ -62,10 +64,11 @@ class RunConfig:
             raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
-        if self.heartbeat_seconds <= 0 or self.timeout_minutes <= 0:
-            raise ValueError("heartbeat_seconds and timeout_minutes must be more than 0")
-        if self.peak_tflops < 0:
-            raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be 0 (no MFU) or more")
+        for name, least, most in (("heartbeat_seconds", 0.01, 3600.0), ("timeout_minutes", 0.01, YEAR_MINUTES)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between {least:g} and {most:g}")
+        if not 0 <= self.peak_tflops <= 1e9:
+            raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be 0 (no MFU) or more, and at most 1e9")
 
 
 class Run:
