@@ -8,10 +8,9 @@ too deeply, not finite or of another type. :func:`foreign` turns whatever a pars
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -21,10 +20,12 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
+from scd_sf.json_text import loads
+from scd_sf.locks import take_lock
 from scd_sf.types import UserError, printable
 
 if TYPE_CHECKING:  # tools that need no tensors start without torch
@@ -34,8 +35,6 @@ Json = dict[str, object]
 T = TypeVar("T")
 
 JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
-JSON_DEPTH = 64
-INTEGER_DIGITS = 20  # 64 bits
 NAME_BYTES = 255  # of one file name, on every file system in use
 LFS_POINTER = b"version https://git-lfs"
 _PART = re.compile(r"^\.part-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}$")
@@ -133,15 +132,38 @@ def process_lives(pid: int) -> bool:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A path to write; at the end it is on the disk and becomes ``path``, or at an error it is gone."""
+def writing(path: Path) -> Iterator[None]:
+    """The boundary around code that writes ``path``: a disk that takes no more is an OSError that names it, also where
+    a library says it in words of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None and "inline_container" not in str(error):  # torch.save's writer, which gives no number
+            raise
+        code = errno.EIO if number is None else int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+@contextmanager
+def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A path to write; at the end it becomes ``path``, or at an error it is gone. ``durable``: it is on the disk then,
+    a power cut included; not for what is written again every second."""
     part = part_of(path)
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        fsync_folder(path.parent)
+        with writing(path):
+            yield part
+            if durable:
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+            part.replace(path)
+            if durable:
+                fsync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -160,8 +182,9 @@ def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path
     part = part_of(path)
     part.mkdir()
     try:
-        yield part
-        fsync_tree(part)
+        with writing(path):
+            yield part
+            fsync_tree(part)
         try:
             part.rename(path)  # replaces an empty folder, and nothing else
         except OSError as error:
@@ -190,15 +213,15 @@ def fsync_tree(root: Path) -> None:
         fsync_folder(Path(folder))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a text file so that a reader sees either the old or the whole new one."""
-    with new_file(path) as part:
+    with new_file(path, durable=durable) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, object]) -> None:
+def write_json(path: Path, value: Mapping[str, object], *, durable: bool = True) -> None:
     """Atomic, indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -210,9 +233,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Atomic safetensors with the rights that the umask gives (the library itself makes files of mode 0600)."""
     from safetensors.torch import save_file
 
-    with new_file(path) as part:
-        save_file(dict(tensors), str(part), metadata=None if metadata is None else dict(metadata))
-        part.chmod(0o666 & ~current_umask())
+    work = part_of(path)  # a folder, because the library makes a file of its own beside the one it writes
+    try:
+        with new_file(path) as part:
+            work.mkdir()
+            file = work / "tensors"
+            save_file(dict(tensors), str(file), metadata=None if metadata is None else dict(metadata))
+            file.chmod(0o666 & ~current_umask())
+            file.rename(part)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def current_umask() -> int:
@@ -229,24 +259,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Raises UserError when another process holds it. On file systems without locks nothing is held, and nothing is said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        _lock(file, folder, what)
+    with take_lock(folder / ".lock", what):
         sweep(folder)
         yield
-
-
-def _lock(file: IO[str], folder: Path, what: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = printable(file.read(200)).strip() or "another process"
-        raise UserError(f"{folder}: {owner} is at work in it; wait for it, or use another folder for {what}") from error
-    except OSError:
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {socket.gethostname()} ({what})\n")
-    file.flush()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -310,11 +325,9 @@ def lines_of(text: str) -> list[str]:
 def parse_json(text: str | bytes, where: str | Path, remedy: str) -> object:
     """A JSON value: finite numbers, integers of 64 bits, at most ``JSON_DEPTH`` deep, no half surrogates."""
     try:
-        value: object = json.loads(text, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
-        _check_tree(value)
+        return loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{where}: not JSON ({reason(error)}); {remedy}") from error
-    return value
 
 
 def read_json(path: Path, remedy: str, limit: int = JSON_BYTES) -> Json:
@@ -356,34 +369,3 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is a pointer that Git LFS leaves in place of the contents."""
     with foreign(path, "check the path"), path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
-
-
-def _no_number(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > INTEGER_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is out of range")
-    return value
-
-
-def _check_tree(value: object) -> None:
-    """ValueError for a tree that is nested too deeply or has text that UTF-8 cannot hold."""
-    waiting: list[tuple[object, int]] = [(value, 1)]
-    while waiting:
-        item, depth = waiting.pop()
-        if isinstance(item, str):
-            item.encode()
-        elif isinstance(item, dict | list):
-            if depth > JSON_DEPTH:
-                raise ValueError(f"nested more than {JSON_DEPTH} deep")
-            inner = item if isinstance(item, list) else [*item, *item.values()]
-            waiting += [(each, depth + 1) for each in inner if isinstance(each, str | dict | list)]

@@ -87,6 +87,39 @@ def test_one_process_holds_a_folder(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("kind", ["link", "text", "folder", "pipe"])
+def test_a_lock_is_taken_over_from_nobody(tmp_path: Path, kind: str) -> None:
+    """A file of others that is called so, or a link to one, keeps its contents."""
+    other, lock = tmp_path / "other", tmp_path / "in" / ".lock"
+    other.write_text("other")
+    lock.parent.mkdir()
+    make = {"link": lambda: lock.symlink_to(other), "text": lambda: lock.write_text("mine"), "folder": lock.mkdir}
+    make.get(kind, lambda: os.mkfifo(lock))()
+    with pytest.raises(UserError, match="not a lock of ours"), locked(lock.parent, "samples"):
+        pass
+    assert other.read_text() == "other" and (kind != "text" or lock.read_text() == "mine")
+
+
+SAVE = {
+    "tensors": "write_tensors(path, {'a': torch.zeros(10**5)})",
+    "torch": """
+with new_file(path) as part: torch.save(torch.zeros(10**5), part)""",
+    "text": "write_text(path, 'x' * 10**5)",
+}
+
+
+@pytest.mark.parametrize("kind", SAVE)
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    """Whoever writes: Python, safetensors, torch."""
+    code = "import resource, sys, torch; from pathlib import Path; from scd_sf.files import *\n"
+    code += "from scd_sf.types import exit_on_user_error; path = Path(sys.argv[1]) / 'made'\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
+    code += f"def main():\n  {SAVE[kind].strip()}\nexit_on_user_error(main)"
+    end = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert end.returncode == 2 and end.stderr.startswith(f"error: {tmp_path / 'made'}: ") and "GB free" in end.stderr
+    assert end.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "text",
     ["[" * 200 + "]" * 200, "1e999", "NaN", '"\\ud800"', "9" * 30, '{"a": ' * 5000 + "1" + "}" * 5000, "", "{"],
