@@ -36,6 +36,8 @@ def main(
     spatial: Annotated[int, typer.Option(help="With --latents: pixels per latent along a side.")] = 16,
     num_actions: Annotated[int, typer.Option(help="Actions are 0..N-1; every clip is checked.")] = 3,
     size: Annotated[int, typer.Option(help="Resize to a square of so many pixels; 0: as it is.")] = 0,
+    fps: Annotated[float, typer.Option(help="Frames per second; videos of another rate are malformed.")] = 20.0,
+    as_coded: Annotated[bool, typer.Option("--as-coded", help="Take frames one by one, whatever their times.")] = False,
     first: Annotated[int, typer.Option(help="At most so many clips; 0: all.")] = 0,
     batch: Annotated[int, typer.Option(help="Frames per call of the tokenizer.")] = 64,
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 2,
@@ -49,14 +51,17 @@ def main(
     task = Task(out, tokenizer, check, report, config)
     about: dict[str, object] = {"source": "minecraft", "list": data_list.name if data_list else "", "split": split}
     if latents:
-        clips = FarLatents(root, data_list, prefix=list_prefix, num_actions=num_actions, scaling_factor=scaling_factor)
+        clips = FarLatents(
+            root, data_list, prefix=list_prefix, num_actions=num_actions, scaling_factor=scaling_factor, fps=fps
+        )
         run_latents(clips, spatial, {**about, "scaling_factor": scaling_factor}, task)
         return
     pixels = PixelsConfig(
         kind="far" if data_list else "teco", root=str(root), split=split, list=str(data_list or ""),
-        list_prefix=list_prefix, num_actions=num_actions, size=size, first=first,
+        list_prefix=list_prefix, num_actions=num_actions, size=size, fps=fps, as_coded=as_coded,
+        first=first,
     )  # fmt: skip
-    run_pixels(open_pixels(pixels), {**about, "size": size}, task)
+    run_pixels(open_pixels(pixels), {**about, "size": size} | ({"as_coded": True} if as_coded else {}), task)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python data_prep/ucf101.py --root data/ucf101 --split train --tokenizer models/dcae --out data/ucf/train
 
 ``--root`` holds ``UCF-101/<Class>/v_*.avi`` and ``ucfTrainTestlist/`` (classInd, trainlist0N, testlist0N). Frames are
-resized (short side) and cropped to ``--size``. ``--split test --every 10 --first 256`` are the clips of FAR's and
-MCVD's evaluation. With ``--list`` the clips are those of FAR's JSON list, its paths relative to ``--root``.
+resized (short side) and cropped to ``--size``. ``--split test --every 10 --first 256 --as-coded`` are the clips of
+FAR's and MCVD's evaluation. With ``--list`` the clips are those of FAR's JSON list, its paths relative to ``--root``.
 
 Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
 ``--check`` only reads everything and reports. An interrupted run goes on where it stopped.
@@ -31,6 +31,8 @@ def main(
     data_list: Annotated[Path | None, typer.Option("--list", help="FAR's JSON list of clips instead.")] = None,
     list_prefix: Annotated[str, typer.Option(help="Beginning of the list's paths to cut off.")] = "",
     size: Annotated[int, typer.Option(help="Pixels along a side.")] = 64,
+    fps: Annotated[float, typer.Option(help="Videos of another rate are resampled to it.")] = 25.0,
+    as_coded: Annotated[bool, typer.Option("--as-coded", help="Take frames one by one, as FAR and MCVD do.")] = False,
     every: Annotated[int, typer.Option(help="Only every n-th clip.")] = 1,
     first: Annotated[int, typer.Option(help="At most so many clips; 0: all.")] = 0,
     batch: Annotated[int, typer.Option(help="Frames per call of the tokenizer.")] = 64,
@@ -43,10 +45,13 @@ def main(
     """Encode clips with labels. Run again to resume."""
     pixels = PixelsConfig(
         kind="far" if data_list else "ucf101", root=str(root), split=split, list=str(data_list or ""),
-        list_prefix=list_prefix, fold=fold, size=size, fps=25.0, every=every, first=first,
+        list_prefix=list_prefix, fold=fold, size=size, fps=fps, as_coded=as_coded, every=every,
+        first=first,
     )  # fmt: skip
     config = EncodeConfig(batch=batch, workers=workers, max_bad=max_bad, device=device)
-    about: dict[str, object] = {"source": "ucf101", "split": split, "fold": fold, "size": size}
+    about: dict[str, object] = {"source": "ucf101", "split": split, "fold": fold, "size": size} | (
+        {"as_coded": True} if as_coded else {}
+    )
     run_pixels(open_pixels(pixels), about, Task(out, tokenizer, check, report, config))
 
 

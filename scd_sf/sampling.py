@@ -40,11 +40,12 @@ class SampleConfig:
     """``prompts``, or ``prompt_file`` (txt, csv, jsonl: prompt_files.py). ``weights``: ema, model or best. ``base``:
     the Wan directory with VAE and text encoder (empty: the one the checkpoint was made from). Sizes of 0: as trained.
     ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
-    or video that all videos continue. ``window``, ``sink``: latent frames the history keeps (0: all), for videos longer
-    than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's own). ``text_cache``: where
-    encoded prompts are kept (empty: in the user's cache; "off": nowhere), see models/text_cache.py. ``dtype``: fp32,
-    bf16 or fp16 for the student and the text encoder; the VAE computes in fp32. ``blocks``: how the causal baseline's
-    blocks are run, such as the skip-layer schedule (unset: as the checkpoint says)."""
+    or video that all videos continue, a video at ``fps``. ``window``, ``sink``: latent frames the history keeps (0:
+    all), for videos longer than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's
+    own). ``text_cache``: where encoded prompts are kept (empty: in the user's cache; "off": nowhere), see
+    models/text_cache.py. ``dtype``: fp32, bf16 or fp16 for the student and the text encoder; the VAE computes in fp32.
+    ``blocks``: how the causal baseline's blocks are run, such as the skip-layer schedule (unset: as the checkpoint
+    says)."""
 
     checkpoint: str
     out: str
@@ -172,7 +173,8 @@ class Studio:
         if not videos[0].row.start:
             return None
         size = (self.shape.pixel_height, self.shape.pixel_width)
-        pixels = torch.stack([read_start(Path(video.row.start), size, self.shape.temporal) for video in videos])
+        starts = [Path(video.row.start) for video in videos]
+        pixels = torch.stack([read_start(start, size, self.shape.temporal, self.cfg.fps) for start in starts])
         latents = self.vae.encode(pixels * 2 - 1).to(self.device)
         check_start(latents.shape[1], self.student.chunk, self.shape, videos[0].row.start)
         return latents

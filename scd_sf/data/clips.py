@@ -22,7 +22,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from scd_sf.data.video_reader import read_frames
+from scd_sf.data.video_reader import AS_CODED, read_frames
 from scd_sf.types import UserError
 
 FORMAT = "scd-sf-clips"
@@ -163,9 +163,9 @@ def write_video(
         append(frames_F3HW)
 
 
-def read_video(path: Path) -> Tensor:
-    """All frames of a video file as uint8 RGB (F, 3, H, W). Raises UserError when missing, damaged or empty."""
-    return read_frames(path, str(path), remedy="write the video again")
+def read_video(path: Path, fps: float = AS_CODED) -> Tensor:
+    """All frames of a video file as uint8 RGB (F, 3, H, W); see :func:`read_frames`."""
+    return read_frames(path, str(path), fps=fps, remedy="write the video again")
 
 
 def _read_manifest(root: Path) -> dict[str, object]:
@@ -238,10 +238,14 @@ class ClipSet:
         return self.clips[index]
 
     def video(self, index: int) -> Tensor:
-        """uint8 (F, 3, H, W) in 0..255. Raises UserError when the file is damaged or has another shape."""
-        video = read_video(self.paths[index])
-        if video.shape != (self.frames, 3, self.height, self.width):
-            raise UserError(f"{self.paths[index]}: shape {tuple(video.shape)} is not the manifest's; make it again")
+        """uint8 (F, 3, H, W) in 0..255, at the set's frames per second. UserError: damaged, or of another shape."""
+        video = read_video(self.paths[index], self.fps)
+        count, _, height, width = video.shape
+        if (count, height, width) != (self.frames, self.height, self.width):
+            raise UserError(
+                f"{self.paths[index]}: {count} frames of {width}x{height} at {self.fps} per second, all others have "
+                f"{self.frames} of {self.width}x{self.height}; cut and resize them alike"
+            )
         return video
 
     def videos(self, indices: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import COPY, LARGEST, RawFiles, Refused, actions_of, arrays_of, open_raw, tensor_file
 from scd_sf.data.teco import video_of
-from scd_sf.data.video_reader import read_frames
+from scd_sf.data.video_reader import AS_CODED, read_frames
 from scd_sf.types import UserError
 
 SUFFIXES = (".mp4", ".avi", ".npz", ".pt")
@@ -95,13 +95,17 @@ class Far:
     """The clips of a list, in its order. Errors as in ``PixelClips``."""
 
     def __init__(
-        self, root: Path, file: Path, *, prefix: str = "", num_actions: int = 3, size: int = 0, fps: float = 20.0
-    ) -> None:
+        self, root: Path, file: Path, *, prefix: str = "", num_actions: int = 3, size: int = 0, fps: float = 0.0,
+        as_coded: bool = False,
+    ) -> None:  # fmt: skip
+        """``fps``: videos with actions must have this rate, others are resampled to it, unless ``as_coded``. 0: 20 with
+        actions (Minecraft, DMLab), else 25 (UCF-101)."""
         self._rows = read_list(file, "video_path", prefix)
         self._files = open_raw(root, SUFFIXES)
         self.refused: list[Refused] = list(self._files.refused)
         self.num_actions = num_actions if self._rows[0].action is not None else 0
-        self.labels, self.size, self.fps = _labels(self._rows), size, fps
+        self.labels, self.size, self.fps = _labels(self._rows), size, fps or (20.0 if self.num_actions else 25.0)
+        self._rate = AS_CODED if as_coded else self.fps
         self.ids = _ids([row.path for row in self._rows], file)
 
     def __len__(self) -> int:
@@ -113,7 +117,7 @@ class Far:
         if row.path.endswith(".npz"):
             frames = video_of(arrays_of(data, ("video",), where).get("video"), where, self.size)
         else:
-            frames = read_frames(data, where, size=self.size)
+            frames = read_frames(data, where, fps=self._rate, exact=row.action is not None, size=self.size)
         actions = _actions(self._files, row.action, len(frames), self.num_actions)
         return PixelClip(self.ids[index], frames, actions, row.label)
 

@@ -11,36 +11,92 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 
-from scd_sf.data.clips import read_video
+from scd_sf.data.video_reader import LARGEST_VIDEO, frames_of
+from scd_sf.files import foreign
 from scd_sf.types import UserError, VideoShape
 
-VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+VIDEOS = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".ts")
+PICTURES = ("PNG", "JPEG", "WEBP", "TIFF")  # others start programs (EPS), or are rare
+LARGEST_PICTURE = 2**26  # pixels: 8192 x 8192; whole, in fp32, they take 0.8 GB
+REMEDY = "use png, jpg, webp, tiff, mp4, mov, mkv, webm or avi"
 
 
-def read_start(path: Path, size: tuple[int, int], temporal: int) -> Tensor:
-    """(F, 3, H, W) in [0, 1]: an image, or a video's last 1 + temporal*k frames, cropped and resized to ``size``."""
-    if path.suffix.lower() in VIDEOS:
-        frames = read_video(path)
-        frames = frames[-(1 + (len(frames) - 1) // temporal * temporal) :]
-    else:
-        try:
-            with Image.open(path) as image:
-                picture = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"start {path}: neither a video nor a readable image ({error}); use png, jpg or mp4"
-            ) from error
-        frames = torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0)
-    height, width = frames.shape[-2:]
+def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> Tensor:
+    """(F, 3, H, W) in [0, 1]: an image, or a video's last 1 + temporal*k frames, cropped and resized to ``size``.
+
+    A video is resampled to ``fps`` by its timestamps. Both are upright, as their files say. UserError: not readable,
+    too large, or with transparent parts.
+    """
+    where = f"start {path}"
+    if path.suffix.lower() not in VIDEOS:
+        return _fitted(read_picture(path, where), size)[None]
+    frames: list[Tensor] = []
+    for frame in frames_of(path, where, fps=fps, remedy=REMEDY):
+        pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
+        frames.append(_fitted(pixels, size))
+        if len(frames) * frames[0].nbytes > LARGEST_VIDEO:
+            raise UserError(f"{where}: {len(frames)} frames are more than a start can have; cut the video")
+    return torch.stack(frames[-(1 + (len(frames) - 1) // temporal * temporal) :])
+
+
+def _fitted(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resized (bicubic, antialiased) so that ``size`` is just covered, then its middle."""
+    height, width = pixels_3HW.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    pixels = frames.float() / 255
     if resized != (height, width):
-        pixels = F.interpolate(pixels, size=resized, mode="bicubic", antialias=True).clamp(0, 1)
+        pixels_3HW = F.interpolate(pixels_3HW[None], size=resized, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
-    return pixels[:, :, top : top + size[0], left : left + size[1]]
+    return pixels_3HW[:, top : top + size[0], left : left + size[1]]
+
+
+def read_picture(path: Path, where: str) -> Tensor:
+    """(3, H, W) in [0, 1] of an image of any bit depth, upright as its EXIF orientation says.
+
+    UserError: missing, damaged, too large, of several pictures, with transparent parts, or with values that have no
+    known scale.
+    """
+    if not path.is_file():
+        raise UserError(f"{where}: no such file; check the path")
+    reading = foreign(f"{where}: neither a video nor a readable image", REMEDY)
+    with reading, Image.open(path, formats=PICTURES) as image:
+        if image.width * image.height > LARGEST_PICTURE:
+            raise UserError(
+                f"{where}: {image.width}x{image.height} is too large, {LARGEST_PICTURE:,} pixels are read at most; "
+                "make it smaller"
+            )
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # of an MPO the first is the photograph
+            raise UserError(f"{where}: holds several pictures; give one of them, or a video")
+        return torch.from_numpy(_values(image, where)).permute(2, 0, 1)
+
+
+def _values(image: Image.Image, where: str) -> np.ndarray:
+    """fp32 (H, W, 3) in [0, 1]."""
+    deep = image.mode.startswith("I") or image.mode == "F"
+    if image.has_transparency_data and (deep or _least_alpha(image) < 255):
+        raise UserError(f"{where}: has transparent parts (alpha), and a video has none; flatten it on a background")
+    if not deep:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(np.float32) / np.float32(255)
+    tags = getattr(image, "tag_v2", {})
+    bits, kind = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(SAMPLEFORMAT, (1,))[0]
+    values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
+    if image.mode == "I" and kind == 1:
+        values %= 2.0**bits  # Pillow holds unsigned numbers of 32 bits in signed ones
+    grey = values if image.mode == "F" else values / (2.0 ** (bits - (kind == 2)) - 1)
+    if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
+        least, most = values.min(), values.max()
+        raise UserError(f"{where}: its values, {least:g} to {most:g}, have no known scale; save it with 8 or 16 bits")
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white
+        grey = 1 - grey
+    return np.repeat(grey[..., None].astype(np.float32), 3, axis=2)
+
+
+def _least_alpha(image: Image.Image) -> int:
+    least: int = np.asarray(image.convert("RGBA").getchannel("A")).min()
+    return least
 
 
 def check_start(frames: int, chunk: int, shape: VideoShape, where: str) -> None:

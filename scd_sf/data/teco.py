@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import COPY, Refused, actions_of, arrays_of, open_raw
-from scd_sf.data.video_reader import read_frames, resize_crop
+from scd_sf.data.video_reader import AS_CODED, read_frames, resize_crop
 from scd_sf.types import UserError
 
 SUFFIXES = (".mp4", ".npz")
@@ -27,10 +27,14 @@ class Teco:
 
     labels: tuple[str, ...] = ()
 
-    def __init__(self, root: Path, split: str, *, num_actions: int = 3, fps: float = 20.0, size: int = 0) -> None:
+    def __init__(
+        self, root: Path, split: str, *, num_actions: int = 3, fps: float = 20.0, size: int = 0, as_coded: bool = False
+    ) -> None:
         """``num_actions``: Minecraft's and DMLab's files hold 3 (TECO's own models count 6); every clip is checked.
-        ``size``: resize to a square of so many pixels; 0: as it is. UserError: no clip of this split."""
+        ``size``: resize to a square of so many pixels; 0: as it is. A frame belongs to each action, so a video of
+        another rate than ``fps`` is malformed, unless ``as_coded``. UserError: no clip of this split."""
         self.num_actions, self.fps, self.size = num_actions, fps, size
+        self._rate = AS_CODED if as_coded else fps
         self._files = open_raw(root, SUFFIXES)
         self.refused = list(self._files.refused)
         named: dict[str, set[str]] = {}
@@ -54,7 +58,9 @@ class Teco:
         arrays = arrays_of(self._files.read(f"{stem}.npz"), ("actions", "video"), where)
         if self._videos[stem]:
             name = f"{stem}.mp4"
-            frames = read_frames(self._files.read(name), self._files.where(name), size=self.size)
+            frames = read_frames(
+                self._files.read(name), self._files.where(name), fps=self._rate, exact=True, size=self.size
+            )
         else:
             frames = video_of(arrays.get("video"), where, self.size)
         return PixelClip(stem, frames, actions_of(arrays.get("actions"), len(frames), self.num_actions, where))

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import Refused
-from scd_sf.data.video_reader import read_frames
+from scd_sf.data.video_reader import AS_CODED, read_frames
 from scd_sf.files import safe_path
 from scd_sf.types import UserError
 
@@ -22,14 +22,17 @@ class Ucf101:
 
     num_actions = 0
 
-    def __init__(self, root: Path, split: str, *, fold: int = 3, size: int = 64, fps: float = 25.0) -> None:
+    def __init__(
+        self, root: Path, split: str, *, fold: int = 3, size: int = 64, fps: float = 25.0, as_coded: bool = False
+    ) -> None:
         """``root`` holds ``UCF-101/`` and ``ucfTrainTestlist/``. ``split``: train or test; ``fold``: 1, 2 or 3.
+        Videos are resampled to ``fps``, unless ``as_coded``.
 
         UserError: a list is missing or malformed, or names no class or a path that leaves the folder.
         """
         if split not in ("train", "test"):
             raise UserError(f"UCF-101: split '{split}' is unknown; use train or test")
-        self.size, self.fps = size, fps
+        self.size, self.fps, self._rate = size, fps, AS_CODED if as_coded else fps
         self.videos, lists = root / "UCF-101", root / "ucfTrainTestlist"
         if not self.videos.is_dir():
             raise UserError(f"{self.videos}: no such folder; get UCF101.rar and unpack it there")
@@ -58,7 +61,7 @@ class Ucf101:
 
     def read(self, index: int) -> PixelClip:
         path = self.videos / self.ids[index]
-        frames = read_frames(path, str(path), size=self.size)
+        frames = read_frames(path, str(path), fps=self._rate, size=self.size)
         return PixelClip(self.ids[index], frames, label=self._labels[index])
 
 

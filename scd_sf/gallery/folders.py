@@ -13,16 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
-
+from scd_sf.data.video_reader import frame_count
 from scd_sf.files import read_json, sha256_file
 from scd_sf.gallery.page import Page, Prompt, Sample
 from scd_sf.types import UserError
 
 INDEX, DONE = "manifest.json", ".done"
 REMEDY = "give folders that scd sample has written"
-MP4 = "mp4"  # the one demuxer that is tried: a playlist in disguise opens nothing
-UNREADABLE = (av.FFmpegError, OSError, IndexError, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -126,10 +123,8 @@ def _changes(then: object) -> str:
 def _length(file: Path) -> int:
     """Frames that a video has; 0 where it cannot be read."""
     try:
-        with av.open(str(file), format=MP4) as container:
-            next(container.decode(video=0))
-            return max(1, container.streams.video[0].frames)
-    except UNREADABLE:
+        return frame_count(file, str(file))
+    except UserError:
         return 0
 
 

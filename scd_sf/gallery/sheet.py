@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from scd_sf.gallery.folders import MP4, UNREADABLE
+from scd_sf.data.video_reader import AS_CODED, frame_count, frames_of
 from scd_sf.gallery.page import FAULTS, Page, Sample
 from scd_sf.types import UserError, printable
 
@@ -78,19 +78,18 @@ def _tiles(sample: Sample | None, count: int) -> list[Image.Image]:
 def spread_frames(file: Path, count: int) -> list[Image.Image]:
     """``count`` frames of a video, from the first to the last; of one, the middle. Empty where it cannot be read."""
     try:
-        with av.open(str(file), format=MP4) as container:
-            total = max(1, container.streams.video[0].frames)
-            wanted = [round(i * (total - 1) / (count - 1)) for i in range(count)] if count > 1 else [total // 2]
-            found: dict[int, Image.Image] = {}
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    found[number] = frame.to_image()
-                if number >= wanted[-1]:
-                    break
-            last = found[max(found)]
-            return [found.get(number, last) for number in wanted]
-    except (*UNREADABLE, ValueError):
+        total = frame_count(file, str(file))
+        wanted = [round(i * (total - 1) / (count - 1)) for i in range(count)] if count > 1 else [total // 2]
+        shown: dict[int, Image.Image] = {}
+        for number, frame in enumerate(frames_of(file, str(file), fps=AS_CODED)):
+            if number in wanted:
+                shown[number] = Image.fromarray(np.ascontiguousarray(frame))
+            if number >= wanted[-1]:
+                break
+    except UserError:
         return []
+    last = shown[max(shown)]
+    return [shown.get(number, last) for number in wanted]
 
 
 def fit(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:

@@ -160,7 +160,7 @@ def test_bad_videos(clip_dir: Path) -> None:
         read_video(clip_dir / "none.mp4")
     write_video(clip_dir / "clips/0.mp4", moving_square(0)[:3], 35)
     write_index(clip_dir, [a_clip(clip_dir, 0, "train")], SHAPE, {})
-    with pytest.raises(UserError, match=r"0\.mp4: shape"):
+    with pytest.raises(UserError, match=r"0\.mp4: 3 frames of 48x32 at 35 per second"):
         ClipSet(clip_dir).video(0)
 
 

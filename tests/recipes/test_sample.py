@@ -168,7 +168,7 @@ def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Pa
         assert video.shape == (17, 3, 32, 32)
         assert manifest(out)["videos"]["0000-00.mp4"]["start_sha256"] == sha256_file(start)
         vae = load_vae(chain.wan)
-        pixels = read_start(start, (32, 32), 4)
+        pixels = read_start(start, (32, 32), 4, 16)
         back = as_uint8((vae.decode(vae.encode(pixels[None] * 2 - 1)) + 1) / 2)[0]
         cfg = load_config(SampleConfig, None, [*base, "out=x", f"start={start}", "frames=17"])
         studio, _ = open_studio(cfg, torch.device("cpu"))

@@ -1,0 +1,123 @@
+"""Start files: images of every depth and orientation, videos at the sample's rate, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from raw_videos import corners, grey, levels, write
+
+from scd_sf.data import start
+from scd_sf.data.start import read_start
+from scd_sf.types import UserError
+
+SIZE = (32, 48)
+
+
+def shown(path: Path) -> torch.Tensor:
+    return read_start(path, SIZE, 4, 16)
+
+
+def save(path: Path, values: np.ndarray, **options: object) -> Path:
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+SHORT, LONG, PART = (np.full(SIZE, value) for value in (30000, 2**30, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "mean"),
+    [
+        ("a.png", SHORT.astype(np.uint16), 30000 / 65535),
+        ("a.tif", SHORT.astype(np.uint16), 30000 / 65535),
+        ("big.tif", SHORT.astype(">u2"), 30000 / 65535),
+        ("long.tif", LONG.astype(np.int32), 2**30 / (2**31 - 1)),
+        ("float.tif", PART.astype(np.float32), 0.25),
+        ("bit.png", np.ones(SIZE, bool), 1.0),
+        ("byte.png", np.full(SIZE, 51, np.uint8), 0.2),
+        ("colour.webp", np.full((*SIZE, 3), 102, np.uint8), 0.4),
+        ("opaque.png", np.full((*SIZE, 4), 255, np.uint8), 1.0),
+    ],
+)
+def test_every_depth_is_scaled(tmp_path: Path, name: str, values: np.ndarray, mean: float) -> None:
+    pixels = shown(save(tmp_path / name, values))
+    assert pixels.shape == (1, 3, *SIZE) and pixels.dtype == torch.float32
+    assert float(pixels.mean()) == pytest.approx(mean, abs=0.005)
+
+
+def test_white_is_zero_and_palettes(tmp_path: Path) -> None:
+    """TIFF may count 16 bits from white on; a palette's numbers are no greys."""
+    path = save(tmp_path / "a.tif", SHORT.astype(np.uint16), tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0 and image.mode == "I;16"  # type: ignore[attr-defined]
+    assert float(shown(path).mean()) == pytest.approx(1 - 30000 / 65535, abs=0.001)
+    picture = Image.new("P", SIZE[::-1], 7)
+    picture.putpalette([value for number in range(256) for value in (255 - number, number, 0)])
+    picture.save(tmp_path / "p.png")
+    assert shown(tmp_path / "p.png").mean((0, 2, 3)).mul(255).round().tolist() == [248, 7, 0]
+
+
+def test_what_a_video_cannot_show_is_said(tmp_path: Path) -> None:
+    clear = np.full((*SIZE, 4), 255, np.uint8)
+    clear[:, :9, 3] = 0
+    save(tmp_path / "rgba.png", clear)
+    save(tmp_path / "rgba.webp", clear, lossless=True)
+    save(tmp_path / "la.png", clear[..., 2:])
+    Image.new("P", SIZE[::-1], 0).save(tmp_path / "p.png", transparency=0)
+    for name in ("rgba.png", "rgba.webp", "la.png", "p.png"):
+        with pytest.raises(UserError, match=r"has transparent parts \(alpha\).*flatten it"):
+            shown(tmp_path / name)
+    for name, values in (("negative.tif", -SHORT.astype(np.int32)), ("bright.tif", PART.astype(np.float32) * 9)):
+        with pytest.raises(UserError, match=f"{name}: its values, .* have no known scale"):
+            shown(save(tmp_path / name, values))
+
+
+def test_orientation_of_stills(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise
+    path = save(tmp_path / "a.jpg", corners(), exif=exif, quality=95, subsampling=0)
+    pixels = read_start(path, (48, 32), 4, 16)[0].permute(1, 2, 0).numpy() * 255
+    wanted = np.rot90(corners(), -1).astype(float)
+    assert np.abs(pixels[4:20, 4:12] - wanted[4:20, 4:12]).mean() < 10
+
+
+def test_a_video_is_turned_and_resampled(tmp_path: Path) -> None:
+    """The last 1 + 4k frames at 16 per second of a phone's clip of 32 per second."""
+    path = write(tmp_path / "a.mp4", [grey(10 * n) for n in range(22)], rate=32, matrix=(0, 1, -1, 0))
+    pixels = read_start(path, (48, 32), 4, 16)
+    assert pixels.shape == (9, 3, 48, 32)
+    assert [round(level / 10) for level in levels(pixels * 255)] == list(range(4, 22, 2))
+
+
+def test_other_formats_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPS would start Ghostscript; an animation is no still; a header may promise any size."""
+    eps = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(eps, "EPS")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    gs.chmod(0o755)
+    save(tmp_path / "b.png", np.zeros((8, 8), np.uint8), append_images=[Image.new("L", (8, 8), 9)], save_all=True)
+    (tmp_path / "c.png").write_bytes(b"png")
+    for name, message in (
+        ("a.png", "neither a video nor a readable image"),
+        ("b.png", "holds several pictures"),
+        ("c.png", "neither a video nor a readable image"),
+        ("none.png", "no such file"),
+    ):
+        with pytest.raises(UserError, match=f"start .*{name}: {message}"):
+            shown(tmp_path / name)
+    assert not (tmp_path / "started").exists()
+    path = save(tmp_path / "d.png", np.zeros((64, 65), np.uint8))
+    monkeypatch.setattr(start, "LARGEST_PICTURE", 64 * 64)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded before its size was compared"))
+    with pytest.raises(UserError, match=r"65x64 is too large, 4,096 pixels"):
+        shown(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(start, "LARGEST_VIDEO", 3 * 32 * 48 * 3 * 4)
+    with pytest.raises(UserError, match="more than a start can have"):
+        shown(write(tmp_path / "long.mp4", [grey(n) for n in range(9)]))
