@@ -32,7 +32,8 @@ from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.files import Json, read_json, sha256_file, sha256_folder, write_json
-from scd_sf.metrics.frames import as_uint8
+from scd_sf.metrics.frames import SsimWindow, as_uint8
+from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
 from scd_sf.metrics.prediction_protocols import PredictionProtocol, named_protocol
 from scd_sf.metrics.prediction_result import result_table
@@ -55,6 +56,7 @@ FREE = (
     "checkpoint",
     "tokenizer",
     "metrics",
+    "i3d_torchscript",
 )  # may differ when a run goes on
 CONTROLS = ("reconstruction", "repeat")
 
@@ -82,7 +84,10 @@ class CustomProtocol:
 class EvaluatePredictionConfig:
     """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
     alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts
-    them). ``real``: a folder where I3D's features of the true clips are kept for other evaluations (empty: nowhere).
+    them). ``i3d_torchscript``: StyleGAN-V's i3d_torchscript.pt, whose FVD is that of FAR and SCD (empty: the I3D of
+    ``metrics``); it is a program, which runs only when its hash is ``i3d_sha256``. ``far_compat``: measured as FAR and
+    SCD's release do. ``ssim``: the pixels it counts, "valid" (TECO's) or "padded" (FAR's; always with ``far_compat``).
+    ``real``: a folder where I3D's features of the true clips are kept for other evaluations (empty: nowhere).
     ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none); each
     frame's seconds and the memory held after it are noted.
     """
@@ -101,25 +106,34 @@ class EvaluatePredictionConfig:
     fvd: bool = True
     metrics: str = ""
     real: str = ""
+    i3d_torchscript: str = ""
+    i3d_sha256: str = TORCHSCRIPT_SHA256
     far_compat: bool = False
+    ssim: SsimWindow = "valid"
     videos: int = 4
     timed: int = 8
 
     def __post_init__(self) -> None:
         if self.batch < 1 or min(self.videos, self.timed) < 0:
             raise UserError(f"batch {self.batch} must be >= 1, videos {self.videos} and timed {self.timed} >= 0")
+        if self.i3d_torchscript and not (self.networks and self.fvd):
+            raise UserError(
+                "i3d_torchscript is for FVD, which networks=false or fvd=false leaves out: drop one of them"
+            )
 
     def rules(self) -> PredictionProtocol:
         """The protocol's own numbers."""
         if self.protocol == "custom":
-            return PredictionProtocol.custom(**vars(self.custom))
-        return named_protocol(self.protocol)
+            return PredictionProtocol.custom(**vars(self.custom), ssim=self.ssim)
+        return dataclasses.replace(named_protocol(self.protocol), ssim=self.ssim)
 
     def metric_networks(self, device: torch.device) -> MetricNetworks:
         """LPIPS and I3D, or none."""
         if not self.networks:
             return MetricNetworks()
-        networks = MetricNetworks.load(Path(self.metrics) if self.metrics else None, device)
+        folder = Path(self.metrics) if self.metrics else None
+        program = Path(self.i3d_torchscript) if self.i3d_torchscript and self.fvd else None
+        networks = MetricNetworks.load(folder, device, torchscript=program, sha256=self.i3d_sha256)
         if not self.fvd:
             return MetricNetworks(networks.lpips, None, networks.weights)
         return networks.keeping(Path(self.real)) if self.real else networks

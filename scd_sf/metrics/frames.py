@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from scd_sf.types import UserError
 VIDEO_DIMENSIONS = 5
 RGB = 3
 SSIM_WINDOW = 11  # pixels
+SsimWindow = Literal["valid", "padded"]
 
 
 def check_videos(videos: Tensor, name: str) -> None:
@@ -81,23 +83,37 @@ def psnr(videos: Tensor, reference: Tensor) -> float:
     return float(psnr_frames(videos, reference).mean())
 
 
-def ssim_frames(videos: Tensor, reference: Tensor) -> Tensor:
+def ssim_frames(videos: Tensor, reference: Tensor, window: SsimWindow = "valid") -> Tensor:
     """Structural similarity of each frame by torchmetrics: (V, F) fp64. One value per channel, then their mean.
 
-    Gaussian window of 11x11 pixels, sigma 1.5, only where it fits whole; data range 1. UserError below 11 pixels.
+    Gaussian window of 11x11 pixels, sigma 1.5; data range 1. ``window``: "valid" counts the pixels around which it fits
+    whole (Wang et al., TECO); "padded" counts all, beyond the border a mirrored picture (torchmetrics' own mean since
+    1.5, so that of FAR's and SCD's releases; hundredths apart). UserError below 11 pixels.
     """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise UserError(f"SSIM needs the package torchmetrics ({error}); pip install 'scd-sf[eval]'") from error
+    check_ssim_window(window)
     check_pair(videos, reference, "SSIM")
     if min(videos.shape[-2:]) < SSIM_WINDOW:
         raise UserError(f"SSIM: frames of {videos.shape[-1]}x{videos.shape[-2]}; it needs {SSIM_WINDOW} pixels a side")
-    rows = [  # one video at a time: the window's five moments take fifteen times its memory
-        structural_similarity_index_measure(one.float(), other.float(), data_range=1.0, reduction="none")
-        for one, other in zip(videos, reference, strict=True)
-    ]
-    return torch.stack([torch.as_tensor(row).reshape(-1).double().cpu() for row in rows])
+    border = 0 if window == "padded" else SSIM_WINDOW // 2
+    rows = []
+    for one, other in zip(videos, reference, strict=True):  # the window's five moments take fifteen times its memory
+        _, pixels = structural_similarity_index_measure(
+            one.float(), other.float(), data_range=1.0, reduction="none", return_full_image=True
+        )
+        assert pixels.shape == one.shape, "torchmetrics gives a value for every pixel"
+        kept = pixels[..., border : pixels.shape[-2] - border, border : pixels.shape[-1] - border]
+        rows.append(kept.double().mean(dim=(1, 2, 3)).cpu())
+    return torch.stack(rows)
+
+
+def check_ssim_window(window: str) -> None:
+    """Raise UserError unless ``window`` is one of :data:`SsimWindow`."""
+    if window not in get_args(SsimWindow):
+        raise UserError(f"ssim is '{window}'; use one of {', '.join(get_args(SsimWindow))}")
 
 
 def as_uint8(frames: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from scd_sf.files import write_tensors
 from scd_sf.metrics.frames import RGB, Spread, bootstrap, check_videos
 from scd_sf.types import UserError
 
@@ -102,9 +102,7 @@ class KeptFeatures:
         except (FileNotFoundError, SafetensorError, KeyError):
             groups = self.extractor(videos)
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        partial.write_bytes(save({str(number): group.contiguous() for number, group in enumerate(groups)}))
-        partial.replace(path)
+        write_tensors(path, {str(number): group.contiguous() for number, group in enumerate(groups)})
         return groups
 
 

@@ -9,6 +9,8 @@ Every class here is a ``FeatureExtractor`` of one group that is used as it is. L
 
 from __future__ import annotations
 
+import hashlib
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.files import sha256_file
+from scd_sf.files import foreign, read_bytes, sha256_file
 from scd_sf.metrics.weights import State, load_weights
 from scd_sf.types import UserError
 
@@ -25,6 +27,7 @@ CLASSES = 400
 SIDE = 224  # pixels
 FEWEST_FRAMES = 9  # the last average pool sees two of every eighth frame
 EPS = 1e-3
+TORCHSCRIPT_BYTES = 2**30  # the known file has 51 MB
 TORCHSCRIPT_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 Triple = tuple[int, int, int]
 Widths = tuple[int, int, int, int, int, int]
@@ -217,21 +220,21 @@ class TorchscriptFeatures:
 
     components: tuple[int | None, ...] = (None,)
 
-    def __init__(self, path: Path, *, trust: bool = False, device: torch.device | str = "cpu") -> None:
-        """A TorchScript file is a program: one of another sha256 than the known file's runs only with ``trust``."""
-        self.sha256 = sha256_file(path)
-        if self.sha256 != TORCHSCRIPT_SHA256 and not trust:
+    def __init__(self, path: Path, sha256: str = TORCHSCRIPT_SHA256, device: torch.device | str = "cpu") -> None:
+        """A TorchScript file is a program of others: it runs only when its hash is ``sha256`` (the known file's, unless
+        the caller trusts another). Raises UserError, with the file's hash, before anything of it is run."""
+        data = read_bytes(path, "give StyleGAN-V's i3d_torchscript.pt", TORCHSCRIPT_BYTES)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        if self.sha256 != sha256:
             raise UserError(
-                f"{path}: sha256 is {self.sha256}, not that of StyleGAN-V's i3d_torchscript.pt; it is a program: "
-                "pass trust=True if you know where it is from"
+                f"{path}: sha256 is {self.sha256}, not {sha256 or 'known'}; a TorchScript file is a program: "
+                "name this hash, too, if you know where the file is from"
             )
         self.device = torch.device(device)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old; so is this file
-                self.program = torch.jit.load(str(path), map_location=self.device).eval()
-        except RuntimeError as error:
-            raise UserError(f"{path}: not a TorchScript file ({_line(error)}); fetch it again") from error
+        with foreign(path, "not a TorchScript file of I3D; fetch it again"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old; so is this file
+            self.program = torch.jit.load(io.BytesIO(data), map_location=self.device).eval()
+        self.path = path
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
@@ -240,7 +243,8 @@ class TorchscriptFeatures:
         rows = []
         for video in videos:
             clip = (video.to(self.device).float() * 2 - 1).transpose(0, 1).unsqueeze(0)
-            rows.append(self.program(clip, rescale=False, resize=True, return_features=True).double().cpu())
+            with foreign(self.path, "not StyleGAN-V's I3D; fetch i3d_torchscript.pt again"):
+                rows.append(self.program(clip, rescale=False, resize=True, return_features=True).double().cpu())
         return (torch.stack(rows),)
 
 

@@ -13,7 +13,6 @@ Letters: F frames, H W pixels, T trajectories, N clips, D features.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -21,20 +20,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 
 from scd_sf.data.clips import read_video, write_video
-from scd_sf.files import hash_json
-from scd_sf.metrics.frames import bootstrap, check_videos, mse_frames, spread, ssim_frames
+from scd_sf.files import foreign, hash_json, typed, write_tensors
+from scd_sf.metrics.frames import SsimWindow, bootstrap, check_videos, mse_frames, spread, ssim_frames
 from scd_sf.metrics.fvd import FeatureExtractor, KeptFeatures, frechet_distance
-from scd_sf.metrics.i3d import I3dFeatures
+from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256, I3dFeatures, TorchscriptFeatures
 from scd_sf.metrics.lpips import Lpips, Trunk
 from scd_sf.metrics.prediction_protocols import PredictionProtocol
 from scd_sf.metrics.prediction_result import MEASURES, Figure, PredictionResult
 from scd_sf.types import UserError
 
+TORCHSCRIPT = "i3d_torchscript"  # its name among the weights of a result
 CEILING = 100.0  # dB, of a frame without error (or with less than this)
 RESAMPLES = 20
 FAR_FPS, FAR_CRF = 8, 25  # imageio's default quality for libx264
@@ -58,11 +57,23 @@ class MetricNetworks:
 
     @classmethod
     def load(
-        cls, folder: Path | None = None, device: torch.device | str = "cpu", *, trunk: Trunk = "alex"
+        cls,
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        trunk: Trunk = "alex",
+        torchscript: Path | None = None,
+        sha256: str = TORCHSCRIPT_SHA256,
     ) -> MetricNetworks:
-        """LPIPS (the papers use Alex) and I3D of ``scd weights metrics``. UserError when they are not there."""
-        lpips, i3d = Lpips.load(trunk, folder, device), I3dFeatures.load(folder, device)
-        return cls(lpips, i3d, {f"lpips_{trunk}": lpips.sha256, "i3d": i3d.sha256})
+        """LPIPS (the papers use Alex) and I3D of ``scd weights metrics``; with ``torchscript`` the I3D of that file, a
+        program, which must have the hash ``sha256``. UserError when they are not there."""
+        i3d: I3dFeatures | TorchscriptFeatures
+        if torchscript is None:
+            name, i3d = "i3d", I3dFeatures.load(folder, device)
+        else:
+            name, i3d = TORCHSCRIPT, TorchscriptFeatures(torchscript, sha256, device)
+        lpips = Lpips.load(trunk, folder, device)
+        return cls(lpips, i3d, {f"lpips_{trunk}": lpips.sha256, name: i3d.sha256})
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,15 @@ class ClipScore:
     metric_seconds: float
 
 
+@dataclass(frozen=True)
+class SavedScore:
+    """What a clip's file says of itself: ``key`` of the scorer, seconds of generating and of measuring."""
+
+    clip: int
+    key: str
+    seconds: tuple[float, float]
+
+
 class PredictionScorer:
     """Takes clips one at a time, in any order, and sums them up under ``protocol``."""
 
@@ -85,14 +105,16 @@ class PredictionScorer:
         """``far_compat``: measured the way FAR and SCD's release do, for comparison with their tables only: sample and
         reference side by side through an H.264 file at 8 frames a second, and LPIPS fed [0, 1]. Close to theirs, not
         bit-equal: encoder version and preset differ, theirs joins the trajectories in one file, and may draw a red
-        border around context frames. (Their FVD is of another file of I3D: give ``TorchscriptFeatures``.)"""
+        border around context frames. SSIM counts padded borders, as theirs. Their FVD is of StyleGAN-V's TorchScript
+        file: with another I3D the result warns that its FVD does not compare."""
         if networks.features is not None and protocol.clips < 2:
             raise UserError(f"protocol {protocol.name}: FVD needs 2 clips; give networks without features for 1")
         self.protocol = protocol
         self.networks = networks
         self.far_compat = far_compat
         self.scores: dict[int, ClipScore] = {}
-        self.key = hash_json([asdict(protocol), networks.weights, far_compat])
+        self.ssim: SsimWindow = "padded" if far_compat else protocol.ssim
+        self.key = hash_json([asdict(protocol), networks.weights, far_compat, self.ssim])
 
     @torch.no_grad()
     def add(self, clip: int, reference: Tensor, samples: Iterable[Tensor]) -> ClipScore:
@@ -152,7 +174,7 @@ class PredictionScorer:
         if self.far_compat:
             whole, reference = through_h264(whole, reference)
         one, other = whole[None, len(context) :], reference[None, len(context) :]
-        found = {"mse": mse_frames(one, other)[0].cpu(), "ssim": ssim_frames(one, other)[0]}
+        found = {"mse": mse_frames(one, other)[0].cpu(), "ssim": ssim_frames(one, other, self.ssim)[0]}
         found["psnr"] = (-10 * torch.log10(found["mse"])).clamp_max(CEILING)
         if self.networks.lpips is not None:
             found["lpips"] = self.networks.lpips(one, other, unscaled=self.far_compat)[0]
@@ -170,10 +192,7 @@ class PredictionScorer:
         tensors = {f"frames.{name}": value for name, value in score.frames.items()}
         tensors |= {name: value for name, value in (("fake", score.fake), ("real", score.real)) if value is not None}
         about = {"clip": score.clip, "key": self.key, "seconds": [score.generation_seconds, score.metric_seconds]}
-        path = folder / f"clip-{score.clip:05d}.safetensors"
-        partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        partial.write_bytes(save(tensors, {"score": json.dumps(about)}))
-        partial.replace(path)
+        write_tensors(folder / f"clip-{score.clip:05d}.safetensors", tensors, {"score": json.dumps(about)})
 
     def resume(self, folder: Path) -> set[int]:
         """Add every score in ``folder``; which clips are there now. A missing folder is an empty one.
@@ -181,20 +200,16 @@ class PredictionScorer:
         Raises UserError for a damaged file, or one of another protocol, other weights or another ``far_compat``.
         """
         for path in sorted(folder.glob("clip-*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    about = json.loads((file.metadata() or {})["score"])
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                clip, key, (waited, measured) = about["clip"], about["key"], about["seconds"]
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: not a clip's score ({error}); delete it") from error
-            if key != self.key:
+            with foreign(path, "not a clip's score; delete it"), safe_open(path, framework="pt") as file:
+                about = typed(json.loads(file.metadata()["score"]), SavedScore, path, "delete it")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about.key != self.key:
                 raise UserError(f"{path}: scored under another protocol, weights or codec; use another folder")
-            if clip in self.scores:
+            if about.clip in self.scores:
                 continue
             fake, real = tensors.pop("fake", None), tensors.pop("real", None)
             frames = {name.removeprefix("frames."): value for name, value in tensors.items()}
-            self.add_score(ClipScore(clip, frames, fake, real, waited, measured))
+            self.add_score(ClipScore(about.clip, frames, fake, real, *about.seconds))
         return set(self.scores)
 
     def result(self) -> PredictionResult:
@@ -204,6 +219,7 @@ class PredictionScorer:
             raise UserError(f"protocol {self.protocol.name}: {len(scores)} clips scored; add more")
         figures: dict[str, Figure] = {}
         curves: dict[str, tuple[float, ...]] = {}
+        warnings: tuple[str, ...] = ()
         for name in (name for name in MEASURES if name in scores[0].frames):
             values = torch.stack([score.frames[name] for score in scores])
             figures[name], curves[name] = frame_figure(self.protocol, name, values)
@@ -211,11 +227,13 @@ class PredictionScorer:
             fake, real = (torch.stack([torch.as_tensor(rows) for rows in side])
                           for side in ([s.fake for s in scores], [s.real for s in scores]))  # fmt: skip
             figures["fvd"] = video_figure(fake, real)
+            warnings = self._fvd_warnings(len(scores), fake.shape[-1])
         psnr = torch.stack([score.frames["psnr"] for score in scores])
         return PredictionResult(
             protocol=self.protocol,
             clips=len(scores),
             far_compat=self.far_compat,
+            warnings=warnings,
             weights=dict(self.networks.weights),
             figures=figures,
             curves=curves,
@@ -223,6 +241,21 @@ class PredictionScorer:
             generation_seconds=sum(score.generation_seconds for score in scores),
             metric_seconds=sum(score.metric_seconds for score in scores),
         )
+
+    def _fvd_warnings(self, clips: int, dimensions: int) -> tuple[str, ...]:
+        """What a reader of this FVD must know."""
+        found = []
+        if clips < dimensions:
+            found.append(
+                f"FVD of {clips} clips in {dimensions} dimensions: the covariances are singular; it falls as clips are "
+                f"added and compares with FVD of {clips} clips only"
+            )
+        if self.far_compat and self.networks.weights.get(TORCHSCRIPT) != TORCHSCRIPT_SHA256:
+            found.append(
+                "FVD does not compare with FAR's and SCD's: theirs is of StyleGAN-V's i3d_torchscript.pt, "
+                "this of another I3D (give i3d_torchscript=FILE)"
+            )
+        return tuple(found)
 
 
 def frame_figure(protocol: PredictionProtocol, name: str, values: Tensor) -> tuple[Figure, tuple[float, ...]]:

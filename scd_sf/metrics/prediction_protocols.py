@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from scd_sf.metrics.frames import SsimWindow, check_ssim_window
 from scd_sf.types import UserError
 
 Reduction = Literal["best", "mean"]
 CUSTOM = "custom, not comparable"
+VERSION = "2"  # of all protocols below
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,10 @@ class PredictionProtocol:
     (the best trajectory of each clip, for each figure by itself) or ``mean`` (of all), then the mean over clips.
     FVD is always taken per trajectory, over all clips, and averaged. ``fvd_context``: FVD sees the context frames, too
     (true ones on both sides). ``first_frame`` of the source clip is where the context starts; ``selection`` says in
-    words which clips are taken, which only the caller can obey.
+    words which clips are taken, which only the caller can obey. ``ssim``: which pixels it counts (``ssim_frames``; all
+    protocols count those of TECO; scoring FAR's way counts FAR's).
+
+    Version 2: SSIM counts the valid window; version 1 counted padded borders.
     """
 
     name: str
@@ -39,6 +44,7 @@ class PredictionProtocol:
     fvd_context: bool = True
     first_frame: int = 0
     selection: str = ""
+    ssim: SsimWindow = "valid"
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -55,14 +61,15 @@ class PredictionProtocol:
             raise UserError(f"protocol {self.name}: a seed is there twice in {self.seeds}; its trajectories are equal")
         if self.reduce not in ("best", "mean"):
             raise UserError(f"protocol {self.name}: reduce is {self.reduce!r}; use 'best' or 'mean'")
+        check_ssim_window(self.ssim)
 
     @classmethod
     def custom(
         cls, *, context: int, generated: int, clips: int, resolution: int, seeds: tuple[int, ...] = (0,),
-        reduce: Reduction = "mean",
+        reduce: Reduction = "mean", ssim: SsimWindow = "valid",
     ) -> PredictionProtocol:  # fmt: skip
         """A protocol of one's own, for smaller machines and tests; its name says that nobody else has used it."""
-        return cls(CUSTOM, "1", context, generated, clips, resolution, seeds, reduce)
+        return cls(CUSTOM, VERSION, context, generated, clips, resolution, seeds, reduce, ssim=ssim)
 
     @property
     def frames(self) -> int:
@@ -74,7 +81,8 @@ class PredictionProtocol:
         """For people: name, version and what they stand for."""
         trajectories = f"{self.reduce} of {len(self.seeds)}" if len(self.seeds) > 1 else "1 trajectory"
         sizes = f"{self.context} -> {self.generated} frames of {self.resolution} px, {self.clips} clips"
-        return f"{self.name} v{self.version}: {sizes}, {trajectories}"
+        padded = ", SSIM with padded borders" if self.ssim == "padded" else ""
+        return f"{self.name} v{self.version}: {sizes}, {trajectories}{padded}"
 
 
 _MINECRAFT = "TECO-Minecraft: the first 256 clips of the validation list, not shuffled, from frame 0, with actions"
@@ -83,13 +91,13 @@ _RE10K = "RealEstate10K test clips without cameras; their number, trajectories a
 _FAR_SEEDS = (0, 2, 4, 6)
 
 _NAMED = (
-    PredictionProtocol("minecraft-fvd", "1", 36, 264, 256, 128, (0,), "mean", selection=_MINECRAFT),
-    PredictionProtocol("minecraft-frames", "1", 144, 156, 256, 128, (0,), "mean", selection=_MINECRAFT),
-    PredictionProtocol("minecraft-scd", "1", 144, 156, 256, 128, tuple(range(4)), "best", selection=_MINECRAFT),
-    PredictionProtocol("far-minecraft", "1", 144, 156, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT),
-    PredictionProtocol("far-minecraft-fvd", "1", 36, 264, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT),
-    PredictionProtocol("ucf101", "1", 4, 12, 256, 64, tuple(range(100)), "best", selection=_UCF),
-    PredictionProtocol("realestate10k", "1", 16, 48, 256, 256, (0,), "mean", selection=_RE10K),
+    PredictionProtocol("minecraft-fvd", VERSION, 36, 264, 256, 128, (0,), "mean", selection=_MINECRAFT),
+    PredictionProtocol("minecraft-frames", VERSION, 144, 156, 256, 128, (0,), "mean", selection=_MINECRAFT),
+    PredictionProtocol("minecraft-scd", VERSION, 144, 156, 256, 128, tuple(range(4)), "best", selection=_MINECRAFT),
+    PredictionProtocol("far-minecraft", VERSION, 144, 156, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT),
+    PredictionProtocol("far-minecraft-fvd", VERSION, 36, 264, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT),
+    PredictionProtocol("ucf101", VERSION, 4, 12, 256, 64, tuple(range(100)), "best", selection=_UCF),
+    PredictionProtocol("realestate10k", VERSION, 16, 48, 256, 256, (0,), "mean", selection=_RE10K),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _NAMED}
 

@@ -6,15 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
 from rich.table import Table
 
-from scd_sf.files import write_text
+from scd_sf.files import parse_json, read_text, typed, write_text
 from scd_sf.metrics.prediction_protocols import PredictionProtocol
 from scd_sf.types import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 MEASURES = {  # unit, and whether higher is better
     "psnr": ("dB", True),
     "ssim": ("", True),
@@ -22,7 +21,9 @@ MEASURES = {  # unit, and whether higher is better
     "mse": ("", False),
     "fvd": ("", False),
 }
-FAR_COMPATIBLE = "FAR-compatible: both sides through H.264, LPIPS fed [0, 1]; not comparable with tensors"
+FAR_COMPATIBLE = (
+    "FAR-compatible: both sides through H.264, LPIPS fed [0, 1], SSIM with padded borders; not comparable with tensors"
+)
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,16 @@ class Figure:
 class PredictionResult:
     """Figures (psnr, ssim, lpips, mse, fvd; those that were measured) of one model under one protocol.
 
-    ``clips`` were scored (fewer than the protocol's: not comparable). ``curves``: per generated frame, the mean over
-    clips of the trajectories that the figure is of; their mean is the figure. ``weights``: sha256 of each network's
-    file. ``equal_frames``: generated frames without any error, which count as 100 dB. Seconds are sums over clips and
-    trajectories: of waiting for the generator, and of measuring.
+    ``clips`` were scored (fewer than the protocol's: not comparable). ``warnings``: what a reader of the figures must
+    know. ``curves``: per generated frame, the mean over clips of the trajectories that the figure is of; their mean is
+    the figure. ``weights``: sha256 of each network's file. ``equal_frames``: generated frames without any error, which
+    count as 100 dB. Seconds are sums over clips and trajectories: of waiting for the generator, and of measuring.
     """
 
     protocol: PredictionProtocol
     clips: int
     far_compat: bool
+    warnings: tuple[str, ...]
     weights: dict[str, str]
     figures: dict[str, Figure]
     curves: dict[str, tuple[float, ...]]
@@ -82,37 +84,18 @@ class PredictionResult:
     def from_json(cls, text: str, where: str = "prediction result") -> PredictionResult:
         """What :meth:`to_json` wrote. UserError names ``where`` and the field."""
 
-        def refuse(constant: str) -> NoReturn:
-            raise ValueError(f"it holds {constant}")
-
-        try:
-            row = json.loads(text, parse_constant=refuse)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON of finite numbers ({error}); score again") from error
+        remedy = "score again"
+        row = typed(parse_json(text, where, remedy), dict[str, object], where, remedy)
         names = {field.name for field in fields(cls)} | {"schema"}
-        if not isinstance(row, dict) or set(row) != names or row["schema"] != SCHEMA:
-            wrong = sorted(set(row) ^ names) if isinstance(row, dict) else ["not an object"]
-            raise UserError(f"{where}: fields or 'schema' differ from {SCHEMA} ({', '.join(wrong)}); score again")
-        del row["schema"]
-        try:
-            protocol = PredictionProtocol(**{**row["protocol"], "seeds": tuple(row["protocol"]["seeds"])})
-            figures = {name: Figure(**figure) for name, figure in row["figures"].items()}
-            curves = {name: tuple(float(value) for value in curve) for name, curve in row["curves"].items()}
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{where}: 'protocol', 'figures' or 'curves' is not as written ({error})") from error
-        for name, kind in (("clips", int), ("far_compat", bool), ("weights", dict), ("equal_frames", int)):
-            if type(row[name]) is not kind:
-                raise UserError(f"{where}: '{name}' is not of kind {kind.__name__}; score again")
-        return cls(**{**row, "protocol": protocol, "figures": figures, "curves": curves})
+        if set(row) != names or row["schema"] != SCHEMA:
+            wrong = ", ".join(sorted(set(row) ^ names))
+            raise UserError(f"{where}: fields or 'schema' differ from {SCHEMA} ({wrong}); score again")
+        return typed(row, cls, where, remedy)
 
     @classmethod
     def read(cls, path: Path) -> PredictionResult:
         """The result of a file. UserError names it."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); score again") from error
-        return cls.from_json(text, str(path))
+        return cls.from_json(read_text(path, "score again"), str(path))
 
 
 def result_table(results: Mapping[str, PredictionResult]) -> Table:
@@ -125,7 +108,9 @@ def result_table(results: Mapping[str, PredictionResult]) -> Table:
         raise UserError(f"results of different protocols do not share a table: {' | '.join(titles) or 'none given'}")
     if len({json.dumps(result.weights, sort_keys=True) for result in results.values()}) != 1:
         raise UserError("results by different metric networks do not share a table; score all with the same weights")
-    table = Table(title=titles[0], title_justify="left")
+    warnings = dict.fromkeys(warning for result in results.values() for warning in result.warnings)
+    notes = "\n".join(f"Note: {warning}." for warning in warnings)
+    table = Table(title=titles[0], title_justify="left", caption=notes or None, caption_justify="left")
     table.add_column("model")
     shown = [name for name in MEASURES if any(name in result.figures for result in results.values())]
     for name in shown:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scd_sf.files import sha256_file
 from scd_sf.metrics.fvd import FeatureExtractor, VideoFrechet
 from scd_sf.metrics.i3d import (
     FEWEST_FRAMES,
@@ -113,12 +114,23 @@ class Detector(nn.Module):
 def test_torchscript_runs_only_when_known_or_trusted(tmp_path: Path) -> None:
     path = tmp_path / "i3d_torchscript.pt"
     torch.jit.script(Detector()).save(str(path))
-    with pytest.raises(UserError, match="it is a program: pass trust=True"):
+    own = sha256_file(path)
+    with pytest.raises(UserError, match=f"sha256 is {own}, not bec6519.*is a program"):
         TorchscriptFeatures(path)
     videos = clips(3)
-    (rows,) = TorchscriptFeatures(path, trust=True)(videos)
+    (rows,) = TorchscriptFeatures(path, own)(videos)
     wanted = (videos * 2 - 1).mean(dim=(3, 4)).transpose(1, 2).flatten(1)
     torch.testing.assert_close(rows[:, 0], wanted.double())
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a TorchScript file"):
-        TorchscriptFeatures(path, trust=True)
+    with pytest.raises(UserError, match="not a TorchScript file of I3D"):
+        TorchscriptFeatures(path, sha256_file(path))
+    with pytest.raises(UserError, match="cannot be read"):
+        TorchscriptFeatures(tmp_path / "none.pt")
+
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+    torch.jit.script(Other()).save(str(path))
+    with pytest.raises(UserError, match="not StyleGAN-V's I3D"):
+        TorchscriptFeatures(path, sha256_file(path))(videos)

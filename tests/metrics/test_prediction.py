@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from scd_sf.metrics.frames import ssim_frames
 from scd_sf.metrics.fvd import frechet_distance
+from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer, frame_figure, through_h264, video_figure
 from scd_sf.metrics.prediction_protocols import PROTOCOLS, PredictionProtocol, Reduction, named_protocol
 from scd_sf.metrics.prediction_result import Figure, PredictionResult, result_table
@@ -63,17 +65,19 @@ def test_the_named_protocols_are_the_published_ones() -> None:
         for name, p in PROTOCOLS.items()
     }
     assert facts == {
-        "minecraft-fvd": ("1", 36, 264, 256, 128, (0,), "mean"),
-        "minecraft-frames": ("1", 144, 156, 256, 128, (0,), "mean"),
-        "minecraft-scd": ("1", 144, 156, 256, 128, (0, 1, 2, 3), "best"),
-        "far-minecraft": ("1", 144, 156, 256, 128, (0, 2, 4, 6), "mean"),
-        "far-minecraft-fvd": ("1", 36, 264, 256, 128, (0, 2, 4, 6), "mean"),
-        "ucf101": ("1", 4, 12, 256, 64, tuple(range(100)), "best"),
-        "realestate10k": ("1", 16, 48, 256, 256, (0,), "mean"),
+        "minecraft-fvd": ("2", 36, 264, 256, 128, (0,), "mean"),
+        "minecraft-frames": ("2", 144, 156, 256, 128, (0,), "mean"),
+        "minecraft-scd": ("2", 144, 156, 256, 128, (0, 1, 2, 3), "best"),
+        "far-minecraft": ("2", 144, 156, 256, 128, (0, 2, 4, 6), "mean"),
+        "far-minecraft-fvd": ("2", 36, 264, 256, 128, (0, 2, 4, 6), "mean"),
+        "ucf101": ("2", 4, 12, 256, 64, tuple(range(100)), "best"),
+        "realestate10k": ("2", 16, 48, 256, 256, (0,), "mean"),
     }
+    assert all(p.ssim == "valid" for p in PROTOCOLS.values())
+    assert replace(small((0,)), ssim="padded").title.endswith("1 trajectory, SSIM with padded borders")
     assert all(p.fvd_context and p.first_frame == 0 and p.selection for p in PROTOCOLS.values())
-    assert named_protocol("ucf101").title == "ucf101 v1: 4 -> 12 frames of 64 px, 256 clips, best of 100"
-    assert small((0,)).title.startswith("custom, not comparable v1: 2 -> 3")
+    assert named_protocol("ucf101").title == "ucf101 v2: 4 -> 12 frames of 64 px, 256 clips, best of 100"
+    assert small((0,)).title.startswith("custom, not comparable v2: 2 -> 3")
     with pytest.raises(UserError, match="use one of minecraft-fvd"):
         named_protocol("kinetics")
     for wrong, message in (
@@ -81,6 +85,7 @@ def test_the_named_protocols_are_the_published_ones() -> None:
         ({"seeds": (1, 1)}, "a seed is there twice"),
         ({"seeds": ()}, "seeds is 0"),
         ({"reduce": "worst"}, "use 'best' or 'mean'"),
+        ({"ssim": "same"}, "use one of valid, padded"),
     ):
         with pytest.raises(UserError, match=message):
             replace(small(), **wrong)  # type: ignore[arg-type]
@@ -242,14 +247,14 @@ def test_scores_are_kept_and_a_run_resumes(tmp_path: Path) -> None:
     assert timeless[0] == timeless[1]
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10_000
     for other in (
-        PredictionScorer(replace(protocol, version="2"), NETWORKS),
+        PredictionScorer(replace(protocol, version="1"), NETWORKS),
         PredictionScorer(protocol, replace(NETWORKS, weights={})),
         PredictionScorer(protocol, NETWORKS, far_compat=True),
     ):
         with pytest.raises(UserError, match="another protocol, weights or codec"):
             other.resume(tmp_path)
     (tmp_path / "clip-00001.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"clip-00001\.safetensors: not a clip's score"):
+    with pytest.raises(UserError, match=r"clip-00001\.safetensors: .*not a clip's score; delete it"):
         PredictionScorer(protocol, NETWORKS).resume(tmp_path)
 
 
@@ -261,8 +266,44 @@ def test_far_s_way_goes_through_a_codec_on_both_sides_and_says_so() -> None:
     plain, compatible = (scored(small((0,)), (0.1,), far_compat=far) for far in (False, True))
     assert compatible.result().figures["psnr"] != plain.result().figures["psnr"]
     assert "FAR-compatible" in compatible.result().title and "FAR" not in plain.result().title
+    one, other = compatible.scores[0].frames["ssim"], plain.scores[0].frames["ssim"]
+    assert plain.ssim == "valid" and compatible.ssim == "padded" and not torch.allclose(one, other)
+    padded = scored(replace(small((0,)), ssim="padded"), (0.1,))
+    whole, truth = noisy(0, 0.1)[None], reference(0)[None, 2:]
+    assert torch.equal(padded.scores[0].frames["ssim"], ssim_frames(whole, truth, "padded"))
+    assert torch.equal(other, ssim_frames(whole, truth)) and padded.key != plain.key
     several = scored(small(), (0.1, 0.2, 0.3), far_compat=True)
     assert several.scores[0].real is not None and several.scores[0].real.shape[0] == 3, "each with its own decoding"
+
+
+def test_an_fvd_that_does_not_compare_says_so() -> None:
+    """In the JSON and under the table: too few clips for the features, and FAR's way without FAR's network."""
+    few = "FVD of 4 clips in 15 dimensions: the covariances are singular"
+    other = "FVD does not compare with FAR's and SCD's"
+    plain = scored(small((0,)), (0.1,)).result()
+    assert len(plain.warnings) == 1 and plain.warnings[0].startswith(few)
+    assert json.loads(plain.to_json())["warnings"] == list(plain.warnings)
+    compatible = scored(small((0,)), (0.1,), far_compat=True).result()
+    assert [text[: len(other)] for text in compatible.warnings[1:]] == [other]
+    console = Console(width=400, file=io.StringIO())
+    with console.capture() as printed:
+        console.print(result_table({"ours": compatible}))
+    assert f"Note: {few}" in printed.get() and f"Note: {other}" in printed.get()
+
+    def warnings_of(weights: dict[str, str], *, far: bool, clips: int = 4) -> tuple[str, ...]:
+        networks, protocol = MetricNetworks(features=Means(), weights=weights), small((0,), clips=clips)
+        scorer = PredictionScorer(protocol, networks, far_compat=far)
+        for clip in range(clips):
+            scorer.add(clip, reference(clip), [noisy(clip, 0.1)])
+        return scorer.result().warnings
+
+    known = {"i3d_torchscript": TORCHSCRIPT_SHA256}
+    assert len(warnings_of(known, far=True)) == 1, "FAR's own network compares"
+    assert len(warnings_of({"i3d_torchscript": "0" * 64}, far=True)) == 2
+    assert warnings_of(known, far=False, clips=15) == ()
+    alone = PredictionScorer(small((0,), clips=1), MetricNetworks(), far_compat=True)
+    alone.add(0, reference(0), [noisy(0, 0.1)])
+    assert alone.result().warnings == (), "no FVD, nothing to warn of"
 
 
 def test_results_as_json(tmp_path: Path) -> None:
@@ -276,15 +317,16 @@ def test_results_as_json(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="NaN or infinite"):
             broken.to_json()
     for change, message in (
-        ({"schema": 2}, "'schema' differ"),
+        ({"schema": 1}, "'schema' differ"),
         ({"extra": 1}, "extra"),
-        ({"clips": "4"}, "'clips' is not of kind int"),
-        ({"figures": {"fvd": 3}}, "not as written"),
+        ({"clips": "4"}, r"Expected `int`, got `str` - at `\$\.clips`"),
+        ({"figures": {"fvd": 3}}, r"at `\$\.figures"),
+        ({"protocol": {**row["protocol"], "seeds": None}}, r"at `\$\.protocol\.seeds`"),
         ({"protocol": {**row["protocol"], "generated": 0}}, "generated is 0"),
     ):
         with pytest.raises(UserError, match=message):
             PredictionResult.from_json(json.dumps({**row, **change}))
-    with pytest.raises(UserError, match="it holds NaN"):
+    with pytest.raises(UserError, match="NaN is not a JSON number"):
         PredictionResult.from_json(result.to_json().replace('"equal_frames": 0', '"equal_frames": NaN'))
     with pytest.raises(UserError, match="cannot be read"):
         PredictionResult.read(tmp_path / "none.json")
@@ -296,7 +338,7 @@ def test_a_table_holds_one_protocol_only() -> None:
     with console.capture() as printed:
         console.print(result_table({"ours": best, "theirs": best}))
     text = printed.get()
-    assert "custom, not comparable v1" in text and "ours" in text and "psnr" in text and "lower is better" in text
+    assert "custom, not comparable v2" in text and "ours" in text and "psnr" in text and "lower is better" in text
     for other in (mean, replace(best, clips=3), replace(best, weights={"i3d": "1"}), replace(best, far_compat=True)):
         with pytest.raises(UserError, match="do not share a table"):
             result_table({"ours": best, "theirs": other})

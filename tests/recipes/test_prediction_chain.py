@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recipe_runner
 import torch
 from diffusers import AutoencoderDC
 
+from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.frames import FrameClips
+from scd_sf.files import sha256_file
+from scd_sf.metrics.prediction_protocols import named_protocol
 from scd_sf.metrics.prediction_result import PredictionResult
 from scd_sf.models.tokenizers import Normalisation, save_tokenizer
+from scd_sf.types import UserError
 
 EVALUATE = "recipes/evaluate_prediction.py"
 SCD = "{encoder_layers: [0, 1], decoder: {layers: [2], fusion: paper, prefix_rope: temporal, prefix_time: step}}"
@@ -92,6 +97,31 @@ def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> Non
         recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, tmp_path / name, f"checkpoint={name}"))
         scores[name] = PredictionResult.read(tmp_path / name / "result.json").figures["psnr"].value
     assert scores["repeat"] > scores["reconstruction"]  # a random tokenizer reconstructs nothing
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+def test_ssim_and_fvd_s_network_can_be_chosen(tmp_path: Path) -> None:
+    """Named protocols too; a TorchScript file runs only when its hash is named; nothing is chosen in vain."""
+    script = recipe_runner.load_script(EVALUATE)
+    given = ["checkpoint=repeat", "tokenizer=x", "out=x", "pixels.root=x"]
+
+    def configured(*more: str) -> Any:
+        return load_config(script.EvaluatePredictionConfig, None, [*given, *more])
+
+    assert configured("protocol=minecraft-scd").rules() == named_protocol("minecraft-scd")
+    assert configured("protocol=minecraft-scd", "ssim=padded").rules().ssim == "padded"
+    assert configured("ssim=padded").rules().ssim == "padded" and configured().rules().ssim == "valid"
+    with pytest.raises(UserError, match="ssim"):
+        configured("ssim=same")
+    with pytest.raises(UserError, match="i3d_torchscript is for FVD"):
+        configured("i3d_torchscript=x", "fvd=false")
+    file, device = tmp_path / "i3d_torchscript.pt", torch.device("cpu")
+    torch.jit.script(torch.nn.Flatten()).save(str(file))
+    own = sha256_file(file)
+    with pytest.raises(UserError, match=f"sha256 is {own}, not bec6519"):
+        configured(f"i3d_torchscript={file}").metric_networks(device)
+    with pytest.raises(UserError, match="lpips_alex"):  # accepted; the weights of the other network are not there
+        configured(f"i3d_torchscript={file}", f"i3d_sha256={own}", f"metrics={tmp_path}").metric_networks(device)
 
 
 def test_what_does_not_fit_is_refused(chain: Path, doom_actions: Path, tmp_path: Path) -> None:
