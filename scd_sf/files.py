@@ -301,8 +301,8 @@ def read_bytes(path: Path, remedy: str, limit: int = JSON_BYTES) -> bytes:
                 f"{path}: {status.st_size:,} bytes, more than the {limit:,} that are read of such a file; {remedy}"
             )
         with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
+            data = file.read(status.st_size + 1)
+        if len(data) > status.st_size:
             raise UserError(f"{path}: grows while it is read; {remedy}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error

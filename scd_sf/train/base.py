@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +12,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from scd_sf.files import read_typed
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, gathered
 from scd_sf.types import UserError
 
+MOST_RANKS = 1_000_000
 _log = logging.getLogger(__name__)
 
 
@@ -212,17 +213,24 @@ def engine_state(engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[S
     return EngineState.copied(ranks.rank, {kind: parts(kind) for kind in kinds}, buffers, counters)
 
 
-def read_counters(path: Path) -> dict[str, int]:
-    """Updates, skipped, files. Raises UserError when there is no such state."""
-    file = path / "engine.json"
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        return {name: int(saved[name]) for name in ("updates", "skipped", "files")}
-    except (OSError, ValueError, KeyError) as error:
+@dataclass(frozen=True)
+class Counters:
+    """``engine.json``: what an engine has done, and how many ranks' files its state is in."""
+
+    updates: int
+    skipped: int
+    files: int
+
+
+def read_counters(path: Path) -> Counters:
+    """Raises UserError when there is no such state."""
+    remedy = "check the checkpoint, or start a new run from its model.safetensors"
+    counters = read_typed(path / "engine.json", Counters, f"no engine state to resume from: {remedy}")
+    if not (counters.updates >= 0 and counters.skipped >= 0 and 1 <= counters.files <= MOST_RANKS):
         raise UserError(
-            f"{file}: no engine state to resume from ({error!r}); check the checkpoint, or start a new run from its "
-            "model.safetensors"
-        ) from error
+            f"{path / 'engine.json'}: counts {counters.updates}, {counters.skipped}, {counters.files}; {remedy}"
+        )
+    return counters
 
 
 def _nearest(value: int, multiple: int) -> int:

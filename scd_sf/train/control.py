@@ -5,7 +5,8 @@
                                  finish the micro-batch, save, leave with exit code 75: "run me again"
     kill -USR2 PID               append that process's stacks to RUN/heartbeat/rank_NNNNN.stacks
 
-Rank 0 alone looks at the files, and all ranks agree between micro-batches, so none leaves alone. Every rank rewrites
+A wish is an empty regular file, as ``touch`` makes it; anything else of that name is somebody's and stays. Rank 0 alone
+looks at the files, and all ranks agree between micro-batches, so none leaves alone. Every rank rewrites
 ``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread: a time that stands still means a process that
 is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json`` says how the job stands or ended.
 """
@@ -13,19 +14,21 @@ is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from scd_sf.files import process_lives, read_typed, write_json
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 
@@ -42,6 +45,16 @@ class Wish(IntEnum):
     STOP = 2
 
 
+@dataclass(frozen=True)
+class Beat:
+    """One rank's last sign of life; ``time`` in unix seconds."""
+
+    time: float
+    step: int
+    pid: int
+    host: str
+
+
 class Control:
     """One job's ears and pulse. ``start`` on every rank, ``beat`` and ``wish`` once per step, ``close`` at the end."""
 
@@ -56,9 +69,7 @@ class Control:
     def start(self, step: int, total: int) -> None:
         """Listen from now on. A wish left by an earlier job is dropped."""
         (self.dir / "heartbeat").mkdir(parents=True, exist_ok=True)
-        if self.ranks.is_main:
-            for name in ("save", "stop"):
-                (self.dir / name).unlink(missing_ok=True)
+        self.granted()
         self.total = total
         for number in _STOP_SIGNALS:
             self._old[number] = signal.signal(number, self._asked)
@@ -72,20 +83,20 @@ class Control:
         """This rank begins ``step``."""
         self._step = step
         record = {"time": round(time.time(), 3), "step": step, "pid": os.getpid(), "host": socket.gethostname()}
-        _replace(self._file("json"), record)
+        write_json(self._file("json"), record, durable=False)
 
     def say(self, state: str, reason: str = "") -> None:
         """``status.json``: running, finished, interrupted (run it again) or failed, and why (rank 0)."""
         if self.ranks.is_main:
             record = {"state": state, "reason": reason, "step": self._step, "total": self.total, "time": time.time()}
-            _replace(self.dir / "status.json", record)
+            write_json(self.dir / "status.json", record, durable=False)
 
     def wish(self) -> Wish:
         """What anybody asked any rank for since the last call; the same on all ranks, which all call it."""
         own = Wish.STOP if self.reason else Wish.NONE
         if self.ranks.is_main:
             for name, meaning in (("save", Wish.SAVE), ("stop", Wish.STOP)):
-                if (self.dir / name).exists():
+                if _is_wish(self.dir / name):
                     own = max(own, meaning)
                     self.reason = self.reason or (f"{self.dir / name}" if meaning is Wish.STOP else "")
         return Wish(self.ranks.max(own))
@@ -94,7 +105,8 @@ class Control:
         """The wishes of this step are fulfilled: remove the files that asked (rank 0)."""
         if self.ranks.is_main:
             for name in ("save", "stop"):
-                (self.dir / name).unlink(missing_ok=True)
+                if _is_wish(self.dir / name):
+                    (self.dir / name).unlink(missing_ok=True)
 
     def blame(self, error: BaseException, patience: float = 5.0) -> UserError | None:
         """An error that names the rank that is gone, when one is; None when all live and ``error`` is our own.
@@ -143,14 +155,14 @@ class Control:
         here, now, found = socket.gethostname(), time.time(), []
         for rank in range(self.ranks.world):
             try:
-                beat = json.loads(self._file("json", rank).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                beat = read_typed(self._file("json", rank), Beat, "remove it")
+            except UserError:
                 continue
-            age = now - beat["time"]
-            alive = _runs(beat["pid"]) if beat["host"] == here else age < 3 * self.interval
+            age = now - beat.time
+            alive = process_lives(beat.pid) if beat.host == here else age < 3 * self.interval
             if not alive:
                 found.append(
-                    f"rank {rank} (process {beat['pid']} on {beat['host']}) is gone, last seen at step {beat['step']}, "
+                    f"rank {rank} (process {beat.pid} on {beat.host}) is gone, last seen at step {beat.step}, "
                     f"{age:.0f} s ago"
                 )
         return found
@@ -166,18 +178,10 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process of this host is there and not a zombie (Linux tells; elsewhere a zombie counts as running)."""
+def _is_wish(path: Path) -> bool:
+    """Whether a path is a file as ``touch`` makes it."""
     try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except ProcessLookupError:
+        status = path.lstat()
+    except OSError:
         return False
-    except (PermissionError, FileNotFoundError, IndexError):
-        return True
-
-
-def _replace(file: Path, record: dict[str, object]) -> None:
-    partial = file.with_name(f"{file.name}.{threading.get_ident()}.part")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0

@@ -246,19 +246,19 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load(self, path: Path) -> None:
         saved = read_counters(path)
-        files, state = StateFiles(path, saved["files"]), self._engine.basic_optimizer.state
+        files, state = StateFiles(path, saved.files), self._engine.basic_optimizer.state
         state.clear()
-        if saved["updates"]:
+        if saved.updates:
             for flat in self._flats():
-                step = torch.tensor(float(saved["updates"]), device=flat.device)
+                step = torch.tensor(float(saved.updates), device=flat.device)
                 state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
-        for kind in (MASTER, *MOMENTS) if saved["updates"] else (MASTER,):
+        for kind in (MASTER, *MOMENTS) if saved.updates else (MASTER,):
             for shard in self._stored(kind):
                 shard.values.copy_(files.read(kind, shard))
         for name, value in self.module.named_buffers():
-            value.copy_(files.whole(name))
+            value.copy_(files.whole(name, value))
         self._refresh_weights()
-        self.updates, self._skips.total = saved["updates"], saved["skipped"]
+        self.updates, self._skips.total = saved.updates, saved.skipped
 
     def _refresh_weights(self) -> None:
         """What the forward uses, from the masters."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scd_sf.checkpoint import STATE, SaveFailed, problem_of
 from scd_sf.data.latents import epoch_order
+from scd_sf.files import read_typed, safe_path
 from scd_sf.train.base import Diverged, Engine
 from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
 from scd_sf.train.ema import Ema, EmaConfig
@@ -115,6 +116,23 @@ class _Interrupted(Exception):
         self.done = done
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """``recipe.json`` of a checkpoint. In ``record`` null stands for a number that was not finite."""
+
+    step: int
+    ema_updates: int
+    record: dict[str, float | None]
+    extra: list[str]
+
+    def numbers(self, path: Path) -> dict[str, float]:
+        """``record``. UserError when a number that decides something is not there."""
+        for key, value in self.record.items():
+            if value is None and not key.startswith(_BEGUN):
+                raise UserError(f"{path / STATE}/recipe.json: record.{key} is no number; resume from another step")
+        return {key: math.nan if value is None else float(value) for key, value in self.record.items()}
+
+
 class TrainState:
     """Everything a run needs to go on: engines, the EMA, and a small JSON record; saved and loaded as one.
 
@@ -145,9 +163,9 @@ class TrainState:
     def resume(self) -> int:
         """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
         path = self.run.resume_from()
-        step = self._load(path) if path is not None else 0
-        if path is None:
+        if path != self.checkpoints.path(self.train.steps):
             self._check_space()
+        step = self._load(path) if path is not None else 0
         self.run.start(step)
         return step
 
@@ -314,16 +332,17 @@ class TrainState:
         self.run.finished = back
 
     def _load(self, path: Path) -> int:
-        saved = json.loads((path / STATE / "recipe.json").read_text())
+        saved = read_typed(path / STATE / "recipe.json", _Saved, "resume from another step")
         for name, engine in self.engines.items():
             engine.load(path / STATE / name)
-        updates, masters = int(saved["ema_updates"]), list(self.engines["model"].owned())
+        updates, masters = saved.ema_updates, list(self.engines["model"].owned())
         self.ema.restore(read_shards(path / "ema.safetensors", masters), updates)
-        self.record = {key: float(value) for key, value in saved["record"].items()}
-        self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in saved["extra"]}
+        self.record = saved.numbers(path)
+        self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in saved.extra}
         for name, ema in self.extra.items():
-            ema.restore(read_shards(path / f"{name}.safetensors", masters), updates)
-        return int(saved["step"])
+            file = safe_path(path, f"{name}.safetensors", f"{path}: an average of recipe.json")
+            ema.restore(read_shards(file, masters), updates)
+        return saved.step
 
     def _bytes(self) -> int:
         """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of every engine."""
@@ -335,7 +354,7 @@ class TrainState:
         record = {
             "step": step,
             "ema_updates": self.ema.updates,
-            "record": dict(self.record),
+            "record": {key: value if math.isfinite(value) else None for key, value in self.record.items()},
             "extra": sorted(self.extra),
         }
 
@@ -343,7 +362,7 @@ class TrainState:
             for name, state in states.items():
                 state.write(folder / name)
             if self.ranks.is_main:
-                (folder / "recipe.json").write_text(json.dumps(record) + "\n")
+                (folder / "recipe.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
         return write
 

@@ -7,21 +7,23 @@
 
 The directory holds ``config.yaml``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``. Metrics always go to
 JSONL and TensorBoard; wandb is optional, offline when no key is configured. Only rank 0 writes. Starting the same
-command again continues in the same directory; a different configuration there is refused.
+command again continues in the same directory; a different configuration there is refused, and so is a folder that
+holds anything and is no run.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 import math
-import os
 import random
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -31,12 +33,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scd_sf.checkpoint import Checkpoints
+from scd_sf.checkpoint import Checkpoints, problem_of
 from scd_sf.config import differences, plain_yaml, to_yaml
+from scd_sf.files import locked, parse_json, read_bytes, write_text
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import Logs, UserError
 
 YEAR_MINUTES = 525_600.0
+OURS = re.compile(r"\.lock|\.writable|\.part-.*|config\.yaml\.part")  # in a folder in which a run did not come to begin
+METRICS_BYTES = 2**40  # of a curve: a hundred million lines
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,6 +66,8 @@ class RunConfig:
     peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.dir.strip():
+            raise ValueError("dir is empty, which would be the current folder; name a new one, as run.dir=runs/mine")
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
@@ -82,13 +90,15 @@ class Run:
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._bar: _Bar | None = None
-        self._lock: TextIO | None = None
+        self._held = ExitStack()
         self.finished = 0
         self.tokens_per_step, self.flops_per_step = 0, 0.0
         self._logged = math.nan
-        problem = self._claim(config, ("run", *may_change)) if ranks.is_main else None
-        if ranks.any(problem is not None):
-            self._release()
+        problem = ""
+        if ranks.is_main:
+            problem = problem_of(lambda: self._claim(config, ("run", *may_change)))
+        if ranks.any(bool(problem)):
+            self._held.close()
             raise UserError(problem or f"{self.dir}: rank 0 could not use the run directory; see its message")
         seed_everything(cfg.seed)
 
@@ -193,44 +203,39 @@ class Run:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-        self._release()
+        self._held.close()
 
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def _claim(self, config: object, may_change: Sequence[str]) -> str | None:
-        """Make the directory, or check that it holds this configuration. Returns what is wrong, if anything."""
+    def _claim(self, config: object, may_change: Sequence[str]) -> None:
+        """Make the directory, or check that it holds this configuration. UserError: it cannot be used."""
         file = self.dir / "config.yaml"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            probe = self.dir / ".writable"
-            probe.write_text("")
-            probe.unlink()
+            if not file.is_file():
+                self._check_strangers()
+            self._held.enter_context(locked(self.dir, "this training"))
         except OSError as error:
-            return f"{self.dir}: cannot write the run directory ({error}); set run.dir to a writable place"
-        self._lock = (self.dir / ".lock").open("w", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when this process ends
-        except BlockingIOError:
-            return f"{self.dir}: another job is using this run directory; wait for it, or set another run.dir"
-        except OSError as error:
-            print(f"{self.dir}: no file locks here ({error}): start no second job in it", file=sys.stderr, flush=True)
-        if file.exists():
-            changed = {
-                key: values
-                for key, values in differences(plain_yaml(file), config).items()
-                if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
-            }
-            if changed:
-                key, (old, new) = next(iter(changed.items()))
-                return (
-                    f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
-                    f"or {key}={old} to continue that run"
-                )
-        _replace_text(file, to_yaml(config))
-        return None
+            remedy = "set run.dir to a writable place"
+            raise UserError(f"{self.dir}: cannot write the run directory ({error.strerror}); {remedy}") from error
+        changed = {
+            key: values
+            for key, values in (differences(plain_yaml(file), config) if file.is_file() else {}).items()
+            if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
+        }
+        if changed:
+            key, (old, new) = next(iter(changed.items()))
+            raise UserError(
+                f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
+                f"or {key}={old} to continue that run"
+            )
+        write_text(file, to_yaml(config))
+
+    def _check_strangers(self) -> None:
+        """UserError when the folder has contents: without ``config.yaml`` they are no run's."""
+        if others := sorted(path.name for path in self.dir.iterdir() if not OURS.fullmatch(path.name)):
+            raise UserError(
+                f"{self.dir}: holds other files ({others[0]}) and no run (no config.yaml); nothing of others is "
+                "touched: set run.dir to a new folder"
+            )
 
 
 class _Bar:
@@ -324,24 +329,25 @@ def _run_id(directory: Path) -> str:
 
 
 def _drop_after(file: Path, step: int) -> None:
-    """Remove records of steps after ``step`` (and a line cut short by a crash), atomically."""
+    """Remove records of steps after ``step``, and lines that are no records (cut short by a crash), atomically."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line)
-    _replace_text(file, "".join(f"{line}\n" for line in kept))
+    lines = [line for line in read_bytes(file, "move it away", METRICS_BYTES).split(b"\n") if line.strip()]
+    steps = [_step_of(line) for line in lines]
+    if odd := steps.count(None):
+        _log.warning("%s: %d lines are no records and are left out", file, odd)
+    kept = [line for line, own in zip(lines, steps, strict=True) if own is not None and own <= step]
+    write_text(file, "".join(f"{line.decode()}\n" for line in kept))
 
 
-def _replace_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def _step_of(line: bytes) -> int | None:
+    """The step of a record; None: not a record."""
+    try:
+        record = parse_json(line.decode(), "metrics", "none")
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if type(step) is int else None
 
 
 def _clock(seconds: float) -> str:

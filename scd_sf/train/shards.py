@@ -5,7 +5,6 @@ State on disk is one file of parts per rank. A part says where it belongs, so ot
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from scd_sf.files import foreign, write_json, write_tensors
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 
@@ -108,14 +107,14 @@ class EngineState:
     def write(self, path: Path) -> None:
         """This rank's file in ``path``, and ``engine.json`` beside it from the main rank."""
         path.mkdir(parents=True, exist_ok=True)
-        save_file(dict(self.tensors), path / f"rank{self.rank}.safetensors")
+        write_tensors(path / f"rank{self.rank}.safetensors", self.tensors)
         if self.rank == 0:
             write_counters(path, self.counters)
 
 
 def write_counters(path: Path, counters: Mapping[str, int]) -> None:
     """``engine.json``: the update counts, and how many ranks' files there are."""
-    (path / "engine.json").write_text(json.dumps(dict(counters)) + "\n", encoding="utf-8")
+    write_json(path / "engine.json", counters)
 
 
 class StateFiles:
@@ -127,16 +126,14 @@ class StateFiles:
         self._parts: dict[str, list[tuple[int, int, str]]] = {}
         for rank in range(count):
             file = path / f"rank{rank}.safetensors"
-            try:
+            with foreign(file, "use another checkpoint"):
                 opened = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); use another checkpoint") from error
-            for key in opened.keys():  # noqa: SIM118  # not a mapping
-                self._where[key] = opened
-                if "@" in key:
-                    name, _, start = key.rpartition("@")
-                    length = opened.get_slice(key).get_shape()[0]
-                    self._parts.setdefault(name, []).append((int(start), int(start) + length, key))
+                for key in opened.keys():  # noqa: SIM118  # not a mapping
+                    self._where[key] = opened
+                    if "@" in key:
+                        name, _, start = key.rpartition("@")
+                        (length,) = opened.get_slice(key).get_shape()
+                        self._parts.setdefault(name, []).append((int(start), int(start) + length, key))
 
     def read(self, kind: str, like: Shard) -> Tensor:
         """The elements that ``like`` covers, 1-d on the CPU, put together from the parts.
@@ -157,11 +154,13 @@ class StateFiles:
         ]
         return torch.cat(found) if found else torch.empty(0)
 
-    def whole(self, name: str) -> Tensor:
-        """A tensor of the main rank's ``whole``."""
+    def whole(self, name: str, like: Tensor) -> Tensor:
+        """A tensor of the main rank's ``whole``, of the shape of ``like``. Raises UserError when there is none."""
         key = f"buffer/{name}"
-        if key not in self._where:
+        value = self._where[key].get_tensor(key) if key in self._where else None
+        if value is None or value.shape != like.shape:
             raise UserError(
-                f"{self.path}: no buffer {name!r}; resume with the configuration the checkpoint was made with"
+                f"{self.path}: no buffer {name!r} of shape {tuple(like.shape)}; resume with the configuration the "
+                "checkpoint was made with"
             )
-        return self._where[key].get_tensor(key)
+        return value

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from scd_sf.files import write_tensors
 from scd_sf.train.base import Engine
 from scd_sf.train.run import Run
 
@@ -49,7 +48,7 @@ def keeping(
         if engine.skipped > before:
             try:
                 _write(run, step, who, samples, batch)
-            except (OSError, SafetensorError) as error:  # a full disk must not stop one rank alone
+            except OSError as error:  # a full disk must not stop one rank alone
                 _log.warning("the batch of the skipped update %d could not be kept: %s", step, error)
 
 
@@ -64,8 +63,8 @@ def _write(run: Run, step: int, who: str, samples: Sequence[int], batch: Sequenc
         {"number": part.number, "indices": part.indices, "prompts": part.prompts, "loss": str(float(part.loss))}
         for part in batch
     ]
-    save_file(
-        {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
+    write_tensors(
         folder / f"step_{step:08d}_{who}_rank_{run.ranks.rank}.safetensors",
-        metadata={"micro_batches": json.dumps(rows)},
+        {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
+        {"micro_batches": json.dumps(rows)},
     )

@@ -141,7 +141,7 @@ def test_one_directory_one_job(chain: Chain, tmp_path: Path) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run))
-    assert result.code == 2 and "another job is using this run directory" in result.err
+    assert result.code == 2 and "is at work in it" in result.err and "training" in result.err
 
 
 @pytest.mark.slow

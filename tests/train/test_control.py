@@ -42,6 +42,22 @@ def test_files_ask(control: Control) -> None:
     assert not (control.dir / "stop").exists()
 
 
+def test_only_what_touch_makes_is_a_wish(tmp_path: Path) -> None:
+    """Files of others that are called so, folders and links are neither obeyed nor removed."""
+    (tmp_path / "save").write_text("my notes")
+    (tmp_path / "empty").touch()
+    (tmp_path / "stop").symlink_to(tmp_path / "empty")
+    control = Control(tmp_path, ALONE)
+    control.start(0, total=1)
+    assert control.wish() is Wish.NONE
+    control.granted()
+    control.close()
+    assert (tmp_path / "save").read_text() == "my notes" and (tmp_path / "stop").is_symlink()
+    (tmp_path / "stop").unlink()
+    (tmp_path / "stop").mkdir()
+    assert control.wish() is Wish.NONE
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_ask_to_stop(control: Control, number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
@@ -95,5 +111,6 @@ def test_blames_who_is_gone_and_nobody_else(tmp_path: Path) -> None:
     elsewhere = {"time": time.time() - 1000, "step": 6, "pid": 1, "host": "another"}
     file.write_text(json.dumps(elsewhere))
     assert "on another) is gone" in str(control.blame(RuntimeError("timeout"), patience=0.0))
-    file.write_text(json.dumps({**elsewhere, "time": time.time()}))
-    assert control.blame(RuntimeError("timeout"), patience=0.0) is None
+    for harmless in ({**elsewhere, "time": time.time()}, {}, [1], {**elsewhere, "time": "now"}, {"pid": 2**70}):
+        file.write_text(json.dumps(harmless))
+        assert control.blame(RuntimeError("timeout"), patience=0.0) is None

@@ -72,6 +72,67 @@ def test_resume_drops_later_records_and_a_cut_line(tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in records] == [(1, 0.0), (2, 0.0), (3, 9.0)]
 
 
+@pytest.mark.parametrize("odd", ["[]", "7", '{"loss": 1}', '{"step": "1"}', '{"step": 1e0}', "[" * 10000, "\udcff"])
+def test_an_odd_line_of_the_metrics_forbids_nothing(tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = open_run(tmp_path)
+    run.log(1, {"loss": 0.5})
+    run.finish()
+    with (tmp_path / "metrics.jsonl").open("a", errors="surrogateescape") as file:
+        file.write(f"{odd}\n")
+    run = open_run(tmp_path)
+    run.start(1)
+    run.log(2, {"loss": 0.25})
+    run.finish()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and "1 lines are no records" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "save", ".git", "config.yaml", "checkpoints"])
+def test_a_folder_of_others_is_no_run_directory(tmp_path: Path, name: str) -> None:
+    """Nothing is written into it, not even the lock; what a run left that did not come to begin is no stranger's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("other: 1\n")
+    with pytest.raises(UserError, match=r"holds other files|is 1 there but"):
+        open_run(tmp_path / "mine")
+    left = {path.name for path in (tmp_path / "mine").iterdir()} - ({".lock"} if name == "config.yaml" else set())
+    assert left == {name} and (tmp_path / "mine" / name).read_text() == "other: 1\n"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".lock").write_text("process 1 of here\n")
+    open_run(tmp_path / "begun")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"dir": ""}, "dir is empty"),
+        ({"dir": " "}, "dir is empty"),
+        ({"heartbeat_seconds": 1e-9}, "heartbeat_seconds is 1e-09; it must be between"),
+        ({"heartbeat_seconds": 1e12}, "heartbeat_seconds is"),
+        ({"timeout_minutes": 1e300}, "timeout_minutes is"),
+        ({"peak_tflops": -1.0}, "peak_tflops is"),
+    ],
+)
+def test_fields_out_of_range(field: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RunConfig(**{"dir": "runs/x", **field})  # type: ignore[arg-type]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(tmp_path)
+    run.log(1, {"loss": 0.5})
+    run.finish()
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    run = open_run(tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run.start(1)
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     open_run(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
