@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
@@ -222,13 +223,8 @@ def verify(path: Path) -> None:
 
 
 def load_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Tensors of one safetensors file. Raises UserError when it is missing or not a whole safetensors file."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing; check the checkpoint path")
-    try:
-        return load_file(str(file), device=device)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from error
+    """Tensors of one safetensors file. Raises UserError when it is missing, no whole safetensors file, or holds NaN."""
+    return {name: tensor.to(device) for name, tensor in read_tensors(file, "use another checkpoint").items()}
 
 
 def read_provenance(path: Path) -> dict[str, object]:

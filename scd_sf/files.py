@@ -37,6 +37,7 @@ T = TypeVar("T")
 JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
 NAME_BYTES = 255  # of one file name, on every file system in use
 LFS_POINTER = b"version https://git-lfs"
+POINTER = "a Git LFS pointer, not the file itself: run `git lfs pull`"
 _PART = re.compile(r"^\.part-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}$")
 
 # ------------------------------------------------------------------------------------------------------------- hashing
@@ -291,7 +292,8 @@ def reason(error: BaseException) -> str:
 
 
 def read_bytes(path: Path, remedy: str, limit: int = JSON_BYTES) -> bytes:
-    """A regular file of at most ``limit`` bytes. Raises UserError for anything else, before it is read."""
+    """A regular file of at most ``limit`` bytes. Raises UserError for anything else, before it is read, and for a
+    pointer of Git LFS."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -306,6 +308,8 @@ def read_bytes(path: Path, remedy: str, limit: int = JSON_BYTES) -> bytes:
             raise UserError(f"{path}: grows while it is read; {remedy}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{path}: {POINTER}")
     return data
 
 
@@ -369,3 +373,9 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is a pointer that Git LFS leaves in place of the contents."""
     with foreign(path, "check the path"), path.open("rb") as file:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """UserError for a file that :func:`is_lfs_pointer`: for readers that hand the path to a library."""
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: {POINTER}")

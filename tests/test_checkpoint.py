@@ -158,7 +158,7 @@ def test_unwritable_root_is_a_user_error(tmp_path: Path) -> None:
 
 def test_not_safetensors(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04evil")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match="unreadable safetensors"):
         load_tensors(tmp_path / "model.safetensors")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from scd_sf.files import foreign, read_bytes, sha256_file
 from scd_sf.metrics.weights import State, load_weights
+from scd_sf.tensor_files import check_finite, read_tensors
 from scd_sf.types import UserError
 
 CLASSES = 400
@@ -193,12 +194,7 @@ class I3dFeatures:
         Their own code normalises with eps 1e-5 where TensorFlow's network has 1e-3, which is what runs here.
         """
         digest = sha256_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a kind for each way a file can be wrong
-            raise UserError(f"{path}: not a state dict ({_line(error)}); give i3d_pretrained_400.pt") from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(f"{path}: holds more than tensors; give i3d_pretrained_400.pt of VideoGPT or TATS")
+        state = read_tensors(path, "give i3d_pretrained_400.pt of VideoGPT or TATS")
         return cls(place_i3d(state, str(path)), digest, device)
 
     @torch.no_grad()
@@ -234,6 +230,9 @@ class TorchscriptFeatures:
         with foreign(path, "not a TorchScript file of I3D; fetch it again"), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old; so is this file
             self.program = torch.jit.load(io.BytesIO(data), map_location=self.device).eval()
+            tensors = self.program.state_dict()
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, str(path))
         self.path = path
 
     @torch.no_grad()
@@ -246,8 +245,3 @@ class TorchscriptFeatures:
             with foreign(self.path, "not StyleGAN-V's I3D; fetch i3d_torchscript.pt again"):
                 rows.append(self.program(clip, rescale=False, resize=True, return_features=True).double().cpu())
         return (torch.stack(rows),)
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

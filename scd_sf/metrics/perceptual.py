@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.models.weights import read_tensors
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 _TRUNKS = {"features.28.weight": "vgg", "features.10.weight": "alex"}  # the last convolution of each

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 WHERE = (
@@ -54,13 +55,8 @@ def load_raft(path: Path) -> nn.Module:
     """RAFT with the weights of ``path``. UserError names the file and where weights are to be had."""
     from torchvision.models.optical_flow import raft_large
 
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a kind for each way a file can be wrong
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"raft {path}: cannot be read ({line}); it must be {WHERE}") from error
-    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-    if not tensors or not state:
+    state = read_tensors(path, f"it must be {WHERE}")
+    if not state:
         raise UserError(f"raft {path}: holds no weights; it must be {WHERE}")
     original = any(name.removeprefix("module.").startswith("fnet.") for name in state)
     model: nn.Module = raft_large(weights=None)

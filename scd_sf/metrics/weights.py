@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from scd_sf.files import read_json, sha256_file, write_json
+from scd_sf.files import read_json, refuse_lfs_pointer, sha256_file, write_json, write_tensors
 from scd_sf.metrics.archives import Archive, Arrays, download, read_arrays, read_member
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 RECORD = "weights.json"
@@ -96,8 +96,8 @@ def load_weights(name: str, folder: Path | None = None) -> tuple[State, str]:
 
     Raises UserError when they are not there yet or the file was changed.
     """
-    content, digest = _checked(metrics_folder(folder), name)
-    return load(content.read_bytes()), digest
+    path, digest = _checked(metrics_folder(folder), name)
+    return read_tensors(path, REMEDY), digest
 
 
 def _checked(folder: Path, name: str) -> tuple[Path, str]:
@@ -105,6 +105,8 @@ def _checked(folder: Path, name: str) -> tuple[Path, str]:
     path = folder / f"{name}.safetensors"
     if not (folder / RECORD).is_file():
         raise UserError(f"{path}: the metrics' weights are not there; {REMEDY} (or set SCD_METRICS to their folder)")
+    if path.is_file():
+        refuse_lfs_pointer(path)
     record = read_json(folder / RECORD, f"delete {folder} and {REMEDY}").get(name)
     digest = sha256_file(path) if path.is_file() else "missing"
     if not isinstance(record, dict) or record.get("sha256") != digest:
@@ -120,9 +122,7 @@ def _convert(source: Path, out: Path) -> dict[str, str]:
         arrays = read_arrays(read_member(paths[archive], member), f"{archive.file}: {member}")
         state = i3d_names(arrays) if name == "i3d" else lpips_names(arrays)
         path = out / f"{name}.safetensors"
-        partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-        partial.write_bytes(save(state))
-        partial.replace(path)
+        write_tensors(path, state)
         record[name] = {
             "sha256": sha256_file(path),
             "arrays": len(state),

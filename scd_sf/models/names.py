@@ -39,7 +39,10 @@ _OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
 _BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
-_PREFIXES = ("model", "diffusion_model", "generator", "generator_ema")
+ROOTS = {
+    "blocks", "patch_embedding", "text_embedding", "time_embedding", "time_projection", "head", "condition_embedder",
+    "proj_out", "scale_shift_table",
+}  # fmt: skip  # what the names of both layouts begin with
 _IMAGE = ("img_emb.", "condition_embedder.image_embedder.", ".k_img.", ".add_k_proj.")
 _OTHER_WANS = ("vace_", "face_adapter.", "motion_encoder.", "control_adapter.", "ref_conv.", "casual_audio_encoder.")
 
@@ -76,12 +79,9 @@ def _rename(name: str, outside: dict[str, str], block: dict[str, str]) -> str | 
     return prefix + ".".join(filter(None, (table[module], leaf)))
 
 
-def unwrapped(name: str) -> str:
-    """Without what FSDP, torch.compile, DDP and training scripts put around a model's own names."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] in _PREFIXES:
-        parts = parts[1:]
-    return ".".join(parts)
+def without_wrappers(name: str) -> str:
+    """Without what FSDP, torch.compile, DDP and activation checkpointing put around a model's own names."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layout_of(names: Iterable[str], where: str) -> Layout:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from scd_sf.models.weights import read_tensors
+from scd_sf.models.skeleton import check_fit, skeleton
+from scd_sf.tensor_files import AGAIN, Lazy, open_tensors, read_all
 from scd_sf.types import UserError
 
 FILE = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -38,18 +38,18 @@ def to_transformers(name: str) -> str | None:
     if module in _OUTSIDE:
         return f"{_OUTSIDE[module]}.weight"
     block, _, rest = module.removeprefix("blocks.").partition(".")
-    if not block.isdecimal() or rest not in _BLOCK:
+    if not (block.isascii() and block.isdecimal()) or len(block) > 3 or rest not in _BLOCK:
         return None
     return f"encoder.block.{block}.{_BLOCK[rest]}.weight"
 
 
-def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
-    """The geometry and the tensors by transformers' names, mapped from the disk.
+def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
+    """The geometry and the tensors by transformers' names, none read yet.
 
     UserError: unreadable, a foreign tensor, or missing ones.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(file).items():
+    tensors: dict[str, Lazy] = {}
+    for name, tensor in open_tensors(file).items():
         renamed = to_transformers(name)
         if renamed is None:
             raise UserError(f"{file}: tensor '{name}' is not one of Wan's umT5; use {FILE}")
@@ -62,8 +62,8 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
         f"{block}.1.DenseReluDense.wi_0.weight",
     )
     for name in needed:
-        if name not in tensors or tensors[name].ndim != 2:
-            raise UserError(f"{file}: tensor for '{name}' is missing or not a matrix; download or copy the file again")
+        if name not in tensors or len(tensors[name].shape) != 2 or not all(tensors[name].shape):
+            raise UserError(f"{file}: tensor for '{name}' is missing or not a matrix; {AGAIN}")
     (words, width), (inner, _), (buckets, heads), (hidden, _) = (tensors[name].shape for name in needed)
     config = UMT5Config(
         vocab_size=words,
@@ -80,13 +80,10 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Tensor]]:
 def load_umt5(file: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     """The encoder of Wan's original file in ``dtype``. UserError as :func:`open_umt5`, or shapes that do not fit."""
     config, tensors = open_umt5(file)
-    with torch.device("meta"):
-        model = UMT5EncoderModel(config)
-    tensors[_EMBEDDING_AGAIN] = tensors[_EMBEDDING]
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise UserError(f"{file}: {len(wrong)} tensors are missing or misshapen, first '{wrong[0]}'; copy it again")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    model = skeleton(lambda: UMT5EncoderModel(config), tensors, file, AGAIN)
+    twin = tensors[_EMBEDDING]
+    check_fit(model, {**tensors, _EMBEDDING_AGAIN: twin}, "Wan's umT5", AGAIN)
+    read = {name: tensor.to(dtype) for name, tensor in read_all(tensors).items()}
+    model.load_state_dict({**read, _EMBEDDING_AGAIN: read[_EMBEDDING]}, assign=True)
     model.tie_weights()
     return model

@@ -10,7 +10,7 @@ Letters: B batch, F frames, C latent channels, H W height and width.
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,17 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
-from torch import Tensor, nn
+from torch import Tensor
 
-from scd_sf.checkpoint import load_tensors
-from scd_sf.models.weights import read_tensors
+from scd_sf.files import foreign, read_json, typed
+from scd_sf.models.sections import choose_section
+from scd_sf.models.skeleton import check_fit, skeleton
+from scd_sf.tensor_files import in_memory, open_tensors, read_all
 from scd_sf.types import UserError, VideoShape
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ROOTS = {"encoder", "decoder", "conv1", "conv2"}  # what the names in Wan's original file begin with
+AGAIN = "copy the VAE again"
 ORIGINAL = "Wan2.1_VAE.pth"
 MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}
 FRAME_GROUP = 4  # AutoencoderKLWan's own chunk loop is written for groups of four frames
@@ -164,25 +168,24 @@ def vae_source(path: Path) -> Path:
 
 def _read_folder(folder: Path) -> AutoencoderKLWan:
     config = _read_config(folder / "config.json")
-    tensors = load_tensors(folder / WEIGHTS)
-    try:
-        model = AutoencoderKLWan.from_config(config)
-    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{folder / 'config.json'}: describes no AutoencoderKLWan ({error}); copy it again") from error
-    _check_tensors(model, tensors, folder / WEIGHTS, "config.json")
-    model.load_state_dict(tensors)
+    tensors = open_tensors(folder / WEIGHTS, AGAIN)
+    model = skeleton(lambda: AutoencoderKLWan.from_config(config), tensors, folder / "config.json", AGAIN)
+    check_fit(model, tensors, "config.json", AGAIN)
+    model.load_state_dict({name: tensor.float() for name, tensor in read_all(tensors).items()}, assign=True)
     return model
 
 
 def _read_original(file: Path) -> AutoencoderKLWan:
     """Only the width is taken from the tensors: everything else of Wan 2.1's VAE is the class's default."""
-    tensors = convert_wan_vae_to_diffusers(read_tensors(file))
-    first = tensors.get("encoder.conv_in.weight")
-    if first is None:
+    stored = choose_section(open_tensors(file), ROOTS, "", str(file))
+    first = stored.get("encoder.conv1.weight")
+    if first is None or not first.shape:
         raise UserError(f"{file}: has no tensor 'encoder.conv1.weight', so it is not Wan 2.1's VAE; use {ORIGINAL}")
-    model = AutoencoderKLWan(base_dim=len(first))
-    _check_tensors(model, tensors, file, "Wan 2.1's VAE")
-    model.load_state_dict(tensors)
+    with foreign(file, f"use {ORIGINAL}"):
+        read = convert_wan_vae_to_diffusers(read_all(stored))
+    model = skeleton(lambda: AutoencoderKLWan(base_dim=first.shape[0]), read, file, AGAIN)
+    check_fit(model, {name: in_memory(tensor, str(file)) for name, tensor in read.items()}, "Wan 2.1's VAE", AGAIN)
+    model.load_state_dict({name: tensor.float() for name, tensor in read.items()}, assign=True)
     return model
 
 
@@ -194,30 +197,31 @@ def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
     return model
 
 
+@dataclass
+class _Json:
+    """What is read of config.json here; the network itself takes all of it."""
+
+    z_dim: int = 16
+    latents_mean: list[float] | None = None
+    latents_std: list[float] | None = None
+    patch_size: int | None = None
+    scale_factor_temporal: int | None = None
+    scale_factor_spatial: int | None = None
+
+
 def _read_config(path: Path) -> dict[str, object]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not json; copy the VAE's config.json again") from error
-    found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-    if not isinstance(config, dict) or found != "AutoencoderKLWan":
-        raise UserError(f"{path}: '_class_name' is {found!r}; only 'AutoencoderKLWan' can be loaded")
+    config = read_json(path, "copy the VAE's config.json again")
+    name = config.get("_class_name")
+    if name != "AutoencoderKLWan":
+        raise UserError(f"{path}: '_class_name' is {repr(name)[:80]}; only 'AutoencoderKLWan' can be loaded")
+    typed(config, _Json, path, AGAIN)
     return config
-
-
-def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: str) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wrong := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        name = wrong[0]
-        detail = f"{found.get(name, 'missing')} instead of {wanted.get(name, 'absent')}"
-        raise UserError(f"{where}: {len(wrong)} tensors do not fit {described}: '{name}' is {detail}; copy it again")
 
 
 def _geometry(model: AutoencoderKLWan) -> VaeGeometry:
     """Factors and channels of the config, checked against the network's own layers. Raises UserError."""
     config = model.config
-    channels = int(config["z_dim"])
+    channels: int = config["z_dim"]
     down = 2 ** sum(1 for module in model.encoder.modules() if isinstance(module, WanResample))
     temporal = 2 ** sum(1 for m in model.encoder.modules() if isinstance(m, WanResample) and m.mode == "downsample3d")
     real = {"scale_factor_spatial": down * (config["patch_size"] or 1), "scale_factor_temporal": temporal}
@@ -229,6 +233,6 @@ def _geometry(model: AutoencoderKLWan) -> VaeGeometry:
     for field in ("latents_mean", "latents_std"):
         if len(config[field]) != channels:
             raise UserError(f"vae config.json: '{field}' has {len(config[field])} entries, not z_dim = {channels}")
-    if min(config["latents_std"]) <= 0:
+    if not all(0 < value < math.inf for value in config["latents_std"]):
         raise UserError("vae config.json: 'latents_std' must be positive in every channel; copy the file again")
     return VaeGeometry(channels, temporal, real["scale_factor_spatial"])

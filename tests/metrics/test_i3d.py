@@ -93,10 +93,10 @@ def test_videogpt_s_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
         assert torch.equal(mine, theirs), name
     assert len(loaded.sha256) == 64
     torch.save({"epoch": 3}, path)
-    with pytest.raises(UserError, match="holds more than tensors"):
+    with pytest.raises(UserError, match="is missing; these are not the weights of I3D"):
         I3dFeatures.from_videogpt(path)
     path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a state dict"):
+    with pytest.raises(UserError, match="or is damaged"):
         I3dFeatures.from_videogpt(path)
     with pytest.raises(UserError, match="check that it exists"):
         I3dFeatures.from_videogpt(tmp_path / "none.pt")

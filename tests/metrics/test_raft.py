@@ -51,8 +51,8 @@ def test_wrong_files(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     for name, words in (
-        ("none.pth", "cannot be read"),
-        ("text.pth", "cannot be read"),
+        ("none.pth", "missing"),
+        ("text.pth", "unreadable"),
         ("other.pth", "not the weights of the large RAFT"),
         ("numbers.pth", "holds no weights"),
     ):

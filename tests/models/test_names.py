@@ -10,15 +10,17 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from scd_sf.models.names import (
+    ROOTS,
     diffusers_to_original,
     layout_of,
     original_to_diffusers,
     to_diffusers,
     to_ours,
-    unwrapped,
 )
+from scd_sf.models.sections import choose_section
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
+from scd_sf.tensor_files import in_memory
 from scd_sf.types import UserError
 
 KEYS = Path(__file__).parent
@@ -68,8 +70,9 @@ def test_the_map_is_diffusers_own() -> None:
     ],
 )
 def test_wrappers_come_off(wrapped: str) -> None:
-    assert unwrapped(wrapped) == "blocks.3.self_attn.q.weight"
-    assert original_to_diffusers(unwrapped(wrapped)) == "blocks.3.attn1.to_q.weight"
+    (name,) = choose_section({wrapped: in_memory(torch.zeros(1))}, ROOTS, "", "file.pt")
+    assert name == "blocks.3.self_attn.q.weight"
+    assert original_to_diffusers(name) == "blocks.3.attn1.to_q.weight"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
 def test_truncated_weights_are_refused(folder: Path) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"{WEIGHTS}.*copy it again"):
+    with pytest.raises(UserError, match=f"{WEIGHTS}.*copy the VAE again"):
         load_vae(folder)
 
 
@@ -202,7 +202,7 @@ def test_foreign_configs_are_refused(folder: Path, changes: dict[str, object], w
 
 def test_damaged_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not json"):
+    with pytest.raises(UserError, match="not JSON"):
         load_vae(folder)
 
 

@@ -16,11 +16,11 @@ from scd_sf.models.weights import (
     INDEX,
     WEIGHTS,
     load_wan,
-    read_tensors,
     read_wan_config,
     save_wan,
     transformer_dir,
 )
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 
@@ -82,7 +82,7 @@ def test_dtype_and_names(folder: Path) -> None:
 def test_truncated_file_is_named(folder: Path) -> None:
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"{WEIGHTS}: unreadable safetensors .*truncated or damaged: copy it again"):
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: unreadable safetensors.*truncated or damaged"):
         load_wan(folder)
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=WEIGHTS):
@@ -146,7 +146,7 @@ def test_other_architectures_are_refused(folder: Path, fields: dict[str, object]
 
 def test_broken_config_files_are_named(folder: Path) -> None:
     file = folder / "config.json"
-    for content, words in ((b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[]", "not a JSON object")):
+    for content, words in ((b"{", "not JSON"), (b"\xff\xfe", ".*utf-8"), (b"[]", "not a JSON object")):
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"config\.json: {words}"):
             read_wan_config(folder)

@@ -1,0 +1,95 @@
+"""Which weights of a file that holds several: a training's generator, its average, a critic, an optimizer's states.
+
+Names are the same in a flat file (``generator_ema.model.blocks.0..``) and in a pickle's tables: everything before the
+first part that a model's own names begin with is the section.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from scd_sf.models.names import without_wrappers
+from scd_sf.tensor_files import Lazy
+from scd_sf.types import UserError
+
+GENERATOR = "generator"
+AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
+# Words that say nothing about which model of a training this is.
+NEUTRAL = {"model", "state", "dict", "net", "network", "diffusion", "params", "weights", "transformer", "dit", "pipe"}
+
+
+def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section: str, where: str) -> dict[str, Lazy]:
+    """The tensors of one section, by names without it and without what wraps models in trainings.
+
+    ``roots``: what the model's own names begin with. ``section`` decides; else the generator's before another
+    model's, and the moving average before the last weights. UserError naming the sections where that leaves several.
+    """
+    names = {name: without_wrappers(name) for name in tensors}
+    labels = {name: _label(bare, roots) for name, bare in names.items()}
+    known = sorted({label for label in labels.values() if label is not None}, key=lambda label: -len(label))
+    if not known and section:
+        raise UserError(f"{where}: no weights '{section}' in it (it has none); use another file")
+    chosen = _chosen([label for label in dict.fromkeys(labels.values()) if label is not None], section, where)
+    result: dict[str, Lazy] = {}
+    for name, bare in names.items():
+        label = labels[name]
+        if label is None:  # not one of the model's names: where it stands decides
+            label = next((other for other in known if not other or bare.startswith(f"{other}.")), "")
+        if label != chosen:
+            continue
+        own = bare[len(label) + 1 :] if label else bare
+        if own in result:
+            raise UserError(
+                f"{where}: holds tensor '{own}' twice, once as '{name}'; use a file that says which is right"
+            )
+        if tensors[name].odd:
+            raise UserError(f"{where}: entry '{name}' is not a tensor; use a file of the model's weights alone")
+        result[own] = replace(tensors[name])
+    return result
+
+
+def _label(name: str, roots: Collection[str]) -> str | None:
+    """What stands before the model's own name; None for names that are not the model's."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if part in roots), None)
+    return None if first is None or "optim" in name else ".".join(parts[:first])
+
+
+def _chosen(labels: list[str], section: str, where: str) -> str:
+    if section:
+        wanted = [label for label in labels if label == section]
+        wanted = wanted or [label for label in labels if label.startswith(f"{section}.") or section in label.split(".")]
+        if not wanted:
+            names = ", ".join(map(_shown, labels))
+            raise UserError(f"{where}: no weights '{section}' in it (it has {names}); set section")
+        labels = wanted
+    if not labels:
+        return ""
+    families = {_family(label) for label in labels}
+    preferred = next((name for name in (GENERATOR, "") if name in families), None)
+    rest = [label for label in labels if preferred is None or _family(label) == preferred]
+    if preferred is not None or len(families) == 1:
+        rest = [label for label in rest if _words(label) & AVERAGE] or rest
+    if len(rest) != 1:
+        names = ", ".join(map(_shown, rest))
+        raise UserError(f"{where}: holds several sets of weights ({names}); say which with section=")
+    return rest[0]
+
+
+def _words(label: str) -> set[str]:
+    return {word for word in re.split(r"[._\-]", label.lower()) if word}
+
+
+def _family(label: str) -> str:
+    """Which model of a training: a label without the words for its average and without neutral ones."""
+    return "_".join(sorted(word for word in _words(label) - AVERAGE - NEUTRAL if not word.isdecimal()))
+
+
+def _shown(label: str) -> str:
+    """A label for people: ``generator.model`` is the generator; the weights without a section are 'the plain ones'."""
+    parts = label.split(".")
+    while len(parts) > 1 and parts[-1] in NEUTRAL:
+        parts.pop()
+    return ".".join(parts) or "the plain ones"
