@@ -6,11 +6,39 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 
 from scd_sf.checkpoint import MANIFEST, sha256
+from scd_sf.files import Json, typed
+
+_Size = Annotated[int, Meta(ge=1, le=2**20)]  # frames, channels or pixels
+AGAIN = "copy or export the checkpoint again"
+
+
+@dataclass
+class _Origin:
+    """What commands read of a record; everything else in it is for people."""
+
+    stage: str = ""
+    step: int = 0
+    parents: list[dict[str, object]] = field(default_factory=list)
+    video: dict[str, _Size] | None = None
+    latent: list[_Size] | None = None
+    licence: str | None = None
+
+
+def checked_origin(record: object, where: str | Path) -> Json:
+    """``record``, a JSON value that someone else may have written, as the provenance it is.
+
+    UserError naming ``where`` and the field that has another type.
+    """
+    typed(record, _Origin, where, AGAIN)
+    return typed(record, Json, where, AGAIN)
 
 
 def provenance(

@@ -9,23 +9,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import find, load_tensors, read_provenance
+from scd_sf.checkpoint import PROVENANCE, find, read_provenance
 from scd_sf.config import from_yaml, to_yaml
+from scd_sf.files import Json, foreign, parse_json, refuse_lfs_pointer, sweep, write_tensors
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.generator import FrameGenerator
 from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig, WanConfig
 from scd_sf.models.wan import Wan
+from scd_sf.provenance import checked_origin
+from scd_sf.tensor_files import open_tensors, read_all
 from scd_sf.types import Conditioning, UserError
 
 Student = Scd | Causal
 SINGLE = "scd_sf.model.1"  # the format of an exported file, in its metadata
+MOST_CHUNK = 10_000  # latent frames at once: 40 minutes of video
+APART = "weights and config do not belong together"
 LICENCE = "Apache-2.0"  # of Wan 2.1 and of this project; the weights of others may have another
 
 
@@ -47,8 +52,8 @@ class ModelConfig:
             raise UserError(f"model.family is '{self.family}'; use scd, causal or wan")
         if self.backbone not in ("wan", "dit") or (self.family, self.backbone) == ("wan", "dit"):
             raise UserError(f"model.backbone is '{self.backbone}'; use wan, or dit with family scd or causal")
-        if self.chunk < 1:
-            raise UserError(f"model.chunk is {self.chunk}; it must be at least 1")
+        if not 1 <= self.chunk <= MOST_CHUNK:
+            raise UserError(f"model.chunk is {self.chunk}; it must be at least 1 and at most {MOST_CHUNK}")
         if self.family == "scd":
             self.scd.check(self.transformer.num_layers)
         self.blocks.check(self.family, self.transformer.num_layers)
@@ -126,17 +131,27 @@ def running_as(model: Student | Wan, blocks: BlocksConfig) -> Iterator[None]:
         set_blocks(model, before)
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:
     """Strict load with one line for people."""
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wrong = [n for n in expected if n not in state or tuple(state[n].shape) != expected[n]]
-    extra = [n for n in state if n not in expected]
-    if wrong or extra:
-        first = (wrong or extra)[0]
-        raise UserError(
-            f"{origin}: tensor '{first}' does not fit its config.yaml; weights and config do not belong together"
-        )
+    _check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, origin)
     model.load_state_dict(state)
+
+
+def _check_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = [name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name)]
+    if wrong:
+        raise UserError(f"{origin}: tensor '{wrong[0]}' does not fit its config.yaml; {APART}")
+
+
+def _read_model(config: ModelConfig, file: Path, description: Path) -> Student | Wan:
+    """The model of ``description`` with the weights of ``file``, in fp32; allocated once the two are known to fit."""
+    stored = open_tensors(file, "use another checkpoint")
+    outline = skeleton(lambda: build_model(config), stored, description, APART)
+    _check_state(outline, {name: tensor.shape for name, tensor in stored.items()}, file)
+    model = build_model(config)
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in read_all(stored).items()})
+    return model
 
 
 def load_checkpoint_model(
@@ -151,9 +166,7 @@ def load_checkpoint_model(
     """
     if path.is_file():
         config = _run_so(read_single(path)[0], blocks)
-        model = build_model(config.model)
-        load_state(model, {name: t.to(torch.float32) for name, t in load_tensors(path).items()}, path)
-        return model, config
+        return _read_model(config.model, path, path), config
     path = find(path)
     config = _run_so(from_yaml(CheckpointConfig, path / "config.yaml"), blocks)
     file = path / f"{weights}.safetensors"
@@ -161,9 +174,7 @@ def load_checkpoint_model(
         file = path / "model.safetensors"
     if weights not in ("model", "ema", "best") or not file.is_file():
         raise UserError(f"{path}: no weights '{weights}' there; use one of model, ema, best")
-    model = build_model(config.model)
-    load_state(model, {k: v.to(torch.float32) for k, v in load_tensors(file).items()}, file)
-    return model, config
+    return _read_model(config.model, file, path / "config.yaml"), config
 
 
 def _run_so(config: CheckpointConfig, blocks: BlocksConfig | None) -> CheckpointConfig:
@@ -198,7 +209,7 @@ def write_single(
         raise UserError(f"{path}: exists already, nothing is overwritten; choose another name")
     metadata = {
         "format": SINGLE,
-        "config": to_yaml(config),
+        "config": to_yaml(replace(config, base=absolute_base(config.base))),
         "provenance": json.dumps(dict(origin)),
         "stage": str(origin.get("stage", "")),
         "step": str(origin.get("step", "")),
@@ -207,13 +218,30 @@ def write_single(
         "licence": str(origin.get("licence", LICENCE)),
     }
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        save_file(tensors, str(partial), metadata)
-        partial.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); choose another place") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    with foreign(f"{path}: cannot be written", "choose another place"):
+        write_tensors(path, tensors, metadata)
+
+
+def absolute_base(base: str) -> str:
+    """A base directory as a checkpoint records it: the same from every folder, if it is there."""
+    return str(Path(base).resolve()) if base and Path(base).is_dir() else base
+
+
+def base_of(config: CheckpointConfig, other: str, where: Path) -> Path:
+    """The Wan directory with a checkpoint's VAE and text encoder: ``other`` if set, else the one ``config`` records.
+
+    UserError when it is not there; ``where`` is the checkpoint.
+    """
+    base = other or config.base
+    if not base:
+        raise UserError(f"{where}: does not say which Wan directory it came from; set base= to it")
+    if not Path(base).is_dir():
+        whose = "base" if other else f"{where}: its base"
+        here = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"
+        raise UserError(f"{whose} is {base}{here}, and no such directory is there; set base= to the Wan directory")
+    return Path(base)
 
 
 def is_single(path: Path) -> bool:
@@ -221,33 +249,35 @@ def is_single(path: Path) -> bool:
     return path.is_file() and path.suffix == ".safetensors" and _metadata(path).get("format") == SINGLE
 
 
-def read_single(path: Path) -> tuple[CheckpointConfig, dict[str, object]]:
+def read_single(path: Path) -> tuple[CheckpointConfig, Json]:
     """What :func:`write_single` said about a file: its configuration and its provenance. UserError: another file."""
     metadata = _metadata(path)
     if metadata.get("format") != SINGLE:
         raise UserError(f"{path}: not a file of 'scd export'; for weights of others use 'scd transplant' first")
+    for part in ("provenance", "config"):
+        if part not in metadata:
+            raise UserError(f"{path}: its description is unreadable (it lacks '{part}'); export it again")
+    origin = parse_json(metadata["provenance"], f"{path}: provenance", "export it again")
     try:
-        origin = json.loads(metadata["provenance"])
-        config = from_yaml(CheckpointConfig, metadata.get("config", ""))
-    except (KeyError, ValueError) as error:
+        config = from_yaml(CheckpointConfig, metadata["config"])
+    except UserError as error:
         raise UserError(f"{path}: its description is unreadable ({error}); export it again") from error
-    return config, origin if isinstance(origin, dict) else {}
+    return config, checked_origin(origin, f"{path}: provenance")
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(str(path), "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
+    refuse_lfs_pointer(path)
+    with foreign(f"{path}: not a readable safetensors file", "copy it again"), safe_open(str(path), "pt") as file:
+        return dict(file.metadata() or {})
 
 
-def describe_checkpoint(path: Path) -> tuple[CheckpointConfig, dict[str, object]]:
+def describe_checkpoint(path: Path) -> tuple[CheckpointConfig, Json]:
     """Configuration and provenance of a checkpoint directory, a run directory, or an exported file."""
     if path.is_file():
         return read_single(path)
     path = find(path)
-    return from_yaml(CheckpointConfig, path / "config.yaml"), read_provenance(path)
+    origin = checked_origin(read_provenance(path), path / PROVENANCE)
+    return from_yaml(CheckpointConfig, path / "config.yaml"), origin
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section:
     known = sorted({label for label in labels.values() if label is not None}, key=lambda label: -len(label))
     if not known and section:
         raise UserError(f"{where}: no weights '{section}' in it (it has none); use another file")
-    chosen = _chosen([label for label in dict.fromkeys(labels.values()) if label is not None], section, where)
+    chosen = _chosen(sorted(known), section, where)
     result: dict[str, Lazy] = {}
     for name, bare in names.items():
         label = labels[name]

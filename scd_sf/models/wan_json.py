@@ -85,10 +85,11 @@ def _geometry(raw: Json, file: Path, heads: int, head_dim: int, inputs: str, out
 
 def _patch(raw: Json, file: Path) -> tuple[int, int]:
     patch = raw.get("patch_size", [1, 2, 2])
-    whole = isinstance(patch, list) and all(type(n) is int and 0 < n <= LARGEST for n in patch)
-    if not whole or len(patch) != 3 or patch[0] != 1:
+    numbers = patch if isinstance(patch, list) else []
+    whole = all(type(number) is int and 0 < number <= LARGEST for number in numbers)
+    if not whole or len(numbers) != 3 or numbers[0] != 1:
         raise UserError(f"{file}: patch_size is {str(patch)[:80]}; it must be [1, height, width]")
-    return patch[1], patch[2]
+    return numbers[1], numbers[2]
 
 
 def _number(raw: Json, file: Path, name: str, default: int | None = None) -> int:
