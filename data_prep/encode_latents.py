@@ -10,80 +10,124 @@ is an error.
 
 Your own videos: put them under one directory with a file of JSON lines ``{"file": "a.mp4", "caption": "..."}``
 (optional: ``held_out_caption``, ``split``, ``place``, ``motion``) and add ``--captions FILE``. All must have the same
-size and 1 + 4*k frames. This writes ``manifest.json`` and ``clips.jsonl`` beside the videos, then encodes as above.
+size and, at ``--fps``, 1 + 4*k frames: they are resampled to that rate by their timestamps and turned
+upright. This writes ``manifest.json`` and ``clips.jsonl`` beside the videos, then encodes as above.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from scd_sf.data.clips import Clip, ClipSet, file_sha256, read_video, write_index
+from scd_sf.data.clips import FORMAT, Clip, ClipSet, read_video, write_index
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
 from scd_sf.data_tools.progress import progress_of
-from scd_sf.files import Json, read_jsonl, safe_path, sha256_file, sha256_folder
+from scd_sf.files import (
+    lines_of,
+    locked,
+    parse_json,
+    read_json,
+    read_text,
+    safe_path,
+    sha256_file,
+    sha256_folder,
+    typed,
+)
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.text_cache import OFF, open_text_encoder
 from scd_sf.models.vae import Vae, load_vae, vae_source
 from scd_sf.types import UserError, exit_on_user_error
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ROW_FIELDS = {"file", "caption", "held_out_caption", "split", "place", "motion"}
+CAPTIONS = 'write one {"file": ..., "caption": ...} per line'
+KEEP = "nothing of others is overwritten: move it away, or put the videos into a folder of their own"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One line of a captions file: a video of one's own, relative to the folder of videos."""
+
+    file: str
+    caption: str
+    held_out_caption: str = ""
+    split: str = "train"
+    place: str = ""
+    motion: str = ""
 
 
 def index_folder(root: Path, captions: Path, fps: int) -> None:
-    """Make a folder of videos a clip directory: write ``clips.jsonl`` and ``manifest.json`` beside them."""
-    rows = read_jsonl(captions, 'write one {"file": ..., "caption": ...} per line')
-    if not rows:
-        raise UserError(f"{captions}: no line; write one {{'file': ..., 'caption': ...}} per clip")
-    shape = read_video(safe_path(root, _text(rows[0], "file", f"{captions}:1"), f"{captions}:1: 'file'")).shape
-    clips = [_own_clip(root, row, f"{captions}:{number}", shape[0]) for number, row in enumerate(rows, 1)]
-    names = [clip.id for clip in clips]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{captions}: 'file' {twice[0]} is listed twice; list every clip once")
+    """Make a folder of videos a clip directory: write ``clips.jsonl`` and ``manifest.json`` beside them.
+
+    UserError, before a video is read, where these names are taken by files that this command has not written.
+    """
+    rows = read_captions(captions)
+    index, manifest = root / "clips.jsonl", root / "manifest.json"
+    old = read_json(manifest, KEEP) if manifest.is_file() else None
+    if old is not None and old.get("format") != FORMAT:
+        raise UserError(f"{manifest}: is not of this command; {KEEP}")
+    files = [safe_path(root, row.file, f"{captions}:{number}: 'file'") for number, row in rows]
+    for (number, _), path in zip(rows, files, strict=True):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file ({captions}:{number}); correct 'file'")
+    frames, _, height, width = read_video(files[0], fps).shape
+    clips = [_own_clip(row, path, frames) for (_, row), path in zip(rows, files, strict=True)]
     lines = "".join(clip.to_json() + "\n" for clip in clips)
-    index = root / "clips.jsonl"
-    if index.is_file() and index.read_text(encoding="utf-8") != lines:
-        raise UserError(f"{index}: exists with other contents; delete it (and manifest.json) to index the folder again")
-    write_index(root, clips, {"frames": shape[0], "height": shape[2], "width": shape[3], "fps": fps}, {})
+    same = index.is_file() and sha256_file(index) == sha256(lines.encode()).hexdigest()
+    if not same and (index.exists() or (old is not None and not old.get("captioned"))):
+        own = old is not None and old.get("captioned")
+        remedy = "delete it and manifest.json to index the folder again" if own else KEEP
+        raise UserError(f"{index}: exists with other contents (clips, captions or --fps differ); {remedy}")
+    write_index(root, clips, {"frames": frames, "height": height, "width": width, "fps": fps}, {"captioned": True})
 
 
-def _own_clip(root: Path, row: Json, where: str, frames: int) -> Clip:
-    if unknown := sorted(set(row) - ROW_FIELDS):
-        raise UserError(f"{where}: unknown field '{unknown[0]}'; it knows {', '.join(sorted(ROW_FIELDS))}")
-    file = _text(row, "file", where)
-    path = safe_path(root, file, f"{where}: 'file'")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file ({where}); correct 'file'")
-    motion = _text(row, "motion", where, "")
+def read_captions(captions: Path) -> list[tuple[int, Caption]]:
+    """The lines with their numbers. UserError names the line: unknown or missing fields, a file listed twice."""
+    known, rows, seen = {entry.name for entry in fields(Caption)}, [], set[str]()
+    for number, line in enumerate(lines_of(read_text(captions, CAPTIONS)), 1):
+        if not line.strip():
+            continue
+        where = f"{captions}:{number}"
+        row = parse_json(line, where, CAPTIONS)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not a JSON object; {CAPTIONS}")
+        if unknown := sorted(set(row) - known):
+            raise UserError(f"{where}: unknown field '{unknown[0]}'; it knows {', '.join(sorted(known))}")
+        caption = typed(row, Caption, where, CAPTIONS)
+        for name in ("file", "caption", "split"):
+            if not str(row.get(name, name)).strip():
+                raise UserError(f"{where}: '{name}' must be a text that is not empty; correct the line")
+        if caption.file in seen:
+            raise UserError(f"{where}: 'file' {caption.file} is listed twice; list every clip once")
+        seen.add(caption.file)
+        rows.append((number, caption))
+    if not rows:
+        raise UserError(f"{captions}: no line; {CAPTIONS}")
+    return rows
+
+
+def _own_clip(row: Caption, path: Path, frames: int) -> Clip:
     return Clip(
-        id=file,
-        split=_text(row, "split", where, "train"),
-        place=_text(row, "place", where, ""),
-        motion=motion,
-        actions=(motion,) * frames,
+        id=row.file,
+        split=row.split,
+        place=row.place,
+        motion=row.motion,
+        actions=(row.motion,) * frames,
         degrees_per_frame=0.0,
-        caption=_text(row, "caption", where),
-        held_out_caption=_text(row, "held_out_caption", where, ""),
+        caption=row.caption,
+        held_out_caption=row.held_out_caption,
         seed=0,
         tries=1,
-        path=file,
+        path=row.file,
         bytes=path.stat().st_size,
-        sha256=file_sha256(path),
+        sha256=sha256_file(path),
     )
-
-
-def _text(row: Json, name: str, where: str, default: str | None = None) -> str:
-    value = row.get(name, default)
-    if not isinstance(value, str) or (default is None and not value.strip()):
-        raise UserError(f"{where}: '{name}' must be a text that is not empty; correct the line")
-    return value
 
 
 def plan(clips: ClipSet) -> tuple[list[Prompt], list[LatentClip]]:
@@ -119,6 +163,7 @@ def inputs_of(clips: ClipSet, split: str, job: Job) -> dict[str, object]:
         "text_weights_sha256": _sha256(weights, "*.safetensors"),
         "text_tokenizer_sha256": sha256_folder(tokens, "token*.json"),
         "text_config": config.settings,
+        **({"fps": clips.fps} if clips.captioned else {}),
         **({"negative_prompt": job.negative_prompt} if job.negative_prompt else {}),
         **job.dtypes,
     }
@@ -156,6 +201,13 @@ def encode_split(job: Job, split: str) -> None:
     """One split, from clips to a finished directory."""
     clips = ClipSet(job.clips, split)
     out = safe_path(job.out, split, "split")
+    if out == job.out:
+        raise UserError(f"{job.clips / 'clips.jsonl'}: split is {split!r}, which is no name of a folder; rename it")
+    with locked(out, "encode_latents"):
+        _encode_split(job, clips, split, out)
+
+
+def _encode_split(job: Job, clips: ClipSet, split: str, out: Path) -> None:
     vae = load_vae(job.model, device=job.device)
     shape = vae.geometry.shape(clips.frames, clips.height, clips.width)
     writer = ShardWriter(out, inputs_of(clips, split, job))
@@ -189,7 +241,7 @@ def main(
     split: Annotated[list[str] | None, typer.Option(help="Only these splits (repeatable). Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Clips per VAE call.")] = 8,
     captions: Annotated[Path | None, typer.Option(help="JSON lines (file, caption): index --clips first.")] = None,
-    fps: Annotated[int, typer.Option(help="Frames per second of your own videos (only with --captions).")] = 16,
+    fps: Annotated[int, typer.Option(help="Frames per second your videos are resampled to (with --captions).")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     text_cache: Annotated[
         str, typer.Option(help="Folder that also keeps every encoded prompt, for other runs; '' is the user's cache.")

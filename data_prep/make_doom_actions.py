@@ -36,7 +36,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from scd_sf.data.clips import write_video
 from scd_sf.data_tools.render import begin, run_all, sources
-from scd_sf.files import hash_json, sha256_file, write_json
+from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
 from scd_sf.types import UserError, exit_on_user_error
 
 SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")  # places to walk in, by their maps' names
@@ -227,10 +227,8 @@ def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> 
         pictures, actions = made
         path = clip_path(root, chunk, number)
         write_video(path, torch.from_numpy(pictures).permute(0, 3, 1, 2), FPS, crf=CRF, chroma="yuv444p")
-        part = path.with_suffix(".npz.part")
-        with part.open("wb") as file:
+        with new_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
             np.savez(file, actions=actions)
-        part.replace(path.with_suffix(".npz"))
         return
     raise RuntimeError(f"{chunk}: {MAX_TRIES} tries in a row were rejected ({dict(why)})")
 
@@ -302,10 +300,17 @@ def main(
     if begin(root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]):
         print(f"{root}: already complete")
         return
+    with locked(root, "make_doom_actions"):
+        make(root, request, workers)
+
+
+def make(root: Path, request: Request, workers: int) -> None:
+    """All clips that are not there, and the manifest."""
     left = [chunk for chunk in request.chunks() if todo(root, chunk)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
-        task = bar.add_task("clips", total=len(scenarios) * (train + test))
-        bar.advance(task, len(scenarios) * (train + test) - sum(chunk.end - chunk.first for chunk in left))
+        total = len(request.scenarios) * (request.train + request.test)
+        task = bar.add_task("clips", total=total)
+        bar.advance(task, total - sum(chunk.end - chunk.first for chunk in left))
         for chunk in run_all(run_chunk, left, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     print(finish(root, request))

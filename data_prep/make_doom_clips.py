@@ -37,8 +37,9 @@ import vizdoom
 from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress
 
-from scd_sf.data.clips import Clip, file_sha256, write_index, write_text, write_video
+from scd_sf.data.clips import AGAIN, Clip, write_index, write_video
 from scd_sf.data_tools.render import begin, run_all, sources
+from scd_sf.files import locked, parse_json, read_text, sha256_file, typed, write_text
 from scd_sf.types import UserError, exit_on_user_error
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
@@ -235,7 +236,7 @@ def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> 
     clip = Clip(
         id=name, split=chunk.split, place=chunk.place, motion=chunk.motion, actions=(chunk.motion,) * chunk.frames,
         degrees_per_frame=degrees, caption=caption, held_out_caption=held_out, seed=chunk.seed, tries=tries,
-        path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path),
+        path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=sha256_file(path),
     )  # fmt: skip
     return clip, rejected
 
@@ -272,8 +273,15 @@ def chunk_done(root: Path, chunk: Chunk) -> bool:
     part = root / "work" / f"{chunk.name}.json"
     if not part.is_file():
         return False
-    clips = [Clip.from_json(line, str(part)) for line in json.loads(part.read_text(encoding="utf-8"))[0]]
+    clips, _ = read_part(part)
     return all((root / c.path).is_file() and (root / c.path).stat().st_size == c.bytes for c in clips)
+
+
+def read_part(part: Path) -> tuple[list[Clip], dict[str, int]]:
+    """A chunk's clips, and how many tries each rule rejected."""
+    rows = parse_json(read_text(part, AGAIN), part, AGAIN)
+    lines, totals = typed(rows, tuple[list[str], dict[str, int]], part, AGAIN)
+    return [Clip.from_json(line, str(part)) for line in lines], totals
 
 
 def finish(root: Path, request: Request) -> str:
@@ -282,8 +290,8 @@ def finish(root: Path, request: Request) -> str:
     rejected = {place: Counter(dict.fromkeys(REJECT, 0)) for place in PLACES}
     for chunk in request.chunks():
         part = root / "work" / f"{chunk.name}.json"
-        lines, totals = json.loads(part.read_text(encoding="utf-8"))
-        clips += [Clip.from_json(line, str(part)) for line in lines]
+        made, totals = read_part(part)
+        clips += made
         rejected[chunk.place].update(totals)
     kept = Counter(clip.place for clip in clips)
     about = {
@@ -323,6 +331,12 @@ def main(
     if prepare(root, request):
         print(f"{root}: already complete")
         return
+    with locked(root, "make_doom_clips"):
+        make(root, request, workers)
+
+
+def make(root: Path, request: Request, workers: int) -> None:
+    """All chunks that are not done, and the index."""
     todo = [chunk for chunk in request.chunks() if not chunk_done(root, chunk)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         total, left = (sum(chunk.end - chunk.first for chunk in some) for some in (request.chunks(), todo))

@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
 NAME_BYTES = 255  # of one file name, on every file system in use
+LOCK = ".lock"  # in every folder that a command owns
 LFS_POINTER = b"version https://git-lfs"
 POINTER = "a Git LFS pointer, not the file itself: run `git lfs pull`"
 _PART = re.compile(r"^\.part-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}$")
@@ -119,6 +120,17 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether the name is one of :func:`part_of`."""
+    return _PART.match(path.name) is not None
+
+
+def others_in(folder: Path) -> list[str]:
+    """Names in a folder but for its lock and what is not finished, sorted; none where there is no folder."""
+    names = (path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_part(path))
+    return sorted(name for name in names if name != LOCK)
 
 
 def process_lives(pid: int) -> bool:
@@ -260,7 +272,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Raises UserError when another process holds it. On file systems without locks nothing is held, and nothing is said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with take_lock(folder / ".lock", what):
+    with take_lock(folder / LOCK, what):
         sweep(folder)
         yield
 

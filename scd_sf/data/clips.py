@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, Self
 
 import av
@@ -23,11 +22,23 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from scd_sf.data.video_reader import AS_CODED, read_frames
+from scd_sf.files import (
+    Json,
+    lines_of,
+    new_file,
+    parse_json,
+    read_json,
+    read_text,
+    safe_path,
+    sha256_file,
+    typed,
+    write_text,
+)
 from scd_sf.types import UserError
 
 FORMAT = "scd-sf-clips"
 VERSION = 1
-_JSON_TYPES = {"int": ("int",), "float": ("int", "float"), "str": ("str",), "tuple[str, ...]": ("tuple",)}
+AGAIN = "make the clips again"
 Chroma = Literal["yuv420p", "yuv444p"]
 
 
@@ -61,37 +72,12 @@ class Clip:
     @classmethod
     def from_json(cls, line: str, where: str) -> Self:
         """Parse one line. Raises UserError (naming ``where``) for bad json, missing or unknown fields, or a type."""
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not json ({error.msg}); write the clips again") from error
+        row = parse_json(line, where, AGAIN)
         names = {field.name for field in fields(cls)}
         if not isinstance(row, dict) or set(row) != names:
-            found = sorted(set(row) ^ names) if isinstance(row, dict) else "no object"
-            raise UserError(f"{where}: fields differ from the format ({found}); write the clips again")
-        if not isinstance(row["actions"], list):
-            raise UserError(f"{where}: 'actions' must be a list; write the clips again")
-        row["actions"] = tuple(row["actions"])
-        for field in fields(cls):
-            if type(row[field.name]).__name__ not in _JSON_TYPES[str(field.type)]:
-                raise UserError(f"{where}: '{field.name}' must be {field.type}; write the clips again")
-        return cls(**row)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either absent (or as it was) or whole: ``<path>.part``, fsync, rename."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+            different = sorted(set(row) ^ names) if isinstance(row, dict) else "no object"
+            raise UserError(f"{where}: fields differ from the format ({different}); {AGAIN}")
+        return typed(row, cls, where, AGAIN)
 
 
 def write_index(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], about: Mapping[str, object]) -> None:
@@ -112,14 +98,16 @@ def video_writer(
 ) -> Iterator[Callable[[Tensor], None]]:
     """Gives a function that appends uint8 RGB frames (F, 3, H, W) to an H.264 mp4, so that no video is held whole.
 
-    Written to ``<path>.part``, fast start, renamed at the end of the ``with`` body. ``fps`` in frames per second;
+    Fast start; ``path`` appears whole at the end of the ``with`` body. ``fps`` in frames per second;
     ``crf`` 0 (best) .. 51. The default chroma plays in every browser; ``yuv444p`` keeps the full colour resolution (for
     training data). One thread, so equal input gives equal bytes.
     Raises UserError for another shape or dtype, odd sizes under ``yuv420p``, or no frame at all.
     """
-    part = path.with_name(path.name + ".part")
     reformatter = VideoReformatter()
-    with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        new_file(path) as part,
+        av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         # x264's macroblock tree reads memory nobody wrote, with AVX-512: equal frames would give unequal bytes.
         options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
@@ -142,7 +130,6 @@ def video_writer(
         if not size:
             raise UserError(f"{path}: no frames were given; nothing is written")
         container.mux(stream.encode())
-    part.replace(path)
 
 
 def _check_frames(path: Path, frames: Tensor, chroma: Chroma) -> tuple[int, int]:
@@ -168,58 +155,64 @@ def read_video(path: Path, fps: float = AS_CODED) -> Tensor:
     return read_frames(path, str(path), fps=fps, remedy="write the video again")
 
 
-def _read_manifest(root: Path) -> dict[str, object]:
+@dataclass(frozen=True)
+class ClipShape:
+    """Of every clip of a set: pixels, and frames per second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: int
+
+
+def read_manifest(root: Path) -> Json:
+    """``manifest.json`` of a clip directory. UserError: missing, or not of this format."""
     path = root / "manifest.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; make the clips first (python data_prep/make_doom_clips.py {root})")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not json; delete the directory and make the clips again") from error
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+    manifest = read_json(path, "delete the directory and make the clips again")
+    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path}: 'format'/'version' must be {FORMAT}/{VERSION}; make the clips with this release")
     return manifest
 
 
-def _shape(manifest: dict[str, object], path: Path) -> tuple[int, int, int, int]:
-    """(frames, height, width, fps) of every clip."""
-    shape = manifest.get("shape")
-    names = ("frames", "height", "width", "fps")
-    if not isinstance(shape, dict) or any(type(shape.get(name)) is not int or shape[name] < 1 for name in names):
-        raise UserError(f"{path}: 'shape' must hold positive integers {', '.join(names)}; make the clips again")
-    return shape["frames"], shape["height"], shape["width"], shape["fps"]
+def _shape(manifest: Json, path: Path) -> ClipShape:
+    shape = typed(manifest.get("shape"), ClipShape, f"{path}: 'shape'", AGAIN)
+    if min(asdict(shape).values()) < 1:
+        raise UserError(f"{path}: 'shape' must hold numbers from 1 on, not {asdict(shape)}; {AGAIN}")
+    return shape
 
 
 def _inside(root: Path, clip: Clip, where: str) -> Path:
     """The clip's file. Raises UserError for a path that leaves the directory, a missing or a truncated file."""
-    relative = PurePosixPath(clip.path)
-    path = root / relative
-    if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"{where}: 'path' {clip.path!r} leaves the directory; use a relative path inside {root}")
+    path = safe_path(root, clip.path, f"{where}: 'path'")
     if not path.is_file():
-        raise UserError(f"{path}: listed in clips.jsonl but missing; make the clips again")
+        raise UserError(f"{path}: listed in clips.jsonl but missing; {AGAIN}")
     if (size := path.stat().st_size) != clip.bytes:
-        raise UserError(f"{path}: {size} bytes instead of {clip.bytes} (truncated?); make the clips again")
+        raise UserError(f"{path}: {size} bytes instead of {clip.bytes} (truncated?); {AGAIN}")
     return path
 
 
 class ClipSet:
     """The clips of a directory, validated when opened: manifest, the hash of ``clips.jsonl``, every path and size.
 
+    ``captioned``: it was indexed from someone's own videos and captions (``encode_latents.py --captions``).
     Contents of the mp4 files are checked by :meth:`verify`. Raises UserError naming the file and the remedy.
     """
 
     def __init__(self, root: Path | str, split: str | None = None) -> None:
         self.root = Path(root)
-        manifest = _read_manifest(self.root)
-        self.frames, self.height, self.width, self.fps = _shape(manifest, self.root / "manifest.json")
+        manifest = read_manifest(self.root)
+        shape = _shape(manifest, self.root / "manifest.json")
+        self.frames, self.height, self.width, self.fps = shape.frames, shape.height, shape.width, shape.fps
+        self.captioned = bool(manifest.get("captioned"))
         index = self.root / "clips.jsonl"
         if not index.is_file():
             raise UserError(f"{index}: no such file; make the clips again")
-        self.hash = file_sha256(index)
+        self.hash = sha256_file(index)
         if self.hash != manifest.get("clips_sha256"):
             raise UserError(f"{index}: sha256 differs from manifest.json (changed or cut); make the clips again")
-        lines = index.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(read_text(index, AGAIN))
         everything = [Clip.from_json(line, f"{index}:{number}") for number, line in enumerate(lines, 1)]
         splits = sorted({clip.split for clip in everything})
         if split is not None and split not in splits:
@@ -255,5 +248,5 @@ class ClipSet:
     def verify(self) -> None:
         """Compare every file's sha256 with ``clips.jsonl``. Raises UserError for the first that changed."""
         for clip, path in zip(self.clips, self.paths, strict=True):
-            if file_sha256(path) != clip.sha256:
+            if sha256_file(path) != clip.sha256:
                 raise UserError(f"{path}: contents changed (sha256 differs from clips.jsonl); make the clips again")

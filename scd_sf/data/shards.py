@@ -6,19 +6,18 @@ A shard is known by its :class:`Shard` record (file name, rows, bytes, sha256), 
 from __future__ import annotations
 
 import hashlib
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scd_sf.files import Json, read_json, safe_path, sha256_file, write_json
+from scd_sf.files import Json, foreign, new_file, others_in, read_typed, safe_path, sha256_file, typed, write_json
 from scd_sf.types import UserError
 
 AGAIN = "delete the directory and encode it again"
@@ -34,22 +33,16 @@ class Shard:
     bytes: int
     sha256: str
 
-    @classmethod
-    def from_json(cls, row: object, where: str) -> Self:
-        kinds = {"file": str, "count": int, "bytes": int, "sha256": str}
-        if not isinstance(row, dict) or {key: type(value) for key, value in row.items()} != kinds:
-            raise UserError(f"{where}: a shard needs exactly {', '.join(kinds)}; {AGAIN}")
-        if row["count"] < 1:
-            raise UserError(f"{where}: shard {row['file']} has count {row['count']}; {AGAIN}")
-        return cls(**row)
-
 
 def read_shards(section: Json, where: str) -> list[Shard]:
-    """The ``shards`` list of a manifest section."""
-    rows = section.get("shards")
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{where}: 'shards' is missing or empty; {AGAIN}")
-    return [Shard.from_json(row, where) for row in rows]
+    """The ``shards`` list of a manifest section. UserError: empty, other fields, or counts and sizes below 1."""
+    shards = typed(section.get("shards"), list[Shard], f"{where}: 'shards'", AGAIN)
+    for shard in shards:
+        if min(shard.count, shard.bytes) < 1:
+            raise UserError(f"{where}: shard {shard.file} has {shard.count} rows, {shard.bytes} bytes; {AGAIN}")
+    if not shards:
+        raise UserError(f"{where}: 'shards' is empty; {AGAIN}")
+    return shards
 
 
 class _Slice(Protocol):
@@ -90,7 +83,8 @@ class ShardReader:
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 of tensor ``name``: only these are read."""
-        return self._slice(shard, name)[start:stop]
+        with foreign(f"{self.paths[shard]}: tensor '{name}' cannot be read", COPY):
+            return self._slice(shard, name)[start:stop]
 
     def verify(self) -> None:
         """Compare every file's sha256 with its record. Raises UserError for the first that changed."""
@@ -100,13 +94,11 @@ class ShardReader:
 
     def _slice(self, shard: int, name: str) -> _Slice:
         path = self.paths[shard]
-        try:
+        with foreign(f"{path}: tensor '{name}' cannot be read", COPY):
             if shard not in self._open:
                 self._open[shard] = safe_open(path, framework="pt")
-            found: _Slice = self._open[shard].get_slice(name)
-            return found
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: tensor '{name}' cannot be read ({error}); {COPY}") from error
+            rows: _Slice = self._open[shard].get_slice(name)
+            return rows
 
 
 class ShardWriter:
@@ -122,11 +114,13 @@ class ShardWriter:
         self.progress = root / "building.json"
         self.shards: dict[str, list[Shard]] = {}
         self.finished = False
-        _make(root)
+        root.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.json", "building.json"):
             if (root / name).is_file():
                 self._resume(root / name)
                 return
+        if others := others_in(root):
+            raise UserError(f"{root}: holds {others[0]} but no data of ours; use another output directory")
         self._save()
 
     def count(self, kind: str) -> int:
@@ -138,12 +132,8 @@ class ShardWriter:
         done = self.shards.setdefault(kind, [])
         path = self.root / f"{kind}-{len(done):05d}.safetensors"
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with new_file(path) as part:
+            part.write_bytes(data)
         done.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
         self._save()
 
@@ -162,23 +152,21 @@ class ShardWriter:
         write_json(self.progress, {"inputs": self.inputs, "kinds": kinds})
 
     def _resume(self, path: Path) -> None:
-        found = read_json(path, AGAIN)
-        old = found.get("inputs")
-        if not isinstance(old, dict) or old != self.inputs:
-            keys = sorted(key for key in self.inputs if not isinstance(old, dict) or old.get(key) != self.inputs[key])
+        state = read_typed(path, _Progress, AGAIN)
+        if state.inputs != self.inputs:
+            keys = sorted(key for key in self.inputs if state.inputs.get(key) != self.inputs[key])
             what = ", ".join(keys) or "fewer"
             raise UserError(f"{path}: made from other inputs ({what} differ); choose another output directory")
         self.finished = path.name == "manifest.json"
-        kinds = found.get("kinds")
-        if isinstance(kinds, dict):
-            self.shards = {kind: [Shard.from_json(row, str(path)) for row in rows] for kind, rows in kinds.items()}
-            for shards in self.shards.values():
-                if shards:
-                    ShardReader(self.root, shards, path.name)
+        self.shards = state.kinds
+        for shards in self.shards.values():
+            if shards:
+                ShardReader(self.root, shards, path.name)
 
 
-def _make(root: Path) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be made ({error.strerror}); choose another output directory") from error
+@dataclass(frozen=True)
+class _Progress:
+    """What ``building.json`` and the manifest say of a directory: ``kinds`` are its shards until it is finished."""
+
+    inputs: Json = field(default_factory=dict)
+    kinds: dict[str, list[Shard]] = field(default_factory=dict)

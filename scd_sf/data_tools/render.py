@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 
-from scd_sf.files import write_text
+from scd_sf.files import others_in, read_json, write_text
 from scd_sf.types import UserError
 
 Chunk = TypeVar("Chunk")
@@ -39,24 +39,22 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
     """Make or resume a directory: ``work/request.json`` and ``folders``; True when its ``manifest.json`` says that the
     same request is already complete.
 
-    Raises UserError if it holds something else or cannot be written.
+    Raises UserError if it holds something else.
     """
-    wanted = json.dumps(request)
+    wanted = json.loads(json.dumps(request))
     manifest, started = root / "manifest.json", root / "work" / "request.json"
-    try:
-        if manifest.is_file():
-            if json.loads(manifest.read_text(encoding="utf-8")).get("request") != json.loads(wanted):
-                raise UserError(f"{manifest}: another dataset is here; choose another directory or delete this one")
-            return True
-        if started.is_file() and started.read_text(encoding="utf-8") != wanted:
+    if manifest.is_file():
+        if read_json(manifest, "choose another directory").get("request") != wanted:
+            raise UserError(f"{manifest}: another dataset is here; choose another directory or delete this one")
+        return True
+    if started.is_file():
+        if read_json(started, "choose another directory") != wanted:
             raise UserError(f"{started}: an unfinished, different run is here; choose another directory or delete it")
-        if root.is_dir() and not started.is_file() and any(root.iterdir()):
-            raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
-        for name in ("work", *folders):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        write_text(started, wanted)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); choose another directory") from error
+    elif others_in(root):
+        raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
+    for name in ("work", *folders):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    write_text(started, json.dumps(request))
     return False
 
 

@@ -6,11 +6,13 @@ import importlib.util
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import raw_videos
 import torch
 from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -19,6 +21,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from scd_sf.data.clips import ClipSet, write_video
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
+from scd_sf.files import locked
 from scd_sf.models.text import WAN_NEGATIVE_PROMPT, TextEncoderConfig, load_text_encoder, write_reference
 from scd_sf.models.vae import load_vae
 from scd_sf.types import UserError, VideoShape
@@ -210,3 +213,83 @@ def test_bad_captions(
     with pytest.raises(UserError) as caught:
         encode(script, tmp_path / "clips", model, tmp_path / "out", captions)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_of_others_is_overwritten(script: ModuleType, tmp_path: Path) -> None:
+    """A manifest.json of another program, the captions file as clips.jsonl, an index of other clips."""
+    captions = videos(tmp_path / "clips")
+    manifest, index = tmp_path / "clips" / "manifest.json", tmp_path / "clips" / "clips.jsonl"
+    manifest.write_text('{"name": "mine"}')
+    with pytest.raises(UserError, match=r"manifest\.json: is not of this command; nothing of others is overwritten"):
+        script.index_folder(tmp_path / "clips", captions, 16)
+    assert manifest.read_text() == '{"name": "mine"}' and not index.exists()
+    manifest.unlink()
+    captions.rename(index)
+    text = index.read_text()
+    with pytest.raises(UserError, match=r"clips\.jsonl: exists with other contents"):
+        script.index_folder(tmp_path / "clips", index, 16)
+    assert index.read_text() == text and not manifest.exists()
+    index.rename(captions)
+    script.index_folder(tmp_path / "clips", captions, 16)
+    assert ClipSet(tmp_path / "clips").captioned and ClipSet(tmp_path / "clips").fps == 16
+    made = json.loads(manifest.read_text()) | {"captioned": False, "request": {}}
+    manifest.write_text(json.dumps(made))
+    index.unlink()
+    with pytest.raises(UserError, match="exists with other contents"):
+        script.index_folder(tmp_path / "clips", captions, 16)
+    assert json.loads(manifest.read_text()) == made
+
+
+def test_phones_clips_and_another_rate(script: ModuleType, model: Path, tmp_path: Path) -> None:
+    """9 frames of 32 per second, stored lying, are 5 of 16, upright; at another rate the output is another."""
+    root = tmp_path / "clips"
+    root.mkdir()
+    raw_videos.write(root / "a.mp4", [raw_videos.corners()] * 9, rate=32, matrix=(0, 1, -1, 0))
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text('{"file": "a.mp4", "caption": "left\u2028turn"}\n')
+    encode(script, root, model, tmp_path / "out", captions)
+    clips = ClipSet(root)
+    assert (clips.frames, clips.height, clips.width) == (5, 48, 32) and clips[0].caption == "left\u2028turn"
+    pixels = clips.videos([0]).float() / 127.5 - 1
+    assert pixels[0, 0, :, 4, 28].tolist() == pytest.approx([1, -1, -1], abs=0.1), "red: upper right"
+    data = LatentClips(tmp_path / "out" / "train")
+    torch.testing.assert_close(data.latents([0]), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"--fps differ\); delete it and manifest.json"):
+        script.index_folder(root, captions, 24)
+    (root / "clips.jsonl").unlink()
+    with pytest.raises(UserError, match=r"made from other inputs \(clips_sha256, fps"):
+        script.main(clips=root, model=model, out=tmp_path / "out", captions=captions, fps=32, device="cpu")
+    with pytest.raises(UserError, match=r"is at work in it"), locked(tmp_path / "out" / "train", "another job"):
+        encode(script, root, model, tmp_path / "out")
+
+
+def test_many_captions_are_read_in_linear_time(script: ModuleType, tmp_path: Path) -> None:
+    """40,000 lines took 23 s where each looked through all."""
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps({"file": f"{n}.mp4", "caption": "x"}) + "\n" for n in range(40_000)))
+    began = time.process_time()
+    assert len(script.read_captions(path)) == 40_000
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{",
+        '{"file": 1, "caption": "x"}',
+        '{"file": "0.mp4", "caption": "\\ud800"}',
+        '{"file": "0.mp4\\u0000", "caption": "x"}',
+        '{"file": "' + "a" * 300 + '", "caption": "x"}',
+        '{"file": "0.mp4", "caption": "x", "split": ""}',
+        '{"file": "0.mp4", "caption": ' + "[" * 10**5,
+        '{"file": "0.mp4", "caption": null}',
+    ],
+)
+def test_hostile_captions(script: ModuleType, tmp_path: Path, line: str) -> None:
+    videos(tmp_path / "clips")
+    path = tmp_path / "captions.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match=r"captions\.jsonl:1") as caught:
+        script.index_folder(tmp_path / "clips", path, 16)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
