@@ -104,8 +104,12 @@ def test_bad_models() -> None:
 def test_the_shipped_config_compares_at_wans_size() -> None:
     cfg = load_config(BenchConfig, Path(__file__).parents[1] / "recipes" / "configs" / "bench_wan_1.3b.yaml", [])
     assert [row.name for row in cfg.models] == [
-        "SCD", "Self-Forcing, frame-wise", "SCD, chunks of 3", "Self-Forcing, chunk-wise",
+        "SCD, fusion delta", "SCD, fusion paper", "Self-Forcing, frame-wise", "SCD, fusion delta, chunks of 3",
+        "Self-Forcing, chunk-wise",
     ]  # fmt: skip
+    for row in cfg.models:
+        assert row.model is not None
+        assert row.model.family == "causal" or f"fusion {row.model.scd.decoder.fusion}" in row.name
     assert all(row.model is not None and row.model.wan == WanConfig() for row in cfg.models)
     assert (cfg.frames, cfg.height, cfg.width, cfg.dtype) == (81, 480, 832, "bf16")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,13 +150,24 @@ def test_table_7() -> None:
     assert (cfg.student.zero_stage, cfg.critic_engine.zero_stage, cfg.teacher_engine.zero_stage) == (2, 2, 3)
 
 
-def test_layers_of_the_paper() -> None:
-    for name, chunk in (("stage1_wan_1.3b", 1), ("stage1_wan_1.3b_chunk3", 3)):
+def test_layers_and_fusions_of_stage_1() -> None:
+    """The paper's cut in all; the fusion is written out in each file, ours (the default) and the paper's."""
+    ours, theirs = ("delta", "identical", "full"), ("paper", "temporal", "full")
+    for name, chunk, fusion in (
+        ("stage1_wan_1.3b", 1, ours),
+        ("stage1_wan_1.3b_chunk3", 3, ours),
+        ("stage1_wan_1.3b_paper", 1, theirs),
+    ):
         cfg: Any = configured("stage1", name)
         assert cfg.scd.encoder_layers == tuple(range(25)) and cfg.chunk == chunk and cfg.family == "scd"
-        assert cfg.scd.decoder.layers == (*range(5), *range(25, 30))
+        decoder = cfg.scd.decoder
+        assert decoder.layers == (*range(5), *range(25, 30))
+        assert (decoder.fusion, decoder.prefix_rope, decoder.prefix) == fusion
     cfg = configured("stage1", "stage1_causal_chunk3")
     assert (cfg.family, cfg.chunk) == ("causal", 3)
+    for file in [*CONFIGS.glob("*stage1*.yaml"), *CONFIGS.glob("pretrain_*scd*.yaml"), CONFIGS / "bench_wan_1.3b.yaml"]:
+        text = re.sub(r"#.*", "", file.read_text())
+        assert text.count("family: scd") == text.count("fusion: "), f"{file}: name the fusion of every SCD"
 
 
 def test_self_forcings_own_settings() -> None:
