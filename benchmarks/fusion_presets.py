@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 
 from scd_sf.data.latents import LatentClips, epoch_order
-from scd_sf.files import write_json
+from scd_sf.files import generator, write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.transplant import transplant_scd
 from scd_sf.models.weights import load_wan
 from scd_sf.train.ranks import keep_freed_memory
-from scd_sf.train.recipe import generator
 
 ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)
 VARIANTS = [  # fusion, prefix RoPE, prefix

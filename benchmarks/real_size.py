@@ -24,18 +24,17 @@ from torch import Tensor
 from scd_sf.bench import random_weights
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.files import write_json
+from scd_sf.generation.generate import generate_latents
 from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.transplant import transplant_scd, verify_transplant
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
-from scd_sf.rollout import cpu_noise, stream_rollout
 from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import Conditioning, exit_on_user_error
 
@@ -98,10 +97,8 @@ class Row:
     def clip(self, frames: int) -> Iterator[None]:
         """One turn per chunk. Every clip starts from the same noise."""
         rng = torch.Generator().manual_seed(1)
-        noise = torch.randn(1, frames, *LATENT, generator=rng)
         cond = Conditioning(torch.randn(1, TEXT_TOKENS, self.model.cfg.text_dim, generator=rng))
-        cache = CacheConfig(preallocate=frames)
-        chunks = stream_rollout(self.model, noise, cond, Renoise(), cpu_noise(rng), cache=cache)
+        chunks = generate_latents(self.model, cond, [1], (frames, *LATENT), Renoise())
         for _ in range(frames // self.variant.chunk):
             self._turn(chunks)
             yield

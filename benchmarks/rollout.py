@@ -20,14 +20,14 @@ from torch import Tensor
 from scd_sf.bench import in_rounds, random_weights
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.files import write_json
+from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.models.compile import CompileConfig, compile_steps
-from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan_json import config_json
-from scd_sf.rollout import cpu_noise, fresh_noise, stream_rollout
+from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.types import Conditioning
 
 CFG = WanConfig(3, 128, text_dim=512, ffn_dim=2240, num_layers=12)
@@ -43,14 +43,23 @@ def student(config: ModelConfig, compiled: bool = False) -> Student:
     return model
 
 
-def streaming(model: Student, frames: int, cache: CacheConfig | None) -> Callable[[], Tensor]:
-    cond = Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
+def prompt() -> Conditioning:
+    return Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
+
+
+def streaming(model: Student, frames: int) -> Callable[[], Tensor]:
+    """As samples are made: the history is an in-place ring."""
+    return lambda: clips_of(generate_latents(model, prompt(), [1], (frames, *LATENT), Renoise()))
+
+
+def training(model: Student, frames: int) -> Callable[[], Tensor]:
+    """As stage 3 makes them, without gradients: the history is copied as it grows."""
 
     @torch.no_grad()
     def run() -> Tensor:
-        noise = cpu_noise(torch.Generator().manual_seed(1))
-        drawn = fresh_noise(LATENT, 1, model.chunk, frames, noise)
-        return torch.cat(list(stream_rollout(model, drawn, cond, Renoise(), noise, cache=cache)), 1)
+        rng = torch.Generator().manual_seed(1)
+        noise = torch.randn(1, frames, *LATENT, generator=rng)
+        return rollout(model, noise, prompt(), Renoise(), cpu_noise(rng))
 
     return run
 
@@ -79,21 +88,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ring, scd, causal = (
-        CacheConfig(preallocate=args.frames),
-        ModelConfig(wan=CFG, scd=SCD),
-        ModelConfig("causal", wan=CFG),
-    )
+    scd, causal = ModelConfig(wan=CFG, scd=SCD), ModelConfig("causal", wan=CFG)
     cases = {
-        "SCD": streaming(student(scd), args.frames, ring),
-        "SCD, training's functional cache": streaming(student(scd), args.frames, None),
-        "Self-Forcing frame-wise": streaming(student(causal), args.frames, ring),
-        "Self-Forcing chunk-wise": streaming(student(ModelConfig("causal", 3, CFG)), args.frames, ring),
+        "SCD": streaming(student(scd), args.frames),
+        "SCD, training's functional cache": training(student(scd), args.frames),
+        "Self-Forcing frame-wise": streaming(student(causal), args.frames),
+        "Self-Forcing chunk-wise": streaming(student(ModelConfig("causal", 3, CFG)), args.frames),
         "diffusers, bidirectional": bidirectional(args.frames),
     }
     if args.compiled:
-        cases["SCD, compiled"] = streaming(student(scd, compiled=True), args.frames, ring)
-        cases["Self-Forcing frame-wise, compiled"] = streaming(student(causal, compiled=True), args.frames, ring)
+        cases["SCD, compiled"] = streaming(student(scd, compiled=True), args.frames)
+        cases["Self-Forcing frame-wise, compiled"] = streaming(student(causal, compiled=True), args.frames)
     rows = in_rounds(cases, args.rounds)
     for row in rows:
         row["seconds_per_latent_frame"] = round(float(str(row["seconds"])) / args.frames, 4)

@@ -6,7 +6,7 @@
 Reference: real held-out clips as the VAE reconstructs them. Every model is sampled with the held-out paraphrase of each
 reference clip. Samples are kept in ``out/samples``, so an interrupted evaluation goes on where it stopped; those of
 another checkpoint or other settings are drawn anew. Timings come last, in rounds over all rows, so that a slow minute
-hits them all: the least of each is shown; ``machine_busy`` in results.json says when they tell little.
+hits them all.
 """
 
 from __future__ import annotations
@@ -24,30 +24,29 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.checkpoint import find
+from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
-from scd_sf.diffusion.solvers import Sampler, build_sampler
-from scd_sf.files import sha256_folder
+from scd_sf.files import sha256_folder, write_tensors
 from scd_sf.gallery.gallery import PromptCard, build_gallery
+from scd_sf.generation.generate import clips_of, decode, generate_latents
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
 from scd_sf.metrics.fvd import VideoFrechet
 from scd_sf.metrics.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
-from scd_sf.metrics.protocols import Row, split_reference, table, write_rows
-from scd_sf.metrics.timing import Cost, time_in_rounds, timings, unrest
+from scd_sf.metrics.protocols import Cost, Row, split_reference, table, time_in_rounds, write_rows
 from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import Student, load_student, set_blocks
+from scd_sf.models.build import SamplerConfig, Student, describe_checkpoint, load_student, set_blocks
 from scd_sf.models.scd import Scd
 from scd_sf.models.vae import Vae, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan
 from scd_sf.nn.layers import WanBlock
+from scd_sf.pipeline import choose_sampler
 from scd_sf.provenance import git_revision, versions
-from scd_sf.rollout import row_noise, sample, sample_bidirectional, stream_rollout
+from scd_sf.rollout import sample_bidirectional
 from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import UserError, exit_on_user_error
 
@@ -75,7 +74,7 @@ class RowConfig:
 @dataclass
 class EvaluateConfig:
     """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew.
-    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (three times may take thrice it).
+    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once).
     ``sample_stages``: only draw the samples of these stages' rows, for a later run (others may still be training)."""
 
     base: str
@@ -125,11 +124,6 @@ class Bench:
         return (s.frames, s.channels, s.height, s.width)
 
 
-def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
-    """(V, F, C, H, W) latents -> (V, frames, 3, H, W) in [0, 1]."""
-    return torch.cat([(vae.decode(part).clamp(-1, 1) + 1) / 2 for part in latents.split(batch)])
-
-
 def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
     """Fitted on real training clips once, then read from ``out/judges.safetensors``."""
     path = out / "judges.safetensors"
@@ -142,8 +136,14 @@ def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
     return load_judges(path)
 
 
-def sampler_of(row: RowConfig, shift: float) -> Sampler:
-    return build_sampler(row.sampler, row.steps, shift)
+def sampler_of(row: RowConfig, cfg: EvaluateConfig) -> SamplerConfig:
+    """How a row is sampled: a distilled checkpoint at the very times it was trained at. UserError for another sampler
+    of such a one."""
+    asked = SamplerConfig(row.sampler, row.steps, cfg.shift)
+    if not row.checkpoint:
+        return asked
+    own = describe_checkpoint(Path(cfg.root) / row.checkpoint, row.weights)[0].sampler
+    return choose_sampler(own, asked, row.name)
 
 
 def seeds_of(row: RowConfig, cfg: EvaluateConfig) -> tuple[int, ...]:
@@ -153,8 +153,16 @@ def seeds_of(row: RowConfig, cfg: EvaluateConfig) -> tuple[int, ...]:
 def sample_key(row: RowConfig, bench: Bench) -> dict[str, str]:
     """What samples depend on: the weights, how they are sampled, and the prompts."""
     cfg = bench.cfg
-    weights = sha256_folder(find(Path(cfg.root) / row.checkpoint) if row.checkpoint else Path(cfg.base) / "transformer")
-    settings = {**asdict(row), "shift": cfg.shift, "seeds": seeds_of(row, cfg), "indices": bench.indices}
+    path = Path(cfg.root) / row.checkpoint
+    weights = (
+        weights_sha256(find(path, row.weights), row.weights)
+        if row.checkpoint
+        else sha256_folder(Path(cfg.base) / "transformer")
+    )
+    settings = {
+        **asdict(row), "sampler": asdict(sampler_of(row, cfg)), "seeds": seeds_of(row, cfg), "indices": bench.indices,
+        "noise": "by seed and latent frame",
+    }  # fmt: skip
     return {"weights": weights, "data": bench.clips.hash, "settings": json.dumps(settings, sort_keys=True)}
 
 
@@ -166,7 +174,7 @@ def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
         with safe_open(str(file), "pt") as stored:
             if stored.metadata() == key:
                 return stored.get_tensor("latents")
-    sampler, parts = sampler_of(row, cfg.shift), []
+    sampler, parts = sampler_of(row, cfg).build(), []
     wanted = [(seed, index) for seed in seeds for index in bench.indices]
     for start in range(0, len(wanted), cfg.batch):
         part = wanted[start : start + cfg.batch]
@@ -176,13 +184,12 @@ def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
             denoiser = guided(model, bench.clips.null, row.guidance.w)
             parts.append(sample_bidirectional(denoiser, cond, bench.shape, sampler, row_seeds))
         else:
-            parts.append(sample(model, cond, bench.shape, sampler, row_seeds))
+            parts.append(clips_of(generate_latents(model, cond, row_seeds, bench.shape, sampler)))
     latents = torch.cat(parts).unflatten(0, (len(seeds), -1))
     if not latents.isfinite().all():
         raise UserError(f"{row.name}: samples are not finite; the checkpoint is broken or sampled with a wrong sampler")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": latents}, str(file.with_suffix(".tmp")), metadata=key)
-    os.replace(file.with_suffix(".tmp"), file)
+    write_tensors(file, {"latents": latents}, key)
     return latents
 
 
@@ -192,19 +199,15 @@ def slug(name: str) -> str:
 
 def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], Iterator[Tensor]]:
     """Generate one clip at batch 1; yields latents as they are finished (a bidirectional model: all at the end)."""
-    sampler = sampler_of(row, bench.cfg.shift)
+    sampler = sampler_of(row, bench.cfg).build()
     cond = bench.clips.batch(bench.indices[:1], held_out=True).text
 
     def whole(wan: Wan) -> Iterator[Tensor]:
         yield sample_bidirectional(guided(wan, bench.clips.null, row.guidance.w), cond, bench.shape, sampler, [0])
 
-    def frames(student: Student) -> Iterator[Tensor]:
-        noise_like = row_noise([0])
-        with torch.no_grad():
-            noise = noise_like(torch.empty(1, *bench.shape))
-            yield from stream_rollout(student, noise, cond, sampler, noise_like)
-
-    return partial(whole, model) if isinstance(model, Wan) else partial(frames, model)
+    if isinstance(model, Wan):
+        return partial(whole, model)
+    return partial(generate_latents, model, cond, [0], bench.shape, sampler)
 
 
 def cost(row: RowConfig, bench: Bench) -> Cost:
@@ -255,7 +258,7 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
 def load_model(row: RowConfig, cfg: EvaluateConfig) -> Student | Wan:
     if not row.checkpoint:
         return _base(Path(cfg.base), row.blocks or BlocksConfig())
-    return _student(find(Path(cfg.root) / row.checkpoint), row.weights, row.blocks)
+    return _student(find(Path(cfg.root) / row.checkpoint, row.weights), row.weights, row.blocks)
 
 
 @cache
@@ -333,6 +336,7 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
         "clips": cfg.clips,
         "seeds": list(cfg.seeds),
         "evaluation_seconds": round(time.monotonic() - started, 1),
+        "timing": "batch 1, per latent frame, without VAE and text encoder, median",
     }
 
 
@@ -342,15 +346,13 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     keep_freed_memory()
-    if not cfg.rows or len({slug(row.name) for row in cfg.rows}) < len(cfg.rows):
-        raise UserError("rows: name at least one model to score in the config's 'rows' list, and each in its own way")
+    if not cfg.rows:
+        raise UserError("rows: name at least one model to score in the config's 'rows' list")
     wanted = [row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages]
     if not wanted:
         raise UserError(f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage'")
     for row in wanted:
-        sampler_of(row, cfg.shift)
-        if row.checkpoint:
-            find(Path(cfg.root) / row.checkpoint)
+        sampler_of(row, cfg).build()
     bench, others = prepare(cfg)
     results: list[tuple[Row, Tensor]] = []
     for number, row in enumerate(wanted, 1):
@@ -363,23 +365,20 @@ def main() -> None:
         console.print(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
     if cfg.sample_stages:
         return
-    costs = {row.name: cost(row, bench) for row in cfg.rows}
-    time_in_rounds(list(costs.values()), cfg.timing_repeats, cfg.timing_seconds)
-    results = [(costs[row.name].fill(row), video) for row, video in results]
+    costs = [cost(row, bench) for row in cfg.rows]
+    time_in_rounds(costs, cfg.timing_repeats, cfg.timing_seconds)
+    results = [(found.fill(row), video) for found, (row, video) in zip(costs, results, strict=True)]
     console.print(f"timed  {time.monotonic() - started:.0f} s", highlight=False)
     last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
     extra = controls(bench, others, last)
     rows = [*(row for row, _ in results), *extra]
-    write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started) | timings(costs))
-    notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
-    console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
-    write_gallery(cfg, bench, results, rows, notes)
+    write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started))
+    console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference"))
+    write_gallery(cfg, bench, results, rows)
     console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
 
 
-def write_gallery(
-    cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Tensor]], rows: list[Row], notes: list[str]
-) -> None:
+def write_gallery(cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Tensor]], rows: list[Row]) -> None:
     """Videos of all rows side by side for some of the prompts."""
     stride = max(1, len(bench.indices) // cfg.gallery_clips)
     chosen = list(range(0, len(bench.indices), stride))[: cfg.gallery_clips]
@@ -393,7 +392,7 @@ def write_gallery(
     shown = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
     for name, video in shown:
         videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]
-    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, notes, fps=cfg.fps)
+    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, fps=cfg.fps)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from scd_sf.checkpoint import find
+from scd_sf.checkpoint import weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.clips import write_video
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import Sampler, build_sampler
-from scd_sf.files import Json, read_json, sha256_file, sha256_folder, write_json
+from scd_sf.files import Json, read_json, sha256_folder, write_json
 from scd_sf.metrics.frames import SsimWindow, as_uint8
 from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
 from scd_sf.metrics.prediction_protocols import PredictionProtocol, named_protocol
 from scd_sf.metrics.prediction_result import result_table
-from scd_sf.metrics.timing import Cost, time_in_rounds, unrest
+from scd_sf.metrics.protocols import Cost, time_in_rounds
 from scd_sf.models.build import Student
 from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.nn.layers import DitBlock
+from scd_sf.pipeline import choose_sampler
 from scd_sf.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.provenance import git_revision, versions
 from scd_sf.train.engine import init_distributed
@@ -194,17 +195,17 @@ class Evaluation:
         return predict(self.model, known, self.conditions(clips), wanted, self.sampler, seeds, self.cfg.rollout)
 
 
-def build(cfg: EvaluatePredictionConfig, ranks: Ranks) -> Evaluation:
+def build(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) -> Evaluation:
     """Everything that generates. UserError: parts that do not fit."""
     rules, clips = cfg.rules(), open_pixels(cfg.pixels)
     if rules.clips > len(clips):
         raise UserError(f"{cfg.pixels.root}: {len(clips)} clips, the protocol has {rules.clips}: use custom.clips")
     tokenizer = load_tokenizer(Path(cfg.tokenizer))
-    if cfg.checkpoint in CONTROLS:
+    if checkpoint is None:
         if cfg.checkpoint == "repeat" and not rules.context:
             raise UserError("checkpoint=repeat holds the last true frame: the protocol has none")
         return Evaluation(cfg, rules, clips, tokenizer, None, build_sampler("euler", 1, 1.0), ranks.device)
-    model, description = load_predictor(Path(cfg.checkpoint), cfg.weights)
+    model, description = load_predictor(checkpoint, cfg.weights)
     dit, own = description.model.dit, description.sampler
     if tokenizer.channels != dit.in_channels:
         raise UserError(
@@ -212,15 +213,16 @@ def build(cfg: EvaluatePredictionConfig, ranks: Ranks) -> Evaluation:
         )
     if dit.num_actions and clips.num_actions != dit.num_actions:
         raise UserError(f"{cfg.pixels.root}: {clips.num_actions} actions, the model knows {dit.num_actions}")
-    sampler = build_sampler(cfg.sampler.name or own.name, cfg.sampler.steps or own.steps, own.shift)
+    asked = dataclasses.replace(own, name=cfg.sampler.name or own.name, steps=cfg.sampler.steps or own.steps, times=())
+    sampler = choose_sampler(own, asked, cfg.checkpoint).build()
     return Evaluation(cfg, rules, clips, tokenizer, model.to(ranks.device), sampler, ranks.device)
 
 
-def claim(cfg: EvaluatePredictionConfig, ranks: Ranks) -> None:
+def claim(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) -> None:
     """``out`` is for these weights and settings alone. UserError: it was begun with others."""
     decide: Json = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
-    if cfg.checkpoint not in CONTROLS:
-        decide["weights_sha256"] = sha256_file(weights_file(Path(cfg.checkpoint), cfg.weights))
+    if checkpoint is not None:
+        decide["weights_sha256"] = weights_sha256(checkpoint, cfg.weights)
     decide["tokenizer_sha256"] = sha256_folder(Path(cfg.tokenizer))
     path, wanted = Path(cfg.out) / "generation.json", json.loads(json.dumps(decide))
     if path.is_file() and (found := read_json(path, "choose another out=")) != wanted:
@@ -230,11 +232,6 @@ def claim(cfg: EvaluatePredictionConfig, ranks: Ranks) -> None:
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
-
-
-def weights_file(checkpoint: Path, weights: str) -> Path:
-    """The file that a checkpoint's weights are read from."""
-    return checkpoint if checkpoint.is_file() else find(checkpoint) / f"{weights}.safetensors"
 
 
 def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
@@ -272,7 +269,7 @@ def cost(bench: Evaluation) -> dict[str, object]:
     time_in_rounds([history, measured], 3, 60.0)
     counted = measured.runs[0].frames
     begin, whole = (
-        min(run.seconds for run in part.runs) for part in (history, measured)
+        min(run.seconds_per_frame * run.frames for run in part.runs) for part in (history, measured)
     )  # the first frame comes after the context is read; the others cost what a frame costs
     later = max(1, counted - 1)
     return {
@@ -282,7 +279,6 @@ def cost(bench: Evaluation) -> dict[str, object]:
         "seconds_per_frame": (whole - begin) / later,
         "seconds_to_first_frame": begin,
         "by_frame": by_frame(stream, bench.device),
-        "machine_busy": unrest({"history": history, "frames": measured}),
         "device": str(bench.device),
         "threads": torch.get_num_threads(),
     }
@@ -302,13 +298,13 @@ def by_frame(stream: Callable[[], Iterator[Tensor]], device: torch.device) -> di
     return {"seconds": seconds, "memory_gib": memory}
 
 
-def write(bench: Evaluation, scorer: PredictionScorer) -> None:
+def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) -> None:
     """result.json, cost.json and a table for people."""
     cfg, out, result = bench.cfg, Path(bench.cfg.out), scorer.result()
     result.write(out / "result.json")
     about: dict[str, object] = {"config": dataclasses.asdict(cfg), "git": git_revision(), "versions": versions()}
     if bench.model is not None:
-        about |= {"checkpoint": str(find(Path(cfg.checkpoint))), "sampler": [bench.sampler.name, bench.sampler.steps]}
+        about |= {"checkpoint": str(checkpoint), "sampler": [bench.sampler.name, bench.sampler.steps]}
         about["parameters"] = sum(p.numel() for p in bench.model.parameters())
     write_json(out / "cost.json", {**about, **cost(bench)})
     Console(width=140).print(result_table({cfg.checkpoint: result}))
@@ -318,16 +314,17 @@ def write(bench: Evaluation, scorer: PredictionScorer) -> None:
 def main() -> None:
     cfg = from_command_line(EvaluatePredictionConfig, __doc__ or "")
     ranks = init_distributed()
-    bench = build(cfg, ranks)
+    checkpoint = None if cfg.checkpoint in CONTROLS else ranks.checkpoint(cfg.checkpoint, cfg.weights)
+    bench = build(cfg, ranks, checkpoint)
     networks = cfg.metric_networks(ranks.device)
     bench.read(0)  # whether the clips fit the protocol
-    claim(cfg, ranks)
+    claim(cfg, ranks, checkpoint)
     score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
     ranks.barrier()
     if ranks.is_main:
         everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
         everything.resume(Path(cfg.out) / "clips")
-        write(bench, everything)
+        write(bench, everything, checkpoint)
     ranks.barrier()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
-from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.files import generator
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
 from scd_sf.models.scd import Scd, ScdConfig
@@ -30,7 +30,7 @@ from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches, check_shape
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
-from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, generator, micro_batches
+from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, UserError, exit_on_user_error
@@ -163,7 +163,7 @@ def main() -> None:
     cfg = from_command_line(PretrainConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
     clips, val, usable = checked(cfg, ranks)
-    preview = Preview(cfg.preview, val, build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift))
+    preview = Preview(cfg.preview, val, cfg.sampler.build())
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips", "preview"))
     run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(clips.info.shape(cfg.frames))
     torch.manual_seed(cfg.run.seed)

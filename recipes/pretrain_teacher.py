@@ -16,6 +16,7 @@ from torch import Tensor
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
+from scd_sf.files import generator
 from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
@@ -28,7 +29,6 @@ from scd_sf.train.recipe import (
     RESUMABLE,
     TrainConfig,
     TrainState,
-    generator,
     micro_batches,
 )
 from scd_sf.train.run import Run, RunConfig

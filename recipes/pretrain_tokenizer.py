@@ -26,7 +26,7 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.files import write_json
+from scd_sf.files import generator, write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
 from scd_sf.metrics.reconstruction import reconstruction, write_sheet
@@ -44,7 +44,7 @@ from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
-from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, generator, micro_batches
+from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Logs, UserError, exit_on_user_error

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import find
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
-from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.files import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.plan.job import Job
@@ -32,7 +30,6 @@ from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engin
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainState,
-    generator,
     micro_batches,
     pixel_shape,
 )
@@ -87,7 +84,7 @@ def update(
 def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
-    init = find(Path(cfg.init))
+    init = ranks.checkpoint(cfg.init, "ema")
     student, parent = load_student(init, "ema", cfg.blocks)
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
     wan = parent.model.wan
@@ -114,7 +111,7 @@ def main() -> None:
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     averaged = build_student(parent.model)
-    sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
+    sampler = cfg.sampler.build()
     seen = [0, len(val) // 2]
     preview = Preview(
         parent.base,

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import find
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prompts import PromptSet
-from scd_sf.diffusion.solvers import Renoise, few_step_times
+from scd_sf.diffusion.solvers import Renoise
+from scd_sf.files import generator
 from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.models.build import SamplerConfig, Student, build_student, load_student
+from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.plan.job import Job
@@ -47,7 +47,6 @@ from scd_sf.train.engine import (
 from scd_sf.train.recipe import (
     RESUMABLE,
     TrainState,
-    generator,
     micro_batches,
     pixel_shape,
 )
@@ -193,7 +192,7 @@ def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape,
 
 
 def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, latent: VideoShape) -> Distillation:
-    sampler, ranks = Renoise(few_step_times(cfg.loss.shift, cfg.linear_times)), run.ranks
+    sampler, ranks = Renoise(cfg.sampler.times), run.ranks
 
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
@@ -226,7 +225,7 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, lat
 def main() -> None:
     cfg = from_command_line(Stage3Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
-    init = find(Path(cfg.init))
+    init = ranks.checkpoint(cfg.init, "ema")
     student, parent = load_student(init, "ema")
     latent = cfg.video.shape(parent.model.wan.in_channels)
     prompts = PromptSet(cfg.prompts)
@@ -237,8 +236,7 @@ def main() -> None:
         teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
         run.flops_per_step = Job(cfg, parent.model, latent, teacher, critic, prompts.table.length).model_flops()
     parts = build(cfg, run, student, prompts, latent)
-    sampler = SamplerConfig("renoise", parts.sampler.steps, cfg.loss.shift)
-    description = to_yaml(dataclasses.replace(parent, sampler=sampler))
+    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
         extra = {"teacher": cfg.teacher, "critic": cfg.critic, "video": pixel_shape(latent), **cfg.loss.guidance.logs()}

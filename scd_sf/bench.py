@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.generation.generate import generate_latents
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import ModelConfig, SamplerConfig, Student, build_model, describe_checkpoint, load_student
 from scd_sf.models.compile import CompileConfig, compile_steps
@@ -35,9 +36,8 @@ from scd_sf.models.text import TextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, channels_last, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
-from scd_sf.pipeline import choose_shape
+from scd_sf.pipeline import choose_sampler, choose_shape
 from scd_sf.provenance import git_revision, versions
-from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 SCHEMA = 1
@@ -150,10 +150,6 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    @property
-    def cache(self) -> CacheConfig:
-        return CacheConfig.sampling(self.cfg.window, self.cfg.sink, self.shape.frames)
-
     def prompt(self, student: Student) -> tuple[Conditioning, float]:
         """The prompt's states and the seconds they took; random states without a text encoder."""
         started = self.clock()
@@ -168,16 +164,11 @@ class Bench:
         """Make one clip and time it."""
         shape, student = self.shape, entry.student
         cond, text = self.prompt(student)
-        like, decoder = row_noise([0]), VaeStream(self.vae)
-
-        def noise(x: Tensor) -> Tensor:
-            return like(x.to(self.device))
-
-        size = (shape.channels, shape.height, shape.width)
-        drawn = fresh_noise(size, 1, student.chunk, shape.frames, noise)
-        dit, vae, pixels = [], [], []
+        dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
         started = self.clock()
-        for latents in stream_rollout(student, drawn, cond, entry.sampler, noise, cache=self.cache):
+        for latents in generate_latents(
+            student, cond, [0], shape.latent(1)[1:], entry.sampler, window=cfg.window, sink=cfg.sink
+        ):
             made = self.clock()
             pixels.append(decoder.push(latents).shape[1])
             decoded = self.clock()
@@ -298,8 +289,7 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
         model, _ = load_student(path, cfg.weights)
         own, base = description.sampler, description.base
         model = model.to(device, dtype)
-    chosen = row.sampler or cfg.sampler or own
-    sampler = build_sampler(chosen.name, chosen.steps, chosen.shift)
+    sampler = choose_sampler(own, row.sampler or cfg.sampler, row.name, force=True).build()
     graphs = cfg.compile.cuda_graphs and isinstance(model, Scd)  # the baseline's steps have no fixed shapes
     compiled = replace(cfg.compile, cuda_graphs=graphs)
     return Entry(row, model.requires_grad_(False), sampler, compiled), origin, base

@@ -16,14 +16,16 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scd_sf.files import files_below, fsync_folder, fsync_tree, read_json, sha256_file, typed, write_text
 from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
@@ -116,14 +118,15 @@ class Checkpoints:
         _write_contents(partial, files, config_yaml, provenance)
         write_manifest(partial, step)
         os.rename(partial, final)
-        _fsync_dir(self.root)
-        _write_text(self.root / LATEST, final.name + "\n")
+        fsync_folder(self.root)
+        write_text(self.root / LATEST, final.name + "\n")
 
     def not_saved(self, step: int, problem: str) -> str:
         return f"{self.path(step)}: step {step} is not saved; the steps before it are as they were. {problem}"
 
-    def newest(self, *, required: bool = False) -> Path | None:
+    def newest(self, *, required: bool = False, weights: str = "") -> Path | None:
         """The newest verified step, warning about each newer one it skips. None when nothing was ever saved here.
+        ``weights``: verify only what reading these takes (:func:`find`).
 
         Raises UserError when something was saved but no step verifies (training must not restart from zero unnoticed),
         and when ``required`` (resume was asked for) and there is no checkpoint at all.
@@ -132,7 +135,7 @@ class Checkpoints:
         for step in reversed(steps):
             path = self.path(step)
             try:
-                verify(path)
+                verify(path, weights)
             except UserError as error:
                 _log.warning("skipping checkpoint: %s", error)
                 continue
@@ -185,41 +188,80 @@ class Checkpoints:
             _log.warning("%s: 'latest' says %s; using the newest verified step %s", self.root, named, path.name)
 
 
-def find(path: Path) -> Path:
-    """A checkpoint a person named: a step directory, a run's ``checkpoints`` directory or the run. Verified.
+def find(path: Path, weights: str = "") -> Path:
+    """A checkpoint a person named: a step directory, a run's ``checkpoints`` directory or the run. Verified: all of it,
+    or with ``weights`` ("ema", "model", "best") what reading these takes: configuration, provenance, one file.
 
     Raises UserError when there is none or it is damaged.
     """
     if (path / MANIFEST).exists() or _STEP.match(path.name):
-        verify(path)
+        verify(path, weights)
         return path
     for root in (path, path / "checkpoints"):
-        newest = Checkpoints(root).newest()
+        newest = Checkpoints(root).newest(weights=weights)
         if newest is not None:
             return newest
     raise UserError(f"{path}: no checkpoint here; give a step_N directory, or a run directory that holds some")
 
 
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint directory against its manifest: presence, size, sha256.
+# What this process has hashed: (path, inode, bytes, mtime in ns) -> sha256; and directories that rank 0 has verified.
+_digests: dict[tuple[str, int, int, int], str] = {}
+_vouched: set[Path] = set()
+
+
+def verify(path: Path, weights: str = "") -> None:
+    """Check a checkpoint directory against its manifest: every file's presence and size, and the sha256 of all files,
+    or with ``weights`` of those that reading these takes. A file is hashed once in a process.
 
     Raises UserError naming the first missing, truncated, changed or unlisted file.
     """
     entries = _read_manifest(path)
-    remedy = "use another step, or copy this one again"
+    wanted = set(entries) if not weights else {CONFIG, PROVENANCE, weights_file(path, weights).name}
     for name, (size, digest) in entries.items():
         file = path / name
-        if not file.is_file():
-            raise UserError(f"{file}: missing (it is in the manifest); {remedy}")
+        if not file.exists():
+            raise UserError(f"{file}: missing (it is in the manifest); {_AGAIN}")
+        if not stat.S_ISREG(file.lstat().st_mode) or not file.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{file}: not a file of the checkpoint but a link or a folder; {_AGAIN}")
         actual = file.stat().st_size
         if actual != size:
-            raise UserError(f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {remedy}")
-        if sha256(file) != digest:
-            raise UserError(f"{file}: its sha256 differs from the manifest: the file was changed; {remedy}")
+            raise UserError(f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {_AGAIN}")
+        if name in wanted and path.resolve() not in _vouched and _hashed(file) != digest:
+            raise UserError(f"{file}: its sha256 differs from the manifest: the file was changed; {_AGAIN}")
     for file in _files(path):
         name = file.relative_to(path).as_posix()
         if name not in entries and name != MANIFEST:
             raise UserError(f"{file}: not in the manifest: something was added to the checkpoint; move it elsewhere")
+
+
+def vouch(path: Path) -> None:
+    """Another process of this job has verified ``path``: from now on this one compares sizes and hashes nothing."""
+    _vouched.add(path.resolve())
+
+
+def _hashed(file: Path) -> str:
+    status = file.stat()
+    key = (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
+    if key not in _digests:
+        _digests[key] = sha256_file(file)
+    return _digests[key]
+
+
+def weights_file(path: Path, weights: str) -> Path:
+    """The file of a step directory that these weights are read from: "model", "ema" (a stage-1 checkpoint has no
+    average: its model) or "best". UserError: there is none."""
+    names = {"model": ["model"], "ema": ["ema", "model"], "best": ["best"]}.get(weights, [])
+    for name in names:
+        if (path / f"{name}.safetensors").is_file():
+            return path / f"{name}.safetensors"
+    raise UserError(f"{path}: no weights '{weights}' there; use one of model, ema, best")
+
+
+def weights_sha256(path: Path, weights: str) -> str:
+    """Of the file that weights are read from: an exported file's, or the manifest's word for :func:`weights_file`."""
+    if path.is_file():
+        return sha256_file(path)
+    return _read_manifest(path)[weights_file(path, weights).name][1]
 
 
 def load_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -229,7 +271,7 @@ def load_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 def read_provenance(path: Path) -> dict[str, object]:
     """``provenance.json`` of a checkpoint directory. Raises UserError when missing or not a JSON object."""
-    return _read_json(path / PROVENANCE)
+    return read_json(path / PROVENANCE, _AGAIN)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -239,12 +281,11 @@ def write_manifest(path: Path, step: int) -> None:
     """Fsync every file under ``path``, then write ``manifest.json`` (size and sha256 of each) as the last file."""
     fsync_tree(path)
     entries = {
-        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256_file(file)}
         for file in sorted(_files(path))
     }
     body: dict[str, object] = {"format": 1, "step": step, "files": entries}
-    _write_text(path / MANIFEST, json.dumps({**body, "self": _digest_of(body)}, indent=1) + "\n")
-    _fsync_dir(path)
+    write_text(path / MANIFEST, json.dumps({**body, "self": _digest_of(body)}, indent=1) + "\n")
 
 
 def _bytes(files: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -267,8 +308,8 @@ def _write_contents(
 ) -> None:
     for name, tensors in files.items():
         save_file(_saveable(tensors), str(partial / (name if name.endswith(".safetensors") else f"{name}.safetensors")))
-    _write_text(partial / CONFIG, config_yaml)
-    _write_text(partial / PROVENANCE, json.dumps(dict(record), indent=1, default=str) + "\n")
+    write_text(partial / CONFIG, config_yaml)
+    write_text(partial / PROVENANCE, json.dumps(dict(record), indent=1, default=str) + "\n")
     if not any((partial / STATE).iterdir()):
         (partial / STATE).rmdir()
 
@@ -287,70 +328,38 @@ def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Whole file or none: temporary name, fsync, replace."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _fsync_dir(path.parent)
-
-
-def fsync_tree(path: Path) -> None:
-    """Every file and folder below ``path``, onto the disk."""
-    for file in _files(path):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    for folder in [path, *(p for p in path.rglob("*") if p.is_dir())]:
-        _fsync_dir(folder)
-
-
-def _fsync_dir(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+_AGAIN = "use another step, or copy this one again"
+
+
+@dataclass
+class _Entry:
+    """Of a file in the manifest."""
+
+    size: int
+    sha256: str
+
+
 def _files(path: Path) -> Iterator[Path]:
-    return (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-
-
-def _read_json(file: Path) -> dict[str, object]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: missing; this is not a complete checkpoint, use another step") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable JSON ({error}); use another step, or copy this one again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}; use another step")
-    return cast("dict[str, object]", value)
+    return (file for file in files_below(path) if not file.name.startswith("."))
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """File name -> (size, sha256). Raises UserError when the manifest is missing, damaged or names a path outside."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint directory; check the path")
-    manifest = _read_json(path / MANIFEST)
-    changed = UserError(f"{path / MANIFEST}: the manifest itself was changed; use another step, or copy this one again")
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"{path / MANIFEST}: missing; this is not a complete checkpoint, use another step")
+    manifest = read_json(path / MANIFEST, _AGAIN)
     if manifest.pop("self", None) != _digest_of(manifest):
-        raise changed
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise changed
-    entries: dict[str, tuple[int, str]] = {}
-    for name, entry in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{path / MANIFEST}: the manifest itself was changed; {_AGAIN}")
+    entries = typed(manifest.get("files"), dict[str, _Entry], path / MANIFEST, _AGAIN)
+    for name in entries:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise UserError(f"{path / MANIFEST}: names {name!r}, outside the checkpoint; do not use this directory")
-        entries[name] = (int(entry["size"]), str(entry["sha256"]))
-    return entries
+    return {name: (entry.size, entry.sha256) for name, entry in entries.items()}
 
 
 def sizes_agree(path: Path) -> bool:
@@ -363,9 +372,3 @@ def sizes_agree(path: Path) -> bool:
 
 def _digest_of(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from scd_sf.json_text import loads
-from scd_sf.ownership import take_lock
+from scd_sf.locks import take_lock
 from scd_sf.types import UserError, printable
 
 if TYPE_CHECKING:  # tools that need no tensors start without torch
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 Json = dict[str, object]
 T = TypeVar("T")
 
 JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
+LOCK = ".lock"  # in every folder that a command owns
 NAME_BYTES = 255  # of one file name, on every file system in use
 LOCK = ".lock"  # in every folder that a command owns
 LFS_POINTER = b"version https://git-lfs"
@@ -64,6 +65,16 @@ def sha256_folder(root: Path, pattern: str = "*") -> str:
 def hash_json(value: object) -> str:
     """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal hash."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def generator(seed: int, *position: int | str) -> Generator:
+    """A CPU generator of random numbers for one place, e.g. (seed, "noise", step, micro): no state to save, no
+    collisions."""
+    from torch import Generator
+
+    text = ":".join(str(part) for part in (seed, *position))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- paths
@@ -292,9 +303,7 @@ def foreign(where: str | Path, remedy: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(f"{where}: needs more memory than there is; {remedy}") from error
-    except BaseException as error:  # parsers raise KeyError, RecursionError, library errors ..: no list holds
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
-            raise
+    except Exception as error:  # parsers raise KeyError, struct.error, RecursionError, library errors ..: no list holds
         raise UserError(f"{where}: {reason(error)}; {remedy}") from error
 
 

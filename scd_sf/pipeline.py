@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.files import write_json
+from scd_sf.generation.generate import clips_of, generate
 from scd_sf.models.build import (
     CheckpointConfig,
     SamplerConfig,
@@ -36,10 +36,9 @@ from scd_sf.models.build import (
     write_single,
 )
 from scd_sf.models.export import dtype_of, largest, must_be_new
-from scd_sf.models.generator import CacheConfig, check_chunks
+from scd_sf.models.generator import check_chunks
 from scd_sf.models.text import REFERENCE, TextEncoderConfig, TransformersTextEncoder, load_text_encoder
-from scd_sf.models.vae import Vae, VaeGeometry, VaeStream, load_vae
-from scd_sf.rollout import row_noise, stream_rollout
+from scd_sf.models.vae import Vae, VaeGeometry, load_vae
 from scd_sf.types import UserError, VideoShape
 
 STUDENT = Path("transformer") / "model.safetensors"
@@ -47,16 +46,18 @@ FOLDERS = ("vae", "text_encoder", "tokenizer")
 FILES = (REFERENCE,)
 
 
-def choose_sampler(own: SamplerConfig, asked: SamplerConfig | None, where: str, *, force: bool = False) -> Sampler:
-    """The checkpoint's sampler, or the one asked for. A distilled student gives noise with one it was not trained for:
-    UserError unless ``force``."""
-    chosen = asked or own
+def choose_sampler(
+    own: SamplerConfig, asked: SamplerConfig | None, where: str, *, force: bool = False
+) -> SamplerConfig:
+    """The checkpoint's sampler with the times it was trained at, or another one. A distilled student gives noise with
+    one it was not trained for: UserError unless ``force``."""
+    chosen = own if asked is None or asked == replace(own, times=()) else asked
     if chosen != own and own.name == "renoise" and not force:
         raise UserError(
             f"{where}: distilled for sampler {asdict(own)}, not for {asdict(chosen)}; leave the sampler unset, or "
             "force it"
         )
-    return build_sampler(chosen.name, chosen.steps, chosen.shift)
+    return chosen
 
 
 def choose_shape(
@@ -151,26 +152,23 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
     ) -> Iterator[Tensor]:
         """Yield (B, n, 3, H, W) in [0, 1] as latent frames are generated and decoded: first one frame, then four each.
 
-        ``seed``: one per prompt; an int s means s, s + 1, ... A clip depends on its own seed alone.
+        ``seed``: one for all prompts, or one per prompt. A clip depends on its prompt and seed alone: ``scd sample``
+        makes the same one of them.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if not prompts or len(seeds) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
         shape, told = self.shape(frames, height, width), self.description
-        steps = choose_sampler(told.checkpoint.sampler, sampler, str(told.source), force=force)
+        steps = choose_sampler(told.checkpoint.sampler, sampler, str(told.source), force=force).build()
         student: Student = self.transformer
         device = next(student.parameters()).device
         cond = self._text.encode(prompts).to(device)
-        noise_like, decoder = row_noise(seeds), VaeStream(self._vae)
-        noise = noise_like(torch.empty(shape.latent(len(prompts)), device=device))
-        cache = CacheConfig(preallocate=shape.frames)
-        for latents in stream_rollout(student, noise, cond, steps, noise_like, cache=cache):
-            yield (decoder.push(latents) + 1) / 2
+        yield from generate(student, self._vae, cond, seeds, shape, steps)
 
     def __call__(self, prompt: str | Sequence[str], **options: Any) -> WanPipelineOutput:
         """Whole clips: ``.frames`` is (B, F, 3, H, W) in [0, 1]. Options as for :meth:`stream`."""
-        return WanPipelineOutput(frames=torch.cat(list(self.stream(prompt, **options)), dim=1))
+        return WanPipelineOutput(frames=clips_of(self.stream(prompt, **options)))
 
 
 def write_pipeline(

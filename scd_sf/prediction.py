@@ -16,13 +16,12 @@ from scd_sf.data.clips import write_video
 from scd_sf.data.frames import FrameClips
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.generation.generate import generate_latents
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
-from scd_sf.models.generator import CacheConfig, FrameStreamer
-from scd_sf.models.guided import Guided, SampleGuidance
+from scd_sf.models.guided import SampleGuidance
 from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.models.wan import Wan
-from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
 from scd_sf.train.run import Run
 from scd_sf.types import Conditioning, UserError
 
@@ -36,10 +35,9 @@ class PredictionGuidance:
     eta: float = 0.05
     actions: float = 1.0
 
-    def applied(self, student: Student, null: Conditioning, noise: Sequence[int]) -> FrameStreamer:
-        """The student under this guidance; ``noise``: a seed per row for the corruption."""
-        guidance = SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.eta)
-        return Guided(student, guidance, null, row_noise(noise)) if guidance.on else student
+    def of_decoder(self) -> SampleGuidance:
+        """The same for generate()."""
+        return SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.eta)
 
 
 @dataclass(frozen=True)
@@ -126,28 +124,26 @@ def predict(
     actions, or numbers that chunks do not divide.
     """
     cfg = cfg or PredictionConfig()
-    batch, known, *shape = context_BFCHW.shape
+    _, known, *shape = context_BFCHW.shape
     if cond.actions_BF is not None and cond.actions_BF.shape[1] < known + frames:
         raise UserError(
             f"actions are given for {cond.actions_BF.shape[1]} frames of {known + frames}; give one per frame"
         )
-    noise_like = row_noise(seeds)
     null = cond.rows(slice(0, 1))
     null = replace(
         null,
         actions_BF=None if null.actions_BF is None else torch.full_like(null.actions_BF, -1),
         labels_B=None if null.labels_B is None else torch.full_like(null.labels_B, -1),
     )
-    guided = cfg.guidance.applied(student, null, [seed ^ 0x5EED for seed in seeds])
-    yield from stream_rollout(
-        guided,
-        (
-            part.to(context_BFCHW)
-            for part in fresh_noise((shape[0], shape[1], shape[2]), batch, student.chunk, frames, noise_like)
-        ),
-        cond,
+    yield from generate_latents(
+        student,
+        cond.to(context_BFCHW.device),
+        seeds,
+        (known + frames, shape[0], shape[1], shape[2]),
         sampler,
-        noise_like,
-        cache=CacheConfig.sampling(cfg.window, cfg.sink, known + frames),
+        window=cfg.window,
+        sink=cfg.sink,
         history=context_BFCHW if known else None,
+        guidance=cfg.guidance.of_decoder(),
+        null=null.to(context_BFCHW.device),
     )

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from scd_sf.data.clips import write_video
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.generation.generate import clips_of, generate
+from scd_sf.metrics.frames import as_uint8
 from scd_sf.metrics.quick import Clip, statistics
-from scd_sf.models.generator import FrameGenerator
+from scd_sf.models.build import Student
 from scd_sf.models.vae import ORIGINAL, load_vae
-from scd_sf.rollout import sample
 from scd_sf.types import Conditioning, Logs, UserError, VideoShape
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class PreviewConfig:
 
 
 class Preview:
-    """The prompts of ``cond``, always with the same seeds, side by side in ``folder/<step>.mp4``.
+    """The prompts of ``cond``, the i-th with seed i, side by side in ``folder/<step>.mp4``.
 
     ``base`` is the model directory whose VAE decodes. When it is not on this machine, that is said once and no videos
     are made: training does not depend on it. ``texts``: the same prompts in words, for CLIP as ``cfg`` says. Every rank
@@ -64,7 +65,7 @@ class Preview:
         if not found:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
-    def sample(self, model: FrameGenerator, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    def sample(self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0."""
         assert self.vae is not None, "no VAE: ask for preview.vae first"
         shape = self.shape
@@ -74,11 +75,10 @@ class Preview:
         if len(rows) == 0:
             return videos
         cond = Conditioning(self.cond.text_BLE[list(rows)]).to(device)
-        latents = sample(model, cond, shape.latent(1)[1:], self.sampler, list(rows), device)
         self.vae.model.to(device=device)
-        pixels = ((self.vae.decode(latents).clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+        pixels = clips_of(generate(model, self.vae, cond, list(rows), shape, self.sampler))
         self.vae.model.to(device="cpu")
-        videos[list(rows)] = pixels
+        videos[list(rows)] = as_uint8(pixels).cpu()
         return videos
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:

@@ -118,7 +118,7 @@ def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[
 def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
     """Everything checked before anything runs. UserError: what does not fit, or is missing."""
     model, config, origin = open_model(cfg)
-    sampler = choose_sampler(config.sampler, cfg.sampler, cfg.checkpoint, force=cfg.force)
+    sampler = choose_sampler(config.sampler, cfg.sampler, cfg.checkpoint, force=cfg.force).build()
     base = Path(cfg.base or config.base or (cfg.checkpoint if isinstance(model, Wan) else ""))
     clips, cond, shape = told(cfg, config, base, origin)
     if shape.channels != model.cfg.in_channels:

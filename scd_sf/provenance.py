@@ -13,8 +13,8 @@ from typing import Annotated
 import torch
 from msgspec import Meta
 
-from scd_sf.checkpoint import MANIFEST, sha256
-from scd_sf.files import Json, typed
+from scd_sf.checkpoint import MANIFEST
+from scd_sf.files import Json, sha256_file, typed
 
 _Size = Annotated[int, Meta(ge=1, le=2**20)]  # frames, channels or pixels
 AGAIN = "copy or export the checkpoint again"
@@ -93,5 +93,5 @@ def git_revision() -> str:
 
 def _parent(path: Path) -> dict[str, object]:
     """A parent by path and, when it is one of our checkpoints, by the digest of its manifest."""
-    digest = sha256(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    digest = sha256_file(path / MANIFEST) if (path / MANIFEST).is_file() else None
     return {"path": str(path), "manifest_sha256": digest}

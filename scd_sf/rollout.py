@@ -1,4 +1,4 @@
-"""The one autoregressive loop: stage 3, sampling and evaluation run it, and it cannot tell the families apart."""
+"""The one autoregressive loop: stage 3 and generation/ run it, and it cannot tell the families apart."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def cpu_noise(rng: torch.Generator) -> Noise:
     """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of ranks."""
 
     def like(x: Tensor) -> Tensor:
-        return _moved(torch.randn(x.shape, generator=rng, dtype=torch.float32), x)
+        return moved(torch.randn(x.shape, generator=rng, dtype=torch.float32), x)
 
     return like
 
 
-def _moved(drawn: Tensor, x: Tensor) -> Tensor:
+def moved(drawn: Tensor, x: Tensor) -> Tensor:
     """To where x is, in its type. A GPU gets it from pinned memory, so that nobody waits for what it still computes."""
     if x.is_cuda:
         return drawn.pin_memory().to(x.device, x.dtype, non_blocking=True)
@@ -37,6 +37,7 @@ def stream_rollout(
     sampler: Sampler,
     noise_like: Noise,
     *,
+    query_noise: Noise | None = None,
     exit_step: int | None = None,
     cache: CacheConfig | None = None,
     history: Tensor | None = None,
@@ -45,26 +46,28 @@ def stream_rollout(
     """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its chunks as they come.
 
     The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the
-    decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004). With ``exit_step`` every chunk stops
+    decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004). ``query_noise`` draws it (None:
+    ``noise_like``, which draws what the sampler adds). With ``exit_step`` every chunk stops
     there and carries gradients of that step only; history is detached.
 
     ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue); they are not yielded.
+    Nobody reads the query beside them, so no noise is drawn for it.
     ``prompts``: another prompt from the n-th yielded chunk on.
     """
-    chunks = _chunks(noise, generator.chunk)
+    chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
     x_T = next(chunks, None)
     if x_T is None:
         return
     stream = generator.start(cond, (x_T.shape[-2], x_T.shape[-1]), cache)
     previous: Tensor | None = None
     for known in () if history is None else _chunks(history, generator.chunk):
-        stream = generator.advance(stream, previous, noise_like(x_T))
+        stream = generator.advance(stream, previous, x_T)
         previous = known
     number = 0
     while x_T is not None:
         if prompts is not None and number in prompts:
             stream = generator.switch(stream, prompts[number])
-        stream = generator.advance(stream, previous, noise_like(x_T))
+        stream = generator.advance(stream, previous, draw_query(x_T))
         current = stream
 
         def velocity(x_t: Tensor, t: float, at: object = current) -> Tensor:
@@ -82,14 +85,6 @@ def _chunks(frames: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
         return iter(frames)
     check_chunks(frames.shape[1], chunk)
     return iter(frames.split(chunk, dim=1))
-
-
-def fresh_noise(
-    shape: tuple[int, int, int], batch: int, chunk: int, frames: int, noise_like: Noise
-) -> Iterator[Tensor]:
-    """Noise for ``frames`` latent frames of ``shape`` (C, H, W), chunk by chunk: memory does not grow with length."""
-    for _ in range(check_chunks(frames, chunk)):
-        yield noise_like(torch.empty(batch, chunk, *shape))
 
 
 def rollout(
@@ -113,25 +108,9 @@ def row_noise(seeds: Sequence[int]) -> Noise:
 
     def like(x: Tensor) -> Tensor:
         rows = [torch.randn(x.shape[1:], generator=stream) for stream in streams]
-        return _moved(torch.stack(rows), x)
+        return moved(torch.stack(rows), x)
 
     return like
-
-
-@torch.no_grad()
-def sample(
-    generator: FrameStreamer,
-    cond: Conditioning,
-    shape: tuple[int, int, int, int],
-    sampler: Sampler,
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Latents (B, F, C, H, W) of one clip per prompt; ``shape`` is (F, C, H, W), ``seeds`` one per clip."""
-    noise_like = row_noise(seeds)
-    noise = noise_like(torch.empty(len(seeds), *shape, device=device))
-    frames = CacheConfig(preallocate=shape[0])
-    return rollout(generator, noise, cond, sampler, noise_like, cache=frames)
 
 
 @torch.no_grad()
@@ -143,7 +122,9 @@ def sample_bidirectional(
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """As :func:`sample` for a bidirectional model: all frames are denoised together."""
+    """Latents (B, F, C, H, W) of a bidirectional model, one clip per prompt and seed: all frames denoised together.
+
+    ``shape`` is (F, C, H, W). Students are sampled by generation/generate.py."""
     noise_like = row_noise(seeds)
 
     def velocity(x_t: Tensor, t: float) -> Tensor:

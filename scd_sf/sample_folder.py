@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
-from scd_sf.files import read_json, sha256_file, write_json
+from scd_sf.files import LOCK, locked, read_json, sha256_file, write_json
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
@@ -38,10 +39,9 @@ def open_folder(out: Path, settings: dict[str, object]) -> None:
             )
         return
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out=")
-        (out / DONE).mkdir()
+        (out / DONE).mkdir(exist_ok=True)
         write_json(file, {"settings": settings, "videos": {}})
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
@@ -113,18 +113,26 @@ def make_videos(
     """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever the folder is used
     again; ``about``: what else the manifest says, each time anew."""
     out = Path(cfg.out)
-    studio, settings = open_studio(cfg, ranks.device)
-    settings |= fixed
-    if ranks.is_main:
-        open_folder(out, settings)
-    ranks.barrier()
+    checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
+    studio, settings = open_studio(cfg, ranks.device, checkpoint)
+    settings |= {"checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)), **fixed}
+    with ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(locked(out, "samples")))
+        ranks.on_main(lambda: open_folder(out, settings))
+        make_missing(studio, out, ranks, videos)
+        if ranks.is_main:
+            write_json(out / INDEX, {"settings": settings, **about, "videos": finished(out)})
+
+
+def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video]) -> None:
+    """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
     left = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]
     if ranks.is_main:
         print(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before", flush=True)
     started, made = time.monotonic(), 0
-    for part in batches(todo, cfg.batch):
+    for part in batches(todo, studio.cfg.batch):
         make(studio, out, part)
         made += len(part)
         seconds = (time.monotonic() - started) / made
@@ -132,5 +140,3 @@ def make_videos(
         if ranks.is_main:
             print(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}", flush=True)
     ranks.barrier()
-    if ranks.is_main:
-        write_json(out / INDEX, {"settings": settings, **about, "videos": finished(out)})

@@ -1,38 +1,37 @@
 """From prompts to frames, as ``recipes/sample.py`` and ``scd sample`` make them (files: sample_folder.py).
 
-Every video depends on its own seed alone (made from ``seed``, its prompt's number and its sample's number), not on the
-batch, the ranks or what else is made. Frames are decoded as they are generated: memory does not grow with length.
+The frames come from generation/generate.py as they are decoded: memory does not grow with length.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from scd_sf.checkpoint import MANIFEST, find
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.data.start import check_start, read_start
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.files import sha256_file
+from scd_sf.generation.generate import generate
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.export import dtype_of
-from scd_sf.models.generator import CacheConfig, FrameStreamer
-from scd_sf.models.guided import Guided, SampleGuidance
+from scd_sf.models.generator import CacheConfig
+from scd_sf.models.guided import SampleGuidance
 from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
-from scd_sf.models.vae import Vae, VaeStream, load_vae
+from scd_sf.models.vae import Vae, load_vae
 from scd_sf.pipeline import choose_sampler, choose_shape
-from scd_sf.rollout import fresh_noise, row_noise, stream_rollout
 from scd_sf.types import Conditioning, UserError, VideoShape
+
+FPS = 1000  # more no player shows
 
 
 @dataclass
@@ -77,6 +76,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if min(self.samples, self.batch, self.fps) < 1:
             raise UserError("samples, batch and fps must be at least 1")
+        if self.fps > FPS or self.seed < 0:
+            raise UserError(f"fps is {self.fps}, it must be at most {FPS}; seed is {self.seed}, it must be 0 or more")
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
@@ -121,26 +122,21 @@ class Video:
         }
 
 
-def sample_seed(seed: int, prompt_index: int, number: int) -> int:
-    """63 bits that depend on these three alone."""
-    digest = hashlib.blake2b(f"{seed}:{prompt_index}:{number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def wanted_videos(cfg: SampleConfig) -> list[Video]:
-    """All videos of a run, in the order of its prompts."""
+    """All videos of a run, in the order of its prompts. A prompt's n-th video has its own seed, or else the run's, plus
+    n: it does not depend on the prompt's place in the list."""
     if bool(cfg.prompts) == bool(cfg.prompt_file):
         raise UserError("set either prompts or prompt_file")
     rows = [PromptRow(prompt) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
     if cfg.start:
-        rows = [PromptRow(row.prompt, row.then, row.start or cfg.start) for row in rows]
+        rows = [replace(row, start=row.start or cfg.start) for row in rows]
     for row in rows:
         if row.start and not Path(row.start).is_file():
             raise UserError(f"start {row.start}: no such file; check the path")
     return [
-        Video(f"{p:04d}-{n:02d}.mp4", row, p, n, sample_seed(cfg.seed, p, n))
+        Video(f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n)
         for p, row in enumerate(rows)
         for n in range(cfg.samples)
     ]
@@ -163,69 +159,53 @@ class Studio:
         """The negative prompt, encoded once."""
         return self.text.encode([self.cfg.negative_prompt]).to(self.device)
 
-    def generator(self, seeds: Sequence[int]) -> FrameStreamer:
-        if not self.cfg.guidance.on:
-            return self.student
-        return Guided(self.student, self.cfg.guidance, self.negative, row_noise([seed ^ 1 for seed in seeds]))
-
-    def history(self, videos: Sequence[Video]) -> Tensor | None:
-        """Latents (B, F', C, H, W) of the videos' start files, which are equally long within a batch."""
+    def start(self, videos: Sequence[Video]) -> Tensor | None:
+        """Pixels (B, F, 3, H, W) in [0, 1] of the videos' start files, which are equally long within a batch."""
         if not videos[0].row.start:
             return None
         size = (self.shape.pixel_height, self.shape.pixel_width)
         starts = [Path(video.row.start) for video in videos]
         pixels = torch.stack([read_start(start, size, self.shape.temporal, self.cfg.fps) for start in starts])
-        latents = self.vae.encode(pixels * 2 - 1).to(self.device)
-        check_start(latents.shape[1], self.student.chunk, self.shape, videos[0].row.start)
-        return latents
+        latent_frames = 1 + (pixels.shape[1] - 1) // self.shape.temporal
+        check_start(latent_frames, self.student.chunk, self.shape, videos[0].row.start)
+        return pixels
 
-    def prompts(self, videos: Sequence[Video], known: int) -> dict[int, Conditioning]:
-        """The batch's prompts at every chunk where one of them changes, counted after ``known`` latent frames."""
-        now, found = [video.row.prompt for video in videos], {}
-        changes = sorted({frame for video in videos for frame, _ in video.row.then})
-        for pixel_frame in changes:
-            latent = -(-(pixel_frame - 1) // self.shape.temporal) + (1 if pixel_frame > 1 else 0)
+    def changes(self, videos: Sequence[Video]) -> dict[int, Conditioning]:
+        """The batch's prompts from every pixel frame on where one of them changes."""
+        now, encoded = [video.row.prompt for video in videos], {}
+        for frame in sorted({frame for video in videos for frame, _ in video.row.then}):
             for index, video in enumerate(videos):
-                now[index] = dict(video.row.then).get(pixel_frame, now[index])
-            found[max(0, -(-(latent - known) // self.student.chunk))] = self.text.encode(now).to(self.device)
-        return found
+                now[index] = dict(video.row.then).get(frame, now[index])
+            encoded[frame] = self.text.encode(now).to(self.device)
+        return encoded
 
-    @torch.no_grad()
     def frames(self, videos: Sequence[Video]) -> Iterator[Tensor]:
         """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE gives them back."""
-        shape, seeds = self.shape, [video.seed for video in videos]
         cond = self.text.encode([video.row.prompt for video in videos]).to(self.device)
-        like, decoder, history = row_noise(seeds), VaeStream(self.vae), self.history(videos)
-        known = 0 if history is None else history.shape[1]
-
-        def on_device(x: Tensor) -> Tensor:
-            return like(x.to(self.device))
-
-        size = (shape.channels, shape.height, shape.width)
-        noise = fresh_noise(size, len(videos), self.student.chunk, shape.frames - known, on_device)
-        if history is not None:
-            yield as_uint8((decoder.push(history) + 1) / 2)
-        for latents in stream_rollout(
-            self.generator(seeds),
-            noise,
+        for pixels in generate(
+            self.student,
+            self.vae,
             cond,
+            [video.seed for video in videos],
+            self.shape,
             self.sampler,
-            on_device,
-            cache=CacheConfig.sampling(self.cfg.window, self.cfg.sink, shape.frames),
-            history=history,
-            prompts=self.prompts(videos, known),
+            window=self.cfg.window,
+            sink=self.cfg.sink,
+            start=self.start(videos),
+            changes=self.changes(videos),
+            guidance=self.cfg.guidance,
+            null=self.negative if self.cfg.guidance.on else None,
         ):
-            if not latents.isfinite().all():
-                raise UserError("samples are not finite; the weights are broken or the sampler is not theirs")
-            yield as_uint8((decoder.push(latents) + 1) / 2)
+            yield as_uint8(pixels)
 
 
-def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[str, object]]:
-    """Load and check everything; also the settings that all videos of a manifest share."""
-    path = Path(cfg.checkpoint)
-    description, origin = describe_checkpoint(path)
+def open_studio(cfg: SampleConfig, device: torch.device, path: Path | None = None) -> tuple[Studio, dict[str, object]]:
+    """Load and check everything; also the settings that all videos of a manifest share. ``path``: the checkpoint,
+    where it has been looked up."""
+    path = path or Path(cfg.checkpoint)
+    description, origin = describe_checkpoint(path, cfg.weights)
     own = description.sampler
-    sampler = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
+    chosen = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
     student, _ = load_student(path, cfg.weights, cfg.blocks)
     if not (cfg.base or description.base):
         raise UserError(f"{path}: does not name its Wan directory; set base=")
@@ -236,12 +216,11 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
     text = open_text_encoder(base, cfg.text_cache, device=device, dtype=dtype_of(cfg.dtype))
     check_text_width(text, description, base)
     settings: dict[str, object] = {
-        "checkpoint": str(path),
-        "checkpoint_sha256": sha256_file(path if path.is_file() else find(path) / MANIFEST),
+        "checkpoint": cfg.checkpoint,
         "weights": cfg.weights,
         "dtype": cfg.dtype,
         "blocks": None if cfg.blocks is None else asdict(cfg.blocks),
-        "sampler": asdict(cfg.sampler or own),
+        "sampler": asdict(chosen) | {"times": list(chosen.times)},  # as JSON has it
         "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt} if cfg.guidance.on else None,
         "window": [cfg.window, cfg.sink] if cfg.window else None,
         "size": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
@@ -250,7 +229,7 @@ def open_studio(cfg: SampleConfig, device: torch.device) -> tuple[Studio, dict[s
         "seed": cfg.seed,
     }
     compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
-    return Studio(cfg, student, sampler, vae, text, shape, device), settings
+    return Studio(cfg, student, chosen.build(), vae, text, shape, device), settings
 
 
 def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scd_sf.diffusion.solvers import few_step_times
 from scd_sf.losses.dmd import DmdConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.blocks import BlocksConfig
@@ -57,6 +58,8 @@ class VideoConfig:
 class Stage3Config:
     """Defaults are Table 7. ``critic_data``: "own" rollouts for the critic, before the student's update, a new one
     every ``reuse`` critic updates; or the "student"'s rollouts, detached, after its update.
+    ``linear_times`` warped by ``step_shift`` are the times of the student's steps; its checkpoints carry them.
+    ``loss.shift`` is the law of DMD's noise levels.
     ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
     ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA.
     ``checkpointing``, ``recompute_attention``: of student and critic, as in stage 2."""
@@ -69,6 +72,7 @@ class Stage3Config:
     video: VideoConfig = field(default_factory=VideoConfig)
     loss: DmdConfig = field(default_factory=DmdConfig)
     linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    step_shift: float = 5.0
     ratio: int = 5
     critic_warmup: int = 0
     critic_data: Literal["own", "student"] = "own"
@@ -87,3 +91,10 @@ class Stage3Config:
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
             raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
+        self.sampler.build()
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """What the student is distilled for."""
+        times = few_step_times(self.step_shift, self.linear_times)
+        return SamplerConfig("renoise", len(times), self.step_shift, times)

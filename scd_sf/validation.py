@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import torch
 
 from scd_sf.data.latents import LatentClips
+from scd_sf.files import generator
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import Student
 from scd_sf.preview import Preview
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.recipe import generator
 from scd_sf.train.run import Run
 from scd_sf.types import Logs
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 
 FLOORS = {
-    "types": 0, "config": 0, "files": 0, "ownership": 0, "json_text": 0, "yaml_text": 0, "tensor_files": 0,
+    "types": 0, "config": 0, "files": 0, "locks": 0, "json_text": 0, "yaml_text": 0, "tensor_files": 0,
     "checkpoint": 1, "provenance": 1, "nn": 1, "diffusion": 1, "data": 1, "prompt_filter": 1,
     "models": 2,
     "generation": 3, "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
@@ -27,11 +27,12 @@ FLOORS = {
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.
 SIDEWAYS = {
     ("provenance", "checkpoint"), ("prompt_filter", "data"),
-    ("config", "types"), ("files", "types"), ("ownership", "types"), ("yaml_text", "types"),
-    ("files", "ownership"), ("files", "json_text"), ("yaml_text", "files"), ("yaml_text", "json_text"),
+    ("config", "types"), ("files", "types"), ("locks", "types"), ("yaml_text", "types"),
+    ("files", "locks"), ("files", "json_text"), ("yaml_text", "files"), ("yaml_text", "json_text"),
     ("config", "yaml_text"), ("config", "json_text"), ("config", "files"),
     ("tensor_files", "types"), ("tensor_files", "files"),
-    ("probes", "rollout"), ("metrics", "rollout"), ("preview", "rollout"), ("pipeline", "rollout"),
+    ("probes", "rollout"), ("metrics", "rollout"), ("generation", "rollout"),
+    ("preview", "generation"), ("pipeline", "generation"), ("probes", "generation"), ("metrics", "generation"),
     ("probes", "metrics"),
     ("preview", "metrics"), ("vbench", "sampling"), ("vbench", "sample_folder"),
     ("cli", "gallery"), ("cli", "serve"), ("cli", "doctor"), ("sample_folder", "sampling"),
@@ -41,7 +42,7 @@ SIDEWAYS = {
 HIDDEN = {"train": {"models", "rollout", "losses", "probes", "metrics"}}  # lower floors that train must not know
 ONLY = {"yaml": "scd_sf/yaml_text.py", "deepspeed": "scd_sf/train/engine.py", "wandb": "scd_sf/train/run.py"}
 SCRIPTS = ("recipes", "data_prep", "vbench_eval", "benchmarks")
-FILE_CEILING, FUNCTION_CEILING = 400, 60
+FILE_CEILING, FUNCTION_CEILING = 700, 60
 GEOMETRY = {21, 30, 480, 832, 1560, 32760}
 NOT_GEOMETRY = re.compile(r"time|second|minute|interval|every|patience|retr|delay|width_|port|bytes|columns", re.I)
 CONFIG_NAME = re.compile(r"^(.*_)?(cfg|config|args)$")

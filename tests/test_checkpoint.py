@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from scd_sf import checkpoint
 from scd_sf.checkpoint import Checkpoints, find, load_tensors, read_provenance, verify
+from scd_sf.files import sha256_file
 from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
@@ -208,3 +210,44 @@ def test_has_is_true_only_for_an_intact_step(tmp_path: Path, caplog: pytest.LogC
     assert store.has(1) and not store.has(2)
     (path / "config.yaml").write_text("other")
     assert not store.has(1) and "config.yaml" in caplog.text
+
+
+def test_a_file_is_hashed_once_and_only_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading weights verifies configuration, provenance and these weights; the optimizer's state is left alone."""
+    hashed: list[str] = []
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda file: [hashed.append(file.name), sha256_file(file)][1])
+    path = save(Checkpoints(tmp_path), 1)
+    hashed.clear()
+    assert find(tmp_path, "ema") == find(path, "ema") == path
+    assert sorted(hashed) == ["config.yaml", "ema.safetensors", "provenance.json"]
+    verify(path)
+    assert sorted(hashed) == ["config.yaml", "ema.safetensors", "model.safetensors", "moments.bin", "provenance.json"]
+    verify(path)
+    assert len(hashed) == 5
+    (path / "state" / "engine" / "moments.bin").write_bytes(b"x" * 100)
+    assert find(path, "ema") == path, "what is not read may be damaged"
+    with pytest.raises(UserError, match="sha256 differs"):
+        verify(path)
+    (path / "state" / "engine" / "moments.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="1 bytes, but the manifest says 100"):
+        find(path, "ema")
+
+
+def test_a_step_whose_weights_are_damaged_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    older, newer = save(Checkpoints(tmp_path), 1), save(Checkpoints(tmp_path), 2)
+    damaged = bytearray((newer / "ema.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (newer / "ema.safetensors").write_bytes(damaged)
+    assert find(tmp_path, "ema") == older and "skipping checkpoint" in caplog.text
+    assert find(tmp_path, "model") == newer
+    with pytest.raises(UserError, match="no weights 'best'"):
+        find(newer, "best")
+
+
+def test_links_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    path = save(Checkpoints(tmp_path / "run"), 1)
+    (tmp_path / "elsewhere").write_bytes((path / "ema.safetensors").read_bytes())
+    (path / "ema.safetensors").unlink()
+    (path / "ema.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"ema\.safetensors: not a file of the checkpoint but a link"):
+        verify(path)

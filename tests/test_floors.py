@@ -47,7 +47,7 @@ CASES: list[tuple[Rule, str, str, str]] = [
     (floors.scripts_stay_scripts, "scd_sf/cli.py", "import recipes.sample", "import runpy"),
     (floors.scripts_stay_scripts, "tests/test_a.py", "from data_prep import make_clips", "from scd_sf import data"),
     (floors.scripts_stay_scripts, "recipes/a.py", "from a import main", "import av"),
-    (floors.short_files, "scd_sf/a.py", "x = 1\n" * 401, "x = 1\n" * 400),
+    (floors.short_files, "scd_sf/a.py", "x = 1\n" * 701, "x = 1\n" * 700),
     (floors.short_functions, "tests/test_a.py", LONG, LONG.removesuffix("    x = 1\n")),
     (
         floors.flat_inheritance,

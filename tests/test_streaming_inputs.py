@@ -7,9 +7,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import Euler, Renoise
+from scd_sf.diffusion.solvers import Euler
 from scd_sf.models.generator import CacheConfig
-from scd_sf.rollout import fresh_noise, rollout, row_noise, stream_rollout
+from scd_sf.rollout import rollout, stream_rollout
 
 families = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
 
@@ -45,22 +45,6 @@ def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
     assert float((switched[:, 2 * n :] - plain[:, 2 * n :]).abs().max()) > 1e-5
     assert torch.equal(roll({1: first}), plain)
     assert torch.equal(roll({0: second}), rollout(model, noise, second, Euler(2), zeros))
-
-
-@torch.no_grad()
-def test_fresh_noise_is_drawn_chunk_by_chunk() -> None:
-    variant = tiny.FEW[1]
-    model, shape = tiny.student(variant, dtype=torch.float32), (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-    cond = tiny.prompts(2, dtype=torch.float32)
-
-    def roll(frames: int, seeds: list[int]) -> Tensor:
-        like = row_noise(seeds)
-        noise = fresh_noise(shape, len(seeds), model.chunk, frames, like)
-        return torch.cat(list(stream_rollout(model, noise, cond, Renoise(), like)), 1)
-
-    long, short = roll(6 * model.chunk, [3, 4]), roll(2 * model.chunk, [3, 4])
-    assert torch.equal(long[:, : short.shape[1]], short), "a longer video begins like the shorter one"
-    assert torch.equal(roll(2 * model.chunk, [9, 4])[1], short[1]), "a row depends on its own seed alone"
 
 
 @torch.no_grad()

@@ -128,10 +128,15 @@ class UniPC:
         return x
 
 
-def build_sampler(name: str, steps: int, shift: float) -> Sampler:
-    """'euler' or 'unipc' with any number of steps, or 'renoise' with ``steps`` linear times warped by the shift."""
+def build_sampler(name: str, steps: int, shift: float, times: tuple[float, ...] = ()) -> Sampler:
+    """'euler' or 'unipc' with any number of steps, or 'renoise' at ``times`` (none: ``steps`` linear times warped by
+    the shift)."""
     if steps < 1:
         raise UserError(f"sampler.steps is {steps}; it must be at least 1")
+    if times and (name != "renoise" or len(times) != steps):
+        raise UserError(f"sampler.times has {len(times)} times for {steps} steps of '{name}'; only renoise takes them")
+    if times:
+        return Renoise(times)
     if name == "euler":
         return Euler(steps, shift)
     if name == "unipc":

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import PROVENANCE, find, read_provenance
+from scd_sf.checkpoint import PROVENANCE, find, read_provenance, weights_file
 from scd_sf.config import from_yaml, to_yaml
+from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.files import Json, foreign, parse_json, refuse_lfs_pointer, sweep, write_tensors
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
@@ -70,11 +71,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The sampler a checkpoint was made for; it travels with the weights."""
+    """The sampler a checkpoint was made for; it travels with the weights. ``times``: the very times of its steps, where
+    a student was distilled at them (none: ``steps`` even ones, warped by ``shift``)."""
 
     name: str = "euler"
     steps: int = 50
     shift: float = 5.0
+    times: tuple[float, ...] = ()
+
+    def build(self) -> Sampler:
+        """Ready to run. UserError for an unknown name and for times that do not fit."""
+        return build_sampler(self.name, self.steps, self.shift, self.times)
 
 
 @dataclass(frozen=True)
@@ -167,14 +174,9 @@ def load_checkpoint_model(
     if path.is_file():
         config = _run_so(read_single(path)[0], blocks)
         return _read_model(config.model, path, path), config
-    path = find(path)
+    path = find(path, weights)
     config = _run_so(from_yaml(CheckpointConfig, path / "config.yaml"), blocks)
-    file = path / f"{weights}.safetensors"
-    if weights == "ema" and not file.is_file():
-        file = path / "model.safetensors"
-    if weights not in ("model", "ema", "best") or not file.is_file():
-        raise UserError(f"{path}: no weights '{weights}' there; use one of model, ema, best")
-    return _read_model(config.model, file, path / "config.yaml"), config
+    return _read_model(config.model, weights_file(path, weights), path / "config.yaml"), config
 
 
 def _run_so(config: CheckpointConfig, blocks: BlocksConfig | None) -> CheckpointConfig:
@@ -271,11 +273,12 @@ def _metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def describe_checkpoint(path: Path) -> tuple[CheckpointConfig, Json]:
-    """Configuration and provenance of a checkpoint directory, a run directory, or an exported file."""
+def describe_checkpoint(path: Path, weights: str = "ema") -> tuple[CheckpointConfig, Json]:
+    """Configuration and provenance of what :func:`load_checkpoint_model` reads: a checkpoint directory, a run
+    directory, or an exported file."""
     if path.is_file():
         return read_single(path)
-    path = find(path)
+    path = find(path, weights)
     origin = checked_origin(read_provenance(path), path / PROVENANCE)
     return from_yaml(CheckpointConfig, path / "config.yaml"), origin
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from scd_sf.diffusion.solvers import Renoise, few_step_times
+from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
@@ -77,7 +77,7 @@ class Stage3:
         text_tokens: int,
     ) -> None:
         self.cfg, self.shape, self.text_tokens = cfg, shape, text_tokens
-        self.sampler = Renoise(few_step_times(cfg.loss.shift, cfg.linear_times))
+        self.sampler = Renoise(cfg.sampler.times)
         again = cfg.checkpointing, cfg.recompute_attention
         self.student = student_of(model, cfg.student, checkpointing=again[0], recompute_attention=again[1])
         with torch.device("meta"):

@@ -8,6 +8,7 @@ a fine-tune by the same schedule, says recipes/evaluate.py, whose rows take ``bl
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,7 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scd_sf.metrics.timing import Cost, time_in_rounds
+from scd_sf.generation.generate import generate_latents
+from scd_sf.metrics.protocols import Cost, time_in_rounds
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import blocks_of, running_as
 from scd_sf.models.scd import Scd
@@ -23,7 +25,6 @@ from scd_sf.models.wan import Wan
 from scd_sf.probes.paired import NONE, Change, FlowLosses, LossConfig, changes_figure, increase, moved
 from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.subject import Subject
-from scd_sf.rollout import row_noise, stream_rollout
 from scd_sf.types import UserError
 
 PREFIX_SHARE, SUFFIX_SHARE = 6, 3  # the supplement's 5 early and 10 late of 30 blocks
@@ -107,7 +108,7 @@ def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[Sk
         replace(
             row,
             block_passes_per_frame=cost.passes,
-            seconds_per_frame=cost.seconds_per_frame,
+            seconds_per_frame=statistics.median(run.seconds_per_frame for run in cost.runs),
         )
         for row, cost in zip(rows, costs, strict=True)
     ]
@@ -123,9 +124,7 @@ def _one_clip(subject: Subject, blocks: BlocksConfig) -> Callable[[], Iterator[T
             if isinstance(model, Wan):
                 yield one.sample()
                 return
-            noise_like = row_noise(one.seeds)
-            noise = noise_like(torch.empty(one.shape.latent(1), device=one.device))
-            yield from stream_rollout(model, noise, one.cond.to(one.device), one.sampler, noise_like)
+            yield from generate_latents(model, one.cond.to(one.device), one.seeds, one.shape.latent(1)[1:], one.sampler)
 
     return stream
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
 from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
-from scd_sf.rollout import sample, sample_bidirectional
+from scd_sf.rollout import sample_bidirectional
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 
@@ -88,4 +89,4 @@ class Subject:
         if isinstance(self.model, Wan):
             return sample_bidirectional(self.model, cond, size, self.sampler, self.seeds, self.device)
         assert isinstance(self.model, Causal | Scd)
-        return sample(self.model, cond, size, self.sampler, self.seeds, self.device)
+        return clips_of(generate_latents(self.model, cond, self.seeds, size, self.sampler))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scd_sf.checkpoint import find, vouch
 from scd_sf.types import Logs, UserError
 
+T = TypeVar("T")
 _TIMEOUT_MINUTES = 60.0  # rank 0 may sample a validation video while the others wait
 
 
@@ -38,6 +42,30 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
         return bool(self.max(flag))
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on rank 0 (a plain value), on every rank; a UserError there is raised on all."""
+        if self.world == 1:
+            return work()
+        outcome: list[object] = [None, ""]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1]:
+            raise UserError(str(outcome[1]))
+        return cast("T", outcome[0])
+
+    def checkpoint(self, path: str | Path, weights: str) -> Path:
+        """What a person named as a checkpoint: rank 0 verifies what reading ``weights`` takes, the others rely on it.
+        An exported file is returned as it is."""
+        if Path(path).is_file():
+            return Path(path)
+        step = self.on_main(lambda: find(Path(path), weights))
+        vouch(step)
+        return step
 
     def max(self, number: int) -> int:
         """The largest of all ranks' small numbers, on every rank."""

@@ -6,7 +6,6 @@ uninterrupted one bit for bit on CPU, and the same global batch on other numbers
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import torch
 from torch import Tensor
 
 from scd_sf.checkpoint import STATE, SaveFailed, problem_of
@@ -86,13 +84,6 @@ class TrainConfig:
         for name in ("keep_every", "max_rollbacks", "prefetch"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
-
-
-def generator(seed: int, *position: int | str) -> torch.Generator:
-    """A CPU generator for one place in the run, e.g. (seed, "noise", step, micro): no state to save, no collisions."""
-    text = ":".join(str(part) for part in (seed, *position))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def micro_batches(cfg: TrainConfig, seed: int, ranks: Ranks, step: int, size: int) -> list[tuple[int, list[int]]]:
@@ -219,7 +210,7 @@ class TrainState:
         Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again.
         """
         self.settle()
-        if self.checkpoints.has(step):
+        if self.ranks.on_main(lambda: self.checkpoints.has(step)):
             return
         problem = problem_of(lambda: self.checkpoints.prepare(step, self._bytes())) if self.ranks.is_main else ""
         if self.ranks.any(bool(problem)):
@@ -313,7 +304,7 @@ class TrainState:
         """Back to the last checkpoint, leaving out the data of the steps since then; all ranks together."""
         self.settle()
         count = self.record.get("rollbacks", 0.0) + 1
-        path = self.checkpoints.newest()
+        path = self.ranks.on_main(self.checkpoints.newest)
         if path is None or count > self.train.max_rollbacks:
             why = (
                 "no checkpoint to go back to" if path is None else f"{self.train.max_rollbacks} rollbacks did not help"

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scd_sf.checkpoint import STATE, Checkpoints, fsync_tree, problem_of
+from scd_sf.checkpoint import STATE, Checkpoints, problem_of
+from scd_sf.files import fsync_tree
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 

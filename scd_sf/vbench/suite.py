@@ -16,7 +16,7 @@ from scd_sf.data.prompt_files import PromptRow
 from scd_sf.files import sha256_file
 from scd_sf.provenance import git_revision, versions
 from scd_sf.sample_folder import make_videos
-from scd_sf.sampling import SampleConfig, Video, sample_seed
+from scd_sf.sampling import SampleConfig, Video
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 from scd_sf.vbench.prompts import (
@@ -35,7 +35,7 @@ from scd_sf.vbench.static_filter import CANDIDATES, StaticFilter, run_filter
 
 VIDEOS = "videos"
 SAMPLES, CANDIDATES_EACH = 5, 25
-_SEEDS = {"vbench": "100000 * line + number", "hashed": "blake2b(seed, line, number)"}
+_SEEDS = {"vbench": "100000 * line + number", "sample": "seed + number"}
 _NEEDS_RAFT = (
     "temporal_flickering needs VBench's static filter, and that RAFT's weights: set raft= to raft-things.pth (in "
     "models.zip of github.com/princeton-vl/RAFT; raft_model/models/raft-things.pth of VBench's cache) or torchvision's "
@@ -48,7 +48,7 @@ class SuiteConfig:
     """``sampling``: as ``scd sample``, without prompts. ``extended``: a file whose line k is what line k of VBench's
     list is sampled with. ``dimensions``: of these only (empty: all). ``samples``, ``flicker_samples``: videos and
     candidates for the static filter per prompt. ``seeds``: "vbench" (100000 i + j, prompt i, sample j, as VBench's
-    authors sampled Wan 2.1) or "hashed" (from sampling.seed, as ``scd sample``). ``raft``: weights for the filter."""
+    authors sampled Wan 2.1) or "sample" (sampling.seed + j, as ``scd sample``). ``raft``: weights for the filter."""
 
     sampling: SampleConfig
     full_info: str = ""
@@ -56,7 +56,7 @@ class SuiteConfig:
     dimensions: list[str] = field(default_factory=list)
     samples: int = SAMPLES
     flicker_samples: int = CANDIDATES_EACH
-    seeds: Literal["vbench", "hashed"] = "vbench"
+    seeds: Literal["vbench", "sample"] = "vbench"
     raft: str = ""
     filter: bool = True
 
@@ -84,9 +84,7 @@ def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[Video]:
     for folder, chosen, count in parts:
         for entry in chosen:
             for number in range(count):
-                seed = 100_000 * entry.line + number
-                if cfg.seeds == "hashed":
-                    seed = sample_seed(cfg.sampling.seed, entry.line, number)
+                seed = number + (100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed)
                 file = f"{folder}/{video_name(entry.prompt, number)}"
                 videos.append(Video(file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt))
     out = Path(cfg.sampling.out)

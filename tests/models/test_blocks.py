@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import build_sampler, many_step_times
+from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model, set_blocks
@@ -18,7 +19,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.nn.attention import attention
 from scd_sf.nn.layers import WanBlock
 from scd_sf.nn.masks import Layout, dense_mask
-from scd_sf.rollout import sample, sample_bidirectional
+from scd_sf.rollout import sample_bidirectional
 from scd_sf.types import UserError
 
 SHAPE = (3, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
@@ -57,11 +58,11 @@ def test_the_first_steps_of_a_sampler_are_whole() -> None:
     causal, wan = tiny.student(tiny.Variant("causal", 1), dtype=torch.float32), tiny.wan(dtype=torch.float32)
     cond, sampler = tiny.prompts(1, dtype=torch.float32), build_sampler("euler", 5, 5.0)
     assert isinstance(causal, Causal)
-    plain = sample(causal, cond, SHAPE, sampler, [0])
+    plain = clips_of(generate_latents(causal, cond, [0], SHAPE, sampler))
     for model in (causal, wan):
         set_blocks(model, BlocksConfig(skip=skip))
     with BlockPassCounter(causal, WanBlock) as counter:
-        skipped = sample(causal, cond, SHAPE, sampler, [0])
+        skipped = clips_of(generate_latents(causal, cond, [0], SHAPE, sampler))
     assert counter.calls == 3 * (2 * 6 + 3 * 4) + 2 * 6, "and the clean pass of a finished frame is whole"
     assert not torch.allclose(skipped, plain, atol=1e-3)
 

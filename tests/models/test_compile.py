@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
@@ -26,7 +27,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.nn import rope
 from scd_sf.nn.kv_cache import RingKVCache
 from scd_sf.nn.layers import WanBlock
-from scd_sf.rollout import cpu_noise, fresh_noise, stream_rollout
+from scd_sf.rollout import cpu_noise, stream_rollout
 from scd_sf.types import UserError
 
 CPU = torch.device("cpu")
@@ -65,14 +66,8 @@ class Calls(TorchDispatchMode):
 
 def video(student: Student, device: torch.device = CPU) -> Tensor:
     """Six chunks by four steps, through a window that fills and wraps, as it is sampled."""
-    drawn, cond = cpu_noise(tiny.generator(1)), tiny.prompts(1, dtype=torch.float32).to(device)
-
-    def noise(x: Tensor) -> Tensor:
-        return drawn(x.to(device))
-
-    with torch.no_grad():
-        latents = fresh_noise(SHAPE, 1, student.chunk, 6 * student.chunk, noise)
-        return torch.cat(list(stream_rollout(student, latents, cond, Renoise(), noise, cache=WINDOW)), 1)
+    cond = tiny.prompts(1, dtype=torch.float32).to(device)
+    return clips_of(generate_latents(student, cond, [1], (6 * student.chunk, *SHAPE), Renoise(), window=3, sink=1))
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_a_single_file_says_what_it_is_and_loads(tmp_path: Path, family: str, we
         metadata = handle.metadata()
     assert metadata["format"] == "scd_sf.model.1" and metadata["licence"] == "Apache-2.0"
     assert (metadata["stage"], metadata["step"]) == ("stage3_self_forcing", "600")
-    assert json.loads(metadata["sampler"]) == {"name": "renoise", "steps": 4, "shift": 5.0}
+    assert json.loads(metadata["sampler"]) == {"name": "renoise", "steps": 4, "shift": 5.0, "times": []}
     config, origin = describe_checkpoint(file)
     assert config == describe_checkpoint(source)[0] and origin["weights"] == weights
     first, second = load_student(source, weights)[0], load_student(file)[0]

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from tiny_run import Chain
 
 from scd_sf import cli
-from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.generation.generate import clips_of, decode, generate_latents
 from scd_sf.models.build import SamplerConfig, load_student
 from scd_sf.models.text import load_text_encoder
 from scd_sf.models.vae import load_vae
 from scd_sf.pipeline import STUDENT, SCDWanPipeline, export_pipeline
-from scd_sf.rollout import sample
 from scd_sf.types import UserError
 
 PROMPTS = ["left in meadow", "still in hall"]
@@ -37,9 +36,9 @@ def test_it_is_the_rollout_and_the_decoder(chain: Chain, folder: Path) -> None:
     assert set(pipe.components) == {"transformer", "vae", "text_encoder", "tokenizer"}
     student, config = load_student(chain.root / "stage3")
     cond = load_text_encoder(chain.wan).encode(PROMPTS)
-    sampler = build_sampler(config.sampler.name, config.sampler.steps, config.sampler.shift)
-    expected = (load_vae(chain.wan).decode(sample(student, cond, (3, 4, 4, 4), sampler, [7, 8])) + 1) / 2
-    got = pipe(PROMPTS, seed=7).frames
+    latents = clips_of(generate_latents(student, cond, [7, 8], (3, 4, 4, 4), config.sampler.build()))
+    expected = decode(load_vae(chain.wan), latents)
+    got = pipe(PROMPTS, seed=[7, 8]).frames
     assert got.shape == (2, 9, 3, 32, 32) and float((got - expected).abs().max()) < 1e-4
     alone = pipe(PROMPTS[1], seed=8).frames
     assert float((alone - got[1:]).abs().max()) < 1e-4, "a clip depends on its own seed alone"

@@ -17,7 +17,7 @@ from tiny_run import Chain
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.start import read_start
-from scd_sf.files import sha256_file
+from scd_sf.files import LOCK, sha256_file
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models import text_cache
 from scd_sf.models.export import export_weights
@@ -57,16 +57,18 @@ def made(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_and_manifest(made: Path) -> None:
     names = ["0000-00.mp4", "0000-01.mp4", "0001-00.mp4", "0001-01.mp4"]
-    assert sorted(file.name for file in made.iterdir()) == [".done", *names, "manifest.json"]
+    assert sorted(file.name for file in made.iterdir()) == [".done", ".lock", *names, "manifest.json"]
     content = manifest(made)
     assert list(content["videos"]) == names
     for name, entry in content["videos"].items():
         assert read_video(made / name).shape == (9, 3, 32, 32)
         assert entry["sha256"] == sha256_file(made / name)
         assert entry["prompt"] == PROMPTS[int(name[:4])]
-    assert len({entry["seed"] for entry in content["videos"].values()}) == 4
+    assert [entry["seed"] for entry in content["videos"].values()] == [0, 1, 0, 1]
     assert len({entry["sha256"] for entry in content["videos"].values()}) == 4
-    assert content["settings"]["sampler"] == {"name": "renoise", "steps": 4, "shift": 5.0}
+    sampler = content["settings"]["sampler"]
+    times = pytest.approx([1.0, 0.9375, 0.8333333, 0.625])
+    assert (sampler["name"], sampler["steps"], sampler["shift"], sampler["times"]) == ("renoise", 4, 5.0, times)
 
 
 def test_a_second_run_makes_only_what_is_missing(chain: Chain, made: Path) -> None:
@@ -126,13 +128,13 @@ def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(chain: Cha
 
 
 def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> None:
-    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
+    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK}
     assert "seed is 0 there but 1 now" in refused(*arguments(chain, made), "seed=1")
     other = [argument for argument in arguments(chain, made) if not argument.startswith("prompts=")]
     assert "made for prompt 'left in meadow'" in refused(*other, 'prompts=["right in hall"]')
     (tmp_path / "mine.txt").write_text("mine")
     assert "no manifest.json" in refused(*arguments(chain, tmp_path))
-    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == before
+    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK} == before
 
 
 def test_prompts_from_csv_and_jsonl_and_an_exported_file(chain: Chain, made: Path, tmp_path: Path) -> None:

@@ -23,7 +23,15 @@ ONE = ["train-zero2", "ema-zero2", "one_micro-zero2", "three-zero2", "bf16_train
 TWO = [f"{check}-{kind}" for kind in ("local", "zero2", "zero3") for check in ("train", "nan", "resume")]
 TWO += ["ema-local", "ema-zero1", "ema-zero2", "ema-zero3", "bf16_ema-zero1", "bf16_ema-zero2", "bf16_ema-zero3"]
 TWO += ["train-zero0", "nan-zero0", "resume-zero0"]
-TWO += ["train-zero1", "one_micro-zero2", "skips-zero2", "three-zero2", "bf16_nan-zero2", "bf16_resume-zero2"]
+TWO += [
+    "train-zero1",
+    "one_micro-zero2",
+    "skips-zero2",
+    "three-zero2",
+    "bf16_nan-zero2",
+    "bf16_resume-zero2",
+    "verified-local",
+]
 
 
 def slow(test: Any) -> Any:
@@ -49,6 +57,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory, local: Results) -> list[Resul
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory, pair: list[Results]) -> Results:
     return workers.spawn(1, tmp_path_factory.mktemp("one"), workers.run_checks, [*ONE, migrate(2)])[0]
+
+
+@slow
+def test_rank_0_verifies_for_all(pair: list[Results]) -> None:
+    """It hashes what is read, once; the others hash nothing, and all hear of a damaged file."""
+    main, other = (result["verified-local"] for result in pair)
+    assert main["same"] and other["same"]
+    assert main["hashed"] == ["config.yaml", "model.safetensors", "provenance.json"] and other["hashed"] == []
+    assert "sha256 differs" in main["error"] and other["error"] == main["error"]
 
 
 def numbers(result: Results) -> list[float]:

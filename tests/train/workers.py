@@ -18,6 +18,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from scd_sf import checkpoint
+from scd_sf.checkpoint import Checkpoints
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, frozen_engine, init_distributed
 from scd_sf.train.shards import share
@@ -226,6 +228,33 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
+    """What each rank hashes of a checkpoint that both read, then what each hears of a damaged one."""
+    hashed: list[str] = []
+    plain = checkpoint.sha256_file
+
+    def counting(file: Path) -> str:
+        hashed.append(file.name)
+        return plain(file)
+
+    root = out.parent / "verified"
+    path = ranks.on_main(lambda: Checkpoints(root).write(1, {"model": {"x": torch.ones(2)}}, "{}", {"a": 1}))
+    checkpoint.sha256_file = counting  # type: ignore[assignment]
+    try:
+        same = ranks.checkpoint(root, "ema") == path == checkpoint.find(root, "ema")
+        ranks.barrier()
+        read = sorted(hashed)
+        ranks.on_main(lambda: (path / "config.yaml").write_text("[]"))
+        words = ""
+        try:
+            ranks.checkpoint(root, "ema")
+        except UserError as error:
+            words = str(error)
+    finally:
+        checkpoint.sha256_file = plain
+    return {"same": same, "hashed": read, "error": words}
+
+
 def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
     """Checks by name: <check>-<kind>, kind "local" or "zero0" .. "zero3", a "bf16_" prefix changes the dtype; and
     migrate-<kind>+<kind>.., whose files lie beside ``out``."""
@@ -244,6 +273,7 @@ def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]
             "resume": lambda cfg=cfg, name=name: resume(cfg, ranks, out / name),
             "skips": lambda cfg=cfg: too_many_skips(replace(cfg, max_skips=2), ranks),
             "three": lambda cfg=cfg: three_engines(cfg, ranks),
+            "verified": lambda: verified_once(ranks, out),
         }
         results[name] = bodies[check]()
         print(f"[{ranks.rank}] {name}", file=sys.stderr, flush=True)

@@ -1,0 +1,194 @@
+"""The one way from conditions and seeds to latents and frames.
+
+A video depends on its checkpoint, its conditions and its seed, and on nothing else: not on the batch, the rank, the
+order or the length of the clip. The noise of a latent frame is a function of (seed, frame), so a short clip is the
+beginning of a long one, and every sampler starts from the same noise. Text states are rounded to float16 first, the
+type in which encoded prompts are stored: a prompt that was just encoded and one from a folder give the same video.
+
+Letters: B batch, F latent frames, n frames of a chunk, C channels, H W latent height and width, L tokens, E width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.files import generator
+from scd_sf.models.build import Student
+from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
+from scd_sf.models.guided import Guided, SampleGuidance
+from scd_sf.models.vae import Vae, VaeStream
+from scd_sf.rollout import Noise, moved, stream_rollout
+from scd_sf.types import Conditioning, UserError, VideoShape
+
+
+@torch.no_grad()
+def generate(
+    student: Student,
+    vae: Vae,
+    cond: Conditioning,
+    seeds: Sequence[int],
+    shape: VideoShape,
+    sampler: Sampler,
+    *,
+    window: int = 0,
+    sink: int = 0,
+    start: Tensor | None = None,
+    changes: Mapping[int, Conditioning] | None = None,
+    guidance: SampleGuidance | None = None,
+    null: Conditioning | None = None,
+) -> Iterator[Tensor]:
+    """Pixels (B, m, 3, H, W) in [0, 1], as they are made: one frame for the first latent frame, ``temporal`` for each
+    later one.
+
+    ``shape``: of the whole clip. ``start``: pixels (B, F', 3, H, W) in [0, 1] that the clip begins with, F' = 1 +
+    temporal*k; they come first, as the VAE gives them back. ``changes``: other prompts from a pixel frame on.
+    Other arguments as for :func:`generate_latents`. Raises UserError for samples that are not finite.
+    """
+    decoder, history, known = VaeStream(vae), None, 0
+    if start is not None:
+        history = vae.encode(start * 2 - 1).to(cond.text_BLE.device)
+        known = history.shape[1]
+        yield _pixels(decoder, history)
+    prompts = {
+        first_chunk(frame, shape.temporal, student.chunk, known): new for frame, new in sorted((changes or {}).items())
+    }
+    for latents in generate_latents(
+        student,
+        cond,
+        seeds,
+        shape.latent(1)[1:],
+        sampler,
+        window=window,
+        sink=sink,
+        history=history,
+        changes=prompts,
+        guidance=guidance,
+        null=null,
+    ):
+        yield _pixels(decoder, latents)
+
+
+@torch.no_grad()
+def generate_latents(
+    student: Student,
+    cond: Conditioning,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int, int],
+    sampler: Sampler,
+    *,
+    window: int = 0,
+    sink: int = 0,
+    history: Tensor | None = None,
+    changes: Mapping[int, Conditioning] | None = None,
+    guidance: SampleGuidance | None = None,
+    null: Conditioning | None = None,
+) -> Iterator[Tensor]:
+    """Chunks of latents (B, n, C, H, W) as they are made, on the device of ``cond``.
+
+    ``cond``: B rows; ``seeds``: one per row. ``shape``: (F, C, H, W) of the whole clip, ``history`` included.
+    ``window``, ``sink``: latent frames that the cache keeps (0: all). ``history``: latents (B, F', C, H, W) that the
+    clip begins with; they are not yielded. ``changes``: other conditions from the n-th yielded chunk on. ``guidance``
+    with ``null``: away from this condition (one row). Raises UserError: rows without a seed, frames that chunks do not
+    divide, samples that are not finite.
+    """
+    if len(seeds) != cond.batch:
+        raise UserError(f"{cond.batch} conditions but {len(seeds)} seeds; give one seed for each")
+    frames, *size = shape
+    known = 0 if history is None else history.shape[1]
+    noise = ClipNoise(seeds, cond.text_BLE.device)
+    streamer: FrameStreamer = student
+    if guidance is not None and guidance.on:
+        if null is None:
+            raise UserError("guidance needs the condition that it leads away from; give null")
+        streamer = Guided(student, guidance, as_stored(null), noise.role("corruption"))
+    chunks = stream_rollout(
+        streamer,
+        noise.chunks((size[0], size[1], size[2]), student.chunk, known, frames),
+        as_stored(cond),
+        sampler,
+        noise.role("step"),
+        query_noise=noise.role("query"),
+        cache=CacheConfig.sampling(window, sink, frames),
+        history=history,
+        prompts={chunk: as_stored(new) for chunk, new in (changes or {}).items()},
+    )
+    for latents in chunks:
+        if not latents.isfinite().all():
+            raise UserError("samples are not finite; the weights are broken or the sampler is not theirs")
+        yield latents
+
+
+def clips_of(chunks: Iterable[Tensor]) -> Tensor:
+    """Whole clips (B, F, ...) from chunks along the frames."""
+    return torch.cat(list(chunks), dim=1)
+
+
+def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
+    """Whole clips of latents (B, F, C, H, W) -> pixels (B, F', 3, H, W) in [0, 1], as :func:`generate` decodes them."""
+    return torch.cat([_pixels(VaeStream(vae), part) for part in latents.split(batch)])
+
+
+def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
+    pixels = (decoder.push(latents) + 1) / 2
+    if not pixels.isfinite().all():
+        raise UserError("decoded frames are not finite; the VAE's weights are broken")
+    return pixels
+
+
+def first_chunk(pixel_frame: int, temporal: int, chunk: int, known: int = 0) -> int:
+    """The first chunk after ``known`` latent frames that has no pixel frame (counted from 0) before ``pixel_frame``.
+
+    The first latent frame is pixel frame 0, each later one is ``temporal`` of them.
+    """
+    latent = math.ceil((pixel_frame - 1) / temporal) + 1 if pixel_frame > 0 else 0
+    return max(0, math.ceil((latent - known) / chunk))
+
+
+def as_stored(cond: Conditioning) -> Conditioning:
+    """The same with text states rounded to float16, in the type they have. States beyond its range stay as they are."""
+    text = cond.text_BLE
+    half = text.half()
+    return replace(cond, text_BLE=half.to(text.dtype)) if half.isfinite().all() else cond
+
+
+class ClipNoise:
+    """Standard normal noise of B clips. What is drawn for row b and latent frame f depends on (seeds[b], f) alone."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str) -> None:
+        self.seeds, self.device = list(seeds), device
+        self._frame, self._draws = 0, dict[str, int]()
+
+    def chunks(self, size: tuple[int, int, int], chunk: int, first: int, frames: int) -> Iterator[Tensor]:
+        """Initial noise (B, n, C, H, W) of the chunks from latent frame ``first`` to ``frames``, one at a time.
+
+        What the roles draw belongs to the chunk that was taken last.
+        """
+        initial = self.role("initial")
+        for number in range(check_chunks(frames - first, chunk)):
+            self._frame, self._draws = first + number * chunk, {}
+            yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
+
+    def role(self, name: str) -> Noise:
+        """Noise like x for one use of it; each call within a chunk is a new draw.
+
+        x is (B, n, C, H, W), each frame with noise of its own, or (B, L, E)."""
+
+        def like(x: Tensor) -> Tensor:
+            draw = self._draws.get(name, 0)
+            self._draws[name] = draw + 1
+            frames = x.shape[1] if x.ndim == 5 else 1
+            shape = x.shape[2:] if x.ndim == 5 else x.shape[1:]
+            drawn = [
+                torch.randn(shape, generator=generator(seed, self._frame + frame, name, draw))
+                for seed in self.seeds
+                for frame in range(frames)
+            ]
+            return moved(torch.stack(drawn).view(x.shape), x)
+
+        return like
