@@ -164,12 +164,14 @@ def gallery(
     """Models x prompts on one page that needs no network: play in step, search, compare A/B."""
     from scd_sf.gallery.folders import page_of, read_folder
     from scd_sf.gallery.page import write_page
-    from scd_sf.gallery.sheet import ROWS, contact_sheet
+    from scd_sf.gallery.sheet import ROWS, contact_sheet, require_own_sheet
     from scd_sf.types import printable
 
     given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
     if len(given) != len(folders):
         raise UserError(f"--names has {len(given)} names for {len(folders)} folders; give one per folder")
+    if sheet is not None:
+        require_own_sheet(sheet)
     page = page_of([read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title)
     index = write_page(page, out)
     print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")

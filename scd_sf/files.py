@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from scd_sf.json_text import loads
-from scd_sf.locks import take_lock
+from scd_sf.ownership import take_lock
 from scd_sf.types import UserError, printable
 
 if TYPE_CHECKING:  # tools that need no tensors start without torch

@@ -28,7 +28,7 @@ _UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202
 # What the place of a file can do to a job: no space, quota, read-only, no rights, no such or too long a name.
 _PLACE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG,
+    errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ESTALE,
 }  # fmt: skip
 INTERRUPTED = 130  # the exit code of a job that Ctrl-C ended, by the shells' custom
 

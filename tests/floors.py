@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 
 FLOORS = {
-    "types": 0, "config": 0, "files": 0, "locks": 0, "json_text": 0, "yaml_text": 0, "tensor_files": 0,
+    "types": 0, "config": 0, "files": 0, "ownership": 0, "json_text": 0, "yaml_text": 0, "tensor_files": 0,
     "checkpoint": 1, "provenance": 1, "nn": 1, "diffusion": 1, "data": 1, "prompt_filter": 1,
     "models": 2,
     "generation": 3, "rollout": 3, "preview": 3, "pipeline": 3, "losses": 3, "probes": 3, "metrics": 3,
@@ -27,8 +27,8 @@ FLOORS = {
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.
 SIDEWAYS = {
     ("provenance", "checkpoint"), ("prompt_filter", "data"),
-    ("config", "types"), ("files", "types"), ("locks", "types"), ("yaml_text", "types"),
-    ("files", "locks"), ("files", "json_text"), ("yaml_text", "files"), ("yaml_text", "json_text"),
+    ("config", "types"), ("files", "types"), ("ownership", "types"), ("yaml_text", "types"),
+    ("files", "ownership"), ("files", "json_text"), ("yaml_text", "files"), ("yaml_text", "json_text"),
     ("config", "yaml_text"), ("config", "json_text"), ("config", "files"),
     ("tensor_files", "types"), ("tensor_files", "files"),
     ("probes", "rollout"), ("metrics", "rollout"), ("generation", "rollout"),

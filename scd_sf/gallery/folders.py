@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scd_sf.data.video_reader import frame_count
-from scd_sf.files import read_json, sha256_file
+from scd_sf.files import files_below, read_json, sha256_file
 from scd_sf.gallery.page import Page, Prompt, Sample
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 INDEX, DONE = "manifest.json", ".done"
 REMEDY = "give folders that scd sample has written"
@@ -66,7 +66,7 @@ def read_folder(root: Path, name: str = "") -> Folder:
 def _finished(root: Path) -> dict[str, object]:
     """Records of a run whose manifest does not list its videos yet."""
     done = root / DONE
-    files = sorted(done.rglob("*.json")) if done.is_dir() else []
+    files = [file for file in files_below(done) if file.suffix == ".json"]
     return {file.relative_to(done).as_posix().removesuffix(".json"): read_json(file, REMEDY) for file in files}
 
 
@@ -86,7 +86,7 @@ def _video(root: Path, file: str, entry: object) -> Video:
     title, changes, start = entry.get("title"), _changes(entry.get("then")), entry.get("start")
     named = isinstance(title, str) and title not in ("", prompt)
     facts = {key: _text(entry[key]) for key in ("seed", "sample", "start") if key in entry}
-    facts["file"] = file
+    facts["file"] = printable(file)
     heading, words = (str(title), prompt + changes) if named else (prompt + changes, "")
     if isinstance(start, str) and start:
         heading += f"\ncontinues {Path(start).name}"

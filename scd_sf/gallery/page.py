@@ -14,18 +14,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from scd_sf.files import sha256_file
+from scd_sf.files import locked, new_file, sha256_file, sweep
 from scd_sf.metrics.protocols import COLUMNS, LEFT_ALIGNED, Row
+from scd_sf.ownership import require_own_file
 from scd_sf.types import UserError, printable
 
-VIDEOS = "videos"  # beside a folder's index.html
+INDEX, VIDEOS = "index.html", "videos"  # of a gallery that is a folder
 VIDEO_NAME = re.compile(r"[0-9a-f]{16}\.mp4")  # by content
 MARK = '<meta name="generator" content="scd gallery">'
 MOST_CHOICES = 40  # values of a tag that a filter offers
@@ -96,45 +96,70 @@ class Page:
 
 def write_page(page: Page, out: Path) -> Path:
     """``out`` ending in .html: one file with the videos inside; else a folder with index.html and ``videos/``. Returns
-    the page's path; it appears whole or not at all. UserError: cannot be written, too large for one file, or a folder
-    that holds another page."""
+    the page's path; it appears whole or not at all. UserError: cannot be written, too large for one file, or something
+    that is no gallery is there."""
     single = out.suffix.lower() in (".html", ".htm")
-    index = out if single else out / "index.html"
-    partial = index.with_name(index.name + ".tmp")
     try:
         files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
-        if single and (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
-            raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
-        names = {file: sha256_file(file)[:16] for file in files}
-        if not single:
-            _copy(names, out)
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(render(page, names, single=single))
-        os.replace(partial, index)
-        for stray in [] if single else (out / VIDEOS).iterdir():
-            if VIDEO_NAME.fullmatch(stray.name) and stray.stem not in names.values():
-                stray.unlink()  # of the page that stood here before
+        if single:
+            return _write_file(page, out, files)
+        _check_own(out)
+        with locked(out, "this gallery"):
+            return _write_folder(page, out, files)
     except OSError as error:
-        raise UserError(f"{error.filename or index}: {error.strerror}; the gallery cannot be written") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return index
+        raise UserError(f"{error.filename or out}: {error.strerror}; the gallery cannot be written") from error
 
 
-def _copy(names: Mapping[Path, str], out: Path) -> None:
-    """The videos into a folder that is new or holds a gallery; files that are there are left alone."""
-    index, videos = out / "index.html", out / VIDEOS
-    ours = index.is_file() and MARK in index.read_text(encoding="utf-8", errors="replace")[:4096]
-    if not ours and (index.exists() or videos.exists()):
-        there = index if index.exists() else videos
-        raise UserError(f"{there}: not a gallery's; nothing is overwritten: give --out another folder")
-    videos.mkdir(parents=True, exist_ok=True)
+def _write_file(page: Page, out: Path, files: Sequence[Path]) -> Path:
+    if (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
+        raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
+    require_own_file(out, MARK, "give --out another name")
+    names = {file: sha256_file(file)[:16] for file in files}
+    with new_file(out) as part, part.open("w", encoding="utf-8") as text:
+        text.writelines(render(page, names, single=True))
+    return out
+
+
+def _write_folder(page: Page, out: Path, files: Sequence[Path]) -> Path:
+    """The videos, then the page, then without the videos of the page that stood here before."""
+    videos, names = out / VIDEOS, {file: sha256_file(file)[:16] for file in files}
+    videos.mkdir(exist_ok=True)
+    sweep(videos)
     for file, name in names.items():
         place = videos / f"{name}.mp4"
-        if not (place.is_file() and place.stat().st_size == file.stat().st_size):
-            shutil.copyfile(file, place.with_suffix(".tmp"))
-            os.replace(place.with_suffix(".tmp"), place)
+        if not _is_named_by_content(place):
+            with new_file(place) as part:
+                shutil.copyfile(file, part)
+    with new_file(out / INDEX) as part, part.open("w", encoding="utf-8") as text:
+        text.writelines(render(page, names, single=False))
+    for stray in videos.iterdir():
+        if VIDEO_NAME.fullmatch(stray.name) and stray.stem not in names.values():
+            stray.unlink()
+    return out / INDEX
+
+
+def _check_own(out: Path) -> None:
+    """UserError unless the folder's page and videos are a gallery's, or it has none. A gallery that was interrupted has
+    no page yet, and videos that are called by their contents."""
+    index, videos = out / INDEX, out / VIDEOS
+    remedy = "give --out another folder"
+    require_own_file(index, MARK, remedy)
+    strange = videos if os.path.lexists(videos) and (videos.is_symlink() or not videos.is_dir()) else None
+    if strange is None and videos.is_dir() and not index.is_file():
+        strange = next((file for file in videos.iterdir() if not _is_left(file)), None)
+    if strange is not None:
+        raise UserError(f"{strange}: not a gallery's; nothing is overwritten: {remedy}")
+
+
+def _is_left(file: Path) -> bool:
+    """Whether a file under ``videos`` is what an interrupted gallery leaves, one of earlier versions too."""
+    begun = file.suffix == ".tmp" and VIDEO_NAME.fullmatch(f"{file.stem}.mp4")
+    return bool(begun) or file.name.startswith(".part-") or _is_named_by_content(file)
+
+
+def _is_named_by_content(file: Path) -> bool:
+    own = VIDEO_NAME.fullmatch(file.name) and file.is_file() and not file.is_symlink()
+    return bool(own) and sha256_file(file).startswith(file.stem)
 
 
 def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[str]:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from scd_sf.data.video_reader import AS_CODED, frame_count, frames_of
+from scd_sf.files import new_file
 from scd_sf.gallery.page import FAULTS, Page, Sample
+from scd_sf.ownership import require_own_file
 from scd_sf.types import UserError, printable
 
 TILE, GAP, LINE = 192, 8, 18  # pixels
 ROWS = 40  # prompts of a sheet
+MADE_BY = "scd gallery"
 FRAMES = 6  # across the sheet: one model shows so many frames of a video, two models half as many each
 PAPER, INK, SOFT, EMPTY = "#f6f6f4", "#1b1c1e", "#5d6066", "#c9c9c5"
 
@@ -21,7 +25,8 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def contact_sheet(page: Page, out: Path) -> Path:
-    """Of the first :data:`ROWS` prompts; each model's first video of a prompt. UserError: cannot be written."""
+    """Of the first :data:`ROWS` prompts; each model's first video of a prompt. UserError: something else is there."""
+    require_own_sheet(out)
     names = list(page.models)
     each = max(1, FRAMES // len(names))
     width = GAP + len(names) * each * (TILE + GAP)
@@ -38,12 +43,20 @@ def contact_sheet(page: Page, out: Path) -> Path:
         top += row.height
     if left_out:
         draw.text((GAP, top), f"and {left_out} more prompts, not shown here", fill=SOFT, font=font)
+    about = PngInfo()
+    about.add_text("Software", MADE_BY)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out, "PNG")
+        with new_file(out) as part, part.open("wb") as file:
+            sheet.save(file, "PNG", pnginfo=about)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); give --sheet another place") from error
     return out
+
+
+def require_own_sheet(out: Path) -> None:
+    """UserError when something else is there."""
+    require_own_file(out, f"tEXtSoftware\0{MADE_BY}", "give --sheet another name")
 
 
 def _row(page: Page, prompt: int, names: Sequence[str], each: int, width: int) -> Image.Image:

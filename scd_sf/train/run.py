@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import random
-import re
 import resource
 import sys
 import time
@@ -36,11 +35,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scd_sf.checkpoint import Checkpoints, problem_of
 from scd_sf.config import differences, plain_yaml, to_yaml
 from scd_sf.files import locked, parse_json, read_bytes, write_text
+from scd_sf.ownership import require_own_folder
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import Logs, UserError
 
 YEAR_MINUTES = 525_600.0
-OURS = re.compile(r"\.lock|\.writable|\.part-.*|config\.yaml\.part")  # in a folder in which a run did not come to begin
 METRICS_BYTES = 2**40  # of a curve: a hundred million lines
 _log = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
-                self._check_strangers()
+                require_own_folder(self.dir, file.name, "set run.dir to a new folder")
             self._held.enter_context(locked(self.dir, "this training"))
         except OSError as error:
             remedy = "set run.dir to a writable place"
@@ -228,14 +227,6 @@ class Run:
                 f"or {key}={old} to continue that run"
             )
         write_text(file, to_yaml(config))
-
-    def _check_strangers(self) -> None:
-        """UserError when the folder has contents: without ``config.yaml`` they are no run's."""
-        if others := sorted(path.name for path in self.dir.iterdir() if not OURS.fullmatch(path.name)):
-            raise UserError(
-                f"{self.dir}: holds other files ({others[0]}) and no run (no config.yaml); nothing of others is "
-                "touched: set run.dir to a new folder"
-            )
 
 
 class _Bar:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import gallery_world
@@ -11,8 +13,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from scd_sf.cli import app
+from scd_sf.files import locked, part_of
 from scd_sf.gallery.folders import page_of, read_folder
 from scd_sf.gallery.page import write_page
+from scd_sf.gallery.sheet import contact_sheet
 from scd_sf.types import UserError
 
 
@@ -139,6 +143,76 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     assert len(names) == 2 and "notes.txt" in names
     kept = next(name for name in names if name != "notes.txt")
     assert kept.removesuffix(".mp4") in (out / "index.html").read_text()
+
+
+@pytest.mark.parametrize("kind", ["text", "link to a page", "loose link"])
+def test_a_page_and_a_sheet_replace_only_their_own(tmp_path: Path, kind: str) -> None:
+    """Files of others and links stay, also where temporary files of earlier versions were; what is ours is renewed."""
+    page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox"]))], "T")
+    makers = ((write_page, "page.html"), (contact_sheet, "sheet.png"))
+    for make, name in makers:
+        assert make(page, tmp_path / name) == make(page, tmp_path / name)
+        other, place = tmp_path / f"other {name}", tmp_path / f"mine {name}"
+        if kind == "text":
+            place.write_bytes(b"mine")
+        else:
+            place.symlink_to(tmp_path / name if kind == "link to a page" else other)
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match="nothing is overwritten"):
+            make(page, place)
+        assert kind != "text" or place.read_bytes() == b"mine"
+        assert (tmp_path / name).read_bytes() == before and not other.exists()
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "page.html.tmp").symlink_to(tmp_path / "other")
+    write_page(page, tmp_path / "page.html")
+    assert (tmp_path / "other").read_text() == "other"
+
+
+@pytest.mark.parametrize("left", ["videos", "half", "old half"])
+def test_an_interrupted_gallery_goes_on(tmp_path: Path, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the videos or within one: the same command finishes, and sweeps what the dead process left."""
+    page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox", "a hall"]))], "T")
+    out = tmp_path / "gallery"
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scd_sf.gallery.page.render", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_page(page, out)
+    first = sorted((out / "videos").glob("*.mp4"))[0]
+    if left != "videos":
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        half = first.with_suffix(".tmp") if left == "old half" else part_of(first)
+        half = half.with_name(half.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+        half.write_bytes(first.read_bytes()[:100])
+        first.unlink()
+    index = write_page(page, out)
+    assert index.is_file() and len(list((out / "videos").glob("*.mp4"))) == 2
+    assert not list((out / "videos").glob(".part-*"))
+    (out / "videos" / "0123456789abcdef.mp4").write_bytes(b"not named by its contents")
+    index.unlink()
+    with pytest.raises(UserError, match=r"0123456789abcdef.mp4: not a gallery's"):
+        write_page(page, out)
+
+
+def test_two_galleries_in_one_folder(tmp_path: Path) -> None:
+    page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox"]))], "T")
+    with locked(tmp_path / "gallery", "this gallery"), pytest.raises(UserError, match="is at work in it"):
+        write_page(page, tmp_path / "gallery")
+    assert not (tmp_path / "gallery" / "index.html").exists()
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    root = gallery_world.write_folder(tmp_path / "x", ["a fox"])
+    (root / ".done").mkdir()
+    entry = json.dumps({"prompt": "a hall"})
+    (root / ".done" / os.fsdecode(b"\xff.mp4.json")).write_text(entry)
+    (root / os.fsdecode(b"\xff.mp4")).write_bytes((root / "0000-00.mp4").read_bytes())
+    page = page_of([read_folder(root)], "T")
+    assert "\ufffd.mp4" in write_page(page, tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""The file that says whose a folder is while a job runs; :func:`scd_sf.files.locked` is the way to use it."""
+"""Whose a folder or a file is: the lock of a running job (used through :func:`scd_sf.files.locked`), and the marks by
+which a command knows what an earlier run of it has made. Nothing else is overwritten or deleted."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import IO
 
 from scd_sf.types import UserError, printable
 
+LEFT = re.compile(r"\.lock|\.writable|\.part-.*")  # in a folder in which a job did not come to begin
+MARK_BYTES = 2**22  # of a file that are searched for its mark
 OWNER = "process "  # what a lock's words begin with
 
 
@@ -53,3 +57,30 @@ def _opened(path: Path) -> IO[str]:
         file.close()
         raise strange
     return file
+
+
+def require_own_folder(folder: Path, mark: str, remedy: str) -> None:
+    """UserError when the folder has contents, and not the file ``mark`` that a command puts there first."""
+    if folder.is_dir() and not (folder / mark).is_file():
+        if others := sorted(path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)):
+            raise UserError(
+                f"{folder}: holds other files ({others[0][:80]}) and no {mark} of ours; nothing of others is touched: "
+                f"{remedy}"
+            )
+
+
+def has_mark(path: Path, mark: str) -> bool:
+    """Whether a path is a regular file, no link, with ``mark`` in its first :data:`MARK_BYTES` bytes."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        with path.open("rb") as file:
+            return mark.encode() in file.read(min(MARK_BYTES, path.stat().st_size))
+    except OSError:
+        return False
+
+
+def require_own_file(path: Path, mark: str, remedy: str) -> None:
+    """UserError when there is something called ``path`` that is not :func:`has_mark`."""
+    if os.path.lexists(path) and not has_mark(path, mark):
+        raise UserError(f"{path}: is there and not of ours; nothing is overwritten: {remedy}")
