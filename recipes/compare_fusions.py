@@ -227,6 +227,8 @@ def main() -> None:
     about = {"training_seeds": list(seeds), "teacher": str(plan.teacher), **context}
     write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
     show(found)
+    for sign in context["machine_busy"]:
+        print(f"The machine was busy, times tell little: {sign}.")
     print(f"{plan.run}/fusions.json")
 
 

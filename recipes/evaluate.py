@@ -6,7 +6,7 @@
 Reference: real held-out clips as the VAE reconstructs them. Every model is sampled with the held-out paraphrase of each
 reference clip. Samples are kept in ``out/samples``, so an interrupted evaluation goes on where it stopped; those of
 another checkpoint or other settings are drawn anew. Timings come last, in rounds over all rows, so that a slow minute
-hits them all.
+hits them all: the least of each is shown; ``machine_busy`` in results.json says when they tell little.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from scd_sf.generation.generate import clips_of, decode, generate_latents
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
 from scd_sf.metrics.fvd import VideoFrechet
 from scd_sf.metrics.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
-from scd_sf.metrics.protocols import Cost, Row, split_reference, table, time_in_rounds, write_rows
+from scd_sf.metrics.protocols import Row, split_reference, table, write_rows
+from scd_sf.metrics.timing import Cost, time_in_rounds, timings, unrest
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import SamplerConfig, Student, describe_checkpoint, load_student, set_blocks
 from scd_sf.models.scd import Scd
@@ -74,7 +75,7 @@ class RowConfig:
 @dataclass
 class EvaluateConfig:
     """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew.
-    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (at least once).
+    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (three times may take thrice it).
     ``sample_stages``: only draw the samples of these stages' rows, for a later run (others may still be training)."""
 
     base: str
@@ -336,7 +337,6 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
         "clips": cfg.clips,
         "seeds": list(cfg.seeds),
         "evaluation_seconds": round(time.monotonic() - started, 1),
-        "timing": "batch 1, per latent frame, without VAE and text encoder, median",
     }
 
 
@@ -346,8 +346,8 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     keep_freed_memory()
-    if not cfg.rows:
-        raise UserError("rows: name at least one model to score in the config's 'rows' list")
+    if not cfg.rows or len({slug(row.name) for row in cfg.rows}) < len(cfg.rows):
+        raise UserError("rows: name at least one model to score in the config's 'rows' list, and each in its own way")
     wanted = [row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages]
     if not wanted:
         raise UserError(f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage'")
@@ -365,20 +365,23 @@ def main() -> None:
         console.print(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
     if cfg.sample_stages:
         return
-    costs = [cost(row, bench) for row in cfg.rows]
-    time_in_rounds(costs, cfg.timing_repeats, cfg.timing_seconds)
-    results = [(found.fill(row), video) for found, (row, video) in zip(costs, results, strict=True)]
+    costs = {row.name: cost(row, bench) for row in cfg.rows}
+    time_in_rounds(list(costs.values()), cfg.timing_repeats, cfg.timing_seconds)
+    results = [(costs[row.name].fill(row), video) for row, video in results]
     console.print(f"timed  {time.monotonic() - started:.0f} s", highlight=False)
     last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
     extra = controls(bench, others, last)
     rows = [*(row for row, _ in results), *extra]
-    write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started))
-    console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference"))
-    write_gallery(cfg, bench, results, rows)
+    write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started) | timings(costs))
+    notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
+    console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
+    write_gallery(cfg, bench, results, rows, notes)
     console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
 
 
-def write_gallery(cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Tensor]], rows: list[Row]) -> None:
+def write_gallery(
+    cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Tensor]], rows: list[Row], notes: list[str]
+) -> None:
     """Videos of all rows side by side for some of the prompts."""
     stride = max(1, len(bench.indices) // cfg.gallery_clips)
     chosen = list(range(0, len(bench.indices), stride))[: cfg.gallery_clips]
@@ -392,7 +395,7 @@ def write_gallery(cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Te
     shown = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
     for name, video in shown:
         videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]
-    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, fps=cfg.fps)
+    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, notes, fps=cfg.fps)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
 from scd_sf.metrics.prediction_protocols import PredictionProtocol, named_protocol
 from scd_sf.metrics.prediction_result import result_table
-from scd_sf.metrics.protocols import Cost, time_in_rounds
+from scd_sf.metrics.timing import Cost, time_in_rounds, unrest
 from scd_sf.models.build import Student
 from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.nn.layers import DitBlock
@@ -269,7 +269,7 @@ def cost(bench: Evaluation) -> dict[str, object]:
     time_in_rounds([history, measured], 3, 60.0)
     counted = measured.runs[0].frames
     begin, whole = (
-        min(run.seconds_per_frame * run.frames for run in part.runs) for part in (history, measured)
+        min(run.seconds for run in part.runs) for part in (history, measured)
     )  # the first frame comes after the context is read; the others cost what a frame costs
     later = max(1, counted - 1)
     return {
@@ -279,6 +279,7 @@ def cost(bench: Evaluation) -> dict[str, object]:
         "seconds_per_frame": (whole - begin) / later,
         "seconds_to_first_frame": begin,
         "by_frame": by_frame(stream, bench.device),
+        "machine_busy": unrest({"history": history, "frames": measured}),
         "device": str(bench.device),
         "threads": torch.get_num_threads(),
     }

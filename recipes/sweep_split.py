@@ -300,6 +300,8 @@ def main() -> None:
     write_json(plan.run / "sweep.json", {"schema": 1, "context": about, "splits": found})
     figure = draw(plan, found)
     show(found, plan.updates)
+    for sign in context["machine_busy"]:
+        print(f"The machine was busy, times tell little: {sign}.")
     print(f"{plan.run}/sweep.json, {figure}")
 
 

@@ -1,29 +1,26 @@
-"""What one row of a results table is, how it is stored and printed, and how passes and seconds are measured.
+"""What one row of a results table is, how it is stored and printed, and how block passes are counted.
 
-All costs are per *latent* frame at batch 1: one latent frame is what a causal model generates at a time
-(the Wan VAE makes four pixel frames of each, one of the first).
+Seconds are measured in timing.py. All costs are per *latent* frame at batch 1: one latent frame is what a causal model
+generates at a time (the Wan VAE makes four pixel frames of each, one of the first).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from scd_sf.files import read_json, typed, write_text
 from scd_sf.types import UserError
 
 SCHEMA = 1
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "time",
         "ms per latent frame",
-        "Wall time per latent frame on the machine of this run, one video at a time.",
+        "Wall time per latent frame on the machine of this run, one video at a time: the least of several rounds.",
         lambda row: _milliseconds(row.seconds_per_frame),
     ),
     Column(
@@ -153,53 +150,42 @@ LEFT_ALIGNED = {"model", "family", "stage", "sampler"}
 IN_THE_NAME = {"family", "stage", "steps", "sampler"}
 
 
+@dataclass(frozen=True)
+class Results:
+    """The file of a table."""
+
+    schema: int
+    context: dict[str, object]
+    rows: list[Row]
+
+
 def write_rows(path: Path, rows: Sequence[Row], context: Mapping[str, object]) -> None:
     """Write ``{"schema", "context", "rows"}`` as JSON, whole or not at all. ``context``: machine, date, seeds, goals.
 
     NaN and infinity are refused (they are not JSON, and a table should not hide them).
     """
-    document = {"schema": SCHEMA, "context": dict(context), "rows": [asdict(row) for row in rows]}
+    document = asdict(Results(SCHEMA, dict(context), list(rows)))
     try:
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise UserError(f"{path}: a figure is NaN or infinite ({error}); leave it None or find out why") from error
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text + "\n")
 
 
 def read_rows(path: Path) -> tuple[list[Row], dict[str, object]]:
     """Rows and context of a file that :func:`write_rows` wrote; UserError names file and field."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as results JSON ({error}); run the evaluation again") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    remedy = "run the evaluation again"
+    document = read_json(path, remedy)
+    if document.get("schema") != SCHEMA:
         raise UserError(f"{path}: field 'schema' is not {SCHEMA}; run the evaluation again with this version")
-    rows, context = document.get("rows"), document.get("context")
-    if not isinstance(rows, list) or not isinstance(context, dict):
-        raise UserError(f"{path}: fields 'rows' and 'context' must be a list and an object; run the evaluation again")
-    return [_row(path, index, item) for index, item in enumerate(rows)], context
+    found = typed(document, Results, path, remedy)
+    return found.rows, found.context
 
 
-def _row(path: Path, index: int, item: object) -> Row:
-    names = {item.name for item in fields(Row)}
-    if not isinstance(item, dict) or set(item) != names:
-        wrong = sorted(names ^ set(item)) if isinstance(item, dict) else ["not an object"]
-        raise UserError(f"{path}: rows[{index}] has missing or unknown fields ({', '.join(wrong)}); evaluate again")
-    values = dict(item)
-    if values["adherence"] is not None:
-        try:
-            values["adherence"] = Adherence(**values["adherence"])
-        except TypeError as error:
-            raise UserError(f"{path}: rows[{index}].adherence: {error}; run the evaluation again") from error
-    return Row(**values)
-
-
-def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows as a rich table without what a row's name already says; print it with ``rich.console.Console``."""
+def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Table:
+    """The rows as a table for ``rich.console.Console``, without what a row's name already says; ``notes`` below it."""
     columns = [column for column in COLUMNS if column.title not in IN_THE_NAME]
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
     for column in columns:
         heading = f"{column.title}\n({column.unit})" if column.unit else column.title
         name = column.title in LEFT_ALIGNED
@@ -254,99 +240,6 @@ class BlockPassCounter:
         """Passes per generated frame. ``frames_per_pass``: a bidirectional pass carries every frame of the clip, so
         its passes count once for each of them; a causal chunk of 3 frames counts as 3."""
         return self.samples * frames_per_pass / (batch * frames)
-
-
-@dataclass(frozen=True)
-class StreamTiming:
-    """Medians over repeats in seconds, and every repeat's own figures."""
-
-    seconds_per_frame: float
-    seconds_to_first_frame: float
-    frames: int
-    all_seconds_per_frame: tuple[float, ...]
-    all_seconds_to_first_frame: tuple[float, ...]
-
-
-def time_stream(
-    stream: Callable[[], Iterable[T]],
-    *,
-    frames_in: Callable[[T], int],
-    repeats: int = 3,
-    warmup: int = 1,
-    synchronize: Callable[[], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> StreamTiming:
-    """Time a callable that yields frames or chunks: from the call to the first item, and to the end per frame.
-
-    ``frames_in(item)`` frames arrive with an item. The clock starts before ``stream()`` is called, so the prompt's own
-    cost counts when the callable includes it. ``synchronize`` (``torch.cuda.synchronize``) runs before every reading.
-    """
-    if repeats < 1:
-        raise UserError(f"time_stream: repeats is {repeats}; it must be at least 1")
-
-    def read() -> float:
-        if synchronize is not None:
-            synchronize()
-        return clock()
-
-    per_frame: list[float] = []
-    first: list[float] = []
-    frames = 0
-    for repeat in range(warmup + repeats):
-        frames, first_at = 0, 0.0
-        start = read()
-        for item in stream():
-            if frames == 0:
-                first_at = read() - start
-            frames += frames_in(item)
-        total = read() - start
-        if frames < 1:
-            raise UserError("time_stream: the stream yielded no frame; nothing can be timed")
-        if repeat >= warmup:
-            per_frame.append(total / frames)
-            first.append(first_at)
-    return StreamTiming(statistics.median(per_frame), statistics.median(first), frames, tuple(per_frame), tuple(first))
-
-
-@dataclass
-class Cost:
-    """Runs of one model at batch 1: ``stream`` yields frames (B, n, ...); a forward of a ``block`` is one block pass
-    and carries ``frames_per_pass`` frames."""
-
-    stream: Callable[[], Iterable[Tensor]]
-    model: nn.Module
-    block: type[nn.Module]
-    frames_per_pass: int
-    runs: list[StreamTiming] = field(default_factory=list)
-    passes: float = 0.0
-
-    def wants_more(self, repeats: int, seconds: float) -> bool:
-        """At least one run, then up to ``repeats`` while another fits into ``seconds``."""
-        spent = sum(run.seconds_per_frame * run.frames for run in self.runs)
-        again = spent / max(1, len(self.runs))
-        return not self.runs or (len(self.runs) < repeats and spent + again <= seconds)
-
-    def run_once(self) -> None:
-        with BlockPassCounter(self.model, self.block) as counter:
-            run = time_stream(self.stream, frames_in=lambda x: x.shape[1], repeats=1, warmup=0)
-        self.runs.append(run)
-        self.passes = counter.per_frame(run.frames, frames_per_pass=self.frames_per_pass)
-
-    def fill(self, row: Row) -> Row:
-        """``row`` with block passes per frame and the medians of the timings."""
-        return replace(
-            row,
-            block_passes_per_frame=self.passes,
-            seconds_per_frame=statistics.median(run.seconds_per_frame for run in self.runs),
-            seconds_to_first_frame=statistics.median(run.seconds_to_first_frame for run in self.runs),
-        )
-
-
-def time_in_rounds(costs: Sequence[Cost], repeats: int, seconds: float) -> None:
-    """Run all models in turn until each has its repeats: a slow minute of the machine hits them all."""
-    while waiting := [cost for cost in costs if cost.wants_more(repeats, seconds)]:
-        for cost in waiting:
-            cost.run_once()
 
 
 def split_reference(total: int, count: int, where: str) -> tuple[list[int], list[int]]:

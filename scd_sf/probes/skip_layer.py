@@ -8,7 +8,6 @@ a fine-tune by the same schedule, says recipes/evaluate.py, whose rows take ``bl
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.generation.generate import generate_latents
-from scd_sf.metrics.protocols import Cost, time_in_rounds
+from scd_sf.metrics.timing import Cost, time_in_rounds
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import blocks_of, running_as
 from scd_sf.models.scd import Scd
@@ -108,7 +107,7 @@ def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[Sk
         replace(
             row,
             block_passes_per_frame=cost.passes,
-            seconds_per_frame=statistics.median(run.seconds_per_frame for run in cost.runs),
+            seconds_per_frame=cost.seconds_per_frame,
         )
         for row, cost in zip(rows, costs, strict=True)
     ]
