@@ -303,7 +303,9 @@ def foreign(where: str | Path, remedy: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(f"{where}: needs more memory than there is; {remedy}") from error
-    except Exception as error:  # parsers raise KeyError, struct.error, RecursionError, library errors ..: no list holds
+    except BaseException as error:  # parsers raise KeyError, RecursionError, library errors ..: no list holds
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         raise UserError(f"{where}: {reason(error)}; {remedy}") from error
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import html
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -20,26 +19,18 @@ from typing import Protocol
 
 import ftfy
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from scd_sf.files import read_json, safe_path, write_json
+from scd_sf.files import read_json, safe_path, typed, write_json
+from scd_sf.models.text_files import read_config, read_model, read_tokenizer
 from scd_sf.models.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.types import Conditioning, UserError
 
 REFERENCE = "text_encoder.json"
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what transformers raises for bad files
-WAN_MAX_LENGTH = 512
+WAN_MAX_LENGTH, MOST_TOKENS = 512, 32_768
 # What Wan 2.1's own sampling and Self-Forcing's teacher lead away from; ``wan`` as a negative prompt stands for it.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -69,8 +60,10 @@ class TextEncoderConfig:
     clean: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise UserError(f"text encoder: max_length is {self.max_length}; it must be at least 1")
+        if not 1 <= self.max_length <= MOST_TOKENS:
+            raise UserError(
+                f"text encoder: max_length is {self.max_length}; it must be at least 1, at most {MOST_TOKENS}"
+            )
         if self.scale <= 0:
             raise UserError(f"text encoder: scale is {self.scale}; it must be above 0")
         if self.path and self.package:
@@ -168,6 +161,9 @@ class TransformersTextEncoder:
         tokens = self.tokenizer(
             texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
+        words = self.model.get_input_embeddings().weight.shape[0]
+        if int(tokens.input_ids.max()) >= words:
+            raise UserError(f"text encoder: the tokenizer gives more than the encoder's {words} words; use its own")
         layer = self.config.hidden_layer
         output = self.model(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=layer != -1
@@ -221,12 +217,8 @@ def load_text_encoder(
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokens), local_files_only=True, trust_remote_code=False)
-        model = load_umt5(weights, dtype) if weights.is_file() else _read_model(weights, dtype)
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise _unreadable(weights, error) from error
+        tokenizer = read_tokenizer(tokens)
+        model = load_umt5(weights, dtype) if weights.is_file() else read_model(weights, dtype)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -237,15 +229,9 @@ def load_text_encoder(
 def encoder_width(config: TextEncoderConfig) -> int:
     """E, from the encoder's configuration alone. UserError as :func:`load_text_encoder`, but for its weights."""
     weights, _ = encoder_parts(config)
-    if weights.is_file():
-        found: PretrainedConfig = open_umt5(weights)[0]
-    else:
-        try:
-            found = AutoConfig.from_pretrained(str(weights), local_files_only=True, trust_remote_code=False)
-        except UNREADABLE as error:
-            raise _unreadable(weights, error) from error
-    _check_limits(config, found, weights)
-    return int(found.hidden_size)
+    network: PretrainedConfig = open_umt5(weights)[0] if weights.is_file() else read_config(weights)
+    _check_limits(config, network, weights)
+    return int(network.hidden_size)
 
 
 def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
@@ -269,26 +255,6 @@ def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
     return weights, tokens
 
 
-def _read_model(weights: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model, report = AutoModelForTextEncoding.from_pretrained(
-        str(weights),
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UserError(f"{weights}: {len(missing)} weights are missing ({missing[0]}, ...); download it again")
-    return model
-
-
-def _unreadable(weights: Path, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"{weights}: cannot be read as a text encoder ({first}); download it again")
-
-
 def _package_folder(config: TextEncoderConfig) -> Path:
     """The folder inside an installed package, found without importing the package."""
     name = config.package.replace("-", "_")
@@ -299,18 +265,13 @@ def _package_folder(config: TextEncoderConfig) -> Path:
 
 
 def _read_reference(path: Path) -> TextEncoderConfig:
-    row = read_json(path, "write it again or download the model again")
-    known = {field.name: type(field.default) for field in fields(TextEncoderConfig)}
-    for key, value in row.items():
+    again = "write it again or download the model again"
+    row = read_json(path, again)
+    known = [field.name for field in fields(TextEncoderConfig)]
+    for key in row:
         if key not in known:
-            raise UserError(f"{path}: unknown field '{key}'; it knows {', '.join(known)}")
-        allowed = (int, float) if known[key] is float else (known[key],)
-        if type(value) not in allowed:
-            raise UserError(f"{path}: '{key}' is {json.dumps(value)}; it must be of type {known[key].__name__}")
-    try:
-        return TextEncoderConfig(**row)  # type: ignore[arg-type]  # types were checked above
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: unknown field '{key[:80]}'; it knows {', '.join(known)}")
+    return typed(row, TextEncoderConfig, path, again)
 
 
 def _check_limits(config: TextEncoderConfig, model: object, weights: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -15,6 +17,7 @@ from scd_sf.models.text import (
     TextEncoderConfig,
     TransformersTextEncoder,
     clean_prompt,
+    encoder_width,
     load_text_encoder,
     text_config,
     write_reference,
@@ -22,6 +25,7 @@ from scd_sf.models.text import (
 from scd_sf.types import UserError
 
 WORDS = ["<pad>", "<unk>", "</s>", "the", "camera", "turns", "left", "right", "meadow", "&"]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 2838276208\n"
 PROMPTS = ["the camera turns left", "right", ""]
 
 
@@ -143,7 +147,7 @@ def test_directory_without_encoder_says_what_to_add(tmp_path: Path) -> None:
         ({"package": "torch", "folder": "../.."}, "'folder' is '../..', which leaves"),
         ({"path": "../other"}, "'path' is '../other', which leaves"),
         ({"path": "a", "package": "b"}, "keep one"),
-        ({"max_length": "8"}, "'max_length' is \"8\"; it must be of type int"),
+        ({"max_length": "8"}, "Expected `int`, got `str` - at `$.max_length`"),
         ({"max_length": 0}, "max_length is 0"),
         ({}, "neither 'path' nor 'package' is set"),
     ],
@@ -176,11 +180,101 @@ def test_damaged_encoders_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     bert(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights are missing \(encoder\.layer\.1\.output\.dense\.weight"):
         load_text_encoder(TextEncoderConfig(path=str(tmp_path), max_length=8))
+
+
+def test_a_config_chooses_no_code(tmp_path: Path) -> None:
+    """Attention kernels of the hub and code of a repository are not asked for; quantised weights are refused."""
+    bert(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    chosen = {
+        "attn_implementation": "someone/kernel",
+        "_attn_implementation": "someone/kernel",
+        "auto_map": {"a": "b.C"},
+    }
+    file.write_text(json.dumps(config | chosen | {"_experts_implementation": "someone/kernel"}))
+    source = TextEncoderConfig(path=str(tmp_path), max_length=8)
+    encoder = load_text_encoder(source)
+    assert encoder.model.config._attn_implementation == "sdpa" and encoder_width(source) == 16
+    assert not vars(encoder.model.config).get("auto_map")
+    for inside in ({}, {"text_config": {}}):
+        settings: dict[str, object] = {"quantization_config": {"quant_method": "fp8"}}
+        file.write_text(json.dumps(config | ({"text_config": settings} if inside else settings)))
+        for read in (load_text_encoder, encoder_width):
+            with pytest.raises(
+                UserError, match=r"config\.json: 'quantization_config' is set; quantised weights are not"
+            ):
+                read(source)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 100_000},
+        {"num_hidden_layers": 10**12},
+        {"intermediate_size": 10**12},
+        {"intermediate_size": 10**19},
+        {"hidden_size": -1},
+        {"hidden_size": "16"},
+        {"hidden_size": [16]},
+        {"hidden_size": 10**12},
+        {"num_attention_heads": 0},
+        {"hidden_act": "no such"},
+        {"model_type": "gpt2"},
+        {"model_type": ["bert"]},
+        {"model_type": "\ud800"},
+        {"vocab_size": 3},
+        {"layer_norm_eps": "x"},
+        {"num_hidden_layers": None},
+    ],
+)
+def test_configs_of_others(tmp_path: Path, fields: dict[str, object]) -> None:
+    """One line that names the folder, before anything large is made."""
+    bert(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as caught:
+        load_text_encoder(TextEncoderConfig(path=str(tmp_path), max_length=8))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_weights_that_are_nan_or_not_there(tmp_path: Path) -> None:
+    bert(tmp_path)
+    source, file = TextEncoderConfig(path=str(tmp_path), max_length=8), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=r"tensor 'encoder\.layer\.1\.output\.dense\.weight' holds NaN"):
+        load_text_encoder(source)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text(POINTER)
+        with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer.*run `git lfs pull`"):
+            load_text_encoder(source)
+        (tmp_path / name).write_bytes(whole)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    wrong = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}]}
+    for changes in ({"model": 3}, {"post_processor": {**wrong, "pair": [], "special_tokens": {}}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(stored | changes))
+        with pytest.raises(UserError, match="cannot be read as a text encoder"):
+            load_text_encoder(source)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": [token(999)]}))
+    (tmp_path / "model.safetensors").write_bytes(whole_bert(tmp_path / "other"))
+    with pytest.raises(UserError, match="the tokenizer gives more than the encoder's 10 words"):
+        load_text_encoder(source).encode(["x extra"])
+
+
+def token(number: int) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": number, "content": "extra", **flags}
+
+
+def whole_bert(folder: Path) -> bytes:
+    bert(folder)
+    return (folder / "model.safetensors").read_bytes()

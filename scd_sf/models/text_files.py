@@ -1,0 +1,101 @@
+"""Files of a text encoder that others wrote, read as data: config.json, weights, the tokenizer's folder.
+
+Of config.json the geometry is taken. What would choose code is not: attention kernels (transformers fetches them from
+the hub), code of the repository's own; quantised weights are refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from scd_sf.files import JSON_BYTES, foreign, read_json, refuse_lfs_pointer
+from scd_sf.models.skeleton import skeleton
+from scd_sf.tensor_files import open_folder, read_all
+from scd_sf.types import UserError
+
+AGAIN = "download it again"
+STEM = "model"
+LARGEST = 2**20  # width of a token state
+QUANTISED = {"quantization_config", "compression_config"}
+CHOOSES_CODE = {
+    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "kernel_config",
+    "custom_pipelines", "base_model_tp_plan",
+}  # fmt: skip
+
+
+def plain_config(value: object, where: Path) -> object:
+    """A JSON value without the fields that choose code, at any depth. UserError for one of quantised weights."""
+    if isinstance(value, list):
+        return [plain_config(item, where) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for field in QUANTISED:
+        if value.get(field) is not None:
+            raise UserError(f"{where}: '{field}' is set; quantised weights are not read, use the original ones")
+    return {name: plain_config(item, where) for name, item in value.items() if name not in CHOOSES_CODE}
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """``folder/config.json`` as transformers' configuration of an encoder of text. UserError for other models."""
+    file = folder / "config.json"
+    raw = plain_config(read_json(file, AGAIN), file)
+    assert isinstance(raw, dict)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UserError(f"{file}: model_type is {repr(kind)[:80]}, which transformers does not know; {AGAIN}")
+    with foreign(_unreadable(folder), AGAIN):
+        config = cast("PretrainedConfig", CONFIG_MAPPING[kind].from_dict(raw))
+        width = config.hidden_size
+    if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        raise UserError(f"{file}: model_type is '{kind[:80]}', no encoder of text; use umT5, T5 or a BERT")
+    if type(width) is not int or not 1 <= width <= LARGEST:
+        raise UserError(f"{file}: the width is {repr(width)[:80]}; it must be a number from 1 to {LARGEST}")
+    return config
+
+
+def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The encoder of ``folder``: config.json beside ``model.safetensors`` or its shards, in ``dtype``.
+
+    UserError: unreadable, NaN, weights that are missing or do not fit, a config of more than the weights hold.
+    """
+    config, where = read_config(folder), _unreadable(folder)
+    kind = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    stored = open_folder(folder, STEM)
+    skeleton(lambda: kind(config), stored, where, AGAIN)
+    tensors = read_all(stored)
+    with foreign(where, AGAIN):  # without a setting in its config a model attends by SDPA, or eagerly if it has none
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} weights are missing ({missing[0]}, ...); {AGAIN}")
+    return cast("PreTrainedModel", model)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. UserError: a pointer of Git LFS, a file that is too large, unreadable."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            refuse_lfs_pointer(file)
+            if file.suffix != ".safetensors" and file.stat().st_size > JSON_BYTES:
+                raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than a tokenizer's file has; {AGAIN}")
+    with foreign(_unreadable(folder), AGAIN):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _unreadable(folder: Path) -> str:
+    return f"{folder}: cannot be read as a text encoder"
