@@ -35,7 +35,6 @@ Json = dict[str, object]
 T = TypeVar("T")
 
 JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
-LOCK = ".lock"  # in every folder that a command owns
 NAME_BYTES = 255  # of one file name, on every file system in use
 LOCK = ".lock"  # in every folder that a command owns
 LFS_POINTER = b"version https://git-lfs"
