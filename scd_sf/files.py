@@ -236,6 +236,12 @@ def fsync_tree(root: Path) -> None:
         fsync_folder(Path(folder))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees either the old or the whole new one, whoever else writes the same."""
+    with new_file(path) as part:
+        part.write_bytes(data)
+
+
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a text file so that a reader sees either the old or the whole new one."""
     with new_file(path, durable=durable) as part:

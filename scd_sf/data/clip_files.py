@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from scd_sf.files import Json
+from scd_sf.files import Json, foreign, parse_json, sweep, typed, write_bytes
 from scd_sf.types import UserError
 
 SUFFIX, VIDEO = ".safetensors", ".mp4"
@@ -33,7 +32,7 @@ FORMAT, VERSION = "scd-sf-clip", 1
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 REPAIR = "run 'scd data repair' on the folder, then make or copy the clip again"
 ID = re.compile(r"[0-9a-f]{32}")
-_TEMPORARY = re.compile(r"\.tmp\.(?P<host>[^/]+)\.(?P<pid>\d+)(\.part)?$")
+_FOLDER = re.compile("[0-9a-f]{2}")
 _FIRST_READ, _LARGEST_HEADER = 16 * 1024, 16 * 2**20
 
 
@@ -69,14 +68,10 @@ class About:
     @classmethod
     def from_json(cls, row: Json, where: str) -> Self:
         """Parse a header's entry. UserError (naming ``where``) for other fields or kinds."""
-        kinds = {entry.name: entry.type for entry in fields(cls)}
-        if set(row) != set(kinds) | {"format", "version"} or (row["format"], row["version"]) != (FORMAT, VERSION):
+        names = {entry.name for entry in fields(cls)} | {"format", "version"}
+        if set(row) != names or (row["format"], row["version"]) != (FORMAT, VERSION):
             raise UserError(f"{where}: its 'clip' entry is not {FORMAT}/{VERSION}; {REPAIR}")
-        allowed = {"str": (str,), "int": (int,), "float": (int, float), "dict[str, str]": (dict,)}
-        for name, kind in kinds.items():
-            if type(row[name]) not in allowed[str(kind)]:
-                raise UserError(f"{where}: 'clip.{name}' is not a {kind}; {REPAIR}")
-        return cls(**{name: row[name] for name in kinds})  # type: ignore[arg-type]  # kinds were checked above
+        return typed(row, cls, f"{where}: 'clip'", REPAIR)
 
 
 @dataclass(frozen=True)
@@ -105,48 +100,43 @@ def clip_path(root: Path, clip: str) -> Path:
 
 def clip_paths(root: Path) -> list[Path]:
     """The latent files of a folder in id order (names only: nothing is opened)."""
-    return sorted(file for file in files_of(root) if file.suffix == SUFFIX and ID.fullmatch(file.stem))
+    return sorted(file for file in files_of(root) if is_clip(root, file))
+
+
+def is_clip(root: Path, file: Path) -> bool:
+    """Whether a file is called as a clip's latents are, and lies where they do."""
+    return ID.fullmatch(file.stem) is not None and file == clip_path(root, file.stem)
+
+
+def folders_of(root: Path) -> list[Path]:
+    """The two-letter folders, in order; links are none."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; check the path")
+    return [path for path in sorted(root.iterdir()) if _FOLDER.fullmatch(path.name) and is_own_folder(path)]
+
+
+def is_own_folder(path: Path) -> bool:
+    """A folder that lies where it seems to lie."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def quarantine_of(root: Path) -> Path:
+    """The folder's place for what was moved out of the data, made if missing. UserError where it leads elsewhere."""
+    folder = root / QUARANTINE
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link, and nothing is moved out of {root}; put a folder in its place")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def files_of(root: Path) -> Iterator[Path]:
-    """Everything in the two-letter folders."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; check the path")
-    for folder in sorted(root.iterdir()):
-        if re.fullmatch("[0-9a-f]{2}", folder.name) and folder.is_dir():
-            with os.scandir(folder) as entries:
-                yield from (folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+    """Everything in the two-letter folders. Links are skipped: what they point to is of others."""
+    for folder in folders_of(root):
+        with os.scandir(folder) as entries:
+            yield from (folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-
-
-def temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process uses; see :func:`remove_stale`."""
-    return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Readers see nothing or the whole file, also after a power cut, whoever else writes the same."""
-    part = temporary(path)
-    with part.open("wb") as file:
-        file.write(data)
-    publish(part, path)
-
-
-def publish(part: Path, path: Path) -> None:
-    """Give a finished temporary file its name: fsync, rename, fsync of the folder."""
-    _fsync(part)
-    os.replace(part, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_clip(root: Path, latents_FCHW: Tensor, text_TE: Tensor, about: About) -> None:
@@ -164,33 +154,13 @@ def write_clip(root: Path, latents_FCHW: Tensor, text_TE: Tensor, about: About) 
     row = {**asdict(about), "sha256": digest.hexdigest(), "format": FORMAT, "version": VERSION}
     path = clip_path(root, about.id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save(tensors, {"clip": json.dumps(row, sort_keys=True, ensure_ascii=False)}))
+    write_bytes(path, save(tensors, {"clip": json.dumps(row, sort_keys=True, ensure_ascii=False)}))
 
 
-def remove_stale(root: Path) -> int:
-    """Remove temporary files that processes of this machine left when they were killed; how many."""
-    count = 0
-    for file in files_of(root):
-        found = _TEMPORARY.search(file.name)
-        if found and found["host"] == socket.gethostname() and not _alive(int(found["pid"])):
-            file.unlink(missing_ok=True)
-            count += 1
-    return count
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether the name is one of :func:`temporary`."""
-    return _TEMPORARY.search(path.name) is not None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def sweep_clips(root: Path) -> None:
+    """Remove what processes of this machine left unfinished when they were killed."""
+    for folder in (root, *folders_of(root)):
+        sweep(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -259,12 +229,11 @@ class ClipFile:
             raise UserError(f"{self.path}: {size} bytes, cut or not safetensors; {REPAIR}")
         if length > len(head) - 8:
             head = os.pread(self._descriptor, length + 8, 0)
-        try:
-            table = json.loads(head[8 : 8 + length])
-            row = json.loads(table.pop("__metadata__")["clip"])
+        where = f"{self.path}: its header is not a clip's"
+        with foreign(where, REPAIR):
+            table: Any = parse_json(head[8 : 8 + length], where, REPAIR)
+            row = parse_json(table.pop("__metadata__")["clip"], where, REPAIR)
             tensors = {name: _stored(entry, 8 + length) for name, entry in table.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{self.path}: its header is not a clip's ({error}); {REPAIR}") from error
         ends = [8 + length, *sorted(t.stop for t in tensors.values())]
         if set(tensors) != {"latents", "text"} or sorted(t.start for t in tensors.values()) != ends[:-1]:
             raise UserError(f"{self.path}: holds {', '.join(sorted(tensors))}, not latents and text; {REPAIR}")

@@ -7,7 +7,7 @@ made from the files' headers (:func:`build_index`), so they can be made again at
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -15,8 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from scd_sf.data.clip_files import DTYPES, ClipFile, Header, clip_path, clip_paths, read_header
-from scd_sf.files import Json, hash_json, read_json, read_jsonl, write_json, write_jsonl
+from scd_sf.data.clip_files import DTYPES, ID, ClipFile, Header, clip_path, clip_paths, read_header
+from scd_sf.files import Json, hash_json, others_in, read_json, read_jsonl, typed, write_json, write_jsonl
 from scd_sf.types import UserError, VideoShape
 
 JOB, ROWS, MANIFEST = "job.json", "clips.jsonl", "manifest.json"
@@ -55,12 +55,12 @@ class ClipRow:
 
     @classmethod
     def from_json(cls, row: Json, where: str) -> Self:
-        kinds = {"int": int, "str": str, "dict[str, str]": dict}
-        if {name: type(value) for name, value in row.items()} != {f.name: kinds[str(f.type)] for f in fields(cls)}:
+        if set(row) != {entry.name for entry in fields(cls)}:
             raise UserError(f"{where}: not a clip's row; {INDEX_AGAIN}")
-        if not re.fullmatch("[0-9a-f]{32}", str(row["id"])):
-            raise UserError(f"{where}: 'id' is {row['id']!r}, not 32 hexadecimal digits; {INDEX_AGAIN}")
-        return cls(**row)  # type: ignore[arg-type]  # kinds were checked above
+        clip = typed(row, cls, where, INDEX_AGAIN)
+        if not ID.fullmatch(clip.id):
+            raise UserError(f"{where}: 'id' is {clip.id[:80]!r}, not 32 hexadecimal digits; {INDEX_AGAIN}")
+        return clip
 
 
 def open_job(root: Path, common: Common) -> None:
@@ -75,13 +75,10 @@ def open_job(root: Path, common: Common) -> None:
         if changed or set(old["settings"]) != set(new["settings"]):
             raise UserError(f"{path}: made with other settings ({', '.join(changed) or 'more'}); use another folder")
         return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if any(root.iterdir()):
-            raise UserError(f"{root}: holds files but no {JOB}; nothing is overwritten: use another folder")
-        write_json(path, row)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); use another folder") from error
+    root.mkdir(parents=True, exist_ok=True)
+    if others_in(root):
+        raise UserError(f"{root}: holds files but no {JOB}; nothing is overwritten: use another folder")
+    write_json(path, row)
 
 
 def read_job(root: Path) -> Common:
@@ -90,16 +87,10 @@ def read_job(root: Path) -> Common:
     row = read_json(path, "use a folder of generate_clips.py or 'scd data import'")
     if (row.get("format"), row.get("version")) != (JOB_FORMAT, JOB_VERSION):
         raise UserError(f"{path}: 'format'/'version' must be {JOB_FORMAT}/{JOB_VERSION}; use this release's folders")
-    shape, settings = row.get("shape"), row.get("settings")
-    names = {entry.name for entry in fields(VideoShape)}
-    if not isinstance(shape, dict) or set(shape) != names or any(type(n) is not int for n in shape.values()):
-        raise UserError(f"{path}: 'shape' needs integers {', '.join(sorted(names))}; make the folder again")
-    width, length, dtype = row.get("width"), row.get("max_length"), row.get("dtype")
-    if not (isinstance(width, int) and isinstance(length, int) and isinstance(dtype, str) and dtype in _NAMES):
+    common = typed(row, Common, path, "make the folder again")
+    if common.dtype not in _NAMES or min(common.width, common.max_length) < 1:
         raise UserError(f"{path}: needs width, max_length and a dtype of {', '.join(_NAMES)}; make the folder again")
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: 'settings' is not an object; make the folder again")
-    return Common(VideoShape(**shape), dtype, width, length, settings)
+    return common
 
 
 def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") -> str:
@@ -169,6 +160,10 @@ class ClipFiles:
         if hash_json(rows) != latents.get("clips_sha256") or not rows:
             raise UserError(f"{path}: does not belong to the manifest (changed or cut); {INDEX_AGAIN}")
         self.rows = [ClipRow.from_json(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+        needed = math.prod(self.common.shape.latent(1)) * self.common.torch_dtype.itemsize
+        for number, clip in enumerate(self.rows, 1):  # before a batch of this shape is allocated
+            if needed > clip.bytes or not 0 < clip.tokens <= self.common.max_length:
+                raise UserError(f"{path}:{number}: its file is too small for the folder's shape; {INDEX_AGAIN}")
         there = {file.stem for file in clip_paths(root)}
         if missing := [row.id for row in self.rows if row.id not in there]:
             first = clip_path(root, missing[0])

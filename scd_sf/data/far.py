@@ -8,17 +8,17 @@ are multiplied by its scaling factor. Videos are resized (short side) and croppe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
 from scd_sf.data.pixels import PixelClip
-from scd_sf.data.raw_files import COPY, LARGEST, RawFiles, Refused, actions_of, arrays_of, open_raw, tensor_file
+from scd_sf.data.raw_files import COPY, RawFiles, Refused, actions_of, arrays_of, one_tensor, open_raw
 from scd_sf.data.teco import video_of
 from scd_sf.data.video_reader import AS_CODED, read_frames
-from scd_sf.types import UserError
+from scd_sf.files import parse_json, read_text
+from scd_sf.types import UserError, printable
 
 SUFFIXES = (".mp4", ".avi", ".npz", ".pt")
 SCALING_FACTOR = 0.2889  # of FAR's Minecraft and UCF-101 autoencoders
@@ -39,10 +39,7 @@ def read_list(file: Path, key: str, prefix: str = "") -> list[Row]:
 
     UserError names the entry: not JSON, other fields, a path that is absolute or leaves its folder, a negative label.
     """
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error}); {REMEDY}") from error
+    entries = parse_json(read_text(file, REMEDY), file, REMEDY)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: no list, or an empty one; {REMEDY}")
     rows = [_row(entry, key, prefix, f"{file}[{number}]") for number, entry in enumerate(entries)]
@@ -66,7 +63,7 @@ def _path(value: object, prefix: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(f"{where} is no path; {REMEDY}")
     path = PurePosixPath(value.removeprefix(prefix).lstrip("/") if prefix else value)
-    if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value:
+    if path.is_absolute() or ".." in path.parts or "\\" in value or printable(value) != value:
         raise UserError(f"{where} is {value!r}, which leaves the folder; give its beginning as the list's prefix")
     return path.as_posix()
 
@@ -157,12 +154,9 @@ class FarLatents:
         """UserError (file, what is wrong): no tensor (F, C, H, W) of floating point numbers, or wrong actions."""
         row = self._rows[index]
         where = self._files.where(row.path)
-        value = tensor_file(self._files.read(row.path), where)
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 4 or not len(value):
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{where}: holds {shape}, not latents (F, C, H, W); {COPY}")
-        if value.numel() * value.itemsize > LARGEST:  # an expanded view of few bytes
-            raise UserError(f"{where}: latents {tuple(value.shape)} have more than {LARGEST} bytes; {COPY}")
+        value = one_tensor(self._files.read(row.path), where)
+        if value.ndim != 4 or not value.numel():
+            raise UserError(f"{where}: holds {tuple(value.shape)}, not latents (F, C, H, W); {COPY}")
         actions = _actions(self._files, row.action, len(value), self.num_actions)
         return LatentClip(self.ids[index], value.float() * self.scaling_factor, actions, row.label)
 
@@ -183,7 +177,9 @@ class FarLatents:
 
 def _ids(paths: list[str], where: Path) -> list[str]:
     ids = [str(PurePosixPath(path).with_suffix("")) for path in paths]
-    if len(set(ids)) != len(ids):
-        twice = next(id for id in ids if ids.count(id) > 1)
-        raise UserError(f"{where}: {twice} is listed twice; list every clip once")
+    seen: set[str] = set()
+    for id in ids:
+        if id in seen:
+            raise UserError(f"{where}: {id} is listed twice; list every clip once")
+        seen.add(id)
     return ids

@@ -11,7 +11,7 @@ Letters: B batch, F frames, C channels, H W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
-from scd_sf.files import Json, hash_json, read_json, read_jsonl, write_jsonl
+from scd_sf.files import Json, hash_json, read_json, read_jsonl, typed, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 FORMAT, VERSION, KIND = "scd-sf-frames", 1, "frames"
@@ -35,11 +35,15 @@ class FrameClip:
     label: int | None = None
 
     @classmethod
-    def from_json(cls, row: Json, where: str) -> Self:
-        kinds = {"id": (str,), "first": (int,), "frames": (int,), "label": (int, type(None))}
-        if set(row) != set(kinds) or any(type(row[name]) not in kind for name, kind in kinds.items()):
-            raise UserError(f"{where}: a clip needs exactly {', '.join(kinds)}; {AGAIN}")
-        return cls(**row)  # type: ignore[arg-type]  # checked above
+    def from_json(cls, row: Json, labels: int, where: str) -> Self:
+        """``labels``: how many the set has. UserError: other fields, no frame, or a label that the set has not."""
+        if set(row) != {entry.name for entry in fields(cls)}:
+            raise UserError(f"{where}: a clip needs exactly id, first, frames, label; {AGAIN}")
+        clip = typed(row, cls, where, AGAIN)
+        label_fits = clip.label is None if not labels else clip.label is not None and 0 <= clip.label < labels
+        if clip.first < 0 or clip.frames < 1 or not label_fits:
+            raise UserError(f"{where}: 'first', 'frames' or 'label' is out of range; {AGAIN}")
+        return clip
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class FrameSetInfo:
     num_actions: int = 0
     labels: tuple[str, ...] = ()
     fps: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "height", "width", "spatial"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_actions < 0 or not self.fps > 0:
+            raise UserError(
+                f"num_actions is {self.num_actions} and fps {self.fps}; they must not be negative, nor fps 0"
+            )
 
     def shape(self, frames: int) -> VideoShape:
         return VideoShape(frames, self.channels, self.height, self.width, 1, self.spatial)
@@ -88,10 +101,11 @@ class FrameClips:
         )
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{path}: 'format'/'version' are not {FORMAT}/{VERSION}; {AGAIN}")
-        self.hash, self.info = str(manifest.get("hash")), _info(manifest, path)
+        self.hash, self.info = str(manifest.get("hash")), typed(manifest, FrameSetInfo, path, AGAIN)
         self.reader = ShardReader(self.root, read_shards(manifest, str(path)), str(path))
         rows = read_jsonl(where, AGAIN)
-        self.clips = [FrameClip.from_json(row, f"{where}:{number}") for number, row in enumerate(rows, 1)]
+        labels = len(self.info.labels)
+        self.clips = [FrameClip.from_json(row, labels, f"{where}:{number}") for number, row in enumerate(rows, 1)]
         ends = [clip.first + clip.frames for clip in self.clips]
         starts = [clip.first for clip in self.clips]
         whole = starts == [0, *ends[:-1]] and bool(ends) and ends[-1] == len(self.reader)
@@ -123,7 +137,7 @@ class FrameClips:
             shard, row = self.reader.locate(clip.first + start)
             latents.append(self.reader.rows(shard, "latents", row, row + frames).float())
             if info.num_actions:
-                actions.append(self.reader.rows(shard, "actions", row, row + frames).long())
+                actions.append(self._actions(shard, row, frames, clip))
         labels = torch.tensor([self.clips[index].label for index in indices]) if info.labels else None
         wanted = (frames, info.channels, info.height, info.width)
         for index, found in zip(indices, latents, strict=True):
@@ -131,6 +145,13 @@ class FrameClips:
                 raise UserError(f"{self.root}: {self.clips[index].id} has {tuple(found.shape)}, not {wanted}; {AGAIN}")
         cond = Conditioning.of_frames(len(indices), torch.stack(actions) if actions else None, labels)
         return FrameBatch(torch.stack(latents), cond)
+
+    def _actions(self, shard: int, row: int, frames: int, clip: FrameClip) -> Tensor:
+        actions_F = self.reader.rows(shard, "actions", row, row + frames).long()
+        known = range(self.info.num_actions)
+        if actions_F.shape != (frames,) or int(actions_F.min()) not in known or int(actions_F.max()) not in known:
+            raise UserError(f"{self.reader.paths[shard]}: {clip.id} has other actions than the manifest says; {AGAIN}")
+        return actions_F
 
     def verify(self) -> None:
         """Compare every file's sha256 with its record (reads everything). Raises UserError."""
@@ -144,7 +165,7 @@ class FrameWriter:
         """``inputs``: what the data is made from; a directory begun with others is a UserError."""
         self.info, self.frames_per_shard = info, frames_per_shard
         self.writer = ShardWriter(root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}})
-        self.rows = [FrameClip.from_json(row, str(self._progress)) for row in self._begun()]
+        self.rows = [FrameClip.from_json(row, len(info.labels), str(self._progress)) for row in self._begun()]
         self._waiting: list[tuple[FrameClip, Tensor, Tensor | None]] = []
 
     @property
@@ -214,14 +235,4 @@ class FrameWriter:
         if not self._progress.is_file():
             return []
         rows, stored = read_jsonl(self._progress, AGAIN), self.writer.count(KIND)
-        return [row for row in rows if int(str(row["first"])) < stored]
-
-
-def _info(manifest: Json, path: Path) -> FrameSetInfo:
-    kinds = {"channels": int, "height": int, "width": int, "spatial": int, "num_actions": int, "labels": list}
-    if wrong := [name for name, kind in kinds.items() if type(manifest.get(name)) is not kind]:
-        raise UserError(f"{path}: '{wrong[0]}' is missing or of another type; {AGAIN}")
-    if type(manifest.get("fps")) not in (int, float):
-        raise UserError(f"{path}: 'fps' is missing or no number; {AGAIN}")
-    fields = {name: manifest[name] for name in (*kinds, "fps")}
-    return FrameSetInfo(**{**fields, "labels": tuple(manifest["labels"])})  # type: ignore[arg-type]  # checked above
+        return [row for row in rows if typed(row.get("first"), int, f"{self._progress}: 'first'", AGAIN) < stored]

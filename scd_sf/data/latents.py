@@ -8,6 +8,7 @@ Letters: B batch, F latent frames, C channels, H W latent height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch import Tensor
 from scd_sf.data.clip_index import ClipFiles
 from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
-from scd_sf.files import Json, hash_json, read_jsonl, write_jsonl
+from scd_sf.files import Json, hash_json, read_jsonl, typed, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 
@@ -36,12 +37,12 @@ class LatentClip:
 
     @classmethod
     def from_json(cls, row: Json, prompts: int, where: str) -> Self:
-        if set(row) != {entry.name for entry in fields(cls)} or not isinstance(row["tags"], dict):
+        if set(row) != {entry.name for entry in fields(cls)}:
             raise UserError(f"{where}: a clip needs exactly id, prompt, held_out_prompt, tags; {AGAIN}")
-        numbers = [row["prompt"]] + ([] if row["held_out_prompt"] is None else [row["held_out_prompt"]])
-        if any(type(number) is not int or not 0 <= number < prompts for number in numbers):
+        clip = typed(row, cls, where, AGAIN)
+        if any(number is not None and not 0 <= number < prompts for number in (clip.prompt, clip.held_out_prompt)):
             raise UserError(f"{where}: prompt index outside 0..{prompts - 1}; {AGAIN}")
-        return cls(**row)  # type: ignore[arg-type]  # checked above
+        return clip
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class LatentClips:
         if not isinstance(section, dict):
             raise UserError(f"{path}: holds prompts but no latents; point the data at an encoded clip directory")
         self.hash = str(manifest.get("hash"))
-        self.shape = _shape(section, path)
+        self.shape = typed(section.get("shape"), VideoShape, f"{path}: 'latents.shape'", AGAIN)
         if expected is not None:
             _check_shape(self.shape, expected, path)
         self.prompts = PromptTable(self.root)
@@ -140,6 +141,11 @@ class _Shards:
         path, where = root / "manifest.json", root / "clips.jsonl"
         self.shape = shape
         self.reader = ShardReader(root, read_shards(section, f"{path}: latents"), str(path))
+        for shard in self.reader.shards:  # before a batch of this shape is allocated
+            if math.prod(shape.latent(shard.count)) * 2 > shard.bytes:
+                raise UserError(
+                    f"{path}: {shard.count} latents {shape.latent(1)[1:]} do not fit into {shard.file}; {AGAIN}"
+                )
         rows = read_jsonl(where, AGAIN)
         if hash_json(rows) != section.get("clips_sha256") or len(rows) != len(self.reader):
             raise UserError(f"{where}: does not belong to the manifest (changed or cut); {AGAIN}")
@@ -231,14 +237,6 @@ def epoch_order(seed: int, step: int, batch: int, size: int) -> list[int]:
 def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
     number = int(hash_json([seed, epoch])[:15], 16)
     return tuple(torch.randperm(size, generator=torch.Generator().manual_seed(number)).tolist())
-
-
-def _shape(section: Json, path: Path) -> VideoShape:
-    row = section.get("shape")
-    names = {entry.name for entry in fields(VideoShape)}
-    if not isinstance(row, dict) or set(row) != names or any(type(size) is not int for size in row.values()):
-        raise UserError(f"{path}: 'latents.shape' needs integers {', '.join(sorted(names))}; {AGAIN}")
-    return VideoShape(**row)
 
 
 def _check_shape(found: VideoShape, expected: VideoShape, path: Path) -> None:

@@ -21,10 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from scd_sf.data.clip_files import write_atomic
 from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
-from scd_sf.files import Json, hash_json, read_json, read_jsonl, sha256_file, write_jsonl
+from scd_sf.files import Json, hash_json, read_json, read_jsonl, sha256_file, write_bytes, write_jsonl
 from scd_sf.types import Conditioning, UserError
 
 FORMAT = "scd-sf-latents"
@@ -272,7 +271,7 @@ def _rows(prompts: Iterable[Prompt]) -> list[Json]:
 
 def _write_states(path: Path, tokens: Tensor) -> str:
     """Write the states of one prompt; the file's sha256."""
-    write_atomic(path, save({"tokens": tokens.contiguous().cpu()}))
+    write_bytes(path, save({"tokens": tokens.contiguous().cpu()}))
     return sha256_file(path)
 
 

@@ -7,6 +7,7 @@ without running code: no pickles, no sizes but those that the file itself has.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import tarfile
@@ -17,16 +18,17 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scd_sf.files import safe_path
-from scd_sf.types import UserError
+from scd_sf.files import foreign, read_bytes, reason, safe_path
+from scd_sf.types import UserError, printable
 
-LARGEST = 2**30  # bytes of a member, or of an array
+LARGEST = 2**30  # bytes of a member, or of a tensor
+LARGEST_ARRAY = 2**28  # bytes of an array, unpacked: 300 frames of 512x512
 PARTS = re.compile(r"^(.*\.tar)\.?(?:part)?([a-z]{2}|\d+)$")  # minecraft.tar.partaa, x.tar.000, x.taraa
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COPY = "copy it again"
@@ -75,10 +77,13 @@ class Folder:
             for file in files
             if file.endswith(tuple(suffixes))
         )
+        home = Path(os.path.realpath(root))
         for name in sorted(found):
             path = root / name
-            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
                 self.refused.append(Refused(str(path), "a link that leaves the folder"))
+            elif printable(name) != name:
+                self.refused.append(Refused(printable(str(path)), "its name is no plain text"))
             else:
                 self.names.append(name)
 
@@ -86,13 +91,7 @@ class Folder:
         return str(self.root / name)
 
     def read(self, name: str) -> bytes:
-        path = safe_path(self.root, name, f"{self.root}: a file's name")
-        try:
-            if path.stat().st_size > LARGEST:
-                raise UserError(f"{path}: more than {LARGEST} bytes; {COPY}")
-            return path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {COPY}") from error
+        return read_bytes(safe_path(self.root, name, f"{self.root}: a file's name"), COPY, LARGEST)
 
 
 class Tars:
@@ -120,28 +119,34 @@ class Tars:
 
     def _index(self, parts: _Parts, suffixes: tuple[str, ...]) -> None:
         try:
-            with tarfile.open(fileobj=parts, mode="r:") as tar:
+            with foreign(parts.name, COPY), tarfile.open(fileobj=parts, mode="r:") as tar:
                 for entry in tar:
+                    if entry.size < 0 or tar.offset <= entry.offset:
+                        raise tarfile.ReadError("a header with a negative size")
                     if entry.isdir():
                         continue
                     name = PurePosixPath(entry.name).as_posix()
-                    reason = _refusal(entry, suffixes) or ("a second member of this name" * (name in self._members))
-                    if reason:
-                        self.refused.append(Refused(f"{parts.name}[{entry.name}]", reason))
+                    fault = refusal(entry, suffixes) or ("a second member of this name" * (name in self._members))
+                    if fault:
+                        self.refused.append(Refused(printable(f"{parts.name}[{entry.name}]"), fault))
                     else:
                         self._members[name] = (parts, entry.offset_data, entry.size)
                     tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory
                 end = parts.at(tar.offset, tarfile.BLOCKSIZE)
                 if end != bytes(tarfile.BLOCKSIZE):  # tarfile stops in silence at a broken header that is not the first
                     raise tarfile.ReadError("no end mark where the members end")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            self.refused.append(Refused(parts.name, f"the tar is damaged or cut ({error}); what came before is taken"))
+        except UserError as error:
+            why = reason(error.__cause__ or error)
+            self.refused.append(Refused(parts.name, f"the tar is damaged or cut ({why}); what came before is taken"))
 
 
-def _refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
+def refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
+    """Why a member of a tar is not taken; "" where nothing speaks against it."""
     name = PurePosixPath(entry.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in entry.name or "\0" in entry.name:
+    if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
         return "its path leaves the archive"
+    if printable(entry.name) != entry.name:
+        return "its name is no plain text"
     if not entry.isreg() or entry.issparse():
         return "not a regular file (a link, a device or a sparse file)"
     if not entry.name.endswith(suffixes):
@@ -223,23 +228,21 @@ def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
 
 def arrays_of(data: bytes, names: Sequence[str], where: str) -> dict[str, np.ndarray]:
     """Those of ``names`` that a .npz has. UserError: no .npz, a pickle, or an array whose size is not its header's."""
-    found = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-            for name in names:
-                if f"{name}.npy" not in sizes:
-                    continue
-                if sizes[f"{name}.npy"] > LARGEST:
-                    raise ValueError(f"'{name}' has more than {LARGEST} bytes")
-                found[name] = _array_of(archive.read(f"{name}.npy"))
-    except (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{where}: not a .npz of plain arrays ({error}); {COPY}") from error
-    return found
+    arrays = {}
+    with foreign(f"{where}: not a .npz of plain arrays", COPY), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        for name in names:
+            if (size := sizes.get(f"{name}.npy")) is None:
+                continue
+            with archive.open(f"{name}.npy") as file:
+                _check_array(file, size, name)
+            with archive.open(f"{name}.npy") as file:
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
 
 
-def _array_of(data: bytes) -> np.ndarray:
-    file = io.BytesIO(data)
+def _check_array(file: IO[bytes], size: int, name: str) -> None:
+    """ValueError unless the header of a .npy of ``size`` bytes says as many, of numbers, and not too many."""
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:
@@ -247,13 +250,12 @@ def _array_of(data: bytes) -> np.ndarray:
     shape, _, dtype = read[version](file)
     if dtype.hasobject:
         raise ValueError("a pickle, which could run code: not loaded")
-    count = 1
-    for length in shape:
-        count *= length
-    if count * dtype.itemsize != len(data) - file.tell():
-        raise ValueError(f"{len(data) - file.tell()} bytes for shape {shape} of {dtype}")
-    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
+    if dtype.kind not in "biuf":
+        raise ValueError(f"'{name}' holds {dtype}, not numbers")
+    if size > LARGEST_ARRAY:
+        raise ValueError(f"'{name}' has {size} bytes, more than {LARGEST_ARRAY}")
+    if math.prod(shape) * dtype.itemsize != size - file.tell():
+        raise ValueError(f"{size - file.tell()} bytes for shape {shape} of {dtype}")
 
 
 def actions_of(array: np.ndarray | None, frames: int, num_actions: int, where: str) -> Tensor:
@@ -273,11 +275,28 @@ def actions_of(array: np.ndarray | None, frames: int, num_actions: int, where: s
 
 
 def tensor_file(data: bytes, where: str) -> object:
-    """What a ``torch.save`` file holds. UserError for anything that is not plain data; code in a pickle is not run."""
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise UserError(f"{where}: a pickle that could run code; it is not loaded") from error
-    except Exception as error:  # a broken pickle can end in any of them
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{where}: not a file of torch.save ({first}); {COPY}") from error
+    """What a ``torch.save`` file holds. UserError for anything that is not plain data; code in a pickle is not run.
+
+    ``torch.save`` does not compress, so what the file holds is not larger than the file.
+    """
+    with foreign(f"{where}: not a file of torch.save", COPY):
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > len(data):
+                    raise ValueError("its parts are compressed")
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise UserError(f"{where}: a pickle that could run code; it is not loaded") from error
+
+
+def one_tensor(data: bytes, where: str) -> Tensor:
+    """The one tensor of floating point numbers that a ``torch.save`` file holds. UserError for anything else."""
+    value = tensor_file(data, where)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise UserError(f"{where}: holds a {type(value).__name__}, not one tensor of floating point numbers; {COPY}")
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise UserError(f"{where}: its tensor has no numbers in memory ({value.layout}, {value.device}); {COPY}")
+    if value.numel() * value.itemsize > LARGEST:  # an expanded view of few bytes
+        raise UserError(f"{where}: a tensor of shape {tuple(value.shape)}, more than {LARGEST} bytes; {COPY}")
+    return value.detach()

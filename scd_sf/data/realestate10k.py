@@ -22,10 +22,11 @@ from torch import Tensor
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import COPY, LARGEST, Refused, tensor_file
 from scd_sf.data.video_reader import LARGEST_FRAME, resize_crop
-from scd_sf.files import read_json, safe_path
+from scd_sf.files import foreign, lines_of, read_bytes, read_json, read_text, safe_path
 from scd_sf.types import UserError
 
 COLUMNS = 18
+LARGEST_CAMERAS = 2**26  # bytes of a camera file
 HELD = 2  # chunks in memory, about 100 MB each
 
 
@@ -42,10 +43,7 @@ class Cameras:
 
 def read_cameras(path: Path) -> Cameras:
     """A camera file. UserError names the line that is not 19 numbers."""
-    try:
-        url, *lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read, or is empty ({error}); {COPY}") from error
+    url, *lines = lines_of(read_text(path, COPY, LARGEST_CAMERAS)) or [""]
     rows, times = [], []
     for number, line in enumerate(lines, 2):
         words = line.split()
@@ -54,7 +52,7 @@ def read_cameras(path: Path) -> Cameras:
             times.append(int(words[0]))
         except (ValueError, IndexError) as error:
             raise UserError(f"{path}:{number}: not 19 numbers ({error}); {COPY}") from error
-        if len(values) != COLUMNS or not np.isfinite(values).all():
+        if len(values) != COLUMNS or not np.isfinite(values).all() or abs(times[-1]) >= 2**63:
             raise UserError(f"{path}:{number}: {len(words)} columns, or not finite; a camera has 19 numbers; {COPY}")
         rows.append(values)
     if not rows:
@@ -148,10 +146,7 @@ def _chunk(path: Path) -> dict[str, dict[str, object]] | UserError:
 
 
 def _read_chunk(path: Path) -> dict[str, dict[str, object]]:
-    size = path.stat().st_size
-    if size > 4 * LARGEST:
-        raise UserError(f"{path}: {size} bytes are too large for a chunk; {COPY}")
-    rows = tensor_file(path.read_bytes(), str(path))
+    rows = tensor_file(read_bytes(path, COPY, 4 * LARGEST), str(path))
     if not isinstance(rows, list) or any(not isinstance(row, dict) or "key" not in row for row in rows):
         raise UserError(f"{path}: not a list of clips with 'key'; {COPY}")
     return {str(row["key"]): row for row in rows}
@@ -161,11 +156,13 @@ def _picture(image: object, size: int, where: str, number: int) -> np.ndarray:
     """uint8 (size, size, 3) of a JPEG file's bytes."""
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 1:
         raise UserError(f"{where}: image {number} is not the bytes of a JPEG file; {COPY}")
-    try:
-        with Image.open(io.BytesIO(image.numpy().tobytes()), formats=["JPEG"]) as picture:
-            if picture.width * picture.height > LARGEST_FRAME:  # nothing is decoded yet
-                raise UserError(f"{where}: image {number} of {picture.width}x{picture.height} is too large; {COPY}")
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {number} cannot be decoded ({error}); {COPY}") from error
+    if image.numel() > image.untyped_storage().nbytes():  # an expanded view of few bytes
+        raise UserError(f"{where}: image {number} claims {image.numel()} bytes; {COPY}")
+    with (
+        foreign(f"{where}: image {number} cannot be decoded", COPY),
+        Image.open(io.BytesIO(image.numpy().tobytes()), formats=["JPEG"]) as picture,
+    ):
+        if picture.width * picture.height > LARGEST_FRAME:  # nothing is decoded yet
+            raise ValueError(f"{picture.width}x{picture.height} is too large")
+        pixels = np.array(picture.convert("RGB"))
     return resize_crop(pixels, size)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scd_sf.files import Json, foreign, new_file, others_in, read_typed, safe_path, sha256_file, typed, write_json
+from scd_sf.files import Json, foreign, others_in, read_typed, safe_path, sha256_file, typed, write_bytes, write_json
 from scd_sf.types import UserError
 
 AGAIN = "delete the directory and encode it again"
@@ -132,8 +132,7 @@ class ShardWriter:
         done = self.shards.setdefault(kind, [])
         path = self.root / f"{kind}-{len(done):05d}.safetensors"
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-        with new_file(path) as part:
-            part.write_bytes(data)
+        write_bytes(path, data)
         done.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
         self._save()
 

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import Refused
 from scd_sf.data.video_reader import AS_CODED, read_frames
-from scd_sf.files import safe_path
+from scd_sf.files import lines_of, read_text, safe_path
 from scd_sf.types import UserError
 
+LARGEST_LIST = 2**24  # bytes
 LISTS = "get UCF101TrainTestSplits-RecognitionTask.zip and unpack it beside UCF-101/"
 
 
@@ -66,11 +67,7 @@ class Ucf101:
 
 
 def _lines(file: Path) -> list[list[str]]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); {LISTS}") from error
-    return [line.split() for line in text.splitlines() if line.strip()]
+    return [line.split() for line in lines_of(read_text(file, LISTS, LARGEST_LIST)) if line.strip()]
 
 
 def _classes(file: Path) -> tuple[str, ...]:

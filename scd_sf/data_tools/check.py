@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scd_sf.data.clip_files import QUARANTINE, SUFFIX, VIDEO, clip_path, files_of, is_temporary, read_header
+from scd_sf.data.clip_files import SUFFIX, VIDEO, clip_path, files_of, is_clip, quarantine_of, read_header
 from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import index_clips
-from scd_sf.files import read_jsonl, sha256_file
+from scd_sf.files import is_part, locked, read_jsonl, sha256_file
 from scd_sf.types import UserError
 
 WANTED = "wanted.jsonl"
@@ -55,9 +55,9 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda done: N
         return Report(clips=len(clips))
     common, report, whole = read_job(root), Report(), dict[str, str]()
     for number, path in enumerate(files_of(root), 1):
-        if is_temporary(path):
+        if is_part(path):
             report.stray.append(path)
-        elif path.suffix == SUFFIX:
+        elif is_clip(root, path):
             _check_clip(path, common, full, report, whole)
         elif path.suffix != VIDEO:
             report.damaged[path] = f"{path}: not a file of a clip"
@@ -93,11 +93,11 @@ def _check_index(root: Path, whole: dict[str, str]) -> list[str]:
     if not (root / MANIFEST).is_file():
         return [f"{root / MANIFEST}: not written yet; run 'scd data manifest {root}'"]
     rows = read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")
-    told = {str(row.get("id")): row.get("sha256") for row in rows}
-    if told == whole:
+    listed = {str(row.get("id")): row.get("sha256") for row in rows}
+    if listed == whole:
         return []
-    gone, new = sorted(told.keys() - whole.keys()), sorted(whole.keys() - told.keys())
-    other = sorted(name for name in told.keys() & whole.keys() if told[name] != whole[name])
+    gone, new = sorted(listed.keys() - whole.keys()), sorted(whole.keys() - listed.keys())
+    other = sorted(name for name in listed.keys() & whole.keys() if listed[name] != whole[name])
     counts = f"{len(gone)} listed but not whole, {len(new)} not listed, {len(other)} of other contents"
     return [f"{root / ROWS}: {counts}; run 'scd data manifest {root}'"]
 
@@ -110,23 +110,30 @@ def repair(root: Path, *, full: bool = False, progress: Progress = lambda done: 
     """
     if not (root / JOB).is_file():
         raise UserError(f"{root}: has no {JOB}; only folders of one file per clip can be repaired, copy shards again")
+    read_job(root)
+    with locked(root, "scd data repair"):
+        return _repair(root, full, progress)
+
+
+def _repair(root: Path, full: bool, progress: Progress) -> tuple[Report, int]:
+    quarantine_of(root)  # before anything is read
     report = check(root, full=full, progress=progress)
     for path in report.damaged:
         quarantine(root, path)
-        if path.suffix == SUFFIX and path.with_suffix(VIDEO).is_file():
-            quarantine(root, path.with_suffix(VIDEO))
+        video = path.with_suffix(VIDEO)
+        if path.suffix == SUFFIX and video.is_file() and not video.is_symlink():
+            quarantine(root, video)
     for path in report.stray:
-        if is_temporary(path) and time.time() - path.stat().st_mtime > OLD_SECONDS:
+        if is_part(path) and time.time() - path.stat().st_mtime > OLD_SECONDS:
             path.unlink(missing_ok=True)
     return report, index_clips(root) if report.clips else 0
 
 
 def quarantine(root: Path, path: Path) -> Path:
     """Move a file out of the data; where to. An older one of that name is kept."""
-    folder = root / QUARANTINE
-    folder.mkdir(exist_ok=True)
+    folder = quarantine_of(root)
     names = (folder / f"{path.name}{f'.{n}' if n else ''}" for n in range(10_000))
-    target = next(name for name in names if not name.exists())
+    target = next(name for name in names if not os.path.lexists(name))
     os.replace(path, target)
     return target
 

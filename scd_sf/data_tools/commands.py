@@ -12,11 +12,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from scd_sf.data.clip_index import read_job
 from scd_sf.data.prompts import index_clips
 from scd_sf.data_tools.check import Progress as Report
 from scd_sf.data_tools.check import check as check_folder
 from scd_sf.data_tools.check import repair as repair_folder
 from scd_sf.data_tools.export import export_webdataset
+from scd_sf.data_tools.progress import say
+from scd_sf.files import locked
 from scd_sf.types import UserError
 
 SHOWN = 20
@@ -44,7 +47,7 @@ def check(folder: Folder, full: Full = False) -> None:
     with _counting("files") as progress:
         report = check_folder(folder, full=full, progress=progress)
     for line in report.problems[:SHOWN]:
-        print(line)
+        say(line)
     if len(report.problems) > SHOWN:
         print(f"... and {len(report.problems) - SHOWN} more")
     stray = f", {len(report.stray)} temporary files" if report.stray else ""
@@ -58,14 +61,16 @@ def repair(folder: Folder, full: Full = False) -> None:
     with _counting("files") as progress:
         report, count = repair_folder(folder, full=full, progress=progress)
     for fault in report.damaged.values():
-        print(f"moved to quarantine: {fault}")
+        say(f"moved to quarantine: {fault}")
     print(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
 
 
 @app.command()
 def manifest(folder: Folder) -> None:
     """Write clips.jsonl and manifest.json again, from the files' headers."""
-    print(f"{folder}: {index_clips(folder)} clips in the index")
+    read_job(folder)
+    with locked(folder, "scd data manifest"):
+        print(f"{folder}: {index_clips(folder)} clips in the index")
 
 
 @app.command("export-webdataset")

@@ -11,16 +11,18 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from scd_sf.data.clip_files import VIDEO, publish, read_header, temporary
+from scd_sf.data.clip_files import VIDEO, read_header
 from scd_sf.data.clip_index import ROWS
 from scd_sf.data_tools.check import whole_clips
-from scd_sf.files import read_jsonl, sha256_file, write_json
+from scd_sf.files import foreign, locked, new_file, others_in, read_json, read_jsonl, sha256_file, typed, write_json
 from scd_sf.types import UserError
 
 INDEX = "index.json"
+KEEP = "nothing of others is overwritten: use another folder"
+Listing = list[tuple[str, int]]  # names and sizes of a tar's members
 
 
 def export_webdataset(
@@ -39,29 +41,38 @@ def export_webdataset(
         raise UserError(f"--per-tar is {per_tar}; it must be at least 1")
     ids = [str(row.get("id")) for row in read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")]
     paths = whole_clips(root, ids)
-    out.mkdir(parents=True, exist_ok=True)
     groups = [paths[first : first + per_tar] for first in range(0, len(paths), per_tar)]
     names = [f"shard-{number:05d}.tar" for number in range(len(groups))]
-    if others := sorted(
-        file.name for file in out.iterdir() if file.name not in {*names, INDEX} and ".tmp." not in file.name
-    ):
-        raise UserError(f"{out}: holds {others[0]}, which is none of these tars; use another folder")
-    table = {}
-    for number, (name, group) in enumerate(zip(names, groups, strict=True), 1):
-        _write_tar(out / name, group, videos)
-        table[name] = {"clips": len(group), "bytes": (out / name).stat().st_size, "sha256": sha256_file(out / name)}
-        progress(number)
-    write_json(out / INDEX, {"tars": table, "clips": len(paths)})
+    listings = {
+        name: [(member, size) for clip in group for member, size, _ in _members(clip, videos)]
+        for name, group in zip(names, groups, strict=True)
+    }
+    _check_own(out, listings)
+    with locked(out, "scd data export-webdataset"):
+        table = {}
+        for number, (name, group) in enumerate(zip(names, groups, strict=True), 1):
+            if _listing(out / name) != listings[name]:
+                _write_tar(out / name, group, videos)
+            size, digest = (out / name).stat().st_size, sha256_file(out / name)
+            table[name] = {"clips": len(group), "bytes": size, "sha256": digest}
+            progress(number)
+        write_json(out / INDEX, {"tars": table, "clips": len(paths)})
     return len(groups)
 
 
+def _check_own(out: Path, listings: Mapping[str, Listing]) -> None:
+    """UserError where ``out`` holds what no export has written: nothing of others is overwritten."""
+    taken, index = others_in(out), out / INDEX
+    own = typed(read_json(index, KEEP).get("tars"), dict[str, object], index, KEEP) if INDEX in taken else {}
+    for name in taken:
+        if name == INDEX or (name in listings and (name in own or _listing(out / name) == listings[name])):
+            continue
+        raise UserError(f"{out}: holds {name}, which is none of these tars; {KEEP}")
+
+
 def _write_tar(target: Path, clips: Sequence[Path], videos: bool) -> None:
-    members = [member for clip in clips for member in _members(clip, videos)]
-    if target.is_file() and _listing(target) == [(name, size) for name, size, _ in members]:
-        return
-    part = temporary(target)
-    with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, size, source in members:
+    with new_file(target) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, size, source in (member for clip in clips for member in _members(clip, videos)):
             entry = tarfile.TarInfo(name)
             entry.size = size
             if isinstance(source, bytes):
@@ -69,7 +80,6 @@ def _write_tar(target: Path, clips: Sequence[Path], videos: bool) -> None:
             else:
                 with source.open("rb") as file:
                     tar.addfile(entry, file)
-    publish(part, target)
 
 
 def _members(clip: Path, videos: bool) -> list[tuple[str, int, Path | bytes]]:
@@ -78,15 +88,15 @@ def _members(clip: Path, videos: bool) -> list[tuple[str, int, Path | bytes]]:
     prompt, video = header.about.prompt.encode(), clip.with_suffix(VIDEO)
     found: list[tuple[str, int, Path | bytes]] = [(clip.name, header.bytes, clip)]
     found.append((f"{clip.stem}.prompt.txt", len(prompt), prompt))
-    if videos and video.is_file():
+    if videos and video.is_file() and not video.is_symlink():
         found.append((video.name, os.stat(video).st_size, video))
     return found
 
 
-def _listing(path: Path) -> list[tuple[str, int]]:
-    """Names and sizes of a tar's members; empty where it is damaged."""
+def _listing(path: Path) -> Listing:
+    """Names and sizes of a tar's members; empty where there is none, or it is damaged."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with foreign(path, KEEP), tarfile.open(path, "r:") as tar:
             return [(entry.name, entry.size) for entry in tar]
-    except tarfile.TarError:
+    except UserError:
         return []

@@ -10,23 +10,22 @@
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scd_sf.types import UserError
+from scd_sf.data.raw_files import COPY, LARGEST, Refused, one_tensor, refusal
+from scd_sf.files import foreign, reason
+from scd_sf.types import UserError, printable
 
-LARGEST = 2**30  # bytes of a member or of a value
-SUFFIXES = {"latent.pt", "embed.pt", "prompt.txt", "safetensors", "mp4"}
+SUFFIXES = (".latent.pt", ".embed.pt", ".prompt.txt", ".safetensors", ".mp4")
 RCM, OWN = {"latent.pt", "embed.pt", "prompt.txt"}, {"safetensors", "prompt.txt"}
 PARQUET = (
     "caption", "vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype",
@@ -50,14 +49,6 @@ class Sample:
     video: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A part of a source that is not taken, and why."""
-
-    name: str
-    reason: str
-
-
 Part = Sample | Refused
 
 
@@ -66,46 +57,48 @@ def read_tar(path: Path) -> Iterator[Part]:
     members: dict[str, dict[str, bytes]] = {}
     bad: dict[str, str] = {}
     last = ""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for entry in tar:
-                where = f"{path}[{entry.name}]"
-                folder, _, name = entry.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if last and key != last:
-                    yield from _finished(path, last, members, bad)
-                last = key
-                if reason := _refusal(entry, suffix):
-                    bad[key] = reason
-                    yield Refused(where, reason)
-                    continue
-                file = tar.extractfile(entry)
-                data = b"" if file is None else file.read()
-                if len(data) != entry.size:
-                    bad[key] = f"{len(data)} bytes instead of {entry.size}: the tar is cut"
-                    continue
-                members.setdefault(key, {})[suffix] = data
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield Refused(str(path), f"the tar is damaged or cut ({error}); what came before it is taken")
+    for part in _members(path):
+        if isinstance(part, Refused):
+            yield part
+            continue
+        name, fault, data = part
+        stem, _, suffix = name.rpartition("/")[2].partition(".")
+        key = f"{name.rpartition('/')[0]}/{stem}".lstrip("/")
+        if last and key != last:
+            yield from _finished(path, last, members, bad)
+        last = key
+        if fault:
+            bad[key] = fault
+            if "cut" not in fault:
+                yield Refused(printable(f"{path}[{name}]"), fault)
+        else:
+            members.setdefault(key, {})[suffix] = data
     if last:
         yield from _finished(path, last, members, bad)
 
 
-def _refusal(entry: tarfile.TarInfo, suffix: str) -> str:
-    name = PurePosixPath(entry.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in entry.name or "\0" in entry.name:
-        return "its path leaves the archive"
-    if not entry.isreg():
-        return "not a regular file (a link, a folder or a device)"
-    if suffix not in SUFFIXES:
-        return f"suffix '.{suffix}' is unknown; known are {', '.join(sorted(SUFFIXES))}"
-    return f"{entry.size} bytes, more than {LARGEST}" if entry.size > LARGEST else ""
+def _members(path: Path) -> Iterator[tuple[str, str, bytes] | Refused]:
+    """(name, why it is not taken, contents) of a tar's members; what is wrong with the tar itself comes last."""
+    try:
+        with foreign(path, COPY), tarfile.open(path, "r:") as tar:
+            for entry in tar:
+                if entry.size < 0 or tar.offset <= entry.offset:
+                    raise tarfile.ReadError("a header with a negative size")
+                if fault := refusal(entry, SUFFIXES):
+                    yield entry.name, fault, b""
+                    continue
+                file = tar.extractfile(entry)
+                data = b"" if file is None else file.read()
+                cut = len(data) != entry.size
+                yield entry.name, f"{len(data)} bytes instead of {entry.size}: the tar is cut" if cut else "", data
+    except UserError as error:
+        why = reason(error.__cause__ or error)
+        yield Refused(str(path), f"the tar is damaged or cut ({why}); what came before it is taken")
 
 
 def _finished(path: Path, key: str, members: dict[str, dict[str, bytes]], bad: dict[str, str]) -> Iterator[Part]:
     """The sample of a key whose members have all been read; nothing for one of which a member was refused."""
-    found, name = members.pop(key, {}), f"{path}[{key}]"
+    found, name = members.pop(key, {}), printable(f"{path}[{key}]")
     if reason := bad.pop(key, ""):
         if found or "cut" in reason:
             yield Refused(name, f"one of its members was refused: {reason}")
@@ -114,7 +107,7 @@ def _finished(path: Path, key: str, members: dict[str, dict[str, bytes]], bad: d
         if set(found) >= OWN and set(found) <= OWN | {"mp4"}:
             yield Sample(name, own=found["safetensors"], video=found.get("mp4"))
         elif set(found) == RCM:
-            latents, text = tensor_of(found["latent.pt"]), tensor_of(found["embed.pt"])
+            latents, text = one_tensor(found["latent.pt"], "latent.pt"), one_tensor(found["embed.pt"], "embed.pt")
             if latents.ndim == 5 and len(latents) == 1:
                 latents = latents[0]
             if latents.ndim != 4:
@@ -124,21 +117,6 @@ def _finished(path: Path, key: str, members: dict[str, dict[str, bytes]], bad: d
             raise ValueError(f"has {', '.join(sorted(found))}; a sample needs {', '.join(sorted(RCM))}")
     except ValueError as error:
         yield Refused(name, str(error))
-
-
-def tensor_of(data: bytes) -> Tensor:
-    """The one tensor of a ``torch.save`` file. ValueError for anything else; code in a pickle is not run."""
-    try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError("a pickle that holds more than tensors, which could run code: not loaded") from error
-    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"not a file of torch.save ({str(error).splitlines()[0]})") from error
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-        raise ValueError(f"holds a {type(value).__name__}, not one tensor of floating point numbers")
-    if value.numel() * value.itemsize > LARGEST:  # an expanded view of few bytes
-        raise ValueError(f"a tensor of shape {tuple(value.shape)}, more than {LARGEST} bytes")
-    return value.detach()
 
 
 def unpadded(text: Tensor) -> Tensor:
@@ -155,22 +133,36 @@ def unpadded(text: Tensor) -> Tensor:
 def read_lmdb(path: Path) -> Iterator[Part]:
     """The samples of an LMDB environment. Values are bytes of numbers and of text: nothing in them is executed."""
     lmdb = _library("lmdb")
-    try:
+    with foreign(path, COPY):
         env = lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=True, max_readers=1)
-    except lmdb.Error as error:
-        raise UserError(f"{path}: cannot be opened as LMDB ({error}); copy it again") from error
-    with env, env.begin() as view:
-        shape = _lmdb_shape(view.get(b"latents_shape"), path)
+    with env:
+        with foreign(path, COPY):
+            _check_lmdb(env, path)
+            with env.begin() as view:
+                shape = _lmdb_shape(view.get(b"latents_shape"), path)
+        if 2 * shape[0] > (entries := env.stat()["entries"]):
+            raise UserError(f"{path}: 'latents_shape' says {shape[0]} clips, it has {entries} entries; copy it again")
         for number in range(shape[0]):
-            name = f"{path}[{number}]"
-            data, prompt = view.get(f"latents_{number}_data".encode()), view.get(f"prompts_{number}_data".encode())
             try:
-                if data is None or prompt is None:
-                    raise ValueError("has no latents or no prompt")
-                latents = numbers_of(data, "float16", shape[1:])
-                yield Sample(name, prompt.decode(), latents[-1] if latents.ndim == 5 else latents)
-            except ValueError as error:
-                yield Refused(name, str(error))
+                yield _lmdb_sample(env, number, shape, f"{path}[{number}]")
+            except ValueError as error:  # UserErrors too
+                yield Refused(f"{path}[{number}]", str(error))
+
+
+def _check_lmdb(env: Any, path: Path) -> None:
+    """ValueError where the file is shorter than its pages: to read beyond its end would kill the process."""
+    needed, size = (env.info()["last_pgno"] + 1) * env.stat()["psize"], (path / "data.mdb").stat().st_size
+    if size < needed:
+        raise ValueError(f"data.mdb has {size} bytes instead of {needed} (cut?)")
+
+
+def _lmdb_sample(env: Any, number: int, shape: tuple[int, ...], name: str) -> Sample:
+    with foreign("damaged", COPY), env.begin() as view:
+        data, prompt = view.get(f"latents_{number}_data".encode()), view.get(f"prompts_{number}_data".encode())
+    if data is None or prompt is None:
+        raise ValueError("has no latents or no prompt")
+    latents = numbers_of(data, "float16", shape[1:])
+    return Sample(name, prompt.decode(), latents[-1] if latents.ndim == 5 else latents)
 
 
 def _lmdb_shape(text: bytes | None, path: Path) -> tuple[int, ...]:
@@ -195,21 +187,34 @@ def numbers_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
 def read_parquet(path: Path) -> Iterator[Part]:
     """The rows of FastVideo's text-to-video parquet. UserError for other columns."""
     polars = _library("polars")
-    try:
-        schema = polars.scan_parquet(path).collect_schema()
-    except (polars.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet ({error}); copy it again") from error
+    with _polars(path):
+        table = polars.scan_parquet(path.absolute(), glob=False, hive_partitioning=False)
+        schema = table.collect_schema()
     missing, unknown = [n for n in PARQUET if n not in schema], sorted(set(schema) - PARQUET_KNOWN)
     if missing or unknown:
         what = f"has no column '{missing[0]}'" if missing else f"has a column '{unknown[0]}' that is not known"
         raise UserError(f"{path}: {what}; only FastVideo's text-to-video layout is read: {', '.join(PARQUET)}")
-    count = polars.scan_parquet(path).select(polars.len()).collect().item()
+    with _polars(path):
+        count = table.select(polars.len()).collect().item()
     for number in range(count):
-        row = polars.scan_parquet(path).select(PARQUET).slice(number, 1).collect().row(0, named=True)
+        name = f"{path}[{number}]"
         try:
-            yield _parquet_sample(f"{path}[{number}]", row)
-        except ValueError as error:
-            yield Refused(f"{path}[{number}]", str(error))
+            with _polars(path):
+                row = table.select(PARQUET).slice(number, 1).collect().row(0, named=True)
+            yield _parquet_sample(name, row)
+        except ValueError as error:  # UserErrors too
+            yield Refused(name, str(error))
+
+
+@contextmanager
+def _polars(path: Path) -> Iterator[None]:
+    """:func:`foreign`, also for what the library raises when its own code gives up, which is no ``Exception``."""
+    panic = _library("polars").exceptions.PanicException
+    with foreign(f"{path}: cannot be read as parquet", COPY):
+        try:
+            yield
+        except panic as error:
+            raise ValueError(str(error)) from error
 
 
 def _parquet_sample(name: str, row: dict[str, Any]) -> Sample:

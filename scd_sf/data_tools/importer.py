@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +16,25 @@ from torch import Tensor
 from scd_sf import __version__
 from scd_sf.data.clip_files import (
     ID,
-    QUARANTINE,
     SUFFIX,
     VIDEO,
     About,
     bytes_of,
     clip_path,
+    quarantine_of,
     read_header,
-    write_atomic,
+    sweep_clips,
     write_clip,
 )
 from scd_sf.data.clip_index import Common, fault_of, open_job
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
-from scd_sf.data_tools.foreign import Part, Refused, Sample, read_lmdb, read_parquet, read_tar
-from scd_sf.files import Json, write_jsonl
+from scd_sf.data.raw_files import Refused
+from scd_sf.data_tools.foreign import Part, Sample, read_lmdb, read_parquet, read_tar
+from scd_sf.files import Json, files_below, locked, write_bytes, write_jsonl
 from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, load_vae
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import UserError, VideoShape, printable
 
 REFUSED = "refused.jsonl"
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,10 +61,11 @@ def sources_of(path: Path) -> tuple[str, list[Path]]:
     if path.is_file():
         found = {"tar": [path] * (path.suffix == ".tar"), "parquet": [path] * (path.suffix == ".parquet"), "lmdb": []}
     else:
+        below = list(files_below(path))
         found = {
-            "tar": sorted(path.glob("*.tar")),
-            "parquet": sorted(path.rglob("*.parquet")),
-            "lmdb": sorted({file.parent for file in (*path.glob("data.mdb"), *path.glob("*/data.mdb"))}),
+            "tar": [file for file in below if file.suffix == ".tar" and file.parent == path],
+            "parquet": [file for file in below if file.suffix == ".parquet"],
+            "lmdb": [f.parent for f in below if f.name == "data.mdb" and path in (f.parent, f.parent.parent)],
         }
     kinds = [kind for kind, files in found.items() if files]
     if len(kinds) != 1:
@@ -77,26 +80,30 @@ def import_clips(options: ImportOptions, progress: Callable[[int], None] = lambd
     """
     kind, files = sources_of(options.source)
     encoder = open_text_encoder(options.model, options.text_cache, device=options.device)
-    target = _Target(options, kind, encoder, load_vae(options.model, device=options.device))
-    refused = []
-    for number, part in enumerate(_parts(kind, files), 1):
-        reason = part.reason if isinstance(part, Refused) else target.add(part)
-        if reason:
-            refused.append({"name": part.name, "reason": reason})
+    with ExitStack() as held:
+        target = _Target(options, kind, encoder, load_vae(options.model, device=options.device), held)
+        return _import(options, target, _parts(kind, files), progress)
+
+
+def _import(options: ImportOptions, target: _Target, parts: Iterator[Part], progress: Callable[[int], None]) -> str:
+    refused: list[Json] = []
+    for number, part in enumerate(parts, 1):
+        fault = part.reason if isinstance(part, Refused) else target.add(part)
+        if fault:
+            refused.append({"name": printable(part.name), "reason": printable(fault)})
         progress(number)
     if target.common is None:
         first = f"; the first part was refused: {refused[0]['reason']}" if refused else ""
         raise UserError(f"{options.source}: no clip in it could be taken{first}")
-    (options.out / QUARANTINE).mkdir(exist_ok=True)
-    write_jsonl(options.out / QUARANTINE / REFUSED, refused)
+    where = quarantine_of(options.out) / REFUSED
+    write_jsonl(where, refused)
     negative = wan_negative(options.negative_prompt)
-    write_fixed_prompts(options.out, encoder.states, negative, target.common.torch_dtype)
+    write_fixed_prompts(options.out, target.encoder.states, negative, target.common.torch_dtype)
     count = index_clips(options.out)
     if refused:
         first = f"{refused[0]['name']}: {refused[0]['reason']}"
-        where = options.out / QUARANTINE / REFUSED
         raise UserError(f"{len(refused)} parts of {options.source} were refused, {where} lists them; first {first}")
-    return f"{options.out}: {target.count} clips from {options.source} ({kind}), {count} in the index"
+    return f"{options.out}: {target.count} clips from {options.source} ({target.kind}), {count} in the index"
 
 
 def _parts(kind: str, files: list[Path]) -> Iterator[Part]:
@@ -107,8 +114,9 @@ def _parts(kind: str, files: list[Path]) -> Iterator[Part]:
 class _Target:
     """The folder that is written. The first clip decides the shape of all."""
 
-    def __init__(self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae) -> None:
-        self.options, self.kind, self.encoder, self.vae = options, kind, encoder, vae
+    def __init__(self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae, held: ExitStack) -> None:
+        """``held``: keeps the folder's lock, which is taken with the first clip."""
+        self.options, self.kind, self.encoder, self.vae, self.held = options, kind, encoder, vae, held
         self.common: Common | None = None
         self.count = 0
 
@@ -171,9 +179,9 @@ class _Target:
         path = clip_path(self.options.out, name)
         path.parent.mkdir(exist_ok=True)
         if sample.video is not None:
-            write_atomic(path.with_suffix(VIDEO), sample.video)
+            write_bytes(path.with_suffix(VIDEO), sample.video)
         if not path.is_file() or fault_of(path, common):
-            write_atomic(path, data)
+            write_bytes(path, data)
 
     def _common(self, shape: tuple[int, ...], dtype: torch.dtype) -> Common:
         """What all clips have in common; the first one begins the folder. ValueError where the model is another's."""
@@ -188,6 +196,8 @@ class _Target:
             name = str(dtype).removeprefix("torch.")
             common = Common(video, name, self.encoder.width, self.encoder.max_length, settings)
             open_job(self.options.out, common)
+            self.held.enter_context(locked(self.options.out, "scd data import"))
+            sweep_clips(self.options.out)
             self.common = common
         return self.common
 

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from scd_sf.types import printable
+
 SECONDS_PER_LINE = 20.0  # without a terminal
+
+
+def say(line: str) -> None:
+    """Print one line that holds names or texts of others."""
+    print(printable(line.replace("\n", " ")))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf import __version__
-from scd_sf.data.clip_files import VIDEO, About, clip_path, publish, remove_stale, temporary, write_clip
+from scd_sf.data.clip_files import VIDEO, About, clip_path, sweep_clips, write_clip
 from scd_sf.data.clip_index import Common, fault_of, open_job, read_job
 from scd_sf.data.clips import write_video
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
@@ -92,7 +92,7 @@ class Maker:
 
     def tidy(self) -> None:
         """Once per machine: remove what killed processes left."""
-        remove_stale(self.root)
+        sweep_clips(self.root)
 
     def fixed_prompts(self) -> None:
         """The empty and the negative prompt's files. One worker calls it, before any clip is made."""
@@ -161,11 +161,8 @@ class Maker:
     def _write_video(self, path: Path, latents: Tensor) -> str:
         """Decoded from the latents as stored; the mp4's sha256."""
         frames = as_uint8((self.vae.decode(latents.unsqueeze(0).float())[0] + 1) / 2)
-        part = temporary(path)
-        write_video(part, frames.cpu(), self.cfg.fps, crf=self.cfg.crf)
-        digest = sha256_file(part)
-        publish(part, path)
-        return digest
+        write_video(path, frames.cpu(), self.cfg.fps, crf=self.cfg.crf)
+        return sha256_file(path)
 
     @cached_property
     def teacher(self) -> nn.Module:

@@ -21,17 +21,15 @@ from scd_sf.data.clip_files import (
     ClipFile,
     clip_path,
     clip_paths,
-    is_temporary,
     read_header,
-    remove_stale,
-    temporary,
+    sweep_clips,
     write_clip,
 )
 from scd_sf.data.clip_index import Common, fault_of, open_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import PromptSet, index_clips, write_fixed_prompts
-from scd_sf.files import read_jsonl
+from scd_sf.files import is_part, part_of, read_jsonl
 from scd_sf.types import UserError, VideoShape
 
 SHAPE, WIDTH, LENGTH, CLIPS = VideoShape(3, 2, 4, 4), 8, 6, 5
@@ -99,13 +97,13 @@ def test_only_temporary_files_of_dead_processes_are_removed(tmp_path: Path) -> N
     path = clip_path(build(tmp_path), clip(0)[2].id)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine = temporary(path)
-    theirs = path.with_name(mine.name.replace(str(os.getpid()), str(dead.pid)) + ".part")
-    elsewhere = path.with_name(f"{path.name}.tmp.another-host.{dead.pid}")
+    mine = part_of(path)
+    theirs = path.with_name(mine.name.replace(str(os.getpid()), str(dead.pid)))
+    elsewhere = path.with_name(f".part-another.host-{dead.pid}-{'0' * 8}")
     for file in (mine, theirs, elsewhere):
         file.write_bytes(b"half")
-        assert is_temporary(file)
-    assert remove_stale(tmp_path) == 1
+        assert is_part(file)
+    sweep_clips(tmp_path)
     assert mine.is_file() and elsewhere.is_file() and not theirs.is_file()
     assert index_clips(tmp_path) == CLIPS  # and they are no clips
 

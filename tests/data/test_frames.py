@@ -88,5 +88,5 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not belong to the manifest"):
         FrameClips(tmp_path)
     path.write_text(path.read_text().replace('"frames": 5', '"frames": true'))
-    with pytest.raises(UserError, match="needs exactly"):
+    with pytest.raises(UserError, match=r"Expected `int`, got `bool` - at `\$\.frames`"):
         FrameClips(tmp_path)

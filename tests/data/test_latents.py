@@ -126,7 +126,7 @@ def _with_size(root: Path, number: int) -> None:
     ("tensors", "message"),
     [
         ({"latents": torch.zeros(2, 2, 2, 4, 4)}, r"latents \(2, 2, 2, 4, 4\) instead of \(2, 3, 2, 4, 4\)"),
-        ({"other": torch.zeros(1)}, "tensor 'latents' cannot be read"),
+        ({"other": torch.zeros(200)}, "tensor 'latents' cannot be read"),
     ],
 )
 def test_foreign_shards_are_named_when_read(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
@@ -166,7 +166,7 @@ def _negative(manifest: Json) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_no_shape, "'latents.shape' needs integers"),
+        (_no_shape, "'latents.shape': Expected `object`, got `null`"),
         (_no_shards, "'shards'"),
         (_version, "'format'/'version' must be scd-sf-latents/1"),
         (_negative, "has -2 rows"),
@@ -180,6 +180,16 @@ def test_bad_manifests(tmp_path: Path, change: Callable[[Json], None], message: 
     with pytest.raises(UserError) as caught:
         LatentClips(tmp_path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [10**6, 10**18])
+def test_a_shape_that_the_files_cannot_hold_allocates_nothing(tmp_path: Path, size: int) -> None:
+    path = build(tmp_path) / "manifest.json"
+    manifest = read_json(path, "")
+    manifest["latents"]["shape"]["height"] = size  # type: ignore[index]
+    write_json(path, manifest)
+    with pytest.raises(UserError, match=r"manifest\.json: .* do not fit into latents-00000"):
+        LatentClips(tmp_path)
 
 
 def test_changed_rows_prompts_only_and_nothing(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import recipe_runner
 import tiny_run
 from recipe_runner import At
 
-from scd_sf.data.clip_files import clip_path, clip_paths, files_of, is_temporary, read_header
+from scd_sf.data.clip_files import clip_path, clip_paths, files_of, read_header
 from scd_sf.data.clip_index import Common
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
+from scd_sf.files import is_part
 from scd_sf.generate.plan import GenerateConfig, clip_id, units_of, wanted_clips
 from scd_sf.types import UserError
 
@@ -134,7 +135,7 @@ def test_killed_anywhere_on_any_number_of_ranks_every_clip_is_made_once(
     last = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), world=3 - seed)
     assert [result.code for result in last] == [0] * (3 - seed), last[0].err[-2000:]
     assert contents(out) == contents(unbroken)
-    assert not any(is_temporary(file) for file in files_of(out))
+    assert not any(is_part(file) for file in files_of(out))
 
 
 @pytest.mark.slow
