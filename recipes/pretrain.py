@@ -65,8 +65,27 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.model.backbone != "dit":
             raise UserError("model.backbone must be dit; Wan's own small teacher is trained by pretrain_teacher.py")
+        check_consistent(self.model)
         if self.frames < 1 or self.validation_clips < 1:
             raise UserError(f"frames {self.frames} and validation_clips {self.validation_clips} must be at least 1")
+
+
+def check_consistent(model: ModelConfig) -> None:
+    """UserError for fields that contradict the others, or that nothing would read: they would stand in every checkpoint
+    and say what was not trained."""
+    layers, scd = model.dit.num_layers, model.scd
+    if model.family == "scd" and layers != len(scd.encoder_layers) + len(scd.decoder.layers):
+        raise UserError(
+            f"model.dit.num_layers is {layers}, but model.scd has {len(scd.encoder_layers)} encoder_layers and "
+            f"{len(scd.decoder.layers)} decoder.layers: set them together"
+        )
+    unused = {"scd": {"chunk": model.scd.chunk}, "causal": {"scd": SCD_B.scd}}[model.family] | {"wan": SCD_B.wan}
+    for name, harmless in unused.items():
+        if vars(model)[name] not in (vars(SCD_B)[name], harmless):
+            hint = " (SCD's is model.scd.chunk)" if name == "chunk" else ""
+            raise UserError(
+                f"model.{name} is set, but family {model.family} from scratch does not read it{hint}: remove it"
+            )
 
 
 def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:

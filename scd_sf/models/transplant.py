@@ -44,6 +44,10 @@ class TransplantConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.scd.chunk not in (1, self.chunk):
+            raise UserError(f"scd.chunk is {self.scd.chunk} and chunk {self.chunk}; set chunk= alone")
+
 
 @dataclass(frozen=True)
 class Transfer:

@@ -10,7 +10,13 @@ import torch
 
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import FUSIONS, DecoderConfig
-from scd_sf.models.transplant import report_lines, transplant_causal, transplant_scd, verify_transplant
+from scd_sf.models.transplant import (
+    TransplantConfig,
+    report_lines,
+    transplant_causal,
+    transplant_scd,
+    verify_transplant,
+)
 from scd_sf.models.wan import Wan
 from scd_sf.types import UserError
 
@@ -136,3 +142,11 @@ def test_transplanted_contexts_are_wans_hidden_states() -> None:
     source(data.query.x, data.query.t, data.cond)
     c = model.encode(data.x, data.query.x, data.query.t, model.encoder.text(data.cond.text_BLE), [0])
     assert torch.allclose(c, caught[0], rtol=0, atol=1e-12)
+
+
+def test_two_chunks_that_contradict_are_refused() -> None:
+    """``chunk`` is what the student has; ``scd.chunk`` beside it was overwritten without a word."""
+    scd = ScdConfig(chunk=3)
+    assert TransplantConfig("", "", scd=scd, chunk=3).chunk == 3
+    with pytest.raises(UserError, match=r"scd\.chunk is 3 and chunk 1; set chunk= alone"):
+        TransplantConfig("", "", scd=scd)

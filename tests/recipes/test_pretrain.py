@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recipe_runner
@@ -15,6 +16,7 @@ from scd_sf.config import load_config
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
 from scd_sf.models.scd import Scd
 from scd_sf.prediction import load_predictor
+from scd_sf.types import UserError
 
 SCRIPT = "recipes/pretrain.py"
 INFO = FrameSetInfo(channels=4, height=4, width=4, spatial=16, num_actions=3)
@@ -103,6 +105,33 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(data: Path, tmp
         result = recipe_runner.run(SCRIPT, *arguments(data, tmp_path / "run", more))
         assert result.code == 2 and message in result.err, (more, result.err[-500:])
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_fields_that_contradict_or_are_not_read_are_refused() -> None:
+    """Each would be written into the checkpoint without having been trained."""
+    schema = vars(recipe_runner.load_script(SCRIPT))["PretrainConfig"]
+    doom, doom_scd = (recipe_runner.ROOT / "recipes/configs" / f"pretrain_{name}.yaml" for name in ("doom", "doom_scd"))
+
+    def configured(*more: str, scd: bool = True) -> Any:
+        return load_config(schema, [doom, doom_scd] if scd else [doom], ["data=x", "val=x", "run.dir=x", *more])
+
+    layers = "set them together"
+    for scd, more, message in (
+        (True, ["model.dit.num_layers=8"], f"num_layers is 8, but model.scd has 4 encoder_layers and 2 .*{layers}"),
+        (True, ["model.scd.encoder_layers=[0, 1, 2]"], f"num_layers is 6, .*3 encoder_layers.*{layers}"),
+        (True, ["model.scd.decoder.layers=[4]"], layers),
+        (True, ["model.chunk=2"], r"model.chunk is set, .*\(SCD's is model.scd.chunk\): remove it"),
+        (True, ["model.wan.num_layers=2"], "model.wan is set, but family scd from scratch does not read it"),
+        (False, ["model.scd.chunk=2"], "model.scd is set, but family causal"),
+        (False, ["model.scd.decoder.fusion=channel"], "model.scd is set, but family causal"),
+        (False, ["model.wan.ffn_dim=2"], "model.wan is set"),
+    ):
+        with pytest.raises(UserError, match=message):
+            configured(*more, scd=scd)
+    wider = configured("model.dit.num_layers=8", "model.scd.decoder.layers=[4, 5, 6, 7]").model
+    assert (wider.dit.num_layers, len(wider.scd.decoder.layers)) == (8, 4)
+    assert configured("model.scd.chunk=2", "model.chunk=2").model.scd.chunk == 2
+    assert configured("model.dit.num_layers=8", "model.chunk=2", scd=False).model.chunk == 2
 
 
 def test_defaults_are_scd_b(tmp_path: Path) -> None:
