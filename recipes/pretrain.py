@@ -79,7 +79,8 @@ def check_consistent(model: ModelConfig) -> None:
             f"model.dit.num_layers is {layers}, but model.scd has {len(scd.encoder_layers)} encoder_layers and "
             f"{len(scd.decoder.layers)} decoder.layers: set them together"
         )
-    unused = {"scd": {"chunk": model.scd.chunk}, "causal": {"scd": SCD_B.scd}}[model.family] | {"wan": SCD_B.wan}
+    unused: dict[str, object] = {"chunk": scd.chunk} if model.family == "scd" else {"scd": SCD_B.scd}
+    unused |= {"wan": SCD_B.wan}
     for name, harmless in unused.items():
         if vars(model)[name] not in (vars(SCD_B)[name], harmless):
             hint = " (SCD's is model.scd.chunk)" if name == "chunk" else ""
