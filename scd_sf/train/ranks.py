@@ -64,7 +64,8 @@ class Ranks:
         if Path(path).is_file():
             return Path(path)
         step = self.on_main(lambda: find(Path(path), weights))
-        vouch(step)
+        if not self.is_main:
+            vouch(step)
         return step
 
     def max(self, number: int) -> int:
