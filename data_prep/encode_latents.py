@@ -248,7 +248,7 @@ def main(
     ] = OFF,
     negative_prompt: Annotated[
         str, typer.Option(help="What stage 3's teacher is guided away from: 'wan' is Wan's own, '' the empty prompt.")
-    ] = "",
+    ] = "wan",
     text_dtype: Annotated[str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")] = "float32",
     store_text: Annotated[str, typer.Option(help="Storage type of the text states.")] = "float16",
     store_latents: Annotated[str, typer.Option(help="Storage type of the latents.")] = "float16",

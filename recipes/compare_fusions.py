@@ -69,6 +69,7 @@ class Plan:
         clips = self.run / "clips"
         render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", "48", "--val", "4")
         encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
+        encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
         return [
             [Step("clips", render, 27, outputs=[clips])],
             [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],

@@ -37,6 +37,7 @@ def latents(run: Path) -> list[str]:
 def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
     render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "4")
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
+    encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
     return [
         [Step("clips", render, 27, outputs=[run / "clips"])],
         [Step("latents", [*encode, "--out", f"{run}/latents"], 50, outputs=[run / "latents"])],

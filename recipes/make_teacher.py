@@ -58,6 +58,7 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
 
 def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
+    encode += ["--negative-prompt", ""]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train = [*torchrun, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]
     where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]

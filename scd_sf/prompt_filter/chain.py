@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scd_sf.data.prompt_files import SCORES
 from scd_sf.prompt_filter import clean
 from scd_sf.prompt_filter.language import HEAD, Heads, foreign
 from scd_sf.prompt_filter.near_dup import NearDupConfig, near_duplicates
-from scd_sf.prompt_filter.table import SCORES, collect, explain, scan
+from scd_sf.prompt_filter.table import collect, explain, scan
 from scd_sf.prompt_filter.workers import Workers
 from scd_sf.types import UserError
 

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from scd_sf.data.prompt_files import SCORES
 from scd_sf.types import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
-SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "scd_sf.prompt_filter")  # of ids made here: uuid5(NAMESPACE, prompt)
 SEEN_IN_A_MESSAGE = 40  # characters of a bad value
 

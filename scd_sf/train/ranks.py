@@ -129,6 +129,18 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
     return Ranks(rank, world, local, device)
 
 
+def rank_zero_first(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Rank 0 does ``work`` while the others wait. A UserError there ends all of them together."""
+    problem: UserError | None = None
+    if ranks.is_main:
+        try:
+            work()
+        except UserError as error:
+            problem = error
+    if ranks.any(problem is not None):
+        raise problem or UserError("rank 0 could not begin; see its message")
+
+
 def ensure_process_group(ranks: Ranks) -> None:
     """A process group even for one process: DeepSpeed needs one."""
     if not dist.is_initialized():

@@ -210,7 +210,7 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
-                require_own_folder(self.dir, file.name, "set run.dir to a new folder")
+                require_own_folder(self.dir, [file.name], "set run.dir to a new folder")
             self._held.enter_context(locked(self.dir, "this training"))
         except OSError as error:
             remedy = "set run.dir to a writable place"

@@ -278,3 +278,8 @@ def token(number: int) -> dict[str, object]:
 def whole_bert(folder: Path) -> bytes:
     bert(folder)
     return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("text", [f"a &#{'9' * 5000}; b", f"a &amp;#{'1' * 6000} b", "a \ud800 b"])
+def test_cleaning_never_ends_a_job(text: str) -> None:
+    assert clean_prompt(text) == "a \N{REPLACEMENT CHARACTER} b"

@@ -16,11 +16,10 @@ import pytest
 import recipe_runner
 from recipe_runner import At
 
-from scd_sf.data.prompt_files import read_prompt_file
+from scd_sf.data.prompt_files import SCORES, read_prompt_file
 from scd_sf.files import read_json, read_jsonl
 from scd_sf.prompt_filter.chain import FilterConfig, rank
 from scd_sf.prompt_filter.report import run_filter
-from scd_sf.prompt_filter.table import SCORES
 from scd_sf.types import UserError
 
 SCRIPT = "data_prep/filter_vidprom.py"

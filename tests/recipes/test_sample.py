@@ -242,7 +242,7 @@ def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
     for name, text, words in (
         ("a.csv", "text\nhello\n", "no column 'prompt' (it has text); set prompt_column"),
         ("b.csv", 'prompt\n"left in\n', "line"),
-        ("c.jsonl", '{"prompt": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("c.jsonl", '{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
         ("d.jsonl", "[1]\n", "line 1 is not an object"),
         ("e.jsonl", '{"prompt": ""}\n', "line 1: 'prompt' is ''"),
         ("f.jsonl", '{"prompt": "a", "then": [["x", "b"]]}\n', "'then' has ['x', 'b']"),
