@@ -30,7 +30,7 @@ from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
-from scd_sf.files import sha256_folder, write_tensors
+from scd_sf.files import locked, sha256_folder, write_tensors
 from scd_sf.gallery.gallery import PromptCard, build_gallery
 from scd_sf.generation.generate import clips_of, decode, generate_latents
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
@@ -342,6 +342,12 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
 
 def main() -> None:
     cfg = from_command_line(EvaluateConfig, __doc__ or "")
+    with locked(Path(cfg.out), "this evaluation"):
+        evaluate(cfg)
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """Samples, scores, timings, table and gallery; the same command goes on where it stopped."""
     started, console = time.monotonic(), Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)

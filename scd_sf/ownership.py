@@ -61,14 +61,14 @@ def _opened(path: Path) -> IO[str]:
 
 
 def require_own_folder(folder: Path, marks: Iterable[str], remedy: str = "use another out=") -> None:
-    """UserError where ``folder`` is no folder, or has contents and none of the files that a command puts there."""
+    """UserError where ``folder`` is no folder, or has contents and nothing that a command puts there first."""
     if not folder.is_dir():
         if folder.is_symlink() or folder.exists():
             raise UserError(f"{folder}: is there and no folder; nothing of others is touched: {remedy}")
         return
     names = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
     wanted = list(marks)
-    if names and not any((folder / mark).is_file() for mark in wanted):
+    if names and not any((folder / mark).exists() for mark in wanted):
         other, mark = printable(min(names))[:80], " or ".join(wanted)
         raise UserError(
             f"{folder}: holds other files ({other}) and no {mark} of ours; nothing of others is touched: {remedy}"
