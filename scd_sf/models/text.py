@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from scd_sf.files import read_json, safe_path, typed, write_json
+from scd_sf.files import foreign, read_json, safe_path, typed, write_json
 from scd_sf.models.text_files import STEM, read_config, read_model, read_tokenizer
 from scd_sf.models.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.tensor_files import open_folder
@@ -162,7 +162,8 @@ class TransformersTextEncoder:
     @torch.no_grad()
     def _states(self, texts: list[str]) -> list[Tensor]:
         """At most ``batch`` prompts, padded to the longest of them and masked: equal to padding to max_length."""
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        with foreign("text encoder: its tokenizer", "download it again"):
+            lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         if max(lengths) > self.max_length:
             cut = texts[lengths.index(max(lengths))]
             log.warning("prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, cut)
