@@ -171,7 +171,7 @@ class TransformersTextEncoder:
             texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
         words = self.model.get_input_embeddings().weight.shape[0]
-        if int(tokens.input_ids.max()) >= words:
+        if tokens.input_ids.numel() and int(tokens.input_ids.max()) >= words:
             raise UserError(f"text encoder: the tokenizer gives more than the encoder's {words} words; use its own")
         layer = self.config.hidden_layer
         output = self.model(
