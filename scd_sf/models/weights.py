@@ -31,7 +31,7 @@ from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.wan_json import HeadsFrom, config_from_shapes, config_json, read_config
-from scd_sf.tensor_files import DTYPES, FLOATS, Lazy, in_memory, open_folder, open_tensors
+from scd_sf.tensor_files import FLOATS, Lazy, in_memory, kind_of, open_folder, open_tensors
 from scd_sf.types import UserError
 
 STEM = "diffusion_pytorch_model"
@@ -83,8 +83,7 @@ def open_wan(
     tensors = choose_section(stored, ROOTS, section, str(where))
     for name, tensor in tensors.items():
         if not tensor.meta.is_floating_point():
-            kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.meta.dtype)
-            raise UserError(f"{tensor.origin}: tensor '{name}' is {kind}; only {', '.join(FLOATS)} are read")
+            raise UserError(f"{tensor.origin}: tensor '{name}' is {kind_of(tensor)}; only {', '.join(FLOATS)} are read")
     layout = layout_of(tensors, str(where))
     known: HeadsFrom = "stated"
     if path.is_file():
