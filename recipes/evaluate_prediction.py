@@ -16,6 +16,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from scd_sf.data.clips import write_video
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import Sampler, build_sampler
-from scd_sf.files import Json, read_json, sha256_folder, write_json
+from scd_sf.files import Json, locked, read_json, sha256_folder, write_json
 from scd_sf.metrics.frames import SsimWindow, as_uint8
 from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
@@ -319,14 +320,16 @@ def main() -> None:
     bench = build(cfg, ranks, checkpoint)
     networks = cfg.metric_networks(ranks.device)
     bench.read(0)  # whether the clips fit the protocol
-    claim(cfg, ranks, checkpoint)
-    score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
-    ranks.barrier()
-    if ranks.is_main:
-        everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
-        everything.resume(Path(cfg.out) / "clips")
-        write(bench, everything, checkpoint)
-    ranks.barrier()
+    with ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(locked(Path(cfg.out), "scores")))
+        claim(cfg, ranks, checkpoint)
+        score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
+        ranks.barrier()
+        if ranks.is_main:
+            everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
+            everything.resume(Path(cfg.out) / "clips")
+            write(bench, everything, checkpoint)
+        ranks.barrier()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
-from scd_sf.files import LOCK, locked, read_json, sha256_file, write_json
+from scd_sf.files import LOCK, locked, read_json, sha256_file, sweep, write_json
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
@@ -41,7 +41,6 @@ def open_folder(out: Path, settings: dict[str, object]) -> None:
     try:
         if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out=")
-        (out / DONE).mkdir(exist_ok=True)
         write_json(file, {"settings": settings, "videos": {}})
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
@@ -126,6 +125,9 @@ def make_videos(
 
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video]) -> None:
     """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
+    if ranks.is_main:
+        for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
+            sweep(folder)
     left = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]
