@@ -49,7 +49,7 @@ from scd_sf.pipeline import choose_sampler
 from scd_sf.provenance import git_revision, versions
 from scd_sf.rollout import sample_bidirectional
 from scd_sf.train.ranks import keep_freed_memory
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 LOG_WIDTH = 140  # of the table where no terminal says how wide it is
 
@@ -368,13 +368,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
             results.append(measure(row, bench))
         spent, did = time.monotonic() - started, "sampled" if cfg.sample_stages else "scored"
         left = spent / number * (len(wanted) - number)
-        console.print(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
+        say(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s")
     if cfg.sample_stages:
         return
     costs = {row.name: cost(row, bench) for row in cfg.rows}
     time_in_rounds(list(costs.values()), cfg.timing_repeats, cfg.timing_seconds)
     results = [(costs[row.name].fill(row), video) for row, video in results]
-    console.print(f"timed  {time.monotonic() - started:.0f} s", highlight=False)
+    say(f"timed  {time.monotonic() - started:.0f} s")
     last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
     extra = controls(bench, others, last)
     rows = [*(row for row, _ in results), *extra]
@@ -382,7 +382,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
     console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
     write_gallery(cfg, bench, results, rows, notes)
-    console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
+    say(f"{cfg.out}/results.json and {cfg.out}/gallery.html")
 
 
 def write_gallery(

@@ -47,7 +47,7 @@ from scd_sf.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.provenance import git_revision, versions
 from scd_sf.train.engine import init_distributed
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error
+from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error, say
 
 FREE = (
     "out",
@@ -254,7 +254,7 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
                 write_video(out / "videos" / f"{number:05d}.mp4", pair, bench.clips.fps)
         left = (len(mine) - start - len(numbers)) * (time.monotonic() - began) / len(numbers)
         if ranks.is_main:
-            print(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s", flush=True)
+            say(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s")
 
 
 def cost(bench: Evaluation) -> dict[str, object]:
@@ -310,7 +310,7 @@ def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) 
         about["parameters"] = sum(p.numel() for p in bench.model.parameters())
     write_json(out / "cost.json", {**about, **cost(bench)})
     Console(width=140).print(result_table({cfg.checkpoint: result}))
-    print(f"{out / 'result.json'}, {out / 'videos'}")
+    say(f"{out / 'result.json'}, {out / 'videos'}")
 
 
 def main() -> None:

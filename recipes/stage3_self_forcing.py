@@ -55,7 +55,7 @@ from scd_sf.train.recipe import (
 )
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error
+from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, say
 from scd_sf.validation import show
 
 MayStop = Callable[[], None]
@@ -270,7 +270,7 @@ def main() -> None:
     if isinstance(prompts, LivePrompts):
         prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
     if ranks.is_main:
-        print(f"prompts: {prompts}", flush=True)
+        say(f"prompts: {prompts}")
     parts = build(cfg, run, student, prompts, latent)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
 

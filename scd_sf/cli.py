@@ -24,7 +24,7 @@ from scd_sf.doctor.finding import FAIL
 from scd_sf.doctor.report import as_table, examine
 from scd_sf.monitor.commands import app as runs
 from scd_sf.plan.commands import plan
-from scd_sf.types import UserError, exit_on_user_error, printable
+from scd_sf.types import UserError, exit_on_user_error, printable, say
 
 if TYPE_CHECKING:
     from scd_sf.models.names import Layout
@@ -46,7 +46,7 @@ app.add_typer(weights, name="weights")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"scd-sf {__version__}")
+        say(f"scd-sf {__version__}")
         raise typer.Exit
 
 
@@ -84,40 +84,39 @@ def inspect(
     heads: Annotated[int, typer.Option(help="Attention heads of a file alone, which does not say them.")] = 0,
 ) -> None:
     """Verify weights, then print where they came from and what they hold. Exit code 2 if they are damaged."""
-    console = Console(highlight=False, soft_wrap=True)
     if path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "transformer")):
-        _inspect_weights(console, path, tensors, section, heads)
+        _inspect_weights(path, tensors, section, heads)
         return
     found = find(path)
-    console.print(f"{found}: verified", markup=False)
-    _print_fields(console, read_provenance(found))
+    say(f"{found}: verified")
+    _print_fields(read_provenance(found))
     for file in sorted(found.glob("*.safetensors")):
-        _print_tensors(console, file, every=tensors)
+        _print_tensors(file, every=tensors)
 
 
-def _inspect_weights(console: Console, path: Path, tensors: bool, section: str, heads: int) -> None:
+def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> None:
     """An exported file, or a transformer in any layout that stage 1 reads."""
     from scd_sf.models.build import is_single, read_single
     from scd_sf.models.weights import open_wan
 
     if is_single(path):
         config, origin = read_single(path)
-        console.print(f"{path}: exported by scd", markup=False)
-        _print_fields(console, {"model": config.model.family, "sampler": asdict(config.sampler), **origin})
-        _print_tensors(console, path, every=tensors)
+        say(f"{path}: exported by scd")
+        _print_fields({"model": config.model.family, "sampler": asdict(config.sampler), **origin})
+        _print_tensors(path, every=tensors)
         return
     files = open_wan(path, section=section, heads=heads, any_heads=True)
     total = sum(tensor.meta.numel() for tensor in files.tensors.values())
-    console.print(f"{files.path}: Wan 2.1 text-to-video, {files.layout} layout, all tensors there", markup=False)
+    say(f"{files.path}: Wan 2.1 text-to-video, {files.layout} layout, all tensors there")
     fields: dict[str, object] = asdict(files.config)
     if files.heads == "unknown":
         fields |= dict.fromkeys(("num_attention_heads", "attention_head_dim"), "unknown")
-    _print_fields(console, fields)
-    console.print(f"  {_heads(files)}", markup=False)
+    _print_fields(fields)
+    say(f"  {_heads(files)}")
     dtypes = sorted({str(tensor.meta.dtype).removeprefix("torch.") for tensor in files.tensors.values()})
-    console.print(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}", markup=False)
+    say(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}")
     for name, tensor in files.tensors.items() if tensors else ():
-        console.print(f"    {name}  {list(tensor.shape)}", markup=False)
+        say(f"    {name}  {list(tensor.shape)}")
 
 
 def _heads(files: WanFiles) -> str:
@@ -131,10 +130,10 @@ def _heads(files: WanFiles) -> str:
     }[files.heads]
 
 
-def _print_fields(console: Console, fields: dict[str, object]) -> None:
+def _print_fields(fields: dict[str, object]) -> None:
     for key, value in fields.items():
         text = value if isinstance(value, str | int | float) else json.dumps(value)
-        console.print(f"  {printable(str(key))}: {printable(str(text))}", markup=False)
+        say(f"  {printable(str(key))}: {printable(str(text))}")
 
 
 @app.command()
@@ -150,7 +149,7 @@ def transplant(
     """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No training."""
     from scd_sf.models.transplant import TransplantConfig, run_transplant
 
-    print(run_transplant(load_config(TransplantConfig, config, overrides)))
+    say(run_transplant(load_config(TransplantConfig, config, overrides)))
 
 
 @app.command()
@@ -192,14 +191,14 @@ def gallery(
         require_own_sheet(sheet)
     page = page_of([read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title)
     index = write_page(page, out)
-    print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
+    say(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
     for what in ("missing", "damaged"):
         if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
-            print(f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again")
+            say(f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again")
     if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
-        print(f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}")
+        say(f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}")
     if sheet is not None:
-        print(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
+        say(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
 
 
 @app.command()
@@ -220,7 +219,7 @@ def probe(
     from scd_sf.probing import ProbeConfig, run_probes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(run_probes(load_config(ProbeConfig, config, overrides), device))
+    say(run_probes(load_config(ProbeConfig, config, overrides), device))
 
 
 @app.command()
@@ -261,8 +260,8 @@ def convert(
         raise UserError(f"layout '{layout}' is unknown; use diffusers or original")
     wanted: Layout = "original" if layout == "original" else "diffusers"
     files, difference = convert_wan(source, out, wanted, section=section, heads=heads, max_shard=max_shard)
-    print(f"{out}: {layout} layout, from {files.layout}, every tensor bit for bit; {_heads(files)}")
-    print(f"outputs differ by at most {difference:.3g}")
+    say(f"{out}: {layout} layout, from {files.layout}, every tensor bit for bit; {_heads(files)}")
+    say(f"outputs differ by at most {difference:.3g}")
 
 
 @app.command()
@@ -284,7 +283,7 @@ def export(
         difference = export_pipeline(checkpoint, out, weights, dtype, base)
     else:
         difference = export_weights(checkpoint, out, layout, weights, dtype)
-    print(f"{out}: {layout}, {dtype}; read again, its output differs by at most {difference:.3g}")
+    say(f"{out}: {layout}, {dtype}; read again, its output differs by at most {difference:.3g}")
 
 
 @weights.command("metrics")
@@ -300,10 +299,10 @@ def weights_metrics(
     from scd_sf.metrics.weights import metrics_folder, prepare_weights
 
     for name, digest in prepare_weights(out, source).items():
-        print(f"{metrics_folder(out) / name}.safetensors: whole, sha256 {digest}")
+        say(f"{metrics_folder(out) / name}.safetensors: whole, sha256 {digest}")
 
 
-def _print_tensors(console: Console, file: Path, *, every: bool) -> None:
+def _print_tensors(file: Path, *, every: bool) -> None:
     """One line for the file, one for each tensor when asked; only the header is read."""
     from scd_sf.tensor_files import kind_of, open_tensors
 
@@ -311,9 +310,9 @@ def _print_tensors(console: Console, file: Path, *, every: bool) -> None:
     total = sum(tensor.meta.numel() for tensor in tensors.values())
     kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
     names = ", ".join(sorted(set(kinds.values())))
-    console.print(f"  {file.name}: {len(tensors)} tensors, {total:,} numbers, {names}", markup=False)
+    say(f"  {file.name}: {len(tensors)} tensors, {total:,} numbers, {names}")
     for name in sorted(tensors) if every else ():
-        console.print(f"    {printable(name)}  {kinds[name]} {list(tensors[name].shape)}", markup=False)
+        say(f"    {printable(name)}  {kinds[name]} {list(tensors[name].shape)}")
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
@@ -48,7 +47,7 @@ from scd_sf.probes.similarity import SimilarityProbe, similarity
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer
 from scd_sf.probes.subject import Subject
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape, say
 
 PROBES: dict[str, Callable[[Subject, Any], ProbeResult]] = {
     "similarity": similarity,
@@ -202,7 +201,7 @@ def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
         settings.check(subject)
     for name, reason in why.items():
         if not cfg.probes:
-            Console().print(f"without {name}: {reason}", highlight=False, soft_wrap=True)
+            say(f"without {name}: {reason}")
     return names
 
 
@@ -233,5 +232,5 @@ def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
             result = PROBES[name](subject, getattr(cfg, name))
             result.write(out)
             page = write_report(out, f"Probes of {subject.name}", facts)
-            print(f"[{number}/{len(names)}] {result.title}: {result.text}", flush=True)
+            say(f"[{number}/{len(names)}] {result.title}: {result.text}")
     return page

@@ -16,7 +16,7 @@ from scd_sf.data.clips import video_writer
 from scd_sf.files import LOCK, locked, read_json, sha256_file, sweep, write_json
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 INDEX = "manifest.json"
 DONE = ".done"
@@ -132,7 +132,7 @@ def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video
     ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]
     if ranks.is_main:
-        print(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before", flush=True)
+        say(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before")
     started, made = time.monotonic(), 0
     for part in batches(todo, studio.cfg.batch):
         make(studio, out, part)
@@ -140,5 +140,5 @@ def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video
         seconds = (time.monotonic() - started) / made
         rest = round(seconds * (len(todo) - made))
         if ranks.is_main:
-            print(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}", flush=True)
+            say(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}")
     ranks.barrier()

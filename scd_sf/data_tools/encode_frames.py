@@ -24,7 +24,7 @@ from scd_sf.data.pixels import PixelClip, SourceClips
 from scd_sf.data.raw_files import Refused
 from scd_sf.data_tools.progress import progress_of
 from scd_sf.files import Json, hash_json, sha256_folder, write_json
-from scd_sf.types import Tokenizer, UserError
+from scd_sf.types import Tokenizer, UserError, say
 
 REPORT = "report.json"
 SHOWN = 20
@@ -280,13 +280,13 @@ def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
         tokenizer = load_tokenizer(task.tokenizer, task.config.device)
         inputs = {**about, "tokenizer_sha256": sha256_folder(task.tokenizer)}
         report = encode_pixels(source, tokenizer, _out(task), inputs, task.config)
-        print(f"{task.out}: {report}")
+        say(f"{task.out}: {report}")
 
 
 def run_latents(source: AnySource[LatentClip], spatial: int, about: Json, task: Task) -> None:
     """The same for latents that are computed already."""
     if not _checked(source, task):
-        print(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
+        say(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
 
 
 def _checked(source: AnySource[ClipType], task: Task) -> bool:
@@ -296,10 +296,10 @@ def _checked(source: AnySource[ClipType], task: Task) -> bool:
     if task.report is not None:
         report.write(task.report)
     for bad in report.bad[:SHOWN]:
-        print(f"{bad.name}: {bad.reason}")
+        say(f"{bad.name}: {bad.reason}")
     if len(report.bad) > SHOWN:
-        print(f"... and {len(report.bad) - SHOWN} more")
-    print(str(report))
+        say(f"... and {len(report.bad) - SHOWN} more")
+    say(str(report))
     _hold_to_budget(report, task.config, None)
     return True
 

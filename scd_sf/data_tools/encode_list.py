@@ -33,7 +33,7 @@ from scd_sf.models.text import (
 )
 from scd_sf.ownership import require_own_folder
 from scd_sf.train.ranks import Ranks, rank_zero_first
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 RECORDS = "records"
 
@@ -71,14 +71,14 @@ def encode_list(cfg: EncodeListConfig, ranks: Ranks) -> None:
         rank_zero_first(ranks, lambda: begun.append(_begin(cfg, config, prompts, held)))
         if ranks.any(bool(begun) and begun[0].finished):
             if ranks.is_main:
-                print(f"{out}: already complete")
+                say(f"{out}: already complete")
             return
         encoder = load_text_encoder(config, device=ranks.device, dtype=dtype_of(cfg.dtype))
         _encode_mine(cfg, encoder, prompts, ranks)
         ranks.barrier()
         if ranks.is_main:
             _finish(cfg, encoder, prompts, begun[0])
-            print(f"{out}: {len(prompts)} prompts, states of width {width}")
+            say(f"{out}: {len(prompts)} prompts, states of width {width}")
         ranks.barrier()
 
 

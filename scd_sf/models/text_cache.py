@@ -32,7 +32,7 @@ from scd_sf.models.text import (
     pad_states,
     text_config,
 )
-from scd_sf.types import Conditioning
+from scd_sf.types import Conditioning, say
 
 OFF = "off"
 VERSION = 1  # of what an entry means
@@ -119,7 +119,7 @@ class CachedTextEncoder:
             return None
         except (OSError, SafetensorError) as error:
             reason = str(error)
-        print(f"{file}: damaged entry of the text cache ({reason}); the prompt is encoded again", flush=True)
+        say(f"{file}: damaged entry of the text cache ({reason}); the prompt is encoded again")
         return None
 
     def _write(self, file: Path, data: bytes, bounded: BoundedFolder | None = None) -> None:
@@ -135,7 +135,7 @@ class CachedTextEncoder:
                 part.write_bytes(data)
         except OSError as error:
             self._writable = False
-            print(f"{file}: cannot be written ({error.strerror}); new prompts are not kept", flush=True)
+            say(f"{file}: cannot be written ({error.strerror}); new prompts are not kept")
 
     @cached_property
     def _identity(self) -> list[object]:

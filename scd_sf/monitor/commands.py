@@ -15,7 +15,7 @@ from scd_sf.monitor.compare import common_steps, compare, comparison_table, exce
 from scd_sf.monitor.curve import METRICS, Curve, Follower, clean, export_curve, read_curve
 from scd_sf.monitor.state import find_runs, is_run, read_run
 from scd_sf.monitor.view import MEAN_OF, MOST_METRICS, headline, list_table, metrics_table, page
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 app = typer.Typer(no_args_is_help=True, help="What trainings wrote to disk: list, show, follow, compare, export.")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -114,7 +114,7 @@ def export(
 ) -> None:
     """A run's curve as a reference: step and metrics, without times, speeds and memory (they belong to the machine)."""
     steps = export_curve(run, out)
-    print(f"{clean(out)}: {steps} steps; compare with: scd runs compare {clean(out)} RUN")
+    say(f"{clean(out)}: {steps} steps; compare with: scd runs compare {clean(out)} RUN")
 
 
 def _curve(run: Path) -> Curve | None:

@@ -23,7 +23,7 @@ from scd_sf.prompt_filter.language import HEAD, Heads, foreign
 from scd_sf.prompt_filter.near_dup import NearDupConfig, near_duplicates
 from scd_sf.prompt_filter.table import collect, explain, scan
 from scd_sf.prompt_filter.workers import Workers
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 if TYPE_CHECKING:
     import polars as pl
@@ -210,7 +210,7 @@ class Chain:
             examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
         before, self.table = len(self.table), self.table.filter(~mask) if mask.any() else self.table
         self.steps.append(Step(name, before, len(self.table), settings, counts, examples))
-        print(f"{name}: {before} -> {len(self.table)}", flush=True)
+        say(f"{name}: {before} -> {len(self.table)}")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

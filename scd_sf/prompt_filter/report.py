@@ -13,7 +13,7 @@ from scd_sf.files import read_json, sha256_file, write_json, write_text
 from scd_sf.prompt_filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
 from scd_sf.prompt_filter.optional import EXTRA, require
 from scd_sf.prompt_filter.workers import open_workers
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 PROMPTS, TEXT, REPORT, PAGE = "prompts.jsonl", "prompts.txt", "report.json", "report.md"
 SLICE = 50_000  # rows written at a time
@@ -30,7 +30,7 @@ def run_filter(cfg: FilterConfig) -> Path:
     told = {name: value for name, value in asdict(cfg).items() if name not in ("out", "workers", "examples")}
     settings = told | {"inputs": list(inputs.values())}
     if _finished(out, settings):
-        print(f"{out}: already complete")
+        say(f"{out}: already complete")
         return out / REPORT
     with open_workers(cfg.workers) as workers:
         chain = Chain(cfg, workers)

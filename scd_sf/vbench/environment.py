@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scd_sf.files import parse_json, read_json, typed, write_json, write_text
 from scd_sf.ownership import has_mark, require_own_file
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 VERSION = "0.1.5"
 # setuptools 81 has no pkg_resources any more, which openai-clip imports: without it 7 dimensions do not load (2026-11).
@@ -77,7 +77,7 @@ def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
 
 
 def _run(command: Sequence[str], log: Path) -> None:
-    print("+ " + " ".join(f"'{word}'" if set(word) & set(" <>=") else word for word in command), flush=True)
+    say("+ " + " ".join(f"'{word}'" if set(word) & set(" <>=") else word for word in command))
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:

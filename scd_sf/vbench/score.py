@@ -19,7 +19,7 @@ import torch
 from scd_sf.files import Json, locked, parse_json, read_json, read_text, read_typed, typed, write_json, write_text
 from scd_sf.ownership import require_own_folder
 from scd_sf.sample_folder import INDEX
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 from scd_sf.vbench import weights
 from scd_sf.vbench.aggregate import check_fractions
 from scd_sf.vbench.environment import Environment, build, default_folder, examine
@@ -159,9 +159,9 @@ def _score(
     files, result = job.files, out / f"{job.dimension}.json"
     inputs = {str(file): stamp(file) for file in files}
     if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
-        print(f"[{place}] finished before", flush=True)
+        say(f"[{place}] finished before")
         return
-    print(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}", flush=True)
+    say(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}")
     work = out / "work"
     rows = [dict(info[line]) | {"video_list": [str(f) for f in found]} for line, found in job.videos.items()]
     listed, raw, told = (work / f"{job.dimension}-{part}.json" for part in ("list", "raw", "job"))
@@ -180,7 +180,7 @@ def _score(
     _run(environment.python, told, log, cache, gpus, download, job.dimension)
     found = check_result(read_json(raw, f"see {log}"), job, log)
     write_json(result, {**found, "reduced": list(job.reduced), "inputs": inputs})
-    print(f"[{place}] {found['score']:.6f}", flush=True)
+    say(f"[{place}] {found['score']:.6f}")
 
 
 def stamp(file: Path) -> list[int]:
@@ -256,7 +256,7 @@ def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, flo
             if result.inputs and all(stamp(Path(file)) == then for file, then in result.inputs.items()):
                 results[name] = result
             else:
-                print(f"{name}: left out of the summary, its videos have changed since; score it again", flush=True)
+                say(f"{name}: left out of the summary, its videos have changed since; score it again")
     scores = {name: result.score for name, result in results.items()}
     check_fractions(scores, str(out))
     why = [line for result in results.values() for line in result.reduced]

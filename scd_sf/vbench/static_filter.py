@@ -20,7 +20,7 @@ from scd_sf.data.clips import read_video
 from scd_sf.files import new_file, read_json, sha256_file, sweep, write_json
 from scd_sf.metrics.raft import load_raft, optical_flow
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 from scd_sf.vbench.prompts import video_name
 
 CANDIDATES, STATIC, RECORDS = "flickering", "static", ".static"
@@ -130,11 +130,11 @@ def run_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilt
     for number, prompt in enumerate(todo, 1):
         static.choose(out, prompt, count)
         if ranks.is_main:
-            print(f"static filter: {number}/{len(todo)} prompts", flush=True)
+            say(f"static filter: {number}/{len(todo)} prompts")
     ranks.barrier()
     short = [f"'{prompt}' ({found})" for prompt in prompts if (found := len(chosen_of(out, prompt))) < WANTED]
     if ranks.is_main and short:
-        print(f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}")
+        say(f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}")
 
 
 def chosen_of(out: Path, prompt: str) -> list[str]:
