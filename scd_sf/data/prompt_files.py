@@ -79,7 +79,7 @@ class PromptFile:
 
     def __init__(self, path: Path, column: str = "prompt") -> None:
         self.column = column
-        self.path, self._recorded = _list_in(path)
+        self.path, self._recorded = list_in(path)
         self.what = f"prompt_file {self.path}"
         self.kind = self.path.suffix.lower()
         if self.kind in NOT_LISTS:
@@ -181,7 +181,7 @@ class PromptFile:
         return names
 
 
-def _list_in(path: Path) -> tuple[Path, str]:
+def list_in(path: Path) -> tuple[Path, str]:
     """The list itself, and the sha256 that the report of a filter's or an extender's folder records ('' for a file)."""
     if not path.is_dir():
         return path, ""
