@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +31,9 @@ from torch import Tensor, nn
 
 from scd_sf.config import load_config, to_yaml
 from scd_sf.data.clips import ClipSet
+from scd_sf.files import foreign
 from scd_sf.models.vae import FRAME_GROUP as GROUP
-from scd_sf.models.vae import WEIGHTS, load_vae
+from scd_sf.models.vae import WEIGHTS, load_vae, save_vae
 from scd_sf.models.vae_training import (
     PATCH,
     SmallVaeConfig,
@@ -132,10 +132,8 @@ class State:
         part.replace(path)
 
     def load(self, path: Path, config: str) -> None:
-        try:
+        with foreign(f"{path}: cannot be read", "delete it to start again"):
             state = torch.load(path, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete it to start again") from error
         if state["config"] != config:
             raise UserError(f"{path}: was written with another config; use that config, another out=, or delete it")
         self.model.load_state_dict(state["model"])
@@ -317,7 +315,7 @@ def export(model: AutoencoderKLWan, video_UF3HW: Tensor, folder: Path) -> None:
     mean = latents.mean(1)
     std = float((latents - mean.unsqueeze(1)).square().mean().sqrt())
     model.register_to_config(latents_mean=[round(float(m), 6) for m in mean], latents_std=[round(std, 6)] * len(mean))
-    model.half().save_pretrained(folder)
+    save_vae(model.half(), folder)
 
 
 # ------------------------------------------------------------------------------------------------------------------ run

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.files import files_below, fsync_folder, fsync_tree, read_json, sha256_file, typed, write_text
+from scd_sf.files import files_below, fsync_folder, fsync_tree, read_json, sha256_file, typed, write_tensors, write_text
 from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
@@ -307,7 +306,7 @@ def _write_contents(
     partial: Path, files: Mapping[str, Mapping[str, Tensor]], config_yaml: str, record: Mapping[str, object]
 ) -> None:
     for name, tensors in files.items():
-        save_file(_saveable(tensors), str(partial / (name if name.endswith(".safetensors") else f"{name}.safetensors")))
+        write_tensors(partial / (name if name.endswith(".safetensors") else f"{name}.safetensors"), _saveable(tensors))
     write_text(partial / CONFIG, config_yaml)
     write_text(partial / PROVENANCE, json.dumps(dict(record), indent=1, default=str) + "\n")
     if not any((partial / STATE).iterdir()):

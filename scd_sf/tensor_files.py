@@ -69,6 +69,15 @@ def open_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Lazy]:
     return tensors
 
 
+def read_metadata(file: Path, remedy: str = AGAIN) -> dict[str, str]:
+    """What a safetensors file says about itself. UserError for anything else."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing; {remedy}")
+    refuse_lfs_pointer(file)
+    with foreign(f"{file}: not a readable safetensors file", remedy), safe_open(str(file), "pt") as stored:
+        return dict(stored.metadata() or {})
+
+
 def read_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
     """All tensors of :func:`open_tensors`, read; a pickle's are mapped from the disk where its form allows that."""
     return read_all(open_tensors(file, remedy))

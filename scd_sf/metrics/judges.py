@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scd_sf.files import parse_json, typed, write_tensors
 from scd_sf.metrics.protocols import Adherence
+from scd_sf.models.skeleton import check_fit, skeleton
+from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import UserError
 
 LATENT_DIMENSIONS = 5
@@ -255,24 +256,30 @@ def save_judges(judges: Judges, path: Path) -> None:
     """One safetensors file; label names and sizes are in its metadata."""
     facts = {"places": judges.places, "motions": judges.motions, "channels": judges.channels, "width": judges.width}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in judges.state_dict().items()}
-    save_file(tensors, path, metadata={"format": FORMAT, "judges": json.dumps(facts)})
+    write_tensors(path, tensors, {"format": FORMAT, "judges": json.dumps(facts)})
 
 
 def load_judges(path: Path) -> Judges:
     """Read what :func:`save_judges` wrote; anything else is a UserError that names the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as judges ({error}); fit them again") from error
+    again = "fit the judges again"
+    metadata = read_metadata(path, again)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: metadata field 'format' is not {FORMAT}; fit the judges again")
-    try:
-        facts = json.loads(metadata["judges"])
-        judges = Judges(facts["channels"], facts["places"], facts["motions"], facts["width"])
-        judges.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not the judges it says it is ({reason}); fit them again") from error
+        raise UserError(f"{path}: metadata field 'format' is not {FORMAT}; {again}")
+    facts = typed(parse_json(metadata.get("judges", ""), path, again), _Facts, path, again)
+    tensors = open_tensors(path, again)
+
+    def build() -> Judges:
+        return Judges(facts.channels, facts.places, facts.motions, facts.width)
+
+    check_fit(skeleton(build, tensors, path, again), tensors, "its description", again)
+    judges = build()
+    judges.load_state_dict(read_all(tensors))
     return judges.eval()
+
+
+@dataclass
+class _Facts:
+    channels: int
+    places: list[str]
+    motions: list[str]
+    width: int

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scd_sf.files import foreign, refuse_lfs_pointer
+from scd_sf.tensor_files import check_finite
 from scd_sf.types import Logs, UserError
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -87,11 +89,11 @@ class Clip:
             raise UserError(f"clip model '{name}' needs files from a hub; use one with CLIP's tokenizer, as ViT-B-32")
         if not Path(weights).is_file():
             raise UserError(f"clip weights {weights}: no such file; give an open_clip checkpoint of {name}")
-        try:
+        refuse_lfs_pointer(Path(weights))
+        with foreign(f"clip weights {weights}: not those of {name}", "give its checkpoint"):
             model, _, _ = open_clip.create_model_and_transforms(name, pretrained=str(weights))
-        except Exception as error:  # whatever a file can be wrong in
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"clip weights {weights}: not those of {name} ({line}); give its checkpoint") from error
+        for part, tensor in model.state_dict().items():
+            check_finite(tensor, part, f"clip weights {weights}")
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.tokenizer, self.device = open_clip.get_tokenizer(name), device
         visual = self.model.visual

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from scd_sf.checkpoint import PROVENANCE, find, read_provenance, weights_file
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import Sampler, build_sampler
-from scd_sf.files import Json, foreign, parse_json, refuse_lfs_pointer, sweep, write_tensors
+from scd_sf.files import Json, foreign, parse_json, sweep, write_tensors
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
@@ -25,7 +24,7 @@ from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig, WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.provenance import checked_origin
-from scd_sf.tensor_files import open_tensors, read_all
+from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
 
 Student = Scd | Causal
@@ -248,12 +247,12 @@ def base_of(config: CheckpointConfig, other: str, where: Path) -> Path:
 
 def is_single(path: Path) -> bool:
     """Whether a path is a file of :func:`write_single`."""
-    return path.is_file() and path.suffix == ".safetensors" and _metadata(path).get("format") == SINGLE
+    return path.is_file() and path.suffix == ".safetensors" and read_metadata(path).get("format") == SINGLE
 
 
 def read_single(path: Path) -> tuple[CheckpointConfig, Json]:
     """What :func:`write_single` said about a file: its configuration and its provenance. UserError: another file."""
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     if metadata.get("format") != SINGLE:
         raise UserError(f"{path}: not a file of 'scd export'; for weights of others use 'scd transplant' first")
     for part in ("provenance", "config"):
@@ -265,12 +264,6 @@ def read_single(path: Path) -> tuple[CheckpointConfig, Json]:
     except UserError as error:
         raise UserError(f"{path}: its description is unreadable ({error}); export it again") from error
     return config, checked_origin(origin, f"{path}: provenance")
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    refuse_lfs_pointer(path)
-    with foreign(f"{path}: not a readable safetensors file", "copy it again"), safe_open(str(path), "pt") as file:
-        return dict(file.metadata() or {})
 
 
 def describe_checkpoint(path: Path, weights: str = "ema") -> tuple[CheckpointConfig, Json]:

@@ -27,7 +27,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
-from scd_sf.files import Json, hash_json, read_json, sha256_file, write_json, write_tensors
+from scd_sf.files import Json, foreign, hash_json, read_json, sha256_file, write_json, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import skeleton
 from scd_sf.models.tokenizer_names import dc_from_efficientvit, is_efficientvit, is_ldm, kl_config, kl_from_ldm
@@ -157,7 +157,9 @@ def load_tokenizer(
     file = _weights_file(path)
     tensors = read_all(choose_section(open_tensors(file, AGAIN), ROOTS, "", str(file)))
     config = _config(path, tensors, file)
-    model = _built(config, _diffusers_names(tensors, config, file), path, file)
+    with foreign(file, AGAIN):
+        named = _diffusers_names(tensors, config, file)
+    model = _built(config, named, path, file)
     normalisation = _normalisation(path, config, model)
     digest = hash_json([sha256_file(file), normalisation.mean, normalisation.std])
     model = model.to(device=device, dtype=dtype) if dtype != torch.float32 else model.to(device=device)
@@ -216,9 +218,10 @@ def _config(folder: Path, tensors: Mapping[str, Tensor], file: Path) -> Json:
             "(FAR's: options/model_cfg/dcae/model_*_config.json)"
         )
     config = read_json(path, AGAIN)
-    if config.get("_class_name") not in _NAMES:
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in _NAMES:
         known = " or ".join(f"'{name}'" for name in ("AutoencoderDC", "AutoencoderKL"))
-        raise UserError(f"{path}: '_class_name' is {config.get('_class_name')!r}; it must be {known}")
+        raise UserError(f"{path}: '_class_name' is {repr(name)[:80]}; it must be {known}")
     return config
 
 
@@ -242,6 +245,8 @@ def _built(config: Json, tensors: dict[str, Tensor], folder: Path, file: Path) -
         if tensor.shape != wanted[name].shape:
             shapes = f"{list(tensor.shape)}, {CONFIG} implies {list(wanted[name].shape)}"
             raise UserError(f"{file}: tensor '{name}' has shape {shapes}; these files do not match")
+        if wanted[name].is_floating_point() and not tensor.is_floating_point():
+            raise UserError(f"{file}: tensor '{name}' is {tensor.dtype}, as quantised weights are; {AGAIN}")
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"{file}: {len(missing)} tensors missing, first '{missing[0]}'; {AGAIN}")
     model.load_state_dict(found, assign=True)

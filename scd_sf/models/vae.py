@@ -11,7 +11,7 @@ Letters: B batch, F frames, C latent channels, H W height and width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
 from torch import Tensor
 
-from scd_sf.files import foreign, read_json, typed
+from scd_sf.files import foreign, read_json, typed, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.tensor_files import in_memory, open_tensors, read_all
@@ -56,11 +56,12 @@ class Vae:
     deterministic). Work runs in slices of ``slice_size`` clips, which bounds memory; results do not depend on it.
     """
 
-    def __init__(self, model: AutoencoderKLWan, *, slice_size: int = 8) -> None:
+    def __init__(self, model: AutoencoderKLWan, *, slice_size: int = 8, where: str = "vae config.json") -> None:
+        """``where``: the description that errors name."""
         if slice_size < 1:
             raise UserError(f"vae: slice_size is {slice_size}; it must be at least 1")
         self.model = model.eval().requires_grad_(False)
-        self.geometry = _geometry(model)
+        self.geometry = _geometry(model, where)
         self.slice_size = slice_size
         view = (1, self.geometry.channels, 1, 1, 1)
         weight = model.quant_conv.weight
@@ -147,7 +148,16 @@ def load_vae(path: Path | str, *, device: torch.device | str = "cpu", dtype: tor
     model = _read_original(source) if source.is_file() else _read_folder(source)
     if dtype != torch.float32:
         model = model.to(dtype=dtype)
-    return Vae(channels_last(model.to(device=device)))
+    description = source if source.is_file() else source / "config.json"
+    return Vae(channels_last(model.to(device=device)), where=str(description))
+
+
+def save_vae(model: AutoencoderKLWan, folder: Path) -> None:
+    """Write what :func:`load_vae` and diffusers read: config.json, and the weights as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_config(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def vae_source(path: Path) -> Path:
@@ -199,11 +209,21 @@ def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
 
 @dataclass
 class _Json:
-    """What is read of config.json here; the network itself takes all of it."""
+    """The types of config.json's fields, as ``AutoencoderKLWan`` has them."""
 
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
     z_dim: int = 16
-    latents_mean: list[float] | None = None
-    latents_std: list[float] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    num_res_blocks: int = 2
+    dim_mult: list[int] = field(default_factory=list)
+    attn_scales: list[float] = field(default_factory=list)
+    temperal_downsample: list[bool] = field(default_factory=list)
+    dropout: float = 0.0
+    is_residual: bool = False
+    latents_mean: list[float] = field(default_factory=list)
+    latents_std: list[float] = field(default_factory=list)
     patch_size: int | None = None
     scale_factor_temporal: int | None = None
     scale_factor_spatial: int | None = None
@@ -218,21 +238,21 @@ def _read_config(path: Path) -> dict[str, object]:
     return config
 
 
-def _geometry(model: AutoencoderKLWan) -> VaeGeometry:
+def _geometry(model: AutoencoderKLWan, where: str) -> VaeGeometry:
     """Factors and channels of the config, checked against the network's own layers. Raises UserError."""
     config = model.config
     channels: int = config["z_dim"]
     down = 2 ** sum(1 for module in model.encoder.modules() if isinstance(module, WanResample))
     temporal = 2 ** sum(1 for m in model.encoder.modules() if isinstance(m, WanResample) and m.mode == "downsample3d")
     real = {"scale_factor_spatial": down * (config["patch_size"] or 1), "scale_factor_temporal": temporal}
-    for field, value in real.items():
-        if config[field] != value:
-            raise UserError(f"vae config.json: '{field}' is {config[field]}, the network's is {value}; correct it")
+    for name, value in real.items():
+        if config[name] != value:
+            raise UserError(f"{where}: '{name}' is {config[name]}, the network's is {value}; correct it")
     if temporal != FRAME_GROUP:
-        raise UserError(f"vae config.json: the network groups {temporal} frames, not {FRAME_GROUP}; use another VAE")
-    for field in ("latents_mean", "latents_std"):
-        if len(config[field]) != channels:
-            raise UserError(f"vae config.json: '{field}' has {len(config[field])} entries, not z_dim = {channels}")
+        raise UserError(f"{where}: the network groups {temporal} frames, not {FRAME_GROUP}; use another VAE")
+    for name in ("latents_mean", "latents_std"):
+        if len(config[name]) != channels:
+            raise UserError(f"{where}: '{name}' has {len(config[name])} entries, not z_dim = {channels}")
     if not all(0 < value < math.inf for value in config["latents_std"]):
-        raise UserError("vae config.json: 'latents_std' must be positive in every channel; copy the file again")
+        raise UserError(f"{where}: 'latents_std' must be positive in every channel; copy the file again")
     return VaeGeometry(channels, temporal, real["scale_factor_spatial"])

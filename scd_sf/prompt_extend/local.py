@@ -79,7 +79,12 @@ class LocalModel:
                 name, local_files_only=not hub, trust_remote_code=False, padding_side="left"
             )
             model = AutoModelForCausalLM.from_pretrained(
-                name, local_files_only=not hub, trust_remote_code=False, use_safetensors=True, dtype=DTYPES[dtype]
+                name,
+                local_files_only=not hub,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=DTYPES[dtype],
+                attn_implementation="sdpa",  # whatever its config asks for: no kernels of others from the hub
             )
         except UNREADABLE as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

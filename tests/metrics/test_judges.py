@@ -96,7 +96,7 @@ def test_damaged_or_foreign_files_are_named(judges: Judges, tmp_path: Path) -> N
     with pytest.raises(UserError, match="'format'"):
         load_judges(path)
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "scd_sf.judges.1", "judges": "{}"})
-    with pytest.raises(UserError, match="fit them again"):
+    with pytest.raises(UserError, match="fit the judges again"):
         load_judges(path)
 
 

@@ -13,6 +13,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scd_sf.files import current_umask
 from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
 from scd_sf.types import UserError
 
@@ -334,3 +335,52 @@ def test_bad_pixels_and_latents() -> None:
         FrameTokenizer(tiny_dc(), STATS, batch=0)
     with pytest.raises(UserError, match="no such directory"):
         load_tokenizer(Path("/nowhere"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_layers_per_block": [10**6, 1, 1]},
+        {"encoder_block_out_channels": [8] * 10_000},
+        {"encoder_block_out_channels": [10**12, 8, 8]},
+        {"encoder_block_out_channels": 3},
+        {"latent_channels": 10**18},
+        {"latent_channels": "4"},
+        {"latent_channels": None},
+        {"attention_head_dim": 0},
+        {"decoder_layers_per_block": {"a": 1}},
+        {"_class_name": ["AutoencoderDC"]},
+        {"latents_mean": [[[["x"]]]]},
+        {"latents_std": [0.0] * C},
+        {"latents_std": [True] * C},
+    ],
+)
+def test_configs_of_others(tmp_path: Path, changes: dict[str, object]) -> None:
+    """One line that names a file of the folder, before anything large is made."""
+    save_tokenizer(tiny_dc(), STATS, tmp_path)
+    reconfigure(tmp_path, **changes)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_broken_weights_are_refused(tmp_path: Path) -> None:
+    save_tokenizer(tiny_dc(), STATS, tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    tensors = load_file(file)
+    name = "decoder.conv_in.weight"
+    for bad, words in (
+        (torch.full_like(tensors[name], float("inf")), "holds NaN or infinity"),
+        (tensors[name].to(torch.int8), "as quantised weights are"),
+    ):
+        save_file({**tensors, name: bad}, file)
+        with pytest.raises(UserError, match=rf"tensor 'decoder\.conv_in\.weight' .*{words}"):
+            load_tokenizer(tmp_path)
+    save_file(tensors, file)
+    whole = (tmp_path / "config.json").read_bytes()
+    for part in (tmp_path / "config.json", file):
+        part.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2838276208\n")
+        with pytest.raises(UserError, match=rf"{part.name}: a Git LFS pointer"):
+            load_tokenizer(tmp_path)
+        (tmp_path / "config.json").write_bytes(whole)

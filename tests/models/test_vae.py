@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scd_sf.models.vae import WEIGHTS, Vae, VaeStream, load_vae
+from scd_sf.files import current_umask
+from scd_sf.models.vae import WEIGHTS, Vae, VaeStream, load_vae, save_vae
 from scd_sf.models.vae_training import inflate, patch_components, whole_decode, whole_encode
 from scd_sf.types import UserError
 
@@ -198,6 +201,64 @@ def test_foreign_configs_are_refused(folder: Path, changes: dict[str, object], w
     edit(folder, **changes)
     with pytest.raises(UserError, match=word):
         load_vae(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_res_blocks": 100_000},
+        {"num_res_blocks": 10**12},
+        {"base_dim": 10**12},
+        {"base_dim": 10**18},
+        {"base_dim": "4"},
+        {"base_dim": -4},
+        {"base_dim": None},
+        {"dim_mult": [1] * 100_000},
+        {"dim_mult": 3},
+        {"z_dim": "4"},
+        {"z_dim": 4.0},
+        {"latents_mean": 0.0},
+        {"latents_mean": [None] * 4},
+        {"latents_std": ["1"] * 4},
+        {"patch_size": 0},
+        {"patch_size": [2]},
+        {"temperal_downsample": "yes"},
+        {"attn_scales": {"a": 1}},
+        {"is_residual": []},
+        {"_class_name": "\ud800"},
+        {"_class_name": ["AutoencoderKLWan"]},
+    ],
+)
+def test_configs_of_others(folder: Path, changes: dict[str, object]) -> None:
+    """One line that names a file of the folder, before anything large is made."""
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=re.escape(str(folder))) as caught:
+        load_vae(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_broken_weights_are_refused(folder: Path) -> None:
+    file = folder / WEIGHTS
+    tensors = load_file(file)
+    save_file({**tensors, "decoder.conv_in.bias": tensors["decoder.conv_in.bias"] * float("nan")}, file)
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: tensor 'decoder\.conv_in\.bias' holds NaN or infinity"):
+        load_vae(folder)
+    save_file({**tensors, "decoder.conv_in.bias": tensors["decoder.conv_in.bias"].to(torch.int8)}, file)
+    with pytest.raises(UserError, match=r"'decoder\.conv_in\.bias' is I8, as quantised weights are"):
+        load_vae(folder)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2838276208\n"
+    for name in (WEIGHTS, "config.json"):
+        (folder / name).write_text(pointer)
+        with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer"):
+            load_vae(folder)
+
+
+def test_saved_with_the_rights_of_the_umask(folder: Path, tmp_path: Path) -> None:
+    vae = load_vae(folder)
+    save_vae(vae.model, tmp_path / "again")
+    again = load_vae(tmp_path / "again").model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in vae.model.state_dict().items())
+    assert (tmp_path / "again" / WEIGHTS).stat().st_mode & 0o777 == 0o666 & ~current_umask()
 
 
 def test_damaged_config_is_refused(folder: Path) -> None:
