@@ -27,7 +27,7 @@ from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.prediction import Preview, PreviewConfig
 from scd_sf.provenance import provenance
-from scd_sf.train.checks import check_batches, check_shape
+from scd_sf.train.checks import check_batches, check_same_size, check_shape
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
@@ -174,6 +174,7 @@ def checked(cfg: PretrainConfig, ranks: Ranks) -> tuple[FrameClips, FrameClips, 
             if takes and has != takes:
                 raise UserError(f"{data.root}: has {has} {name}, model.dit.num_{name} is {takes}: set it to {has}")
         data.at_least(cfg.frames)
+    check_same_size(clips.info.shape(cfg.frames), val.info.shape(cfg.frames), clips.root, val.root)
     usable = clips.at_least(cfg.frames)
     check_batches(cfg.train, ranks, len(usable), clips.root)
     return clips, val, usable

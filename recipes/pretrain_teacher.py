@@ -22,7 +22,7 @@ from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.provenance import provenance
-from scd_sf.train.checks import check_batches, check_shape, check_text
+from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
@@ -107,6 +107,7 @@ def main() -> None:
     for data in (clips, val):
         check_shape(data.shape, data.root, cfg.wan.in_channels, (cfg.wan.patch_height, cfg.wan.patch_width), 1)
         check_text(data.prompts, cfg.wan.text_dim)
+    check_same_size(clips.shape, val.shape, clips.root, val.root)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE)
     run.tokens_per_step = cfg.train.global_batch * cfg.wan.clip_tokens(clips.shape)

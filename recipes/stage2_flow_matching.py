@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.config import from_command_line, to_yaml
-from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
+from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.files import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
@@ -24,7 +24,7 @@ from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
 from scd_sf.stages import Stage2Config
-from scd_sf.train.checks import check_batches, check_shape, check_text
+from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engine, init_distributed
 from scd_sf.train.recipe import (
@@ -58,16 +58,11 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
 
 
 def update(
-    cfg: Stage2Config,
-    run: Run,
-    engine: Engine,
-    clips: LatentClips,
-    reads: Prefetch[LatentBatch],
-    position: int,
-    may_stop: Callable[[], None],
+    cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, position: int, may_stop: Callable[[], None]
 ) -> tuple[StepInfo, Logs]:
     """One update of all micro-batches, between which the run may end; this rank's mean logs."""
     sums: Logs = {}
+    clips = reads.clips
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
     now, later = (
         micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips)) for step in (position - 1, position)
@@ -96,6 +91,7 @@ def main() -> None:
     for data in (clips, val):
         check_shape(data.shape, data.root, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
         check_text(data.prompts, wan.text_dim)
+    check_same_size(clips.shape, val.shape, clips.root, val.root)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
@@ -116,25 +112,24 @@ def main() -> None:
 
     state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
     averaged = build_student(parent.model)
-    sampler = cfg.sampler.build()
     seen = [0, len(val) // 2]
     preview = Preview(
         parent.base,
         val.batch(seen).text,
         val.shape,
-        sampler,
+        cfg.sampler.build(),
         run.dir / "videos",
         texts=val.texts(seen),
         cfg=cfg.preview,
     )
-    reads = Prefetch(clips.stored, cfg.train.prefetch)
+    reads = Prefetch(clips, cfg.train.prefetch)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
         show(run, preview, averaged, 0)
     for step in state.steps(start):
         with state.attempt(step):
-            info, sums = update(cfg, run, engine, clips, reads, state.position(step), state.may_stop)
+            info, sums = update(cfg, run, engine, reads, state.position(step), state.may_stop)
             if info.stepped:
                 state.update_ema()
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}

@@ -95,7 +95,7 @@ def safe_path(root: Path, relative: str, where: str) -> Path:
         raise UserError(f"{where} is {relative[:80]!r}, which is no file name; {remedy}")
     path = root / pure
     outside = pure.is_absolute() or ".." in pure.parts or "\\" in relative
-    if outside or not path.resolve().is_relative_to(root.resolve()):
+    if outside or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"{where} is {relative!r}, which leaves {root}; {remedy}")
     return path
 

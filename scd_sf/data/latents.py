@@ -230,14 +230,13 @@ def epoch_order(seed: int, step: int, batch: int, size: int) -> list[int]:
     if size < 1 or batch < 1 or step < 0:
         raise UserError(f"data order: batch {batch}, size {size}, step {step}; batch and size must be at least 1")
     first = step * batch
-    positions = range(first, first + batch)
-    return [int(_permutation(seed, position // size, size)[position % size]) for position in positions]
+    return [_permutation(seed, position // size, size)[position % size] for position in range(first, first + batch)]
 
 
 @lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, size: int) -> Tensor:
+def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
     number = int(hash_json([seed, epoch])[:15], 16)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(number))
+    return tuple(torch.randperm(size, generator=torch.Generator().manual_seed(number)).tolist())
 
 
 def _check_shape(found: VideoShape, expected: VideoShape, path: Path) -> None:

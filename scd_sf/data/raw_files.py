@@ -284,6 +284,8 @@ def tensor_file(data: bytes, where: str) -> object:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > len(data):
                     raise ValueError("its parts are compressed")
+                if damaged := archive.testzip():  # torch.load compares no checksum
+                    raise ValueError(f"{damaged} is damaged")
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except UnpicklingError as error:

@@ -45,6 +45,13 @@ def read_shards(section: Json, where: str) -> list[Shard]:
     return shards
 
 
+def check_place(root: Path) -> None:
+    """UserError where a directory holds files, but none that an encoding has begun."""
+    others = others_in(root)
+    if others and not {"manifest.json", "building.json"} & set(others) and others != ["report.json"]:
+        raise UserError(f"{root}: holds {others[0]}, but no data of ours; use another output directory")
+
+
 class _Slice(Protocol):
     """What safetensors' lazy slices offer (the library names no public type)."""
 
@@ -119,8 +126,7 @@ class ShardWriter:
             if (root / name).is_file():
                 self._resume(root / name)
                 return
-        if others := others_in(root):
-            raise UserError(f"{root}: holds {others[0]} but no data of ours; use another output directory")
+        check_place(root)
         self._save()
 
     def count(self, kind: str) -> int:

@@ -18,8 +18,9 @@ from scd_sf.data_tools.check import Progress as Report
 from scd_sf.data_tools.check import check as check_folder
 from scd_sf.data_tools.check import repair as repair_folder
 from scd_sf.data_tools.export import export_webdataset
+from scd_sf.data_tools.progress import say
 from scd_sf.files import locked
-from scd_sf.types import UserError, say
+from scd_sf.types import UserError
 
 SHOWN = 20
 app = typer.Typer(help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True)
@@ -48,9 +49,9 @@ def check(folder: Folder, full: Full = False) -> None:
     for line in report.problems[:SHOWN]:
         say(line)
     if len(report.problems) > SHOWN:
-        say(f"... and {len(report.problems) - SHOWN} more")
+        print(f"... and {len(report.problems) - SHOWN} more")
     stray = f", {len(report.stray)} temporary files" if report.stray else ""
-    say(f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}")
+    print(f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}")
     sys.exit(1 if report.problems else 0)
 
 
@@ -61,7 +62,7 @@ def repair(folder: Folder, full: Full = False) -> None:
         report, count = repair_folder(folder, full=full, progress=progress)
     for fault in report.damaged.values():
         say(f"moved to quarantine: {fault}")
-    say(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
+    print(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
 
 
 @app.command()
@@ -69,7 +70,7 @@ def manifest(folder: Folder) -> None:
     """Write clips.jsonl and manifest.json again, from the files' headers."""
     read_job(folder)
     with locked(folder, "scd data manifest"):
-        say(f"{folder}: {index_clips(folder)} clips in the index")
+        print(f"{folder}: {index_clips(folder)} clips in the index")
 
 
 @app.command("export-webdataset")
@@ -82,7 +83,7 @@ def export_tars(
     """Tar shards without pickles: ID.safetensors, ID.prompt.txt, ID.mp4 per clip."""
     with _counting("tars") as progress:
         count = export_webdataset(folder, out, per_tar=per_tar, videos=videos, progress=progress)
-    say(f"{out}: {count} tars")
+    print(f"{out}: {count} tars")
 
 
 @app.command("import")
@@ -102,4 +103,4 @@ def import_source(
         raise UserError(f"--store: '{store}' is unknown; use one of {', '.join(STORED)}")
     options = ImportOptions(source, out, model, store, negative_prompt, text_cache, device)
     with _counting("clips") as progress:
-        say(import_clips(options, progress))
+        print(import_clips(options, progress))

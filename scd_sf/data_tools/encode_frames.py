@@ -22,11 +22,13 @@ from scd_sf.data.far import LatentClip
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
 from scd_sf.data.pixels import PixelClip, SourceClips
 from scd_sf.data.raw_files import Refused
-from scd_sf.data_tools.progress import progress_of
-from scd_sf.files import Json, hash_json, sha256_folder, write_json
-from scd_sf.types import Tokenizer, UserError, say
+from scd_sf.data.shards import check_place
+from scd_sf.data_tools.progress import progress_of, say
+from scd_sf.files import Json, hash_json, locked, read_json, sha256_folder, write_json
+from scd_sf.types import Tokenizer, UserError, printable
 
 REPORT = "report.json"
+KEEP = "nothing of others is overwritten: give another name"
 SHOWN = 20
 Shape = tuple[int, int, int]  # channels, height, width of a latent frame
 
@@ -108,13 +110,22 @@ class Report:
     bad: list[Refused] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        write_json(path, {**asdict(self), "frames_per_second": round(self.frames / max(self.seconds, 1e-9), 2)})
+        """As JSON. UserError where another file has this name."""
+        check_report(path)
+        bad = [{"name": printable(part.name), "reason": printable(part.reason)} for part in self.bad]
+        rate = round(self.frames / max(self.seconds, 1e-9), 2)
+        write_json(path, {**asdict(self), "bad": bad, "frames_per_second": rate})
 
     def __str__(self) -> str:
         rate = self.frames / max(self.seconds, 1e-9)
         done = f"{self.before} clips before, " if self.before else ""
         return f"{done}{self.good} clips, {self.frames} frames, {len(self.bad)} bad; {rate:.0f} frames/s"
+
+
+def check_report(path: Path) -> None:
+    """UserError where ``path`` is a file that is no report."""
+    if path.exists() and not {"clips", "good", "bad"} <= set(read_json(path, KEEP)):
+        raise UserError(f"{path}: is no report of this command; {KEEP}")
 
 
 def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> Report:
@@ -169,9 +180,19 @@ def _write(
     source: AnySource[ClipType], shape_of: Callable[[ClipType], Shape],
     latents_of: Callable[[ClipType], Tensor], spatial: int, out: Path, inputs: Json, config: EncodeConfig,
 ) -> Report:  # fmt: skip
+    check_place(out)
     report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
-    _hold_to_budget(report, config, out)
+    _hold_to_budget(report, config, None)
     shape = shape_of(_first_good(source))
+    with locked(out, "the encoding of frames"):
+        return _write_all(source, shape, shape_of, latents_of, spatial, out, inputs, config, report)
+
+
+def _write_all(
+    source: AnySource[ClipType], shape: Shape, shape_of: Callable[[ClipType], Shape],
+    latents_of: Callable[[ClipType], Tensor], spatial: int, out: Path, inputs: Json, config: EncodeConfig,
+    report: Report,
+) -> Report:  # fmt: skip
     info = FrameSetInfo(*shape, spatial, source.num_actions, source.labels, source.fps)
     inputs = {**inputs, "clips": len(source.ids), "ids_sha256": hash_json(source.ids)}
     writer = FrameWriter(out, inputs, info, frames_per_shard=config.frames_per_shard)
@@ -280,26 +301,28 @@ def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
         tokenizer = load_tokenizer(task.tokenizer, task.config.device)
         inputs = {**about, "tokenizer_sha256": sha256_folder(task.tokenizer)}
         report = encode_pixels(source, tokenizer, _out(task), inputs, task.config)
-        say(f"{task.out}: {report}")
+        print(f"{task.out}: {report}")
 
 
 def run_latents(source: AnySource[LatentClip], spatial: int, about: Json, task: Task) -> None:
     """The same for latents that are computed already."""
     if not _checked(source, task):
-        say(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
+        print(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
 
 
 def _checked(source: AnySource[ClipType], task: Task) -> bool:
     if not task.check:
         return False
+    if task.report is not None:
+        check_report(task.report)  # before everything is read
     report = check_clips(source, task.config)
     if task.report is not None:
         report.write(task.report)
     for bad in report.bad[:SHOWN]:
         say(f"{bad.name}: {bad.reason}")
     if len(report.bad) > SHOWN:
-        say(f"... and {len(report.bad) - SHOWN} more")
-    say(str(report))
+        print(f"... and {len(report.bad) - SHOWN} more")
+    print(str(report))
     _hold_to_budget(report, task.config, None)
     return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scd_sf.data.prompts import Prompts, PromptTable
+from scd_sf.data.prompts import PromptTable
 from scd_sf.train.base import accumulation
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.recipe import TrainConfig
@@ -34,10 +34,20 @@ def check_shape(shape: VideoShape, where: Path | str, channels: int, patch: tupl
         raise UserError(f"{where}: clips have {shape.frames} latent frames, which chunk={chunk} does not divide")
 
 
-def check_text(prompts: PromptTable | Prompts, width: int) -> None:
-    """UserError before any training if the prompts are encoded by another text encoder than the model's."""
-    if prompts.width != width:
+def check_same_size(train: VideoShape, val: VideoShape, train_root: Path, val_root: Path) -> None:
+    """UserError before any training if validation clips are of another size than the training clips."""
+    sizes = [f"{shape.pixel_height}x{shape.pixel_width}" for shape in (train, val)]
+    if sizes[0] != sizes[1]:
         raise UserError(
-            f"{prompts.where}: text states are {prompts.width} wide, the model takes {width}: encode the prompts with "
+            f"{val_root}: validation clips are {sizes[1]} (height x width), those of {train_root} are {sizes[0]}: "
+            "encode both at one size"
+        )
+
+
+def check_text(table: PromptTable, width: int) -> None:
+    """UserError before any training if the prompts were encoded by another text encoder than the model's."""
+    if table.width != width:
+        raise UserError(
+            f"{table.path}: text states are {table.width} wide, the model takes {width}: encode the prompts with "
             "the model's own text encoder"
         )

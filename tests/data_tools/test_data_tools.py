@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from scd_sf.data.clip_files import VIDEO, About, clip_path, clip_paths, write_cl
 from scd_sf.data.clip_index import Common, open_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
-from scd_sf.files import part_of, read_jsonl, write_bytes
+from scd_sf.data.raw_files import Refused
+from scd_sf.data_tools.foreign import Sample, read_parquet
+from scd_sf.files import locked, part_of, read_jsonl, write_bytes
 from scd_sf.models.text import load_text_encoder
 from scd_sf.models.vae import load_vae
 from scd_sf.types import UserError
@@ -339,3 +342,115 @@ def test_sources_and_models_that_do_not_fit_are_named(tmp_path: Path, model: Pat
     wide = {name: saved(torch.ones(5, 3, 4, 4)) if "latent" in name else data for name, data in rcm(0).items()}
     said = str(imported(tar_of(tmp_path / "wide.tar", wide), tmp_path / "out", model).exception)
     assert "the model's VAE has C = 4" in said and not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------- links, locks, files of others
+
+
+def test_links_are_skipped_and_nothing_leaves_the_folder(tmp_path: Path) -> None:
+    """A linked folder of someone's files, a linked video and a linked quarantine: nothing of them is moved."""
+    root, other = folder(tmp_path / "clips"), tmp_path / "other"
+    (other / "cc").mkdir(parents=True)
+    thesis, film = other / "cc" / "thesis.tex", other / "film.mp4"
+    thesis.write_text("mine")
+    film.write_bytes(VIDEO_BYTES)
+    (root / "cc").symlink_to(other / "cc")
+    one, two, _ = clip_paths(root)
+    (one.parent / "notes.txt").symlink_to(thesis)
+    one.write_bytes(b"cut")
+    one.with_suffix(VIDEO).unlink()
+    one.with_suffix(VIDEO).symlink_to(film)
+    assert scd("repair", root).exit_code == 0
+    assert thesis.read_text() == "mine" and film.read_bytes() == VIDEO_BYTES and one.with_suffix(VIDEO).is_symlink()
+    assert [file.name for file in (root / "quarantine").iterdir()] == [one.name]
+    (root / "quarantine" / one.name).unlink()
+    (root / "quarantine").rmdir()
+    (root / "quarantine").symlink_to(other)
+    two.write_bytes(b"cut")
+    assert "quarantine: is a link" in str(scd("repair", root).exception)
+    assert two.is_file() and not (other / two.name).exists()
+
+
+def test_commands_hold_their_folder_and_overwrite_nothing_of_others(tmp_path: Path, model: Path) -> None:
+    root, out = folder(tmp_path / "clips"), tmp_path / "tars"
+    good = tar_of(tmp_path / "good.tar", rcm(0))
+    with locked(root, "another job"), locked(out, "another job"):
+        for result in (
+            scd("repair", root),
+            scd("manifest", root),
+            scd("export-webdataset", root, out),
+            imported(good, out, model),
+        ):
+            assert "is at work in it" in str(result.exception)
+    for name, text in (("index.json", '{"mine": 1}'), ("shard-00000.tar", "mine"), ("thesis.tex", "mine")):
+        place = tmp_path / f"taken-{name}"
+        place.mkdir()
+        (place / name).write_text(text)
+        assert "nothing of others is overwritten" in str(scd("export-webdataset", root, place).exception)
+        assert [(file.name, file.read_text()) for file in place.iterdir()] == [(name, text)]
+    (tmp_path / "mine").mkdir()
+    for command in ("repair", "manifest"):
+        assert isinstance(scd(command, tmp_path / "mine").exception, UserError)
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_names_of_others_cannot_move_the_cursor(tmp_path: Path) -> None:
+    root = folder(tmp_path / "clips")
+    for name in ("\x1b[2Jx.txt", "a\nb.txt", "\udcff.txt"):
+        (clip_paths(root)[0].parent / name).touch()
+    for result in (scd("check", root), scd("repair", root)):
+        assert "x.txt" in result.stdout and "\x1b" not in result.stdout and len(result.stdout.splitlines()) == 4
+    assert len(list((root / "quarantine").iterdir())) == 3
+
+
+# ------------------------------------------------------------------------------------------------- damaged, and bombs
+
+
+def test_one_bad_item_does_not_end_the_import(tmp_path: Path, model: Path) -> None:
+    """An empty .pt, a flipped bit, captions that are no text: refused one by one, the rest is imported."""
+    source = tmp_path / "in"
+    source.mkdir()
+    flipped = bytearray(rcm(1)["000000001.latent.pt"])
+    flipped[len(flipped) // 2] ^= 16
+    bad = {name.replace("0001.", "0003."): data for name, data in rcm(1).items()} | {"000000003.latent.pt": b""}
+    bad |= {name.replace("0001.", "0004."): data for name, data in rcm(1).items()} | {"000000004.prompt.txt": b"\xff"}
+    bad |= {name.replace("0001.", "0005."): data for name, data in rcm(1).items()}
+    bad |= {"000000005.latent.pt": bytes(flipped)}
+    tar_of(source / "0.tar", rcm(0) | bad | rcm(2))
+    assert "parts of" in str(imported(source, tmp_path / "out", model).exception)
+    assert len(refused(tmp_path / "out")) == 3
+    assert {PROMPTS[0], PROMPTS[2]} == set(LatentClips(tmp_path / "out").texts([0, 1]))
+    assert "latent.pt: not a file of torch.save" in "\n".join(refused(tmp_path / "out"))
+
+
+def test_damaged_lmdb_is_named_and_its_counts_are_compared(tmp_path: Path, model: Path) -> None:
+    """A file that is cut would kill the process where it is read; a count of a billion would list a billion faults."""
+    values = torch.stack([latents(number).half() for number in range(3)])
+    write_lmdb(tmp_path / "a", values, PROMPTS)
+    data = (tmp_path / "a" / "data.mdb").read_bytes()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "data.mdb").write_bytes(data[: len(data) // 2])
+    said = str(imported(tmp_path / "cut", tmp_path / "out", model).exception)
+    assert "data.mdb has" in said and "(cut?)" in said
+    with lmdb.open(str(tmp_path / "a"), map_size=2**24) as env, env.begin(write=True) as put:
+        put.put(b"latents_shape", b"999999999 3 4 4 4")
+    assert "says 999999999 clips, it has 7 entries" in str(imported(tmp_path / "a", tmp_path / "out", model).exception)
+
+
+def test_damaged_parquet_is_named(tmp_path: Path, model: Path) -> None:
+    polars.DataFrame(parquet_rows()).write_parquet(tmp_path / "a.parquet", compression="uncompressed")
+    good = (tmp_path / "a.parquet").read_bytes()
+    rng = random.Random(0)
+    for number in range(40):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(4, len(data) - 8)] ^= 1 << rng.randrange(8)
+        (tmp_path / "a.parquet").write_bytes(bytes(data) if number % 4 else good[: rng.randrange(len(good))])
+        try:
+            parts = list(read_parquet(tmp_path / "a.parquet"))
+        except UserError as error:
+            assert "a.parquet" in str(error)
+        else:
+            assert all(isinstance(part, Sample | Refused) for part in parts)
+    (tmp_path / "a[1].parquet").write_bytes(good)
+    assert len(list(read_parquet(tmp_path / "a[1].parquet"))) == 3, "a name is no pattern"

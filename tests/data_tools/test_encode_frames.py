@@ -24,7 +24,8 @@ from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import Refused
 from scd_sf.data.teco import Teco
 from scd_sf.data.ucf101 import Ucf101
-from scd_sf.data_tools.encode_frames import EncodeConfig, check_clips, encode_pixels, import_latents
+from scd_sf.data_tools.encode_frames import EncodeConfig, Task, check_clips, encode_pixels, import_latents, run_pixels
+from scd_sf.files import locked
 from scd_sf.types import Tokenizer, UserError
 
 SCRIPTS = Path(__file__).parents[2] / "data_prep"
@@ -252,3 +253,30 @@ def far_list(root: Path) -> Path:
     """A list whose files are not looked at."""
     (root / "l.json").write_text('[{"latent_path": "a.pt", "action_path": "a.npz"}]')
     return root / "l.json"
+
+
+def test_output_of_others_is_left_alone_and_held(
+    doom_actions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of other things, a file that is no report, a folder that another job holds; names are printed clean."""
+    source = Teco(doom_actions, "train")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds manifest\.txt, but no data of ours"):
+        encode_pixels(source, Means(), tmp_path / "mine", {}, EncodeConfig())
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["manifest.txt"]
+    with locked(tmp_path / "out", "another job"), pytest.raises(UserError, match="is at work in it"):
+        encode_pixels(source, Means(), tmp_path / "out", {}, EncodeConfig())
+    bad = Made([16])
+    bad.refused = [Refused("\x1b[2J\nx", "why\udcff")]
+    report = tmp_path / "report.json"
+    report.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"report\.json: is no report of this command"):
+        run_pixels(bad, {}, Task(None, None, True, report, EncodeConfig(max_bad=1)))
+    assert report.read_text() == '{"mine": 1}'
+    report.unlink()
+    run_pixels(bad, {}, Task(None, None, True, report, EncodeConfig(max_bad=1)))
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if "why" in line]
+    assert len(lines) == 1 and "\x1b" not in said
+    assert json.loads(report.read_text())["bad"][0]["name"].startswith("\N{REPLACEMENT CHARACTER}[2J")

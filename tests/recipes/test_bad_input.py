@@ -51,6 +51,11 @@ def truncated_checkpoint(chain: Chain, folder: Path) -> list[str]:
     return [*chain.stage2(folder / "run"), f"init={file.parent}"]
 
 
+def other_size(chain: Chain, folder: Path) -> list[str]:
+    tiny_run.write_latents(folder / "val", shape=replace(tiny_run.SHAPE, height=2 * tiny_run.SHAPE.height))
+    return [*chain.stage2(folder / "run"), f"val={folder}/val"]
+
+
 def truncated_latents(chain: Chain, folder: Path) -> list[str]:
     shutil.copytree(chain.train, folder / "data")
     file = folder / "data" / "latents-00001.safetensors"
@@ -103,6 +108,7 @@ CASES = {
     "unknown-key-in-file": Case(STAGE2, config_file, ("mine.yaml", "'engine.lrr'", "did you mean 'engine.lr'?")),
     "wrong-type": Case(STAGE2, stage2("train.steps=many"), ("train.steps", "int")),
     "missing-checkpoint": Case(STAGE2, stage2("init=FOLDER/nowhere"), ("nowhere", "no checkpoint here", "give")),
+    "validation-of-another-size": Case(STAGE2, other_size, ("validation clips are 64x32", "are 32x32", "at one size")),
     "truncated-checkpoint": Case(STAGE2, truncated_checkpoint, ("model.safetensors", "truncated", "copy this one")),
     "truncated-latents": Case(STAGE2, truncated_latents, ("latents-00001.safetensors",)),
     "truncated-base": Case(STAGE1, truncated_teacher, ("diffusion_pytorch_model.safetensors", "copy")),
