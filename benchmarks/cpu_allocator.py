@@ -19,6 +19,7 @@ from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.layers import WanBlock
 from scd_sf.nn.rope import axis_dims, rope_table
 from scd_sf.train.ranks import keep_freed_memory
+from scd_sf.types import exit_on_user_error
 
 REPEATS = 20
 
@@ -60,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -24,6 +24,7 @@ from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.transplant import transplant_scd
 from scd_sf.models.weights import load_wan
 from scd_sf.train.ranks import keep_freed_memory
+from scd_sf.types import exit_on_user_error
 
 ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)
 VARIANTS = [  # fusion, prefix RoPE, prefix
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -28,7 +28,7 @@ from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan_json import config_json
 from scd_sf.rollout import cpu_noise, rollout
-from scd_sf.types import Conditioning
+from scd_sf.types import Conditioning, exit_on_user_error
 
 CFG = WanConfig(3, 128, text_dim=512, ffn_dim=2240, num_layers=12)
 SCD = ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11)))
@@ -109,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -34,7 +34,7 @@ from scd_sf.models.generator import CacheConfig, FrameStreamer
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.train.ranks import keep_freed_memory
-from scd_sf.types import Conditioning
+from scd_sf.types import Conditioning, exit_on_user_error
 
 CHANNELS, SIDE, ACTIONS = 32, 8, 3
 HISTORIES, STEPS, SAMPLES = (16, 64, 300), (4, 50), (1, 4)
@@ -200,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

@@ -28,6 +28,7 @@ from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.train.engine import EngineConfig, frozen_engine
 from scd_sf.train.ranks import Ranks
+from scd_sf.types import exit_on_user_error
 
 
 def never_read() -> Tensor:
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

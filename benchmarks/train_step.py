@@ -39,7 +39,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.rollout import cpu_noise, rollout
 from scd_sf.train.ranks import keep_freed_memory
-from scd_sf.types import Conditioning, Denoiser
+from scd_sf.types import Conditioning, Denoiser, exit_on_user_error
 
 CFG = WanConfig(num_layers=6)
 SCD = ScdConfig(tuple(range(5)), DecoderConfig((0, 5)))
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_user_error(main)

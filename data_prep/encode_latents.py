@@ -43,7 +43,7 @@ from scd_sf.files import (
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.text_cache import OFF, open_text_encoder
 from scd_sf.models.vae import Vae, load_vae, vae_source
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CAPTIONS = 'write one {"file": ..., "caption": ...} per line'
@@ -212,7 +212,7 @@ def _encode_split(job: Job, clips: ClipSet, split: str, out: Path) -> None:
     shape = vae.geometry.shape(clips.frames, clips.height, clips.width)
     writer = ShardWriter(out, inputs_of(clips, split, job))
     if writer.finished:
-        print(f"{out}: already complete")
+        say(f"{out}: already complete")
         return
     prompts, rows = plan(clips)
     text_dtype = DTYPES[job.dtypes["text_dtype"]]
@@ -231,7 +231,7 @@ def _encode_split(job: Job, clips: ClipSet, split: str, out: Path) -> None:
     latents = LatentWriter(writer, shape, dtype=DTYPES[job.dtypes["store_latents"]])
     encode_clips(clips, vae, latents, job.batch)
     latents.finish(rows, text)
-    print(f"{out}: {len(rows)} clips of {shape.latent(1)[1:]}, {len(prompts)} prompts")
+    say(f"{out}: {len(rows)} clips of {shape.latent(1)[1:]}, {len(prompts)} prompts")
 
 
 def main(
@@ -248,7 +248,7 @@ def main(
     ] = OFF,
     negative_prompt: Annotated[
         str, typer.Option(help="What stage 3's teacher is guided away from: 'wan' is Wan's own, '' the empty prompt.")
-    ] = "",
+    ] = "wan",
     text_dtype: Annotated[str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")] = "float32",
     store_text: Annotated[str, typer.Option(help="Storage type of the text states.")] = "float16",
     store_latents: Annotated[str, typer.Option(help="Storage type of the latents.")] = "float16",

@@ -18,12 +18,12 @@ from __future__ import annotations
 from scd_sf.config import from_command_line
 from scd_sf.prompt_filter.chain import FilterConfig
 from scd_sf.prompt_filter.report import run_filter
-from scd_sf.types import exit_on_user_error
+from scd_sf.types import exit_on_user_error, say
 
 
 def main() -> None:
     report = run_filter(from_command_line(FilterConfig, __doc__ or ""))
-    print(f"report: {report.with_suffix('.md')}")
+    say(f"report: {report.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from scd_sf.data.clips import write_video
 from scd_sf.data_tools.render import begin, run_all, sources
 from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")  # places to walk in, by their maps' names
 SPLITS, ACTIONS = ("train", "test"), ("turn_left", "turn_right", "move_forward")
@@ -298,7 +298,7 @@ def main(
         raise UserError(f"--scenario: '{unknown[0]}' is unknown; use one of {', '.join(SCENARIOS)}")
     root, request = out.resolve(), Request(seed, frames, size, scenarios, train, test)
     if begin(root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]):
-        print(f"{root}: already complete")
+        say(f"{root}: already complete")
         return
     with locked(root, "make_doom_actions"):
         make(root, request, workers)
@@ -313,7 +313,7 @@ def make(root: Path, request: Request, workers: int) -> None:
         bar.advance(task, total - sum(chunk.end - chunk.first for chunk in left))
         for chunk in run_all(run_chunk, left, root, workers):
             bar.advance(task, chunk.end - chunk.first)
-    print(finish(root, request))
+    say(finish(root, request))
 
 
 def cli(arguments: list[str] | None = None) -> None:

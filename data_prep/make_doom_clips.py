@@ -40,7 +40,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from scd_sf.data.clips import AGAIN, Clip, write_index, write_video
 from scd_sf.data_tools.render import begin, run_all, sources
 from scd_sf.files import locked, parse_json, read_text, sha256_file, typed, write_text
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
 SPAWN_TICS, SETTLE_TICS, WARM_UP_TICS = 10, 25, 12  # a new player cannot turn for 7; what stands on something falls
@@ -329,7 +329,7 @@ def main(
         raise UserError("--train/--val: both are 0; ask for at least one clip")
     root, request = out.resolve(), Request(seed, frames, train, val)
     if prepare(root, request):
-        print(f"{root}: already complete")
+        say(f"{root}: already complete")
         return
     with locked(root, "make_doom_clips"):
         make(root, request, workers)
@@ -343,7 +343,7 @@ def make(root: Path, request: Request, workers: int) -> None:
         task = bar.add_task("clips", total=total, completed=total - left)
         for chunk in run_all(run_chunk, todo, root, workers):
             bar.advance(task, chunk.end - chunk.first)
-    print(finish(root, request))
+    say(finish(root, request))
 
 
 def cli(arguments: list[str] | None = None) -> None:

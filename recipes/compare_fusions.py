@@ -24,7 +24,7 @@ from rich.table import Table
 from scd_sf.files import write_json
 from scd_sf.metrics.protocols import Row, read_rows
 from scd_sf.steps import Group, Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FUSIONS = {
@@ -69,6 +69,7 @@ class Plan:
         clips = self.run / "clips"
         render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", "48", "--val", "4")
         encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
+        encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
         return [
             [Step("clips", render, 27, outputs=[clips])],
             [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],
@@ -228,8 +229,8 @@ def main() -> None:
     write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
     show(found)
     for sign in context["machine_busy"]:
-        print(f"The machine was busy, times tell little: {sign}.")
-    print(f"{plan.run}/fusions.json")
+        say(f"The machine was busy, times tell little: {sign}.")
+    say(f"{plan.run}/fusions.json")
 
 
 if __name__ == "__main__":

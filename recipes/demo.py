@@ -22,7 +22,7 @@ from rich.console import Console
 from scd_sf.files import new_file, typed
 from scd_sf.metrics.protocols import Row, read_rows, table, write_rows
 from scd_sf.steps import Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 STUDENTS = ("scd", "causal")
@@ -37,6 +37,7 @@ def latents(run: Path) -> list[str]:
 def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
     render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "4")
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
+    encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
     return [
         [Step("clips", render, 27, outputs=[run / "clips"])],
         [Step("latents", [*encode, "--out", f"{run}/latents"], 50, outputs=[run / "latents"])],
@@ -173,12 +174,12 @@ def main() -> None:
         shutil.copyfile(folder / "gallery.html", part)
     Console(width=None if Console().is_terminal else LOG_WIDTH).print(table(rows, "Held-out prompts"))
     for name, check in checks.items():
-        print(check.line(name))
+        say(check.line(name))
     if any(check.met is None for check in checks.values()):
-        print(
+        say(
             f"To measure speeds when the machine is quiet, remove {folder}/results.json and run the same command again."
         )
-    print(f"{spent:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json")
+    say(f"{spent:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
-from scd_sf.files import sha256_folder, write_tensors
+from scd_sf.files import locked, sha256_folder, write_tensors
 from scd_sf.gallery.gallery import PromptCard, build_gallery
 from scd_sf.generation.generate import clips_of, decode, generate_latents
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
@@ -49,7 +49,7 @@ from scd_sf.pipeline import choose_sampler
 from scd_sf.provenance import git_revision, versions
 from scd_sf.rollout import sample_bidirectional
 from scd_sf.train.ranks import keep_freed_memory
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 LOG_WIDTH = 140  # of the table where no terminal says how wide it is
 
@@ -342,6 +342,12 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
 
 def main() -> None:
     cfg = from_command_line(EvaluateConfig, __doc__ or "")
+    with locked(Path(cfg.out), "this evaluation"):
+        evaluate(cfg)
+
+
+def evaluate(cfg: EvaluateConfig) -> None:
+    """Samples, scores, timings, table and gallery; the same command goes on where it stopped."""
     started, console = time.monotonic(), Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
@@ -362,13 +368,13 @@ def main() -> None:
             results.append(measure(row, bench))
         spent, did = time.monotonic() - started, "sampled" if cfg.sample_stages else "scored"
         left = spent / number * (len(wanted) - number)
-        console.print(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s", highlight=False)
+        say(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s")
     if cfg.sample_stages:
         return
     costs = {row.name: cost(row, bench) for row in cfg.rows}
     time_in_rounds(list(costs.values()), cfg.timing_repeats, cfg.timing_seconds)
     results = [(costs[row.name].fill(row), video) for row, video in results]
-    console.print(f"timed  {time.monotonic() - started:.0f} s", highlight=False)
+    say(f"timed  {time.monotonic() - started:.0f} s")
     last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
     extra = controls(bench, others, last)
     rows = [*(row for row, _ in results), *extra]
@@ -376,7 +382,7 @@ def main() -> None:
     notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
     console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
     write_gallery(cfg, bench, results, rows, notes)
-    console.print(f"{cfg.out}/results.json and {cfg.out}/gallery.html", highlight=False)
+    say(f"{cfg.out}/results.json and {cfg.out}/gallery.html")
 
 
 def write_gallery(

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from scd_sf.data.clips import write_video
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import Sampler, build_sampler
-from scd_sf.files import Json, read_json, sha256_folder, write_json
+from scd_sf.files import Json, locked, read_json, sha256_folder, write_json
 from scd_sf.metrics.frames import SsimWindow, as_uint8
 from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
 from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
@@ -46,7 +47,7 @@ from scd_sf.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.provenance import git_revision, versions
 from scd_sf.train.engine import init_distributed
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error
+from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error, say
 
 FREE = (
     "out",
@@ -253,7 +254,7 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
                 write_video(out / "videos" / f"{number:05d}.mp4", pair, bench.clips.fps)
         left = (len(mine) - start - len(numbers)) * (time.monotonic() - began) / len(numbers)
         if ranks.is_main:
-            print(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s", flush=True)
+            say(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s")
 
 
 def cost(bench: Evaluation) -> dict[str, object]:
@@ -309,7 +310,7 @@ def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) 
         about["parameters"] = sum(p.numel() for p in bench.model.parameters())
     write_json(out / "cost.json", {**about, **cost(bench)})
     Console(width=140).print(result_table({cfg.checkpoint: result}))
-    print(f"{out / 'result.json'}, {out / 'videos'}")
+    say(f"{out / 'result.json'}, {out / 'videos'}")
 
 
 def main() -> None:
@@ -319,14 +320,16 @@ def main() -> None:
     bench = build(cfg, ranks, checkpoint)
     networks = cfg.metric_networks(ranks.device)
     bench.read(0)  # whether the clips fit the protocol
-    claim(cfg, ranks, checkpoint)
-    score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
-    ranks.barrier()
-    if ranks.is_main:
-        everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
-        everything.resume(Path(cfg.out) / "clips")
-        write(bench, everything, checkpoint)
-    ranks.barrier()
+    with ExitStack() as held:
+        ranks.on_main(lambda: held.enter_context(locked(Path(cfg.out), "scores")))
+        claim(cfg, ranks, checkpoint)
+        score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
+        ranks.barrier()
+        if ranks.is_main:
+            everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
+            everything.resume(Path(cfg.out) / "clips")
+            write(bench, everything, checkpoint)
+        ranks.barrier()
 
 
 if __name__ == "__main__":

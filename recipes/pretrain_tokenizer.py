@@ -47,7 +47,7 @@ from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, buil
 from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Logs, UserError, exit_on_user_error
+from scd_sf.types import Logs, UserError, exit_on_user_error, say
 
 RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
 
@@ -298,7 +298,7 @@ def main() -> None:
     state.ema.copy_to(averaged)
     if ranks.is_main:
         for name, value in write(cfg, averaged, frames, val).items():
-            print(f"{name}: {value}", flush=True)
+            say(f"{name}: {value}")
     ranks.barrier()
     run.finish()
 

@@ -45,7 +45,7 @@ from scd_sf.models.vae_training import (
     whole_decode,
     whole_encode,
 )
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 Grads = tuple[Tensor, ...]
 
@@ -347,7 +347,7 @@ def train(state: State, cfg: PretrainVae, train_video: Tensor, val_video: Tensor
         if state.step % cfg.log_every == 0 or "psnr" in row:
             left = (total - state.step) * sum(recent) / len(recent)
             words = " ".join(f"{key} {value:.4g}" for key, value in row.items() if key != "step")
-            print(f"step {state.step}/{total} {words} left {left / 60:.1f} min", flush=True)
+            say(f"step {state.step}/{total} {words} left {left / 60:.1f} min")
             with (cfg.out / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if time.monotonic() - saved > cfg.save_seconds or state.step == total:
@@ -365,14 +365,14 @@ def run(cfg: PretrainVae) -> None:
     except OSError as error:
         raise UserError(f"{cfg.out}: cannot be made ({error.strerror}); choose another out=") from error
     videos = {split: load_videos(chosen, cfg.max_clips) for split, chosen in clips.items()}
-    print(f"{len(videos['train'])} train and {len(videos['val'])} val clips in memory", flush=True)
+    say(f"{len(videos['train'])} train and {len(videos['val'])} val clips in memory")
     state, config, path = State(cfg, videos["train"]), to_yaml(cfg), cfg.out / "state.pt"
     if path.is_file():
         state.load(path, config)
-        print(f"continues {path} at step {state.step}", flush=True)
+        say(f"continues {path} at step {state.step}")
     (cfg.out / "config.yaml").write_text(config, encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in state.params)
-    print(f"{parameters} parameters, {cfg.distil.steps} + {cfg.video.steps} steps", flush=True)
+    say(f"{parameters} parameters, {cfg.distil.steps} + {cfg.video.steps} steps")
     train(state, cfg, videos["train"], videos["val"], lambda: state.save(path, config))
     folder = cfg.out / "vae"
     export(state.averaged(cfg), videos["train"], folder)
@@ -380,7 +380,7 @@ def run(cfg: PretrainVae) -> None:
     report |= {"parameters": parameters, "megabytes": round((folder / WEIGHTS).stat().st_size / 1e6, 3)}
     report |= {"steps": state.step, "train_seconds": round(state.seconds, 1), "data_sha256": clips["train"].hash}
     (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1), flush=True)
+    print(json.dumps(report, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,7 +35,7 @@ from scd_sf.nn.layers import DitBlock
 from scd_sf.rollout import rollout
 from scd_sf.steps import Group, Step, python, run_steps
 from scd_sf.train.base import EngineConfig
-from scd_sf.types import Conditioning, UserError, exit_on_user_error
+from scd_sf.types import Conditioning, UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TOKENIZER, CONFIG = "assets/tokenizer_doom", "recipes/configs/pretrain_doom.yaml"
@@ -296,7 +296,7 @@ def params() -> dict[str, Any]:
         one, two = (block_passes(model, 2, steps) - block_passes(model, 1, steps) for steps in (1, 2))
         counted, at_50 = sum(parameter.numel() for parameter in model.parameters()), one + 49 * (two - one)
         found[name] = {"parameters": counted, "paper_millions": millions, "block_passes": at_50, "paper_passes": passes}
-        print(f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})")
+        say(f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})")
     return found
 
 
@@ -322,9 +322,9 @@ def lpips(pictures: Path | None) -> dict[str, Any]:
         if pictures is not None:
             reference, *shown = (picture(pictures / f"ex_{name}.png") for name in ("ref", "p0", "p1"))
             found[f"{trunk}_pictures"] = values = [round(float(network(each, reference)), 4) for each in shown]
-            print(f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})")
+            say(f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})")
     found["vgg_largest_error"] = max(abs(a - b) for a, b in zip(found["vgg"], LPIPS_VGG, strict=True))
-    print(f"LPIPS VGG: largest difference to the published values {found['vgg_largest_error']:.2g}")
+    say(f"LPIPS VGG: largest difference to the published values {found['vgg_largest_error']:.2g}")
     return found
 
 
@@ -393,7 +393,7 @@ def main() -> None:
         run_steps(plan.run, extra(plan, experiment), 2)
         document = plan.document() | {experiment: collect(plan, experiment)}
         write_json(file, document)
-        print(f"{experiment}: {file}; " + ", ".join(str(path) for path in draw(plan, experiment, document[experiment])))
+        say(f"{experiment}: {file}; " + ", ".join(str(path) for path in draw(plan, experiment, document[experiment])))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import os
 
 from scd_sf.config import from_command_line
 from scd_sf.models.transplant import TransplantConfig, run_transplant
-from scd_sf.types import exit_on_user_error
+from scd_sf.types import exit_on_user_error, say
 
 
 def main() -> None:
     cfg = from_command_line(TransplantConfig, __doc__ or "")
     if os.environ.get("RANK", "0") == "0":  # a launcher may start several processes; one does the work
-        print(run_transplant(cfg))
+        say(run_transplant(cfg))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.config import from_command_line, to_yaml
-from scd_sf.data.latents import LatentClips, epoch_order
+from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.files import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
@@ -58,11 +58,16 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
 
 
 def update(
-    cfg: Stage2Config, run: Run, engine: Engine, reads: Prefetch, position: int, may_stop: Callable[[], None]
+    cfg: Stage2Config,
+    run: Run,
+    engine: Engine,
+    clips: LatentClips,
+    reads: Prefetch[LatentBatch],
+    position: int,
+    may_stop: Callable[[], None],
 ) -> tuple[StepInfo, Logs]:
     """One update of all micro-batches, between which the run may end; this rank's mean logs."""
     sums: Logs = {}
-    clips = reads.clips
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
     now, later = (
         micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips)) for step in (position - 1, position)
@@ -122,14 +127,14 @@ def main() -> None:
         texts=val.texts(seen),
         cfg=cfg.preview,
     )
-    reads = Prefetch(clips, cfg.train.prefetch)
+    reads = Prefetch(clips.stored, cfg.train.prefetch)
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
         show(run, preview, averaged, 0)
     for step in state.steps(start):
         with state.attempt(step):
-            info, sums = update(cfg, run, engine, reads, state.position(step), state.may_stop)
+            info, sums = update(cfg, run, engine, clips, reads, state.position(step), state.may_stop)
             if info.stepped:
                 state.update_ema()
             logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}

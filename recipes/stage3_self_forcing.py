@@ -4,8 +4,9 @@
         teacher=Wan-AI/Wan2.1-T2V-14B-Diffusers critic=Wan-AI/Wan2.1-T2V-1.3B-Diffusers prompts=data/prompts \\
         run.dir=runs/stage3
 
-Data-free: only prompts. Three engines in one process: student and critic ZeRO-2, the frozen teacher ZeRO-3. One step is
-one student update after ``ratio`` critic updates. Works under ``deepspeed``, ``torchrun`` and plain ``python``.
+Data-free: only prompts, a list of any length (they are encoded while it trains) or a directory of encoded ones. Three
+engines in one process: student and critic ZeRO-2, the frozen teacher ZeRO-3. One step is one student update after
+``ratio`` critic updates. Works under ``deepspeed``, ``torchrun`` and plain ``python``.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
-from scd_sf.data.prompts import PromptSet
+from scd_sf.data.prefetch import Prefetch
+from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.files import generator
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import Student, build_student, load_student
+from scd_sf.models.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.plan.job import Job
@@ -52,7 +55,7 @@ from scd_sf.train.recipe import (
 )
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error
+from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, say
 from scd_sf.validation import show
 
 MayStop = Callable[[], None]
@@ -70,7 +73,8 @@ class Distillation:
     cfg: Stage3Config
     run: Run
     ranks: Ranks
-    prompts: PromptSet
+    prompts: Prompts
+    reads: Prefetch[Conditioning]
     sampler: Renoise
     latent: tuple[int, int, int, int]
     student: Engine
@@ -78,10 +82,21 @@ class Distillation:
     teacher: torch.nn.Module
 
     def cond(self, indices: Sequence[int]) -> Conditioning:
-        return self.prompts.conditioning(indices).to(self.ranks.device)
+        return self.reads.batch(indices).to(self.ranks.device)
+
+    def prompts_of(self, step: int, turns: Sequence[int]) -> list[list[int]]:
+        """This rank's prompts in the order in which a step asks for them: critic updates ``turns``, then its own."""
+        seed, size = self.cfg.run.seed, len(self.prompts)
+        places = [(seed + 1, (step - 1) * (self.cfg.ratio + 1) + turn) for turn in turns if turn % self.cfg.reuse == 0]
+        places.append((seed, step - 1))
+        return [
+            indices
+            for stream, place in places
+            for _, indices in micro_batches(self.cfg.train, stream, self.ranks, place, size)
+        ]
 
     def kept(self, number: int, indices: list[int], loss: Tensor, x: Tensor, cond: Conditioning) -> MicroBatch:
-        prompts = [self.prompts.rows[index].prompt for index in indices]
+        prompts = self.prompts.texts(indices)
         return MicroBatch(number, indices, prompts, loss.detach(), {"rollout": x.detach(), "text": cond.text_BLE})
 
     def rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
@@ -144,6 +159,8 @@ class Distillation:
         before = (cfg.critic_warmup if first else 0) + (cfg.ratio if own else 0)
         critic_logs = state.begun()
         turns = int(critic_logs.pop("turns", 0))
+        again = range(cfg.ratio if own else 0)
+        self.reads.expect(self.prompts_of(step, range(turns, before)) + self.prompts_of(step + 1, again))
 
         def may_stop(turn: int) -> MayStop:
             return lambda: state.may_stop({"turns": float(turn), **critic_logs})
@@ -181,17 +198,17 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
     }
 
 
-def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: PromptSet) -> None:
+def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: Prompts) -> None:
     """Everything that can be wrong with the inputs, before anything is written: shapes, text, batches, both Wans."""
     for name, path in (("teacher", cfg.teacher), ("critic", cfg.critic)):
         wan = read_wan_config(Path(path))
         where = f"video, for {name} {path}"
         check_shape(latent, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
-        check_text(prompts.table, wan.text_dim)
-    check_batches(cfg.train, ranks, len(prompts), prompts.root)
+        check_text(prompts, wan.text_dim)
+    check_batches(cfg.train, ranks, len(prompts), prompts.where)
 
 
-def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, latent: VideoShape) -> Distillation:
+def build(cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape) -> Distillation:
     sampler, ranks = Renoise(cfg.sampler.times), run.ranks
 
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
@@ -219,7 +236,22 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: PromptSet, lat
     weights = {name: tensor.read for name, tensor in files.tensors.items()}
     teacher = frozen_engine(lambda: Wan(files.config), weights, cfg.teacher_engine, ranks)
     shape = (latent.frames, latent.channels, latent.height, latent.width)
-    return Distillation(cfg, run, ranks, prompts, sampler, shape, engines[0], engines[1], teacher)
+    reads = Prefetch(prompts.conditioning, train.prefetch, threads=1)
+    return Distillation(cfg, run, ranks, prompts, reads, sampler, shape, engines[0], engines[1], teacher)
+
+
+def preview_of(parts: Distillation, base: str, latent: VideoShape) -> Preview:
+    """Validation videos of the first and the middle prompt."""
+    seen = [0, len(parts.prompts) // 2]
+    return Preview(
+        base,
+        parts.reads.batch(seen),
+        latent,
+        parts.sampler,
+        parts.run.dir / "videos",
+        texts=parts.prompts.texts(seen),
+        cfg=parts.cfg.preview,
+    )
 
 
 def main() -> None:
@@ -228,18 +260,23 @@ def main() -> None:
     init = ranks.checkpoint(cfg.init, "ema")
     student, parent = load_student(init, "ema")
     latent = cfg.video.shape(parent.model.wan.in_channels)
-    prompts = PromptSet(cfg.prompts)
+    prompts = open_prompts(Path(cfg.prompts), cfg.text, (cfg.teacher, cfg.critic), cfg.negative_prompt, ranks.device)
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
         teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
-        run.flops_per_step = Job(cfg, parent.model, latent, teacher, critic, prompts.table.length).model_flops()
+        run.flops_per_step = Job(cfg, parent.model, latent, teacher, critic, prompts.length).model_flops()
+    if isinstance(prompts, LivePrompts):
+        prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
+    if ranks.is_main:
+        say(f"prompts: {prompts}")
     parts = build(cfg, run, student, prompts, latent)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
-        extra = {"teacher": cfg.teacher, "critic": cfg.critic, "video": pixel_shape(latent), **cfg.loss.guidance.logs()}
+        wans = {"teacher": cfg.teacher, "critic": cfg.critic, "negative_prompt": prompts.negative_prompt}
+        extra = {**wans, "video": pixel_shape(latent), **cfg.loss.guidance.logs()}
         return description, provenance(
             stage="stage3_self_forcing",
             step=step,
@@ -249,16 +286,7 @@ def main() -> None:
             extra=extra,
         )
 
-    seen = [0, len(prompts) // 2]
-    preview = Preview(
-        parent.base,
-        prompts.conditioning(seen),
-        latent,
-        parts.sampler,
-        run.dir / "videos",
-        texts=[prompts.rows[index].prompt for index in seen],
-        cfg=cfg.preview,
-    )
+    preview = preview_of(parts, parent.base, latent)
     averaged = build_student(parent.model)
     engines = {"model": parts.student, "critic": parts.critic}
     state = TrainState(run, engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
@@ -279,6 +307,7 @@ def main() -> None:
                 state.ema.copy_to(averaged)
                 logs |= show(run, preview, averaged, step)
             run.log(step, logs)
+    parts.reads.close()
     run.finish()
 
 

@@ -33,7 +33,7 @@ from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.paired import LossConfig
 from scd_sf.probes.subject import Subject
 from scd_sf.steps import Group, Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LEAVE_ONE_OUT = "leave-one-out"
@@ -100,6 +100,7 @@ class Plan:
         clips, count = self.run / "clips", str(train)
         render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", count, "--val", "4")
         encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
+        encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
         return [
             [Step("clips", render, 27, outputs=[clips])],
             [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],
@@ -185,12 +186,12 @@ def proposal(plan: Plan) -> Cut:
     key = {"weights": weights, "data": val.hash, "settings": asdict(cfg.loss)}
     if not (keys.is_file() and json.loads(keys.read_text()) == json.loads(json.dumps(key)) and config.is_file()):
         wan = load_wan(plan.teacher)
-        print(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips", flush=True)
+        say(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips")
         cond = val.prompts.conditioning([0])
         result = leave_one_out(Subject(str(plan.teacher), wan, val.shape, cond, Euler(), (0,), val), cfg)
         result.write(folder)
         write_json(keys, key)
-        print(result.text)
+        say(result.text)
     scd = load_config(TransplantConfig, config, ["base=", "out="]).scd
     return Cut(scd.encoder_layers, scd.decoder.layers)
 
@@ -301,8 +302,8 @@ def main() -> None:
     figure = draw(plan, found)
     show(found, plan.updates)
     for sign in context["machine_busy"]:
-        print(f"The machine was busy, times tell little: {sign}.")
-    print(f"{plan.run}/sweep.json, {figure}")
+        say(f"The machine was busy, times tell little: {sign}.")
+    say(f"{plan.run}/sweep.json, {figure}")
 
 
 if __name__ == "__main__":

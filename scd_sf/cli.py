@@ -24,10 +24,11 @@ from scd_sf.doctor.finding import FAIL
 from scd_sf.doctor.report import as_table, examine
 from scd_sf.monitor.commands import app as runs
 from scd_sf.plan.commands import plan
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, printable, say
 
 if TYPE_CHECKING:
     from scd_sf.models.names import Layout
+    from scd_sf.models.weights import WanFiles
 
 app = typer.Typer(
     name="scd",
@@ -45,7 +46,7 @@ app.add_typer(weights, name="weights")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"scd-sf {__version__}")
+        say(f"scd-sf {__version__}")
         raise typer.Exit
 
 
@@ -79,43 +80,60 @@ def inspect(
         Path, typer.Argument(help="A checkpoint (step_N or run directory), an exported file, or Wan 2.1 weights.")
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the sums.")] = False,
+    section: Annotated[str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")] = "",
+    heads: Annotated[int, typer.Option(help="Attention heads of a file alone, which does not say them.")] = 0,
 ) -> None:
     """Verify weights, then print where they came from and what they hold. Exit code 2 if they are damaged."""
-    console = Console(highlight=False, soft_wrap=True)
     if path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "transformer")):
-        _inspect_weights(console, path, tensors)
+        _inspect_weights(path, tensors, section, heads)
         return
     found = find(path)
-    console.print(f"{found}: verified", markup=False)
-    _print_fields(console, read_provenance(found))
+    say(f"{found}: verified")
+    _print_fields(read_provenance(found))
     for file in sorted(found.glob("*.safetensors")):
-        _print_tensors(console, file, every=tensors)
+        _print_tensors(file, every=tensors)
 
 
-def _inspect_weights(console: Console, path: Path, tensors: bool) -> None:
+def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> None:
     """An exported file, or a transformer in any layout that stage 1 reads."""
     from scd_sf.models.build import is_single, read_single
     from scd_sf.models.weights import open_wan
 
     if is_single(path):
         config, origin = read_single(path)
-        console.print(f"{path}: exported by scd", markup=False)
-        _print_fields(console, {"model": config.model.family, "sampler": asdict(config.sampler), **origin})
-        _print_tensors(console, path, every=tensors)
+        say(f"{path}: exported by scd")
+        _print_fields({"model": config.model.family, "sampler": asdict(config.sampler), **origin})
+        _print_tensors(path, every=tensors)
         return
-    files = open_wan(path)
+    files = open_wan(path, section=section, heads=heads, any_heads=True)
     total = sum(tensor.meta.numel() for tensor in files.tensors.values())
-    console.print(f"{files.path}: Wan 2.1 text-to-video, {files.layout} layout, all tensors there", markup=False)
-    _print_fields(console, asdict(files.config))
+    say(f"{files.path}: Wan 2.1 text-to-video, {files.layout} layout, all tensors there")
+    fields: dict[str, object] = asdict(files.config)
+    if files.heads == "unknown":
+        fields |= dict.fromkeys(("num_attention_heads", "attention_head_dim"), "unknown")
+    _print_fields(fields)
+    say(f"  {_heads(files)}")
     dtypes = sorted({str(tensor.meta.dtype).removeprefix("torch.") for tensor in files.tensors.values()})
-    console.print(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}", markup=False)
+    say(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}")
     for name, tensor in files.tensors.items() if tensors else ():
-        console.print(f"    {name}  {list(tensor.shape)}", markup=False)
+        say(f"    {name}  {list(tensor.shape)}")
 
 
-def _print_fields(console: Console, fields: dict[str, object]) -> None:
+def _heads(files: WanFiles) -> str:
+    """How the number of attention heads is known, for people: tensors do not say it."""
+    count = f"{files.config.num_attention_heads} attention heads"
+    return {
+        "stated": count,
+        "like": count,
+        "assumed": f"{count}, assumed: those of the released Wan of this width",
+        "unknown": "how many attention heads is not in the file; say it with --heads",
+    }[files.heads]
+
+
+def _print_fields(fields: dict[str, object]) -> None:
     for key, value in fields.items():
-        console.print(f"  {key}: {value if isinstance(value, str | int | float) else json.dumps(value)}", markup=False)
+        text = value if isinstance(value, str | int | float) else json.dumps(value)
+        say(f"  {printable(str(key))}: {printable(str(text))}")
 
 
 @app.command()
@@ -131,7 +149,7 @@ def transplant(
     """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No training."""
     from scd_sf.models.transplant import TransplantConfig, run_transplant
 
-    print(run_transplant(load_config(TransplantConfig, config, overrides)))
+    say(run_transplant(load_config(TransplantConfig, config, overrides)))
 
 
 @app.command()
@@ -165,7 +183,6 @@ def gallery(
     from scd_sf.gallery.folders import page_of, read_folder
     from scd_sf.gallery.page import write_page
     from scd_sf.gallery.sheet import ROWS, contact_sheet, require_own_sheet
-    from scd_sf.types import printable
 
     given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
     if len(given) != len(folders):
@@ -174,14 +191,14 @@ def gallery(
         require_own_sheet(sheet)
     page = page_of([read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title)
     index = write_page(page, out)
-    print(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
+    say(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
     for what in ("missing", "damaged"):
         if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
-            print(f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again")
+            say(f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again")
     if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
-        print(f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}")
+        say(f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}")
     if sheet is not None:
-        print(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
+        say(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
 
 
 @app.command()
@@ -202,7 +219,7 @@ def probe(
     from scd_sf.probing import ProbeConfig, run_probes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(run_probes(load_config(ProbeConfig, config, overrides), device))
+    say(run_probes(load_config(ProbeConfig, config, overrides), device))
 
 
 @app.command()
@@ -233,7 +250,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="A new directory.")],
     layout: Annotated[str, typer.Option(help="diffusers or original (Wan-AI's own names).")] = "diffusers",
     section: Annotated[str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")] = "",
-    heads: Annotated[int, typer.Option(help="Attention heads, for a file alone; 0: width / 128.")] = 0,
+    heads: Annotated[int, typer.Option(help="Attention heads of a file alone; 0: as a released Wan of its width.")] = 0,
     max_shard: Annotated[str, typer.Option(help="Largest file.")] = "10GB",
 ) -> None:
     """A Wan 2.1 transformer from one public layout to the other, bit for bit; read again and compared."""
@@ -242,8 +259,9 @@ def convert(
     if layout not in ("diffusers", "original"):
         raise UserError(f"layout '{layout}' is unknown; use diffusers or original")
     wanted: Layout = "original" if layout == "original" else "diffusers"
-    found, difference = convert_wan(source, out, wanted, section=section, heads=heads, max_shard=max_shard)
-    print(f"{out}: {layout} layout, from {found}, every tensor bit for bit; outputs differ by at most {difference:.3g}")
+    files, difference = convert_wan(source, out, wanted, section=section, heads=heads, max_shard=max_shard)
+    say(f"{out}: {layout} layout, from {files.layout}, every tensor bit for bit; {_heads(files)}")
+    say(f"outputs differ by at most {difference:.3g}")
 
 
 @app.command()
@@ -265,7 +283,7 @@ def export(
         difference = export_pipeline(checkpoint, out, weights, dtype, base)
     else:
         difference = export_weights(checkpoint, out, layout, weights, dtype)
-    print(f"{out}: {layout}, {dtype}; read again, its output differs by at most {difference:.3g}")
+    say(f"{out}: {layout}, {dtype}; read again, its output differs by at most {difference:.3g}")
 
 
 @weights.command("metrics")
@@ -281,27 +299,20 @@ def weights_metrics(
     from scd_sf.metrics.weights import metrics_folder, prepare_weights
 
     for name, digest in prepare_weights(out, source).items():
-        print(f"{metrics_folder(out) / name}.safetensors: whole, sha256 {digest}")
+        say(f"{metrics_folder(out) / name}.safetensors: whole, sha256 {digest}")
 
 
-def _print_tensors(console: Console, file: Path, *, every: bool) -> None:
+def _print_tensors(file: Path, *, every: bool) -> None:
     """One line for the file, one for each tensor when asked; only the header is read."""
-    from safetensors import safe_open
+    from scd_sf.tensor_files import kind_of, open_tensors
 
-    total, count, dtypes = 0, 0, set()
-    rows: list[str] = []
-    with safe_open(file, framework="pt") as content:
-        for name in sorted(content.keys()):
-            view = content.get_slice(name)
-            size = 1
-            for length in view.get_shape():
-                size *= length
-            total, count = total + size, count + 1
-            dtypes.add(view.get_dtype())
-            rows.append(f"    {name}  {view.get_dtype()} {list(view.get_shape())}")
-    console.print(f"  {file.name}: {count} tensors, {total:,} numbers, {', '.join(sorted(dtypes))}", markup=False)
-    for row in rows if every else []:
-        console.print(row, markup=False)
+    tensors = open_tensors(file)
+    total = sum(tensor.meta.numel() for tensor in tensors.values())
+    kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
+    names = ", ".join(sorted(set(kinds.values())))
+    say(f"  {file.name}: {len(tensors)} tensors, {total:,} numbers, {names}")
+    for name in sorted(tensors) if every else ():
+        say(f"    {printable(name)}  {kinds[name]} {list(tensors[name].shape)}")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -59,14 +60,19 @@ def _opened(path: Path) -> IO[str]:
     return file
 
 
-def require_own_folder(folder: Path, mark: str, remedy: str) -> None:
-    """UserError when the folder has contents, and not the file ``mark`` that a command puts there first."""
-    if folder.is_dir() and not (folder / mark).is_file():
-        if others := sorted(path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)):
-            raise UserError(
-                f"{folder}: holds other files ({others[0][:80]}) and no {mark} of ours; nothing of others is touched: "
-                f"{remedy}"
-            )
+def require_own_folder(folder: Path, marks: Iterable[str], remedy: str = "use another out=") -> None:
+    """UserError where ``folder`` is no folder, or has contents and nothing that a command puts there first."""
+    if not folder.is_dir():
+        if folder.is_symlink() or folder.exists():
+            raise UserError(f"{folder}: is there and no folder; nothing of others is touched: {remedy}")
+        return
+    names = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
+    wanted = list(marks)
+    if names and not any((folder / mark).exists() for mark in wanted):
+        other, mark = printable(min(names))[:80], " or ".join(wanted)
+        raise UserError(
+            f"{folder}: holds other files ({other}) and no {mark} of ours; nothing of others is touched: {remedy}"
+        )
 
 
 def has_mark(path: Path, mark: str) -> bool:

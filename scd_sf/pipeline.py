@@ -10,7 +10,6 @@ names them) with the student in ``transformer/model.safetensors``, whose metadat
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,27 +22,27 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scd_sf.files import write_json
+from scd_sf.files import new_folder, write_json
 from scd_sf.generation.generate import clips_of, generate
 from scd_sf.models.build import (
     CheckpointConfig,
     SamplerConfig,
     Student,
+    base_of,
     describe_checkpoint,
     load_student,
     probe,
     read_single,
     write_single,
 )
+from scd_sf.models.components import copy_components
 from scd_sf.models.export import dtype_of, largest, must_be_new
 from scd_sf.models.generator import check_chunks
-from scd_sf.models.text import REFERENCE, TextEncoderConfig, TransformersTextEncoder, load_text_encoder
+from scd_sf.models.text import TextEncoderConfig, TransformersTextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeGeometry, load_vae
 from scd_sf.types import UserError, VideoShape
 
 STUDENT = Path("transformer") / "model.safetensors"
-FOLDERS = ("vae", "text_encoder", "tokenizer")
-FILES = (REFERENCE,)
 
 
 def choose_sampler(
@@ -173,26 +172,27 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
 
 def write_pipeline(
     out: Path, student: Student, config: CheckpointConfig, origin: dict[str, object], base: Path, dtype: torch.dtype
-) -> None:
-    """A pipeline directory: the student, and VAE and text encoder copied from ``base`` (a Wan directory)."""
-    must_be_new(out)
-    present = [name for name in (*FOLDERS, *FILES) if (base / name).exists()]
-    if "vae" not in present:
+) -> Student:
+    """A pipeline directory: the student, and VAE and text encoder copied from ``base`` (a Wan directory).
+
+    Returns the student as it is read again from there; nothing stands at ``out`` before that. UserError also for a
+    file of ``base`` that cannot be read as what it should be.
+    """
+    must_be_new(out, base)
+    if not (base / "vae").is_dir():
         raise UserError(f"{base}: has no vae/; give the Wan directory in diffusers layout that the student came from")
-    write_single(out / STUDENT, student, config, origin, dtype)
-    for name in present:
-        if (base / name).is_dir():
-            shutil.copytree(base / name, out / name)
-        else:
-            shutil.copyfile(base / name, out / name)
-    entries = {"transformer": ["scd_sf", type(student).__name__], "vae": ["diffusers", "AutoencoderKLWan"]}
-    entries |= {
-        name: ["transformers", kind]
-        for name, kind in (("text_encoder", "AutoModelForTextEncoding"), ("tokenizer", "AutoTokenizer"))
-    }
-    write_json(
-        out / "model_index.json", {"_class_name": "SCDWanPipeline", "_diffusers_version": diffusers_version, **entries}
-    )
+    with new_folder(out, "choose another place") as part:
+        write_single(part / STUDENT, student, config, origin, dtype)
+        copy_components(base, part)
+        entries = {"transformer": ["scd_sf", type(student).__name__], "vae": ["diffusers", "AutoencoderKLWan"]}
+        entries |= {
+            name: ["transformers", kind]
+            for name, kind in (("text_encoder", "AutoModelForTextEncoding"), ("tokenizer", "AutoTokenizer"))
+        }
+        index = {"_class_name": "SCDWanPipeline", "_diffusers_version": diffusers_version, **entries}
+        write_json(part / "model_index.json", index)
+        again: Student = SCDWanPipeline.from_pretrained(part).transformer
+    return again
 
 
 def export_pipeline(checkpoint: Path, out: Path, weights: str = "ema", dtype: str = "bf16", base: str = "") -> float:
@@ -200,12 +200,11 @@ def export_pipeline(checkpoint: Path, out: Path, weights: str = "ema", dtype: st
 
     ``base``: the Wan directory with VAE and text encoder (empty: the one the checkpoint names).
     """
+    kind = dtype_of(dtype)
+    must_be_new(out)
     student, config = load_student(checkpoint, weights)
     _, origin = describe_checkpoint(checkpoint)
-    folder = Path(base or config.base)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: the base directory is not there; say where it is with base")
+    folder = base_of(config, base, checkpoint)
     before = probe(student)
-    write_pipeline(out, student, config, {**origin, "weights": weights}, folder, dtype_of(dtype))
-    again = SCDWanPipeline.from_pretrained(out)
-    return largest(before, probe(again.transformer))
+    again = write_pipeline(out, student, config, {**origin, "weights": weights}, folder, kind)
+    return largest(before, probe(again))

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_files import read_prompt_file
-from scd_sf.files import read_json, write_json
+from scd_sf.files import locked, read_json, write_json
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,
@@ -36,6 +35,7 @@ from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import is_wan_directory, load_wan
+from scd_sf.ownership import require_own_folder
 from scd_sf.pipeline import choose_sampler
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
 from scd_sf.probes.frame_diagonal import DiagonalProbe, frame_diagonal
@@ -47,7 +47,7 @@ from scd_sf.probes.similarity import SimilarityProbe, similarity
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer
 from scd_sf.probes.subject import Subject
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape, say
 
 PROBES: dict[str, Callable[[Subject, Any], ProbeResult]] = {
     "similarity": similarity,
@@ -201,7 +201,7 @@ def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
         settings.check(subject)
     for name, reason in why.items():
         if not cfg.probes:
-            Console().print(f"without {name}: {reason}", highlight=False, soft_wrap=True)
+            say(f"without {name}: {reason}")
     return names
 
 
@@ -221,15 +221,16 @@ def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
         "seed": cfg.seed,
     }
     about = out / "probe.json"
-    if about.is_file():
-        before = read_json(about, "choose another out=")
-        if changed := [name for name, value in facts.items() if before.get(name) != value]:
-            raise UserError(f"{out}: holds probes of another {', '.join(changed)}; choose another out=")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()})
-    for number, name in enumerate(names, 1):
-        result = PROBES[name](subject, getattr(cfg, name))
-        result.write(out)
-        page = write_report(out, f"Probes of {subject.name}", facts)
-        print(f"[{number}/{len(names)}] {result.title}: {result.text}", flush=True)
+    require_own_folder(out, [about.name], "choose another out=")
+    with locked(out, "these probes"):
+        if about.is_file():
+            before = read_json(about, "choose another out=")
+            if changed := [name for name, value in facts.items() if before.get(name) != value]:
+                raise UserError(f"{out}: holds probes of another {', '.join(changed)}; choose another out=")
+        write_json(about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()})
+        for number, name in enumerate(names, 1):
+            result = PROBES[name](subject, getattr(cfg, name))
+            result.write(out)
+            page = write_report(out, f"Probes of {subject.name}", facts)
+            say(f"[{number}/{len(names)}] {result.title}: {result.text}")
     return page

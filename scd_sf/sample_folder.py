@@ -13,10 +13,10 @@ from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
-from scd_sf.files import LOCK, locked, read_json, sha256_file, write_json
+from scd_sf.files import LOCK, locked, read_json, sha256_file, sweep, write_json
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 INDEX = "manifest.json"
 DONE = ".done"
@@ -41,7 +41,6 @@ def open_folder(out: Path, settings: dict[str, object]) -> None:
     try:
         if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out=")
-        (out / DONE).mkdir(exist_ok=True)
         write_json(file, {"settings": settings, "videos": {}})
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
@@ -126,11 +125,14 @@ def make_videos(
 
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video]) -> None:
     """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
+    if ranks.is_main:
+        for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
+            sweep(folder)
     left = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]
     if ranks.is_main:
-        print(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before", flush=True)
+        say(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before")
     started, made = time.monotonic(), 0
     for part in batches(todo, studio.cfg.batch):
         make(studio, out, part)
@@ -138,5 +140,5 @@ def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video
         seconds = (time.monotonic() - started) / made
         rest = round(seconds * (len(todo) - made))
         if ranks.is_main:
-            print(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}", flush=True)
+            say(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}")
     ranks.barrier()

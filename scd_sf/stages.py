@@ -10,6 +10,7 @@ from scd_sf.losses.dmd import DmdConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import SamplerConfig
+from scd_sf.models.live_prompts import LiveTextConfig
 from scd_sf.preview import PreviewConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.train.recipe import TrainConfig
@@ -56,8 +57,11 @@ class VideoConfig:
 
 @dataclass
 class Stage3Config:
-    """Defaults are Table 7. ``critic_data``: "own" rollouts for the critic, before the student's update, a new one
-    every ``reuse`` critic updates; or the "student"'s rollouts, detached, after its update.
+    """Defaults are Table 7. ``prompts``: a list (txt, csv, jsonl, a filter's or an extender's folder), which is encoded
+    while it trains, as ``text`` says; or a directory of encoded ones. ``negative_prompt``: what the teacher is guided
+    away from; null is "wan", Wan's own, for a list, and for a directory what it was encoded with.
+    ``critic_data``: "own" rollouts for the critic, before the student's update, a new one every ``reuse`` critic
+    updates; or the "student"'s rollouts, detached, after its update.
     ``linear_times`` warped by ``step_shift`` are the times of the student's steps; its checkpoints carry them.
     ``loss.shift`` is the law of DMD's noise levels.
     ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
@@ -69,6 +73,8 @@ class Stage3Config:
     critic: str
     prompts: str
     run: RunConfig
+    text: LiveTextConfig = field(default_factory=LiveTextConfig)
+    negative_prompt: str | None = None
     video: VideoConfig = field(default_factory=VideoConfig)
     loss: DmdConfig = field(default_factory=DmdConfig)
     linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)

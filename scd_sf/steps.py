@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from scd_sf.files import files_below, write_json
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this time
 
@@ -192,7 +192,7 @@ def _finished(run: Path, step: Step) -> float | None:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False)
+    console.print(printable(text), highlight=False, markup=False)
 
 
 def _clock(seconds: float) -> str:

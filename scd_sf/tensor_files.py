@@ -47,6 +47,11 @@ class Lazy:
         return tuple(self.meta.shape)
 
 
+def kind_of(tensor: Lazy) -> str:
+    """The type of its numbers by safetensors' names: F32, BF16, .."""
+    return next(kind for kind, dtype in DTYPES.items() if dtype == tensor.meta.dtype)
+
+
 @dataclass(frozen=True)
 class _Index:
     weight_map: dict[str, str]

@@ -6,11 +6,12 @@ Letters: B batch, F latent frames, C latent channels, H W latent height and widt
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:  # annotations only: tools that need no tensors start without torch (0.5 GiB, seconds)
     import torch
@@ -30,6 +31,7 @@ _PLACE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ESTALE,
 }  # fmt: skip
+LONGEST = 4000  # characters of an error
 INTERRUPTED = 130  # the exit code of a job that Ctrl-C ended, by the shells' custom
 
 
@@ -38,9 +40,24 @@ def printable(text: str) -> str:
     return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print one line, at once. Everything a person reads goes through here: names and texts of others are in most."""
+    print(printable(str(text).replace("\n", " ")), file=file, flush=True)
+
+
+class _Cleaned(logging.Formatter):
+    """Log lines of every module, fit for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return printable(text if record.exc_info else text.replace("\n", " "))
+
+
 def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
     """Run ``main``. One line on stderr and exit code 2 for a :class:`UserError` and for a place that cannot be written
     or read (full, read-only); one line and 130 for Ctrl-C. Others keep their traceback."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Cleaned())
     try:
         main()
     except UserError as error:
@@ -66,7 +83,7 @@ def _place(error: OSError) -> str:
 
 
 def _leave(line: str, code: int) -> NoReturn:
-    print(printable(line.replace("\n", " ")), file=sys.stderr, flush=True)
+    say(line if len(line) <= LONGEST else f"{line[: LONGEST - 2]}..", sys.stderr)
     sys.exit(code)
 
 

@@ -439,8 +439,31 @@ def no_skips(sources: list[Source]) -> list[str]:
     ]
 
 
+def ends_in_words(sources: list[Source]) -> list[str]:
+    """Every script ends through ``exit_on_user_error``: bad input, a full disk and Ctrl-C are one line."""
+    wrong = []
+    for source in sources:
+        if source.top in SCRIPTS and not any(name == "exit_on_user_error" for _, name in calls(source.tree)):
+            wrong.append(f"{source.path}:1: end with exit_on_user_error(main)")
+    return wrong
+
+
+def says_cleanly(sources: list[Source]) -> list[str]:
+    """scd_sf prints lines with ``types.say``, which cleans them, and JSON documents with ``print(json.dumps(..))``."""
+    wrong = []
+    for source in package(sources):
+        if source.path in ("scd_sf/types.py", "scd_sf/vbench/worker.py"):
+            continue
+        for call, name in calls(source.tree):
+            document = call.args and isinstance(call.args[0], ast.Call) and dotted(call.args[0].func) == "json.dumps"
+            if name == "print" and not document:
+                wrong.append(source.at(call, "print: use scd_sf.types.say"))
+    return wrong
+
+
 RULES: tuple[Rule, ...] = (
     valid_python, imports_go_down, confined_imports, scripts_stay_scripts, short_files, short_functions,
     flat_inheritance, documented, no_loose_keywords, no_config_defaults, no_mode_switches, no_unsafe_loading,
-    no_hidden_failures, no_geometry_literals, no_monkeypatching, no_skips,
+    no_hidden_failures, no_geometry_literals, no_monkeypatching, no_skips, ends_in_words,
+    says_cleanly,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -62,3 +63,25 @@ def test_inspect_refuses_a_missing_directory(
     code, _, err = run(["inspect", str(tmp_path / "nowhere")], monkeypatch, capsys)
     assert code == 2
     assert "nowhere" in err
+
+
+def test_escapes_of_others_do_not_reach_the_screen(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In names of tensors, provenance, ``latest``, folders and errors; rich markup is no markup, newlines no lines."""
+    evil = "\x1b[31m\x9b2J\u202e[bold]x[/bold]\ny"
+    root = tmp_path / f"run{evil}"
+    tensors = {"model.safetensors": {f"weight {evil}": torch.zeros(2)}}
+    Checkpoints(root).write(7, tensors, "lr: 0.1\n", {"stage": evil, evil: [evil], "parents": {"a": evil}})
+    (root / "latest").write_text(f"step{evil}")
+    code, out, err = run(["inspect", str(root), "--tensors"], monkeypatch, capsys)
+    assert code == 0 and "[bold]x[/bold]" in out and logging.lastResort is not None
+    warned = "\n".join(logging.lastResort.format(record) for record in caplog.records)
+    assert "latest" in warned
+    missing = run(["inspect", str(tmp_path / evil)], monkeypatch, capsys)
+    assert missing[0] == 2 and missing[2].count("\n") == 1
+    for text in (out, err, missing[2], warned):
+        assert not set(text) & set("\x1b\x9b\u202e") and not any(line.startswith("y") for line in text.splitlines())

@@ -30,6 +30,7 @@ from scd_sf.files import (
     write_tensors,
     write_text,
 )
+from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, exit_on_user_error
 
 WRONG = {"cut": b'{"a": 1', "list": b"[]", "deep": b"[" * 200_000, "bytes": b'"\xff"'}
@@ -118,6 +119,24 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path: Path
     end = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert end.returncode == 2 and end.stderr.startswith(f"error: {tmp_path / 'made'}: ") and "GB free" in end.stderr
     assert end.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_others_is_known(tmp_path: Path) -> None:
+    """Locks and what is unfinished are ours; anything else needs the command's own file beside it."""
+    out = tmp_path / "out"
+    require_own_folder(out, ["report.json"])
+    with locked(out, "a list"):
+        part_of(out / "x").write_text("unfinished")
+        require_own_folder(out, ["report.json"])
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        UserError, match=r"out: holds other files \(thesis\.txt\) and no report\.json of ours; .*: use another"
+    ):
+        require_own_folder(out, ["report.json"])
+    (out / "report.json").write_text("{}")
+    require_own_folder(out, ["report.json", "building.json"])
+    with pytest.raises(UserError, match=r"report\.json: is there and no folder"):
+        require_own_folder(out / "report.json", [])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ CASES: list[tuple[Rule, str, str, str]] = [
     (floors.confined_imports, "scd_sf/train/optim.py", "import deepspeed.ops", "import deepspeed_notes"),
     (floors.confined_imports, "recipes/sample.py", "def f():\n    import wandb", "from importlib import metadata"),
     (floors.confined_imports, "scd_sf/cli.py", "import_module('deepspeed')", "import typer"),
+    (floors.ends_in_words, "recipes/a.py", "main()", "exit_on_user_error(main)"),
+    (floors.says_cleanly, "scd_sf/a.py", "print(name)", "say(name)\nprint(json.dumps({}))"),
     (floors.scripts_stay_scripts, "scd_sf/cli.py", "import recipes.sample", "import runpy"),
     (floors.scripts_stay_scripts, "tests/test_a.py", "from data_prep import make_clips", "from scd_sf import data"),
     (floors.scripts_stay_scripts, "recipes/a.py", "from a import main", "import av"),

@@ -30,8 +30,9 @@ BACKWARD = "scd_sf.train.local:LocalEngine.backward"
 PLACES, MOTIONS = ("meadow", "hall"), ("left", "right", "still")
 
 
-def write_wan(root: Path, seed: int = 0) -> Path:
-    """A whole random model in diffusers layout: 6-layer Wan, video autoencoder (x4 in time, x8 in space), umT5."""
+def write_wan(root: Path, seed: int = 0, width: int = WAN.text_dim) -> Path:
+    """A whole random model in diffusers layout: 6-layer Wan, video autoencoder (x4 in time, x8 in space), umT5 of
+    ``width``."""
     torch.manual_seed(seed)
     save_wan(Wan(WAN).state_dict(), WAN, root / "transformer", torch.float32)
     AutoencoderKLWan(
@@ -39,14 +40,14 @@ def write_wan(root: Path, seed: int = 0) -> Path:
         temperal_downsample=[True, True], is_residual=True, in_channels=12, out_channels=12,
         latents_mean=[0.0] * WAN.in_channels, latents_std=[1.0] * WAN.in_channels,
     ).save_pretrained(root / "vae")  # fmt: skip
-    write_text_encoder(root)
+    write_text_encoder(root, width)
     return root
 
 
-def write_text_encoder(root: Path) -> None:
+def write_text_encoder(root: Path, width: int = WAN.text_dim) -> None:
     """``root/text_encoder`` and ``root/tokenizer``: a random umT5 over the words of the prompts."""
     words = ["<pad>", "<unk>", "</s>", "in", *PLACES, *MOTIONS]
-    text = UMT5Config(vocab_size=len(words), d_model=WAN.text_dim, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    text = UMT5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     UMT5EncoderModel(text).save_pretrained(root / "text_encoder")
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

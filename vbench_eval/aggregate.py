@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from scd_sf.types import exit_on_user_error
+from scd_sf.types import exit_on_user_error, say
 from scd_sf.vbench.aggregate import aggregate, label, merge, read_scores
 from scd_sf.vbench.prompts import dimensions
 
@@ -31,10 +31,10 @@ def main() -> None:
         print(json.dumps(asdict(totals) | {"scores": scores.fractions, "reduced": list(scores.reduced)}, indent=2))
         return
     for d in dimensions():
-        print(f"{d.name:24s} {100 * scores.fractions[d.name]:7.2f} %   normalised {totals.normalised[d.name]:7.2f}")
+        say(f"{d.name:24s} {100 * scores.fractions[d.name]:7.2f} %   normalised {totals.normalised[d.name]:7.2f}")
     note = label(scores)
     for name in ("quality", "semantic", "total"):
-        print(f"{name.capitalize():24s} {getattr(totals, name):7.2f}" + (f"   ({note})" if note else ""))
+        say(f"{name.capitalize():24s} {getattr(totals, name):7.2f}" + (f"   ({note})" if note else ""))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.config import from_command_line
-from scd_sf.types import exit_on_user_error
+from scd_sf.types import exit_on_user_error, printable
 from scd_sf.vbench.prompts import chosen_dimensions, load_entries, read_extended, video_name
 
 
@@ -38,7 +38,8 @@ def main() -> None:
     for entry, text in zip(entries, words, strict=True):
         video_name(entry.prompt, 0)
         if names & set(entry.dimensions):
-            print(f"{entry.line}\t{','.join(entry.dimensions)}\t{text}" if cfg.lines else text)
+            columns = [str(entry.line), ",".join(entry.dimensions), text] if cfg.lines else [text]
+            print("\t".join(map(printable, columns)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.config import from_command_line
-from scd_sf.types import UserError, exit_on_user_error
+from scd_sf.types import UserError, exit_on_user_error, say
 from scd_sf.vbench.report import write_report
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     rows = write_report(files, Path(cfg.out), Path(cfg.videos) if cfg.videos else None, cfg.prompts)
     for row in rows[: len(files)]:
         total = f"total {row.totals['total']:.2f}" if row.totals else "no total"
-        print(f"{row.name}: {total}{f' ({row.note})' if row.note else ''}; see {cfg.out}/report.html")
+        say(f"{row.name}: {total}{f' ({row.note})' if row.note else ''}; see {cfg.out}/report.html")
 
 
 if __name__ == "__main__":

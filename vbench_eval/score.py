@@ -14,13 +14,13 @@ finished dimension. Then: ``python vbench_eval/aggregate.py runs/vbench/scores/s
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.types import exit_on_user_error
+from scd_sf.types import exit_on_user_error, say
 from scd_sf.vbench.score import ScoreConfig, run_score
 
 
 def main() -> None:
     for name, score in run_score(from_command_line(ScoreConfig, __doc__ or "")).items():
-        print(f"{name:24s} {score:.6f}")
+        say(f"{name:24s} {score:.6f}")
 
 
 if __name__ == "__main__":

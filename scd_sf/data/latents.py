@@ -230,13 +230,14 @@ def epoch_order(seed: int, step: int, batch: int, size: int) -> list[int]:
     if size < 1 or batch < 1 or step < 0:
         raise UserError(f"data order: batch {batch}, size {size}, step {step}; batch and size must be at least 1")
     first = step * batch
-    return [_permutation(seed, position // size, size)[position % size] for position in range(first, first + batch)]
+    positions = range(first, first + batch)
+    return [int(_permutation(seed, position // size, size)[position % size]) for position in positions]
 
 
 @lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, size: int) -> tuple[int, ...]:
+def _permutation(seed: int, epoch: int, size: int) -> Tensor:
     number = int(hash_json([seed, epoch])[:15], 16)
-    return tuple(torch.randperm(size, generator=torch.Generator().manual_seed(number)).tolist())
+    return torch.randperm(size, generator=torch.Generator().manual_seed(number))
 
 
 def _check_shape(found: VideoShape, expected: VideoShape, path: Path) -> None:

@@ -5,23 +5,24 @@ and with it resuming and other numbers of processes, is as without it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from scd_sf.data.latents import LatentBatch, LatentClips
+T = TypeVar("T")
 
 
-class Prefetch:
-    """``clips.stored(indices)``, begun early for the batches that :meth:`expect` names.
+class Prefetch(Generic[T]):
+    """``read(indices)``, begun early for the batches that :meth:`expect` names, always in one of ``threads`` threads.
 
-    At most ``depth`` batches are read or held at a time (0: none ahead), by ``threads`` threads, which share no batch:
-    reading and copying leave Python's lock. An error of a batch is raised when that batch is asked for.
+    At most ``depth`` batches are read or held at a time (0: none ahead); threads share no batch: reading and copying
+    leave Python's lock. An error of a batch is raised when that batch is asked for.
     """
 
-    def __init__(self, clips: LatentClips, depth: int = 2, threads: int = 2) -> None:
-        self.clips, self.depth = clips, depth
+    def __init__(self, read: Callable[[Sequence[int]], T], depth: int = 2, threads: int = 2) -> None:
+        self.read, self.depth = read, depth
         self._pool = ThreadPoolExecutor(max(1, min(threads, depth)), thread_name_prefix="prefetch")
-        self._begun: OrderedDict[tuple[int, ...], Future[LatentBatch]] = OrderedDict()
+        self._begun: OrderedDict[tuple[int, ...], Future[T]] = OrderedDict()
         self._wanted: list[tuple[int, ...]] = []
 
     def expect(self, batches: Iterable[Sequence[int]]) -> None:
@@ -32,14 +33,14 @@ class Prefetch:
         self._wanted = [key for key in self._wanted if key not in self._begun]
         self._fill()
 
-    def batch(self, indices: Sequence[int]) -> LatentBatch:
-        """As :meth:`LatentClips.stored`: read ahead, or now where it was not expected."""
+    def batch(self, indices: Sequence[int]) -> T:
+        """What ``read`` returns: read ahead, or now where it was not expected."""
         key = tuple(indices)
         if key in self._wanted:
             self._wanted.remove(key)
-        begun = self._begun.pop(key, None)
+        begun = self._begun.pop(key, None) or self._pool.submit(self.read, key)
         self._fill()
-        return self.clips.stored(indices) if begun is None else begun.result()
+        return begun.result()
 
     def close(self) -> None:
         """Stop reading."""
@@ -48,4 +49,4 @@ class Prefetch:
     def _fill(self) -> None:
         while self._wanted and len(self._begun) < self.depth:
             key = self._wanted.pop(0)
-            self._begun[key] = self._pool.submit(self.clips.stored, key)
+            self._begun[key] = self._pool.submit(self.read, key)

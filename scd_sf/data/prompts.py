@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from torch import Tensor
 from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
 from scd_sf.files import Json, hash_json, read_json, read_jsonl, sha256_file, write_bytes, write_jsonl
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import Conditioning, UserError, printable
 
 FORMAT = "scd-sf-latents"
 VERSION = 1
@@ -48,13 +48,53 @@ class Prompt:
         return cls(**row)  # type: ignore[arg-type]  # kinds were checked above
 
 
+class Prompts(Protocol):
+    """Prompts to distil with: encoded on disk (:class:`PromptSet`), or a list that is encoded while it is used.
+
+    ``where`` they come from; ``hash`` of what they are; ``width``, ``length`` of the states; ``negative``: of
+    ``negative_prompt``, what a teacher's guidance leads away from.
+    """
+
+    where: Path
+    hash: str
+    width: int
+    length: int
+    negative_prompt: str
+
+    @property
+    def negative(self) -> Conditioning:
+        """(1, L, E) fp32, on the CPU."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts with these numbers."""
+        ...
+
+    def conditioning(self, indices: Sequence[int]) -> Conditioning:
+        """(B, L, E) of the prompts with these numbers, fp32, on the CPU; zero after each true length."""
+        ...
+
+
+def about_negative(prompt: str) -> str:
+    """What the teacher's guidance leads away from, in words, one line."""
+    shown = f"'{printable(prompt[:60])}'" if prompt else "the empty prompt"
+    return f"the teacher is guided away from {shown}{' ..' if len(prompt) > 60 else ''}"
+
+
+def is_encoded(path: Path) -> bool:
+    """Whether a folder holds (or will hold, when its command is done) encoded prompts."""
+    return (path / MANIFEST).is_file() or (path / "building.json").is_file()
+
+
 def read_manifest(root: Path) -> Json:
     """``manifest.json`` of a prompt or latent directory. Raises UserError when it is missing or of another format."""
     path = root / "manifest.json"
     if not path.is_file():
         begun = (root / "building.json").is_file()
         unfinished = "encoding was not finished; run the same encoding command again"
-        absent = "no such file; encode the clips first (data_prep/encode_latents.py)"
+        absent = "no such file; encode the clips first (data_prep/encode_latents.py), or prompts (encode_prompts.py)"
         raise UserError(f"{path}: {unfinished if begun else absent}")
     manifest = read_json(path, AGAIN)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
@@ -70,7 +110,7 @@ class PromptTable:
     """
 
     def __init__(self, root: Path) -> None:
-        self.path = root / "manifest.json"
+        self.path = self.where = root / "manifest.json"
         section = read_manifest(root).get("text")
         if not isinstance(section, dict):
             raise UserError(f"{self.path}: section 'text' is missing; {AGAIN}")
@@ -87,9 +127,11 @@ class PromptTable:
         self.rows = self._source.prompts
         self.null = self._alone(root / "null.safetensors", section.get("null_sha256"))
         negative = section.get("negative")
-        self.negative = self.null
+        self.negative, self.negative_prompt = self.null, ""
         if isinstance(negative, dict):
             self.negative = self._alone(root / "negative.safetensors", negative.get("sha256"))
+            text = negative.get("prompt") if self.files is None else self.files.common.settings.get("negative_prompt")
+            self.negative_prompt = text if isinstance(text, str) and text else "not recorded"
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) fp32, zero after each true length."""
@@ -170,17 +212,26 @@ class PromptSet:
     """Prompts to sample or to distil with. Training prompts by default; ``held_out=True`` gives only the kept-back."""
 
     def __init__(self, root: Path | str, *, held_out: bool = False) -> None:
-        self.root = Path(root)
+        self.root = self.where = Path(root)
         self.table = PromptTable(self.root)
+        self.width, self.length = self.table.width, self.table.length
         self.indices = [i for i, row in enumerate(self.table.rows) if row.held_out == held_out]
         if not self.indices:
             raise UserError(f"{self.root / 'prompts.jsonl'}: no prompt with held_out {held_out}; encode some")
         self.rows = [self.table.rows[i] for i in self.indices]
         self.null, self.negative = self.table.null, self.table.negative
+        self.negative_prompt = self.table.negative_prompt
         self.hash = hash_json([str(read_manifest(self.root).get("hash")), held_out])
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {len(self):,} encoded prompts; {about_negative(self.negative_prompt)}"
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts at these positions of :attr:`rows`."""
+        return [self.rows[index].prompt for index in indices]
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) of the prompts at these positions of :attr:`rows`."""

@@ -18,9 +18,8 @@ from scd_sf.data_tools.check import Progress as Report
 from scd_sf.data_tools.check import check as check_folder
 from scd_sf.data_tools.check import repair as repair_folder
 from scd_sf.data_tools.export import export_webdataset
-from scd_sf.data_tools.progress import say
 from scd_sf.files import locked
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 SHOWN = 20
 app = typer.Typer(help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True)
@@ -49,9 +48,9 @@ def check(folder: Folder, full: Full = False) -> None:
     for line in report.problems[:SHOWN]:
         say(line)
     if len(report.problems) > SHOWN:
-        print(f"... and {len(report.problems) - SHOWN} more")
+        say(f"... and {len(report.problems) - SHOWN} more")
     stray = f", {len(report.stray)} temporary files" if report.stray else ""
-    print(f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}")
+    say(f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}")
     sys.exit(1 if report.problems else 0)
 
 
@@ -62,7 +61,7 @@ def repair(folder: Folder, full: Full = False) -> None:
         report, count = repair_folder(folder, full=full, progress=progress)
     for fault in report.damaged.values():
         say(f"moved to quarantine: {fault}")
-    print(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
+    say(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
 
 
 @app.command()
@@ -70,7 +69,7 @@ def manifest(folder: Folder) -> None:
     """Write clips.jsonl and manifest.json again, from the files' headers."""
     read_job(folder)
     with locked(folder, "scd data manifest"):
-        print(f"{folder}: {index_clips(folder)} clips in the index")
+        say(f"{folder}: {index_clips(folder)} clips in the index")
 
 
 @app.command("export-webdataset")
@@ -83,7 +82,7 @@ def export_tars(
     """Tar shards without pickles: ID.safetensors, ID.prompt.txt, ID.mp4 per clip."""
     with _counting("tars") as progress:
         count = export_webdataset(folder, out, per_tar=per_tar, videos=videos, progress=progress)
-    print(f"{out}: {count} tars")
+    say(f"{out}: {count} tars")
 
 
 @app.command("import")
@@ -103,4 +102,4 @@ def import_source(
         raise UserError(f"--store: '{store}' is unknown; use one of {', '.join(STORED)}")
     options = ImportOptions(source, out, model, store, negative_prompt, text_cache, device)
     with _counting("clips") as progress:
-        print(import_clips(options, progress))
+        say(import_clips(options, progress))

@@ -23,9 +23,9 @@ from scd_sf.data.frames import FrameSetInfo, FrameWriter
 from scd_sf.data.pixels import PixelClip, SourceClips
 from scd_sf.data.raw_files import Refused
 from scd_sf.data.shards import check_place
-from scd_sf.data_tools.progress import progress_of, say
+from scd_sf.data_tools.progress import progress_of
 from scd_sf.files import Json, hash_json, locked, read_json, sha256_folder, write_json
-from scd_sf.types import Tokenizer, UserError, printable
+from scd_sf.types import Tokenizer, UserError, printable, say
 
 REPORT = "report.json"
 KEEP = "nothing of others is overwritten: give another name"
@@ -301,13 +301,13 @@ def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
         tokenizer = load_tokenizer(task.tokenizer, task.config.device)
         inputs = {**about, "tokenizer_sha256": sha256_folder(task.tokenizer)}
         report = encode_pixels(source, tokenizer, _out(task), inputs, task.config)
-        print(f"{task.out}: {report}")
+        say(f"{task.out}: {report}")
 
 
 def run_latents(source: AnySource[LatentClip], spatial: int, about: Json, task: Task) -> None:
     """The same for latents that are computed already."""
     if not _checked(source, task):
-        print(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
+        say(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
 
 
 def _checked(source: AnySource[ClipType], task: Task) -> bool:
@@ -321,8 +321,8 @@ def _checked(source: AnySource[ClipType], task: Task) -> bool:
     for bad in report.bad[:SHOWN]:
         say(f"{bad.name}: {bad.reason}")
     if len(report.bad) > SHOWN:
-        print(f"... and {len(report.bad) - SHOWN} more")
-    print(str(report))
+        say(f"... and {len(report.bad) - SHOWN} more")
+    say(str(report))
     _hold_to_budget(report, task.config, None)
     return True
 

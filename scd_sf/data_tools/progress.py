@@ -9,14 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scd_sf.types import printable
+from scd_sf.types import say
 
 SECONDS_PER_LINE = 20.0  # without a terminal
-
-
-def say(line: str) -> None:
-    """Print one line that holds names or texts of others."""
-    print(printable(line.replace("\n", " ")))
 
 
 @contextmanager
@@ -35,7 +30,7 @@ def progress_of(what: str, total: int, start: int) -> Iterator[Callable[[int], N
         now = time.monotonic()
         if now - last >= SECONDS_PER_LINE or done == total:
             left = (now - began) / max(1, done - start) * (total - done)
-            print(f"{what} {done}/{total}, {left:.0f} s left", flush=True)
+            say(f"{what} {done}/{total}, {left:.0f} s left")
             last = now
 
     yield line

@@ -20,7 +20,7 @@ from scd_sf.generate.launch import MAX_PROBLEMS, SECONDS_PER_LINE
 from scd_sf.generate.maker import PROMPTS_AT_ONCE, Maker, finish, missing, prepare
 from scd_sf.generate.plan import GenerateConfig, Spec, units_of
 from scd_sf.train.ranks import init_distributed
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 POLL_SECONDS = 2.0  # how often new nodes are looked for
 
@@ -70,14 +70,14 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
         raise UserError(f"cluster.address={cfg.cluster.address}: no Ray cluster ({error}); 'ray start' one") from error
     try:
         pool = Pool(cfg, ray)
-        print(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make", flush=True)
+        say(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make")
         pool.run([Task("encode", chunk) for chunk in chunks], "prompt batches")
         problems = pool.run([Task("make", unit) for unit in left], "units")
     finally:
         ray.shutdown()
     for line in problems:
-        print(line, flush=True)
-    print(finish(cfg, specs, problems), flush=True)
+        say(line)
+    say(finish(cfg, specs, problems))
 
 
 class Pool:
@@ -120,10 +120,7 @@ class Pool:
             if now - said > SECONDS_PER_LINE or done == len(tasks):
                 said = now
                 left = round((now - began) / max(1, done) * (len(tasks) - done))
-                print(
-                    f"{done}/{len(tasks)} {what}  {len(self.idle) + len(self.running)} workers  left {left} s",
-                    flush=True,
-                )
+                say(f"{done}/{len(tasks)} {what}  {len(self.idle) + len(self.running)} workers  left {left} s")
         return problems
 
     def _grow(self, waiting: int) -> None:
@@ -161,10 +158,7 @@ class Pool:
 
     def _check_losses(self, number: int, lost: Counter[int], reason: str) -> None:
         limit = self.cfg.cluster.retries * (1 if number >= 0 else 1 + self._room())
-        print(
-            f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another",
-            flush=True,
-        )
+        say(f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another")
         if lost[number] > limit:
             where = f"at the same task ({number})" if number >= 0 else "while they came up"
             raise UserError(

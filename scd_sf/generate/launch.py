@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from scd_sf.generate.maker import Maker, finish, missing, prepare
 from scd_sf.generate.plan import GenerateConfig, Unit, units_of, wanted_clips
 from scd_sf.train.ranks import Ranks, init_distributed
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 MAX_PROBLEMS = 10  # of one rank; more is no accident
 SECONDS_PER_LINE = 20.0
@@ -37,17 +37,17 @@ def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
         maker.tidy()
     if ranks.is_main:
         maker.fixed_prompts()
-        print(f"{cfg.out}: {len(specs)} clips, rank 0 has {len(mine)} units of {cfg.batch} to make", flush=True)
+        say(f"{cfg.out}: {len(specs)} clips, rank 0 has {len(mine)} units of {cfg.batch} to make")
     ranks.barrier()
     maker.encode(list(dict.fromkeys(spec.prompt for unit in mine for spec in unit)))
     problems = _make_all(maker, mine, units, ranks)
     for line in problems:
-        print(f"rank {ranks.rank}: {line}", flush=True)
+        say(f"rank {ranks.rank}: {line}")
     count = ranks.max(len(problems))
     ranks.barrier()
     if ranks.is_main:
         hint = [f"up to {count} clips of a rank could not be made, see the ranks' output"] if count else []
-        print(finish(cfg, specs, problems or hint), flush=True)
+        say(finish(cfg, specs, problems or hint))
 
 
 def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: Ranks) -> list[str]:
@@ -67,5 +67,5 @@ def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: 
         if ranks.is_main and (now - last > SECONDS_PER_LINE or number + 1 == rounds):
             seconds, last = (now - started) / (number + 1), now
             left = round(seconds * (rounds - number - 1))
-            print(f"{number + 1}/{rounds} units  {seconds:.3g} s/unit  left {left // 60}:{left % 60:02d}", flush=True)
+            say(f"{number + 1}/{rounds} units  {seconds:.3g} s/unit  left {left // 60}:{left % 60:02d}")
     return problems

@@ -5,11 +5,14 @@ Everything written is read again and run beside its source; the largest differen
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from scd_sf.checkpoint import MANIFEST
+from scd_sf.files import new_folder
 from scd_sf.models.build import (
     Student,
     build_model,
@@ -23,9 +26,11 @@ from scd_sf.models.build import (
 from scd_sf.models.names import Layout
 from scd_sf.models.scd import Scd
 from scd_sf.models.wan import Wan
-from scd_sf.models.weights import load_wan, open_wan, save_wan, write_wan
+from scd_sf.models.weights import WanFiles, load_wan, open_wan, save_wan, shard_size, write_wan
 from scd_sf.types import UserError
 
+AGAIN = "choose another place"
+_STEP = re.compile(r"step_\d+")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,10 +41,19 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def must_be_new(out: Path) -> None:
-    """UserError if there is anything at ``out``: exports never overwrite."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def must_be_new(out: Path, *inputs: Path) -> None:
+    """UserError if there is anything at ``out`` (exports never overwrite), or if it lies in a folder that is read:
+    one of ``inputs``, or any checkpoint's. Links are followed first."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: exists already, nothing is overwritten; choose another place")
+    place = out.resolve()
+    for folder in (place, *place.parents):
+        if _STEP.fullmatch(folder.name) and (folder / MANIFEST).is_file():
+            raise UserError(
+                f"{out}: lies in the checkpoint {folder}, which it would make invalid; choose another place"
+            )
+        if folder in {source.resolve() for source in inputs if source.is_dir()}:
+            raise UserError(f"{out}: lies in {folder}, which is read for it; choose another place")
 
 
 def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema", dtype: str = "bf16") -> float:
@@ -49,47 +63,49 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
     """
     must_be_new(out)
     kind = dtype_of(dtype)
+    if layout not in ("single", "diffusers", "original"):
+        raise UserError(f"layout '{layout}' is unknown; use single, pipeline, diffusers or original")
     model, config = load_checkpoint_model(checkpoint, weights)
     before = probe(model)
+    largest(before, before)
     if layout == "single":
         file = out if out.suffix == ".safetensors" else out / "model.safetensors"
         _, origin = describe_checkpoint(checkpoint)
         write_single(file, model, config, {**origin, "weights": weights}, kind)
         again, _ = load_checkpoint_model(file)
         return largest(before, probe(again))
-    if layout not in ("diffusers", "original"):
-        raise UserError(f"layout '{layout}' is unknown; use single, pipeline, diffusers or original")
     require_wan(config.model, checkpoint)
     if isinstance(model, Scd):
         raise UserError(f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline")
-    save_wan(
-        model.state_dict(), config.model.wan, out, kind, layout="original" if layout == "original" else "diffusers"
-    )
-    read = load_wan(out)
-    rebuilt: Student | Wan = build_model(config.model)
-    load_state(rebuilt, read.state_dict(), out)
-    return largest(before, probe(rebuilt))
+    wanted: Layout = "original" if layout == "original" else "diffusers"
+    with new_folder(out, AGAIN) as part:
+        save_wan(model.state_dict(), config.model.wan, part, kind, layout=wanted)
+        rebuilt: Student | Wan = build_model(config.model)
+        load_state(rebuilt, load_wan(part).state_dict(), out)
+        return largest(before, probe(rebuilt))
 
 
 def convert_wan(
     source: Path, out: Path, layout: Layout, *, section: str = "", heads: int = 0, max_shard: int | str = "10GB"
-) -> tuple[Layout, float]:
-    """A Wan transformer in any readable layout -> ``layout``; (layout read, largest output difference).
+) -> tuple[WanFiles, float]:
+    """A Wan transformer in any readable layout -> ``layout``; (what was read, largest output difference).
 
     Every tensor is read again and must be the same bits. One shard is in memory at a time while writing; the
     comparison of outputs then loads each side once, one after the other.
     """
-    must_be_new(out)
+    must_be_new(out, source)
+    size = shard_size(max_shard)
     files = open_wan(source, section=section, heads=heads)
-    write_wan(files.tensors, files.config, out, layout, max_shard)
-    written = open_wan(out).tensors
-    for name, tensor in files.tensors.items():
-        if not torch.equal(tensor.read(), written[name].read()):
-            raise UserError(
-                f"{out}: tensor '{name}' is not what was read from {source}; the disk or the memory is broken"
-            )
-    before = probe(load_wan(source, section=section, heads=heads))
-    return files.layout, largest(before, probe(load_wan(out)))
+    with new_folder(out, AGAIN) as part:
+        write_wan(files.tensors, files.config, part, layout, size)
+        written = open_wan(part).tensors
+        for name, tensor in files.tensors.items():
+            if not torch.equal(tensor.read(), written[name].read()):
+                raise UserError(
+                    f"{out}: tensor '{name}' is not what was read from {source}; the disk or the memory is broken"
+                )
+        before = probe(load_wan(source, section=section, heads=heads))
+        return files, largest(before, probe(load_wan(part)))
 
 
 def largest(first: Tensor, second: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from scd_sf.files import foreign
-from scd_sf.tensor_files import Lazy
+from scd_sf.tensor_files import Lazy, kind_of
 from scd_sf.types import UserError
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,5 +59,5 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Lazy], described: str, rem
         raise UserError(f"{where}: {len(wrong)} tensors do not fit {described}: '{name}' is {detail}; {remedy}")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensors[name].meta.is_floating_point():
-            kind = str(tensors[name].meta.dtype).removeprefix("torch.")
+            kind = kind_of(tensors[name])
             raise UserError(f"{tensors[name].origin}: tensor '{name}' is {kind}, as quantised weights are; use others")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,9 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from scd_sf.files import read_json, safe_path, typed, write_json
-from scd_sf.models.text_files import read_config, read_model, read_tokenizer
+from scd_sf.files import foreign, read_json, safe_path, typed, write_json
+from scd_sf.models.text_files import STEM, read_config, read_model, read_tokenizer
 from scd_sf.models.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
+from scd_sf.tensor_files import open_folder
 from scd_sf.types import Conditioning, UserError
 
 REFERENCE = "text_encoder.json"
@@ -37,6 +39,7 @@ WAN_NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
+_NO_CHARACTER = re.compile(r"&#[0-9]{1000,};?")
 log = logging.getLogger(__name__)
 
 
@@ -108,7 +111,12 @@ def wan_negative(prompt: str) -> str:
 
 def clean_prompt(text: str) -> str:
     """Wan's prompt cleaning: repair broken unicode, unescape html twice, collapse white space, strip."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+    return re.sub(r"\s+", " ", _unescaped(_unescaped(ftfy.fix_text(text)))).strip()
+
+
+def _unescaped(text: str) -> str:
+    """html.unescape, which cannot read numbers of more digits than Python converts; no character has such a one."""
+    return html.unescape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def pad_states(states: Sequence[Tensor], length: int) -> Tensor:
@@ -154,7 +162,8 @@ class TransformersTextEncoder:
     @torch.no_grad()
     def _states(self, texts: list[str]) -> list[Tensor]:
         """At most ``batch`` prompts, padded to the longest of them and masked: equal to padding to max_length."""
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        with foreign("text encoder: its tokenizer", "download it again"):
+            lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         if max(lengths) > self.max_length:
             cut = texts[lengths.index(max(lengths))]
             log.warning("prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, cut)
@@ -162,7 +171,7 @@ class TransformersTextEncoder:
             texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.device)
         words = self.model.get_input_embeddings().weight.shape[0]
-        if int(tokens.input_ids.max()) >= words:
+        if tokens.input_ids.numel() and int(tokens.input_ids.max()) >= words:
             raise UserError(f"text encoder: the tokenizer gives more than the encoder's {words} words; use its own")
         layer = self.config.hidden_layer
         output = self.model(
@@ -232,6 +241,13 @@ def encoder_width(config: TextEncoderConfig) -> int:
     network: PretrainedConfig = open_umt5(weights)[0] if weights.is_file() else read_config(weights)
     _check_limits(config, network, weights)
     return int(network.hidden_size)
+
+
+def encoder_parameters(config: TextEncoderConfig) -> int:
+    """How many parameters the encoder has, by its files' headers. UserError: no weights, unreadable ones."""
+    weights, _ = encoder_parts(config)
+    tensors = open_umt5(weights)[1] if weights.is_file() else open_folder(weights, STEM)
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
-from scd_sf.files import hash_json, sha256_file
+from scd_sf.data.bounded import BoundedFolder
+from scd_sf.files import hash_json, new_file, sha256_file
 from scd_sf.models.text import (
     TextEncoder,
     TextEncoderConfig,
@@ -32,7 +32,7 @@ from scd_sf.models.text import (
     pad_states,
     text_config,
 )
-from scd_sf.types import Conditioning
+from scd_sf.types import Conditioning, say
 
 OFF = "off"
 VERSION = 1  # of what an entry means
@@ -61,6 +61,7 @@ class CachedTextEncoder:
     """A :class:`TextEncoder` that reads known prompts from ``folder`` and is loaded when the first new one comes.
 
     Where the folder cannot be written, that is said once, and prompts are encoded as if there were no cache.
+    ``limit``: bytes of all entries, of which the oldest go first (None: no limit).
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class CachedTextEncoder:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        limit: int | None = None,
     ) -> None:
         self.config = text_config(source)
         self.width = encoder_width(self.config)
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
+        self._bounded = None if limit is None else BoundedFolder(folder, limit, "*.safetensors")
         self._writable = True
 
     @property
@@ -99,7 +102,7 @@ class CachedTextEncoder:
         states = self._read(file)
         if states is None:
             states = self.encoder.states([prompt])[0].cpu().contiguous()
-            self._write(file, save({"states": _narrow(states)}, {"sha256": _checksum(key, states)}))
+            self._write(file, save({"states": _narrow(states)}, {"sha256": _checksum(key, states)}), self._bounded)
         return states
 
     def _read(self, file: Path) -> Tensor | None:
@@ -116,23 +119,23 @@ class CachedTextEncoder:
             return None
         except (OSError, SafetensorError) as error:
             reason = str(error)
-        print(f"{file}: damaged entry of the text cache ({reason}); the prompt is encoded again", flush=True)
+        say(f"{file}: damaged entry of the text cache ({reason}); the prompt is encoded again")
         return None
 
-    def _write(self, file: Path, data: bytes) -> None:
+    def _write(self, file: Path, data: bytes, bounded: BoundedFolder | None = None) -> None:
         """Readers see nothing or the whole file, whoever else writes it."""
         if not self._writable:
             return
-        temporary = file.with_name(f"{file.name}.{uuid4().hex}.tmp")
         try:
+            if bounded is not None:
+                bounded.write(file, data)
+                return
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(file)
+            with new_file(file) as part:
+                part.write_bytes(data)
         except OSError as error:
             self._writable = False
-            print(f"{file}: cannot be written ({error.strerror}); new prompts are not kept", flush=True)
-            if temporary.is_file():
-                temporary.unlink()
+            say(f"{file}: cannot be written ({error.strerror}); new prompts are not kept")
 
     @cached_property
     def _identity(self) -> list[object]:

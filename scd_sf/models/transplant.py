@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
-from scd_sf.files import sha256_file, sha256_folder
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
+from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, absolute_base
 from scd_sf.models.causal import Causal
+from scd_sf.models.export import must_be_new
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
@@ -30,7 +31,8 @@ from scd_sf.types import UserError
 class TransplantConfig:
     """``base``: a Wan directory (transformer in diffusers or original layout, VAE and text encoder beside it).
     ``weights``: a file or directory of a transformer to take instead of the base's own: original layout, or a
-    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint.
+    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint. ``heads``: of
+    a file alone that is neither as wide as the base's transformer nor as a released Wan (0: as these).
     ``family``: scd or causal. ``chunk``: latent frames generated together (1 in the paper). ``sampler`` is what the
     student is sampled with: many steps for Wan's own weights, the distilled generator's steps for a generator."""
 
@@ -38,6 +40,7 @@ class TransplantConfig:
     out: str
     weights: str = ""
     section: str = ""
+    heads: int = 0
     family: str = "scd"
     scd: ScdConfig = field(default_factory=ScdConfig)
     chunk: int = 1
@@ -128,8 +131,8 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
         return load_wan(base), {"base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")}
     file = Path(cfg.weights)
     own = any((folder / "config.json").is_file() for folder in (base / "transformer", base))
-    heads = read_wan_config(base).num_attention_heads if own else 0  # without one: VAE and text encoder alone
-    wan = load_wan(file, section=cfg.section, heads=heads)
+    like = read_wan_config(base) if own else None  # without one: VAE and text encoder alone
+    wan = load_wan(file, section=cfg.section, heads=cfg.heads, like=like)
     digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
     return wan, {"weights": str(file), "weights_sha256": digest, "section": cfg.section}
 
@@ -138,9 +141,12 @@ def run_transplant(cfg: TransplantConfig) -> str:
     """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one line for people."""
     if cfg.family not in ("scd", "causal"):
         raise UserError(f"family is '{cfg.family}'; use scd or causal")
-    checkpoints = Checkpoints(Path(cfg.out))
-    if checkpoints.newest() is not None:
-        raise UserError(f"{cfg.out}: already holds a checkpoint, which is never overwritten; choose another out=")
+    if not cfg.out:
+        raise UserError("out is empty; name a new folder for the checkpoint")
+    out = Path(cfg.out)
+    if Checkpoints(out).newest() is not None:
+        raise UserError(f"{out}: already holds a checkpoint, which is never overwritten; choose another out=")
+    must_be_new(out, Path(cfg.base), Path(cfg.weights or cfg.base))
     wan, origin = source_wan(cfg)
     config = ModelConfig(cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk))
     student: Scd | Causal
@@ -149,12 +155,15 @@ def run_transplant(cfg: TransplantConfig) -> str:
     else:
         student, report = transplant_causal(wan, cfg.chunk)
     verify_transplant(student, wan, report)
-    record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": cfg.base, **origin})
-    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=cfg.base))
-    path = checkpoints.write(0, {"model": student.state_dict()}, description, record)
-    (Path(cfg.out) / "report.txt").write_text("\n".join(report_lines(report)) + "\n")
+    base = absolute_base(cfg.base)
+    record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": base, **origin})
+    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=base))
+    with new_folder(out, "choose another out=") as part:
+        path = Checkpoints(part).write(0, {"model": student.state_dict()}, description, record)
+        write_text(part / "report.txt", "\n".join(report_lines(report)) + "\n")
     copied = sum(line.source is not None for line in report)
+    numbers = sum(p.numel() for p in student.parameters())
     return (
-        f"{path}: {cfg.family}, {sum(p.numel() for p in student.parameters()):,} parameters, {copied} tensors copied "
+        f"{out / path.name}: {cfg.family}, {numbers:,} parameters, {copied} tensors copied "
         f"bit for bit, {len(report) - copied} new; every pair in {cfg.out}/report.txt"
     )

@@ -7,6 +7,7 @@ the released Self-Forcing, Causal-Forcing and CausVid generators. Names: names.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.wan_json import HeadsFrom, config_from_shapes, config_json, read_config
-from scd_sf.tensor_files import DTYPES, FLOATS, Lazy, in_memory, open_folder, open_tensors
+from scd_sf.tensor_files import FLOATS, Lazy, in_memory, kind_of, open_folder, open_tensors
 from scd_sf.types import UserError
 
 STEM = "diffusion_pytorch_model"
@@ -82,8 +83,7 @@ def open_wan(
     tensors = choose_section(stored, ROOTS, section, str(where))
     for name, tensor in tensors.items():
         if not tensor.meta.is_floating_point():
-            kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.meta.dtype)
-            raise UserError(f"{tensor.origin}: tensor '{name}' is {kind}; only {', '.join(FLOATS)} are read")
+            raise UserError(f"{tensor.origin}: tensor '{name}' is {kind_of(tensor)}; only {', '.join(FLOATS)} are read")
     layout = layout_of(tensors, str(where))
     known: HeadsFrom = "stated"
     if path.is_file():
@@ -159,6 +159,16 @@ def _theirs(name: str, layout: Layout) -> str:
     return diffusers if layout == "diffusers" else diffusers_to_original(diffusers) or diffusers
 
 
+def shard_size(text: int | str) -> int:
+    """Bytes of "10GB", "500 MB" or a number. UserError for anything else and for less than one byte."""
+    match = re.fullmatch(r"(\d{1,15})(?:\.(\d{1,6}))?\s*(KB|MB|GB|TB|B)?", str(text).strip(), re.IGNORECASE | re.ASCII)
+    unit = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    size = 0 if match is None else int(float(f"{match[1]}.{match[2] or 0}") * unit.get((match[3] or "B").upper(), 1))
+    if size < 1:
+        raise UserError(f"max_shard is {str(text)[:80]!r}; write it as 10GB, 500MB or a number of bytes, at least 1")
+    return size
+
+
 def save_wan(
     state: Mapping[str, Tensor],
     cfg: WanConfig,
@@ -179,12 +189,10 @@ def write_wan(
 
     ``WanTransformer3DModel.from_pretrained`` and the original code's ``WanModel.from_pretrained`` read their layout.
     """
-    if isinstance(max_shard, int) and max_shard < 1:
-        raise UserError(f"max_shard is {max_shard}; it must be at least 1 byte")
     folder.mkdir(parents=True, exist_ok=True)
     named = {_theirs(name, layout): tensor for name, tensor in tensors.items()}
     metas = {name: tensor.meta for name, tensor in named.items()}
-    plan = split_torch_state_dict_into_shards(metas, filename_pattern=SHARDS, max_shard_size=max_shard)
+    plan = split_torch_state_dict_into_shards(metas, filename_pattern=SHARDS, max_shard_size=shard_size(max_shard))
     for file, names in plan.filename_to_tensors.items():
         write_tensors(folder / file, {name: named[name].read().contiguous() for name in names}, {"format": "pt"})
     if plan.is_sharded:

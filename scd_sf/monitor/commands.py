@@ -14,8 +14,8 @@ from rich.text import Text
 from scd_sf.monitor.compare import common_steps, compare, comparison_table, exceeds
 from scd_sf.monitor.curve import METRICS, Curve, Follower, clean, export_curve, read_curve
 from scd_sf.monitor.state import find_runs, is_run, read_run
-from scd_sf.monitor.view import MEAN_OF, headline, list_table, metrics_table, page
-from scd_sf.types import UserError
+from scd_sf.monitor.view import MEAN_OF, MOST_METRICS, headline, list_table, metrics_table, page
+from scd_sf.types import UserError, say
 
 app = typer.Typer(no_args_is_help=True, help="What trainings wrote to disk: list, show, follow, compare, export.")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -32,10 +32,15 @@ def list_runs(
 ) -> None:
     """One line per run below a folder: stage, step, last loss, newest checkpoint, and whether anybody is at work."""
     now = time.time()
-    views = [read_run(path, now, stale_after=stale) for path in find_runs(root)]
-    if not views:
+    views, unreadable = [], {}
+    for path in find_runs(root):
+        try:
+            views.append(read_run(path, now, stale_after=stale))
+        except UserError as error:  # one damaged run hides no other
+            unreadable[path] = str(error)
+    if not views and not unreadable:
         raise UserError(f"{root}: no run below it (no {METRICS}); give the folder that holds your runs")
-    _console().print(list_table(views, root))
+    _console().print(list_table(views, root, unreadable))
 
 
 @app.command()
@@ -94,8 +99,8 @@ def compare_runs(
         names = f"{clean(reference)} (a) and {clean(other)} (b)"
         console.print(Text(f"{names}: {len(steps)} common steps, {steps[0]} to {steps[-1]}", "bold"))
         console.print(comparison_table(differences, mean_of, tolerance))
-        if only := [name for name in right.metrics() if name not in left.metrics()]:
-            console.print(Text(f"only in b: {', '.join(clean(name, 60) for name in only)}"))
+        if only := list(dict.fromkeys(right.metrics()).keys() - dict.fromkeys(left.metrics()).keys()):
+            console.print(Text(f"only in b: {', '.join(clean(name, 60) for name in sorted(only)[:MOST_METRICS])}"))
         failed |= tolerance is not None and any(exceeds(item, tolerance) for item in differences)
     if failed:
         console.print(Text(f"different: beyond tolerance {tolerance}", "bold red"))
@@ -109,7 +114,7 @@ def export(
 ) -> None:
     """A run's curve as a reference: step and metrics, without times, speeds and memory (they belong to the machine)."""
     steps = export_curve(run, out)
-    print(f"{clean(out)}: {steps} steps; compare with: scd runs compare {clean(out)} RUN")
+    say(f"{clean(out)}: {steps} steps; compare with: scd runs compare {clean(out)} RUN")
 
 
 def _curve(run: Path) -> Curve | None:

@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from scd_sf.monitor.curve import Curve, clean, is_portable
-from scd_sf.monitor.view import MEAN_OF, mean_of_last, number
+from scd_sf.monitor.view import MEAN_OF, MOST_METRICS, mean_of_last, number
+
+Series = Sequence[tuple[int, float]]  # (step, value)
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ def common_steps(left: Curve, right: Curve) -> list[int]:
 
 def compare(left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int = MEAN_OF) -> list[Difference]:
     """Every portable metric of ``left`` (or those named), aligned by step with ``right``; ``left`` is the reference."""
-    steps = common_steps(left, right)
-    chosen = metrics or [metric for metric in left.metrics() if is_portable(metric)]
-    return [_difference(left, right, metric, steps, mean_of) for metric in chosen]
+    ours, theirs = left.series(), right.series()
+    chosen = metrics or [metric for metric in ours if is_portable(metric)]
+    return [_difference(metric, ours.get(metric, []), theirs.get(metric, []), mean_of) for metric in chosen]
 
 
 def exceeds(difference: Difference, tolerance: float) -> bool:
@@ -52,12 +54,12 @@ def exceeds(difference: Difference, tolerance: float) -> bool:
     return difference.count == 0 or difference.excess > tolerance
 
 
-def _difference(left: Curve, right: Curve, metric: str, steps: Sequence[int], mean_of: int) -> Difference:
-    worst, excess, first, worst_at, count = 0.0, 0.0, None, None, 0
-    for step in steps:
-        a, b = left.steps[step].get(metric), right.steps[step].get(metric)
-        if a is None or b is None:
+def _difference(metric: str, left: Series, right: Series, mean_of: int) -> Difference:
+    worst, excess, first, worst_at, count, others = 0.0, 0.0, None, None, 0, dict(right)
+    for step, a in left:
+        if step not in others:
             continue
+        b = others[step]
         count += 1
         if a == b or (math.isnan(a) and math.isnan(b)):
             continue
@@ -66,16 +68,18 @@ def _difference(left: Curve, right: Curve, metric: str, steps: Sequence[int], me
         excess = max(excess, gap if math.isnan(a) else gap / max(1.0, abs(a)))
         if worst_at is None or gap > worst:
             worst, worst_at = gap, step
-    last = (left.newest(metric), right.newest(metric))
-    mean = (mean_of_last(left, metric, mean_of), mean_of_last(right, metric, mean_of))
+    last = (left[-1][1] if left else None, right[-1][1] if right else None)
+    mean = (mean_of_last(left, mean_of), mean_of_last(right, mean_of))
     return Difference(metric, count, last, mean, worst, worst_at, first, excess)
 
 
 def comparison_table(differences: Sequence[Difference], mean_of: int, tolerance: float | None) -> Table:
-    """One line per metric; those beyond the tolerance in red."""
+    """One line per metric, those beyond the tolerance in red; of very many those that differ come first."""
     mean = f"mean of {mean_of}"
     table = Table("metric", "last", "", mean, "", "difference", "largest", "first differs", box=None, pad_edge=False)
-    for item in differences:
+    more = len(differences) - MOST_METRICS
+    shown = differences if more <= 0 else sorted(differences, key=lambda item: item.worst_at is None)[:MOST_METRICS]
+    for item in shown:
         bad = tolerance is not None and exceeds(item, tolerance)
         a, b = item.mean
         table.add_row(
@@ -85,6 +89,8 @@ def comparison_table(differences: Sequence[Difference], mean_of: int, tolerance:
             _first(item),
             style="bold red" if bad else "",
         )
+    if more > 0:
+        table.add_row(Text(f"and {more:,} more metrics"))
     return table
 
 

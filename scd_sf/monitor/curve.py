@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from scd_sf.files import write_text
 from scd_sf.types import UserError
 
 METRICS = "metrics.jsonl"
 TAIL = 1 << 16
+MOST_STEPS = 2**53
+LARGEST = 1e290  # of a value: the sum of all that fit into a file is finite
 _BLOCK = 256  # lines that are parsed together
 # Words of a metric's name that say "this machine, this moment": never part of a reference curve.
 _MACHINE = re.compile(r"(^|[/_])(time|seconds?|memory|gib|speed|fps|per_second|mfu|tflops|hours?)($|[/_])")
@@ -49,16 +52,18 @@ class Curve:
                 self._add(record)
 
     def _add(self, record: object) -> None:
-        if not isinstance(record, dict) or type(step := record.pop("step", None)) is not int:
+        step = record.pop("step", None) if isinstance(record, dict) else None
+        if not isinstance(record, dict) or type(step) is not int or abs(step) > MOST_STEPS:
             self.unreadable += 1
             return
         while self.steps and (last := next(reversed(self.steps))) >= step:
             del self.steps[last]
             self.times.pop(last, None)
         moment = record.pop("time", None)
-        if type(moment) is float and math.isfinite(moment):
+        if type(moment) is float and abs(moment) <= LARGEST:
             self.times[step] = moment
-        self.steps[step] = record if set(map(type, record.values())) == {float} else _numbers(record)
+        plain = all(type(value) is float and abs(value) <= LARGEST for value in record.values())
+        self.steps[step] = record if plain else _numbers(record)
 
     @property
     def last(self) -> int:
@@ -69,9 +74,13 @@ class Curve:
         """Names of all metrics, in the order in which they first appear."""
         return list(dict.fromkeys(name for values in self.steps.values() for name in values))
 
-    def series(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) wherever the metric was recorded."""
-        return [(step, values[metric]) for step, values in self.steps.items() if metric in values]
+    def series(self) -> dict[str, list[tuple[int, float]]]:
+        """Metric -> (step, value) wherever it was recorded, in the order of :meth:`metrics`."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for step, values in self.steps.items():
+            for name, value in values.items():
+                found.setdefault(name, []).append((step, value))
+        return found
 
     def newest(self, metric: str) -> float | None:
         """The metric's last recorded value."""
@@ -93,13 +102,13 @@ def _parse(text: bytes) -> object:
 
 
 def _numbers(record: dict[str, object]) -> dict[str, float]:
-    """The numbers of a record; null is nan."""
+    """The numbers of a record; null, and what is too large to add up, is nan."""
     values: dict[str, float] = {}
     for name, value in record.items():
         if value is None:
             values[name] = math.nan
         elif type(value) is float or (type(value) is int and abs(value) < 2**53):
-            values[name] = float(value)
+            values[name] = float(value) if abs(value) <= LARGEST else math.nan
     return values
 
 
@@ -181,15 +190,10 @@ def portable(curve: Curve) -> Iterator[str]:
 def export_curve(run: Path, out: Path) -> int:
     """Write :func:`portable` of ``run`` to a new file; returns the number of steps. Raises UserError if it is there."""
     curve = read_curve(run)
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{out}: already there and never overwritten; remove it first, or name another file")
-    partial = out.with_name(out.name + ".part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(portable(curve)), encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write it ({error.strerror}); name another file") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(portable(curve)))
     return len(curve.steps)
 
 

@@ -8,21 +8,26 @@ Nothing is written, and nothing missing or damaged is an error except a path tha
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from scd_sf.checkpoint import Checkpoints, read_provenance, sizes_agree
 from scd_sf.config import plain_yaml
+from scd_sf.files import lines_of, parse_json, read_text, read_typed, typed
 from scd_sf.monitor.curve import METRICS, Curve, read_tail
+from scd_sf.train.control import Beat
 from scd_sf.types import UserError
 
 State = Literal["finished", "running", "stale", "stopped"]
 SILENT_SECONDS = 120.0  # a rank whose heartbeat is older, or a run without heartbeats whose last line is
 STUCK_SECONDS = 600.0  # a run whose ranks live but whose last line is older: a validation or a save is shorter
+SMALL = 2**20  # bytes of the JSON files that a job rewrites
+RANK = re.compile(r"[0-9]{1,9}")
 DEPTH = 4  # folders below ROOT in which `scd runs ls` looks
 
 
@@ -35,6 +40,22 @@ class Heartbeat:
     step: int
     host: str
     pid: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """``status.json``; ``time`` in unix seconds."""
+
+    state: str = ""
+    reason: str = "no reason given"
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Skip:
+    """One line of ``skipped.jsonl``, as far as it is read."""
+
+    step: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,8 @@ class RunView:
 
 def is_run(path: Path) -> bool:
     """Whether a recipe has used this directory: it has metrics, or a config and checkpoints."""
-    return (path / METRICS).is_file() or ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir())
+    config, checkpoints = path / "config.yaml", path / "checkpoints"  # os.path: what may not be read is not there
+    return os.path.isfile(path / METRICS) or (os.path.isfile(config) and os.path.isdir(checkpoints))
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -105,9 +127,9 @@ def read_run(path: Path, now: float, curve: Curve | None = None, stale_after: fl
     if not is_run(path):
         raise UserError(f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'")
     curve = read_tail(path / METRICS) if curve is None else curve
-    config, status = _config(path), _json(path / "status.json")
+    config, status = _config(path), _status(path)
     checkpoints = [Saved(step, p, sizes_agree(p)) for step, p in _steps(path)]
-    heartbeats = _heartbeats(path, now, _time(status) if status.get("state") == "running" else 0.0)
+    heartbeats = _heartbeats(path, now, status.time if status.state == "running" else 0.0)
     patience = stale_after or max(SILENT_SECONDS, 3 * _heartbeat_seconds(config))
     silent = sorted((beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age)
     last = curve.times.get(curve.last)
@@ -116,8 +138,8 @@ def read_run(path: Path, now: float, curve: Curve | None = None, stale_after: fl
     if total is not None and any(saved.intact and saved.step >= total for saved in checkpoints):
         state: State = "finished"  # the last line alone is not enough: a run killed while saving it is not done
         reason, silent = "", []
-    elif status.get("state") in ("interrupted", "failed") and _time(status) >= (last or 0.0):
-        state, reason, silent = "stopped", f"{status['state']}: {status.get('reason', 'no reason given')}", []
+    elif status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
+        state, reason, silent = "stopped", f"{status.state}: {status.reason}", []
     else:
         slow = 10 * (curve.seconds_per_step() or 0.0)
         stuck = stale_after or max(STUCK_SECONDS if heartbeats else SILENT_SECONDS, slow)
@@ -127,10 +149,10 @@ def read_run(path: Path, now: float, curve: Curve | None = None, stale_after: fl
     return RunView(path, config, curve, checkpoints, origin, skipped, heartbeats, silent, age, state, reason)
 
 
-def _standstill(now: float, last: float | None, status: Mapping[str, object]) -> float | None:
+def _standstill(now: float, last: float | None, status: Status) -> float | None:
     """Seconds since the last line, or since the job began if that was later; None: neither is known."""
     moments = [last] if last is not None else []
-    moments += [_time(status)] if status.get("state") == "running" else []
+    moments += [status.time] if status.state == "running" else []
     return max(0.0, now - max(moments)) if moments else None
 
 
@@ -188,29 +210,28 @@ def _origin(checkpoints: list[Saved]) -> Mapping[str, object]:
 def _skipped(path: Path) -> list[int]:
     """Steps whose update was skipped; a step that was run again after a resume counts once."""
     try:
-        lines = (path / "skipped.jsonl").read_bytes().splitlines()
-    except OSError:
+        lines = lines_of(read_text(path / "skipped.jsonl", "move it away"))
+    except UserError:
         return []
     steps = set()
     for line in lines:
-        try:
-            steps.add(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue
+        with suppress(UserError):
+            steps.add(typed(parse_json(line, path, ""), _Skip, path, "").step)
     return sorted(steps)
 
 
 def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
     """Ranks of the job that ``began`` then; files left by an earlier job with more ranks are no ranks of this one."""
-    found = []
+    beats = []
     for file in sorted((path / "heartbeat").glob("rank_*.json")):
-        beat, number = _json(file), file.stem.removeprefix("rank_")
-        moment = _time(beat)
-        if not number.isdigit() or not moment or moment < began - SILENT_SECONDS:
+        number = file.stem.removeprefix("rank_")
+        try:
+            beat = read_typed(file, Beat, "", SMALL)
+        except UserError:
             continue
-        step, pid = (value if isinstance(value, int) else 0 for value in (beat.get("step"), beat.get("pid")))
-        found.append(Heartbeat(int(number), max(0.0, now - moment), step, str(beat.get("host", "?")), pid))
-    return found
+        if RANK.fullmatch(number) and beat.time >= began - SILENT_SECONDS:
+            beats.append(Heartbeat(int(number), max(0.0, now - beat.time), beat.step, beat.host, beat.pid))
+    return beats
 
 
 def _heartbeat_seconds(config: Mapping[str, object]) -> float:
@@ -219,15 +240,8 @@ def _heartbeat_seconds(config: Mapping[str, object]) -> float:
     return float(seconds) if isinstance(seconds, float | int) else 0.0
 
 
-def _time(record: Mapping[str, object]) -> float:
-    """A record's ``time``; 0 where it has none."""
-    moment = record.get("time")
-    return moment if isinstance(moment, float) else 0.0
-
-
-def _json(file: Path) -> dict[str, object]:
+def _status(path: Path) -> Status:
     try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return read_typed(path / "status.json", Status, "", SMALL)
+    except UserError:
+        return Status()

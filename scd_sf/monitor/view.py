@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -20,6 +21,7 @@ from scd_sf.monitor.state import RunView, Saved, State, describe_age
 _STYLE: dict[State, str] = {"finished": "green", "running": "cyan", "stale": "bold red", "stopped": "yellow"}
 _BARS = "▁▂▃▄▅▆▇█"
 SPARK = 40  # characters of a sparkline
+MOST_METRICS = 500  # that a page shows
 MEAN_OF = 20  # records in "mean" and in `scd runs compare`
 
 
@@ -44,14 +46,14 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def mean_of_last(curve: Curve, metric: str, count: int = MEAN_OF) -> float | None:
-    """Mean of the metric's last ``count`` finite records."""
-    values = [value for _, value in curve.series(metric)[-count:] if math.isfinite(value)]
+def mean_of_last(series: Sequence[tuple[int, float]], count: int = MEAN_OF) -> float | None:
+    """Mean of the last ``count`` finite values of a metric's (step, value) pairs."""
+    values = [value for _, value in series[-count:] if math.isfinite(value)]
     return statistics.fmean(values) if values else None
 
 
-def list_table(views: Sequence[RunView], root: Path) -> Table:
-    """One line per run."""
+def list_table(views: Sequence[RunView], root: Path, unreadable: Mapping[Path, str] | None = None) -> Table:
+    """One line per run; of those that cannot be read, why."""
     table = Table("run", "stage", "step", "last line", "loss", "checkpoint", "state", box=None, pad_edge=False)
     for view in views:
         name = clean(view.path.relative_to(root) if view.path != root else view.path.resolve().name)
@@ -64,6 +66,8 @@ def list_table(views: Sequence[RunView], root: Path) -> Table:
             _saved(view.checkpoints[-1]) if view.checkpoints else Text("-"),
             _state(view),
         )
+    for path, reason in (unreadable or {}).items():
+        table.add_row(Text(clean(path)), *["-"] * 5, Text(f"unreadable: {clean(reason)}", "bold red"))
     return table
 
 
@@ -86,11 +90,13 @@ def headline(view: RunView) -> Text:
 def metrics_table(curve: Curve) -> RenderableType:
     """Every metric: last value, mean of the last records, its course."""
     table = Table("metric", "last", f"mean of {MEAN_OF}", "at step", "course", box=None, pad_edge=False)
-    for metric in curve.metrics():
-        series = curve.series(metric)
+    every = curve.series()
+    for metric, series in islice(every.items(), MOST_METRICS):
         step, last = series[-1]
         course = sparkline([value for _, value in series])
-        table.add_row(Text(clean(metric, 60)), number(last), number(mean_of_last(curve, metric)), str(step), course)
+        table.add_row(Text(clean(metric, 60)), number(last), number(mean_of_last(series)), str(step), course)
+    if (more := len(every) - MOST_METRICS) > 0:
+        table.add_row(Text(f"and {more:,} more metrics"))
     return table if curve.steps else Text("no metrics yet")
 
 

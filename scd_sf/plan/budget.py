@@ -17,6 +17,7 @@ from scd_sf.train.base import EngineConfig, accumulation
 from scd_sf.types import UserError
 
 GIB = 2**30
+TEXT = "text encoder"  # of prompts that are a list: whole on every rank, on its device
 CONTEXT_GIB, SLACK = 0.8, 0.1  # estimates: CUDA's own memory, and what the allocator cannot use
 
 
@@ -98,13 +99,14 @@ class Budget:
     def host(self) -> int:
         """Host memory of one process at its peak: the student's average for validation in fp32, what offload keeps, and
         the larger of starting (students and critics come in fp32) and saving (states are copied)."""
-        trained_roles = [role for role in self.counts if role != "teacher"]
+        trained_roles = [role for role in self.counts if role not in ("teacher", TEXT)]
         student = 4 * self.counts["student"]
         kept = sum(
             host_state(self.counts[r], self.job.engines()[r], self.cluster.world, averages=self.averages)
             for r in trained_roles
         )
         start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(self.counts[r] for r in trained_roles)
+        start = max(start, student + self.held[TEXT].weights if TEXT in self.held else 0)
         shares = sum(12 * -(-self.counts[role] // self.cluster.world) for role in trained_roles)
         return student + kept + max(start, shares + (1 + self.averages) * student)
 
@@ -152,6 +154,10 @@ def budget(job: Job, cluster: Cluster, phases: list[Phase] | None = None) -> Bud
             averages=averages,
             on_gpu=cluster.on_gpu,
         )
+    if job.text_parameters and isinstance(job.cfg, Stage3Config):
+        counts[TEXT] = job.text_parameters
+        size = 4 if job.cfg.text.dtype == "fp32" else 2
+        held[TEXT] = Held(size * job.text_parameters, 0, 0, 0, 0, 0, 0)
     return Budget(job, cluster, counts, held, phases or job.phases())
 
 
@@ -182,6 +188,8 @@ def _changes(job: Job) -> list[Change]:
         ("recompute_attention=true", lambda job: _with(job, recompute_attention=True), True),
         ("train.micro_batch=1", lambda job: _with(job, train=replace(job.cfg.train, micro_batch=1)), True),
     ]
+    encode = "data_prep/encode_prompts.py first, and prompts=ITS OUTPUT (about 1 MB a prompt on the disk)"
+    changes.append((encode, lambda job: replace(job, text_parameters=0), False))
     names = {"student": "engine"} if job.stage == 2 else {"teacher": "teacher_engine", "critic": "critic_engine"}
     names |= {"student": "student"} if job.stage == 3 else {}
     steps: list[tuple[str, dict[str, object]]] = [

@@ -12,9 +12,13 @@ import torch
 
 from scd_sf.config import load_config, plain_yaml
 from scd_sf.data.latents import LatentClips
+from scd_sf.data.prompt_list import is_list
 from scd_sf.models.build import ModelConfig, build_model, describe_checkpoint, require_wan
+from scd_sf.models.live_prompts import find_text_encoder
+from scd_sf.models.text import encoder_parameters
 from scd_sf.models.transplant import TransplantConfig
 from scd_sf.models.trunk import WAN_14B, WanConfig
+from scd_sf.models.umt5 import UMT5_PARAMETERS
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import read_wan_config
 from scd_sf.plan.phases import Phase, Stage3, stage2
@@ -27,7 +31,8 @@ SIZES = {"14B": WAN_14B, "1.3B": WanConfig()}
 
 @dataclass(frozen=True)
 class Job:
-    """``assumed``: what was not given and is taken for granted, in words."""
+    """``assumed``: what was not given and is taken for granted, in words. ``text_parameters``: of the text encoder that
+    every rank holds because its prompts are a list (0: none)."""
 
     cfg: Stage2Config | Stage3Config
     model: ModelConfig
@@ -36,6 +41,7 @@ class Job:
     critic: WanConfig = field(default_factory=WanConfig)
     text_tokens: int = 512
     assumed: tuple[str, ...] = ()
+    text_parameters: int = 0
 
     @property
     def stage(self) -> int:
@@ -90,7 +96,8 @@ def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | No
         return Job(cfg, model, shape, text_tokens=text_tokens, assumed=tuple(assumed))
     teacher, critic = _wan(cfg.teacher, "teacher", "14B", assumed), _wan(cfg.critic, "critic", "1.3B", assumed)
     shape = cfg.video.shape(model.wan.in_channels)
-    return Job(cfg, model, shape, teacher, critic, text_tokens, tuple(assumed))
+    text = _text_encoder(cfg, assumed)
+    return Job(cfg, model, shape, teacher, critic, text_tokens, tuple(assumed), text)
 
 
 def _stage(given: set[str]) -> type[Any]:
@@ -130,6 +137,21 @@ def _wan(path: str, role: str, default: str, assumed: list[str]) -> WanConfig:
         raise UserError(f"{role}={path}: not here, and its name has neither 1.3B nor 14B in it; give a Wan directory")
     assumed.append(f"{role}: Wan 2.1 {size} ({path + ' is not here' if path else f'no {role}='})")
     return SIZES[size]
+
+
+def _text_encoder(cfg: Stage3Config, assumed: list[str]) -> int:
+    """Parameters of the text encoder that encodes the prompts during training; 0 where they are encoded already."""
+    prompts = Path(cfg.prompts)
+    if cfg.prompts and prompts.exists() and not is_list(prompts):
+        return 0
+    if not (cfg.prompts and prompts.exists()):
+        absent = f"{cfg.prompts} is not here" if cfg.prompts else "no prompts="
+        assumed.append(f"prompts: a list, encoded while it trains ({absent})")
+    sources = [source for source in (cfg.text.path, cfg.teacher, cfg.critic) if source and Path(source).is_dir()]
+    if sources:
+        return encoder_parameters(find_text_encoder(cfg.text, sources))
+    assumed.append("text encoder: umT5-xxl, Wan's own (no model is here)")
+    return UMT5_PARAMETERS
 
 
 def _clips(data: str, model: ModelConfig, assumed: list[str]) -> VideoShape:

@@ -8,7 +8,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from scd_sf.plan.budget import CONTEXT_GIB, GIB, SLACK, Budget
+from scd_sf.plan.budget import CONTEXT_GIB, GIB, SLACK, TEXT, Budget
+from scd_sf.stages import Stage3Config
 
 _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers", "update")
 
@@ -30,6 +31,11 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
     )
     if job.stage == 3:
         yield f"of these the rollout's K/V: {found.cache_bytes() / GIB:.2f} GiB per GPU"
+    if TEXT in found.held:
+        yield (
+            f"of these the text encoder: {found.held[TEXT].weights / GIB:.1f} GiB on every GPU, as the prompts are "
+            "a list; prompts that were encoded before (data_prep/encode_prompts.py) need none"
+        )
     per_node = found.host * cluster.gpus_per_node / GIB
     yield f"host memory: {found.host / GIB:.1f} GiB per process, {per_node:.0f} GiB per node, while starting or saving"
     keep = job.cfg.train.keep
@@ -47,7 +53,7 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
     )
     yield (
         f"while validating: {found.validation / GIB:.1f} GiB per GPU with the averaged student in fp32, and what "
-        "sampling and the VAE's decoder need on top; the text encoder is never loaded (prompts are encoded before)"
+        "sampling and the VAE's decoder need on top"
     )
     for change, then in advised:
         yield f"to change: {change} -> {then.needed_gib:.1f} GiB{', fits' if then.fits else ''}"
@@ -98,11 +104,14 @@ def _roles(found: Budget) -> Table:
     for column in ("role", "parameters", "engine", *_COLUMNS):
         table.add_column(column, justify="left" if column in ("role", "engine") else "right")
     for role, held in found.held.items():
+        sizes = (f"{vars(held)[column] / GIB:.2f}" for column in _COLUMNS)
+        if role == TEXT and isinstance(cfg := found.job.cfg, Stage3Config):
+            table.add_row(role, f"{found.counts[role] / 1e9:.3f} B", f"whole {cfg.text.dtype}", *sizes)
+            continue
         engine = found.job.engines()[role]
         stage = 3 if role == "teacher" else engine.zero_stage
         kind = "local" if engine.kind == "local" else f"ZeRO-{stage}"
         words = f"{kind} {engine.dtype}{' offload' if engine.offload else ''}"
-        sizes = (f"{vars(held)[column] / GIB:.2f}" for column in _COLUMNS)
         table.add_row(role, f"{found.counts[role] / 1e9:.3f} B", words, *sizes)
     return table
 

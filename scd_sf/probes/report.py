@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from scd_sf.files import write_text
-from scd_sf.types import UserError
+from scd_sf.files import read_bytes, read_json, safe_path, typed, write_text
+from scd_sf.types import printable
 
 PAGE = "report.html"
+PICTURE_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A probe's JSON, as far as the page shows it."""
+
+    title: str
+    text: str
+    figures: list[str]
 
 
 def write_report(folder: Path, title: str, facts: Mapping[str, object]) -> Path:
     """``folder``/report.html from the probes' JSON and PNG files beside it. UserError: a file is damaged."""
     results = []
     for path in sorted(folder.glob("*.json")):
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); run the probe again") from error
-        if not isinstance(document, dict) or "figures" not in document:
+        remedy = "run the probe again"
+        document = read_json(path, remedy)
+        if "figures" not in document:
             continue
+        result = typed(document, _Result, path, remedy)
         pictures = []
-        for name in document["figures"]:
-            picture = folder / Path(str(name)).name
-            if not picture.is_file():
-                raise UserError(f"{picture}: missing; run the probe again")
-            pictures.append((picture.stem, base64.b64encode(picture.read_bytes()).decode()))
-        results.append({"title": document["title"], "text": document["text"], "file": path.name, "pictures": pictures})
+        for name in result.figures:
+            picture = safe_path(folder, name, f"{path}: a figure")
+            pictures.append((picture.stem, base64.b64encode(read_bytes(picture, remedy, PICTURE_BYTES)).decode()))
+        texts = {"title": printable(result.title), "text": printable(result.text), "file": path.name}
+        results.append({**texts, "pictures": pictures})
     results.sort(key=lambda result: str(result["title"]).partition("(P")[2])  # P1 first
     environment = Environment(
         loader=PackageLoader("scd_sf.probes", package_path=""), autoescape=True, undefined=StrictUndefined,

@@ -23,7 +23,7 @@ from scd_sf.prompt_extend.rules import SYSTEM, Answer, Gates, refusal, seed_of
 from scd_sf.prompt_filter.optional import require
 from scd_sf.prompt_filter.table import collect, scan
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 SETTINGS, PARTS, PROMPTS, TEXT, REPORT = "settings.json", "parts", "prompts.jsonl", "prompts.txt", "report.json"
 SECONDS_PER_LINE = 20.0
@@ -79,13 +79,13 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
     ranks.barrier()  # nobody finishes a prompt before everybody has counted
     left = [row for row in dict(rows).items() if row[0] not in done]
     if ranks.is_main:
-        print(f"{out}: {len(rows)} prompts, {len(done)} finished before", flush=True)
+        say(f"{out}: {len(rows)} prompts, {len(done)} finished before")
     with part_file(out, ranks.rank) as file:
         extend(cfg, writer, left[ranks.rank :: ranks.world], file, tell=ranks.is_main)
     ranks.barrier()
     if ranks.is_main:
         report = merge(out, rows)
-        print(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were", flush=True)
+        say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -203,7 +203,7 @@ def extend(cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[byte
         if tell and (now - last >= SECONDS_PER_LINE or not waiting):
             done = len(rows) - len(waiting)
             left = (now - began) / max(1, done) * len(waiting)
-            print(f"prompts {done}/{len(rows)} of this rank, {left:.0f} s left", flush=True)
+            say(f"prompts {done}/{len(rows)} of this rank, {left:.0f} s left")
             last = now
 
 

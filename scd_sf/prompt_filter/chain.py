@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,26 +17,30 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from scd_sf.data.prompt_files import SCORES
 from scd_sf.prompt_filter import clean
 from scd_sf.prompt_filter.language import HEAD, Heads, foreign
 from scd_sf.prompt_filter.near_dup import NearDupConfig, near_duplicates
-from scd_sf.prompt_filter.table import SCORES, collect, explain, scan
+from scd_sf.prompt_filter.table import BadRows, explain, find_list, read_good
 from scd_sf.prompt_filter.workers import Workers
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 if TYPE_CHECKING:
     import polars as pl
 
 CHUNK = 10_000  # texts a worker gets at a time
 NSFW_REPORTED = (0.05, 0.2, 0.5)
+ALWAYS_ALLOWED = 10  # rows that cannot be read
 VIDPROM_LICENCE = "CC BY-NC 4.0 (VidProM)"
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """``inputs``: .csv with VidProM's columns, .jsonl ({"prompt": .., "uuid", "time", scores optional}) or one prompt
-    per line. ``nsfw``: a row goes when one of its six Detoxify scores is at least this. ``letters``: smallest share of
-    letters; ``run``: longest run of one character. ``language_score``: another language is refused from this on.
+    """``inputs``: lists, or folders that this command or the extender made: .csv with VidProM's columns, .jsonl
+    ({"prompt": .., "uuid", "time", scores optional}) or one prompt per line. ``nsfw``: a row goes when one of its six
+    Detoxify scores is at least this. ``letters``: smallest share of letters; ``run``: longest run of one character.
+    ``language_score``: another language is refused from this on.
+    ``bad_rows``: rows that cannot be read are counted and left out, up to this share of all (or ten).
     ``sample``: how many to draw, 0 for all. ``licence``: of lists that are not VidProM's. ``workers``: processes, 0 for
     one per core; they change nothing but the time.
     """
@@ -50,6 +54,7 @@ class FilterConfig:
     run: int = 6
     language: str = "en"
     language_score: float = 0.5
+    bad_rows: float = 0.1
     near: NearDupConfig = field(default_factory=NearDupConfig)
     sample: int = 0
     seed: int = 0
@@ -60,7 +65,7 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ValueError("inputs is empty; name at least one file")
-        for name in ("nsfw", "letters", "language_score"):
+        for name in ("nsfw", "letters", "language_score", "bad_rows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.min_words <= self.max_words or min(self.run, self.examples) < 1:
@@ -91,10 +96,14 @@ class Chain:
         self.steps: list[Step] = []
         self.seconds: dict[str, float] = {}
         with self._timed("parse and clean"):
-            self.sources = [scan(Path(path)) for path in cfg.inputs]
-            self.table, changed = _read(cfg, self.sources)
+            bad = BadRows()
+            self.sources, self.table, changed = _read(cfg, bad)
         rows = len(self.table)
-        self.steps.append(Step("parse", rows, rows, {"inputs": [Path(p).name for p in cfg.inputs]}, {}, []))
+        counts: dict[str, object] = {"rows that cannot be read": bad.count, "first": bad.first} if bad.count else {}
+        names = [Path(path).name for path in cfg.inputs]
+        self.steps.append(Step("parse", rows + bad.count, rows, {"inputs": names}, counts, []))
+        if bad.count:
+            say(f"left out: {bad.count} rows that cannot be read; the first: {bad.first}")
         self.steps.append(Step("clean", rows, rows, {}, {"changed": changed}, []))
 
     def run(self) -> int:
@@ -209,7 +218,7 @@ class Chain:
             examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
         before, self.table = len(self.table), self.table.filter(~mask) if mask.any() else self.table
         self.steps.append(Step(name, before, len(self.table), settings, counts, examples))
-        print(f"{name}: {before} -> {len(self.table)}", flush=True)
+        say(f"{name}: {before} -> {len(self.table)}")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -223,21 +232,29 @@ def rank(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
 
 
-def _read(cfg: FilterConfig, sources: Sequence[pl.LazyFrame]) -> tuple[pl.DataFrame, int]:
-    """All rows with text, largest score and fate; and how many cleaning changed."""
+def _read(cfg: FilterConfig, bad: BadRows) -> tuple[list[pl.LazyFrame], pl.DataFrame, int]:
+    """Where rows are read again; all rows with text, largest score and fate; how many cleaning changed.
+
+    Rows that cannot be read are counted in ``bad``. UserError where they are too many."""
     import polars as pl
 
-    parts, changed = [], 0
-    for number, (path, source) in enumerate(zip(map(Path, cfg.inputs), sources, strict=True)):
-        part = _in_parts(collect(path, source), lambda rows: _decided(rows, cfg))
-        if part["bad"].any():
-            raise explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))
+    sources, parts, changed = [], [], 0
+    for number, path in enumerate(find_list(Path(path)) for path in cfg.inputs):
+        source, rows = read_good(path, bad)
+        part = _in_parts(rows, lambda table: _decided(table, cfg))
+        if wrong := int(part["bad"].sum()):
+            bad.add(str(explain(path, ValueError("a row without uuid or with a score that is not from 0 to 1"))))
+            bad.count += wrong - 1
+            part = part.filter(~pl.col("bad"))
         changed += int(part["changed"].sum())
+        sources.append(source)
         parts.append(part.drop("bad", "changed").with_columns(pl.lit(number, pl.UInt32).alias("source")))
     table = pl.concat(parts)
+    if bad.count > max(ALWAYS_ALLOWED, cfg.bad_rows * (len(table) + bad.count)) or (bad.count and not len(table)):
+        raise UserError(f"{bad.count} of {len(table) + bad.count} rows cannot be read; the first: {bad.first}")
     if not len(table):
         raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
-    return table, changed
+    return sources, table, changed
 
 
 def _in_parts(table: pl.DataFrame, work: Callable[[pl.LazyFrame], pl.LazyFrame]) -> pl.DataFrame:

@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from scd_sf.files import read_json, sha256_file, write_json, write_text
+from scd_sf.files import LOCK, Json, locked, new_file, read_typed, sha256_file, write_json, write_text
+from scd_sf.ownership import require_own_folder
 from scd_sf.prompt_filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
 from scd_sf.prompt_filter.optional import EXTRA, require
+from scd_sf.prompt_filter.table import find_list
 from scd_sf.prompt_filter.workers import open_workers
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 PROMPTS, TEXT, REPORT, PAGE = "prompts.jsonl", "prompts.txt", "report.json", "report.md"
+BEGUN = "building.json"  # while the others are written
 SLICE = 50_000  # rows written at a time
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder of this command says of itself; ``sha256`` once it is complete."""
+
+    settings: Json
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def run_filter(cfg: FilterConfig) -> Path:
     """Filter ``cfg.inputs`` into the folder ``cfg.out`` and return its report; a finished one is left alone.
 
-    UserError before anything is written: a bad row, a package missing, a folder that holds something else.
+    UserError before anything is written: a package missing, a folder that holds or is given something else; after
+    reading: too many bad rows.
     """
     require(*EXTRA)
     started, out = time.monotonic(), Path(cfg.out)
-    inputs = {path: sha256_file(Path(path)) for path in cfg.inputs}
-    told = {name: value for name, value in asdict(cfg).items() if name not in ("out", "workers", "examples")}
-    settings = told | {"inputs": list(inputs.values())}
-    if _finished(out, settings):
-        print(f"{out}: already complete")
-        return out / REPORT
+    files = [find_list(Path(path)) for path in cfg.inputs]
+    if inside := [file for file in files if file.resolve().parent == out.resolve()]:
+        raise UserError(f"out={out}: holds {inside[0].name}, one of the inputs; use another out=")
+    hashes = [sha256_file(file) for file in files]
+    decisive = {name: value for name, value in asdict(cfg).items() if name not in ("out", "workers", "examples")}
+    settings = decisive | {"inputs": hashes}
+    require_own_folder(out, (REPORT, BEGUN))
+    with locked(out, "filter_vidprom"):
+        if _finished(out, settings):
+            say(f"{out}: already complete")
+            return out / REPORT
+        try:
+            _filter(cfg, out, settings, hashes, started)
+        finally:
+            _forget(out)
+    return out / REPORT
+
+
+def _filter(cfg: FilterConfig, out: Path, settings: Json, hashes: list[str], started: float) -> None:
     with open_workers(cfg.workers) as workers:
         chain = Chain(cfg, workers)
         kept = chain.run()
@@ -39,18 +63,14 @@ def run_filter(cfg: FilterConfig) -> Path:
         raise UserError(
             f"inputs: none of {chain.steps[0].rows_in} prompts passed ({_lossiest(chain.steps)}); nothing kept"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
-    with suppress(FileNotFoundError):  # from here to the end the folder is not complete
-        (out / REPORT).unlink()
+    write_json(out / BEGUN, {"settings": settings})  # from here to the end the folder is ours and not complete
+    (out / REPORT).unlink(missing_ok=True)
     before = time.monotonic()
     _write_rows(out, chain)
     seconds = chain.seconds | {"write": round(time.monotonic() - before, 2)}
-    report = {
+    report: Json = {
         "settings": settings,
-        "inputs": {Path(path).name: sha for path, sha in inputs.items()},
+        "inputs": {Path(path).name: sha for path, sha in zip(cfg.inputs, hashes, strict=True)},
         "licence": _licence(cfg),
         "kept": kept,
         "steps": [asdict(step) for step in chain.steps],
@@ -59,24 +79,35 @@ def run_filter(cfg: FilterConfig) -> Path:
     }
     write_text(out / PAGE, page(report, chain.steps))
     write_json(out / REPORT, report)
-    return out / REPORT
+    (out / BEGUN).unlink()
 
 
-def _finished(out: Path, settings: Mapping[str, object]) -> bool:
-    """Whether ``out`` holds just this already. UserError where it holds something else."""
-    file = out / REPORT
-    if file.is_file():
-        old = read_json(file, "use another out=")
-        was, sums = old.get("settings"), old.get("sha256")
-        if not isinstance(was, dict) or not isinstance(sums, dict):
-            raise UserError(f"{file}: not a filter's report; use another out=")
-        if other := [name for name in settings if was.get(name) != _plain(settings[name])]:
-            raise UserError(f"{file}: made with other {other[0]}; nothing is overwritten: use another out=")
-        return all((out / name).is_file() and sha256_file(out / name) == sums.get(name) for name in (PROMPTS, TEXT))
-    known = {PROMPTS, TEXT, PAGE, REPORT} | {f"{name}.tmp" for name in (PROMPTS, TEXT, PAGE, REPORT)}
-    if out.exists() and (not out.is_dir() or any(entry.name not in known for entry in out.iterdir())):
-        raise UserError(f"{out}: holds something else; nothing is overwritten: use another out=")
-    return False
+def _finished(out: Path, settings: Json) -> bool:
+    """Whether ``out`` holds just this already. UserError where it holds something else, or was changed since.
+
+    A folder that was begun holds nothing of others: it was empty then, or had a report."""
+    remedy = "nothing is overwritten: use another out="
+    file = out / BEGUN if (out / BEGUN).is_file() else out / REPORT
+    if not file.is_file():
+        return False
+    record = read_typed(file, Record, "use another out=")
+    if other := [name for name in settings if record.settings.get(name) != _plain(settings[name])]:
+        raise UserError(f"{file}: made with other {other[0]}; {remedy}")
+    if file.name == BEGUN:
+        return False
+    names = [entry.name for entry in out.iterdir() if entry.name in (PROMPTS, TEXT)]
+    if changed := [name for name in names if sha256_file(out / name) != record.sha256.get(name)]:
+        raise UserError(
+            f"{out / changed[0]}: was changed since {REPORT} was written; move it away, or use another out="
+        )
+    return len(names) == 2
+
+
+def _forget(out: Path) -> None:
+    """Remove a folder in which nothing came to be but the lock."""
+    if out.is_dir() and {entry.name for entry in out.iterdir()} <= {LOCK}:
+        (out / LOCK).unlink(missing_ok=True)
+        out.rmdir()
 
 
 def _plain(value: object) -> object:
@@ -86,23 +117,19 @@ def _plain(value: object) -> object:
 def _write_rows(out: Path, chain: Chain) -> None:
     """Both lists, in the rows' order. Each appears whole or not at all."""
     with ExitStack() as files:
-        lines, text = (files.enter_context((out / f"{name}.tmp").open("wb")) for name in (PROMPTS, TEXT))
+        parts = [files.enter_context(new_file(out / name)) for name in (PROMPTS, TEXT)]
+        lines, text = (files.enter_context(part.open("wb")) for part in parts)
         for table in chain.rows():
             for first in range(0, len(table), SLICE):
                 part = table.slice(first, SLICE)
                 part.write_ndjson(lines)
                 text.write("".join(f"{line}\n" for line in part["prompt"]).encode())
-        for file in (lines, text):
-            file.flush()
-            os.fsync(file.fileno())
-    for name in (PROMPTS, TEXT):
-        (out / f"{name}.tmp").replace(out / name)
 
 
 def _licence(cfg: FilterConfig) -> str:
     if cfg.licence:
         return cfg.licence
-    if any(path.endswith(".csv") for path in cfg.inputs):
+    if any(path.lower().endswith(".csv") for path in cfg.inputs):
         return f"{VIDPROM_LICENCE}: no commercial use; name the source; what is derived stays under it"
     return "not stated; set licence="
 

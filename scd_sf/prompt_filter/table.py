@@ -1,4 +1,5 @@
-"""Prompt lists as lazy tables: VidProM's csv files, jsonl and txt. A bad row is an error that says where it is.
+"""Prompt lists as lazy tables: VidProM's csv files, jsonl and txt. A bad row is an error that says where it is, or
+(:func:`read_good`) counted and left out.
 
 Columns of every table: ``row`` (u32, from 1 within its file), ``uuid``, ``prompt``, ``time`` ('' where unknown) and
 Detoxify's six ``SCORES`` (null where the list has none).
@@ -7,36 +8,81 @@ Detoxify's six ``SCORES`` (null where the list has none).
 from __future__ import annotations
 
 import csv
-import json
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from scd_sf.types import UserError
+from scd_sf.data.prompt_files import JSONL, LINE_BYTES, NOT_LISTS, SCORES, list_in
+from scd_sf.files import is_lfs_pointer, parse_json
+from scd_sf.types import UserError, printable
 
 if TYPE_CHECKING:
     import polars as pl
 
-SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "scd_sf.prompt_filter")  # of ids made here: uuid5(NAMESPACE, prompt)
 SEEN_IN_A_MESSAGE = 40  # characters of a bad value
 
 
-def scan(path: Path) -> pl.LazyFrame:
+@dataclass
+class BadRows:
+    """Rows that were left out: how many, and what is wrong with the first of them."""
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        self.first = self.first or problem
+
+
+def find_list(path: Path) -> Path:
+    """A list on disk: a regular file, or the list in the folder of a filter's or an extender's result.
+
+    UserError: anything else, before it is read."""
+    file, _ = list_in(path)
+    if file.suffix.lower() in NOT_LISTS:
+        raise UserError(f"inputs: {file}: {file.suffix} is not read; convert it to .csv, .jsonl or .txt")
+    try:
+        if not file.is_file() and file.exists():
+            raise UserError(f"inputs: {file}: cannot be read (not a regular file); copy the list into one")
+        with file.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"inputs: {file}: cannot be read ({reason}); check the path") from error
+    if is_lfs_pointer(file):
+        raise UserError(f"inputs: {file}: a Git LFS pointer, not the list itself; run 'git lfs pull'")
+    return file
+
+
+def scan(path: Path, bad: BadRows | None = None) -> pl.LazyFrame:
     """The rows of one file, by its ending (.csv, .jsonl, .ndjson, else one prompt per line).
 
-    UserError here: unreadable, a column missing. Bad rows show when the table is computed: see :func:`explain`.
+    UserError here: unreadable, a column missing; a bad row of a jsonl or text file, or with ``bad`` it is counted there
+    and left out. Bad rows of a csv file show when the table is computed: see :func:`explain`.
     """
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise UserError(f"inputs: {path}: cannot be read ({error.strerror}); check the path") from error
-    if path.suffix == ".csv":
+    path = find_list(path)
+    if path.suffix.lower() == ".csv":
         return _scan_csv(path)
-    return _from_rows(_jsonl_rows(path) if path.suffix in (".jsonl", ".ndjson") else _text_rows(path))
+    return _from_rows(_jsonl_rows(path, bad) if path.suffix.lower() in JSONL else _text_rows(path, bad))
+
+
+def read_good(path: Path, bad: BadRows) -> tuple[pl.LazyFrame, pl.DataFrame]:
+    """The rows of one file that can be read, to be read again, and now. What cannot be is counted in ``bad``."""
+    source = scan(path, bad)
+    if path.suffix.lower() != ".csv":
+        return source, source.collect()
+    try:
+        return source, collect(path, source)
+    except UserError:
+        source = _from_rows(_good_csv_rows(path, bad))
+        return source, source.collect()
 
 
 def collect(path: Path, table: pl.LazyFrame) -> pl.DataFrame:
@@ -53,9 +99,10 @@ def collect(path: Path, table: pl.LazyFrame) -> pl.DataFrame:
 def explain(path: Path, error: Exception) -> UserError:
     """What is wrong with a file that polars could not read or in which it found an impossible value: the first bad row,
     found with Python's csv reader. Rows count from 1 after the header, lines as an editor counts them."""
-    if path.suffix == ".csv":
-        for row, line, problem in _bad_csv_rows(path):
-            return UserError(f"{path}: row {row} (line {line}): {problem}; correct or remove it")
+    if path.suffix.lower() == ".csv":
+        for row, line, _, problem in _csv_rows(path):
+            if problem:
+                return UserError(f"{path}: row {row} (line {line}): {problem}; correct or remove it")
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"{path}: cannot be read ({first}); check the file")
 
@@ -70,8 +117,9 @@ def _scan_csv(path: Path) -> pl.LazyFrame:
     has_scores = any(name in names for name in SCORES)
     needed = ("uuid", "prompt", *(SCORES if has_scores else ()))
     if lacking := [name for name in needed if name not in names]:
+        has = printable(", ".join(names))[:200]
         raise UserError(
-            f"{path}: no column '{lacking[0]}' in its header ({', '.join(names)}); VidProM's are uuid, prompt, time, "
+            f"{path}: no column '{lacking[0]}' in its header ({has}); VidProM's are uuid, prompt, time, "
             f"{', '.join(SCORES)}"
         )
     kinds = {name: pl.Float64() if name in SCORES else pl.String() for name in names}
@@ -87,13 +135,26 @@ def _header(path: Path) -> list[str]:
             names = next(csv.reader(file), [])
         except csv.Error as error:
             raise UserError(f"{path}: line 1: the header cannot be read ({error}); is it a csv file?") from error
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: line 1: column '{twice[0]}' is there twice; rename one")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path}: line 1: column '{printable(twice[0])[:80]}' is there twice; rename one")
     return names
 
 
-def _bad_csv_rows(path: Path) -> Iterator[tuple[int, int, str]]:
-    """(row, its first line, what is wrong) of the rows that cannot be right."""
+def _good_csv_rows(path: Path, bad: BadRows) -> Iterator[dict[str, object]]:
+    """The rows that can be right. UserError where quotes do not match: nothing tells where the next row begins."""
+    for number, line, row, problem in _csv_rows(path):
+        if problem:
+            where = f"{path}: row {number} (line {line}): {problem}"
+            if not row:
+                raise UserError(f"{where}; correct or remove it")
+            bad.add(where)
+            continue
+        scores = {name: float(row[name]) if name in row else None for name in SCORES}
+        yield {"uuid": row["uuid"], "prompt": row["prompt"], "time": row.get("time", ""), **scores}
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, int, dict[str, str], str]]:
+    """(number, first line, columns, what is wrong or '') of every row; without columns where the rest is lost."""
     csv.field_size_limit(sys.maxsize)
     with _opened(path) as file:
         seen: list[str] = []
@@ -106,12 +167,12 @@ def _bad_csv_rows(path: Path) -> Iterator[tuple[int, int, str]]:
             try:
                 fields = next(reader, None)
             except csv.Error as error:
-                yield number, line, f"quotes do not match ({error})"
+                yield number, line, {}, f"quotes do not match ({error})"
                 return
             if fields is None:
                 return
-            if problem := _problem(names, fields, "".join(seen)):
-                yield number, line, problem
+            row = dict(zip(names, fields, strict=False)) or {"": ""}
+            yield number, line, row, _problem(names, fields, "".join(seen))
 
 
 def _opened(path: Path) -> TextIO:
@@ -168,34 +229,47 @@ def _from_rows(rows: Iterator[dict[str, object]]) -> pl.LazyFrame:
     return pl.concat(parts).with_row_index("row", offset=1).with_columns(pl.col("row").cast(pl.UInt32)).lazy()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, bad: BadRows | None) -> Iterator[tuple[int, str]]:
     """(number, line) of the lines that hold something. Only a line feed ends a line: U+2028 may stand in a prompt."""
+    number = 0
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        while raw := file.readline(LINE_BYTES + 1):
+            number += 1
+            if len(raw) > LINE_BYTES:
+                raise UserError(f"{path}: line {number}: more than {LINE_BYTES:,} bytes; is it a list of prompts?")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}: line {number}: not UTF-8 ({error.reason}); convert the file") from error
+                _leave_out(UserError(f"{path}: line {number}: not UTF-8 ({error.reason}); convert the file"), bad)
+                continue
             if line:
                 yield number, line
 
 
-def _text_rows(path: Path) -> Iterator[dict[str, object]]:
-    for _, line in _lines(path):
+def _leave_out(problem: UserError, bad: BadRows | None) -> None:
+    """Count a row that cannot be read, or end with its problem."""
+    if bad is None:
+        raise problem
+    bad.add(str(problem))
+
+
+def _text_rows(path: Path, bad: BadRows | None) -> Iterator[dict[str, object]]:
+    for _, line in _lines(path, bad):
         yield {"uuid": str(uuid.uuid5(NAMESPACE, line)), "prompt": line, "time": ""}
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, object]]:
+def _jsonl_rows(path: Path, bad: BadRows | None) -> Iterator[dict[str, object]]:
     scored: bool | None = None
-    for number, line in _lines(path):
+    for number, line in _lines(path, bad):
         where = f"{path}: line {number}"
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); correct it") from error
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise UserError(f'{where}: not {{"prompt": "..."}}; correct it')
-        row = _jsonl_row(value, where)
+            value = parse_json(line, where, "correct it")
+            if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+                raise UserError(f'{where}: not {{"prompt": "..."}}; correct it')
+            row = _jsonl_row(value, where)
+        except UserError as problem:
+            _leave_out(problem, bad)
+            continue
         has = row[SCORES[0]] is not None
         if scored is not None and has != scored:
             raise UserError(f"{where}: some lines have scores and some have not; give all or none")
@@ -208,9 +282,6 @@ def _jsonl_row(value: Mapping[str, object], where: str) -> dict[str, object]:
     name = value.get("uuid") or str(uuid.uuid5(NAMESPACE, prompt.encode("utf-8", "replace").decode()))
     if not isinstance(name, str) or not isinstance(when, str):
         raise UserError(f"{where}: 'uuid' is {name!r} and 'time' {when!r}; both are texts")
-    for text in (prompt, name, when):
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff alone); remove it")
     inner = value.get("scores")
     scores = inner if isinstance(inner, dict) else value
     row: dict[str, object] = {"uuid": name, "prompt": prompt, "time": when}

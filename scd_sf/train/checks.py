@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scd_sf.data.prompts import PromptTable
+from scd_sf.data.prompts import Prompts, PromptTable
 from scd_sf.train.base import accumulation
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.recipe import TrainConfig
@@ -44,10 +44,10 @@ def check_same_size(train: VideoShape, val: VideoShape, train_root: Path, val_ro
         )
 
 
-def check_text(table: PromptTable, width: int) -> None:
-    """UserError before any training if the prompts were encoded by another text encoder than the model's."""
-    if table.width != width:
+def check_text(prompts: PromptTable | Prompts, width: int) -> None:
+    """UserError before any training if the prompts are encoded by another text encoder than the model's."""
+    if prompts.width != width:
         raise UserError(
-            f"{table.path}: text states are {table.width} wide, the model takes {width}: encode the prompts with "
+            f"{prompts.where}: text states are {prompts.width} wide, the model takes {width}: encode the prompts with "
             "the model's own text encoder"
         )

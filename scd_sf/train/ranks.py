@@ -64,7 +64,8 @@ class Ranks:
         if Path(path).is_file():
             return Path(path)
         step = self.on_main(lambda: find(Path(path), weights))
-        vouch(step)
+        if not self.is_main:
+            vouch(step)
         return step
 
     def max(self, number: int) -> int:
@@ -126,6 +127,18 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
         limit = timedelta(minutes=timeout_minutes)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None)
     return Ranks(rank, world, local, device)
+
+
+def rank_zero_first(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Rank 0 does ``work`` while the others wait. A UserError there ends all of them together."""
+    problem: UserError | None = None
+    if ranks.is_main:
+        try:
+            work()
+        except UserError as error:
+            problem = error
+    if ranks.any(problem is not None):
+        raise problem or UserError("rank 0 could not begin; see its message")
 
 
 def ensure_process_group(ranks: Ranks) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scd_sf.checkpoint import STATE, SaveFailed, problem_of
 from scd_sf.data.latents import epoch_order
-from scd_sf.files import read_typed, safe_path
+from scd_sf.files import read_json, read_typed, safe_path
 from scd_sf.train.base import Diverged, Engine
 from scd_sf.train.control import EXIT_AGAIN, Control, Wish, leave
 from scd_sf.train.ema import Ema, EmaConfig
@@ -63,7 +63,7 @@ class TrainConfig:
     ``keep_every``-th step (0: none), and the best one where a recipe knows it. After ``engine.max_skips`` non-finite
     updates in a row the run goes back to its last checkpoint and leaves out the data since then, ``max_rollbacks``
     times at most. ``async_save``: checkpoints are copied to the CPU and written while the training goes on.
-    ``prefetch``: so many micro-batches are read ahead, where the recipe reads clips (0: none)."""
+    ``prefetch``: so many micro-batches of clips or prompts are read (or encoded) ahead (0: none)."""
 
     steps: int = 1000
     global_batch: int = 64
@@ -154,11 +154,22 @@ class TrainState:
     def resume(self) -> int:
         """Load the newest verified step and open the metric writers there; returns the number of finished updates."""
         path = self.run.resume_from()
+        if path is not None:
+            self._check_data(path)
         if path != self.checkpoints.path(self.train.steps):
             self._check_space()
         step = self._load(path) if path is not None else 0
         self.run.start(step)
         return step
+
+    def _check_data(self, path: Path) -> None:
+        """UserError where the checkpoint was trained on other data than are there now."""
+        before = read_json(path / "provenance.json", "restore it").get("data_hash")
+        now = self.describe(0)[1].get("data_hash")
+        if None not in (before, now) and before != now:
+            raise UserError(
+                f"{path}: was trained on other data than are there now; put those back, or use a new run.dir"
+            )
 
     def _check_space(self) -> None:
         """UserError on every rank, before any training, when not even one checkpoint fits on the disk."""

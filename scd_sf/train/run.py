@@ -37,7 +37,7 @@ from scd_sf.config import differences, plain_yaml, to_yaml
 from scd_sf.files import locked, parse_json, read_bytes, write_text
 from scd_sf.ownership import require_own_folder
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import Logs, UserError
+from scd_sf.types import Logs, UserError, say
 
 YEAR_MINUTES = 525_600.0
 METRICS_BYTES = 2**40  # of a curve: a hundred million lines
@@ -210,7 +210,7 @@ class Run:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
-                require_own_folder(self.dir, file.name, "set run.dir to a new folder")
+                require_own_folder(self.dir, [file.name], "set run.dir to a new folder")
             self._held.enter_context(locked(self.dir, "this training"))
         except OSError as error:
             remedy = "set run.dir to a writable place"
@@ -269,7 +269,7 @@ class _Bar:
         elif step % self.every == 0 or step == self.start + 1 or step == self.total:
             seconds = (time.monotonic() - self.began) / max(1, step - self.start)
             left = _clock(seconds * (self.total - step))
-            print(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {left}", flush=True)
+            say(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {left}")
 
 
 def cpu_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
@@ -288,7 +288,7 @@ def seed_everything(seed: int) -> None:
 def rank_zero_print(ranks: Ranks, text: str) -> None:
     """Print on the main rank only, at once."""
     if ranks.is_main:
-        print(text, flush=True)
+        say(text)
 
 
 def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
@@ -299,10 +299,9 @@ def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
         raise UserError("run.wandb: wandb is not installed; 'pip install wandb' or set run.wandb=off") from error
     online = cfg.wandb == "online" and wandb.api.api_key is not None
     if cfg.wandb == "online" and not online:
-        print(
+        say(
             "wandb: no key is configured, so this run is written offline; upload it later with 'wandb sync'",
             file=sys.stderr,
-            flush=True,
         )
     return wandb.init(
         project=cfg.project,

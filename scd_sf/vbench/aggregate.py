@@ -6,15 +6,16 @@ half); Semantic: mean of 9; Total: (4 Quality + Semantic) / 5. Scores are fracti
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scd_sf.files import read_json, typed
 from scd_sf.types import UserError
 from scd_sf.vbench.prompts import dimensions, packaged
 
+SCORE_BYTES = 2**26  # of a file with scores: a figure for each of 9,000 videos
 _VIDEOS = 5
 
 
@@ -78,18 +79,15 @@ def read_scores(path: Path) -> Scores:
     Names may have blanks or underscores. UserError names file, field and remedy.
     """
     remedy = "give a JSON map of dimension -> fraction, or VBench's *_eval_results.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from error
-    if not isinstance(tree, dict) or not tree:
+    tree = read_json(path, remedy, SCORE_BYTES)
+    if not tree:
         raise UserError(f"{path}: not a JSON object with scores; {remedy}")
     reduced: list[str] = []
     protocol: dict[str, object] = {}
-    if isinstance(tree.get("scores"), dict):
-        reduced = [str(line) for line in tree.get("reduced") or []]
-        protocol = tree["protocol"] if isinstance(tree.get("protocol"), dict) else {}
-        tree = tree["scores"]
+    scores = tree.get("scores")
+    if isinstance(scores, dict):
+        summary = typed(tree, _Summary, path, remedy)
+        reduced, protocol, tree = list(summary.reduced), summary.protocol, summary.scores
     fractions: dict[str, float] = {}
     for key, value in tree.items():
         name = str(key).strip().replace(" ", "_")
@@ -103,6 +101,15 @@ def read_scores(path: Path) -> Scores:
         fractions[name] = float(value)
     check_fractions(fractions, str(path))
     return Scores(fractions, tuple(reduced), protocol)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """``summary.json``, as far as it is read."""
+
+    scores: dict[str, object]
+    reduced: list[str] = field(default_factory=list)
+    protocol: dict[str, object] = field(default_factory=dict)
 
 
 def _too_few(name: str, value: list[object]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd_sf.files import read_json, write_json
-from scd_sf.types import UserError
+from scd_sf.files import parse_json, read_json, typed, write_json, write_text
+from scd_sf.ownership import has_mark, require_own_file
+from scd_sf.types import UserError, say
 
 VERSION = "0.1.5"
 # setuptools 81 has no pkg_resources any more, which openai-clip imports: without it 7 dimensions do not load (2026-11).
 PINS = (f"vbench=={VERSION}", "numpy<2", "transformers==4.33.2", "timm>=0.9,<=1.0.12", "torchvision", "setuptools<81")
 READY = ".scd-sf-ready.json"
+LOG_MARK = "scd-sf builds the environment"  # a log's first words; whose folder it is stands behind
 _PROBE = """
 import importlib.metadata as m, importlib.util as u, json, sys
 def version(name):
@@ -57,16 +58,18 @@ def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
     python, ready = folder / "bin" / "python", folder / READY
     if ready.is_file() and read_json(ready, f"delete {folder}") == wanted:
         return python
-    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
+    log = folder.with_name(folder.name + ".log")
+    begun = f"{LOG_MARK} {folder.absolute()}\n"
+    require_own_file(log, LOG_MARK, "use another env=")
+    if folder.exists() and any(folder.iterdir()) and not (ready.is_file() or has_mark(log, begun)):
         raise UserError(f"env {folder}: holds other files; nothing is overwritten: use another env=")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_text(log, begun)
     ready.unlink(missing_ok=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     commands = [[sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, *PINS, torch]]
     if detectron2:
         commands.append([*pip, "--no-build-isolation", detectron2])
-    log = folder.with_name(folder.name + ".log")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log.unlink(missing_ok=True)
     for command in commands:
         _run(command, log)
     write_json(ready, wanted)
@@ -74,7 +77,7 @@ def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
 
 
 def _run(command: Sequence[str], log: Path) -> None:
-    print("+ " + " ".join(f"'{word}'" if set(word) & set(" <>=") else word for word in command), flush=True)
+    say("+ " + " ".join(f"'{word}'" if set(word) & set(" <>=") else word for word in command))
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
@@ -91,15 +94,22 @@ def examine(python: Path) -> Environment:
         done = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, text=True, check=False, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"python {python}: cannot be run ({error}); give the python of VBench's environment") from error
-    try:
-        found = json.loads(done.stdout)
-    except ValueError as error:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise UserError(f"python {python}: not a Python that answers ({said[-1:]}); check the path") from error
-    versions = found["versions"]
-    if versions["vbench"] != VERSION:
-        has = f"vbench {versions['vbench']}" if versions["vbench"] else "no vbench"
+    said = (done.stderr or done.stdout).strip().splitlines()
+    answer = f"python {python}: not a Python that answers ({said[-1:]})"
+    found = typed(parse_json(done.stdout, answer, "check the path"), _Answer, answer, "check the path")
+    vbench, numpy = found.versions.get("vbench", ""), found.versions.get("numpy", "")
+    if vbench != VERSION:
+        has = f"vbench {vbench}" if vbench else "no vbench"
         raise UserError(f"python {python}: has {has}; it must be {VERSION}: leave python empty to build an environment")
-    if not versions["numpy"].startswith("1."):
-        raise UserError(f"python {python}: has numpy {versions['numpy']}; VBench {VERSION} needs numpy<2: install that")
-    return Environment(python, Path(found["folder"]), versions, bool(found["detectron2"]))
+    if not numpy.startswith("1."):
+        raise UserError(f"python {python}: has numpy {numpy}; VBench {VERSION} needs numpy<2: install that")
+    return Environment(python, Path(found.folder), found.versions, found.detectron2)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the probe prints."""
+
+    folder: str
+    versions: dict[str, str]
+    detectron2: bool

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from scd_sf.files import hash_json
+from scd_sf.files import hash_json, lines_of, parse_json, read_text, typed
 from scd_sf.types import UserError
 
 FLICKERING = "temporal_flickering"
@@ -77,20 +77,25 @@ def load_entries(full_info: str = "") -> list[Entry]:
     return [Entry(line, prompt, dims) for line, (prompt, dims) in enumerate(pairs)]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """An entry of VBench_full_info.json, as far as it is read."""
+
+    prompt_en: str
+    dimension: list[str]
+
+
 def _read_full_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     remedy = "take vbench/VBench_full_info.json from the vbench wheel, or leave full_info empty"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"full_info {path}: cannot be read ({error}); {remedy}") from error
+    where = f"full_info {path}"
+    rows = parse_json(read_text(path, remedy), where, remedy)
     known = {dimension.name for dimension in dimensions()}
     pairs = []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        prompt = row.get("prompt_en") if isinstance(row, dict) else None
-        dims = row.get("dimension") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or not isinstance(dims, list) or not dims or not set(map(str, dims)) <= known:
-            raise UserError(f"full_info {path}: entry {number} has no prompt_en and known dimension list; {remedy}")
-        pairs.append((prompt, tuple(map(str, dims))))
+        entry = typed(row, _Row, f"{where}: entry {number} has no prompt_en and known dimension list", remedy)
+        if not entry.dimension or not set(entry.dimension) <= known:
+            raise UserError(f"{where}: entry {number} has no prompt_en and known dimension list; {remedy}")
+        pairs.append((entry.prompt_en, tuple(entry.dimension)))
     if not pairs:
         raise UserError(f"full_info {path}: no entry; {remedy}")
     return pairs
@@ -115,11 +120,7 @@ def read_extended(path: Path, entries: Sequence[Entry]) -> list[str]:
 
     UserError unless there is exactly one line that says something for each entry. Only \\n ends a line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"extended {path}: cannot be read ({error}); check the path") from error
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    lines = [line.strip() for line in lines_of(read_text(path, "check the path"))]
     if len(lines) != len(entries):
         raise UserError(
             f"extended {path}: {len(lines)} lines for {len(entries)} prompts; line k must belong to line k of VBench's "

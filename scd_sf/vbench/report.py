@@ -15,7 +15,8 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from scd_sf.files import write_json, write_text
+from scd_sf.files import locked, write_json, write_text
+from scd_sf.ownership import require_own_file
 from scd_sf.types import UserError, printable
 from scd_sf.vbench.aggregate import Scores, aggregate, label, read_scores
 from scd_sf.vbench.prompts import dimensions, packaged
@@ -121,13 +122,12 @@ def write_report(files: Mapping[str, Path], out: Path, videos: Path | None, limi
     page = out.absolute() / "report.html"
     facts = _facts(next(iter(scores.values())).protocol)
     text = html(rows, cards, page, facts)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.md", "report.html"):
+        require_own_file(out / name, NOTE, "use another out=")
+    with locked(out, "this report"):
         write_json(out / "report.json", {"note": NOTE, "rows": [asdict(row) for row in rows], "protocol": facts})
         write_text(out / "report.md", markdown(rows))
         write_text(page, text)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
     return rows
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from scd_sf.files import Json, read_json, write_json
+from scd_sf.files import Json, locked, parse_json, read_json, read_text, read_typed, typed, write_json, write_text
+from scd_sf.ownership import require_own_folder
 from scd_sf.sample_folder import INDEX
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 from scd_sf.vbench import weights
 from scd_sf.vbench.aggregate import check_fractions
 from scd_sf.vbench.environment import Environment, build, default_folder, examine
@@ -124,13 +125,15 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
         )
     info = _full_info(environment, entries)
     out = Path(cfg.out).absolute() if cfg.out else root / "scores"
-    (out / "work").mkdir(parents=True, exist_ok=True)
+    require_own_folder(out, ["work"])
     cache.mkdir(parents=True, exist_ok=True)
     weights.link_dino(cache)
-    for number, job in enumerate(jobs, 1):
-        place = f"{number}/{len(jobs)} {job.dimension}"
-        _score(job, info, environment, out, cache, gpus, cfg.download, place)
-    return _summarise(root, out, environment)
+    with locked(out, "these scores"):
+        (out / "work").mkdir(exist_ok=True)
+        for number, job in enumerate(jobs, 1):
+            place = f"{number}/{len(jobs)} {job.dimension}"
+            _score(job, info, environment, out, cache, gpus, cfg.download, place)
+        return _summarise(root, out, environment)
 
 
 def _full_info(environment: Environment, entries: Sequence[Entry]) -> list[Json]:
@@ -138,8 +141,8 @@ def _full_info(environment: Environment, entries: Sequence[Entry]) -> list[Json]
     file = environment.folder / "VBench_full_info.json"
     if prompts_hash(load_entries(str(file))) != prompts_hash(entries):
         raise UserError(f"{file}: not the prompts of the release; install VBench again")
-    rows: list[Json] = json.loads(file.read_text(encoding="utf-8"))
-    return rows
+    remedy = "install VBench again"
+    return typed(parse_json(read_text(file, remedy), file, remedy), list[Json], file, remedy)
 
 
 def _score(
@@ -156,13 +159,13 @@ def _score(
     files, result = job.files, out / f"{job.dimension}.json"
     inputs = {str(file): stamp(file) for file in files}
     if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
-        print(f"[{place}] finished before", flush=True)
+        say(f"[{place}] finished before")
         return
-    print(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}", flush=True)
+    say(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}")
     work = out / "work"
     rows = [dict(info[line]) | {"video_list": [str(f) for f in found]} for line, found in job.videos.items()]
     listed, raw, told = (work / f"{job.dimension}-{part}.json" for part in ("list", "raw", "job"))
-    listed.write_text(json.dumps(rows), encoding="utf-8")
+    write_text(listed, json.dumps(rows))
     raw.unlink(missing_ok=True)
     write_json(
         told,
@@ -177,7 +180,7 @@ def _score(
     _run(environment.python, told, log, cache, gpus, download, job.dimension)
     found = check_result(read_json(raw, f"see {log}"), job, log)
     write_json(result, {**found, "reduced": list(job.reduced), "inputs": inputs})
-    print(f"[{place}] {found['score']:.6f}", flush=True)
+    say(f"[{place}] {found['score']:.6f}")
 
 
 def stamp(file: Path) -> list[int]:
@@ -226,25 +229,43 @@ def check_result(raw: Mapping[str, object], job: Job, log: Path) -> dict[str, ob
     return {"dimension": job.dimension, "score": score, "count": len(job.files), "videos": rows}
 
 
+@dataclass(frozen=True)
+class _Result:
+    """``OUT/<dimension>.json``; ``inputs``: video -> its :func:`stamp`."""
+
+    score: float
+    videos: list[Json]
+    inputs: dict[str, list[int]] = field(default_factory=dict)
+    reduced: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What is read of the protocol in a folder's manifest."""
+
+    flickering_candidates: int = CANDIDATES_EACH
+
+
 def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, float]:
     """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here and whose
     videos are still the same."""
-    results = {}
+    results: dict[str, _Result] = {}
     for name in chosen_dimensions([]):
         if (out / f"{name}.json").is_file():
-            result = read_json(out / f"{name}.json", "score it again")
-            inputs = result.get("inputs")
-            if isinstance(inputs, dict) and all(stamp(Path(file)) == then for file, then in inputs.items()):
+            result = read_typed(out / f"{name}.json", _Result, "score it again")
+            if result.inputs and all(stamp(Path(file)) == then for file, then in result.inputs.items()):
                 results[name] = result
             else:
-                print(f"{name}: left out of the summary, its videos have changed since; score it again", flush=True)
-    scores = {name: float(str(result["score"])) for name, result in results.items()}
-    why = [str(line) for result in results.values() for line in _lines(result.get("reduced"))]
+                say(f"{name}: left out of the summary, its videos have changed since; score it again")
+    scores = {name: result.score for name, result in results.items()}
+    check_fractions(scores, str(out))
+    why = [line for result in results.values() for line in result.reduced]
     manifest = read_json(root / INDEX, "sample again") if (root / INDEX).is_file() else {}
     protocol = manifest.get("protocol")
     if isinstance(protocol, dict) and FLICKERING in scores:
-        if int(protocol.get("flickering_candidates", CANDIDATES_EACH)) < CANDIDATES_EACH:
-            why.append(f"{protocol['flickering_candidates']} instead of {CANDIDATES_EACH} candidates")
+        candidates = typed(protocol, _Protocol, root / INDEX, "sample again").flickering_candidates
+        if candidates < CANDIDATES_EACH:
+            why.append(f"{candidates} instead of {CANDIDATES_EACH} candidates")
     summary = {
         "scores": scores,
         "reduced": list(dict.fromkeys(why)),
@@ -253,9 +274,5 @@ def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, flo
         "environment": environment.versions,
     }
     write_json(out / "summary.json", summary)
-    write_json(out / "vbench_eval_results.json", {n: [scores[n], results[n]["videos"]] for n in scores})
+    write_json(out / "vbench_eval_results.json", {n: [scores[n], results[n].videos] for n in scores})
     return scores
-
-
-def _lines(value: object) -> list[object]:
-    return value if isinstance(value, list) else []

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clips import read_video
-from scd_sf.files import read_json, sha256_file, write_json
+from scd_sf.files import new_file, read_json, sha256_file, sweep, write_json
 from scd_sf.metrics.raft import load_raft, optical_flow
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 from scd_sf.vbench.prompts import video_name
 
 CANDIDATES, STATIC, RECORDS = "flickering", "static", ".static"
@@ -106,7 +106,7 @@ def _placed(out: Path, prompt: str, entry: dict[str, object]) -> bool:
     """Whether every chosen video lies in ``static/`` as recorded."""
     chosen, hashes = entry.get("chosen"), entry["candidates"]
     assert isinstance(hashes, dict)
-    if not isinstance(chosen, list):
+    if not isinstance(chosen, list) or not all(isinstance(name, str) for name in chosen) or len(chosen) > WANTED:
         return False
     targets = [out / STATIC / video_name(prompt, number) for number in range(len(chosen))]
     return all(t.is_file() and sha256_file(t) == hashes.get(name) for t, name in zip(targets, chosen, strict=True))
@@ -114,31 +114,27 @@ def _placed(out: Path, prompt: str, entry: dict[str, object]) -> bool:
 
 def _place(source: Path, target: Path) -> None:
     """``target`` becomes ``source``: a hard link where the disk has them, else a copy; whole or not there."""
-    part = target.with_name(target.name + ".part")
-    part.unlink(missing_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-    except OSError:
-        shutil.copyfile(source, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(part, target)
+    with new_file(target) as part:
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
 
 
 def run_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilter, ranks: Ranks) -> None:
     """Filter every prompt's candidates, shared among the ranks. Prompts with fewer than five are named at the end."""
     for folder in (STATIC, RECORDS):
         (out / folder).mkdir(parents=True, exist_ok=True)
+        sweep(out / folder)
     todo = list(prompts)[ranks.rank :: ranks.world]
     for number, prompt in enumerate(todo, 1):
         static.choose(out, prompt, count)
         if ranks.is_main:
-            print(f"static filter: {number}/{len(todo)} prompts", flush=True)
+            say(f"static filter: {number}/{len(todo)} prompts")
     ranks.barrier()
     short = [f"'{prompt}' ({found})" for prompt in prompts if (found := len(chosen_of(out, prompt))) < WANTED]
     if ranks.is_main and short:
-        print(f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}")
+        say(f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}")
 
 
 def chosen_of(out: Path, prompt: str) -> list[str]:

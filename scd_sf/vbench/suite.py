@@ -6,6 +6,7 @@ Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.sample_folder`'s. 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import av
 
 from scd_sf.data.prompt_files import PromptRow
-from scd_sf.files import sha256_file
+from scd_sf.files import locked, sha256_file
 from scd_sf.provenance import git_revision, versions
 from scd_sf.sample_folder import make_videos
 from scd_sf.sampling import SampleConfig, Video
@@ -111,7 +112,9 @@ def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
     }
     make_videos(cfg.sampling, ranks, videos, fixed, {"protocol": protocol(cfg)})
     if static is not None:
-        run_filter(Path(cfg.sampling.out), candidates, cfg.flicker_samples, static, ranks)
+        out = Path(cfg.sampling.out)
+        with locked(out, "this suite") if ranks.is_main else nullcontext():
+            run_filter(out, candidates, cfg.flicker_samples, static, ranks)
 
 
 def protocol(cfg: SuiteConfig) -> dict[str, object]:

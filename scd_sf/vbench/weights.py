@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 _HUB = "https://huggingface.co"
 _CLIP = "https://openaipublic.azureedge.net/clip/models"
@@ -124,7 +124,7 @@ def require(dimensions: Sequence[str], cache: Path) -> None:
     absent = missing(dimensions, cache)
     for name, weight in absent:
         how = f" ({weight.how})" if weight.how else ""
-        print(f"missing for {name}: {cache / weight.path}\n    from {weight.url}{how}", flush=True)
+        say(f"missing for {name}: {cache / weight.path}, from {weight.url}{how}")
     if absent:
         raise UserError(
             f"{cache}: {len(absent)} files of VBench's networks are missing (listed above); put each at its place, or "

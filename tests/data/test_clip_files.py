@@ -211,7 +211,7 @@ def test_headers_longer_than_the_first_read(tmp_path: Path) -> None:
 def test_reading_ahead_changes_nothing_but_when(tmp_path: Path, depth: int) -> None:
     clips = LatentClips(build(tmp_path))
     order = [[0, 1], [2, 3], [4, 0], [1, 2], [0, 1], [3, 4]]
-    reads = Prefetch(clips, depth)
+    reads = Prefetch(clips.stored, depth)
     for number, indices in enumerate(order):
         reads.expect(order[number : number + 3])
         assert len(reads._begun) <= depth

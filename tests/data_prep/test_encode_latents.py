@@ -142,13 +142,14 @@ def test_cached_and_negative_prompts(script: ModuleType, model: Path, tmp_path: 
         return LatentClips(tmp_path / name / "train")
 
     cache = tmp_path / "cache"
-    first = made("a", text_cache=str(cache), negative_prompt="wan")
+    first = made("a", text_cache=str(cache))
+    assert first.prompts.negative_prompt == WAN_NEGATIVE_PROMPT  # unless told otherwise, as every tool that encodes
     assert len(list(cache.rglob("*.safetensors"))) == 6  # four captions, the empty prompt, Wan's negative one
     wanted = load_text_encoder(model).encode([WAN_NEGATIVE_PROMPT]).text_BLE
     torch.testing.assert_close(first.prompts.negative.text_BLE, wanted, rtol=1e-3, atol=1e-4)
-    plain = made("b")
+    plain = made("b", negative_prompt="")
     torch.testing.assert_close(first.batch([0]).text.text_BLE, plain.batch([0]).text.text_BLE, rtol=1e-3, atol=1e-4)
-    assert plain.prompts.negative is plain.prompts.null
+    assert plain.prompts.negative is plain.prompts.null and plain.prompts.negative_prompt == ""
     with pytest.raises(UserError, match=r"made from other inputs \(negative_prompt differ\)"):
         made("b", negative_prompt="wan")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -112,6 +115,24 @@ def test_where_a_prompt_changes() -> None:
     assert [first_chunk(frame, 4, 1) for frame in (0, 1, 2, 5, 6, 9)] == [0, 1, 2, 2, 3, 3]
     assert [first_chunk(frame, 4, 3) for frame in (0, 1, 9, 10)] == [0, 1, 1, 2]
     assert [first_chunk(frame, 4, 1, known=2) for frame in (0, 5, 9)] == [0, 0, 1]
+
+
+def test_nobody_else_assembles_a_rollout() -> None:
+    """The loop itself is called by generate() alone, and with gradients by what trains or counts training."""
+    root = Path(__file__).resolve().parents[2]
+    folders = ("scd_sf", "recipes", "data_prep", "vbench_eval", "benchmarks")
+    texts = {path.relative_to(root).as_posix(): path.read_text() for f in folders for path in (root / f).rglob("*.py")}
+    callers = {name for name, text in texts.items() if re.search(r"\bstream_rollout\(", text)}
+    assert callers == {"scd_sf/generation/generate.py", "scd_sf/rollout.py"}
+    training = {name for name, text in texts.items() if re.search(r"(?<![.\w])rollout\(", text)}
+    assert training == {
+        "scd_sf/rollout.py",
+        "recipes/stage3_self_forcing.py",
+        "scd_sf/plan/phases.py",
+        "benchmarks/rollout.py",
+        "benchmarks/train_step.py",
+        "recipes/scratch_experiments.py",  # counts block passes on the meta device
+    }
 
 
 def test_refusals() -> None:

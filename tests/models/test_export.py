@@ -114,10 +114,10 @@ def test_other_files_are_not_taken_for_exports(tmp_path: Path) -> None:
 
 def test_conversion_there_and_back(tmp_path: Path) -> None:
     save_wan(tiny.wan(2, torch.bfloat16).state_dict(), tiny.CFG, tmp_path / "a", torch.bfloat16)
-    found, difference = convert_wan(tmp_path / "a", tmp_path / "b", "original", max_shard=20_000)
-    assert found == "diffusers" and difference < SAME
-    found, difference = convert_wan(tmp_path / "b", tmp_path / "c", "diffusers")
-    assert found == "original" and difference < SAME
+    files, difference = convert_wan(tmp_path / "a", tmp_path / "b", "original", max_shard=20_000)
+    assert files.layout == "diffusers" and difference < SAME
+    files, difference = convert_wan(tmp_path / "b", tmp_path / "c", "diffusers")
+    assert files.layout == "original" and difference < SAME
     first, last = load_wan(tmp_path / "a"), load_wan(tmp_path / "c")
     assert all(torch.equal(p, last.get_parameter(name)) for name, p in first.named_parameters())
     with pytest.raises(UserError, match="exists already"):

@@ -195,5 +195,18 @@ def test_bad_encoders_are_refused_before_the_first_prompt(model: Path, tmp_path:
     with pytest.raises(UserError, match="hidden_layer is 9"):
         CachedTextEncoder(TextEncoderConfig(path=str(model), hidden_layer=9), tmp_path / "cache")
     (model / "text_encoder" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read as a text encoder"):
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
         CachedTextEncoder(model, tmp_path / "cache")
+
+
+def test_a_cache_with_a_budget_keeps_what_is_new(model: Path, tmp_path: Path, loads: list[object]) -> None:
+    cache = tmp_path / "cache"
+    prompts = [f"left in meadow {'still ' * n}" for n in range(12)]
+    plain = CachedTextEncoder(model, tmp_path / "plain").encode(prompts).text_BLE
+    limit = 4 * max(entry.stat().st_size for entry in entries(tmp_path / "plain"))
+    bounded = CachedTextEncoder(model, cache, limit=limit)
+    assert torch.equal(bounded.encode(prompts).text_BLE, plain)
+    assert 0 < sum(entry.stat().st_size for entry in entries(cache)) <= limit
+    assert torch.equal(bounded.encode(prompts).text_BLE, plain) and len(loads) == 2
+    CachedTextEncoder(model, cache, limit=limit).states(prompts[-1:])
+    assert len(loads) == 2  # the newest is still there

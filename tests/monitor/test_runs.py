@@ -14,6 +14,7 @@ import torch
 
 from scd_sf import cli
 from scd_sf.checkpoint import Checkpoints
+from scd_sf.monitor.compare import compare
 from scd_sf.monitor.curve import TAIL, Follower, clean, read_curve, read_tail
 from scd_sf.monitor.state import find_runs, read_run
 from scd_sf.monitor.view import sparkline
@@ -85,7 +86,7 @@ def test_a_curve_is_followed_as_it_grows_and_read_anew_when_replaced(tmp_path: P
     other = tmp_path / "other"
     other.write_text(lines(*({"step": s, "loss": 9.0} for s in range(1, 9))))
     os.replace(other, file)
-    assert follower.update().series("loss") == [(s, 9.0) for s in range(1, 9)]
+    assert follower.update().series()["loss"] == [(s, 9.0) for s in range(1, 9)]
 
 
 def test_100k_lines_are_read_quickly_and_the_tail_at_once(tmp_path: Path) -> None:
@@ -227,3 +228,63 @@ def test_export_keeps_no_trace_of_the_machine(
     assert scd(["compare", out, run, "--tolerance", "0"], monkeypatch, capsys)[0] == 0
     code, _, err = scd(["export", run, out], monkeypatch, capsys)
     assert code == 2 and "never overwritten" in err
+
+
+HOSTILE: dict[str, tuple[str, str]] = {
+    "a rank of another script": ("heartbeat/rank_\u00b2.json", '{"time": 1.7e9, "step": 1, "pid": 1, "host": "h"}'),
+    "a beat of wrong types": ("heartbeat/rank_00000.json", '{"time": "now", "step": [], "pid": null, "host": 5}'),
+    "a beat that is a list": ("heartbeat/rank_00000.json", "[1]"),
+    "deep status": ("status.json", "[" * 100_000),
+    "status of wrong types": ("status.json", '{"state": ["failed"], "time": {}, "reason": 3}'),
+    "a long number": ("status.json", f'{{"state": "failed", "time": {"9" * 5000}}}'),
+    "endless skips": ("skipped.jsonl", '{"step": 1e999}\n{"step": null}\n' + "[" * 100_000 + "\n\udc80\n{}"),
+    "config that is none": ("config.yaml", "train: {steps: [1]}\nrun: {heartbeat_seconds: {}}\n"),
+    "a config bomb": ("config.yaml", "a: &a [1]\nb: [*a, *a]\n"),
+    "huge values": (
+        "metrics.jsonl",
+        '{"step": 1, "time": 1e308, "loss": 1e308}\n{"step": 2, "time": 1.1e308, "loss": 1e308}\n',
+    ),
+    "huge steps": ("metrics.jsonl", f'{{"step": {"9" * 400}, "time": 1.0}}\n{{"step": 3, "loss": 1}}\n'),
+    "a manifest of wrong types": ("checkpoints/step_00000004/manifest.json", '{"files": 3}'),
+    "provenance of wrong types": ("checkpoints/step_00000004/provenance.json", '{"parents": 3, "versions": []}'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_one_damaged_run_ends_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Listed beside the others, and shown; what is damaged in it is left out."""
+    a_run(tmp_path / "good")
+    bad = a_run(tmp_path / "bad")
+    file, text = HOSTILE[name]
+    (bad / file).parent.mkdir(exist_ok=True)
+    (bad / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    code, out, _ = scd(["ls", tmp_path], monkeypatch, capsys)
+    assert code == 0 and "good" in out and "bad" in out
+    code, out, err = scd(["show", bad], monkeypatch, capsys)
+    assert code == 0 and "stage" in out, err
+
+
+def test_many_names_of_metrics_take_no_longer_than_their_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """20,000 names, each at a step of its own: names times steps would be 400 million looks."""
+    run = a_run(tmp_path / "run")
+    rows = [{"step": step, f"metric {step}": 1.0, "loss": 2.0} for step in range(20_000)]
+    (run / "metrics.jsonl").write_text(lines(*rows))
+    looks = 0
+
+    class Counted(dict):  # type: ignore[type-arg]
+        def __contains__(self, key: object) -> bool:
+            nonlocal looks
+            looks += 1
+            return super().__contains__(key)
+
+    curve = read_curve(run)
+    curve.steps = {step: Counted(values) for step, values in curve.steps.items()}
+    assert len(curve.series()) == 20_001 and len(compare(curve, curve)) == 20_001 and looks == 0
+    code, out, _ = scd(["show", run], monkeypatch, capsys)
+    assert code == 0 and "and 19,501 more metrics" in out
+    code, out, _ = scd(["compare", run, run], monkeypatch, capsys)
+    assert code == 0 and "same bits" in out and "and 19,501 more metrics" in out

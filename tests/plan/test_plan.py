@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 
 from scd_sf.config import load_config
@@ -13,6 +14,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd import ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.text import load_text_encoder
 from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.plan.budget import GIB, Cluster, advice, budget
@@ -71,6 +73,33 @@ def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     ]
     sizes = [found.needed_gib for _, found in hopeless]
     assert sizes[-1] < sizes[0]
+
+
+def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) -> None:
+    """Whole on every rank, in its own type; none for encoded prompts, which the advice says."""
+    tiny_run.write_wan(tmp_path / "wan")
+    (tmp_path / "list.txt").write_text("a\n")
+    (tmp_path / "encoded").mkdir()
+    (tmp_path / "encoded" / "manifest.json").write_text("{}")
+    models = [f"{role}={tmp_path}/wan" for role in ("teacher", "critic")]
+    small = ["video={frames: 9, height: 32, width: 32}", "train.global_batch=8", *models]
+
+    def plan(prompts: str, *more: str) -> Job:
+        return read_job([], [*small, f"prompts={prompts}", *more], None, 8)
+
+    listed = plan(f"{tmp_path}/list.txt", "text.dtype=fp32")
+    size = sum(p.numel() for p in load_text_encoder(tmp_path / "wan").model.parameters())
+    assert listed.text_parameters == size and not any("text" in line for line in listed.assumed)
+    assert plan(f"{tmp_path}/encoded").text_parameters == 0
+    absent = read_job([CONFIGS / "stage3_wan_1.3b.yaml"], [], None, 512)
+    assert absent.text_parameters == 5_680_910_336 and any("umT5-xxl" in line for line in absent.assumed)
+    listed = dataclasses.replace(listed, model=tiny_job().model, shape=VideoShape(3, 4, 4, 4))
+    found = budget(listed, Cluster(1, 2))
+    without = budget(dataclasses.replace(listed, text_parameters=0), Cluster(1, 2), found.phases)
+    assert found.held["text encoder"].weights == 4 * size == found.peak - without.peak
+    assert (found.checkpoint, found.host) == (without.checkpoint, without.host)
+    tight = dataclasses.replace(found.cluster, gpu_mem=without.needed_gib + 1e-9)
+    assert "encode_prompts.py first" in advice(budget(listed, tight, found.phases))[-1][0]
 
 
 def test_what_cannot_be_planned() -> None:

@@ -16,11 +16,10 @@ import pytest
 import recipe_runner
 from recipe_runner import At
 
-from scd_sf.data.prompt_files import read_prompt_file
-from scd_sf.files import read_json, read_jsonl
+from scd_sf.data.prompt_files import SCORES, read_prompt_file
+from scd_sf.files import locked, read_json, read_jsonl
 from scd_sf.prompt_filter.chain import FilterConfig, rank
 from scd_sf.prompt_filter.report import run_filter
-from scd_sf.prompt_filter.table import SCORES
 from scd_sf.types import UserError
 
 SCRIPT = "data_prep/filter_vidprom.py"
@@ -136,8 +135,9 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     arguments = [f"inputs=[{write_csv(tmp_path / 'a.csv', ROWS)}]", f"out={tmp_path}/out", "workers=1"]
     writes = "pathlib:Path.replace"
     calls = recipe_runner.run(SCRIPT, *arguments, at=At(writes, 99)).calls
-    assert calls == 4
-    whole = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.name != "report.json"}
+    assert calls == 5
+    names = ("prompts.jsonl", "prompts.txt", "report.md")
+    whole = {name: (tmp_path / "out" / name).read_bytes() for name in names}
     for call in range(1, calls + 1):
         killed = recipe_runner.run(SCRIPT, *arguments[:1], f"out={tmp_path}/{call}", "workers=1", at=At(writes, call))
         assert killed.code < 0 and not (tmp_path / str(call) / "report.json").exists()
@@ -153,14 +153,18 @@ def test_a_folder_is_finished_or_refused(tmp_path: Path, capsys: pytest.CaptureF
     run_filter(replace(cfg, examples=2, workers=0))
     assert "already complete" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.json").stat().st_mtime_ns == stamp
-    (tmp_path / "out" / "prompts.txt").write_text("cut")
+    (tmp_path / "out" / "prompts.txt").unlink()
     run_filter(cfg)
     assert (tmp_path / "out" / "report.json").stat().st_mtime_ns != stamp and len(kept(tmp_path / "out")) == 3
+    (tmp_path / "out" / "prompts.txt").write_text("my own changes")
+    with pytest.raises(UserError, match=r"prompts\.txt: was changed since report\.json was written; move it away"):
+        run_filter(cfg)
+    assert (tmp_path / "out" / "prompts.txt").read_text() == "my own changes"
     with pytest.raises(UserError, match=r"made with other nsfw; nothing is overwritten"):
         run_filter(replace(cfg, nsfw=0.2))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match=r"full: holds something else"):
+    with pytest.raises(UserError, match=r"full: holds other files \(thesis\.txt\)"):
         run_filter(replace(cfg, out=str(tmp_path / "full")))
 
 
@@ -203,3 +207,27 @@ def test_lists_without_scores(tmp_path: Path) -> None:
     )
     run_filter(everything)
     assert (tmp_path / "b" / "prompts.txt").read_text() == "...\na\n"
+
+
+def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
+    """An input inside out=, a prompts.txt or a report.md that were there, somebody at work in the folder."""
+    (tmp_path / "own").mkdir()
+    own, out = write_csv(tmp_path / "own" / "prompts.jsonl.csv", ROWS), tmp_path / "out"
+    cfg = FilterConfig((str(own),), str(tmp_path / "own"), workers=1)
+    with pytest.raises(UserError, match=r"holds prompts\.jsonl\.csv, one of the inputs"):
+        run_filter(cfg)
+    for name in ("prompts.txt", "report.md", "report.json", "building.json"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text('{"mine": 1}')
+        with pytest.raises(UserError):
+            run_filter(replace(cfg, out=str(folder)))
+        assert [file.name for file in folder.iterdir() if file.name != ".lock"] == [name]
+        assert (folder / name).read_text() == '{"mine": 1}'
+    with locked(out, "filter_vidprom"), pytest.raises(UserError, match="is at work in it"):
+        run_filter(replace(cfg, out=str(out)))
+    run_filter(replace(cfg, out=str(out)))
+    with pytest.raises(UserError, match=r"holds prompts\.jsonl, one of the inputs"):
+        run_filter(replace(cfg, inputs=(str(out),), out=str(out)))
+    run_filter(replace(cfg, inputs=(str(out),), out=str(tmp_path / "again")))
+    assert kept(tmp_path / "again") == kept(out)

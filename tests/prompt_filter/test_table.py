@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from scd_sf.data.prompt_files import SCORES
+from scd_sf.files import read_json
 from scd_sf.prompt_filter.chain import FilterConfig
 from scd_sf.prompt_filter.report import run_filter
-from scd_sf.prompt_filter.table import SCORES, scan
+from scd_sf.prompt_filter.table import scan
 from scd_sf.types import UserError
 
 HEADER = "uuid,prompt,time," + ",".join(SCORES) + "\n"
@@ -56,12 +60,60 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_csv_rows(tmp_path: Path, name: str) -> None:
+    """Named by row and line where a list must be whole; the filter counts them and leaves them out, where it can tell
+    where the next row begins."""
     body, message = BAD[name]
-    path = write(tmp_path / "a.csv", body)
+    raw = body if isinstance(body, bytes) else body.encode()
+    path = write(tmp_path / "a.csv", raw.replace(b"1e-5,0,0,1", b"1e-5,0,0,0"))
+    if "quotes do not match" not in message:
+        report = filtered(path)
+        assert f"a.csv: {message}" in report["steps"][0]["counts"]["first"]
+        assert report["steps"][0]["rows_in"] == 1 + report["steps"][0]["rows_out"] and report["kept"] == 1
+        return
     with pytest.raises(UserError) as caught:
-        run_filter(FilterConfig((str(path),), str(tmp_path / "out"), workers=1))
+        filtered(path)
     assert f"a.csv: {message}" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def filtered(path: Path) -> dict[str, Any]:
+    """The filter's report, with nothing dropped for what it says."""
+    cfg = FilterConfig(
+        (str(path),), f"{path.parent}/out", min_words=0, letters=0.0, nsfw=0.5, language_score=1.0, workers=1
+    )
+    return read_json(run_filter(cfg), "")
+
+
+def test_bad_rows_of_other_lists_are_left_out_up_to_a_share(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a cat\n\xff\xfe\na &#" + b"9" * 5000 + b"; dog\n")
+    report = filtered(tmp_path / "a.txt")
+    assert report["steps"][0]["rows_out"] == 2 and "a.txt: line 2: not UTF-8" in report["steps"][0]["counts"]["first"]
+    lines = ['{"prompt": "a cat"}', '{"prompt": "a \\ud800"}', "[1]", '{"prompt": "b", "time": 5}', "{" * 9999]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    (tmp_path / "out").rename(tmp_path / "first")
+    counts = filtered(tmp_path / "b.jsonl")["steps"][0]["counts"]
+    assert counts["rows that cannot be read"] == 4 and "b.jsonl: line 2: not JSON" in counts["first"]
+    (tmp_path / "out").rename(tmp_path / "second")
+    (tmp_path / "c.jsonl").write_text("\n".join(lines * 3))
+    with pytest.raises(UserError, match=r"12 of 15 rows cannot be read; the first: .*c\.jsonl: line 2"):
+        filtered(tmp_path / "c.jsonl")
+
+
+def test_what_is_no_list(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with (tmp_path / "sparse.txt").open("wb") as file:
+        file.truncate(10 * 2**30)
+    for path, words in (
+        (Path("/dev/zero"), "not a regular file"),
+        (tmp_path / "pipe.txt", "not a regular file"),
+        (tmp_path / "sparse.txt", "line 1: more than 1,048,576 bytes"),
+        (tmp_path, "a folder without report.json"),
+        (tmp_path / "a.parquet", r"\.parquet is not read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            scan(path)
+    wide = write(tmp_path / "a.csv", "", "uuid,prompt," + ",".join(f"c{n}" for n in range(40_000)) + "\n")
+    assert len(scan(wide).collect()) == 0
 
 
 def test_other_files(tmp_path: Path) -> None:
@@ -94,7 +146,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ('{"prompt": "c"}', "line 3: some lines have scores and some have not"),
         ('{"prompt": "c", "toxicity": 0.5}', "line 3: 'obscene' is None"),
         ('{"prompt": "c", "toxicity": true}', "line 3: 'toxicity' is True"),
-        ('{"prompt": "\\ud800", "uuid": "x"}', "line 3: half of a surrogate pair"),
+        ('{"prompt": "\\ud800", "uuid": "x"}', "line 3: not JSON"),
         ('{"prompt": "c", "uuid": 3}', "line 3: 'uuid' is 3"),
     ]:
         with pytest.raises(UserError) as caught:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
+from scd_sf.files import locked
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, set_blocks, write_single
 from scd_sf.models.scd import Scd, ScdConfig
@@ -130,6 +131,12 @@ def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
     given = [f"data={chain.train}", "clips=1"]
     run_probes(config(chain, tmp_path, *given, "probes=[similarity]"), CPU)
     page = run_probes(config(chain, tmp_path, *given, "probes=[pca]"), CPU).read_text()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        run_probes(replace(config(chain, tmp_path, *given, "probes=[pca]"), out=str(tmp_path / "mine")), CPU)
+    with locked(tmp_path / "held", "these probes"), pytest.raises(UserError, match="is at work in it"):
+        run_probes(replace(config(chain, tmp_path, *given, "probes=[pca]"), out=str(tmp_path / "held")), CPU)
     assert "similarity.json" in page and "pca.json" in page
     with pytest.raises(UserError, match="holds probes of another seed; choose another out="):
         run_probes(config(chain, tmp_path, *given, "probes=[pca]", "seed=1"), CPU)
@@ -141,7 +148,7 @@ def test_a_page_of_hostile_names(tmp_path: Path) -> None:
     page = write_report(tmp_path, "</title><script>", {"prompt": '"><img src=x onerror=alert(1)>'}).read_text()
     assert "<script" not in page and "<img" not in page and "a &amp; b" in page
     (tmp_path / "x.json").write_text(json.dumps({"title": "", "text": "", "figures": ["../../etc/passwd"]}))
-    with pytest.raises(UserError, match="passwd: missing; run the probe again"):
+    with pytest.raises(UserError, match="which leaves"):
         write_report(tmp_path, "", {})
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):

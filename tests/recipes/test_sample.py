@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiny_run import Chain
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.start import read_start
-from scd_sf.files import LOCK, sha256_file
+from scd_sf.files import LOCK, locked, sha256_file
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models import text_cache
 from scd_sf.models.export import export_weights
@@ -125,6 +126,20 @@ def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(chain: Cha
     recipe_runner.succeed(SCRIPT, *given, "samples=1", "dtype=bf16")
     assert read_video(tmp_path / "out" / "0000-00.mp4").shape == (5, 3, 32, 32)
     assert manifest(tmp_path / "out")["settings"]["dtype"] == "bf16"
+
+
+def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_path: Path) -> None:
+    """A second command is refused while a first one is at work; what a killed one left is no obstacle, and is gone."""
+    given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompts={json.dumps(PROMPTS[:1])}", "frames=5"]
+    with locked(tmp_path / "out", "samples"):
+        assert f"process {os.getpid()}" in refused(*given)
+    for target in ("scd_sf.sample_folder:write_json", "scd_sf.sampling:Studio.frames", "os:replace"):
+        assert recipe_runner.run(SCRIPT, *given, at=At(target, 1)).code == -9
+    recipe_runner.succeed(SCRIPT, *given)
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == [".done", ".lock", "0000-00.mp4", "manifest.json"]
+    record = manifest(tmp_path / "out")["videos"]["0000-00.mp4"]
+    assert record["sha256"] == sha256_file(tmp_path / "out" / "0000-00.mp4")
 
 
 def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> None:
@@ -242,7 +257,7 @@ def test_bad_prompt_files(chain: Chain, tmp_path: Path) -> None:
     for name, text, words in (
         ("a.csv", "text\nhello\n", "no column 'prompt' (it has text); set prompt_column"),
         ("b.csv", 'prompt\n"left in\n', "line"),
-        ("c.jsonl", '{"prompt": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("c.jsonl", '{"prompt": "a"}\nnot json\n', "line 2: not JSON"),
         ("d.jsonl", "[1]\n", "line 1 is not an object"),
         ("e.jsonl", '{"prompt": ""}\n', "line 1: 'prompt' is ''"),
         ("f.jsonl", '{"prompt": "a", "then": [["x", "b"]]}\n', "'then' has ['x', 'b']"),

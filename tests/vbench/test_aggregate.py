@@ -52,7 +52,7 @@ def test_refusals(tmp_path: Path) -> None:
         ({"beauty": 0.5}, "'beauty' is none of VBench's dimensions"),
         ({"scene": 56.57}, "scene is 56.57; it must be a fraction in 0..1: write 0.5657 for 56.57 percent"),
         ({"scene": -0.1}, "scene is -0.1"),
-        ({"scene": float("nan")}, "scene is nan; score the dimension again"),
+        ({"scene": float("nan")}, "NaN is not a JSON number"),
         ({"scene": "0.5"}, "'scene' is '0.5', not a number"),
         ({"scene": True}, "'scene' is True, not a number"),
         ({"object class": 0.5}, "'object_class' is given twice"),
@@ -62,7 +62,13 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             aggregate(read_scores(tmp_path / "s.json").fractions, str(tmp_path / "s.json"))
         assert words in str(caught.value) and "s.json" in str(caught.value)
-    for text, words in (("[1]", "not a JSON object"), ("{", "cannot be read"), ("{}", "not a JSON object")):
+    for text, words in (
+        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
+        ("[" * 10**5, "not JSON"),
+        ("{}", "not a JSON object"),
+        ('{"scores": {}, "reduced": 3}', "reduced"),
+    ):
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(UserError, match=words):
             read_scores(tmp_path / "s.json")

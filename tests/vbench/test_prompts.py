@@ -43,7 +43,9 @@ def test_a_file_like_vbenchs(tmp_path: Path) -> None:
     assert prompts_hash(load_entries(str(path))) == prompts_hash(entries)
     for text, words in (
         ("[]", "no entry"),
-        ("{", "cannot be read"),
+        ("{", "not JSON"),
+        ('[{"prompt_en": "a", "dimension": [[]]}]', "entry 0 has"),
+        ("[3]", "entry 0 has"),
         ('[{"prompt_en": "a"}]', "entry 0 has no prompt_en"),
         ('[{"prompt_en": "a", "dimension": ["beauty"]}]', "entry 0"),
     ):

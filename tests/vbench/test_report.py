@@ -100,6 +100,22 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     assert not partial.totals and "15 of 16 dimensions missing" in partial.note
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.md", "report.html"])
+def test_only_reports_are_replaced(tmp_path: Path, name: str) -> None:
+    """Somebody's file or link of that name stays, and nothing is written beside it; a report of ours is renewed."""
+    given = {"a": scores(tmp_path)}
+    write_report(given, tmp_path / "ours", None)
+    write_report(given, tmp_path / "ours", None)
+    for make in (lambda place: place.write_text("mine"), lambda place: place.symlink_to(tmp_path / "ours" / name)):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        make(out / name)
+        before = (out / name).read_text()
+        with pytest.raises(UserError, match="nothing is overwritten: use another out="):
+            write_report(given, out, None)
+        assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == before
+
+
 def test_nothing_is_written_for_bad_scores(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('{"scene": 50}')
     with pytest.raises(UserError, match=r"scene is 50"):

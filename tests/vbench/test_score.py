@@ -132,6 +132,15 @@ def test_environment_and_weights(python: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(UserError, match="holds other files"):
         build(tmp_path)
+    mine = tmp_path / "venv"
+    mine.mkdir()
+    (mine / "pyvenv.cfg").touch()  # somebody's environment is not ours to clear
+    with pytest.raises(UserError, match="holds other files"):
+        build(mine)
+    (tmp_path / "new.log").write_text("mine")
+    with pytest.raises(UserError, match=r"new.log: is there and not of ours"):
+        build(tmp_path / "new")
+    assert (mine / "pyvenv.cfg").is_file() and (tmp_path / "new.log").read_text() == "mine"
     assert set(NEEDED) == set(chosen_dimensions([]))
     assert set(DETECTRON2) < set(NEEDED) and not NEEDED["temporal_flickering"]
     every = missing(list(NEEDED), tmp_path)

@@ -1,0 +1,68 @@
+"""A folder of files that may be made again, kept within a budget of bytes by any number of processes."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from scd_sf.files import files_below, new_file, sweep
+
+KEPT = 0.9  # share of the budget that is left full when room is made, so that this is not done for every file
+
+
+class BoundedFolder:
+    """Files ``FOLDER/name`` below ``root``, together at most ``limit`` bytes: where one more would not fit, the oldest
+    are removed. The folder is measured when its recorded size says that it is full, or when there is no record."""
+
+    def __init__(self, root: Path, limit: int, pattern: str) -> None:
+        self.root, self.limit, self.pattern = root, limit, pattern
+
+    def write(self, file: Path, data: bytes) -> None:
+        """Readers see nothing or all of ``file``. What is larger than the whole budget is not written. OSError."""
+        if len(data) > self.limit:
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._alone() as record:
+            total = self._recorded(record) + len(data)
+            if total > self.limit:
+                total = self._make_room(max(0, round(KEPT * self.limit) - len(data))) + len(data)
+            record.seek(0)
+            record.truncate()
+            record.write(str(total))
+            record.flush()  # first: a kill in between leaves a record that is too high, never too low
+            file.parent.mkdir(exist_ok=True)
+            with new_file(file) as part:
+                part.write_bytes(data)
+
+    @contextmanager
+    def _alone(self) -> Iterator[IO[str]]:
+        """No other process writes meanwhile, where the file system has locks."""
+        with (self.root / ".size").open("a+", encoding="utf-8", errors="replace") as record:
+            with suppress(OSError):
+                fcntl.flock(record, fcntl.LOCK_EX)
+            yield record
+
+    def _recorded(self, record: IO[str]) -> int:
+        record.seek(0)
+        text = record.read(20).strip()
+        return int(text) if text.isascii() and text.isdigit() else self._make_room(self.limit)
+
+    def _make_room(self, size: int) -> int:
+        """Remove the oldest files until at most ``size`` bytes are left; how many are."""
+        for folder in self.root.iterdir():
+            sweep(folder)
+        found = []
+        for file in files_below(self.root):
+            if file.match(self.pattern):
+                with suppress(FileNotFoundError):
+                    found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = sum(length for _, length, _ in found)
+        for _, length, file in sorted(found):
+            if total <= size:
+                break
+            file.unlink(missing_ok=True)
+            total -= length
+        return total
