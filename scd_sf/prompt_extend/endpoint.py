@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from email.message import Message
 from typing import IO
 
+from scd_sf.files import parse_json, typed
 from scd_sf.prompt_extend.rules import Answer, messages
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 LARGEST = 2**20  # bytes of an answer
 LONGEST_WAIT_SECONDS = 60.0
@@ -101,8 +102,7 @@ class Endpoint:
                 with self._opener().open(request, timeout=self.cfg.timeout) as answer:
                     return _answer(answer.read(LARGEST + 1))
             except urllib.error.HTTPError as error:
-                said = error.read(LARGEST).decode("utf-8", "replace")
-                problem = f"{error.code} {error.reason}: {said}"
+                problem = f"{error.code} {error.reason}: {_body(error)}"
                 if error.code != 429 and error.code < 500:
                     raise UserError(f"endpoint.url {url}: {self._safe(problem)}; correct the request") from None
                 asked = error.headers.get("Retry-After", "")
@@ -122,26 +122,51 @@ class Endpoint:
         return urllib.request.build_opener(_NoRedirects, *direct)
 
     def _pause(self, attempt: int, asked: str) -> float:
-        if asked.strip().isdigit():
+        if (asked := asked.strip()).isascii() and asked.isdigit():
             return min(float(asked), LONGEST_WAIT_SECONDS)
         return min(self.cfg.wait * 2.0**attempt, LONGEST_WAIT_SECONDS) * random.uniform(0.75, 1.25)
 
     def _safe(self, text: str) -> str:
         hidden = text.replace(self.key, "***") if self.key else text
-        return " ".join(hidden.split())[:SHOWN]
+        return printable(" ".join(hidden.split()))[:SHOWN]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Of an answer. ``content`` may be null."""
+
+    content: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer, and why it ended."""
+
+    message: Reply
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What is read of a server's answer."""
+
+    choices: list[Choice]
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    """What the server says beside its code."""
+    try:
+        return error.read(LARGEST).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def _answer(data: bytes) -> Answer:
     """ValueError where it is not a chat completion."""
     if len(data) > LARGEST:
         raise ValueError(f"an answer of more than {LARGEST} bytes")
-    value = json.loads(data)
-    try:
-        choice = value["choices"][0]
-        text, reason = choice["message"]["content"], choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError("not a chat completion") from error
-    if text is not None and not isinstance(text, str):
-        raise ValueError("content is not a text")
-    said = (text or "").encode().decode()  # ValueError for half of a surrogate pair
-    return Answer(said, cut=reason == "length")
+    completion = typed(parse_json(data, "the answer", "ask again"), Completion, "not a chat completion", "ask again")
+    if not completion.choices:
+        raise ValueError("not a chat completion: no choice in it")
+    choice = completion.choices[0]
+    return Answer(choice.message.content or "", cut=choice.finish_reason == "length")

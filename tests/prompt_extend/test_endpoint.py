@@ -11,7 +11,7 @@ from chat_server import Reply, Server, completion, serving
 
 from scd_sf.prompt_extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.prompt_extend.rules import Answer
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 KEY = "sk-very-secret-1234"
 
@@ -52,6 +52,10 @@ def test_what_is_asked_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
         (200, {}, b"<html>"),
         (200, {}, b"[]"),
         (200, {}, b'{"choices": []}'),
+        (200, {}, b'{"choices": {"0": 1}}'),
+        (200, {}, b'{"choices": [{"message": {"content": "a"}, "finish_reason": 1e999}]}'),
+        (200, {}, b"[" * 9999),
+        (429, {"Retry-After": "\xb2"}, b""),
         (200, {}, b'{"choices": [{"message": {"content": 5}}]}'),
         (200, {}, b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
         (200, {}, b" " * (2**20 + 1)),
@@ -84,6 +88,10 @@ def test_refusals_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
         endpoint(other, "A_KEY")
     with pytest.raises(UserError, match="no answer in 1 tries"):
         endpoint(other, retries=0).write(["a"], [1])  # nobody listens there any more
+    with serving(replies([(400, {}, "\x1b[2J\u202ebad\r\nline".encode())])) as server:
+        with pytest.raises(UserError, match="400") as caught:
+            endpoint(server).write(["a"], [1])
+        assert printable(str(caught.value)) == str(caught.value) and "\n" not in str(caught.value)
     for url in ("file:///etc/passwd", "localhost:8000"):
         with pytest.raises(ValueError, match="must begin with http"):
             EndpointConfig(url)

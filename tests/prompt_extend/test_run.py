@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from scd_sf.data.prompt_files import read_prompt_file
-from scd_sf.files import read_json, read_jsonl
+from scd_sf.files import locked, read_json, read_jsonl
 from scd_sf.prompt_extend.endpoint import EndpointConfig
 from scd_sf.prompt_extend.local import LocalModel
 from scd_sf.prompt_extend.rules import messages
@@ -211,3 +211,28 @@ def test_bad_models(model: Path, tmp_path: Path) -> None:
     for change in ({"attempts": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"batch": 0}):
         with pytest.raises(ValueError):
             replace(cfg, **change)
+
+
+def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
+    """Somebody at work in the folder, prompts inside it, files that were there or were changed since."""
+    path, out = prompts(tmp_path, 2), tmp_path / "out"
+    with serving(lambda number, body: completion(LONG)) as server:
+        cfg = ExtendConfig(str(path), str(out), "qwen", endpoint=EndpointConfig(server.url))
+        with locked(out, "extend_prompts"), pytest.raises(UserError, match="is at work in it"):
+            run_extend(cfg, ALONE)
+        with pytest.raises(UserError, match=r"holds in\.jsonl, the prompts"):
+            run_extend(replace(cfg, out=str(tmp_path)), ALONE)
+        for name in ("prompts.txt", "report.json", "settings.json"):
+            (tmp_path / name.replace(".", "-")).mkdir()
+            mine = tmp_path / name.replace(".", "-") / name
+            mine.write_text('{"mine": 1}')
+            with pytest.raises(UserError, match="nothing of others is touched|begun with other"):
+                run_extend(replace(cfg, out=str(mine.parent)), ALONE)
+            assert mine.read_text() == '{"mine": 1}' and len(list(mine.parent.iterdir())) <= 2
+        assert not server.requests
+        run_extend(cfg, ALONE)
+        (out / "prompts.txt").write_text("my own words")
+        with pytest.raises(UserError, match=r"prompts\.txt: was changed since report\.json was written"):
+            run_extend(cfg, ALONE)
+        assert (out / "prompts.txt").read_text() == "my own words"
+        run_extend(replace(cfg, prompts=str(out), out=str(tmp_path / "again")), ALONE)  # a result is a list
