@@ -226,7 +226,7 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
             (tmp_path / name.replace(".", "-")).mkdir()
             mine = tmp_path / name.replace(".", "-") / name
             mine.write_text('{"mine": 1}')
-            with pytest.raises(UserError, match="nothing of others is touched|begun with other"):
+            with pytest.raises(UserError, match=r"nothing of others is touched|begun with other"):
                 run_extend(replace(cfg, out=str(mine.parent)), ALONE)
             assert mine.read_text() == '{"mine": 1}' and len(list(mine.parent.iterdir())) <= 2
         assert not server.requests
