@@ -21,7 +21,7 @@ from tiny_run import BACKWARD, SCRIPTS, Chain
 
 from scd_sf.checkpoint import find, load_tensors
 
-WRITES = "os:fsync|os:rename|scd_sf.checkpoint:save_file|scd_sf.train.shards:save_file"
+WRITES = "os:fsync|os:rename|os:replace|safetensors.torch:save_file"
 CASES = [
     ("stage2", 1, ""),
     ("stage2", 2, ""),

@@ -15,9 +15,9 @@ from tiny_run import BACKWARD, SCRIPTS, Chain, same_as_uninterrupted
 MOMENTS = {
     "stage2-first-update": ("stage2", At(BACKWARD, 2), []),
     "stage2-between-micro-batches": ("stage2", At(BACKWARD, 10), [2, 4]),
-    "stage2-before-a-checkpoint-is-committed": ("stage2", At("os:rename", 2), [2]),
+    "stage2-before-a-checkpoint-is-committed": ("stage2", At("scd_sf.checkpoint:write_manifest", 2), [2]),
     "stage2-inside-a-checkpoint": ("stage2", At("scd_sf.checkpoint:_write_contents", 2), [2]),
-    "stage2-before-latest": ("stage2", At("scd_sf.checkpoint:_fsync_dir", 9), None),
+    "stage2-before-latest": ("stage2", At("scd_sf.checkpoint:fsync_folder", 2), [2, 4]),
     "stage3-critic-update": ("stage3", At(BACKWARD, 15), [2]),
     "stage3-student-update": ("stage3", At(BACKWARD, 18), [2]),
     "stage3-inside-a-checkpoint": ("stage3", At("scd_sf.train.shards:write_counters", 4), [2]),
