@@ -27,7 +27,7 @@ from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.files import generator
 from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.models.build import Student, build_student, load_student
+from scd_sf.models.build import Student, absolute_base, build_student, load_student
 from scd_sf.models.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
@@ -272,7 +272,7 @@ def main() -> None:
     if ranks.is_main:
         say(f"prompts: {prompts}")
     parts = build(cfg, run, student, prompts, latent)
-    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler))
+    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute_base(parent.base)))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
         wans = {"teacher": cfg.teacher, "critic": cfg.critic, "negative_prompt": prompts.negative_prompt}

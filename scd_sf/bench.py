@@ -27,7 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import generate_latents
 from scd_sf.metrics.protocols import BlockPassCounter
-from scd_sf.models.build import ModelConfig, SamplerConfig, Student, build_model, describe_checkpoint, load_student
+from scd_sf.models.build import (
+    ModelConfig,
+    SamplerConfig,
+    Student,
+    base_of,
+    build_model,
+    describe_checkpoint,
+    load_student,
+)
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.export import dtype_of
 from scd_sf.models.generator import CacheConfig
@@ -301,6 +309,7 @@ def open_bench(cfg: BenchConfig) -> tuple[Bench, list[Entry]]:
     opened = [open_entry(cfg, row, device) for row in cfg.models]
     base = cfg.base or next((base for _, _, base in opened if base), "")
     if base:
+        base = str(base_of(base, cfg.base, "models"))
         vae = load_vae(base, device=device, dtype=dtype_of(cfg.vae_dtype))
         text: TextEncoder | None = load_text_encoder(base, device=device, dtype=dtype_of(cfg.dtype))
     else:

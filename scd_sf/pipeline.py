@@ -178,9 +178,9 @@ def write_pipeline(
     Returns the student as it is read again from there; nothing stands at ``out`` before that. UserError also for a
     file of ``base`` that cannot be read as what it should be.
     """
-    must_be_new(out, base)
     if not (base / "vae").is_dir():
         raise UserError(f"{base}: has no vae/; give the Wan directory in diffusers layout that the student came from")
+    must_be_new(out, base)
     with new_folder(out, "choose another place") as part:
         write_single(part / STUDENT, student, config, origin, dtype)
         copy_components(base, part)
@@ -204,7 +204,7 @@ def export_pipeline(checkpoint: Path, out: Path, weights: str = "ema", dtype: st
     must_be_new(out)
     student, config = load_student(checkpoint, weights)
     _, origin = describe_checkpoint(checkpoint)
-    folder = base_of(config, base, checkpoint)
+    folder = base_of(config.base, base, checkpoint)
     before = probe(student)
     again = write_pipeline(out, student, config, {**origin, "weights": weights}, folder, kind)
     return largest(before, probe(again))

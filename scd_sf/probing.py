@@ -25,6 +25,7 @@ from scd_sf.models.build import (
     ModelConfig,
     SamplerConfig,
     Student,
+    base_of,
     blocks_of,
     describe_checkpoint,
     load_checkpoint_model,
@@ -152,6 +153,7 @@ def told(
         return clips, clips.batch(list(range(min(cfg.clips, len(clips))))).text, clips.shape
     if not prompts or not base.name:
         raise UserError("set data= to encoded clips, or prompts= (or prompt_file=) and base= to encode them with")
+    base = base_of(str(base), cfg.base, cfg.checkpoint)
     cond = open_text_encoder(base, "").encode(prompts)
     return clips, cond, clips.shape if clips is not None else sized(cfg, base, origin)
 

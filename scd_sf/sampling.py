@@ -20,7 +20,7 @@ from scd_sf.files import sha256_file
 from scd_sf.generation.generate import generate
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, describe_checkpoint, load_student
+from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, base_of, describe_checkpoint, load_student
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.export import dtype_of
 from scd_sf.models.generator import CacheConfig
@@ -206,10 +206,8 @@ def open_studio(cfg: SampleConfig, device: torch.device, path: Path | None = Non
     description, origin = describe_checkpoint(path, cfg.weights)
     own = description.sampler
     chosen = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
+    base = base_of(description.base, cfg.base, path)
     student, _ = load_student(path, cfg.weights, cfg.blocks)
-    if not (cfg.base or description.base):
-        raise UserError(f"{path}: does not name its Wan directory; set base=")
-    base = Path(cfg.base or description.base)
     vae = load_vae(base, device=device)
     asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     shape = choose_shape(asked, origin, student, vae.geometry, cfg.checkpoint)

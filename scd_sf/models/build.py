@@ -230,14 +230,14 @@ def absolute_base(base: str) -> str:
     return str(Path(base).resolve()) if base and Path(base).is_dir() else base
 
 
-def base_of(config: CheckpointConfig, other: str, where: Path) -> Path:
-    """The Wan directory with a checkpoint's VAE and text encoder: ``other`` if set, else the one ``config`` records.
+def base_of(recorded: str, other: str, where: Path | str) -> Path:
+    """The Wan directory with VAE and text encoder: ``other``, else the one that the checkpoint ``where`` records.
 
-    UserError when it is not there; ``where`` is the checkpoint.
+    UserError when it is not there.
     """
-    base = other or config.base
+    base = other or recorded
     if not base:
-        raise UserError(f"{where}: does not say which Wan directory it came from; set base= to it")
+        raise UserError(f"{where}: does not name its Wan directory; set base=")
     if not Path(base).is_dir():
         whose = "base" if other else f"{where}: its base"
         here = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"

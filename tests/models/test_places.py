@@ -256,8 +256,8 @@ def test_the_base_is_found_from_every_folder(world: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"old: its base is wan \(seen from .*\), and no such .*; set base= to the Wan"):
         export_pipeline(tmp_path / "old", tmp_path / "out")
-    with pytest.raises(UserError, match="does not say which Wan directory it came from; set base="):
-        base_of(CheckpointConfig(), "", tmp_path)
+    with pytest.raises(UserError, match="does not name its Wan directory; set base="):
+        base_of("", "", tmp_path)
     export_pipeline(tmp_path / "old", tmp_path / "out", base=str(world / "wan"))
 
 

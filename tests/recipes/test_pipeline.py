@@ -86,9 +86,9 @@ def test_bad_input(chain: Chain, folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             pipe(PROMPTS[0], **arguments)
-    with pytest.raises(UserError, match=r"model\.safetensors: No such file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: missing"):
         SCDWanPipeline.from_pretrained(chain.wan)
-    with pytest.raises(UserError, match=r"nowhere: the base directory is not there; say where it is with base"):
+    with pytest.raises(UserError, match=r"base is .*nowhere, and no such directory is there; set base="):
         export_pipeline(chain.root / "stage3", tmp_path / "x", base=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"has no vae/"):
         export_pipeline(chain.root / "stage3", tmp_path / "x", base=str(tmp_path))
@@ -121,5 +121,15 @@ def test_the_commands(
     assert code == 0 and "original layout, from diffusers" in said and "every tensor bit for bit" in said
     code, said = scd(monkeypatch, capsys, "inspect", tmp_path / "original")
     assert code == 0 and "original layout, all tensors there" in said and "num_layers: 6" in said
+    bare = tmp_path / "original" / "diffusion_pytorch_model.safetensors"
+    code, said = scd(monkeypatch, capsys, "inspect", bare)
+    assert code == 0 and "num_attention_heads: unknown" in said and "say it with --heads" in said
+    code, said = scd(monkeypatch, capsys, "inspect", bare, "--heads", "2")
+    assert code == 0 and "num_attention_heads: 2" in said
+    code, said = scd(monkeypatch, capsys, "convert", bare, tmp_path / "x")
+    assert code == 2 and "does not say how many attention heads it has" in said
+    for size in ("0", "none"):
+        code, said = scd(monkeypatch, capsys, "convert", chain.wan, tmp_path / "x", "--max-shard", size)
+        assert code == 2 and f"max_shard is '{size}'" in said
     code, said = scd(monkeypatch, capsys, "convert", chain.wan, tmp_path / "x", "--layout", "onnx")
     assert code == 2 and "layout 'onnx' is unknown" in said
