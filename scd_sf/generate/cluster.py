@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,11 @@ class Task:
 def run_on_cluster(cfg: GenerateConfig) -> None:
     """Make all clips on the workers of a Ray cluster. UserError without Ray, or without a cluster at the address."""
     ray = _import_ray()
-    specs = prepare(cfg)
+    with ExitStack() as held:
+        _make_all(cfg, ray, prepare(cfg, held))
+
+
+def _make_all(cfg: GenerateConfig, ray: Any, specs: Sequence[Spec]) -> None:
     common = read_job(Path(cfg.out))
     left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
     prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]

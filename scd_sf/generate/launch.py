@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from scd_sf.generate.maker import Maker, finish, missing, prepare
 from scd_sf.generate.plan import GenerateConfig, Unit, units_of, wanted_clips
-from scd_sf.train.ranks import Ranks, init_distributed
+from scd_sf.train.ranks import Ranks, init_distributed, rank_zero_first
 from scd_sf.types import UserError, say
 
 MAX_PROBLEMS = 10  # of one rank; more is no accident
@@ -25,10 +26,13 @@ def run_generate(cfg: GenerateConfig) -> None:
 
 
 def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
-    """Every rank makes the units ``[rank::world]`` of the list in id order."""
-    if ranks.is_main:
-        prepare(cfg)
-    ranks.barrier()
+    """Every rank makes the units ``[rank::world]`` of the list in id order; rank 0 holds the folder."""
+    with ExitStack() as held:
+        rank_zero_first(ranks, lambda: prepare(cfg, held))
+        _make(cfg, ranks)
+
+
+def _make(cfg: GenerateConfig, ranks: Ranks) -> None:
     maker = Maker(cfg, ranks)
     specs = wanted_clips(cfg, maker.common)
     units = units_of(specs, cfg.batch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from scd_sf import __version__
 from scd_sf.data.clip_files import VIDEO, About, clip_path, sweep_clips, write_clip
-from scd_sf.data.clip_index import Common, fault_of, open_job, read_job
+from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_job
 from scd_sf.data.clips import write_video
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.diffusion.guidance import guided
 from scd_sf.diffusion.solvers import build_sampler
-from scd_sf.files import hash_json, sha256_file, write_jsonl
+from scd_sf.files import hash_json, locked, sha256_file, write_jsonl
 from scd_sf.generate.plan import STORED, GenerateConfig, Spec, Unit, settings_of, wanted_clips
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.export import dtype_of
@@ -30,6 +31,7 @@ from scd_sf.models.text_cache import CachedTextEncoder
 from scd_sf.models.vae import Vae, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import open_wan
+from scd_sf.ownership import require_own_folder
 from scd_sf.rollout import sample_bidirectional
 from scd_sf.train.checks import check_shape
 from scd_sf.train.engine import frozen_engine
@@ -40,8 +42,9 @@ WANTED = "wanted.jsonl"
 PROMPTS_AT_ONCE = 64  # states held in memory while encoding
 
 
-def prepare(cfg: GenerateConfig) -> list[Spec]:
-    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``); the clips to make. One process calls it.
+def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
+    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``); the clips to make. One process calls it, and
+    holds the folder until ``held`` is closed.
 
     UserError for a model, a size or prompts that do not fit, for a folder of other clips, for too small a disk.
     """
@@ -56,6 +59,8 @@ def prepare(cfg: GenerateConfig) -> list[Spec]:
     common = Common(shape, STORED[cfg.store], text.width, text.max_length, settings_of(cfg, files))
     specs = wanted_clips(cfg, common)
     _check_disk(out, common, specs)
+    require_own_folder(out, [JOB])
+    held.enter_context(locked(out, "generate_clips"))
     open_job(out, common)
     write_jsonl(out / WANTED, [asdict(spec) for spec in specs])
     return specs

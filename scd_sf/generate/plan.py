@@ -51,9 +51,10 @@ class ClusterConfig:
 
 @dataclass
 class GenerateConfig:
-    """``model``: the teacher's directory, with VAE and text encoder. ``prompts``, or ``prompt_file`` (txt, csv, jsonl;
-    a column ``uuid`` is kept). ``samples`` clips per prompt, of seeds ``seed``, ``seed + 1``, ... ``frames``,
-    ``height`` and ``width`` in pixels. ``negative_prompt``: "wan" is Wan 2.1's own. ``store``: bf16, fp16 or fp32.
+    """``model``: the teacher's directory, with VAE and text encoder. ``prompts``, or ``prompt_file`` (txt, csv, jsonl,
+    or the folder of a filter or extender; a column ``uuid`` is kept). ``samples`` clips per prompt, of seeds ``seed``
+    (or the row's own), ``seed + 1``, ... ``frames``, ``height`` and ``width`` in pixels. ``negative_prompt``: "wan" is
+    Wan 2.1's own. ``store``: bf16, fp16 or fp32.
     ``batch`` clips go through the teacher together; such a group is always computed whole, so that a clip does not
     depend on what was finished before. ``text_cache``: encoded prompts (empty: ``OUT/text-cache``; for several hosts a
     folder that all see). ``videos``: also write an mp4 of each clip. ``engine``: kind deepspeed is ZeRO-3 over the
@@ -169,7 +170,8 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
             raise UserError(
                 f"prompt {number} ({row.prompt[:60]!r}) is empty or has 'then' or 'start'; give a prompt only"
             )
-        for seed in range(cfg.seed, cfg.seed + cfg.samples):
+        first = cfg.seed if row.seed is None else row.seed
+        for seed in range(first, first + cfg.samples):
             spec = Spec(clip_id(row.prompt, seed, common), row.prompt, row.uuid, seed)
             found.setdefault(spec.id, spec)
     return [found[key] for key in sorted(found)]

@@ -129,7 +129,7 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
     return Ranks(rank, world, local, device)
 
 
-def rank_zero_first(ranks: Ranks, work: Callable[[], None]) -> None:
+def rank_zero_first(ranks: Ranks, work: Callable[[], object]) -> None:
     """Rank 0 does ``work`` while the others wait. A UserError there ends all of them together."""
     problem: UserError | None = None
     if ranks.is_main:

@@ -20,7 +20,7 @@ from scd_sf.data.clip_files import clip_path, clip_paths, files_of, read_header
 from scd_sf.data.clip_index import Common
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
-from scd_sf.files import is_part
+from scd_sf.files import is_part, locked, sha256_file
 from scd_sf.generate.plan import GenerateConfig, clip_id, units_of, wanted_clips
 from scd_sf.types import UserError
 
@@ -77,6 +77,11 @@ def test_every_clip_is_wanted_once_and_groups_do_not_depend_on_ranks(tmp_path: P
     ]  # fmt: skip
     assert [spec.id for spec in specs] == sorted(spec.id for spec in specs)
     assert [len(unit) for unit in units_of(specs, 3)] == [3, 1]
+    file.write_text('{"prompt": "a", "seed": 3}\n{"prompt": "a"}\n')
+    specs = wanted_clips(GenerateConfig("m", "o", prompt_file=str(file), samples=2, seed=5), common())
+    assert sorted(spec.seed for spec in specs) == [3, 4, 5, 6]  # a row's own seed comes before the command's
+    (tmp_path / "report.json").write_text(json.dumps({"sha256": {"prompts.jsonl": sha256_file(file)}}))
+    assert wanted_clips(GenerateConfig("m", "o", prompt_file=str(tmp_path), samples=2, seed=5), common()) == specs
     file.write_text('{"prompt": "a", "then": [[9, "b"]]}\n')
     with pytest.raises(UserError, match=r"prompt 1 .* has 'then'"):
         wanted_clips(GenerateConfig("m", "o", prompt_file=str(file)), common())
@@ -94,6 +99,25 @@ def test_every_clip_is_wanted_once_and_groups_do_not_depend_on_ranks(tmp_path: P
 def test_bad_settings_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         GenerateConfig(**({"model": "m", "out": "o", "prompts": ["a"]} | fields))  # type: ignore[arg-type]
+
+
+def test_ctrl_c_and_two_at_once(model: Path, tmp_path: Path) -> None:
+    """One line and 130, and the same command goes on; a folder is one job's; others' files are no place for clips."""
+    out = tmp_path / "out"
+    given = [*arguments(model, out), "samples=1", f"prompts={json.dumps(PROMPTS[:3])}", "videos=false"]
+    moment = At("scd_sf.generate.maker:sample_bidirectional", 2, signal.SIGINT)
+    stopped = recipe_runner.run(SCRIPT, *given, at=moment)
+    assert stopped.code == 130 and stopped.err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert "Traceback" not in stopped.err
+    with locked(out, "generate_clips"):
+        second = recipe_runner.run(SCRIPT, *given)
+    assert second.code == 2 and "is at work in it" in second.err.splitlines()[-1]
+    assert "all 3 clips" in recipe_runner.succeed(SCRIPT, *given).out
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "wanted.jsonl").write_text("mine")
+    refused = recipe_runner.run(SCRIPT, *given, f"out={tmp_path}/mine")
+    assert refused.code == 2 and "nothing of others is touched" in refused.err
+    assert [(file.name, file.read_text()) for file in (tmp_path / "mine").iterdir()] == [("wanted.jsonl", "mine")]
 
 
 @pytest.mark.slow
