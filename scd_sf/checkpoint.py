@@ -24,11 +24,22 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scd_sf.files import files_below, fsync_folder, fsync_tree, read_json, sha256_file, typed, write_tensors, write_text
+from scd_sf.files import (
+    files_below,
+    fsync_folder,
+    fsync_tree,
+    read_json,
+    read_text,
+    sha256_file,
+    typed,
+    write_tensors,
+    write_text,
+)
 from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
+LATEST_BYTES = 2**16
 _STEP = re.compile(r"^step_\d{8,}$")
 _log = logging.getLogger(__name__)
 
@@ -180,10 +191,15 @@ class Checkpoints:
 
     def _check_latest(self, path: Path) -> None:
         latest = self.root / LATEST
-        named = latest.read_text().strip() if latest.exists() else None
-        if named is None:
+        if not latest.exists():
             _log.warning("%s: 'latest' is missing; using the newest verified step %s", self.root, path.name)
-        elif named != path.name:
+            return
+        try:
+            named = read_text(latest, "it is written anew with the next checkpoint", LATEST_BYTES).strip()
+        except UserError as error:
+            _log.warning("%s; using the newest verified step %s", error, path.name)
+            return
+        if named != path.name:
             _log.warning("%s: 'latest' says %s; using the newest verified step %s", self.root, named, path.name)
 
 

@@ -6,7 +6,6 @@ it left is still there. What a step prints goes to ``<run>/logs/<step>.log``. St
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scd_sf.files import files_below, write_json
+from scd_sf.files import files_below, read_typed, write_json
 from scd_sf.types import UserError, printable
 
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this time
@@ -141,7 +140,7 @@ def _expected(group: Group, at_once: int) -> float:
 def _run_group(
     run: Path, group: Group, at_once: int, console: Console, tick: Callable[[float], None]
 ) -> dict[str, float]:
-    taken = {step.name: seconds for step in group if (seconds := _finished(run, step)) is not None}
+    taken = {step.name: seconds for step in group if (seconds := finished(run, step)) is not None}
     for name in taken:
         _say(console, f"  {name}: finished before")
     waiting = [step for step in group if step.name not in taken]
@@ -180,15 +179,24 @@ def _marker(run: Path, step: Step) -> Path:
     return run / ".done" / f"{step.name}.json"
 
 
-def _finished(run: Path, step: Step) -> float | None:
+@dataclass(frozen=True)
+class _Marker:
+    """What a finished step leaves under ``.done``."""
+
+    command: list[str]
+    seconds: float
+    files: list[str] = field(default_factory=list)
+
+
+def finished(run: Path, step: Step) -> float | None:
     """Seconds the step took when this very command finished; None where it has to run: it never finished, its marker is
     damaged, or a file that it left is gone (markers of older versions name no files)."""
     try:
-        saved = json.loads(_marker(run, step).read_text(encoding="utf-8"))
-        there = all(Path(file).exists() for file in [*step.outputs, *saved.get("files", [])])
-        return float(saved["seconds"]) if saved["command"] == list(step.command) and there else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        saved = read_typed(_marker(run, step), _Marker, "")
+    except UserError:
         return None
+    there = all(os.path.exists(file) for file in [*map(str, step.outputs), *saved.files])
+    return saved.seconds if saved.command == list(step.command) and there else None
 
 
 def _say(console: Console, text: str) -> None:

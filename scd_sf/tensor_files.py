@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scd_sf.files import foreign, read_typed, refuse_lfs_pointer
+from scd_sf.files import foreign, read_typed, refuse_lfs_pointer, safe_path
 from scd_sf.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
@@ -213,7 +213,8 @@ def _open_shards(index: Path) -> dict[str, Lazy]:
     for file in places.values():
         if Path(file).name != file:
             raise UserError(f"{index}: shard name {file[:80]!r} leaves the directory; it is not read: {AGAIN}")
-    shards = {file: open_tensors(index.parent / file) for file in sorted(set(places.values()))}
+    names = sorted(set(places.values()))
+    shards = {name: open_tensors(safe_path(index.parent, name, f"{index}: a shard's name")) for name in names}
     unlike = f"the index and its shards do not belong together: {AGAIN}"
     for file, tensors in shards.items():
         for name in tensors:
