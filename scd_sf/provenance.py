@@ -26,7 +26,7 @@ class _Origin:
 
     stage: str = ""
     step: int = 0
-    parents: list[dict[str, object]] = field(default_factory=list)
+    parents: list[object] = field(default_factory=list)
     video: dict[str, _Size] | None = None
     latent: list[_Size] | None = None
     licence: str | None = None

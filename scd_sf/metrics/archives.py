@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scd_sf.files import sha256_file
+from scd_sf.files import foreign, sha256_file
 from scd_sf.types import UserError
 
 Arrays = dict[tuple[str, ...], np.ndarray]
@@ -134,10 +134,8 @@ def read_arrays(content: bytes, where: str) -> Arrays:
 
     Raises UserError (naming ``where``) for anything else: code, other objects, other types. Nothing is run.
     """
-    try:
+    with foreign(f"{where}: not a pickle of arrays alone", "it is not loaded"):
         value = _ArraysOnly(io.BytesIO(content)).load()
-    except Exception as error:  # a damaged pickle raises any kind
-        raise UserError(f"{where}: not a pickle of arrays alone ({error}); it is not loaded") from error
     found: Arrays = {}
     _flatten(value, (), found, where)
     return found

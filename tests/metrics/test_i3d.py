@@ -92,6 +92,14 @@ def test_videogpt_s_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     for (name, mine), (_, theirs) in zip(ours.named_parameters(), loaded.network.named_parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     assert len(loaded.sha256) == 64
+    name = "Mixed_3b.b1a.conv3d.weight"
+    torch.save({**state, name: torch.full_like(state[name], float("inf"))}, path)
+    with pytest.raises(UserError, match=rf"i3d_pretrained_400\.pt: tensor '{name}' holds NaN or infinity"):
+        I3dFeatures.from_videogpt(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for reader in (I3dFeatures.from_videogpt, TorchscriptFeatures):
+        with pytest.raises(UserError, match=r"i3d_pretrained_400\.pt: a Git LFS pointer"):
+            reader(path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(UserError, match="is missing; these are not the weights of I3D"):
         I3dFeatures.from_videogpt(path)

@@ -50,6 +50,11 @@ def test_wrong_files(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
+    torch.save({"fnet.a": torch.full((2,), float("nan"))}, tmp_path / "nan.pth")
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for name, words in (("nan.pth", "tensor 'fnet.a' holds NaN"), ("pointer.pth", "a Git LFS pointer")):
+        with pytest.raises(UserError, match=rf"{name}: {words}"):
+            load_raft(tmp_path / name)
     for name, words in (
         ("none.pth", "missing"),
         ("text.pth", "unreadable"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from scd_sf.models.names import to_diffusers, to_ours
@@ -16,12 +19,13 @@ from scd_sf.models.weights import (
     INDEX,
     WEIGHTS,
     load_wan,
+    open_wan,
     read_wan_config,
     save_wan,
     transformer_dir,
 )
 from scd_sf.tensor_files import read_tensors
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 
 @pytest.fixture
@@ -150,6 +154,78 @@ def test_broken_config_files_are_named(folder: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"config\.json: {words}"):
             read_wan_config(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_layers": 100_000},
+        {"num_layers": 900},
+        {"ffn_dim": 10**12},
+        {"ffn_dim": 10**6},
+        {"num_attention_heads": -2},
+        {"attention_head_dim": 7},
+        {"text_dim": 0},
+        {"freq_dim": True},
+        {"patch_size": [1, 10**12, 2]},
+        {"patch_size": [1, "2", 2]},
+        {"eps": 1},
+        {"eps": -1e-6},
+        {"cross_attn_norm": 1},
+        {"_class_name": ["WanTransformer3DModel"]},
+        {"qk_norm": {"a": 1}},
+        {"in_channels": 10**19},
+    ],
+)
+def test_configs_of_others(folder: Path, fields: dict[str, object]) -> None:
+    """One line that names a file of the folder, before anything large is made."""
+    edit(folder, **fields)
+    with pytest.raises(UserError, match=re.escape(str(folder))) as caught:
+        load_wan(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_broken_weights_are_refused_as_they_are_read(folder: Path) -> None:
+    """By the model's reader, and by that of a partitioned teacher, which reads one tensor at a time."""
+    tensors = load_file(folder / WEIGHTS)
+    name = "blocks.0.ffn.net.2.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+    reads = {part: tensor.read for part, tensor in open_wan(folder).tensors.items()}
+    for attempt in (lambda: load_wan(folder), reads[f"trunk.{name}"]):
+        with pytest.raises(UserError, match=rf"{WEIGHTS}: tensor '{re.escape(name)}' holds NaN or infinity"):
+            attempt()
+    save_file({**tensors, name: tensors[name].nan_to_num().to(torch.int8)}, folder / WEIGHTS)
+    with pytest.raises(UserError, match="is I8; only F64"):
+        load_wan(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**15), 10**15) | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=JSON)
+def test_any_change_of_a_description_is_one_line(folder: Path, data: st.DataObject, value: object) -> None:
+    """config.json and the index with any field changed: the model is read, or one line says why not."""
+    index = folder / INDEX
+    if not index.exists():
+        shard(folder)
+        (folder / "config.json").rename(folder / "first.json")
+        index.rename(folder / "second.json")
+    for file, kept in ((folder / "config.json", "first.json"), (index, "second.json")):
+        content = json.loads((folder / kept).read_text())
+        content[data.draw(st.sampled_from(sorted(content)))] = value
+        file.write_text(json.dumps(content))
+        other = index if file != index else folder / "config.json"
+        other.write_text((folder / ("second.json" if file != index else "first.json")).read_text())
+        try:
+            load_wan(folder)
+        except UserError as error:
+            assert "\n" not in printable(str(error)) and len(str(error)) < 1000
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": 3}}'])
