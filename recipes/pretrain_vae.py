@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from scd_sf.config import load_config, to_yaml
 from scd_sf.data.clips import ClipSet
-from scd_sf.files import foreign
+from scd_sf.files import foreign, locked, new_file, read_text, write_json, write_text
 from scd_sf.models.vae import FRAME_GROUP as GROUP
 from scd_sf.models.vae import WEIGHTS, load_vae, save_vae
 from scd_sf.models.vae_training import (
@@ -45,6 +44,7 @@ from scd_sf.models.vae_training import (
     whole_decode,
     whole_encode,
 )
+from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, exit_on_user_error, say
 
 Grads = tuple[Tensor, ...]
@@ -124,12 +124,9 @@ class State:
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     def save(self, path: Path, config: str) -> None:
-        part = path.with_suffix(".part")
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "pca": self.pca, "step": self.step, "seconds": self.seconds, "config": config}, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with new_file(path) as part:
+            torch.save({**state, "pca": self.pca, "step": self.step, "seconds": self.seconds, "config": config}, part)
 
     def load(self, path: Path, config: str) -> None:
         with foreign(f"{path}: cannot be read", "delete it to start again"):
@@ -360,17 +357,23 @@ def run(cfg: PretrainVae) -> None:
     clips = {split: ClipSet(cfg.data, split) for split in ("train", "val")}
     if (longest := max(cfg.video.frames)) > clips["train"].frames:
         raise UserError(f"video.frames asks for {longest} frames; the clips in {cfg.data} have {clips['train'].frames}")
-    try:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{cfg.out}: cannot be made ({error.strerror}); choose another out=") from error
+    require_own_folder(cfg.out, ["config.yaml"], "choose another out=")
+    with locked(cfg.out, "this training"):
+        train_in(cfg, clips)
+
+
+def train_in(cfg: PretrainVae, clips: dict[str, ClipSet]) -> None:
+    """Everything that is written: config, state, log, the VAE and its evaluation."""
+    config, path, described = to_yaml(cfg), cfg.out / "state.pt", cfg.out / "config.yaml"
+    if described.is_file() and read_text(described, "choose another out=") != config:
+        raise UserError(f"{described}: of another config; use that config, or another out=")
+    write_text(described, config)
     videos = {split: load_videos(chosen, cfg.max_clips) for split, chosen in clips.items()}
     say(f"{len(videos['train'])} train and {len(videos['val'])} val clips in memory")
-    state, config, path = State(cfg, videos["train"]), to_yaml(cfg), cfg.out / "state.pt"
+    state = State(cfg, videos["train"])
     if path.is_file():
         state.load(path, config)
         say(f"continues {path} at step {state.step}")
-    (cfg.out / "config.yaml").write_text(config, encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in state.params)
     say(f"{parameters} parameters, {cfg.distil.steps} + {cfg.video.steps} steps")
     train(state, cfg, videos["train"], videos["val"], lambda: state.save(path, config))
@@ -379,7 +382,7 @@ def run(cfg: PretrainVae) -> None:
     report = evaluate(folder, clips["val"], videos["val"])
     report |= {"parameters": parameters, "megabytes": round((folder / WEIGHTS).stat().st_size / 1e6, 3)}
     report |= {"steps": state.step, "train_seconds": round(state.seconds, 1), "data_sha256": clips["train"].hash}
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "evaluation.json", report)
     print(json.dumps(report, indent=1))
 
 
