@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scd_sf.files import write_json
+from scd_sf.files import read_jsonl, write_json
 from scd_sf.metrics.protocols import Row, read_rows
 from scd_sf.steps import Group, Step, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
@@ -136,10 +136,10 @@ class Plan:
         file = self.place(2, fusion, seed) / "metrics.jsonl"
         if not file.is_file():
             raise UserError(f"{file}: does not exist; run --part train first")
-        losses = [row["val/loss"] for row in map(json.loads, file.read_text().splitlines()) if "val/loss" in row]
+        losses = [row["val/loss"] for row in read_jsonl(file, "train it again") if "val/loss" in row]
         if not losses:
             raise UserError(f"{file}: no validation loss; remove {file.parent} and train it again")
-        return float(losses[-1])
+        return float(str(losses[-1]))
 
 
 def row_name(fusion: str, seed: int, way: Sampling) -> str:
@@ -224,12 +224,12 @@ def main() -> None:
             plan.loss(fusion, seed)  # refuses what is not trained before anything is scored
     run_steps(plan.run, [[plan.scoring()]])
     found = collect(plan)
-    context = json.loads((plan.run / "scores" / "results.json").read_text())["context"]
+    context = read_rows(plan.run / "scores" / "results.json")[1]
     about = {"training_seeds": list(seeds), "teacher": str(plan.teacher), **context}
     write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
     show(found)
-    for sign in context["machine_busy"]:
-        say(f"The machine was busy, times tell little: {sign}.")
+    if context["machine_busy"]:
+        say(f"The machine was busy, times tell little: {context['machine_busy']}.")
     say(f"{plan.run}/fusions.json")
 
 

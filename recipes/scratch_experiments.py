@@ -13,7 +13,6 @@ spreads.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Euler
-from scd_sf.files import write_json
+from scd_sf.files import read_json, read_jsonl, write_json
 from scd_sf.metrics.curves import curve_figure, group_figure
 from scd_sf.metrics.lpips import Lpips, Trunk
 from scd_sf.metrics.prediction_result import PredictionResult
@@ -134,7 +133,8 @@ class Plan:
     def document(self) -> dict[str, Any]:
         """What scratch.json holds so far."""
         file = self.run / "scratch.json"
-        return json.loads(file.read_text()) if file.is_file() else {"steps": self.steps, "test_clips": self.test}
+        known = read_json(file, "remove it") if file.is_file() else {"steps": self.steps, "test_clips": self.test}
+        return dict[str, Any](known)
 
     def folder(self, trial: str, seed: int) -> Path:
         return self.run / "trials" / f"{trial}-{seed}"
@@ -168,7 +168,8 @@ class Plan:
     def result(self, name: str, seed: int) -> dict[str, Any]:
         """Figures and costs of a finished scoring."""
         folder = self.run / "scores" / f"{name}-{seed}"
-        result, cost = PredictionResult.read(folder / "result.json"), json.loads((folder / "cost.json").read_text())
+        result = PredictionResult.read(folder / "result.json")
+        cost: dict[str, Any] = read_json(folder / "cost.json", "remove it and run again")
         found = {figure: round(value.value, 4) for figure, value in result.figures.items()}
         kept = ("parameters", "block_passes_per_frame", "seconds_per_frame", "seconds_to_first_frame")
         timing = {key: round(cost[key], 4) for key in kept if key in cost}
@@ -177,10 +178,9 @@ class Plan:
         curves = {name: [round(value, 4) for value in curve] for name, curve in result.curves.items()}
         return found | timing | {"curves": curves}
 
-    def log(self, trial: str, seed: int) -> list[dict[str, float]]:
+    def log(self, trial: str, seed: int) -> list[dict[str, Any]]:
         """The training's own lines."""
-        lines = (self.folder(trial, seed) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return read_jsonl(self.folder(trial, seed) / "metrics.jsonl", "train it again")
 
     def seconds_per_update(self, trial: str, seed: int) -> float:
         """The least logged time of an update: whatever shares the machine only adds to it."""

@@ -24,7 +24,7 @@ from rich.table import Table
 from scd_sf.config import load_config
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Euler
-from scd_sf.files import sha256_folder, write_json
+from scd_sf.files import read_json, read_jsonl, sha256_folder, write_json
 from scd_sf.metrics.curves import tradeoff_figure
 from scd_sf.metrics.protocols import Row, read_rows
 from scd_sf.models.transplant import TransplantConfig
@@ -153,11 +153,11 @@ class Plan:
 
     def loss(self, cut: Cut, seed: int) -> float:
         """Validation loss of the averaged weights after the last update."""
-        lines = (self.place(2, cut, seed) / "metrics.jsonl").read_text().splitlines()
-        found = [row["val/loss"] for row in map(json.loads, lines) if row["step"] == self.updates and "val/loss" in row]
+        rows = read_jsonl(self.place(2, cut, seed) / "metrics.jsonl", "train it again")
+        found = [row["val/loss"] for row in rows if row.get("step") == self.updates and "val/loss" in row]
         if not found:
             raise UserError(f"{self.place(2, cut, seed)}: no validation loss of update {self.updates}; train it again")
-        return float(found[-1])
+        return float(str(found[-1]))
 
 
 def first_names(chosen: dict[str, Cut]) -> dict[Cut, str]:
@@ -184,7 +184,7 @@ def proposal(plan: Plan) -> Cut:
     val, cfg = LatentClips(plan.latents / "val"), LeaveOneOut(LossConfig(clips=plan.probe_clips))
     weights = sha256_folder(transformer_dir(plan.teacher), "*.safetensors")
     key = {"weights": weights, "data": val.hash, "settings": asdict(cfg.loss)}
-    if not (keys.is_file() and json.loads(keys.read_text()) == json.loads(json.dumps(key)) and config.is_file()):
+    if not (keys.is_file() and read_json(keys, f"remove {folder}") == json.loads(json.dumps(key)) and config.is_file()):
         wan = load_wan(plan.teacher)
         say(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips")
         cond = val.prompts.conditioning([0])
@@ -296,13 +296,13 @@ def main() -> None:
     chosen = cuts(depth, proposal(plan))
     run_steps(plan.run, [*plan.training(chosen), [plan.scoring(chosen)]])
     found = collect(plan, chosen)
-    context = json.loads((plan.run / "scores" / "results.json").read_text())["context"]
+    context = read_rows(plan.run / "scores" / "results.json")[1]
     about = {"updates": plan.updates, "training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
     write_json(plan.run / "sweep.json", {"schema": 1, "context": about, "splits": found})
     figure = draw(plan, found)
     show(found, plan.updates)
-    for sign in context["machine_busy"]:
-        say(f"The machine was busy, times tell little: {sign}.")
+    if context["machine_busy"]:
+        say(f"The machine was busy, times tell little: {context['machine_busy']}.")
     say(f"{plan.run}/sweep.json, {figure}")
 
 

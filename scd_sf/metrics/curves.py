@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scd_sf.files import new_file
 from scd_sf.types import UserError
 
 FEW = 20  # points of a line that are marked
@@ -82,6 +83,7 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> Path:
     """Write a figure as PNG and let it go."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with new_file(path) as part:
+        figure.savefig(part, dpi=120, format="png")
     pyplot().close(figure)
     return path

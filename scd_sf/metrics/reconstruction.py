@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from scd_sf.files import new_file
 from scd_sf.metrics.frames import psnr_frames, sharpness_ratio, ssim_frames
 from scd_sf.types import UserError
 
@@ -35,6 +36,5 @@ def write_sheet(path: Path, real_N3HW: Tensor, made_N3HW: Tensor, *, columns: in
     if not rows:
         raise UserError(f"{path}: {len(pairs)} images make no row of {columns}; ask for fewer columns")
     sheet = (torch.cat(rows, dim=1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    part = path.with_name(path.name + ".tmp")
-    Image.fromarray(sheet.contiguous().cpu().numpy()).save(part, format="PNG")
-    part.replace(path)
+    with new_file(path) as part:
+        Image.fromarray(sheet.contiguous().cpu().numpy()).save(part, format="PNG")
