@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import recipe_runner
 
 from scd_sf.files import typed
-from scd_sf.metrics.protocols import Adherence, Row
+from scd_sf.metrics.protocols import Adherence, Row, read_rows, write_rows
 from scd_sf.types import UserError
 
 demo: Any = recipe_runner.load_script("recipes/demo.py")
@@ -67,3 +68,26 @@ def test_rows_that_are_missing_or_not_scored_are_named() -> None:
     for rows in (ROWS[:-1], [*ROWS[:-1], replace(ROWS[-1], adherence=None)]):
         with pytest.raises(UserError, match="no scored row of scd, stage 3, 4 steps"):
             demo.goals(rows, demo.Timing([], ROUNDS))
+
+
+def test_what_the_demo_writes_and_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From an evaluation's files alone (no log is needed): the table, a line per goal, results.json, the gallery."""
+    run, busy = tmp_path / "run", "other processes used 1.9 of 2 cores"
+    (run / "results").mkdir(parents=True)
+    (run / "results" / "gallery.html").write_text("<html>")
+    monkeypatch.setattr(demo, "run_steps", lambda run, groups: {"clips": 1.0})
+    monkeypatch.setattr("sys.argv", ["demo.py", "--run", str(run)])
+    for signs, verdict in (([], "MISSED  SCD"), ([busy], "not measured: machine busy  SCD")):
+        context = {"date": "today", "machine_busy": signs, "seconds_per_frame_by_round": ROUNDS}
+        write_rows(run / "results" / "results.json", ROWS, context)
+        demo.main()
+        said = capsys.readouterr().out
+        assert "distilled" in said and verdict in said and f"open {run}/gallery.html" in said
+        assert (f"remove {run}/results/results.json" in said.replace("\n", " ")) == bool(signs)
+        rows, about = read_rows(run / "results.json")
+        assert rows == ROWS and about["step_seconds"] == {"clips": 1.0} and about["machine_busy"] == signs
+        goals: Any = about["goals"]
+        assert goals["SCD faster than causal per frame, 4 steps"]["met"] is (None if signs else False)
+    assert (run / "gallery.html").read_text() == "<html>"
