@@ -34,7 +34,7 @@ class BoundedFolder:
             record.write(str(total))
             record.flush()  # first: a kill in between leaves a record that is too high, never too low
             file.parent.mkdir(exist_ok=True)
-            with new_file(file) as part:
+            with new_file(file, durable=False) as part:
                 part.write_bytes(data)
 
     @contextmanager

@@ -11,23 +11,23 @@ Letters: P prompts, T tokens of all prompts, L padded length, E width, B batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
-from scd_sf.files import Json, hash_json, read_json, read_jsonl, sha256_file, write_bytes, write_jsonl
+from scd_sf.files import Json, foreign, hash_json, read_json, read_jsonl, sha256_file, typed, write_bytes, write_jsonl
 from scd_sf.types import Conditioning, UserError, printable
 
 FORMAT = "scd-sf-latents"
 VERSION = 1
+LARGEST = 2**20  # tokens of a prompt, width of a state
 Encode = Callable[[Sequence[str]], list[Tensor]]
 
 
@@ -42,10 +42,25 @@ class Prompt:
 
     @classmethod
     def from_json(cls, row: Json, where: str) -> Self:
-        kinds = {"id": str, "prompt": str, "held_out": bool, "tags": dict}
-        if {key: type(value) for key, value in row.items()} != kinds:
-            raise UserError(f"{where}: a prompt needs exactly {', '.join(kinds)}; {AGAIN}")
-        return cls(**row)  # type: ignore[arg-type]  # kinds were checked above
+        names = [entry.name for entry in fields(cls)]
+        if set(row) != set(names):
+            raise UserError(f"{where}: a prompt needs exactly {', '.join(names)}; {AGAIN}")
+        return typed(row, cls, where, AGAIN)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a manifest's section ``text`` says of all prompts; ``max_length`` tokens of ``width``."""
+
+    width: int
+    max_length: int
+    null_sha256: str = ""
+    prompts_sha256: str = ""
+    negative: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.width <= LARGEST and 1 <= self.max_length <= LARGEST):
+            raise ValueError(f"width {self.width} and max_length {self.max_length} must be from 1 to {LARGEST}")
 
 
 class Prompts(Protocol):
@@ -114,24 +129,22 @@ class PromptTable:
         section = read_manifest(root).get("text")
         if not isinstance(section, dict):
             raise UserError(f"{self.path}: section 'text' is missing; {AGAIN}")
-        width, length = section.get("width"), section.get("max_length")
-        if not isinstance(width, int) or not isinstance(length, int):
-            raise UserError(f"{self.path}: 'text' needs integers width and max_length; {AGAIN}")
-        self.width, self.length = width, length
+        text = typed(section, _Text, f"{self.path}: text", AGAIN)
+        self.width, self.length = text.width, text.max_length
         self.files: ClipFiles | None = None
         if "clips" in section:
             self.files = ClipFiles(root, _section(read_manifest(root), "latents", root))
             self._source: _ShardStates | _ClipStates = _ClipStates(self.files)
         else:
-            self._source = _ShardStates(root, section, width, length)
+            self._source = _ShardStates(root, section, text)
         self.rows = self._source.prompts
-        self.null = self._alone(root / "null.safetensors", section.get("null_sha256"))
-        negative = section.get("negative")
+        self.null = self._alone(root / "null.safetensors", text.null_sha256)
         self.negative, self.negative_prompt = self.null, ""
-        if isinstance(negative, dict):
-            self.negative = self._alone(root / "negative.safetensors", negative.get("sha256"))
-            text = negative.get("prompt") if self.files is None else self.files.common.settings.get("negative_prompt")
-            self.negative_prompt = text if isinstance(text, str) and text else "not recorded"
+        if text.negative is not None:
+            self.negative = self._alone(root / "negative.safetensors", text.negative.get("sha256", ""))
+            settings: Mapping[str, object] = text.negative
+            words = settings.get("prompt") if self.files is None else self.files.common.settings.get("negative_prompt")
+            self.negative_prompt = words if isinstance(words, str) and words else "not recorded"
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) fp32, zero after each true length."""
@@ -141,8 +154,8 @@ class PromptTable:
         """Compare every file's sha256 with its record. Raises UserError."""
         self._source.verify()
 
-    def _alone(self, path: Path, sha256: object) -> Conditioning:
-        return Conditioning(self._pad([_read_states(path, sha256, self.width)]))
+    def _alone(self, path: Path, sha256: str) -> Conditioning:
+        return Conditioning(self._pad([_read_states(path, sha256, self.length, self.width)]))
 
     def _pad(self, states: Sequence[Tensor]) -> Tensor:
         padded = torch.zeros(len(states), self.length, self.width)
@@ -154,12 +167,12 @@ class PromptTable:
 class _ShardStates:
     """States of all prompts in a few files, and ``prompts.jsonl``."""
 
-    def __init__(self, root: Path, section: Json, width: int, length: int) -> None:
+    def __init__(self, root: Path, section: Json, text: _Text) -> None:
         where = root / MANIFEST
-        self.width, self.length = width, length
+        self.width, self.length = text.width, text.max_length
         self.reader = ShardReader(root, read_shards(section, f"{where}: text"), str(where))
         rows = read_jsonl(root / "prompts.jsonl", AGAIN)
-        if hash_json(rows) != section.get("prompts_sha256") or len(rows) != len(self.reader):
+        if hash_json(rows) != text.prompts_sha256 or len(rows) != len(self.reader):
             raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
         self.prompts = [Prompt.from_json(row, f"{root / 'prompts.jsonl'}:{n}") for n, row in enumerate(rows, 1)]
         self._offsets: dict[int, list[int]] = {}
@@ -177,7 +190,8 @@ class _ShardStates:
     def _check(self, shard: int) -> list[int]:
         """Token offsets of a shard's prompts. Raises UserError when lengths and tokens do not fit."""
         count = self.reader.shards[shard].count
-        lengths = self.reader.rows(shard, "lengths", 0, count).tolist()
+        stored = self.reader.rows(shard, "lengths", 0, count)
+        lengths = stored.tolist() if stored.ndim == 1 and not stored.is_floating_point() else []
         offsets = [0, *accumulate(lengths)]
         fits = len(lengths) == count and all(0 < length <= self.length for length in lengths)
         if not fits or self.reader.shape(shard, "tokens") != (offsets[-1], self.width):
@@ -326,13 +340,11 @@ def _write_states(path: Path, tokens: Tensor) -> str:
     return sha256_file(path)
 
 
-def _read_states(path: Path, sha256: object, width: int) -> Tensor:
+def _read_states(path: Path, sha256: str, length: int, width: int) -> Tensor:
     if not path.is_file() or sha256_file(path) != sha256:
         raise UserError(f"{path}: missing or changed; copy it again, or {AGAIN}")
-    try:
+    with foreign(path, AGAIN):
         tokens = load_file(path)["tokens"]
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-    if tokens.ndim != 2 or tokens.shape[1] != width:
-        raise UserError(f"{path}: shape {tuple(tokens.shape)} instead of (L, {width}); {AGAIN}")
+    if tokens.ndim != 2 or tokens.shape[1] != width or len(tokens) > length:
+        raise UserError(f"{path}: shape {tuple(tokens.shape)} instead of (at most {length}, {width}); {AGAIN}")
     return tokens.float()

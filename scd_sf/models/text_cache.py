@@ -131,7 +131,7 @@ class CachedTextEncoder:
                 bounded.write(file, data)
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(file) as part:
+            with new_file(file, durable=False) as part:
                 part.write_bytes(data)
         except OSError as error:
             self._writable = False

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -22,10 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from scd_sf.files import foreign
 from scd_sf.prompt_extend.rules import Answer, messages
 from scd_sf.types import UserError
 
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -74,7 +73,7 @@ class LocalModel:
         """
         if not hub and not Path(name).is_dir():
             raise UserError(f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub")
-        try:
+        with foreign(f"model: {name} cannot be read", "give a causal language model"):
             tokenizer = AutoTokenizer.from_pretrained(
                 name, local_files_only=not hub, trust_remote_code=False, padding_side="left"
             )
@@ -86,9 +85,6 @@ class LocalModel:
                 dtype=DTYPES[dtype],
                 attn_implementation="sdpa",  # whatever its config asks for: no kernels of others from the hub
             )
-        except UNREADABLE as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"model: {name} cannot be read ({first}); give a causal language model") from error
         if not tokenizer.chat_template:
             raise UserError(f"model: {name} has no chat template; give an instruction-tuned model")
         if model.generation_config.eos_token_id is None:
@@ -103,10 +99,11 @@ class LocalModel:
         """One answer per prompt."""
         if not prompts:
             return []
-        chats = [
-            self.tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
-            for prompt in prompts
-        ]
+        with foreign("model: its chat template", "give a model whose template takes a system message"):
+            chats = [
+                self.tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+                for prompt in prompts
+            ]
         asked = self.tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
         asked = {name: asked[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         tokens_BL = self.model.generate(

@@ -28,6 +28,7 @@ from scd_sf.files import (
     write_json,
     write_jsonl,
     write_text,
+    writing,
 )
 from scd_sf.ownership import require_own_folder
 from scd_sf.prompt_extend.endpoint import Endpoint, EndpointConfig
@@ -242,9 +243,10 @@ def extend(cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[byte
 
 def append(file: IO[bytes], data: bytes) -> None:
     """Add whole lines and wait until they are on the disk."""
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
+    with writing(Path(file.name)):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def merge(out: Path, rows: Sequence[Row]) -> Json:

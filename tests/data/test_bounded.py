@@ -51,7 +51,7 @@ def test_many_writers_keep_the_budget(tmp_path: Path) -> None:
 def test_a_lost_or_killed_record_is_measured_again(
     tmp_path: Path, record: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     fill(tmp_path, range(9))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from scd_sf.data.prompts import Prompt, PromptSet, PromptTable, encode_prompts, finish_prompts
 from scd_sf.data.shards import ShardWriter
-from scd_sf.files import read_json, read_jsonl, safe_path, sha256_folder, write_json
+from scd_sf.files import read_json, read_jsonl, safe_path, sha256_folder, write_json, write_tensors
 from scd_sf.types import UserError
 
 LENGTH, WIDTH = 6, 4
@@ -119,6 +120,37 @@ def test_lengths_that_do_not_fit_are_named(tmp_path: Path) -> None:
     write_json(tmp_path / "manifest.json", manifest)
     with pytest.raises(UserError, match=r"text-00000\.safetensors: tokens and lengths do not fit"):
         PromptSet(tmp_path).conditioning([1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 10**15}, {"width": "4"}, {"max_length": 0}, {"max_length": True}, {"negative": 3},
+        {"negative": {"sha256": 5}}, {"null_sha256": None}, {"prompts_sha256": []}, {"shards": {}}, {"clips": None},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_others_is_one_line(tmp_path: Path, change: dict[str, object]) -> None:
+    build(tmp_path)
+    manifest = read_json(tmp_path / "manifest.json", "")
+    manifest["text"] |= change  # type: ignore[operator]
+    write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(UserError) as caught:
+        PromptSet(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lengths", [torch.tensor(2), torch.ones(2, 1), torch.tensor([2.0, 4.0]), torch.tensor([-2, 4])]
+)
+def test_lengths_of_others_are_one_line(tmp_path: Path, lengths: Tensor) -> None:
+    build(tmp_path)
+    file = tmp_path / "text-00000.safetensors"
+    write_tensors(file, load_file(file) | {"lengths": lengths})
+    manifest = read_json(tmp_path / "manifest.json", "")
+    manifest["text"]["shards"][0] |= {"bytes": file.stat().st_size}  # type: ignore[index]
+    write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"text-00000\.safetensors"):
+        PromptSet(tmp_path).conditioning([0])
 
 
 @pytest.mark.parametrize("file", ["../text.safetensors", "/etc/passwd", "a\\..\\b"])
