@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scd_sf.files import foreign, write_json, write_tensors
+from scd_sf.tensor_files import check_finite
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 
@@ -72,7 +73,7 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
     try:
         with safe_open(file, framework="pt") as tensors:
             for shard in like:
-                whole = tensors.get_tensor(shard.name)
+                whole = check_finite(tensors.get_tensor(shard.name), shard.name, str(file))
                 if tuple(whole.shape) != shard.shape:
                     raise UserError(f"{file}: {shard.name} is {tuple(whole.shape)} there, {shard.shape} in the model")
                 yield shard.holding(shard.of(whole).to(shard.values.device))

@@ -101,6 +101,9 @@ def test_ema_restores_exactly_and_never_aliases_the_weights(tmp_path: Path) -> N
         list(read_shards(tmp_path / "ema.safetensors", shards({"other": torch.ones(1)})))
     with pytest.raises(UserError, match=r"w is \(5, 3\) there, \(1,\) in the model"):
         list(read_shards(tmp_path / "ema.safetensors", shards({"w": torch.ones(1)})))
+    save_file({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=r"nan\.safetensors: tensor 'w' holds NaN"):
+        list(read_shards(tmp_path / "nan.safetensors", shards({"w": torch.ones(2)})))
 
 
 def test_ema_copy_to() -> None:
