@@ -125,8 +125,9 @@ class State:
 
     def save(self, path: Path, config: str) -> None:
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimizer": self.optimizer.state_dict()}
-        with new_file(path) as part:
-            torch.save({**state, "pca": self.pca, "step": self.step, "seconds": self.seconds, "config": config}, part)
+        state |= {"pca": self.pca, "step": self.step, "seconds": self.seconds, "config": config}
+        with new_file(path) as part, part.open("wb") as file:
+            torch.save(state, file)
 
     def load(self, path: Path, config: str) -> None:
         with foreign(f"{path}: cannot be read", "delete it to start again"):

@@ -170,7 +170,7 @@ def writing(path: Path) -> Iterator[None]:
         if number is None and "inline_container" not in str(error):  # torch.save's writer, which gives no number
             raise
         code = errno.EIO if number is None else int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        raise OSError(code, reason(error) if number is None else os.strerror(code), str(path)) from error
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def test_a_lock_is_taken_over_from_nobody(tmp_path: Path, kind: str) -> None:
 SAVE = {
     "tensors": "write_tensors(path, {'a': torch.zeros(10**5)})",
     "torch": """
-with new_file(path) as part: torch.save(torch.zeros(10**5), part)""",
+with new_file(path) as part, part.open("wb") as file: torch.save(torch.zeros(10**5), file)""",
     "text": "write_text(path, 'x' * 10**5)",
 }
 
@@ -114,8 +114,8 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path: Path
     """Whoever writes: Python, safetensors, torch."""
     code = "import resource, sys, torch; from pathlib import Path; from scd_sf.files import *\n"
     code += "from scd_sf.types import exit_on_user_error; path = Path(sys.argv[1]) / 'made'\n"
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
-    code += f"def main():\n  {SAVE[kind].strip()}\nexit_on_user_error(main)"
+    code += f"def main():\n  {SAVE[kind].strip()}\nmain(); assert path.stat().st_size > 10**5 - 1; path.unlink()\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\nexit_on_user_error(main)"
     end = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert end.returncode == 2 and end.stderr.startswith(f"error: {tmp_path / 'made'}: ") and "GB free" in end.stderr
     assert end.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
