@@ -5,6 +5,7 @@ Letters: F pixel frames, H W pixel height and width.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def _fitted(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
     if resized != (height, width):
         pixels_3HW = F.interpolate(pixels_3HW[None], size=resized, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
-    return pixels_3HW[:, top : top + size[0], left : left + size[1]]
+    return pixels_3HW[:, top : top + size[0], left : left + size[1]].clone()
 
 
 def read_picture(path: Path, where: str) -> Tensor:
@@ -61,8 +62,11 @@ def read_picture(path: Path, where: str) -> Tensor:
     """
     if not path.is_file():
         raise UserError(f"{where}: no such file; check the path")
-    reading = foreign(f"{where}: neither a video nor a readable image", REMEDY)
-    with reading, Image.open(path, formats=PICTURES) as image:
+    with (
+        foreign(f"{where}: neither a video nor a readable image", REMEDY),
+        warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),  # sizes are compared below
+        Image.open(path, formats=PICTURES) as image,
+    ):
         if image.width * image.height > LARGEST_PICTURE:
             raise UserError(
                 f"{where}: {image.width}x{image.height} is too large, {LARGEST_PICTURE:,} pixels are read at most; "

@@ -95,17 +95,20 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
         stream = _stream_of(container)
         promised, aspect = int(stream.frames), stream.sample_aspect_ratio
         reformatter = VideoReformatter()
-        count, size = 0, (0, 0)
+        count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
         for frame in container.decode(stream):
-            size = size if count else (frame.width, frame.height)
+            if not count:  # to ask every frame for its matrix would keep it until the garbage collector comes
+                size, matrix, angle = (frame.width, frame.height), _matrix(frame), frame.rotation
             if (frame.width, frame.height) != size:
                 raise ValueError(f"frame {count} is {frame.width}x{frame.height}, those before {size[0]}x{size[1]}")
+            if frame.rotation != angle:
+                raise ValueError(f"frame {count} is turned otherwise than those before")
             if frame.is_corrupt:
                 raise ValueError(f"frame {count} is damaged")
             count += 1
             base = frame.time_base
             known = frame.pts is not None and base is not None
-            pixels = _turned(_rgb(frame, reformatter, aspect), _matrix(frame))
+            pixels = _turned(_rgb(frame, reformatter, aspect), matrix)
             yield Picture(pixels, frame.pts * base if known else None, frame.duration * base if base else None)
         if not count:
             raise ValueError("it holds no frame")
