@@ -16,7 +16,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPL
 from torch import Tensor
 
 from scd_sf.data.video_reader import LARGEST_VIDEO, frames_of
-from scd_sf.files import foreign
+from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.types import UserError, VideoShape
 
 VIDEOS = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".ts")
@@ -62,10 +62,13 @@ def read_picture(path: Path, where: str) -> Tensor:
     """
     if not path.is_file():
         raise UserError(f"{where}: no such file; check the path")
+    refuse_lfs_pointer(path)
+    # Opened by Python: of a path, Pillow maps plain TIFFs, and mixes the pixels of those that are to be turned.
     with (
         foreign(f"{where}: neither a video nor a readable image", REMEDY),
         warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),  # sizes are compared below
-        Image.open(path, formats=PICTURES) as image,
+        path.open("rb") as file,
+        Image.open(file, formats=PICTURES) as image,
     ):
         if image.width * image.height > LARGEST_PICTURE:
             raise UserError(
@@ -80,12 +83,17 @@ def read_picture(path: Path, where: str) -> Tensor:
 def _values(image: Image.Image, where: str) -> np.ndarray:
     """fp32 (H, W, 3) in [0, 1]."""
     deep = image.mode.startswith("I") or image.mode == "F"
-    if image.has_transparency_data and (deep or _least_alpha(image) < 255):
+    clear = image.info.get("transparency")  # a colour of 16 bits is compared with none of 8
+    if image.has_transparency_data and (
+        deep or (isinstance(clear, tuple) and max(clear) > 255) or _least_alpha(image) < 255
+    ):
         raise UserError(f"{where}: has transparent parts (alpha), and a video has none; flatten it on a background")
-    if not deep:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(np.float32) / np.float32(255)
     tags = getattr(image, "tag_v2", {})
     bits, kind = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(SAMPLEFORMAT, (1,))[0]
+    if not deep:
+        if kind == 2:
+            raise UserError(f"{where}: signed numbers of {bits} bits have no known scale; save it with 8 or 16 bits")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(np.float32) / np.float32(255)
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
     if image.mode == "I" and kind == 1:
         values %= 2.0**bits  # Pillow holds unsigned numbers of 32 bits in signed ones

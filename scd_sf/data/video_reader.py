@@ -24,7 +24,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation, VideoR
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from scd_sf.files import foreign
+from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.types import UserError
 
 FORMATS = "mp4, mov, mkv, webm, avi, ts"
@@ -54,6 +54,8 @@ def _opened(source: Path | bytes, where: str, remedy: str) -> Iterator[av.contai
     """The container, sniffed among ``FORMATS``; a file is opened by Python, so that no name is taken for a URL."""
     if isinstance(source, Path) and not source.is_file():
         raise UserError(f"{where}: no such file; {remedy}")
+    if isinstance(source, Path):
+        refuse_lfs_pointer(source)
     with foreign(f"{where}: cannot be decoded", f"{remedy} (video files may be {FORMATS})"):
         file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 from raw_videos import corners, grey, levels, write
 
 from scd_sf.data import start
-from scd_sf.data.start import read_start
+from scd_sf.data.start import read_picture, read_start
+from scd_sf.files import LFS_POINTER
 from scd_sf.types import UserError
 
 SIZE = (32, 48)
@@ -74,6 +77,44 @@ def test_what_a_video_cannot_show_is_said(tmp_path: Path) -> None:
     for name, values in (("negative.tif", -SHORT.astype(np.int32)), ("bright.tif", PART.astype(np.float32) * 9)):
         with pytest.raises(UserError, match=f"{name}: its values, .* have no known scale"):
             shown(save(tmp_path / name, values))
+
+
+def test_what_pillow_reads_wrongly_is_refused(tmp_path: Path) -> None:
+    """Signed bytes of a TIFF, a transparent colour of 16 bits, a pointer of Git LFS."""
+    signed = save(tmp_path / "signed.tif", np.full(SIZE, 51, np.uint8), tiffinfo={339: 2})
+    with pytest.raises(UserError, match=r"signed.tif: signed numbers of 8 bits have no known scale"):
+        shown(signed)
+    rows = b"".join(b"\0" + np.full((48, 3), 30000, ">u2").tobytes() for _ in range(32))
+    head, clear = struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0), struct.pack(">3H", 30000, 30000, 30000)
+    parts = ((b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    png = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    with pytest.raises(UserError, match=r"deep.png: has transparent parts \(alpha\)"):
+        shown(tmp_path / "deep.png")
+    for name in ("pointer.png", "pointer.mp4"):
+        (tmp_path / name).write_bytes(LFS_POINTER + b".github.com/spec/v1\noid sha256:00\nsize 9\n")
+        with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer.*git lfs pull"):
+            shown(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
+def test_orientation_of_plain_tiffs(tmp_path: Path, dtype: type[np.generic]) -> None:
+    """Every quarter turn and mirror, for numbers that Pillow maps into memory where it opens the path itself."""
+    left, right = {np.uint8: (51, 204), np.uint16: (2**14, 2**15), np.int32: (2**29, 2**30)}.get(dtype, (0.2, 0.8))
+    values = np.full(SIZE, right, dtype)
+    values[:, :24] = left
+    values[:16] = left
+    turned = {
+        1: values, 2: values[:, ::-1], 3: values[::-1, ::-1], 4: values[::-1], 5: values.T, 6: np.rot90(values, -1),
+        7: values[::-1, ::-1].T, 8: np.rot90(values),
+    }  # fmt: skip
+    for orientation, wanted in turned.items():
+        path = save(tmp_path / f"{orientation}.tif", values, tiffinfo={274: orientation})
+        grey = read_picture(path, "still")[0].numpy()
+        assert grey.shape == wanted.shape
+        assert np.array_equal(grey == grey.max(), wanted == right), orientation
 
 
 def test_orientation_of_stills(tmp_path: Path) -> None:
