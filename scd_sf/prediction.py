@@ -5,6 +5,7 @@ Letters: B batch, F frames, C channels, H W latent height and width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from scd_sf.data.clips import write_video
 from scd_sf.data.frames import FrameClips
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.generation.generate import generate_latents
+from scd_sf.generation.generate import NotFinite, generate_latents
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
 from scd_sf.models.guided import SampleGuidance
@@ -24,6 +25,8 @@ from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.models.wan import Wan
 from scd_sf.train.run import Run
 from scd_sf.types import Conditioning, UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,14 @@ class Preview:
         batch, model = self.batch.to(device), model.to(device)
         context = batch.latents_BFCHW[:, : cfg.context]
         seeds = list(range(len(context)))
-        future = list(predict(model, context, batch.cond, cfg.frames, self.sampler, seeds))
+        try:
+            future = list(predict(model, context, batch.cond, cfg.frames, self.sampler, seeds))
+        except NotFinite as error:
+            log.warning("no validation video of step %d: %s", step, error)
+            return
+        finally:
+            model.to("cpu")
         made = torch.cat([context, *future], 1)
-        model.to("cpu")
         pixels = [self.tokenizer.decode(latents.float().cpu()) for latents in (self.batch.latents_BFCHW, made)]
         rows = torch.cat([torch.cat(list(video), dim=-1) for video in pixels], dim=-2)  # truth above prediction
         frames = as_uint8((rows.clamp(-1, 1) + 1) / 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scd_sf.data.clips import write_video
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.generation.generate import clips_of, generate
+from scd_sf.generation.generate import NotFinite, clips_of, generate
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.metrics.quick import Clip, statistics
 from scd_sf.models.build import Student
@@ -66,7 +66,9 @@ class Preview:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
     def sample(self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0."""
+        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0.
+
+        Samples that are not finite are said and stay black: a diverging training ends by its own rules."""
         assert self.vae is not None, "no VAE: ask for preview.vae first"
         shape = self.shape
         videos = torch.zeros(
@@ -76,9 +78,12 @@ class Preview:
             return videos
         cond = Conditioning(self.cond.text_BLE[list(rows)]).to(device)
         self.vae.model.to(device=device)
-        pixels = clips_of(generate(model, self.vae, cond, list(rows), shape, self.sampler))
+        try:
+            pixels = clips_of(generate(model, self.vae, cond, list(rows), shape, self.sampler))
+            videos[list(rows)] = as_uint8(pixels).cpu()
+        except NotFinite as error:
+            log.warning("validation videos %s are black: %s", list(rows), error)
         self.vae.model.to(device="cpu")
-        videos[list(rows)] = as_uint8(pixels).cpu()
         return videos
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:

@@ -27,6 +27,10 @@ from scd_sf.rollout import Noise, moved, stream_rollout
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 
+class NotFinite(UserError):
+    """Samples or frames hold NaN or infinity: a training may go on without its validation video."""
+
+
 @torch.no_grad()
 def generate(
     student: Student,
@@ -120,7 +124,7 @@ def generate_latents(
     )
     for latents in chunks:
         if not latents.isfinite().all():
-            raise UserError("samples are not finite; the weights are broken or the sampler is not theirs")
+            raise NotFinite("samples are not finite; the weights are broken or the sampler is not theirs")
         yield latents
 
 
@@ -137,7 +141,7 @@ def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
 def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
     pixels = (decoder.push(latents) + 1) / 2
     if not pixels.isfinite().all():
-        raise UserError("decoded frames are not finite; the VAE's weights are broken")
+        raise NotFinite("decoded frames are not finite; the VAE's weights are broken")
     return pixels
 
 
