@@ -32,6 +32,7 @@ from scd_sf.pipeline import choose_sampler, choose_shape
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 FPS = 1000  # more no player shows
+VIDEOS = 2**22  # of one folder: their list alone takes a GB
 
 
 @dataclass
@@ -130,6 +131,8 @@ def wanted_videos(cfg: SampleConfig) -> list[Video]:
     rows = [PromptRow(prompt) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
+    if len(rows) * cfg.samples > VIDEOS:
+        raise UserError(f"samples is {cfg.samples} of {len(rows)} prompts, more than {VIDEOS:,} videos; share them out")
     if cfg.start:
         rows = [replace(row, start=row.start or cfg.start) for row in rows]
     for row in rows:

@@ -65,21 +65,26 @@ def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         _leave("interrupted; the same command goes on where it stopped", INTERRUPTED)
     except OSError as error:
-        if error.errno not in _PLACE:
-            raise
-        _leave(f"error: {_place(error)}", 2)
+        _leave(f"error: {of_its_place(error)}", 2)
     sys.exit(0)
 
 
-def _place(error: OSError) -> str:
-    """An error of a file's place with the room that is left there, and what to do."""
+def of_its_place(error: OSError) -> UserError:
+    """An error of a file's place as one for people, with the room that is left there, and what to do. Raises the error
+    itself where the place is not the cause."""
+    import os
     import shutil
     from pathlib import Path
 
-    file = Path(str(error.filename)) if error.filename else Path.cwd()
-    folder = next((parent for parent in (file, *file.absolute().parents) if parent.is_dir()), Path("/"))
+    if error.errno not in _PLACE:
+        raise error
+    file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else Path.cwd()
+    # os.path, because Path.is_dir raises where a name is too long or a folder may not be entered
+    folder = next((parent for parent in (file, *file.absolute().parents) if os.path.isdir(parent)), Path("/"))
     free = shutil.disk_usage(folder).free
-    return f"{file}: {error.strerror} ({free / 1e9:.2f} GB free there); make room or use another place, then run again"
+    return UserError(
+        f"{file}: {error.strerror} ({free / 1e9:.2f} GB free there); make room or use another place, then run again"
+    )
 
 
 def _leave(line: str, code: int) -> NoReturn:

@@ -197,6 +197,9 @@ def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert ended(UserError("bad \x1b[31mred\nline")) == (2, "error: bad \ufffd[31mred line\n")
     code, words = ended(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "f")))
     assert code == 2 and f"{tmp_path / 'f'}: No space left" in words and "GB free" in words
+    long = tmp_path / ("x" * 300) / "y"  # no part of which can be looked up
+    code, words = ended(OSError(errno.ENAMETOOLONG, "File name too long", str(long)))
+    assert code == 2 and "File name too long" in words and words.count("\n") == 1
     assert ended(KeyboardInterrupt())[0] == 130
     with pytest.raises(ZeroDivisionError):
         exit_on_user_error(lambda: print(1 / 0))

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scd_sf.checkpoint import find, vouch
-from scd_sf.types import Logs, UserError
+from scd_sf.types import Logs, UserError, of_its_place
 
 T = TypeVar("T")
 _TIMEOUT_MINUTES = 60.0  # rank 0 may sample a validation video while the others wait
@@ -44,7 +44,8 @@ class Ranks:
         return bool(self.max(flag))
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on rank 0 (a plain value), on every rank; a UserError there is raised on all."""
+        """What ``work`` returns on rank 0 (a plain value), on every rank. A UserError there is raised on all, and so is
+        an error of a file's place (full, read-only)."""
         if self.world == 1:
             return work()
         outcome: list[object] = [None, ""]
@@ -53,6 +54,8 @@ class Ranks:
                 outcome[0] = work()
             except UserError as error:
                 outcome[1] = str(error)
+            except OSError as error:
+                outcome[1] = str(of_its_place(error))
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1]:
             raise UserError(str(outcome[1]))
@@ -130,13 +133,16 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
 
 
 def rank_zero_first(ranks: Ranks, work: Callable[[], object]) -> None:
-    """Rank 0 does ``work`` while the others wait. A UserError there ends all of them together."""
+    """Rank 0 does ``work`` while the others wait. A UserError there, or an error of a file's place, ends all of them
+    together."""
     problem: UserError | None = None
     if ranks.is_main:
         try:
             work()
         except UserError as error:
             problem = error
+        except OSError as error:
+            problem = of_its_place(error)
     if ranks.any(problem is not None):
         raise problem or UserError("rank 0 could not begin; see its message")
 

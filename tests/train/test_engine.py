@@ -64,6 +64,7 @@ def test_rank_0_verifies_for_all(pair: list[Results]) -> None:
     """It hashes what is read, once; the others hash nothing, and all hear of a damaged file."""
     main, other = (result["verified-local"] for result in pair)
     assert main["same"] and other["same"]
+    assert main["place"] == other["place"] and "Not a directory" in main["place"]
     assert main["hashed"] == ["config.yaml", "model.safetensors", "provenance.json"] and other["hashed"] == []
     assert "none of its 1 steps is intact" in main["error"] and other["error"] == main["error"]
 

@@ -229,7 +229,8 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
-    """What each rank hashes of a checkpoint that both read, then what each hears of a damaged one."""
+    """What each rank hashes of a checkpoint that both read, then what each hears of a damaged one, and
+    of a place that rank 0 cannot write."""
     hashed: list[str] = []
     plain = checkpoint.sha256_file
 
@@ -250,9 +251,14 @@ def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
             ranks.checkpoint(root, "ema")
         except UserError as error:
             words = str(error)
+        place = ""
+        try:
+            ranks.on_main((path / "config.yaml" / "below").mkdir)
+        except UserError as error:
+            place = str(error)
     finally:
         checkpoint.sha256_file = plain
-    return {"same": same, "hashed": read, "error": words}
+    return {"same": same, "hashed": read, "error": words, "place": place}
 
 
 def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
