@@ -83,7 +83,7 @@ def inspect(
     section: Annotated[str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")] = "",
     heads: Annotated[int, typer.Option(help="Attention heads of a file alone, which does not say them.")] = 0,
 ) -> None:
-    """Verify weights, then print where they came from and what they hold. Exit code 2 if they are damaged."""
+    """Verify weights, then print where they came from and what they hold. Exit code 2: they are damaged."""
     if path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "transformer")):
         _inspect_weights(path, tensors, section, heads)
         return
@@ -98,6 +98,7 @@ def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> Non
     """An exported file, or a transformer in any layout that stage 1 reads."""
     from scd_sf.models.build import is_single, read_single
     from scd_sf.models.weights import open_wan
+    from scd_sf.tensor_files import check_tensors
 
     if is_single(path):
         config, origin = read_single(path)
@@ -106,6 +107,7 @@ def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> Non
         _print_tensors(path, every=tensors)
         return
     files = open_wan(path, section=section, heads=heads, any_heads=True)
+    check_tensors(files.tensors)
     total = sum(tensor.meta.numel() for tensor in files.tensors.values())
     say(f"{files.path}: Wan 2.1 text-to-video, {files.layout} layout, all tensors there")
     fields: dict[str, object] = asdict(files.config)
@@ -303,10 +305,11 @@ def weights_metrics(
 
 
 def _print_tensors(file: Path, *, every: bool) -> None:
-    """One line for the file, one for each tensor when asked; only the header is read."""
-    from scd_sf.tensor_files import kind_of, open_tensors
+    """One line for the file, one for each tensor where ``every``; all of it is read and checked."""
+    from scd_sf.tensor_files import check_tensors, kind_of, open_tensors
 
     tensors = open_tensors(file)
+    check_tensors(tensors)
     total = sum(tensor.meta.numel() for tensor in tensors.values())
     kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
     names = ", ".join(sorted(set(kinds.values())))

@@ -79,11 +79,11 @@ def generator(seed: int, *position: int | str) -> Generator:
 # --------------------------------------------------------------------------------------------------------------- paths
 
 
-def safe_path(root: Path, relative: str, where: str) -> Path:
+def safe_path(root: Path, relative: str, where: str, *, links: bool = False) -> Path:
     """``root/relative``, for a path written by someone else (POSIX form).
 
     Raises UserError (naming ``where``) when it is absolute, has ``..``, a backslash or a NUL, has a name that no file
-    system takes, or leaves ``root`` by a link.
+    system takes, or leaves ``root`` by a link (``links``: a link may lead anywhere).
     """
     pure = PurePosixPath(relative)
     remedy = "use a relative path inside it"
@@ -95,7 +95,7 @@ def safe_path(root: Path, relative: str, where: str) -> Path:
         raise UserError(f"{where} is {relative[:80]!r}, which is no file name; {remedy}")
     path = root / pure
     outside = pure.is_absolute() or ".." in pure.parts or "\\" in relative
-    if outside or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+    if outside or not (links or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
         raise UserError(f"{where} is {relative!r}, which leaves {root}; {remedy}")
     return path
 

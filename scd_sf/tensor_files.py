@@ -91,6 +91,12 @@ def read_all(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
+def check_tensors(tensors: Mapping[str, Lazy]) -> None:
+    """Read every tensor, one at a time, and keep none. UserError as :func:`read_all`."""
+    for tensor in tensors.values():
+        tensor.read()
+
+
 def open_folder(folder: Path, stem: str) -> dict[str, Lazy]:
     """The tensors of ``folder/stem.safetensors``, of its shards, or of a pickle of that name.
 
@@ -214,7 +220,8 @@ def _open_shards(index: Path) -> dict[str, Lazy]:
         if Path(file).name != file:
             raise UserError(f"{index}: shard name {file[:80]!r} leaves the directory; it is not read: {AGAIN}")
     names = sorted(set(places.values()))
-    shards = {name: open_tensors(safe_path(index.parent, name, f"{index}: a shard's name")) for name in names}
+    where = f"{index}: a shard's name"  # which may be a link, as in the caches of Hugging Face
+    shards = {name: open_tensors(safe_path(index.parent, name, where, links=True)) for name in names}
     unlike = f"the index and its shards do not belong together: {AGAIN}"
     for file, tensors in shards.items():
         for name in tensors:

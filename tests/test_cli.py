@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from safetensors.torch import save_file
 
 from scd_sf import __version__, cli
 from scd_sf.checkpoint import Checkpoints
+from scd_sf.models.names import diffusers_to_original, to_diffusers
 
 
 def run(
@@ -55,6 +58,23 @@ def test_inspect_refuses_a_damaged_checkpoint(
     assert err.startswith("error: ")
     assert "model.safetensors" in err
     assert err.count("\n") == 1
+
+
+def test_inspect_refuses_weights_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a checkpoint whose hashes agree, and in a file of Wan's weights."""
+    broken = torch.tensor([1.0, float("inf")])
+    Checkpoints(tmp_path / "run").write(7, {"model.safetensors": {"head.bias": broken}}, "lr: 0.1\n", {"stage": "2"})
+    state = {
+        f"model.{diffusers_to_original(to_diffusers(name))}": value
+        for name, value in tiny.wan(1, torch.float32).state_dict().items()
+    }
+    state["model.head.head.bias"][0] = float("nan")
+    save_file(state, tmp_path / "wan.safetensors")
+    for place, words in (("run", "'head.bias' holds NaN"), ("wan.safetensors", "'model.head.head.bias' holds NaN")):
+        code, _, err = run(["inspect", str(tmp_path / place)], monkeypatch, capsys)
+        assert code == 2 and words in err and err.count("\n") == 1
 
 
 def test_inspect_refuses_a_missing_directory(

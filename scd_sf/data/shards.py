@@ -111,8 +111,8 @@ class ShardReader:
 class ShardWriter:
     """Writes shards of several kinds into one directory and remembers them in ``building.json``.
 
-    ``inputs`` says what the data is made from: a directory begun (or finished) with other inputs is a UserError, one
-    begun with the same inputs is continued after its last complete shard.
+    ``inputs`` says what the data is made from: a directory that holds shards of other inputs is a UserError, one begun
+    with the same inputs is continued after its last complete shard.
     """
 
     def __init__(self, root: Path, inputs: Mapping[str, object]) -> None:
@@ -158,6 +158,9 @@ class ShardWriter:
 
     def _resume(self, path: Path) -> None:
         state = read_typed(path, _Progress, AGAIN)
+        if path == self.progress and not any(state.kinds.values()):  # whatever it was begun with, nothing is made yet
+            self._save()
+            return
         if state.inputs != self.inputs:
             keys = sorted(key for key in self.inputs if state.inputs.get(key) != self.inputs[key])
             what = ", ".join(keys) or "fewer"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from scd_sf.files import refuse_lfs_pointer
 from scd_sf.models.text import REFERENCE, text_config, write_reference
+from scd_sf.tensor_files import check_tensors, open_tensors
 from scd_sf.types import UserError
 
 _SHARD = r"(-\d{5}-of-\d{5})?"
@@ -31,7 +32,8 @@ READ = {
 def copy_components(base: Path, out: Path) -> None:
     """Copy what :data:`READ` names of ``base`` below ``out``, and the reference to a text encoder if there is one.
 
-    UserError for a link that leaves ``base``, for anything but files, and for pointers of Git LFS.
+    UserError for a link that leaves ``base``, for anything but files, for pointers of Git LFS, and for weights that are
+    not finite.
     """
     for folder, names in READ.items():
         for file in sorted((base / folder).iterdir()) if (base / folder).is_dir() else ():
@@ -48,6 +50,8 @@ def copy_components(base: Path, out: Path) -> None:
 def _copy(file: Path, base: Path, place: Path) -> None:
     real = _inside(file, base)
     refuse_lfs_pointer(real)
+    if file.suffix == ".safetensors":
+        check_tensors(open_tensors(file))
     shutil.copyfile(real, place)
 
 

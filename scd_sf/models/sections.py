@@ -36,6 +36,8 @@ def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section:
     for name, bare in names.items():
         label = labels[name]
         if label is None:  # not one of the model's names: where it stands decides
+            if any(part.startswith("optim") for part in bare.split(".")):
+                continue
             label = next((other for other in known if not other or bare.startswith(f"{other}.")), "")
         if label != chosen:
             continue

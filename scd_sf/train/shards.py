@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scd_sf.files import foreign, write_json, write_tensors
+from scd_sf.files import foreign, refuse_lfs_pointer, write_json, write_tensors
 from scd_sf.tensor_files import check_finite
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
@@ -71,6 +71,7 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
     Raises UserError when the file is missing or damaged, or holds other tensors.
     """
     try:
+        refuse_lfs_pointer(file)
         with safe_open(file, framework="pt") as tensors:
             for shard in like:
                 whole = check_finite(tensors.get_tensor(shard.name), shard.name, str(file))
@@ -128,6 +129,7 @@ class StateFiles:
         for rank in range(count):
             file = path / f"rank{rank}.safetensors"
             with foreign(file, "use another checkpoint"):
+                refuse_lfs_pointer(file)
                 opened = safe_open(file, framework="pt")
                 for key in opened.keys():  # noqa: SIM118  # not a mapping
                     self._where[key] = opened
@@ -139,7 +141,8 @@ class StateFiles:
     def read(self, kind: str, like: Shard) -> Tensor:
         """The elements that ``like`` covers, 1-d on the CPU, put together from the parts.
 
-        Raises UserError, the same on all ranks, when the checkpoint's tensor is missing or of another size.
+        Raises UserError, the same on all ranks, when the checkpoint's tensor is missing or of another size, and on the
+        ranks whose elements are not finite.
         """
         parts = sorted(self._parts.get(f"{kind}/{like.name}", []))
         ends = [0, *(stop for _, stop, _ in parts)]
@@ -153,7 +156,8 @@ class StateFiles:
             for start, stop, key in parts
             if max(start, like.start) < min(stop, like.stop)
         ]
-        return torch.cat(found) if found else torch.empty(0)
+        elements = torch.cat(found) if found else torch.empty(0)
+        return check_finite(elements, f"{kind}/{like.name}", str(self.path))
 
     def whole(self, name: str, like: Tensor) -> Tensor:
         """A tensor of the main rank's ``whole``, of the shape of ``like``. Raises UserError when there is none."""
@@ -164,4 +168,4 @@ class StateFiles:
                 f"{self.path}: no buffer {name!r} of shape {tuple(like.shape)}; resume with the configuration the "
                 "checkpoint was made with"
             )
-        return value
+        return check_finite(value, key, str(self.path))

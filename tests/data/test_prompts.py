@@ -100,6 +100,16 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
         ShardWriter(tmp_path, {"source": "else"})
 
 
+def test_a_folder_in_which_nothing_is_made_yet_takes_other_inputs(tmp_path: Path) -> None:
+    """The first try met broken weights; with the right ones the same command goes on."""
+    ShardWriter(tmp_path, {"source": "broken"})
+    writer = ShardWriter(tmp_path, {"source": "whole"})
+    encode_prompts(writer, prompts(), fake, max_length=LENGTH, per_shard=2)
+    with pytest.raises(UserError, match=r"made from other inputs \(source differ\)"):
+        ShardWriter(tmp_path, {"source": "broken"})
+    assert ShardWriter(tmp_path, {"source": "whole"}).count("text") == len(prompts())
+
+
 @pytest.mark.parametrize("file", ["text-00001.safetensors", "null.safetensors", "prompts.jsonl", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_missing_and_cut_files_are_named(tmp_path: Path, file: str, damage: str) -> None:

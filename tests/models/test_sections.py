@@ -99,6 +99,14 @@ def test_several_and_no_way_to_decide(tmp_path: Path, sections: dict[str, float]
             read(file)
 
 
+def test_what_deepspeed_writes(tmp_path: Path) -> None:
+    """The model is in 'module', which wraps its names; the optimizer's tensors beside it are no weights."""
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    optimizer = {"state": {0: {"exp_avg": torch.ones(1)}}}
+    torch.save({"module": {NAME: torch.ones(2)}, "optimizer": optimizer, "lr": 0.1}, file)
+    assert list(choose_section(open_tensors(file), ROOTS, "", str(file))) == [NAME]
+
+
 def test_two_wrappings_of_one_name(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({f"model.{NAME}": torch.ones(2), f"model._orig_mod.{NAME}": torch.zeros(2)}, file)

@@ -108,6 +108,16 @@ def test_missing_shard_and_missing_tensors_are_named(folder: Path) -> None:
         load_wan(folder)
 
 
+def test_shards_that_are_links(folder: Path) -> None:
+    """As in a Hugging Face cache, whose snapshots link to blobs, and on a machine whose weights lie elsewhere."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(shard(folder)):
+        (folder / name).rename(blobs / str(number))
+        (folder / name).symlink_to(blobs / str(number))
+    assert_is_the_tiny_wan(folder)
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors"])
 def test_the_index_cannot_leave_the_directory(folder: Path, name: str) -> None:
     save_file({"a": torch.zeros(1)}, folder.parent / "outside.safetensors")

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from scd_sf.files import LFS_POINTER
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
 from scd_sf.train.ranks import Ranks
-from scd_sf.train.shards import Shard, read_shards, share
+from scd_sf.train.shards import EngineState, Shard, StateFiles, read_shards, share
 from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -104,6 +105,24 @@ def test_ema_restores_exactly_and_never_aliases_the_weights(tmp_path: Path) -> N
     save_file({"w": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match=r"nan\.safetensors: tensor 'w' holds NaN"):
         list(read_shards(tmp_path / "nan.safetensors", shards({"w": torch.ones(2)})))
+
+
+def test_broken_training_state_is_named(tmp_path: Path) -> None:
+    """NaN in the master weights or in a buffer, and a pointer of Git LFS for a rank's file or the average."""
+    (like,) = shards({"w": torch.ones(2)})
+    broken = torch.tensor([1.0, float("nan")])
+    EngineState(0, {"master/w@0": broken, "exp_avg/w@0": torch.ones(2), "buffer/b": broken.clone()}, {}).write(tmp_path)
+    files = StateFiles(tmp_path, 1)
+    assert torch.equal(files.read("exp_avg", like), torch.ones(2))
+    with pytest.raises(UserError, match=r"tensor 'master/w' holds NaN"):
+        files.read("master", like)
+    with pytest.raises(UserError, match=r"tensor 'buffer/b' holds NaN"):
+        files.whole("b", torch.ones(2))
+    pointer = tmp_path / "rank0.safetensors"
+    pointer.write_bytes(LFS_POINTER + b".github.com/spec/v1\noid sha256:00\nsize 9\n")
+    for attempt in (lambda: StateFiles(tmp_path, 1), lambda: list(read_shards(pointer, [like]))):
+        with pytest.raises(UserError, match=r"rank0\.safetensors: a Git LFS pointer"):
+            attempt()
 
 
 def test_ema_copy_to() -> None:
