@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from torch import Tensor
 
 from scd_sf.checkpoint import find, weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
-from scd_sf.files import locked, sha256_folder, write_tensors
+from scd_sf.files import foreign, locked, sha256_folder, write_tensors
 from scd_sf.gallery.gallery import PromptCard, build_gallery
+from scd_sf.gallery.page import MARK
 from scd_sf.generation.generate import clips_of, decode, generate_latents
 from scd_sf.metrics.frames import as_uint8, sharpness_ratio, spread
 from scd_sf.metrics.fvd import VideoFrechet
@@ -45,9 +45,12 @@ from scd_sf.models.vae import Vae, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan
 from scd_sf.nn.layers import WanBlock
+from scd_sf.ownership import require_own_file, require_own_folder
 from scd_sf.pipeline import choose_sampler
 from scd_sf.provenance import git_revision, versions
 from scd_sf.rollout import sample_bidirectional
+from scd_sf.sampling import FPS
+from scd_sf.tensor_files import read_metadata, read_tensors
 from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import UserError, exit_on_user_error, say
 
@@ -94,6 +97,12 @@ class EvaluateConfig:
     fps: int = 35
     sample_stages: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if min(self.clips, self.batch, self.gallery_clips, self.timing_repeats) < 1 or self.timing_seconds < 0:
+            raise UserError("clips, batch, gallery_clips, timing_repeats must be at least 1, timing_seconds at least 0")
+        if not self.seeds or min(self.seeds) < 0 or not 1 <= self.fps <= FPS:
+            raise UserError(f"seeds is {list(self.seeds)}, it needs one of 0 or more; fps is {self.fps} of 1 .. {FPS}")
+
 
 @dataclass
 class Bench:
@@ -130,11 +139,20 @@ def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
     path = out / "judges.safetensors"
     if not path.is_file():
         clips = LatentClips(cfg.train)
+        require_tags(clips)
         tags = [row.tags for row in clips.rows]
         latents = clips.latents(range(len(clips)))
         judges = fit_judges(latents, [t["place"] for t in tags], [t["motion"] for t in tags], seed=0)
         save_judges(judges, path)
     return load_judges(path)
+
+
+def require_tags(clips: LatentClips) -> None:
+    """UserError for clips that do not say what the judges are fitted to."""
+    for number, row in enumerate(clips.rows, 1):
+        if missing := {"place", "motion"} - row.tags.keys():
+            where = f"{clips.root / 'clips.jsonl'}:{number}: tags"
+            raise UserError(f"{where} lack {' and '.join(sorted(missing))}; the judges need both of every clip")
 
 
 def sampler_of(row: RowConfig, cfg: EvaluateConfig) -> SamplerConfig:
@@ -171,10 +189,10 @@ def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
     """(seeds, clips, F, C, H, W): one clip per seed and reference clip, from its held-out paraphrase; kept on disk."""
     cfg, seeds, key = bench.cfg, seeds_of(row, bench.cfg), sample_key(row, bench)
     file = Path(cfg.out) / "samples" / f"{slug(row.name)}.safetensors"
-    if file.is_file():
-        with safe_open(str(file), "pt") as stored:
-            if stored.metadata() == key:
-                return stored.get_tensor("latents")
+    again = "remove it, and it is drawn again"
+    if file.is_file() and read_metadata(file, again) == key:
+        with foreign(file, again):
+            return read_tensors(file, again)["latents"]
     sampler, parts = sampler_of(row, cfg).build(), []
     wanted = [(seed, index) for seed in seeds for index in bench.indices]
     for start in range(0, len(wanted), cfg.batch):
@@ -321,7 +339,9 @@ def prepare(cfg: EvaluateConfig) -> tuple[Bench, list[int]]:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     clips = LatentClips(cfg.val)
+    require_tags(clips)
     indices, others = split_reference(len(clips), cfg.clips, str(clips.root))
+    clips.batch(indices, held_out=True)  # refuses clips without another wording
     vae = load_vae(cfg.base)
     judges = fitted_judges(cfg, out)
     reference = decode(vae, clips.latents(indices))
@@ -342,7 +362,11 @@ def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
 
 def main() -> None:
     cfg = from_command_line(EvaluateConfig, __doc__ or "")
-    with locked(Path(cfg.out), "this evaluation"):
+    out = Path(cfg.out)
+    require_own_folder(out, ["judges.safetensors"])
+    for name, mark in (("results.json", '"schema": '), ("gallery.html", MARK)):
+        require_own_file(out / name, mark, "use another out=")
+    with locked(out, "this evaluation"):
         evaluate(cfg)
 
 

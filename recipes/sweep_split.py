@@ -33,7 +33,7 @@ from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.paired import LossConfig
 from scd_sf.probes.subject import Subject
 from scd_sf.steps import Group, Step, python, run_steps
-from scd_sf.types import UserError, exit_on_user_error, say
+from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LEAVE_ONE_OUT = "leave-one-out"
@@ -267,7 +267,7 @@ def show(found: dict[str, Any], updates: int) -> None:
             costs = [f"{row['block_passes_per_frame']:.0f}", f"{1000 * row['seconds_per_frame']:.1f}"]
             layers = [str(len(split[f"{part}_layers"])) for part in ("encoder", "decoder")]
             loss = sum(split["loss"]) / len(split["loss"])
-            table.add_row(name, *layers, f"{loss:.4f}", steps, *cells, *costs)
+            table.add_row(as_cell(name), *layers, f"{loss:.4f}", steps, *cells, *costs)
     Console(width=None if Console().is_terminal else 120).print(table)
 
 

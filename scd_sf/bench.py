@@ -46,7 +46,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
 from scd_sf.pipeline import choose_sampler, choose_shape
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape, as_cell
 
 SCHEMA = 1
 
@@ -371,12 +371,12 @@ def table(document: dict[str, Any]) -> Table:
     compiled = document["rows"][0]["compile"]["enabled"]
     title = f"{told['video']} on {told['device']}, {told['dtype']}, {'compiled' if compiled else 'eager'}, batch 1"
     columns = ("FPS dit", "dit+vae", "steady dit+vae", "first frame s", "with text", "chunk p50 / p95 ms", "time ratio")
-    out = Table("model", "steps", "block passes", *columns, title=title, box=None, pad_edge=False)
+    out = Table("model", "steps", "block passes", *columns, title=as_cell(title), box=None, pad_edge=False)
     for row in document["rows"]:
         first = row["first_frame_seconds"]
         with_text = "-" if first["text_dit_vae"] is None else f"{first['text_dit_vae']:.3f}"
         out.add_row(
-            row["name"],
+            as_cell(row["name"]),
             f"{row['steps']} {row['sampler']}",
             f"{row['block_passes_per_latent_frame']:g}",
             f"{row['fps_dit']:.2f}",

@@ -238,8 +238,13 @@ def bench(
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
     from scd_sf.bench import BenchConfig, run_bench, table
     from scd_sf.files import write_json
+    from scd_sf.ownership import require_own_file
 
     cfg = load_config(BenchConfig, config, overrides or [])
+    if cfg.out:
+        require_own_file(Path(cfg.out), '"block_passes_per_latent_frame"', "give another out=")
+        if not Path(cfg.out).absolute().parent.is_dir():
+            raise UserError(f"out={cfg.out}: there is no such folder; make it, or give another out=")
     document = run_bench(cfg)
     Console(width=max(140, Console().width)).print(table(document))
     if cfg.out:

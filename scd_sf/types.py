@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:  # annotations only: tools that need no tensors start without torch (0.5 GiB, seconds)
     import torch
+    from rich.text import Text
     from torch import Tensor
 
 Logs = dict[str, float]
@@ -31,6 +32,9 @@ _PLACE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ESTALE,
 }  # fmt: skip
+# Of a clip in latents: a day of frames, and sides that no model comes near.
+LARGEST = {"frames": 2**19, "channels": 2**12, "height": 2**12, "width": 2**12, "temporal": 2**10, "spatial": 2**10}
+_NO_MEMORY = "can't allocate memory"  # how PyTorch says it on a CPU
 LONGEST = 4000  # characters of an error
 INTERRUPTED = 130  # the exit code of a job that Ctrl-C ended, by the shells' custom
 
@@ -45,6 +49,13 @@ def say(text: object, file: TextIO | None = None) -> None:
     print(printable(str(text).replace("\n", " ")), file=file, flush=True)
 
 
+def as_cell(text: object) -> Text:
+    """Text of others for a table of ``rich``: cleaned, and what looks like its markup is text."""
+    from rich.text import Text
+
+    return Text(printable(str(text)))
+
+
 class _Cleaned(logging.Formatter):
     """Log lines of every module, fit for a terminal."""
 
@@ -55,7 +66,8 @@ class _Cleaned(logging.Formatter):
 
 def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
     """Run ``main``. One line on stderr and exit code 2 for a :class:`UserError` and for a place that cannot be written
-    or read (full, read-only); one line and 130 for Ctrl-C. Others keep their traceback."""
+    or read (full, read-only), or where memory does not suffice; one line and 130 for Ctrl-C. Others keep their
+    traceback."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Cleaned())
     try:
@@ -66,6 +78,12 @@ def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
         _leave("interrupted; the same command goes on where it stopped", INTERRUPTED)
     except OSError as error:
         _leave(f"error: {of_its_place(error)}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error)
+        ):
+            raise
+        _leave("error: this needs more memory than there is; use smaller sizes (scd plan counts those of a stage)", 2)
     sys.exit(0)
 
 
@@ -108,9 +126,9 @@ class VideoShape:
     spatial: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("frames", "channels", "height", "width", "temporal", "spatial"):
-            if getattr(self, name) < 1:
-                raise UserError(f"video shape: {name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"video shape: {name} is {getattr(self, name)} in latents; it must be 1 .. {most:,}")
 
     @classmethod
     def from_pixels(

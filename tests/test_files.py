@@ -200,6 +200,8 @@ def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     long = tmp_path / ("x" * 300) / "y"  # no part of which can be looked up
     code, words = ended(OSError(errno.ENAMETOOLONG, "File name too long", str(long)))
     assert code == 2 and "File name too long" in words and words.count("\n") == 1
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
+        assert ended(error)[0] == 2
     assert ended(KeyboardInterrupt())[0] == 130
     with pytest.raises(ZeroDivisionError):
         exit_on_user_error(lambda: print(1 / 0))

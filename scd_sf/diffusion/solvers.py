@@ -128,11 +128,16 @@ class UniPC:
         return x
 
 
+MOST_STEPS = 10_000  # ten times those of any published sampler
+
+
 def build_sampler(name: str, steps: int, shift: float, times: tuple[float, ...] = ()) -> Sampler:
     """'euler' or 'unipc' with any number of steps, or 'renoise' at ``times`` (none: ``steps`` linear times warped by
     the shift)."""
     if steps < 1:
         raise UserError(f"sampler.steps is {steps}; it must be at least 1")
+    if steps > MOST_STEPS:
+        raise UserError(f"sampler.steps is {steps}; it must be at most {MOST_STEPS:,}")
     if times and (name != "renoise" or len(times) != steps):
         raise UserError(f"sampler.times has {len(times)} times for {steps} steps of '{name}'; only renoise takes them")
     if times:

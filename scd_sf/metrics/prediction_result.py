@@ -11,7 +11,7 @@ from rich.table import Table
 
 from scd_sf.files import parse_json, read_text, typed, write_text
 from scd_sf.metrics.prediction_protocols import PredictionProtocol
-from scd_sf.types import UserError
+from scd_sf.types import UserError, as_cell
 
 SCHEMA = 2
 MEASURES = {  # unit, and whether higher is better
@@ -110,7 +110,12 @@ def result_table(results: Mapping[str, PredictionResult]) -> Table:
         raise UserError("results by different metric networks do not share a table; score all with the same weights")
     warnings = dict.fromkeys(warning for result in results.values() for warning in result.warnings)
     notes = "\n".join(f"Note: {warning}." for warning in warnings)
-    table = Table(title=titles[0], title_justify="left", caption=notes or None, caption_justify="left")
+    table = Table(
+        title=as_cell(titles[0]),
+        title_justify="left",
+        caption=as_cell(notes) if notes else None,
+        caption_justify="left",
+    )
     table.add_column("model")
     shown = [name for name in MEASURES if any(name in result.figures for result in results.values())]
     for name in shown:
@@ -118,7 +123,7 @@ def result_table(results: Mapping[str, PredictionResult]) -> Table:
         better = "higher" if higher else "lower"
         table.add_column(f"{name}\n({f'{unit}, ' if unit else ''}{better} is better)")
     for model, result in results.items():
-        table.add_row(model, *(_cell(result.figures.get(name)) for name in shown))
+        table.add_row(as_cell(model), *(_cell(result.figures.get(name)) for name in shown))
     return table
 
 

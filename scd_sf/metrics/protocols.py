@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scd_sf.files import read_json, typed, write_text
-from scd_sf.types import UserError
+from scd_sf.types import UserError, as_cell
 
 SCHEMA = 1
 
@@ -185,13 +185,15 @@ def read_rows(path: Path) -> tuple[list[Row], dict[str, object]]:
 def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Table:
     """The rows as a table for ``rich.console.Console``, without what a row's name already says; ``notes`` below it."""
     columns = [column for column in COLUMNS if column.title not in IN_THE_NAME]
-    result = Table(title=title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
+    result = Table(
+        title=title, title_justify="left", caption=as_cell("\n".join(notes)) if notes else None, caption_justify="left"
+    )
     for column in columns:
         heading = f"{column.title}\n({column.unit})" if column.unit else column.title
         name = column.title in LEFT_ALIGNED
         result.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=name)
     for row in rows:
-        result.add_row(*(column.text(row) for column in columns))
+        result.add_row(*(as_cell(column.text(row)) for column in columns))
     return result
 
 

@@ -54,10 +54,13 @@ class CacheConfig:
 
     @classmethod
     def sampling(cls, window: int, sink: int, frames: int) -> CacheConfig:
-        """A preallocated history: of all ``frames`` (``window`` 0), or of the first ``sink`` and last ``window``."""
+        """A preallocated history: of all ``frames`` (``window`` 0, or none shorter than they), or of the first ``sink``
+        and last ``window``."""
         if window < 0 or sink < 0 or (sink and not window):
             raise UserError(f"window {window} and sink {sink} must be >= 0, and a sink needs a window")
-        return cls(window, sink, preallocate=window + sink) if window else cls(preallocate=frames)
+        if not window or window + sink >= frames:
+            return cls(preallocate=frames)
+        return cls(window, sink, preallocate=window + sink)
 
     def tokens(self, per_frame: int, axes: Axes) -> Window:
         """In tokens, for keys whose rotary positions are split over ``axes``."""

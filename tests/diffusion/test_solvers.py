@@ -140,6 +140,8 @@ def test_build_sampler() -> None:
     assert (fifty.name, fifty.steps, fifty) == ("euler", 50, Euler(50, 5.0))
     with pytest.raises(UserError, match=r"sampler.steps is 0; it must be at least 1"):
         build_sampler("euler", 0, 5.0)
+    with pytest.raises(UserError, match=r"sampler.steps is 1000000000000; it must be at most 10,000"):
+        build_sampler("euler", 10**12, 5.0)
     assert build_sampler("unipc", 20, 3.0) == UniPC(20, 3.0)
     with pytest.raises(UserError, match=r"sampler.name is 'ddim'; use 'euler', 'unipc' or 'renoise'"):
         build_sampler("ddim", 4, 5.0)

@@ -336,7 +336,7 @@ def test_a_table_holds_one_protocol_only() -> None:
     best, mean = (scored(small(reduce=reduce), (0.2, 0.05, 0.1)).result() for reduce in ("best", "mean"))
     console = Console(width=200, file=io.StringIO())
     with console.capture() as printed:
-        console.print(result_table({"ours": best, "theirs": best}))
+        console.print(result_table({"ours": best, "theirs": best, "[/x]": best}))
     text = printed.get()
     assert "custom, not comparable v2" in text and "ours" in text and "psnr" in text and "lower is better" in text
     for other in (mean, replace(best, clips=3), replace(best, weights={"i3d": "1"}), replace(best, far_compat=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_table_prints_figures_units_and_dashes() -> None:
     shown = {column.title: column.title.split()[0] in text for column in COLUMNS}
     assert {title for title, there in shown.items() if not there} == {"family", "stage", "steps", "sampler"}
     assert "-" in text.splitlines()[-3]
+
+
+def test_names_of_others_are_text_in_a_table() -> None:
+    """What looks like markup stays as it is, and no escape reaches the terminal."""
+    console = Console(width=250, file=io.StringIO(), record=True)
+    console.print(table([replace(FULL, name="[/bold]a\x1b[2J")], "Results", ["a [/note]"]))
+    text = console.export_text()
+    assert "[/bold]a" in text and "a [/note]" in text and "\x1b" not in text
 
 
 class Block(nn.Linear):

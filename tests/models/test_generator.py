@@ -275,3 +275,8 @@ def test_sampling_under_inference_mode_does_not_poison_training() -> None:
     tiny.teacher_forced(model, data).pow(2).mean().backward()
     streamed(model, data).pow(2).mean().backward()
     assert all(g is not None for g in tiny.gradients(model).values())
+
+
+def test_a_window_that_holds_every_frame_reserves_no_more() -> None:
+    assert CacheConfig.sampling(10**12, 3, 21) == CacheConfig.sampling(0, 0, 21)
+    assert CacheConfig.sampling(18, 3, 22).preallocate == 21

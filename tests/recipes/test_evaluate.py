@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,46 @@ def test_nothing_to_score_or_too_many_clips(chain: Chain, data: Path) -> None:
     assert result.code == 2 and "at most 6" in result.err
     result = recipe_runner.run(SCRIPT, *arguments(chain, data, data / "none", ROWS), "sample_stages=[4]")
     assert result.code == 2 and "sample_stages" in result.err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("clips=0", "clips, batch, gallery_clips, timing_repeats must be at least 1"),
+        ("batch=-1", "must be at least 1"),
+        ("seeds=[]", "seeds is []"),
+        ("fps=0", "fps is 0"),
+        ("untagged", "clips.jsonl:1: tags lack motion and place"),
+    ],
+)
+def test_what_cannot_be_scored(chain: Chain, data: Path, tmp_path: Path, change: str, words: str) -> None:
+    given = arguments(chain, data, tmp_path / "out", ROWS)
+    if change == "untagged":
+        shutil.copytree(data / "val", tmp_path / "val")
+        clips = tmp_path / "val" / "clips.jsonl"
+        rows = [{**json.loads(line), "tags": {}} for line in clips.read_text().splitlines()]
+        clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        change = f"val={tmp_path / 'val'}"
+    result = recipe_runner.run(SCRIPT, *given, change)
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err
+
+
+def test_what_others_left_in_its_folder(chain: Chain, data: Path, tmp_path: Path) -> None:
+    """Nothing of theirs is overwritten; samples that are damaged are named."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    given = arguments(chain, data, out, ROWS[1:2])
+    result = recipe_runner.run(SCRIPT, *given)
+    assert result.code == 2 and "no judges.safetensors of ours" in result.err
+    (out / "thesis.txt").unlink()
+    recipe_runner.succeed(SCRIPT, *given, "sample_stages=['2']")
+    for name in ("results.json", "gallery.html"):
+        (out / name).write_text("mine")
+        result = recipe_runner.run(SCRIPT, *given)
+        assert result.code == 2 and f"{name}: is there and not of ours" in result.err
+        (out / name).unlink()
+    file = out / "samples" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    result = recipe_runner.run(SCRIPT, *given)
+    assert result.code == 2 and "student.safetensors" in result.err and "drawn again" in result.err
