@@ -85,10 +85,10 @@ class PromptFile:
         if self.kind in NOT_LISTS:
             raise UserError(f"{self.what}: {self.kind} is no list of prompts; use .txt, .csv or .jsonl")
         with self._opened() as (file, status):
+            if is_lfs_pointer(self.path):  # before a csv file's columns are looked for
+                raise UserError(f"{self.what}: a Git LFS pointer, not the list itself; run 'git lfs pull'")
             self.size, self._changed = status.st_size, status.st_mtime_ns
             self._names = self._columns(file) if self.kind == ".csv" else []
-        if is_lfs_pointer(self.path):
-            raise UserError(f"{self.what}: a Git LFS pointer, not the list itself; run 'git lfs pull'")
         self.sha256 = ""  # of the contents, known when all rows were read
 
     def rows(self) -> Iterator[tuple[int, PromptRow]]:

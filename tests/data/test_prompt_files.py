@@ -89,6 +89,7 @@ REFUSED = {
     "long.txt": ("ok\n" + "a" * (LINE_BYTES + 1), r"line 2 has more than 1,048,576 bytes"),
     "list.json": ('[{"prompt": "a"}]', r"\.json is no list of prompts; use \.txt"),
     "pointer.txt": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"a Git LFS pointer"),
+    "pointer.csv": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"a Git LFS pointer"),
     "held.jsonl": ('{"prompt": "a", "held_out": "no"}', r"'held_out' is 'no'"),
 }
 
