@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import recipe_runner
 import tiny_run
 from tiny_run import Chain
 
+from scd_sf.data.latents import LatentClip
 from scd_sf.metrics.protocols import read_rows
+from scd_sf.types import UserError
 
 SCRIPT = "recipes/evaluate.py"
 ROWS = [
@@ -89,19 +91,18 @@ def test_nothing_to_score_or_too_many_clips(chain: Chain, data: Path) -> None:
         ("batch=-1", "must be at least 1"),
         ("seeds=[]", "seeds is []"),
         ("fps=0", "fps is 0"),
-        ("untagged", "clips.jsonl:1: tags lack motion and place"),
     ],
 )
 def test_what_cannot_be_scored(chain: Chain, data: Path, tmp_path: Path, change: str, words: str) -> None:
     given = arguments(chain, data, tmp_path / "out", ROWS)
-    if change == "untagged":
-        shutil.copytree(data / "val", tmp_path / "val")
-        clips = tmp_path / "val" / "clips.jsonl"
-        rows = [{**json.loads(line), "tags": {}} for line in clips.read_text().splitlines()]
-        clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        change = f"val={tmp_path / 'val'}"
     result = recipe_runner.run(SCRIPT, *given, change)
     assert result.code == 2 and words in result.err and "Traceback" not in result.err
+
+
+def test_clips_without_tags() -> None:
+    clips = SimpleNamespace(root=Path("val"), rows=[LatentClip("c", 0, None, {"place": "hall"})])
+    with pytest.raises(UserError, match=r"clips\.jsonl:1: tags lack motion; the judges need both"):
+        recipe_runner.load_script(SCRIPT).require_tags(clips)
 
 
 def test_what_others_left_in_its_folder(chain: Chain, data: Path, tmp_path: Path) -> None:
