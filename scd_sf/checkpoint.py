@@ -41,6 +41,7 @@ from scd_sf.types import UserError
 MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
 LATEST_BYTES = 2**16
 _STEP = re.compile(r"^step_\d{8,}$")
+_UNFINISHED = re.compile(r"^step_\d{8,}(\.damaged)?\.tmp$")
 _log = logging.getLogger(__name__)
 
 
@@ -103,7 +104,8 @@ class Checkpoints:
         ``step_N.tmp/state``. UserError when the step is already there or space is short."""
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in self.root.glob("step_*.tmp"):
-            shutil.rmtree(stale)
+            if _UNFINISHED.match(stale.name) and stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale)
         final = self.path(step)
         if self.has(step):
             raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")

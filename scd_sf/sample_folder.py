@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
-from scd_sf.files import LOCK, locked, read_json, sha256_file, sweep, write_json
+from scd_sf.files import locked, others_in, read_json, sha256_file, sweep, write_json
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError, say
@@ -39,7 +39,7 @@ def open_folder(out: Path, settings: dict[str, object]) -> None:
             )
         return
     try:
-        if any(path.name != LOCK for path in out.iterdir()):
+        if others_in(out):
             raise UserError(f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out=")
         write_json(file, {"settings": settings, "videos": {}})
     except OSError as error:

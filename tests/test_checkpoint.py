@@ -244,6 +244,18 @@ def test_a_step_whose_weights_are_damaged_is_skipped(tmp_path: Path, caplog: pyt
         find(newer, "best")
 
 
+def test_only_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
+    """Folders of others, and links, that merely look like unfinished steps are left alone."""
+    store = Checkpoints(tmp_path / "run")
+    (store.root / "step_00000001.tmp" / "state").mkdir(parents=True)
+    (store.root / "step_of_mine.tmp").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (store.root / "step_00000007.tmp").symlink_to(tmp_path / "elsewhere")
+    save(store, 2)
+    assert sorted(p.name for p in store.root.glob("*.tmp")) == ["step_00000007.tmp", "step_of_mine.tmp"]
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 def test_links_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
     path = save(Checkpoints(tmp_path / "run"), 1)
     (tmp_path / "elsewhere").write_bytes((path / "ema.safetensors").read_bytes())

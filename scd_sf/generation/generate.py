@@ -103,6 +103,8 @@ def generate_latents(
     """
     if len(seeds) != cond.batch:
         raise UserError(f"{cond.batch} conditions but {len(seeds)} seeds; give one seed for each")
+    if window and window < student.chunk:
+        raise UserError(f"window is {window}, but the model makes {student.chunk} latent frames at a time; use no less")
     frames, *size = shape
     known = 0 if history is None else history.shape[1]
     noise = ClipNoise(seeds, cond.text_BLE.device)

@@ -113,6 +113,9 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
             f"environment: {', '.join(missing)} missing although RANK or WORLD_SIZE is set; "
             "start with 'torchrun' or 'deepspeed', or unset them for one process"
         )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not environ[name].isdecimal():
+            raise UserError(f"environment: {name} is {environ[name]!r}, which is no number; start with a launcher")
     rank, world, local = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available()
     if on_gpu and local >= torch.cuda.device_count():

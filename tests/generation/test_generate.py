@@ -139,6 +139,8 @@ def test_refusals() -> None:
     variant, cond = tiny.Variant("causal", 3), tiny.prompts(2, dtype=torch.float32)
     with pytest.raises(UserError, match="2 conditions but 1 seeds"):
         made(variant, cond, [1])
+    with pytest.raises(UserError, match="window is 2, but the model makes 3 latent frames at a time"):
+        made(variant, cond, [1, 2], window=2)
     model = tiny.student(variant, dtype=torch.float32)
     with pytest.raises(UserError, match="chunk is 3"):
         next(generate_latents(model, cond, [1, 2], (4, *SHAPE), Renoise()))
