@@ -5,9 +5,10 @@
 
 writes ``out/prompts.jsonl`` (uuid, prompt, original where cleaning changed it, time, scores), ``out/prompts.txt`` (one
 a line) and ``out/report.json``, ``out/report.md``: what each step dropped, with examples. The steps, in this order:
-parse (a bad row is an error with its number and line), clean (Pika's flags, addresses, control characters), NSFW (the
-six Detoxify scores), length, letters, language, exact duplicates, near-duplicates, seeded sample. The result depends on
-the inputs and the settings alone, and rows added at the end change nothing about those before.
+parse (bad rows are left out and counted, up to ``bad_rows`` of all), clean (Pika's flags, addresses, control
+characters), NSFW (the six Detoxify scores, where the list has them), length, letters, language, exact duplicates,
+near-duplicates, seeded sample. The result depends on the inputs and the settings alone, and rows added at the end
+change nothing about those before.
 
 VidProM is CC BY-NC 4.0: keep its prompts out of repositories. Needs ``pip install scd-sf[data]``. Every setting is a
 field of ``FilterConfig`` (scd_sf/prompt_filter/chain.py).

@@ -1,7 +1,7 @@
 """Stage 1: a pretrained Wan 2.1 becomes a student: SCD, or the causal baseline.
 
-    python recipes/stage1_transplant.py base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers out=runs/stage1
-    python recipes/stage1_transplant.py base=Wan-AI/Wan2.1-T2V-1.3B-Diffusers out=runs/self-forcing \\
+    python recipes/stage1_transplant.py base=/models/Wan2.1-T2V-1.3B-Diffusers out=runs/stage1
+    python recipes/stage1_transplant.py base=/models/Wan2.1-T2V-1.3B-Diffusers out=runs/self-forcing \\
         family=causal chunk=3 weights=self_forcing_dmd.pt 'sampler={name: renoise, steps: 4, shift: 5.0}'
 
 No training: tensors are copied, checked bit for bit, and every source -> destination pair is written to report.txt.

@@ -1,7 +1,7 @@
 """Stage 3: distil a student to a few steps by Self-Forcing: self-rollout + distribution matching (Table 7).
 
     deepspeed recipes/stage3_self_forcing.py --config recipes/configs/stage3_wan_1.3b.yaml init=runs/stage2 \\
-        teacher=Wan-AI/Wan2.1-T2V-14B-Diffusers critic=Wan-AI/Wan2.1-T2V-1.3B-Diffusers prompts=data/prompts \\
+        teacher=/models/Wan2.1-T2V-14B-Diffusers critic=/models/Wan2.1-T2V-1.3B-Diffusers prompts=data/prompts \\
         run.dir=runs/stage3
 
 Data-free: only prompts, a list of any length (they are encoded while it trains) or a directory of encoded ones. Three
