@@ -85,6 +85,17 @@ def test_inspect_refuses_a_missing_directory(
     assert "nowhere" in err
 
 
+def test_bench_takes_no_file_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured: a file that is not its own, and a folder that is not there."""
+    (tmp_path / "mine.json").write_text("my notes")
+    for out, words in (("mine.json", "mine.json"), ("none/b.json", "there is no such folder")):
+        code, _, err = run(["bench", "checkpoints=[x]", f"out={tmp_path / out}"], monkeypatch, capsys)
+        assert code == 2 and words in err and "Traceback" not in err
+    assert (tmp_path / "mine.json").read_text() == "my notes"
+
+
 def test_escapes_of_others_do_not_reach_the_screen(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

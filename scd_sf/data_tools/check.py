@@ -11,7 +11,7 @@ from pathlib import Path
 from scd_sf.data.clip_files import SUFFIX, VIDEO, clip_path, files_of, is_clip, quarantine_of, read_header
 from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_job
 from scd_sf.data.latents import LatentClips
-from scd_sf.data.prompts import index_clips
+from scd_sf.data.prompts import PromptTable, index_clips
 from scd_sf.files import is_part, locked, read_jsonl, sha256_file
 from scd_sf.types import UserError
 
@@ -95,11 +95,20 @@ def _check_index(root: Path, whole: dict[str, str]) -> list[str]:
     rows = read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")
     listed = {str(row.get("id")): row.get("sha256") for row in rows}
     if listed == whole:
-        return []
+        return _check_fixed_prompts(root)
     gone, new = sorted(listed.keys() - whole.keys()), sorted(whole.keys() - listed.keys())
     other = sorted(name for name in listed.keys() & whole.keys() if listed[name] != whole[name])
     counts = f"{len(gone)} listed but not whole, {len(new)} not listed, {len(other)} of other contents"
     return [f"{root / ROWS}: {counts}; run 'scd data manifest {root}'"]
+
+
+def _check_fixed_prompts(root: Path) -> list[str]:
+    """What is wrong with the states of the empty and of the negative prompt, which lie beside the clips."""
+    try:
+        PromptTable(root)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def repair(root: Path, *, full: bool = False, progress: Progress = lambda done: None) -> tuple[Report, int]:

@@ -106,6 +106,18 @@ def test_a_whole_folder_passes_and_every_damage_is_found_and_repaired(tmp_path: 
     assert "1 files moved, 0 clips" in scd("repair", root, "--full").stdout
 
 
+def test_the_states_beside_the_clips_are_checked_too(tmp_path: Path) -> None:
+    """Those of the empty and of the negative prompt, which training refuses when they are damaged."""
+    root = folder(tmp_path / "clips")
+    for name in ("null.safetensors", "negative.safetensors"):
+        whole = (root / name).read_bytes()
+        (root / name).write_bytes(whole + b"xx")
+        result = scd("check", root)
+        assert result.exit_code == 1 and name in result.stdout
+        (root / name).write_bytes(whole)
+    assert scd("check", root).exit_code == 0
+
+
 def test_the_manifest_is_made_again_from_the_files(tmp_path: Path) -> None:
     root = folder(tmp_path / "clips")
     before = {name: (root / name).read_bytes() for name in ("manifest.json", "clips.jsonl")}
