@@ -182,13 +182,15 @@ def test_bad_manifests(tmp_path: Path, change: Callable[[Json], None], message: 
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [10**6, 10**18])
-def test_a_shape_that_the_files_cannot_hold_allocates_nothing(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "words"), [(4096, "do not fit into latents-00000"), (10**18, "it must be 1 .. 4,096")], ids=str
+)
+def test_a_shape_that_the_files_cannot_hold_allocates_nothing(tmp_path: Path, size: int, words: str) -> None:
     path = build(tmp_path) / "manifest.json"
     manifest = read_json(path, "")
     manifest["latents"]["shape"]["height"] = size  # type: ignore[index]
     write_json(path, manifest)
-    with pytest.raises(UserError, match=r"manifest\.json: .* do not fit into latents-00000"):
+    with pytest.raises(UserError, match=rf"manifest\.json: .*{words}"):
         LatentClips(tmp_path)
 
 
