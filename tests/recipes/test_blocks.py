@@ -46,9 +46,10 @@ def test_fine_tune_scores_and_samples_run_the_schedule(chain: Chain, causal: Pat
         {"name": "untuned", "checkpoint": "stage1", "steps": 3, **skip},
         {"name": "teacher", "steps": 3, **skip},
     ]
-    given = [f"base={chain.wan}", f"train={tmp_path}/train", f"val={tmp_path}/val", f"root={causal}", f"out={tmp_path}"]
+    given = [f"base={chain.wan}", f"train={tmp_path}/train", f"val={tmp_path}/val", f"root={causal}"]
+    given.append(f"out={tmp_path}/scores")
     recipe_runner.succeed("recipes/evaluate.py", *given, "clips=6", "timing_repeats=1", f"rows={json.dumps(rows)}")
-    found = {row.name: row for row in read_rows(tmp_path / "results.json")[0]}
+    found = {row.name: row for row in read_rows(tmp_path / "scores" / "results.json")[0]}
     passes = {name: found[name].block_passes_per_frame for name in ("tuned", "as it was", "untuned", "teacher")}
     steps, frames = 6 + 3 + 3, 3
     clean = {"tuned": 5, "as it was": 6, "untuned": 6}  # a finished frame goes through all that see the past
