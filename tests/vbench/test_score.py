@@ -116,7 +116,7 @@ def test_refused_before_any_work(python: Path, tmp_path: Path) -> None:
     error, out = refused(*given, f"python={python}")
     assert "4 files of VBench's networks are missing" in error and "download=true" in error
     for weight in NEEDED["scene"]:
-        assert f"{tmp_path}/cache/{weight.path}\n    from {weight.url}" in out
+        assert f"{tmp_path}/cache/{weight.path}, from {weight.url}" in out
     assert "has no vbench" in refused(*given, f"python={sys.executable}", "download=true")[0]
     assert "cannot be run" in refused(*given, f"python={tmp_path}/none", "download=true")[0]
     assert "samples is 9" in refused(*given[:2], "samples=9")[0]

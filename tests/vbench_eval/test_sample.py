@@ -73,7 +73,7 @@ def test_the_suite(world: Path, tmp_path: Path) -> None:
     assert manifest["videos"]["flickering/a wall, still-0.mp4"]["seed"] == 0
     assert manifest["videos"]["videos/left in meadow-0.mp4"]["seed"] == 100000
     assert manifest["settings"]["suite"]["extended_sha256"] == sha256_file(world / "long.txt")
-    assert manifest["settings"]["sampler"] == {"name": "euler", "steps": 1, "shift": 5.0}
+    assert manifest["settings"]["sampler"] == {"name": "euler", "steps": 1, "shift": 5.0, "times": []}
     protocol = manifest["protocol"]
     assert protocol["guidance"] == {"standard_w": 2.0, "additive_s": 1.0, "corruption": 1.0}
     assert len(protocol["reduced"]) == 2 and protocol["versions"]["torch"] == torch.__version__
