@@ -26,7 +26,7 @@ from torch import Tensor
 
 from scd_sf.files import (
     files_below,
-    fsync_folder,
+    fsync,
     fsync_tree,
     read_json,
     read_text,
@@ -130,7 +130,7 @@ class Checkpoints:
         _write_contents(partial, files, config_yaml, provenance)
         write_manifest(partial, step)
         os.rename(partial, final)
-        fsync_folder(self.root)
+        fsync(self.root)
         write_text(self.root / LATEST, final.name + "\n")
 
     def not_saved(self, step: int, problem: str) -> str:

@@ -18,7 +18,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -182,11 +182,10 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         with writing(path):
             yield part
             if durable:
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
+                fsync(part)
             part.replace(path)
             if durable:
-                fsync_folder(path.parent)
+                fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -212,14 +211,14 @@ def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path
             part.rename(path)  # replaces an empty folder, and nothing else
         except OSError as error:
             raise taken from error
-        fsync_folder(path.parent)
+        fsync(path.parent)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
 
 
-def fsync_folder(path: Path) -> None:
-    """The names in a folder, onto the disk."""
+def fsync(path: Path) -> None:
+    """What is in a file, or the names in a folder, onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -228,12 +227,14 @@ def fsync_folder(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Every file and folder below ``root``, onto the disk."""
-    for file in files_below(root):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    for folder, _, _ in os.walk(root):
-        fsync_folder(Path(folder))
+    """Every file and folder below ``root``, onto the disk; links are not followed. What another process renames or
+    removes meanwhile (its unfinished files) is left to that process."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not is_part(Path(name))]
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            with suppress(FileNotFoundError):
+                if not path.is_symlink():
+                    fsync(path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

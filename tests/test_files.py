@@ -17,6 +17,7 @@ from scd_sf.files import (
     current_umask,
     files_below,
     foreign,
+    fsync_tree,
     lines_of,
     locked,
     new_file,
@@ -74,6 +75,28 @@ def test_a_folder_appears_whole_and_what_the_dead_left_is_removed(tmp_path: Path
     assert {p.name for p in tmp_path.iterdir()} == {"out", alive.name, stranger.name}
     with pytest.raises(UserError, match="never overwritten"), new_folder(tmp_path / "out"):
         pass
+
+
+def test_what_another_rank_is_still_writing_does_not_fail_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks write into one folder of the training state; each flushes it while others rename their files there."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    unfinished = part_of(tmp_path / "x")
+    unfinished.mkdir()
+    (unfinished / "tensors").write_text("t")
+    flushed = []
+
+    def fsync(path: Path) -> None:
+        if not flushed:  # the folder has been listed: the other file goes
+            (tmp_path / ({"a", "b"} - {path.name}).pop()).unlink()
+        path.stat()
+        flushed.append(path.name)
+
+    monkeypatch.setattr("scd_sf.files.fsync", fsync)
+    fsync_tree(tmp_path)
+    assert flushed in (["a", tmp_path.name], ["b", tmp_path.name])
 
 
 def test_one_process_holds_a_folder(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ MOMENTS = {
     "stage2-between-micro-batches": ("stage2", At(BACKWARD, 10), [2, 4]),
     "stage2-before-a-checkpoint-is-committed": ("stage2", At("scd_sf.checkpoint:write_manifest", 2), [2]),
     "stage2-inside-a-checkpoint": ("stage2", At("scd_sf.checkpoint:_write_contents", 2), [2]),
-    "stage2-before-latest": ("stage2", At("scd_sf.checkpoint:fsync_folder", 2), [2, 4]),
+    "stage2-before-latest": ("stage2", At("scd_sf.checkpoint:fsync", 2), [2, 4]),
     "stage3-critic-update": ("stage3", At(BACKWARD, 15), [2]),
     "stage3-student-update": ("stage3", At(BACKWARD, 18), [2]),
     "stage3-inside-a-checkpoint": ("stage3", At("scd_sf.train.shards:write_counters", 4), [2]),
