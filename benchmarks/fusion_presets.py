@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from scd_sf.data.latents import LatentClips, epoch_order
-from scd_sf.files import generator, write_json
+from scd_sf.diffusion.noise import generator
+from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig

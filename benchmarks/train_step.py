@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from scd_sf.bench import random_weights
 from scd_sf.diffusion.guidance import guide, guided
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.files import write_json
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
@@ -37,7 +38,7 @@ from scd_sf.models.scd import ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
-from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.rollout import rollout
 from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import Conditioning, Denoiser, exit_on_user_error
 

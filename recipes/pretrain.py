@@ -12,7 +12,7 @@ checkpoints with recipes/evaluate_prediction.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch import Tensor
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
-from scd_sf.files import generator
-from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time
+from scd_sf.diffusion.noise import generator
+from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time, validation_loss
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
@@ -147,7 +147,6 @@ def update(
 @torch.no_grad()
 def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Ranks) -> Logs:
     """Flow loss of the first windows at fixed noise, without dropout and corruption; shared over the ranks."""
-    fixed = replace(cfg.loss, samples=2, eta=0.0, action_dropout=0.0, label_dropout=0.0, targets=None)
     usable = clips.at_least(cfg.frames)
     indices = usable[:: max(1, len(usable) // cfg.validation_clips)][: cfg.validation_clips]
     total, null = 0.0, Conditioning.of_frames(1)
@@ -155,7 +154,7 @@ def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Rank
     for index in indices[ranks.rank :: ranks.world]:
         batch = clips.batch([index], [0], cfg.frames).to(ranks.device)
         rng = generator(0, "validation", index)
-        total += float(flow_matching_loss(model, batch.latents_BFCHW, batch.cond, null, fixed, rng)[0])
+        total += float(validation_loss(model, batch.latents_BFCHW, batch.cond, null, cfg.loss, rng))
     model.to("cpu")
     return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
-from scd_sf.files import generator
+from scd_sf.diffusion.noise import generator
 from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
@@ -33,7 +33,7 @@ from scd_sf.train.recipe import (
 )
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, exit_on_user_error
+from scd_sf.types import Conditioning, Logs, exit_on_user_error, on_device
 
 
 @dataclass
@@ -91,7 +91,7 @@ def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, po
             read = clips.batch(indices)
             batch = read.to(run.ranks.device)
             cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
-            t = stratified_times(len(indices), cfg.shift, rng).to(run.ranks.device)
+            t = on_device(stratified_times(len(indices), cfg.shift, rng), run.ranks.device)
             loss = engine(batch.latents_BFCHW, cond, t, rng)
             kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
             engine.backward(loss)

@@ -26,7 +26,8 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.files import generator, write_json
+from scd_sf.diffusion.noise import generator
+from scd_sf.files import write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.metrics.perceptual import load_perceptual
 from scd_sf.metrics.reconstruction import reconstruction, write_sheet
@@ -47,7 +48,7 @@ from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, buil
 from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Logs, UserError, exit_on_user_error, say
+from scd_sf.types import Logs, UserError, exit_on_user_error, on_device, say
 
 RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
 
@@ -190,10 +191,10 @@ class Training:
         with keeping(self.run, position, self.engine, samples) as kept:
             keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
             for index, (_, number, clips) in enumerate(keys[: self.engine.micro_batches]):
-                pixels = to_unit(self.pixels(keys[index], keys[index + 1 :]).to(device))
+                pixels = to_unit(on_device(self.pixels(keys[index], keys[index + 1 :]), device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
                 rng = generator(seed, "noise", position, number)
-                noise = torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng).to(device)
+                noise = on_device(torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng), device)
                 loss, made, logs = self.engine(pixels, noise, adversarial)
                 kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": pixels.cpu()}))
                 self.engine.backward(loss)

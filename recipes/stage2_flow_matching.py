@@ -17,7 +17,7 @@ from torch import Tensor
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
-from scd_sf.files import generator
+from scd_sf.diffusion.noise import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, absolute_base, build_student, load_student
 from scd_sf.plan.job import Job

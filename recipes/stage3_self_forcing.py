@@ -24,8 +24,8 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import Prompts
+from scd_sf.diffusion.noise import cpu_noise, generator
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.files import generator
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import Student, absolute_base, build_student, load_student
 from scd_sf.models.live_prompts import LivePrompts, open_prompts
@@ -34,7 +34,7 @@ from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
 from scd_sf.provenance import provenance
-from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.rollout import rollout
 from scd_sf.stages import Stage3Config
 from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
@@ -55,7 +55,7 @@ from scd_sf.train.recipe import (
 )
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, say
+from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_device, say
 from scd_sf.validation import show
 
 MayStop = Callable[[], None]
@@ -104,7 +104,7 @@ class Distillation:
         seed = self.cfg.run.seed
         exit_step = int(torch.randint(self.sampler.steps, (), generator=generator(seed, name, "exit", step, turn)))
         rng = generator(seed, name, "noise", step, turn, number)
-        noise = torch.randn((cond.batch, *self.latent), generator=rng).to(self.ranks.device)
+        noise = on_device(torch.randn((cond.batch, *self.latent), generator=rng), self.ranks.device)
         x: Tensor = self.student(noise, cond, exit_step, rng)
         return x
 

@@ -29,7 +29,7 @@ from scd_sf.ownership import take_lock
 from scd_sf.types import UserError, printable
 
 if TYPE_CHECKING:  # tools that need no tensors start without torch
-    from torch import Generator, Tensor
+    from torch import Tensor
 
 Json = dict[str, object]
 T = TypeVar("T")
@@ -64,16 +64,6 @@ def sha256_folder(root: Path, pattern: str = "*") -> str:
 def hash_json(value: object) -> str:
     """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal hash."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def generator(seed: int, *position: int | str) -> Generator:
-    """A CPU generator of random numbers for one place, e.g. (seed, "noise", step, micro): no state to save, no
-    collisions."""
-    from torch import Generator
-
-    text = ":".join(str(part) for part in (seed, *position))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- paths

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from scd_sf.diffusion.noise import Noise, row_noise
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
 from scd_sf.types import Conditioning, Denoiser
-
-Noise = Callable[[Tensor], Tensor]
-
-
-def cpu_noise(rng: torch.Generator) -> Noise:
-    """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of ranks."""
-
-    def like(x: Tensor) -> Tensor:
-        return moved(torch.randn(x.shape, generator=rng, dtype=torch.float32), x)
-
-    return like
-
-
-def moved(drawn: Tensor, x: Tensor) -> Tensor:
-    """To where x is, in its type. A GPU gets it from pinned memory, so that nobody waits for what it still computes."""
-    if x.is_cuda:
-        return drawn.pin_memory().to(x.device, x.dtype, non_blocking=True)
-    return drawn.to(x.device, x.dtype)
 
 
 def stream_rollout(
@@ -100,17 +83,6 @@ def rollout(
     """The whole clip, (B, F, C, H, W)."""
     chunks = stream_rollout(generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache)
     return torch.cat(list(chunks), dim=1)
-
-
-def row_noise(seeds: Sequence[int]) -> Noise:
-    """Noise whose row b depends on ``seeds[b]`` alone: samples do not change with batch, rank or order."""
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def like(x: Tensor) -> Tensor:
-        rows = [torch.randn(x.shape[1:], generator=stream) for stream in streams]
-        return moved(torch.stack(rows), x)
-
-    return like
 
 
 @torch.no_grad()

@@ -110,6 +110,15 @@ def _leave(line: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def on_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """x on ``device``. A GPU gets it from pinned memory, so that the host does not wait for what the GPU still does."""
+    import torch
+
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.to(dtype or x.dtype).pin_memory().to(device, non_blocking=True)
+    return x.to(device, dtype or x.dtype)
+
+
 @dataclass(frozen=True)
 class VideoShape:
     """Latent geometry of one clip, and what it means in pixels.
@@ -192,7 +201,7 @@ class Conditioning:
         return Conditioning(text, *others)
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return self._each(lambda part: part.to(device))
+        return self._each(lambda part: on_device(part, device))
 
     def expand(self, batch: int) -> Conditioning:
         """One clip's conditions for the whole batch (B=1 -> B=batch), without a copy."""

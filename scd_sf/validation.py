@@ -5,15 +5,14 @@ All ranks call these together, each with its own whole copy of the model, which 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from scd_sf.data.latents import LatentClips
-from scd_sf.files import generator
-from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
+from scd_sf.diffusion.noise import generator
+from scd_sf.losses.flow_matching import FlowMatchingConfig, validation_loss
 from scd_sf.models.build import Student
 from scd_sf.preview import Preview
 from scd_sf.train.ranks import Ranks
@@ -23,16 +22,14 @@ from scd_sf.types import Logs
 
 @torch.no_grad()
 def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit: int, ranks: Ranks) -> Logs:
-    """Flow loss of ``limit`` clips at fixed noise, one at a time: pure-noise query as in sampling, no dropout, no
-    corruption. The same on every rank."""
-    fixed = dataclasses.replace(loss, samples=2, eta=0.0, text_dropout=0.0, query_pure=1.0, targets=None)
+    """:func:`validation_loss` of ``limit`` clips at fixed noise, one at a time. The same on every rank."""
     indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
     total = 0.0
     with _on_device(model, ranks.device):
         for index in indices[ranks.rank :: ranks.world]:
             batch, null = clips.batch([index]).to(ranks.device), clips.null.to(ranks.device)
             rng = generator(0, "validation", index)
-            total += float(flow_matching_loss(model, batch.latents_BFCHW, batch.text, null, fixed, rng)[0])
+            total += float(validation_loss(model, batch.latents_BFCHW, batch.text, null, loss, rng))
     return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
 
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
@@ -19,7 +20,7 @@ from scd_sf.models.generator import CacheConfig, Query
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.rollout import cpu_noise, rollout, stream_rollout
+from scd_sf.rollout import rollout, stream_rollout
 from scd_sf.types import Conditioning, UserError
 
 some_students = pytest.mark.parametrize("variant", tiny.SOME, ids=str)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
 from scd_sf.files import Json, hash_json, read_json, read_jsonl, typed, write_jsonl
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 FORMAT, VERSION, KIND = "scd-sf-frames", 1, "frames"
 
@@ -80,7 +80,7 @@ class FrameBatch:
     cond: Conditioning
 
     def to(self, device: torch.device | str) -> FrameBatch:
-        return FrameBatch(self.latents_BFCHW.to(device), self.cond.to(device))
+        return FrameBatch(on_device(self.latents_BFCHW, device), self.cond.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         named = {"latents": self.latents_BFCHW, "actions": self.cond.actions_BF, "labels": self.cond.labels_B}

@@ -23,7 +23,7 @@ from scd_sf.data.clip_index import ClipFiles
 from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
 from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
 from scd_sf.files import Json, hash_json, read_jsonl, typed, write_jsonl
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class LatentBatch:
 
     def to(self, device: torch.device | str) -> LatentBatch:
         """fp32 on ``device``, converted and padded there: what is stored in 16 bits and without padding travels so."""
-        text = self.text.text_BLE.to(device).float()
+        text = on_device(self.text.text_BLE, device).float()
         text = F.pad(text, (0, 0, 0, max(0, self.length - text.shape[1])))
-        return LatentBatch(self.latents_BFCHW.to(device).float(), Conditioning(text))
+        return LatentBatch(on_device(self.latents_BFCHW, device).float(), Conditioning(text))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"latents": self.latents_BFCHW, "text": self.text.text_BLE}

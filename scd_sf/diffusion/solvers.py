@@ -16,10 +16,10 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from scd_sf.diffusion.flow import shift_time
+from scd_sf.diffusion.noise import Noise
 from scd_sf.types import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
-Noise = Callable[[Tensor], Tensor]
 FEW_STEP_LINEAR = (1.0, 0.75, 0.5, 0.25)
 
 

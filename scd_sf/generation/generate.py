@@ -17,14 +17,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from scd_sf.diffusion.noise import Noise, generator
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.files import generator
 from scd_sf.models.build import Student
 from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
 from scd_sf.models.guided import Guided, SampleGuidance
 from scd_sf.models.vae import Vae, VaeStream
-from scd_sf.rollout import Noise, moved, stream_rollout
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.rollout import stream_rollout
+from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 
 class NotFinite(UserError):
@@ -195,6 +195,6 @@ class ClipNoise:
                 for seed in self.seeds
                 for frame in range(frames)
             ]
-            return moved(torch.stack(drawn).view(x.shape), x)
+            return on_device(torch.stack(drawn).view(x.shape), x.device, x.dtype)
 
         return like

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from scd_sf.diffusion.flow import add_noise, shifted_uniform, x_0_from_velocity
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.losses.flow_matching import denoiser_flow_loss
-from scd_sf.types import Conditioning, Denoiser, Logs, UserError
+from scd_sf.types import Conditioning, Denoiser, Logs, UserError, on_device
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def dmd_loss(
     """
     clean = x.detach().float()
     with torch.no_grad():
-        t = cfg.times(x.shape[0], rng).to(x.device)
-        eps = torch.randn(clean.shape, generator=rng).to(clean)
+        t = on_device(cfg.times(x.shape[0], rng), x.device)
+        eps = cpu_noise(rng)(clean)
         x_t = add_noise(clean, eps, t)
         fake = x_0_from_velocity(x_t, critic(x_t, t, cond).float(), t)
         real = x_0_from_velocity(x_t, guided(teacher, uncond, cfg.guidance.w)(x_t, t, cond).float(), t)
@@ -76,6 +77,6 @@ def critic_loss(
     critic: Denoiser, x: Tensor, cond: Conditioning, cfg: DmdConfig, rng: torch.Generator
 ) -> tuple[Tensor, Logs]:
     """The critic's flow loss on the student's own samples x (B, F, C, H, W), detached; no prompt dropout, no CFG."""
-    t = cfg.times(x.shape[0], rng).to(x.device)
+    t = on_device(cfg.times(x.shape[0], rng), x.device)
     loss = denoiser_flow_loss(critic, x.detach().float(), cond, t, rng)
     return loss, {"critic/loss": float(loss.detach())}

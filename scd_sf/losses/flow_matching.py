@@ -6,6 +6,7 @@ Letters: B batch, K noisy samples per encoder pass, F latent frames, C H W laten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.flow import add_noise, shift_time, shifted_logit_normal, shifted_uniform, velocity_target
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.models.generator import FrameGenerator, Query, check_chunks, pick_chunks
-from scd_sf.types import Conditioning, Denoiser, Logs, UserError
+from scd_sf.types import Conditioning, Denoiser, Logs, UserError, on_device
 
 TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
 
@@ -53,7 +55,7 @@ class FlowMatchingConfig:
 def drop_text(cond: Conditioning, null: Conditioning, rate: float, rng: torch.Generator) -> Conditioning:
     """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free guidance)."""
     dropped = torch.rand(cond.batch, generator=rng) < rate
-    keep = (~dropped).to(cond.text_BLE.device).reshape(-1, 1, 1)
+    keep = on_device(~dropped, cond.text_BLE.device).reshape(-1, 1, 1)
     return replace(cond, text_BLE=torch.where(keep, cond.text_BLE, null.text_BLE.to(cond.text_BLE)))
 
 
@@ -61,7 +63,7 @@ def drop_signals(cond: Conditioning, cfg: FlowMatchingConfig, rng: torch.Generat
     """Actions and labels replaced by the null ones; the decoder's actions by draws of their own. Without any: none."""
 
     def dropped(x: Tensor, rate: float) -> Tensor:
-        return x.masked_fill((torch.rand(x.shape, generator=rng) < rate).to(x.device), -1)
+        return x.masked_fill(on_device(torch.rand(x.shape, generator=rng) < rate, x.device), -1)
 
     if cond.labels_B is not None:
         cond = replace(cond, labels_B=dropped(cond.labels_B, cfg.label_dropout))
@@ -78,8 +80,48 @@ def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Gene
     return torch.where(pure, torch.ones(()), shift_time(u, cfg.shift))
 
 
-def _normal(shape: tuple[int, ...], rng: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(shape, generator=rng).to(like.device, like.dtype)
+@dataclass(frozen=True)
+class _Noisy:
+    """What a clip is trained on: conditions with dropout, K noisy samples x_t (K, B, F, C, H, W) at t (K, B, F), the
+    velocity to predict, and the encoder's query frames."""
+
+    cond: Conditioning
+    x_t: Tensor
+    t: Tensor
+    velocity: Tensor
+    query: Query
+
+
+def _noisy(
+    generator: FrameGenerator,
+    x_0: Tensor,
+    cond: Conditioning,
+    null: Conditioning,
+    cfg: FlowMatchingConfig,
+    rng: torch.Generator,
+) -> _Noisy:
+    batch, num_chunks = len(x_0), check_chunks(x_0.shape[1], generator.chunk)
+    cond = drop_signals(drop_text(cond, null, cfg.text_dropout, rng), cfg, rng)
+
+    def per_frame(times: Tensor) -> Tensor:
+        return on_device(times.repeat_interleave(generator.chunk, -1), x_0.device)
+
+    draw = shifted_uniform if cfg.time == "uniform" else shifted_logit_normal
+    t = per_frame(draw((cfg.samples, batch, num_chunks), cfg.shift, rng))
+    eps = cpu_noise(rng)(x_0.expand(cfg.samples, *x_0.shape))
+    query = Query(eta=cfg.eta, rng=rng)
+    if generator.needs_query:
+        t_query = per_frame(query_times((batch, num_chunks), cfg, rng))
+        query_eps = cpu_noise(rng)(x_0)  # never eps: the decoder would read the answer off the context
+        query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
+    return _Noisy(cond, add_noise(x_0.unsqueeze(0), eps, t), t, velocity_target(x_0.unsqueeze(0), eps), query)
+
+
+def _errors(generator: FrameGenerator, x_0: Tensor, noisy: _Noisy, targets: Sequence[int]) -> Tensor:
+    """Squared errors of the target chunks' velocities, (K, B, M * n, C, H, W), fp32."""
+    velocity = generator.teacher_forced(noisy.x_t, noisy.t, x_0, noisy.cond, query=noisy.query, targets=targets)
+    target = pick_chunks(noisy.velocity, targets, generator.chunk, 2)
+    return (velocity.float() - target.float()).pow(2)
 
 
 def flow_matching_loss(
@@ -94,30 +136,38 @@ def flow_matching_loss(
 
     The logs are the loss, and sums by time for :func:`loss_by_time`, so that micro-batches and ranks may be added up.
     """
-    batch, frames = x_0.shape[:2]
-    num_chunks = check_chunks(frames, generator.chunk)
+    num_chunks = check_chunks(x_0.shape[1], generator.chunk)
     targets = list(range(num_chunks))
     if cfg.targets is not None and cfg.targets < num_chunks:
         targets = sorted(torch.randperm(num_chunks, generator=rng)[: cfg.targets].tolist())
-    cond = drop_signals(drop_text(cond, null, cfg.text_dropout, rng), cfg, rng)
-    draw = shifted_uniform if cfg.time == "uniform" else shifted_logit_normal
-    t = draw((cfg.samples, batch, num_chunks), cfg.shift, rng).repeat_interleave(generator.chunk, -1)
-    t = t.to(x_0.device)
-    eps = _normal((cfg.samples, *x_0.shape), rng, x_0)
-    query = Query(eta=cfg.eta, rng=rng)
-    if generator.needs_query:
-        t_query = query_times((batch, num_chunks), cfg, rng).repeat_interleave(generator.chunk, -1).to(x_0.device)
-        query_eps = _normal(tuple(x_0.shape), rng, x_0)  # never eps: the decoder would read the answer off the context
-        query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
-
-    x_t = add_noise(x_0.unsqueeze(0), eps, t)
-    velocity = generator.teacher_forced(x_t, t, x_0, cond, query=query, targets=targets)
-    target = pick_chunks(velocity_target(x_0.unsqueeze(0), eps), targets, generator.chunk, 2)
-    loss = (velocity.float() - target.float()).pow(2).mean()
+    noisy = _noisy(generator, x_0, cond, null, cfg, rng)
+    squares = _errors(generator, x_0, noisy, targets)
+    loss = squares.mean()
     with torch.no_grad():
-        errors = (velocity.float() - target.float()).pow(2).mean(dim=(-3, -2, -1))
-        times = pick_chunks(t, targets, generator.chunk, 2)
+        errors, times = squares.mean(dim=(-3, -2, -1)), pick_chunks(noisy.t, targets, generator.chunk, 2)
     return loss, {"loss": float(loss.detach()), **_by_time(errors, times)}
+
+
+@torch.no_grad()
+def validation_loss(
+    generator: FrameGenerator,
+    x_0: Tensor,
+    cond: Conditioning,
+    null: Conditioning,
+    cfg: FlowMatchingConfig,
+    rng: torch.Generator,
+) -> Tensor:
+    """The loss of all chunks of x_0 (B, F, C, H, W), scalar fp32: ``cfg.targets`` of them at a time, so that no
+    sequence is longer than in training. Query of pure noise as in sampling; no dropout, no corruption, K = 2."""
+    fixed = replace(cfg, samples=2, eta=0.0, query_pure=1.0, text_dropout=0.0, action_dropout=0.0, label_dropout=0.0)
+    num_chunks = check_chunks(x_0.shape[1], generator.chunk)
+    noisy, size = _noisy(generator, x_0, cond, null, fixed, rng), min(cfg.targets or num_chunks, num_chunks)
+    parts = []
+    for first in range(0, num_chunks, size):
+        start = min(first, num_chunks - size)  # the last group is as large: what it has twice is left out
+        squares = _errors(generator, x_0, noisy, range(start, start + size))
+        parts.append(squares[:, :, (first - start) * generator.chunk :])
+    return torch.cat(parts, 2).mean()
 
 
 def _by_time(errors: Tensor, t: Tensor) -> Logs:
@@ -141,6 +191,6 @@ def loss_by_time(logs: Logs) -> Logs:
 
 def denoiser_flow_loss(denoiser: Denoiser, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
     """Flow loss of a bidirectional model (teacher pretraining, critic): one t (B,) per clip. Scalar fp32."""
-    eps = _normal(tuple(x_0.shape), rng, x_0)
+    eps = cpu_noise(rng)(x_0)
     velocity = denoiser(add_noise(x_0, eps, t), t, cond)
     return (velocity.float() - velocity_target(x_0, eps).float()).pow(2).mean()

@@ -89,7 +89,7 @@ class Causal(nn.Module):
         samples, height, width = x_t.shape[0], *x_t.shape[-2:]
         num_chunks = check_chunks(x_t.shape[2], self.chunk)
         targets = list(range(num_chunks)) if targets is None else targets
-        x_clean = x_clean[:, : max(targets) * self.chunk]  # nobody looks at later ones
+        x_clean = x_clean[:, : -self.chunk]  # nobody looks at the last one; one length, whichever are the targets
         frames = x_clean.shape[1]
         trunk, tokens = self.trunk, self.cfg.tokens(height, width)
         noisy = pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1).flatten(1, 2)
@@ -107,7 +107,7 @@ class Causal(nn.Module):
             return FullSequence(teacher_forcing_mask(layout, sequence.device))
 
         temporal, own = slice(0, self._temporal), slice(self._temporal, None)
-        out = trunk.run(sequence, times.mod, text, rotary, attend(max(targets)), temporal, t_BF=both_t)
+        out = trunk.run(sequence, times.mod, text, rotary, attend(num_chunks - 1), temporal, t_BF=both_t)
         out = out[:, frames * tokens :]
         if self.frame_diagonal:
             out = trunk.run(out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), own)

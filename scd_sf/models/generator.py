@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd_sf.nn.kv_cache import Window
 from scd_sf.nn.rope import Axes
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import Conditioning, UserError, on_device
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def pick_chunks(x: Tensor, targets: Sequence[int], chunk: int, dim: int) -> Tens
     if list(targets) == list(range(x.shape[dim] // chunk)):
         return x
     frames = [c * chunk + i for c in targets for i in range(chunk)]
-    return x.index_select(dim, torch.tensor(frames, device=x.device))
+    return x.index_select(dim, on_device(torch.tensor(frames), x.device))
 
 
 def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | None:
@@ -145,4 +145,4 @@ def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | No
     first, count = frames[0] if frames else 0, len(frames)
     if list(frames) == list(range(first, first + count)):
         return signal_BFE[:, first : first + count]
-    return signal_BFE[:, list(frames)]
+    return signal_BFE.index_select(1, on_device(torch.tensor(list(frames)), signal_BFE.device))

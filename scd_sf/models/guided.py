@@ -7,7 +7,6 @@ guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig, guide
+from scd_sf.diffusion.noise import Noise
 from scd_sf.models.build import Student
 from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd
 from scd_sf.types import Conditioning, UserError
-
-Noise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

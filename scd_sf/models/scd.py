@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scd_sf.diffusion.noise import local_noise
 from scd_sf.models.causal import new_cache
 from scd_sf.models.dit import ContextNorm, DitConfig
 from scd_sf.models.generator import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
@@ -159,7 +160,7 @@ class Scd(nn.Module):
     def encode_previous(self, x_clean: Tensor, text: Tensor, cond: Conditioning, targets: Sequence[int]) -> Tensor:
         """Normalised contexts of the target chunks, (B, M * n * tokens, E), of a model trained from scratch."""
         assert self.context_norm is not None
-        slots, n = max(targets) + 1, self.chunk
+        slots, n = check_chunks(x_clean.shape[1], self.chunk), self.chunk  # one length, whichever are the targets
         batch, height, width = len(x_clean), *x_clean.shape[-2:]
         length, positions = n * self.cfg.tokens(height, width), range(slots * n)
         tokens = torch.cat([self._start(batch, length), self.encoder.embed(x_clean[:, : (slots - 1) * n])], 1)
@@ -179,7 +180,7 @@ class Scd(nn.Module):
 
     def encode(self, x_clean: Tensor, x_query: Tensor, t_query: Tensor, text: Tensor, targets: Sequence[int]) -> Tensor:
         """Contexts of the target chunks, (B, M * n * tokens, E), under the teacher-forcing mask."""
-        x_clean = x_clean[:, : max(targets) * self.chunk]  # nobody looks at later ones
+        x_clean = x_clean[:, : -self.chunk]  # nobody looks at the last one; one length, whichever are the targets
         frames, height, width = x_clean.shape[1], *x_clean.shape[-2:]
         tokens = self.cfg.tokens(height, width)
         x = torch.cat([x_clean, x_query.to(x_clean.dtype)], 1)
@@ -267,6 +268,5 @@ def corrupt(c_RLE: Tensor, eta: float, rng: torch.Generator | None) -> Tensor:
     if eta == 0.0:
         return c_RLE
     assert rng is not None, "context corruption needs a generator"
-    noise = torch.randn(c_RLE.shape, generator=rng).to(c_RLE)
     rms = c_RLE.detach().pow(2).mean(-1, keepdim=True).sqrt()
-    return c_RLE + eta * rms * noise
+    return c_RLE + eta * rms * local_noise(c_RLE, rng)

@@ -43,9 +43,11 @@ def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | Non
     return F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, attn_mask=mask)
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+@lru_cache(maxsize=2)
+def compiled_flex(backend: str | Callable[..., object] = "inductor") -> Callable[..., Tensor]:
+    """FlexAttention, fused. ``fullgraph``: a shape too many (torch's limit is 8) is an error; otherwise the unfused
+    operator would run, whose table of scores is 34 GB and more at Wan's size."""
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
     return compiled
 
 
@@ -62,7 +64,7 @@ class FullSequence:
             if q_BNLD.is_meta:  # to be counted: every token sees its share of the others
                 seen = round(k_BNLD.shape[2] * (1 - self.mask.sparsity() / 100))
                 return attention(q_BNLD, k_BNLD[:, :, :seen], v_BNLD[:, :, :seen])
-            return _compiled_flex()(q_BNLD, k_BNLD, v_BNLD, block_mask=self.mask)
+            return compiled_flex()(q_BNLD, k_BNLD, v_BNLD, block_mask=self.mask)
         if isinstance(self.mask, Layout):
             return self._by_rows(self.mask, q_BNLD, k_BNLD, v_BNLD)
         return attention(q_BNLD, k_BNLD, v_BNLD, self.mask)

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from scd_sf.nn.tables import bytes_of, kept_within
+from scd_sf.types import on_device
+
 CLEAN = 0
 BLOCK = 128  # FlexAttention's own default
 DENSE_LIMIT = 4096  # tokens; a dense mask of more is not made
@@ -48,9 +51,8 @@ class Layout:
 
     def per_token(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(L,) kinds and (L,) chunks."""
-        kinds = torch.tensor(self.kinds, device=device).repeat_interleave(self.tokens)
-        chunks = torch.tensor(self.chunks, device=device).repeat_interleave(self.tokens)
-        return kinds, chunks
+        kinds, chunks = (on_device(torch.tensor(x), device) for x in (self.kinds, self.chunks))
+        return kinds.repeat_interleave(self.tokens), chunks.repeat_interleave(self.tokens)
 
     def visible(self) -> Tensor:
         """(groups, groups) boolean, True = the tokens of a group may attend to those of another."""
@@ -58,15 +60,26 @@ class Layout:
         return teacher_forcing(kinds[:, None], chunks[:, None], kinds[None, :], chunks[None, :])
 
 
-@lru_cache(maxsize=32)
+def _dense_bytes(mask: Tensor) -> int:
+    return bytes_of(mask)
+
+
+@kept_within(_dense_bytes)
 def dense_mask(layout: Layout, device: torch.device) -> Tensor:
     """(L, L) boolean, True = may attend."""
     with torch.inference_mode(False):  # cached: see rope.py
         tokens = layout.tokens
-        return layout.visible().repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
+        return on_device(layout.visible(), device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
-@lru_cache(maxsize=256)
+def _block_bytes(mask: BlockMask) -> int:
+    """Of its tables forwards and backwards, and of what its predicate reads."""
+    tables = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
+              mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)  # fmt: skip
+    return bytes_of(*tables) + 16 * mask.seq_lengths[0]
+
+
+@kept_within(_block_bytes)
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
     """The same predicate as FlexAttention's sparse block mask.
 
@@ -101,10 +114,14 @@ def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """(1, 1, rows) how many of a row's blocks are set, (1, 1, rows, columns) their indices before the rest."""
     counts = blocks.sum(1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=1, descending=True, stable=True).int()
-    return counts[None, None].to(device), indices[None, None].to(device)
+    return on_device(counts[None, None], device), on_device(indices[None, None], device)
 
 
-@lru_cache(maxsize=4096)
+def _row_bytes(rows: tuple[Tensor | None, tuple[slice, ...]]) -> int:
+    return bytes_of(rows[0])
+
+
+@kept_within(_row_bytes)
 def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, tuple[slice, ...]]:
     """What the tokens ``start`` .. ``stop`` - 1 see: the runs of tokens that any of them sees, and a mask (rows, tokens
     of all runs), None where all see all of those. Never as large as tokens x tokens."""

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scd_sf.nn.tables import bytes_of, kept_within
+from scd_sf.types import on_device
+
 Axes = tuple[int, int, int]  # how many of a head's dimensions turn with (time, height, width)
 
 
@@ -45,10 +48,14 @@ def _axis(
     """cos and sin of one axis: (P,) positions -> (P, dim/2) each."""
     inverse = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles = torch.outer(torch.tensor(positions, dtype=torch.float64), inverse)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return on_device(angles.cos(), device, dtype), on_device(angles.sin(), device, dtype)
 
 
-@lru_cache(maxsize=32)
+def _rotary_bytes(table: Rotary) -> int:
+    return bytes_of(*table)
+
+
+@kept_within(_rotary_bytes)
 def rope_table(
     frames: tuple[int, ...],
     height: int,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from scd_sf.nn.tables import LIMIT
 from scd_sf.plan.engines import Held, frozen, host_state, saved, trained
 from scd_sf.plan.job import Job
 from scd_sf.plan.phases import Phase
@@ -19,6 +20,7 @@ from scd_sf.types import UserError
 GIB = 2**30
 TEXT = "text encoder"  # of prompts that are a list: whole on every rank, on its device
 CONTEXT_GIB, SLACK = 0.8, 0.1  # estimates: CUDA's own memory, and what the allocator cannot use
+TABLES_GIB = 2 * LIMIT / GIB  # rotary positions and masks that are kept
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Budget:
 
     @property
     def needed_gib(self) -> float:
-        """With the estimates for CUDA's context and the allocator's slack."""
-        return self.peak / GIB * (1 + SLACK) + CONTEXT_GIB
+        """With the tables that are kept, and the estimates for CUDA's context and the allocator's slack."""
+        return self.peak / GIB * (1 + SLACK) + TABLES_GIB + CONTEXT_GIB
 
     @property
     def fits(self) -> bool:

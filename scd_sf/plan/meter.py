@@ -7,6 +7,7 @@ is what PyTorch would keep.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Hashable
@@ -23,7 +24,7 @@ _ATEN = torch.ops.aten
 
 class Meter(TorchDispatchMode):
     """``with Meter() as meter: ...`` -> ``meter.flops`` and ``meter.peak`` (bytes alive at once on the meta device that
-    were made inside).
+    were made inside), ``meter.drawn`` (normal numbers that the host drew).
 
     Meta kernels are slow Python, and a model's layers are alike: what an operator makes of the same shapes is known
     from the second time on, unless it returns its arguments or views of them.
@@ -31,7 +32,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live = self.peak = self.drawn = 0
         self.by_operator = Counter[str]()
         self._made: dict[Any, tuple[Any, int]] = {}
         self._storages: dict[int, weakref.ref[Any]] = {}
@@ -42,6 +43,8 @@ class Meter(TorchDispatchMode):
             return 1.0  # a number for a log
         if func is _ATEN._to_copy.default and args[0].is_meta and str(kwargs.get("device", "meta")) == "cpu":
             return torch.ones(args[0].shape)  # several
+        if func.overloadpacket is _ATEN.randn and str(kwargs.get("device", "cpu")) == "cpu":
+            self.drawn += math.prod(args[0])
         if not _makes(func):
             return func(*args, **kwargs)
         key = _spec((func, args, tuple(kwargs.items())))

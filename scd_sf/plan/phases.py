@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
@@ -18,7 +19,7 @@ from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.trunk import Trunk, WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.plan.meter import Meter
-from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.rollout import rollout
 from scd_sf.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, Denoiser, UserError, VideoShape
@@ -29,7 +30,8 @@ M = TypeVar("M", bound=nn.Module)
 @dataclass(frozen=True)
 class Phase:
     """One part of a step. ``trains``: the model that is updated. ``flops`` per clip, ``times`` it happens per step,
-    ``peak`` bytes alive at once beside the models (activations, the rollout's cache, gradients on their way)."""
+    ``peak`` bytes alive at once beside the models (activations, the rollout's cache, gradients on their way), ``drawn``
+    normal numbers that the host draws for a micro-batch."""
 
     name: str
     trains: str
@@ -37,6 +39,7 @@ class Phase:
     times: int
     peak: int
     parts: dict[str, float]
+    drawn: int = 0
 
 
 def student_of(model: ModelConfig, cfg: EngineConfig, *, checkpointing: bool, recompute_attention: bool) -> Student:
@@ -61,7 +64,7 @@ def stage2(cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens
         forward = meter.flops
         loss.backward()
     parts = {"forward": forward / batch, "backward": (meter.flops - forward) / batch}
-    return [Phase("step", "student", meter.flops / batch, 1, meter.peak, parts)]
+    return [Phase("step", "student", meter.flops / batch, 1, meter.peak, parts, meter.drawn)]
 
 
 class Stage3:
@@ -105,7 +108,7 @@ class Stage3:
         own = cfg.critic_data == "own"
         fresh = (-(-cfg.ratio // cfg.reuse) / cfg.ratio) if own else 0.0  # rollouts per update
         parts = {"rollout": fresh * rolled, "critic": (meter.flops - before) / batch}
-        return Phase("critic update", "critic", sum(parts.values()), cfg.ratio, meter.peak, parts)
+        return Phase("critic update", "critic", sum(parts.values()), cfg.ratio, meter.peak, parts, meter.drawn)
 
     def _student_update(self, shortest: float) -> Phase:
         batch, marks = self.cfg.train.micro_batch, dict[str, float]()
@@ -128,7 +131,7 @@ class Stage3:
             before = meter.flops
             loss.backward()
         parts = {"rollout": rolled, **marks, "student's backward": (meter.flops - before) / batch}
-        return Phase("student update", "student", sum(parts.values()), 1, meter.peak, parts)
+        return Phase("student update", "student", sum(parts.values()), 1, meter.peak, parts, meter.drawn)
 
     def _rollout(self, exit_step: int) -> Tensor:
         batch = self.cfg.train.micro_batch

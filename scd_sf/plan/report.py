@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from scd_sf.plan.budget import CONTEXT_GIB, GIB, SLACK, TEXT, Budget
+from scd_sf.plan.budget import CONTEXT_GIB, GIB, SLACK, TABLES_GIB, TEXT, Budget
 from scd_sf.stages import Stage3Config
 
 _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers", "update")
@@ -25,8 +25,8 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
     latents, text = found.clip_bytes()
     yield from (f"assumed: {line}" for line in job.assumed)
     yield (
-        f"per GPU: {found.peak / GIB:.1f} GiB at the worst moment; with {SLACK:.0%} of allocator slack and "
-        f"{CONTEXT_GIB} GiB of CUDA (estimates) {found.needed_gib:.1f} of {cluster.gpu_mem:g} GiB: "
+        f"per GPU: {found.peak / GIB:.1f} GiB at the worst moment; with {TABLES_GIB:g} GiB of tables, {SLACK:.0%} of "
+        f"allocator slack and {CONTEXT_GIB} GiB of CUDA (estimates) {found.needed_gib:.1f} of {cluster.gpu_mem:g} GiB: "
         f"{'fits' if found.fits else 'DOES NOT FIT'}"
     )
     if job.stage == 3:
@@ -51,6 +51,8 @@ def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
         f"on {cluster.world} GPUs {found.seconds:.3g} s a step, {hours:,.1f} h for {job.cfg.train.steps:,} steps: "
         "an estimate, in which recomputation counts as work"
     )
+    drawn = ", ".join(f"{phase.name} {phase.drawn / 1e6:.1f} million" for phase in found.phases)
+    yield f"normal numbers that the host draws for a micro-batch, ahead of the GPU: {drawn}"
     yield (
         f"while validating: {found.validation / GIB:.1f} GiB per GPU with the averaged student in fp32, and what "
         "sampling and the VAE's decoder need on top"
@@ -78,6 +80,7 @@ def as_json(found: Budget, advised: list[tuple[str, Budget]]) -> dict[str, objec
                 "parts": phase.parts,
                 "activations": phase.peak,
                 "device": found.at(phase),
+                "host_normal_numbers": phase.drawn,
             }
             for phase in found.phases
         },

@@ -19,8 +19,10 @@ from scd_sf.losses.flow_matching import (
     flow_matching_loss,
     loss_by_time,
     query_times,
+    validation_loss,
 )
 from scd_sf.models.generator import CacheConfig, Query, pick_chunks
+from scd_sf.nn.masks import teacher_forcing_mask
 from scd_sf.types import Conditioning, Logs, UserError
 
 PLAIN = FlowMatchingConfig(eta=0.0, text_dropout=0.0)
@@ -132,6 +134,34 @@ def test_a_subset_has_the_loss_of_those_chunks(variant: tiny.Variant) -> None:
     ]
     assert all(0.5 < loss < 20 for loss in losses)
     assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("variant", tiny.FEW, ids=str)
+def test_validation_takes_as_many_targets_at_a_time_as_training(
+    variant: tiny.Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever that number, it is the loss of all chunks; and every sequence has the length of a training step's."""
+    model, x_0 = tiny.student(variant), tiny.latents(1, 3 * variant.chunk)
+    cond, null = tiny.prompts(1), tiny.prompts(1, seed=5)
+    lengths: list[int] = []
+    for module in ("scd", "causal"):
+        monkeypatch.setattr(
+            f"scd_sf.models.{module}.teacher_forcing_mask",
+            lambda layout, device: (lengths.append(len(layout.kinds)), teacher_forcing_mask(layout, device))[1],
+        )
+
+    def seen(targets: int | None) -> tuple[float, set[int]]:
+        lengths.clear()
+        cfg = replace(PLAIN, targets=targets, text_dropout=0.5)
+        return float(validation_loss(model, x_0, cond, null, cfg, tiny.generator(3))), set(lengths)
+
+    (whole, _), (alone, single), (pairs, double) = seen(None), seen(1), seen(2)
+    assert alone == pytest.approx(whole, rel=1e-9) and pairs == pytest.approx(whole, rel=1e-9)
+    for targets, there in ((1, single), (2, double)):
+        lengths.clear()
+        for seed in range(6):
+            flow_matching_loss(model, x_0, cond, null, replace(PLAIN, targets=targets), tiny.generator(seed))
+        assert set(lengths) == there, "drawn targets change the length"
 
 
 def test_text_dropout_replaces_whole_prompts_at_the_rate() -> None:

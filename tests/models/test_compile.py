@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.metrics.protocols import BlockPassCounter
@@ -27,7 +28,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.nn import rope
 from scd_sf.nn.kv_cache import RingKVCache
 from scd_sf.nn.layers import WanBlock
-from scd_sf.rollout import cpu_noise, stream_rollout
+from scd_sf.rollout import stream_rollout
 from scd_sf.types import UserError
 
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scd_sf.config import from_yaml
 from scd_sf.diffusion.flow import shifted_logit_normal, shifted_uniform
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.losses.flow_matching import FlowMatchingConfig, drop_signals, flow_matching_loss
 from scd_sf.metrics.protocols import BlockPassCounter
@@ -26,7 +27,7 @@ from scd_sf.models.generator import Query
 from scd_sf.models.scd import Scd
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.nn.layers import BLOCKS, DitBlock
-from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.rollout import rollout
 from scd_sf.types import Conditioning, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"

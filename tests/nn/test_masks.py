@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from scd_sf.nn.attention import FullSequence
+from scd_sf.nn.attention import FullSequence, compiled_flex
 from scd_sf.nn.masks import Layout, block_mask, dense_mask, row_mask, teacher_forcing_mask
 
 CPU = torch.device("cpu")
@@ -109,6 +111,31 @@ def test_long_sequences_make_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> N
     for got, wanted in zip(torch.autograd.grad(out.pow(2).sum(), (q, k, v)), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(lazy(0, q[:, :, -20:], k, v), dense[:, :, -20:], rtol=0, atol=1e-12)
+
+
+def test_drawn_targets_compile_once_and_a_length_too_many_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 2 draws other targets in every micro-batch. torch gives up after 8 shapes, and what then ran unfused would
+    take a table of all pairs: here 200 sets are one shape, and the ninth shape raises."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = compiled_flex(counter)
+    monkeypatch.setattr("scd_sf.nn.attention.compiled_flex", lambda: compiled)
+
+    def attend(chunks: int, targets: list[int]) -> None:
+        layout = Layout.teacher_forced(chunks - 1, targets, 1, 16)
+        q = torch.randn(1, 1, len(layout.kinds) * 16, 16)
+        with torch.no_grad():
+            got = FullSequence(block_mask(layout, CPU))(0, q, q, q)
+        torch.testing.assert_close(got, FullSequence(dense_mask(layout, CPU))(0, q, q, q))
+
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        attend(8, sorted(torch.randperm(8, generator=rng)[:3].tolist()))
+    assert counter.frame_count == 1
+    with pytest.raises(FailOnRecompileLimitHit):
+        for chunks in range(9, 20):
+            attend(chunks, [0, 1, 2])
+    torch._dynamo.reset()
 
 
 def test_cpu_gets_the_dense_mask_and_masks_are_kept() -> None:

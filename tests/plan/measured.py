@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from scd_sf.config import load_config
+from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
@@ -29,7 +30,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan import Wan
 from scd_sf.plan.budget import Cluster, budget
 from scd_sf.plan.job import Job
-from scd_sf.rollout import cpu_noise, rollout
+from scd_sf.rollout import rollout
 from scd_sf.stages import Stage2Config, Stage3Config
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, StepModule, build_engine, frozen_engine, init_distributed

@@ -55,6 +55,12 @@ def test_states_are_divided_as_zero_divides_them() -> None:
     )
 
 
+def test_what_the_host_draws_is_counted() -> None:
+    """The noise of K samples and of the query; the corruption of the contexts is drawn on the device."""
+    clip = 3 * 4 * 4 * 4
+    assert [phase.drawn for phase in tiny_job("train.micro_batch=2").phases()] == [2 * (2 + 1) * clip]
+
+
 def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     job = tiny_job(
         "train.global_batch=8", "train.micro_batch=4", "checkpointing=false", "engine={kind: local, bucket: 1000}"

@@ -1,0 +1,57 @@
+"""Random numbers: where they are drawn, and what they depend on.
+
+What must be the same on every device and number of ranks is drawn on the CPU and reaches a GPU from pinned memory, so
+that nobody waits for what it still computes. What need not (the corruption of contexts while training, 33 million
+numbers a micro-batch at Wan's size) is drawn where it is used, from a seed of the same place in the training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scd_sf.types import on_device
+
+Noise = Callable[[Tensor], Tensor]
+
+
+def generator(seed: int, *position: int | str) -> torch.Generator:
+    """A CPU generator for one place, e.g. (seed, "noise", step, micro): no state to save, no collisions."""
+    text = ":".join(str(part) for part in (seed, *position))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def cpu_noise(rng: torch.Generator) -> Noise:
+    """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of ranks."""
+
+    def like(x: Tensor) -> Tensor:
+        return on_device(torch.randn(x.shape, generator=rng, dtype=torch.float32), x.device, x.dtype)
+
+    return like
+
+
+def row_noise(seeds: Sequence[int]) -> Noise:
+    """Noise whose row b depends on ``seeds[b]`` alone: samples do not change with batch, rank or order."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def like(x: Tensor) -> Tensor:
+        rows = [torch.randn(x.shape[1:], generator=stream) for stream in streams]
+        return on_device(torch.stack(rows), x.device, x.dtype)
+
+    return like
+
+
+def local_noise(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Standard normal noise like x, drawn on x's own device: of ``rng``'s state alone, but not the same on a GPU as on
+    a CPU."""
+    if x.device.type == "cpu":
+        return torch.randn(x.shape, generator=rng).to(x.dtype)
+    if x.is_meta:  # only counted
+        return torch.empty_like(x)
+    seed = int(torch.randint(2**62, (), generator=rng))
+    own = torch.Generator(x.device).manual_seed(seed)
+    return torch.randn(x.shape, generator=own, device=x.device, dtype=x.dtype)
