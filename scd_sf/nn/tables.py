@@ -6,40 +6,45 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
-LIMIT = 128 * 2**20  # bytes of each kind of table on each device; `scd plan` counts the kinds of a training
+LIMIT = 128 * 2**20  # bytes of each kind of table; `scd plan` counts the kinds of a training
 
 
-def kept_within(size: Callable[[T], int], limit: int = LIMIT) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Remember what a function returned, the latest calls first, while all of it (``size`` in bytes) stays within
+class Kept(Generic[P, T]):
+    """``make``, remembering what it returned: the latest calls, while all of it (``size`` in bytes) stays within
     ``limit``; the latest is always kept. Arguments are hashable; an entry counts for a KiB at least."""
 
-    def decorate(make: Callable[P, T]) -> Callable[P, T]:
-        kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
-        held = 0
+    def __init__(self, make: Callable[P, T], size: Callable[[T], int], limit: int) -> None:
+        functools.update_wrapper(self, make)
+        self._make, self._size, self._limit = make, size, limit
+        self.clear()
 
-        @functools.wraps(make)
-        def _remembered(*args: P.args, **kwargs: P.kwargs) -> T:
-            nonlocal held
-            key = (args, tuple(sorted(kwargs.items())))
-            if key in kept:
-                kept.move_to_end(key)
-                return kept[key][0]
-            value = make(*args, **kwargs)
-            kept[key] = value, max(1024, size(value))
-            held += kept[key][1]
-            while held > limit and len(kept) > 1:
-                held -= kept.popitem(last=False)[1][1]
-            return value
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self._held = 0
 
-        return _remembered
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (args, tuple(sorted(kwargs.items())))
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        value = self._make(*args, **kwargs)
+        self._kept[key] = value, max(1024, self._size(value))
+        self._held += self._kept[key][1]
+        while self._held > self._limit and len(self._kept) > 1:
+            self._held -= self._kept.popitem(last=False)[1][1]
+        return value
 
-    return decorate
+
+def kept_within(size: Callable[[T], int], limit: int = LIMIT) -> Callable[[Callable[P, T]], Kept[P, T]]:
+    """Decorator: see :class:`Kept`."""
+    return lambda make: Kept(make, size, limit)
 
 
 def bytes_of(*tensors: Tensor | None) -> int:

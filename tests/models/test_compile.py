@@ -157,7 +157,7 @@ def test_compile_says_what_it_cannot_do() -> None:
 )
 def test_a_frames_calls_and_blocks_do_not_grow(name: str, blocks: tuple[int, int], encode: int, decode: int) -> None:
     """Block passes and working aten calls (CPU) of one chunk in steady state: window full, sink turning."""
-    rope.rope_table.cache_clear()  # tables that other tests left would be calls saved
+    rope.rope_table.clear()  # tables that other tests left would be calls saved
     rope._axis.cache_clear()
     student = tiny.student(BY_NAME[name], dtype=torch.float32)
     x, t = tiny.latents(1, 1, dtype=torch.float32), torch.ones(1)
