@@ -19,10 +19,10 @@ from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
-from scd_sf.models.build import Student, absolute_base, build_student, load_student
+from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
-from scd_sf.provenance import provenance
+from scd_sf.provenance import absolute, provenance
 from scd_sf.stages import Stage2Config
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
@@ -103,7 +103,7 @@ def main() -> None:
     if cfg.run.peak_tflops and ranks.is_main:
         run.flops_per_step = Job(cfg, parent.model, clips.shape, text_tokens=clips.prompts.length).model_flops()
     engine = student_engine(cfg, ranks, student, clips.null)
-    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute_base(parent.base)))
+    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
         return description, provenance(

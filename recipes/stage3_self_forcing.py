@@ -27,13 +27,13 @@ from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.noise import cpu_noise, generator
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.models.build import Student, absolute_base, build_student, load_student
+from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.models.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, open_wan, read_wan_config
 from scd_sf.plan.job import Job
 from scd_sf.preview import Preview
-from scd_sf.provenance import provenance
+from scd_sf.provenance import absolute, provenance
 from scd_sf.rollout import rollout
 from scd_sf.stages import Stage3Config
 from scd_sf.train.checks import check_batches, check_shape, check_text
@@ -272,11 +272,16 @@ def main() -> None:
     if ranks.is_main:
         say(f"prompts: {prompts}")
     parts = build(cfg, run, student, prompts, latent)
-    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute_base(parent.base)))
+    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
 
     def describe(step: int) -> tuple[str, dict[str, object]]:
-        wans = {"teacher": cfg.teacher, "critic": cfg.critic, "negative_prompt": prompts.negative_prompt}
-        extra = {**wans, "video": pixel_shape(latent), **cfg.loss.guidance.logs()}
+        wans = {"teacher": absolute(cfg.teacher), "critic": absolute(cfg.critic)}
+        extra = {
+            **wans,
+            "negative_prompt": prompts.negative_prompt,
+            "video": pixel_shape(latent),
+            **cfg.loss.guidance.logs(),
+        }
         return description, provenance(
             stage="stage3_self_forcing",
             step=step,

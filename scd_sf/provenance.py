@@ -91,7 +91,12 @@ def git_revision() -> str:
     return head.strip() + ("+dirty" if status.strip() else "")
 
 
+def absolute(path: str | Path) -> str:
+    """A path as a record names it: the same from every folder, if something is there."""
+    return str(Path(path).resolve()) if str(path) and Path(path).exists() else str(path)
+
+
 def _parent(path: Path) -> dict[str, object]:
     """A parent by path and, when it is one of our checkpoints, by the digest of its manifest."""
     digest = sha256_file(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    return {"path": str(path), "manifest_sha256": digest}
+    return {"path": absolute(path), "manifest_sha256": digest}

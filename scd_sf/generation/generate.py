@@ -112,7 +112,7 @@ def generate_latents(
     if guidance is not None and guidance.on:
         if null is None:
             raise UserError("guidance needs the condition that it leads away from; give null")
-        streamer = Guided(student, guidance, as_stored(null), noise.role("corruption"))
+        streamer = Guided(student, guidance, as_stored(null), noise.role("corruption", once=True))
     chunks = stream_rollout(
         streamer,
         noise.chunks((size[0], size[1], size[2]), student.chunk, known, frames),
@@ -164,7 +164,8 @@ def as_stored(cond: Conditioning) -> Conditioning:
 
 
 class ClipNoise:
-    """Standard normal noise of B clips. What is drawn for row b and latent frame f depends on (seeds[b], f) alone."""
+    """Standard normal noise of B clips. What is drawn for row b and latent frame f depends on (seeds[b], f), on what it
+    is for and on how often that was asked for in its chunk."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str) -> None:
         self.seeds, self.device = list(seeds), device
@@ -180,13 +181,13 @@ class ClipNoise:
             self._frame, self._draws = first + number * chunk, {}
             yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
 
-    def role(self, name: str) -> Noise:
-        """Noise like x for one use of it; each call within a chunk is a new draw.
+    def role(self, name: str, *, once: bool = False) -> Noise:
+        """Noise like x for one use of it; each call within a chunk is a new draw, with ``once`` the same one.
 
         x is (B, n, C, H, W), each frame with noise of its own, or (B, L, E)."""
 
         def like(x: Tensor) -> Tensor:
-            draw = self._draws.get(name, 0)
+            draw = 0 if once else self._draws.get(name, 0)
             self._draws[name] = draw + 1
             frames = x.shape[1] if x.ndim == 5 else 1
             shape = x.shape[2:] if x.ndim == 5 else x.shape[1:]

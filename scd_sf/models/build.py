@@ -23,7 +23,7 @@ from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig, WanConfig
 from scd_sf.models.wan import Wan
-from scd_sf.provenance import checked_origin
+from scd_sf.provenance import absolute, checked_origin
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
 
@@ -210,7 +210,7 @@ def write_single(
         raise UserError(f"{path}: exists already, nothing is overwritten; choose another name")
     metadata = {
         "format": SINGLE,
-        "config": to_yaml(replace(config, base=absolute_base(config.base))),
+        "config": to_yaml(replace(config, base=absolute(config.base))),
         "provenance": json.dumps(dict(origin)),
         "stage": str(origin.get("stage", "")),
         "step": str(origin.get("step", "")),
@@ -223,11 +223,6 @@ def write_single(
     sweep(path.parent)
     with foreign(f"{path}: cannot be written", "choose another place"):
         write_tensors(path, tensors, metadata)
-
-
-def absolute_base(base: str) -> str:
-    """A base directory as a checkpoint records it: the same from every folder, if it is there."""
-    return str(Path(base).resolve()) if base and Path(base).is_dir() else base
 
 
 def base_of(recorded: str, other: str, where: Path | str) -> Path:

@@ -6,6 +6,7 @@ first part that a model's own names begin with is the section.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -14,7 +15,10 @@ from scd_sf.models.names import without_wrappers
 from scd_sf.tensor_files import Lazy
 from scd_sf.types import UserError
 
+log = logging.getLogger(__name__)
+
 GENERATOR = "generator"
+PLAIN = "plain"  # as a section: the weights whose names have none
 AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
 # Words that say nothing about which model of a training this is.
 NEUTRAL = {"model", "state", "dict", "net", "network", "diffusion", "params", "weights", "transformer", "dit", "pipe"}
@@ -23,8 +27,9 @@ NEUTRAL = {"model", "state", "dict", "net", "network", "diffusion", "params", "w
 def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section: str, where: str) -> dict[str, Lazy]:
     """The tensors of one section, by names without it and without what wraps models in trainings.
 
-    ``roots``: what the model's own names begin with. ``section`` decides; else the generator's before another
-    model's, and the moving average before the last weights. UserError naming the sections where that leaves several.
+    ``roots``: what the model's own names begin with. ``section`` decides, :data:`PLAIN` are those without one; else the
+    generator's before another model's, and the moving average before the last weights: a warning says which of several
+    was taken. UserError naming the sections where that leaves several, as for plain tensors beside a generator's.
     """
     names = {name: without_wrappers(name) for name in tensors}
     labels = {name: _label(bare, roots) for name, bare in names.items()}
@@ -61,7 +66,7 @@ def _label(name: str, roots: Collection[str]) -> str | None:
 
 def _chosen(labels: list[str], section: str, where: str) -> str:
     if section:
-        wanted = [label for label in labels if label == section]
+        wanted = [label for label in labels if label == ("" if section == PLAIN else section)]
         wanted = wanted or [label for label in labels if label.startswith(f"{section}.") or section in label.split(".")]
         if not wanted:
             names = ", ".join(map(_shown, labels))
@@ -70,13 +75,16 @@ def _chosen(labels: list[str], section: str, where: str) -> str:
     if not labels:
         return ""
     families = {_family(label) for label in labels}
-    preferred = next((name for name in (GENERATOR, "") if name in families), None)
-    rest = [label for label in labels if preferred is None or _family(label) == preferred]
-    if preferred is not None or len(families) == 1:
+    preferred = families & {GENERATOR, ""}
+    rest = [label for label in labels if not preferred or _family(label) in preferred]
+    if len(preferred or families) == 1:
         rest = [label for label in rest if _words(label) & AVERAGE] or rest
     if len(rest) != 1:
         names = ", ".join(map(_shown, rest))
         raise UserError(f"{where}: holds several sets of weights ({names}); say which with section=")
+    if len(labels) > 1:
+        names = ", ".join(map(_shown, labels))
+        log.warning("%s: holds several sets of weights (%s); took %s", where, names, _shown(rest[0]))
     return rest[0]
 
 
@@ -90,8 +98,8 @@ def _family(label: str) -> str:
 
 
 def _shown(label: str) -> str:
-    """A label for people: ``generator.model`` is the generator; the weights without a section are 'the plain ones'."""
+    """A label for people: ``generator.model`` is the generator; the weights without a section are :data:`PLAIN`."""
     parts = label.split(".")
     while len(parts) > 1 and parts[-1] in NEUTRAL:
         parts.pop()
-    return ".".join(parts) or "the plain ones"
+    return ".".join(parts) or PLAIN

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
 from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, absolute_base
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.export import must_be_new
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
-from scd_sf.provenance import provenance
+from scd_sf.provenance import absolute, provenance
 from scd_sf.types import UserError
 
 
@@ -134,7 +134,7 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
     like = read_wan_config(base) if own else None  # without one: VAE and text encoder alone
     wan = load_wan(file, section=cfg.section, heads=cfg.heads, like=like)
     digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
-    return wan, {"weights": str(file), "weights_sha256": digest, "section": cfg.section}
+    return wan, {"weights": absolute(file), "weights_sha256": digest, "section": cfg.section}
 
 
 def run_transplant(cfg: TransplantConfig) -> str:
@@ -155,7 +155,7 @@ def run_transplant(cfg: TransplantConfig) -> str:
     else:
         student, report = transplant_causal(wan, cfg.chunk)
     verify_transplant(student, wan, report)
-    base = absolute_base(cfg.base)
+    base = absolute(cfg.base)
     record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": base, **origin})
     description = to_yaml(CheckpointConfig(config, cfg.sampler, base=base))
     with new_folder(out, "choose another out=") as part:

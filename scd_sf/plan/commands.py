@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 
 
 def plan(
@@ -39,6 +40,7 @@ def plan(
     if text_tokens < 1:
         raise UserError(f"--text-tokens is {text_tokens}; at least 1 (512 for Wan)")
     files = [Path(text) for text in configs if "=" not in text]
+    say("counting a step on the meta device; a full-size stage takes about half a minute", sys.stderr)
     cluster = Cluster(nodes, gpus_per_node, gpu_mem, peak_tflops, mfu)
     found = budget(read_job(files, [text for text in configs if "=" in text], student, text_tokens), cluster)
     advised = advice(found)

@@ -63,6 +63,9 @@ def test_guidance_by_corruption_keeps_to_its_row() -> None:
     alone = made(variant, cond.rows(slice(1, 2)), [8], 5, guidance=guidance, null=null)
     torch.testing.assert_close(alone[0, :3], both[1], **CLOSE)
     assert float((both - made(variant, cond, [7, 8])).abs().max()) > 1e-3
+    for known in (1, 2):  # and not to how much of the clip was there before
+        rest = made(variant, cond, [7, 8], history=both[:, :known], guidance=guidance, null=null)
+        torch.testing.assert_close(rest, both[:, known:], **CLOSE)
     with pytest.raises(UserError, match="give null"):
         made(variant, cond, [7, 8], guidance=SampleGuidance(GuidanceConfig(3.0)))
 

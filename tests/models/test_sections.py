@@ -80,6 +80,20 @@ def test_section_decides(tmp_path: Path) -> None:
         assert list(chosen.values()) == [1, 2, 3, 1], file.name
         with pytest.raises(UserError, match=r"no weights 'student' in it \(it has critic, generator, generator_ema\)"):
             read(file, "student")
+    for file in write(tmp_path, {"": 1, "generator": 2}):
+        assert [read(file, "plain"), read(file, "generator")] == [1, 2], file.name
+
+
+def test_what_was_taken_of_several_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for file in write(tmp_path, {"generator": 1, "generator_ema": 2, "critic": 3}):
+        caplog.clear()
+        read(file, "generator")
+        assert not caplog.messages
+        read(file)
+        assert (
+            f"{file}: holds several sets of weights (critic, generator, generator_ema); took generator_ema"
+            in caplog.text
+        )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,10 @@ def test_section_decides(tmp_path: Path) -> None:
         ({"generator_ema": 1, "generator.ema": 2}, "generator.ema, generator_ema"),
         ({"ema_1": 1, "ema_2": 2, "model": 3}, "ema_1, ema_2"),
         ({"model": 1, "state_dict": 2}, "model, state_dict"),
-        ({"": 1, "model": 2}, "the plain ones, model"),
+        ({"": 1, "model": 2}, "plain, model"),
+        ({"": 1, "generator": 2}, "plain, generator"),
+        ({"": 1, "generator_ema.model": 2, "critic": 3}, "plain, generator_ema"),
+        ({"model": 1, "generator.model": 2}, "generator, model"),
     ],
 )
 def test_several_and_no_way_to_decide(tmp_path: Path, sections: dict[str, float], names: str) -> None:

@@ -49,11 +49,18 @@ def test_stage1_report_names_every_tensor(chain: Chain) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("stage", ["stage2", "stage3"])
-def test_keeping_attention_is_the_same_training(chain: Chain, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "parent"), [("stage2", "stage1"), ("stage3", "stage2")])
+def test_keeping_attention_is_the_same_training(chain: Chain, tmp_path: Path, stage: str, parent: str) -> None:
     arguments = chain.stage2(tmp_path) if stage == "stage2" else chain.stage3(tmp_path)
-    recipe_runner.succeed(SCRIPTS[stage], *arguments, "recompute_attention=false")
+    here = (
+        f"init={os.path.relpath(find(chain.root / parent))}"  # and told by a relative path, recorded by the whole one
+    )
+    more = [f"teacher={os.path.relpath(chain.wan)}"] if stage == "stage3" else []
+    recipe_runner.succeed(SCRIPTS[stage], *arguments, here, *more, "recompute_attention=false")
     assert tiny_run.metrics(tmp_path) == tiny_run.metrics(chain.root / stage)
+    record = read_provenance(find(tmp_path))
+    assert record["parents"] == read_provenance(find(chain.root / stage))["parents"]
+    assert record.get("teacher", str(chain.wan)) == str(chain.wan)
 
 
 @pytest.mark.parametrize(("stage", "parent"), [("stage2", "stage1"), ("stage3", "stage2")])

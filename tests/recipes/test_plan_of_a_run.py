@@ -17,7 +17,8 @@ def test_a_real_run_is_planned_from_its_own_configuration(chain: Chain) -> None:
         config = chain.root / stage / "config.yaml"
         out = CliRunner().invoke(app, ["plan", str(config), "--gpus-per-node", "1", "--json"], catch_exceptions=False)
         assert out.exit_code == 0, out.output
-        found = json.loads(out.output)
+        found = json.loads(out.stdout)
+        assert "counting a step on the meta device" in out.stderr
         assert found["assumed"] == [] and found["fits"] and found["world"] == 1
         newest = max((chain.root / stage / "checkpoints").glob("step_*"))
         size = sum(file.stat().st_size for file in newest.rglob("*.safetensors"))
