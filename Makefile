@@ -1,6 +1,7 @@
 # Every target builds .venv when it is missing or older than pyproject.toml (about 6 minutes and 7 GB the first time).
 #   make demo       the whole chain at toy size on CPU; run it again to resume
 #   make test       fast tests          make test-slow  all CPU tests (what CI runs)      make test-gpu  on a CUDA machine
+#   make gpu        one CUDA GPU, about ten minutes, no installation: tests, frames per second, training (docs/gpu.md)
 #   make lint       ruff, mypy          make format     ruff's automatic fixes            make teacher   re-train the demo teacher
 
 PYTHON ?= python3
@@ -18,10 +19,10 @@ ARGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo teacher test test-slow test-gpu lint format
+.PHONY: help venv demo teacher test test-slow test-gpu gpu lint format
 
 help:
-	@sed -n '2,4s/^# *//p' Makefile
+	@sed -n '2,5s/^# *//p' Makefile
 
 venv: $(STAMP)
 
@@ -54,6 +55,10 @@ test-slow:
 test-gpu: $(STAMP)
 	@echo "make: pytest (CUDA)"
 	@$(PY) -m pytest $(T) -m gpu $(ARGS)
+
+# From the source tree, with .venv where there is one and else with $(PYTHON), which is told what it lacks.
+gpu:
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(PART),--part $(PART)) $(ARGS)
 
 lint: $(STAMP)
 	@echo "make: ruff and mypy"

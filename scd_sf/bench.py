@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import generate_latents
+from scd_sf.metrics.floor import HeavyCalls, Peak, synchronize
 from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import (
     ModelConfig,
@@ -71,6 +72,7 @@ class BenchConfig:
     (unset: the checkpoint's; re-noise in 4 steps for random weights). ``base``: the directory with VAE and text encoder
     (empty: the first checkpoint's; without one, Wan 2.1's VAE with random weights and no text encoder). Sizes of 0: as
     trained. ``window``, ``sink``: latent frames the history keeps (0: all). ``device`` empty: a GPU where there is one.
+    ``floor``: also time every matmul and attention call of the student alone (:mod:`scd_sf.metrics.floor`).
     """
 
     checkpoints: list[str] = field(default_factory=list)
@@ -91,6 +93,7 @@ class BenchConfig:
     vae_dtype: str = "fp32"
     compile: CompileConfig = field(default_factory=CompileConfig)
     text_tokens: int = 512
+    floor: bool = False
     out: str = ""
 
     def __post_init__(self) -> None:
@@ -140,6 +143,8 @@ class Entry:
     compile: CompileConfig
     block_passes: float = 0.0
     attention: tuple[str, ...] = ()
+    floor: float | None = None
+    peak: int = 0
     clips: list[Clip] = field(default_factory=list)
 
 
@@ -154,8 +159,7 @@ class Bench:
     text: TextEncoder | None
 
     def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     def prompt(self, student: Student) -> tuple[Conditioning, float]:
@@ -168,27 +172,36 @@ class Bench:
         return Conditioning(states.to(self.device)), 0.0
 
     @torch.no_grad()
-    def clip(self, entry: Entry) -> Clip:
-        """Make one clip and time it."""
+    def clip(self, entry: Entry, heavy: HeavyCalls | None = None) -> Clip:
+        """Make one clip and time it; ``heavy`` counts the student's calls."""
         shape, student = self.shape, entry.student
         cond, text = self.prompt(student)
         dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
+        size = shape.latent(1)[1:]
+        chunks = generate_latents(student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink)
+        peak = Peak(self.device)
+        peak.reset()
         started = self.clock()
-        for latents in generate_latents(
-            student, cond, [0], shape.latent(1)[1:], entry.sampler, window=cfg.window, sink=cfg.sink
-        ):
+        while True:
+            with heavy or nullcontext():
+                latents = next(chunks, None)
+            if latents is None:
+                break
             made = self.clock()
             pixels.append(decoder.push(latents).shape[1])
             decoded = self.clock()
             dit.append(made - started)
             vae.append(decoded - made)
             started = decoded
+        entry.peak = max(entry.peak, peak.bytes())
         return Clip(text, tuple(dit), tuple(vae), tuple(pixels))
 
     def observe(self, entry: Entry) -> None:
-        """One clip before anything is compiled: block passes and attention kernels."""
+        """One clip before anything is compiled: block passes, attention kernels, the floor."""
+        heavy = HeavyCalls() if self.cfg.floor else None
         with BlockPassCounter(entry.student, WanBlock) as counter, AttentionKernels() as kernels:
-            self.clip(entry)
+            self.clip(entry, heavy)
+        entry.floor = None if heavy is None else heavy.floor()
         entry.block_passes = counter.per_frame(self.shape.frames, frames_per_pass=entry.student.chunk)
         entry.attention = tuple(sorted(kernels.names))
 
@@ -224,6 +237,11 @@ class Bench:
             "block_passes_per_latent_frame": entry.block_passes,
             "attention": list(entry.attention),
             "compile": asdict(entry.compile),
+            "peak_memory_gib": round(entry.peak / 2**30, 2),
+            "floor_seconds": None if entry.floor is None else round(entry.floor, 4),
+            "dit_over_floor": None
+            if entry.floor is None
+            else round(median(lambda clip: sum(clip.dit)) / entry.floor, 3),
             "fps_dit": median(lambda clip: clip.fps(vae=False)),
             "fps_dit_vae": median(lambda clip: clip.fps(vae=True)),
             "steady_from_latent_frame": full * chunk,
@@ -303,8 +321,9 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
     return Entry(row, model.requires_grad_(False), sampler, compiled), origin, base
 
 
-def open_bench(cfg: BenchConfig) -> tuple[Bench, list[Entry]]:
-    """Load and check everything. UserError: sizes nobody knows, models that do not fit this VAE."""
+def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Entry]]:
+    """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError: sizes nobody knows,
+    models that do not fit this VAE."""
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     opened = [open_entry(cfg, row, device) for row in cfg.models]
     base = cfg.base or next((base for _, _, base in opened if base), "")
@@ -313,7 +332,7 @@ def open_bench(cfg: BenchConfig) -> tuple[Bench, list[Entry]]:
         vae = load_vae(base, device=device, dtype=dtype_of(cfg.vae_dtype))
         text: TextEncoder | None = load_text_encoder(base, device=device, dtype=dtype_of(cfg.dtype))
     else:
-        vae, text = Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))), None
+        vae, text = vae or Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))), None
     asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     known = next((origin for _, origin, _ in opened if origin.get("video")), {})
     entries = [entry for entry, _, _ in opened]
@@ -325,9 +344,9 @@ def open_bench(cfg: BenchConfig) -> tuple[Bench, list[Entry]]:
     return Bench(cfg, device, shape, vae, text), entries
 
 
-def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print) -> dict[str, object]:
-    """Measure every model in interleaved rounds; the JSON document."""
-    bench, entries = open_bench(cfg)
+def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Vae | None = None) -> dict[str, object]:
+    """Measure every model in interleaved rounds; the JSON document. ``vae``: see :func:`open_bench`."""
+    bench, entries = open_bench(cfg, vae)
     for entry in entries:
         bench.observe(entry)
         compile_steps(entry.student, entry.compile, bench.device)
@@ -338,13 +357,19 @@ def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print) -> dict
         for entry in entries:
             entry.clips.append(bench.clip(entry))
         progress(f"round {number + 1}/{cfg.rounds}")
-    return {"schema": SCHEMA, "setup": setup(bench), "rows": [bench.row(entry, entries[0]) for entry in entries]}
+    rows = [bench.row(entry, entries[0]) | {"peak_memory_alone_gib": alone(entry, entries)} for entry in entries]
+    return {"schema": SCHEMA, "setup": setup(bench, max(entry.peak for entry in entries)), "rows": rows}
 
 
-def setup(bench: Bench) -> dict[str, object]:
-    """Everything that decides the figures and is the same for all rows."""
+def alone(entry: Entry, entries: list[Entry]) -> float:
+    """Peak GiB while a model ran, less the weights of the others that were in memory too."""
+    others = [p for other in entries if other is not entry for p in other.student.parameters()]
+    return round((entry.peak - sum(p.numel() * p.element_size() for p in others)) / 2**30, 2)
+
+
+def setup(bench: Bench, peak: int) -> dict[str, object]:
+    """Everything that decides the figures and is the same for all rows. ``peak``: bytes, the most of all models."""
     cfg, shape, cuda = bench.cfg, bench.shape, bench.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(bench.device) if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF)[2]
     return {
         "device": torch.cuda.get_device_name(bench.device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

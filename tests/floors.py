@@ -21,7 +21,7 @@ FLOORS = {
     "train": 4,
     "gallery": 5, "serve": 5, "doctor": 5, "steps": 5, "sampling": 5, "sample_folder": 5, "bench": 5,
     "monitor": 5, "plan": 5, "stages": 5, "validation": 5, "vbench": 5, "generate": 5, "data_tools": 5,
-    "prompt_extend": 5, "prediction": 5, "probing": 5,
+    "prompt_extend": 5, "prediction": 5, "probing": 5, "gpu": 5,
     "cli": 5,
 }  # fmt: skip
 # Imports between neighbours of one floor, each way named once; everything else goes strictly down.
@@ -37,6 +37,7 @@ SIDEWAYS = {
     ("preview", "metrics"), ("vbench", "sampling"), ("vbench", "sample_folder"),
     ("cli", "gallery"), ("cli", "serve"), ("cli", "doctor"), ("sample_folder", "sampling"),
     ("cli", "sampling"), ("cli", "sample_folder"), ("cli", "bench"), ("cli", "monitor"),
+    ("gpu", "bench"), ("gpu", "plan"), ("gpu", "stages"),
     ("cli", "plan"), ("cli", "probing"), ("plan", "stages"), ("cli", "data_tools"),
 }  # fmt: skip
 HIDDEN = {"train": {"models", "rollout", "losses", "probes", "metrics"}}  # lower floors that train must not know

@@ -7,6 +7,7 @@ calls were needed.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _HEAVY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
+_IN_A_ROW = 10  # calls that a GPU is given at once, so that launching them does not count
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class Spec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     def tensor(self) -> Tensor:
         size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        storage = torch.empty(size, dtype=self.dtype)
+        storage = torch.empty(size, dtype=self.dtype, device=self.device)
         storage = storage.normal_() if self.dtype.is_floating_point else storage.fill_(1)
         return storage.as_strided(self.shape, self.stride)
 
@@ -40,7 +43,7 @@ Call = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator, arg
 
 
 class HeavyCalls(TorchDispatchMode):
-    """Counts the heavy calls made inside the ``with`` by their arguments' shapes (CPU)."""
+    """Counts the heavy calls made inside the ``with`` by their arguments' shapes and devices."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,7 +63,7 @@ class HeavyCalls(TorchDispatchMode):
 
 def _spec(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return Spec(tuple(value.shape), value.stride(), value.dtype)
+        return Spec(tuple(value.shape), value.stride(), value.dtype, value.device)
     return tuple(_spec(item) for item in value) if isinstance(value, list) else value
 
 
@@ -74,12 +77,41 @@ def _given(spec: Any) -> Any:
 def _alone(call: Call, repeats: int) -> float:
     func, specs, keywords = call
     given, named = [_given(spec) for spec in specs], {key: _given(spec) for key, spec in keywords}
+    device = next((spec.device for spec in specs if isinstance(spec, Spec)), torch.device("cpu"))
+    if device.type == "cuda":
+        func(*given, **named)  # the library chooses its kernel
     best = float("inf")
     for _ in range(repeats):
+        synchronize(device)
         started = time.perf_counter()
-        func(*given, **named)
-        best = min(best, time.perf_counter() - started)
+        for _ in range(times := _IN_A_ROW if device.type == "cuda" else 1):
+            func(*given, **named)
+        synchronize(device)
+        best = min(best, (time.perf_counter() - started) / times)
     return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Peak:
+    """Most bytes that tensors took on a GPU at once since the last :meth:`reset`; of a CPU, the most that the process
+    ever had resident."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF)[2]
 
 
 def peak_gib(reset: bool = False) -> float:

@@ -43,3 +43,14 @@ def test_peak_memory_follows_allocation() -> None:
     before = peak_gib(reset=True)
     kept = torch.ones(64 << 20, dtype=torch.uint8)
     assert peak_gib() - before > 0.05 and kept.numel()
+
+
+def test_convolutions_of_the_decoder_are_no_part_of_the_students_floor() -> None:
+    """Counting can go on and off: what runs between is not counted."""
+    a, image = torch.randn(8, 8), torch.randn(1, 3, 8, 8)
+    heavy = HeavyCalls()
+    for _ in range(2):
+        with heavy:
+            torch.mm(a, a)
+        F.conv2d(image, torch.randn(3, 3, 3, 3))
+    assert [(func.overloadpacket.__name__, count) for (func, *_), count in heavy.calls.items()] == [("mm", 2)]

@@ -1,0 +1,119 @@
+"""What one CUDA GPU shows of this project in about ten minutes; random weights, no network, no installation.
+
+    make gpu                     python benchmarks/gpu.py                 all parts, most telling first
+    make gpu PART=2              python benchmarks/gpu.py --part 2        one of them
+    make gpu ARGS='--device cpu --out /tmp/toy.json'                      the same code, whole, at toy size
+
+ 1. every path on CUDA against the CPU at tiny size
+ 2. Wan 1.3B's size: frames per second of SCD and of Self-Forcing, eager, compiled, as CUDA graphs
+ 3. a stage-2 update and a stage-3 cycle at full size: seconds, MFU, memory against `scd plan`
+ 4. the demo's chain on the GPU: the CPU's curves?
+
+Every part runs in a process of its own. What is in the JSON is not measured again; what failed or was left out is (see
+docs/gpu.md). The budgets are for an H100 and are estimates: nobody has run this on one yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "results" / "gpu.json"
+BUDGETS = {1: 110.0, 2: 240.0, 3: 160.0, 4: 90.0}
+# Module, and the package that holds it where its name is another.
+NEEDED = {
+    "torch": "", "numpy": "", "safetensors": "", "transformers": "", "diffusers": "", "PIL": "pillow", "yaml": "pyyaml",
+    "typer": "", "tensorboard": "", "msgspec": "", "ftfy": "", "wcwidth": "", "rich": "", "deepspeed": "", "hjson": "",
+    "psutil": "", "einops": "", "msgpack": "", "pydantic": "", "cpuinfo": "py-cpuinfo", "tqdm": "", "ninja": "",
+}  # fmt: skip
+
+
+def missing() -> list[str]:
+    """Packages that are not here."""
+    return [package or module for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--part", type=int, nargs="*", choices=tuple(BUDGETS), default=list(BUDGETS), help="default: all")
+    made.add_argument("--out", type=Path, default=OUT, help="JSON; tables in Markdown beside it (default: %(default)s)")
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy size")
+    made.add_argument("--again", action="store_true", help="measure what is in the JSON again")
+    made.add_argument("--only", default="", help="rows whose name contains this")
+    made.add_argument("--budget", type=float, default=1.0, help="multiply all budgets by this")
+    made.add_argument("--latents", type=Path, default=ROOT / "runs" / "demo" / "latents", help="the demo's, of part 4")
+    made.add_argument("--inside", type=float, help=argparse.SUPPRESS)  # of a part's process: the seconds it has left
+    return made
+
+
+def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
+    """A part by its number; what it needs is imported when its rows are asked for."""
+    from scd_sf.gpu.parts import Part
+
+    def speed() -> Any:
+        from scd_sf.gpu.speed import rows
+
+        return rows(card)
+
+    known = {2: ("Wan 1.3B's size: frames per second", speed)}
+    title, rows = known[number]
+    return Part(number, title, args.budget * BUDGETS[number], rows)
+
+
+def inside(args: argparse.Namespace) -> None:
+    """One part, in its own process."""
+    from scd_sf.gpu.card import open_card, stamp
+    from scd_sf.gpu.parts import Record, measure_rows
+
+    card = open_card(args.device)
+    sys.exit(measure_rows(part_of(args.part[0], args, card), Record(args.out), stamp(), args.inside, args.only))
+
+
+def main() -> None:
+    args = parser().parse_args()
+    os.chdir(ROOT)
+    if args.inside is not None:
+        return inside(args)
+    import torch
+    from rich.console import Console
+
+    from scd_sf.files import write_text
+    from scd_sf.gpu.card import machine, open_card
+    from scd_sf.gpu.parts import Record, run_part, script_command
+    from scd_sf.gpu.report import markdown, tables
+    from scd_sf.types import UserError
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size")
+    if args.device == "cpu" and args.out == OUT:
+        raise UserError(f"--device cpu: figures of toy size do not belong into {OUT}; name another file with --out")
+    record = Record(args.out.absolute())
+    record.on(machine(open_card(args.device)))
+    same = ["--out", str(record.path), "--device", args.device, "--only", args.only, "--latents", str(args.latents)]
+    for number in args.part:
+        command = [*script_command(Path(__file__), "--part", str(number)), *same, "--budget", str(args.budget)]
+        run_part(part_of(number, args, None), record, [*command, "--inside"], args.again)
+        write_text(record.path.with_suffix(".md"), markdown(record.read()))
+    for item in tables(record.read()):
+        Console(width=None if Console().is_terminal else 180).print(item)
+
+
+def begin() -> None:
+    """Before anything of ours is imported: is everything here that it imports?"""
+    sys.path.insert(0, str(ROOT))
+    lacking = missing()
+    if lacking:
+        words = ", ".join(lacking)
+        sys.exit(f"error: missing {words}: pip install {words.replace(',', '')} (without network: docs/gpu.md)")
+    from scd_sf.types import exit_on_user_error
+
+    exit_on_user_error(main)
+
+
+if __name__ == "__main__":
+    begin()

@@ -1,0 +1,211 @@
+"""A measurement in parts, kept in one JSON document: resumable, each part in processes of its own, within its budget.
+
+A part is a list of rows. A row that was measured is not measured again; one that failed, or was left out because the
+budget was spent, is tried by the next call. A row that kills its process (memory, a fault of the GPU) is recorded with
+the last lines of its output, and a new process goes on with the next row. Only one process writes the document at a
+time: the part's while it runs, the caller's otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scd_sf.files import read_json, write_json
+from scd_sf.types import UserError, printable, say
+
+SCHEMA = 1
+AGAIN = 75  # the exit code of a process that leaves the next rows to a fresh one
+LINES = 15  # of its output that are kept of a row that failed
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """``measure`` returns JSON values; ``lines`` among them are the row's lines in the table, by column."""
+
+    name: str
+    measure: Callable[[], Figures]
+
+
+@dataclass(frozen=True)
+class Part:
+    """``seconds``: the budget, after which no further row begins; ``grace`` seconds later a row that still runs is
+    stopped. ``rows`` is called in the part's own process."""
+
+    number: int
+    title: str
+    seconds: float
+    rows: Callable[[], Sequence[Row]]
+    grace: float = 180.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """The document at ``path``."""
+
+    path: Path
+
+    def read(self) -> Figures:
+        """The whole document; an empty one where there is none yet. UserError: it is another kind of file."""
+        if not self.path.exists():
+            return {"schema": SCHEMA, "machine": None, "parts": {}}
+        remedy = "name another file with --out"
+        document = read_json(self.path, remedy)
+        if document.get("schema") != SCHEMA or not isinstance(document.get("parts"), dict):
+            raise UserError(f"{self.path}: not a document of this script; {remedy}")
+        return document
+
+    def on(self, machine: Figures) -> None:
+        """Say which machine it is. UserError: the rows that are there are another's."""
+        document = self.read()
+        there = document["machine"]
+        if there is not None and there["device"] != machine["device"]:
+            raise UserError(
+                f"{self.path}: holds figures of '{there['device']}', this is '{machine['device']}'; name another file "
+                "with --out"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, document | {"machine": machine})
+
+    def part(self, part: Part) -> Figures:
+        """What is there of a part."""
+        empty = {"title": part.title, "budget_seconds": part.seconds, "seconds": 0.0, "rows": {}, "left_out": []}
+        found: Figures = self.read()["parts"].get(str(part.number), empty)
+        return found
+
+    def put(self, part: Part, values: Mapping[str, object]) -> None:
+        """Replace fields of a part."""
+        document = self.read()
+        document["parts"][str(part.number)] = {**self.part(part), **values}
+        document["parts"] = dict(sorted(document["parts"].items()))
+        write_json(self.path, document)
+
+    def finish(self, part: Part, name: str, figures: Figures) -> None:
+        """A row is done, or failed."""
+        self.put(part, {"rows": self.part(part)["rows"] | {name: figures}, "running": None})
+
+    def begin_again(self, part: Part, everything: bool) -> None:
+        """Forget what a call tries again: what failed or was left out, or ``everything``."""
+        there = self.part(part)
+        rows = {} if everything else {name: row for name, row in there["rows"].items() if "error" not in row}
+        fresh = {"title": part.title, "budget_seconds": part.seconds, "rows": rows, "left_out": [], "running": None}
+        self.put(part, fresh | {"error": None, "seconds": there["seconds"] if rows else 0.0})
+
+
+def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, only: str = "") -> int:
+    """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every row; ``only``: rows
+    whose names contain it. Returns the process's exit code."""
+    started, left_out = time.monotonic(), list[str]()
+    done = record.part(part)["rows"]
+    for row in part.rows():
+        if row.name in done or only not in row.name:
+            continue
+        if time.monotonic() - started >= seconds:
+            left_out.append(row.name)
+            continue
+        record.put(part, {"running": row.name})
+        say(f"{row.name} ..")
+        began, fatal = time.monotonic(), False
+        try:
+            figures = row.measure()
+        except Exception as error:
+            figures, fatal = failure(error), spoils_the_process(error)
+        taken = round(time.monotonic() - began, 2)
+        record.finish(part, row.name, figures | {"row_seconds": taken} | stamp)
+        say(f"{row.name}: {figures.get('error', 'measured')} ({taken:.1f} s)")
+        if fatal:
+            return AGAIN
+    record.put(part, {"left_out": left_out})
+    return 0
+
+
+def failure(error: Exception) -> Figures:
+    """Of a row that raised: what, and the last lines of its traceback (an error for people needs none)."""
+    words = printable(" ".join(str(error).split()))[:600] or type(error).__name__
+    if isinstance(error, UserError):
+        return {"error": words, "last_lines": []}
+    lines = [printable(line) for line in traceback.format_exc().splitlines()[-LINES:]]
+    return {"error": f"{type(error).__name__}: {words}", "last_lines": lines}
+
+
+def spoils_the_process(error: Exception) -> bool:
+    """Whether later rows would suffer: memory that is not given back, a CUDA context that is lost."""
+    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "CUDA" in str(error))
+
+
+@dataclass
+class _Child:
+    """A process of a part: its output is passed on, and the last lines are kept."""
+
+    command: Sequence[str]
+    limit: float
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LINES))
+    stopped: bool = False
+
+    def run(self) -> int:
+        """The exit code (negative: a signal's number)."""
+        process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+
+        def stop() -> None:
+            self.stopped = True
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(self.limit, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            with process.stdout as output:
+                for line in output:
+                    self.lines.append(printable(line.rstrip("\n")))
+                    say(f"  {line.rstrip()}")
+            return process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def ended(self, code: int) -> str:
+        if self.stopped:
+            return f"stopped after {self.limit:.0f} s"
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"exit code {code}"
+        return f"its process ended: {name}"
+
+
+def run_part(part: Part, record: Record, command: Sequence[str], everything: bool = False) -> None:
+    """From outside: processes of a part, ``command`` and the seconds left each, until all its rows are done, failed or
+    left out."""
+    record.begin_again(part, everything)
+    started = time.monotonic()
+    while True:
+        spent = time.monotonic() - started
+        left = max(0.0, part.seconds - spent)
+        child = _Child([*command, f"{left:.1f}"], left + part.grace)
+        code = child.run()
+        row = record.part(part).get("running")
+        if row is not None:
+            record.finish(part, row, {"error": child.ended(code), "last_lines": list(child.lines)})
+        elif code not in (0, AGAIN):
+            record.put(part, {"error": child.ended(code), "last_lines": list(child.lines)})
+        if row is None and code != AGAIN:
+            break
+    before = record.part(part)["seconds"]
+    record.put(part, {"seconds": round(before + time.monotonic() - started, 1)})
+
+
+def script_command(script: Path, *arguments: str) -> list[str]:
+    """The command of a script with this interpreter."""
+    return [sys.executable, str(script), *arguments]

@@ -1,0 +1,121 @@
+"""Parts of a measurement: what dies, fails, hangs or finds its budget spent is recorded, and the next row runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scd_sf.gpu.parts import AGAIN, Figures, Part, Record, Row, measure_rows, run_part, spoils_the_process
+from scd_sf.gpu.report import markdown, sheets
+from scd_sf.types import UserError
+
+# A part's process. A row's name says what becomes of it; the file "cured" heals all.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from scd_sf.gpu.parts import Part, Record, Row, measure_rows
+from scd_sf.types import UserError
+
+here = Path(sys.argv[0]).parent
+cured = (here / "cured").exists()
+
+def row(name):
+    def measure():
+        with (here / "ran").open("a") as file:
+            file.write(name + chr(10))
+        if cured or name.startswith("good"):
+            return {"lines": [{"row": name, "value": 1.5, "fine": True}]}
+        print("about to " + name, flush=True)
+        if name == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "hang":
+            time.sleep(600)
+        raise {"refuse": UserError("no such thing"), "lose the GPU": RuntimeError("CUDA error: misaligned")}[name]
+    return Row(name, measure)
+
+part = Part(7, "trials", 100.0, lambda: [row(name) for name in sys.argv[1].split(",")])
+sys.exit(measure_rows(part, Record(here / "out.json"), {"revision": "r", "date": "d"}, float(sys.argv[2])))
+"""
+
+
+def document(record: Record) -> Any:
+    return record.read()["parts"]["7"]
+
+
+def call(folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.0, everything: bool = False) -> Record:
+    (folder / "part.py").write_text(SCRIPT)
+    record = Record(folder / "out.json")
+    part = Part(7, "trials", seconds, lambda: [], grace)
+    run_part(part, record, [sys.executable, str(folder / "part.py"), names], everything)
+    return record
+
+
+def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    names = "good 1,refuse,die,lose the GPU,good 2"
+    record = call(tmp_path, names)
+    rows = document(record)["rows"]
+    assert list(rows) == names.split(",")
+    assert rows["good 1"]["lines"][0]["value"] == 1.5 and rows["good 1"]["revision"] == "r"
+    assert rows["refuse"]["error"] == "no such thing" and rows["refuse"]["last_lines"] == []
+    assert rows["die"]["error"] == "its process ended: SIGKILL" and rows["die"]["last_lines"][-1] == "about to die"
+    assert rows["lose the GPU"]["error"] == "RuntimeError: CUDA error: misaligned"
+    assert "raise" in " ".join(rows["lose the GPU"]["last_lines"])
+    page = markdown(record.read())
+    assert "| good 2 | 1.5 | yes |" in page and "FAILED: die: its process ended: SIGKILL" in page
+    # The same command: only what failed runs again.
+    (tmp_path / "ran").unlink()
+    (tmp_path / "cured").touch()
+    assert not [row for row in document(call(tmp_path, names))["rows"].values() if "error" in row]
+    assert (tmp_path / "ran").read_text().split("\n")[:-1] == ["refuse", "die", "lose the GPU"]
+    call(tmp_path, names, everything=True)
+    assert len((tmp_path / "ran").read_text().split("\n")) == 3 + 5 + 1
+
+
+def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    part = document(call(tmp_path, "good 1,good 2", seconds=0.0))
+    assert part["left_out"] == ["good 1", "good 2"] and part["rows"] == {}
+    rows = document(call(tmp_path, "hang,good 1", seconds=0.5, grace=3.0))["rows"]
+    assert rows["hang"]["error"].startswith("stopped after") and rows["hang"]["last_lines"] == [
+        "hang ..", "about to hang"
+    ]  # fmt: skip
+    assert sheets({"parts": {"7": part}}).__next__().notes[0] == "left out, as the budget was spent: good 1"
+
+
+def test_a_part_that_cannot_begin_says_so(tmp_path: Path) -> None:
+    record = Record(tmp_path / "out.json")
+    run_part(Part(7, "trials", 9.0, lambda: []), record, [sys.executable, "-c", "raise SystemExit('no such module')"])
+    assert document(record)["error"] == "its process ended: exit code 1"
+    assert "NOT RUN: its process ended: exit code 1: no such module" in sheets(record.read()).__next__().notes
+
+
+def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
+    record = Record(tmp_path / "sub" / "out.json")
+    record.on({"device": "H100"})
+    record.on({"device": "H100"})
+    with pytest.raises(UserError, match="holds figures of 'H100', this is 'A100'"):
+        record.on({"device": "A100"})
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match="not a document of this script"):
+        Record(tmp_path / "x.json").read()
+
+
+def test_memory_that_is_gone_takes_a_fresh_process(tmp_path: Path) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    def fail() -> Figures:
+        raise OutOfMemoryError("tried to allocate")
+
+    part = Part(7, "trials", 9.0, lambda: [Row("big", fail), Row("next", lambda: {"lines": []})])
+    record = Record(tmp_path / "out.json")
+    assert measure_rows(part, record, {}, 9.0) == AGAIN
+    assert list(document(record)["rows"]) == ["big"]
+    assert measure_rows(part, record, {}, 9.0, only="next") == 0 and list(document(record)["rows"]) == ["big", "next"]
+    assert spoils_the_process(RuntimeError("CUDA error")) and not spoils_the_process(AssertionError("differs"))
