@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from scd_sf.models.build import (
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.export import dtype_of
 from scd_sf.models.generator import CacheConfig
-from scd_sf.models.scd import Scd
 from scd_sf.models.text import TextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, channels_last, load_vae
 from scd_sf.models.wan import Wan
@@ -316,9 +315,7 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
         own, base = description.sampler, description.base
         model = model.to(device, dtype)
     sampler = choose_sampler(own, row.sampler or cfg.sampler, row.name, force=True).build()
-    graphs = cfg.compile.cuda_graphs and isinstance(model, Scd)  # the baseline's steps have no fixed shapes
-    compiled = replace(cfg.compile, cuda_graphs=graphs)
-    return Entry(row, model.requires_grad_(False), sampler, compiled), origin, base
+    return Entry(row, model.requires_grad_(False), sampler, cfg.compile), origin, base
 
 
 def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Entry]]:

@@ -7,18 +7,19 @@ Letters: B batch, K noisy samples, F latent frames, M target chunks, C H W laten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from scd_sf.models.generator import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
+from scd_sf.models.replay import Replayed, run_step
 from scd_sf.models.trunk import Text, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
-from scd_sf.nn.kv_cache import Cache, KVCache, RingKVCache
+from scd_sf.nn.kv_cache import KV, Cache, KVCache, RingKVCache
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
-from scd_sf.nn.rope import Axes
+from scd_sf.nn.rope import Axes, Rotary
 from scd_sf.types import Conditioning
 
 
@@ -32,6 +33,11 @@ def new_cache(config: CacheConfig | None, tokens: int, axes: Axes, new_frames: i
     if window.recent is None:
         return RingKVCache(config.preallocate * tokens, new)
     return RingKVCache(window.recent + window.sink, new, wrap=True, window=window)
+
+
+def places(config: CacheConfig | None, chunk: int) -> int:
+    """How many lengths the history can have that a step reads."""
+    return (0 if config is None else config.preallocate or 0) // chunk + 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Causal(nn.Module):
     def __init__(self, cfg: TrunkConfig, chunk: int = 1) -> None:
         super().__init__()
         self.cfg, self._chunk, self.frame_diagonal = cfg, chunk, 0
+        self.replay: Replayed | None = None
         self.trunk = Trunk(cfg, range(cfg.num_layers))
 
     @property
@@ -116,6 +123,8 @@ class Causal(nn.Module):
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> CausalStream:
         history = new_cache(cache, self.cfg.tokens(*latent), self.cfg.rope_axes, self.chunk)
+        if self.replay is not None:
+            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk))
         return CausalStream(*self._told(cond), history, latent)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:
@@ -123,7 +132,8 @@ class Causal(nn.Module):
         return replace(stream, text=text, signal=signal)
 
     def _told(self, cond: Conditioning) -> tuple[Text, Tensor | None]:
-        return self.trunk.text_kv(self.trunk.text(cond.text_BLE)), self.trunk.signal(cond)
+        text = run_step(self.replay, "text", (), lambda x: self.trunk.text_kv(self.trunk.text(x)), cond.text_BLE)
+        return text, self.trunk.signal(cond)
 
     def advance(self, stream: CausalStream, x_0: Tensor | None, query_noise: Tensor) -> CausalStream:
         """Write the finished chunk's K/V (one clean pass of the blocks that see the history); nothing to write before
@@ -131,29 +141,33 @@ class Causal(nn.Module):
         stream = replace(stream, index=stream.index + 1)
         if x_0 is None:
             return stream
-        x_0 = x_0.detach()
-        attend = Streaming(stream.cache, (x_0.shape[1] * self.cfg.tokens(*stream.latent),), write=1)
+        tokens = x_0.shape[1] * self.cfg.tokens(*stream.latent)
+
+        def write(x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None) -> Mapping[int, KV]:
+            attend = Streaming(stream.cache, (tokens,), write=1)
+            self.trunk(x, t_BF, text, rotary, attend, slice(0, self._temporal), 0, signal)
+            return stream.cache.write(attend.take())
+
         with torch.no_grad():  # its output is unused and its K/V are detached
-            t = self.trunk.clean_times(x_0.shape[:2], x_0)
-            self._pass(stream, x_0, t, stream.index - 1, attend, slice(0, self._temporal), keep=0)
-        return replace(stream, cache=stream.cache.extended(attend.take()))
+            x_0 = x_0.detach()
+            inputs = self._inputs(stream, x_0, self.trunk.clean_times(x_0.shape[:2], x_0), stream.index - 1)
+            written = run_step(self.replay, "write", stream.cache.place, write, *inputs)
+        return replace(stream, cache=stream.cache.grown(written, tokens))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The whole trunk on the noisy chunk, reading the history where the cache has one."""
-        attend = Streaming(stream.cache, (x_t.shape[1] * self.cfg.tokens(*stream.latent),))
-        return self._pass(stream, x_t, t.unsqueeze(1).expand(-1, x_t.shape[1]), stream.index, attend)
 
-    def _pass(
-        self,
-        stream: CausalStream,
-        x: Tensor,
-        t_Bn: Tensor,
-        index: int,
-        attend: Streaming,
-        span: slice = slice(None),
-        keep: int | None = None,
-    ) -> Tensor:
+        def step(x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None) -> Tensor:
+            attend = Streaming(stream.cache, (x.shape[1] * self.cfg.tokens(*stream.latent),))
+            velocity: Tensor = self.trunk(x, t_BF, text, rotary, attend, slice(None), None, signal)
+            return velocity
+
+        inputs = self._inputs(stream, x_t, t.unsqueeze(1).expand(-1, x_t.shape[1]), stream.index)
+        return run_step(self.replay, "denoise", stream.cache.place, step, *inputs)
+
+    def _inputs(
+        self, stream: CausalStream, x: Tensor, t_BF: Tensor, index: int
+    ) -> tuple[Tensor, Tensor, Text, Rotary, Tensor | None]:
+        """Of one pass over chunk ``index``."""
         frames = range(index * self.chunk, index * self.chunk + x.shape[1])
-        rotary, signal = self.trunk.rope(frames, *stream.latent, x), pick_frames(stream.signal, frames)
-        velocity: Tensor = self.trunk(x, t_Bn, stream.text, rotary, attend, span, keep, signal)
-        return velocity
+        return x, t_BF, stream.text, self.trunk.rope(frames, *stream.latent, x), pick_frames(stream.signal, frames)

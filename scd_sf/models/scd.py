@@ -13,7 +13,7 @@ Letters: B batch, K noisy samples, F latent frames, M target chunks, n frames pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scd_sf.diffusion.noise import local_noise
-from scd_sf.models.causal import new_cache
+from scd_sf.models.causal import new_cache, places
 from scd_sf.models.dit import ContextNorm, DitConfig
 from scd_sf.models.generator import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
+from scd_sf.models.replay import Replayed, run_step
 from scd_sf.models.scd_decoder import Context, Decoder, DecoderConfig
 from scd_sf.models.trunk import Text, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
-from scd_sf.nn.kv_cache import Cache
+from scd_sf.nn.kv_cache import KV, Cache
 from scd_sf.nn.masks import CLEAN, Layout, teacher_forcing_mask
+from scd_sf.nn.rope import Rotary
 from scd_sf.types import Conditioning, UserError
 
 
@@ -82,6 +84,7 @@ class Scd(nn.Module):
         super().__init__()
         scd.check(cfg.num_layers)
         self.cfg, self.scd, self.samples_in_turn = cfg, scd, False
+        self.replay: Replayed | None = None
         self.encoder = Trunk(cfg, scd.encoder_layers, with_head=False)
         self.context_norm, self.start_token = None, None
         if isinstance(cfg, DitConfig):
@@ -194,16 +197,22 @@ class Scd(nn.Module):
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScdStream:
         history = new_cache(cache, self.cfg.tokens(*latent), self.cfg.rope_axes, 2 * self.chunk)
+        if self.replay is not None:
+            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk))
         return self.switch(ScdStream((), (), None, None, history, latent), cond)
 
     def switch(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
-        text = self.encoder.text_kv(self.encoder.text(cond.text_BLE))
+        text = self._text_kv(self.encoder, cond)
         return self.switch_decoder(replace(stream, encoder_text=text, encoder_signal=self.encoder.signal(cond)), cond)
 
     def switch_decoder(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
         """The same stream, whose decoder alone is told these conditions; they may be of more rows (guidance)."""
-        text = self.decoder.trunk.text_kv(self.encoder.text(cond.text_BLE))
+        text = self._text_kv(self.decoder.trunk, cond)
         return replace(stream, decoder_text=text, decoder_signal=self.decoder.trunk.signal(cond, True))
+
+    def _text_kv(self, trunk: Trunk, cond: Conditioning) -> Text:
+        name = "encoder's text" if trunk is self.encoder else "decoder's text"
+        return run_step(self.replay, name, (), lambda x: trunk.text_kv(self.encoder.text(x)), cond.text_BLE)
 
     def advance(self, stream: ScdStream, x_0: Tensor | None, query_noise: Tensor) -> ScdStream:
         """ONE fused encoder pass; ``query_noise`` (B, n, C, H, W) is pure noise (t = 1). x_0 is detached."""
@@ -217,7 +226,12 @@ class Scd(nn.Module):
             c_RLE = self.context_norm.modulated(c_RLE, stream.temb.repeat(len(c_RLE) // len(stream.temb), 1, 1))
             t = self.encoder.clean_times(t.shape, query_noise)
         signal = pick_frames(stream.decoder_signal, self._frames(stream.index))
-        return replace(stream, context=self.decoder.context(c_RLE, query_noise, t, stream.decoder_text, 1, signal))
+
+        def step(c_RLE: Tensor, query: Tensor, t: Tensor, text: Text, signal: Tensor | None) -> Context:
+            return self.decoder.context(c_RLE, query, t, text, 1, signal)
+
+        context = run_step(self.replay, "context", (), step, c_RLE, query_noise, t, stream.decoder_text, signal)
+        return replace(stream, context=context)
 
     def _frames(self, index: int) -> range:
         return range(index * self.chunk, (index + 1) * self.chunk)
@@ -230,15 +244,20 @@ class Scd(nn.Module):
         length = n * self.cfg.tokens(*stream.latent)
         ones = query_noise.new_ones(query_noise.shape[:2])
         if x_0 is None:
-            x, t, positions, attend = query_noise, ones, range(n), Streaming(stream.cache, (length,))
+            x, t, positions, groups = query_noise, ones, range(n), [length]
         else:
             x = torch.cat([x_0.detach().to(query_noise.dtype), query_noise], 1)
             t = torch.cat([torch.zeros_like(ones), ones], 1)
-            positions = range((index - 1) * n, (index + 1) * n)
-            attend = Streaming(stream.cache, (length, length), write=1)
-        rotary = self.encoder.rope(positions, *stream.latent, x)
-        c_BLE = self.encoder(x, t, stream.encoder_text, rotary, attend, keep=n)
-        cache = stream.cache if x_0 is None else stream.cache.extended(attend.take())
+            positions, groups = range((index - 1) * n, (index + 1) * n), [length, length]
+
+        def step(x: Tensor, t: Tensor, text: Text, rotary: Rotary) -> tuple[Tensor, Mapping[int, KV]]:
+            attend = Streaming(stream.cache, tuple(groups), write=len(groups) - 1)
+            c_BLE: Tensor = self.encoder(x, t, text, rotary, attend, keep=n)
+            return c_BLE, stream.cache.write(attend.take())
+
+        inputs = x, t, stream.encoder_text, self.encoder.rope(positions, *stream.latent, x)
+        c_BLE, written = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
+        cache = stream.cache.grown(written, sum(groups[:-1]))
         return replace(stream, cache=cache, index=index, context=None), c_BLE
 
     def _encode_next_previous(self, stream: ScdStream, x_0: Tensor | None, like: Tensor) -> tuple[ScdStream, Tensor]:
@@ -248,18 +267,28 @@ class Scd(nn.Module):
         length = len(frames) * self.cfg.tokens(*stream.latent)
         x = self._start(len(like), length) if x_0 is None else x_0.detach().to(like.dtype)
         t = self.encoder.clean_times(like.shape[:2], like)
-        signal = pick_frames(stream.encoder_signal, frames)
-        attend = Streaming(stream.cache, (length,), write=1)
-        rotary = self.encoder.rope(frames, *stream.latent, like)
-        c_BLE = self.context_norm(self.encoder(x, t, stream.encoder_text, rotary, attend, signal_BFE=signal))
-        temb, cache = self.encoder.times(t, signal).temb, stream.cache.extended(attend.take())
+        norm = self.context_norm
+
+        def step(
+            x: Tensor, t: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
+        ) -> tuple[Tensor, Tensor, Mapping[int, KV]]:
+            attend = Streaming(stream.cache, (length,), write=1)
+            c_BLE: Tensor = norm(self.encoder(x, t, text, rotary, attend, signal_BFE=signal))
+            return c_BLE, self.encoder.times(t, signal).temb, stream.cache.write(attend.take())
+
+        rotary, signal = self.encoder.rope(frames, *stream.latent, like), pick_frames(stream.encoder_signal, frames)
+        inputs = x, t, stream.encoder_text, rotary, signal
+        c_BLE, temb, written = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
+        cache = stream.cache.grown(written, length)
         return replace(stream, cache=cache, index=stream.index + 1, context=None, temb=temb), c_BLE
 
     def denoise(self, stream: ScdStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The decoder alone, on the coming chunk and its context."""
         assert stream.context is not None, "advance() comes before denoise()"
         times = t.unsqueeze(1).expand(-1, x_t.shape[1])
-        velocity: Tensor = self.decoder(stream.context, x_t, times, stream.decoder_text)
+        velocity: Tensor = run_step(
+            self.replay, "denoise", (), self.decoder, stream.context, x_t, times, stream.decoder_text
+        )
         return velocity
 
 

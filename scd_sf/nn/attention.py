@@ -87,7 +87,7 @@ class Streaming:
     """New tokens in consecutive groups; group g sees the past and groups 0..g (block-causal, without any mask).
 
     ``groups`` are token counts. The K/V of the first ``write`` groups are *staged*, nothing is mutated: the caller runs
-    ``cache.extended(context.take())`` after the forward. Under activation checkpointing the recomputation stages
+    ``cache.write(context.take())`` after the forward. Under activation checkpointing the recomputation stages
     nothing new.
     """
 

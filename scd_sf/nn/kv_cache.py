@@ -11,7 +11,7 @@ again is the key of the later position). Recent frames need nothing: rotary atte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from scd_sf.nn.rope import Axes, rope_table, rotate
 from scd_sf.types import UserError
 
 KV = tuple[Tensor, Tensor]
+Buffers = dict[int, KV]  # by layer
 
 
 class Past(Protocol):
@@ -35,9 +36,21 @@ class Past(Protocol):
 
 
 class Cache(Past, Protocol):
-    """A past that can grow by what one forward staged."""
+    """A past that can grow by what one forward staged, in two parts: what happens on the device, and what Python knows
+    of it (a recording replays the first alone, models/replay.py)."""
 
-    def extended(self, staged: Mapping[int, KV]) -> Cache: ...
+    @property
+    def place(self) -> Hashable:
+        """All that decides what :meth:`joined` and :meth:`write` do, but the tensors' values."""
+        ...
+
+    def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
+        """Keep K/V (layer -> k and v, each (B, N, L_new, D)): what :meth:`grown` needs of them."""
+        ...
+
+    def grown(self, written: Mapping[int, KV], tokens: int) -> Cache:
+        """The cache after ``tokens`` more, which :meth:`write` has kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -131,11 +144,16 @@ class KVCache:
             return _joined((*self.layers.get(index, ()), (k_BNLD, v_BNLD)))
         return _append(self.layer(index), k_BNLD, v_BNLD)
 
-    def extended(self, staged: Mapping[int, KV]) -> KVCache:
-        """The cache after the staged tokens; ``staged`` maps layer -> (k, v), each (B, N, L_new, D)."""
-        grown = {i: (*self.layers.get(i, ()), (_own(k), _own(v))) for i, (k, v) in staged.items()}
-        added = next((k.shape[2] for k, _ in staged.values()), 0)
-        return KVCache(grown, self.length + added, self.window)
+    @property
+    def place(self) -> Hashable:
+        return self.length
+
+    def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
+        return {index: (_own(k), _own(v)) for index, (k, v) in staged.items()}
+
+    def grown(self, written: Mapping[int, KV], tokens: int) -> KVCache:
+        layers = {index: (*self.layers.get(index, ()), kv) for index, kv in written.items()}
+        return KVCache(layers, self.length + tokens, self.window)
 
 
 class RingKVCache:
@@ -153,7 +171,8 @@ class RingKVCache:
         self.capacity, self.new, self.sink, self.wrap = capacity, new, window.sink, wrap
         self.window = replace(window, recent=capacity - window.sink)
         self.length = self.filled = 0
-        self._buffers: dict[int, KV] = {}
+        self._buffers: Buffers = {}
+        self._name: Hashable = None
         self._first: dict[int, Tensor] = {}  # the sink's keys at their own positions, once it moves
 
     def layer(self, index: int) -> KV | None:
@@ -172,19 +191,36 @@ class RingKVCache:
             buffer[:, :, self.filled : end] = new
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
-    def extended(self, staged: Mapping[int, KV]) -> RingKVCache:
-        """Write the staged tokens in place; returns itself."""
+    def use(self, buffers: Buffers, name: Hashable) -> None:
+        """Before the first token: keep them in ``buffers``, which others have used and which ``name`` tells apart."""
+        self._buffers, self._name = buffers, name
+
+    @property
+    def place(self) -> Hashable:
+        return self._name, self.filled
+
+    def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
+        """Behind the past, where nobody reads it yet: a step that is run twice has the same result."""
         assert not torch.is_grad_enabled(), "RingKVCache is written in place: sampling only, under torch.no_grad()"
-        added = next((k.shape[2] for k, _ in staged.values()), 0)
-        runs = self._runs(added)
         for index, (k, v) in staged.items():
-            buffers = self._room(index, k)
-            for buffer, new in zip(buffers, (k, v), strict=True):
-                for slot, first, count in runs:
-                    buffer[:, :, slot : slot + count] = new[:, :, first : first + count]
-            self._turn_sink(index, buffers[0], self.length + added)
-        self.length += added
+            self._runs(k.shape[2])  # whether there is room
+            for buffer, new in zip(self._room(index, k), (k, v), strict=True):
+                buffer[:, :, self.filled : self.filled + new.shape[2]] = new
+        return {}
+
+    def grown(self, written: Mapping[int, KV], tokens: int) -> RingKVCache:
+        """Itself, after the new tokens have replaced the oldest where it was full."""
+        for slot, first, count in self._runs(tokens):
+            start, buffers = self.filled + first, [buffer for kv in self._buffers.values() for buffer in kv]
+            if slot != start and buffers:
+                old, new = ([b[:, :, at : at + count] for b in buffers] for at in (slot, start))
+                torch._foreach_copy_(old, new)
+        self.length += tokens
         self.filled = min(self.length, self.capacity)
+        if tokens and (shift := self.window.shift(self.length)):
+            for index, (k, _) in self._buffers.items():
+                sink = self._first.setdefault(index, k[:, :, : self.sink].clone())
+                k[:, :, : self.sink] = turned(sink, shift, self.window.axes)
         return self
 
     def _room(self, index: int, like: Tensor) -> KV:
@@ -194,12 +230,6 @@ class RingKVCache:
             shape = (like.shape[0], like.shape[1], self.capacity + self.new + 1, like.shape[3])
             self._buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._buffers[index]
-
-    def _turn_sink(self, index: int, k_BNLD: Tensor, length: int) -> None:
-        shift = self.window.shift(length)
-        if shift:
-            first = self._first.setdefault(index, k_BNLD[:, :, : self.sink].clone())
-            k_BNLD[:, :, : self.sink] = turned(first, shift, self.window.axes)
 
     def _runs(self, added: int) -> list[tuple[int, int, int]]:
         """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as there can be."""

@@ -50,7 +50,8 @@ def test_fused_pass_equals_a_clean_pass_and_a_query_pass(chunk: int) -> None:
         positions = model.encoder.rope(range(index * chunk, (index + 1) * chunk), *GRID, tokens)
         mod = model.encoder.times(torch.full(frames.shape[:2], t, dtype=frames.dtype)).mod
         attend = Streaming(cache, (length,), write)
-        return model.encoder.run(tokens, mod, text, positions, attend), cache.extended(attend.staged)
+        out = model.encoder.run(tokens, mod, text, positions, attend)
+        return out, cache.grown(cache.write(attend.staged), write * length)
 
     cache = KVCache.empty()
     stream = model.start(data.cond, GRID)

@@ -41,7 +41,7 @@ def test_calls_over_a_growing_cache_equal_one_masked_call() -> None:
         attend = Streaming(cache, (group,), write=1)
         out = attend(0, q[:, :, own], k[:, :, own], v[:, :, own])
         assert torch.allclose(out, expected[:, :, own], rtol=0, atol=1e-14)
-        cache, start = cache.extended(attend.take()), start + group
+        cache, start = cache.grown(cache.write(attend.take()), group), start + group
     assert cache.length == 9
 
 
@@ -68,7 +68,8 @@ def test_recomputation_under_checkpointing_stages_nothing_new() -> None:
 def test_gradients_stop_at_the_cache_but_pass_a_live_prefix() -> None:
     q, k, v = qkv(4)
     old = [x.requires_grad_() for x in qkv(3, seed=1)[1:]]
-    cache = KVCache.empty().extended({0: (old[0], old[1])})
+    cache = KVCache.empty()
+    cache = cache.grown(cache.write({0: (old[0], old[1])}), 3)
     q.requires_grad_()
     out = Streaming(cache, (4,))(0, q, k, v).sum()
     assert torch.autograd.grad(out, old, allow_unused=True) == (None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import pytest
 import tiny
 import torch
@@ -21,6 +23,13 @@ def pieces(sizes: list[int], layers: int = 2) -> list[dict[int, KV]]:
     return [{layer: (one(size), one(size)) for layer in range(layers)} for size in sizes]
 
 
+C = TypeVar("C", KVCache, RingKVCache)
+
+
+def extended(cache: C, staged: dict[int, KV]) -> C:
+    return cache.grown(cache.write(staged), staged[0][0].shape[2])
+
+
 def tokens(kv: KV | None) -> set[tuple[float, ...]]:
     """The cached tokens (key and value of head 0) as a set: order means nothing to attention."""
     assert kv is not None
@@ -31,8 +40,8 @@ def test_append_only_and_functional() -> None:
     first, second = pieces([3, 2])
     empty = KVCache.empty()
     assert empty.layer(0) is None and empty.length == 0
-    one = empty.extended(first)
-    two = one.extended(second)
+    one = extended(empty, first)
+    two = extended(one, second)
     assert (empty.length, one.length, two.length) == (0, 3, 5)
     got = two.layer(1)
     assert got is not None and torch.equal(got[0], torch.cat([first[1][0], second[1][0]], 2))
@@ -50,7 +59,7 @@ def test_window_and_sink_are_slices_and_the_ring_agrees(recent: int, sink: int) 
     )
     everything: Tensor = torch.empty(1, 2, 0, 3)
     for piece in staged:
-        cache, ring = cache.extended(piece), ring.extended(piece)
+        cache, ring = extended(cache, piece), extended(ring, piece)
         everything = torch.cat([everything, piece[0][0]], 2)
         length = everything.shape[2]
         kept = everything if length <= recent + sink else torch.cat(
@@ -68,12 +77,12 @@ def test_ring_without_wrap_fills_up_and_then_says_so() -> None:
     ring = RingKVCache(5, 4)
     assert ring.layer(0) is None
     for piece in pieces([3, 2]):
-        ring = ring.extended(piece)
+        ring = extended(ring, piece)
     with pytest.raises(UserError, match="holds 5 tokens and 6 are needed: give it a window"):
-        ring.extended(pieces([1])[0])
+        extended(ring, pieces([1])[0])
     whole = KVCache.empty()
     for piece in pieces([3, 2]):
-        whole = whole.extended(piece)
+        whole = extended(whole, piece)
     assert torch.equal(ring.layer(0)[0], whole.layer(0)[0])  # type: ignore[index]
 
 
@@ -81,10 +90,10 @@ def test_ring_without_wrap_fills_up_and_then_says_so() -> None:
 def test_ring_keeps_its_memory() -> None:
     ring = RingKVCache(6, 4, wrap=True, window=Window(sink=2))
     staged = pieces([2] * 5)
-    ring.extended(staged[0])
+    extended(ring, staged[0])
     before = ring.layer(0)
     for piece in staged[1:]:
-        ring.extended(piece)
+        extended(ring, piece)
     after = ring.layer(0)
     assert before is not None and after is not None
     assert before[0].untyped_storage().data_ptr() == after[0].untyped_storage().data_ptr()
@@ -93,12 +102,12 @@ def test_ring_keeps_its_memory() -> None:
 @torch.no_grad()
 def test_a_ring_smaller_than_one_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"window holds 2 tokens, fewer than one chunk \(3\)"):
-        RingKVCache(4, 4, wrap=True, window=Window(sink=2)).extended(pieces([2])[0]).extended(pieces([3])[0])
+        extended(extended(RingKVCache(4, 4, wrap=True, window=Window(sink=2)), pieces([2])[0]), pieces([3])[0])
 
 
 def test_ring_refuses_training() -> None:
     with pytest.raises(AssertionError, match="sampling only"):
-        RingKVCache(4, 4).extended(pieces([1])[0])
+        extended(RingKVCache(4, 4), pieces([1])[0])
 
 
 HEAD_DIM, PER_FRAME = 12, 6
@@ -120,7 +129,7 @@ def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
     if ring:
         cache = RingKVCache(5 * PER_FRAME, PER_FRAME, wrap=True, window=window)
     for frame in range(200):
-        cache = cache.extended({0: (rotated(raw[frame], [frame]), raw[frame])})
+        cache = extended(cache, {0: (rotated(raw[frame], [frame]), raw[frame])})
         got, recent = cache.layer(0), list(range(max(2, frame - 2), frame + 1))
         near = [max(0, recent[0] - 2), max(1, recent[0] - 1)] if frame >= 2 else [0, 1][: frame + 1]
         kept = [*([0, 1][: frame + 1]), *[f for f in recent if f > 1 and f <= frame]]
@@ -139,7 +148,7 @@ def test_a_turned_sink_does_not_drift_in_bf16() -> None:
     raw = torch.randn(1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(1), dtype=torch.float64)
     for frame in range(2000):
         key = rotated(raw, [frame]).bfloat16()
-        ring.extended({0: (key, key)})
+        extended(ring, {0: (key, key)})
     got = ring.layer(0)
     assert got is not None
     assert float((got[0][:, :, :PER_FRAME].double() - rotated(raw, [1998])).abs().max()) < 0.04
@@ -150,7 +159,7 @@ def test_joined_is_the_past_and_the_new_without_copying_the_past() -> None:
     pasts = pieces([4, 2])
     whole, ring = KVCache.empty(), RingKVCache(8, 4)
     for piece in pasts:
-        whole, ring = whole.extended(piece), ring.extended(piece)
+        whole, ring = extended(whole, piece), extended(ring, piece)
     new, other = (piece[0] for piece in pieces([3, 5]))
     ring.joined(0, *other)
     storage = ring.joined(0, *new)[0].untyped_storage().data_ptr()

@@ -1,0 +1,139 @@
+"""Steps of a model recorded once and replayed: a CUDA graph launches all of a step's kernels at the price of one.
+
+For sampling. Addresses and Python numbers are baked into a recording, so inputs are copied into places of their own
+(skipped where the same tensor was given last time), and whatever else decides a step is part of its key: a step that
+reads the history has one recording for each of its lengths, a few dozen for a window; they share their scratch memory.
+A step may be run more often than it counts: it writes where nobody reads yet (``RingKVCache.write``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from scd_sf.nn.kv_cache import Buffers, Cache, RingKVCache
+from scd_sf.types import UserError
+
+T = TypeVar("T")
+Record = Callable[[Callable[[], T]], tuple[Callable[[], None], T]]
+MOST = 128  # recordings of one step
+
+
+def cuda_recorder() -> Record[Any]:
+    """Records on the current device. The step runs twice beside the recording: kernels are built and loaded there."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(step: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        side, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = step()
+        return graph.replay, out
+
+    return record
+
+
+@dataclass
+class _Place:
+    """Where an input lies for a recording, and what was copied there last."""
+
+    tensor: Tensor
+    given: Tensor
+    version: int = -1
+
+
+@dataclass
+class _Room:
+    """Buffers of a history, and whose they are now."""
+
+    number: int
+    buffers: Buffers = field(default_factory=dict)
+    tenant: weakref.ref[RingKVCache] | None = None
+
+
+class Replayed:
+    """Calls of steps, replayed. ``record`` runs a step once and returns (replay, what the step returned): on a GPU
+    :func:`cuda_recorder`."""
+
+    def __init__(self, record: Record[Any]) -> None:
+        self._record = record
+        self._recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
+        self._places: dict[Hashable, _Place] = {}
+        self._rooms: dict[Hashable, list[_Room]] = {}
+
+    def __call__(self, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
+        """``step(*inputs)``. ``name`` and ``key`` say all that decides it but the inputs' values; inputs are tensors
+        in tuples, mappings and dataclasses. What is returned are copies."""
+        described: list[Hashable] = []
+
+        def place(tensor: Tensor) -> Tensor:
+            described.append((tuple(tensor.shape), tensor.dtype, tensor.device))
+            return self._placed((name, len(described), described[-1]), tensor)
+
+        placed = _walk(inputs, place, described)
+        whole = (name, key, tuple(described))
+        if whole not in self._recorded:
+            self._recorded[whole] = self._record(lambda: step(*placed))
+        replay, out = self._recorded[whole]
+        replay()
+        copied: T = _walk(out, lambda tensor: tensor.clone(), [])
+        return copied
+
+    def _placed(self, key: Hashable, tensor: Tensor) -> Tensor:
+        if key not in self._places:
+            self._places[key] = _Place(torch.empty_like(tensor, memory_format=torch.contiguous_format), tensor)
+        place = self._places[key]
+        version = -1 if tensor.is_inference() else tensor._version
+        if place.given is not tensor or place.version != version or version < 0:
+            place.tensor.copy_(tensor)
+            place.given, place.version = tensor, version
+        return place.tensor
+
+    def house(self, cache: Cache, key: Hashable, places: int) -> None:
+        """Give a new history the buffers that recordings know: those of a video that is gone, or new ones. ``key``:
+        what decides their shapes; ``places``: how many lengths it can have."""
+        assert isinstance(cache, RingKVCache), "recorded steps need a preallocated history (CacheConfig.sampling)"
+        if places > MOST:
+            raise UserError(
+                f"compile.cuda_graphs records a step once per length of the history, here {places}; at most {MOST}: "
+                "set a window"
+            )
+        rooms = self._rooms.setdefault(key, [])
+        room = next((room for room in rooms if room.tenant is None or room.tenant() is None), None)
+        if room is None:
+            rooms.append(room := _Room(sum(map(len, self._rooms.values()))))
+        room.tenant = weakref.ref(cache)
+        cache.use(room.buffers, (key, room.number))
+
+
+def run_step(replay: Replayed | None, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
+    """The step, replayed where a model has recordings."""
+    return step(*inputs) if replay is None else replay(name, key, step, *inputs)
+
+
+def _walk(value: Any, change: Callable[[Tensor], Tensor], described: list[Hashable]) -> Any:
+    """The same with other tensors; what is no tensor is noted in ``described``."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        described.append(tuple(value))
+        return {name: _walk(part, change, described) for name, part in value.items()}
+    if isinstance(value, tuple):
+        described.append(len(value))
+        parts = [_walk(part, change, described) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        described.append(type(value))
+        return replace(value, **{f.name: _walk(getattr(value, f.name), change, described) for f in fields(value)})
+    described.append(value)
+    return value
