@@ -22,6 +22,7 @@ from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
 from scd_sf.models.compile import CompileConfig, compile_steps
 from scd_sf.models.generator import CacheConfig
+from scd_sf.models.replay import Replayed
 from scd_sf.models.scd import Scd, ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
@@ -169,6 +170,26 @@ def test_a_frames_calls_and_blocks_do_not_grow(name: str, blocks: tuple[int, int
     assert counted[-1] == counted[-2] == counted[-3]
     assert counted[-1][2:] == blocks
     assert counted[-1][0] <= encode and counted[-1][1] <= decode, once.names + step.names
+
+
+@pytest.mark.parametrize(
+    ("name", "encode", "decode"),
+    [("scd-chunk1-delta", 57, 9), ("scd-chunk1-paper-identical-full", 35, 11), ("causal-chunk1", 25, 17)],
+)
+def test_what_is_left_to_launch_beside_recordings(name: str, encode: int, decode: int) -> None:
+    """Inputs that changed, copies of results, the cache's turn; once per chunk and once per step, whatever the depth."""
+    rope.rope_table.clear()
+    student = tiny.student(BY_NAME[name], dtype=torch.float32)
+    student.replay = Replayed(lambda step: (lambda: None, step()))
+    x, t = tiny.latents(1, 1, dtype=torch.float32), torch.ones(1)
+    with torch.no_grad():
+        stream = student.advance(student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x)
+        for _ in range(9):
+            with Calls() as once:
+                stream = student.advance(stream, x, x)
+            with Calls() as step:
+                student.denoise(stream, x, t)
+    assert once.names.total() <= encode and step.names.total() <= decode, once.names + step.names
 
 
 def test_the_history_is_allocated_once() -> None:
