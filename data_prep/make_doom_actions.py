@@ -297,11 +297,11 @@ def main(
     if unknown := [name for name in scenarios if name not in SCENARIOS]:
         raise UserError(f"--scenario: '{unknown[0]}' is unknown; use one of {', '.join(SCENARIOS)}")
     root, request = out.resolve(), Request(seed, frames, size, scenarios, train, test)
-    if begin(root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]):
-        say(f"{root}: already complete")
-        return
     with locked(root, "make_doom_actions"):
-        make(root, request, workers)
+        if begin(root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]):
+            say(f"{root}: already complete")
+        else:
+            make(root, request, workers)
 
 
 def make(root: Path, request: Request, workers: int) -> None:

@@ -328,11 +328,11 @@ def main(
     if train + val == 0:
         raise UserError("--train/--val: both are 0; ask for at least one clip")
     root, request = out.resolve(), Request(seed, frames, train, val)
-    if prepare(root, request):
-        say(f"{root}: already complete")
-        return
     with locked(root, "make_doom_clips"):
-        make(root, request, workers)
+        if prepare(root, request):
+            say(f"{root}: already complete")
+        else:
+            make(root, request, workers)
 
 
 def make(root: Path, request: Request, workers: int) -> None:

@@ -237,7 +237,7 @@ def bench(
 ) -> None:
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
     from scd_sf.bench import BenchConfig, run_bench, table
-    from scd_sf.files import write_json
+    from scd_sf.files import own_file, write_json
     from scd_sf.ownership import require_own_file
 
     cfg = load_config(BenchConfig, config, overrides or [])
@@ -248,7 +248,8 @@ def bench(
     document = run_bench(cfg)
     Console(width=max(140, Console().width)).print(table(document))
     if cfg.out:
-        write_json(Path(cfg.out), document)
+        with own_file(Path(cfg.out)) as part:
+            write_json(part, document)
 
 
 @app.command()

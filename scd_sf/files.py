@@ -1,7 +1,8 @@
 """Files of ours and of others: each way to write, lock, hash and read them stands here once.
 
-Writing: :func:`write_text`, :func:`write_json`, :func:`new_file` and :func:`new_folder` build beside the place, under a
-name of this process, and rename. :func:`sweep` removes what a dead process left. :func:`locked` holds a folder.
+Writing: :func:`write_text`, :func:`write_json`, :func:`new_file`, :func:`own_file` and :func:`new_folder` build beside
+the place, under a name of this process, and rename. :func:`sweep` removes what a dead process left. :func:`locked`
+holds a folder.
 Reading: :func:`read_bytes` compares sizes before it reads. :func:`read_json` and :func:`typed` refuse what is nested
 too deeply, not finite or of another type. :func:`foreign` turns whatever a parser raises into one line.
 """
@@ -153,8 +154,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        if error.errno is None or (named and not any(is_part(Path(part)) for part in Path(named).parts)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # PyAV's own kinds let no name be set
     except (RuntimeError, SafetensorError) as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None and "inline_container" not in str(error):  # torch.save's writer, which gives no number
@@ -178,6 +181,46 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 fsync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def own_file(path: Path, *, fresh: bool = False) -> Iterator[Path]:
+    """As :func:`new_file`, for a file that a person named: it stands among files of others, which no job holds. Its
+    folder is made, and what killed runs left in there is removed first.
+
+    ``fresh``: nothing is overwritten. UserError where something is at ``path``, also when it came meanwhile.
+    """
+    taken = UserError(f"{path}: exists already, nothing is overwritten; choose another name")
+    if fresh and os.path.lexists(path):
+        raise taken
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
+    work = part_of(path)  # a folder: what is written has its own name and ending
+    try:
+        with writing(path):
+            work.mkdir()
+            part = work / path.name
+            yield part
+            fsync(part)
+            _publish(part, path, taken if fresh else None)
+            fsync(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(part: Path, path: Path, taken: UserError | None) -> None:
+    """``part`` becomes ``path``; with ``taken``, only where nothing is."""
+    if taken is None:
+        part.replace(path)
+        return
+    try:
+        os.link(part, path)
+    except FileExistsError as error:
+        raise taken from error
+    except OSError as error:  # a file system without links
+        if os.path.lexists(path):
+            raise taken from error
+        part.replace(path)
 
 
 @contextmanager
@@ -276,12 +319,26 @@ def current_umask() -> int:
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Hold ``folder`` (made if missing) for this job; ``what`` names it. The kernel frees it when the process ends.
 
-    Raises UserError when another process holds it. On file systems without locks nothing is held, and nothing is said.
+    Raises UserError when another process holds it, and where there is something else than a folder. A job that is
+    refused, or fails, leaves no lock where there was none, and no folder with nothing in it. On file
+    systems without locks nothing is held, and nothing is said.
     """
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = "a link to nothing" if folder.is_symlink() and not folder.exists() else "no folder"
+        raise UserError(f"{folder}: is there and is {kind}; nothing is overwritten: use another place for {what}")
+    made = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
+    fresh = not os.path.lexists(folder / LOCK)
     with take_lock(folder / LOCK, what):
         sweep(folder)
-        yield
+        try:
+            yield
+        except BaseException:
+            if fresh:
+                (folder / LOCK).unlink(missing_ok=True)  # while it is held: take_lock knows a lock that is gone
+                with suppress(OSError):
+                    folder.rmdir() if made else None
+            raise
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

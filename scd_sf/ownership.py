@@ -22,17 +22,21 @@ OWNER = "process "  # what a lock's words begin with
 
 def take_lock(path: Path, what: str) -> IO[str]:
     """The open lock ``path``; whoever closes it frees it. UserError: another process has it, or it is no lock."""
-    file = _opened(path)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = printable(file.read(200)).strip() or "another process"
-        file.close()
-        remedy = f"wait for it, or use another folder for {what}"
-        raise UserError(f"{path.parent}: {owner} is at work in it; {remedy}") from error
-    except OSError:  # a file system without locks
-        return file
+    while True:
+        file = _opened(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = printable(file.read(200)).strip() or "another process"
+            file.close()
+            remedy = f"wait for it, or use another folder for {what}"
+            raise UserError(f"{path.parent}: {owner} is at work in it; {remedy}") from error
+        except OSError:  # a file system without locks
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner removed it between our opening and locking it
     file.seek(0)
     file.truncate()
     file.write(f"{OWNER}{os.getpid()} of {socket.gethostname()} ({what})\n")

@@ -32,6 +32,7 @@ _PLACE = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ESTALE,
 }  # fmt: skip
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # where more room would help
 # Of a clip in latents: a day of frames, and sides that no model comes near.
 LARGEST = {"frames": 2**19, "channels": 2**12, "height": 2**12, "width": 2**12, "temporal": 2**10, "spatial": 2**10}
 _NO_MEMORY = "can't allocate memory"  # how PyTorch says it on a CPU
@@ -99,6 +100,10 @@ def of_its_place(error: OSError) -> UserError:
     file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else Path.cwd()
     # os.path, because Path.is_dir raises where a name is too long or a folder may not be entered
     folder = next((parent for parent in (file, *file.absolute().parents) if os.path.isdir(parent)), Path("/"))
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return UserError(f"{file}: what is there is no folder ({error.strerror}); use another place, then run again")
+    if error.errno not in _FULL:
+        return UserError(f"{file}: {error.strerror}; use another place, then run again")
     free = shutil.disk_usage(folder).free
     return UserError(
         f"{file}: {error.strerror} ({free / 1e9:.2f} GB free there); make room or use another place, then run again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from scd_sf.files import (
     locked,
     new_file,
     new_folder,
+    own_file,
     parse_json,
     part_of,
     read_bytes,
@@ -124,6 +127,77 @@ def test_a_lock_is_taken_over_from_nobody(tmp_path: Path, kind: str) -> None:
     assert other.read_text() == "other" and (kind != "text" or lock.read_text() == "mine")
 
 
+def test_a_job_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
+    """No lock in a folder of others, no folder that it made; what was there before stays, an old lock too."""
+    others, made = tmp_path / "others", tmp_path / "made"
+    others.mkdir()
+    (others / "mine.txt").write_text("mine")
+    for folder in (others, made):
+        with pytest.raises(UserError, match="not ours"), locked(folder, "samples"):
+            assert (folder / ".lock").is_file()
+            raise UserError("not ours")
+    assert [path.name for path in others.iterdir()] == ["mine.txt"] and not made.exists()
+    with locked(others, "samples"):
+        pass
+    with pytest.raises(UserError), locked(others, "samples"):
+        raise UserError("not ours")
+    assert (others / ".lock").is_file()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere" / "x")
+    for place, said in ((others / "mine.txt", "is no folder"), (link, "is a link to nothing")):
+        with pytest.raises(UserError, match=rf"{place.name}: is there and {said}; .*: use another place for samples"):
+            locked(place, "samples").__enter__()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_lock_that_its_owner_removed_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before, taken after a refused job removed it: the one of that name is taken instead."""
+    flock, removed = fcntl.flock, []
+
+    def late(file: object, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        flock(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path, "samples"):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()}")
+        with pytest.raises(UserError, match="at work in it"), locked(tmp_path, "samples"):
+            pass
+
+
+def test_a_file_that_a_person_named(tmp_path: Path) -> None:
+    """Among files of others: what killed runs left beside it goes, and a new one never takes another's place, also one
+    that came meanwhile."""
+    path, dead = tmp_path / "page.html", part_of(tmp_path / "x")
+    dead = dead.with_name(dead.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    dead.mkdir()
+    (tmp_path / ".part-mine").write_text("mine")
+    for words in ("one", "two"):
+        with own_file(path) as part:
+            assert part.name == path.name and not dead.exists()
+            part.write_text(words)
+    with pytest.raises(UserError, match=r"page\.html: exists already"), own_file(path, fresh=True):
+        raise AssertionError
+    path.unlink()
+    with pytest.raises(UserError, match=r"page\.html: exists already"), own_file(path, fresh=True) as part:
+        part.write_text("mine")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs" and sorted(p.name for p in tmp_path.iterdir()) == [".part-mine", "page.html"]
+
+
+def test_errors_name_the_file_and_not_its_part(tmp_path: Path) -> None:
+    """Also those of PyAV, whose name cannot be set: a disk that is full while a video is written."""
+    for error in (
+        av.error.OSError(errno.ENOSPC, "No space left on device", str(part_of(tmp_path / "x"))),
+        OSError(errno.ENOSPC, "No space left on device", str(part_of(tmp_path / "x") / "in")),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ):
+        with pytest.raises(OSError, match="No space left") as caught, new_file(tmp_path / "a.mp4"):
+            raise error
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.mp4"))
+
+
 SAVE = {
     "tensors": "write_tensors(path, {'a': torch.zeros(10**5)})",
     "torch": """
@@ -220,6 +294,9 @@ def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert ended(UserError("bad \x1b[31mred\nline")) == (2, "error: bad \ufffd[31mred line\n")
     code, words = ended(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "f")))
     assert code == 2 and f"{tmp_path / 'f'}: No space left" in words and "GB free" in words
+    for number in (errno.EACCES, errno.EEXIST):
+        code, words = ended(OSError(number, "said", str(tmp_path / "f")))
+        assert code == 2 and f"{tmp_path / 'f'}: " in words and "room" not in words and words.count("\n") == 1
     long = tmp_path / ("x" * 300) / "y"  # no part of which can be looked up
     code, words = ended(OSError(errno.ENAMETOOLONG, "File name too long", str(long)))
     assert code == 2 and "File name too long" in words and words.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from pathlib import Path
 
 import floors
@@ -136,3 +137,16 @@ def test_scripts_in_one_folder_do_not_import_each_other() -> None:
 def test_every_part_of_the_package_has_a_floor() -> None:
     parts = {source.part for source in repository() if source.top == "scd_sf"} - {""}
     assert parts <= set(floors.FLOORS)
+
+
+TOP = {
+    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "Makefile", "NOTICE", "README.md", "SECURITY.md", "assets",
+    "benchmarks", "data_prep", "docs", "pyproject.toml", "recipes", "scd_sf", "tests", "vbench_eval",
+}  # fmt: skip
+
+
+def test_nothing_stray_is_committed() -> None:
+    """What a run or an attack left in the repository's root does not come in with 'git add'."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert {name.split("/")[0] for name in listed.stdout.split("\0") if name} <= TOP

@@ -231,6 +231,7 @@ class FrameWriter:
 
     def _begun(self) -> list[Json]:
         if self.writer.finished:
+            self._progress.unlink(missing_ok=True)  # of a run that was killed after its manifest
             return read_jsonl(self.writer.root / "clips.jsonl", AGAIN)
         if not self._progress.is_file():
             return []

@@ -166,6 +166,8 @@ class ShardWriter:
             what = ", ".join(keys) or "fewer"
             raise UserError(f"{path}: made from other inputs ({what} differ); choose another output directory")
         self.finished = path.name == "manifest.json"
+        if self.finished:
+            self.progress.unlink(missing_ok=True)  # of a run that was killed after its manifest
         self.shards = state.kinds
         for shards in self.shards.values():
             if shards:

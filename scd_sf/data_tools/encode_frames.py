@@ -215,9 +215,9 @@ def _write_all(
                 report.bad.append(Refused(read.name, str(error)))
                 _hold_to_budget(report, config, out)
             progress(len(done) + number)
-    writer.finish()
     report.seconds = round(time.monotonic() - began, 3)
-    report.write(out / REPORT)
+    report.write(out / REPORT)  # before the manifest, after which nothing is done again
+    writer.finish()
     return report
 
 

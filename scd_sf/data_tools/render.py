@@ -39,7 +39,7 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
     """Make or resume a directory: ``work/request.json`` and ``folders``; True when its ``manifest.json`` says that the
     same request is already complete.
 
-    Raises UserError if it holds something else.
+    The caller holds the directory. Raises UserError if it holds something else.
     """
     wanted = json.loads(json.dumps(request))
     manifest, started = root / "manifest.json", root / "work" / "request.json"
@@ -50,11 +50,12 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
     if started.is_file():
         if read_json(started, "choose another directory") != wanted:
             raise UserError(f"{started}: an unfinished, different run is here; choose another directory or delete it")
-    elif others_in(root):
+    elif others_in(root) not in ([], ["work"]) or others_in(root / "work"):  # work/: killed before its first file
         raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
-    for name in ("work", *folders):
-        (root / name).mkdir(parents=True, exist_ok=True)
+    (root / "work").mkdir(parents=True, exist_ok=True)
     write_text(started, json.dumps(request))
+    for name in folders:
+        (root / name).mkdir(parents=True, exist_ok=True)
     return False
 
 

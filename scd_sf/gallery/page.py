@@ -20,7 +20,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from scd_sf.files import locked, new_file, sha256_file, sweep
+from scd_sf.files import locked, new_file, own_file, sha256_file, sweep
 from scd_sf.metrics.protocols import COLUMNS, LEFT_ALIGNED, Row
 from scd_sf.ownership import require_own_file
 from scd_sf.types import UserError, printable
@@ -115,7 +115,7 @@ def _write_file(page: Page, out: Path, files: Sequence[Path]) -> Path:
         raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
     require_own_file(out, MARK, "give --out another name")
     names = {file: sha256_file(file)[:16] for file in files}
-    with new_file(out) as part, part.open("w", encoding="utf-8") as text:
+    with own_file(out) as part, part.open("w", encoding="utf-8") as text:
         text.writelines(render(page, names, single=True))
     return out
 

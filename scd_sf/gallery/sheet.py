@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from scd_sf.data.video_reader import AS_CODED, frame_count, frames_of
-from scd_sf.files import new_file
+from scd_sf.files import own_file
 from scd_sf.gallery.page import FAULTS, Page, Sample
 from scd_sf.ownership import require_own_file
 from scd_sf.types import UserError, printable
@@ -46,8 +46,7 @@ def contact_sheet(page: Page, out: Path) -> Path:
     about = PngInfo()
     about.add_text("Software", MADE_BY)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(out) as part, part.open("wb") as file:
+        with own_file(out) as part, part.open("wb") as file:
             sheet.save(file, "PNG", pnginfo=about)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); give --sheet another place") from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scd_sf.checkpoint import PROVENANCE, find, read_provenance, weights_file
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import Sampler, build_sampler
-from scd_sf.files import Json, foreign, parse_json, sweep, write_tensors
+from scd_sf.files import Json, parse_json, write_tensors
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
@@ -204,7 +204,7 @@ def write_single(
 ) -> None:
     """One safetensors file that explains itself: weights in ``dtype``; model, sampler and origin in its metadata.
 
-    ``origin`` is the checkpoint's provenance. UserError if the file exists or cannot be written.
+    ``origin`` is the checkpoint's provenance. UserError if the file exists.
     """
     if path.exists():
         raise UserError(f"{path}: exists already, nothing is overwritten; choose another name")
@@ -219,10 +219,7 @@ def write_single(
         "licence": str(origin.get("licence", LICENCE)),
     }
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    with foreign(f"{path}: cannot be written", "choose another place"):
-        write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def base_of(recorded: str, other: str, where: Path | str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.checkpoint import MANIFEST
-from scd_sf.files import new_folder
+from scd_sf.files import new_folder, own_file
 from scd_sf.models.build import (
     Student,
     build_model,
@@ -71,9 +71,10 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
     if layout == "single":
         file = out if out.suffix == ".safetensors" else out / "model.safetensors"
         _, origin = describe_checkpoint(checkpoint)
-        write_single(file, model, config, {**origin, "weights": weights}, kind)
-        again, _ = load_checkpoint_model(file)
-        return largest(before, probe(again))
+        with own_file(file, fresh=True) as part:
+            write_single(part, model, config, {**origin, "weights": weights}, kind)
+            again, _ = load_checkpoint_model(part)
+            return largest(before, probe(again))
     require_wan(config.model, checkpoint)
     if isinstance(model, Scd):
         raise UserError(f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline")

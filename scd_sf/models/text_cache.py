@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import __version__ as transformers_version
 
 from scd_sf.data.bounded import BoundedFolder
-from scd_sf.files import hash_json, new_file, sha256_file
+from scd_sf.files import hash_json, new_file, sha256_file, sweep
 from scd_sf.models.text import (
     TextEncoder,
     TextEncoderConfig,
@@ -78,6 +78,7 @@ class CachedTextEncoder:
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
         self._bounded = None if limit is None else BoundedFolder(folder, limit, "*.safetensors")
         self._writable = True
+        self._swept: set[Path] = set()
 
     @property
     def max_length(self) -> int:
@@ -131,6 +132,9 @@ class CachedTextEncoder:
                 bounded.write(file, data)
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
+            if file.parent not in self._swept:  # what killed processes left, once
+                sweep(file.parent)
+                self._swept.add(file.parent)
             with new_file(file, durable=False) as part:
                 part.write_bytes(data)
         except OSError as error:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from scd_sf.files import write_text
+from scd_sf.files import own_file
 from scd_sf.types import UserError
 
 METRICS = "metrics.jsonl"
@@ -190,10 +190,8 @@ def portable(curve: Curve) -> Iterator[str]:
 def export_curve(run: Path, out: Path) -> int:
     """Write :func:`portable` of ``run`` to a new file; returns the number of steps. Raises UserError if it is there."""
     curve = read_curve(run)
-    if os.path.lexists(out):
-        raise UserError(f"{out}: already there and never overwritten; remove it first, or name another file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(portable(curve)))
+    with own_file(out, fresh=True) as part:
+        part.write_text("".join(portable(curve)), encoding="utf-8")
     return len(curve.steps)
 
 

@@ -172,9 +172,8 @@ def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
     require_own_folder(out, [SETTINGS])
     held.enter_context(locked(out, "extend_prompts"))
     if not file.is_file():
-        (out / PARTS).mkdir(exist_ok=True)
-        write_json(file, settings)
-        return
+        write_json(file, settings)  # first, so that what a killed run leaves is known as ours
+    (out / PARTS).mkdir(exist_ok=True)
     old = read_json(file, "use another out=")
     if other := [name for name in settings if old.get(name) != settings[name]]:
         raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: use another out=")

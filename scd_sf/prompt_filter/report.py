@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from scd_sf.files import LOCK, Json, locked, new_file, read_typed, sha256_file, write_json, write_text
+from scd_sf.files import Json, locked, new_file, read_typed, sha256_file, write_json, write_text
 from scd_sf.ownership import require_own_folder
 from scd_sf.prompt_filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
 from scd_sf.prompt_filter.optional import EXTRA, require
@@ -48,10 +48,7 @@ def run_filter(cfg: FilterConfig) -> Path:
         if _finished(out, settings):
             say(f"{out}: already complete")
             return out / REPORT
-        try:
-            _filter(cfg, out, settings, hashes, started)
-        finally:
-            _forget(out)
+        _filter(cfg, out, settings, hashes, started)
     return out / REPORT
 
 
@@ -101,13 +98,6 @@ def _finished(out: Path, settings: Json) -> bool:
             f"{out / changed[0]}: was changed since {REPORT} was written; move it away, or use another out="
         )
     return len(names) == 2
-
-
-def _forget(out: Path) -> None:
-    """Remove a folder in which nothing came to be but the lock."""
-    if out.is_dir() and {entry.name for entry in out.iterdir()} <= {LOCK}:
-        (out / LOCK).unlink(missing_ok=True)
-        out.rmdir()
 
 
 def _plain(value: object) -> object:

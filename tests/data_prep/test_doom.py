@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from scd_sf.data.clips import ClipSet
+from scd_sf.files import locked
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "make_doom_clips.py"
 
@@ -102,6 +103,19 @@ def test_a_directory_with_other_things(script: ModuleType, tmp_path: Path, capsy
     assert stop.value.code == 2
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_directory_is_ours_from_the_first_file(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before it, the same command goes on; while another has not come further, that is what is said."""
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    assert not script.prepare(tmp_path / "out", script.Request(0, 9, 1, 1))
+    with locked(tmp_path / "new", "another"):
+        (tmp_path / "new" / "clips").mkdir()
+        with pytest.raises(SystemExit) as stop:
+            script.cli([str(tmp_path / "new")])
+    assert stop.value.code == 2 and "is at work in it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

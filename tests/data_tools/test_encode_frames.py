@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from scd_sf.data.far import FarLatents
-from scd_sf.data.frames import FrameClips
+from scd_sf.data.frames import FrameClips, FrameWriter
 from scd_sf.data.pixels import PixelClip
 from scd_sf.data.raw_files import Refused
 from scd_sf.data.teco import Teco
@@ -96,6 +96,28 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(doom_actions: Path,
     report = encode_pixels(source, tokenizer, tmp_path / "parts", {}, config)
     assert (report.before, report.good) == (2, 2) and len(tokenizer.calls) == 2, "the first shard is not made again"
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_killed_at_the_end_it_is_whole_all_the_same(
+    doom_actions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is there when the manifest is; what the manifest should have followed is cleared by the next run."""
+    source, out = Teco(doom_actions, "train"), tmp_path / "out"
+    unlink, finish = Path.unlink, FrameWriter.finish
+
+    def no_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "building.json":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FrameWriter, "finish", lambda writer: patch.setattr(Path, "unlink", no_unlink) or finish(writer))
+        encode_pixels(source, Means(), out, {}, EncodeConfig())
+    assert (out / "manifest.json").is_file() and (out / "building.json").is_file() and (out / "report.json").is_file()
+    encode_pixels(source, Means(), out, {}, EncodeConfig())
+    assert {path.name for path in out.iterdir() if path.name != ".lock"} == {
+        "manifest.json", "clips.jsonl", "report.json", "frames-00000.safetensors",
+    }  # fmt: skip
 
 
 def damaged(doom_actions: Path, root: Path) -> Path:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
+from scd_sf.models import export
 from scd_sf.models.build import (
     CheckpointConfig,
     ModelConfig,
@@ -68,6 +69,23 @@ def test_smaller_types_differ_by_what_is_reported(tmp_path: Path) -> None:
     assert 0 < difference < 0.2
     again = load_student(tmp_path / "a.safetensors")[0]
     assert difference == pytest.approx(float((probe(again) - probe(load_student(tmp_path / "run")[0])).abs().max()))
+
+
+def test_nothing_is_there_before_it_was_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it compares, or another export came first: no unchecked file, and none of others is replaced."""
+    checkpoint(tmp_path / "run", "scd")
+    file, largest = tmp_path / "out" / "a.safetensors", export.largest
+
+    def other_first(one: torch.Tensor, two: torch.Tensor) -> float:
+        assert not file.exists()
+        if one is not two:
+            file.write_text("another's")
+        return largest(one, two)
+
+    monkeypatch.setattr(export, "largest", other_first)
+    with pytest.raises(UserError, match="exists already, nothing is overwritten"):
+        export_weights(tmp_path / "run", file, "single")
+    assert file.read_text() == "another's" and [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])

@@ -14,6 +14,7 @@ import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
 
+from scd_sf.files import part_of
 from scd_sf.models import text_cache
 from scd_sf.models.text import TextEncoderConfig, TransformersTextEncoder, load_text_encoder
 from scd_sf.models.text_cache import CachedTextEncoder, open_text_encoder
@@ -163,14 +164,18 @@ def test_damaged_notes_about_weights_are_not_believed(model: Path, tmp_path: Pat
 
 
 def test_writers_at_once_leave_whole_entries_only(model: Path, tmp_path: Path) -> None:
+    """What a killed process left of one goes."""
     cache = tmp_path / "cache"
+    (cache / "weights").mkdir(parents=True)
+    dead = part_of(cache / "weights" / "x")
+    dead.with_name(dead.name.replace(f"-{os.getpid()}-", "-999999999-")).write_text("half")
     encoders = [CachedTextEncoder(model, cache) for _ in range(4)]
     workers = [threading.Thread(target=encoder.states, args=(PROMPTS,)) for encoder in encoders]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(entries(cache)) == 3 and not list(cache.rglob("*.tmp"))
+    assert len(entries(cache)) == 3 and not list(cache.rglob(".part-*"))
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(

@@ -227,7 +227,7 @@ def test_export_keeps_no_trace_of_the_machine(
     assert json.loads(out.read_text()) == {"step": 1, **kept}
     assert scd(["compare", out, run, "--tolerance", "0"], monkeypatch, capsys)[0] == 0
     code, _, err = scd(["export", run, out], monkeypatch, capsys)
-    assert code == 2 and "never overwritten" in err
+    assert code == 2 and "nothing is overwritten" in err
 
 
 HOSTILE: dict[str, tuple[str, str]] = {

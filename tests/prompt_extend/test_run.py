@@ -235,4 +235,10 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"prompts\.txt: was changed since report\.json was written"):
             run_extend(cfg, ALONE)
         assert (out / "prompts.txt").read_text() == "my own words"
+        begun = recipe_runner.run(
+            SCRIPT, f"prompts={path}", f"out={tmp_path}/begun", "model=qwen", f"endpoint.url={server.url}",
+            at=At("scd_sf.prompt_extend.run:write_json", 1),
+        )  # fmt: skip
+        assert begun.code < 0
+        run_extend(replace(cfg, out=str(tmp_path / "begun")), ALONE)  # killed before its first file: still ours
         run_extend(replace(cfg, prompts=str(out), out=str(tmp_path / "again")), ALONE)  # a result is a list
