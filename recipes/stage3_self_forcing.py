@@ -122,11 +122,11 @@ class Distillation:
                         stored[number] = (self.rollout(cond, "critic", step, turn, number), cond, indices)
                 x, cond, indices = stored[number]
                 rng = generator(cfg.run.seed, "critic", step, turn, number)
-                loss, _ = critic_loss(self.critic, x, cond, cfg.loss, rng)
+                loss, logs = critic_loss(self.critic, x, cond, cfg.loss, rng)
                 kept.append(self.kept(number, indices, loss, x, cond))
                 self.critic.backward(loss)
                 info = self.critic.step()
-                total += float(loss.detach()) / self.critic.micro_batches
+                total += logs["critic/loss"] / self.critic.micro_batches
         return {"critic/loss": total, "critic/grad_norm": info.grad_norm}
 
     def student_update(self, step: int, stored: Rollouts, may_stop: MayStop) -> tuple[Logs, StepInfo]:

@@ -55,8 +55,9 @@ class FlowMatchingConfig:
 def drop_text(cond: Conditioning, null: Conditioning, rate: float, rng: torch.Generator) -> Conditioning:
     """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free guidance)."""
     dropped = torch.rand(cond.batch, generator=rng) < rate
-    keep = on_device(~dropped, cond.text_BLE.device).reshape(-1, 1, 1)
-    return replace(cond, text_BLE=torch.where(keep, cond.text_BLE, null.text_BLE.to(cond.text_BLE)))
+    text = cond.text_BLE
+    keep = on_device(~dropped, text.device).reshape(-1, 1, 1)
+    return replace(cond, text_BLE=torch.where(keep, text, on_device(null.text_BLE, text.device, text.dtype)))
 
 
 def drop_signals(cond: Conditioning, cfg: FlowMatchingConfig, rng: torch.Generator) -> Conditioning:

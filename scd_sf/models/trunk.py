@@ -320,7 +320,7 @@ class Trunk(nn.Module):
         if self.skip is None or t_BF is None or x_BLE.is_meta:  # what is only counted: every block
             return run(x_BLE, chosen)
         full_BF = self.skip.full(t_BF, self.cfg.clean_time)
-        if bool(full_BF.all()):
+        if not torch.is_grad_enabled() and bool(full_BF.all()):  # under autograd all run, and nobody waits to know
             return run(x_BLE, chosen)
         assert keep is None, "some blocks are bypassed: all frames go on"
         return run_skipping(run, x_BLE, full_BF, chosen, self.skip.middle(len(self.blocks)))

@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from rehearsal.budgets import Budget
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,6 +79,10 @@ class Counts:
 
     def __init__(self) -> None:
         self.reads, self.copies, self.blocking = Counter[str](), Counter[str](), Counter[str]()
+
+    @property
+    def totals(self) -> Budget:
+        return Budget(self.reads.total(), self.copies.total(), self.blocking.total())
 
     def __str__(self) -> str:
         parts = [
@@ -137,14 +142,11 @@ class FakeCuda(TorchDispatchMode):
             self._counts.remove(counts)
 
     @contextmanager
-    def budget(self, *, reads: int, copies: int, blocking: int = 0) -> Iterator[Counts]:
+    def budget(self, allowed: Budget) -> Iterator[Counts]:
         """Exactly so many; AssertionError naming the places otherwise."""
         with self.counted() as counts:
             yield counts
-        found = counts.reads.total(), counts.copies.total(), counts.blocking.total()
-        assert found == (reads, copies, blocking), (
-            f"host reads, copies, blocking copies: {found}, the list allows {(reads, copies, blocking)}; {counts}"
-        )
+        assert counts.totals == allowed, f"{counts.totals}, the list allows {allowed}; {counts}"
 
     def _note(self, kind: str) -> None:
         place = _place()
@@ -219,7 +221,9 @@ class FakeCuda(TorchDispatchMode):
             try:
                 out = func(*_to_meta(args), **moved)
             except RuntimeError as error:
-                raise Mix(f"{func}: {error} (shapes {_shapes(_tensors((args, kwargs.values())))}, at {_place()})") from error
+                raise Mix(
+                    f"{func}: {error} (shapes {_shapes(_tensors((args, kwargs.values())))}, at {_place()})"
+                ) from error
             described = _Outcome.of(out)
             self._made[key] = described
         changed = _changed(func)
@@ -259,7 +263,9 @@ class FakeCuda(TorchDispatchMode):
         parts = [query, key, value] + ([] if mask is None else [mask])
         if any(part.device != DEVICE for part in parts):
             raise Mix(f"attention on {[str(part.device) for part in parts]}, at {_place()}")
-        if len({query.dtype, key.dtype, value.dtype}) > 1 or (mask is not None and mask.dtype not in (torch.bool, query.dtype)):
+        if len({query.dtype, key.dtype, value.dtype}) > 1 or (
+            mask is not None and mask.dtype not in (torch.bool, query.dtype)
+        ):
             raise Mix(f"attention of {[part.dtype for part in parts]}, at {_place()}")
         batch, heads, length, dim = query.shape
         if key.shape != (batch, heads, key.shape[2], dim) or value.shape[:3] != key.shape[:3]:
@@ -267,7 +273,9 @@ class FakeCuda(TorchDispatchMode):
         if mask is not None:
             torch.broadcast_shapes(mask.shape, (batch, heads, length, key.shape[2]))
         if query.dtype == torch.float32 or mask is not None:
-            out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())
+            out = torch.ops.aten._scaled_dot_product_efficient_attention(
+                query, key, value, None, torch.is_grad_enabled()
+            )
         else:
             out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
         attended: Tensor = out[0]
@@ -280,7 +288,7 @@ class FakeCuda(TorchDispatchMode):
             raise Mix(f"FlexAttention: a block mask on {[str(part.device) for part in tables]}, at {_place()}")
         if block_mask.seq_lengths != (query.shape[2], key.shape[2]):
             raise Mix(f"FlexAttention: {_shapes([query, key])} under a mask of {block_mask.seq_lengths}, at {_place()}")
-        seen = block_mask.mask_mod(*(torch.zeros((), dtype=torch.int32, device=DEVICE) for _ in range(4)))
+        seen = block_mask.mask_mod(*(torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in range(4)))
         assert seen.dtype == torch.bool and seen.device == DEVICE
         return self._attended(query, key, value, None)
 

@@ -1,0 +1,81 @@
+"""Stage 3 of the paper (Wan 1.3B student and critic, 14B teacher, 832x480, 81 frames) on the rehearsal's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import recipe_runner
+import torch
+from rehearsal import world
+from rehearsal.budgets import BUDGETS
+from rehearsal.fake_cuda import FakeCuda
+from torch import Tensor
+
+from scd_sf.config import load_config
+from scd_sf.data.prefetch import Prefetch
+from scd_sf.diffusion.noise import cpu_noise
+from scd_sf.diffusion.solvers import Renoise
+from scd_sf.models.build import Student
+from scd_sf.models.trunk import WanConfig
+from scd_sf.rollout import rollout
+from scd_sf.stages import Stage3Config
+from scd_sf.train.base import StepModule
+from scd_sf.types import Conditioning
+
+
+@contextmanager
+def distillation(student: Student, *changes: str) -> Iterator[Any]:
+    """The recipe's own updates of that student, of one micro-batch each."""
+    script: Any = recipe_runner.load_script("recipes/stage3_self_forcing.py")
+    blanks = ["init=x", "teacher=x", "critic=x", "prompts=x", "run.dir=x", "train.global_batch=1"]
+    cfg = load_config(Stage3Config, world.CONFIGS / "stage3_wan_1.3b.yaml", [*blanks, *changes])
+    sampler, critic = Renoise(cfg.sampler.times), world.wan(WanConfig())
+
+    def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
+        return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
+
+    for trunk in (*student.trunks(), critic.trunk):
+        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+    prompts: Any = world.Texts()
+    reads: Any = Prefetch(prompts.conditioning, 2, threads=1)
+    engines: list[Any] = [world.Forward(StepModule(student, self_rollout)), world.Forward(critic)]
+    teacher, run = world.wan().requires_grad_(False), Any
+    shape = cfg.video.shape(16).latent(1)[1:]
+    yield script.Distillation(cfg, run, world.RANKS, prompts, reads, sampler, shape, *engines, teacher)
+    reads.close()
+    for trunk in student.trunks():
+        trunk.checkpointing = False
+
+
+def test_a_cycle_at_the_papers_size(cuda: FakeCuda) -> None:
+    """A critic update on a rollout of its own, one on the same rollout again, and the student's. Checkpointing is for
+    the short clips: it makes the rehearsal slow."""
+    with distillation(world.student(), "checkpointing=false") as parts:
+        stored: dict[int, Any] = {}
+        for fresh, which in ((True, "a rollout of its own"), (False, "the same rollout")):
+            with cuda.budget(BUDGETS[f"stage 3, critic on {which}"]):
+                logs = parts.critic_update(1, 0, stored, fresh, lambda: None)
+            assert logs["critic/loss"] == 1.0
+        with cuda.budget(BUDGETS["stage 3, student"]):
+            logs, _ = parts.student_update(1, stored, lambda: None)
+    assert logs["dmd/fake_real"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        ("stage1_causal_chunk3",),
+        ("stage1_wan_1.3b_paper",),
+        ("stage1_wan_1.3b", "scd.decoder.fusion=junction", "scd.decoder.prefix=cached"),
+        ("stage1_wan_1.3b", "scd.decoder.fusion=channel"),
+    ],
+    ids=lambda preset: preset[-1],
+)
+def test_other_students(cuda: FakeCuda, preset: tuple[str, ...]) -> None:
+    """Of a short clip: reads and blocking copies are those of any other."""
+    with distillation(world.student(*preset), "video.frames=9") as parts, cuda.counted() as counts:
+        parts.student_update(1, {}, lambda: None)
+    assert counts.totals[::2] == BUDGETS["stage 3, student"][::2], str(counts)
