@@ -42,6 +42,7 @@ from scd_sf.metrics.timing import Cost, time_in_rounds, unrest
 from scd_sf.models.build import Student
 from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.nn.layers import DitBlock
+from scd_sf.ownership import require_own_folder
 from scd_sf.pipeline import choose_sampler
 from scd_sf.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.provenance import git_revision, versions
@@ -246,12 +247,13 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
         trajectories = [bench.futures(clips, numbers, seed) for seed in rules.seeds]
         for row, number in enumerate(numbers):
             truth = clips[row].frames_F3HW.float() / 255
-            scorer.save(scorer.add(number, truth, [videos[row] for videos in trajectories]), out / "clips")
+            figures = scorer.add(number, truth, [videos[row] for videos in trajectories])
             if number < cfg.videos:
                 shown = torch.cat([truth[: rules.context], trajectories[0][row]])
                 pair = as_uint8(torch.cat([truth, shown], dim=-1))
                 (out / "videos").mkdir(parents=True, exist_ok=True)
                 write_video(out / "videos" / f"{number:05d}.mp4", pair, bench.clips.fps)
+            scorer.save(figures, out / "clips")  # last: a clip with figures is not done again
         left = (len(mine) - start - len(numbers)) * (time.monotonic() - began) / len(numbers)
         if ranks.is_main:
             say(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s")
@@ -321,6 +323,7 @@ def main() -> None:
     networks = cfg.metric_networks(ranks.device)
     bench.read(0)  # whether the clips fit the protocol
     with ExitStack() as held:
+        ranks.on_main(lambda: require_own_folder(Path(cfg.out), ["generation.json"]))
         ranks.on_main(lambda: held.enter_context(locked(Path(cfg.out), "scores")))
         claim(cfg, ranks, checkpoint)
         score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)

@@ -318,6 +318,7 @@ def current_umask() -> int:
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Hold ``folder`` (made if missing) for this job; ``what`` names it. The kernel frees it when the process ends.
+    What killed jobs left unfinished, here and in two levels of folders below, is removed.
 
     Raises UserError when another process holds it, and where there is something else than a folder. A job that is
     refused, or fails, leaves no lock where there was none, and no folder with nothing in it. On file
@@ -330,7 +331,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not os.path.lexists(folder / LOCK)
     with take_lock(folder / LOCK, what):
-        sweep(folder)
+        for part in ("", "*/", "*/*/"):
+            for below in folder.glob(part) if part else [folder]:
+                sweep(below)
         try:
             yield
         except BaseException:

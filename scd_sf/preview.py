@@ -65,26 +65,29 @@ class Preview:
         if not found:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
-    def sample(self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0.
+    def sample(self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0; and
+        which (B,) were made, as uint8.
 
-        Samples that are not finite are said and stay black: a diverging training ends by its own rules."""
+        Samples that are not finite are said, stay black and are not measured: a diverging training ends by its own
+        rules."""
         assert self.vae is not None, "no VAE: ask for preview.vae first"
         shape = self.shape
         videos = torch.zeros(
             self.cond.batch, shape.pixel_frames, 3, shape.pixel_height, shape.pixel_width, dtype=torch.uint8
         )
+        made = torch.zeros(self.cond.batch, dtype=torch.uint8)
         if len(rows) == 0:
-            return videos
+            return videos, made
         cond = Conditioning(self.cond.text_BLE[list(rows)]).to(device)
         self.vae.model.to(device=device)
         try:
             pixels = clips_of(generate(model, self.vae, cond, list(rows), shape, self.sampler))
-            videos[list(rows)] = as_uint8(pixels).cpu()
+            videos[list(rows)], made[list(rows)] = as_uint8(pixels).cpu(), 1
         except NotFinite as error:
             log.warning("validation videos %s are black: %s", list(rows), error)
         self.vae.model.to(device="cpu")
-        return videos
+        return videos, made
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
         """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and where it is."""
@@ -94,9 +97,14 @@ class Preview:
         write_video(file, frames, self.fps)
         return frames.permute(0, 2, 3, 1), file
 
-    def measure(self, videos: Tensor) -> Logs:
-        """Motion, flicker and saturation of uint8 videos (B, F, 3, H, W), and CLIP's similarity to the prompts."""
-        logs = statistics(videos)
+    def measure(self, videos: Tensor, made: Tensor) -> Logs:
+        """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that were ``made`` (B,), and CLIP's
+        similarity to the prompts; ``quick/not_finite``: how many were not, where one was not."""
+        rows = made.nonzero().flatten().tolist()
+        logs: Logs = {} if len(rows) == len(made) else {"quick/not_finite": float(len(made) - len(rows))}
+        if not rows:
+            return logs
+        logs |= statistics(videos[rows])
         if self.clip is not None:
-            logs["quick/clip"] = float(self.clip.similarity(videos, self.texts).mean())
+            logs["quick/clip"] = float(self.clip.similarity(videos[rows], [self.texts[row] for row in rows]).mean())
         return logs

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
-from scd_sf.files import locked, others_in, read_json, sha256_file, sweep, write_json
+from scd_sf.files import locked, others_in, read_json, sha256_file, write_json
+from scd_sf.ownership import require_own_folder
 from scd_sf.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError, say
@@ -116,6 +117,7 @@ def make_videos(
     studio, settings = open_studio(cfg, ranks.device, checkpoint)
     settings |= {"checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)), **fixed}
     with ExitStack() as held:
+        ranks.on_main(lambda: require_own_folder(out, [INDEX]))
         ranks.on_main(lambda: held.enter_context(locked(out, "samples")))
         ranks.on_main(lambda: open_folder(out, settings))
         make_missing(studio, out, ranks, videos)
@@ -125,9 +127,6 @@ def make_videos(
 
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video]) -> None:
     """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
-    if ranks.is_main:
-        for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
-            sweep(folder)
     left = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]

@@ -40,12 +40,12 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
     if ranks.any(preview.vae is None):
         return {}
     with _on_device(model, ranks.device):
-        mine = preview.sample(model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device)
-    videos = ranks.sum(mine.to(ranks.device)).cpu()
+        mine, made = preview.sample(model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device)
+    videos, made = (ranks.sum(part.to(ranks.device)).cpu() for part in (mine, made))
     if not ranks.is_main:
         return {}
     run.video(step, "samples", *preview.write(videos, step))
-    return preview.measure(videos)
+    return preview.measure(videos, made)
 
 
 @contextmanager

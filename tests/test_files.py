@@ -127,6 +127,18 @@ def test_a_lock_is_taken_over_from_nobody(tmp_path: Path, kind: str) -> None:
     assert other.read_text() == "other" and (kind != "text" or lock.read_text() == "mine")
 
 
+def test_a_job_clears_what_killed_ones_left_below(tmp_path: Path) -> None:
+    """In folders of folders too; what a living process or somebody else has is left."""
+    (tmp_path / ".done" / "videos").mkdir(parents=True)
+    alive = part_of(tmp_path / ".done" / "x")
+    dead = alive.with_name(alive.name.replace(f"-{os.getpid()}-", "-999999999-"))
+    for file in (alive, dead, tmp_path / ".done" / "videos" / dead.name, tmp_path / dead.name, tmp_path / ".part-mine"):
+        file.write_text("half")
+    with locked(tmp_path, "samples"):
+        left = {path.name for path in tmp_path.rglob(".part-*")}
+    assert left == {alive.name, ".part-mine"}
+
+
 def test_a_job_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     """No lock in a folder of others, no folder that it made; what was there before stays, an old lock too."""
     others, made = tmp_path / "others", tmp_path / "made"

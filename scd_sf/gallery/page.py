@@ -20,7 +20,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from scd_sf.files import locked, new_file, own_file, sha256_file, sweep
+from scd_sf.files import locked, new_file, own_file, sha256_file
 from scd_sf.metrics.protocols import COLUMNS, LEFT_ALIGNED, Row
 from scd_sf.ownership import require_own_file
 from scd_sf.types import UserError, printable
@@ -124,7 +124,6 @@ def _write_folder(page: Page, out: Path, files: Sequence[Path]) -> Path:
     """The videos, then the page, then without the videos of the page that stood here before."""
     videos, names = out / VIDEOS, {file: sha256_file(file)[:16] for file in files}
     videos.mkdir(exist_ok=True)
-    sweep(videos)
     for file, name in names.items():
         place = videos / f"{name}.mp4"
         if not _is_named_by_content(place):

@@ -166,9 +166,11 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
     found: dict[str, Spec] = {}
     for number, row in enumerate(rows, 1):
-        if row.then or row.start or not row.prompt:
+        if wrong := [name for name in ("then", "start") if getattr(row, name)] or ([] if row.prompt else ["no prompt"]):
+            where = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
             raise UserError(
-                f"prompt {number} ({row.prompt[:60]!r}) is empty or has 'then' or 'start'; give a prompt only"
+                f"{where} {number} ({row.prompt[:60]!r}) has {' and '.join(wrong)}; a teacher's clip takes a prompt "
+                "alone: correct it"
             )
         first = cfg.seed if row.seed is None else row.seed
         for seed in range(first, first + cfg.samples):

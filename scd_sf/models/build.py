@@ -219,6 +219,7 @@ def write_single(
         "licence": str(origin.get("licence", LICENCE)),
     }
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, metadata)
 
 

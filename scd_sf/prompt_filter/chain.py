@@ -218,7 +218,8 @@ class Chain:
             examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
         before, self.table = len(self.table), self.table.filter(~mask) if mask.any() else self.table
         self.steps.append(Step(name, before, len(self.table), settings, counts, examples))
-        say(f"{name}: {before} -> {len(self.table)}")
+        said = f"not applied ({counts['not applied']})" if "not applied" in counts else f"{before} -> {len(self.table)}"
+        say(f"{name}: {said}")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clips import read_video
-from scd_sf.files import new_file, read_json, sha256_file, sweep, write_json
+from scd_sf.files import new_file, read_json, sha256_file, write_json
 from scd_sf.metrics.raft import load_raft, optical_flow
 from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError, say
@@ -125,7 +125,6 @@ def run_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilt
     """Filter every prompt's candidates, shared among the ranks. Prompts with fewer than five are named at the end."""
     for folder in (STATIC, RECORDS):
         (out / folder).mkdir(parents=True, exist_ok=True)
-        sweep(out / folder)
     todo = list(prompts)[ranks.rank :: ranks.world]
     for number, prompt in enumerate(todo, 1):
         static.choose(out, prompt, count)

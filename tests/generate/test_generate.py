@@ -83,8 +83,10 @@ def test_every_clip_is_wanted_once_and_groups_do_not_depend_on_ranks(tmp_path: P
     (tmp_path / "report.json").write_text(json.dumps({"sha256": {"prompts.jsonl": sha256_file(file)}}))
     assert wanted_clips(GenerateConfig("m", "o", prompt_file=str(tmp_path), samples=2, seed=5), common()) == specs
     file.write_text('{"prompt": "a", "then": [[9, "b"]]}\n')
-    with pytest.raises(UserError, match=r"prompt 1 .* has 'then'"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl: row 1 \('a'\) has then; .* correct it"):
         wanted_clips(GenerateConfig("m", "o", prompt_file=str(file)), common())
+    with pytest.raises(UserError, match=r"prompts: number 2 \(''\) has no prompt"):
+        wanted_clips(GenerateConfig("m", "o", prompts=["a", " "]), common())
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
         "", Conditioning(torch.zeros(2, 1, 4)), VideoShape(1, 4, 2, 2), Renoise(), tmp_path,
         texts=["a red car", "a dog in the snow"], cfg=PreviewConfig("scd-tiny-clip", str(tmp_path / "tiny.pt")),
     )  # fmt: skip
-    logs = preview.measure(shown)
+    logs = preview.measure(shown, torch.ones(2))
     assert logs["quick/clip"] == pytest.approx(float(found.mean())) and logs["quick/motion"] == float(
         motion(shown).mean()
     )

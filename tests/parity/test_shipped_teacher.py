@@ -66,13 +66,13 @@ def test_vae_round_trip_and_validation_video(tmp_path: Path) -> None:
     scd, _ = transplant_scd(load_wan(TEACHER), ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11))))
     cond = load_text_encoder(TEACHER).encode(["still picture", "forward walk"])
     preview = Preview(str(TEACHER), cond, VideoShape(3, 16, 8, 8), Renoise((1.0, 0.8)), tmp_path)
-    videos = preview.sample(scd, [0, 1])
+    videos, _ = preview.sample(scd, [0, 1])
     frames, _ = preview.write(videos, 7)
     assert tuple(frames.shape) == (9, 64, 128, 3)
     assert tuple(read_video(tmp_path / "00000007.mp4").shape) == (9, 3, 64, 128)
-    assert torch.equal(videos, preview.sample(scd, [0, 1]))
-    shared = preview.sample(scd, [0]).int() + preview.sample(scd, [1]).int()  # as by two ranks
-    assert (shared - videos.int()).abs().max() <= 1 and not preview.sample(scd, []).any()
+    assert torch.equal(videos, preview.sample(scd, [0, 1])[0])
+    shared = preview.sample(scd, [0])[0].int() + preview.sample(scd, [1])[0].int()  # as by two ranks
+    assert (shared - videos.int()).abs().max() <= 1 and not preview.sample(scd, [])[0].any()
 
 
 def test_without_a_vae_there_are_no_videos(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_lists_without_scores(tmp_path: Path) -> None:
+def test_lists_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(3)
     lines = [" ".join(rng.sample(LONG.split(), 8)) for _ in range(20)]
     (tmp_path / "a.txt").write_text("\n".join(lines))
@@ -200,6 +200,7 @@ def test_lists_without_scores(tmp_path: Path) -> None:
     assert (
         report["steps"][2]["counts"] == {"not applied": "no scores"} and report["licence"] == "not stated; set licence="
     )
+    assert "nsfw: not applied (no scores)\n" in capsys.readouterr().out, "not as if all had passed"
     assert read_jsonl(tmp_path / "out" / "prompts.jsonl", "")[0]["scores"] is None
     (tmp_path / "b.txt").write_text("...\n!!!\na\n")  # keys without a word, shorter than a shingle
     everything = FilterConfig(

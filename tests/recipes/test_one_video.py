@@ -103,11 +103,22 @@ def test_a_validation_video(chain: Chain, single: dict[tuple[str, int], Tensor],
     states = load_text_encoder(chain.wan).encode(PROMPTS).text_BLE
     cond = Conditioning(states.half().float())
     preview = Preview(str(chain.wan), cond, SHAPE, config.sampler.build(), tmp_path)
-    both = preview.sample(student, [0, 1])
+    both, made = preview.sample(student, [0, 1])
+    assert made.tolist() == [1, 1] and "quick/not_finite" not in preview.measure(both, made)
     for rank in (0, 1):
         alone = sampled(chain, f"prompts={json.dumps([PROMPTS[rank]])}", f"seed={rank}")[0]
         same(both[rank], alone)
-        assert torch.equal(preview.sample(student, [rank])[rank], alone), "as with two ranks"
+        one, made = preview.sample(student, [rank])
+        assert torch.equal(one[rank], alone) and made.tolist() == [rank == 0, rank == 1], "as with two ranks"
+    states[1] = float("nan")
+    preview.cond = Conditioning(states)
+    parts = [preview.sample(student, [rank]) for rank in (0, 1)]
+    videos, made = (sum(part) for part in zip(*parts, strict=True))
+    found = preview.measure(videos, made)
+    assert found.pop("quick/not_finite") == 1 and found == preview.measure(both[:1], torch.ones(1)), (
+        "the whole one alone"
+    )
+    assert preview.measure(videos, torch.zeros(2)) == {"quick/not_finite": 2}, "black is no measure"
 
 
 def test_a_row_of_an_evaluation(chain: Chain, tmp_path: Path) -> None:
