@@ -43,7 +43,7 @@ from scd_sf.files import (
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.text_cache import OFF, open_text_encoder
 from scd_sf.models.vae import Vae, load_vae, vae_source
-from scd_sf.types import UserError, exit_on_user_error, say
+from scd_sf.types import UserError, device_of, exit_on_user_error, say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CAPTIONS = 'write one {"file": ..., "caption": ...} per line'
@@ -260,9 +260,7 @@ def main(
             raise UserError(f"--{name.replace('_', '-')}: '{value}' is unknown; use one of {', '.join(DTYPES)}")
     if batch < 1 or fps < 1:
         raise UserError(f"--batch is {batch} and --fps {fps}; both must be at least 1")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: '{device}', but no CUDA device is visible; use cpu")
+    device = str(device_of(device))
     if captions is not None:
         index_folder(clips, captions, fps)
     job = Job(clips, model, out, batch, device, text_cache, wan_negative(negative_prompt), types)

@@ -99,6 +99,7 @@ def make_game(scenario: str) -> vizdoom.DoomGame:
     """A headless game on the scenario's map; buttons: turn by degrees (positive right), move forward."""
     game = vizdoom.DoomGame()
     game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, scenario + ".wad"))
+    game.set_doom_config_path(os.devnull)  # else the engine leaves _vizdoom.ini in the working directory, and reads it
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)

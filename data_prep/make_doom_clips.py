@@ -132,6 +132,7 @@ def make_game(place: str) -> vizdoom.DoomGame:
     """A headless game on the place's map; buttons: turn by degrees (positive right), move forward."""
     game = vizdoom.DoomGame()
     game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, PLACES[place] + ".wad"))
+    game.set_doom_config_path(os.devnull)  # else the engine leaves _vizdoom.ini in the working directory, and reads it
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)

@@ -46,7 +46,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
 from scd_sf.pipeline import choose_sampler, choose_shape
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape, as_cell
+from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, device_of
 
 SCHEMA = 1
 
@@ -321,7 +321,7 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
 def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Entry]]:
     """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError: sizes nobody knows,
     models that do not fit this VAE."""
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(cfg.device)
     opened = [open_entry(cfg, row, device) for row in cfg.models]
     base = cfg.base or next((base for _, _, base in opened if base), "")
     if base:

@@ -218,7 +218,8 @@ def find(path: Path, weights: str = "") -> Path:
         newest = Checkpoints(root).newest(weights=weights)
         if newest is not None:
             return newest
-    raise UserError(f"{path}: no checkpoint here; give a step_N directory, or a run directory that holds some")
+    lacks = "no checkpoint here" if path.exists() else "no such folder, so no checkpoint"
+    raise UserError(f"{path}: {lacks}; give a step_N directory, or a run directory that holds some")
 
 
 # What this process has hashed: (path, inode, bytes, mtime in ns) -> sha256; and directories that rank 0 has verified.

@@ -24,7 +24,7 @@ from scd_sf.doctor.finding import FAIL
 from scd_sf.doctor.report import as_table, examine
 from scd_sf.monitor.commands import app as runs
 from scd_sf.plan.commands import plan
-from scd_sf.types import UserError, exit_on_user_error, printable, say
+from scd_sf.types import UserError, device_of, exit_on_user_error, printable, say
 
 if TYPE_CHECKING:
     from scd_sf.models.names import Layout
@@ -216,12 +216,9 @@ def probe(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
 ) -> None:
     """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and one page."""
-    import torch
-
     from scd_sf.probing import ProbeConfig, run_probes
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say(run_probes(load_config(ProbeConfig, config, overrides), device))
+    say(run_probes(load_config(ProbeConfig, config, overrides), device_of("")))
 
 
 @app.command()

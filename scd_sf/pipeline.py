@@ -40,7 +40,7 @@ from scd_sf.models.export import dtype_of, largest, must_be_new
 from scd_sf.models.generator import check_chunks
 from scd_sf.models.text import TextEncoderConfig, TransformersTextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeGeometry, load_vae
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import UserError, VideoShape, device_of
 
 STUDENT = Path("transformer") / "model.safetensors"
 
@@ -118,7 +118,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
     ) -> SCDWanPipeline:
         """Read a directory of :meth:`save_pretrained` or ``scd export``. Local files only; UserError names what is
         missing. ``dtype`` is the student's and the text encoder's; the VAE computes in fp32."""
-        root = Path(path)
+        root, device = Path(path), device_of(device)
         config, origin = read_single(root / STUDENT)
         student, _ = load_student(root / STUDENT)
         text = load_text_encoder(root, device=device, dtype=dtype)

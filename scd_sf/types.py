@@ -115,6 +115,22 @@ def _leave(line: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def device_of(name: str | torch.device) -> torch.device:
+    """The device that a person named; empty: a GPU if there is one. UserError: no such kind, or no GPU here."""
+    import torch
+
+    found = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if found else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device is '{name}', which is unknown; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device is '{name}', which nothing here was written for; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if found else 0):
+        raise UserError(f"device is '{name}', but no such CUDA device is visible; use cpu")
+    return device
+
+
 def on_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
     """x on ``device``. A GPU gets it from pinned memory, so that the host does not wait for what the GPU still does."""
     import torch

@@ -116,6 +116,8 @@ def test_nothing_saved_is_none_unless_required(tmp_path: Path) -> None:
         store.newest(required=True)
     with pytest.raises(UserError, match="no checkpoint here"):
         find(tmp_path)
+    with pytest.raises(UserError, match="absent: no such folder, so no checkpoint; give"):
+        find(tmp_path / "absent")
 
 
 def test_all_damaged_never_restarts_from_zero(tmp_path: Path) -> None:

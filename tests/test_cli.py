@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from scd_sf import __version__, cli
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.models.names import diffusers_to_original, to_diffusers
+from scd_sf.pipeline import SCDWanPipeline
+from scd_sf.types import UserError, device_of
 
 
 def run(
@@ -34,6 +36,21 @@ def a_checkpoint(root: Path) -> Path:
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"], monkeypatch, capsys) == (0, f"scd-sf {__version__}\n", "")
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("") == device_of("cpu") == torch.device("cpu")
+    for name, words in (
+        ("cuda", "no such CUDA device"),
+        ("cuda:1", "cpu$"),
+        ("gpu", "unknown"),
+        ("meta", "nothing here"),
+    ):
+        with pytest.raises(UserError, match=f"device is '{name}'.*{words}"):
+            device_of(name)
+    with pytest.raises(UserError, match="no such CUDA device is visible; use cpu"):
+        SCDWanPipeline.from_pretrained("anything", device="cuda")
 
 
 def test_inspect_names_origin_and_tensors(

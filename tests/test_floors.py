@@ -11,6 +11,10 @@ import pytest
 from floors import Rule, Source
 
 ROOT = Path(__file__).resolve().parents[1]
+KNOWN = {
+    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "Makefile", "NOTICE", "README.md", "SECURITY.md", "assets",
+    "benchmarks", "data_prep", "docs", "pyproject.toml", "recipes", "scd_sf", "tests", "vbench_eval",
+}  # fmt: skip
 PLACES = ("scd_sf", "tests", *floors.SCRIPTS)
 
 
@@ -27,6 +31,13 @@ def test_repository(rule: Rule) -> None:
     assert any(source.path == "scd_sf/types.py" for source in sources), "the walk found no files"
     wrong = rule(sources)
     assert not wrong, f"{rule.__doc__}\n" + "\n".join(wrong)
+
+
+def test_the_root_holds_no_stray_files() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found = {name.split("/")[0] for name in listed.split("\0") if name}
+    strays = found - KNOWN
+    assert "README.md" in found and not strays, f"committed by accident, or name it in KNOWN: {sorted(strays)}"
 
 
 LONG = "def f() -> None:\n" + "    x = 1\n" * 60

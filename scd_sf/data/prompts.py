@@ -109,7 +109,7 @@ def read_manifest(root: Path) -> Json:
     if not path.is_file():
         begun = (root / "building.json").is_file()
         unfinished = "encoding was not finished; run the same encoding command again"
-        absent = "no such file; encode the clips first (data_prep/encode_latents.py), or prompts (encode_prompts.py)"
+        absent = "no such file; make it with generate_clips.py, encode_latents.py or encode_prompts.py of data_prep/"
         raise UserError(f"{path}: {unfinished if begun else absent}")
     manifest = read_json(path, AGAIN)
     if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):

@@ -25,7 +25,7 @@ from scd_sf.data.raw_files import Refused
 from scd_sf.data.shards import check_place
 from scd_sf.data_tools.progress import progress_of
 from scd_sf.files import Json, hash_json, locked, read_json, sha256_folder, write_json
-from scd_sf.types import Tokenizer, UserError, printable, say
+from scd_sf.types import Tokenizer, UserError, device_of, printable, say
 
 REPORT = "report.json"
 KEEP = "nothing of others is overwritten: give another name"
@@ -93,8 +93,7 @@ class EncodeConfig:
             raise UserError("batch, workers and frames_per_shard must be at least 1")
         if not 0 <= self.max_bad <= 1:
             raise UserError(f"max_bad is {self.max_bad}; it is a share from 0 to 1")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device is '{self.device}', but no CUDA device is visible; use cpu")
+        device_of(self.device)
 
 
 @dataclass

@@ -34,7 +34,7 @@ from scd_sf.files import Json, files_below, locked, write_bytes, write_jsonl
 from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, load_vae
-from scd_sf.types import UserError, VideoShape, printable
+from scd_sf.types import UserError, VideoShape, device_of, printable
 
 REFUSED = "refused.jsonl"
 STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,9 +79,10 @@ def import_clips(options: ImportOptions, progress: Callable[[int], None] = lambd
     UserError, after all else is imported, when something was refused: ``quarantine/refused.jsonl`` lists it.
     """
     kind, files = sources_of(options.source)
-    encoder = open_text_encoder(options.model, options.text_cache, device=options.device)
+    device = device_of(options.device)
+    encoder = open_text_encoder(options.model, options.text_cache, device=device)
     with ExitStack() as held:
-        target = _Target(options, kind, encoder, load_vae(options.model, device=options.device), held)
+        target = _Target(options, kind, encoder, load_vae(options.model, device=device), held)
         return _import(options, target, _parts(kind, files), progress)
 
 

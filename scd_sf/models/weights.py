@@ -65,7 +65,8 @@ def transformer_dir(path: Path) -> Path:
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
-    raise UserError(f"{path}: no transformer/config.json there; give a Wan 2.1 directory or a file of its weights")
+    lacks = "no transformer/config.json there" if path.exists() else "no such file or folder"
+    raise UserError(f"{path}: {lacks}; give a Wan 2.1 directory or a file of its weights")
 
 
 def open_wan(

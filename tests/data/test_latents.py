@@ -195,7 +195,7 @@ def test_a_shape_that_the_files_cannot_hold_allocates_nothing(tmp_path: Path, si
 
 
 def test_changed_rows_prompts_only_and_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"manifest\.json: no such file; encode the clips first"):
+    with pytest.raises(UserError, match=r"manifest\.json: no such file; make it with generate_clips.py"):
         LatentClips(tmp_path / "none")
     writer = ShardWriter(tmp_path / "prompts", {})
     finish_prompts(writer, encode_prompts(writer, PROMPTS, fake, max_length=6))

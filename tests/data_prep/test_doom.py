@@ -157,7 +157,9 @@ def test_turns_move_the_picture_the_right_way(small: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resumed_by_one_worker_gives_the_same_clips(small: Path, script: ModuleType, tmp_path: Path) -> None:
+def test_resumed_by_one_worker_gives_the_same_clips(
+    small: Path, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half the parts of an interrupted run are there, one with its clip gone: one worker makes the rest.
 
     On a busy machine the game draws some frames a few grey levels apart: pictures are compared, not bytes.
@@ -172,8 +174,10 @@ def test_resumed_by_one_worker_gives_the_same_clips(small: Path, script: ModuleT
             (tmp_path / "again" / path).write_bytes((small / path).read_bytes())
         part = json.dumps([[lines[name]], dict.fromkeys(script.REJECT, 0)])
         (tmp_path / "again" / "work" / f"{chunk.name}.json").write_text(part)
+    monkeypatch.chdir(tmp_path)
     done = run(tmp_path / "again", "--train", "1", "--val", "1", "--frames", "9", "--workers", "1")
     assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["again"], "the engine left its _vizdoom.ini where we stand"
     one, two = ClipSet(small), ClipSet(tmp_path / "again")
     two.verify()
     assert [replace(c, bytes=0, sha256="") for c in one.clips] == [replace(c, bytes=0, sha256="") for c in two.clips]

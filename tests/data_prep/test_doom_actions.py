@@ -87,7 +87,9 @@ def test_distances_to_walls(script: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(doom_actions: Path, script: ModuleType, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(
+    doom_actions: Path, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two of five clips are there; two workers make the rest: the same actions, pictures alike (a busy machine draws
     some frames a few grey levels apart)."""
     again = tmp_path / "set"
@@ -98,7 +100,9 @@ def test_an_interrupted_run_goes_on(doom_actions: Path, script: ModuleType, tmp_
             shutil.copy(doom_actions / (stem + end), again / (stem + end))
     (again / "train/my_way_home/00002.mp4").write_bytes(b"cut")
     options = ("--train", "4", "--test", "1", "--frames", "40", "--size", "64")
+    monkeypatch.chdir(tmp_path)
     done = make_doom(again, *options, "--workers", "2")
+    assert [path.name for path in tmp_path.iterdir()] == ["set"], "the engine left its _vizdoom.ini where we stand"
     assert done.returncode == 0, done.stderr
     for path in doom_actions.rglob("*.npz"):
         other = again / path.relative_to(doom_actions)

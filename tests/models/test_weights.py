@@ -66,8 +66,11 @@ def test_round_trip_and_where_the_transformer_may_lie(folder: Path) -> None:
     assert_is_the_tiny_wan(folder)
     assert_is_the_tiny_wan(folder.parent)
     assert transformer_dir(folder.parent) == transformer_dir(folder) == folder
-    with pytest.raises(UserError, match=r"no transformer/config.json there; give a Wan 2.1 directory"):
+    with pytest.raises(UserError, match=r"nothing: no such file or folder; give a Wan 2.1 directory"):
         load_wan(folder / "nothing")
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no transformer/config.json there; give a Wan 2.1 directory"):
+        load_wan(folder / "empty")
 
 
 def test_shards_with_an_index(folder: Path) -> None:

@@ -107,7 +107,7 @@ CASES = {
     "unknown-key": Case(STAGE2, stage2("train.step=3"), ("'train.step'", "did you mean 'train.steps'?")),
     "unknown-key-in-file": Case(STAGE2, config_file, ("mine.yaml", "'engine.lrr'", "did you mean 'engine.lr'?")),
     "wrong-type": Case(STAGE2, stage2("train.steps=many"), ("train.steps", "int")),
-    "missing-checkpoint": Case(STAGE2, stage2("init=FOLDER/nowhere"), ("nowhere", "no checkpoint here", "give")),
+    "missing-checkpoint": Case(STAGE2, stage2("init=FOLDER/nowhere"), ("nowhere", "no such folder", "give")),
     "validation-of-another-size": Case(STAGE2, other_size, ("validation clips are 64x32", "are 32x32", "at one size")),
     "truncated-checkpoint": Case(STAGE2, truncated_checkpoint, ("model.safetensors", "truncated", "copy this one")),
     "truncated-latents": Case(STAGE2, truncated_latents, ("latents-00001.safetensors",)),
