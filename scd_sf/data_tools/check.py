@@ -12,7 +12,7 @@ from scd_sf.data.clip_files import SUFFIX, VIDEO, clip_path, files_of, is_clip, 
 from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptTable, index_clips
-from scd_sf.files import is_part, locked, read_jsonl, sha256_file
+from scd_sf.files import files_below, is_part, locked, read_jsonl, sha256_file
 from scd_sf.types import UserError
 
 WANTED = "wanted.jsonl"
@@ -52,7 +52,7 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda done: N
         clips = LatentClips(root)
         if full:
             clips.verify()
-        return Report(clips=len(clips))
+        return Report(clips=len(clips), bytes=sum(file.stat().st_size for file in files_below(root)))
     common, report, whole = read_job(root), Report(), dict[str, str]()
     for number, path in enumerate(files_of(root), 1):
         if is_part(path):
