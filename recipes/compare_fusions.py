@@ -23,7 +23,7 @@ from rich.table import Table
 
 from scd_sf.files import read_jsonl, write_json
 from scd_sf.metrics.protocols import Row, read_rows
-from scd_sf.steps import Group, Step, python, run_steps
+from scd_sf.steps import Group, Step, chain, clips_and_latents, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -63,17 +63,6 @@ class Plan:
     seeds: tuple[int, ...]
     clips: int
     updates: int | None = None
-
-    def data_steps(self) -> list[Group]:
-        """As in the demo: rendered clips, encoded."""
-        clips = self.run / "clips"
-        render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", "48", "--val", "4")
-        encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
-        encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
-        return [
-            [Step("clips", render, 27, outputs=[clips])],
-            [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],
-        ]
 
     def place(self, stage: int, fusion: str, seed: int = 0) -> Path:
         """Of a checkpoint; stage 1 draws nothing, so all seeds start from one."""
@@ -215,17 +204,23 @@ def main() -> None:
     fusions, seeds = tuple(dict.fromkeys(args.fusions)), tuple(dict.fromkeys(args.seeds))
     latents = args.latents or args.run / "latents"
     plan = Plan(args.run, args.teacher, latents, fusions, seeds, args.clips, args.updates)
-    if args.part != "score":
-        run_steps(plan.run, [*([] if args.latents else plan.data_steps()), *plan.training()])
-    if args.part == "train":
-        return
-    for fusion in fusions:
-        for seed in seeds:
+    with chain(plan.run):
+        if args.part != "score":
+            data = [] if args.latents else clips_and_latents(plan.run, plan.teacher, latents, 48)
+            run_steps(plan.run, [*data, *plan.training()])
+        if args.part != "train":
+            score(plan)
+
+
+def score(plan: Plan) -> None:
+    """All trainings, fusions.json and the table."""
+    for fusion in plan.fusions:
+        for seed in plan.seeds:
             plan.loss(fusion, seed)  # refuses what is not trained before anything is scored
     run_steps(plan.run, [[plan.scoring()]])
     found = collect(plan)
     context = read_rows(plan.run / "scores" / "results.json")[1]
-    about = {"training_seeds": list(seeds), "teacher": str(plan.teacher), **context}
+    about = {"training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
     write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
     show(found)
     if context["machine_busy"]:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from scd_sf.files import new_file, typed
 from scd_sf.metrics.protocols import Row, read_rows, table, write_rows
-from scd_sf.steps import Step, python, run_steps
+from scd_sf.steps import Step, chain, clips_and_latents, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -32,16 +32,6 @@ LOG_WIDTH = 140  # of the table where no terminal says how wide it is
 
 def latents(run: Path) -> list[str]:
     return [f"data={run}/latents/train", f"val={run}/latents/val"]
-
-
-def data_steps(run: Path, teacher: Path, clips: int) -> list[list[Step]]:
-    render = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "1", "--train", str(clips), "--val", "4")
-    encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", str(teacher))
-    encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
-    return [
-        [Step("clips", render, 27, outputs=[run / "clips"])],
-        [Step("latents", [*encode, "--out", f"{run}/latents"], 50, outputs=[run / "latents"])],
-    ]
 
 
 def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
@@ -156,9 +146,15 @@ def main() -> None:
         "--seed", type=int, default=0, help="of all trainings (the clips and the samples stay the same)"
     )
     args = parser.parse_args()
+    with chain(args.run):
+        make(args)
+
+
+def make(args: argparse.Namespace) -> None:
+    """What is missing, then the table and whether the goals are met."""
     started = time.time()
     groups = [
-        *data_steps(args.run, args.teacher, args.clips),
+        *clips_and_latents(args.run, args.teacher, args.run / "latents", args.clips),
         *student_steps(args.run, args.teacher, args.seed),
         distil_step(args.run, args.teacher, args.seed),
         evaluate_step(args.run, args.teacher),

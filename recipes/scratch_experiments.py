@@ -32,7 +32,7 @@ from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.nn.layers import DitBlock
 from scd_sf.rollout import rollout
-from scd_sf.steps import Group, Step, python, run_steps
+from scd_sf.steps import Group, Step, chain, python, run_steps
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, exit_on_user_error, say
 
@@ -377,10 +377,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 8 or args.steps % 8 or args.test < 2:
         raise UserError(f"--steps {args.steps} must be a multiple of 8 and --test {args.test} at least 2")
-    plan = Plan(args.run, args.steps, tuple(args.seeds), args.train, args.test)
+    with chain(args.run):
+        make(Plan(args.run, args.steps, tuple(args.seeds), args.train, args.test), args)
+
+
+def make(plan: Plan, args: argparse.Namespace) -> None:
+    """The experiments that were asked for, each into scratch.json when it is done."""
     file = plan.run / "scratch.json"
     for name in QUICK if args.experiment == "all" else {args.experiment} & set(QUICK):
-        plan.run.mkdir(parents=True, exist_ok=True)
         write_json(file, plan.document() | {name: params() if name == "params" else lpips(args.pictures)})
     if args.experiment in QUICK:
         return

@@ -32,7 +32,7 @@ from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.paired import LossConfig
 from scd_sf.probes.subject import Subject
-from scd_sf.steps import Group, Step, python, run_steps
+from scd_sf.steps import Group, Step, chain, clips_and_latents, python, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -94,17 +94,6 @@ class Plan:
     clips: int
     probe_clips: int
     steps: tuple[int, ...] = (4, 50)
-
-    def data_steps(self, train: int) -> list[Group]:
-        """As in the demo: rendered clips, encoded."""
-        clips, count = self.run / "clips", str(train)
-        render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", count, "--val", "4")
-        encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(self.teacher))
-        encode += ["--negative-prompt", ""]  # the toy teacher knows the empty prompt as its null
-        return [
-            [Step("clips", render, 27, outputs=[clips])],
-            [Step("latents", [*encode, "--out", str(self.latents)], 55, outputs=[self.latents])],
-        ]
 
     def place(self, stage: int, cut: Cut, seed: int = 0) -> Path:
         """Named by its layers: a split that stands in the sweep twice is trained once."""
@@ -290,9 +279,14 @@ def main() -> None:
     )
     depth = read_wan_config(plan.teacher).num_layers
     cuts(depth, both_ends(depth, 1))  # refuses a small teacher before anything is made
-    if args.latents is None:
-        run_steps(plan.run, plan.data_steps(args.train))
-    plan.run.mkdir(parents=True, exist_ok=True)
+    with chain(plan.run):
+        if args.latents is None:
+            run_steps(plan.run, clips_and_latents(plan.run, plan.teacher, latents, args.train))
+        sweep(plan, depth)
+
+
+def sweep(plan: Plan, depth: int) -> None:
+    """All trainings and their scores, sweep.json, figure and table."""
     chosen = cuts(depth, proposal(plan))
     run_steps(plan.run, [*plan.training(chosen), [plan.scoring(chosen)]])
     found = collect(plan, chosen)

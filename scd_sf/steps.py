@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -20,9 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scd_sf.files import files_below, read_typed, write_json
+from scd_sf.files import files_below, locked, read_typed, write_json
+from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, printable
 
+MARKERS = ".done"
+AGAIN = "choose another --run"
 QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this time
 
 
@@ -49,18 +53,43 @@ class Step:
 Group = Sequence[Step]
 
 
+@contextmanager
+def chain(run: Path) -> Iterator[None]:
+    """Hold the run directory of a chain. UserError: another chain is at work in it, or it holds files of others and no
+    ``.done`` of a chain."""
+    require_own_folder(run, (MARKERS,), AGAIN)
+    with locked(run, "this chain"):
+        (run / MARKERS).mkdir(exist_ok=True)  # before anything else: what a killed chain leaves is known as ours
+        try:
+            yield
+        except UserError:
+            with suppress(OSError):  # refused before a step was finished
+                (run / MARKERS).rmdir()
+            raise
+
+
+def clips_and_latents(run: Path, teacher: Path, latents: Path, train: int) -> list[Group]:
+    """The demo's data: ``train`` clips per place and motion rendered to ``run/clips`` and encoded to ``latents``."""
+    clips = run / "clips"
+    render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", str(train), "--val", "4")
+    encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(teacher))
+    encode += ["--negative-prompt", "", "--out", str(latents)]  # the toy teacher knows the empty prompt as its null
+    return [[Step("clips", render, 27, outputs=[clips])], [Step("latents", encode, 55, outputs=[latents])]]
+
+
 def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str, float]:
-    """Run all groups in order; returns seconds per step (from its marker if it was finished before).
+    """Run all groups in order, within :func:`chain`; returns seconds per step (from its marker if it was finished
+    before).
 
     ``at_once``: of a larger group, so many steps run at a time; the next starts when one ends.
 
     Raises UserError naming the step and its log when a command fails; what it had done is kept.
     """
-    for folder in ("logs", ".done"):
+    for folder in ("logs", MARKERS):
         try:
             (run / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{run}: cannot write the run directory ({error}); choose another --run") from error
+            raise UserError(f"{run}: cannot write the run directory ({error}); {AGAIN}") from error
     total = sum(_expected(group, at_once) for group in groups)
     console = Console()
     columns = (
@@ -176,7 +205,7 @@ def _run_group(
 
 
 def _marker(run: Path, step: Step) -> Path:
-    return run / ".done" / f"{step.name}.json"
+    return run / MARKERS / f"{step.name}.json"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         _leave(f"error: {error}", 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer ends so at Ctrl-C, without a word
+            raise
         _leave("interrupted; the same command goes on where it stopped", INTERRUPTED)
     except OSError as error:
         _leave(f"error: {of_its_place(error)}", 2)

@@ -314,6 +314,8 @@ def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 2 and "File name too long" in words and words.count("\n") == 1
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
         assert ended(error)[0] == 2
-    assert ended(KeyboardInterrupt())[0] == 130
+    for stop in (KeyboardInterrupt(), SystemExit(130)):  # the second from typer
+        assert ended(stop) == (130, "interrupted; the same command goes on where it stopped\n")
+    assert ended(SystemExit(3)) == (3, "")
     with pytest.raises(ZeroDivisionError):
         exit_on_user_error(lambda: print(1 / 0))

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import recipe_runner
 
-from scd_sf.steps import Step, run_steps
+from scd_sf.steps import Step, chain, run_steps
 from scd_sf.types import UserError
 
 
@@ -140,3 +141,28 @@ def test_a_step_that_leaves_less_than_it_promised_is_no_success(tmp_path: Path) 
     with pytest.raises(UserError, match=f"'idle' ended without {tmp_path}/nothing"):
         run_steps(tmp_path / "run", [[Step("idle", shell("true"), 1, outputs=[tmp_path / "nothing"])]])
     assert not (tmp_path / "run" / ".done" / "idle.json").exists()
+
+
+CHAINS = {
+    "demo": [], "compare_fusions": [], "sweep_split": [], "scratch_experiments": ["data"],
+    "make_teacher": ["--rehearsal", "--out", "{}/teacher"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_holds_its_run_directory(tmp_path: Path, name: str) -> None:
+    """A second one is told so, a folder of others is left alone; nothing is rendered or written before."""
+    script, more = f"recipes/{name}.py", [word.format(tmp_path) for word in CHAINS[name]]
+    with chain(tmp_path / "run"):
+        second = recipe_runner.run(script, *more, "--run", tmp_path / "run")
+    assert second.code == 2 and "is at work in it" in second.err and second.err.count("error:") == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".done", ".lock"]
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "results.json").write_text("mine")
+    found = recipe_runner.run(script, *more, "--run", others)
+    assert found.code == 2 and "nothing of others is touched: choose another --run" in found.err
+    if name == "make_teacher":
+        found = recipe_runner.run(script, "--rehearsal", "--out", others, "--run", tmp_path / "new")
+        assert found.code == 2 and "give another --out" in found.err and not (tmp_path / "new").exists()
+    assert [path.name for path in others.iterdir()] == ["results.json"]

@@ -16,7 +16,7 @@ import torch
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.flow import shift_time
-from scd_sf.steps import Step
+from scd_sf.steps import Step, clips_and_latents
 from scd_sf.train.base import accumulation
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
@@ -64,7 +64,7 @@ def chain_steps() -> list[Step]:
     """Every step of the demo and of the teacher's chain."""
     run, teacher = Path("runs/x"), Path("assets/wan_doom")
     demo, make = (recipe_runner.load_script(f"recipes/{name}.py") for name in ("demo", "make_teacher"))
-    groups = [*demo.data_steps(run, teacher, 60), *demo.student_steps(run, teacher, 1)]
+    groups = [*clips_and_latents(run, teacher, run / "latents", 60), *demo.student_steps(run, teacher, 1)]
     groups += [
         demo.distil_step(run, teacher, 1),
         demo.evaluate_step(run, teacher),

@@ -76,6 +76,7 @@ def test_what_the_demo_writes_and_prints(
     """From an evaluation's files alone (no log is needed): the table, a line per goal, results.json, the gallery."""
     run, busy = tmp_path / "run", "other processes used 1.9 of 2 cores"
     (run / "results").mkdir(parents=True)
+    (run / ".done").mkdir()
     (run / "results" / "gallery.html").write_text("<html>")
     monkeypatch.setattr(demo, "run_steps", lambda run, groups: {"clips": 1.0})
     monkeypatch.setattr("sys.argv", ["demo.py", "--run", str(run)])
