@@ -31,7 +31,7 @@ from scd_sf.config import from_command_line
 from scd_sf.data.clips import write_video
 from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.pixels import PixelClip, PixelClips
-from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.diffusion.solvers import MOST_STEPS, Sampler, build_sampler
 from scd_sf.files import Json, locked, read_json, sha256_folder, write_json
 from scd_sf.metrics.frames import SsimWindow, as_uint8
 from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
@@ -48,7 +48,7 @@ from scd_sf.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.provenance import git_revision, versions
 from scd_sf.train.engine import init_distributed
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import Conditioning, Tokenizer, UserError, exit_on_user_error, say
+from scd_sf.types import Conditioning, Tokenizer, UserError, check_within, exit_on_user_error, say
 
 FREE = (
     "out",
@@ -70,6 +70,9 @@ class SamplerChoice:
 
     name: str = ""
     steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_within(self, "sampler.", steps=(0, MOST_STEPS))
 
 
 @dataclass
@@ -117,6 +120,9 @@ class EvaluatePredictionConfig:
     timed: int = 8
 
     def __post_init__(self) -> None:
+        self.rules()  # refuses what no protocol has
+        if self.protocol != "custom" and self.custom != CustomProtocol():
+            raise UserError(f"custom is for protocol=custom, and protocol is {self.protocol}: leave one of them out")
         if self.batch < 1 or min(self.videos, self.timed) < 0:
             raise UserError(f"batch {self.batch} must be >= 1, videos {self.videos} and timed {self.timed} >= 0")
         if self.i3d_torchscript and not (self.networks and self.fvd):

@@ -79,6 +79,8 @@ def check_consistent(model: ModelConfig) -> None:
             f"model.dit.num_layers is {layers}, but model.scd has {len(scd.encoder_layers)} encoder_layers and "
             f"{len(scd.decoder.layers)} decoder.layers: set them together"
         )
+    if model.family == "scd" and (unread := scd.decoder.unread(DecoderConfig(), SCD_B.scd.decoder)):
+        raise UserError(f"model.scd.{unread}")
     unused: dict[str, object] = {"chunk": scd.chunk} if model.family == "scd" else {"scd": SCD_B.scd}
     unused |= {"wan": SCD_B.wan}
     for name, harmless in unused.items():

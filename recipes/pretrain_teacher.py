@@ -33,7 +33,7 @@ from scd_sf.train.recipe import (
 )
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Conditioning, Logs, exit_on_user_error, on_device
+from scd_sf.types import Conditioning, Logs, check_within, exit_on_user_error, on_device
 
 
 @dataclass
@@ -46,6 +46,9 @@ class PretrainConfig:
     text_dropout: float = 0.1
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        check_within(self, shift=(1e-3, 1e3), text_dropout=(0, 1))
 
 
 @torch.no_grad()

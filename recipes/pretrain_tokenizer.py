@@ -48,7 +48,7 @@ from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, buil
 from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
-from scd_sf.types import Logs, UserError, exit_on_user_error, on_device, say
+from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
 RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
 
@@ -81,6 +81,9 @@ class EvaluationConfig:
     statistics: Literal["channel", "one"] = "channel"
     sheet: int = 24
 
+    def __post_init__(self) -> None:
+        check_within(self, clips=(1, 2**20), frames=(1, 2**20), statistics_frames=(2, 2**20), sheet=(1, 1000))
+
 
 @dataclass
 class PretrainTokenizerConfig:
@@ -108,6 +111,7 @@ class PretrainTokenizerConfig:
     gan_engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        check_within(self, start_frames=(1, 2**20))
         if (self.loss.perceptual > 0) != bool(self.lpips_weights):
             raise ValueError("loss.perceptual and lpips_weights go together: set both, or neither (loss.gradient then)")
         if self.gan.weight > 0 and 3 in (self.engine.zero_stage, self.gan_engine.zero_stage):

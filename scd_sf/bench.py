@@ -44,9 +44,9 @@ from scd_sf.models.text import TextEncoder, load_text_encoder
 from scd_sf.models.vae import Vae, VaeStream, channels_last, load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
-from scd_sf.pipeline import choose_sampler, choose_shape
+from scd_sf.pipeline import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, device_of
+from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of
 
 SCHEMA = 1
 
@@ -101,6 +101,7 @@ class BenchConfig:
             raise UserError("set checkpoints= or models=: nothing to measure")
         if self.rounds < 1 or self.warmup < 0:
             raise UserError(f"rounds is {self.rounds} and warmup {self.warmup}; at least 1 and 0")
+        check_within(self, **SIZES_ASKED, rounds=(1, 10**6), warmup=(0, 10**6), text_tokens=(1, 2**16))
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
 
 

@@ -59,6 +59,10 @@ def choose_sampler(
     return chosen
 
 
+# Pixels and frames that may be asked for; 0: as trained.
+SIZES_ASKED: dict[str, tuple[float, float]] = {"frames": (0, 10**6), "height": (0, 2**15), "width": (0, 2**15)}
+
+
 def choose_shape(
     asked: Mapping[str, int | None], origin: Mapping[str, object], student: Student, vae: VaeGeometry, where: str
 ) -> VideoShape:

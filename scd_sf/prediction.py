@@ -20,6 +20,7 @@ from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import NotFinite, generate_latents
 from scd_sf.metrics.frames import as_uint8
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
+from scd_sf.models.generator import CacheConfig
 from scd_sf.models.guided import SampleGuidance
 from scd_sf.models.tokenizers import load_tokenizer
 from scd_sf.models.wan import Wan
@@ -38,6 +39,9 @@ class PredictionGuidance:
     eta: float = 0.05
     actions: float = 1.0
 
+    def __post_init__(self) -> None:
+        self.of_decoder()  # refuses what makes no sense
+
     def of_decoder(self) -> SampleGuidance:
         """The same for generate()."""
         return SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.eta)
@@ -50,6 +54,9 @@ class PredictionConfig:
     window: int = 0
     sink: int = 0
     guidance: PredictionGuidance = field(default_factory=PredictionGuidance)
+
+    def __post_init__(self) -> None:
+        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from scd_sf.models.vae import load_vae
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import is_wan_directory, load_wan
 from scd_sf.ownership import require_own_folder
-from scd_sf.pipeline import choose_sampler
+from scd_sf.pipeline import SIZES_ASKED, choose_sampler
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
 from scd_sf.probes.frame_diagonal import DiagonalProbe, frame_diagonal
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
@@ -48,7 +48,7 @@ from scd_sf.probes.similarity import SimilarityProbe, similarity
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer
 from scd_sf.probes.subject import Subject
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape, say
+from scd_sf.types import Conditioning, UserError, VideoShape, check_within, say
 
 PROBES: dict[str, Callable[[Subject, Any], ProbeResult]] = {
     "similarity": similarity,
@@ -104,6 +104,7 @@ class ProbeConfig:
             raise UserError(f"probes: {unknown} are none; choose from {', '.join(PROBES)}")
         if self.clips < 1 or min(self.frames, self.height, self.width) < 0:
             raise UserError(f"clips is {self.clips} (at least 1), sizes must not be negative")
+        check_within(self, **SIZES_ASKED, seed=(0, 2**63 - 1))
 
 
 def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[str, object]]:

@@ -28,8 +28,8 @@ from scd_sf.models.guided import SampleGuidance
 from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, load_vae
-from scd_sf.pipeline import choose_sampler, choose_shape
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.pipeline import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
 FPS = 1000  # more no player shows
 VIDEOS = 2**22  # of one folder: their list alone takes a GB
@@ -82,6 +82,11 @@ class SampleConfig:
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
+        check_within(self, **SIZES_ASKED)
+        if self.negative_prompt and self.guidance.text.w == 1:
+            raise UserError("negative_prompt is what guidance.text leads away from: set guidance.text.scale too")
+        if self.force and self.sampler is None:
+            raise UserError("force is for another sampler than the checkpoint's own: set sampler, or drop it")
         self.negative_prompt = wan_negative(self.negative_prompt)
         dtype_of(self.dtype)
 

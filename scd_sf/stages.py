@@ -12,10 +12,10 @@ from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import SamplerConfig
 from scd_sf.models.live_prompts import LiveTextConfig
 from scd_sf.preview import PreviewConfig
-from scd_sf.train.base import EngineConfig
+from scd_sf.train.base import TRAINING, EngineConfig
 from scd_sf.train.recipe import TrainConfig
 from scd_sf.train.run import RunConfig
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import UserError, VideoShape, check_within
 
 
 @dataclass
@@ -41,6 +41,13 @@ class Stage2Config:
     validation_clips: int = 32
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
+    def __post_init__(self) -> None:
+        check_within(self, validation_clips=(1, 2**20))
+        plain = FlowMatchingConfig()
+        for name in ("action_dropout", "label_dropout"):
+            if getattr(self.loss, name) != getattr(plain, name):
+                raise UserError(f"loss.{name} is set, but clips with prompts have none: remove it")
+
 
 @dataclass
 class VideoConfig:
@@ -49,6 +56,9 @@ class VideoConfig:
     frames: int = 81
     height: int = 480
     width: int = 832
+
+    def __post_init__(self) -> None:
+        check_within(self, "video.", frames=(1, 10**6), height=(1, 2**15), width=(1, 2**15))
 
     def shape(self, channels: int) -> VideoShape:
         """In latents. UserError for sizes that the VAE does not make."""
@@ -97,6 +107,13 @@ class Stage3Config:
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
             raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
+        check_within(self, data_std=(1e-6, 1e6), healthy_within=(1, 1e6), step_shift=(1e-3, 1e3))
+        if self.reuse > 1 and self.critic_data == "student" and not self.critic_warmup:
+            raise UserError(f"reuse is {self.reuse}, but critic_data=student has its own rollouts: leave it out")
+        plain = EngineConfig()
+        for name in TRAINING:
+            if getattr(self.teacher_engine, name) != getattr(plain, name):
+                raise UserError(f"teacher_engine.{name} is set, but the teacher is not trained: remove it")
         self.sampler.build()
 
     @property

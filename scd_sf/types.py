@@ -65,6 +65,15 @@ class _Cleaned(logging.Formatter):
         return printable(text if record.exc_info else text.replace("\n", " "))
 
 
+def check_within(config: object, where: str = "", /, **bounds: tuple[float, float]) -> None:
+    """UserError for the first field of ``config`` outside its (least, most), named with ``where`` before it. None, a
+    field that is not set, is within all."""
+    for name, (least, most) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"{where}{name} is {value}; it must be between {least:.12g} and {most:.12g}")
+
+
 def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
     """Run ``main``. One line on stderr and exit code 2 for a :class:`UserError` and for a place that cannot be written
     or read (full, read-only), or where memory does not suffice; one line and 130 for Ctrl-C. Others keep their

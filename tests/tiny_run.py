@@ -124,7 +124,8 @@ class Chain:
         """Arguments of stage 3, from stage 2's result: two critic updates per student update."""
         train = f"train={{steps: {STEPS3}, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}}"
         wans = [f"teacher={self.wan}", f"critic={self.wan}", f"prompts={self.train}"]
-        engines = [f"{name}={{kind: local, lr: 1e-2}}" for name in ("student", "critic_engine", "teacher_engine")]
+        engines = [f"{name}={{kind: local, lr: 1e-2}}" for name in ("student", "critic_engine")]
+        engines.append("teacher_engine={kind: local}")
         size = ["video={frames: 9, height: 32, width: 32}", "ratio=2", "run.log_every=1"]
         return [f"init={self.root}/stage2", *wans, *engines, *size, f"run.dir={run}", train]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from scd_sf.types import Conditioning, Denoiser, Logs, UserError
+from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         if self.form not in ("standard", "additive"):
             raise UserError(f"guidance.form is '{self.form}'; use 'standard' (w) or 'additive' (w = scale + 1)")
+        least = 0 if self.form == "standard" else -1
+        check_within(self, "guidance.", scale=(least, 1e3))
 
     @property
     def w(self) -> float:

@@ -134,6 +134,8 @@ MOST_STEPS = 10_000  # ten times those of any published sampler
 def build_sampler(name: str, steps: int, shift: float, times: tuple[float, ...] = ()) -> Sampler:
     """'euler' or 'unipc' with any number of steps, or 'renoise' at ``times`` (none: ``steps`` linear times warped by
     the shift)."""
+    if not 1e-3 <= shift <= 1e3:
+        raise UserError(f"sampler.shift is {shift}; it must be between 0.001 and 1000 (5 for Wan)")
     if steps < 1:
         raise UserError(f"sampler.steps is {steps}; it must be at least 1")
     if steps > MOST_STEPS:

@@ -23,8 +23,10 @@ from scd_sf.models.export import dtype_of
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.vae import vae_source
 from scd_sf.models.weights import WanFiles
-from scd_sf.train.base import EngineConfig
-from scd_sf.types import UserError
+from scd_sf.sampling import FPS, VIDEOS
+from scd_sf.train.base import TRAINING, EngineConfig
+from scd_sf.train.run import YEAR_MINUTES
+from scd_sf.types import UserError, check_within
 
 STORED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CONTENTS = ("*.safetensors", "*.json", "*.model", "*.pth")  # weights, configuration, tokenizer
@@ -87,8 +89,12 @@ class GenerateConfig:
     timeout_minutes: float = 120.0
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.batch, self.fps) < 1:
-            raise UserError("samples, batch and fps must be at least 1")
+        check_within(self, samples=(1, VIDEOS), batch=(1, VIDEOS), fps=(1, FPS), seed=(0, 2**63 - 1))
+        check_within(self, frames=(1, 10**6), height=(1, 2**15), width=(1, 2**15), timeout_minutes=(0.01, YEAR_MINUTES))
+        plain = EngineConfig()
+        for name in TRAINING:
+            if getattr(self.engine, name) != getattr(plain, name):
+                raise UserError(f"engine.{name} is set, but the teacher is not trained: remove it")
         if bool(self.prompts) == bool(self.prompt_file):
             raise UserError("set either prompts or prompt_file")
         if not 0 <= self.crf <= 51:
@@ -97,6 +103,8 @@ class GenerateConfig:
             raise UserError(f"store is '{self.store}'; use one of {', '.join(STORED)}")
         self.negative_prompt = wan_negative(self.negative_prompt)
         dtype_of(self.text_dtype)
+        if self.launcher != "ray" and self.cluster != ClusterConfig():
+            raise UserError(f"cluster is for launcher=ray, and launcher is {self.launcher}: leave one of them out")
         if (sampler := build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)).name == "renoise":
             raise UserError(f"sampler.name is '{sampler.name}', which is for distilled students; use unipc or euler")
 

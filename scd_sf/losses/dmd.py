@@ -15,7 +15,7 @@ from scd_sf.diffusion.flow import add_noise, shifted_uniform, x_0_from_velocity
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.losses.flow_matching import denoiser_flow_loss
-from scd_sf.types import Conditioning, Denoiser, Logs, UserError, on_device
+from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, on_device
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class DmdConfig:
     def __post_init__(self) -> None:
         if self.shift <= 0:
             raise UserError(f"loss.shift is {self.shift}; it must be positive (5 in Table 7)")
+        check_within(self, "loss.", shift=(1e-3, 1e3))
         if not 0 < self.t_min < self.t_max <= 1:
             raise UserError(
                 f"loss.t_min, loss.t_max are {self.t_min}, {self.t_max}; they must satisfy 0 < min < max <= 1"

@@ -16,7 +16,7 @@ from torch import Tensor
 from scd_sf.diffusion.flow import add_noise, shift_time, shifted_logit_normal, shifted_uniform, velocity_target
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.models.generator import FrameGenerator, Query, check_chunks, pick_chunks
-from scd_sf.types import Conditioning, Denoiser, Logs, UserError, on_device
+from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, on_device
 
 TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
 
@@ -48,6 +48,7 @@ class FlowMatchingConfig:
             raise UserError(f"loss.shift is {self.shift} (must be > 0) and loss.eta {self.eta} (must be >= 0)")
         if not 0 <= self.query_pure <= 1 or self.samples < 1:
             raise UserError(f"loss.query_pure is {self.query_pure} (0..1) and loss.samples {self.samples} (>= 1)")
+        check_within(self, "loss.", shift=(1e-3, 1e3), samples=(1, 1000), eta=(0, 100))
         if self.targets is not None and self.targets < 1:
             raise UserError(f"loss.targets is {self.targets}; use a number of chunks >= 1, or null for all")
 

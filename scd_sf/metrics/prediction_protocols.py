@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scd_sf.metrics.frames import SsimWindow, check_ssim_window
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 Reduction = Literal["best", "mean"]
 CUSTOM = "custom, not comparable"
@@ -57,6 +57,9 @@ class PredictionProtocol:
         ):
             if value < least:
                 raise UserError(f"protocol {self.name}: {name} is {value}; at least {least} is needed")
+        check_within(self, f"protocol {self.name}: ", context=(0, 10**6), generated=(1, 10**6), resolution=(1, 2**15))
+        if self.seeds and min(self.seeds) < 0:
+            raise UserError(f"protocol {self.name}: seeds is {list(self.seeds)}; they must be 0 or more")
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"protocol {self.name}: a seed is there twice in {self.seeds}; its trajectories are equal")
         if self.reduce not in ("best", "mean"):

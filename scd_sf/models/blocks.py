@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.flow import shift_time
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class BlocksConfig:
 
     frame_diagonal: int = 0
     skip: SkipConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_within(self, "blocks.", frame_diagonal=(0, 2**12))
 
     def check(self, family: str, num_layers: int) -> None:
         """UserError where a model of this family and depth cannot run so."""

@@ -78,6 +78,9 @@ class SamplerConfig:
     shift: float = 5.0
     times: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.build()
+
     def build(self) -> Sampler:
         """Ready to run. UserError for an unknown name and for times that do not fit."""
         return build_sampler(self.name, self.steps, self.shift, self.times)

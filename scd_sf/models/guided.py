@@ -18,7 +18,7 @@ from scd_sf.diffusion.noise import Noise
 from scd_sf.models.build import Student
 from scd_sf.models.generator import CacheConfig
 from scd_sf.models.scd import Scd
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import Conditioning, UserError, check_within
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class SampleGuidance:
             raise UserError("guidance: set either text.scale or corruption, not both")
         if self.eta <= 0:
             raise UserError(f"guidance.eta is {self.eta}; it must be above 0")
+        check_within(self, "guidance.", corruption=(0, 1e3), eta=(0, 100))
 
     @property
     def on(self) -> bool:

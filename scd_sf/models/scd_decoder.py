@@ -57,6 +57,14 @@ class DecoderConfig:
         if self.split is not None and not 0 <= self.split <= len(self.layers):
             raise UserError(f"decoder.split is {self.split}; it must lie in 0..{len(self.layers)} (number of layers)")
 
+    def unread(self, *defaults: DecoderConfig) -> str:
+        """What differs from all ``defaults`` and has no effect, as the message of an error; '' for nothing."""
+        for name in ("prefix_rope", "prefix", "prefix_time"):
+            value = getattr(self, name)
+            if self.fusion in ("delta", "channel") and value not in [getattr(plain, name) for plain in defaults]:
+                return f"decoder.{name} is {value}, but fusion {self.fusion} has no prefix: leave it out"
+        return ""
+
     def junction(self, encoder_layers: Sequence[int]) -> int:
         """Number of early blocks, which see the noisy chunk alone ('paper' and 'channel' have none)."""
         if self.fusion in ("paper", "channel"):

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
 from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
+from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.export import must_be_new
 from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.trunk import SIZES
 from scd_sf.models.wan import Wan
 from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.provenance import absolute, provenance
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 
 @dataclass
@@ -50,6 +52,15 @@ class TransplantConfig:
     def __post_init__(self) -> None:
         if self.scd.chunk not in (1, self.chunk):
             raise UserError(f"scd.chunk is {self.scd.chunk} and chunk {self.chunk}; set chunk= alone")
+        if self.family not in ("scd", "causal"):
+            raise UserError(f"family is '{self.family}'; use scd or causal")
+        check_within(self, chunk=(1, MOST_CHUNK), heads=(0, SIZES["num_attention_heads"][1]), seed=(0, 2**63 - 1))
+        if not self.weights and (self.section or self.heads):
+            raise UserError("section and heads are of the file weights=, which is empty: name it, or leave them out")
+        if self.family == "causal" and self.scd != ScdConfig():
+            raise UserError("scd says how SCD is cut, and family is causal: leave it out, or set family=scd")
+        if unread := self.scd.decoder.unread(DecoderConfig()):
+            raise UserError(f"scd.{unread}")
 
 
 @dataclass(frozen=True)
@@ -139,8 +150,6 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
 
 def run_transplant(cfg: TransplantConfig) -> str:
     """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one line for people."""
-    if cfg.family not in ("scd", "causal"):
-        raise UserError(f"family is '{cfg.family}'; use scd or causal")
     if not cfg.out:
         raise UserError("out is empty; name a new folder for the checkpoint")
     out = Path(cfg.out)

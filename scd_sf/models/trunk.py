@@ -22,7 +22,7 @@ from scd_sf.nn.attention import AttentionContext
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.layers import LayerNorm, WanBlock, modulate, upcast
 from scd_sf.nn.rope import Axes, Rotary, axis_dims, rope_table
-from scd_sf.types import Conditioning, UserError, VideoShape
+from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
 TOKENS = 3  # dimensions of (B, L, E)
 Text = Tensor | Sequence[KV]  # the embedded prompt, or its K/V in every block
@@ -75,6 +75,15 @@ class TrunkConfig(Protocol):
     def head(self) -> nn.Module: ...
 
 
+# Of every transformer: more than any published one has, and little enough for sizes to be computed.
+SIZES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("num_attention_heads", "num_layers", "patch_height", "patch_width"), (1, 2**12)),
+    **dict.fromkeys(("attention_head_dim", "in_channels", "out_channels", "freq_dim"), (1, 2**16)),
+    "ffn_dim": (1, 2**20),
+    "eps": (0, 1),
+}
+
+
 @dataclass(frozen=True)
 class WanConfig:
     """Geometry of a Wan 2.1 text-to-video transformer; the defaults are T2V-1.3B (30 layers, width 1536)."""
@@ -96,6 +105,7 @@ class WanConfig:
         small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim") if getattr(self, n) < 1]
         if small:
             raise UserError(f"{small[0]} is {getattr(self, small[0])}; it must be at least 1")
+        check_within(self, **SIZES)
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise UserError(f"attention_head_dim is {self.attention_head_dim}; 3-axis RoPE needs an even number >= 6")
 

@@ -33,6 +33,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from scd_sf.models.vae import FRAME_GROUP, channels_last
+from scd_sf.types import check_within
 
 PATCH = 8  # pixels on a side of one latent position
 STILL = 1 / 255  # mean change below half a grey level (pixels span 2): nothing to compare with
@@ -49,6 +50,8 @@ class SmallVaeConfig:
     num_res_blocks: int = 1
 
     def __post_init__(self) -> None:
+        sizes = ("base_dim", "decoder_base_dim", "channels", "num_res_blocks")
+        check_within(self, "model.", **dict.fromkeys(sizes, (1, 2**12)))
         if len(self.dim_mult) != 3 or self.dim_mult[1] != self.dim_mult[2]:
             raise ValueError(f"dim_mult is {self.dim_mult}; it needs three entries, the last two equal")
 

@@ -22,7 +22,7 @@ from scd_sf.probes.result import ProbeResult, rounded
 from scd_sf.probes.similarity import spread
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_attention
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class AttentionProbe:
 
     queries: int = 64
     first_frame: int = 1
+
+    def __post_init__(self) -> None:
+        check_within(self, "attention.", queries=(0, 2**24), first_frame=(0, 10**6))
 
     def check(self, subject: Subject) -> None:
         """UserError: no frame is left, or blocks do not run at every step."""

@@ -22,7 +22,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.probes.paired import Change, FlowLosses, LossConfig, changes_figure, increase, increases
 from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.subject import Subject
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 DECODER_SHARE = 3  # the paper's decoder has a third of the model's layers: 10 of 30
 
@@ -58,6 +58,9 @@ class LeaveOneOut:
 
     loss: LossConfig = field(default_factory=LossConfig)
     decoder_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        check_within(self, "leave_one_out.", decoder_blocks=(0, 2**12))
 
     def check(self, subject: Subject) -> None:
         """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no proposal)."""

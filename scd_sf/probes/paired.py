@@ -22,7 +22,7 @@ from scd_sf.models.build import Student
 from scd_sf.models.generator import Query
 from scd_sf.models.wan import Wan
 from scd_sf.probes.subject import Subject
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import Conditioning, UserError, check_within
 
 SEED_STRIDE = 1_000_003  # between the seeds of a clip
 
@@ -41,6 +41,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if min(self.levels, len(self.seeds), self.batch) < 1 or self.clips < 2:
             raise UserError("loss: levels, seeds and batch must be at least 1, clips 2 (error bars are over clips)")
+        check_within(self, "loss.", levels=(1, 10_000), shift=(1e-3, 1e3))
 
 
 def training_levels(count: int, shift: float) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.similarity import check_blocks, chosen_frames, collected, spread
 from scd_sf.probes.store import FeatureStore
 from scd_sf.probes.subject import Subject
+from scd_sf.types import check_within
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class PcaProbe:
     frame: int = -1
     blocks: tuple[int, ...] = ()
     steps: int = 8
+
+    def __post_init__(self) -> None:
+        check_within(self, "pca.", steps=(1, 1000))
 
     def check(self, subject: Subject) -> None:
         """UserError: a frame or blocks that are not there, or blocks that do not run at every step."""

@@ -27,7 +27,7 @@ from scd_sf.probes.result import ProbeResult, rounded
 from scd_sf.probes.store import FLOAT, FeatureStore
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_features
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 GB = 1e9
 MEASURES = ("cosine", "centred", "mse", "relative")
@@ -43,6 +43,9 @@ class SimilarityProbe:
     frames: tuple[int, ...] = (-1,)
     tokens: int = 256
     shown: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_within(self, "similarity.", tokens=(0, 2**24))
 
     def check(self, subject: Subject) -> None:
         """UserError: frames or blocks that are not there, or blocks that do not run at every step."""

@@ -24,7 +24,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.probes.paired import NONE, Change, FlowLosses, LossConfig, changes_figure, increase, moved
 from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.subject import Subject
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 PREFIX_SHARE, SUFFIX_SHARE = 6, 3  # the supplement's 5 early and 10 late of 30 blocks
 
@@ -45,6 +45,7 @@ class SkipProbe:
     def __post_init__(self) -> None:
         if not self.whole or not all(0 <= part <= 1 for part in self.whole):
             raise UserError(f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]")
+        check_within(self, "skip.", prefix=(0, 2**12), suffix=(0, 2**12), shift=(1e-3, 1e3), timing_seconds=(0, 1e5))
 
     def check(self, subject: Subject) -> None:
         """UserError: SCD, or a prefix and suffix that leave nothing to bypass."""

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from scd_sf.files import read_typed
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, gathered
-from scd_sf.types import UserError
+from scd_sf.types import UserError, check_within
 
 MOST_RANKS = 1_000_000
 _log = logging.getLogger(__name__)
+
+
+# What a frozen engine does not read.
+TRAINING = ("lr", "betas", "eps", "weight_decay", "warmup", "anneal_from", "grad_clip", "lr_scale")
 
 
 @dataclass
@@ -61,6 +65,9 @@ class EngineConfig:
             raise ValueError(f"betas are {tuple(self.betas)}; each must be in [0, 1)")
         if not 0.0 <= self.anneal_from <= 1.0:
             raise ValueError(f"anneal_from is {self.anneal_from}; it is a fraction of all updates, 0 to 1")
+        check_within(self, eps=(1e-30, 1), weight_decay=(0, 1e3))
+        if self.kind == "local" and self.offload:
+            raise UserError("offload is for kind=deepspeed; a local engine keeps everything where it computes")
         if self.bucket < 1 or self.max_skips < 1:
             raise ValueError("bucket and max_skips must be at least 1")
 

@@ -145,5 +145,5 @@ def test_build_sampler() -> None:
     assert build_sampler("unipc", 20, 3.0) == UniPC(20, 3.0)
     with pytest.raises(UserError, match=r"sampler.name is 'ddim'; use 'euler', 'unipc' or 'renoise'"):
         build_sampler("ddim", 4, 5.0)
-    with pytest.raises(UserError, match="timestep shift is 0"):
+    with pytest.raises(UserError, match=r"sampler.shift is 0.0; it must be between 0.001 and 1000"):
         build_sampler("renoise", 4, 0.0)

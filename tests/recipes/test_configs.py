@@ -18,6 +18,7 @@ from scd_sf.config import load_config
 from scd_sf.diffusion.flow import shift_time
 from scd_sf.steps import Step, clips_and_latents
 from scd_sf.train.base import accumulation
+from scd_sf.types import UserError
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
 # Which script (or module, for what only ``scd`` runs) and schema a configuration is for, by what its name holds.
@@ -52,6 +53,104 @@ def mandatory(schema: type[object], prefix: str = "") -> Iterator[str]:
                 yield from mandatory(hints[field.name], f"{prefix}{field.name}.")
             else:
                 yield f"{prefix}{field.name}=x"
+
+
+COMMANDS: dict[tuple[str, str], list[str]] = {
+    **{entry: [] for name, entry in SCHEMAS.items() if name != "bench"},
+    ("scd_sf.bench", "BenchConfig"): ["checkpoints=[x]"],
+    ("scd_sf.sampling", "SampleConfig"): [],
+    ("scd_sf.probing", "ProbeConfig"): [],
+    ("scd_sf.generate.plan", "GenerateConfig"): ["prompts=[a]"],
+    ("scd_sf.data_tools.encode_list", "EncodeListConfig"): [],
+    ("scd_sf.vbench.suite", "SuiteConfig"): [],
+    ("scd_sf.vbench.score", "ScoreConfig"): [],
+    ("evaluate_prediction", "EvaluatePredictionConfig"): [],
+}
+MAY_BE_NEGATIVE = ("pca.frame",)  # counted from the end
+
+
+def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Every field that is a number, dotted."""
+    for name, hint in typing.get_type_hints(schema).items():
+        kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type)]
+        if typing.get_origin(hint) in (list, tuple, dict):
+            continue
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind):
+                yield from numbers(kind, f"{prefix}{name}.")
+        if int in kinds or float in kinds:
+            yield prefix + name
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=".".join)
+def test_no_number_means_nothing(command: tuple[str, str]) -> None:
+    """A number that nothing can be is refused where the configuration is read, in a line that names the field."""
+    script, name = command
+    module = importlib.import_module(script) if "." in script else recipe_runner.load_script(f"recipes/{script}.py")
+    schema: Any = vars(module)[name]
+    given = [*mandatory(schema), *COMMANDS[command]]
+    load_config(schema, None, given)
+    fields = list(numbers(schema))
+    assert fields
+    for field in fields:
+        for value in ("-1000000000", "nan", "inf", "[1, 2]", "''", "yes"):
+            if value.startswith("-") and field in MAY_BE_NEGATIVE:
+                continue
+            with pytest.raises(UserError, match=field.rsplit(".", 1)[-1]):
+                load_config(schema, None, [*given, f"{field}={value}"])
+                pytest.fail(f"{field}={value} is taken")
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "words"),
+    [
+        (("scd_sf.models.transplant", "TransplantConfig"), ["heads=2"], "section and heads are of the file weights="),
+        (("scd_sf.models.transplant", "TransplantConfig"), ["section=ema"], "section and heads are of the file"),
+        (
+            ("scd_sf.models.transplant", "TransplantConfig"),
+            ["scd.decoder={fusion: delta, prefix_rope: temporal}"],
+            "scd.decoder.prefix_rope is temporal, but fusion delta has no prefix",
+        ),
+        (
+            ("scd_sf.models.transplant", "TransplantConfig"),
+            ["family=causal", "scd.encoder_layers=[0]"],
+            "set family=scd",
+        ),
+        (("scd_sf.models.transplant", "TransplantConfig"), ["sampler.times=[1,2]"], "sampler"),
+        (("scd_sf.stages", "Stage2Config"), ["engine={kind: local, offload: true}"], "offload is for kind=deepspeed"),
+        (("scd_sf.stages", "Stage2Config"), ["loss.action_dropout=0.5"], "loss.action_dropout is set, but clips"),
+        (("scd_sf.stages", "Stage3Config"), ["teacher_engine.lr=1"], "teacher_engine.lr is set, but the teacher"),
+        (("scd_sf.stages", "Stage3Config"), ["critic_data=student", "reuse=2"], "reuse is 2, but critic_data=student"),
+        (("scd_sf.sampling", "SampleConfig"), ["negative_prompt=ugly"], "negative_prompt is what guidance.text leads"),
+        (("scd_sf.sampling", "SampleConfig"), ["force=true"], "force is for another sampler"),
+        (
+            ("scd_sf.sampling", "SampleConfig"),
+            ["guidance.text.scale=-1"],
+            "guidance.scale is -1.0; it must be between 0",
+        ),
+        (
+            ("scd_sf.generate.plan", "GenerateConfig"),
+            ["prompts=[a]", "cluster.workers=3"],
+            "cluster is for launcher=ray",
+        ),
+        (
+            ("scd_sf.generate.plan", "GenerateConfig"),
+            ["prompts=[a]", "engine.lr=1"],
+            "engine.lr is set, but the teacher",
+        ),
+        (
+            ("evaluate_prediction", "EvaluatePredictionConfig"),
+            ["protocol=minecraft-fvd", "custom.clips=3"],
+            "custom is for protocol=custom",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(command: tuple[str, str], given: list[str], words: str) -> None:
+    script, name = command
+    module = importlib.import_module(script) if "." in script else recipe_runner.load_script(f"recipes/{script}.py")
+    schema: Any = vars(module)[name]
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config(schema, None, [*mandatory(schema), *given])
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
