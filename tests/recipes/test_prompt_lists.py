@@ -1,4 +1,5 @@
-"""A plain list of prompts in stage 3: encoded while it trains, as if it had been encoded before, killed and resumed."""
+"""A plain list of prompts in stage 3, and what the filter makes of one: encoded while it trains, as if it had been
+encoded before, killed and resumed."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from tiny_run import BACKWARD, MOTIONS, PLACES, SCRIPTS, Chain
 from scd_sf.checkpoint import find, load_tensors
 from scd_sf.data.prompts import PromptSet
 from scd_sf.files import read_json
+from scd_sf.prompt_filter.chain import FilterConfig
+from scd_sf.prompt_filter.report import run_filter
 
 PROMPTS = [f"{motion} in {place}" for place in PLACES for motion in MOTIONS]
 STAGE3, ENCODE = SCRIPTS["stage3"], "data_prep/encode_prompts.py"
@@ -51,14 +54,22 @@ def same(one: Path, two: Path) -> None:
 
 
 def test_killed_and_resumed(chain: Chain, listed: Path, whole: Path, tmp_path: Path) -> None:
-    """With a cache this time, which changes nothing; and the list's own identity is in the provenance."""
-    run, cache = tmp_path / "run", tmp_path / "cache"
-    given = arguments(chain, run, listed, f"text.cache={cache}")
+    """From the filter's folder this time, whose rows are those of the list but for what it dropped, and with a cache:
+    neither changes the training; and the list's own identity is in the provenance."""
+    pytest.importorskip("polars")
+    run, cache, kept = tmp_path / "run", tmp_path / "cache", tmp_path / "kept"
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text(
+        listed.read_text() + '{"prompt": "left", "uuid": "u6"}\n{"prompt": "LEFT in  meadow", "uuid": "u7"}\n'
+    )
+    report = run_filter(FilterConfig((str(raw),), str(kept), language_score=1.0, workers=1))
+    assert read_json(report, "")["kept"] == 6
+    given = arguments(chain, run, kept, f"text.cache={cache}")
     assert recipe_runner.run(STAGE3, *given, at=At(BACKWARD, 15)).code == -signal.SIGKILL
     recipe_runner.succeed(STAGE3, *given)
     same(run, whole)
     origin = read_json(find(run) / "provenance.json", "")
-    assert origin["data_hash"] == read_json(find(whole) / "provenance.json", "")["data_hash"]
+    assert origin["data_hash"] != read_json(find(whole) / "provenance.json", "")["data_hash"]
     assert str(origin["negative_prompt"]).startswith("色调艳丽") and len(list(cache.rglob("*.safetensors"))) == 7
 
 
