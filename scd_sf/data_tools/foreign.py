@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.raw_files import COPY, LARGEST, Refused, one_tensor, refusal
+from scd_sf.data_tools.parquet_footer import ROW_GROUP, check_row_groups
 from scd_sf.files import foreign, reason
 from scd_sf.types import UserError, printable
 
@@ -185,9 +186,10 @@ def numbers_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_parquet(path: Path) -> Iterator[Part]:
-    """The rows of FastVideo's text-to-video parquet. UserError for other columns."""
+    """The rows of FastVideo's text-to-video parquet. UserError for other columns, and for row groups beyond memory."""
     polars = _library("polars")
     with _polars(path):
+        check_row_groups(path, ROW_GROUP)
         table = polars.scan_parquet(path.absolute(), glob=False, hive_partitioning=False)
         schema = table.collect_schema()
     missing, unknown = [n for n in PARQUET if n not in schema], sorted(set(schema) - PARQUET_KNOWN)

@@ -24,6 +24,7 @@ from scd_sf.data.clip_index import Common, open_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.data.raw_files import Refused
+from scd_sf.data_tools import foreign
 from scd_sf.data_tools.foreign import Sample, read_parquet
 from scd_sf.files import locked, part_of, read_jsonl, write_bytes
 from scd_sf.models.text import load_text_encoder
@@ -322,6 +323,17 @@ def parquet_rows() -> dict[str, list[object]]:
         "text_embedding_dtype": ["float32"] * 3,
         "num_frames": [9] * 3,
     }
+
+
+def test_row_groups_of_parquet_have_a_budget(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any is read, by what the footer says of each; compression does not hide it."""
+    rows = parquet_rows()
+    rows["text_embedding_bytes"][2] = bytes(100_000)
+    polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet", row_group_size=1)
+    assert (tmp_path / "a.parquet").stat().st_size < 50_000
+    monkeypatch.setattr(foreign, "ROW_GROUP", 50_000)
+    said = str(imported(tmp_path / "a.parquet", tmp_path / "out", model).exception)
+    assert "a.parquet: row group 2 takes" in said and "smaller row groups" in said and not (tmp_path / "out").exists()
 
 
 def test_fastvideo_parquet_is_normalised_by_the_models_vae(tmp_path: Path, model: Path) -> None:
