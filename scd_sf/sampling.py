@@ -29,6 +29,7 @@ from scd_sf.models.text import TextEncoder, wan_negative
 from scd_sf.models.text_cache import open_text_encoder
 from scd_sf.models.vae import Vae, load_vae
 from scd_sf.pipeline import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.provenance import absolute
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
 FPS = 1000  # more no player shows
@@ -223,6 +224,7 @@ def open_studio(cfg: SampleConfig, device: torch.device, path: Path | None = Non
     check_text_width(text, description, base)
     settings: dict[str, object] = {
         "checkpoint": cfg.checkpoint,
+        "base": absolute(base),
         "weights": cfg.weights,
         "dtype": cfg.dtype,
         "blocks": None if cfg.blocks is None else asdict(cfg.blocks),

@@ -33,7 +33,8 @@ from scd_sf.types import UserError, check_within
 class TransplantConfig:
     """``base``: a Wan directory (transformer in diffusers or original layout, VAE and text encoder beside it).
     ``weights``: a file or directory of a transformer to take instead of the base's own: original layout, or a
-    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint. ``heads``: of
+    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint ("plain": what
+    has no section's name). ``heads``: of
     a file alone that is neither as wide as the base's transformer nor as a released Wan (0: as these).
     ``family``: scd or causal. ``chunk``: latent frames generated together (1 in the paper). ``sampler`` is what the
     student is sampled with: many steps for Wan's own weights, the distilled generator's steps for a generator."""

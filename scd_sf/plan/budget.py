@@ -211,7 +211,7 @@ def _changes(job: Job) -> list[Change]:
 def _engine_change(name: str, values: dict[str, object]) -> Callable[[Job], Job]:
     def change(job: Job) -> Job:
         engine: EngineConfig = vars(job.cfg)[name]
-        if "kind" in values and engine.kind == "deepspeed":
+        if ("kind" in values and engine.kind == "deepspeed") or ("offload" in values and engine.kind == "local"):
             return job
         return _with(job, **{name: replace(engine, **values)})  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,8 @@ def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_
 def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> None:
     before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK}
     assert "seed is 0 there but 1 now" in refused(*arguments(chain, made), "seed=1")
+    other = shutil.copytree(chain.wan, tmp_path / "other")
+    assert f"base is '{chain.wan}' there but '{other}' now" in refused(*arguments(chain, made), f"base={other}")
     other = [argument for argument in arguments(chain, made) if not argument.startswith("prompts=")]
     assert "made for prompt 'left in meadow'" in refused(*other, 'prompts=["right in hall"]')
     (tmp_path / "mine.txt").write_text("mine")
