@@ -100,7 +100,9 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if min(self.clips, self.batch, self.gallery_clips, self.timing_repeats) < 1 or self.timing_seconds < 0:
             raise UserError("clips, batch, gallery_clips, timing_repeats must be at least 1, timing_seconds at least 0")
-        check_within(self, shift=(1e-3, 1e3), clips=(1, 2**20), batch=(1, 2**20), timing_repeats=(1, 10**6))
+        check_within(
+            self, {"shift": (1e-3, 1e3), "clips": (1, 2**20), "batch": (1, 2**20), "timing_repeats": (1, 10**6)}
+        )
         if not self.seeds or min(self.seeds) < 0 or not 1 <= self.fps <= FPS:
             raise UserError(f"seeds is {list(self.seeds)}, it needs one of 0 or more; fps is {self.fps} of 1 .. {FPS}")
 

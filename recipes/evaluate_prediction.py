@@ -72,7 +72,7 @@ class SamplerChoice:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        check_within(self, "sampler.", steps=(0, MOST_STEPS))
+        check_within(self, {"steps": (0, MOST_STEPS)}, "sampler.")
 
 
 @dataclass

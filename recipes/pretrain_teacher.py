@@ -48,7 +48,7 @@ class PretrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        check_within(self, shift=(1e-3, 1e3), text_dropout=(0, 1))
+        check_within(self, {"shift": (1e-3, 1e3), "text_dropout": (0, 1)})
 
 
 @torch.no_grad()

@@ -82,7 +82,9 @@ class EvaluationConfig:
     sheet: int = 24
 
     def __post_init__(self) -> None:
-        check_within(self, clips=(1, 2**20), frames=(1, 2**20), statistics_frames=(2, 2**20), sheet=(1, 1000))
+        check_within(
+            self, {"clips": (1, 2**20), "frames": (1, 2**20), "statistics_frames": (2, 2**20), "sheet": (1, 1000)}
+        )
 
 
 @dataclass
@@ -111,7 +113,7 @@ class PretrainTokenizerConfig:
     gan_engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        check_within(self, start_frames=(1, 2**20))
+        check_within(self, {"start_frames": (1, 2**20)})
         if (self.loss.perceptual > 0) != bool(self.lpips_weights):
             raise ValueError("loss.perceptual and lpips_weights go together: set both, or neither (loss.gradient then)")
         if self.gan.weight > 0 and 3 in (self.engine.zero_stage, self.gan_engine.zero_stage):

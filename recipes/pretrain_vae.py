@@ -64,7 +64,7 @@ class StageSection:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not self.frames:
             raise ValueError("steps and batch must be at least 1 and frames must not be empty")
-        check_within(self, batch=(1, 2**16), lr=(0, 1e3), warmup=(0, 2**31), final_lr=(0, 1e3))
+        check_within(self, {"batch": (1, 2**16), "lr": (0, 1e3), "warmup": (0, 2**31), "final_lr": (0, 1e3)})
         if any(count < 1 or (count - 1) % GROUP for count in self.frames):
             raise ValueError(f"frames is {self.frames}; each must be 1 + {GROUP}*k")
 
@@ -80,7 +80,7 @@ class LossSection:
     noise: float = 0.05
 
     def __post_init__(self) -> None:
-        check_within(self, **dict.fromkeys(("mse", "l1", "gradient", "anchor"), (0.0, 1e6)), noise=(0, 100))
+        check_within(self, {**dict.fromkeys(("mse", "l1", "gradient", "anchor"), (0.0, 1e6)), "noise": (0, 100)})
         if self.mse + self.l1 <= 0:
             raise ValueError("mse and l1 are both 0: nothing says what the pixels should be")
 
@@ -106,9 +106,9 @@ class PretrainVae:
     save_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        check_within(self, pca_floor=(1e-6, 1), ema=(0, 1 - 1e-9), seed=(0, 2**63 - 1), workers=(1, 1024))
+        check_within(self, {"pca_floor": (1e-6, 1), "ema": (0, 1 - 1e-9), "seed": (0, 2**63 - 1), "workers": (1, 1024)})
         counts = ("max_clips", "eval_clips", "eval_every", "log_every")
-        check_within(self, **dict.fromkeys(counts, (1, 2**31)), save_seconds=(0, 1e9))
+        check_within(self, {**dict.fromkeys(counts, (1, 2**31)), "save_seconds": (0, 1e9)})
         for name in ("distil", "video"):
             if (batch := getattr(self, name).batch) % self.workers:
                 raise ValueError(f"{name}.batch is {batch}; it must be a multiple of workers = {self.workers}")

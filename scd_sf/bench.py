@@ -101,7 +101,7 @@ class BenchConfig:
             raise UserError("set checkpoints= or models=: nothing to measure")
         if self.rounds < 1 or self.warmup < 0:
             raise UserError(f"rounds is {self.rounds} and warmup {self.warmup}; at least 1 and 0")
-        check_within(self, **SIZES_ASKED, rounds=(1, 10**6), warmup=(0, 10**6), text_tokens=(1, 2**16))
+        check_within(self, {**SIZES_ASKED, "rounds": (1, 10**6), "warmup": (0, 10**6), "text_tokens": (1, 2**16)})
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
 
 

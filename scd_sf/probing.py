@@ -104,7 +104,7 @@ class ProbeConfig:
             raise UserError(f"probes: {unknown} are none; choose from {', '.join(PROBES)}")
         if self.clips < 1 or min(self.frames, self.height, self.width) < 0:
             raise UserError(f"clips is {self.clips} (at least 1), sizes must not be negative")
-        check_within(self, **SIZES_ASKED, seed=(0, 2**63 - 1))
+        check_within(self, {**SIZES_ASKED, "seed": (0, 2**63 - 1)})
 
 
 def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[str, object]]:

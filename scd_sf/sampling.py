@@ -83,7 +83,7 @@ class SampleConfig:
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
-        check_within(self, **SIZES_ASKED)
+        check_within(self, SIZES_ASKED)
         if self.negative_prompt and self.guidance.text.w == 1:
             raise UserError("negative_prompt is what guidance.text leads away from: set guidance.text.scale too")
         if self.force and self.sampler is None:

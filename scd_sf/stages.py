@@ -42,7 +42,7 @@ class Stage2Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
-        check_within(self, validation_clips=(1, 2**20))
+        check_within(self, {"validation_clips": (1, 2**20)})
         plain = FlowMatchingConfig()
         for name in ("action_dropout", "label_dropout"):
             if getattr(self.loss, name) != getattr(plain, name):
@@ -58,7 +58,7 @@ class VideoConfig:
     width: int = 832
 
     def __post_init__(self) -> None:
-        check_within(self, "video.", frames=(1, 10**6), height=(1, 2**15), width=(1, 2**15))
+        check_within(self, {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15)}, "video.")
 
     def shape(self, channels: int) -> VideoShape:
         """In latents. UserError for sizes that the VAE does not make."""
@@ -107,7 +107,7 @@ class Stage3Config:
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
             raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
-        check_within(self, data_std=(1e-6, 1e6), healthy_within=(1, 1e6), step_shift=(1e-3, 1e3))
+        check_within(self, {"data_std": (1e-6, 1e6), "healthy_within": (1, 1e6), "step_shift": (1e-3, 1e3)})
         if self.reuse > 1 and self.critic_data == "student" and not self.critic_warmup:
             raise UserError(f"reuse is {self.reuse}, but critic_data=student has its own rollouts: leave it out")
         plain = EngineConfig()

@@ -9,7 +9,7 @@ import errno
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO
 
@@ -65,7 +65,7 @@ class _Cleaned(logging.Formatter):
         return printable(text if record.exc_info else text.replace("\n", " "))
 
 
-def check_within(config: object, where: str = "", /, **bounds: tuple[float, float]) -> None:
+def check_within(config: object, bounds: Mapping[str, tuple[float, float]], where: str = "") -> None:
     """UserError for the first field of ``config`` outside its (least, most), named with ``where`` before it. None, a
     field that is not set, is within all."""
     for name, (least, most) in bounds.items():

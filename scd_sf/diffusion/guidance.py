@@ -24,7 +24,7 @@ class GuidanceConfig:
         if self.form not in ("standard", "additive"):
             raise UserError(f"guidance.form is '{self.form}'; use 'standard' (w) or 'additive' (w = scale + 1)")
         least = 0 if self.form == "standard" else -1
-        check_within(self, "guidance.", scale=(least, 1e3))
+        check_within(self, {"scale": (least, 1e3)}, "guidance.")
 
     @property
     def w(self) -> float:

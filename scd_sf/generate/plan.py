@@ -23,7 +23,6 @@ from scd_sf.models.export import dtype_of
 from scd_sf.models.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.vae import vae_source
 from scd_sf.models.weights import WanFiles
-from scd_sf.sampling import FPS, VIDEOS
 from scd_sf.train.base import TRAINING, EngineConfig
 from scd_sf.train.run import YEAR_MINUTES
 from scd_sf.types import UserError, check_within
@@ -89,8 +88,11 @@ class GenerateConfig:
     timeout_minutes: float = 120.0
 
     def __post_init__(self) -> None:
-        check_within(self, samples=(1, VIDEOS), batch=(1, VIDEOS), fps=(1, FPS), seed=(0, 2**63 - 1))
-        check_within(self, frames=(1, 10**6), height=(1, 2**15), width=(1, 2**15), timeout_minutes=(0.01, YEAR_MINUTES))
+        check_within(self, {"samples": (1, 2**22), "batch": (1, 2**22), "fps": (1, 1000), "seed": (0, 2**63 - 1)})
+        check_within(
+            self,
+            {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15), "timeout_minutes": (0.01, YEAR_MINUTES)},
+        )
         plain = EngineConfig()
         for name in TRAINING:
             if getattr(self.engine, name) != getattr(plain, name):

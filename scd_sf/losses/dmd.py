@@ -30,7 +30,7 @@ class DmdConfig:
     def __post_init__(self) -> None:
         if self.shift <= 0:
             raise UserError(f"loss.shift is {self.shift}; it must be positive (5 in Table 7)")
-        check_within(self, "loss.", shift=(1e-3, 1e3))
+        check_within(self, {"shift": (1e-3, 1e3)}, "loss.")
         if not 0 < self.t_min < self.t_max <= 1:
             raise UserError(
                 f"loss.t_min, loss.t_max are {self.t_min}, {self.t_max}; they must satisfy 0 < min < max <= 1"

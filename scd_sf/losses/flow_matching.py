@@ -48,7 +48,7 @@ class FlowMatchingConfig:
             raise UserError(f"loss.shift is {self.shift} (must be > 0) and loss.eta {self.eta} (must be >= 0)")
         if not 0 <= self.query_pure <= 1 or self.samples < 1:
             raise UserError(f"loss.query_pure is {self.query_pure} (0..1) and loss.samples {self.samples} (>= 1)")
-        check_within(self, "loss.", shift=(1e-3, 1e3), samples=(1, 1000), eta=(0, 100))
+        check_within(self, {"shift": (1e-3, 1e3), "samples": (1, 1000), "eta": (0, 100)}, "loss.")
         if self.targets is not None and self.targets < 1:
             raise UserError(f"loss.targets is {self.targets}; use a number of chunks >= 1, or null for all")
 

@@ -57,7 +57,9 @@ class PredictionProtocol:
         ):
             if value < least:
                 raise UserError(f"protocol {self.name}: {name} is {value}; at least {least} is needed")
-        check_within(self, f"protocol {self.name}: ", context=(0, 10**6), generated=(1, 10**6), resolution=(1, 2**15))
+        check_within(
+            self, {"context": (0, 10**6), "generated": (1, 10**6), "resolution": (1, 2**15)}, f"protocol {self.name}: "
+        )
         if self.seeds and min(self.seeds) < 0:
             raise UserError(f"protocol {self.name}: seeds is {list(self.seeds)}; they must be 0 or more")
         if len(set(self.seeds)) != len(self.seeds):

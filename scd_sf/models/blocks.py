@@ -65,7 +65,7 @@ class BlocksConfig:
     skip: SkipConfig | None = None
 
     def __post_init__(self) -> None:
-        check_within(self, "blocks.", frame_diagonal=(0, 2**12))
+        check_within(self, {"frame_diagonal": (0, 2**12)}, "blocks.")
 
     def check(self, family: str, num_layers: int) -> None:
         """UserError where a model of this family and depth cannot run so."""

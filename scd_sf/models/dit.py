@@ -45,7 +45,7 @@ class DitConfig:
         small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels") if getattr(self, n) < 1]
         if small:
             raise UserError(f"dit.{small[0]} is {getattr(self, small[0])}; it must be at least 1")
-        check_within(self, "dit.", **SIZES, num_actions=(0, 2**20), num_labels=(0, 2**20))
+        check_within(self, {**SIZES, "num_actions": (0, 2**20), "num_labels": (0, 2**20)}, "dit.")
         if self.attention_head_dim % 16:
             raise UserError(f"dit.attention_head_dim is {self.attention_head_dim}; its RoPE needs a multiple of 16")
         if self.in_channels != self.out_channels:

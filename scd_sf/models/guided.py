@@ -38,7 +38,7 @@ class SampleGuidance:
             raise UserError("guidance: set either text.scale or corruption, not both")
         if self.eta <= 0:
             raise UserError(f"guidance.eta is {self.eta}; it must be above 0")
-        check_within(self, "guidance.", corruption=(0, 1e3), eta=(0, 100))
+        check_within(self, {"corruption": (0, 1e3), "eta": (0, 100)}, "guidance.")
 
     @property
     def on(self) -> bool:

@@ -38,7 +38,7 @@ class TokenizerConfig:
     shortcuts: bool = True
 
     def __post_init__(self) -> None:
-        check_within(self, channels=(1, 2**12), head_dim=(1, 2**12))
+        check_within(self, {"channels": (1, 2**12), "head_dim": (1, 2**12)})
         stages = len(self.widths)
         for name, layers in (("encoder_layers", self.encoder_layers), ("decoder_layers", self.decoder_layers)):
             if len(layers) != stages or min(layers[1:], default=1) < 1 or layers[0] < 0:

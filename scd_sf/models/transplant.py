@@ -55,7 +55,9 @@ class TransplantConfig:
             raise UserError(f"scd.chunk is {self.scd.chunk} and chunk {self.chunk}; set chunk= alone")
         if self.family not in ("scd", "causal"):
             raise UserError(f"family is '{self.family}'; use scd or causal")
-        check_within(self, chunk=(1, MOST_CHUNK), heads=(0, SIZES["num_attention_heads"][1]), seed=(0, 2**63 - 1))
+        check_within(
+            self, {"chunk": (1, MOST_CHUNK), "heads": (0, SIZES["num_attention_heads"][1]), "seed": (0, 2**63 - 1)}
+        )
         if not self.weights and (self.section or self.heads):
             raise UserError("section and heads are of the file weights=, which is empty: name it, or leave them out")
         if self.family == "causal" and self.scd != ScdConfig():

@@ -105,7 +105,7 @@ class WanConfig:
         small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim") if getattr(self, n) < 1]
         if small:
             raise UserError(f"{small[0]} is {getattr(self, small[0])}; it must be at least 1")
-        check_within(self, **SIZES)
+        check_within(self, SIZES)
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise UserError(f"attention_head_dim is {self.attention_head_dim}; 3-axis RoPE needs an even number >= 6")
 

@@ -51,7 +51,7 @@ class SmallVaeConfig:
 
     def __post_init__(self) -> None:
         sizes = ("base_dim", "decoder_base_dim", "channels", "num_res_blocks")
-        check_within(self, "model.", **dict.fromkeys(sizes, (1, 2**12)))
+        check_within(self, dict.fromkeys(sizes, (1, 2**12)), "model.")
         if len(self.dim_mult) != 3 or self.dim_mult[1] != self.dim_mult[2]:
             raise ValueError(f"dim_mult is {self.dim_mult}; it needs three entries, the last two equal")
 

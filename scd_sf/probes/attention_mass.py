@@ -34,7 +34,7 @@ class AttentionProbe:
     first_frame: int = 1
 
     def __post_init__(self) -> None:
-        check_within(self, "attention.", queries=(0, 2**24), first_frame=(0, 10**6))
+        check_within(self, {"queries": (0, 2**24), "first_frame": (0, 10**6)}, "attention.")
 
     def check(self, subject: Subject) -> None:
         """UserError: no frame is left, or blocks do not run at every step."""

@@ -60,7 +60,7 @@ class LeaveOneOut:
     decoder_blocks: int = 0
 
     def __post_init__(self) -> None:
-        check_within(self, "leave_one_out.", decoder_blocks=(0, 2**12))
+        check_within(self, {"decoder_blocks": (0, 2**12)}, "leave_one_out.")
 
     def check(self, subject: Subject) -> None:
         """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no proposal)."""

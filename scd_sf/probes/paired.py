@@ -41,7 +41,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if min(self.levels, len(self.seeds), self.batch) < 1 or self.clips < 2:
             raise UserError("loss: levels, seeds and batch must be at least 1, clips 2 (error bars are over clips)")
-        check_within(self, "loss.", levels=(1, 10_000), shift=(1e-3, 1e3))
+        check_within(self, {"levels": (1, 10_000), "shift": (1e-3, 1e3)}, "loss.")
 
 
 def training_levels(count: int, shift: float) -> tuple[float, ...]:

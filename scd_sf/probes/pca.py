@@ -30,7 +30,7 @@ class PcaProbe:
     steps: int = 8
 
     def __post_init__(self) -> None:
-        check_within(self, "pca.", steps=(1, 1000))
+        check_within(self, {"steps": (1, 1000)}, "pca.")
 
     def check(self, subject: Subject) -> None:
         """UserError: a frame or blocks that are not there, or blocks that do not run at every step."""

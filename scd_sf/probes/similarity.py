@@ -45,7 +45,7 @@ class SimilarityProbe:
     shown: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_within(self, "similarity.", tokens=(0, 2**24))
+        check_within(self, {"tokens": (0, 2**24)}, "similarity.")
 
     def check(self, subject: Subject) -> None:
         """UserError: frames or blocks that are not there, or blocks that do not run at every step."""

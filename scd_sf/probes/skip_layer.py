@@ -45,7 +45,11 @@ class SkipProbe:
     def __post_init__(self) -> None:
         if not self.whole or not all(0 <= part <= 1 for part in self.whole):
             raise UserError(f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]")
-        check_within(self, "skip.", prefix=(0, 2**12), suffix=(0, 2**12), shift=(1e-3, 1e3), timing_seconds=(0, 1e5))
+        check_within(
+            self,
+            {"prefix": (0, 2**12), "suffix": (0, 2**12), "shift": (1e-3, 1e3), "timing_seconds": (0, 1e5)},
+            "skip.",
+        )
 
     def check(self, subject: Subject) -> None:
         """UserError: SCD, or a prefix and suffix that leave nothing to bypass."""

@@ -65,7 +65,7 @@ class EngineConfig:
             raise ValueError(f"betas are {tuple(self.betas)}; each must be in [0, 1)")
         if not 0.0 <= self.anneal_from <= 1.0:
             raise ValueError(f"anneal_from is {self.anneal_from}; it is a fraction of all updates, 0 to 1")
-        check_within(self, eps=(1e-30, 1), weight_decay=(0, 1e3))
+        check_within(self, {"eps": (1e-30, 1), "weight_decay": (0, 1e3)})
         if self.kind == "local" and self.offload:
             raise UserError("offload is for kind=deepspeed; a local engine keeps everything where it computes")
         if self.bucket < 1 or self.max_skips < 1:

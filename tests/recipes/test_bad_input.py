@@ -128,7 +128,7 @@ CASES = {
     "batch-larger-than-data": Case(STAGE2, stage2("train.global_batch=32"), ("16 samples", "global_batch=32", "lower")),
     "unwritable-run": Case(STAGE2, below_a_file, ("run/below", "cannot write the run directory", "run.dir")),
     "bidirectional-init": Case(STAGE3, bidirectional, ("bidirectional Wan", "stage 1")),
-    "missing-teacher": Case(STAGE3, stage3("teacher=FOLDER/nowhere"), ("nowhere", "transformer/config.json")),
+    "missing-teacher": Case(STAGE3, stage3("teacher=FOLDER/nowhere"), ("nowhere", "no such file or folder")),
     "other-channels": Case(STAGE2, other_channels, ("data", "3 channels", "takes 4", "VAE")),
     "other-text-encoder": Case(STAGE3, other_text, ("6 wide", "takes 8", "text encoder")),
     "missing-latents": Case(STAGE2, stage2("data=FOLDER/nowhere"), ("nowhere/manifest.json", "encode")),

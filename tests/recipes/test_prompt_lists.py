@@ -56,7 +56,6 @@ def same(one: Path, two: Path) -> None:
 def test_killed_and_resumed(chain: Chain, listed: Path, whole: Path, tmp_path: Path) -> None:
     """From the filter's folder this time, whose rows are those of the list but for what it dropped, and with a cache:
     neither changes the training; and the list's own identity is in the provenance."""
-    pytest.importorskip("polars")
     run, cache, kept = tmp_path / "run", tmp_path / "cache", tmp_path / "kept"
     raw = tmp_path / "raw.jsonl"
     raw.write_text(
