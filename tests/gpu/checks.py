@@ -25,7 +25,7 @@ from torch import Tensor
 from train import distillation
 from train.distillation import Case
 
-from scd_sf.diffusion.noise import generator, local_noise
+from scd_sf.diffusion.noise import cpu_noise, generator, local_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.models.build import Student
@@ -37,6 +37,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.models.vae import Vae, VaeStream
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.masks import Layout, dense_mask, teacher_forcing_mask
+from scd_sf.rollout import stream_rollout
 from scd_sf.train.engine import build_engine, init_distributed
 from scd_sf.train.ranks import Ranks, ensure_process_group
 
@@ -197,21 +198,25 @@ def sampling(mode: str) -> Check:
 
 @torch.no_grad()
 def nothing_waits(ranks: Ranks) -> Differences:
-    """On CUDA a step that reads a value back from the device is an error while this runs (torch's debug mode)."""
+    """The rollout's steps: on CUDA one that reads a value back from the device is an error (torch's debug mode)."""
     found: Differences = {}
     for name in STUDENTS:
         model = student(name)
-        expected = video(model, CPU)
-        model.to(ranks.device)
-        video(model, ranks.device)  # tables and kernels are made
-        if ranks.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            made = video(model, ranks.device)
-        finally:
-            if ranks.device.type == "cuda":
+
+        def rolled(device: torch.device, model: Student = model) -> Tensor:
+            shape = (1, 6 * model.chunk, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
+            noise = torch.randn(shape, generator=tiny.generator(1)).to(device)
+            cond = tiny.prompts(1, dtype=torch.float32).to(device)
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            chunks = list(stream_rollout(model, noise, cond, Renoise(), cpu_noise(tiny.generator(2))))
+            if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-        found[name] = (distance(made, expected), FP32)
+            return torch.cat(chunks, 1)
+
+        expected = rolled(CPU)
+        model.to(ranks.device)
+        found[name] = (distance(rolled(ranks.device), expected), FP32)
     return found
 
 
@@ -280,6 +285,8 @@ CHECKS: dict[str, Check] = {
 def compared(name: str, ranks: Ranks) -> Differences:
     """One check, with exact fp32 convolutions and matmuls on a GPU."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if ranks.device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("default")  # a check before may have been left by an error
     return CHECKS[name](ranks)
 
 
