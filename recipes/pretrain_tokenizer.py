@@ -197,12 +197,13 @@ class Training:
         with keeping(self.run, position, self.engine, samples) as kept:
             keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
             for index, (_, number, clips) in enumerate(keys[: self.engine.micro_batches]):
-                pixels = to_unit(on_device(self.pixels(keys[index], keys[index + 1 :]), device))
+                read = self.pixels(keys[index], keys[index + 1 :])
+                pixels = to_unit(on_device(read, device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
                 rng = generator(seed, "noise", position, number)
                 noise = on_device(torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng), device)
                 loss, made, logs = self.engine(pixels, noise, adversarial)
-                kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": pixels.cpu()}))
+                kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": read}))
                 self.engine.backward(loss)
                 info = self.engine.step()
                 logs |= {"loss": float(loss.detach())}

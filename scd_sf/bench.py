@@ -46,7 +46,7 @@ from scd_sf.models.wan import Wan
 from scd_sf.nn.layers import WanBlock
 from scd_sf.pipeline import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.provenance import git_revision, versions
-from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of
+from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device
 
 SCHEMA = 1
 
@@ -169,7 +169,7 @@ class Bench:
             return self.text.encode([self.cfg.prompt]).to(self.device), self.clock() - started
         rng = torch.Generator().manual_seed(0)
         states = torch.randn(1, self.cfg.text_tokens, student.cfg.text_dim, generator=rng)
-        return Conditioning(states.to(self.device)), 0.0
+        return Conditioning(on_device(states, self.device)), 0.0
 
     @torch.no_grad()
     def clip(self, entry: Entry, heavy: HeavyCalls | None = None) -> Clip:

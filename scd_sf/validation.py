@@ -17,7 +17,7 @@ from scd_sf.models.build import Student
 from scd_sf.preview import Preview
 from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run
-from scd_sf.types import Logs
+from scd_sf.types import Logs, on_device
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit
     """:func:`validation_loss` of ``limit`` clips at fixed noise, one at a time. The same on every rank."""
     indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
     total = 0.0
-    with _on_device(model, ranks.device):
+    with _placed(model, ranks.device):
         for index in indices[ranks.rank :: ranks.world]:
             batch, null = clips.batch([index]).to(ranks.device), clips.null.to(ranks.device)
             rng = generator(0, "validation", index)
@@ -39,9 +39,9 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
     ranks = run.ranks
     if ranks.any(preview.vae is None):
         return {}
-    with _on_device(model, ranks.device):
+    with _placed(model, ranks.device):
         mine, made = preview.sample(model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device)
-    videos, made = (ranks.sum(part.to(ranks.device)).cpu() for part in (mine, made))
+    videos, made = (ranks.sum(on_device(part, ranks.device)).cpu() for part in (mine, made))
     if not ranks.is_main:
         return {}
     run.video(step, "samples", *preview.write(videos, step))
@@ -49,7 +49,7 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
 
 
 @contextmanager
-def _on_device(model: Student, device: torch.device) -> Iterator[None]:
+def _placed(model: Student, device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return

@@ -56,7 +56,7 @@ def generate(
     """
     decoder, history, known = VaeStream(vae), None, 0
     if start is not None:
-        history = vae.encode(start * 2 - 1).to(cond.text_BLE.device)
+        history = on_device(vae.encode(start * 2 - 1), cond.text_BLE.device)
         known = history.shape[1]
         yield _pixels(decoder, history)
     prompts = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scd_sf.files import foreign, read_bytes, sha256_file
 from scd_sf.metrics.weights import State, load_weights
 from scd_sf.tensor_files import check_finite, read_tensors
-from scd_sf.types import UserError
+from scd_sf.types import UserError, on_device
 
 CLASSES = 400
 SIDE = 224  # pixels
@@ -206,7 +206,7 @@ class I3dFeatures:
         _check_clip(videos)
         rows = []
         for video in videos:
-            frames = F.interpolate(video.to(self.device).float(), size=(SIDE, SIDE), mode="bilinear")
+            frames = F.interpolate(on_device(video, self.device).float(), size=(SIDE, SIDE), mode="bilinear")
             rows.append(self.network((frames * 2 - 1).transpose(0, 1).unsqueeze(0)).double().cpu())
         return (torch.stack(rows),)
 
@@ -241,7 +241,7 @@ class TorchscriptFeatures:
         _check_clip(videos)
         rows = []
         for video in videos:
-            clip = (video.to(self.device).float() * 2 - 1).transpose(0, 1).unsqueeze(0)
+            clip = (on_device(video, self.device).float() * 2 - 1).transpose(0, 1).unsqueeze(0)
             with foreign(self.path, "not StyleGAN-V's I3D; fetch i3d_torchscript.pt again"):
                 rows.append(self.program(clip, rescale=False, resize=True, return_features=True).double().cpu())
         return (torch.stack(rows),)

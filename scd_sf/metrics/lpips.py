@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scd_sf.metrics.frames import check_pair
 from scd_sf.metrics.weights import State, load_weights
-from scd_sf.types import UserError
+from scd_sf.types import UserError, on_device
 
 Trunk = Literal["alex", "vgg"]
 SMALLEST = {"alex": 31, "vgg": 16}  # pixels a side, below which a pool has nothing to pool
@@ -75,6 +75,6 @@ class Lpips:
         found = []
         pairs = (torch.split(each.flatten(0, 1), self.batch) for each in (videos, reference))
         for first, second in zip(*pairs, strict=True):
-            first, second = first.to(self.device).float(), second.to(self.device).float()
+            first, second = (on_device(part, self.device).float() for part in (first, second))
             found.append(self.network(first, second, normalize=not unscaled).flatten().double().cpu())
         return torch.cat(found).view(videos.shape[:2])

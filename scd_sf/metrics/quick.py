@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.tensor_files import check_finite
-from scd_sf.types import Logs, UserError
+from scd_sf.types import Logs, UserError, on_device
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -107,7 +107,9 @@ class Clip:
             raise UserError(f"clip: {len(videos)} videos but {len(prompts)} prompts; give one each")
         count = min(frames, videos.shape[1])
         chosen = torch.linspace(0, videos.shape[1] - 1, count).round().long()
-        text = F.normalize(self.model.encode_text(self.tokenizer(list(prompts)).to(self.device)).double(), dim=-1)
+        text = F.normalize(
+            self.model.encode_text(on_device(self.tokenizer(list(prompts)), self.device)).double(), dim=-1
+        )
         found = []
         for video, words in zip(videos, text, strict=True):
             seen = F.normalize(self.model.encode_image(self.pixels(video[chosen])).double(), dim=-1)
@@ -121,6 +123,6 @@ class Clip:
         size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
         x = F.interpolate(frames.float() / 255, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
-        x = x[:, :, top : top + self.size, left : left + self.size].to(self.device)
-        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        x = x[:, :, top : top + self.size, left : left + self.size]
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return on_device((x - mean) / std, self.device)

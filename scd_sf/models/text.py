@@ -29,7 +29,7 @@ from scd_sf.files import foreign, read_json, safe_path, typed, write_json
 from scd_sf.models.text_files import STEM, read_config, read_model, read_tokenizer
 from scd_sf.models.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.tensor_files import open_folder
-from scd_sf.types import Conditioning, UserError
+from scd_sf.types import Conditioning, UserError, on_device
 
 REFERENCE = "text_encoder.json"
 WAN_MAX_LENGTH, MOST_TOKENS = 512, 32_768
@@ -169,14 +169,13 @@ class TransformersTextEncoder:
             log.warning("prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, cut)
         tokens = self.tokenizer(
             texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.device)
+        )
         words = self.model.get_input_embeddings().weight.shape[0]
         if tokens.input_ids.numel() and int(tokens.input_ids.max()) >= words:
             raise UserError(f"text encoder: the tokenizer gives more than the encoder's {words} words; use its own")
         layer = self.config.hidden_layer
-        output = self.model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=layer != -1
-        )
+        ids, mask = (on_device(part, self.device) for part in (tokens.input_ids, tokens.attention_mask))
+        output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         scaled = states.float() * self.config.scale
         return [row[:length].clone() for row, length in zip(scaled, tokens.attention_mask.sum(1).tolist(), strict=True)]

@@ -33,7 +33,7 @@ from scd_sf.models.skeleton import skeleton
 from scd_sf.models.tokenizer_names import dc_from_efficientvit, is_efficientvit, is_ldm, kl_config, kl_from_ldm
 from scd_sf.models.weights import WEIGHTS
 from scd_sf.tensor_files import PICKLES, open_tensors, read_all, read_tensors
-from scd_sf.types import UserError
+from scd_sf.types import UserError, on_device
 
 Autoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
 CONFIG = "config.json"
@@ -77,8 +77,8 @@ class FrameTokenizer:
         self._channels, self._spatial = geometry(model)
         normalisation.check(self._channels, "tokenizer")
         view = (1, self._channels, 1, 1)
-        self._mean = torch.tensor(normalisation.mean, dtype=torch.float32, device=self.device).view(view)
-        self._std = torch.tensor(normalisation.std, dtype=torch.float32, device=self.device).view(view)
+        self._mean = on_device(torch.tensor(normalisation.mean).view(view), self.device)
+        self._std = on_device(torch.tensor(normalisation.std).view(view), self.device)
 
     @property
     def channels(self) -> int:
@@ -120,7 +120,7 @@ class FrameTokenizer:
     def _in_batches(self, all_BFCHW: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
         if not all_BFCHW.shape[0] * all_BFCHW.shape[1]:
             raise UserError(f"tokenizer: {tuple(all_BFCHW.shape)} holds no frame; give at least one")
-        parts = [work(part.to(self.device, torch.float32)) for part in all_BFCHW.flatten(0, 1).split(self.batch)]
+        parts = [work(on_device(part, self.device).float()) for part in all_BFCHW.flatten(0, 1).split(self.batch)]
         return torch.cat(parts).unflatten(0, all_BFCHW.shape[:2])
 
     def _posterior(self, pixels_N3HW: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from scd_sf.files import foreign, read_json, typed, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.tensor_files import in_memory, open_tensors, read_all
-from scd_sf.types import UserError, VideoShape
+from scd_sf.types import UserError, VideoShape, on_device
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOTS = {"encoder", "decoder", "conv1", "conv2"}  # what the names in Wan's original file begin with
@@ -65,8 +65,8 @@ class Vae:
         self.slice_size = slice_size
         view = (1, self.geometry.channels, 1, 1, 1)
         weight = model.quant_conv.weight
-        self._mean = torch.tensor(model.config["latents_mean"], dtype=torch.float32, device=weight.device).view(view)
-        self._std = torch.tensor(model.config["latents_std"], dtype=torch.float32, device=weight.device).view(view)
+        self._mean = on_device(torch.tensor(model.config["latents_mean"]).float().view(view), weight.device)
+        self._std = on_device(torch.tensor(model.config["latents_std"]).float().view(view), weight.device)
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +82,7 @@ class Vae:
 
     def raw(self, latents_BCFHW: Tensor) -> Tensor:
         """Latents of the video model, anywhere -> the network's, on its device and in its dtype."""
-        latents = latents_BCFHW.to(self.device, torch.float32)
+        latents = on_device(latents_BCFHW, self.device).float()
         return (latents * self._std.to(self.device) + self._mean.to(self.device)).to(self.dtype)
 
     @torch.no_grad()
@@ -93,7 +93,11 @@ class Vae:
         self.geometry.shape(video_BFCHW.shape[1], video_BFCHW.shape[3], video_BFCHW.shape[4])
         parts = []
         for part in video_BFCHW.split(self.slice_size):
-            pixels = part.transpose(1, 2).to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
+            pixels = (
+                on_device(part, self.device, self.dtype)
+                .transpose(1, 2)
+                .contiguous(memory_format=torch.channels_last_3d)
+            )
             latents = self.model.encode(pixels, return_dict=False)[0].mean.float()
             parts.append(self.normalised(latents).transpose(1, 2))
         return torch.cat(parts)

@@ -22,7 +22,7 @@ from scd_sf.probes.result import ProbeResult, rounded
 from scd_sf.probes.similarity import spread
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_attention
-from scd_sf.types import UserError, check_within
+from scd_sf.types import UserError, check_within, on_device
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Mass:
         self.subject, self.cfg, self.steps = subject, cfg, 1
         if subject.history_blocks[0] is subject.step_blocks[0]:
             self.steps = subject.sampler.steps
-        self.picked = torch.tensor(spread(subject.tokens, cfg.queries), device=subject.device)
+        self.picked = on_device(torch.tensor(spread(subject.tokens, cfg.queries)), subject.device)
         self.frames = range(cfg.first_frame, subject.shape.frames)
         self.later = [frame for frame in self.frames if frame >= subject.chunk]  # these have an earlier chunk
         blocks, heads = len(subject.history_blocks), subject.model.cfg.num_attention_heads
@@ -80,7 +80,7 @@ class Mass:
         asking = [frame % chunk for frame in self.frames if frame // chunk == place.chunk]
         if not asking:
             return
-        offsets = torch.tensor(asking, device=q_BNLD.device)
+        offsets = on_device(torch.tensor(asking), q_BNLD.device)
         queries = q_BNLD.shape[2] - (chunk - offsets[:, None]) * tokens + self.picked
         mass = frame_mass(q_BNLD[:, :, queries.flatten()], k_BNLD, tokens)
         mass = mass.unflatten(2, queries.shape).double().mean((0, 3))  # (heads, asking frames, visible)

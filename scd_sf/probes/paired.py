@@ -22,7 +22,7 @@ from scd_sf.models.build import Student
 from scd_sf.models.generator import Query
 from scd_sf.models.wan import Wan
 from scd_sf.probes.subject import Subject
-from scd_sf.types import Conditioning, UserError, check_within
+from scd_sf.types import Conditioning, UserError, check_within, on_device
 
 SEED_STRIDE = 1_000_003  # between the seeds of a clip
 
@@ -100,7 +100,7 @@ class FlowLosses:
 
     def _of_rows(self, model: Student | Wan, rows: slice, seed: int) -> Tensor:
         device, errors = next(model.parameters()).device, []
-        x_0, cond = self.x_0[rows].to(device), self.cond.rows(rows).to(device)
+        x_0, cond = on_device(self.x_0[rows], device), self.cond.rows(rows).to(device)
         noise_like = row_noise([SEED_STRIDE * seed + number for number in range(rows.start, rows.stop)])
         eps, query = noise_like(x_0), noise_like(x_0)
         for level in self.levels:

@@ -27,7 +27,7 @@ from scd_sf.probes.result import ProbeResult, rounded
 from scd_sf.probes.store import FLOAT, FeatureStore
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_features
-from scd_sf.types import UserError, check_within
+from scd_sf.types import UserError, check_within, on_device
 
 GB = 1e9
 MEASURES = ("cosine", "centred", "mse", "relative")
@@ -131,7 +131,7 @@ def collected(subject: Subject, blocks: list[int], frames: list[int], tokens: li
 
 def collect(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore) -> None:
     """One rollout that fills ``store``."""
-    per_frame, chosen = subject.tokens, torch.tensor(tokens, device=subject.device)
+    per_frame, chosen = subject.tokens, on_device(torch.tensor(tokens), subject.device)
 
     def keep(place: Place, block: int, x_BLE: Tensor) -> None:
         assert place.step is not None

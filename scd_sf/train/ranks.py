@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scd_sf.checkpoint import find, vouch
-from scd_sf.types import Logs, UserError, of_its_place
+from scd_sf.types import Logs, UserError, of_its_place, on_device
 
 T = TypeVar("T")
 _TIMEOUT_MINUTES = 60.0  # rank 0 may sample a validation video while the others wait
@@ -75,7 +75,7 @@ class Ranks:
         """The largest of all ranks' small numbers, on every rank."""
         if self.world == 1:
             return number
-        value = torch.tensor(float(number), device=self.device)
+        value = on_device(torch.tensor(float(number)), self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
 
@@ -90,7 +90,7 @@ class Ranks:
         if self.world == 1 or not logs:
             return dict(logs)
         names = sorted(logs)
-        values = torch.tensor([logs[name] for name in names], dtype=torch.float64, device=self.device)
+        values = on_device(torch.tensor([logs[name] for name in names], dtype=torch.float64), self.device)
         dist.all_reduce(values)
         return dict(zip(names, (values / self.world).tolist(), strict=True))
 

@@ -114,6 +114,9 @@ class FakeCuda(TorchDispatchMode):
         lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(.., device=): made on the host, then copied
         self._patches.callback(torch._C._set_only_lift_cpu_tensors, lifted)
+        future, overwrite = torch.__future__, torch.__future__.get_overwrite_module_params_on_conversion()
+        future.set_overwrite_module_params_on_conversion(True)  # module.to(): new parameters, not other data in the old
+        self._patches.callback(future.set_overwrite_module_params_on_conversion, overwrite)
         for where, name, stand_in in (
             (torch.cuda, "_lazy_init", _nothing),
             (torch.cuda, "empty_cache", _nothing),
