@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -35,6 +36,8 @@ WHOLE = 0.9  # of the frames that the header promises; some writers count a few 
 SAME_RATE = 0.01  # 29.97 frames per second pass for 30
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
 AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
+# Titles that are not UTF-8 do not matter here: av 19 takes them as they are, an older one is told to.
+LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
 WIDE = {ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432}
 
@@ -59,7 +62,7 @@ def _opened(source: Path | bytes, where: str, remedy: str) -> Iterator[av.contai
     with foreign(f"{where}: cannot be decoded", f"{remedy} (video files may be {FORMATS})"):
         file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
-        with file, av.open(file, "r", options=options, metadata_errors="ignore") as container:
+        with file, av.open(file, "r", options=options, **LENIENT) as container:
             yield container
 
 

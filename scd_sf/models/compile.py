@@ -28,6 +28,20 @@ class CompileConfig:
     cuda_graphs: bool = False
 
 
+GRAPHS = 24  # of one student, at most: torch's own limit of 8 for each of three parts (5 or 6 in all are usual)
+
+
+def _kept_apart() -> dict[str, bool]:
+    """Encoder, decoder and other students share their code, and each has its own few shapes. torch 2.14 keeps their
+    graphs apart. Older ones count them together: the limit grows with every student. The steps are compiled whole, so
+    graphs beyond a limit are an error, never eager."""
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return {"isolate_recompiles": True}
+    torch._dynamo.config.recompile_limit += GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit += GRAPHS
+    return {}
+
+
 def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, backend: str = "inductor") -> None:
     """In place, as ``nn.Module.compile`` does. UserError: graphs without a GPU, blocks that are bypassed by step."""
     if cfg.cuda_graphs and device.type != "cuda":
@@ -38,12 +52,7 @@ def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, ba
         student.replay = Replayed(cuda_recorder())
     if not cfg.enabled:
         return
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        raise UserError(
-            f"compile.enabled needs torch 2.14 or newer (here {torch.__version__}); upgrade it, or leave it off"
-        )
-    # Isolated: encoder, decoder and other students share their code, and each has its own few shapes.
-    whole: dict[str, Any] = {"fullgraph": True, "backend": backend, "isolate_recompiles": True}
+    whole: dict[str, Any] = {"fullgraph": True, "backend": backend, **_kept_apart()}
     if isinstance(student, Causal):
         student.trunk.compile(**whole)
         return

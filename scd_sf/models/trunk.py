@@ -322,7 +322,7 @@ class Trunk(nn.Module):
         """The blocks of ``span`` in order. ``text`` is the embedded prompt, or the K/V of all blocks. ``keep``: return
         the last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs. ``t``: the frames'
         times, by which ``skip`` bypasses blocks (not together with ``keep``, unless for finished frames)."""
-        chosen = range(*span.indices(len(self.blocks)))
+        chosen = range(len(self.blocks))[span]
 
         def run(x_BLE: Tensor, indices: range) -> Tensor:
             return self._run(x_BLE, mod_BF6E, text, rotary, attend, indices, keep)
@@ -373,7 +373,7 @@ class Trunk(nn.Module):
         times, size = self.times(t_BF, signal_BFE), x.shape[-2:]
         x = self.run(x if x.ndim == TOKENS else self.embed(x), times.mod, text, rotary, attend, span, keep, t_BF)
         frames = times.temb.shape[1] if keep is None else min(keep, times.temb.shape[1])
-        if self.head is None or frames == 0 or span.indices(len(self.blocks))[1] < len(self.blocks):
+        if self.head is None or frames == 0 or range(len(self.blocks))[span].stop < len(self.blocks):
             return x
         return self.velocity(x, times.temb[:, times.temb.shape[1] - frames :], *size)
 
