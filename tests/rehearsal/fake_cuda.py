@@ -394,6 +394,11 @@ def _scalar(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     return _value(args[0].dtype)
 
 
+def _errors(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """``torch.linalg`` asks the device whether all went well."""
+    cuda._note("reads")
+
+
 def _equal(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     cuda._check(func, args, kwargs)
     cuda._note("reads")
@@ -459,12 +464,13 @@ def _repeated(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _unknown_shape(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    raise NotImplementedError(f"{func}: its shape depends on values, and the rehearsal has no answer; at {_place()}")
+    raise NotImplementedError(f"{func}: it depends on values, and the rehearsal has no answer; at {_place()}")
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     _ATEN._local_scalar_dense: _scalar,
     _ATEN.equal: _equal,
+    _ATEN._linalg_check_errors: _errors,
     _ATEN._to_copy: _to_copy,
     _ATEN.copy_: _copy_into,
     _ATEN.nonzero: _counted_shape,
@@ -475,5 +481,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _ATEN._unique2: _unknown_shape,
     _ATEN.unique_dim: _unknown_shape,
     _ATEN.bincount: _unknown_shape,
+    _ATEN.histc: _unknown_shape,
+    _ATEN.multinomial: _unknown_shape,
+    _ATEN.unique_consecutive: _unknown_shape,
     _ATEN.repeat_interleave: _repeated,
 }

@@ -74,6 +74,7 @@ COUNTED: dict[str, tuple[Callable[[], object], Budget]] = {
     "cpu": (lambda: on((3,)).cpu(), Budget(1, 0)),
     "into the host's": (lambda: torch.zeros(3).copy_(on((3,))), Budget(1, 0)),
     "nonzero": (lambda: on((3,)).nonzero(), Budget(1, 0)),
+    "solved": (lambda: torch.linalg.solve(on((2, 2), torch.float32), on((2,), torch.float32)), Budget(1, 0)),
     "equal": (lambda: torch.equal(on((3,)), on((3,))), Budget(1, 0)),
     "by a mask": (lambda: on((3, 4))[on((3,), torch.bool)], Budget(1, 0)),
     "by a list": (lambda: on((3, 4))[[0, 2]], Budget(0, 1, 1)),
