@@ -126,6 +126,6 @@ def figures(plan: Budget, changes: list[str], seconds: float, allocated: int | N
         "engines": {role: vars(engine) for role, engine in job.engines().items()},
         "reserved_gib": None if reserved is None else round(reserved / GIB, 2),
         "planned_with_context_and_slack_gib": round(plan.needed_gib, 2),
-        "planned_host_gib": round(plan.host / GIB, 1),
+        "planned_offloaded_gib": round(plan.offloaded / GIB, 1),
         "planned_seconds_at_45_percent": round(plan.seconds, 2) if plan.cluster.peak_tflops > 1 else None,
     }

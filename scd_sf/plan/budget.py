@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from scd_sf.nn.tables import LIMIT
-from scd_sf.plan.engines import Held, frozen, host_state, saved, trained
+from scd_sf.plan.engines import Held, frozen, frozen_on_host, host_state, saved, trained
 from scd_sf.plan.job import Job
 from scd_sf.plan.phases import Phase
 from scd_sf.stages import Stage2Config, Stage3Config
@@ -98,19 +98,26 @@ class Budget:
         return 1 if self.job.stage == 2 else 2
 
     @property
+    def trained_roles(self) -> list[str]:
+        """Models that have an optimizer."""
+        return [role for role in self.counts if role not in ("teacher", TEXT)]
+
+    @property
+    def offloaded(self) -> int:
+        """Host memory of one process that offload keeps: optimizers' states, the teacher's weights."""
+        counts, engines, world = self.counts, self.job.engines(), self.cluster.world
+        states = sum(host_state(counts[r], engines[r], world, averages=self.averages) for r in self.trained_roles)
+        return states + (frozen_on_host(counts["teacher"], engines["teacher"], world) if "teacher" in counts else 0)
+
+    @property
     def host(self) -> int:
         """Host memory of one process at its peak: the student's average for validation in fp32, what offload keeps, and
         the larger of starting (students and critics come in fp32) and saving (states are copied)."""
-        trained_roles = [role for role in self.counts if role not in ("teacher", TEXT)]
-        student = 4 * self.counts["student"]
-        kept = sum(
-            host_state(self.counts[r], self.job.engines()[r], self.cluster.world, averages=self.averages)
-            for r in trained_roles
-        )
+        trained_roles, student = self.trained_roles, 4 * self.counts["student"]
         start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(self.counts[r] for r in trained_roles)
         start = max(start, student + self.held[TEXT].weights if TEXT in self.held else 0)
         shares = sum(12 * -(-self.counts[role] // self.cluster.world) for role in trained_roles)
-        return student + kept + max(start, shares + (1 + self.averages) * student)
+        return student + self.offloaded + max(start, shares + (1 + self.averages) * student)
 
     @property
     def checkpoint(self) -> int:

@@ -85,6 +85,11 @@ def host_state(count: int, cfg: EngineConfig, world: int, *, averages: int) -> i
     return (12 + 4 + 4 * averages) * -(-count // world)
 
 
+def frozen_on_host(count: int, cfg: EngineConfig, world: int) -> int:
+    """Bytes of host memory on one process: a teacher's weights that ``offload`` keeps there."""
+    return (2 if cfg.dtype == "bf16" else 4) * -(-count // world) if cfg.offload and cfg.kind == "deepspeed" else 0
+
+
 def saved(count: int, *, averages: int) -> int:
     """Bytes of one checkpoint: weights and averages whole in fp32, and each process's masters, moments and averages."""
     return 4 * count * ((1 + averages) + 3 + averages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -104,6 +105,10 @@ def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) ->
     without = budget(dataclasses.replace(listed, text_parameters=0), Cluster(1, 2), found.phases)
     assert found.held["text encoder"].weights == 4 * size == found.peak - without.peak
     assert (found.checkpoint, found.host) == (without.checkpoint, without.host)
+    engine = dataclasses.replace(vars(listed.cfg)["teacher_engine"], offload=True, dtype="bf16")
+    cfg: Any = dataclasses.replace(listed.cfg, teacher_engine=engine)
+    moved = budget(dataclasses.replace(listed, cfg=cfg), Cluster(1, 2), found.phases)
+    assert moved.host - found.host == 2 * found.counts["teacher"] / 2, "a teacher on the CPU takes the CPU's memory"
     tight = dataclasses.replace(found.cluster, gpu_mem=without.needed_gib + 1e-9)
     assert "encode_prompts.py first" in advice(budget(listed, tight, found.phases))[-1][0]
 
