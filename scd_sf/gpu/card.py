@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from scd_sf.gpu.parts import Figures, Row
 from scd_sf.metrics.floor import synchronize
 from scd_sf.provenance import git_revision, versions
+from scd_sf.types import UserError
 
 # Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets; the longest name that fits counts.
 PEAKS = {
@@ -40,10 +41,12 @@ class Card:
 
 
 def open_card(device: str) -> Card:
-    """The current GPU, or the CPU."""
+    """The current GPU, or the CPU. UserError: there is no GPU."""
     if device == "cpu":
         torch.set_num_threads(1)
         return Card(torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores", host_gib(), 0.0)
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size")
     facts = torch.cuda.get_device_properties(0)
     named = sorted((name for name in PEAKS if name in facts.name), key=len)
     return Card(torch.device("cuda", 0), facts.name, facts.total_memory / 2**30, PEAKS[named[-1]] if named else 0.0)

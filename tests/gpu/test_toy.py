@@ -63,6 +63,8 @@ def test_one_part_from_the_command_line(tmp_path: Path) -> None:
     assert list(document["parts"]["1"]["rows"]) == ["noise"] and document["machine"]["toy"]
     assert {"revision", "date", "row_seconds", "lines"} <= document["parts"]["1"]["rows"]["noise"].keys()
     assert "std - 1" in done.stdout and "std - 1" in out.with_suffix(".md").read_text()
+    gone = python(*given[:-1], ROOT / "pyproject.toml")
+    assert gone.returncode == 2 and "not JSON" in gone.stderr
     refused = python("benchmarks/gpu.py", "--device", "cpu")
     assert refused.returncode == 2 and "do not belong into" in refused.stderr
 
@@ -88,7 +90,7 @@ def test_training_the_chain_and_compiled_sampling(tmp_path: Path) -> None:
 def test_speed_at_toy_size() -> None:
     card = open_card("cpu")
     names = [row.name for row in speed.rows(card)]
-    assert names[:2] == ["frame-wise, 4 steps, eager", "3 frames a chunk, 4 steps, eager"] and len(set(names)) == 12
+    assert names[:2] == ["frame-wise, 4 steps, eager", "frame-wise, 4 steps, graphs"] and len(set(names)) == 12
     for chunk in speed.GROUPS:
         found = speed.measure(card, chunk, 2, "eager")["lines"]
         assert [line["model"].split(",")[:2] for line in found][:2] == [
