@@ -6,13 +6,13 @@ it gives noise (spec/demo.md part c).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from scd_sf.diffusion.flow import shift_time
@@ -104,9 +104,8 @@ class Renoise:
 
 @dataclass(frozen=True)
 class UniPC:
-    """Multistep UniPC of second order on ``steps`` shifted times, Wan's own sampler (arXiv:2302.04867, B(h) = exp(h) -
-    1, predicting x_0). The same as diffusers', whose coefficients are tensors of the device: its every step waits for
-    the GPU. Here they are the host's numbers, from the same fp32 times."""
+    """diffusers' multistep UniPC on ``steps`` shifted times, Wan's own sampler. Its scheduler copies
+    coefficients to the device at every step, and waits."""
 
     steps: int = 50
     shift: float = 5.0
@@ -118,48 +117,16 @@ class UniPC:
     def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'unipc' has no early exit: stage 3 needs sampler 'renoise'")
-        times = many_step_times(self.steps, self.shift)
-        levels = torch.tensor((times[0] - 1e-6, *times[1:]), dtype=torch.float32).tolist()  # t = 1 has no log SNR
-        if any(now <= later for now, later in pairwise(levels)):
-            raise UserError(f"sampler.shift is {self.shift}: steps of 'unipc' are the same in fp32; use a smaller one")
-        x, known = x_T, list[Tensor]()  # what x_0 was said to be at the steps before
-        started = x  # where the step before began
-        for step, (now, level) in enumerate(zip(times[:-1], levels, strict=False)):
-            x_0 = x - level * velocity(x, now).to(x.dtype)
-            if step:
-                x = _unipc_step(started, levels[: step + 1], known[-min(2, step) :], x_0)
-            known = [*known[-1:], x_0]
-            order = min(2, step + 1, self.steps - step)
-            started, x = x, _unipc_step(x, levels[: step + 2], known[-order:])
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
+        )
+        linear = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)[:-1]
+        scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
+        scheduler.set_begin_index(0)
+        x = x_T
+        for now, timestep in zip(many_step_times(self.steps, self.shift), scheduler.timesteps, strict=False):
+            x = scheduler.step(velocity(x, now).to(x.dtype), timestep, x, return_dict=False)[0]
         return x
-
-
-def _unipc_step(x: Tensor, levels: list[float], known: list[Tensor], x_0: Tensor | None = None) -> Tensor:
-    """From the last but one of ``levels`` to the last. ``known``: x_0 as said at the last but one, after that of the
-    level before it (second order) or alone. ``x_0``: as said at the last level, to correct the step by."""
-    now, later = levels[-2:]
-    if later == 0.0:
-        return known[-1]
-    h = _log_snr(later) - _log_snr(now)
-    phi = math.expm1(-h)
-    moved = (later / now) * x - (1 - later) * phi * known[-1]
-    share = weight = 0.5  # of the differences to the level before, and to the last
-    slope: Tensor | float = 0.0
-    if len(known) > 1:
-        ratio = (_log_snr(levels[-3]) - _log_snr(now)) / h
-        if x_0 is not None:  # the two that meet both order conditions
-            first = -phi / h - 1
-            second = -first / h - 0.5
-            share = (first - 2 * second) / phi / (1 - ratio)
-            weight = first / phi - share
-        slope = share / ratio * (known[-2] - known[-1])
-    if x_0 is not None:
-        slope = slope + weight * (x_0 - known[-1])
-    return moved - (1 - later) * phi * slope
-
-
-def _log_snr(level: float) -> float:
-    return math.log(1 - level) - math.log(level)
 
 
 MOST_STEPS = 10_000  # ten times those of any published sampler

@@ -32,8 +32,8 @@ BUDGETS: dict[str, Budget] = {
     "sampling, renoise, a later chunk": Budget(1, 7),
     "sampling, euler, the first chunk": Budget(2, 10),
     "sampling, euler, a later chunk": Budget(1, 4),
-    "sampling, unipc, the first chunk": Budget(2, 10),
-    "sampling, unipc, a later chunk": Budget(1, 4),
+    "sampling, unipc, the first chunk": Budget(4, 28, 18),
+    "sampling, unipc, a later chunk": Budget(3, 22, 18),
     "sampling, guided by text, the first chunk": Budget(3, 13),
     "sampling, guided by text, a later chunk": Budget(1, 9),
     "sampling, guided by text, decoder alone, the first chunk": Budget(3, 13),
@@ -64,6 +64,6 @@ BUDGETS: dict[str, Budget] = {
     "probe skip, a small model": Budget(263, 192),
     "probe diagonal, a small model": Budget(53, 89),
     "probe leave_one_out, a small model": Budget(35, 40),
-    "two small clips generated and written": Budget(3, 8),
+    "two small clips generated and written": Budget(3, 14, 6),
     "two small validation videos": Budget(126, 148, 124),
 }
