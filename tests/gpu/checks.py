@@ -179,8 +179,8 @@ def sampling(mode: str) -> Check:
         found: Differences = {}
         cfg = CompileConfig(enabled=mode != "eager", cuda_graphs=mode == "graphs")
         for name in STUDENTS:
-            if mode != "eager" and name.endswith("3"):
-                continue  # the same code at another length
+            if mode != "eager" and (name.endswith("3") or (ranks.device.type == "cpu" and name != "SCD delta")):
+                continue  # the same code at another length; on a CPU others are tests/models/test_compile.py's
             model = student(name)
             expected = {window: video(model, CPU, window=window) for window in (0, 3 * model.chunk)}
             model.to(ranks.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,12 +34,12 @@ for file in ("tests/gpu/checks.py", "recipes/stage1_transplant.py", "recipes/sta
     runpy.run_path(file, run_name="only imported")
 """
 
+ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}
+
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, check=False, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HOME": "/"}
-    )
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, env=ENVIRON)
 
 
 def test_nothing_else_needs_to_be_installed(tmp_path: Path) -> None:
