@@ -100,8 +100,6 @@ def test_speed_at_toy_size() -> None:
         ]
         assert "Self-Forcing" in found[2]["model"] and len(found) == 3
         assert all(line["FPS dit"] > line["FPS dit+vae"] > 0 and line["x floor"] > 0 for line in found)
-    line = speed.line(speed.measure(card, 1, 2, "eager")["bench"]["rows"][2], "graphs")
-    assert line["run"] == "eager (graphs need SCD)"
     large, small = Card(torch.device("cuda"), "x", 80.0, 0.0), Card(torch.device("cuda"), "x", 24.0, 0.0)
     assert [speed.config(c, 1, 4, "graphs").frames for c in (large, small)] == [81, 33]
     assert speed.config(large, 3, 2, "graphs").compile.cuda_graphs
