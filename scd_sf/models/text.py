@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Protocol
 
@@ -257,13 +258,13 @@ def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
     root = _package_folder(config) if config.package else Path(config.path)
     if not config.package and not config.path:
         raise UserError("text encoder: neither 'path' nor 'package' is set; set one")
-    split = (root / "text_encoder").is_dir() and (root / "tokenizer").is_dir()
-    if not split and (root / FILE).is_file():
-        if not (root / TOKENIZER).is_dir():
+    split = isdir(root / "text_encoder") and isdir(root / "tokenizer")  # False also for a name that no file can have
+    if not split and isfile(root / FILE):
+        if not isdir(root / TOKENIZER):
             raise UserError(f"{root / TOKENIZER}: no such folder, it holds the tokenizer of {FILE}; download it too")
         return root / FILE, root / TOKENIZER
     weights, tokens = (root / "text_encoder", root / "tokenizer") if split else (root, root)
-    if not (weights / "config.json").is_file():
+    if not isfile(weights / "config.json"):
         raise UserError(f"{weights}/config.json: no such file; point the text encoder at a downloaded model")
     if not any(weights.glob("*.safetensors")):
         raise UserError(f"{weights}: no *.safetensors; other weight formats are not read, convert them first")

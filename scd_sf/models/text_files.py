@@ -6,6 +6,7 @@ the hub), code of the repository's own; quantised weights are refused.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +28,7 @@ from scd_sf.types import UserError
 AGAIN = "download it again"
 STEM = "model"
 LARGEST = 2**20  # width of a token state
+BUILDING = threading.Lock()  # while transformers builds a model, its settings are those of the whole process
 QUANTISED = {"quantization_config", "compression_config"}
 CHOOSES_CODE = {
     "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
@@ -73,9 +75,11 @@ def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config, where = read_config(folder), _unreadable(folder)
     kind = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
     stored = open_folder(folder, STEM)
-    skeleton(lambda: kind(config), stored, where, AGAIN)
+    with BUILDING:
+        skeleton(lambda: kind(config), stored, where, AGAIN)
     tensors = read_all(stored)
-    with foreign(where, AGAIN):  # without a setting in its config a model attends by SDPA, or eagerly if it has none
+    # Without a setting in its config a model attends by SDPA, or eagerly if it has none.
+    with BUILDING, foreign(where, AGAIN):
         model, report = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )

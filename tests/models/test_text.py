@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -108,6 +110,14 @@ def test_long_prompts_are_cut_and_said(tmp_path: Path, caplog: pytest.LogCapture
     assert "prompt of 5 tokens cut to 3" in caplog.text
 
 
+def test_threads_may_load_at_once(tmp_path: Path) -> None:
+    tiny_run.write_text_encoder(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        encoders = list(pool.map(lambda _: load_text_encoder(tmp_path), range(8)))
+    states = [encoder.encode(["left"]).text_BLE for encoder in encoders]
+    assert all(torch.equal(one, states[0]) for one in states)
+
+
 def test_reference_by_package_name_never_imports_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site" / "tiny_words"
     package.mkdir(parents=True)
@@ -150,6 +160,7 @@ def test_directory_without_encoder_says_what_to_add(tmp_path: Path) -> None:
         ({"max_length": "8"}, "Expected `int`, got `str` - at `$.max_length`"),
         ({"max_length": 0}, "max_length is 0"),
         ({}, "neither 'path' nor 'package' is set"),
+        ({"path": "/" + "[" * 5000}, "no such file; point"),
     ],
 )
 def test_bad_reference(tmp_path: Path, row: dict[str, object], message: str) -> None:

@@ -67,7 +67,8 @@ def test_a_training_step_costs_what_the_real_one_does(checkpointing: bool) -> No
         step(planned, "meta")
     attention = sum(flops for name, flops in meter.by_operator.items() if "attention" in name)
     assert 0 < attention < 0.5 * meter.flops
-    assert meter.flops - attention == counter.get_total_flops()  # which does not know the CPU's attention
+    counted = counter.get_flop_counts()["Global"]  # from torch 2.15 on with the CPU's attention
+    assert meter.flops - attention == sum(flops for name, flops in counted.items() if "attention" not in str(name))
     assert meter.peak == pytest.approx(most_alive(recorded), rel=0.15)
 
 
