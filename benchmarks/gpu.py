@@ -40,6 +40,14 @@ def missing() -> list[str]:
     return [package or module for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
 
 
+def factor(text: str) -> float:
+    """A number between 0 and 1000."""
+    value = float(text)
+    if not 0 < value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--part", type=int, nargs="*", choices=tuple(BUDGETS), default=list(BUDGETS), help="default: all")
@@ -47,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy size")
     made.add_argument("--again", action="store_true", help="measure what is in the JSON again")
     made.add_argument("--only", default="", help="rows whose name contains this")
-    made.add_argument("--budget", type=float, default=1.0, help="multiply all budgets by this")
+    made.add_argument("--budget", type=factor, default=1.0, help="multiply all budgets by this")
     made.add_argument("--latents", type=Path, default=ROOT / "runs" / "demo" / "latents", help="the demo's, of part 4")
     made.add_argument("--inside", type=float, help=argparse.SUPPRESS)  # of a part's process: the seconds it has left
     return made
@@ -128,6 +136,9 @@ def main() -> None:
     for number in args.part:
         run_part(part_of(number, args, None), record, [*command, "--part", str(number), "--inside"], args.again)
         write_text(record.path.with_suffix(".md"), markdown(record.read()))
+    asked = [row for number in args.part for row in record.part(part_of(number, args, None))["rows"]]
+    if args.only and not any(args.only in row for row in asked):
+        raise UserError(f"--only {args.only}: no row of these parts is called so; leave it out to see them all")
     for item in tables(record.read()):
         Console(width=None if Console().is_terminal else 180).print(item)
 

@@ -66,6 +66,12 @@ def test_one_part_from_the_command_line(tmp_path: Path) -> None:
     assert "std - 1" in done.stdout and "std - 1" in out.with_suffix(".md").read_text()
     gone = python(*given[:-1], ROOT / "pyproject.toml")
     assert gone.returncode == 2 and "not JSON" in gone.stderr
+    nothing = python(*given[:6], "nosuch", *given[7:])
+    assert nothing.returncode == 2 and "--only nosuch: no row" in nothing.stderr
+    parser = load_script("benchmarks/gpu.py").parser()
+    for budget in ("nan", "0", "-1", "inf", "x"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--budget", budget])
     refused = python("benchmarks/gpu.py", "--device", "cpu")
     assert refused.returncode == 2 and "do not belong into" in refused.stderr
 
