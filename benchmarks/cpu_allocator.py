@@ -15,10 +15,10 @@ import time
 
 import torch
 
+from scd_sf.distributed import keep_freed_memory
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.layers import WanBlock
 from scd_sf.nn.rope import axis_dims, rope_table
-from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import exit_on_user_error
 
 REPEATS = 20

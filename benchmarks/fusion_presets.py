@@ -18,13 +18,13 @@ import torch
 
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import keep_freed_memory
 from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.transplant import transplant_scd
-from scd_sf.models.weights import load_wan
-from scd_sf.train.ranks import keep_freed_memory
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.transplant import transplant_scd
+from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.wan.weights import load_wan
 from scd_sf.types import exit_on_user_error
 
 ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)

@@ -63,26 +63,26 @@ def parser() -> argparse.ArgumentParser:
 
 def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
     """A part by its number; what it needs is imported when its rows are asked for."""
-    from scd_sf.gpu.parts import Part
+    from scd_sf.tools.gpu.parts import Part
 
     def speed() -> Any:
-        from scd_sf.gpu.speed import rows
+        from scd_sf.tools.gpu.speed import rows
 
         return rows(card)
 
     def training() -> Any:
-        from scd_sf.gpu.training import rows
+        from scd_sf.tools.gpu.training import rows
 
         return rows(card)
 
     def equality() -> Any:
-        from scd_sf.gpu.equality import rows
+        from scd_sf.tools.gpu.equality import rows
 
         checks = runpy.run_path(str(ROOT / "tests" / "gpu" / "checks.py"), run_name="checks")
         return rows(checks["CHECKS"], checks["compared"])
 
     def chain() -> Any:
-        from scd_sf.gpu.chain import Chain
+        from scd_sf.tools.gpu.chain import Chain
 
         work = ROOT / "runs" / "gpu" if args.out == OUT else args.out.with_suffix(".work")
         return Chain(card, work, args.latents).rows()
@@ -99,8 +99,8 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
 
 def inside(args: argparse.Namespace) -> None:
     """One part, in its own process; without a part, the machine's facts (the caller itself never takes the GPU)."""
-    from scd_sf.gpu.card import machine, open_card, stamp
-    from scd_sf.gpu.parts import Record, measure_rows
+    from scd_sf.tools.gpu.card import machine, open_card, stamp
+    from scd_sf.tools.gpu.parts import Record, measure_rows
 
     card, record = open_card(args.device), Record(args.out)
     if not args.part:
@@ -124,8 +124,8 @@ def main() -> None:
     from rich.console import Console
 
     from scd_sf.files import write_text
-    from scd_sf.gpu.parts import Record, run_part, script_command
-    from scd_sf.gpu.report import markdown, tables
+    from scd_sf.tools.gpu.parts import Record, run_part, script_command
+    from scd_sf.tools.gpu.report import markdown, tables
 
     record = Record(args.out)
     same = ["--out", str(args.out), "--device", args.device, "--only", args.only, "--latents", str(args.latents)]

@@ -31,8 +31,8 @@ from scd_sf.data.clip_index import Common, open_job
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
+from scd_sf.distributed import keep_freed_memory
 from scd_sf.files import read_json, write_json
-from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import UserError, VideoShape, exit_on_user_error
 
 SHAPE = VideoShape(21, 16, 60, 104)

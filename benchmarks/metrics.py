@@ -18,11 +18,11 @@ from typing import Annotated
 import torch
 import typer
 
+from scd_sf.evaluation.frames import ssim_frames
+from scd_sf.evaluation.fvd import frechet_distance
+from scd_sf.evaluation.i3d import I3dFeatures
+from scd_sf.evaluation.lpips import Lpips
 from scd_sf.files import write_json
-from scd_sf.metrics.frames import ssim_frames
-from scd_sf.metrics.fvd import frechet_distance
-from scd_sf.metrics.i3d import I3dFeatures
-from scd_sf.metrics.lpips import Lpips
 from scd_sf.types import UserError, exit_on_user_error
 
 CLIPS, DIMENSIONS = 256, 400

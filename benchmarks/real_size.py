@@ -21,21 +21,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.bench import random_weights
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.distributed import keep_freed_memory
+from scd_sf.evaluation.bench import random_weights
+from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
+from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.files import write_json
 from scd_sf.generation.generate import generate_latents
-from scd_sf.metrics.floor import HeavyCalls, peak_gib
-from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.transplant import transplant_scd, verify_transplant
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.transplant import transplant_scd, verify_transplant
+from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.layers import WanBlock
-from scd_sf.train.ranks import keep_freed_memory
 from scd_sf.types import Conditioning, exit_on_user_error
 
 LATENT = (16, 60, 104)  # 832x480 through Wan's VAE

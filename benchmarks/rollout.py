@@ -17,18 +17,18 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from scd_sf.bench import in_rounds, random_weights
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.files import write_json
+from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
+from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import ModelConfig, Student, build_student
-from scd_sf.models.compile import CompileConfig, compile_steps
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan_json import config_json
-from scd_sf.rollout import rollout
+from scd_sf.models.wan.wan_json import config_json
 from scd_sf.types import Conditioning, exit_on_user_error
 
 CFG = WanConfig(3, 128, text_dim=512, ffn_dim=2240, num_layers=12)

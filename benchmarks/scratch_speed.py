@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd_sf.bench import in_rounds, random_weights
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.distributed import keep_freed_memory
+from scd_sf.evaluation.bench import in_rounds, random_weights
+from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
 from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.generator import CacheConfig, FrameStreamer
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.train.ranks import keep_freed_memory
+from scd_sf.models.interface import CacheConfig, FrameStreamer
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.types import Conditioning, exit_on_user_error
 
 CHANNELS, SIDE, ACTIONS = 32, 8, 3

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from scd_sf.distributed import Ranks
 from scd_sf.files import write_json
 from scd_sf.models.trunk import WAN_14B, WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.train.engine import EngineConfig, frozen_engine
-from scd_sf.train.ranks import Ranks
 from scd_sf.types import exit_on_user_error
 
 

@@ -25,21 +25,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.bench import random_weights
 from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.distributed import keep_freed_memory
+from scd_sf.evaluation.bench import random_weights
+from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
 from scd_sf.files import write_json
+from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.metrics.floor import HeavyCalls, peak_gib
 from scd_sf.models.build import ModelConfig, Student, build_model
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
-from scd_sf.rollout import rollout
-from scd_sf.train.ranks import keep_freed_memory
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import Conditioning, Denoiser, exit_on_user_error
 
 CFG = WanConfig(num_layers=6)

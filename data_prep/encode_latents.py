@@ -28,7 +28,6 @@ from scd_sf.data.clips import FORMAT, Clip, ClipSet, read_video, write_index
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
-from scd_sf.data_tools.progress import progress_of
 from scd_sf.files import (
     lines_of,
     locked,
@@ -40,9 +39,10 @@ from scd_sf.files import (
     sha256_folder,
     typed,
 )
-from scd_sf.models.text import encoder_parts, text_config, wan_negative
-from scd_sf.models.text_cache import OFF, open_text_encoder
-from scd_sf.models.vae import Vae, load_vae, vae_source
+from scd_sf.models.wan.text import encoder_parts, text_config, wan_negative
+from scd_sf.models.wan.text_cache import OFF, open_text_encoder
+from scd_sf.models.wan.vae import Vae, load_vae, vae_source
+from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import UserError, device_of, exit_on_user_error, say
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

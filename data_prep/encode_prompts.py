@@ -6,14 +6,14 @@
 ``prompts`` is a list (txt, csv, jsonl) or the output folder of filter_vidprom.py or extend_prompts.py. Each prompt
 takes about 1 MB with umT5-xxl (8 kB a token): a million of them need a terabyte, which stage 3 saves by encoding the
 list itself. The states are the same to the last bit. The same command, on any number of ranks, goes on where a run
-stopped; a finished directory is left alone. Fields: scd_sf/data_tools/encode_list.py.
+stopped; a finished directory is left alone. Fields: scd_sf/tools/data/encode_list.py.
 """
 
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.data_tools.encode_list import EncodeListConfig, encode_list
-from scd_sf.train.ranks import init_distributed
+from scd_sf.distributed import init_distributed
+from scd_sf.tools.data.encode_list import EncodeListConfig, encode_list
 from scd_sf.types import exit_on_user_error
 
 WAIT_MINUTES = 24 * 60.0  # ranks that are through wait for the slowest

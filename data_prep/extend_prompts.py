@@ -8,14 +8,14 @@ An answer must have 40 to 160 words, be one line, in English, and without chatte
 after ``attempts`` the original is kept. Seeds come from ``seed``, the prompt's uuid and the attempt. The same command,
 on any number of ranks, goes on where a run stopped. ``out/prompts.jsonl`` and ``prompts.txt`` have the input's order
 and length; ``report.json`` counts what was extended, and why what was not. A server's key is read from the environment
-variable that ``endpoint.key_env`` names. Every setting: ``ExtendConfig`` (scd_sf/prompt_extend/run.py).
+variable that ``endpoint.key_env`` names. Every setting: ``ExtendConfig`` (scd_sf/tools/prompts/extend/run.py).
 """
 
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.prompt_extend.run import ExtendConfig, run_extend
-from scd_sf.train.ranks import init_distributed
+from scd_sf.distributed import init_distributed
+from scd_sf.tools.prompts.extend.run import ExtendConfig, run_extend
 from scd_sf.types import exit_on_user_error
 
 WAIT_MINUTES = 24 * 60.0  # ranks that are through wait for the slowest

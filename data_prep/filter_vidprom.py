@@ -11,14 +11,14 @@ near-duplicates, seeded sample. The result depends on the inputs and the setting
 change nothing about those before.
 
 VidProM is CC BY-NC 4.0: keep its prompts out of repositories. Needs ``pip install scd-sf[data]``. Every setting is a
-field of ``FilterConfig`` (scd_sf/prompt_filter/chain.py).
+field of ``FilterConfig`` (scd_sf/tools/prompts/filter/chain.py).
 """
 
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.prompt_filter.chain import FilterConfig
-from scd_sf.prompt_filter.report import run_filter
+from scd_sf.tools.prompts.filter.chain import FilterConfig
+from scd_sf.tools.prompts.filter.report import run_filter
 from scd_sf.types import exit_on_user_error, say
 
 

@@ -8,14 +8,14 @@
 ``out`` is what ``stage2_flow_matching.py data=`` takes. A file's name is the hash of all that decides the clip, and
 files appear whole: so the same command goes on after any kill, on any number of ranks or hosts, and a clip that is made
 twice is the same file. Prompts are encoded first and kept in ``out/text-cache``, which may be deleted when all is done.
-Fields: scd_sf/generate/plan.py. The folder's tools: ``scd data check | repair | manifest | export-webdataset``.
+Fields: scd_sf/tools/generate/plan.py. The folder's tools: ``scd data check | repair | manifest | export-webdataset``.
 """
 
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.generate.launch import run_generate
-from scd_sf.generate.plan import GenerateConfig
+from scd_sf.tools.generate.launch import run_generate
+from scd_sf.tools.generate.plan import GenerateConfig
 from scd_sf.types import exit_on_user_error
 
 

@@ -35,8 +35,8 @@ from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress
 
 from scd_sf.data.clips import write_video
-from scd_sf.data_tools.render import begin, run_all, sources
 from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
+from scd_sf.tools.data.render import begin, run_all, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
 SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")  # places to walk in, by their maps' names

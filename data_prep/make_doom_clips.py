@@ -38,8 +38,8 @@ from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress
 
 from scd_sf.data.clips import AGAIN, Clip, write_index, write_video
-from scd_sf.data_tools.render import begin, run_all, sources
 from scd_sf.files import locked, parse_json, read_text, sha256_file, typed, write_text
+from scd_sf.tools.data.render import begin, run_all, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16

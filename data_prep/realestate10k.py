@@ -4,7 +4,7 @@
 
 ``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are resized (short side)
 and cropped to ``--size``; of every clip the first ``--frames`` are taken, shorter clips count as malformed (0: all
-frames of all clips). Cameras are ignored, or checked with ``--cameras`` (``scd_sf.data.realestate10k`` reads them).
+frames of all clips). Cameras are ignored, or checked with ``--cameras`` (``scd_sf.data.sources.realestate10k`` reads them).
 
 Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
 ``--check`` only reads everything and reports. An interrupted run goes on where it stopped.
@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
-from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.data_tools.encode_frames import EncodeConfig, Task, run_pixels
+from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.tools.data.encode_frames import EncodeConfig, Task, run_pixels
 from scd_sf.types import exit_on_user_error
 
 

@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
-from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.data_tools.encode_frames import EncodeConfig, Task, run_pixels
+from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.tools.data.encode_frames import EncodeConfig, Task, run_pixels
 from scd_sf.types import exit_on_user_error
 
 

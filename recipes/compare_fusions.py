@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scd_sf.evaluation.table import Row, read_rows
 from scd_sf.files import read_jsonl, write_json
-from scd_sf.metrics.protocols import Row, read_rows
-from scd_sf.steps import Group, Step, chain, clips_and_latents, python, run_steps
+from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

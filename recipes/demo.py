@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from scd_sf.evaluation.table import Row, read_rows, table, write_rows
 from scd_sf.files import new_file, typed
-from scd_sf.metrics.protocols import Row, read_rows, table, write_rows
-from scd_sf.steps import Step, chain, clips_and_latents, python, run_steps
+from scd_sf.tools.steps import Step, chain, clips_and_latents, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -29,25 +29,25 @@ from torch import Tensor
 from scd_sf.checkpoint import weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.clips import write_video
-from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.data.pixels import PixelClip, PixelClips
+from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.data.sources.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import MOST_STEPS, Sampler, build_sampler
+from scd_sf.distributed import Ranks
+from scd_sf.evaluation.frames import SsimWindow, as_uint8
+from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256
+from scd_sf.evaluation.prediction import PredictionConfig, load_predictor, predict
+from scd_sf.evaluation.prediction_metrics import MetricNetworks, PredictionScorer
+from scd_sf.evaluation.prediction_protocols import PredictionProtocol, named_protocol
+from scd_sf.evaluation.prediction_result import result_table
+from scd_sf.evaluation.timing import Cost, time_in_rounds, unrest
 from scd_sf.files import Json, locked, read_json, sha256_folder, write_json
-from scd_sf.metrics.frames import SsimWindow, as_uint8
-from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
-from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
-from scd_sf.metrics.prediction_protocols import PredictionProtocol, named_protocol
-from scd_sf.metrics.prediction_result import result_table
-from scd_sf.metrics.timing import Cost, time_in_rounds, unrest
+from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.models.build import Student
-from scd_sf.models.tokenizers import load_tokenizer
+from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 from scd_sf.nn.layers import DitBlock
 from scd_sf.ownership import require_own_folder
-from scd_sf.pipeline import choose_sampler
-from scd_sf.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.provenance import git_revision, versions
 from scd_sf.train.engine import init_distributed
-from scd_sf.train.ranks import Ranks
 from scd_sf.types import Conditioning, Tokenizer, UserError, check_within, exit_on_user_error, say
 
 FREE = (
@@ -88,7 +88,7 @@ class CustomProtocol:
 
 @dataclass
 class EvaluatePredictionConfig:
-    """``protocol``: a name of scd_sf/metrics/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
+    """``protocol``: a name of scd_sf/evaluation/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
     alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts
     them). ``i3d_torchscript``: StyleGAN-V's i3d_torchscript.pt, whose FVD is that of FAR and SCD (empty: the I3D of
     ``metrics``); it is a program, which runs only when its hash is ``i3d_sha256``. ``far_compat``: measured as FAR and

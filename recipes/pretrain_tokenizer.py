@@ -24,28 +24,34 @@ from torch import Tensor
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
-from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
-from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
+from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.diffusion.noise import generator
+from scd_sf.evaluation.perceptual import load_perceptual
+from scd_sf.evaluation.reconstruction import reconstruction, write_sheet
 from scd_sf.files import write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
-from scd_sf.metrics.perceptual import load_perceptual
-from scd_sf.metrics.reconstruction import reconstruction, write_sheet
-from scd_sf.models.tokenizer_start import first_channels, linear_start
-from scd_sf.models.tokenizer_training import (
+from scd_sf.models.tokenizers.start import first_channels, linear_start
+from scd_sf.models.tokenizers.tokenizer import (
+    FrameTokenizer,
+    Normalisation,
+    channels_last,
+    load_tokenizer,
+    save_tokenizer,
+)
+from scd_sf.models.tokenizers.training import (
     Components,
     DiscriminatorConfig,
     TokenizerConfig,
     build_discriminator,
     build_tokenizer,
 )
-from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, channels_last, load_tokenizer, save_tokenizer
-from scd_sf.models.vae_training import patch_components
+from scd_sf.models.tokenizers.vae_training import patch_components
 from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
-from scd_sf.train.recipe import RESUMABLE, TrainConfig, TrainState, micro_batches
+from scd_sf.train.loop import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
@@ -90,7 +96,7 @@ class EvaluationConfig:
 @dataclass
 class PretrainTokenizerConfig:
     """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
-    (``scd_sf/models/tokenizer_start.py``) from ``start_frames`` frames, which the anchor's components come from too.
+    (``scd_sf/models/tokenizers/start.py``) from ``start_frames`` frames, which the anchor's components come from too.
     ``init``: the directory of a tokenizer of this architecture to go on from instead; without ``tokenizer.shortcuts``
     it may have more channels, of which the first are kept.
     ``val`` without a root: that split of the training data."""

@@ -14,9 +14,9 @@ there. ``start=image.png`` continues an image or a video; ``window=18 sink=3`` m
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.sample_folder import run_samples
-from scd_sf.sampling import SampleConfig
-from scd_sf.train.ranks import init_distributed
+from scd_sf.distributed import init_distributed
+from scd_sf.generation.folder import run_samples
+from scd_sf.generation.sampling import SampleConfig
 from scd_sf.types import exit_on_user_error
 
 

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.evaluation.curves import curve_figure, group_figure
+from scd_sf.evaluation.lpips import Lpips, Trunk
+from scd_sf.evaluation.prediction_result import PredictionResult
+from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.files import read_json, read_jsonl, write_json
-from scd_sf.metrics.curves import curve_figure, group_figure
-from scd_sf.metrics.lpips import Lpips, Trunk
-from scd_sf.metrics.prediction_result import PredictionResult
-from scd_sf.metrics.protocols import BlockPassCounter
+from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.nn.layers import DitBlock
-from scd_sf.rollout import rollout
-from scd_sf.steps import Group, Step, chain, python, run_steps
+from scd_sf.tools.steps import Group, Step, chain, python, run_steps
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, exit_on_user_error, say
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 
 from scd_sf.config import from_command_line
-from scd_sf.models.transplant import TransplantConfig, run_transplant
+from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 from scd_sf.types import exit_on_user_error, say
 
 

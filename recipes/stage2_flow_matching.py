@@ -18,16 +18,17 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import generator
+from scd_sf.generation.preview import Preview
+from scd_sf.generation.validation import show, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
-from scd_sf.plan.job import Job
-from scd_sf.preview import Preview
 from scd_sf.provenance import absolute, provenance
-from scd_sf.stages import Stage2Config
+from scd_sf.tools.plan.job import Job
+from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engine, init_distributed
-from scd_sf.train.recipe import (
+from scd_sf.train.loop import (
     RESUMABLE,
     TrainState,
     micro_batches,
@@ -36,7 +37,6 @@ from scd_sf.train.recipe import (
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
-from scd_sf.validation import show, validate
 
 
 def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:

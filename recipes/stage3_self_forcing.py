@@ -26,16 +26,17 @@ from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.noise import cpu_noise, generator
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.generation.preview import Preview
+from scd_sf.generation.rollout import rollout
+from scd_sf.generation.validation import show
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import Student, build_student, load_student
-from scd_sf.models.live_prompts import LivePrompts, open_prompts
-from scd_sf.models.wan import Wan
-from scd_sf.models.weights import load_wan, open_wan, read_wan_config
-from scd_sf.plan.job import Job
-from scd_sf.preview import Preview
+from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.provenance import absolute, provenance
-from scd_sf.rollout import rollout
-from scd_sf.stages import Stage3Config
+from scd_sf.tools.plan.job import Job
+from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import (
@@ -47,7 +48,7 @@ from scd_sf.train.engine import (
     frozen_engine,
     init_distributed,
 )
-from scd_sf.train.recipe import (
+from scd_sf.train.loop import (
     RESUMABLE,
     TrainState,
     micro_batches,
@@ -56,7 +57,6 @@ from scd_sf.train.recipe import (
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_device, say
-from scd_sf.validation import show
 
 MayStop = Callable[[], None]
 Rollouts = dict[int, tuple[Tensor, Conditioning, list[int]]]  # by micro-batch: detached rollouts and their prompts

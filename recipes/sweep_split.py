@@ -24,15 +24,15 @@ from rich.table import Table
 from scd_sf.config import load_config
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.evaluation.curves import tradeoff_figure
+from scd_sf.evaluation.table import Row, read_rows
 from scd_sf.files import read_json, read_jsonl, sha256_folder, write_json
-from scd_sf.metrics.curves import tradeoff_figure
-from scd_sf.metrics.protocols import Row, read_rows
-from scd_sf.models.transplant import TransplantConfig
-from scd_sf.models.weights import load_wan, read_wan_config, transformer_dir
+from scd_sf.models.scd.transplant import TransplantConfig
+from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.paired import LossConfig
 from scd_sf.probes.subject import Subject
-from scd_sf.steps import Group, Step, chain, clips_and_latents, python, run_steps
+from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -86,7 +86,7 @@ class Checkpoints:
     ) -> Path:
         """Save one step from one process: :meth:`prepare`, ``training_state(dir)``, :meth:`commit`. Raises SaveFailed.
 
-        Several processes do the same through ``train/saving.py``.
+        Several processes do the same through ``train/checkpointing.py``.
         """
         partial = self.path(step).with_suffix(".tmp")
         for work in (

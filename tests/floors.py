@@ -49,7 +49,7 @@ NOT_GEOMETRY = re.compile(r"time|second|minute|interval|every|patience|retr|dela
 CONFIG_NAME = re.compile(r"^(.*_)?(cfg|config|args)$")
 # Evaluation mode of third-party networks (dropout off) is set where they are loaded, and nowhere else.
 LOADS_FOREIGN_NETWORKS = (
-    "scd_sf/models/text.py", "scd_sf/models/vae.py", "scd_sf/models/tokenizers.py", "scd_sf/metrics/",
+    "scd_sf/models/wan/text.py", "scd_sf/models/wan/vae.py", "scd_sf/models/tokenizers/tokenizer.py", "scd_sf/metrics/",
 )  # fmt: skip
 RUNS_CODE = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "dill.load"}
 UNSAFE_YAML = {"", "yaml.Loader", "yaml.UnsafeLoader", "yaml.FullLoader"}
@@ -453,7 +453,7 @@ def says_cleanly(sources: list[Source]) -> list[str]:
     """scd_sf prints lines with ``types.say``, which cleans them, and JSON documents with ``print(json.dumps(..))``."""
     wrong = []
     for source in package(sources):
-        if source.path in ("scd_sf/types.py", "scd_sf/vbench/worker.py"):
+        if source.path in ("scd_sf/types.py", "scd_sf/evaluation/vbench/worker.py"):
             continue
         for call, name in calls(source.tree):
             document = call.args and isinstance(call.args[0], ast.Call) and dotted(call.args[0].func) == "json.dumps"

@@ -11,7 +11,7 @@ import torch
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.models.build import Student
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.subject import Subject
 from scd_sf.types import VideoShape
 

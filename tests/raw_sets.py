@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scd_sf.data.video_reader import read_frames, resize_crop
+from scd_sf.data.sources.video_reader import read_frames, resize_crop
 
 SCRIPT = Path(__file__).parents[1] / "data_prep" / "make_doom_actions.py"
 CLASSES = ("ApplyEyeMakeup", "Biking", "CliffDiving")

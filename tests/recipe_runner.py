@@ -30,11 +30,11 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "scd_sf.losses.dmd",
     "scd_sf.losses.flow_matching",
-    "scd_sf.models.text",
-    "scd_sf.models.transplant",
-    "scd_sf.preview",
+    "scd_sf.models.wan.text",
+    "scd_sf.models.scd.transplant",
+    "scd_sf.generation.preview",
     "scd_sf.train.engine",
-    "scd_sf.train.recipe",
+    "scd_sf.train.loop",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

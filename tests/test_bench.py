@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from scd_sf.bench import Bench, BenchConfig, BenchModel, Clip, Entry, in_rounds, open_bench, run_bench
 from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.evaluation.bench import Bench, BenchConfig, BenchModel, Clip, Entry, in_rounds, open_bench, run_bench
 from scd_sf.models.build import ModelConfig
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.types import UserError
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from scd_sf import __version__, cli
 from scd_sf.checkpoint import Checkpoints
-from scd_sf.models.names import diffusers_to_original, to_diffusers
-from scd_sf.pipeline import SCDWanPipeline
+from scd_sf.generation.pipeline import SCDWanPipeline
+from scd_sf.models.wan.names import diffusers_to_original, to_diffusers
 from scd_sf.types import UserError, device_of
 
 

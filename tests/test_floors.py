@@ -45,11 +45,11 @@ DOC = '"""Doc."""\n'
 # rule, path, text that must be caught, text that must pass
 CASES: list[tuple[Rule, str, str, str]] = [
     (floors.valid_python, "scd_sf/a.py", "def f(:", "def f(): ..."),
-    (floors.imports_go_down, "scd_sf/nn/a.py", "from scd_sf.models.wan import Wan", "from scd_sf.types import Logs"),
+    (floors.imports_go_down, "scd_sf/nn/a.py", "from scd_sf.models.wan.transformer import Wan", "from scd_sf.types import Logs"),
     (floors.imports_go_down, "scd_sf/nn/a.py", "from ..models import wan", "from .rope import table"),
-    (floors.imports_go_down, "scd_sf/nn/a.py", "import scd_sf.rollout", "import scd_sf.nn.masks"),
+    (floors.imports_go_down, "scd_sf/nn/a.py", "import scd_sf.generation.rollout", "import scd_sf.nn.masks"),
     (floors.imports_go_down, "scd_sf/nn/a.py", "def f():\n    from scd_sf import losses", "from scd_sf import types"),
-    (floors.imports_go_down, "scd_sf/losses/dmd.py", "from scd_sf.rollout import rollout", "import scd_sf.nn.rope"),
+    (floors.imports_go_down, "scd_sf/losses/dmd.py", "from scd_sf.generation.rollout import rollout", "import scd_sf.nn.rope"),
     (floors.imports_go_down, "scd_sf/train/ema.py", "from scd_sf.models import scd", "from scd_sf import checkpoint"),
     (floors.imports_go_down, "scd_sf/utils/a.py", "x = 1", ""),
     (floors.confined_imports, "scd_sf/types.py", "import yaml", "import torch"),

@@ -36,35 +36,35 @@ from scd_sf.config import load_config, plain_yaml, to_yaml
 from scd_sf.data.clip_files import About, clip_path, read_header, write_clip
 from scd_sf.data.clip_index import read_job
 from scd_sf.data.clips import read_video
-from scd_sf.data.far import read_list
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_files import read_prompt_file
 from scd_sf.data.prompts import PromptSet
-from scd_sf.data.raw_files import arrays_of, one_tensor, open_raw
-from scd_sf.data.realestate10k import read_cameras
+from scd_sf.data.sources.far import read_list
+from scd_sf.data.sources.raw_files import arrays_of, one_tensor, open_raw
+from scd_sf.data.sources.realestate10k import read_cameras
 from scd_sf.data.start import read_picture
-from scd_sf.data_tools.foreign import read_tar
-from scd_sf.gallery.folders import page_of, read_folder
+from scd_sf.distributed import Ranks
+from scd_sf.evaluation.vbench.aggregate import read_scores
+from scd_sf.evaluation.vbench.prompts import load_entries, read_extended
+from scd_sf.generation.sampling import SampleConfig
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model, load_student, read_single, write_single
-from scd_sf.models.text import load_text_encoder
-from scd_sf.models.tokenizers import Normalisation, load_tokenizer, save_tokenizer
-from scd_sf.models.vae import load_vae
-from scd_sf.models.wan import Wan
-from scd_sf.models.weights import load_wan, open_wan, save_wan
-from scd_sf.monitor.curve import read_curve
-from scd_sf.monitor.state import read_run
+from scd_sf.models.tokenizers.tokenizer import Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.vae import load_vae
+from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
 from scd_sf.probes.report import write_report
 from scd_sf.provenance import provenance
-from scd_sf.sampling import SampleConfig
-from scd_sf.steps import Step, finished, run_steps
+from scd_sf.tools.data.foreign import read_tar
+from scd_sf.tools.gallery.folders import page_of, read_folder
+from scd_sf.tools.runs.curve import read_curve
+from scd_sf.tools.runs.state import read_run
+from scd_sf.tools.steps import Step, finished, run_steps
 from scd_sf.train.base import read_counters
-from scd_sf.train.ranks import Ranks
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.shards import StateFiles
 from scd_sf.types import UserError, printable
-from scd_sf.vbench.aggregate import read_scores
-from scd_sf.vbench.prompts import load_entries, read_extended
 
 SECONDS = 60  # that one read may take, on a machine with other work too
 DEEP: list[Any] = []

@@ -13,8 +13,8 @@ from torch import Tensor
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.evaluation.prediction import PredictionConfig, PredictionGuidance, load_predictor, predict
 from scd_sf.models.build import CheckpointConfig, ModelConfig, Student
-from scd_sf.prediction import PredictionConfig, PredictionGuidance, load_predictor, predict
 from scd_sf.types import Conditioning, UserError
 
 FAMILIES = [tiny.Variant("scd", 1, "paper", "temporal", "full", "dit"), tiny.Variant("causal", 1, backbone="dit")]

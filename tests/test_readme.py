@@ -16,12 +16,12 @@ import pytest
 import recipe_runner
 import typer
 
-from scd_sf.bench import BenchConfig
 from scd_sf.cli import app
 from scd_sf.config import load_config
-from scd_sf.models.transplant import TransplantConfig
-from scd_sf.probing import ProbeConfig
-from scd_sf.sampling import SampleConfig
+from scd_sf.evaluation.bench import BenchConfig
+from scd_sf.generation.sampling import SampleConfig
+from scd_sf.models.scd.transplant import TransplantConfig
+from scd_sf.probes.run import ProbeConfig
 
 ROOT = recipe_runner.ROOT
 TEXT = (ROOT / "README.md").read_text()

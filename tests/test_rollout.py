@@ -14,13 +14,13 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
+from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.generator import CacheConfig, Query
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.interface import CacheConfig, Query
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.rollout import rollout, stream_rollout
 from scd_sf.types import Conditioning, UserError
 
 some_students = pytest.mark.parametrize("variant", tiny.SOME, ids=str)

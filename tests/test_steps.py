@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import recipe_runner
 
-from scd_sf.steps import Step, chain, run_steps
+from scd_sf.tools.steps import Step, chain, run_steps
 from scd_sf.types import UserError
 
 

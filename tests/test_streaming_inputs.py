@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.solvers import Euler
-from scd_sf.models.generator import CacheConfig
-from scd_sf.rollout import rollout, stream_rollout
+from scd_sf.generation.rollout import rollout, stream_rollout
+from scd_sf.models.interface import CacheConfig
 
 families = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
 

@@ -16,11 +16,11 @@ from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import Student, set_blocks
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.generator import Query
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.interface import Query
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import Conditioning
 
 torch.set_num_threads(1)

@@ -17,9 +17,9 @@ from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
-from scd_sf.models.weights import save_wan
-from scd_sf.monitor.curve import is_portable
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.weights import save_wan
+from scd_sf.tools.runs.curve import is_portable
 from scd_sf.types import VideoShape
 
 WAN = WanConfig(2, 12, 4, 4, 8, 16, 32, 6)

@@ -15,9 +15,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from scd_sf.evaluation.vbench.aggregate import aggregate, label, merge, read_scores
+from scd_sf.evaluation.vbench.prompts import dimensions
 from scd_sf.types import exit_on_user_error, say
-from scd_sf.vbench.aggregate import aggregate, label, merge, read_scores
-from scd_sf.vbench.prompts import dimensions
 
 
 def main() -> None:

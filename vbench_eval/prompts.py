@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.config import from_command_line
+from scd_sf.evaluation.vbench.prompts import chosen_dimensions, load_entries, read_extended, video_name
 from scd_sf.types import exit_on_user_error, printable
-from scd_sf.vbench.prompts import chosen_dimensions, load_entries, read_extended, video_name
 
 
 @dataclass

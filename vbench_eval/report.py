@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.config import from_command_line
+from scd_sf.evaluation.vbench.report import write_report
 from scd_sf.types import UserError, exit_on_user_error, say
-from scd_sf.vbench.report import write_report
 
 
 @dataclass

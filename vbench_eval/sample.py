@@ -14,9 +14,9 @@ with plain VBench. Totals of fewer samples or dimensions are marked as not compa
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.train.ranks import init_distributed
+from scd_sf.distributed import init_distributed
+from scd_sf.evaluation.vbench.suite import SuiteConfig, run_suite
 from scd_sf.types import exit_on_user_error
-from scd_sf.vbench.suite import SuiteConfig, run_suite
 
 
 def main() -> None:

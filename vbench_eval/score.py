@@ -14,8 +14,8 @@ finished dimension. Then: ``python vbench_eval/aggregate.py runs/vbench/scores/s
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
+from scd_sf.evaluation.vbench.score import ScoreConfig, run_score
 from scd_sf.types import exit_on_user_error, say
-from scd_sf.vbench.score import ScoreConfig, run_score
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from scd_sf.data.video_reader import AS_CODED, read_frames
+from scd_sf.data.sources.video_reader import AS_CODED, read_frames
 from scd_sf.files import (
     Json,
     lines_of,

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 
-from scd_sf.data.video_reader import LARGEST_VIDEO, frames_of
+from scd_sf.data.sources.video_reader import LARGEST_VIDEO, frames_of
 from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.types import UserError, VideoShape
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, generator
 from scd_sf.diffusion.solvers import Sampler
+from scd_sf.generation.guided import Guided, SampleGuidance
+from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
-from scd_sf.models.generator import CacheConfig, FrameStreamer, check_chunks
-from scd_sf.models.guided import Guided, SampleGuidance
-from scd_sf.models.vae import Vae, VaeStream
-from scd_sf.rollout import stream_rollout
+from scd_sf.models.interface import CacheConfig, FrameStreamer, check_chunks
+from scd_sf.models.wan.vae import Vae, VaeStream
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 

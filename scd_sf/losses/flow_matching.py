@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.flow import add_noise, shift_time, shifted_logit_normal, shifted_uniform, velocity_target
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.models.generator import FrameGenerator, Query, check_chunks, pick_chunks
+from scd_sf.models.interface import FrameGenerator, Query, check_chunks, pick_chunks
 from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, on_device
 
 TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"

@@ -13,7 +13,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scd_sf.models.tokenizer_training import Components, frozen, last_weight
+from scd_sf.models.tokenizers.training import Components, frozen, last_weight
 from scd_sf.types import Logs
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images (N, 3, H, W) -> a scalar

@@ -18,11 +18,11 @@ from scd_sf.files import Json, parse_json, write_tensors
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.generator import FrameGenerator
-from scd_sf.models.scd import Scd, ScdConfig
+from scd_sf.models.interface import FrameGenerator
+from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig, WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.provenance import absolute, checked_origin
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError

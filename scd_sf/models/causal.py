@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.generator import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
+from scd_sf.models.interface import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
 from scd_sf.models.replay import Replayed, run_step
 from scd_sf.models.trunk import Text, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
@@ -52,7 +52,7 @@ class CausalStream:
 
 
 class Causal(nn.Module):
-    """A :class:`~scd_sf.models.generator.FrameGenerator` with exactly the parameters of the bidirectional model.
+    """A :class:`~scd_sf.models.interface.FrameGenerator` with exactly the parameters of the bidirectional model.
 
     ``frame_diagonal``: its last so many blocks see their own chunk alone (spec/scd.md 3, P6). Nobody reads their keys
     and values of finished frames, so those are never made: teacher forcing drops the clean frames before these blocks,

@@ -2,7 +2,7 @@
 
 What differs from Wan: adaLN-zero projections in every block, q and k normalised per head, FLUX's three-axis RoPE (a
 quarter of a head for time), actions and labels added to the time's embedding, no text. Finished frames are marked by
-a timestep of about -1. The models are :class:`~scd_sf.models.causal.Causal` and :class:`~scd_sf.models.scd.Scd`.
+a timestep of about -1. The models are :class:`~scd_sf.models.causal.Causal` and :class:`~scd_sf.models.scd.wan.Scd`.
 Letters: B batch, F frames, L tokens, E width, R decoder rows, n frames of a row.
 """
 

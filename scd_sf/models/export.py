@@ -23,10 +23,10 @@ from scd_sf.models.build import (
     require_wan,
     write_single,
 )
-from scd_sf.models.names import Layout
-from scd_sf.models.scd import Scd
-from scd_sf.models.wan import Wan
-from scd_sf.models.weights import WanFiles, load_wan, open_wan, save_wan, shard_size, write_wan
+from scd_sf.models.scd.wan import Scd
+from scd_sf.models.wan.names import Layout
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.weights import WanFiles, load_wan, open_wan, save_wan, shard_size, write_wan
 from scd_sf.types import UserError
 
 AGAIN = "choose another place"

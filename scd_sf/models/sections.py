@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from scd_sf.models.names import without_wrappers
+from scd_sf.models.wan.names import without_wrappers
 from scd_sf.tensor_files import Lazy
 from scd_sf.types import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scd_sf.metrics.curves import pyplot, save
+from scd_sf.evaluation.curves import pyplot, save
 
 
 def matrices_figure(path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], both: str) -> Path:

@@ -17,10 +17,10 @@ from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.flow import add_noise, shift_time, velocity_target
 from scd_sf.diffusion.noise import row_noise
-from scd_sf.metrics.curves import Line, curve_figure
+from scd_sf.evaluation.curves import Line, curve_figure
 from scd_sf.models.build import Student
-from scd_sf.models.generator import Query
-from scd_sf.models.wan import Wan
+from scd_sf.models.interface import Query
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.subject import Subject
 from scd_sf.types import Conditioning, UserError, check_within, on_device
 

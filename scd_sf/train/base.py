@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from scd_sf.distributed import Ranks
 from scd_sf.files import read_typed
-from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, gathered
 from scd_sf.types import UserError, check_within
 

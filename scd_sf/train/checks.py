@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from scd_sf.data.prompts import Prompts, PromptTable
+from scd_sf.distributed import Ranks
 from scd_sf.train.base import accumulation
-from scd_sf.train.ranks import Ranks
-from scd_sf.train.recipe import TrainConfig
+from scd_sf.train.loop import TrainConfig
 from scd_sf.types import UserError, VideoShape
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scd_sf.train.ranks import Ranks
+from scd_sf.distributed import Ranks
 from scd_sf.train.shards import Shard, gathered
 from scd_sf.types import UserError
 

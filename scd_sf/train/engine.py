@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scd_sf.distributed import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
 from scd_sf.train.base import (
     Engine,
     EngineConfig,
@@ -40,7 +41,6 @@ from scd_sf.train.base import (
 )
 from scd_sf.train.local import LocalEngine
 from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
-from scd_sf.train.ranks import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, gathered, share
 
 __all__ = [

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scd_sf.distributed import Ranks
 from scd_sf.train.base import (
     EngineConfig,
     SkipCounter,
@@ -25,7 +26,6 @@ from scd_sf.train.base import (
     whole_masters,
 )
 from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
-from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, share
 
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scd_sf.distributed import Ranks
 from scd_sf.files import foreign, refuse_lfs_pointer, write_json, write_tensors
 from scd_sf.tensor_files import check_finite
-from scd_sf.train.ranks import Ranks
 from scd_sf.types import UserError
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")

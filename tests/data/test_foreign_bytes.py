@@ -17,15 +17,15 @@ import pytest
 import torch
 from raw_sets import make_dmlab, make_far_latents, tar_of
 
-from scd_sf.data import raw_files
 from scd_sf.data.clip_files import About, write_clip
 from scd_sf.data.clip_index import Common, open_job
-from scd_sf.data.far import FarLatents, read_list
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
-from scd_sf.data.raw_files import arrays_of, one_tensor, open_raw
-from scd_sf.data.teco import Teco
+from scd_sf.data.sources import raw_files
+from scd_sf.data.sources.far import FarLatents, read_list
+from scd_sf.data.sources.raw_files import arrays_of, one_tensor, open_raw
+from scd_sf.data.sources.teco import Teco
 from scd_sf.types import UserError, VideoShape, printable
 
 SHAPE = VideoShape(2, 4, 4, 4)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from scd_sf.data.clips import write_video
-from scd_sf.data.pixel_frames import PixelFrames, ReadAhead, to_unit
-from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.data.pixels import PixelClip
+from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
+from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.data.sources.pixels import PixelClip
 from scd_sf.types import UserError
 
 

@@ -15,13 +15,13 @@ import torch
 from raw_sets import bikes, jpeg, make_dmlab, make_far_latents, make_re10k, make_ucf101, tar_of, write_avi
 
 from scd_sf.data.clips import read_video, write_video
-from scd_sf.data.far import Far, FarLatents
-from scd_sf.data.pixel_sources import PixelsConfig, open_pixels
-from scd_sf.data.raw_files import arrays_of
-from scd_sf.data.realestate10k import RealEstate10K, read_cameras
-from scd_sf.data.teco import Teco
-from scd_sf.data.ucf101 import Ucf101
-from scd_sf.data.video_reader import read_frames, resize_crop
+from scd_sf.data.sources.far import Far, FarLatents
+from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
+from scd_sf.data.sources.raw_files import arrays_of
+from scd_sf.data.sources.realestate10k import RealEstate10K, read_cameras
+from scd_sf.data.sources.teco import Teco
+from scd_sf.data.sources.ucf101 import Ucf101
+from scd_sf.data.sources.video_reader import read_frames, resize_crop
 from scd_sf.types import UserError
 
 

@@ -14,8 +14,8 @@ import torch
 from raw_videos import CORNERS, HEIGHT, WIDTH, corners, grey, levels, write
 from torch import Tensor
 
-from scd_sf.data import video_reader
-from scd_sf.data.video_reader import frame_count, frames_of, read_frames
+from scd_sf.data.sources import video_reader
+from scd_sf.data.sources.video_reader import frame_count, frames_of, read_frames
 from scd_sf.types import UserError
 
 

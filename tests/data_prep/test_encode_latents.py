@@ -22,8 +22,8 @@ from scd_sf.data.clips import ClipSet, write_video
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
 from scd_sf.files import locked
-from scd_sf.models.text import WAN_NEGATIVE_PROMPT, TextEncoderConfig, load_text_encoder, write_reference
-from scd_sf.models.vae import load_vae
+from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT, TextEncoderConfig, load_text_encoder, write_reference
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import UserError, VideoShape
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "encode_latents.py"

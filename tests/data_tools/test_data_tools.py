@@ -23,12 +23,12 @@ from scd_sf.data.clip_files import VIDEO, About, clip_path, clip_paths, write_cl
 from scd_sf.data.clip_index import Common, open_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
-from scd_sf.data.raw_files import Refused
-from scd_sf.data_tools import foreign
-from scd_sf.data_tools.foreign import Sample, read_parquet
+from scd_sf.data.sources.raw_files import Refused
 from scd_sf.files import locked, part_of, read_jsonl, write_bytes
-from scd_sf.models.text import load_text_encoder
-from scd_sf.models.vae import load_vae
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.vae import load_vae
+from scd_sf.tools.data import foreign
+from scd_sf.tools.data.foreign import Sample, read_parquet
 from scd_sf.types import UserError
 
 SHAPE, WIDTH = tiny_run.SHAPE, tiny_run.WAN.text_dim

@@ -18,14 +18,14 @@ from raw_sets import make_far_latents, make_re10k, make_ucf101
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from scd_sf.data.far import FarLatents
 from scd_sf.data.frames import FrameClips, FrameWriter
-from scd_sf.data.pixels import PixelClip
-from scd_sf.data.raw_files import Refused
-from scd_sf.data.teco import Teco
-from scd_sf.data.ucf101 import Ucf101
-from scd_sf.data_tools.encode_frames import EncodeConfig, Task, check_clips, encode_pixels, import_latents, run_pixels
+from scd_sf.data.sources.far import FarLatents
+from scd_sf.data.sources.pixels import PixelClip
+from scd_sf.data.sources.raw_files import Refused
+from scd_sf.data.sources.teco import Teco
+from scd_sf.data.sources.ucf101 import Ucf101
 from scd_sf.files import locked
+from scd_sf.tools.data.encode_frames import EncodeConfig, Task, check_clips, encode_pixels, import_latents, run_pixels
 from scd_sf.types import Tokenizer, UserError
 
 SCRIPTS = Path(__file__).parents[2] / "data_prep"
@@ -225,7 +225,7 @@ def script(name: str) -> ModuleType:
 @pytest.fixture
 def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that the loader turns into :class:`Means`."""
-    module = ModuleType("scd_sf.models.tokenizers")
+    module = ModuleType("scd_sf.models.tokenizers.tokenizer")
     module.load_tokenizer = lambda path, device: Means()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     (tmp_path / "tokenizer").mkdir()

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from scd_sf import cli
 from scd_sf.cli import app
-from scd_sf.doctor import machine, packages, probes, report
-from scd_sf.doctor.finding import FAIL, OK, WARN, Finding
+from scd_sf.tools.doctor import machine, packages, probes, report
+from scd_sf.tools.doctor.finding import FAIL, OK, WARN, Finding
 
 
 def doctor(*arguments: str) -> tuple[int, str]:

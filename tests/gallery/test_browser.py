@@ -22,8 +22,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from scd_sf.data.clips import read_video, write_video
-from scd_sf.gallery.folders import page_of, read_folder
-from scd_sf.gallery.page import write_page
+from scd_sf.tools.gallery.folders import page_of, read_folder
+from scd_sf.tools.gallery.page import write_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 HOSTILE = [

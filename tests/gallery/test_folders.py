@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.files import locked, part_of
-from scd_sf.gallery.folders import page_of, read_folder
-from scd_sf.gallery.page import write_page
-from scd_sf.gallery.sheet import contact_sheet
+from scd_sf.tools.gallery.folders import page_of, read_folder
+from scd_sf.tools.gallery.page import write_page
+from scd_sf.tools.gallery.sheet import contact_sheet
 from scd_sf.types import UserError
 
 
@@ -178,7 +178,7 @@ def test_an_interrupted_gallery_goes_on(tmp_path: Path, left: str, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("scd_sf.gallery.page.render", killed)
+        patch.setattr("scd_sf.tools.gallery.page.render", killed)
         with pytest.raises(KeyboardInterrupt):
             write_page(page, out)
     first = sorted((out / "videos").glob("*.mp4"))[0]

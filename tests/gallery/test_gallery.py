@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clips import read_video
-from scd_sf.gallery.gallery import PromptCard, build_gallery
-from scd_sf.metrics.protocols import COLUMNS, Adherence, Row
+from scd_sf.evaluation.table import COLUMNS, Adherence, Row
+from scd_sf.tools.gallery.gallery import PromptCard, build_gallery
 from scd_sf.types import UserError
 
 HOSTILE = "<script>alert(1)</script> \"double\" 'single' </section><img src=x onerror=alert(2)> {{ 7*7 }} & more"

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from scd_sf.data.clips import read_video
-from scd_sf.gallery import sheet
-from scd_sf.gallery.folders import page_of, read_folder
+from scd_sf.tools.gallery import sheet
+from scd_sf.tools.gallery.folders import page_of, read_folder
 from scd_sf.types import UserError
 
 

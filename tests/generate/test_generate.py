@@ -21,13 +21,13 @@ from scd_sf.data.clip_index import Common
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
 from scd_sf.files import is_part, locked, sha256_file
-from scd_sf.generate.plan import GenerateConfig, clip_id, units_of, wanted_clips
+from scd_sf.tools.generate.plan import GenerateConfig, clip_id, units_of, wanted_clips
 from scd_sf.types import UserError
 
 SCRIPT = "data_prep/generate_clips.py"
 PROMPTS = ["left in meadow", "right in hall", "still in hall", "still in meadow"]
 CLIPS = 3 * len(PROMPTS)
-PLACES_TO_DIE = "os:replace|os:fsync|scd_sf.generate.maker:write_video|scd_sf.generate.maker:sample_bidirectional"
+PLACES_TO_DIE = "os:replace|os:fsync|scd_sf.tools.generate.maker:write_video|scd_sf.tools.generate.maker:sample_bidirectional"
 
 
 def arguments(model: Path, out: Path) -> list[str]:
@@ -107,7 +107,7 @@ def test_ctrl_c_and_two_at_once(model: Path, tmp_path: Path) -> None:
     """One line and 130, and the same command goes on; a folder is one job's; others' files are no place for clips."""
     out = tmp_path / "out"
     given = [*arguments(model, out), "samples=1", f"prompts={json.dumps(PROMPTS[:3])}", "videos=false"]
-    moment = At("scd_sf.generate.maker:sample_bidirectional", 2, signal.SIGINT)
+    moment = At("scd_sf.tools.generate.maker:sample_bidirectional", 2, signal.SIGINT)
     stopped = recipe_runner.run(SCRIPT, *given, at=moment)
     assert stopped.code == 130 and stopped.err.splitlines()[-1].startswith("interrupted; the same command goes on")
     assert "Traceback" not in stopped.err
@@ -169,7 +169,7 @@ def test_a_zero_3_teacher_is_called_equally_often_by_ranks_with_unequal_shares(
     tmp_path: Path, model: Path, unbroken: Path
 ) -> None:
     out = tmp_path / "clips"
-    recipe_runner.run(SCRIPT, *arguments(model, out), at=At("scd_sf.generate.maker:write_clip", 6))  # 5 clips are there
+    recipe_runner.run(SCRIPT, *arguments(model, out), at=At("scd_sf.tools.generate.maker:write_clip", 6))  # 5 clips are there
     zero = ["engine={kind: deepspeed, dtype: fp32, bucket: 1000}"]
     results = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), *zero, world=2)
     assert [result.code for result in results] == [0, 0], results[0].err[-2000:]

@@ -13,7 +13,7 @@ from torch import Tensor
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
 from scd_sf.generation.generate import ClipNoise, as_stored, clips_of, first_chunk, generate_latents
-from scd_sf.models.guided import SampleGuidance
+from scd_sf.generation.guided import SampleGuidance
 from scd_sf.types import Conditioning, UserError
 
 SHAPE = (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
@@ -126,15 +126,15 @@ def test_nobody_else_assembles_a_rollout() -> None:
     folders = ("scd_sf", "recipes", "data_prep", "vbench_eval", "benchmarks")
     texts = {path.relative_to(root).as_posix(): path.read_text() for f in folders for path in (root / f).rglob("*.py")}
     callers = {name for name, text in texts.items() if re.search(r"\bstream_rollout\(", text)}
-    assert callers == {"scd_sf/generation/generate.py", "scd_sf/rollout.py"}
+    assert callers == {"scd_sf/generation/generate.py", "scd_sf/generation/rollout.py"}
     training = {name for name, text in texts.items() if re.search(r"(?<![.\w])rollout\(", text)}
     assert training == {
-        "scd_sf/rollout.py",
+        "scd_sf/generation/rollout.py",
         "recipes/stage3_self_forcing.py",
-        "scd_sf/plan/phases.py",
+        "scd_sf/tools/plan/phases.py",
         "benchmarks/rollout.py",
         "benchmarks/train_step.py",
-        "scd_sf/gpu/trial.py",
+        "scd_sf/tools/gpu/trial.py",
         "recipes/scratch_experiments.py",  # counts block passes on the meta device
     }
 

@@ -21,9 +21,9 @@ import torch
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler, Renoise
+from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.rollout import rollout
 from scd_sf.types import Conditioning
 
 FILE = Path(__file__).with_name("losses.json")

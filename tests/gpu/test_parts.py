@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from scd_sf.gpu.parts import AGAIN, Figures, Part, Record, Row, measure_rows, run_part, spoils_the_process
-from scd_sf.gpu.report import markdown, sheets
+from scd_sf.tools.gpu.parts import AGAIN, Figures, Part, Record, Row, measure_rows, run_part, spoils_the_process
+from scd_sf.tools.gpu.report import markdown, sheets
 from scd_sf.types import UserError
 
 # A part's process. A row's name says what becomes of it; the file "cured" heals all.
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from scd_sf.gpu.parts import Part, Record, Row, measure_rows
+from scd_sf.tools.gpu.parts import Part, Record, Row, measure_rows
 from scd_sf.types import UserError
 
 here = Path(sys.argv[0]).parent

@@ -14,9 +14,9 @@ import pytest
 import torch
 from recipe_runner import ROOT, load_script
 
-from scd_sf.gpu import chain, equality, speed, training
-from scd_sf.gpu.card import PEAKS, Card, open_card, speed_row
-from scd_sf.plan.budget import GIB
+from scd_sf.tools.gpu import chain, equality, speed, training
+from scd_sf.tools.gpu.card import PEAKS, Card, open_card, speed_row
+from scd_sf.tools.plan.budget import GIB
 from scd_sf.types import UserError
 
 # Not on a machine that only has what torch, transformers and the packages of docs/gpu.md bring. psutil comes with
@@ -28,7 +28,7 @@ ABSENT = (
 IMPORTS = """
 import runpy, sys
 sys.path.insert(0, "tests")
-from scd_sf.gpu import chain, equality, report, speed, training
+from scd_sf.tools.gpu import chain, equality, report, speed, training
 for file in ("tests/gpu/checks.py", "recipes/stage1_transplant.py", "recipes/stage2_flow_matching.py",
              "recipes/stage3_self_forcing.py", "benchmarks/gpu.py"):
     runpy.run_path(file, run_name="only imported")

@@ -21,7 +21,7 @@ from scd_sf.losses.flow_matching import (
     query_times,
     validation_loss,
 )
-from scd_sf.models.generator import CacheConfig, Query, pick_chunks
+from scd_sf.models.interface import CacheConfig, Query, pick_chunks
 from scd_sf.nn.masks import teacher_forcing_mask
 from scd_sf.types import Conditioning, Logs, UserError
 

@@ -18,7 +18,7 @@ from scd_sf.losses.reconstruction import (
     judge,
     pixel_loss,
 )
-from scd_sf.models.tokenizer_training import (
+from scd_sf.models.tokenizers.training import (
     Components,
     DiscriminatorConfig,
     TokenizerConfig,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scd_sf.metrics.archives import Archive, download, read_arrays, read_member
+from scd_sf.evaluation.archives import Archive, download, read_arrays, read_member
 from scd_sf.types import UserError
 
 

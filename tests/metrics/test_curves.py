@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scd_sf.metrics.curves import curve_figure, group_figure, tradeoff_figure
+from scd_sf.evaluation.curves import curve_figure, group_figure, tradeoff_figure
 
 
 def picture(path: Path) -> np.ndarray:

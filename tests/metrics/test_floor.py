@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from scd_sf.metrics.floor import HeavyCalls, peak_gib
+from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
 
 
 def test_counts_forward_and_backward_with_masks() -> None:

@@ -10,7 +10,7 @@ import torch
 from raw_sets import bikes
 from torch.nn import functional
 
-from scd_sf.metrics.frames import (
+from scd_sf.evaluation.frames import (
     as_uint8,
     bootstrap,
     gradient_energy,

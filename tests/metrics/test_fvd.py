@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scd_sf.metrics.fvd import FeatureExtractor, TextureMotion, VideoFrechet, fixed_uniform, frechet_distance
+from scd_sf.evaluation.fvd import FeatureExtractor, TextureMotion, VideoFrechet, fixed_uniform, frechet_distance
 from scd_sf.types import UserError
 
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.files import sha256_file
-from scd_sf.metrics.fvd import FeatureExtractor, VideoFrechet
-from scd_sf.metrics.i3d import (
+from scd_sf.evaluation.fvd import FeatureExtractor, VideoFrechet
+from scd_sf.evaluation.i3d import (
     FEWEST_FRAMES,
     I3dFeatures,
     InceptionI3d,
@@ -19,6 +18,7 @@ from scd_sf.metrics.i3d import (
     _same,
     place_i3d,
 )
+from scd_sf.files import sha256_file
 from scd_sf.types import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.metrics.judges import (
+from scd_sf.evaluation.judges import (
     Judges,
     JudgesConfig,
     adherence,

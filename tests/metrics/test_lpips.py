@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scd_sf.metrics.frames import ssim_frames
-from scd_sf.metrics.lpips import Lpips, lpips_network
-from scd_sf.metrics.weights import ALEX_PLACES, VGG_PLACES, State
+from scd_sf.evaluation.frames import ssim_frames
+from scd_sf.evaluation.lpips import Lpips, lpips_network
+from scd_sf.evaluation.weights import ALEX_PLACES, VGG_PLACES, State
 from scd_sf.types import UserError
 
 ALEX = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))

@@ -14,12 +14,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from scd_sf.metrics.frames import ssim_frames
-from scd_sf.metrics.fvd import frechet_distance
-from scd_sf.metrics.i3d import TORCHSCRIPT_SHA256
-from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer, frame_figure, through_h264, video_figure
-from scd_sf.metrics.prediction_protocols import PROTOCOLS, PredictionProtocol, Reduction, named_protocol
-from scd_sf.metrics.prediction_result import Figure, PredictionResult, result_table
+from scd_sf.evaluation.frames import ssim_frames
+from scd_sf.evaluation.fvd import frechet_distance
+from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256
+from scd_sf.evaluation.prediction_metrics import (
+    MetricNetworks,
+    PredictionScorer,
+    frame_figure,
+    through_h264,
+    video_figure,
+)
+from scd_sf.evaluation.prediction_protocols import PROTOCOLS, PredictionProtocol, Reduction, named_protocol
+from scd_sf.evaluation.prediction_result import Figure, PredictionResult, result_table
 from scd_sf.types import UserError
 
 SIDE = 16

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from scd_sf.metrics.protocols import (
+from scd_sf.evaluation.table import (
     COLUMNS,
     Adherence,
     BlockPassCounter,

@@ -10,10 +10,10 @@ import open_clip
 import pytest
 import torch
 
+from scd_sf.data.clip_statistics import Clip, flicker, motion, saturation, statistics, temporal_flickering
 from scd_sf.data.clips import read_video
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.metrics.quick import Clip, flicker, motion, saturation, statistics, temporal_flickering
-from scd_sf.preview import Preview, PreviewConfig
+from scd_sf.generation.preview import Preview, PreviewConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 
 VBENCH = Path(__file__).resolve().parents[1] / "vbench"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.models.optical_flow import raft_large
 
-from scd_sf.metrics.raft import load_raft, optical_flow, torchvision_names
+from scd_sf.evaluation.raft import load_raft, optical_flow, torchvision_names
 from scd_sf.types import UserError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "vbench" / "golden.json"

@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.data.clips import read_video
-from scd_sf.metrics.fvd import frechet_distance
-from scd_sf.metrics.i3d import I3dFeatures
-from scd_sf.metrics.lpips import Lpips, Trunk
-from scd_sf.metrics.prediction import MetricNetworks, PredictionScorer
-from scd_sf.metrics.prediction_protocols import PredictionProtocol
+from scd_sf.evaluation.fvd import frechet_distance
+from scd_sf.evaluation.i3d import I3dFeatures
+from scd_sf.evaluation.lpips import Lpips, Trunk
+from scd_sf.evaluation.prediction_metrics import MetricNetworks, PredictionScorer
+from scd_sf.evaluation.prediction_protocols import PredictionProtocol
 
 pytestmark = pytest.mark.slow
 DIGESTS = {  # of the converted files: a change here changes every published figure

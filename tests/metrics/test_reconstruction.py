@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from scd_sf.metrics.perceptual import load_perceptual
-from scd_sf.metrics.reconstruction import reconstruction, write_sheet
+from scd_sf.evaluation.perceptual import load_perceptual
+from scd_sf.evaluation.reconstruction import reconstruction, write_sheet
 from scd_sf.types import UserError
 
 

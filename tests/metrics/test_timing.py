@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scd_sf.metrics.protocols import Row
-from scd_sf.metrics.timing import Cost, Machine, machine_seconds, time_in_rounds, time_stream, timings, unrest
+from scd_sf.evaluation.table import Row
+from scd_sf.evaluation.timing import Cost, Machine, machine_seconds, time_in_rounds, time_stream, timings, unrest
 from scd_sf.types import UserError
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scd_sf.evaluation.weights import ARCHIVES, i3d_names, load_weights, lpips_names, metrics_folder, prepare_weights
 from scd_sf.files import sha256_file
-from scd_sf.metrics.weights import ARCHIVES, i3d_names, load_weights, lpips_names, metrics_folder, prepare_weights
 from scd_sf.types import UserError
 
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import build_sampler, many_step_times
+from scd_sf.evaluation.table import BlockPassCounter
+from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
-from scd_sf.metrics.protocols import BlockPassCounter
+from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model, set_blocks
 from scd_sf.models.causal import Causal
-from scd_sf.models.compile import CompileConfig, compile_steps
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.attention import attention
 from scd_sf.nn.layers import WanBlock
 from scd_sf.nn.masks import Layout, dense_mask
-from scd_sf.rollout import sample_bidirectional
 from scd_sf.types import UserError
 
 SHAPE = (3, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)

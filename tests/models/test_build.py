@@ -23,8 +23,8 @@ from scd_sf.models.build import (
     load_student,
 )
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd import Scd
-from scd_sf.models.wan import Wan
+from scd_sf.models.scd.wan import Scd
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 
 from scd_sf.models.causal import Causal, new_cache
-from scd_sf.models.generator import CacheConfig
-from scd_sf.models.transplant import transplant_causal
+from scd_sf.models.interface import CacheConfig
+from scd_sf.models.scd.transplant import transplant_causal
 from scd_sf.nn.kv_cache import KVCache, RingKVCache, Window
 from scd_sf.types import UserError
 

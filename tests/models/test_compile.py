@@ -16,20 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.evaluation.table import BlockPassCounter
+from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
-from scd_sf.metrics.protocols import BlockPassCounter
+from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.compile import CompileConfig, compile_steps
-from scd_sf.models.generator import CacheConfig
+from scd_sf.models.interface import CacheConfig
 from scd_sf.models.replay import Replayed
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.nn import rope
 from scd_sf.nn.kv_cache import RingKVCache
 from scd_sf.nn.layers import WanBlock
-from scd_sf.rollout import stream_rollout
 from scd_sf.types import UserError
 
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from scd_sf.files import Json
 from scd_sf.models.build import CheckpointConfig, describe_checkpoint, write_single
-from scd_sf.models.text import load_text_encoder
-from scd_sf.models.tokenizers import Normalisation, load_tokenizer, save_tokenizer
-from scd_sf.models.vae import load_vae
-from scd_sf.models.wan import Wan
+from scd_sf.models.tokenizers.tokenizer import Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import UserError
 
 VALUES = st.recursive(

@@ -18,16 +18,16 @@ from scd_sf.config import from_yaml
 from scd_sf.diffusion.flow import shifted_logit_normal, shifted_uniform
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.evaluation.table import BlockPassCounter
+from scd_sf.generation.rollout import rollout
 from scd_sf.losses.flow_matching import FlowMatchingConfig, drop_signals, flow_matching_loss
-from scd_sf.metrics.protocols import BlockPassCounter
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.generator import Query
-from scd_sf.models.scd import Scd
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.interface import Query
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd
 from scd_sf.nn.layers import BLOCKS, DitBlock
-from scd_sf.rollout import rollout
 from scd_sf.types import Conditioning, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"

@@ -25,8 +25,8 @@ from scd_sf.models.build import (
     read_single,
 )
 from scd_sf.models.export import convert_wan, export_weights
-from scd_sf.models.transplant import TransplantConfig, run_transplant
-from scd_sf.models.weights import load_wan, open_wan, save_wan
+from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
+from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
 from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 

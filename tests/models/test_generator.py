@@ -9,9 +9,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.metrics.floor import HeavyCalls
+from scd_sf.evaluation.roofline import HeavyCalls
 from scd_sf.models.build import Student
-from scd_sf.models.generator import CacheConfig, check_chunks, pick_chunks
+from scd_sf.models.interface import CacheConfig, check_chunks, pick_chunks
 from scd_sf.nn.kv_cache import KVCache, Window
 from scd_sf.types import UserError
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Euler
-from scd_sf.metrics.protocols import BlockPassCounter
-from scd_sf.models.guided import Guided, SampleGuidance
-from scd_sf.models.scd import Scd
+from scd_sf.evaluation.table import BlockPassCounter
+from scd_sf.generation.guided import Guided, SampleGuidance
+from scd_sf.generation.rollout import rollout
+from scd_sf.models.scd.wan import Scd
 from scd_sf.nn.layers import BLOCKS
-from scd_sf.rollout import rollout
 from scd_sf.types import UserError
 
 families = pytest.mark.parametrize("variant", tiny.FEW, ids=str)

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from scd_sf.checkpoint import Checkpoints, verify
 from scd_sf.config import to_yaml
+from scd_sf.generation.pipeline import export_pipeline
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, base_of, describe_checkpoint
-from scd_sf.models.components import copy_components
 from scd_sf.models.export import convert_wan, export_weights
-from scd_sf.models.text import REFERENCE, TextEncoderConfig, text_config, write_reference
-from scd_sf.models.transplant import TransplantConfig, run_transplant
-from scd_sf.models.weights import save_wan, shard_size
-from scd_sf.pipeline import export_pipeline
+from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
+from scd_sf.models.wan.components import copy_components
+from scd_sf.models.wan.text import REFERENCE, TextEncoderConfig, text_config, write_reference
+from scd_sf.models.wan.weights import save_wan, shard_size
 from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_wan_state() -> dict[str, torch.Tensor]:
-    from scd_sf.models.wan import Wan
+    from scd_sf.models.wan.transformer import Wan
 
     return Wan(tiny_run.WAN).state_dict()
 
@@ -80,15 +80,15 @@ def test_a_failure_leaves_nothing(world: Path, tmp_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     commands = {
-        "scd_sf.pipeline.largest": lambda: export_pipeline(world / "run", tmp_path / "pipeline"),
+        "scd_sf.generation.pipeline.largest": lambda: export_pipeline(world / "run", tmp_path / "pipeline"),
         "scd_sf.models.export.largest": lambda: convert_wan(world / "wan", tmp_path / "converted", "original"),
-        "scd_sf.models.transplant.write_text": lambda: run_transplant(
+        "scd_sf.models.scd.transplant.write_text": lambda: run_transplant(
             TransplantConfig(str(world / "wan"), str(tmp_path / "stage1"), family="causal")
         ),
     }
     for point, command in commands.items():
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(point if "pipeline" not in point else "scd_sf.pipeline.write_json", stop)
+            patch.setattr(point if "pipeline" not in point else "scd_sf.generation.pipeline.write_json", stop)
             command()
         assert not list(tmp_path.iterdir()), point
     for command in commands.values():
@@ -101,8 +101,8 @@ import os, sys
 from pathlib import Path
 from scd_sf import files
 from scd_sf.models.export import convert_wan, export_weights
-from scd_sf.models.transplant import TransplantConfig, run_transplant
-from scd_sf.pipeline import export_pipeline
+from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
+from scd_sf.generation.pipeline import export_pipeline
 
 root, out = Path(sys.argv[1]), Path(sys.argv[2])
 COMMANDS = {

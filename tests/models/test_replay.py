@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.generation.generate import clips_of, generate_latents
+from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import Student
-from scd_sf.models.guided import SampleGuidance
 from scd_sf.models.replay import MOST, Replayed, cuda_recorder
 from scd_sf.types import Conditioning, UserError
 

@@ -9,9 +9,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.models.scd import Scd, ScdConfig, corrupt
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.transplant import transplant_scd
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.transplant import transplant_scd
+from scd_sf.models.scd.wan import Scd, ScdConfig, corrupt
 from scd_sf.models.trunk import WanConfig
 from scd_sf.nn.attention import FullSequence, Streaming
 from scd_sf.nn.kv_cache import KVCache

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.models.names import ROOTS, diffusers_to_original, to_diffusers
 from scd_sf.models.sections import choose_section
-from scd_sf.models.weights import load_wan
+from scd_sf.models.wan.names import ROOTS, diffusers_to_original, to_diffusers
+from scd_sf.models.wan.weights import load_wan
 from scd_sf.tensor_files import open_tensors
 from scd_sf.types import UserError
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from scd_sf.models.text import (
+from scd_sf.models.wan.text import (
     REFERENCE,
     TextEncoderConfig,
     TransformersTextEncoder,

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scd_sf.files import part_of
-from scd_sf.models import text_cache
-from scd_sf.models.text import TextEncoderConfig, TransformersTextEncoder, load_text_encoder
-from scd_sf.models.text_cache import CachedTextEncoder, open_text_encoder
+from scd_sf.models.wan import text_cache
+from scd_sf.models.wan.text import TextEncoderConfig, TransformersTextEncoder, load_text_encoder
+from scd_sf.models.wan.text_cache import CachedTextEncoder, open_text_encoder
 from scd_sf.types import UserError
 
 PROMPTS = ["left in meadow", "still", ""]

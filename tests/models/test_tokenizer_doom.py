@@ -7,8 +7,8 @@ import json
 import recipe_runner
 import torch
 
-from scd_sf.metrics.reconstruction import reconstruction
-from scd_sf.models.tokenizers import load_tokenizer
+from scd_sf.evaluation.reconstruction import reconstruction
+from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
 FOLDER = recipe_runner.ROOT / "assets" / "tokenizer_doom"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scd_sf.models.tokenizer_start import first_channels, linear_start
-from scd_sf.models.tokenizer_training import (
+from scd_sf.models.tokenizers.start import first_channels, linear_start
+from scd_sf.models.tokenizers.training import (
     DiscriminatorConfig,
     TokenizerConfig,
     build_discriminator,
@@ -19,7 +19,7 @@ from scd_sf.models.tokenizer_training import (
     frozen,
     last_weight,
 )
-from scd_sf.models.vae_training import patch_components
+from scd_sf.models.tokenizers.vae_training import patch_components
 
 SMALL = TokenizerConfig((32, 32, 32), (0, 1, 1), (0, 1, 1), res_stages=3, channels=8)
 

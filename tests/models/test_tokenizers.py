@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd_sf.files import current_umask
-from scd_sf.models.tokenizers import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.tokenizers.tokenizer import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
 from scd_sf.types import UserError
 
 C = 4

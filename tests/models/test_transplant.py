@@ -8,16 +8,16 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import FUSIONS, DecoderConfig
-from scd_sf.models.transplant import (
+from scd_sf.models.scd.decoder import FUSIONS, DecoderConfig
+from scd_sf.models.scd.transplant import (
     TransplantConfig,
     report_lines,
     transplant_causal,
     transplant_scd,
     verify_transplant,
 )
-from scd_sf.models.wan import Wan
+from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import UserError
 
 LISTS = [

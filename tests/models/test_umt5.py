@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import gelu
 from transformers import UMT5Config, UMT5EncoderModel
 
-from scd_sf.models.text import TextEncoderConfig, encoder_width, load_text_encoder, text_config
-from scd_sf.models.umt5 import FILE, TOKENIZER, to_transformers
+from scd_sf.models.wan.text import TextEncoderConfig, encoder_width, load_text_encoder, text_config
+from scd_sf.models.wan.umt5 import FILE, TOKENIZER, to_transformers
 from scd_sf.types import UserError
 
 PROMPTS = ["left in meadow", "still", ""]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd_sf.files import current_umask
-from scd_sf.models.vae import WEIGHTS, Vae, VaeStream, load_vae, save_vae
-from scd_sf.models.vae_training import inflate, patch_components, whole_decode, whole_encode
+from scd_sf.models.tokenizers.vae_training import inflate, patch_components, whole_decode, whole_encode
+from scd_sf.models.wan.vae import WEIGHTS, Vae, VaeStream, load_vae, save_vae
 from scd_sf.types import UserError
 
 CHANNELS = 4

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
-from scd_sf.models.vae import ORIGINAL, load_vae, vae_source
+from scd_sf.models.wan.vae import ORIGINAL, load_vae, vae_source
 from scd_sf.types import UserError
 
 Shapes = dict[str, tuple[int, ...]]

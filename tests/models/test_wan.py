@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from scd_sf.models.trunk import ConditionEmbedder, Trunk, WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import Conditioning, UserError
 
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from scd_sf.models.names import to_diffusers, to_ours
-from scd_sf.models.wan_json import config_json
-from scd_sf.models.weights import (
+from scd_sf.models.wan.names import to_diffusers, to_ours
+from scd_sf.models.wan.wan_json import config_json
+from scd_sf.models.wan.weights import (
     INDEX,
     WEIGHTS,
     load_wan,

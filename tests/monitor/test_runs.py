@@ -14,11 +14,11 @@ import torch
 
 from scd_sf import cli
 from scd_sf.checkpoint import Checkpoints
-from scd_sf.monitor.compare import compare
-from scd_sf.monitor.curve import TAIL, Follower, clean, read_curve, read_tail
-from scd_sf.monitor.state import find_runs, read_run
-from scd_sf.monitor.view import sparkline
 from scd_sf.provenance import provenance
+from scd_sf.tools.runs.compare import compare
+from scd_sf.tools.runs.curve import TAIL, Follower, clean, read_curve, read_tail
+from scd_sf.tools.runs.state import find_runs, read_run
+from scd_sf.tools.runs.view import sparkline
 from scd_sf.types import UserError
 
 NOW = 1_700_000_000.0

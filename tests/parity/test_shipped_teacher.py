@@ -9,13 +9,13 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 from scd_sf.data.clips import read_video
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.text import load_text_encoder
-from scd_sf.models.transplant import transplant_scd
-from scd_sf.models.vae import load_vae
-from scd_sf.models.weights import load_wan
-from scd_sf.preview import Preview
+from scd_sf.generation.preview import Preview
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.transplant import transplant_scd
+from scd_sf.models.scd.wan import ScdConfig
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.vae import load_vae
+from scd_sf.models.wan.weights import load_wan
 from scd_sf.types import Conditioning, VideoShape
 
 TEACHER = Path(__file__).parents[2] / "assets" / "wan_doom"

@@ -18,10 +18,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import safe_open
 from torch import Tensor
 
-from scd_sf.models.names import to_ours
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
-from scd_sf.models.weights import load_wan, save_wan
+from scd_sf.models.wan.names import to_ours
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.weights import load_wan, save_wan
 from scd_sf.types import Conditioning
 
 ORIGINAL = Path(__file__).parent / "wan_original_tiny.safetensors"

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.attention import FullSequence, attention
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
-from scd_sf.plan.meter import Meter
+from scd_sf.tools.plan.meter import Meter
 from scd_sf.types import Conditioning
 
 CFG = WanConfig(2, 32, 8, 8, 16, 32, 256, 6)

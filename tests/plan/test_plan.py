@@ -13,16 +13,16 @@ import torch
 from scd_sf.config import load_config
 from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import ModelConfig
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.text import load_text_encoder
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WAN_14B, WanConfig
-from scd_sf.models.wan import Wan
-from scd_sf.plan.budget import GIB, Cluster, advice, budget
-from scd_sf.plan.engines import frozen, trained
-from scd_sf.plan.job import Job, read_job
-from scd_sf.plan.meter import Meter
-from scd_sf.stages import Stage2Config
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.tools.plan.budget import GIB, Cluster, advice, budget
+from scd_sf.tools.plan.engines import frozen, trained
+from scd_sf.tools.plan.job import Job, read_job
+from scd_sf.tools.plan.meter import Meter
+from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scd_sf.diffusion.solvers import Euler, Renoise
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import set_blocks
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass, frame_mass
 from scd_sf.probes.pca import PcaProbe, components, pca
 from scd_sf.probes.result import ProbeResult, rounded

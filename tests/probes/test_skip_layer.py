@@ -14,7 +14,7 @@ import torch
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import blocks_of, running_as
 from scd_sf.models.causal import Causal
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.paired import NONE, FlowLosses, LossConfig, increase, moved
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer, skip_rows, with_costs
 from scd_sf.types import UserError

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from chat_server import Reply, Server, completion, serving
 
-from scd_sf.prompt_extend.endpoint import Endpoint, EndpointConfig
-from scd_sf.prompt_extend.rules import Answer
+from scd_sf.tools.prompts.extend.endpoint import Endpoint, EndpointConfig
+from scd_sf.tools.prompts.extend.rules import Answer
 from scd_sf.types import UserError, printable
 
 KEY = "sk-very-secret-1234"

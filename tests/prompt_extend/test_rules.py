@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scd_sf.prompt_extend.rules import SYSTEM, Answer, Gates, messages, refusal, seed_of
+from scd_sf.tools.prompts.extend.rules import SYSTEM, Answer, Gates, messages, refusal, seed_of
 
 GOOD = (
     "A realistic wide shot of an old lighthouse keeper who climbs the narrow stairs of a white tower while the storm "

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from scd_sf.data.prompt_files import read_prompt_file
+from scd_sf.distributed import Ranks
 from scd_sf.files import locked, read_json, read_jsonl
-from scd_sf.prompt_extend.endpoint import EndpointConfig
-from scd_sf.prompt_extend.local import LocalModel
-from scd_sf.prompt_extend.rules import messages
-from scd_sf.prompt_extend.run import ExtendConfig, run_extend
-from scd_sf.train.ranks import Ranks
+from scd_sf.tools.prompts.extend.endpoint import EndpointConfig
+from scd_sf.tools.prompts.extend.local import LocalModel
+from scd_sf.tools.prompts.extend.rules import messages
+from scd_sf.tools.prompts.extend.run import ExtendConfig, run_extend
 from scd_sf.types import UserError
 
 SCRIPT = "data_prep/extend_prompts.py"
@@ -83,7 +83,7 @@ def test_ranks_kills_and_resuming_give_the_same_files(model: Path, tmp_path: Pat
     assert report["settings"]["gates"]["min_words"] == 10
 
     other = tmp_path / "other"
-    sync = "scd_sf.prompt_extend.run:append"
+    sync = "scd_sf.tools.prompts.extend.run:append"
     killed = recipe_runner.run_ranks(SCRIPT, *local(path, model, other, 2), world=1, at={0: At(sync, 3)})
     assert killed[0].code < 0 and not (other / "report.json").exists()
     part = other / "parts" / "rank-0000.jsonl"
@@ -96,7 +96,7 @@ def test_ranks_kills_and_resuming_give_the_same_files(model: Path, tmp_path: Pat
     assert f"14 prompts, {before} finished before" in two[0].out
     assert part.read_bytes().startswith(whole) and (other / "parts" / "rank-0001.jsonl").stat().st_size > 0
     assert result(other) == result(tmp_path / "one")
-    merged = recipe_runner.run(SCRIPT, *local(path, model, other, 3), at=At("scd_sf.prompt_extend.run:write_json", 1))
+    merged = recipe_runner.run(SCRIPT, *local(path, model, other, 3), at=At("scd_sf.tools.prompts.extend.run:write_json", 1))
     assert merged.code < 0 and not (other / "report.json").exists()
     again = recipe_runner.succeed(SCRIPT, *local(path, model, other))
     assert "14 prompts, 14 finished before" in again.out and result(other) == result(tmp_path / "one")
@@ -237,7 +237,7 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
         assert (out / "prompts.txt").read_text() == "my own words"
         begun = recipe_runner.run(
             SCRIPT, f"prompts={path}", f"out={tmp_path}/begun", "model=qwen", f"endpoint.url={server.url}",
-            at=At("scd_sf.prompt_extend.run:write_json", 1),
+            at=At("scd_sf.tools.prompts.extend.run:write_json", 1),
         )  # fmt: skip
         assert begun.code < 0
         run_extend(replace(cfg, out=str(tmp_path / "begun")), ALONE)  # killed before its first file: still ours

@@ -18,8 +18,8 @@ from recipe_runner import At
 
 from scd_sf.data.prompt_files import SCORES, read_prompt_file
 from scd_sf.files import locked, read_json, read_jsonl
-from scd_sf.prompt_filter.chain import FilterConfig, rank
-from scd_sf.prompt_filter.report import run_filter
+from scd_sf.tools.prompts.filter.chain import FilterConfig, rank
+from scd_sf.tools.prompts.filter.report import run_filter
 from scd_sf.types import UserError
 
 SCRIPT = "data_prep/filter_vidprom.py"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from scd_sf.prompt_filter import clean
+from scd_sf.tools.prompts.filter import clean
 
 CLEANED = {
     "a cat -gs 16 -motion 2 -camera zoom in": "a cat",

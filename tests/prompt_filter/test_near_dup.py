@@ -8,10 +8,11 @@ import random
 import numpy as np
 import pytest
 
-from scd_sf.prompt_filter import near_dup
-from scd_sf.prompt_filter.chain import FilterConfig
-from scd_sf.prompt_filter.language import HEAD, Heads, foreign, is_foreign
-from scd_sf.prompt_filter.near_dup import (
+from scd_sf.evaluation.vbench.prompts import load_entries
+from scd_sf.tools.prompts.filter import near_dup
+from scd_sf.tools.prompts.filter.chain import FilterConfig
+from scd_sf.tools.prompts.filter.language import HEAD, Heads, foreign, is_foreign
+from scd_sf.tools.prompts.filter.near_dup import (
     Keys,
     NearDupConfig,
     near_duplicates,
@@ -20,8 +21,7 @@ from scd_sf.prompt_filter.near_dup import (
     suspicious,
     windows,
 )
-from scd_sf.prompt_filter.workers import Here, open_workers
-from scd_sf.vbench.prompts import load_entries
+from scd_sf.tools.prompts.filter.workers import Here, open_workers
 
 LONG = "an old lighthouse keeper climbs the narrow stairs while the storm outside throws waves against the tower"
 WORDS = [f"{a}{b}{c}" for a in ("ka", "to", "mi", "re") for b in ("lun", "vas", "do", "") for c in ("ber", "n", "sil")]

@@ -13,9 +13,9 @@ import pytest
 
 from scd_sf.data.prompt_files import SCORES
 from scd_sf.files import read_json
-from scd_sf.prompt_filter.chain import FilterConfig
-from scd_sf.prompt_filter.report import run_filter
-from scd_sf.prompt_filter.table import scan
+from scd_sf.tools.prompts.filter.chain import FilterConfig
+from scd_sf.tools.prompts.filter.report import run_filter
+from scd_sf.tools.prompts.filter.table import scan
 from scd_sf.types import UserError
 
 HEADER = "uuid,prompt,time," + ",".join(SCORES) + "\n"

@@ -12,11 +12,11 @@ from tiny_run import Chain
 
 from scd_sf.checkpoint import find
 from scd_sf.config import from_yaml
-from scd_sf.metrics.protocols import read_rows
+from scd_sf.evaluation.table import read_rows
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
 from scd_sf.models.build import CheckpointConfig, load_student
 from scd_sf.models.causal import Causal
-from scd_sf.plan.job import read_job
+from scd_sf.tools.plan.job import read_job
 
 SKIP = "{prefix: 1, suffix: 2, full_steps: 1, steps: 3}"
 

@@ -10,9 +10,9 @@ import pytest
 import recipe_runner
 
 from scd_sf.config import load_config
-from scd_sf.metrics.protocols import Adherence, Row, write_rows
-from scd_sf.models.transplant import TransplantConfig
-from scd_sf.stages import Stage2Config, Stage3Config
+from scd_sf.evaluation.table import Adherence, Row, write_rows
+from scd_sf.models.scd.transplant import TransplantConfig
+from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/compare_fusions.py"

@@ -16,14 +16,14 @@ import torch
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.flow import shift_time
-from scd_sf.steps import Step, clips_and_latents
+from scd_sf.tools.steps import Step, clips_and_latents
 from scd_sf.train.base import accumulation
 from scd_sf.types import UserError
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
 # Which script (or module, for what only ``scd`` runs) and schema a configuration is for, by what its name holds.
 SCHEMAS = {
-    "bench": ("scd_sf.bench", "BenchConfig"),
+    "bench": ("scd_sf.evaluation.bench", "BenchConfig"),
     "evaluate": ("evaluate", "EvaluateConfig"),
     "pretrain": ("pretrain", "PretrainConfig"),
     "stage1": ("stage1_transplant", "TransplantConfig"),
@@ -57,13 +57,13 @@ def mandatory(schema: type[object], prefix: str = "") -> Iterator[str]:
 
 COMMANDS: dict[tuple[str, str], list[str]] = {
     **{entry: [] for name, entry in SCHEMAS.items() if name != "bench"},
-    ("scd_sf.bench", "BenchConfig"): ["checkpoints=[x]"],
-    ("scd_sf.sampling", "SampleConfig"): [],
-    ("scd_sf.probing", "ProbeConfig"): [],
-    ("scd_sf.generate.plan", "GenerateConfig"): ["prompts=[a]"],
-    ("scd_sf.data_tools.encode_list", "EncodeListConfig"): [],
-    ("scd_sf.vbench.suite", "SuiteConfig"): [],
-    ("scd_sf.vbench.score", "ScoreConfig"): [],
+    ("scd_sf.evaluation.bench", "BenchConfig"): ["checkpoints=[x]"],
+    ("scd_sf.generation.sampling", "SampleConfig"): [],
+    ("scd_sf.probes.run", "ProbeConfig"): [],
+    ("scd_sf.tools.generate.plan", "GenerateConfig"): ["prompts=[a]"],
+    ("scd_sf.tools.data.encode_list", "EncodeListConfig"): [],
+    ("scd_sf.evaluation.vbench.suite", "SuiteConfig"): [],
+    ("scd_sf.evaluation.vbench.score", "ScoreConfig"): [],
     ("evaluate_prediction", "EvaluatePredictionConfig"): [],
 }
 MAY_BE_NEGATIVE = ("pca.frame",)  # counted from the end
@@ -104,37 +104,37 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("command", "given", "words"),
     [
-        (("scd_sf.models.transplant", "TransplantConfig"), ["heads=2"], "section and heads are of the file weights="),
-        (("scd_sf.models.transplant", "TransplantConfig"), ["section=ema"], "section and heads are of the file"),
+        (("scd_sf.models.scd.transplant", "TransplantConfig"), ["heads=2"], "section and heads are of the file weights="),
+        (("scd_sf.models.scd.transplant", "TransplantConfig"), ["section=ema"], "section and heads are of the file"),
         (
-            ("scd_sf.models.transplant", "TransplantConfig"),
+            ("scd_sf.models.scd.transplant", "TransplantConfig"),
             ["scd.decoder={fusion: delta, prefix_rope: temporal}"],
             "scd.decoder.prefix_rope is temporal, but fusion delta has no prefix",
         ),
         (
-            ("scd_sf.models.transplant", "TransplantConfig"),
+            ("scd_sf.models.scd.transplant", "TransplantConfig"),
             ["family=causal", "scd.encoder_layers=[0]"],
             "set family=scd",
         ),
-        (("scd_sf.models.transplant", "TransplantConfig"), ["sampler.times=[1,2]"], "sampler"),
-        (("scd_sf.stages", "Stage2Config"), ["engine={kind: local, offload: true}"], "offload is for kind=deepspeed"),
-        (("scd_sf.stages", "Stage2Config"), ["loss.action_dropout=0.5"], "loss.action_dropout is set, but clips"),
-        (("scd_sf.stages", "Stage3Config"), ["teacher_engine.lr=1"], "teacher_engine.lr is set, but the teacher"),
-        (("scd_sf.stages", "Stage3Config"), ["critic_data=student", "reuse=2"], "reuse is 2, but critic_data=student"),
-        (("scd_sf.sampling", "SampleConfig"), ["negative_prompt=ugly"], "negative_prompt is what guidance.text leads"),
-        (("scd_sf.sampling", "SampleConfig"), ["force=true"], "force is for another sampler"),
+        (("scd_sf.models.scd.transplant", "TransplantConfig"), ["sampler.times=[1,2]"], "sampler"),
+        (("scd_sf.tools.stages", "Stage2Config"), ["engine={kind: local, offload: true}"], "offload is for kind=deepspeed"),
+        (("scd_sf.tools.stages", "Stage2Config"), ["loss.action_dropout=0.5"], "loss.action_dropout is set, but clips"),
+        (("scd_sf.tools.stages", "Stage3Config"), ["teacher_engine.lr=1"], "teacher_engine.lr is set, but the teacher"),
+        (("scd_sf.tools.stages", "Stage3Config"), ["critic_data=student", "reuse=2"], "reuse is 2, but critic_data=student"),
+        (("scd_sf.generation.sampling", "SampleConfig"), ["negative_prompt=ugly"], "negative_prompt is what guidance.text leads"),
+        (("scd_sf.generation.sampling", "SampleConfig"), ["force=true"], "force is for another sampler"),
         (
-            ("scd_sf.sampling", "SampleConfig"),
+            ("scd_sf.generation.sampling", "SampleConfig"),
             ["guidance.text.scale=-1"],
             "guidance.scale is -1.0; it must be between 0",
         ),
         (
-            ("scd_sf.generate.plan", "GenerateConfig"),
+            ("scd_sf.tools.generate.plan", "GenerateConfig"),
             ["prompts=[a]", "cluster.workers=3"],
             "cluster is for launcher=ray",
         ),
         (
-            ("scd_sf.generate.plan", "GenerateConfig"),
+            ("scd_sf.tools.generate.plan", "GenerateConfig"),
             ["prompts=[a]", "engine.lr=1"],
             "engine.lr is set, but the teacher",
         ),

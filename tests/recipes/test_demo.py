@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import recipe_runner
 
+from scd_sf.evaluation.table import Adherence, Row, read_rows, write_rows
 from scd_sf.files import typed
-from scd_sf.metrics.protocols import Adherence, Row, read_rows, write_rows
 from scd_sf.types import UserError
 
 demo: Any = recipe_runner.load_script("recipes/demo.py")

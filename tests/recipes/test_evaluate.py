@@ -12,7 +12,7 @@ import tiny_run
 from tiny_run import Chain
 
 from scd_sf.data.latents import LatentClip
-from scd_sf.metrics.protocols import read_rows
+from scd_sf.evaluation.table import read_rows
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/evaluate.py"

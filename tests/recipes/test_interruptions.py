@@ -16,7 +16,7 @@ from recipe_runner import At
 from tiny_run import BACKWARD, SCRIPTS, Chain, same_as_uninterrupted
 
 from scd_sf.data.latents import epoch_order
-from scd_sf.train.control import EXIT_AGAIN
+from scd_sf.train.stop import EXIT_AGAIN
 
 
 def steps(run: Path) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import recipe_runner
 
-from scd_sf.models.text import text_config
-from scd_sf.models.vae import load_vae
-from scd_sf.models.weights import load_wan
+from scd_sf.models.wan.text import text_config
+from scd_sf.models.wan.vae import load_vae
+from scd_sf.models.wan.weights import load_wan
 
 
 def make(*arguments: object) -> subprocess.CompletedProcess[str]:

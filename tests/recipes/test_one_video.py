@@ -16,15 +16,15 @@ from torch import Tensor
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video, write_video
 from scd_sf.data.latents import LatentClips
+from scd_sf.evaluation.frames import as_uint8
+from scd_sf.generation.folder import batches
 from scd_sf.generation.generate import clips_of, decode, generate_latents
-from scd_sf.metrics.frames import as_uint8
+from scd_sf.generation.pipeline import SCDWanPipeline, export_pipeline
+from scd_sf.generation.preview import Preview
+from scd_sf.generation.sampling import SampleConfig, open_studio, wanted_videos
 from scd_sf.models.build import load_student
-from scd_sf.models.text import load_text_encoder
-from scd_sf.models.vae import load_vae
-from scd_sf.pipeline import SCDWanPipeline, export_pipeline
-from scd_sf.preview import Preview
-from scd_sf.sample_folder import batches
-from scd_sf.sampling import SampleConfig, open_studio, wanted_videos
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import Conditioning, VideoShape
 
 PROMPTS = ["left in meadow", "still in hall"]

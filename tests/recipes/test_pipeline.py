@@ -14,10 +14,10 @@ from tiny_run import Chain
 
 from scd_sf import cli
 from scd_sf.generation.generate import clips_of, decode, generate_latents
+from scd_sf.generation.pipeline import STUDENT, SCDWanPipeline, export_pipeline
 from scd_sf.models.build import SamplerConfig, load_student
-from scd_sf.models.text import load_text_encoder
-from scd_sf.models.vae import load_vae
-from scd_sf.pipeline import STUDENT, SCDWanPipeline, export_pipeline
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import UserError
 
 PROMPTS = ["left in meadow", "still in hall"]

@@ -15,10 +15,10 @@ from diffusers import AutoencoderDC
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.frames import FrameClips
+from scd_sf.evaluation.prediction_protocols import named_protocol
+from scd_sf.evaluation.prediction_result import PredictionResult
 from scd_sf.files import sha256_file
-from scd_sf.metrics.prediction_protocols import named_protocol
-from scd_sf.metrics.prediction_result import PredictionResult
-from scd_sf.models.tokenizers import Normalisation, save_tokenizer
+from scd_sf.models.tokenizers.tokenizer import Normalisation, save_tokenizer
 from scd_sf.types import UserError
 
 EVALUATE = "recipes/evaluate_prediction.py"

@@ -14,8 +14,8 @@ from recipe_runner import At
 from scd_sf.checkpoint import find, load_tensors
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
-from scd_sf.models.scd import Scd
-from scd_sf.prediction import load_predictor
+from scd_sf.evaluation.prediction import load_predictor
+from scd_sf.models.scd.wan import Scd
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/pretrain.py"

@@ -15,9 +15,9 @@ from recipe_runner import At
 from safetensors.torch import load_file
 
 from scd_sf.data.clips import read_video, write_video
-from scd_sf.data.pixel_frames import to_unit
-from scd_sf.metrics.reconstruction import reconstruction
-from scd_sf.models.tokenizers import load_tokenizer
+from scd_sf.data.sources.pixel_frames import to_unit
+from scd_sf.evaluation.reconstruction import reconstruction
+from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
 SCRIPT = "recipes/pretrain_tokenizer.py"
 SIZES = [

@@ -17,8 +17,8 @@ from tiny_run import BACKWARD, MOTIONS, PLACES, SCRIPTS, Chain
 from scd_sf.checkpoint import find, load_tensors
 from scd_sf.data.prompts import PromptSet
 from scd_sf.files import read_json
-from scd_sf.prompt_filter.chain import FilterConfig
-from scd_sf.prompt_filter.report import run_filter
+from scd_sf.tools.prompts.filter.chain import FilterConfig
+from scd_sf.tools.prompts.filter.report import run_filter
 
 PROMPTS = [f"{motion} in {place}" for place in PLACES for motion in MOTIONS]
 STAGE3, ENCODE = SCRIPTS["stage3"], "data_prep/encode_prompts.py"
@@ -76,7 +76,7 @@ def test_as_if_the_prompts_had_been_encoded_before(chain: Chain, listed: Path, w
     """encode_prompts.py, killed between two of its files and run again; then the same losses and weights."""
     out, run = tmp_path / "encoded", tmp_path / "run"
     given = [f"prompts={listed}", f"model={chain.wan}", f"out={out}", "per_shard=2"]
-    killed = recipe_runner.run(ENCODE, *given, at=At("scd_sf.data_tools.encode_list:write_json", 2))
+    killed = recipe_runner.run(ENCODE, *given, at=At("scd_sf.tools.data.encode_list:write_json", 2))
     assert killed.code == -signal.SIGKILL and not (out / "manifest.json").exists()
     refused = recipe_runner.run(STAGE3, *arguments(chain, run, out))
     assert refused.code == 2 and "encoding was not finished" in refused.err

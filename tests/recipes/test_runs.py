@@ -12,7 +12,7 @@ from tiny_run import BACKWARD, SCRIPTS, STEPS2, Chain, metrics
 from typer.testing import CliRunner
 
 from scd_sf.cli import app
-from scd_sf.monitor.state import find_runs, read_run
+from scd_sf.tools.runs.state import find_runs, read_run
 
 
 def scd(*arguments: object) -> tuple[int, str]:

@@ -19,14 +19,14 @@ from tiny_run import Chain
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.start import read_start
+from scd_sf.evaluation.frames import as_uint8
 from scd_sf.files import LOCK, locked, sha256_file
-from scd_sf.metrics.frames import as_uint8
-from scd_sf.models import text_cache
+from scd_sf.generation.folder import batches
+from scd_sf.generation.sampling import SampleConfig, open_studio, wanted_videos
 from scd_sf.models.export import export_weights
-from scd_sf.models.text import WAN_NEGATIVE_PROMPT
-from scd_sf.models.vae import load_vae
-from scd_sf.sample_folder import batches
-from scd_sf.sampling import SampleConfig, open_studio, wanted_videos
+from scd_sf.models.wan import text_cache
+from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT
+from scd_sf.models.wan.vae import load_vae
 
 SCRIPT = "recipes/sample.py"
 PROMPTS = ["left in meadow", "still in hall"]
@@ -94,7 +94,7 @@ def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(chain: Chain, made:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     few = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompt_file={tmp_path}/prompts.txt"]
     few += ["batch=1", "crf=0"]
-    killed = recipe_runner.run(SCRIPT, *few, at=At("scd_sf.sample_folder:make", 2))
+    killed = recipe_runner.run(SCRIPT, *few, at=At("scd_sf.generation.folder:make", 2))
     assert killed.code == -9 and len(list((tmp_path / "out" / ".done").iterdir())) == 1
     recipe_runner.succeed(SCRIPT, *few)
     ours, theirs = manifest(tmp_path / "out")["videos"], manifest(made)["videos"]
@@ -134,7 +134,7 @@ def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_
     given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompts={json.dumps(PROMPTS[:1])}", "frames=5"]
     with locked(tmp_path / "out", "samples"):
         assert f"process {os.getpid()}" in refused(*given)
-    for target in ("scd_sf.sample_folder:write_json", "scd_sf.sampling:Studio.frames", "os:replace"):
+    for target in ("scd_sf.generation.folder:write_json", "scd_sf.generation.sampling:Studio.frames", "os:replace"):
         assert recipe_runner.run(SCRIPT, *given, at=At(target, 1)).code == -9
     recipe_runner.succeed(SCRIPT, *given)
     names = sorted(file.name for file in (tmp_path / "out").iterdir())

@@ -12,11 +12,11 @@ from tiny_run import Chain
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Renoise, few_step_times
+from scd_sf.generation.pipeline import choose_sampler
+from scd_sf.generation.sampling import SampleConfig, open_studio
 from scd_sf.models.build import SamplerConfig, describe_checkpoint
 from scd_sf.models.export import export_weights
-from scd_sf.pipeline import choose_sampler
-from scd_sf.sampling import SampleConfig, open_studio
-from scd_sf.stages import Stage3Config
+from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.run import RunConfig
 from scd_sf.types import UserError
 

@@ -11,11 +11,11 @@ import recipe_runner
 import tiny_run
 
 from scd_sf.config import load_config
-from scd_sf.metrics.protocols import Adherence, Row, write_rows
-from scd_sf.models.scd import ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.transplant import TransplantConfig
-from scd_sf.stages import Stage2Config
+from scd_sf.evaluation.table import Adherence, Row, write_rows
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.transplant import TransplantConfig
+from scd_sf.models.scd.wan import ScdConfig
+from scd_sf.tools.stages import Stage2Config
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/sweep_split.py"

@@ -15,7 +15,7 @@ import tiny_run
 from tiny_run import Chain
 
 from scd_sf.checkpoint import find
-from scd_sf.monitor.curve import read_tail
+from scd_sf.tools.runs.curve import read_tail
 
 STEPS, SAVE_EVERY = 40, 5
 BOUND = 120.0  # seconds; a lost host was noticed within 10

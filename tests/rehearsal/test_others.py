@@ -21,18 +21,18 @@ from transformers import BatchEncoding, UMT5Config, UMT5EncoderModel
 from scd_sf.config import load_config
 from scd_sf.data.clip_files import clip_paths
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.generate.maker import Maker, prepare
-from scd_sf.generate.plan import GenerateConfig, units_of
+from scd_sf.generation.preview import Preview
 from scd_sf.models.causal import Causal
-from scd_sf.models.live_prompts import states_alone
-from scd_sf.models.text import TextEncoderConfig, TransformersTextEncoder
-from scd_sf.preview import Preview
+from scd_sf.models.wan.live_prompts import states_alone
+from scd_sf.models.wan.text import TextEncoderConfig, TransformersTextEncoder
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
 from scd_sf.probes.frame_diagonal import DiagonalProbe, frame_diagonal
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.pca import PcaProbe, pca
 from scd_sf.probes.similarity import SimilarityProbe, similarity
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer
+from scd_sf.tools.generate.maker import Maker, prepare
+from scd_sf.tools.generate.plan import GenerateConfig, units_of
 
 
 def tokens(texts: Sequence[str], **kwargs: Any) -> BatchEncoding:

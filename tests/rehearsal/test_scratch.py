@@ -18,14 +18,14 @@ from torch import Tensor
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameBatch
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.evaluation.prediction import PredictionConfig, predict
 from scd_sf.generation.generate import clips_of
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.losses.reconstruction import TokenizerObjective
 from scd_sf.models.build import Student, build_student
-from scd_sf.models.scd import Scd
-from scd_sf.models.tokenizer_training import TokenizerConfig, build_tokenizer
-from scd_sf.models.tokenizers import FrameTokenizer, Normalisation
-from scd_sf.prediction import PredictionConfig, predict
+from scd_sf.models.scd.wan import Scd
+from scd_sf.models.tokenizers.tokenizer import FrameTokenizer, Normalisation
+from scd_sf.models.tokenizers.training import TokenizerConfig, build_tokenizer
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning, Logs
 

@@ -18,10 +18,10 @@ from scd_sf.config import load_config
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Student
 from scd_sf.models.trunk import WanConfig
-from scd_sf.rollout import rollout
-from scd_sf.stages import Stage3Config
+from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning
 

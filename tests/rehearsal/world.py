@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import Ranks
 from scd_sf.models.build import ModelConfig, Student, build_model, build_student
-from scd_sf.models.transplant import TransplantConfig
+from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.models.trunk import WAN_14B, WanConfig
-from scd_sf.models.wan import Wan
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn import masks, rope
 from scd_sf.train.base import StepInfo
-from scd_sf.train.ranks import Ranks
 from scd_sf.types import Conditioning, VideoShape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.models.scd import Scd, ScdConfig
-from scd_sf.models.scd_decoder import DecoderConfig
-from scd_sf.models.wan import Wan
-from scd_sf.rollout import rollout
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.wan.transformer import Wan
 from scd_sf.train.engine import EngineConfig, Ranks, StepModule, build_engine, frozen_engine
 from scd_sf.types import Conditioning
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd_sf.train.control import Control, Wish
-from scd_sf.train.ranks import Ranks
+from scd_sf.distributed import Ranks
+from scd_sf.train.stop import Control, Wish
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from scd_sf.distributed import Ranks
 from scd_sf.files import LFS_POINTER
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
-from scd_sf.train.ranks import Ranks
 from scd_sf.train.shards import EngineState, Shard, StateFiles, read_shards, share
 from scd_sf.types import UserError
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from scd_sf.checkpoint import Checkpoints
-from scd_sf.train.ranks import Ranks
-from scd_sf.train.saving import Saving
+from scd_sf.distributed import Ranks
+from scd_sf.train.checkpointing import Saving
 
 
 class Agreed(Ranks):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import recipe_runner
 
+from scd_sf.evaluation.vbench.aggregate import aggregate, read_scores
+from scd_sf.evaluation.vbench.prompts import dimensions, packaged
 from scd_sf.types import UserError
-from scd_sf.vbench.aggregate import aggregate, read_scores
-from scd_sf.vbench.prompts import dimensions, packaged
 
 SCRIPT = "vbench_eval/aggregate.py"
 

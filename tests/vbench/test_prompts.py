@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import recipe_runner
 
-from scd_sf.types import UserError
-from scd_sf.vbench.prompts import (
+from scd_sf.evaluation.vbench.prompts import (
     FLICKERING,
     check_collisions,
     chosen_dimensions,
@@ -21,6 +20,7 @@ from scd_sf.vbench.prompts import (
     select,
     video_name,
 )
+from scd_sf.types import UserError
 
 
 def test_the_list() -> None:

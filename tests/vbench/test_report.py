@@ -10,10 +10,10 @@ from urllib.parse import unquote
 import pytest
 import recipe_runner
 
+from scd_sf.evaluation.vbench.aggregate import Scores, read_scores
+from scd_sf.evaluation.vbench.prompts import packaged
+from scd_sf.evaluation.vbench.report import html, markdown, own_row, published_rows, write_report
 from scd_sf.types import UserError
-from scd_sf.vbench.aggregate import Scores, read_scores
-from scd_sf.vbench.prompts import packaged
-from scd_sf.vbench.report import html, markdown, own_row, published_rows, write_report
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

@@ -13,10 +13,10 @@ import pytest
 import recipe_runner
 from recipe_runner import At
 
+from scd_sf.evaluation.vbench.environment import build, examine
+from scd_sf.evaluation.vbench.prompts import chosen_dimensions, load_entries, video_name
+from scd_sf.evaluation.vbench.weights import DETECTRON2, NEEDED, link_dino, missing
 from scd_sf.types import UserError
-from scd_sf.vbench.environment import build, examine
-from scd_sf.vbench.prompts import chosen_dimensions, load_entries, video_name
-from scd_sf.vbench.weights import DETECTRON2, NEEDED, link_dino, missing
 
 SCRIPT = "vbench_eval/score.py"
 COMPUTE = """
@@ -86,7 +86,7 @@ def test_dimensions_one_after_another(python: Path, tmp_path: Path) -> None:
         "unfiltered=true",
         names,
     ]
-    assert recipe_runner.run(SCRIPT, *given, at=At("scd_sf.vbench.score:_run", 2)).code == -9
+    assert recipe_runner.run(SCRIPT, *given, at=At("scd_sf.evaluation.vbench.score:_run", 2)).code == -9
     out = recipe_runner.succeed(SCRIPT, *given).out
     assert "[1/2 background_consistency] finished before" in out and "temporal_flickering      0.500000" in out
     assert (cache / "calls").read_text().split() == ["background_consistency", "temporal_flickering"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchvision.models.optical_flow import raft_large
 
-from scd_sf.train.ranks import Ranks
+from scd_sf.distributed import Ranks
+from scd_sf.evaluation.vbench.static_filter import StaticFilter, chosen_of, flow_scores, is_static, run_filter
 from scd_sf.types import UserError
-from scd_sf.vbench.static_filter import StaticFilter, chosen_of, flow_scores, is_static, run_filter
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

@@ -80,8 +80,8 @@ def test_the_suite(world: Path, tmp_path: Path) -> None:
     assert read_video(tmp_path / "a" / "videos" / names[0]).shape == (1, 3, 128, 128)
 
     again = [*arguments(world, tmp_path / "b"), *few]
-    assert recipe_runner.run(SCRIPT, *again, at=At("scd_sf.sample_folder:make", 2)).code == -9
-    assert recipe_runner.run(SCRIPT, *again, at=At("scd_sf.vbench.static_filter:_place", 1)).code == -9
+    assert recipe_runner.run(SCRIPT, *again, at=At("scd_sf.generation.folder:make", 2)).code == -9
+    assert recipe_runner.run(SCRIPT, *again, at=At("scd_sf.evaluation.vbench.static_filter:_place", 1)).code == -9
     assert all(result.code == 0 for result in recipe_runner.run_ranks(SCRIPT, *again, world=2))
     assert files(tmp_path / "b").keys() == files(tmp_path / "a").keys()
     told = json.loads((tmp_path / "b" / "manifest.json").read_text())

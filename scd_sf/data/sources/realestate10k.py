@@ -1,0 +1,168 @@
+"""RealEstate10K: pixelSplat's chunks of JPEG frames, and the original camera files.
+
+``{train,test}/000000.torch`` are lists of dictionaries (``key``, ``url``, ``timestamps`` (N,), ``cameras`` (N, 18),
+``images``: N JPEG files as uint8 (bytes,)); ``index.json`` says which key lies in which chunk. A camera row is
+``fx fy cx cy 0 0`` (as shares of the picture) and the 3x4 world-to-camera matrix, row after row; a line of a camera
+file has the timestamp (microseconds) before it: 19 numbers, after a first line with the video's address.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scd_sf.data.sources.pixels import PixelClip
+from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, tensor_file
+from scd_sf.data.sources.video_reader import LARGEST_FRAME, resize_crop
+from scd_sf.files import foreign, lines_of, read_bytes, read_json, read_text, safe_path
+from scd_sf.types import UserError
+
+COLUMNS = 18
+LARGEST_CAMERAS = 2**26  # bytes of a camera file
+HELD = 2  # chunks in memory, about 100 MB each
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """``timestamps_F`` int64 microseconds; ``intrinsics_F4`` fx fy cx cy as shares of the picture's width and height;
+    ``world_to_camera_F34``."""
+
+    url: str
+    timestamps_F: Tensor
+    intrinsics_F4: Tensor
+    world_to_camera_F34: Tensor
+
+
+def read_cameras(path: Path) -> Cameras:
+    """A camera file. UserError names the line that is not 19 numbers."""
+    url, *lines = lines_of(read_text(path, COPY, LARGEST_CAMERAS)) or [""]
+    rows, times = [], []
+    for number, line in enumerate(lines, 2):
+        words = line.split()
+        try:
+            values = [float(word) for word in words[1:]]
+            times.append(int(words[0]))
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{path}:{number}: not 19 numbers ({error}); {COPY}") from error
+        if len(values) != COLUMNS or not np.isfinite(values).all() or abs(times[-1]) >= 2**63:
+            raise UserError(f"{path}:{number}: {len(words)} columns, or not finite; a camera has 19 numbers; {COPY}")
+        rows.append(values)
+    if not rows:
+        raise UserError(f"{path}: has no camera; {COPY}")
+    return cameras_of(url.strip(), torch.tensor(times), torch.tensor(rows, dtype=torch.float64).float())
+
+
+def cameras_of(url: str, timestamps_F: Tensor, rows_F18: Tensor) -> Cameras:
+    """The parts of camera rows."""
+    return Cameras(url, timestamps_F, rows_F18[:, :4], rows_F18[:, 6:].reshape(-1, 3, 4))
+
+
+class RealEstate10K:
+    """The clips of a split, chunk after chunk."""
+
+    labels: tuple[str, ...] = ()
+    num_actions = 0
+
+    def __init__(
+        self, root: Path, split: str, *, size: int = 256, frames: int = 64, cameras: bool = False, fps: float = 30.0
+    ) -> None:
+        """``frames``: the first so many of a clip (shorter clips are malformed); 0: all. ``cameras``: check them when a
+        clip is read, and keep them for :meth:`cameras`. UserError: no index, or one that does not fit the files."""
+        self.root, self.size, self.frames, self.keep, self.fps = root / split, size, frames, cameras, fps
+        where = self.root / "index.json"
+        index = read_json(where, "give the folder that holds train/ and test/ of pixelSplat's chunks")
+        if not index or any(not isinstance(file, str) for file in index.values()):
+            raise UserError(f"{where}: must be {{key: file}} with at least one clip; {COPY}")
+        chunks = {str(file): safe_path(self.root, str(file), f"{where}: a file") for file in index.values()}
+        missing = {name for name, path in chunks.items() if not path.is_file()}
+        self.refused = [Refused(str(chunks[name]), "listed in index.json but missing") for name in sorted(missing)]
+        found = {key: str(file) for key, file in index.items() if file not in missing}
+        self._chunk_of = dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
+        self.ids = list(self._chunk_of)
+        if not self.ids:
+            raise UserError(f"{where}: none of its {len(chunks)} chunks is there; {COPY}")
+        self._held: OrderedDict[str, dict[str, dict[str, object]] | UserError] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> PixelClip:
+        where, item = self._item(index)
+        images = item.get("images")
+        if not isinstance(images, list) or len(images) < max(1, self.frames):
+            count = len(images) if isinstance(images, list) else "no"
+            raise UserError(f"{where}: {count} images, {max(1, self.frames)} are needed; ask for fewer frames")
+        if self.keep:
+            self.cameras(index)
+        kept = enumerate(images[: self.frames or None])
+        pictures = [_picture(image, self.size, where, number) for number, image in kept]
+        return PixelClip(self.ids[index], torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous())
+
+    def cameras(self, index: int) -> Cameras:
+        """The cameras of the clip's frames. UserError: missing, or not (N, 18) and finite, N the number of images."""
+        where, item = self._item(index)
+        rows, times, images = item.get("cameras"), item.get("timestamps"), item.get("images")
+        wanted = len(images) if isinstance(images, list) else -1
+        good = isinstance(rows, Tensor) and rows.shape == (wanted, COLUMNS) and bool(rows.isfinite().all())
+        if not good or not isinstance(times, Tensor) or times.shape != (wanted,):
+            raise UserError(f"{where}: 'cameras' must be finite ({wanted}, {COLUMNS}) with 'timestamps'; {COPY}")
+        assert isinstance(rows, Tensor)
+        kept = slice(0, self.frames or None)
+        return cameras_of(str(item.get("url", "")), times[kept].long(), rows[kept].float())
+
+    def _item(self, index: int) -> tuple[str, dict[str, object]]:
+        key = self.ids[index]
+        name = self._chunk_of[key]
+        with self._lock:  # threads that read neighbours wait for their common chunk
+            if name not in self._held:
+                self._held[name] = _chunk(self.root / name)
+                while len(self._held) > HELD:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(name)
+            chunk = self._held[name]
+        if isinstance(chunk, UserError):
+            raise chunk
+        where = f"{self.root / name}[{key}]"
+        if key not in chunk:
+            raise UserError(f"{where}: index.json names it, the chunk does not hold it; {COPY}")
+        return where, chunk[key]
+
+
+def _chunk(path: Path) -> dict[str, dict[str, object]] | UserError:
+    """A chunk's clips by key, or what is wrong with it: an error of every clip in it, found once."""
+    try:
+        return _read_chunk(path)
+    except UserError as error:
+        return error
+
+
+def _read_chunk(path: Path) -> dict[str, dict[str, object]]:
+    rows = tensor_file(read_bytes(path, COPY, 4 * LARGEST), str(path))
+    if not isinstance(rows, list) or any(not isinstance(row, dict) or "key" not in row for row in rows):
+        raise UserError(f"{path}: not a list of clips with 'key'; {COPY}")
+    return {str(row["key"]): row for row in rows}
+
+
+def _picture(image: object, size: int, where: str, number: int) -> np.ndarray:
+    """uint8 (size, size, 3) of a JPEG file's bytes."""
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 1:
+        raise UserError(f"{where}: image {number} is not the bytes of a JPEG file; {COPY}")
+    if image.numel() > image.untyped_storage().nbytes():  # an expanded view of few bytes
+        raise UserError(f"{where}: image {number} claims {image.numel()} bytes; {COPY}")
+    with (
+        foreign(f"{where}: image {number} cannot be decoded", COPY),
+        Image.open(io.BytesIO(image.numpy().tobytes()), formats=["JPEG"]) as picture,
+    ):
+        if picture.width * picture.height > LARGEST_FRAME:  # nothing is decoded yet
+            raise ValueError(f"{picture.width}x{picture.height} is too large")
+        pixels = np.array(picture.convert("RGB"))
+    return resize_crop(pixels, size)

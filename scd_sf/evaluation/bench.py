@@ -1,0 +1,413 @@
+"""`scd bench`: how fast students make video, with all that a reader needs to dispute it, baselines in the same run.
+
+Every model makes the same clip at batch 1, in turn, round by round: a slow minute of the machine hits them all. The
+clock stops, with the device synchronised, after every chunk of the student ("dit") and after its decoding ("vae"); one
+follows the other, nothing overlaps. Frames are emitted pixel frames: one for the first latent frame, then four each.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from rich.table import Table
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.evaluation.roofline import HeavyCalls, Peak, synchronize
+from scd_sf.evaluation.table import BlockPassCounter
+from scd_sf.generation.compile import CompileConfig, compile_steps
+from scd_sf.generation.generate import generate_latents
+from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.models.build import (
+    ModelConfig,
+    SamplerConfig,
+    Student,
+    base_of,
+    build_model,
+    describe_checkpoint,
+    load_student,
+)
+from scd_sf.models.export import dtype_of
+from scd_sf.models.interface import CacheConfig
+from scd_sf.models.wan.text import TextEncoder, load_text_encoder
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.vae import Vae, VaeStream, channels_last, load_vae
+from scd_sf.nn.layers import WanBlock
+from scd_sf.provenance import git_revision, versions
+from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """One row: a ``checkpoint``, or ``model``'s geometry with random weights (speed does not depend on them)."""
+
+    name: str
+    checkpoint: str = ""
+    model: ModelConfig | None = None
+    sampler: SamplerConfig | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.checkpoint) == (self.model is not None):
+            raise UserError(f"models: '{self.name}' needs either checkpoint or model")
+
+
+@dataclass
+class BenchConfig:
+    """``checkpoints`` is short for ``models`` of that name. ``sampler``: for every model that has none of its own here
+    (unset: the checkpoint's; re-noise in 4 steps for random weights). ``base``: the directory with VAE and text encoder
+    (empty: the first checkpoint's; without one, Wan 2.1's VAE with random weights and no text encoder). Sizes of 0: as
+    trained. ``window``, ``sink``: latent frames the history keeps (0: all). ``device`` empty: a GPU where there is one.
+    ``floor``: also time every matmul and attention call of the student alone (:mod:`scd_sf.evaluation.roofline`).
+    """
+
+    checkpoints: list[str] = field(default_factory=list)
+    models: list[BenchModel] = field(default_factory=list)
+    base: str = ""
+    weights: str = "ema"
+    sampler: SamplerConfig | None = None
+    prompt: str = "a red car drives through the rain"
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    window: int = 0
+    sink: int = 0
+    rounds: int = 3
+    warmup: int = 1
+    device: str = ""
+    dtype: str = "fp32"
+    vae_dtype: str = "fp32"
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    text_tokens: int = 512
+    floor: bool = False
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        self.models = [*self.models, *(BenchModel(Path(path).name, path) for path in self.checkpoints)]
+        if not self.models:
+            raise UserError("set checkpoints= or models=: nothing to measure")
+        if self.rounds < 1 or self.warmup < 0:
+            raise UserError(f"rounds is {self.rounds} and warmup {self.warmup}; at least 1 and 0")
+        check_within(self, {**SIZES_ASKED, "rounds": (1, 10**6), "warmup": (0, 10**6), "text_tokens": (1, 2**16)})
+        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Seconds of one clip: the prompt, and per chunk the student and the VAE; ``pixels`` emitted with each chunk."""
+
+    text: float
+    dit: tuple[float, ...]
+    vae: tuple[float, ...]
+    pixels: tuple[int, ...]
+
+    def fps(self, *, vae: bool, first: int = 0) -> float:
+        """Emitted frames per second, from chunk ``first`` on."""
+        seconds = sum(self.dit[first:]) + (sum(self.vae[first:]) if vae else 0.0)
+        return sum(self.pixels[first:]) / seconds
+
+
+class AttentionKernels(TorchDispatchMode):
+    """Names of the attention operators that ran: PyTorch's choice of backend."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in (name := func.overloadpacket.__name__):
+            self.names.add(name.strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Entry:
+    """A model ready to run, and what was measured of it."""
+
+    config: BenchModel
+    student: Student
+    sampler: Sampler
+    compile: CompileConfig
+    block_passes: float = 0.0
+    attention: tuple[str, ...] = ()
+    floor: float | None = None
+    peak: int = 0
+    clips: list[Clip] = field(default_factory=list)
+
+
+@dataclass
+class Bench:
+    """What all entries share."""
+
+    cfg: BenchConfig
+    device: torch.device
+    shape: VideoShape
+    vae: Vae
+    text: TextEncoder | None
+
+    def clock(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def prompt(self, student: Student) -> tuple[Conditioning, float]:
+        """The prompt's states and the seconds they took; random states without a text encoder."""
+        started = self.clock()
+        if self.text is not None:
+            return self.text.encode([self.cfg.prompt]).to(self.device), self.clock() - started
+        rng = torch.Generator().manual_seed(0)
+        states = torch.randn(1, self.cfg.text_tokens, student.cfg.text_dim, generator=rng)
+        return Conditioning(on_device(states, self.device)), 0.0
+
+    @torch.no_grad()
+    def clip(self, entry: Entry, heavy: HeavyCalls | None = None) -> Clip:
+        """Make one clip and time it; ``heavy`` counts the student's calls."""
+        shape, student = self.shape, entry.student
+        cond, text = self.prompt(student)
+        dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
+        size = shape.latent(1)[1:]
+        chunks = generate_latents(student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink)
+        peak = Peak(self.device)
+        peak.reset()
+        started = self.clock()
+        while True:
+            with heavy or nullcontext():
+                latents = next(chunks, None)
+            if latents is None:
+                break
+            made = self.clock()
+            pixels.append(decoder.push(latents).shape[1])
+            decoded = self.clock()
+            dit.append(made - started)
+            vae.append(decoded - made)
+            started = decoded
+        entry.peak = max(entry.peak, peak.bytes())
+        return Clip(text, tuple(dit), tuple(vae), tuple(pixels))
+
+    def observe(self, entry: Entry) -> None:
+        """One clip before anything is compiled: block passes, attention kernels, the floor."""
+        heavy = HeavyCalls() if self.cfg.floor else None
+        with BlockPassCounter(entry.student, WanBlock) as counter, AttentionKernels() as kernels:
+            self.clip(entry, heavy)
+        entry.floor = None if heavy is None else heavy.floor()
+        entry.block_passes = counter.per_frame(self.shape.frames, frames_per_pass=entry.student.chunk)
+        entry.attention = tuple(sorted(kernels.names))
+
+    def full_from(self, chunk: int) -> int:
+        """The first chunk of the steady state: the window is full; without one, the last quarter of the clip."""
+        chunks = self.shape.frames // chunk
+        if not self.cfg.window:
+            return chunks - max(1, chunks // 4)
+        return min(chunks - 1, -(-(self.cfg.window + self.cfg.sink) // chunk) + 1)
+
+    def row(self, entry: Entry, first: Entry) -> dict[str, object]:
+        """All figures of one model; medians over rounds unless the name says otherwise."""
+        clips, chunk = entry.clips, entry.student.chunk
+        full = self.full_from(chunk)
+        later = [1000 * (d + v) for clip in clips for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True)]
+
+        def median(figure: Callable[[Clip], float]) -> float:
+            return round(statistics.median(figure(clip) for clip in clips), 4)
+
+        totals = [[sum(clip.dit) + sum(clip.vae) for clip in e.clips] for e in (entry, first)]
+        ratios = [own / reference for own, reference in zip(*totals, strict=True)]
+        config = entry.config.model
+        scd = getattr(entry.student, "scd", None)
+        return {
+            "name": entry.config.name,
+            "weights": "random" if config is not None else entry.config.checkpoint,
+            "family": type(entry.student).__name__,
+            "latent_frames_per_chunk": chunk,
+            "fusion": scd.decoder.fusion if scd is not None else None,
+            "parameters": sum(p.numel() for p in entry.student.parameters()),
+            "sampler": entry.sampler.name,
+            "steps": entry.sampler.steps,
+            "block_passes_per_latent_frame": entry.block_passes,
+            "attention": list(entry.attention),
+            "compile": asdict(entry.compile),
+            "peak_memory_gib": round(entry.peak / 2**30, 2),
+            "floor_seconds": None if entry.floor is None else round(entry.floor, 4),
+            "dit_over_floor": None
+            if entry.floor is None
+            else round(median(lambda clip: sum(clip.dit)) / entry.floor, 3),
+            "fps_dit": median(lambda clip: clip.fps(vae=False)),
+            "fps_dit_vae": median(lambda clip: clip.fps(vae=True)),
+            "steady_from_latent_frame": full * chunk,
+            "steady_fps_dit": median(lambda clip: clip.fps(vae=False, first=full)),
+            "steady_fps_dit_vae": median(lambda clip: clip.fps(vae=True, first=full)),
+            "first_frame_seconds": {
+                "dit": median(lambda clip: clip.dit[0]),
+                "dit_vae": median(lambda clip: clip.dit[0] + clip.vae[0]),
+                "text_dit": None if self.text is None else median(lambda clip: clip.text + clip.dit[0]),
+                "text_dit_vae": None
+                if self.text is None
+                else median(lambda clip: clip.text + clip.dit[0] + clip.vae[0]),
+            },
+            "chunk_ms_p50": round(float(np.percentile(later, 50)), 3) if later else None,
+            "chunk_ms_p95": round(float(np.percentile(later, 95)), 3) if later else None,
+            "seconds_per_round": [round(seconds, 4) for seconds in totals[0]],
+            "time_over_first_row": round(statistics.median(ratios), 4),
+        }
+
+
+def in_rounds(cases: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, object]]:
+    """Seconds of every case, run in turn round by round after one run each to warm up: medians, and the median over
+    rounds of the ratio to the first case (so that a slow minute falls on all)."""
+    for case in cases.values():
+        case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - started)
+    first = seconds[next(iter(cases))]
+    return [
+        {
+            "name": name,
+            "seconds": round(statistics.median(taken), 4),
+            "ratio_to_first": round(statistics.median(t / f for t, f in zip(taken, first, strict=True)), 3),
+            "rounds": rounds,
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def random_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Give a model of the meta device weights of a plausible scale, in place, drawn quickly."""
+    rng = torch.Generator(device).manual_seed(0)
+    state = {}
+    for name, parameter in model.named_parameters():
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if parameter.ndim == 1 and name.endswith("weight"):
+            value.fill_(1.0)
+        else:
+            value.uniform_(-0.03, 0.03, generator=rng)
+        state[name] = value
+    model.load_state_dict(state, assign=True)
+
+
+def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple[Entry, dict[str, object], str]:
+    """The model on its device, what its training told of itself, and its base directory."""
+    dtype = dtype_of(cfg.dtype)
+    if row.model is not None:
+        with torch.device("meta"):
+            model = build_model(row.model)
+        if isinstance(model, Wan):
+            raise UserError(f"models: '{row.name}' is bidirectional; use family scd or causal")
+        random_weights(model, dtype, device)
+        own, origin, base = SamplerConfig("renoise", 4), dict[str, object](), ""
+    else:
+        path = Path(row.checkpoint)
+        description, origin = describe_checkpoint(path)
+        model, _ = load_student(path, cfg.weights)
+        own, base = description.sampler, description.base
+        model = model.to(device, dtype)
+    sampler = choose_sampler(own, row.sampler or cfg.sampler, row.name, force=True).build()
+    return Entry(row, model.requires_grad_(False), sampler, cfg.compile), origin, base
+
+
+def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Entry]]:
+    """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError: sizes nobody knows,
+    models that do not fit this VAE."""
+    device = device_of(cfg.device)
+    opened = [open_entry(cfg, row, device) for row in cfg.models]
+    base = cfg.base or next((base for _, _, base in opened if base), "")
+    if base:
+        base = str(base_of(base, cfg.base, "models"))
+        vae = load_vae(base, device=device, dtype=dtype_of(cfg.vae_dtype))
+        text: TextEncoder | None = load_text_encoder(base, device=device, dtype=dtype_of(cfg.dtype))
+    else:
+        vae, text = vae or Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))), None
+    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    known = next((origin for _, origin, _ in opened if origin.get("video")), {})
+    entries = [entry for entry, _, _ in opened]
+    for entry in entries:
+        width, where = entry.student.cfg.text_dim, entry.config.name
+        shape = choose_shape(asked, known, entry.student, vae.geometry, where)
+        if text is not None and text.width != width:
+            raise UserError(f"models: '{where}' takes text states {width} wide, {base} gives {text.width}; set base=")
+    return Bench(cfg, device, shape, vae, text), entries
+
+
+def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Vae | None = None) -> dict[str, object]:
+    """Measure every model in interleaved rounds; the JSON document. ``vae``: see :func:`open_bench`."""
+    bench, entries = open_bench(cfg, vae)
+    for entry in entries:
+        bench.observe(entry)
+        compile_steps(entry.student, entry.compile, bench.device)
+        for _ in range(cfg.warmup):
+            bench.clip(entry)
+        progress(f"{entry.config.name}: warm")
+    for number in range(cfg.rounds):
+        for entry in entries:
+            entry.clips.append(bench.clip(entry))
+        progress(f"round {number + 1}/{cfg.rounds}")
+    rows = [bench.row(entry, entries[0]) | {"peak_memory_alone_gib": alone(entry, entries)} for entry in entries]
+    return {"schema": SCHEMA, "setup": setup(bench, max(entry.peak for entry in entries)), "rows": rows}
+
+
+def alone(entry: Entry, entries: list[Entry]) -> float:
+    """Peak GiB while a model ran, less the weights of the others that were in memory too."""
+    others = [p for other in entries if other is not entry for p in other.student.parameters()]
+    return round((entry.peak - sum(p.numel() * p.element_size() for p in others)) / 2**30, 2)
+
+
+def setup(bench: Bench, peak: int) -> dict[str, object]:
+    """Everything that decides the figures and is the same for all rows. ``peak``: bytes, the most of all models."""
+    cfg, shape, cuda = bench.cfg, bench.shape, bench.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(bench.device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "dtype": cfg.dtype,
+        "vae_dtype": cfg.vae_dtype,
+        "video": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
+        "latent": [shape.frames, shape.channels, shape.height, shape.width],
+        "batch": 1,
+        "history": [cfg.window, cfg.sink] if cfg.window else "everything",
+        "text_tokens": bench.text.max_length if bench.text is not None else cfg.text_tokens,
+        "vae": cfg.base or "the first checkpoint's base" if bench.text is not None else "Wan 2.1's, random weights",
+        "rounds": cfg.rounds,
+        "warmup_clips": cfg.warmup + 1,
+        "peak_memory_gib": round(peak / 2**30, 2),
+        "all_models_in_memory": True,
+        "versions": versions(),
+        "revision": git_revision(),
+    }
+
+
+def table(document: dict[str, Any]) -> Table:
+    """The JSON document for a terminal."""
+    told = document["setup"]
+    compiled = document["rows"][0]["compile"]["enabled"]
+    title = f"{told['video']} on {told['device']}, {told['dtype']}, {'compiled' if compiled else 'eager'}, batch 1"
+    columns = ("FPS dit", "dit+vae", "steady dit+vae", "first frame s", "with text", "chunk p50 / p95 ms", "time ratio")
+    out = Table("model", "steps", "block passes", *columns, title=as_cell(title), box=None, pad_edge=False)
+    for row in document["rows"]:
+        first = row["first_frame_seconds"]
+        with_text = "-" if first["text_dit_vae"] is None else f"{first['text_dit_vae']:.3f}"
+        out.add_row(
+            as_cell(row["name"]),
+            f"{row['steps']} {row['sampler']}",
+            f"{row['block_passes_per_latent_frame']:g}",
+            f"{row['fps_dit']:.2f}",
+            f"{row['fps_dit_vae']:.2f}",
+            f"{row['steady_fps_dit_vae']:.2f}",
+            f"{first['dit_vae']:.3f}",
+            with_text,
+            f"{row['chunk_ms_p50']} / {row['chunk_ms_p95']}",
+            f"{row['time_over_first_row']:.2f}",
+        )
+    return out

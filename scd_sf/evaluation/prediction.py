@@ -1,0 +1,164 @@
+"""Video prediction with a model trained from scratch: the first frames of a clip in, the next ones out.
+
+Letters: B batch, F frames, C channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.data.clips import write_video
+from scd_sf.data.frames import FrameClips
+from scd_sf.diffusion.guidance import GuidanceConfig
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.evaluation.frames import as_uint8
+from scd_sf.generation.generate import NotFinite, generate_latents
+from scd_sf.generation.guided import SampleGuidance
+from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
+from scd_sf.models.interface import CacheConfig
+from scd_sf.models.tokenizers.tokenizer import load_tokenizer
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.train.run import Run
+from scd_sf.types import Conditioning, UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PredictionGuidance:
+    """``corruption``: the s of Table 5 (1 is off, 1.5 its best), c corrupted by ``eta``. ``actions``: CFG of the
+    decoder with the null action (1 is off). One of the two; the encoder is never doubled."""
+
+    corruption: float = 1.0
+    eta: float = 0.05
+    actions: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.of_decoder()  # refuses what makes no sense
+
+    def of_decoder(self) -> SampleGuidance:
+        """The same for generate()."""
+        return SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.eta)
+
+
+@dataclass(frozen=True)
+class PredictionConfig:
+    """How a model is rolled out. ``window``: latent frames of history it sees (0: all)."""
+
+    window: int = 0
+    sink: int = 0
+    guidance: PredictionGuidance = field(default_factory=PredictionGuidance)
+
+    def __post_init__(self) -> None:
+        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Videos while training: ``clips`` of the validation set, ``frames`` predicted after ``context`` true ones, decoded
+    by ``tokenizer`` (a directory; empty: no videos)."""
+
+    tokenizer: str = ""
+    clips: int = 2
+    context: int = 4
+    frames: int = 12
+
+    def __post_init__(self) -> None:
+        if min(self.clips, self.frames) < 1 or self.context < 0:
+            raise UserError("preview: clips and frames must be at least 1, context at least 0")
+
+
+class Preview:
+    """The same clips with the same noise every time: truth (as the tokenizer decodes it) above prediction, in
+    ``RUN/videos/STEP.mp4``."""
+
+    def __init__(self, cfg: PreviewConfig, clips: FrameClips, sampler: Sampler) -> None:
+        """UserError before any training: a tokenizer of another size, or clips that are too short."""
+        self.cfg, self.sampler, self.fps = cfg, sampler, clips.info.fps
+        self.tokenizer = load_tokenizer(Path(cfg.tokenizer)) if cfg.tokenizer else None
+        if self.tokenizer is None:
+            return
+        if (self.tokenizer.channels, self.tokenizer.spatial) != (clips.info.channels, clips.info.spatial):
+            raise UserError(f"preview.tokenizer {cfg.tokenizer}: not the one that {clips.root} was encoded with")
+        length = cfg.context + cfg.frames
+        chosen = clips.at_least(length)[: cfg.clips]
+        self.batch = clips.batch(chosen, [0] * len(chosen), length)
+
+    def show(self, run: Run, model: Student, step: int) -> None:
+        """On the main rank, with its own whole copy of the model."""
+        if self.tokenizer is None or not run.ranks.is_main:
+            return
+        device, cfg = run.ranks.device, self.cfg
+        batch, model = self.batch.to(device), model.to(device)
+        context = batch.latents_BFCHW[:, : cfg.context]
+        seeds = list(range(len(context)))
+        try:
+            future = list(predict(model, context, batch.cond, cfg.frames, self.sampler, seeds))
+        except NotFinite as error:
+            log.warning("no validation video of step %d: %s", step, error)
+            return
+        finally:
+            model.to("cpu")
+        made = torch.cat([context, *future], 1)
+        pixels = [self.tokenizer.decode(latents.float().cpu()) for latents in (self.batch.latents_BFCHW, made)]
+        rows = torch.cat([torch.cat(list(video), dim=-1) for video in pixels], dim=-2)  # truth above prediction
+        frames = as_uint8((rows.clamp(-1, 1) + 1) / 2)
+        file = run.dir / "videos" / f"{step:08d}.mp4"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_video(file, frames, self.fps)
+        run.video(step, "samples", frames.permute(0, 2, 3, 1), file)
+
+
+def load_predictor(path: Path, weights: str = "ema") -> tuple[Student, CheckpointConfig]:
+    """A checkpoint of recipes/pretrain.py. UserError: another kind of model."""
+    model, config = load_checkpoint_model(path, weights)
+    if isinstance(model, Wan) or config.model.backbone != "dit":
+        raise UserError(f"{path}: not trained from scratch on frames; sample it with 'scd sample'")
+    return model, config
+
+
+@torch.no_grad()
+def predict(
+    student: Student,
+    context_BFCHW: Tensor,
+    cond: Conditioning,
+    frames: int,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    cfg: PredictionConfig | None = None,
+) -> Iterator[Tensor]:
+    """Yield the ``frames`` latents after the context (which may have none), chunk by chunk, (B, n, C, H, W) each.
+
+    ``cond`` tells of all frames, the context's too. A row's result depends on its seed alone. UserError: too few
+    actions, or numbers that chunks do not divide.
+    """
+    cfg = cfg or PredictionConfig()
+    _, known, *shape = context_BFCHW.shape
+    if cond.actions_BF is not None and cond.actions_BF.shape[1] < known + frames:
+        raise UserError(
+            f"actions are given for {cond.actions_BF.shape[1]} frames of {known + frames}; give one per frame"
+        )
+    null = cond.rows(slice(0, 1))
+    null = replace(
+        null,
+        actions_BF=None if null.actions_BF is None else torch.full_like(null.actions_BF, -1),
+        labels_B=None if null.labels_B is None else torch.full_like(null.labels_B, -1),
+    )
+    yield from generate_latents(
+        student,
+        cond.to(context_BFCHW.device),
+        seeds,
+        (known + frames, shape[0], shape[1], shape[2]),
+        sampler,
+        window=cfg.window,
+        sink=cfg.sink,
+        history=context_BFCHW if known else None,
+        guidance=cfg.guidance.of_decoder(),
+        null=null.to(context_BFCHW.device),
+    )

@@ -1,0 +1,285 @@
+"""Score a folder of videos with VBench in an environment of its own: one dimension after another, each resumable.
+
+A dimension's videos are shared by VBench's ranks (one per GPU). Its result, ``OUT/<dimension>.json``, is kept as long
+as its videos and VBench are the same. ``OUT/summary.json`` is what aggregate and report read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from scd_sf.evaluation.vbench import weights
+from scd_sf.evaluation.vbench.aggregate import check_fractions
+from scd_sf.evaluation.vbench.environment import Environment, build, default_folder, examine
+from scd_sf.evaluation.vbench.prompts import (
+    FLICKERING,
+    Entry,
+    chosen_dimensions,
+    load_entries,
+    prompts_hash,
+    video_name,
+)
+from scd_sf.evaluation.vbench.static_filter import CANDIDATES, STATIC, WANTED, chosen_of
+from scd_sf.evaluation.vbench.suite import CANDIDATES_EACH, SAMPLES, VIDEOS
+from scd_sf.files import Json, locked, parse_json, read_json, read_text, read_typed, typed, write_json, write_text
+from scd_sf.generation.folder import INDEX
+from scd_sf.ownership import require_own_folder
+from scd_sf.types import UserError, say
+
+_WORKER = Path(__file__).with_name("worker.py")
+_UNPICKLING = "Weights only load failed"
+
+
+@dataclass
+class ScoreConfig:
+    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of temporal flickering
+    count as filtered). ``out``: for results (empty: VIDEOS/scores). ``python``: one that has VBench; empty: an
+    environment is built in ``env``, with ``torch`` and ``detectron2`` as pip requirements. ``cache``: VBench's weights
+    (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench); ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the
+    CPU; -1: all GPUs. ``unfiltered``: temporal flickering of the first candidates, without the static filter."""
+
+    videos: str
+    out: str = ""
+    python: str = ""
+    env: str = ""
+    torch: str = "torch"
+    detectron2: str = ""
+    cache: str = ""
+    download: bool = False
+    dimensions: list[str] = field(default_factory=list)
+    samples: int = SAMPLES
+    gpus: int = -1
+    unfiltered: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= SAMPLES:
+            raise UserError(f"samples is {self.samples}; it must be 1..{SAMPLES}")
+        if self.gpus < -1:
+            raise UserError(f"gpus is {self.gpus}; it must be the number of GPUs, 0 for the CPU, or -1 for all")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dimension: its entries of VBench's list with their videos, and why it is not the whole of it."""
+
+    dimension: str
+    videos: dict[int, list[Path]]
+    reduced: tuple[str, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for files in self.videos.values() for file in files]
+
+
+def collect(root: Path, name: str, entries: Sequence[Entry], cfg: ScoreConfig) -> Job:
+    """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would not count as 0."""
+    chosen = [entry for entry in entries if name in entry.dimensions]
+    ours = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
+    folder, reduced, counts = root, [], {entry.line: cfg.samples for entry in chosen}
+    if ours:
+        folder = root / VIDEOS
+    if ours and name == FLICKERING:
+        folder = root / (CANDIDATES if cfg.unfiltered else STATIC)
+        if not cfg.unfiltered:
+            counts = {entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen}
+    if name == FLICKERING and cfg.unfiltered:
+        reduced.append("temporal flickering without the static filter")
+    videos = {e.line: [folder / video_name(e.prompt, n) for n in range(counts[e.line])] for e in chosen}
+    absent = [file for files in videos.values() for file in files if not file.is_file()]
+    if absent:
+        raise UserError(
+            f"{folder}: {len(absent)} videos of {name} are missing, such as '{absent[0].name}'; sample them, set "
+            "samples= to what is there of every prompt, or name other dimensions"
+        )
+    if not any(videos.values()):
+        raise UserError(f"{folder}: no video of {name} stands still by VBench's filter; unfiltered=true takes any")
+    short = sum(count < WANTED for count in counts.values()) if name == FLICKERING and not cfg.unfiltered else 0
+    if cfg.samples < SAMPLES:
+        reduced.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
+    elif short:
+        reduced.append(f"temporal flickering: {short} of {len(chosen)} prompts have fewer than {WANTED} static videos")
+    return Job(name, videos, tuple(reduced))
+
+
+def run_score(cfg: ScoreConfig) -> dict[str, float]:
+    """Everything; returns the scores of all dimensions that the folder has by now. UserError before any work for
+    missing videos, weights or packages."""
+    root, names, entries = Path(cfg.videos).absolute(), chosen_dimensions(cfg.dimensions), load_entries()
+    if not root.is_dir():
+        raise UserError(f"videos {root}: no such folder; sample with vbench_eval/sample.py")
+    jobs = [collect(root, name, entries, cfg) for name in names]
+    cache = Path(cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench").absolute()
+    if not cfg.download:
+        weights.require(names, cache)
+    gpus = torch.cuda.device_count() if cfg.gpus == -1 else cfg.gpus
+    python = Path(cfg.python) if cfg.python else build(
+        Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2
+    )  # fmt: skip
+    environment = examine(python.absolute())
+    needs = [name for name in names if name in weights.DETECTRON2]
+    if needs and not environment.detectron2:
+        raise UserError(
+            f"{python}: has no detectron2, which {', '.join(needs)} need; set detectron2="
+            "git+https://github.com/facebookresearch/detectron2.git (it is compiled), or name other dimensions"
+        )
+    info = _full_info(environment, entries)
+    out = Path(cfg.out).absolute() if cfg.out else root / "scores"
+    require_own_folder(out, ["work"])
+    cache.mkdir(parents=True, exist_ok=True)
+    weights.link_dino(cache)
+    with locked(out, "these scores"):
+        (out / "work").mkdir(exist_ok=True)
+        for number, job in enumerate(jobs, 1):
+            place = f"{number}/{len(jobs)} {job.dimension}"
+            _score(job, info, environment, out, cache, gpus, cfg.download, place)
+        return _summarise(root, out, environment)
+
+
+def _full_info(environment: Environment, entries: Sequence[Entry]) -> list[Json]:
+    """VBench's own list, which has what some dimensions look for in a video; it must be the list that we know."""
+    file = environment.folder / "VBench_full_info.json"
+    if prompts_hash(load_entries(str(file))) != prompts_hash(entries):
+        raise UserError(f"{file}: not the prompts of the release; install VBench again")
+    remedy = "install VBench again"
+    return typed(parse_json(read_text(file, remedy), file, remedy), list[Json], file, remedy)
+
+
+def _score(
+    job: Job,
+    info: Sequence[Json],
+    environment: Environment,
+    out: Path,
+    cache: Path,
+    gpus: int,
+    download: bool,
+    place: str,
+) -> None:
+    """One dimension, unless its result is there."""
+    files, result = job.files, out / f"{job.dimension}.json"
+    inputs = {str(file): stamp(file) for file in files}
+    if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
+        say(f"[{place}] finished before")
+        return
+    say(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}")
+    work = out / "work"
+    rows = [dict(info[line]) | {"video_list": [str(f) for f in found]} for line, found in job.videos.items()]
+    listed, raw, told = (work / f"{job.dimension}-{part}.json" for part in ("list", "raw", "job"))
+    write_text(listed, json.dumps(rows))
+    raw.unlink(missing_ok=True)
+    write_json(
+        told,
+        {
+            "dimension": job.dimension,
+            "device": "cuda" if gpus else "cpu",
+            "full_info": str(listed),
+            "result": str(raw),
+        },
+    )
+    log = work / f"{job.dimension}.log"
+    _run(environment.python, told, log, cache, gpus, download, job.dimension)
+    found = check_result(read_json(raw, f"see {log}"), job, log)
+    write_json(result, {**found, "reduced": list(job.reduced), "inputs": inputs})
+    say(f"[{place}] {found['score']:.6f}")
+
+
+def stamp(file: Path) -> list[int]:
+    """Size and time of a video, [] if it is gone: what decides whether a score is still its."""
+    try:
+        about = file.stat()
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _run(python: Path, told: Path, log: Path, cache: Path, gpus: int, download: bool, name: str) -> None:
+    """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is a folder."""
+    worker = [str(python), "-I", str(_WORKER), str(told)]
+    torchrun = [str(python), "-I", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    command = [*torchrun, "--no-python", *worker] if gpus > 1 else worker
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+    environ |= {"VBENCH_CACHE_DIR": str(cache), "TORCH_HOME": str(cache / "torch_home")}
+    if not download:
+        environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            command, cwd=cache, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if code:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        remedy = "correct that and run the same command again"
+        if _UNPICKLING in text:
+            remedy = "a weights file of VBench is unpickled whole: build with torch='torch<2.6' and another env="
+        raise UserError(f"{name}: VBench ended with code {code} ({last[:200]}); see {log}; {remedy}")
+
+
+def check_result(raw: Mapping[str, object], job: Job, log: Path) -> dict[str, object]:
+    """VBench's answer, if it is one: a fraction, and a figure for every video. VBench leaves out what it cannot read;
+    color leaves out videos in which the object is not seen, and may."""
+    score, videos = raw.get("score"), raw.get("videos")
+    if not isinstance(score, float) or not math.isfinite(score) or not isinstance(videos, list):
+        raise UserError(f"{job.dimension}: VBench's result is {score!r}; see {log}")
+    check_fractions({job.dimension: score}, str(log))
+    named = {str(row.get("video_path")) for row in videos if isinstance(row, dict)}
+    absent = [file for file in job.files if str(file) not in named]
+    if absent and job.dimension != "color":
+        raise UserError(f"{job.dimension}: VBench could not read {len(absent)} videos, such as {absent[0]}; see {log}")
+    rows = [{**row, "video_path": Path(str(row["video_path"])).name} for row in videos if isinstance(row, dict)]
+    return {"dimension": job.dimension, "score": score, "count": len(job.files), "videos": rows}
+
+
+@dataclass(frozen=True)
+class _Result:
+    """``OUT/<dimension>.json``; ``inputs``: video -> its :func:`stamp`."""
+
+    score: float
+    videos: list[Json]
+    inputs: dict[str, list[int]] = field(default_factory=dict)
+    reduced: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What is read of the protocol in a folder's manifest."""
+
+    flickering_candidates: int = CANDIDATES_EACH
+
+
+def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, float]:
+    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here and whose
+    videos are still the same."""
+    results: dict[str, _Result] = {}
+    for name in chosen_dimensions([]):
+        if (out / f"{name}.json").is_file():
+            result = read_typed(out / f"{name}.json", _Result, "score it again")
+            if result.inputs and all(stamp(Path(file)) == then for file, then in result.inputs.items()):
+                results[name] = result
+            else:
+                say(f"{name}: left out of the summary, its videos have changed since; score it again")
+    scores = {name: result.score for name, result in results.items()}
+    check_fractions(scores, str(out))
+    why = [line for result in results.values() for line in result.reduced]
+    manifest = read_json(root / INDEX, "sample again") if (root / INDEX).is_file() else {}
+    protocol = manifest.get("protocol")
+    if isinstance(protocol, dict) and FLICKERING in scores:
+        candidates = typed(protocol, _Protocol, root / INDEX, "sample again").flickering_candidates
+        if candidates < CANDIDATES_EACH:
+            why.append(f"{candidates} instead of {CANDIDATES_EACH} candidates")
+    summary = {
+        "scores": scores,
+        "reduced": list(dict.fromkeys(why)),
+        "videos": str(root),
+        "protocol": {"settings": manifest.get("settings"), "sampling": protocol},
+        "environment": environment.versions,
+    }
+    write_json(out / "summary.json", summary)
+    write_json(out / "vbench_eval_results.json", {n: [scores[n], results[n].videos] for n in scores})
+    return scores

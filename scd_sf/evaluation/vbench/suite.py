@@ -1,0 +1,145 @@
+"""The videos that VBench asks for, as one sample folder: ``videos/`` five per prompt, ``flickering/`` the candidates of
+temporal flickering, ``static/`` those of them that its filter keeps.
+
+Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.generation.folder`'s. ``manifest.json`` says how it was done.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import av
+
+from scd_sf.data.prompt_files import PromptRow
+from scd_sf.distributed import Ranks
+from scd_sf.evaluation.vbench.prompts import (
+    FLICKERING,
+    Entry,
+    check_collisions,
+    chosen_dimensions,
+    is_case_blind,
+    load_entries,
+    prompts_hash,
+    read_extended,
+    select,
+    video_name,
+)
+from scd_sf.evaluation.vbench.static_filter import CANDIDATES, StaticFilter, run_filter
+from scd_sf.files import locked, sha256_file
+from scd_sf.generation.folder import make_videos
+from scd_sf.generation.sampling import SampleConfig, Video
+from scd_sf.provenance import git_revision, versions
+from scd_sf.types import UserError
+
+VIDEOS = "videos"
+SAMPLES, CANDIDATES_EACH = 5, 25
+_SEEDS = {"vbench": "100000 * line + number", "sample": "seed + number"}
+_NEEDS_RAFT = (
+    "temporal_flickering needs VBench's static filter, and that RAFT's weights: set raft= to raft-things.pth (in "
+    "models.zip of github.com/princeton-vl/RAFT; raft_model/models/raft-things.pth of VBench's cache) or torchvision's "
+    "raft_large_C_T_V1-22a6c225.pth; or filter=false to make only the candidates now; or leave the dimension out"
+)
+
+
+@dataclass
+class SuiteConfig:
+    """``sampling``: as ``scd sample``, without prompts. ``extended``: a file whose line k is what line k of VBench's
+    list is sampled with. ``dimensions``: of these only (empty: all). ``samples``, ``flicker_samples``: videos and
+    candidates for the static filter per prompt. ``seeds``: "vbench" (100000 i + j, prompt i, sample j, as VBench's
+    authors sampled Wan 2.1) or "sample" (sampling.seed + j, as ``scd sample``). ``raft``: weights for the filter."""
+
+    sampling: SampleConfig
+    full_info: str = ""
+    extended: str = ""
+    dimensions: list[str] = field(default_factory=list)
+    samples: int = SAMPLES
+    flicker_samples: int = CANDIDATES_EACH
+    seeds: Literal["vbench", "sample"] = "vbench"
+    raft: str = ""
+    filter: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= SAMPLES or self.flicker_samples < 1:
+            raise UserError(f"samples is {self.samples}, must be 1..{SAMPLES}; flicker_samples must be at least 1")
+        given = self.sampling
+        for name, is_set in (
+            ("prompts", given.prompts), ("prompt_file", given.prompt_file), ("start", given.start),
+            ("samples", given.samples != 1), ("seed", given.seed and self.seeds == "vbench"),
+        ):  # fmt: skip
+            if is_set:
+                raise UserError(f"sampling.{name} is set, but the suite decides it; leave it out")
+
+
+def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[Video]:
+    """Every video of the chosen dimensions, each prompt once. Their names are checked, also for collisions."""
+    names = chosen_dimensions(cfg.dimensions)
+    words = read_extended(Path(cfg.extended), entries) if cfg.extended else [entry.prompt for entry in entries]
+    plain = select(entries, [name for name in names if name != FLICKERING])
+    parts = [(VIDEOS, plain, cfg.samples)]
+    if FLICKERING in names:
+        parts.append((CANDIDATES, select(entries, [FLICKERING]), cfg.flicker_samples))
+    videos = []
+    for folder, chosen, count in parts:
+        for entry in chosen:
+            for number in range(count):
+                seed = number + (100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed)
+                file = f"{folder}/{video_name(entry.prompt, number)}"
+                videos.append(Video(file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt))
+    out = Path(cfg.sampling.out)
+    check_collisions([video.file for video in videos], out, case_blind=is_case_blind(out))
+    return videos
+
+
+def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
+    """Everything: checks, the videos, the static filter. All ranks call it; the same command goes on."""
+    entries = load_entries(cfg.full_info)
+    videos = wanted_videos(cfg, entries)
+    candidates = [entry.prompt for entry in select(entries, [FLICKERING])]
+    filtering = cfg.filter and any(video.file.startswith(f"{CANDIDATES}/") for video in videos)
+    if filtering and not cfg.raft:
+        raise UserError(_NEEDS_RAFT)
+    static = StaticFilter(Path(cfg.raft), ranks.device) if filtering else None
+    fixed: dict[str, object] = {
+        "suite": {
+            "name": "VBench",
+            "prompts_sha256": prompts_hash(entries),
+            "extended_sha256": sha256_file(Path(cfg.extended)) if cfg.extended else None,
+            "seeds": _SEEDS[cfg.seeds],
+        }
+    }
+    make_videos(cfg.sampling, ranks, videos, fixed, {"protocol": protocol(cfg)})
+    if static is not None:
+        out = Path(cfg.sampling.out)
+        with locked(out, "this suite") if ranks.is_main else nullcontext():
+            run_filter(out, candidates, cfg.flicker_samples, static, ranks)
+
+
+def protocol(cfg: SuiteConfig) -> dict[str, object]:
+    """What a reader must know to compare: beside ``settings`` (sampler, steps, shift, size, fps, crf, prompt hash)."""
+    w = cfg.sampling.guidance.text.w
+    return {
+        "dimensions": chosen_dimensions(cfg.dimensions),
+        "samples_per_prompt": cfg.samples,
+        "flickering_candidates": cfg.flicker_samples,
+        "extended_prompts": Path(cfg.extended).name if cfg.extended else None,
+        "guidance": {"standard_w": w, "additive_s": w - 1.0, "corruption": cfg.sampling.guidance.corruption},
+        "reduced": reduced(cfg),
+        "versions": versions() | {"av": av.__version__},
+        "git_revision": git_revision(),
+    }
+
+
+def reduced(cfg: SuiteConfig) -> list[str]:
+    """Why totals of these videos are not comparable with published ones; empty for the whole suite."""
+    missing = len(chosen_dimensions([])) - len(chosen_dimensions(cfg.dimensions))
+    why = [f"{missing} of 16 dimensions left out"] if missing else []
+    if cfg.samples < SAMPLES:
+        why.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
+    if cfg.flicker_samples < CANDIDATES_EACH:
+        why.append(f"{cfg.flicker_samples} instead of {CANDIDATES_EACH} candidates for temporal flickering")
+    if not cfg.filter:
+        why.append("temporal flickering without the static filter")
+    return why

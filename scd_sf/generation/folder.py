@@ -1,0 +1,143 @@
+"""A folder of samples: what is finished, who makes the rest, and the manifest. The videos come from generation/sampling.py.
+
+``out/manifest.json`` holds the settings and, at the end, every video's prompt, seed and hash. ``out/.done`` has a
+record of each finished video, written by whichever rank made it: so ranks share a folder, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from scd_sf.checkpoint import weights_sha256
+from scd_sf.data.clips import video_writer
+from scd_sf.distributed import Ranks
+from scd_sf.files import locked, others_in, read_json, sha256_file, write_json
+from scd_sf.generation.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
+from scd_sf.ownership import require_own_folder
+from scd_sf.types import UserError, say
+
+INDEX = "manifest.json"
+DONE = ".done"
+
+
+def open_folder(out: Path, settings: dict[str, object]) -> None:
+    """Make the folder, or check that it holds videos of the same settings. UserError where another run's, or
+    somebody's, files would be overwritten."""
+    file = out / INDEX
+    if file.is_file():
+        old = read_json(file, "use another out=").get("settings")
+        if not isinstance(old, dict):
+            raise UserError(f"{file}: not a sample manifest; use another out=")
+        changed = [name for name in settings if old.get(name) != settings[name]]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{file}: {name} is {old.get(name)!r} there but {settings[name]!r} now; nothing is overwritten: "
+                "use another out="
+            )
+        return
+    try:
+        if others_in(out):
+            raise UserError(f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out=")
+        write_json(file, {"settings": settings, "videos": {}})
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
+
+
+def record_file(out: Path, video: Video) -> Path:
+    """Where a finished video's record is."""
+    return out / DONE / f"{video.file}.json"
+
+
+def waiting(out: Path, videos: Sequence[Video]) -> list[Video]:
+    """Videos that are not there whole. UserError for a finished one of another prompt."""
+    left = []
+    for video in videos:
+        record = record_file(out, video)
+        if not record.is_file():
+            left.append(video)
+            continue
+        entry = read_json(record, "delete it to make the video again")
+        told = video.record()
+        if {name: entry.get(name) for name in told} != told:
+            raise UserError(f"{out / video.file}: made for prompt {entry.get('prompt')!r}; use another out=")
+        if not (out / video.file).is_file() or sha256_file(out / video.file) != entry.get("sha256"):
+            left.append(video)
+    return left
+
+
+def finished(out: Path) -> dict[str, dict[str, object]]:
+    """The records of all finished videos by file name."""
+    files = sorted((out / DONE).rglob("*.json"))
+    names = [file.relative_to(out / DONE).as_posix().removesuffix(".json") for file in files]
+    return {name: read_json(file, "make the video again") for name, file in zip(names, files, strict=True)}
+
+
+def batches(videos: Sequence[Video], size: int) -> list[list[Video]]:
+    """At most ``size`` videos at a time, those with a start file apart from those without."""
+    found: list[list[Video]] = []
+    for video in videos:
+        last = found[-1] if found else []
+        if last and len(last) < size and last[0].row.start == video.row.start:
+            last.append(video)
+        else:
+            found.append([video])
+    return found
+
+
+def make(studio: Studio, out: Path, videos: Sequence[Video]) -> None:
+    """One batch: frames go to the files as they come; a record is written when a file is whole."""
+    cfg = studio.cfg
+    for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        writers = [files.enter_context(video_writer(out / v.file, cfg.fps, crf=cfg.crf)) for v in videos]
+        for part in studio.frames(videos):
+            for write, frames in zip(writers, part.cpu(), strict=True):
+                write(frames)
+    for video in videos:
+        write_json(record_file(out, video), video.record() | {"sha256": sha256_file(out / video.file)})
+
+
+def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
+    """Everything: checks, this rank's videos, and by rank 0 the manifest."""
+    make_videos(cfg, ranks, wanted_videos(cfg), {}, {})
+
+
+def make_videos(
+    cfg: SampleConfig, ranks: Ranks, videos: Sequence[Video], fixed: Mapping[str, object], about: Mapping[str, object]
+) -> None:
+    """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever the folder is used
+    again; ``about``: what else the manifest says, each time anew."""
+    out = Path(cfg.out)
+    checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
+    studio, settings = open_studio(cfg, ranks.device, checkpoint)
+    settings |= {"checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)), **fixed}
+    with ExitStack() as held:
+        ranks.on_main(lambda: require_own_folder(out, [INDEX]))
+        ranks.on_main(lambda: held.enter_context(locked(out, "samples")))
+        ranks.on_main(lambda: open_folder(out, settings))
+        make_missing(studio, out, ranks, videos)
+        if ranks.is_main:
+            write_json(out / INDEX, {"settings": settings, **about, "videos": finished(out)})
+
+
+def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video]) -> None:
+    """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
+    left = waiting(out, videos)
+    ranks.barrier()  # nobody finishes a video before everybody has counted
+    todo = left[ranks.rank :: ranks.world]
+    if ranks.is_main:
+        say(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before")
+    started, made = time.monotonic(), 0
+    for part in batches(todo, studio.cfg.batch):
+        make(studio, out, part)
+        made += len(part)
+        seconds = (time.monotonic() - started) / made
+        rest = round(seconds * (len(todo) - made))
+        if ranks.is_main:
+            say(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}")
+    ranks.barrier()

@@ -1,0 +1,111 @@
+"""Validation videos: a few prompts sampled with the current weights, decoded, written and measured while training goes
+on. The measures need no network but CLIP's, where its weights are configured (data/clip_statistics.py)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.data.clip_statistics import Clip, statistics
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.evaluation.frames import as_uint8
+from scd_sf.generation.generate import NotFinite, clips_of, generate
+from scd_sf.models.build import Student
+from scd_sf.models.wan.vae import ORIGINAL, load_vae
+from scd_sf.types import Conditioning, Logs, UserError, VideoShape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PreviewConfig:
+    """``clip_weights``: a local open_clip checkpoint of ``clip_model``; empty: no CLIP similarity is logged."""
+
+    clip_model: str = "ViT-B-32"
+    clip_weights: str = ""
+
+    def __post_init__(self) -> None:
+        if self.clip_weights and not Path(self.clip_weights).is_file():
+            raise UserError(
+                f"preview.clip_weights {self.clip_weights}: no such file; give a checkpoint or leave it empty"
+            )
+
+
+class Preview:
+    """The prompts of ``cond``, the i-th with seed i, side by side in ``folder/<step>.mp4``.
+
+    ``base`` is the model directory whose VAE decodes. When it is not on this machine, that is said once and no videos
+    are made: training does not depend on it. ``texts``: the same prompts in words, for CLIP as ``cfg`` says. Every rank
+    builds one, so that all refuse what is wrong; rank 0 uses it.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        cond: Conditioning,
+        shape: VideoShape,
+        sampler: Sampler,
+        folder: Path,
+        fps: int = 16,
+        *,
+        texts: Sequence[str] = (),
+        cfg: PreviewConfig | None = None,
+    ) -> None:
+        self.cond, self.shape, self.sampler, self.folder, self.fps = cond, shape, sampler, folder, fps
+        self.texts = list(texts)
+        self.clip = Clip(cfg.clip_model, cfg.clip_weights) if cfg is not None and cfg.clip_weights else None
+        found = bool(base) and any((Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL))
+        self.vae = load_vae(base) if found else None
+        if not found:
+            log.warning("no VAE at '%s': training goes on without validation videos", base)
+
+    def sample(self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0; and
+        which (B,) were made, as uint8.
+
+        Samples that are not finite are said, stay black and are not measured: a diverging training ends by its own
+        rules."""
+        assert self.vae is not None, "no VAE: ask for preview.vae first"
+        shape = self.shape
+        videos = torch.zeros(
+            self.cond.batch, shape.pixel_frames, 3, shape.pixel_height, shape.pixel_width, dtype=torch.uint8
+        )
+        made = torch.zeros(self.cond.batch, dtype=torch.uint8)
+        if len(rows) == 0:
+            return videos, made
+        cond = Conditioning(self.cond.text_BLE[list(rows)]).to(device)
+        self.vae.model.to(device=device)
+        try:
+            pixels = clips_of(generate(model, self.vae, cond, list(rows), shape, self.sampler))
+            videos[list(rows)], made[list(rows)] = as_uint8(pixels).cpu(), 1
+        except NotFinite as error:
+            log.warning("validation videos %s are black: %s", list(rows), error)
+        self.vae.model.to(device="cpu")
+        return videos, made
+
+    def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
+        """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and where it is."""
+        from scd_sf.data.clips import write_video  # PyAV: not needed where no video is made
+
+        frames = torch.cat(list(videos), dim=-1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{step:08d}.mp4"
+        write_video(file, frames, self.fps)
+        return frames.permute(0, 2, 3, 1), file
+
+    def measure(self, videos: Tensor, made: Tensor) -> Logs:
+        """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that were ``made`` (B,), and CLIP's
+        similarity to the prompts; ``quick/not_finite``: how many were not, where one was not."""
+        rows = made.nonzero().flatten().tolist()
+        logs: Logs = {} if len(rows) == len(made) else {"quick/not_finite": float(len(made) - len(rows))}
+        if not rows:
+            return logs
+        logs |= statistics(videos[rows])
+        if self.clip is not None:
+            logs["quick/clip"] = float(self.clip.similarity(videos[rows], [self.texts[row] for row in rows]).mean())
+        return logs

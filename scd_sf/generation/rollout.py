@@ -1,0 +1,105 @@
+"""The one autoregressive loop: stage 3 and generation/ run it, and it cannot tell the families apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from scd_sf.diffusion.noise import Noise, row_noise
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.models.interface import CacheConfig, FrameStreamer, check_chunks
+from scd_sf.types import Conditioning, Denoiser
+
+
+def stream_rollout(
+    generator: FrameStreamer,
+    noise: Tensor | Iterable[Tensor],
+    cond: Conditioning,
+    sampler: Sampler,
+    noise_like: Noise,
+    *,
+    query_noise: Noise | None = None,
+    exit_step: int | None = None,
+    cache: CacheConfig | None = None,
+    history: Tensor | None = None,
+    prompts: Mapping[int, Conditioning] | None = None,
+) -> Iterator[Tensor]:
+    """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its chunks as they come.
+
+    The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the
+    decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004). ``query_noise`` draws it (None:
+    ``noise_like``, which draws what the sampler adds). With ``exit_step`` every chunk stops
+    there and carries gradients of that step only; history is detached.
+
+    ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue); they are not yielded.
+    Nobody reads the query beside them, so no noise is drawn for it.
+    ``prompts``: another prompt from the n-th yielded chunk on.
+    """
+    chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
+    x_T = next(chunks, None)
+    if x_T is None:
+        return
+    stream = generator.start(cond, (x_T.shape[-2], x_T.shape[-1]), cache)
+    previous: Tensor | None = None
+    for known in () if history is None else _chunks(history, generator.chunk):
+        stream = generator.advance(stream, previous, x_T)
+        previous = known
+    number = 0
+    while x_T is not None:
+        if prompts is not None and number in prompts:
+            stream = generator.switch(stream, prompts[number])
+        stream = generator.advance(stream, previous, draw_query(x_T))
+        current = stream
+
+        def velocity(x_t: Tensor, t: float, at: object = current) -> Tensor:
+            times = torch.full(x_t.shape[:1], t, device=x_t.device, dtype=torch.float32)
+            return generator.denoise(at, x_t, times)
+
+        x_0 = sampler(velocity, x_T, noise_like, exit_step)
+        previous = x_0.detach()
+        yield x_0
+        x_T, number = next(chunks, None), number + 1
+
+
+def _chunks(frames: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+    if not isinstance(frames, Tensor):
+        return iter(frames)
+    check_chunks(frames.shape[1], chunk)
+    return iter(frames.split(chunk, dim=1))
+
+
+def rollout(
+    generator: FrameStreamer,
+    noise: Tensor,
+    cond: Conditioning,
+    sampler: Sampler,
+    noise_like: Noise,
+    *,
+    exit_step: int | None = None,
+    cache: CacheConfig | None = None,
+) -> Tensor:
+    """The whole clip, (B, F, C, H, W)."""
+    chunks = stream_rollout(generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache)
+    return torch.cat(list(chunks), dim=1)
+
+
+@torch.no_grad()
+def sample_bidirectional(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    shape: tuple[int, int, int, int],
+    sampler: Sampler,
+    seeds: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Latents (B, F, C, H, W) of a bidirectional model, one clip per prompt and seed: all frames denoised together.
+
+    ``shape`` is (F, C, H, W). Students are sampled by generation/generate.py."""
+    noise_like = row_noise(seeds)
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        return denoiser(x_t, torch.full(x_t.shape[:1], t, device=x_t.device), cond)
+
+    return sampler(velocity, noise_like(torch.empty(len(seeds), *shape, device=device)), noise_like)

@@ -1,0 +1,247 @@
+"""From prompts to frames, as ``recipes/sample.py`` and ``scd sample`` make them (files: generation/folder.py).
+
+The frames come from generation/generate.py as they are decoded: memory does not grow with length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf.data.prompt_files import PromptRow, read_prompt_file
+from scd_sf.data.start import check_start, read_start
+from scd_sf.diffusion.solvers import Sampler
+from scd_sf.evaluation.frames import as_uint8
+from scd_sf.files import sha256_file
+from scd_sf.generation.compile import CompileConfig, compile_steps
+from scd_sf.generation.generate import generate
+from scd_sf.generation.guided import SampleGuidance
+from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.models.blocks import BlocksConfig
+from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, base_of, describe_checkpoint, load_student
+from scd_sf.models.export import dtype_of
+from scd_sf.models.interface import CacheConfig
+from scd_sf.models.wan.text import TextEncoder, wan_negative
+from scd_sf.models.wan.text_cache import open_text_encoder
+from scd_sf.models.wan.vae import Vae, load_vae
+from scd_sf.provenance import absolute
+from scd_sf.types import Conditioning, UserError, VideoShape, check_within
+
+FPS = 1000  # more no player shows
+VIDEOS = 2**22  # of one folder: their list alone takes a GB
+
+
+@dataclass
+class SampleConfig:
+    """``prompts``, or ``prompt_file`` (txt, csv, jsonl: prompt_files.py). ``weights``: ema, model or best. ``base``:
+    the Wan directory with VAE and text encoder (empty: the one the checkpoint was made from). Sizes of 0: as trained.
+    ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
+    or video that all videos continue, a video at ``fps``. ``window``, ``sink``: latent frames the history keeps (0:
+    all), for videos longer than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's
+    own). ``text_cache``: where encoded prompts are kept (empty: in the user's cache; "off": nowhere), see
+    models/wan/text_cache.py. ``dtype``: fp32, bf16 or fp16 for the student and the text encoder; the VAE computes in fp32.
+    ``blocks``: how the causal baseline's blocks are run, such as the skip-layer schedule (unset: as the checkpoint
+    says)."""
+
+    checkpoint: str
+    out: str
+    prompts: list[str] = field(default_factory=list)
+    prompt_file: str = ""
+    prompt_column: str = "prompt"
+    base: str = ""
+    weights: str = "ema"
+    samples: int = 1
+    seed: int = 0
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    sampler: SamplerConfig | None = None
+    force: bool = False
+    guidance: SampleGuidance = field(default_factory=SampleGuidance)
+    negative_prompt: str = ""
+    text_cache: str = ""
+    start: str = ""
+    window: int = 0
+    sink: int = 0
+    dtype: str = "fp32"
+    blocks: BlocksConfig | None = None
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    batch: int = 4
+    fps: int = 16
+    crf: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.batch, self.fps) < 1:
+            raise UserError("samples, batch and fps must be at least 1")
+        if self.fps > FPS or self.seed < 0:
+            raise UserError(f"fps is {self.fps}, it must be at most {FPS}; seed is {self.seed}, it must be 0 or more")
+        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
+        check_within(self, SIZES_ASKED)
+        if self.negative_prompt and self.guidance.text.w == 1:
+            raise UserError("negative_prompt is what guidance.text leads away from: set guidance.text.scale too")
+        if self.force and self.sampler is None:
+            raise UserError("force is for another sampler than the checkpoint's own: set sampler, or drop it")
+        self.negative_prompt = wan_negative(self.negative_prompt)
+        dtype_of(self.dtype)
+
+
+@cache
+def start_sha256(path: str) -> str:
+    """Of a start file, read once for all its videos."""
+    return sha256_file(Path(path))
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video to make: ``file`` (posix, inside the output folder) of the ``sample``-th video of a prompt.
+
+    ``title``: the prompt that a benchmark knows it by, where it is sampled from another wording.
+    """
+
+    file: str
+    row: PromptRow
+    prompt_index: int
+    sample: int
+    seed: int
+    title: str = ""
+
+    def record(self) -> dict[str, object]:
+        """What the manifest says of it."""
+        more: dict[str, object] = {"title": self.title} if self.title else {}
+        if self.row.then:
+            more["then"] = [list(change) for change in self.row.then]
+        if self.row.start:
+            more |= {"start": self.row.start, "start_sha256": start_sha256(self.row.start)}
+        return {
+            "file": self.file,
+            "prompt_index": self.prompt_index,
+            "sample": self.sample,
+            "prompt": self.row.prompt,
+            "seed": self.seed,
+            **more,
+        }
+
+
+def wanted_videos(cfg: SampleConfig) -> list[Video]:
+    """All videos of a run, in the order of its prompts. A prompt's n-th video has its own seed, or else the run's, plus
+    n: it does not depend on the prompt's place in the list."""
+    if bool(cfg.prompts) == bool(cfg.prompt_file):
+        raise UserError("set either prompts or prompt_file")
+    rows = [PromptRow(prompt) for prompt in cfg.prompts]
+    if cfg.prompt_file:
+        rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
+    if len(rows) * cfg.samples > VIDEOS:
+        raise UserError(f"samples is {cfg.samples} of {len(rows)} prompts, more than {VIDEOS:,} videos; share them out")
+    if cfg.start:
+        rows = [replace(row, start=row.start or cfg.start) for row in rows]
+    for row in rows:
+        if row.start and not Path(row.start).is_file():
+            raise UserError(f"start {row.start}: no such file; check the path")
+    return [
+        Video(f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n)
+        for p, row in enumerate(rows)
+        for n in range(cfg.samples)
+    ]
+
+
+@dataclass
+class Studio:
+    """What makes videos: the student, how it is sampled, the decoder, the text encoder, and the size."""
+
+    cfg: SampleConfig
+    student: Student
+    sampler: Sampler
+    vae: Vae
+    text: TextEncoder
+    shape: VideoShape
+    device: torch.device
+
+    @cached_property
+    def negative(self) -> Conditioning:
+        """The negative prompt, encoded once."""
+        return self.text.encode([self.cfg.negative_prompt]).to(self.device)
+
+    def start(self, videos: Sequence[Video]) -> Tensor | None:
+        """Pixels (B, F, 3, H, W) in [0, 1] of the videos' start files, which are equally long within a batch."""
+        if not videos[0].row.start:
+            return None
+        size = (self.shape.pixel_height, self.shape.pixel_width)
+        starts = [Path(video.row.start) for video in videos]
+        pixels = torch.stack([read_start(start, size, self.shape.temporal, self.cfg.fps) for start in starts])
+        latent_frames = 1 + (pixels.shape[1] - 1) // self.shape.temporal
+        check_start(latent_frames, self.student.chunk, self.shape, videos[0].row.start)
+        return pixels
+
+    def changes(self, videos: Sequence[Video]) -> dict[int, Conditioning]:
+        """The batch's prompts from every pixel frame on where one of them changes."""
+        now, encoded = [video.row.prompt for video in videos], {}
+        for frame in sorted({frame for video in videos for frame, _ in video.row.then}):
+            for index, video in enumerate(videos):
+                now[index] = dict(video.row.then).get(frame, now[index])
+            encoded[frame] = self.text.encode(now).to(self.device)
+        return encoded
+
+    def frames(self, videos: Sequence[Video]) -> Iterator[Tensor]:
+        """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE gives them back."""
+        cond = self.text.encode([video.row.prompt for video in videos]).to(self.device)
+        for pixels in generate(
+            self.student,
+            self.vae,
+            cond,
+            [video.seed for video in videos],
+            self.shape,
+            self.sampler,
+            window=self.cfg.window,
+            sink=self.cfg.sink,
+            start=self.start(videos),
+            changes=self.changes(videos),
+            guidance=self.cfg.guidance,
+            null=self.negative if self.cfg.guidance.on else None,
+        ):
+            yield as_uint8(pixels)
+
+
+def open_studio(cfg: SampleConfig, device: torch.device, path: Path | None = None) -> tuple[Studio, dict[str, object]]:
+    """Load and check everything; also the settings that all videos of a manifest share. ``path``: the checkpoint,
+    where it has been looked up."""
+    path = path or Path(cfg.checkpoint)
+    description, origin = describe_checkpoint(path, cfg.weights)
+    own = description.sampler
+    chosen = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
+    base = base_of(description.base, cfg.base, path)
+    student, _ = load_student(path, cfg.weights, cfg.blocks)
+    vae = load_vae(base, device=device)
+    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    shape = choose_shape(asked, origin, student, vae.geometry, cfg.checkpoint)
+    text = open_text_encoder(base, cfg.text_cache, device=device, dtype=dtype_of(cfg.dtype))
+    check_text_width(text, description, base)
+    settings: dict[str, object] = {
+        "checkpoint": cfg.checkpoint,
+        "base": absolute(base),
+        "weights": cfg.weights,
+        "dtype": cfg.dtype,
+        "blocks": None if cfg.blocks is None else asdict(cfg.blocks),
+        "sampler": asdict(chosen) | {"times": list(chosen.times)},  # as JSON has it
+        "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt} if cfg.guidance.on else None,
+        "window": [cfg.window, cfg.sink] if cfg.window else None,
+        "size": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
+        "fps": cfg.fps,
+        "crf": cfg.crf,
+        "seed": cfg.seed,
+    }
+    compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
+    return Studio(cfg, student, chosen.build(), vae, text, shape, device), settings
+
+
+def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:
+    """UserError if the text encoder is not the one the student was trained with."""
+    width = description.model.wan.text_dim
+    if text.width != width:
+        raise UserError(f"{base}: text states are {text.width} wide, the checkpoint takes {width}; set its base=")

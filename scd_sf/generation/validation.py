@@ -1,0 +1,61 @@
+"""What is seen of the averaged weights while a training goes on: validation loss and videos, shared over the ranks.
+
+All ranks call these together, each with its own whole copy of the model, which is on the device only meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from scd_sf.data.latents import LatentClips
+from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import Ranks
+from scd_sf.generation.preview import Preview
+from scd_sf.losses.flow_matching import FlowMatchingConfig, validation_loss
+from scd_sf.models.build import Student
+from scd_sf.train.run import Run
+from scd_sf.types import Logs, on_device
+
+
+@torch.no_grad()
+def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit: int, ranks: Ranks) -> Logs:
+    """:func:`validation_loss` of ``limit`` clips at fixed noise, one at a time. The same on every rank."""
+    indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
+    total = 0.0
+    with _placed(model, ranks.device):
+        for index in indices[ranks.rank :: ranks.world]:
+            batch, null = clips.batch([index]).to(ranks.device), clips.null.to(ranks.device)
+            rng = generator(0, "validation", index)
+            total += float(validation_loss(model, batch.latents_BFCHW, batch.text, null, loss, rng))
+    return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
+
+
+def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
+    """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures them. None where one
+    rank has no VAE."""
+    ranks = run.ranks
+    if ranks.any(preview.vae is None):
+        return {}
+    with _placed(model, ranks.device):
+        mine, made = preview.sample(model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device)
+    videos, made = (ranks.sum(on_device(part, ranks.device)).cpu() for part in (mine, made))
+    if not ranks.is_main:
+        return {}
+    run.video(step, "samples", *preview.write(videos, step))
+    return preview.measure(videos, made)
+
+
+@contextmanager
+def _placed(model: Student, device: torch.device) -> Iterator[None]:
+    if device.type == "cpu":
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
+        torch.cuda.empty_cache()

@@ -1,0 +1,181 @@
+"""Stage 1: Wan's weights -> SCD (or the causal baseline), with a report of every source -> destination tensor.
+
+The encoder takes Wan's layers ``encoder_layers``; the decoder copies ``decoder.layers`` and gets its own copies of the
+patch embedding, time embedding and head (spec/scd.md W11). Copies share no storage with each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scd_sf.checkpoint import Checkpoints
+from scd_sf.config import to_yaml
+from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
+from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig
+from scd_sf.models.causal import Causal
+from scd_sf.models.export import must_be_new
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.trunk import SIZES
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
+from scd_sf.provenance import absolute, provenance
+from scd_sf.types import UserError, check_within
+
+
+@dataclass
+class TransplantConfig:
+    """``base``: a Wan directory (transformer in diffusers or original layout, VAE and text encoder beside it).
+    ``weights``: a file or directory of a transformer to take instead of the base's own: original layout, or a
+    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint ("plain": what
+    has no section's name). ``heads``: of
+    a file alone that is neither as wide as the base's transformer nor as a released Wan (0: as these).
+    ``family``: scd or causal. ``chunk``: latent frames generated together (1 in the paper). ``sampler`` is what the
+    student is sampled with: many steps for Wan's own weights, the distilled generator's steps for a generator."""
+
+    base: str
+    out: str
+    weights: str = ""
+    section: str = ""
+    heads: int = 0
+    family: str = "scd"
+    scd: ScdConfig = field(default_factory=ScdConfig)
+    chunk: int = 1
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scd.chunk not in (1, self.chunk):
+            raise UserError(f"scd.chunk is {self.scd.chunk} and chunk {self.chunk}; set chunk= alone")
+        if self.family not in ("scd", "causal"):
+            raise UserError(f"family is '{self.family}'; use scd or causal")
+        check_within(
+            self, {"chunk": (1, MOST_CHUNK), "heads": (0, SIZES["num_attention_heads"][1]), "seed": (0, 2**63 - 1)}
+        )
+        if not self.weights and (self.section or self.heads):
+            raise UserError("section and heads are of the file weights=, which is empty: name it, or leave them out")
+        if self.family == "causal" and self.scd != ScdConfig():
+            raise UserError("scd says how SCD is cut, and family is causal: leave it out, or set family=scd")
+        if unread := self.scd.decoder.unread(DecoderConfig()):
+            raise UserError(f"scd.{unread}")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One line of the report: destination tensor and the Wan tensor it was copied from (None: newly initialised)."""
+
+    destination: str
+    source: str | None
+    shape: tuple[int, ...]
+
+
+def _source_name(name: str, layers: tuple[int, ...]) -> str:
+    """Trunk-relative name with the block index replaced by the Wan layer it comes from."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        parts[1] = str(layers[int(parts[1])])
+    return "trunk." + ".".join(parts)
+
+
+def _pairs(scd: Scd) -> Iterator[tuple[str, str | None]]:
+    for name, _ in scd.encoder.named_parameters():
+        yield f"encoder.{name}", _source_name(name, scd.encoder.layers)
+    for name, _ in scd.decoder.trunk.named_parameters():
+        yield f"decoder.trunk.{name}", _source_name(name, scd.decoder.trunk.layers)
+    for name, _ in scd.decoder.named_parameters():
+        if not name.startswith("trunk."):
+            yield f"decoder.{name}", None
+
+
+def _copy(destination: nn.Module, source: Wan, pairs: Iterator[tuple[str, str | None]]) -> list[Transfer]:
+    source_state = dict(source.named_parameters())
+    target_state = dict(destination.named_parameters())
+    report: list[Transfer] = []
+    with torch.no_grad():
+        for target_name, source_name in pairs:
+            target = target_state.pop(target_name)
+            if source_name is not None:
+                target.copy_(source_state[source_name])
+            report.append(Transfer(target_name, source_name, tuple(target.shape)))
+    assert not target_state, f"untouched parameters: {sorted(target_state)}"
+    return report
+
+
+def transplant_scd(wan: Wan, config: ScdConfig) -> tuple[Scd, list[Transfer]]:
+    """Wan -> SCD. UserError if a layer list names a layer Wan does not have."""
+    config.check(wan.cfg.num_layers)
+    scd = Scd(wan.cfg, config)
+    return scd, _copy(scd, wan, _pairs(scd))
+
+
+def transplant_causal(wan: Wan, chunk: int) -> tuple[Causal, list[Transfer]]:
+    """Wan -> the causal baseline: the same tensors under a causal mask."""
+    if chunk < 1:
+        raise UserError(f"model.chunk is {chunk}; it must be at least 1")
+    causal = Causal(wan.cfg, chunk)
+    return causal, _copy(causal, wan, ((name, name) for name, _ in causal.named_parameters()))
+
+
+def verify_transplant(model: nn.Module, wan: Wan, report: list[Transfer]) -> None:
+    """Every copied tensor is bit-equal to its source, and no two tensors share storage. AssertionError otherwise."""
+    source: dict[str, Tensor] = dict(wan.named_parameters(remove_duplicate=False))
+    state = dict(model.named_parameters(remove_duplicate=False))
+    for line in report:
+        if line.source is not None:
+            assert torch.equal(state[line.destination], source[line.source]), f"{line.destination} != {line.source}"
+    storages = [p.untyped_storage().data_ptr() for p in [*state.values(), *source.values()] if p.numel()]
+    assert len(set(storages)) == len(storages), "two tensors share storage"
+
+
+def report_lines(report: list[Transfer]) -> list[str]:
+    """``destination <- source [shape]`` for people."""
+    return [f"{r.destination} <- {r.source or '(new)'} {list(r.shape)}" for r in report]
+
+
+def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
+    """The transformer to start from, and the provenance of its files."""
+    base = Path(cfg.base)
+    if not cfg.weights:
+        return load_wan(base), {"base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")}
+    file = Path(cfg.weights)
+    own = any((folder / "config.json").is_file() for folder in (base / "transformer", base))
+    like = read_wan_config(base) if own else None  # without one: VAE and text encoder alone
+    wan = load_wan(file, section=cfg.section, heads=cfg.heads, like=like)
+    digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
+    return wan, {"weights": absolute(file), "weights_sha256": digest, "section": cfg.section}
+
+
+def run_transplant(cfg: TransplantConfig) -> str:
+    """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one line for people."""
+    if not cfg.out:
+        raise UserError("out is empty; name a new folder for the checkpoint")
+    out = Path(cfg.out)
+    if Checkpoints(out).newest() is not None:
+        raise UserError(f"{out}: already holds a checkpoint, which is never overwritten; choose another out=")
+    must_be_new(out, Path(cfg.base), Path(cfg.weights or cfg.base))
+    wan, origin = source_wan(cfg)
+    config = ModelConfig(cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk))
+    student: Scd | Causal
+    if cfg.family == "scd":
+        student, report = transplant_scd(wan, config.scd)
+    else:
+        student, report = transplant_causal(wan, cfg.chunk)
+    verify_transplant(student, wan, report)
+    base = absolute(cfg.base)
+    record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": base, **origin})
+    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=base))
+    with new_folder(out, "choose another out=") as part:
+        path = Checkpoints(part).write(0, {"model": student.state_dict()}, description, record)
+        write_text(part / "report.txt", "\n".join(report_lines(report)) + "\n")
+    copied = sum(line.source is not None for line in report)
+    numbers = sum(p.numel() for p in student.parameters())
+    return (
+        f"{out / path.name}: {cfg.family}, {numbers:,} parameters, {copied} tensors copied "
+        f"bit for bit, {len(report) - copied} new; every pair in {cfg.out}/report.txt"
+    )

@@ -1,0 +1,201 @@
+"""Wan 2.1 transformer weights on disk, read and written in both public layouts, and read from distilled generators.
+
+Layouts: diffusers' (config.json with ``WanTransformer3DModel``), the original (config.json with ``WanModel``), each in
+one file or in shards with an index; or one file alone, safetensors or a pickle of tensors (``.pt``, ``.pth``), such as
+the released Self-Forcing, Causal-Forcing and CausVid generators. Names: names.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from scd_sf.files import write_json, write_tensors
+from scd_sf.models.sections import choose_section
+from scd_sf.models.skeleton import skeleton
+from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.names import (
+    ROOTS,
+    Layout,
+    diffusers_to_original,
+    layout_of,
+    original_to_diffusers,
+    to_diffusers,
+    to_ours,
+)
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.wan_json import HeadsFrom, config_from_shapes, config_json, read_config
+from scd_sf.tensor_files import FLOATS, Lazy, in_memory, kind_of, open_folder, open_tensors
+from scd_sf.types import UserError
+
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+INDEX = f"{STEM}.safetensors.index.json"
+SHARDS = STEM + "{suffix}.safetensors"
+MAX_SHARD = "10GB"
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """A transformer on disk: its geometry, whose layout it has, and its tensors by our names, none read yet.
+
+    ``heads``: how the number of attention heads is known; "unknown": the config's is meaningless.
+    """
+
+    path: Path
+    config: WanConfig
+    layout: Layout
+    tensors: Mapping[str, Lazy]
+    heads: HeadsFrom = "stated"
+
+
+def is_wan_directory(path: Path) -> bool:
+    """Whether a transformer's config.json is there or in ``transformer/``; our own checkpoints have none."""
+    return any((folder / "config.json").is_file() for folder in (path / "transformer", path))
+
+
+def transformer_dir(path: Path) -> Path:
+    """``path`` itself or its ``transformer/`` sub-folder, whichever holds the transformer's config.json."""
+    for folder in (path / "transformer", path):
+        if (folder / "config.json").is_file():
+            return folder
+    lacks = "no transformer/config.json there" if path.exists() else "no such file or folder"
+    raise UserError(f"{path}: {lacks}; give a Wan 2.1 directory or a file of its weights")
+
+
+def open_wan(
+    path: Path, *, section: str = "", heads: int = 0, like: WanConfig | None = None, any_heads: bool = False
+) -> WanFiles:
+    """A Wan 2.1 text-to-video transformer, every tensor's name and shape checked, none of them read yet.
+
+    ``path``: a directory in either layout, or one file. ``section`` picks a part of a training checkpoint (empty: its
+    EMA generator, else its generator; see sections.py). A file alone does not say how many attention ``heads`` it has
+    (the rest of the geometry follows from the shapes): 0 takes those of ``like`` if that is as wide, or those of the
+    released models of this width. UserError where nothing says it, unless ``any_heads``.
+    """
+    where = path if path.is_file() else transformer_dir(path)
+    stored = open_tensors(path) if path.is_file() else open_folder(where, STEM)
+    tensors = choose_section(stored, ROOTS, section, str(where))
+    for name, tensor in tensors.items():
+        if not tensor.meta.is_floating_point():
+            raise UserError(f"{tensor.origin}: tensor '{name}' is {kind_of(tensor)}; only {', '.join(FLOATS)} are read")
+    layout = layout_of(tensors, str(where))
+    known: HeadsFrom = "stated"
+    if path.is_file():
+        shapes = {to_diffusers(_ours(name, layout, path)): tensor.shape for name, tensor in tensors.items()}
+        config, known = config_from_shapes(shapes, heads, path, like)
+        if known == "unknown" and not any_heads:
+            raise UserError(
+                f"{path}: a file of width {config.width} does not say how many attention heads it has; "
+                "say it with heads (a released Wan's widths are known), or give the directory with its config.json"
+            )
+    else:
+        config, _ = read_config(where / "config.json")
+    return WanFiles(where, config, layout, _fitting(tensors, config, layout, where), known)
+
+
+def _fitting(tensors: Mapping[str, Lazy], config: WanConfig, layout: Layout, where: Path) -> dict[str, Lazy]:
+    """``tensors`` by our names, in the model's order. UserError where they are not those of ``config``."""
+    description = where if where.is_file() else where / "config.json"
+    model = skeleton(lambda: Wan(config), tensors, description, "these files do not match")
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ours: dict[str, Lazy] = {}
+    for name, tensor in tensors.items():
+        own = _ours(name, layout, where)
+        if expected.get(own) != tensor.shape:
+            implied = list(expected[own]) if own in expected else "no such tensor"
+            raise UserError(
+                f"{tensor.origin}: tensor '{name}' has shape {list(tensor.shape)}, the config implies {implied}; "
+                "these files do not match"
+            )
+        ours[own] = tensor
+    missing = [name for name in expected if name not in ours]
+    if missing:
+        first = _theirs(missing[0], layout)
+        raise UserError(f"{where}: {len(missing)} tensors missing, first '{first}'; copy all shards")
+    return {name: ours[name] for name in expected}
+
+
+def read_wan_config(path: Path) -> WanConfig:
+    """The geometry of a transformer in either layout. UserError for other architectures and for image-to-video."""
+    if path.is_file():
+        return open_wan(path).config
+    return read_config(transformer_dir(path) / "config.json")[0]
+
+
+def load_wan(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    section: str = "",
+    heads: int = 0,
+    like: WanConfig | None = None,
+) -> Wan:
+    """The transformer of :func:`open_wan`, read into a model."""
+    files = open_wan(path, section=section, heads=heads, like=like)
+    with torch.device("meta"):
+        model = Wan(files.config)
+    model.load_state_dict({name: tensor.read().to(dtype) for name, tensor in files.tensors.items()}, assign=True)
+    return model
+
+
+def _ours(name: str, layout: Layout, where: Path) -> str:
+    """Our name of an unwrapped tensor, which may not be one of ours: then the caller finds it unexpected."""
+    if layout == "diffusers":
+        return to_ours(name)
+    renamed = original_to_diffusers(name)
+    if renamed is None:
+        raise UserError(f"{where}: tensor '{name}' is not one of Wan 2.1 text-to-video; use its own files")
+    return to_ours(renamed)
+
+
+def _theirs(name: str, layout: Layout) -> str:
+    diffusers = to_diffusers(name)
+    return diffusers if layout == "diffusers" else diffusers_to_original(diffusers) or diffusers
+
+
+def shard_size(text: int | str) -> int:
+    """Bytes of "10GB", "500 MB" or a number. UserError for anything else and for less than one byte."""
+    match = re.fullmatch(r"(\d{1,15})(?:\.(\d{1,6}))?\s*(KB|MB|GB|TB|B)?", str(text).strip(), re.IGNORECASE | re.ASCII)
+    unit = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    size = 0 if match is None else int(float(f"{match[1]}.{match[2] or 0}") * unit.get((match[3] or "B").upper(), 1))
+    if size < 1:
+        raise UserError(f"max_shard is {str(text)[:80]!r}; write it as 10GB, 500MB or a number of bytes, at least 1")
+    return size
+
+
+def save_wan(
+    state: Mapping[str, Tensor],
+    cfg: WanConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    layout: Layout = "diffusers",
+    max_shard: int | str = MAX_SHARD,
+) -> None:
+    """Write a model's state (our names) in ``dtype``; see :func:`write_wan`."""
+    write_wan({name: in_memory(tensor, dtype=dtype) for name, tensor in state.items()}, cfg, folder, layout, max_shard)
+
+
+def write_wan(
+    tensors: Mapping[str, Lazy], cfg: WanConfig, folder: Path, layout: Layout, max_shard: int | str = MAX_SHARD
+) -> None:
+    """Write config.json and safetensors, in shards with an index where they are large; one shard in memory at a time.
+
+    ``WanTransformer3DModel.from_pretrained`` and the original code's ``WanModel.from_pretrained`` read their layout.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {_theirs(name, layout): tensor for name, tensor in tensors.items()}
+    metas = {name: tensor.meta for name, tensor in named.items()}
+    plan = split_torch_state_dict_into_shards(metas, filename_pattern=SHARDS, max_shard_size=shard_size(max_shard))
+    for file, names in plan.filename_to_tensors.items():
+        write_tensors(folder / file, {name: named[name].read().contiguous() for name in names}, {"format": "pt"})
+    if plan.is_sharded:
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    write_json(folder / "config.json", config_json(cfg, layout))

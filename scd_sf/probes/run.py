@@ -1,0 +1,239 @@
+"""``scd probe``: open a model, run the probes that were asked for on it, write JSON, PNG and one page.
+
+    scd probe checkpoint=runs/stage2 prompts='["a red fox in snow"]' out=probes
+    scd probe checkpoint=assets/wan_doom data=DIR probes='[similarity,attention]' out=probes
+
+``checkpoint``: any of ours (bidirectional, causal, SCD, distilled, from scratch), or a Wan directory of diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from scd_sf.data.frames import FrameClips
+from scd_sf.data.latents import LatentClips
+from scd_sf.data.prompt_files import read_prompt_file
+from scd_sf.files import locked, read_json, write_json
+from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler
+from scd_sf.models.blocks import BlocksConfig
+from scd_sf.models.build import (
+    CheckpointConfig,
+    ModelConfig,
+    SamplerConfig,
+    Student,
+    base_of,
+    blocks_of,
+    describe_checkpoint,
+    load_checkpoint_model,
+)
+from scd_sf.models.causal import Causal
+from scd_sf.models.scd.wan import Scd
+from scd_sf.models.wan.text_cache import open_text_encoder
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.vae import load_vae
+from scd_sf.models.wan.weights import is_wan_directory, load_wan
+from scd_sf.ownership import require_own_folder
+from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
+from scd_sf.probes.frame_diagonal import DiagonalProbe, frame_diagonal
+from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
+from scd_sf.probes.pca import PcaProbe, pca
+from scd_sf.probes.report import write_report
+from scd_sf.probes.result import ProbeResult
+from scd_sf.probes.similarity import SimilarityProbe, similarity
+from scd_sf.probes.skip_layer import SkipProbe, skip_layer
+from scd_sf.probes.subject import Subject
+from scd_sf.provenance import git_revision, versions
+from scd_sf.types import Conditioning, UserError, VideoShape, check_within, say
+
+PROBES: dict[str, Callable[[Subject, Any], ProbeResult]] = {
+    "similarity": similarity,
+    "pca": pca,
+    "attention": attention_mass,
+    "skip": skip_layer,
+    "diagonal": frame_diagonal,
+    "leave_one_out": leave_one_out,
+}
+
+
+class Settings(Protocol):
+    """A probe's part of the configuration."""
+
+    def check(self, subject: Subject) -> None:
+        """UserError: what does not fit this subject."""
+        ...
+
+
+@dataclass
+class ProbeConfig:
+    """``probes``: which (empty: all that the model and what is given allow). ``prompts``, or ``prompt_file``, or
+    ``data``: encoded clips, whose first ``clips`` tell prompts (actions, labels) and the size, and which leave_one_out
+    needs. Sizes (in pixels, without ``data``) of 0: as trained. ``sampler`` unset: the checkpoint's own, for a Wan
+    directory 50 steps of Euler; ``force``: another one for a distilled student. ``base``: where text encoder and VAE
+    are. ``whole``: a checkpoint with a skip-layer schedule or frame-diagonal blocks is run without them."""
+
+    checkpoint: str
+    out: str
+    probes: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    prompt_file: str = ""
+    data: str = ""
+    clips: int = 2
+    base: str = ""
+    weights: str = "ema"
+    seed: int = 0
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    sampler: SamplerConfig | None = None
+    force: bool = False
+    whole: bool = False
+    similarity: SimilarityProbe = field(default_factory=SimilarityProbe)
+    pca: PcaProbe = field(default_factory=PcaProbe)
+    attention: AttentionProbe = field(default_factory=AttentionProbe)
+    skip: SkipProbe = field(default_factory=SkipProbe)
+    diagonal: DiagonalProbe = field(default_factory=DiagonalProbe)
+    leave_one_out: LeaveOneOut = field(default_factory=LeaveOneOut)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.probes if name not in PROBES]:
+            raise UserError(f"probes: {unknown} are none; choose from {', '.join(PROBES)}")
+        if self.clips < 1 or min(self.frames, self.height, self.width) < 0:
+            raise UserError(f"clips is {self.clips} (at least 1), sizes must not be negative")
+        check_within(self, {**SIZES_ASKED, "seed": (0, 2**63 - 1)})
+
+
+def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[str, object]]:
+    """The model, what its checkpoint says, and its provenance (a Wan directory has none)."""
+    path = Path(cfg.checkpoint)
+    if is_wan_directory(path):
+        wan = load_wan(path)
+        return wan, CheckpointConfig(ModelConfig(family="wan", wan=wan.cfg), cfg.sampler or SamplerConfig()), {}
+    model, config = load_checkpoint_model(path, cfg.weights, BlocksConfig() if cfg.whole else None)
+    return model, config, describe_checkpoint(path)[1]
+
+
+def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
+    """Everything checked before anything runs. UserError: what does not fit, or is missing."""
+    model, config, origin = open_model(cfg)
+    sampler = choose_sampler(config.sampler, cfg.sampler, cfg.checkpoint, force=cfg.force).build()
+    base = Path(cfg.base or config.base or (cfg.checkpoint if isinstance(model, Wan) else ""))
+    clips, cond, shape = told(cfg, config, base, origin)
+    if shape.channels != model.cfg.in_channels:
+        raise UserError(f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}")
+    seeds = tuple(cfg.seed + number for number in range(cond.batch))
+    model.requires_grad_(False).to(device)
+    own = config.sampler
+    shifts = ((cfg.sampler or own).shift, own.shift)
+    return Subject(Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device, *shifts)
+
+
+def told(
+    cfg: ProbeConfig, config: CheckpointConfig, base: Path, origin: dict[str, object]
+) -> tuple[LatentClips | FrameClips | None, Conditioning, VideoShape]:
+    """Clips, conditions and the size: from ``data``, or from prompts."""
+    if config.model.backbone == "dit":
+        if not cfg.data:
+            raise UserError(f"{cfg.checkpoint}: was trained on encoded frames; set data= to such a directory")
+        frames = FrameClips(cfg.data)
+        trained = origin.get("latent")
+        number = cfg.frames or (int(trained[0]) if isinstance(trained, list) else 0)
+        if not number:
+            raise UserError(f"{cfg.checkpoint}: does not say what it was trained on; set frames=")
+        usable = frames.at_least(number)[: cfg.clips]
+        return frames, frames.batch(usable, [0] * len(usable), number).cond, frames.info.shape(number)
+    prompts = list(cfg.prompts)
+    if cfg.prompt_file:
+        prompts += [row.prompt for row in read_prompt_file(Path(cfg.prompt_file), "prompt")]
+    clips = LatentClips(cfg.data) if cfg.data else None
+    if clips is not None and not prompts:
+        return clips, clips.batch(list(range(min(cfg.clips, len(clips))))).text, clips.shape
+    if not prompts or not base.name:
+        raise UserError("set data= to encoded clips, or prompts= (or prompt_file=) and base= to encode them with")
+    base = base_of(str(base), cfg.base, cfg.checkpoint)
+    cond = open_text_encoder(base, "").encode(prompts)
+    return clips, cond, clips.shape if clips is not None else sized(cfg, base, origin)
+
+
+def sized(cfg: ProbeConfig, base: Path, origin: dict[str, object]) -> VideoShape:
+    """The size asked for in pixels, else that of the training videos, by the VAE of ``base``."""
+    trained = origin.get("video")
+    known = trained if isinstance(trained, dict) else {}
+    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    size = {name: int(value or known.get(name) or 0) for name, value in asked.items()}
+    if missing := [f"{name}=" for name, value in size.items() if not value]:
+        raise UserError(f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(missing)}, or data=")
+    return load_vae(base).geometry.shape(size["frames"], size["height"], size["width"])
+
+
+def unfit(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
+    """Probes that cannot run on this subject, and why."""
+    model, why = subject.model, {}
+    if isinstance(model, Scd):
+        why["skip"] = "SCD's decoder is short already; probe the model that it was made from"
+    if not isinstance(model, Causal):
+        why["diagonal"] = "is for the causal baseline"
+    if len(subject.seeds) < 2:
+        why |= {name: "compares videos of at least two prompts" for name in ("skip", "diagonal") if name not in why}
+    if subject.clips is None:
+        why["leave_one_out"] = "needs encoded clips; give them with data="
+    if subject.shape.frames < 2:
+        why["attention"] = "needs two latent frames and more; give frames="
+    if blocks := subject.bypassed:
+        bypassed = f"blocks {blocks.start}..{blocks.stop - 1} do not run at every step; whole=true runs them all"
+        names = ["similarity", "pca", "attention"] + ["diagonal"] * (not cfg.diagonal.counts)
+        why = dict.fromkeys(names, bypassed) | why
+    return why
+
+
+def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
+    """The probes asked for; without a choice those that this model and data allow, saying why not the others.
+    UserError: one that was asked for cannot run, or not with these settings."""
+    why = unfit(cfg, subject)
+    if wrong := [f"{name}: {why[name]}" for name in cfg.probes if name in why]:
+        raise UserError(f"{cfg.checkpoint}: {'; '.join(wrong)}")
+    names = list(cfg.probes) or [name for name in PROBES if name not in why]
+    if not names:
+        raise UserError(f"{cfg.checkpoint}: no probe fits: {'; '.join(f'{name}: {why[name]}' for name in why)}")
+    for name in names:
+        settings: Settings = getattr(cfg, name)
+        settings.check(subject)
+    for name, reason in why.items():
+        if not cfg.probes:
+            say(f"without {name}: {reason}")
+    return names
+
+
+def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
+    """All files into ``out``, beside those of earlier probes of the same; returns the page, made anew after each."""
+    subject, out = open_subject(cfg, device), Path(cfg.out)
+    names = runnable(cfg, subject)
+    facts: dict[str, object] = {
+        "checkpoint": cfg.checkpoint,
+        "family": type(subject.model).__name__,
+        "weights": cfg.weights,
+        "blocks": "whole" if blocks_of(subject.model) == BlocksConfig() else str(blocks_of(subject.model)),
+        "prompts": "; ".join(cfg.prompts) or cfg.prompt_file or f"those of {cfg.data}",
+        "clips": len(subject.seeds),
+        "latent": list(subject.shape.latent(len(subject.seeds))),
+        "sampler": f"{subject.sampler.name}, {subject.sampler.steps} steps",
+        "seed": cfg.seed,
+    }
+    about = out / "probe.json"
+    require_own_folder(out, [about.name], "choose another out=")
+    with locked(out, "these probes"):
+        if about.is_file():
+            before = read_json(about, "choose another out=")
+            if changed := [name for name, value in facts.items() if before.get(name) != value]:
+                raise UserError(f"{out}: holds probes of another {', '.join(changed)}; choose another out=")
+        write_json(about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()})
+        for number, name in enumerate(names, 1):
+            result = PROBES[name](subject, getattr(cfg, name))
+            result.write(out)
+            page = write_report(out, f"Probes of {subject.name}", facts)
+            say(f"[{number}/{len(names)}] {result.title}: {result.text}")
+    return page

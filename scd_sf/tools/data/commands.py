@@ -1,0 +1,105 @@
+"""``scd data``: check, repair, manifest, export-webdataset, import."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from scd_sf.data.clip_index import read_job
+from scd_sf.data.prompts import index_clips
+from scd_sf.files import locked
+from scd_sf.tools.data.check import Progress as Report
+from scd_sf.tools.data.check import check as check_folder
+from scd_sf.tools.data.check import repair as repair_folder
+from scd_sf.tools.data.export import export_webdataset
+from scd_sf.types import UserError, say
+
+SHOWN = 20
+app = typer.Typer(help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or 'scd data import'.")]
+Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Report]:
+    """A function to be told how many are done; shown on a terminal only."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@app.command()
+def check(folder: Folder, full: Full = False) -> None:
+    """Compare headers, file sizes, shapes and the index; exit code 1 when something is wrong. Changes nothing."""
+    with _counting("files") as progress:
+        report = check_folder(folder, full=full, progress=progress)
+    for line in report.problems[:SHOWN]:
+        say(line)
+    if len(report.problems) > SHOWN:
+        say(f"... and {len(report.problems) - SHOWN} more")
+    stray = f", {len(report.stray)} temporary files" if report.stray else ""
+    say(f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}")
+    sys.exit(1 if report.problems else 0)
+
+
+@app.command()
+def repair(folder: Folder, full: Full = False) -> None:
+    """Move damaged files to quarantine/, so that the next run makes them again; remove old temporary files; index."""
+    with _counting("files") as progress:
+        report, count = repair_folder(folder, full=full, progress=progress)
+    for fault in report.damaged.values():
+        say(f"moved to quarantine: {fault}")
+    say(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
+
+
+@app.command()
+def manifest(folder: Folder) -> None:
+    """Write clips.jsonl and manifest.json again, from the files' headers."""
+    read_job(folder)
+    with locked(folder, "scd data manifest"):
+        say(f"{folder}: {index_clips(folder)} clips in the index")
+
+
+@app.command("export-webdataset")
+def export_tars(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="A new folder, or one of an export that was interrupted.")],
+    per_tar: Annotated[int, typer.Option(help="Clips per tar.")] = 256,
+    videos: Annotated[bool, typer.Option(help="Also the mp4 files.")] = True,
+) -> None:
+    """Tar shards without pickles: ID.safetensors, ID.prompt.txt, ID.mp4 per clip."""
+    with _counting("tars") as progress:
+        count = export_webdataset(folder, out, per_tar=per_tar, videos=videos, progress=progress)
+    say(f"{out}: {count} tars")
+
+
+@app.command("import")
+def import_source(
+    source: Annotated[Path, typer.Argument(help="Tars of rCM or ours, LMDB of Self-Forcing, parquet of FastVideo.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or one of an import that was interrupted.")],
+    model: Annotated[Path, typer.Option(help="The Wan directory (VAE, text encoder) that the clips are of.")],
+    store: Annotated[str, typer.Option(help="bf16, fp16 or fp32 on disk.")] = "bf16",
+    negative_prompt: Annotated[str, typer.Option(help="Of stage 3's teacher; 'wan' is Wan's own, '' none.")] = "wan",
+    text_cache: Annotated[str, typer.Option(help="Where encoded prompts are kept; 'off': nowhere.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the text encoder.")] = "cpu",
+) -> None:
+    """Other projects' clips as a folder that stage 2 reads. Archives are read in place; pickled code is refused."""
+    from scd_sf.tools.data.importer import STORED, ImportOptions, import_clips
+
+    if store not in STORED:
+        raise UserError(f"--store: '{store}' is unknown; use one of {', '.join(STORED)}")
+    options = ImportOptions(source, out, model, store, negative_prompt, text_cache, device)
+    with _counting("clips") as progress:
+        say(import_clips(options, progress))

@@ -1,0 +1,332 @@
+"""From clips of pixels, or of foreign latents, to a directory of encoded frames (``scd_sf.data.frames.FrameClips``).
+
+Threads decode a few clips ahead (decoders leave Python's lock), the tokenizer takes some frames at a time. Malformed
+clips are left out and listed in ``report.json`` with the reason; more than a share of them is an error. An interrupted
+run goes on after the last complete shard. The input is only read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from scd_sf.data.frames import FrameSetInfo, FrameWriter
+from scd_sf.data.shards import check_place
+from scd_sf.data.sources.far import LatentClip
+from scd_sf.data.sources.pixels import PixelClip, SourceClips
+from scd_sf.data.sources.raw_files import Refused
+from scd_sf.files import Json, hash_json, locked, read_json, sha256_folder, write_json
+from scd_sf.tools.data.progress import progress_of
+from scd_sf.types import Tokenizer, UserError, device_of, printable, say
+
+REPORT = "report.json"
+KEEP = "nothing of others is overwritten: give another name"
+SHOWN = 20
+Shape = tuple[int, int, int]  # channels, height, width of a latent frame
+
+
+class AnyClip(Protocol):
+    """What clips of pixels and of latents have in common."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def actions_F(self) -> Tensor | None: ...
+
+    @property
+    def label(self) -> int | None: ...
+
+    @property
+    def frames(self) -> int: ...
+
+
+ClipType = TypeVar("ClipType", bound=AnyClip)
+Clip_co = TypeVar("Clip_co", bound=AnyClip, covariant=True)
+
+
+class AnySource(Protocol[Clip_co]):
+    """A list of such clips; see ``scd_sf.data.sources.pixels.SourceClips``."""
+
+    @property
+    def ids(self) -> list[str]: ...
+
+    @property
+    def num_actions(self) -> int: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def fps(self) -> float: ...
+
+    @property
+    def refused(self) -> list[Refused]: ...
+
+    def read(self, index: int) -> Clip_co:
+        """A clip. UserError when it is malformed."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How the work is done; ``max_bad`` is the share of malformed clips above which the data is refused."""
+
+    batch: int = 64
+    """Frames per call of the tokenizer."""
+    workers: int = 2
+    """Threads that decode; each holds one clip, and one more waits."""
+    max_bad: float = 0.01
+    frames_per_shard: int = 10_000
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.workers, self.frames_per_shard) < 1:
+            raise UserError("batch, workers and frames_per_shard must be at least 1")
+        if not 0 <= self.max_bad <= 1:
+            raise UserError(f"max_bad is {self.max_bad}; it is a share from 0 to 1")
+        device_of(self.device)
+
+
+@dataclass
+class Report:
+    """What became of a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run, ``before``: done by an
+    earlier run; ``bad``: what is left out and why. Seconds are of this run."""
+
+    clips: int
+    before: int = 0
+    good: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    bad: list[Refused] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """As JSON. UserError where another file has this name."""
+        check_report(path)
+        bad = [{"name": printable(part.name), "reason": printable(part.reason)} for part in self.bad]
+        rate = round(self.frames / max(self.seconds, 1e-9), 2)
+        write_json(path, {**asdict(self), "bad": bad, "frames_per_second": rate})
+
+    def __str__(self) -> str:
+        rate = self.frames / max(self.seconds, 1e-9)
+        done = f"{self.before} clips before, " if self.before else ""
+        return f"{done}{self.good} clips, {self.frames} frames, {len(self.bad)} bad; {rate:.0f} frames/s"
+
+
+def check_report(path: Path) -> None:
+    """UserError where ``path`` is a file that is no report."""
+    if path.exists() and not {"clips", "good", "bad"} <= set(read_json(path, KEEP)):
+        raise UserError(f"{path}: is no report of this command; {KEEP}")
+
+
+def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> Report:
+    """Read every clip and keep nothing. Malformed ones are no error here: see the report."""
+    report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
+    began = time.monotonic()
+    with progress_of("clips", len(source.ids), 0) as progress:
+        for number, read in enumerate(_read(source, range(len(source.ids)), config.workers), 1):
+            if isinstance(read, Refused):
+                report.bad.append(read)
+            else:
+                report.good, report.frames = report.good + 1, report.frames + read.clip.frames
+            progress(number)
+    report.seconds = round(time.monotonic() - began, 3)
+    return report
+
+
+def encode_pixels(source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: Json, config: EncodeConfig) -> Report:
+    """Encode every clip of a source. ``inputs``: what else the directory is made from (the tokenizer's hash).
+
+    UserError: too many malformed clips, sizes that the tokenizer cannot divide, or a directory of something else.
+    """
+
+    def shape_of(clip: PixelClip) -> Shape:
+        height, width = clip.frames_F3HW.shape[2:]
+        if height % tokenizer.spatial or width % tokenizer.spatial:
+            raise UserError(f"{clip.id}: {width}x{height} does not divide by {tokenizer.spatial}; choose another size")
+        return tokenizer.channels, height // tokenizer.spatial, width // tokenizer.spatial
+
+    def latents_of(clip: PixelClip) -> Tensor:
+        parts = clip.frames_F3HW.split(config.batch)
+        with torch.inference_mode():
+            pixels = (part.to(config.device).float().div(127.5).sub(1)[None] for part in parts)
+            return torch.cat([tokenizer.encode(part)[0].cpu() for part in pixels])
+
+    return _write(source, shape_of, latents_of, tokenizer.spatial, out, inputs, config)
+
+
+def import_latents(
+    source: AnySource[LatentClip], spatial: int, out: Path, inputs: Json, config: EncodeConfig
+) -> Report:
+    """Copy foreign latents. ``spatial``: pixels per latent along a side. Errors as in :func:`encode_pixels`."""
+
+    def shape_of(clip: LatentClip) -> Shape:
+        _, channels, height, width = clip.latents_FCHW.shape
+        return channels, height, width
+
+    return _write(source, shape_of, lambda clip: clip.latents_FCHW, spatial, out, inputs, config)
+
+
+def _write(
+    source: AnySource[ClipType], shape_of: Callable[[ClipType], Shape],
+    latents_of: Callable[[ClipType], Tensor], spatial: int, out: Path, inputs: Json, config: EncodeConfig,
+) -> Report:  # fmt: skip
+    check_place(out)
+    report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
+    _hold_to_budget(report, config, None)
+    shape = shape_of(_first_good(source))
+    with locked(out, "the encoding of frames"):
+        return _write_all(source, shape, shape_of, latents_of, spatial, out, inputs, config, report)
+
+
+def _write_all(
+    source: AnySource[ClipType], shape: Shape, shape_of: Callable[[ClipType], Shape],
+    latents_of: Callable[[ClipType], Tensor], spatial: int, out: Path, inputs: Json, config: EncodeConfig,
+    report: Report,
+) -> Report:  # fmt: skip
+    info = FrameSetInfo(*shape, spatial, source.num_actions, source.labels, source.fps)
+    inputs = {**inputs, "clips": len(source.ids), "ids_sha256": hash_json(source.ids)}
+    writer = FrameWriter(out, inputs, info, frames_per_shard=config.frames_per_shard)
+    done = set(writer.done)
+    report.before = len(done)
+    if writer.finished:
+        return report
+    todo = [index for index, id in enumerate(source.ids) if id not in done]
+    began = time.monotonic()
+    with progress_of("clips", len(source.ids), len(done)) as progress:
+        for number, read in enumerate(_read(source, todo, config.workers), 1):
+            try:
+                if isinstance(read, Refused):
+                    raise UserError(read.reason)
+                if shape_of(read.clip) != shape:
+                    raise UserError(f"latents would be {shape_of(read.clip)}, those of the first clip are {shape}")
+                writer.append(read.clip.id, latents_of(read.clip), read.clip.actions_F, read.clip.label)
+                report.good, report.frames = report.good + 1, report.frames + read.clip.frames
+            except UserError as error:
+                report.bad.append(Refused(read.name, str(error)))
+                _hold_to_budget(report, config, out)
+            progress(len(done) + number)
+    report.seconds = round(time.monotonic() - began, 3)
+    report.write(out / REPORT)  # before the manifest, after which nothing is done again
+    writer.finish()
+    return report
+
+
+@dataclass(frozen=True)
+class _Good(Generic[ClipType]):
+    clip: ClipType
+
+    @property
+    def name(self) -> str:
+        return self.clip.id
+
+
+def _read(source: AnySource[ClipType], indices: Sequence[int], workers: int) -> Iterator[_Good[ClipType] | Refused]:
+    """The clips in order, or why one is left out. At most ``workers`` + 1 are read or held at a time."""
+
+    def read(index: int) -> _Good[ClipType] | Refused:
+        try:
+            return _Good(source.read(index))
+        except UserError as error:
+            return Refused(source.ids[index], str(error))
+
+    waiting: deque[Future[_Good[ClipType] | Refused]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for index in indices:
+            waiting.append(pool.submit(read, index))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _first_good(source: AnySource[ClipType]) -> ClipType:
+    """A clip that says how large the others must be. UserError: no clip can be read."""
+    problem = "it lists none"
+    for index in range(len(source.ids)):
+        try:
+            return source.read(index)
+        except UserError as error:
+            problem = str(error)
+    raise UserError(f"no clip of the source can be read; the last: {problem}")
+
+
+def _hold_to_budget(report: Report, config: EncodeConfig, out: Path | None) -> None:
+    """UserError, after the report is written, where more than the allowed share is malformed."""
+    if len(report.bad) <= config.max_bad * report.clips:
+        return
+    where = ""
+    if out is not None and out.is_dir():
+        report.write(out / REPORT)
+        where = f"; all are in {out / REPORT}"
+    last = report.bad[-1]
+    raise UserError(
+        f"{len(report.bad)} of {report.clips} clips are malformed, more than max_bad {config.max_bad:g}"
+        f" (the last is {last.name}: {last.reason}){where}; repair the source, or raise max_bad"
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a script was asked for. ``tokenizer``: a directory of ``scd_sf.models.tokenizers.tokenizer``; ``check``: only read and
+    report, to ``report`` too where it is given."""
+
+    out: Path | None
+    tokenizer: Path | None
+    check: bool
+    report: Path | None
+    config: EncodeConfig
+
+
+def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
+    """The whole of a script for pixels: check or encode, and print what became of it. UserError: see above, or an
+    option is missing."""
+    if not _checked(source, task):
+        if task.tokenizer is None:
+            raise UserError("--tokenizer: is missing; give the directory of one, or --check to only read")
+        from scd_sf.models.tokenizers.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(task.tokenizer, task.config.device)
+        inputs = {**about, "tokenizer_sha256": sha256_folder(task.tokenizer)}
+        report = encode_pixels(source, tokenizer, _out(task), inputs, task.config)
+        say(f"{task.out}: {report}")
+
+
+def run_latents(source: AnySource[LatentClip], spatial: int, about: Json, task: Task) -> None:
+    """The same for latents that are computed already."""
+    if not _checked(source, task):
+        say(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
+
+
+def _checked(source: AnySource[ClipType], task: Task) -> bool:
+    if not task.check:
+        return False
+    if task.report is not None:
+        check_report(task.report)  # before everything is read
+    report = check_clips(source, task.config)
+    if task.report is not None:
+        report.write(task.report)
+    for bad in report.bad[:SHOWN]:
+        say(f"{bad.name}: {bad.reason}")
+    if len(report.bad) > SHOWN:
+        say(f"... and {len(report.bad) - SHOWN} more")
+    say(str(report))
+    _hold_to_budget(report, task.config, None)
+    return True
+
+
+def _out(task: Task) -> Path:
+    if task.out is None:
+        raise UserError("--out: is missing; give the directory for the encoded frames, or --check to only read")
+    return task.out

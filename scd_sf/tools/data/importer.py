@@ -1,0 +1,206 @@
+"""``scd data import``: clips of other projects' layouts (foreign.py) as a folder of one file per clip."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd_sf import __version__
+from scd_sf.data.clip_files import (
+    ID,
+    SUFFIX,
+    VIDEO,
+    About,
+    bytes_of,
+    clip_path,
+    quarantine_of,
+    read_header,
+    sweep_clips,
+    write_clip,
+)
+from scd_sf.data.clip_index import Common, fault_of, open_job
+from scd_sf.data.prompts import index_clips, write_fixed_prompts
+from scd_sf.data.sources.raw_files import Refused
+from scd_sf.files import Json, files_below, locked, write_bytes, write_jsonl
+from scd_sf.models.wan.text import TextEncoder, wan_negative
+from scd_sf.models.wan.text_cache import open_text_encoder
+from scd_sf.models.wan.vae import Vae, load_vae
+from scd_sf.tools.data.foreign import Part, Sample, read_lmdb, read_parquet, read_tar
+from scd_sf.types import UserError, VideoShape, device_of, printable
+
+REFUSED = "refused.jsonl"
+STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """``model``: a Wan directory whose VAE normalises what is not normalised, and whose text encoder encodes the empty
+    and the negative prompt, and all prompts where the source has no text states. ``store``: bf16, fp16 or fp32."""
+
+    source: Path
+    out: Path
+    model: Path
+    store: str = "bf16"
+    negative_prompt: str = "wan"
+    text_cache: str = ""
+    device: str = "cpu"
+
+
+def sources_of(path: Path) -> tuple[str, list[Path]]:
+    """("tar" | "lmdb" | "parquet", its files or environments in name order). UserError for none, or for several."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check the path")
+    if path.is_file():
+        found = {"tar": [path] * (path.suffix == ".tar"), "parquet": [path] * (path.suffix == ".parquet"), "lmdb": []}
+    else:
+        below = list(files_below(path))
+        found = {
+            "tar": [file for file in below if file.suffix == ".tar" and file.parent == path],
+            "parquet": [file for file in below if file.suffix == ".parquet"],
+            "lmdb": [f.parent for f in below if f.name == "data.mdb" and path in (f.parent, f.parent.parent)],
+        }
+    kinds = [kind for kind, files in found.items() if files]
+    if len(kinds) != 1:
+        raise UserError(f"{path}: holds {' and '.join(kinds) or 'none'} of .tar, .parquet and data.mdb; give one kind")
+    return kinds[0], found[kinds[0]]
+
+
+def import_clips(options: ImportOptions, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Copy every clip of the source; a line that says what was done. What is there already is not written again.
+
+    UserError, after all else is imported, when something was refused: ``quarantine/refused.jsonl`` lists it.
+    """
+    kind, files = sources_of(options.source)
+    device = device_of(options.device)
+    encoder = open_text_encoder(options.model, options.text_cache, device=device)
+    with ExitStack() as held:
+        target = _Target(options, kind, encoder, load_vae(options.model, device=device), held)
+        return _import(options, target, _parts(kind, files), progress)
+
+
+def _import(options: ImportOptions, target: _Target, parts: Iterator[Part], progress: Callable[[int], None]) -> str:
+    refused: list[Json] = []
+    for number, part in enumerate(parts, 1):
+        fault = part.reason if isinstance(part, Refused) else target.add(part)
+        if fault:
+            refused.append({"name": printable(part.name), "reason": printable(fault)})
+        progress(number)
+    if target.common is None:
+        first = f"; the first part was refused: {refused[0]['reason']}" if refused else ""
+        raise UserError(f"{options.source}: no clip in it could be taken{first}")
+    where = quarantine_of(options.out) / REFUSED
+    write_jsonl(where, refused)
+    negative = wan_negative(options.negative_prompt)
+    write_fixed_prompts(options.out, target.encoder.states, negative, target.common.torch_dtype)
+    count = index_clips(options.out)
+    if refused:
+        first = f"{refused[0]['name']}: {refused[0]['reason']}"
+        raise UserError(f"{len(refused)} parts of {options.source} were refused, {where} lists them; first {first}")
+    return f"{options.out}: {target.count} clips from {options.source} ({target.kind}), {count} in the index"
+
+
+def _parts(kind: str, files: list[Path]) -> Iterator[Part]:
+    for file in files:
+        yield from {"tar": read_tar, "lmdb": read_lmdb, "parquet": read_parquet}[kind](file)
+
+
+class _Target:
+    """The folder that is written. The first clip decides the shape of all."""
+
+    def __init__(self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae, held: ExitStack) -> None:
+        """``held``: keeps the folder's lock, which is taken with the first clip."""
+        self.options, self.kind, self.encoder, self.vae, self.held = options, kind, encoder, vae, held
+        self.common: Common | None = None
+        self.count = 0
+
+    def add(self, sample: Sample) -> str:
+        """Write a clip; "" or why it is refused. UserError where the folder cannot be begun."""
+        try:
+            if sample.own is not None:
+                self._add_own(sample, sample.own)
+            else:
+                self._add(sample)
+        except ValueError as error:  # UserErrors too
+            if self.common is None and isinstance(error, UserError):
+                raise
+            return str(error)
+        self.count += 1
+        return ""
+
+    def _add(self, sample: Sample) -> None:
+        assert sample.latents is not None
+        latents = self._normalised(sample.latents.float()) if sample.raw else sample.latents
+        text = self.encoder.states([sample.prompt])[0] if sample.text is None else sample.text
+        dtype = STORED[self.options.store]
+        latents, text = latents.to(dtype).contiguous(), text.to(dtype)
+        common = self._common(latents.shape, dtype)
+        if tuple(latents.shape) != common.shape.latent(1)[1:]:
+            raise ValueError(
+                f"latents {tuple(latents.shape)} instead of {common.shape.latent(1)[1:]}, as the first clip's"
+            )
+        if text.shape[1] != common.width or not 0 < len(text) <= common.max_length:
+            raise ValueError(f"text {tuple(text.shape)} instead of ({common.max_length} at most, {common.width})")
+        digest = hashlib.sha256(bytes_of(latents)).hexdigest()
+        key = json.dumps([self.kind, sample.prompt, digest], ensure_ascii=False)
+        clip, shape = hashlib.blake2b(key.encode(), digest_size=16).hexdigest(), common.shape
+        path = clip_path(self.options.out, clip)
+        if not path.is_file() or fault_of(path, common):
+            size = f"{shape.pixel_width}x{shape.pixel_height}"
+            about = About(
+                clip, sample.prompt, frames=shape.pixel_frames, size=size, source=self.kind, toolkit=__version__
+            )
+            write_clip(self.options.out, latents, text, about)
+
+    def _add_own(self, sample: Sample, data: bytes) -> None:
+        """A file of ours, byte for byte, after it was read and its checksums compared. The video goes first."""
+        name = sample.name.removesuffix("]").rpartition("[")[2].rpartition("/")[2]
+        if not ID.fullmatch(name):
+            raise ValueError(f"its key is {name!r}, not a clip's id")
+        with tempfile.TemporaryDirectory() as folder:
+            seen = Path(folder, f"{name}{SUFFIX}")
+            seen.write_bytes(data)
+            try:
+                header = read_header(seen)
+            except UserError as error:
+                raise ValueError(str(error)) from error
+            stored = header.tensors["latents"]
+            common = self._common(stored.shape, stored.dtype)
+            if fault := fault_of(seen, common, full=True):
+                raise ValueError(fault)
+        if sample.video is not None and hashlib.sha256(sample.video).hexdigest() != header.about.video_sha256:
+            raise ValueError("its mp4 is not the one of its latents (sha256 differs)")
+        path = clip_path(self.options.out, name)
+        path.parent.mkdir(exist_ok=True)
+        if sample.video is not None:
+            write_bytes(path.with_suffix(VIDEO), sample.video)
+        if not path.is_file() or fault_of(path, common):
+            write_bytes(path, data)
+
+    def _common(self, shape: tuple[int, ...], dtype: torch.dtype) -> Common:
+        """What all clips have in common; the first one begins the folder. ValueError where the model is another's."""
+        if self.common is None:
+            geometry = self.vae.geometry
+            if len(shape) != 4 or shape[1] != geometry.channels:
+                raise ValueError(
+                    f"latents (F, C, H, W) {tuple(shape)}, but the model's VAE has C = {geometry.channels}"
+                )
+            video = VideoShape(*shape, geometry.temporal, geometry.spatial)
+            settings: Json = {"imported": self.kind, "negative_prompt": wan_negative(self.options.negative_prompt)}
+            name = str(dtype).removeprefix("torch.")
+            common = Common(video, name, self.encoder.width, self.encoder.max_length, settings)
+            open_job(self.options.out, common)
+            self.held.enter_context(locked(self.options.out, "scd data import"))
+            sweep_clips(self.options.out)
+            self.common = common
+        return self.common
+
+    def _normalised(self, raw_FCHW: Tensor) -> Tensor:
+        return self.vae.normalised(raw_FCHW.transpose(0, 1).unsqueeze(0).to(self.vae.device))[0].transpose(0, 1).cpu()

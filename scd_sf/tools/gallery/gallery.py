@@ -1,0 +1,95 @@
+"""The gallery of an evaluation: every row's videos, still in memory, and the measured table, in one HTML file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from scd_sf.data.clips import write_video
+from scd_sf.evaluation.frames import as_uint8
+from scd_sf.evaluation.table import Row
+from scd_sf.tools.gallery.page import Page, Prompt, Sample, write_page
+from scd_sf.types import UserError
+
+FRAME_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class PromptCard:
+    """One prompt of the gallery: its full text, the place and the motion it asks for, and whether training saw it."""
+
+    text: str
+    place: str
+    motion: str
+    held_out: bool = False
+
+    def prompt(self) -> Prompt:
+        note = "wording never seen in training" if self.held_out else ""
+        return Prompt(self.text, {"place": self.place, "motion": self.motion}, note)
+
+
+def build_gallery(
+    out_html: Path,
+    title: str,
+    rows: Sequence[Row],
+    videos: Mapping[str, Sequence[tuple[int, Tensor]]],
+    prompts: Sequence[PromptCard],
+    notes: Sequence[str] = (),
+    *,
+    fps: float,
+) -> Path:
+    """Write the gallery and return its path; the file appears whole or not at all.
+
+    ``videos[row name]`` holds (index into ``prompts``, frames (F, 3, H, W) as uint8 or float in [0, 1]); a row may
+    have no videos, a prompt may miss some rows, and one row may show several videos of a prompt. ``notes`` are
+    paragraphs under the table. ``fps``: pixel frames per second. UserError: a video of an unknown row or prompt,
+    two rows of one name, wrong frames, a directory that cannot be written.
+    """
+    _check(rows, videos, prompts, fps)
+    with tempfile.TemporaryDirectory(prefix="gallery-") as folder:
+        samples: list[Sample] = []
+        longest = 1
+        for row in rows:
+            facts = {"sampler": row.sampler, "steps": str(row.steps)} if row.steps else {}
+            facts |= {"seed": str(row.seed)} if row.seed is not None else {}
+            for index, frames in videos.get(row.name, ()):
+                file = Path(folder) / f"{len(samples)}.mp4"
+                try:
+                    write_video(file, as_uint8(frames), fps)
+                except UserError as error:
+                    raise UserError(f"gallery: row '{row.name}', prompt {index}: {error}") from error
+                samples.append(Sample(row.name, index, file, facts))
+                longest = max(longest, frames.shape[0])
+        models: dict[str, Mapping[str, str]] = {row.name: {} for row in rows if videos.get(row.name)}
+        shown = [card.prompt() for card in prompts]
+        return write_page(Page(title, models, shown, samples, fps, longest, rows, notes), out_html)
+
+
+def _check(
+    rows: Sequence[Row],
+    videos: Mapping[str, Sequence[tuple[int, Tensor]]],
+    prompts: Sequence[PromptCard],
+    fps: float,
+) -> None:
+    names = [row.name for row in rows]
+    if fps <= 0:
+        raise UserError(f"gallery: fps is {fps}; it must be positive")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"gallery: two rows are named '{twice}'; give each row its own name")
+    for name, entries in videos.items():
+        if name not in names:
+            raise UserError(f"gallery: videos of '{name}', which is no row; the rows are {', '.join(names)}")
+        for index, frames in entries:
+            if not 0 <= index < len(prompts):
+                raise UserError(
+                    f"gallery: row '{name}' has a video of prompt {index}; there are {len(prompts)} prompts"
+                )
+            if frames.ndim != FRAME_DIMENSIONS:
+                raise UserError(
+                    f"gallery: row '{name}', prompt {index}: frames {tuple(frames.shape)}, not (F, 3, H, W)"
+                )

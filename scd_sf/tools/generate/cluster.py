@@ -1,0 +1,180 @@
+"""``data_prep/generate_clips.py launcher=ray``: one actor per GPU, work re-assigned when an actor or its node dies.
+
+The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows who is alive;
+whatever a dead worker was at is given to another one. That is safe because a clip's file is named by its content and
+appears whole: done twice is done once. All nodes need this package and must see ``model``, ``out`` and ``text_cache``.
+Ray runs what anybody sends to its ports: keep a cluster in a closed network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scd_sf.data.clip_index import read_job
+from scd_sf.distributed import init_distributed
+from scd_sf.tools.generate.launch import MAX_PROBLEMS, SECONDS_PER_LINE
+from scd_sf.tools.generate.maker import PROMPTS_AT_ONCE, Maker, finish, missing, prepare
+from scd_sf.tools.generate.plan import GenerateConfig, Spec, units_of
+from scd_sf.types import UserError, say
+
+POLL_SECONDS = 2.0  # how often new nodes are looked for
+
+
+class Worker:
+    """What an actor runs. Every method returns what could not be done, a line each."""
+
+    def __init__(self, cfg: GenerateConfig) -> None:
+        self.maker = Maker(cfg, init_distributed(cfg.timeout_minutes))
+        self.maker.tidy()
+
+    def ready(self) -> list[str]:
+        """Answers when the actor is up."""
+        return []
+
+    def encode(self, *prompts: str) -> list[str]:
+        """Prompts into the cache; with "" among them, the folder's fixed prompts too."""
+        if "" in prompts:
+            self.maker.fixed_prompts()
+        self.maker.encode(prompts)
+        return []
+
+    def make(self, *unit: Spec) -> list[str]:
+        """A unit, where anything of it is missing."""
+        return self.maker.make(unit) if missing(self.maker.root, self.maker.common, unit) else []
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of one of :class:`Worker`'s methods."""
+
+    method: str
+    arguments: tuple[Any, ...] = ()
+
+
+def run_on_cluster(cfg: GenerateConfig) -> None:
+    """Make all clips on the workers of a Ray cluster. UserError without Ray, or without a cluster at the address."""
+    ray = _import_ray()
+    with ExitStack() as held:
+        _make_all(cfg, ray, prepare(cfg, held))
+
+
+def _make_all(cfg: GenerateConfig, ray: Any, specs: Sequence[Spec]) -> None:
+    common = read_job(Path(cfg.out))
+    left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
+    prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
+    chunks = [tuple(prompts[n : n + PROMPTS_AT_ONCE]) for n in range(0, len(prompts), PROMPTS_AT_ONCE)]
+    try:
+        ray.init(address=cfg.cluster.address or None, log_to_driver=False, include_dashboard=False)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"cluster.address={cfg.cluster.address}: no Ray cluster ({error}); 'ray start' one") from error
+    try:
+        pool = Pool(cfg, ray)
+        say(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make")
+        pool.run([Task("encode", chunk) for chunk in chunks], "prompt batches")
+        problems = pool.run([Task("make", unit) for unit in left], "units")
+    finally:
+        ray.shutdown()
+    for line in problems:
+        say(line)
+    say(finish(cfg, specs, problems))
+
+
+class Pool:
+    """Actors of :class:`Worker`, as many as the cluster has room for, and the tasks they are at."""
+
+    def __init__(self, cfg: GenerateConfig, ray: Any) -> None:
+        self.cfg, self.ray = cfg, ray
+        self.idle: list[Any] = []
+        self.running: dict[Any, tuple[Any, int]] = {}  # reference -> (actor, number of its task; -1: coming up)
+        self._gpus = cfg.cluster.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
+        options = {"num_cpus": cfg.cluster.cpus, "num_gpus": self._gpus, "max_restarts": 0, "max_concurrency": 1}
+        self._actor = ray.remote(Worker).options(**options)
+
+    def run(self, tasks: Sequence[Task], what: str) -> list[str]:
+        """Every task, by whichever worker is free; what could not be done, a line each.
+
+        UserError when a task's workers died more than ``cluster.retries`` times, or too much could not be done.
+        """
+        waiting, lost, problems = deque(range(len(tasks))), Counter[int](), list[str]()
+        began = said = time.monotonic()
+        done = 0
+        while done < len(tasks):
+            self._grow(len(waiting))
+            while waiting and self.idle:
+                actor, number = self.idle.pop(), waiting.popleft()
+                task = tasks[number]
+                self.running[getattr(actor, task.method).remote(*task.arguments)] = (actor, number)
+            for actor, number, answer in self._answers():
+                if isinstance(answer, str):
+                    lost[number] += 1
+                    self._check_losses(number, lost, answer)
+                    waiting.extend([number] if number >= 0 else [])
+                    continue
+                self.idle.append(actor)
+                done += number >= 0
+                problems += answer
+            if len(problems) > MAX_PROBLEMS:
+                raise UserError(f"{len(problems)} clips could not be made; the last: {problems[-1]}")
+            now = time.monotonic()
+            if now - said > SECONDS_PER_LINE or done == len(tasks):
+                said = now
+                left = round((now - began) / max(1, done) * (len(tasks) - done))
+                say(f"{done}/{len(tasks)} {what}  {len(self.idle) + len(self.running)} workers  left {left} s")
+        return problems
+
+    def _grow(self, waiting: int) -> None:
+        """Start actors where the cluster has room: at the beginning, for a dead one, on a new node."""
+        have, limit = len(self.idle) + len(self.running), self.cfg.cluster.workers or self._room()
+        for _ in range(min(limit - have, waiting - len(self.idle))):
+            actor = self._actor.remote(self.cfg)
+            self.running[actor.ready.remote()] = (actor, -1)
+
+    def _room(self) -> int:
+        there = self.ray.cluster_resources()
+        room = [there.get("GPU", 0) // self._gpus] if self._gpus else []
+        room += [there.get("CPU", 0) // self.cfg.cluster.cpus] if self.cfg.cluster.cpus else []
+        return int(min(room))
+
+    def _answers(self) -> list[tuple[Any, int, list[str] | str]]:
+        """(actor, task, its answer; or what Ray says of the actor's death) of what ended meanwhile."""
+        if not self.running:
+            time.sleep(POLL_SECONDS)
+            return []
+        ended, _ = self.ray.wait(list(self.running), num_returns=1, timeout=POLL_SECONDS)
+        found = []
+        for reference in ended:
+            actor, number = self.running.pop(reference)
+            try:
+                found.append((actor, number, self.ray.get(reference)))
+            except self.ray.exceptions.RayTaskError as error:  # the worker lives, its code raised
+                if isinstance(error.cause, UserError):
+                    raise UserError(str(error.cause)) from error
+                raise
+            except self.ray.exceptions.RayError as error:
+                self.ray.kill(actor)
+                found.append((actor, number, str(error).strip()))
+        return found
+
+    def _check_losses(self, number: int, lost: Counter[int], reason: str) -> None:
+        limit = self.cfg.cluster.retries * (1 if number >= 0 else 1 + self._room())
+        say(f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another")
+        if lost[number] > limit:
+            where = f"at the same task ({number})" if number >= 0 else "while they came up"
+            raise UserError(
+                f"cluster: workers died {lost[number]} times {where} (out of memory?); see 'ray logs', or raise "
+                f"cluster.retries. Ray says: {reason}"
+            )
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("launcher=ray needs Ray; pip install 'scd-sf[cluster]'") from error
+    return ray

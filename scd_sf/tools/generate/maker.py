@@ -1,0 +1,201 @@
+"""One worker: a rank of a launcher or a Ray actor. It encodes prompts into the cache and makes units of clips.
+
+Everything it writes is content-addressed and atomic, the latent file last, so workers need not know of each other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scd_sf import __version__
+from scd_sf.data.clip_files import VIDEO, About, clip_path, sweep_clips, write_clip
+from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_job
+from scd_sf.data.clips import write_video
+from scd_sf.data.prompts import index_clips, write_fixed_prompts
+from scd_sf.diffusion.guidance import guided
+from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.distributed import Ranks
+from scd_sf.evaluation.frames import as_uint8
+from scd_sf.files import hash_json, locked, sha256_file, write_jsonl
+from scd_sf.generation.rollout import sample_bidirectional
+from scd_sf.models.export import dtype_of
+from scd_sf.models.wan.text import pad_states
+from scd_sf.models.wan.text_cache import CachedTextEncoder
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.vae import Vae, load_vae
+from scd_sf.models.wan.weights import open_wan
+from scd_sf.ownership import require_own_folder
+from scd_sf.tools.generate.plan import STORED, GenerateConfig, Spec, Unit, settings_of, wanted_clips
+from scd_sf.train.checks import check_shape
+from scd_sf.train.engine import frozen_engine
+from scd_sf.types import Conditioning, UserError
+
+WANTED = "wanted.jsonl"
+PROMPTS_AT_ONCE = 64  # states held in memory while encoding
+
+
+def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
+    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``); the clips to make. One process calls it, and
+    holds the folder until ``held`` is closed.
+
+    UserError for a model, a size or prompts that do not fit, for a folder of other clips, for too small a disk.
+    """
+    out, model = Path(cfg.out), Path(cfg.model)
+    files = open_wan(model)
+    geometry = load_vae(model).geometry
+    shape = geometry.shape(cfg.frames, cfg.height, cfg.width)
+    check_shape(shape, cfg.model, files.config.in_channels, (files.config.patch_height, files.config.patch_width), 1)
+    text = CachedTextEncoder(cfg.model, Path(cfg.cache_folder), dtype=dtype_of(cfg.text_dtype))
+    if text.width != files.config.text_dim:
+        raise UserError(f"{cfg.model}: text states are {text.width} wide, the teacher takes {files.config.text_dim}")
+    common = Common(shape, STORED[cfg.store], text.width, text.max_length, settings_of(cfg, files))
+    specs = wanted_clips(cfg, common)
+    _check_disk(out, common, specs)
+    require_own_folder(out, [JOB])
+    held.enter_context(locked(out, "generate_clips"))
+    open_job(out, common)
+    write_jsonl(out / WANTED, [asdict(spec) for spec in specs])
+    return specs
+
+
+def _check_disk(out: Path, common: Common, specs: Sequence[Spec]) -> None:
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    left = sum(not clip_path(out, spec.id).is_file() for spec in specs)
+    needed = left * common.torch_dtype.itemsize * torch.Size(common.shape.latent(1)).numel()
+    if needed > (free := shutil.disk_usage(there).free):
+        raise UserError(f"out={out}: {left} clips need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
+
+
+def missing(root: Path, common: Common, unit: Unit) -> list[Spec]:
+    """The clips of a unit that are not there whole (names and headers are read, no data)."""
+    paths = [(spec, clip_path(root, spec.id)) for spec in unit]
+    return [spec for spec, path in paths if not path.is_file() or fault_of(path, common)]
+
+
+class Maker:
+    """``cfg.out`` was begun by :func:`prepare`. Weights are loaded when they are first needed."""
+
+    def __init__(self, cfg: GenerateConfig, ranks: Ranks) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        self.root = Path(cfg.out)
+        self.common = read_job(self.root)
+        self.sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
+        self.text = self._encoder()
+
+    def _encoder(self) -> CachedTextEncoder:
+        cfg = self.cfg
+        folder = Path(cfg.cache_folder)
+        return CachedTextEncoder(cfg.model, folder, device=self.ranks.device, dtype=dtype_of(cfg.text_dtype))
+
+    def tidy(self) -> None:
+        """Once per machine: remove what killed processes left."""
+        sweep_clips(self.root)
+
+    def fixed_prompts(self) -> None:
+        """The empty and the negative prompt's files. One worker calls it, before any clip is made."""
+        write_fixed_prompts(self.root, self.text.states, self.cfg.negative_prompt, self.common.torch_dtype)
+
+    def encode(self, prompts: Sequence[str]) -> int:
+        """Encode prompts into the cache; how many."""
+        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
+            self.text.states(prompts[first : first + PROMPTS_AT_ONCE])
+        return len(prompts)
+
+    def make(self, unit: Unit, *, write: bool = True) -> list[str]:
+        """Make a unit and write what is missing of it; what could not be made, a line each.
+
+        ``write=False``: only compute, for a rank that has nothing left while others need it in ZeRO-3's gathers.
+        """
+        latents = self._sample(unit)
+        problems, wanted = [], missing(self.root, self.common, unit) if write else []
+        for spec, clip in zip(unit, latents, strict=True):
+            if spec not in wanted:
+                continue
+            if not clip.isfinite().all():
+                problems.append(
+                    f"clip {spec.id} ({spec.prompt[:60]!r}): not finite; use engine.dtype=fp32 or other weights"
+                )
+                continue
+            self._write(spec, clip)
+        return problems
+
+    def _sample(self, unit: Unit) -> Tensor:
+        states = self.text.states([spec.prompt for spec in unit])
+        cond = Conditioning(pad_states(states, self.common.max_length)).to(self.ranks.device)
+        denoiser = guided(self.teacher, self.negative, self.cfg.guidance.w)
+        shape, seeds = self.common.shape.latent(1)[1:], [spec.noise_seed for spec in unit]
+        latents = sample_bidirectional(denoiser, cond, shape, self.sampler, seeds, self.ranks.device)
+        return latents.to(self.common.torch_dtype).cpu()
+
+    def _write(self, spec: Spec, latents: Tensor) -> None:
+        """Video first, latents last: a latent file that is there means that all is there."""
+        cfg, settings, shape = self.cfg, self.common.settings, self.common.shape
+        path = clip_path(self.root, spec.id)
+        path.parent.mkdir(exist_ok=True)
+        digest = self._write_video(path.with_suffix(VIDEO), latents) if cfg.videos else ""
+        about = About(
+            id=spec.id,
+            prompt=spec.prompt,
+            video_sha256=digest,
+            uuid=spec.uuid,
+            seed=spec.seed,
+            sampler=cfg.sampler.name,
+            steps=cfg.sampler.steps,
+            shift=cfg.sampler.shift,
+            cfg=cfg.guidance.w,
+            neg_sha=hash_json(cfg.negative_prompt),
+            model_sha=str(settings["model_sha"]),
+            text_sha=str(settings["text_sha"]),
+            vae_sha=str(settings["vae_sha"]),
+            fps=cfg.fps,
+            frames=shape.pixel_frames,
+            size=f"{shape.pixel_width}x{shape.pixel_height}",
+            toolkit=__version__,
+        )
+        states = self.text.states([spec.prompt])[0].to(self.common.torch_dtype)
+        write_clip(self.root, latents, states, about)
+
+    def _write_video(self, path: Path, latents: Tensor) -> str:
+        """Decoded from the latents as stored; the mp4's sha256."""
+        frames = as_uint8((self.vae.decode(latents.unsqueeze(0).float())[0] + 1) / 2)
+        write_video(path, frames.cpu(), self.cfg.fps, crf=self.cfg.crf)
+        return sha256_file(path)
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """Built once; the text encoder gives its memory back first."""
+        self.text = self._encoder()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        files = open_wan(Path(self.cfg.model))
+        weights = {name: tensor.read for name, tensor in files.tensors.items()}
+        return frozen_engine(lambda: Wan(files.config), weights, self.cfg.engine, self.ranks)
+
+    @cached_property
+    def vae(self) -> Vae:
+        return load_vae(self.cfg.model, device=self.ranks.device)
+
+    @cached_property
+    def negative(self) -> Conditioning:
+        return self.text.encode([self.cfg.negative_prompt]).to(self.ranks.device)
+
+
+def finish(cfg: GenerateConfig, specs: Sequence[Spec], problems: Sequence[str]) -> str:
+    """Write the index of what is there; a line that says so. UserError where clips could not be made."""
+    root = Path(cfg.out)
+    absent = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
+    if len(absent) == len(specs):
+        raise UserError(f"{root}: no clip was made; {problems[0] if problems else 'see the messages above'}")
+    count = index_clips(root)
+    if absent:
+        reason = f"; the first: {problems[0]}" if problems else "; run the same command again"
+        raise UserError(f"{root}: {len(absent)} of {len(specs)} clips are missing (first {absent[0]}){reason}")
+    return f"{root}: all {len(specs)} clips of this run are there, {count} in the index"

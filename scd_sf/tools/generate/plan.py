@@ -1,0 +1,194 @@
+"""What ``data_prep/generate_clips.py`` is to make: its configuration, the clips' ids, and who makes which.
+
+A clip's id is a hash of all that decides its latents (:func:`clip_id`), and its noise comes from a CPU generator seeded
+by the id. So a clip does not depend on ranks, hosts or restarts, and whoever makes it writes the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from scd_sf.data.clip_index import Common
+from scd_sf.data.prompt_files import PromptRow, read_prompt_file
+from scd_sf.diffusion.guidance import GuidanceConfig
+from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.files import Json, hash_json, sha256_file, sha256_folder
+from scd_sf.models.build import SamplerConfig
+from scd_sf.models.export import dtype_of
+from scd_sf.models.wan.text import encoder_parts, text_config, wan_negative
+from scd_sf.models.wan.vae import vae_source
+from scd_sf.models.wan.weights import WanFiles
+from scd_sf.train.base import TRAINING, EngineConfig
+from scd_sf.train.run import YEAR_MINUTES
+from scd_sf.types import UserError, check_within
+
+STORED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CONTENTS = ("*.safetensors", "*.json", "*.model", "*.pth")  # weights, configuration, tokenizer
+
+
+@dataclass
+class ClusterConfig:
+    """Only for ``launcher=ray``. ``address`` of a running cluster ("auto": this machine's; empty: start one here),
+    ``workers``: at most so many (0: as many as the cluster's GPUs, or CPUs, allow), each with ``gpus`` and ``cpus``.
+    A clip is tried again ``retries`` times when its worker dies."""
+
+    address: str = "auto"
+    workers: int = 0
+    gpus: float = 1.0
+    cpus: float = 1.0
+    retries: int = 5
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or self.retries < 0 or self.gpus < 0 or self.cpus < 0 or not self.gpus + self.cpus:
+            raise UserError(
+                "cluster: workers, retries, gpus and cpus must be at least 0, one of gpus and cpus above it"
+            )
+
+
+@dataclass
+class GenerateConfig:
+    """``model``: the teacher's directory, with VAE and text encoder. ``prompts``, or ``prompt_file`` (txt, csv, jsonl,
+    or the folder of a filter or extender; a column ``uuid`` is kept). ``samples`` clips per prompt, of seeds ``seed``
+    (or the row's own), ``seed + 1``, ... ``frames``, ``height`` and ``width`` in pixels. ``negative_prompt``: "wan" is
+    Wan 2.1's own. ``store``: bf16, fp16 or fp32.
+    ``batch`` clips go through the teacher together; such a group is always computed whole, so that a clip does not
+    depend on what was finished before. ``text_cache``: encoded prompts (empty: ``OUT/text-cache``; for several hosts a
+    folder that all see). ``videos``: also write an mp4 of each clip. ``engine``: kind deepspeed is ZeRO-3 over the
+    ranks, with ``offload`` on the CPU; local a whole teacher per rank. ``launcher``: ranks (deepspeed, torchrun, plain
+    python) or ray."""
+
+    model: str
+    out: str
+    prompts: list[str] = field(default_factory=list)
+    prompt_file: str = ""
+    prompt_column: str = "prompt"
+    samples: int = 1
+    seed: int = 0
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("unipc", 50, 5.0))
+    guidance: GuidanceConfig = field(default_factory=lambda: GuidanceConfig(5.0))
+    negative_prompt: str = "wan"
+    text_dtype: str = "bf16"
+    text_cache: str = ""
+    store: str = "bf16"
+    batch: int = 1
+    videos: bool = True
+    fps: int = 16
+    crf: int = 18
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(dtype="bf16"))
+    launcher: Literal["ranks", "ray"] = "ranks"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    timeout_minutes: float = 120.0
+
+    def __post_init__(self) -> None:
+        check_within(self, {"samples": (1, 2**22), "batch": (1, 2**22), "fps": (1, 1000), "seed": (0, 2**63 - 1)})
+        check_within(
+            self,
+            {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15), "timeout_minutes": (0.01, YEAR_MINUTES)},
+        )
+        plain = EngineConfig()
+        for name in TRAINING:
+            if getattr(self.engine, name) != getattr(plain, name):
+                raise UserError(f"engine.{name} is set, but the teacher is not trained: remove it")
+        if bool(self.prompts) == bool(self.prompt_file):
+            raise UserError("set either prompts or prompt_file")
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
+        if self.store not in STORED:
+            raise UserError(f"store is '{self.store}'; use one of {', '.join(STORED)}")
+        self.negative_prompt = wan_negative(self.negative_prompt)
+        dtype_of(self.text_dtype)
+        if self.launcher != "ray" and self.cluster != ClusterConfig():
+            raise UserError(f"cluster is for launcher=ray, and launcher is {self.launcher}: leave one of them out")
+        if (sampler := build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)).name == "renoise":
+            raise UserError(f"sampler.name is '{sampler.name}', which is for distilled students; use unipc or euler")
+
+    @property
+    def cache_folder(self) -> str:
+        return self.text_cache or str(Path(self.out) / "text-cache")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One clip to make."""
+
+    id: str
+    prompt: str
+    uuid: str
+    seed: int
+
+    @property
+    def noise_seed(self) -> int:
+        """Of the CPU generator of its noise: 63 bits of the id."""
+        return int(self.id[:16], 16) >> 1
+
+
+Unit = tuple[Spec, ...]
+
+
+def settings_of(cfg: GenerateConfig, files: WanFiles) -> Json:
+    """All that clips of one folder share (reads and hashes the model's files)."""
+    config = text_config(cfg.model)
+    weights, tokens = encoder_parts(config)
+    text = {"settings": config.settings, "dtype": cfg.text_dtype, "files": _contents(weights) | _contents(tokens)}
+    vae = vae_source(Path(cfg.model))
+    return {
+        "model_sha": hash_json(_contents(files.path)),
+        "text_sha": hash_json(text),
+        "vae_sha": sha256_file(vae) if vae.is_file() else sha256_folder(vae),
+        "negative_prompt": cfg.negative_prompt,
+        "sampler": cfg.sampler.name,
+        "steps": cfg.sampler.steps,
+        "shift": cfg.sampler.shift,
+        "cfg": cfg.guidance.w,
+        "dtype": cfg.engine.dtype,
+        "batch": cfg.batch,
+        "videos": [cfg.fps, cfg.crf] if cfg.videos else [],
+    }
+
+
+def _contents(source: Path) -> dict[str, str]:
+    """Name -> sha256 of a file, or of the weights and configurations directly in a folder."""
+    files = {source} if source.is_file() else {file for part in CONTENTS for file in source.glob(part)}
+    return {file.name: sha256_file(file) for file in sorted(files)}
+
+
+def clip_id(prompt: str, seed: int, common: Common) -> str:
+    """32 hexadecimal digits of blake2b over all that decides a clip's latents."""
+    names = ("negative_prompt", "model_sha", "text_sha", "sampler", "steps", "shift", "cfg", "dtype")
+    row = {name: common.settings[name] for name in names}
+    row |= {"prompt": prompt, "seed": seed, "shape": asdict(common.shape), "store": common.dtype}
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
+    """Every clip of a run once, in id order. UserError for prompts that need more than a teacher."""
+    rows = [PromptRow(prompt.strip()) for prompt in cfg.prompts]
+    if cfg.prompt_file:
+        rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
+    found: dict[str, Spec] = {}
+    for number, row in enumerate(rows, 1):
+        if wrong := [name for name in ("then", "start") if getattr(row, name)] or ([] if row.prompt else ["no prompt"]):
+            where = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
+            raise UserError(
+                f"{where} {number} ({row.prompt[:60]!r}) has {' and '.join(wrong)}; a teacher's clip takes a prompt "
+                "alone: correct it"
+            )
+        first = cfg.seed if row.seed is None else row.seed
+        for seed in range(first, first + cfg.samples):
+            spec = Spec(clip_id(row.prompt, seed, common), row.prompt, row.uuid, seed)
+            found.setdefault(spec.id, spec)
+    return [found[key] for key in sorted(found)]
+
+
+def units_of(specs: Sequence[Spec], batch: int) -> list[Unit]:
+    """Groups of ``batch`` clips, by id: the smallest parts of the work, the same for every number of ranks."""
+    return [tuple(specs[first : first + batch]) for first in range(0, len(specs), batch)]

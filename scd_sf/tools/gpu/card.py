@@ -1,0 +1,124 @@
+"""The device that is measured: what it is, what its maker promises, and what it reaches."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from scd_sf.evaluation.roofline import synchronize
+from scd_sf.provenance import git_revision, versions
+from scd_sf.tools.gpu.parts import Figures, Row
+from scd_sf.types import UserError
+
+# Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets; the longest name that fits counts.
+PEAKS = {
+    "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "A100": 312.0, "A800": 312.0,
+    "L40S": 362.0, "L40": 181.0, "RTX 6000 Ada": 364.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "A40": 149.7,
+    "A6000": 154.8, "RTX 3090": 71.0, "A10": 125.0, "L4": 121.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """``gib`` of memory; ``peak_tflops`` 0 where nobody says."""
+
+    device: torch.device
+    name: str
+    gib: float
+    peak_tflops: float
+
+    @property
+    def toy(self) -> bool:
+        """No GPU: everything runs whole, at toy size, to try the code."""
+        return self.device.type == "cpu"
+
+
+def open_card(device: str) -> Card:
+    """The current GPU, or the CPU. UserError: there is no GPU."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+        return Card(torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores", host_gib(), 0.0)
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size")
+    facts = torch.cuda.get_device_properties(0)
+    named = sorted((name for name in PEAKS if name in facts.name), key=len)
+    return Card(torch.device("cuda", 0), facts.name, facts.total_memory / 2**30, PEAKS[named[-1]] if named else 0.0)
+
+
+def machine(card: Card) -> Figures:
+    """What decides the figures, for the document."""
+    return {
+        "device": card.name,
+        "memory_gib": round(card.gib, 1),
+        "host_memory_gib": round(host_gib(), 1),
+        "peak_tflops_of_data_sheet": card.peak_tflops or None,
+        "driver": "" if card.toy else _driver(),
+        "cuda": None if card.toy else torch.version.cuda,
+        "toy": card.toy,
+        "versions": versions(),
+        **stamp(),
+    }
+
+
+def stamp() -> Figures:
+    """When, and of which revision."""
+    return {"revision": git_revision(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def host_gib() -> float:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=20).strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def speed_row(card: Card) -> Row:
+    """What the card reaches by itself in bf16: one large matmul, attention over Wan's tokens, copying."""
+
+    def measure() -> Figures:
+        size, tokens, copied = (256, 128, 1 << 20) if card.toy else (8192, 16384, 1 << 30)
+        a = torch.randn(size, size, dtype=torch.bfloat16, device=card.device)
+        q = torch.randn(1, 12, tokens, 128, dtype=torch.bfloat16, device=card.device)
+        bytes_ = torch.empty(copied, dtype=torch.uint8, device=card.device)
+        figures = {
+            "matmul TFLOP/s": 2 * size**3 / _seconds(card, lambda: a @ a) / 1e12,
+            "attention TFLOP/s": 4
+            * 12
+            * tokens**2
+            * 128
+            / _seconds(card, lambda: scaled_dot_product_attention(q, q, q))
+            / 1e12,
+            "copy GB/s": 2 * copied / _seconds(card, bytes_.clone) / 1e9,
+        }
+        line = {"of": "the card itself"}
+        return figures | {"lines": [line | {name: round(value, 1) for name, value in figures.items()}]}
+
+    return Row("the card itself", measure)
+
+
+def _seconds(card: Card, work: object) -> float:
+    """Of one call: the best of three groups of ten after one."""
+    assert callable(work)
+    work()
+    best = float("inf")
+    for _ in range(3):
+        synchronize(card.device)
+        started = time.perf_counter()
+        for _ in range(10):
+            work()
+        synchronize(card.device)
+        best = min(best, (time.perf_counter() - started) / 10)
+    return best

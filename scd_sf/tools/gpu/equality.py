@@ -1,0 +1,29 @@
+"""Part 1: every path at tiny size on the device against the CPU, by the checks of ``tests/gpu/checks.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from scd_sf.distributed import Ranks, init_distributed
+from scd_sf.tools.gpu.parts import Figures, Row
+
+Differences = dict[str, tuple[float, float]]  # what differs: by how much, and the most that it may
+Compared = Callable[[str, Ranks], Differences]
+
+
+def rows(names: Iterable[str], compared: Compared) -> Sequence[Row]:
+    """One row for each check; ``compared`` runs it."""
+    ranks = init_distributed()
+    return [Row(name, lambda name=name: measure(name, compared(name, ranks))) for name in names]  # type: ignore[misc]
+
+
+def measure(name: str, differences: Differences) -> Figures:
+    """Lines of the table, and an error that names what is beyond its limit."""
+    lines = [
+        {"check": name, "what": what, "difference": value, "at most": limit, "fine": bool(value <= limit)}
+        for what, (value, limit) in differences.items()
+    ]
+    beyond = [
+        f"{line['what']} {line['difference']:g}, at most {line['at most']:g}" for line in lines if not line["fine"]
+    ]
+    return {"lines": lines} | ({"error": f"differs: {'; '.join(beyond)}", "last_lines": []} if beyond else {})

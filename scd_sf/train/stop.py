@@ -1,0 +1,187 @@
+"""What people, schedulers and watchdogs ask of a running job, and how a job shows that it lives.
+
+    touch RUN/save               save after the current step and go on
+    touch RUN/stop, or TERM, USR1, INT to any rank
+                                 finish the micro-batch, save, leave with exit code 75: "run me again"
+    kill -USR2 PID               append that process's stacks to RUN/heartbeat/rank_NNNNN.stacks
+
+A wish is an empty regular file, as ``touch`` makes it; anything else of that name is somebody's and stays. Rank 0 alone
+looks at the files, and all ranks agree between micro-batches, so none leaves alone. Every rank rewrites
+``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread: a time that stands still means a process that
+is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json`` says how the job stands or ended.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from scd_sf.distributed import Ranks
+from scd_sf.files import process_lives, read_typed, write_json
+from scd_sf.types import UserError
+
+EXIT_AGAIN = 75
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_log = logging.getLogger(__name__)
+
+
+class Wish(IntEnum):
+    """What is asked for; the larger wins."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One rank's last sign of life; ``time`` in unix seconds."""
+
+    time: float
+    step: int
+    pid: int
+    host: str
+
+
+class Control:
+    """One job's ears and pulse. ``start`` on every rank, ``beat`` and ``wish`` once per step, ``close`` at the end."""
+
+    def __init__(self, directory: Path, ranks: Ranks, interval: float = 10.0) -> None:
+        self.dir, self.ranks, self.interval = directory, ranks, interval
+        self.reason = ""
+        self._step, self._old = 0, dict[signal.Signals, Any]()
+        self._stacks: TextIO | None = None
+        self._closed = threading.Event()
+        self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+
+    def start(self, step: int, total: int) -> None:
+        """Listen from now on. A wish left by an earlier job is dropped."""
+        (self.dir / "heartbeat").mkdir(parents=True, exist_ok=True)
+        self.granted()
+        self.total = total
+        for number in _STOP_SIGNALS:
+            self._old[number] = signal.signal(number, self._asked)
+        self._stacks = self._file("stacks").open("a", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR2, self._stacks)
+        self.beat(step)
+        self.say("running")
+        self._pulse.start()
+
+    def beat(self, step: int) -> None:
+        """This rank begins ``step``."""
+        self._step = step
+        record = {"time": round(time.time(), 3), "step": step, "pid": os.getpid(), "host": socket.gethostname()}
+        write_json(self._file("json"), record, durable=False)
+
+    def say(self, state: str, reason: str = "") -> None:
+        """``status.json``: running, finished, interrupted (run it again) or failed, and why (rank 0)."""
+        if self.ranks.is_main:
+            record = {"state": state, "reason": reason, "step": self._step, "total": self.total, "time": time.time()}
+            write_json(self.dir / "status.json", record, durable=False)
+
+    def wish(self) -> Wish:
+        """What anybody asked any rank for since the last call; the same on all ranks, which all call it."""
+        own = Wish.STOP if self.reason else Wish.NONE
+        if self.ranks.is_main:
+            for name, meaning in (("save", Wish.SAVE), ("stop", Wish.STOP)):
+                if _is_wish(self.dir / name):
+                    own = max(own, meaning)
+                    self.reason = self.reason or (f"{self.dir / name}" if meaning is Wish.STOP else "")
+        return Wish(self.ranks.max(own))
+
+    def granted(self) -> None:
+        """The wishes of this step are fulfilled: remove the files that asked (rank 0)."""
+        if self.ranks.is_main:
+            for name in ("save", "stop"):
+                if _is_wish(self.dir / name):
+                    (self.dir / name).unlink(missing_ok=True)
+
+    def blame(self, error: BaseException, patience: float = 5.0) -> UserError | None:
+        """An error that names the rank that is gone, when one is; None when all live and ``error`` is our own.
+
+        On this host a rank is gone when its process is; elsewhere, when its heartbeat is three intervals old. The
+        others learn of a death by a broken connection, a moment before it shows here: look for ``patience`` seconds.
+        """
+        if self.ranks.world == 1:
+            return None
+        until = time.monotonic() + patience
+        while not (gone := self._gone()) and time.monotonic() < until:
+            time.sleep(0.2)
+        if not gone:
+            return None
+        first = str(error).strip().splitlines()[:1]
+        return UserError(
+            f"{'; '.join(gone)}: the job cannot go on without it ({type(error).__name__}: {''.join(first)}); "
+            "look at that process's own output, then run the same command again to resume"
+        )
+
+    def close(self) -> None:
+        """Stop listening and beating; the signals mean again what they meant before."""
+        self._closed.set()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old.clear()
+        if self._stacks is not None:
+            faulthandler.unregister(signal.SIGUSR2)
+            self._stacks.close()
+            self._stacks = None
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        """A first signal is a request; a second Ctrl-C ends the process at once."""
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def _beat_on(self) -> None:
+        while not self._closed.wait(self.interval):
+            try:
+                self.beat(self._step)
+            except OSError as error:  # a full or absent disk must not end the training by its pulse
+                _log.warning("heartbeat: %s", error)
+
+    def _gone(self) -> list[str]:
+        here, now, found = socket.gethostname(), time.time(), []
+        for rank in range(self.ranks.world):
+            try:
+                beat = read_typed(self._file("json", rank), Beat, "remove it")
+            except UserError:
+                continue
+            age = now - beat.time
+            alive = process_lives(beat.pid) if beat.host == here else age < 3 * self.interval
+            if not alive:
+                found.append(
+                    f"rank {rank} (process {beat.pid} on {beat.host}) is gone, last seen at step {beat.step}, "
+                    f"{age:.0f} s ago"
+                )
+        return found
+
+    def _file(self, suffix: str, rank: int | None = None) -> Path:
+        return self.dir / "heartbeat" / f"rank_{self.ranks.rank if rank is None else rank:05d}.{suffix}"
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now with this exit code: interpreters that unload gloo's threads sometimes abort instead."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_wish(path: Path) -> bool:
+    """Whether a path is a file as ``touch`` makes it."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0
