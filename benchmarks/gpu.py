@@ -78,7 +78,7 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
     def equality() -> Any:
         from scd_sf.tools.gpu.equality import rows
 
-        checks = runpy.run_path(str(ROOT / "tests" / "gpu" / "checks.py"), run_name="checks")
+        checks = runpy.run_path(str(ROOT / "tests" / "tools" / "gpu" / "checks.py"), run_name="checks")
         return rows(checks["CHECKS"], checks["compared"])
 
     def chain() -> Any:

@@ -1,4 +1,4 @@
-"""Part 1: every path at tiny size on the device against the CPU, by the checks of ``tests/gpu/checks.py``."""
+"""Part 1: every path at tiny size on the device against the CPU, by the checks of ``tests/tools/gpu/checks.py``."""
 
 from __future__ import annotations
 

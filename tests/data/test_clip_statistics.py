@@ -16,7 +16,7 @@ from scd_sf.diffusion.solvers import Renoise
 from scd_sf.generation.preview import Preview, PreviewConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 
-VBENCH = Path(__file__).resolve().parents[1] / "vbench"
+VBENCH = Path(__file__).resolve().parents[1] / "evaluation" / "vbench"
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
@@ -30,7 +30,7 @@ def videos(count: int = 3, frames: int = 5) -> torch.Tensor:
 
 
 def test_temporal_flickering_is_vbenchs() -> None:
-    """The value that VBench's own function gives for the same file (tests/vbench/make_golden.py), and the formula."""
+    """The value that VBench's own function gives for the same file (tests/evaluation/vbench/make_golden.py), and the formula."""
     golden = json.loads((VBENCH / "golden.json").read_text())["flickering"]
     assert abs(float(temporal_flickering(read_video(VBENCH / "flickering.mp4")[None])[0]) - golden) < 1e-6
     x = videos().double().numpy()

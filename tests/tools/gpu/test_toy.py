@@ -29,7 +29,7 @@ IMPORTS = """
 import runpy, sys
 sys.path.insert(0, "tests")
 from scd_sf.tools.gpu import chain, equality, report, speed, training
-for file in ("tests/gpu/checks.py", "recipes/stage1_transplant.py", "recipes/stage2_flow_matching.py",
+for file in ("tests/tools/gpu/checks.py", "recipes/stage1_transplant.py", "recipes/stage2_flow_matching.py",
              "recipes/stage3_self_forcing.py", "benchmarks/gpu.py"):
     runpy.run_path(file, run_name="only imported")
 """
@@ -44,12 +44,12 @@ def python(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_nothing_else_needs_to_be_installed(tmp_path: Path) -> None:
     (tmp_path / "imports.py").write_text(IMPORTS)
-    done = python("tests/gpu/hidden.py", ABSENT, tmp_path / "imports.py")
+    done = python("tests/tools/gpu/hidden.py", ABSENT, tmp_path / "imports.py")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_is_missing_is_said_in_one_line() -> None:
-    done = python("tests/gpu/hidden.py", "msgspec,PIL", "benchmarks/gpu.py")
+    done = python("tests/tools/gpu/hidden.py", "msgspec,PIL", "benchmarks/gpu.py")
     assert done.stderr == "error: missing pillow, msgspec: pip install pillow msgspec (without network: docs/gpu.md)\n"
     assert done.returncode == 1
     assert load_script("benchmarks/gpu.py").missing() == []
@@ -80,7 +80,7 @@ def test_one_part_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_training_and_the_chain(tmp_path: Path) -> None:
     """Whole, with engines and the recipes; what a CPU refuses is recorded, and the rest runs. Compiled
-    sampling on a CPU is tests/models/test_compile.py's: minutes of a C++ compiler."""
+    sampling on a CPU is tests/generation/test_compile.py's: minutes of a C++ compiler."""
     out = tmp_path / "toy.json"
     given = ["benchmarks/gpu.py", "--device", "cpu", "--out", out, "--budget", 20]
     assert python(*given, "--part", 2, "--only", "frame-wise, 4 steps, graphs").returncode == 0

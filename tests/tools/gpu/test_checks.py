@@ -9,7 +9,7 @@ import pytest
 import recipe_runner
 from recipe_runner import load_script
 
-CHECKS = list(load_script("tests/gpu/checks.py").CHECKS)
+CHECKS = list(load_script("tests/tools/gpu/checks.py").CHECKS)
 # Engines and compilers take a process and a minute; the rest seconds.
 SLOW = [
     name for name in CHECKS if name.startswith(("stage", "resume", "NCCL", "sampling, compiled", "sampling, graphs"))
@@ -18,7 +18,7 @@ SLOW = [
 
 def check(device: str, names: list[str], folder: Path) -> None:
     """Run them in one process; every value within its limit."""
-    recipe_runner.succeed("tests/gpu/checks.py", folder / "out.json", device, *names)
+    recipe_runner.succeed("tests/tools/gpu/checks.py", folder / "out.json", device, *names)
     found = json.loads((folder / "out.json").read_text())
     assert list(found) == names
     for name, differences in found.items():

@@ -28,7 +28,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_planned_memory_is_what_a_run_takes(case: str, tmp_path: Path) -> None:
     world, *given = CASES[case]
-    results = recipe_runner.run_ranks("tests/plan/measured.py", tmp_path / "out.json", *given, world=int(world))
+    results = recipe_runner.run_ranks("tests/tools/plan/measured.py", tmp_path / "out.json", *given, world=int(world))
     assert all(result.code == 0 for result in results), results[0].err[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     print(f"{case}: planned {found['planned']}, measured {found['measured']}")

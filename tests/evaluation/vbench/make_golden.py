@@ -1,7 +1,7 @@
 """Writes ``golden.json`` beside it by VBench's own functions, in VBench's own environment; not run by the tests.
 
     python vbench_eval/score.py ...        # builds the environment once
-    VBENCH_ENV/bin/python -I tests/vbench/make_golden.py tests/vbench
+    VBENCH_ENV/bin/python -I tests/evaluation/vbench/make_golden.py tests/evaluation/vbench
 
 ``flickering.mp4`` is a rendered clip of the demo's world (64x64, 9 frames).
 """

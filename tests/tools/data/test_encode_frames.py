@@ -28,7 +28,7 @@ from scd_sf.files import locked
 from scd_sf.tools.data.encode_frames import EncodeConfig, Task, check_clips, encode_pixels, import_latents, run_pixels
 from scd_sf.types import Tokenizer, UserError
 
-SCRIPTS = Path(__file__).parents[2] / "data_prep"
+SCRIPTS = Path(__file__).parents[3] / "data_prep"
 
 
 class Means:

@@ -1,6 +1,6 @@
 """Every path at tiny size on a device against the CPU. Plain functions: `make gpu` runs them where pytest is not.
 
-    python tests/gpu/checks.py OUT.json cpu|cuda NAME ..
+    python tests/tools/gpu/checks.py OUT.json cpu|cuda NAME ..
 
 A check returns what differed and by how much, and the most that it may: {what: (value, limit)}. On the CPU the device
 is compared with itself, or with a form of the same computation that the GPU does not use.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, where it is no path of pytest's
+sys.path.insert(0, str(Path(__file__).parents[2]))  # tests/, where it is no path of pytest's
 
 import tiny
 import torch
@@ -180,7 +180,7 @@ def sampling(mode: str) -> Check:
         cfg = CompileConfig(enabled=mode != "eager", cuda_graphs=mode == "graphs")
         for name in STUDENTS:
             if mode != "eager" and (name.endswith("3") or (ranks.device.type == "cpu" and name != "SCD delta")):
-                continue  # the same code at another length; on a CPU others are tests/models/test_compile.py's
+                continue  # the same code at another length; on a CPU others are tests/generation/test_compile.py's
             model = student(name)
             expected = {window: video(model, CPU, window=window) for window in (0, 3 * model.chunk)}
             model.to(ranks.device)

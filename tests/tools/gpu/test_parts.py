@@ -54,7 +54,7 @@ def call(folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.
 
 
 def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     names = "good 1,refuse,die,lose the GPU,good 2"
     record = call(tmp_path, names)
     rows = document(record)["rows"]
@@ -78,7 +78,7 @@ def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatc
 def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     part = document(call(tmp_path, "good 1,good 2", seconds=0.0))
     assert part["left_out"] == ["good 1", "good 2"] and part["rows"] == {}
     rows = document(call(tmp_path, "hang,good 1", seconds=0.5, grace=3.0))["rows"]

@@ -1,6 +1,6 @@
 """Run a Python file as if some packages were not installed.
 
-python tests/gpu/hidden.py av,scipy FILE.py [arguments ..]
+python tests/tools/gpu/hidden.py av,scipy FILE.py [arguments ..]
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 
-CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "recipes" / "configs"
 TINY = WanConfig(2, 12, 4, 4, 8, 16, 32, 6)
 CLIP = VideoShape.from_pixels(81, 480, 832)
 BLANK = ["init=", "data=", "val=", "run.dir=x"]

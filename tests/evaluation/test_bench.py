@@ -19,7 +19,7 @@ from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.types import UserError
 
-BASE = Path(__file__).parents[1] / "assets" / "wan_doom"
+BASE = Path(__file__).parents[2] / "assets" / "wan_doom"
 WAN = WanConfig(2, 12, text_dim=384, freq_dim=16, ffn_dim=32, num_layers=4)
 SCD = ModelConfig("scd", wan=WAN, scd=ScdConfig((0, 1, 2), DecoderConfig((0, 3))))
 CAUSAL = ModelConfig("causal", wan=WAN)
@@ -104,7 +104,7 @@ def test_bad_models() -> None:
 
 
 def test_the_shipped_config_compares_at_wans_size() -> None:
-    cfg = load_config(BenchConfig, Path(__file__).parents[1] / "recipes" / "configs" / "bench_wan_1.3b.yaml", [])
+    cfg = load_config(BenchConfig, Path(__file__).parents[2] / "recipes" / "configs" / "bench_wan_1.3b.yaml", [])
     assert [row.name for row in cfg.models] == [
         "SCD, fusion delta", "SCD, fusion paper", "Self-Forcing, frame-wise", "SCD, fusion delta, chunks of 3",
         "SCD, fusion paper, chunks of 3", "Self-Forcing, chunk-wise",

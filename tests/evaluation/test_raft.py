@@ -13,11 +13,11 @@ from torchvision.models.optical_flow import raft_large
 from scd_sf.evaluation.raft import load_raft, optical_flow, torchvision_names
 from scd_sf.types import UserError
 
-GOLDEN = Path(__file__).resolve().parents[1] / "vbench" / "golden.json"
+GOLDEN = Path(__file__).resolve().parent / "vbench" / "golden.json"
 
 
 def original_weights() -> dict[str, torch.Tensor]:
-    """As tests/vbench/make_golden.py fills VBench's RAFT, under its names."""
+    """As tests/evaluation/vbench/make_golden.py fills VBench's RAFT, under its names."""
     state = {}
     for name, shape in json.loads(GOLDEN.read_text())["raft"]["shapes"].items():
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
