@@ -25,18 +25,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from scd_sf.checkpoint import find, weights_sha256
+from scd_sf.checkpoint import find, git_revision, versions, weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.guidance import GuidanceConfig, guided
 from scd_sf.distributed import keep_freed_memory
-from scd_sf.evaluation.frames import as_uint8, sharpness_ratio, spread
+from scd_sf.evaluation.frames import sharpness_ratio, spread
 from scd_sf.evaluation.fvd import VideoFrechet
 from scd_sf.evaluation.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
 from scd_sf.evaluation.table import Row, split_reference, table, write_rows
 from scd_sf.evaluation.timing import Cost, time_in_rounds, timings, unrest
-from scd_sf.files import foreign, locked, sha256_folder, write_tensors
-from scd_sf.generation.generate import clips_of, decode, generate_latents
+from scd_sf.files import foreign, locked, require_own_file, require_own_folder, sha256_folder, write_tensors
+from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
 from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.generation.sampling import FPS
@@ -47,8 +47,6 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.models.wan.weights import load_wan
 from scd_sf.nn.layers import WanBlock
-from scd_sf.ownership import require_own_file, require_own_folder
-from scd_sf.provenance import git_revision, versions
 from scd_sf.tensor_files import read_metadata, read_tensors
 from scd_sf.tools.gallery.gallery import PromptCard, build_gallery
 from scd_sf.tools.gallery.page import MARK

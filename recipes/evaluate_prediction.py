@@ -26,27 +26,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from scd_sf.checkpoint import weights_sha256
+from scd_sf.checkpoint import git_revision, versions, weights_sha256
 from scd_sf.config import from_command_line
 from scd_sf.data.clips import write_video
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.sources.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import MOST_STEPS, Sampler, build_sampler
 from scd_sf.distributed import Ranks
-from scd_sf.evaluation.frames import SsimWindow, as_uint8
+from scd_sf.evaluation.frames import SsimWindow
 from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256
 from scd_sf.evaluation.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.evaluation.prediction_metrics import MetricNetworks, PredictionScorer
 from scd_sf.evaluation.prediction_protocols import PredictionProtocol, named_protocol
 from scd_sf.evaluation.prediction_result import result_table
 from scd_sf.evaluation.timing import Cost, time_in_rounds, unrest
-from scd_sf.files import Json, locked, read_json, sha256_folder, write_json
+from scd_sf.files import Json, locked, read_json, require_own_folder, sha256_folder, write_json
+from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.models.build import Student
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 from scd_sf.nn.layers import DitBlock
-from scd_sf.ownership import require_own_folder
-from scd_sf.provenance import git_revision, versions
 from scd_sf.train.engine import init_distributed
 from scd_sf.types import Conditioning, Tokenizer, UserError, check_within, exit_on_user_error, say
 

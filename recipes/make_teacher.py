@@ -17,14 +17,12 @@ from pathlib import Path
 
 import torch
 
-from scd_sf.checkpoint import find, read_provenance
-from scd_sf.files import write_json
+from scd_sf.checkpoint import find, provenance, read_provenance
+from scd_sf.files import require_own_folder, write_json
 from scd_sf.models.build import load_checkpoint_model
 from scd_sf.models.wan.text import TextEncoderConfig, write_reference
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import save_wan
-from scd_sf.ownership import require_own_folder
-from scd_sf.provenance import provenance
 from scd_sf.tools.steps import Step, chain, python, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 

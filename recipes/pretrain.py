@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from scd_sf.checkpoint import provenance
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
@@ -26,7 +27,6 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, 
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import Scd, ScdConfig
-from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches, check_same_size, check_shape
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed

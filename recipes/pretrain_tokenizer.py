@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from scd_sf.checkpoint import Checkpoints
+from scd_sf.checkpoint import Checkpoints, provenance
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
@@ -47,7 +47,6 @@ from scd_sf.models.tokenizers.training import (
     build_tokenizer,
 )
 from scd_sf.models.tokenizers.vae_training import patch_components
-from scd_sf.provenance import provenance
 from scd_sf.train.checks import check_batches
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed

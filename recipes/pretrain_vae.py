@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from scd_sf.config import load_config, to_yaml
 from scd_sf.data.clips import ClipSet
-from scd_sf.files import foreign, locked, new_file, read_text, write_json, write_text
+from scd_sf.files import foreign, locked, new_file, read_text, require_own_folder, write_json, write_text
 from scd_sf.models.tokenizers.vae_training import (
     PATCH,
     SmallVaeConfig,
@@ -44,7 +44,6 @@ from scd_sf.models.tokenizers.vae_training import (
 )
 from scd_sf.models.wan.vae import FRAME_GROUP as GROUP
 from scd_sf.models.wan.vae import WEIGHTS, load_vae, save_vae
-from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, check_within, exit_on_user_error, say
 
 Grads = tuple[Tensor, ...]

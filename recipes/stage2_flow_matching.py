@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scd_sf.checkpoint import absolute, provenance
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
@@ -22,7 +23,6 @@ from scd_sf.generation.preview import Preview
 from scd_sf.generation.validation import show, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
-from scd_sf.provenance import absolute, provenance
 from scd_sf.tools.plan.job import Job
 from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
@@ -131,7 +131,7 @@ def main() -> None:
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
-        show(run, preview, averaged, 0)
+        show(preview, averaged, 0, ranks, run.video)
     for step in state.steps(start):
         with state.attempt(step):
             info, sums = update(cfg, run, engine, clips, reads, state.position(step), state.may_stop)
@@ -142,7 +142,7 @@ def main() -> None:
                 state.ema.copy_to(averaged)
                 logs |= validate(averaged, val, cfg.loss, cfg.validation_clips, ranks)
                 state.note_best(step, logs["val/loss"])
-                logs |= show(run, preview, averaged, step)
+                logs |= show(preview, averaged, step, ranks, run.video)
             run.log(step, logs)
     reads.close()
     run.finish()

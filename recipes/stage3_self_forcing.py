@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.checkpoint import absolute, provenance
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prefetch import Prefetch
@@ -34,7 +35,6 @@ from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
-from scd_sf.provenance import absolute, provenance
 from scd_sf.tools.plan.job import Job
 from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.checks import check_batches, check_shape, check_text
@@ -298,7 +298,7 @@ def main() -> None:
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(parts.student.masters())
-        show(run, preview, averaged, 0)
+        show(preview, averaged, 0, ranks, run.video)
     for step in state.steps(start):
         with state.attempt(step):
             logs, info = parts.update(state.position(step), step == 1, state)
@@ -310,7 +310,7 @@ def main() -> None:
                 state.extra["best"] = state.ema.copy()
             if step % cfg.train.validate_every == 0:
                 state.ema.copy_to(averaged)
-                logs |= show(run, preview, averaged, step)
+                logs |= show(preview, averaged, step, ranks, run.video)
             run.log(step, logs)
     parts.reads.close()
     run.finish()

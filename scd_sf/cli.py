@@ -234,8 +234,7 @@ def bench(
 ) -> None:
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
     from scd_sf.evaluation.bench import BenchConfig, run_bench, table
-    from scd_sf.files import own_file, write_json
-    from scd_sf.ownership import require_own_file
+    from scd_sf.files import own_file, require_own_file, write_json
 
     cfg = load_config(BenchConfig, config, overrides or [])
     if cfg.out:

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from scd_sf.json_text import INTEGER_DIGITS, JSON_DEPTH
+from scd_sf.files import INTEGER_DIGITS, JSON_DEPTH
 from scd_sf.types import UserError
 from scd_sf.yaml_text import (
     INTEGER,

@@ -10,8 +10,10 @@ too deeply, not finite or of another type. :func:`foreign` turns whatever a pars
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -21,12 +23,10 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from scd_sf.json_text import loads
-from scd_sf.ownership import take_lock
 from scd_sf.types import UserError, printable
 
 if TYPE_CHECKING:  # tools that need no tensors start without torch
@@ -460,3 +460,131 @@ def refuse_lfs_pointer(path: Path) -> None:
     """UserError for a file that :func:`is_lfs_pointer`: for readers that hand the path to a library."""
     if is_lfs_pointer(path):
         raise UserError(f"{path}: {POINTER}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+JSON_DEPTH = 64
+INTEGER_DIGITS = 20  # 64 bits
+
+
+def loads(text: str | bytes) -> object:
+    """A JSON value within bounds: depth, finite numbers, 64 bits. ValueError, RecursionError or MemoryError for
+    everything else; :func:`parse_json` words them."""
+    value: object = json.loads(text, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
+    _check_tree(value)
+    return value
+
+
+def _no_number(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > INTEGER_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is out of range")
+    return value
+
+
+def _check_tree(value: object) -> None:
+    """ValueError for a tree that is nested too deeply or has text that UTF-8 cannot hold."""
+    waiting: list[tuple[object, int]] = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, str):
+            item.encode()
+        elif isinstance(item, dict | list):
+            if depth > JSON_DEPTH:
+                raise ValueError(f"nested more than {JSON_DEPTH} deep")
+            inner = item if isinstance(item, list) else [*item, *item.values()]
+            waiting += [(each, depth + 1) for each in inner if isinstance(each, str | dict | list)]
+
+
+# ------------------------------------------------------------------------------------------------------------ ownership
+
+LEFT = re.compile(r"\.lock|\.writable|\.part-.*")  # in a folder in which a job did not come to begin
+MARK_BYTES = 2**22  # of a file that are searched for its mark
+OWNER = "process "  # what a lock's words begin with
+
+
+def take_lock(path: Path, what: str) -> IO[str]:
+    """The open lock ``path``; whoever closes it frees it. UserError: another process has it, or it is no lock."""
+    while True:
+        file = _opened(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = printable(file.read(200)).strip() or "another process"
+            file.close()
+            remedy = f"wait for it, or use another folder for {what}"
+            raise UserError(f"{path.parent}: {owner} is at work in it; {remedy}") from error
+        except OSError:  # a file system without locks
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner removed it between our opening and locking it
+    file.seek(0)
+    file.truncate()
+    file.write(f"{OWNER}{os.getpid()} of {socket.gethostname()} ({what})\n")
+    file.flush()
+    return file
+
+
+def _opened(path: Path) -> IO[str]:
+    """The lock's file, made if missing. UserError where something else has its name."""
+    strange = UserError(f"{path}: not a lock of ours; move it away, or use another folder")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise strange from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise strange
+    file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+    if file.read(len(OWNER)) not in ("", OWNER):
+        file.close()
+        raise strange
+    return file
+
+
+def require_own_folder(folder: Path, marks: Iterable[str], remedy: str = "use another out=") -> None:
+    """UserError where ``folder`` is no folder, or has contents and nothing that a command puts there first."""
+    if not folder.is_dir():
+        if folder.is_symlink() or folder.exists():
+            raise UserError(f"{folder}: is there and no folder; nothing of others is touched: {remedy}")
+        return
+    names = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
+    wanted = list(marks)
+    if names and not any((folder / mark).exists() for mark in wanted):
+        other, mark = printable(min(names))[:80], " or ".join(wanted)
+        raise UserError(
+            f"{folder}: holds other files ({other}) and no {mark} of ours; nothing of others is touched: {remedy}"
+        )
+
+
+def has_mark(path: Path, mark: str) -> bool:
+    """Whether a path is a regular file, no link, with ``mark`` in its first :data:`MARK_BYTES` bytes."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        with path.open("rb") as file:
+            return mark.encode() in file.read(min(MARK_BYTES, path.stat().st_size))
+    except OSError:
+        return False
+
+
+def require_own_file(path: Path, mark: str, remedy: str) -> None:
+    """UserError when there is something called ``path`` that is not :func:`has_mark`."""
+    if os.path.lexists(path) and not has_mark(path, mark):
+        raise UserError(f"{path}: is there and not of ours; nothing is overwritten: {remedy}")

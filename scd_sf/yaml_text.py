@@ -14,8 +14,7 @@ from typing import cast
 
 import yaml
 
-from scd_sf.files import foreign, read_text
-from scd_sf.json_text import INTEGER_DIGITS, JSON_DEPTH
+from scd_sf.files import INTEGER_DIGITS, JSON_DEPTH, foreign, read_text
 from scd_sf.types import UserError
 
 Tree = dict[str, object]

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from scd_sf import checkpoint
-from scd_sf.checkpoint import Checkpoints, find, load_tensors, read_provenance, verify
+from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance, verify
 from scd_sf.files import sha256_file
-from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 

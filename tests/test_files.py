@@ -30,11 +30,11 @@ from scd_sf.files import (
     read_bytes,
     read_json,
     read_jsonl,
+    require_own_folder,
     typed,
     write_tensors,
     write_text,
 )
-from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, exit_on_user_error
 
 WRONG = {"cut": b'{"a": 1', "list": b"[]", "deep": b"[" * 200_000, "bytes": b'"\xff"'}

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scd_sf.checkpoint import Checkpoints, find, load_tensors, read_provenance
+from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance
 from scd_sf.config import load_config, plain_yaml, to_yaml
 from scd_sf.data.clip_files import About, clip_path, read_header, write_clip
 from scd_sf.data.clip_index import read_job
@@ -55,7 +55,6 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
 from scd_sf.probes.report import write_report
-from scd_sf.provenance import provenance
 from scd_sf.tools.data.foreign import read_tar
 from scd_sf.tools.gallery.folders import page_of, read_folder
 from scd_sf.tools.runs.curve import read_curve

@@ -1,1 +1,1 @@
-"""F1, data: typed batches from disk. Every directory explains itself by a manifest with sizes and hashes."""
+"""Typed batches from disk. Every directory explains itself by a manifest with sizes and hashes."""

@@ -1,1 +1,1 @@
-"""Figures on finished videos: pure functions on tensors in memory. Nothing here trains, samples or reads a dataset."""
+"""How good and how fast a model is: metrics of finished videos, prediction, VBench, benchmarks."""

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scd_sf.checkpoint import git_revision, versions
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.evaluation.roofline import HeavyCalls, Peak, synchronize
 from scd_sf.evaluation.table import BlockPassCounter
@@ -45,7 +46,6 @@ from scd_sf.models.wan.text import TextEncoder, load_text_encoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, VaeStream, channels_last, load_vae
 from scd_sf.nn.layers import WanBlock
-from scd_sf.provenance import git_revision, versions
 from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device
 
 SCHEMA = 1

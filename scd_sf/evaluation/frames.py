@@ -116,15 +116,6 @@ def check_ssim_window(window: str) -> None:
         raise UserError(f"ssim is '{window}'; use one of {', '.join(get_args(SsimWindow))}")
 
 
-def as_uint8(frames: Tensor) -> Tensor:
-    """Frames for a video file: float in [0, 1] is rounded to uint8 (values outside are clipped), uint8 passes as is."""
-    if frames.dtype == torch.uint8:
-        return frames
-    if not frames.is_floating_point():
-        raise UserError(f"frames: dtype {frames.dtype}; give uint8 or float in [0, 1]")
-    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 @dataclass(frozen=True)
 class Spread:
     """Mean and standard deviation (n-1; 0 for one value) of ``count`` repeats of one figure."""

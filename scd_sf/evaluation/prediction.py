@@ -17,8 +17,7 @@ from scd_sf.data.clips import write_video
 from scd_sf.data.frames import FrameClips
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.evaluation.frames import as_uint8
-from scd_sf.generation.generate import NotFinite, generate_latents
+from scd_sf.generation.generate import NotFinite, as_uint8, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
 from scd_sf.models.interface import CacheConfig

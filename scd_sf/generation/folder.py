@@ -14,9 +14,8 @@ from pathlib import Path
 from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
-from scd_sf.files import locked, others_in, read_json, sha256_file, write_json
+from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
 from scd_sf.generation.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
-from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, say
 
 INDEX = "manifest.json"

@@ -199,3 +199,12 @@ class ClipNoise:
             return on_device(torch.stack(drawn).view(x.shape), x.device, x.dtype)
 
         return like
+
+
+def as_uint8(frames: Tensor) -> Tensor:
+    """Frames for a video file: float in [0, 1] is rounded to uint8 (values outside are clipped), uint8 passes as is."""
+    if frames.dtype == torch.uint8:
+        return frames
+    if not frames.is_floating_point():
+        raise UserError(f"frames: dtype {frames.dtype}; give uint8 or float in [0, 1]")
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from scd_sf.data.clip_statistics import Clip, statistics
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.evaluation.frames import as_uint8
-from scd_sf.generation.generate import NotFinite, clips_of, generate
+from scd_sf.generation.generate import NotFinite, as_uint8, clips_of, generate
 from scd_sf.models.build import Student
 from scd_sf.models.wan.vae import ORIGINAL, load_vae
 from scd_sf.types import Conditioning, Logs, UserError, VideoShape

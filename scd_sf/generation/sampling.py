@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.checkpoint import absolute
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.data.start import check_start, read_start
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.evaluation.frames import as_uint8
 from scd_sf.files import sha256_file
 from scd_sf.generation.compile import CompileConfig, compile_steps
-from scd_sf.generation.generate import generate
+from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.models.blocks import BlocksConfig
@@ -29,7 +29,6 @@ from scd_sf.models.interface import CacheConfig
 from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae
-from scd_sf.provenance import absolute
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
 FPS = 1000  # more no player shows

@@ -5,10 +5,12 @@ All ranks call these together, each with its own whole copy of the model, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.noise import generator
@@ -16,8 +18,9 @@ from scd_sf.distributed import Ranks
 from scd_sf.generation.preview import Preview
 from scd_sf.losses.flow_matching import FlowMatchingConfig, validation_loss
 from scd_sf.models.build import Student
-from scd_sf.train.run import Run
 from scd_sf.types import Logs, on_device
+
+VideoRecord = Callable[[int, str, Tensor, Path], None]
 
 
 @torch.no_grad()
@@ -33,10 +36,9 @@ def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit
     return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
 
 
-def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
-    """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures them. None where one
-    rank has no VAE."""
-    ranks = run.ranks
+def show(preview: Preview, model: Student, step: int, ranks: Ranks, record: VideoRecord) -> Logs:
+    """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures them and
+    hands (step, "samples", uint8 frames, file) to ``record``. None where one rank has no VAE."""
     if ranks.any(preview.vae is None):
         return {}
     with _placed(model, ranks.device):
@@ -44,7 +46,7 @@ def show(run: Run, preview: Preview, model: Student, step: int) -> Logs:
     videos, made = (ranks.sum(on_device(part, ranks.device)).cpu() for part in (mine, made))
     if not ranks.is_main:
         return {}
-    run.video(step, "samples", *preview.write(videos, step))
+    record(step, "samples", *preview.write(videos, step))
     return preview.measure(videos, made)
 
 

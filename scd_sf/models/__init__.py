@@ -1,1 +1,1 @@
-"""F2, the models: one forward per family, weights in and out, the VAE and the text encoder."""
+"""One forward per family, weights in and out, the VAE and the text encoder."""

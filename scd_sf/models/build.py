@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import PROVENANCE, find, read_provenance, weights_file
+from scd_sf.checkpoint import PROVENANCE, absolute, checked_origin, find, read_provenance, weights_file
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.files import Json, parse_json, write_tensors
@@ -23,7 +23,6 @@ from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig, WanConfig
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.provenance import absolute, checked_origin
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
 

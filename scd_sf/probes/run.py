@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
+from scd_sf.checkpoint import git_revision, versions
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_files import read_prompt_file
-from scd_sf.files import locked, read_json, write_json
+from scd_sf.files import locked, read_json, require_own_folder, write_json
 from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
@@ -37,7 +38,6 @@ from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.models.wan.weights import is_wan_directory, load_wan
-from scd_sf.ownership import require_own_folder
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
 from scd_sf.probes.frame_diagonal import DiagonalProbe, frame_diagonal
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
@@ -47,7 +47,6 @@ from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.similarity import SimilarityProbe, similarity
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer
 from scd_sf.probes.subject import Subject
-from scd_sf.provenance import git_revision, versions
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within, say
 
 PROBES: dict[str, Callable[[Subject, Any], ProbeResult]] = {

@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from scd_sf.files import files_below, locked, read_typed, write_json
-from scd_sf.ownership import require_own_folder
+from scd_sf.files import files_below, locked, read_typed, require_own_folder, write_json
 from scd_sf.types import UserError, printable
 
 MARKERS = ".done"

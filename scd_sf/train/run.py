@@ -35,8 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scd_sf.checkpoint import Checkpoints, problem_of
 from scd_sf.config import differences, plain_yaml, to_yaml
 from scd_sf.distributed import Ranks
-from scd_sf.files import locked, parse_json, read_bytes, write_text
-from scd_sf.ownership import require_own_folder
+from scd_sf.files import locked, parse_json, read_bytes, require_own_folder, write_text
 from scd_sf.types import Logs, UserError, say
 
 YEAR_MINUTES = 525_600.0

@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import Checkpoints
+from scd_sf.checkpoint import Checkpoints, provenance
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.models.build import (
     CheckpointConfig,
@@ -25,7 +25,6 @@ from scd_sf.models.build import (
 from scd_sf.models.causal import Causal
 from scd_sf.models.scd.wan import Scd
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 SCD = ModelConfig("scd", 1, tiny.CFG, tiny.scd_config(tiny.Variant("scd", 3, "paper", "temporal", "cached")))

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from scd_sf.checkpoint import Checkpoints
+from scd_sf.checkpoint import Checkpoints, provenance
 from scd_sf.config import to_yaml
 from scd_sf.models import export
 from scd_sf.models.build import (
@@ -27,7 +27,6 @@ from scd_sf.models.build import (
 from scd_sf.models.export import convert_wan, export_weights
 from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
-from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 SAME = 1e-5  # equal weights at other addresses: BLAS may sum in another order

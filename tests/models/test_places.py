@@ -14,7 +14,7 @@ import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
 
-from scd_sf.checkpoint import Checkpoints, verify
+from scd_sf.checkpoint import Checkpoints, provenance, verify
 from scd_sf.config import to_yaml
 from scd_sf.generation.pipeline import export_pipeline
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, base_of, describe_checkpoint
@@ -23,7 +23,6 @@ from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 from scd_sf.models.wan.components import copy_components
 from scd_sf.models.wan.text import REFERENCE, TextEncoderConfig, text_config, write_reference
 from scd_sf.models.wan.weights import save_wan, shard_size
-from scd_sf.provenance import provenance
 from scd_sf.types import UserError
 
 RENOISE = SamplerConfig("renoise", 4, 5.0)

@@ -104,7 +104,11 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     ("command", "given", "words"),
     [
-        (("scd_sf.models.scd.transplant", "TransplantConfig"), ["heads=2"], "section and heads are of the file weights="),
+        (
+            ("scd_sf.models.scd.transplant", "TransplantConfig"),
+            ["heads=2"],
+            "section and heads are of the file weights=",
+        ),
         (("scd_sf.models.scd.transplant", "TransplantConfig"), ["section=ema"], "section and heads are of the file"),
         (
             ("scd_sf.models.scd.transplant", "TransplantConfig"),
@@ -117,11 +121,23 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
             "set family=scd",
         ),
         (("scd_sf.models.scd.transplant", "TransplantConfig"), ["sampler.times=[1,2]"], "sampler"),
-        (("scd_sf.tools.stages", "Stage2Config"), ["engine={kind: local, offload: true}"], "offload is for kind=deepspeed"),
+        (
+            ("scd_sf.tools.stages", "Stage2Config"),
+            ["engine={kind: local, offload: true}"],
+            "offload is for kind=deepspeed",
+        ),
         (("scd_sf.tools.stages", "Stage2Config"), ["loss.action_dropout=0.5"], "loss.action_dropout is set, but clips"),
         (("scd_sf.tools.stages", "Stage3Config"), ["teacher_engine.lr=1"], "teacher_engine.lr is set, but the teacher"),
-        (("scd_sf.tools.stages", "Stage3Config"), ["critic_data=student", "reuse=2"], "reuse is 2, but critic_data=student"),
-        (("scd_sf.generation.sampling", "SampleConfig"), ["negative_prompt=ugly"], "negative_prompt is what guidance.text leads"),
+        (
+            ("scd_sf.tools.stages", "Stage3Config"),
+            ["critic_data=student", "reuse=2"],
+            "reuse is 2, but critic_data=student",
+        ),
+        (
+            ("scd_sf.generation.sampling", "SampleConfig"),
+            ["negative_prompt=ugly"],
+            "negative_prompt is what guidance.text leads",
+        ),
         (("scd_sf.generation.sampling", "SampleConfig"), ["force=true"], "force is for another sampler"),
         (
             ("scd_sf.generation.sampling", "SampleConfig"),

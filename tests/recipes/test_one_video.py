@@ -16,9 +16,8 @@ from torch import Tensor
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video, write_video
 from scd_sf.data.latents import LatentClips
-from scd_sf.evaluation.frames import as_uint8
 from scd_sf.generation.folder import batches
-from scd_sf.generation.generate import clips_of, decode, generate_latents
+from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
 from scd_sf.generation.pipeline import SCDWanPipeline, export_pipeline
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.sampling import SampleConfig, open_studio, wanted_videos

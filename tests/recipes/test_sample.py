@@ -19,9 +19,9 @@ from tiny_run import Chain
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.start import read_start
-from scd_sf.evaluation.frames import as_uint8
 from scd_sf.files import LOCK, locked, sha256_file
 from scd_sf.generation.folder import batches
+from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.sampling import SampleConfig, open_studio, wanted_videos
 from scd_sf.models.export import export_weights
 from scd_sf.models.wan import text_cache

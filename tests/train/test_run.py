@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from scd_sf.checkpoint import provenance
 from scd_sf.config import from_yaml
 from scd_sf.distributed import Ranks
-from scd_sf.provenance import provenance
 from scd_sf.train.run import Run, RunConfig, cpu_generator, rank_zero_print
 from scd_sf.types import UserError
 

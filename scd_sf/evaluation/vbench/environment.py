@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd_sf.files import parse_json, read_json, typed, write_json, write_text
-from scd_sf.ownership import has_mark, require_own_file
+from scd_sf.files import has_mark, parse_json, read_json, require_own_file, typed, write_json, write_text
 from scd_sf.types import UserError, say
 
 VERSION = "0.1.5"

@@ -19,8 +19,7 @@ from scd_sf.evaluation.vbench.aggregate import Scores, aggregate, label, read_sc
 from scd_sf.evaluation.vbench.prompts import dimensions, packaged
 from scd_sf.evaluation.vbench.static_filter import STATIC
 from scd_sf.evaluation.vbench.suite import VIDEOS
-from scd_sf.files import locked, write_json, write_text
-from scd_sf.ownership import require_own_file
+from scd_sf.files import locked, require_own_file, write_json, write_text
 from scd_sf.types import UserError, printable
 
 _NUMBER = re.compile(r"-\d+$")

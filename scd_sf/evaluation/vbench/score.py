@@ -29,9 +29,19 @@ from scd_sf.evaluation.vbench.prompts import (
 )
 from scd_sf.evaluation.vbench.static_filter import CANDIDATES, STATIC, WANTED, chosen_of
 from scd_sf.evaluation.vbench.suite import CANDIDATES_EACH, SAMPLES, VIDEOS
-from scd_sf.files import Json, locked, parse_json, read_json, read_text, read_typed, typed, write_json, write_text
+from scd_sf.files import (
+    Json,
+    locked,
+    parse_json,
+    read_json,
+    read_text,
+    read_typed,
+    require_own_folder,
+    typed,
+    write_json,
+    write_text,
+)
 from scd_sf.generation.folder import INDEX
-from scd_sf.ownership import require_own_folder
 from scd_sf.types import UserError, say
 
 _WORKER = Path(__file__).with_name("worker.py")

@@ -13,6 +13,7 @@ from typing import Literal
 
 import av
 
+from scd_sf.checkpoint import git_revision, versions
 from scd_sf.data.prompt_files import PromptRow
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.vbench.prompts import (
@@ -31,7 +32,6 @@ from scd_sf.evaluation.vbench.static_filter import CANDIDATES, StaticFilter, run
 from scd_sf.files import locked, sha256_file
 from scd_sf.generation.folder import make_videos
 from scd_sf.generation.sampling import SampleConfig, Video
-from scd_sf.provenance import git_revision, versions
 from scd_sf.types import UserError
 
 VIDEOS = "videos"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import Checkpoints
+from scd_sf.checkpoint import Checkpoints, absolute, provenance
 from scd_sf.config import to_yaml
 from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
 from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig
@@ -25,7 +25,6 @@ from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.trunk import SIZES
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
-from scd_sf.provenance import absolute, provenance
 from scd_sf.types import UserError, check_within
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Image tokenizers (DC-AE's kind) and their training."""

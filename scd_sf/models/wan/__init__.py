@@ -1,1 +1,1 @@
-"""."""
+"""Wan's own parts: transformer, text encoder, VAE; its layouts, names and configs."""

@@ -19,7 +19,16 @@ from scd_sf.data.prompt_list import read_list
 from scd_sf.data.prompts import Prompt, encode_prompts, finish_prompts, finite
 from scd_sf.data.shards import AGAIN, Shard, ShardWriter
 from scd_sf.distributed import Ranks, rank_zero_first
-from scd_sf.files import hash_json, locked, read_typed, sha256_file, sha256_folder, write_json, write_tensors
+from scd_sf.files import (
+    hash_json,
+    locked,
+    read_typed,
+    require_own_folder,
+    sha256_file,
+    sha256_folder,
+    write_json,
+    write_tensors,
+)
 from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.live_prompts import states_alone
 from scd_sf.models.wan.text import (
@@ -31,7 +40,6 @@ from scd_sf.models.wan.text import (
     text_config,
     wan_negative,
 )
-from scd_sf.ownership import require_own_folder
 from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import UserError, say
 

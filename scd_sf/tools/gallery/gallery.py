@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from scd_sf.data.clips import write_video
-from scd_sf.evaluation.frames import as_uint8
 from scd_sf.evaluation.table import Row
+from scd_sf.generation.generate import as_uint8
 from scd_sf.tools.gallery.page import Page, Prompt, Sample, write_page
 from scd_sf.types import UserError
 

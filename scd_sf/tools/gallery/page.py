@@ -21,8 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from scd_sf.evaluation.table import COLUMNS, LEFT_ALIGNED, Row
-from scd_sf.files import locked, new_file, own_file, sha256_file
-from scd_sf.ownership import require_own_file
+from scd_sf.files import locked, new_file, own_file, require_own_file, sha256_file
 from scd_sf.types import UserError, printable
 
 INDEX, VIDEOS = "index.html", "videos"  # of a gallery that is a folder

@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from scd_sf.data.sources.video_reader import AS_CODED, frame_count, frames_of
-from scd_sf.files import own_file
-from scd_sf.ownership import require_own_file
+from scd_sf.files import own_file, require_own_file
 from scd_sf.tools.gallery.page import FAULTS, Page, Sample
 from scd_sf.types import UserError, printable
 

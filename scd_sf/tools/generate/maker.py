@@ -23,8 +23,8 @@ from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.diffusion.guidance import guided
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.distributed import Ranks
-from scd_sf.evaluation.frames import as_uint8
-from scd_sf.files import hash_json, locked, sha256_file, write_jsonl
+from scd_sf.files import hash_json, locked, require_own_folder, sha256_file, write_jsonl
+from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.text import pad_states
@@ -32,7 +32,6 @@ from scd_sf.models.wan.text_cache import CachedTextEncoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.models.wan.weights import open_wan
-from scd_sf.ownership import require_own_folder
 from scd_sf.tools.generate.plan import STORED, GenerateConfig, Spec, Unit, settings_of, wanted_clips
 from scd_sf.train.checks import check_shape
 from scd_sf.train.engine import frozen_engine

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from scd_sf.checkpoint import git_revision, versions
 from scd_sf.evaluation.roofline import synchronize
-from scd_sf.provenance import git_revision, versions
 from scd_sf.tools.gpu.parts import Figures, Row
 from scd_sf.types import UserError
 

@@ -1,1 +1,1 @@
-"""."""
+"""Lists of prompts: filtered, written out at length."""

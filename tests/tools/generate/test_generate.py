@@ -27,7 +27,9 @@ from scd_sf.types import UserError
 SCRIPT = "data_prep/generate_clips.py"
 PROMPTS = ["left in meadow", "right in hall", "still in hall", "still in meadow"]
 CLIPS = 3 * len(PROMPTS)
-PLACES_TO_DIE = "os:replace|os:fsync|scd_sf.tools.generate.maker:write_video|scd_sf.tools.generate.maker:sample_bidirectional"
+PLACES_TO_DIE = (
+    "os:replace|os:fsync|scd_sf.tools.generate.maker:write_video|scd_sf.tools.generate.maker:sample_bidirectional"
+)
 
 
 def arguments(model: Path, out: Path) -> list[str]:
@@ -169,7 +171,9 @@ def test_a_zero_3_teacher_is_called_equally_often_by_ranks_with_unequal_shares(
     tmp_path: Path, model: Path, unbroken: Path
 ) -> None:
     out = tmp_path / "clips"
-    recipe_runner.run(SCRIPT, *arguments(model, out), at=At("scd_sf.tools.generate.maker:write_clip", 6))  # 5 clips are there
+    recipe_runner.run(
+        SCRIPT, *arguments(model, out), at=At("scd_sf.tools.generate.maker:write_clip", 6)
+    )  # 5 clips are there
     zero = ["engine={kind: deepspeed, dtype: fp32, bucket: 1000}"]
     results = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), *zero, world=2)
     assert [result.code for result in results] == [0, 0], results[0].err[-2000:]

@@ -14,7 +14,7 @@ import torch
 
 from scd_sf import cli
 from scd_sf.checkpoint import Checkpoints
-from scd_sf.provenance import provenance
+from scd_sf.checkpoint import provenance
 from scd_sf.tools.runs.compare import compare
 from scd_sf.tools.runs.curve import TAIL, Follower, clean, read_curve, read_tail
 from scd_sf.tools.runs.state import find_runs, read_run

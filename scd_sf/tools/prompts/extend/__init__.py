@@ -1,1 +1,1 @@
-"""F5, prompt_extend: a language model writes short prompts out at length, as Wan 2.1's own prompts are."""
+"""A language model writes short prompts out at length, as Wan 2.1's own prompts are."""

@@ -24,6 +24,7 @@ from scd_sf.files import (
     parse_json,
     read_json,
     read_typed,
+    require_own_folder,
     sha256_file,
     typed,
     write_json,
@@ -31,7 +32,6 @@ from scd_sf.files import (
     write_text,
     writing,
 )
-from scd_sf.ownership import require_own_folder
 from scd_sf.tools.prompts.extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.tools.prompts.extend.local import LocalModel
 from scd_sf.tools.prompts.extend.rules import SYSTEM, Answer, Gates, refusal, seed_of

@@ -1,1 +1,1 @@
-"""F1, prompt_filter: from lists of users' prompts to clean, safe, English, different ones. No model but language id."""
+"""From lists of users' prompts to clean, safe, English, different ones. No model but language id."""

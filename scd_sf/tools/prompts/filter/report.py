@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from scd_sf.files import Json, locked, new_file, read_typed, sha256_file, write_json, write_text
-from scd_sf.ownership import require_own_folder
+from scd_sf.files import Json, locked, new_file, read_typed, require_own_folder, sha256_file, write_json, write_text
 from scd_sf.tools.prompts.filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
 from scd_sf.tools.prompts.filter.optional import EXTRA, require
 from scd_sf.tools.prompts.filter.table import find_list

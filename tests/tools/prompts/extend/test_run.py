@@ -96,7 +96,9 @@ def test_ranks_kills_and_resuming_give_the_same_files(model: Path, tmp_path: Pat
     assert f"14 prompts, {before} finished before" in two[0].out
     assert part.read_bytes().startswith(whole) and (other / "parts" / "rank-0001.jsonl").stat().st_size > 0
     assert result(other) == result(tmp_path / "one")
-    merged = recipe_runner.run(SCRIPT, *local(path, model, other, 3), at=At("scd_sf.tools.prompts.extend.run:write_json", 1))
+    merged = recipe_runner.run(
+        SCRIPT, *local(path, model, other, 3), at=At("scd_sf.tools.prompts.extend.run:write_json", 1)
+    )
     assert merged.code < 0 and not (other / "report.json").exists()
     again = recipe_runner.succeed(SCRIPT, *local(path, model, other))
     assert "14 prompts, 14 finished before" in again.out and result(other) == result(tmp_path / "one")
