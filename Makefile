@@ -74,9 +74,10 @@ test-oldest: .venv-oldest/.stamp
 	@PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest $(T) --ignore tests/rehearsal $(ARGS)
 
 lint: $(STAMP)
-	@echo "make: ruff and mypy"
+	@echo "make: ruff, import-linter, mypy"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check -q .
+	@$(VENV)/bin/lint-imports --no-cache
 	@$(PY) -m mypy
 
 format: $(STAMP)

@@ -137,7 +137,7 @@ def scores(rng: random.Random) -> list[str]:
 
 def write_rows(path: Path, rows: int, seed: int) -> None:
     """The csv file, through a temporary name."""
-    rng, earlier = random.Random(seed), list[str]()
+    rng, earlier = random.Random(seed), list[str]()  # noqa: S311
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

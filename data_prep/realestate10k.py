@@ -4,7 +4,7 @@
 
 ``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are resized (short side)
 and cropped to ``--size``; of every clip the first ``--frames`` are taken, shorter clips count as malformed (0: all
-frames of all clips). Cameras are ignored, or checked with ``--cameras`` (``scd_sf.data.sources.realestate10k`` reads them).
+frames of all clips). Cameras are ignored, or checked with ``--cameras``.
 
 Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
 ``--check`` only reads everything and reports. An interrupted run goes on where it stopped.

@@ -227,7 +227,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="checkpoints=[A,B] [a.b=value ..]",
-            help="Fields of scd_sf/evaluation/bench.py: models=, frames=, window=, dtype=, compile.enabled=true, out=FILE.json..",
+            help="Fields of scd_sf/evaluation/bench.py: models=, frames=, window=, dtype=, out=FILE.json ..",
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. bench_wan_1.3b.yaml.")] = None,

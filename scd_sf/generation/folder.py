@@ -1,4 +1,4 @@
-"""A folder of samples: what is finished, who makes the rest, and the manifest. The videos come from generation/sampling.py.
+"""A folder of samples: what is finished, who makes the rest, and the manifest. Videos come from generation/sampling.py.
 
 ``out/manifest.json`` holds the settings and, at the end, every video's prompt, seed and hash. ``out/.done`` has a
 record of each finished video, written by whichever rank made it: so ranks share a folder, and the same command goes on.

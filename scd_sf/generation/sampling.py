@@ -42,8 +42,8 @@ class SampleConfig:
     ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
     or video that all videos continue, a video at ``fps``. ``window``, ``sink``: latent frames the history keeps (0:
     all), for videos longer than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's
-    own). ``text_cache``: where encoded prompts are kept (empty: in the user's cache; "off": nowhere), see
-    models/wan/text_cache.py. ``dtype``: fp32, bf16 or fp16 for the student and the text encoder; the VAE computes in fp32.
+    own). ``text_cache``: where encoded prompts are kept (empty: in the user's cache; "off": nowhere).
+    ``dtype``: fp32, bf16 or fp16 for the student and the text encoder; the VAE computes in fp32.
     ``blocks``: how the causal baseline's blocks are run, such as the skip-layer schedule (unset: as the checkpoint
     says)."""
 

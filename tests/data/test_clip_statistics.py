@@ -30,7 +30,7 @@ def videos(count: int = 3, frames: int = 5) -> torch.Tensor:
 
 
 def test_temporal_flickering_is_vbenchs() -> None:
-    """The value that VBench's own function gives for the same file (tests/evaluation/vbench/make_golden.py), and the formula."""
+    """The value that VBench's own function gives for the same file (make_golden.py), and the formula."""
     golden = json.loads((VBENCH / "golden.json").read_text())["flickering"]
     assert abs(float(temporal_flickering(read_video(VBENCH / "flickering.mp4")[None])[0]) - golden) < 1e-6
     x = videos().double().numpy()

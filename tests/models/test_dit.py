@@ -1,7 +1,7 @@
 """Models trained from scratch: sizes and costs of Table 2, and the defects of the public code that must not come back.
 
 The invariants that all students share (mask == cache, batched K == looped K, causality, guidance) are held for these
-models by test_generator.py, test_scd.py, test_guided.py and tests/generation/test_rollout.py. Letters: see scd_sf/models/dit.py.
+models by test_interface.py, test_scd.py, test_guided.py and test_rollout.py. Letters: see scd_sf/models/dit.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The videos that VBench asks for, as one sample folder: ``videos/`` five per prompt, ``flickering/`` the candidates of
 temporal flickering, ``static/`` those of them that its filter keeps.
 
-Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.generation.folder`'s. ``manifest.json`` says how it was done.
+Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.generation.folder`'s. ``manifest.json`` says how it was
+done.
 """
 
 from __future__ import annotations

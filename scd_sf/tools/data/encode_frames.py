@@ -279,7 +279,7 @@ def _hold_to_budget(report: Report, config: EncodeConfig, out: Path | None) -> N
 
 @dataclass(frozen=True)
 class Task:
-    """What a script was asked for. ``tokenizer``: a directory of ``scd_sf.models.tokenizers.tokenizer``; ``check``: only read and
+    """What a script was asked for. ``tokenizer``: a directory of an image tokenizer; ``check``: only read and
     report, to ``report`` too where it is given."""
 
     out: Path | None

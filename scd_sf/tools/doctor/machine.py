@@ -84,7 +84,7 @@ def memory() -> list[Finding]:
         findings.append(Finding("memory", WARN if remedy else OK, f"{total:.0f} GiB", remedy))
     else:
         findings.append(Finding("memory", OK, "unknown on this system"))
-    shm = Path("/dev/shm")
+    shm = Path("/dev/shm")  # noqa: S108
     if shm.is_dir():
         size = shutil.disk_usage(shm).total / GIB
         remedy = "containers start with 64 MB: docker run --shm-size=8g (or --ipc=host)" if size < 1 else ""

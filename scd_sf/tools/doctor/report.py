@@ -40,7 +40,7 @@ def guarded(name: str, check: Check) -> list[Finding]:
     """A check's findings; an exception in it is a failure of that check, with its text."""
     try:
         return check()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         first = (str(error).strip() or "no message").splitlines()[0]
         return [Finding(name, FAIL, f"{type(error).__name__}: {first}", "the check itself broke: repair what it names")]
 

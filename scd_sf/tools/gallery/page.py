@@ -175,8 +175,8 @@ def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[s
         title=printable(page.title), models=list(page.models.items()), notes=page.notes, fps=float(page.fps),
         cards=cards, rows=page.table, columns=COLUMNS, left_aligned=LEFT_ALIGNED, filters=filters(page.prompts),
         most=max((figure.number for _, _, figures in cards for figure in figures), default=0) + 1,
-        frames=page.frames, single=single, embedded=embedded, mark=Markup(MARK), faults=FAULTS, style=Markup(style),
-        script=Markup(script), policy=_policy(script, style, "blob:" if single else "'self' file:"),
+        frames=page.frames, single=single, embedded=embedded, mark=Markup(MARK), faults=FAULTS, style=Markup(style),  # noqa: S704
+        script=Markup(script), policy=_policy(script, style, "blob:" if single else "'self' file:"),  # noqa: S704
         printable=printable,
     )  # fmt: skip
 

@@ -119,7 +119,7 @@ def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, onl
         began, fatal = time.monotonic(), False
         try:
             figures = row.measure()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             figures, fatal = failure(error), spoils_the_process(error)
         taken = round(time.monotonic() - began, 2)
         record.finish(part, row.name, figures | {"row_seconds": taken} | stamp)

@@ -1,6 +1,6 @@
 """Memory by role and phase, disk, FLOPs, hours on a cluster; and what to change when it does not fit.
 
-Activations are metered on the meta device (:mod:`scd_sf.tools.plan.phases`), states are counted (:mod:`scd_sf.tools.plan.engines`).
+Activations are metered on the meta device (phases.py), states are counted (engines.py).
 Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
 """
 

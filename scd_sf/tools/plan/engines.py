@@ -1,9 +1,9 @@
 """How much memory one model and its engine hold on one process, by engine kind and ZeRO stage: bytes.
 
 What is allocated where was read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``) and compared
-with the memory of real runs (``tests/tools/plan/test_measured.py``). P parameters, N processes. With bf16 weights: masters
-4 P, two moments 8 P and the average 4 P are divided by N from ZeRO-1 on, gradients (bf16 while they are reduced, fp32
-sums) from ZeRO-2 on, weights 2 P at ZeRO-3.
+with the memory of real runs (``tests/tools/plan/test_measured.py``). P parameters, N processes. With bf16 weights:
+masters 4 P, two moments 8 P and the average 4 P are divided by N from ZeRO-1 on, gradients (bf16 while they are
+reduced, fp32 sums) from ZeRO-2 on, weights 2 P at ZeRO-3.
 """
 
 from __future__ import annotations

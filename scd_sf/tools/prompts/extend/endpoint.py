@@ -96,7 +96,7 @@ class Endpoint:
         url = f"{self.cfg.url.rstrip('/')}/chat/completions"
         problem = ""
         for attempt in range(self.cfg.retries + 1):
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")  # noqa: S310
             asked = ""
             try:
                 with self._opener().open(request, timeout=self.cfg.timeout) as answer:
@@ -124,7 +124,7 @@ class Endpoint:
     def _pause(self, attempt: int, asked: str) -> float:
         if (asked := asked.strip()).isascii() and asked.isdigit():
             return min(float(asked), LONGEST_WAIT_SECONDS)
-        return min(self.cfg.wait * 2.0**attempt, LONGEST_WAIT_SECONDS) * random.uniform(0.75, 1.25)
+        return min(self.cfg.wait * 2.0**attempt, LONGEST_WAIT_SECONDS) * random.uniform(0.75, 1.25)  # noqa: S311
 
     def _safe(self, text: str) -> str:
         hidden = text.replace(self.key, "***") if self.key else text
