@@ -11,7 +11,6 @@ from raw_sets import bikes
 from torch.nn import functional
 
 from scd_sf.evaluation.frames import (
-    as_uint8,
     bootstrap,
     gradient_energy,
     mse_frames,
@@ -21,6 +20,7 @@ from scd_sf.evaluation.frames import (
     spread,
     ssim_frames,
 )
+from scd_sf.generation.generate import as_uint8
 from scd_sf.types import UserError
 
 

@@ -211,7 +211,7 @@ def test_bad_models(model: Path, tmp_path: Path) -> None:
         run_extend(replace(cfg, model=str(bare)), ALONE)
     assert not (tmp_path / "out").exists()
     for change in ({"attempts": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"batch": 0}):
-        with pytest.raises(UserError):
+        with pytest.raises(ValueError, match="must be"):
             replace(cfg, **change)
 
 

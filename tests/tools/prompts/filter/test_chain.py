@@ -182,7 +182,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=r"no prompt in it"):
         run_filter(replace(cfg, inputs=(str(write_csv(tmp_path / "d.csv", [])),)))
     for change in ({"nsfw": 1.5}, {"min_words": 9, "max_words": 3}, {"sample": -1}, {"inputs": ()}, {"run": 0}):
-        with pytest.raises(UserError):
+        with pytest.raises(ValueError, match=r"must|empty"):
             replace(cfg, **change)
     result = recipe_runner.run(SCRIPT, f"inputs=[{tmp_path}/none.csv]", f"out={tmp_path}/out")
     assert result.code == 2 and result.err.startswith("error: ") and "none.csv: cannot be read" in result.err
