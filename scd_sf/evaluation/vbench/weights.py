@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scd_sf.files import refuse_lfs_pointer
 from scd_sf.types import UserError, say
 
 _HUB = "https://huggingface.co"
@@ -120,7 +121,7 @@ def missing(dimensions: Sequence[str], cache: Path) -> list[tuple[str, Weight]]:
 
 
 def require(dimensions: Sequence[str], cache: Path) -> None:
-    """UserError, after a line for each on stdout, if a file is missing."""
+    """UserError, after a line for each on stdout, if a file is missing, and if one is a pointer of Git LFS."""
     absent = missing(dimensions, cache)
     for name, weight in absent:
         how = f" ({weight.how})" if weight.how else ""
@@ -130,6 +131,8 @@ def require(dimensions: Sequence[str], cache: Path) -> None:
             f"{cache}: {len(absent)} files of VBench's networks are missing (listed above); put each at its place, or "
             "let VBench download them with download=true, or name other dimensions"
         )
+    for weight in {weight for name in dimensions for weight in NEEDED[name]}:
+        refuse_lfs_pointer(cache / weight.path)
 
 
 def link_dino(cache: Path) -> None:

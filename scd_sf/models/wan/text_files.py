@@ -1,4 +1,4 @@
-"""Files of a text encoder that others wrote, read as data: config.json, weights, the tokenizer's folder.
+"""Files of a text encoder or language model that others wrote, read as data: config.json, weights, the tokenizer's.
 
 Of config.json the geometry is taken. What would choose code is not: attention kernels (transformers fetches them from
 the hub), code of the repository's own; quantised weights are refused.
@@ -7,12 +7,15 @@ the hub), code of the repository's own; quantised weights are refused.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoTokenizer,
     PretrainedConfig,
@@ -22,12 +25,13 @@ from transformers import (
 
 from scd_sf.files import JSON_BYTES, foreign, read_json, refuse_lfs_pointer
 from scd_sf.models.skeleton import skeleton
-from scd_sf.tensor_files import open_folder, read_all
+from scd_sf.tensor_files import PICKLES, open_folder, read_all
 from scd_sf.types import UserError
 
 AGAIN = "download it again"
 STEM = "model"
 LARGEST = 2**20  # width of a token state
+WEIGHTS = {".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx"}  # a tokenizer reads none of them
 BUILDING = threading.Lock()  # while transformers builds a model, its settings are those of the whole process
 QUANTISED = {"quantization_config", "compression_config"}
 CHOOSES_CODE = {
@@ -35,6 +39,19 @@ CHOOSES_CODE = {
     "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "kernel_config",
     "custom_pipelines", "base_model_tp_plan",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``models``: by their configurations' classes; ``noun`` and ``examples`` are for errors."""
+
+    models: Mapping[type[PretrainedConfig], type[PreTrainedModel]]
+    noun: str
+    examples: str
+
+
+ENCODER = Kind(MODEL_FOR_TEXT_ENCODING_MAPPING, "text encoder", "umT5, T5 or a BERT")
+LANGUAGE = Kind(MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "Qwen2.5 or its like")
 
 
 def plain_config(value: object, where: Path) -> object:
@@ -49,57 +66,61 @@ def plain_config(value: object, where: Path) -> object:
     return {name: plain_config(item, where) for name, item in value.items() if name not in CHOOSES_CODE}
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """``folder/config.json`` as transformers' configuration of an encoder of text. UserError for other models."""
+def read_config(folder: Path, kind: Kind = ENCODER) -> PretrainedConfig:
+    """``folder/config.json`` as transformers' configuration of a model of this kind. UserError for other models."""
     file = folder / "config.json"
     raw = plain_config(read_json(file, AGAIN), file)
     assert isinstance(raw, dict)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise UserError(f"{file}: model_type is {repr(kind)[:80]}, which transformers does not know; {AGAIN}")
-    with foreign(_unreadable(folder), AGAIN):
-        config = cast("PretrainedConfig", CONFIG_MAPPING[kind].from_dict(raw))
-        width = config.hidden_size
-    if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
-        raise UserError(f"{file}: model_type is '{kind[:80]}', no encoder of text; use umT5, T5 or a BERT")
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+        raise UserError(f"{file}: model_type is {repr(name)[:80]}, which transformers does not know; {AGAIN}")
+    with foreign(_unreadable(folder, kind), AGAIN):
+        config = cast("PretrainedConfig", CONFIG_MAPPING[name].from_dict(raw))
+        width = config.hidden_size if kind is ENCODER else 1
+    if type(config) not in kind.models:
+        raise UserError(f"{file}: model_type is '{name[:80]}', no {kind.noun}; use {kind.examples}")
     if type(width) is not int or not 1 <= width <= LARGEST:
         raise UserError(f"{file}: the width is {repr(width)[:80]}; it must be a number from 1 to {LARGEST}")
     return config
 
 
-def read_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The encoder of ``folder``: config.json beside ``model.safetensors`` or its shards, in ``dtype``.
+def read_model(folder: Path, dtype: torch.dtype, kind: Kind = ENCODER) -> PreTrainedModel:
+    """The model of ``folder``: config.json beside ``model.safetensors`` or its shards, in ``dtype``.
 
     UserError: unreadable, NaN, weights that are missing or do not fit, a config of more than the weights hold.
     """
-    config, where = read_config(folder), _unreadable(folder)
-    kind = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    config, where = read_config(folder, kind), _unreadable(folder, kind)
+    network = kind.models[type(config)]
     stored = open_folder(folder, STEM)
     with BUILDING:
-        skeleton(lambda: kind(config), stored, where, AGAIN)
+        skeleton(lambda: network(config), stored, where, AGAIN)
     tensors = read_all(stored)
     # Without a setting in its config a model attends by SDPA, or eagerly if it has none.
     with BUILDING, foreign(where, AGAIN):
-        model, report = kind.from_pretrained(
+        model, report = network.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(key for key in report["missing_keys"] if kind is LANGUAGE or not key.startswith("pooler."))
     if missing:
         raise UserError(f"{folder}: {len(missing)} weights are missing ({missing[0]}, ...); {AGAIN}")
     return cast("PreTrainedModel", model)
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. UserError: a pointer of Git LFS, a file that is too large, unreadable."""
+def read_tokenizer(folder: Path, kind: Kind = ENCODER, *, padding_side: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. ``padding_side``: left or right; None: its own.
+
+    UserError: a pointer of Git LFS, a file that is too large, unreadable.
+    """
     for file in sorted(folder.iterdir()):
-        if file.is_file():
+        if file.is_file() and file.suffix not in WEIGHTS:
             refuse_lfs_pointer(file)
-            if file.suffix != ".safetensors" and file.stat().st_size > JSON_BYTES:
+            if file.stat().st_size > JSON_BYTES:
                 raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than a tokenizer's file has; {AGAIN}")
-    with foreign(_unreadable(folder), AGAIN):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    side = {} if padding_side is None else {"padding_side": padding_side}
+    with foreign(_unreadable(folder, kind), AGAIN):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **side)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def _unreadable(folder: Path) -> str:
-    return f"{folder}: cannot be read as a text encoder"
+def _unreadable(folder: Path, kind: Kind) -> str:
+    return f"{folder}: cannot be read as a {kind.noun}"

@@ -15,7 +15,8 @@ from recipe_runner import At
 
 from scd_sf.evaluation.vbench.environment import build, examine
 from scd_sf.evaluation.vbench.prompts import chosen_dimensions, load_entries, video_name
-from scd_sf.evaluation.vbench.weights import DETECTRON2, NEEDED, link_dino, missing
+from scd_sf.evaluation.vbench.weights import DETECTRON2, NEEDED, link_dino, missing, require
+from scd_sf.files import LFS_POINTER
 from scd_sf.types import UserError
 
 SCRIPT = "vbench_eval/score.py"
@@ -117,6 +118,11 @@ def test_refused_before_any_work(python: Path, tmp_path: Path) -> None:
     assert "4 files of VBench's networks are missing" in error and "download=true" in error
     for weight in NEEDED["scene"]:
         assert f"{tmp_path}/cache/{weight.path}, from {weight.url}" in out
+    for weight in NEEDED["scene"]:
+        (tmp_path / "cache" / weight.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / weight.path).write_bytes(LFS_POINTER + b".github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"cache/.*: a Git LFS pointer.*run `git lfs pull`"):
+        require(["scene"], tmp_path / "cache")
     assert "has no vbench" in refused(*given, f"python={sys.executable}", "download=true")[0]
     assert "cannot be run" in refused(*given, f"python={tmp_path}/none", "download=true")[0]
     assert "samples is 9" in refused(*given[:2], "samples=9")[0]

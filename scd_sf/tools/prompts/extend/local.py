@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -22,10 +22,14 @@ from transformers import (
 )
 
 from scd_sf.files import foreign
+from scd_sf.models.wan.text_files import AGAIN, LANGUAGE, read_model, read_tokenizer
 from scd_sf.tools.prompts.extend.rules import Answer, messages
 from scd_sf.types import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GENERATION = "generation_config.json"
+# What is read of a repository on the hub: neither pickles nor code, nothing in its folders.
+READ = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 
 
 class SeededChoice:
@@ -69,24 +73,18 @@ class LocalModel:
     ) -> LocalModel:
         """Reads a directory, or with ``hub`` a repository of the Hugging Face hub. Tensors only, no code of its own.
 
-        UserError: not there, not a causal language model, no chat template.
+        UserError: not there, not a causal language model, weights that are missing or not finite, no chat template.
         """
         if not hub and not Path(name).is_dir():
             raise UserError(f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub")
-        with foreign(f"model: {name} cannot be read", "give a causal language model"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, local_files_only=not hub, trust_remote_code=False, padding_side="left"
-            )
-            model = AutoModelForCausalLM.from_pretrained(
-                name,
-                local_files_only=not hub,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=DTYPES[dtype],
-                attn_implementation="sdpa",  # whatever its config asks for: no kernels of others from the hub
-            )
+        folder = _downloaded(name) if hub else Path(name)
+        tokenizer = read_tokenizer(folder, LANGUAGE, padding_side="left")
         if not tokenizer.chat_template:
             raise UserError(f"model: {name} has no chat template; give an instruction-tuned model")
+        model: Any = read_model(folder, DTYPES[dtype], LANGUAGE)
+        if (folder / GENERATION).is_file():
+            with foreign(folder / GENERATION, AGAIN):
+                model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
         if model.generation_config.eos_token_id is None:
             raise UserError(f"model: {name} has no eos_token_id, so no answer ends; correct generation_config.json")
         if tokenizer.pad_token_id is None:
@@ -121,3 +119,9 @@ class LocalModel:
         ended = torch.isin(said_BL, ends).any(dim=1).tolist()
         texts = self.tokenizer.batch_decode(said_BL, skip_special_tokens=True)
         return [Answer(text, cut=not end) for text, end in zip(texts, ended, strict=True)]
+
+
+def _downloaded(name: str) -> Path:
+    """The folder in the hub's cache with what is read of a repository."""
+    with foreign(f"model: {name} cannot be read from the hub", "correct the name, or give a directory"):
+        return Path(snapshot_download(name, allow_patterns=READ, ignore_patterns=["*/*"]))

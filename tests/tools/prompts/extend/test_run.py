@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import recipe_runner
 import torch
 from chat_server import completion, serving
 from recipe_runner import At
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from scd_sf.data.prompt_files import read_prompt_file
 from scd_sf.distributed import Ranks
-from scd_sf.files import locked, read_json, read_jsonl
+from scd_sf.files import LFS_POINTER, locked, read_json, read_jsonl
+from scd_sf.tools.prompts.extend import local as local_model
 from scd_sf.tools.prompts.extend.endpoint import EndpointConfig
 from scd_sf.tools.prompts.extend.local import LocalModel
 from scd_sf.tools.prompts.extend.rules import messages
@@ -32,6 +35,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+POINTER = LFS_POINTER + b".github.com/spec/v1\noid sha256:0\nsize 9\n"
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 LONG = " ".join(f"{word} the old green hill" for word in WORDS[:12])  # 60 words
 
@@ -200,7 +204,7 @@ def test_bad_models(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none is no directory; correct the path, or set hub=true"):
         run_extend(cfg, ALONE)
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"none cannot be read"):
+    with pytest.raises(UserError, match=r"none: cannot be read as a causal language model"):
         run_extend(cfg, ALONE)
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -213,6 +217,57 @@ def test_bad_models(model: Path, tmp_path: Path) -> None:
     for change in ({"attempts": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"batch": 0}):
         with pytest.raises(ValueError, match="must be"):
             replace(cfg, **change)
+
+
+def opened(folder: Path, *, hub: bool = False) -> Any:
+    return LocalModel.open(
+        str(folder), hub=hub, device=torch.device("cpu"), dtype="float32", temperature=1.0, top_p=1.0, max_tokens=9
+    ).model
+
+
+def test_weights_that_are_broken_missing_or_stale(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of every other model: NaN, pointers of Git LFS, a tensor that is not there; the index names the shard."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    broken = {**whole, name: whole[name] * float("nan")}
+    save_file(broken, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors: tensor '{name}' holds NaN"):
+        opened(folder)
+    save_file({key: value for key, value in whole.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=rf"1 weights are missing \({name}"):
+        opened(folder)
+    save_file(whole, folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(POINTER)  # not read, so its contents need not be there
+    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        before = (folder / file).read_bytes()
+        (folder / file).write_bytes(POINTER)
+        with pytest.raises(UserError, match=rf"{file}: a Git LFS pointer.*run `git lfs pull`"):
+            opened(folder)
+        (folder / file).write_bytes(before)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UserError, match=r"'quantization_config' is set; quantised weights are not read"):
+        opened(folder)
+    # words as both ends, as the small Qwen2.5 have them; the file leaves out the second
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    kept = sorted(key for key in whole if key != "lm_head.weight")
+    places = {key: names[key > name] for key in kept}
+    (folder / "model.safetensors").unlink()
+    for shard in names:
+        save_file({key: whole[key] for key in kept if places[key] == shard}, folder / shard)
+    stale = load_file(folder / names[1]) | {name: torch.zeros_like(whole[name])}
+    save_file(stale, folder / names[1])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    asked = dict[str, object]()
+    monkeypatch.setattr(local_model, "snapshot_download", lambda name, **more: asked.update(more) or str(folder))
+    for read in (opened(folder), opened(tmp_path / "on the hub", hub=True)):
+        assert torch.equal(read.get_parameter(name), whole[name])
+        assert torch.equal(read.lm_head.weight, whole["model.embed_tokens.weight"])
+        assert read.generation_config.eos_token_id == 2
+    assert "*.bin" not in str(asked) and asked["ignore_patterns"] == ["*/*"]
 
 
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
