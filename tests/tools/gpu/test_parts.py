@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scd_sf.tools.gpu.parts import AGAIN, Figures, Part, Record, Row, measure_rows, run_part, spoils_the_process
-from scd_sf.tools.gpu.report import markdown, sheets
+from scd_sf.tools.gpu.report import failures, markdown, sheets
 from scd_sf.types import UserError
 
 # A part's process. A row's name says what becomes of it; the file "cured" heals all.
@@ -73,6 +77,13 @@ def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatc
     assert (tmp_path / "ran").read_text().split("\n")[:-1] == ["refuse", "die", "lose the GPU"]
     call(tmp_path, names, everything=True)
     assert len((tmp_path / "ran").read_text().split("\n")) == 3 + 5 + 1
+    # Some rows again, whatever became of them: the others keep what they have.
+    before = document(record)
+    record.put(Part(7, "trials", 9.0, lambda: []), {"left_out": ["good 3"]})
+    record.begin_again(Part(7, "trials", 9.0, lambda: []), True, "good 2")
+    after = document(record)
+    assert after["rows"] == {name: row for name, row in before["rows"].items() if name != "good 2"}
+    assert after["left_out"] == ["good 3"]
 
 
 def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
@@ -85,14 +96,67 @@ def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
     assert rows["hang"]["error"].startswith("stopped after") and rows["hang"]["last_lines"] == [
         "hang ..", "about to hang"
     ]  # fmt: skip
-    assert sheets({"parts": {"7": part}}).__next__().notes[0] == "left out, as the budget was spent: good 1"
+    short, sheet = sheets({"parts": {"7": part}})
+    assert sheet.notes[0] == "left out, as the budget was spent: good 1"
+    assert short.tables[0][1] == [["7: trials", "0", "0", "2"]] and "the same command goes on" in short.notes[1]
 
 
 def test_a_part_that_cannot_begin_says_so(tmp_path: Path) -> None:
     record = Record(tmp_path / "out.json")
     run_part(Part(7, "trials", 9.0, lambda: []), record, [sys.executable, "-c", "raise SystemExit('no such module')"])
     assert document(record)["error"] == "its process ended: exit code 1"
-    assert "NOT RUN: its process ended: exit code 1: no such module" in sheets(record.read()).__next__().notes
+    short, sheet = sheets(record.read())
+    assert "NOT RUN: its process ended: exit code 1: no such module" in sheet.notes
+    assert short.tables[0][1] == [["7: trials", "0", "1", "0"]] and short.notes[0].startswith("1 FAILED")
+    assert failures(document(record)) == 1
+
+
+def test_a_part_ends_with_its_caller(tmp_path: Path) -> None:
+    """A caller that is killed says nothing to anybody: its part must not go on beside the next call's."""
+    caller = """
+import sys
+from pathlib import Path
+from scd_sf.tools.gpu.parts import Part, Record, run_part
+part = "from scd_sf.tools.gpu.parts import end_with_the_caller; end_with_the_caller(); import os; "
+part += "print(os.getpid(), flush=True)"
+command = [sys.executable, "-c", part + "; os.spawnlp(os.P_WAIT, 'sleep', 'sleep', '50')"]
+run_part(Part(7, "trials", 60.0, lambda: []), Record(Path(sys.argv[1])), command)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", caller, str(tmp_path / "out.json")], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    group = int(process.stdout.readline())
+    os.killpg(group, 0)  # it lives
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for _ in range(200):
+        time.sleep(0.05)
+        if not living(group):
+            return
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("the part went on")
+
+
+def living(group: int) -> bool:
+    """Whether a process of this group runs; one that nobody has waited for does not."""
+    states = subprocess.check_output(["ps", "-A", "-o", "pgid=,stat="], text=True).splitlines()
+    return any(int(line.split()[0]) == group and not line.split()[1].startswith("Z") for line in states)
+
+
+def test_the_report_says_whether_it_works_and_how_fast() -> None:
+    line = {"model": "SCD", "steps": 4, "run": "eager", "FPS dit+vae": 8.0, "with vae": 0.5, "peak GiB": 9.0}
+    lines = [line, line | {"run": "graphs", "FPS dit+vae": 16.0}, line | {"steps": 2, "FPS dit+vae": 30.0}]
+    part = {"title": "speed", "seconds": 1.0, "budget_seconds": 9.0, "left_out": [], "rows": {"one": {"lines": lines}}}
+    facts = {"device": "H100", "driver": "1", "memory_gib": 80, "versions": {}, "revision": "r", "date": "d"}
+    old = facts | {"older_than_tested": ["transformers 4.57.1 (>=5.4)"]}
+    page = markdown({"machine": old, "parts": {"2": part}})
+    assert "SCD: 16 frames per second at 4 steps, graphs; first frame after 0.5 s, 9 GiB" in page
+    assert "Nothing failed: 1 rows" in page and "OLDER THAN TESTED: transformers 4.57.1 (>=5.4)" in page
+    toy = markdown({"machine": facts | {"toy": True}, "parts": {"2": part}})
+    assert "It says nothing about a GPU" in toy and "speed, AT TOY SIZE" in toy and "16 frames per second" not in toy
 
 
 def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
