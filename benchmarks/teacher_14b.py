@@ -27,7 +27,8 @@ from scd_sf.distributed import Ranks
 from scd_sf.files import write_json
 from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.train.engine import EngineConfig, frozen_engine
+from scd_sf.train.base import EngineConfig
+from scd_sf.train.engine import frozen_engine
 from scd_sf.types import exit_on_user_error
 
 

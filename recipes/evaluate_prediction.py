@@ -32,7 +32,7 @@ from scd_sf.data.clips import write_video
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.sources.pixels import PixelClip, PixelClips
 from scd_sf.diffusion.solvers import MOST_STEPS, Sampler, build_sampler
-from scd_sf.distributed import Ranks
+from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.evaluation.frames import SsimWindow
 from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256
 from scd_sf.evaluation.prediction import PredictionConfig, load_predictor, predict
@@ -46,7 +46,6 @@ from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.models.build import Student
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 from scd_sf.nn.layers import DitBlock
-from scd_sf.train.engine import init_distributed
 from scd_sf.types import Conditioning, Tokenizer, UserError, check_within, exit_on_user_error, say
 
 FREE = (

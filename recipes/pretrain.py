@@ -22,14 +22,16 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
 from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.evaluation.prediction import Preview, PreviewConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time, validation_loss
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_same_size, check_shape
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import build_engine
 from scd_sf.train.loop import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping

@@ -18,13 +18,15 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.flow import add_noise, stratified_times, velocity_target
 from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import init_distributed
 from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
+from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import build_engine
 from scd_sf.train.loop import (
     RESUMABLE,
     TrainConfig,

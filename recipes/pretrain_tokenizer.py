@@ -27,6 +27,7 @@ from scd_sf.data.latents import epoch_order
 from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import init_distributed
 from scd_sf.evaluation.perceptual import load_perceptual
 from scd_sf.evaluation.reconstruction import reconstruction, write_sheet
 from scd_sf.files import write_json
@@ -47,9 +48,10 @@ from scd_sf.models.tokenizers.training import (
     build_tokenizer,
 )
 from scd_sf.models.tokenizers.vae_training import patch_components
+from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.checks import check_batches
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import build_engine
 from scd_sf.train.loop import RESUMABLE, TrainConfig, TrainState, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping

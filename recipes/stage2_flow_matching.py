@@ -19,15 +19,17 @@ from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import LatentBatch, LatentClips, epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import generator
+from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.validation import show, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.tools.plan.job import Job
 from scd_sf.tools.stages import Stage2Config
+from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, Ranks, StepInfo, StepModule, build_engine, init_distributed
+from scd_sf.train.engine import build_engine
 from scd_sf.train.loop import (
     RESUMABLE,
     TrainState,

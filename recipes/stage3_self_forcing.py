@@ -27,6 +27,7 @@ from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.noise import cpu_noise, generator
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.rollout import rollout
 from scd_sf.generation.validation import show
@@ -37,17 +38,10 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.tools.plan.job import Job
 from scd_sf.tools.stages import Stage3Config
+from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import (
-    Engine,
-    Ranks,
-    StepInfo,
-    StepModule,
-    build_engine,
-    frozen_engine,
-    init_distributed,
-)
+from scd_sf.train.engine import build_engine, frozen_engine
 from scd_sf.train.loop import (
     RESUMABLE,
     TrainState,

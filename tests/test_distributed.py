@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from scd_sf.train.engine import EngineConfig, StepModule, accumulation, init_distributed, without_launcher_arguments
+from scd_sf.distributed import init_distributed, without_launcher_arguments
+from scd_sf.train.base import EngineConfig, StepModule, accumulation
 from scd_sf.types import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")

@@ -113,7 +113,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
 
 
 class TokenizerObjective:
-    """The loss of one micro-batch, for :class:`scd_sf.train.engine.StepModule`.
+    """The loss of one micro-batch, for :class:`scd_sf.train.base.StepModule`.
 
     ``components``: what the anchor holds latents to. ``discriminator``: only asked, never trained, by this loss.
     """
@@ -154,7 +154,7 @@ class TokenizerObjective:
 
 
 def judge(discriminator: nn.Module, real_N3HW: Tensor, made_N3HW: Tensor) -> Tensor:
-    """The discriminator's own loss, for :class:`scd_sf.train.engine.StepModule`."""
+    """The discriminator's own loss, for :class:`scd_sf.train.base.StepModule`."""
     dtype = next(discriminator.parameters()).dtype
     logits = [discriminator(pixels.to(dtype)).float() for pixels in (real_N3HW, made_N3HW)]
     return discriminator_loss(logits[0], logits[1])

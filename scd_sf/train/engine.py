@@ -25,13 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scd_sf.distributed import Ranks, ensure_process_group, init_distributed, without_launcher_arguments
+from scd_sf.distributed import Ranks, ensure_process_group
 from scd_sf.train.base import (
     Engine,
     EngineConfig,
     SkipCounter,
     StepInfo,
-    StepModule,
     accumulation,
     engine_state,
     first_skip_flag,
@@ -42,21 +41,6 @@ from scd_sf.train.base import (
 from scd_sf.train.local import LocalEngine
 from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, gathered, share
-
-__all__ = [
-    "DeepSpeedEngine",
-    "Engine",
-    "EngineConfig",
-    "LocalEngine",
-    "Ranks",
-    "StepInfo",
-    "StepModule",
-    "accumulation",
-    "build_engine",
-    "frozen_engine",
-    "init_distributed",
-    "without_launcher_arguments",
-]
 
 _log = logging.getLogger(__name__)
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
+from scd_sf.distributed import Ranks
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.train.engine import EngineConfig, Ranks, StepModule, build_engine, frozen_engine
+from scd_sf.train.base import EngineConfig, StepModule
+from scd_sf.train.engine import build_engine, frozen_engine
 from scd_sf.types import Conditioning
 
 CYCLES, CRITIC_TURNS, GLOBAL, FRAMES = 3, 2, 4, 2

@@ -14,7 +14,7 @@ import pytest
 from train import distillation, workers
 from train.distillation import CLIP, Case
 
-from scd_sf.train.engine import Ranks
+from scd_sf.distributed import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from train import workers
 
-from scd_sf.train.engine import Engine, EngineConfig, Ranks, build_engine
+from scd_sf.distributed import Ranks
+from scd_sf.train.base import Engine, EngineConfig
+from scd_sf.train.engine import build_engine
 from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from scd_sf import checkpoint
 from scd_sf.checkpoint import Checkpoints
+from scd_sf.distributed import Ranks, init_distributed
+from scd_sf.train.base import Engine, EngineConfig, StepModule
 from scd_sf.train.ema import Ema, EmaConfig
-from scd_sf.train.engine import Engine, EngineConfig, Ranks, StepModule, build_engine, frozen_engine, init_distributed
+from scd_sf.train.engine import build_engine, frozen_engine
 from scd_sf.train.shards import share
 from scd_sf.types import UserError
 

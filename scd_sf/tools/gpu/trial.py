@@ -19,8 +19,9 @@ from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.tools.plan.job import Job
 from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.train.base import Engine, EngineConfig, StepModule
 from scd_sf.train.ema import Ema
-from scd_sf.train.engine import Engine, EngineConfig, StepModule, build_engine, frozen_engine
+from scd_sf.train.engine import build_engine, frozen_engine
 from scd_sf.types import Conditioning
 
 Update = Callable[[], None]

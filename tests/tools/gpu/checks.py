@@ -27,7 +27,7 @@ from train.distillation import Case
 
 from scd_sf.diffusion.noise import cpu_noise, generator, local_noise
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.distributed import Ranks, ensure_process_group
+from scd_sf.distributed import Ranks, ensure_process_group, init_distributed
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import stream_rollout
@@ -39,7 +39,7 @@ from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.vae import Vae, VaeStream
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.masks import Layout, dense_mask, teacher_forcing_mask
-from scd_sf.train.engine import build_engine, init_distributed
+from scd_sf.train.engine import build_engine
 
 Differences = dict[str, tuple[float, float]]
 Check = Callable[[Ranks], Differences]

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from scd_sf.config import load_config
-from scd_sf.distributed import Ranks
+from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdConfig
@@ -27,7 +27,6 @@ from scd_sf.tools.gpu import trial
 from scd_sf.tools.plan.budget import Cluster, budget
 from scd_sf.tools.plan.job import Job
 from scd_sf.tools.stages import Stage2Config, Stage3Config
-from scd_sf.train.engine import init_distributed
 from scd_sf.types import VideoShape
 
 WAN = WanConfig(4, 64, 8, 8, 16, 64, 1024, 6)
