@@ -10,10 +10,11 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, one_tensor, refusal
 from scd_sf.files import foreign, reason
-from scd_sf.tools.data.parquet_footer import ROW_GROUP, check_row_groups
 from scd_sf.types import UserError, printable
 
 SUFFIXES = (".latent.pt", ".embed.pt", ".prompt.txt", ".safetensors", ".mp4")
@@ -33,6 +33,7 @@ PARQUET = (
     "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype",
 )  # fmt: skip
 PARQUET_KNOWN = {*PARQUET, "id", "file_name", "media_type", "width", "height", "num_frames", "duration_sec", "fps"}
+ROW_GROUP = 8 * 2**30  # bytes of a row group without compression; 64 clips of 81 frames at 480x832 are 1.1e9
 NUMPY = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -53,71 +54,74 @@ class Sample:
 Part = Sample | Refused
 
 
+@dataclass(frozen=True)
+class _Member:
+    """One of a tar. ``fault``: why it is not taken; without a ``name`` it is the tar's own."""
+
+    name: str
+    data: bytes = b""
+    fault: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its folder and its name up to the first dot: what the members of a sample share."""
+        folder, _, file = self.name.rpartition("/")
+        return f"{folder}/{file.partition('.')[0]}".lstrip("/")
+
+    @property
+    def suffix(self) -> str:
+        return self.name.rpartition("/")[2].partition(".")[2]
+
+
 def read_tar(path: Path) -> Iterator[Part]:
-    """The samples of a tar of rCM's or of ours. Members that could lead elsewhere are refused with their samples."""
-    members: dict[str, dict[str, bytes]] = {}
-    bad: dict[str, str] = {}
-    last = ""
-    for part in _members(path):
-        if isinstance(part, Refused):
-            yield part
-            continue
-        name, fault, data = part
-        stem, _, suffix = name.rpartition("/")[2].partition(".")
-        key = f"{name.rpartition('/')[0]}/{stem}".lstrip("/")
-        if last and key != last:
-            yield from _finished(path, last, members, bad)
-        last = key
-        if fault:
-            bad[key] = fault
-            if "cut" not in fault:
-                yield Refused(printable(f"{path}[{name}]"), fault)
-        else:
-            members.setdefault(key, {})[suffix] = data
-    if last:
-        yield from _finished(path, last, members, bad)
+    """The samples of a tar of rCM's or of ours, whose members stand together, in a loader's order.
+
+    A sample is refused with any of its members. UserErrors of the tar itself are refusals too.
+    """
+    for key, group in itertools.groupby(_members(path), lambda member: member.key):
+        members = list(group)
+        name = printable(f"{path}[{key}]")
+        try:
+            if faulty := [member for member in members if member.fault]:
+                name = printable(f"{path}[{faulty[0].name}]" if faulty[0].name else str(path))
+                raise ValueError(faulty[0].fault)
+            yield _sample(name, {member.suffix: member.data for member in members})
+        except ValueError as error:  # UserErrors too
+            yield Refused(name, str(error))
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, bytes] | Refused]:
-    """(name, why it is not taken, contents) of a tar's members; what is wrong with the tar itself comes last."""
+def _members(path: Path) -> Iterator[_Member]:
+    """A tar's members in order; what is wrong with the tar itself comes last."""
     try:
         with foreign(path, COPY), tarfile.open(path, "r:") as tar:
             for entry in tar:
                 if entry.size < 0 or tar.offset <= entry.offset:
                     raise tarfile.ReadError("a header with a negative size")
                 if fault := refusal(entry, SUFFIXES):
-                    yield entry.name, fault, b""
+                    yield _Member(entry.name, fault=fault)
                     continue
                 file = tar.extractfile(entry)
                 data = b"" if file is None else file.read()
-                cut = len(data) != entry.size
-                yield entry.name, f"{len(data)} bytes instead of {entry.size}: the tar is cut" if cut else "", data
+                cut = f"{len(data)} bytes instead of {entry.size}: the tar is cut"
+                yield _Member(entry.name, data, cut if len(data) != entry.size else "")
     except UserError as error:
         why = reason(error.__cause__ or error)
-        yield Refused(str(path), f"the tar is damaged or cut ({why}); what came before it is taken")
+        yield _Member("", fault=f"the tar is damaged or cut ({why}); what came before it is taken")
 
 
-def _finished(path: Path, key: str, members: dict[str, dict[str, bytes]], bad: dict[str, str]) -> Iterator[Part]:
-    """The sample of a key whose members have all been read; nothing for one of which a member was refused."""
-    found, name = members.pop(key, {}), printable(f"{path}[{key}]")
-    if reason := bad.pop(key, ""):
-        if found or "cut" in reason:
-            yield Refused(name, f"one of its members was refused: {reason}")
-        return
-    try:
-        if set(found) >= OWN and set(found) <= OWN | {"mp4"}:
-            yield Sample(name, own=found["safetensors"], video=found.get("mp4"))
-        elif set(found) == RCM:
-            latents, text = one_tensor(found["latent.pt"], "latent.pt"), one_tensor(found["embed.pt"], "embed.pt")
-            if latents.ndim == 5 and len(latents) == 1:
-                latents = latents[0]
-            if latents.ndim != 4:
-                raise ValueError(f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W)")
-            yield Sample(name, found["prompt.txt"].decode(), latents.transpose(0, 1), unpadded(text))
-        else:
-            raise ValueError(f"has {', '.join(sorted(found))}; a sample needs {', '.join(sorted(RCM))}")
-    except ValueError as error:
-        yield Refused(name, str(error))
+def _sample(name: str, members: dict[str, bytes]) -> Sample:
+    """Of suffix -> contents. ValueError where these make none."""
+    if members.keys() in (OWN, OWN | {"mp4"}):
+        return Sample(name, own=members["safetensors"], video=members.get("mp4"))
+    if members.keys() != RCM:
+        raise ValueError(f"has {', '.join(sorted(members))}; a sample needs {', '.join(sorted(RCM))}")
+    latents = one_tensor(members["latent.pt"], "latent.pt")
+    text = one_tensor(members["embed.pt"], "embed.pt")
+    if latents.ndim == 5 and len(latents) == 1:
+        latents = latents[0]
+    if latents.ndim != 4:
+        raise ValueError(f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W)")
+    return Sample(name, members["prompt.txt"].decode(), latents.transpose(0, 1), unpadded(text))
 
 
 def unpadded(text: Tensor) -> Tensor:
@@ -186,37 +190,69 @@ def numbers_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_parquet(path: Path) -> Iterator[Part]:
-    """The rows of FastVideo's text-to-video parquet. UserError for other columns, and for row groups beyond memory."""
-    polars = _library("polars")
-    with _polars(path):
-        check_row_groups(path, ROW_GROUP)
-        table = polars.scan_parquet(path.absolute(), glob=False, hive_partitioning=False)
-        schema = table.collect_schema()
-    missing, unknown = [n for n in PARQUET if n not in schema], sorted(set(schema) - PARQUET_KNOWN)
+    """The rows of FastVideo's text-to-video parquet. UserError for other columns, and for row groups beyond memory.
+
+    A row group that cannot be decoded is refused from its first bad row on.
+    """
+    parquet = _library("pyarrow.parquet")
+    with foreign(f"{path}: cannot be read as parquet", COPY):
+        file = parquet.ParquetFile(path, pre_buffer=False)
+        columns = file.schema_arrow.names
+    with file:
+        _check_columns(path, columns)
+        with foreign(f"{path}: cannot be read as parquet", COPY):
+            _check_row_groups(path, file.metadata)
+        for group in range(file.num_row_groups):
+            yield from _row_group(path, file, group)
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    missing = [name for name in PARQUET if name not in columns]
+    unknown = sorted(set(columns) - PARQUET_KNOWN)
     if missing or unknown:
         what = f"has no column '{missing[0]}'" if missing else f"has a column '{unknown[0]}' that is not known"
         raise UserError(f"{path}: {what}; only FastVideo's text-to-video layout is read: {', '.join(PARQUET)}")
-    with _polars(path):
-        count = table.select(polars.len()).collect().item()
-    for number in range(count):
-        name = f"{path}[{number}]"
-        try:
-            with _polars(path):
-                row = table.select(PARQUET).slice(number, 1).collect().row(0, named=True)
-            yield _parquet_sample(name, row)
-        except ValueError as error:  # UserErrors too
-            yield Refused(name, str(error))
 
 
-@contextmanager
-def _polars(path: Path) -> Iterator[None]:
-    """:func:`foreign`, also for what the library raises when its own code gives up, which is no ``Exception``."""
-    panic = _library("polars").exceptions.PanicException
-    with foreign(f"{path}: cannot be read as parquet", COPY):
-        try:
-            yield
-        except panic as error:
-            raise ValueError(str(error)) from error
+def _check_row_groups(path: Path, metadata: Any) -> None:
+    """UserError naming the first row group that takes more than :data:`ROW_GROUP` bytes without compression.
+
+    The columns' own sizes are not asked for: pyarrow ends the process where a column's statistics are damaged.
+    """
+    rows = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        rows, size = rows + group.num_rows, group.total_byte_size
+        if size > ROW_GROUP:
+            raise UserError(
+                f"{path}: row group {number} takes {size / 2**30:.3g} GiB, more than {ROW_GROUP / 2**30:.3g}; "
+                "write the file again in smaller row groups"
+            )
+    if rows != metadata.num_rows:
+        raise ValueError(f"its row groups hold {rows} rows, the file {metadata.num_rows}")
+
+
+def _row_group(path: Path, file: Any, group: int) -> Iterator[Part]:
+    """Its rows, one at a time."""
+    name = f"{path}[{group}]"
+    try:
+        with foreign("damaged", COPY):
+            batches = file.iter_batches(1, row_groups=[group], columns=list(PARQUET), use_threads=False)
+        for number in itertools.count():
+            name = f"{path}[{group}:{number}]"
+            with foreign("damaged", COPY):
+                if (batch := next(batches, None)) is None:
+                    break
+                (row,) = batch.to_pylist()
+            try:
+                part: Part = _parquet_sample(name, row)
+            except ValueError as error:
+                part = Refused(name, str(error))
+            yield part
+        if number != (rows := file.metadata.row_group(group).num_rows):
+            yield Refused(f"{path}[{group}]", f"{number} rows instead of {rows} (cut?)")
+    except UserError as error:
+        yield Refused(name, f"the rest of its row group is not read: {error}")
 
 
 def _parquet_sample(name: str, row: dict[str, Any]) -> Sample:
@@ -234,6 +270,6 @@ def _parquet_sample(name: str, row: dict[str, Any]) -> Sample:
 
 def _library(name: str) -> Any:
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this layout needs {name}; pip install 'scd-sf[data]'") from error
+        raise UserError(f"this layout needs {name.partition('.')[0]}; pip install 'scd-sf[data]'") from error

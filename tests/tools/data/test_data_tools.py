@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmdb
-import polars
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny_run
 import torch
@@ -28,7 +29,7 @@ from scd_sf.files import locked, part_of, read_jsonl, write_bytes
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.tools.data import foreign
-from scd_sf.tools.data.foreign import Sample, read_parquet
+from scd_sf.tools.data.foreign import read_parquet
 from scd_sf.types import UserError
 
 SHAPE, WIDTH = tiny_run.SHAPE, tiny_run.WAN.text_dim
@@ -325,11 +326,15 @@ def parquet_rows() -> dict[str, list[object]]:
     }
 
 
+def write_parquet(rows: dict[str, list[object]], path: Path, **options: object) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(rows), path, **options)
+
+
 def test_row_groups_of_parquet_have_a_budget(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any is read, by what the footer says of each; compression does not hide it."""
     rows = parquet_rows()
     rows["text_embedding_bytes"][2] = bytes(100_000)
-    polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet", row_group_size=1)
+    write_parquet(rows, tmp_path / "a.parquet", row_group_size=1)
     assert (tmp_path / "a.parquet").stat().st_size < 50_000
     monkeypatch.setattr(foreign, "ROW_GROUP", 50_000)
     said = str(imported(tmp_path / "a.parquet", tmp_path / "out", model).exception)
@@ -338,18 +343,18 @@ def test_row_groups_of_parquet_have_a_budget(tmp_path: Path, model: Path, monkey
 
 def test_fastvideo_parquet_is_normalised_by_the_models_vae(tmp_path: Path, model: Path) -> None:
     rows = parquet_rows()
-    polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    write_parquet(rows, tmp_path / "a.parquet")
     assert imported(tmp_path / "a.parquet", tmp_path / "out", model).exit_code == 0
     found, text = by_prompt(tmp_path / "out")
     raw = torch.stack([latents(number).float() for number in range(3)])
     wanted = load_vae(model).normalised(raw.transpose(1, 2)).transpose(1, 2).bfloat16().float()
     assert torch.equal(found, wanted) and torch.equal(text[1, :3], states(1).float())
     rows["vae_latent_shape"][1] = [4, 3, 4, 2**40]
-    polars.DataFrame(rows).write_parquet(tmp_path / "b.parquet")
+    write_parquet(rows, tmp_path / "b.parquet")
     assert isinstance(imported(tmp_path / "b.parquet", tmp_path / "out-b", model).exception, UserError)
     assert len(LatentClips(tmp_path / "out-b")) == 2 and "bytes for shape" in refused(tmp_path / "out-b")[0]
     rows["clip_feature_bytes"] = [b""] * 3
-    polars.DataFrame(rows).write_parquet(tmp_path / "c.parquet")
+    write_parquet(rows, tmp_path / "c.parquet")
     said = str(imported(tmp_path / "c.parquet", tmp_path / "out-c", model).exception)
     assert "column 'clip_feature_bytes' that is not known" in said and not (tmp_path / "out-c").exists()
 
@@ -463,19 +468,21 @@ def test_damaged_lmdb_is_named_and_its_counts_are_compared(tmp_path: Path, model
 
 
 def test_damaged_parquet_is_named(tmp_path: Path, model: Path) -> None:
-    polars.DataFrame(parquet_rows()).write_parquet(tmp_path / "a.parquet", compression="uncompressed")
+    """In its pages, in its footer and cut: no row is lost without a word, and the process lives."""
+    write_parquet(parquet_rows(), tmp_path / "a.parquet")
     good = (tmp_path / "a.parquet").read_bytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     rng = random.Random(0)
-    for number in range(40):
+    for number in range(400):
         data = bytearray(good)
-        for _ in range(rng.randint(1, 20)):
-            data[rng.randrange(4, len(data) - 8)] ^= 1 << rng.randrange(8)
-        (tmp_path / "a.parquet").write_bytes(bytes(data) if number % 4 else good[: rng.randrange(len(good))])
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(footer if number % 2 else 4, len(data) - 8)] ^= 1 << rng.randrange(8)
+        (tmp_path / "a.parquet").write_bytes(bytes(data) if number % 9 else good[: rng.randrange(len(good))])
         try:
             parts = list(read_parquet(tmp_path / "a.parquet"))
         except UserError as error:
             assert "a.parquet" in str(error)
         else:
-            assert all(isinstance(part, Sample | Refused) for part in parts)
+            assert len(parts) == 3 or any(isinstance(part, Refused) for part in parts)
     (tmp_path / "a[1].parquet").write_bytes(good)
     assert len(list(read_parquet(tmp_path / "a[1].parquet"))) == 3, "a name is no pattern"
