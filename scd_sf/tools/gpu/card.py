@@ -104,7 +104,7 @@ def speed_row(card: Card) -> Row:
             "copy GB/s": 2 * copied / _seconds(card, bytes_.clone) / 1e9,
         }
         line = {"of": "the card itself"}
-        return figures | {"lines": [line | {name: round(value, 1) for name, value in figures.items()}]}
+        return figures | {"lines": [line | {name: float(f"{value:.3g}") for name, value in figures.items()}]}
 
     return Row("the card itself", measure)
 
