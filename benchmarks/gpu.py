@@ -105,7 +105,7 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
 
     known = {
         1: ("every path at tiny size, against the CPU", equality),
-        2: ("Wan 1.3B's size, 832x480: frames per second", speed),
+        2: ("Wan 1.3B's geometry: frames per second", speed),
         3: ("Wan 1.3B's size, teacher 14B: training", training),
         4: ("the demo's chain, beside the CPU's curves", chain),
     }
@@ -141,6 +141,8 @@ def main() -> None:
         return inside(args)
     from scd_sf.types import UserError
 
+    if not args.part:
+        raise UserError("--part: name parts, or leave it out for all")
     if args.device == "cpu" and args.out == OUT:
         raise UserError(f"--device cpu: figures of toy size do not belong into {OUT}; name another file with --out")
     from rich.console import Console
@@ -172,8 +174,8 @@ def measured(args: argparse.Namespace) -> Any:
         part, again = part_of(number, args, None), [*command, "--part", str(number), "--inside"]
         run_part(part, record, again, args.again, args.only)
         write_text(record.path.with_suffix(".md"), markdown(record.read()))
-    asked = [row for number in args.part for row in record.part(part_of(number, args, None))["rows"]]
-    if args.only and not any(args.only in row for row in asked):
+    parts = [record.part(part_of(number, args, None)) for number in args.part]
+    if args.only and not any(args.only in row for part in parts for row in [*part["rows"], *part["left_out"]]):
         raise UserError(f"--only {args.only}: no row of these parts is called so; leave it out to see them all")
     return record.read()
 

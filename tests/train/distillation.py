@@ -7,7 +7,7 @@ one prompt with a number of its own; its noise and exit step follow from that nu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -258,11 +258,16 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     return Outcome.of(cycles(student, critic, teacher, ranks), {"student": student, "critic": critic}, starts)
 
 
+def worst(values: Iterable[float]) -> float:
+    """The largest; NaN where one is, wherever it stands (Python's own ``max`` passes over it)."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
 def compared(outcome: Outcome, expected: Outcome) -> dict[str, float]:
     """Largest absolute differences, the angle between both ways, and what :class:`Outcome` says of the first."""
     pairs = list(zip(outcome.history, expected.history, strict=True))
-    result = {key: max(abs(a[key] - b[key]) for a, b in pairs) for key in ("loss", "norm")}
+    result = {key: worst(abs(a[key] - b[key]) for a, b in pairs) for key in ("loss", "norm")}
     names = expected.masters.keys() | outcome.masters.keys()
-    result["masters"] = max(float((outcome.masters[n] - expected.masters[n]).abs().max()) for n in names)
+    result["masters"] = worst(float((outcome.masters[n] - expected.masters[n]).abs().max()) for n in names)
     result["cosine"] = float(torch.cosine_similarity(outcome.way, expected.way, dim=0))
     return result | outcome.changed | {"least_norm": min(row["norm"] for row in outcome.history)}

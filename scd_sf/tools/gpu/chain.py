@@ -19,6 +19,7 @@ from scd_sf.data.shards import ShardWriter
 from scd_sf.files import read_jsonl
 from scd_sf.tools.gpu.card import Card
 from scd_sf.tools.gpu.parts import Figures, Row, script_command
+from scd_sf.train.control import EXIT_AGAIN
 from scd_sf.types import UserError, VideoShape, say
 
 TEACHER = Path("assets/wan_doom")
@@ -45,7 +46,7 @@ class Chain:
         ]
 
     def stage(self, number: int) -> Figures:
-        """Run it, or go on with it, and compare."""
+        """Run it, from its beginning whatever is there, and compare."""
         run, updates = self.work / f"stage{number}", 2 if self.card.toy else UPDATES[number]
         started = time.monotonic()
         train(self.command(number), run, updates)
@@ -128,14 +129,14 @@ def toy_latents(root: Path) -> Path:
 
 
 def train(command: Sequence[str], run: Path, updates: int) -> None:
-    """A recipe until so many updates are logged; it is asked to stop, and saves. RuntimeError: it ended before."""
+    """A recipe, from its beginning, until so many updates are logged; it is asked to stop, and saves. RuntimeError: it
+    ended before, or did not save."""
     logged = run / "metrics.jsonl"
 
     def done() -> int:
         return logged.read_bytes().count(b"\n") if logged.is_file() else 0
 
-    if done() >= updates:
-        return
+    shutil.rmtree(run, ignore_errors=True)  # of another call, another machine, other code
     run.mkdir(parents=True, exist_ok=True)
     log = run.with_suffix(".log")
     with log.open("w") as output:
@@ -147,8 +148,9 @@ def train(command: Sequence[str], run: Path, updates: int) -> None:
                     (run / "stop").touch()
         finally:
             process.kill()
-    if done() < updates:
-        raise RuntimeError(f"{' '.join(command[1:3])} ended after {done()} of {updates} updates; {tail(log)}")
+    if done() < updates or process.returncode not in (0, EXIT_AGAIN):
+        words = f"ended with exit code {process.returncode} after {done()} of {updates} updates"
+        raise RuntimeError(f"{' '.join(command[1:3])} {words}; {tail(log)}")
     say(f"{run.name}: {done()} updates")
 
 
@@ -173,6 +175,8 @@ def compare(name: str, metric: str, rows: Rows, reference: Rows) -> list[Figures
     """Means over windows of updates beside the reference's. The data, times and noise of an update are the same on
     every device (but for the corruption of contexts), so the means differ by less than two standard errors."""
     lines = []
+    if len(reference) < len(rows):
+        raise UserError(f"{name}: the CPU's curve has {len(reference)} of {len(rows)} updates; check the source tree")
     for first in range(0, len(rows), WINDOW):
         pairs = [
             (float(str(one[metric])), float(str(other[metric])))

@@ -8,7 +8,9 @@ time: the part's while it runs, the caller's otherwise.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,15 +21,29 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from scd_sf.files import read_json, write_json
+from scd_sf.files import read_json, typed, write_json
 from scd_sf.types import UserError, printable, say
 
 SCHEMA = 1
 AGAIN = 75  # the exit code of a process that leaves the next rows to a fresh one
 LINES = 15  # of its output that are kept of a row that failed
 Figures = dict[str, Any]
+SAME = ("device", "memory_gib", "driver", "cuda", "toy", "versions")  # of a machine: what one document's figures share
+
+
+class _PartOnDisk(TypedDict):
+    title: str
+    budget_seconds: float
+    seconds: float
+    rows: dict[str, dict[str, Any]]
+    left_out: list[str]
+
+
+class _Document(TypedDict):
+    machine: dict[str, Any] | None
+    parts: dict[str, _PartOnDisk]
 
 
 @dataclass(frozen=True)
@@ -62,18 +78,21 @@ class Record:
             return {"schema": SCHEMA, "machine": None, "parts": {}}
         remedy = "name another file with --out"
         document = read_json(self.path, remedy)
-        if document.get("schema") != SCHEMA or not isinstance(document.get("parts"), dict):
+        if document.get("schema") != SCHEMA:
             raise UserError(f"{self.path}: not a document of this script; {remedy}")
+        typed(document, _Document, self.path, remedy)
         return document
 
     def on(self, machine: Figures) -> None:
-        """Say which machine it is. UserError: the rows that are there are another's."""
+        """Say which machine it is. UserError: the rows that are there are another's, or of other versions."""
         document = self.read()
         there = document["machine"]
-        if there is not None and there["device"] != machine["device"]:
+        differs = [name for name in SAME if there is not None and there.get(name) != machine.get(name)]
+        if there is not None and differs and any(part["rows"] for part in document["parts"].values()):
+            name = differs[0]
             raise UserError(
-                f"{self.path}: holds figures of '{there['device']}', this is '{machine['device']}'; name another file "
-                "with --out"
+                f"{self.path}: holds figures of {name} '{there.get(name)}', this is '{machine.get(name)}'; name another "
+                "file with --out"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, document | {"machine": machine})
@@ -116,9 +135,12 @@ class Record:
 def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, only: str = "") -> int:
     """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every row; ``only``: rows
     whose names contain it. Returns the process's exit code."""
-    started, left_out = time.monotonic(), list[str]()
-    done = record.part(part)["rows"]
-    for row in part.rows():
+    started, rows, there = time.monotonic(), part.rows(), record.part(part)
+    names = [row.name for row in rows]
+    done = {name: row for name, row in there["rows"].items() if name in names}  # others are no rows any more
+    left_out = [name for name in there["left_out"] if name in names and only not in name]
+    record.put(part, {"rows": done})
+    for row in rows:
         if row.name in done or only not in row.name:
             continue
         if time.monotonic() - started >= seconds:
@@ -128,7 +150,7 @@ def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, onl
         say(f"{row.name} ..")
         began, fatal = time.monotonic(), False
         try:
-            figures = row.measure()
+            figures = whole(row.measure())
         except Exception as error:  # noqa: BLE001
             figures, fatal = failure(error), spoils_the_process(error)
         taken = round(time.monotonic() - began, 2)
@@ -138,6 +160,26 @@ def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, onl
             return AGAIN
     record.put(part, {"left_out": record.part(part)["left_out"] + left_out})
     return 0
+
+
+def whole(figures: Figures) -> Figures:
+    """The same, with an error where a row has no lines, or a number that is none; None in its place, as JSON has
+    none."""
+    bad: list[str] = []
+
+    def finite(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(part, str(key)) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(part, name) for part in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            bad.append(name)
+            return None
+        return value
+
+    figures = finite(figures, "")
+    words = f"not finite: {', '.join(bad)}" if bad else "" if figures.get("lines") else "nothing was measured"
+    return {"error": words, "last_lines": []} | figures if words else figures
 
 
 def failure(error: Exception) -> Figures:
@@ -151,7 +193,8 @@ def failure(error: Exception) -> Figures:
 
 def spoils_the_process(error: Exception) -> bool:
     """Whether later rows would suffer: memory that is not given back, a CUDA context that is lost."""
-    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "CUDA" in str(error))
+    words = re.search("cuda|cudnn|cublas|nccl", str(error), re.IGNORECASE)
+    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and words is not None)
 
 
 @dataclass

@@ -89,15 +89,17 @@ def measure(card: Card, chunk: int, steps: int, mode: str) -> Figures:
         gc.collect()
         if not card.toy:
             torch.cuda.empty_cache()
-    return {"bench": document, "lines": [line(row) for row in document["rows"]]}  # type: ignore[attr-defined]
+    video = "x".join(map(str, document["setup"]["video"]))  # type: ignore[index]
+    return {"bench": document, "lines": [line(row, video) for row in document["rows"]]}  # type: ignore[attr-defined]
 
 
-def line(row: Figures) -> Figures:
-    """One model: rates over the whole clip and in its steady state, without and with the VAE."""
+def line(row: Figures, video: str) -> Figures:
+    """One model of ``video`` (frames x height x width): rates over the whole clip and in its steady state, without and with the VAE."""
     first = row["first_frame_seconds"]
     ran = "graphs" if row["compile"]["cuda_graphs"] else "compiled" if row["compile"]["enabled"] else "eager"
     return {
         "model": row["name"],
+        "video": video,
         "steps": row["steps"],
         "run": ran,
         "FPS dit": row["fps_dit"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scd_sf.distributed import init_distributed
 from scd_sf.evaluation.roofline import synchronize
@@ -83,17 +85,25 @@ def measure(card: Card, stage: int) -> Figures:
         torch.cuda.reset_peak_memory_stats()
     synchronize(ranks.device)
     began = time.perf_counter()
-    update(False)
+    losses = update(False)
     synchronize(ranks.device)
     seconds = time.perf_counter() - began
     allocated = None if card.toy else torch.cuda.max_memory_allocated()
     reserved = None if card.toy else torch.cuda.max_memory_reserved()
-    del update
+    finite_losses(losses)
+    del update, losses
     gc.collect()
     return figures(plan, changes, seconds, allocated, reserved)
 
 
-def start(job: Job, stage: int) -> Callable[[bool], None]:
+def finite_losses(losses: Sequence[Tensor]) -> None:
+    """UserError: an update of which some are not is none, and its engine may have left parts of it out."""
+    values = [float(loss) for loss in losses]
+    if not values or not all(map(math.isfinite, values)):
+        raise UserError(f"losses are not finite: {values}")
+
+
+def start(job: Job, stage: int) -> Callable[[bool], list[Tensor]]:
     """Engines; then updates. With True a short one that only warms up."""
     ranks = init_distributed()
     if stage == 2:
@@ -121,7 +131,9 @@ def figures(plan: Budget, changes: list[str], seconds: float, allocated: int | N
         "within 15 %": None if ratio is None else abs(ratio - 1) <= WITHIN,
         "changed to fit": ", ".join(changes) or "nothing",
     }
-    return {
+    beyond = ratio is not None and not abs(ratio - 1) <= WITHIN
+    error = {"error": f"{line['measured / planned']} of the planned memory", "last_lines": []} if beyond else {}
+    return error | {
         "lines": [line],
         "engines": {role: vars(engine) for role, engine in job.engines().items()},
         "reserved_gib": None if reserved is None else round(reserved / GIB, 2),

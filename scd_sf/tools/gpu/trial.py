@@ -24,7 +24,7 @@ from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine, frozen_engine
 from scd_sf.types import Conditioning
 
-Update = Callable[[], None]
+Update = Callable[[], list[Tensor]]  # its losses, on their device
 
 
 def stage2(job: Job, ranks: Ranks) -> Update:
@@ -41,16 +41,20 @@ def stage2(job: Job, ranks: Ranks) -> Update:
     engine, ema = _engine(StepModule(student, loss_fn), job, cfg.engine, ranks), Ema(cfg.train.ema, ranks)
     del student
 
-    def update() -> None:
+    def update() -> list[Tensor]:
+        losses = []
         for _ in range(engine.micro_batches):
-            engine.backward(engine(torch.randn(job.shape.latent(batch), device=ranks.device)))
+            loss = engine(torch.randn(job.shape.latent(batch), device=ranks.device))
+            engine.backward(loss)
             engine.step()
+            losses.append(loss.detach())
         ema.update(engine.owned())
+        return losses
 
     return update
 
 
-def stage3(job: Job, ranks: Ranks) -> Callable[[int], None]:
+def stage3(job: Job, ranks: Ranks) -> Callable[[int], list[Tensor]]:
     """A cycle of stage 3: so many critic updates on rollouts of their own, then the student's; its averages. The
     student leaves at the last step, the critic's rollouts at each in turn."""
     cfg = job.cfg
@@ -70,20 +74,26 @@ def stage3(job: Job, ranks: Ranks) -> Callable[[int], None]:
         x: Tensor = student(torch.randn(job.shape.latent(batch), device=ranks.device), exit_step)
         return x
 
-    def cycle(critic_updates: int) -> None:
+    def cycle(critic_updates: int) -> list[Tensor]:
+        losses = []
         cond, negative = _prompts(job, batch, ranks), _prompts(job, 1, ranks)
         for turn in range(critic_updates):
             for _ in range(critic.micro_batches):
                 with torch.no_grad():
                     x = rolled(turn % sampler.steps)
-                critic.backward(critic_loss(critic, x, cond, cfg.loss, _rng())[0])
+                loss = critic_loss(critic, x, cond, cfg.loss, _rng())[0]
+                critic.backward(loss)
                 critic.step()
+                losses.append(loss.detach())
         for _ in range(student.micro_batches):
             x = rolled(sampler.steps - 1)
-            student.backward(dmd_loss(x, teacher, critic, cond, negative, cfg.loss, _rng())[0])
+            loss = dmd_loss(x, teacher, critic, cond, negative, cfg.loss, _rng())[0]
+            student.backward(loss)
             student.step()
+            losses.append(loss.detach())
         ema.update(student.owned())
         best[:] = [ema.copy()]
+        return losses
 
     return cycle
 

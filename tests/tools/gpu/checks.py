@@ -23,7 +23,7 @@ import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 from train import distillation
-from train.distillation import Case
+from train.distillation import Case, worst
 
 from scd_sf.diffusion.noise import cpu_noise, generator, local_noise
 from scd_sf.diffusion.solvers import Renoise
@@ -100,7 +100,7 @@ def resume(case: Case) -> Check:
         turn(whole, 2)
         turn(fresh, 2)
         masters = fresh.masters()
-        return {"masters": (max(distance(masters[n], value) for n, value in whole.masters().items()), EXACT)}
+        return {"masters": (worst(distance(masters[n], value) for n, value in whole.masters().items()), EXACT)}
 
     return check
 
@@ -137,7 +137,7 @@ def teacher_forcing(dtype: torch.dtype) -> Check:
             own = attend(FullSequence(mask), *(x.to(ranks.device, dtype) for x in (q, k, v, up)))
             limit = FP32 if dtype == torch.float32 else 0.05
             for name, one, other in zip(("output", "dq", "dk", "dv"), own, dense, strict=True):
-                found[name] = (max(distance(one, other), found.get(name, (0.0, 0.0))[0]), limit)
+                found[name] = (worst((distance(one, other), found.get(name, (0.0, 0.0))[0])), limit)
         return found
 
     return check
@@ -189,7 +189,7 @@ def sampling(mode: str) -> Check:
             for window, wanted in expected.items():
                 for _ in range(2):
                     value = distance(video(model, ranks.device, window=window), wanted)
-                    found[name] = (max(value, found.get(name, (0.0, 0.0))[0]), FP32)
+                    found[name] = (worst((value, found.get(name, (0.0, 0.0))[0])), FP32)
             torch._dynamo.reset()
         return found
 

@@ -16,6 +16,7 @@ from scd_sf.tools.gpu.parts import AGAIN, Figures, Part, Record, Row, measure_ro
 from scd_sf.tools.gpu.report import failures, markdown, sheets
 from scd_sf.types import UserError
 
+LINES: Figures = {"lines": [{"x": 1}]}
 # A part's process. A row's name says what becomes of it; the file "cured" heals all.
 SCRIPT = """
 import os, signal, sys, time
@@ -160,14 +161,50 @@ def test_the_report_says_whether_it_works_and_how_fast() -> None:
 
 
 def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
-    record = Record(tmp_path / "sub" / "out.json")
-    record.on({"device": "H100"})
-    record.on({"device": "H100"})
-    with pytest.raises(UserError, match="holds figures of 'H100', this is 'A100'"):
-        record.on({"device": "A100"})
+    record, part = Record(tmp_path / "sub" / "out.json"), Part(7, "trials", 9.0, lambda: [Row("a", lambda: LINES)])
+    machine: Figures = {"device": "H100", "versions": {"torch": "2.11.0"}}
+    record.on({"device": "A100"})
+    record.on(machine)  # nothing was measured yet
+    measure_rows(part, record, {}, 9.0)
+    record.on(machine | {"date": "tomorrow"})
+    with pytest.raises(UserError, match="holds figures of device 'H100', this is 'A100'"):
+        record.on(machine | {"device": "A100"})
+    with pytest.raises(UserError, match=r"holds figures of versions .*2\.11.*, this is .*2\.14"):
+        record.on(machine | {"versions": {"torch": "2.14.0"}})
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="not a document of this script"):
         Record(tmp_path / "x.json").read()
+    for damaged in ('{"schema": 1, "machine": null, "parts": {"1": {}}}', '{"schema": 1, "parts": {}}'):
+        (tmp_path / "x.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"x\.json.*name another file with --out"):
+            Record(tmp_path / "x.json").read()
+
+
+def test_what_is_no_measurement_is_a_failure(tmp_path: Path) -> None:
+    record = Record(tmp_path / "out.json")
+    found = {"empty": [], "nan": [{"loss": float("nan"), "fine": True}], "good": [{"loss": 1.0, "gib": None}]}
+    part = Part(7, "trials", 9.0, lambda: [Row(n, lambda v=v: {"lines": v}) for n, v in found.items()])  # type: ignore[misc]
+    assert measure_rows(part, record, {}, 9.0) == 0
+    errors = {name: row.get("error") for name, row in document(record)["rows"].items()}
+    assert errors == {"empty": "nothing was measured", "nan": "not finite: loss", "good": None}
+    assert verdict(record.read(), [7]) == (False, "1 rows measured, 2 failed, 0 left out")
+    assert verdict(record.read(), [8]) == (False, "0 rows measured, 0 failed, 0 left out, 1 parts not run")
+    record.begin_again(part, False, "nan")
+    assert list(document(record)["rows"]) == ["empty", "good"], "--only forgot a failure that it does not try again"
+    record.put(part, {"left_out": ["empty", "good"]})
+    record.begin_again(part, True, "empty")
+    assert list(document(record)["rows"]) == document(record)["left_out"] == ["good"]
+    assert measure_rows(Part(7, "trials", 9.0, lambda: [Row("new", lambda: LINES)]), record, {}, 9.0) == 0
+    assert verdict(record.read(), [7]) == (True, "1 rows measured, 0 failed, 0 left out"), "rows that are no more remain"
+    measure_rows(Part(7, "trials", 9.0, lambda: [Row("new", lambda: LINES), Row("b", lambda: LINES)]), record, {}, 0.0)
+    assert verdict(record.read(), [7]) == (False, "1 rows measured, 0 failed, 1 left out")
+
+
+def test_rows_of_another_revision_are_said() -> None:
+    part = {"title": "t", "seconds": 1.0, "budget_seconds": 1.0, "left_out": []}
+    rows = {str(number): {"lines": [], "revision": stamp} for number, stamp in enumerate(("new+dirty", "old"))}
+    notes = next(sheets({"machine": {"revision": "new"}, "parts": {"1": part | {"rows": rows}}})).notes
+    assert notes == ["some rows were measured at revision old; --again measures them anew"]
 
 
 def test_memory_that_is_gone_takes_a_fresh_process(tmp_path: Path) -> None:
@@ -177,9 +214,11 @@ def test_memory_that_is_gone_takes_a_fresh_process(tmp_path: Path) -> None:
     def fail() -> Figures:
         raise OutOfMemoryError("tried to allocate")
 
-    part = Part(7, "trials", 9.0, lambda: [Row("big", fail), Row("next", lambda: {"lines": []})])
+    part = Part(7, "trials", 9.0, lambda: [Row("big", fail), Row("next", lambda: LINES)])
     record = Record(tmp_path / "out.json")
     assert measure_rows(part, record, {}, 9.0) == AGAIN
     assert list(document(record)["rows"]) == ["big"]
     assert measure_rows(part, record, {}, 9.0, only="next") == 0 and list(document(record)["rows"]) == ["big", "next"]
-    assert spoils_the_process(RuntimeError("CUDA error")) and not spoils_the_process(AssertionError("differs"))
+    for words in ("CUDA error", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "NCCL error: unhandled cuda error"):
+        assert spoils_the_process(RuntimeError(words)), words
+    assert not spoils_the_process(AssertionError("differs"))

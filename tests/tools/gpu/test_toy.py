@@ -78,6 +78,8 @@ def test_one_part_from_the_command_line(tmp_path: Path) -> None:
     nothing = python(*given[:6], "nosuch", *given[7:])
     assert nothing.returncode == 2 and "--only nosuch: no row" in nothing.stderr
     parser = load_script("benchmarks/gpu.py").parser()
+    none = python(*given[:3], "--part", *given[5:])
+    assert none.returncode == 2 and "--part: name parts" in none.stderr
     for budget in ("nan", "0", "-1", "inf", "x"):
         with pytest.raises(SystemExit):
             parser.parse_args(["--budget", budget])
@@ -112,8 +114,8 @@ def test_speed_at_toy_size() -> None:
             ["SCD", " fusion paper"],
         ]
         assert "Self-Forcing" in found[2]["model"] and len(found) == 3
+        assert {line["video"] for line in found} == {"9x16x16"}
         assert all(line["FPS dit"] > line["FPS dit+vae"] > 0 and line["x floor"] > 0 for line in found)
-    large, small = Card(torch.device("cuda"), "x", 80.0, 0.0), Card(torch.device("cuda"), "x", 24.0, 0.0)
     assert [speed.config(c, 1, 4, "graphs").frames for c in (large, small)] == [81, 33]
     assert speed.config(large, 3, 2, "graphs").compile.cuda_graphs
     assert speed_row(card).measure()["lines"][0]["copy GB/s"] > 0
@@ -140,13 +142,54 @@ def test_states_move_to_the_cpu_until_it_fits(stage: int) -> None:
 def test_memory_within_15_percent_of_the_plan_is_the_verdict() -> None:
     job, card = toy_job(2)
     plan, _ = training.fitting(job, replace(card, peak_tflops=989.0))
-    good, bad, cpu = (
-        training.figures(plan, [], 2.0, peak, peak)["lines"][0]
-        for peak in (round(1.1 * plan.peak), round(0.8 * plan.peak), None)
-    )
+    found = [
+        training.figures(plan, [], 2.0, peak, peak) for peak in (round(1.1 * plan.peak), round(0.8 * plan.peak), None)
+    ]
+    good, bad, cpu = (one["lines"][0] for one in found)
+    assert [one.get("error") for one in found] == [None, "0.8 of the planned memory", None]
     assert (good["measured / planned"], good["within 15 %"], bad["within 15 %"]) == (1.1, True, False)
     assert cpu["within 15 %"] is None and good["planned GiB"] == round(plan.peak / GIB, 2)
     assert good["MFU"] == round(job.model_flops() / 2.0 / 989e12, 4)
+
+
+def test_losses_that_are_not_finite_are_no_measurement() -> None:
+    training.finite_losses([torch.ones(())])
+    for losses in ([], [torch.ones(()), torch.full((), float("nan"))]):
+        with pytest.raises(UserError, match="losses are not finite"):
+            training.finite_losses(losses)
+
+
+def test_nan_is_the_worst_wherever_it_stands() -> None:
+    worst = load_script("tests/gpu/checks.py").worst
+    for values in ((0.0, float("nan")), (float("nan"), 0.0), (0.0, float("nan"), 1.0)):
+        assert worst(values) != worst(values), values
+    assert worst((0.5, 2.0, 1.0)) == 2.0
+
+
+TRAINING = """
+import sys, time
+from pathlib import Path
+run, end = Path(sys.argv[1]), int(sys.argv[2])
+run.mkdir(exist_ok=True)
+(run / "metrics.jsonl").open("a").write("{}\\n" * 3)
+while end == 75 and not (run / "stop").exists():
+    time.sleep(0.01)
+sys.exit(end)
+"""
+
+
+def test_a_run_of_another_call_does_not_count(tmp_path: Path) -> None:
+    run, script = tmp_path / "stage2", tmp_path / "training.py"
+    script.write_text(TRAINING)
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"of": "another machine"}\n' * 9)
+    (run / "stop").touch()
+    for code in (0, 75):
+        chain.train([sys.executable, str(script), str(run), str(code)], run, 3)
+        assert (run / "metrics.jsonl").read_text() == "{}\n" * 3
+    for code, updates in ((1, 3), (0, 4)):
+        with pytest.raises(RuntimeError, match=rf"exit code {code} after 3 of {updates} updates"):
+            chain.train([sys.executable, str(script), str(run), str(code)], run, updates)
 
 
 def test_curves_within_noise() -> None:
@@ -159,6 +202,8 @@ def test_curves_within_noise() -> None:
     far = [{"loss": row["loss"] + 0.2} for row in reference]
     assert not any(line["within noise"] for line in chain.compare("c", "loss", far, reference))
     assert [line["updates"] for line in chain.compare("c", "loss", near[:3], reference)] == ["1-3"]
+    with pytest.raises(UserError, match="the CPU's curve has 19 of 45 updates"):
+        chain.compare("c", "loss", near, reference[:19])
 
 
 def test_a_difference_beyond_its_limit_is_a_failure() -> None:
