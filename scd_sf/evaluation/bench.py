@@ -135,7 +135,8 @@ class AttentionKernels(TorchDispatchMode):
 
 @dataclass
 class Entry:
-    """A model ready to run, and what was measured of it."""
+    """A model ready to run, and what was measured of it. ``kept``: bytes that its clips left allocated (histories and
+    recordings of CUDA graphs); ``peak``: the most at once, ``alone``: less what others' clips had left."""
 
     config: BenchModel
     student: Student
@@ -145,6 +146,8 @@ class Entry:
     attention: tuple[str, ...] = ()
     floor: float | None = None
     peak: int = 0
+    alone: int = 0
+    kept: int = 0
     clips: list[Clip] = field(default_factory=list)
 
 
@@ -157,6 +160,7 @@ class Bench:
     shape: VideoShape
     vae: Vae
     text: TextEncoder | None
+    opened: int = 0  # bytes allocated before the first clip
 
     def clock(self) -> float:
         synchronize(self.device)
@@ -171,16 +175,25 @@ class Bench:
         states = torch.randn(1, self.cfg.text_tokens, student.cfg.text_dim, generator=rng)
         return Conditioning(on_device(states, self.device)), 0.0
 
-    @torch.no_grad()
     def clip(self, entry: Entry, heavy: HeavyCalls | None = None) -> Clip:
-        """Make one clip and time it; ``heavy`` counts the student's calls."""
+        """Make one clip and time it, with its memory; ``heavy`` counts the student's calls."""
+        peak = Peak(self.device)
+        before = peak.now()
+        peak.reset()
+        made = self._clip(entry, heavy)
+        most = peak.bytes()
+        entry.peak = max(entry.peak, most)
+        entry.alone = max(entry.alone, most - (before - self.opened - entry.kept))
+        entry.kept += peak.now() - before
+        return made
+
+    @torch.no_grad()
+    def _clip(self, entry: Entry, heavy: HeavyCalls | None) -> Clip:
         shape, student = self.shape, entry.student
         cond, text = self.prompt(student)
         dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
         size = shape.latent(1)[1:]
         chunks = generate_latents(student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink)
-        peak = Peak(self.device)
-        peak.reset()
         started = self.clock()
         while True:
             with heavy or nullcontext():
@@ -193,7 +206,6 @@ class Bench:
             dit.append(made - started)
             vae.append(decoded - made)
             started = decoded
-        entry.peak = max(entry.peak, peak.bytes())
         return Clip(text, tuple(dit), tuple(vae), tuple(pixels))
 
     def observe(self, entry: Entry) -> None:
@@ -339,7 +351,7 @@ def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[En
         shape = choose_shape(asked, known, entry.student, vae.geometry, where)
         if text is not None and text.width != width:
             raise UserError(f"models: '{where}' takes text states {width} wide, {base} gives {text.width}; set base=")
-    return Bench(cfg, device, shape, vae, text), entries
+    return Bench(cfg, device, shape, vae, text, Peak(device).now()), entries
 
 
 def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Vae | None = None) -> dict[str, object]:
@@ -360,9 +372,9 @@ def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Va
 
 
 def alone(entry: Entry, entries: list[Entry]) -> float:
-    """Peak GiB while a model ran, less the weights of the others that were in memory too."""
+    """Peak GiB while a model ran, less the others' weights and what their clips left in memory."""
     others = [p for other in entries if other is not entry for p in other.student.parameters()]
-    return round((entry.peak - sum(p.numel() * p.element_size() for p in others)) / 2**30, 2)
+    return round((entry.alone - sum(p.numel() * p.element_size() for p in others)) / 2**30, 2)
 
 
 def setup(bench: Bench, peak: int) -> dict[str, object]:

@@ -108,6 +108,10 @@ class Peak:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    def now(self) -> int:
+        """Of a GPU: what tensors take."""
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+
     def bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.evaluation.bench import Bench, BenchConfig, BenchModel, Clip, Entry, in_rounds, open_bench, run_bench
+from scd_sf.evaluation.bench import Bench, BenchConfig, BenchModel, Clip, Entry, alone, in_rounds, open_bench, run_bench
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdConfig
@@ -54,6 +54,38 @@ def test_the_document_holds_what_reviewers_ask_for() -> None:
     assert setup["video"] == [13, 32, 32] and setup["dtype"] == "fp32"
     assert setup["peak_memory_gib"] > 0.1 and setup["text_tokens"] == 24
     json.dumps(document)
+
+
+def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs keep their histories: 4 GiB of the first model, 7 of the second, 1 GiB while a clip is made."""
+    gib, memory = 2**30, {"held": 0, "most": 0}
+    left = {"ours": 4 * gib, "theirs": 7 * gib}
+
+    class Fake:
+        def __init__(self, device: object) -> None:
+            pass
+
+        def now(self) -> int:
+            return memory["held"]
+
+        def reset(self) -> None:
+            memory["most"] = memory["held"]
+
+        def bytes(self) -> int:
+            return memory["most"]
+
+    def make(bench: Bench, entry: Entry, heavy: object) -> Clip:
+        memory["held"] += left.pop(entry.config.name, 0)
+        memory["most"] = memory["held"] + gib
+        return Clip(0.0, (1.0,), (1.0,), (1,))
+
+    monkeypatch.setattr("scd_sf.evaluation.bench.Peak", Fake)
+    monkeypatch.setattr(Bench, "_clip", make)
+    bench, entries = open_bench(config())
+    for entry in (*entries, *entries):
+        bench.clip(entry)
+    assert [entry.peak / gib for entry in entries] == [12.0, 12.0]
+    assert [alone(entry, entries) for entry in entries] == [5.0, 8.0]
 
 
 def test_figures_follow_from_the_seconds() -> None:

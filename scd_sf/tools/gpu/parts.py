@@ -91,8 +91,8 @@ class Record:
         if there is not None and differs and any(part["rows"] for part in document["parts"].values()):
             name = differs[0]
             raise UserError(
-                f"{self.path}: holds figures of {name} '{there.get(name)}', this is '{machine.get(name)}'; name another "
-                "file with --out"
+                f"{self.path}: holds figures of {name} '{there.get(name)}', this is '{machine.get(name)}'; "
+                "name another file with --out"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, document | {"machine": machine})

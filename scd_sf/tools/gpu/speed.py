@@ -94,7 +94,8 @@ def measure(card: Card, chunk: int, steps: int, mode: str) -> Figures:
 
 
 def line(row: Figures, video: str) -> Figures:
-    """One model of ``video`` (frames x height x width): rates over the whole clip and in its steady state, without and with the VAE."""
+    """One model of ``video`` (frames x height x width): rates over the whole clip and in its steady state, without and
+    with the VAE."""
     first = row["first_frame_seconds"]
     ran = "graphs" if row["compile"]["cuda_graphs"] else "compiled" if row["compile"]["enabled"] else "eager"
     return {

@@ -195,7 +195,9 @@ def test_what_is_no_measurement_is_a_failure(tmp_path: Path) -> None:
     record.begin_again(part, True, "empty")
     assert list(document(record)["rows"]) == document(record)["left_out"] == ["good"]
     assert measure_rows(Part(7, "trials", 9.0, lambda: [Row("new", lambda: LINES)]), record, {}, 9.0) == 0
-    assert verdict(record.read(), [7]) == (True, "1 rows measured, 0 failed, 0 left out"), "rows that are no more remain"
+    assert verdict(record.read(), [7]) == (True, "1 rows measured, 0 failed, 0 left out"), (
+        "rows that are no more remain"
+    )
     measure_rows(Part(7, "trials", 9.0, lambda: [Row("new", lambda: LINES), Row("b", lambda: LINES)]), record, {}, 0.0)
     assert verdict(record.read(), [7]) == (False, "1 rows measured, 0 failed, 1 left out")
 
