@@ -49,7 +49,7 @@ def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, ba
     if isinstance(student, Causal) and student.trunk.skip is not None and (cfg.enabled or cfg.cuda_graphs):
         raise UserError("compile: which blocks run depends on the step (blocks.skip); leave it off")
     if cfg.cuda_graphs:
-        student.replay = Replayed(cuda_recorder())
+        student.replay = Replayed(cuda_recorder(device))
     if not cfg.enabled:
         return
     whole: dict[str, Any] = {"fullgraph": True, "backend": backend, **_kept_apart()}

@@ -124,7 +124,7 @@ class Causal(nn.Module):
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> CausalStream:
         history = new_cache(cache, self.cfg.tokens(*latent), self.cfg.rope_axes, self.chunk)
         if self.replay is not None:
-            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk))
+            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk), self)
         return CausalStream(*self._told(cond), history, latent)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:

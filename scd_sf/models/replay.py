@@ -8,13 +8,14 @@ A step may be run more often than it counts: it writes where nobody reads yet (`
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd_sf.nn.kv_cache import Buffers, Cache, RingKVCache
 from scd_sf.types import UserError
@@ -24,20 +25,23 @@ Record = Callable[[Callable[[], T]], tuple[Callable[[], None], T]]
 MOST = 128  # recordings of one step
 
 
-def cuda_recorder() -> Record[Any]:
-    """Records on the current device. The step runs twice beside the recording: kernels are built and loaded there."""
-    pool = torch.cuda.graph_pool_handle()
+def cuda_recorder(device: torch.device) -> Record[Any]:
+    """Records on ``device``, whichever is the current one: a stream of another would record nothing. The step runs
+    twice before: kernels are built and loaded there. All on one stream: libraries keep a workspace for each."""
+    with torch.cuda.device(device):
+        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(step: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        side, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                step()
-        here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = step()
+        with torch.cuda.device(device):
+            here = torch.cuda.current_stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    out = step()
+            here.wait_stream(side)
         return graph.replay, out
 
     return record
@@ -63,17 +67,21 @@ class _Room:
 
 class Replayed:
     """Calls of steps, replayed. ``record`` runs a step once and returns (replay, what the step returned): on a GPU
-    :func:`cuda_recorder`."""
+    :func:`cuda_recorder`. A copy of a model has none of its recordings: they are of the original's weights."""
 
     def __init__(self, record: Record[Any]) -> None:
-        self._record = record
+        self._record, self._numbers, self._weights = record, itertools.count(), tuple[int, ...]()
         self._recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self._places: dict[Hashable, _Place] = {}
         self._rooms: dict[Hashable, list[_Room]] = {}
 
+    def __deepcopy__(self, memo: object) -> Replayed:
+        return Replayed(self._record)
+
     def __call__(self, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
         """``step(*inputs)``. ``name`` and ``key`` say all that decides it but the inputs' values; inputs are tensors
         in tuples, mappings and dataclasses. What is returned are copies."""
+        assert not torch.is_grad_enabled(), "recorded steps have no gradient: sampling only, under torch.no_grad()"
         described: list[Hashable] = []
 
         def place(tensor: Tensor) -> Tensor:
@@ -91,7 +99,8 @@ class Replayed:
 
     def _placed(self, key: Hashable, tensor: Tensor) -> Tensor:
         if key not in self._places:
-            self._places[key] = _Place(torch.empty_like(tensor, memory_format=torch.contiguous_format), tensor)
+            with torch.inference_mode(False):  # others will write there outside of it
+                self._places[key] = _Place(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), tensor)
         place = self._places[key]
         version = -1 if tensor.is_inference() else tensor._version
         if place.given is not tensor or place.version != version or version < 0:
@@ -99,19 +108,23 @@ class Replayed:
             place.given, place.version = tensor, version
         return place.tensor
 
-    def house(self, cache: Cache, key: Hashable, places: int) -> None:
+    def house(self, cache: Cache, key: Hashable, places: int, model: nn.Module) -> None:
         """Give a new history the buffers that recordings know: those of a video that is gone, or new ones. ``key``:
-        what decides their shapes; ``places``: how many lengths it can have."""
+        what decides their shapes; ``places``: how many lengths it can have. If ``model`` has other tensors now than
+        what was recorded read (values may change in place), everything is recorded again."""
         assert isinstance(cache, RingKVCache), "recorded steps need a preallocated history (CacheConfig.sampling)"
         if places > MOST:
             raise UserError(
                 f"compile.cuda_graphs records a step once per length of the history, here {places}; at most {MOST}: "
                 "set a window"
             )
+        weights = tuple(tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers()))
+        if weights != self._weights:
+            self._weights, self._recorded, self._places, self._rooms = weights, {}, {}, {}
         rooms = self._rooms.setdefault(key, [])
         room = next((room for room in rooms if room.tenant is None or room.tenant() is None), None)
         if room is None:
-            rooms.append(room := _Room(sum(map(len, self._rooms.values()))))
+            rooms.append(room := _Room(next(self._numbers)))
         room.tenant = weakref.ref(cache)
         cache.use(room.buffers, (key, room.number))
 

@@ -228,7 +228,9 @@ class RingKVCache:
         buffer: compilers take that for another case and compile again."""
         if index not in self._buffers:
             shape = (like.shape[0], like.shape[1], self.capacity + self.new + 1, like.shape[3])
-            self._buffers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            with torch.inference_mode(False):  # kept for other videos (use), made in that mode or not
+                k, v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+            self._buffers[index] = k, v
         return self._buffers[index]
 
     def _runs(self, added: int) -> list[tuple[int, int, int]]:

@@ -6,7 +6,10 @@ Python is not run again, so numbers that Python counts are baked in as a graph b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -21,6 +24,7 @@ from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import Student
 from scd_sf.models.replay import MOST, Replayed, cuda_recorder
+from scd_sf.nn.kv_cache import RingKVCache
 from scd_sf.types import Conditioning, UserError
 
 T = TypeVar("T")
@@ -41,6 +45,7 @@ class Tape(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.inference_mode()  # a graph asks no tensor where it was made
     def play(self) -> None:
         for func, args, kwargs, out in self.calls:
             returned = func._schema.returns
@@ -130,13 +135,112 @@ def test_what_did_not_change_is_not_copied_and_a_history_too_long_is_refused() -
         next(generate_latents(student, tiny.prompts(1, dtype=torch.float32), [1], shape, SAMPLER))
 
 
+def test_places_made_in_inference_mode_serve_outside_of_it() -> None:
+    replayed, buffers = Replayed(record), dict[int, Any]()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            x, cache = torch.ones(1, 1, 2, 4), RingKVCache(4, 2)
+            assert torch.equal(replayed("step", (), lambda x: x + 1, x), x + 1)
+            cache.use(buffers, "a")
+            cache = cache.grown(cache.write({0: (x, x)}), 2)
+            assert torch.equal(cache.joined(0, x, x)[0], torch.ones(1, 1, 4, 4))
+
+
+def test_other_weights_and_copies() -> None:
+    """A model whose weights were replaced is recorded again, and a stream that began before goes on; a copy has its own
+    recordings; a gradient is refused."""
+    variant = next(v for v in tiny.FEW if v.family == "scd" and v.chunk == 1)
+    student, told = tiny.student(variant, dtype=torch.float32), tiny.prompts(1, dtype=torch.float32)
+    before = clips_of(chunks(student, told, 1))
+    halved = {name: value / 2 for name, value in student.state_dict().items()}
+    student.replay = Replayed(record)
+    assert torch.equal(clips_of(chunks(student, told, 1)), before)
+    copied = copy.deepcopy(student)
+    copied.load_state_dict(halved)
+    plain = copy.deepcopy(copied)
+    plain.replay = None
+    other = clips_of(chunks(plain, told, 1))
+    assert torch.equal(clips_of(chunks(copied, told, 1)), other) and not torch.equal(other, before)
+    assert torch.equal(clips_of(chunks(student, told, 1)), before)
+    student.load_state_dict({name: value.clone() for name, value in halved.items()}, assign=True)
+    begun = chunks(student, told, 1)
+    parts = [next(begun)]
+    assert torch.equal(clips_of(chunks(student, told, 1)), other)
+    student.load_state_dict({name: value.clone() for name, value in halved.items()}, assign=True)
+    assert torch.equal(clips_of(chunks(student, told, 1)), other)
+    assert torch.equal(clips_of([*parts, *begun]), other)
+    with pytest.raises(AssertionError, match="recorded steps have no gradient"):
+        student.replay("step", (), lambda x: x + 1, torch.ones(1))
+
+
+class Gpus:
+    """Stands in for torch.cuda: which device is current, and on which stream of which device what happened."""
+
+    def __init__(self) -> None:
+        self.device, self.streams, self.seen = 0, [0], list[object]()
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        self.streams.append(10 * self.device)
+        yield
+        self.streams.pop()
+        self.device = before
+
+    @contextmanager
+    def on_stream(self, stream: Any) -> Iterator[None]:
+        self.streams.append(stream.number)
+        try:
+            yield
+        finally:
+            self.streams.pop()
+
+    @contextmanager
+    def graph(self, graph: object, *, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.seen.append(("graph", pool, capture_error_mode))
+        with self.on_stream(stream):
+            yield
+
+
+def test_recorded_on_the_models_own_gpu_and_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, made = Gpus(), list[int]()
+
+    class Stream:
+        def __init__(self) -> None:
+            made.append(10 * gpus.device + 1 + len(made))
+            self.number = made[-1]
+
+        def wait_stream(self, other: object) -> None:
+            gpus.seen.append("waits")
+
+    graph = SimpleNamespace(replay=lambda: None)
+    stand_ins = {
+        "device": gpus.on_device, "stream": gpus.on_stream, "graph": gpus.graph, "Stream": Stream,
+        "CUDAGraph": lambda: graph, "graph_pool_handle": lambda: ("pool", gpus.device),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: gpus.seen.append("is waited for")),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recorder = cuda_recorder(torch.device("cuda", 3))
+    once = ["waits", 31, 31, ("graph", ("pool", 3), "thread_local"), 31, "is waited for"]
+    for _ in range(2):
+        recorder(lambda: gpus.seen.append(gpus.streams[-1]))
+    assert gpus.seen == once * 2 and made == [31] and gpus.streams == [0]
+
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        recorder(fail)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", REPLAYED, ids=str)
 def test_on_a_gpu(variant: tiny.Variant) -> None:
     student, cuda = tiny.student(variant, dtype=torch.float32).to("cuda"), torch.device("cuda")
     first, second = (tiny.prompts(1, seed=number, dtype=torch.float32).to(cuda) for number in (1, 2))
     wanted = [clips_of(chunks(student, *given)) for given in ((first, 1), (second, 2), (first, 3))]
-    student.replay = Replayed(cuda_recorder())
+    student.replay = Replayed(cuda_recorder(cuda))
     for given, video in zip(((first, 1), (second, 2), (first, 3)), wanted, strict=True):
         torch.testing.assert_close(clips_of(chunks(student, *given)), video, rtol=0, atol=1e-5)
     both = list(zip(chunks(student, first, 1), chunks(student, second, 2), strict=True))

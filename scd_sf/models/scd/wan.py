@@ -198,7 +198,7 @@ class Scd(nn.Module):
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScdStream:
         history = new_cache(cache, self.cfg.tokens(*latent), self.cfg.rope_axes, 2 * self.chunk)
         if self.replay is not None:
-            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk))
+            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk), self)
         return self.switch(ScdStream((), (), None, None, history, latent), cond)
 
     def switch(self, stream: ScdStream, cond: Conditioning) -> ScdStream:
