@@ -19,7 +19,7 @@ from scd_sf.data.shards import ShardWriter
 from scd_sf.files import read_jsonl
 from scd_sf.tools.gpu.card import Card
 from scd_sf.tools.gpu.parts import Figures, Row, script_command
-from scd_sf.train.control import EXIT_AGAIN
+from scd_sf.train.stop import EXIT_AGAIN
 from scd_sf.types import UserError, VideoShape, say
 
 TEACHER = Path("assets/wan_doom")

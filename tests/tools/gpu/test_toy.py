@@ -160,7 +160,7 @@ def test_losses_that_are_not_finite_are_no_measurement() -> None:
 
 
 def test_nan_is_the_worst_wherever_it_stands() -> None:
-    worst = load_script("tests/gpu/checks.py").worst
+    worst = load_script("tests/tools/gpu/checks.py").worst
     for values in ((0.0, float("nan")), (float("nan"), 0.0), (0.0, float("nan"), 1.0)):
         assert worst(values) != worst(values), values
     assert worst((0.5, 2.0, 1.0)) == 2.0
