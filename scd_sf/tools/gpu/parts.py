@@ -158,7 +158,7 @@ def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, onl
         say(f"{row.name}: {figures.get('error', 'measured')} ({taken:.1f} s)")
         if fatal:
             return AGAIN
-    record.put(part, {"left_out": record.part(part)["left_out"] + left_out})
+    record.put(part, {"left_out": left_out})
     return 0
 
 

@@ -84,10 +84,6 @@ def _notes(part: Figures) -> Iterator[str]:
     for name, row in part["rows"].items():
         if "error" in row:
             yield f"FAILED: {name}: {row['error']}"
-    stamps = (str(row["revision"]) for row in part["rows"].values() if "revision" in row)
-    revisions = sorted({stamp.removesuffix("+dirty") for stamp in stamps} - {revision})  # a new document is a change
-    if revisions:
-        yield f"some rows were measured at revision {', '.join(revisions)}; --again measures them anew"
     for name in part["left_out"]:
         yield f"left out, as the budget was spent: {name}"
 

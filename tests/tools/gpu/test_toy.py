@@ -116,8 +116,8 @@ def test_speed_at_toy_size() -> None:
         assert "Self-Forcing" in found[2]["model"] and len(found) == 3
         assert {line["video"] for line in found} == {"9x16x16"}
         assert all(line["FPS dit"] > line["FPS dit+vae"] > 0 and line["x floor"] > 0 for line in found)
-    assert [speed.config(c, 1, 4, "graphs").frames for c in (large, small)] == [81, 33]
-    assert speed.config(large, 3, 2, "graphs").compile.cuda_graphs
+    assert [speed.config(c, 1, 4, "graphs").frames for c in (gpu, replace(gpu, gib=24.0))] == [81, 33]
+    assert speed.config(gpu, 3, 2, "graphs").compile.cuda_graphs
     assert speed_row(card).measure()["lines"][0]["copy GB/s"] > 0
     assert PEAKS["H100"] == 989.0
 
