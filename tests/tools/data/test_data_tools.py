@@ -29,7 +29,7 @@ from scd_sf.files import locked, part_of, read_jsonl, write_bytes
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.tools.data import foreign
-from scd_sf.tools.data.foreign import Sample, read_parquet
+from scd_sf.tools.data.foreign import read_parquet
 from scd_sf.types import UserError
 
 SHAPE, WIDTH = tiny_run.SHAPE, tiny_run.WAN.text_dim
@@ -468,19 +468,21 @@ def test_damaged_lmdb_is_named_and_its_counts_are_compared(tmp_path: Path, model
 
 
 def test_damaged_parquet_is_named(tmp_path: Path, model: Path) -> None:
-    polars.DataFrame(parquet_rows()).write_parquet(tmp_path / "a.parquet", compression="uncompressed")
+    """In its pages, in its footer and cut: no row is lost without a word, and the process lives."""
+    write_parquet(parquet_rows(), tmp_path / "a.parquet")
     good = (tmp_path / "a.parquet").read_bytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     rng = random.Random(0)
-    for number in range(40):
+    for number in range(400):
         data = bytearray(good)
-        for _ in range(rng.randint(1, 20)):
-            data[rng.randrange(4, len(data) - 8)] ^= 1 << rng.randrange(8)
-        (tmp_path / "a.parquet").write_bytes(bytes(data) if number % 4 else good[: rng.randrange(len(good))])
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(footer if number % 2 else 4, len(data) - 8)] ^= 1 << rng.randrange(8)
+        (tmp_path / "a.parquet").write_bytes(bytes(data) if number % 9 else good[: rng.randrange(len(good))])
         try:
             parts = list(read_parquet(tmp_path / "a.parquet"))
         except UserError as error:
             assert "a.parquet" in str(error)
         else:
-            assert all(isinstance(part, Sample | Refused) for part in parts)
+            assert len(parts) == 3 or any(isinstance(part, Refused) for part in parts)
     (tmp_path / "a[1].parquet").write_bytes(good)
     assert len(list(read_parquet(tmp_path / "a[1].parquet"))) == 3, "a name is no pattern"
