@@ -135,8 +135,8 @@ class Stage3:
 
     def _rollout(self, exit_step: int) -> Tensor:
         batch = self.cfg.train.micro_batch
-        noise = _clips(batch, self.shape)
         rng = cpu_noise(_rng())
+        noise = rng(_clips(batch, self.shape))
         return rollout(self.student, noise, self._prompts(), self.sampler, rng, exit_step=exit_step)
 
     def _prompts(self) -> Conditioning:

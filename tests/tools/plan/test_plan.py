@@ -22,7 +22,7 @@ from scd_sf.tools.plan.budget import GIB, Cluster, advice, budget
 from scd_sf.tools.plan.engines import frozen, trained
 from scd_sf.tools.plan.job import Job, read_job
 from scd_sf.tools.plan.meter import Meter
-from scd_sf.tools.stages import Stage2Config
+from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 
@@ -60,6 +60,11 @@ def test_what_the_host_draws_is_counted() -> None:
     """The noise of K samples and of the query; the corruption of the contexts is drawn on the device."""
     clip = 3 * 4 * 4 * 4
     assert [phase.drawn for phase in tiny_job("train.micro_batch=2").phases()] == [2 * (2 + 1) * clip]
+    given = ["init=", "prompts=", "teacher=", "critic=", "run.dir=x"]
+    cfg = load_config(Stage3Config, CONFIGS / "stage3_wan_1.3b.yaml", [*given, "train.micro_batch=2"])
+    job = dataclasses.replace(tiny_job(), cfg=cfg, teacher=TINY, critic=TINY)
+    # of a rollout: where it starts, the encoder's query, each renoised step; then the loss's own
+    assert [phase.drawn for phase in job.phases()] == [2 * (1 + 1 + 3 + 1) * clip] * 2
 
 
 def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
