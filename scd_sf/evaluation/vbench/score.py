@@ -7,10 +7,9 @@ as its videos and VBench are the same. ``OUT/summary.json`` is what aggregate an
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 
 from scd_sf.evaluation.vbench import weights
 from scd_sf.evaluation.vbench.aggregate import check_fractions
-from scd_sf.evaluation.vbench.environment import Environment, build, default_folder, examine
+from scd_sf.evaluation.vbench.environment import build, default_folder, examine
 from scd_sf.evaluation.vbench.prompts import (
     FLICKERING,
     Entry,
@@ -27,7 +26,7 @@ from scd_sf.evaluation.vbench.prompts import (
     prompts_hash,
     video_name,
 )
-from scd_sf.evaluation.vbench.static_filter import CANDIDATES, STATIC, WANTED, chosen_of
+from scd_sf.evaluation.vbench.static_filter import CANDIDATES, STATIC, chosen_of
 from scd_sf.evaluation.vbench.suite import CANDIDATES_EACH, SAMPLES, VIDEOS
 from scd_sf.files import (
     Json,
@@ -82,7 +81,7 @@ class Job:
 
     dimension: str
     videos: dict[int, list[Path]]
-    reduced: tuple[str, ...]
+    reduced: list[str]
 
     @property
     def files(self) -> list[Path]:
@@ -92,16 +91,21 @@ class Job:
 def collect(root: Path, name: str, entries: Sequence[Entry], cfg: ScoreConfig) -> Job:
     """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would not count as 0."""
     chosen = [entry for entry in entries if name in entry.dimensions]
-    ours = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
-    folder, reduced, counts = root, [], {entry.line: cfg.samples for entry in chosen}
-    if ours:
-        folder = root / VIDEOS
-    if ours and name == FLICKERING:
-        folder = root / (CANDIDATES if cfg.unfiltered else STATIC)
-        if not cfg.unfiltered:
-            counts = {entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen}
+    sampled = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
+    folder, reduced = root / VIDEOS if sampled else root, list[str]()
+    counts = {entry.line: cfg.samples for entry in chosen}
+    if cfg.samples < SAMPLES:
+        reduced.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
     if name == FLICKERING and cfg.unfiltered:
+        folder = root / CANDIDATES if sampled else root
         reduced.append("temporal flickering without the static filter")
+    elif name == FLICKERING and sampled:
+        folder = root / STATIC
+        counts = {entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen}
+        short = sum(count < cfg.samples for count in counts.values())
+        if short:
+            found = f"{short} of {len(chosen)} prompts have fewer than {cfg.samples} static videos"
+            reduced.append(f"temporal flickering: {found}")
     videos = {e.line: [folder / video_name(e.prompt, n) for n in range(counts[e.line])] for e in chosen}
     absent = [file for files in videos.values() for file in files if not file.is_file()]
     if absent:
@@ -111,12 +115,7 @@ def collect(root: Path, name: str, entries: Sequence[Entry], cfg: ScoreConfig) -
         )
     if not any(videos.values()):
         raise UserError(f"{folder}: no video of {name} stands still by VBench's filter; unfiltered=true takes any")
-    short = sum(count < WANTED for count in counts.values()) if name == FLICKERING and not cfg.unfiltered else 0
-    if cfg.samples < SAMPLES:
-        reduced.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
-    elif short:
-        reduced.append(f"temporal flickering: {short} of {len(chosen)} prompts have fewer than {WANTED} static videos")
-    return Job(name, videos, tuple(reduced))
+    return Job(name, videos, reduced)
 
 
 def run_score(cfg: ScoreConfig) -> dict[str, float]:
@@ -129,129 +128,125 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
     cache = Path(cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench").absolute()
     if not cfg.download:
         weights.require(names, cache)
-    gpus = torch.cuda.device_count() if cfg.gpus == -1 else cfg.gpus
-    python = Path(cfg.python) if cfg.python else build(
-        Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2
-    )  # fmt: skip
-    environment = examine(python.absolute())
+    built = None if cfg.python else build(Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2)
+    python = (built or Path(cfg.python)).absolute()
+    environment = examine(python)
     needs = [name for name in names if name in weights.DETECTRON2]
     if needs and not environment.detectron2:
         raise UserError(
             f"{python}: has no detectron2, which {', '.join(needs)} need; set detectron2="
             "git+https://github.com/facebookresearch/detectron2.git (it is compiled), or name other dimensions"
         )
-    info = _full_info(environment, entries)
+    info = _full_info(Path(environment.folder), entries)
     out = Path(cfg.out).absolute() if cfg.out else root / "scores"
     require_own_folder(out, ["work"])
     cache.mkdir(parents=True, exist_ok=True)
     weights.link_dino(cache)
+    gpus = torch.cuda.device_count() if cfg.gpus == -1 else cfg.gpus
+    vbench = VBench(python, cache, gpus, cfg.download, info)
     with locked(out, "these scores"):
         (out / "work").mkdir(exist_ok=True)
         for number, job in enumerate(jobs, 1):
-            place = f"{number}/{len(jobs)} {job.dimension}"
-            _score(job, info, environment, out, cache, gpus, cfg.download, place)
-        return _summarise(root, out, environment)
+            _score(job, vbench, out, f"{number}/{len(jobs)} {job.dimension}")
+        return _summarise(root, out, environment.versions)
 
 
-def _full_info(environment: Environment, entries: Sequence[Entry]) -> list[Json]:
+def _full_info(folder: Path, entries: Sequence[Entry]) -> list[Json]:
     """VBench's own list, which has what some dimensions look for in a video; it must be the list that we know."""
-    file = environment.folder / "VBench_full_info.json"
+    file, remedy = folder / "VBench_full_info.json", "install VBench again"
     if prompts_hash(load_entries(str(file))) != prompts_hash(entries):
-        raise UserError(f"{file}: not the prompts of the release; install VBench again")
-    remedy = "install VBench again"
+        raise UserError(f"{file}: not the prompts of the release; {remedy}")
     return typed(parse_json(read_text(file, remedy), file, remedy), list[Json], file, remedy)
 
 
-def _score(
-    job: Job,
-    info: Sequence[Json],
-    environment: Environment,
-    out: Path,
-    cache: Path,
-    gpus: int,
-    download: bool,
-    place: str,
-) -> None:
+def _score(job: Job, vbench: VBench, out: Path, place: str) -> None:
     """One dimension, unless its result is there."""
-    files, result = job.files, out / f"{job.dimension}.json"
-    inputs = {str(file): stamp(file) for file in files}
+    result = out / f"{job.dimension}.json"
+    inputs = {str(file): stamp(file) for file in job.files}
     if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
         say(f"[{place}] finished before")
         return
-    say(f"[{place}] {len(files)} videos on {f'{gpus} GPUs' if gpus else 'the CPU'}")
-    work = out / "work"
-    rows = [dict(info[line]) | {"video_list": [str(f) for f in found]} for line, found in job.videos.items()]
-    listed, raw, told = (work / f"{job.dimension}-{part}.json" for part in ("list", "raw", "job"))
-    write_text(listed, json.dumps(rows))
-    raw.unlink(missing_ok=True)
-    write_json(
-        told,
-        {
-            "dimension": job.dimension,
-            "device": "cuda" if gpus else "cpu",
-            "full_info": str(listed),
-            "result": str(raw),
-        },
-    )
-    log = work / f"{job.dimension}.log"
-    _run(environment.python, told, log, cache, gpus, download, job.dimension)
-    found = check_result(read_json(raw, f"see {log}"), job, log)
-    write_json(result, {**found, "reduced": list(job.reduced), "inputs": inputs})
-    say(f"[{place}] {found['score']:.6f}")
+    say(f"[{place}] {len(job.files)} videos on {f'{vbench.gpus} GPUs' if vbench.gpus else 'the CPU'}")
+    score, videos = vbench.compute(job, out / "work")
+    record: Json = {"dimension": job.dimension, "score": score, "count": len(job.files), "videos": videos}
+    write_json(result, {**record, "reduced": job.reduced, "inputs": inputs})
+    say(f"[{place}] {score:.6f}")
 
 
 def stamp(file: Path) -> list[int]:
     """Size and time of a video, [] if it is gone: what decides whether a score is still its."""
     try:
-        about = file.stat()
+        status = file.stat()
     except OSError:
         return []
-    return [about.st_size, about.st_mtime_ns]
-
-
-def _run(python: Path, told: Path, log: Path, cache: Path, gpus: int, download: bool, name: str) -> None:
-    """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is a folder."""
-    worker = [str(python), "-I", str(_WORKER), str(told)]
-    torchrun = [str(python), "-I", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    command = [*torchrun, "--no-python", *worker] if gpus > 1 else worker
-    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
-    environ |= {"VBENCH_CACHE_DIR": str(cache), "TORCH_HOME": str(cache / "torch_home")}
-    if not download:
-        environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            command, cwd=cache, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if code:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-        remedy = "correct that and run the same command again"
-        if _UNPICKLING in text:
-            remedy = "a weights file of VBench is unpickled whole: build with torch='torch<2.6' and another env="
-        raise UserError(f"{name}: VBench ended with code {code} ({last[:200]}); see {log}; {remedy}")
-
-
-def check_result(raw: Mapping[str, object], job: Job, log: Path) -> dict[str, object]:
-    """VBench's answer, if it is one: a fraction, and a figure for every video. VBench leaves out what it cannot read;
-    color leaves out videos in which the object is not seen, and may."""
-    score, videos = raw.get("score"), raw.get("videos")
-    if not isinstance(score, float) or not math.isfinite(score) or not isinstance(videos, list):
-        raise UserError(f"{job.dimension}: VBench's result is {score!r}; see {log}")
-    check_fractions({job.dimension: score}, str(log))
-    named = {str(row.get("video_path")) for row in videos if isinstance(row, dict)}
-    absent = [file for file in job.files if str(file) not in named]
-    if absent and job.dimension != "color":
-        raise UserError(f"{job.dimension}: VBench could not read {len(absent)} videos, such as {absent[0]}; see {log}")
-    rows = [{**row, "video_path": Path(str(row["video_path"])).name} for row in videos if isinstance(row, dict)]
-    return {"dimension": job.dimension, "score": score, "count": len(job.files), "videos": rows}
+    return [status.st_size, status.st_mtime_ns]
 
 
 @dataclass(frozen=True)
-class _Result:
-    """``OUT/<dimension>.json``; ``inputs``: video -> its :func:`stamp`."""
+class VBench:
+    """VBench in its own ``python``: on ``gpus`` (0: the CPU), with weights in ``cache``; ``info``: its list."""
+
+    python: Path
+    cache: Path
+    gpus: int
+    download: bool
+    info: Sequence[Json]
+
+    def compute(self, job: Job, work: Path) -> tuple[float, list[Json]]:
+        """The score and each video's. UserError for a failure, and where VBench left out what it cannot read.
+
+        color leaves out videos in which the object is not seen, and may.
+        """
+        videos_list, raw, log = (work / f"{job.dimension}{end}" for end in ("-list.json", "-raw.json", ".log"))
+        rows = [{**self.info[line], "video_list": [str(f) for f in files]} for line, files in job.videos.items()]
+        write_text(videos_list, json.dumps(rows))
+        raw.unlink(missing_ok=True)
+        self._run(job.dimension, [str(videos_list), str(raw)], log)
+        answer = read_typed(raw, _Answer, f"see {log}")
+        check_fractions({job.dimension: answer.score}, str(log))
+        known = {str(row.get("video_path")) for row in answer.videos}
+        absent = [file for file in job.files if str(file) not in known]
+        if absent and job.dimension != "color":
+            raise UserError(
+                f"{job.dimension}: VBench could not read {len(absent)} videos, such as {absent[0]}; see {log}"
+            )
+        return answer.score, [{**row, "video_path": Path(str(row["video_path"])).name} for row in answer.videos]
+
+    def _run(self, name: str, files: list[str], log: Path) -> None:
+        """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is a folder."""
+        command = [str(self.python), "-I", str(_WORKER), name, "cuda" if self.gpus else "cpu", *files]
+        if self.gpus > 1:
+            ranks = ["--standalone", "--nproc_per_node", str(self.gpus), "--no-python"]
+            command = [str(self.python), "-I", "-m", "torch.distributed.run", *ranks, *command]
+        environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
+        environ |= {"VBENCH_CACHE_DIR": str(self.cache), "TORCH_HOME": str(self.cache / "torch_home")}
+        if not self.download:
+            environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(
+                command, cwd=self.cache, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        if code:
+            text = log.read_text(encoding="utf-8", errors="replace")
+            remedy = "correct that and run the same command again"
+            if _UNPICKLING in text:
+                remedy = "a weights file of VBench is unpickled whole: build with torch='torch<2.6' and another env="
+            last = text.strip().rpartition("\n")[2].strip()[:200]
+            raise UserError(f"{name}: VBench ended with code {code} ({last}); see {log}; {remedy}")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the worker writes."""
 
     score: float
     videos: list[Json]
+
+
+@dataclass(frozen=True)
+class _Result(_Answer):
+    """``OUT/<dimension>.json``; ``inputs``: video -> its :func:`stamp`."""
+
     inputs: dict[str, list[int]] = field(default_factory=dict)
     reduced: list[str] = field(default_factory=list)
 
@@ -263,7 +258,7 @@ class _Protocol:
     flickering_candidates: int = CANDIDATES_EACH
 
 
-def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, float]:
+def _summarise(root: Path, out: Path, versions: dict[str, str]) -> dict[str, float]:
     """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here and whose
     videos are still the same."""
     results: dict[str, _Result] = {}
@@ -288,7 +283,7 @@ def _summarise(root: Path, out: Path, environment: Environment) -> dict[str, flo
         "reduced": list(dict.fromkeys(why)),
         "videos": str(root),
         "protocol": {"settings": manifest.get("settings"), "sampling": protocol},
-        "environment": environment.versions,
+        "environment": versions,
     }
     write_json(out / "summary.json", summary)
     write_json(out / "vbench_eval_results.json", {n: [scores[n], results[n].videos] for n in scores})

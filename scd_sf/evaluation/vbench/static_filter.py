@@ -20,8 +20,8 @@ from scd_sf.data.clips import read_video
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.raft import load_raft, optical_flow
 from scd_sf.evaluation.vbench.prompts import video_name
-from scd_sf.files import new_file, read_json, sha256_file, write_json
-from scd_sf.types import UserError, say
+from scd_sf.files import Json, new_file, read_json, read_typed, sha256_file, typed, write_json
+from scd_sf.types import say
 
 CANDIDATES, STATIC, RECORDS = "flickering", "static", ".static"
 WANTED = 5
@@ -69,47 +69,38 @@ class StaticFilter:
         height, width = frames.shape[-2:]
         return is_static(flow_scores(frames, flow), (height, width), len(frames))
 
-    def choose(self, out: Path, prompt: str, count: int) -> dict[str, object]:
-        """Judge a prompt's candidates, put the chosen ones into ``static/`` as 0..4, and record it. What an earlier
-        run recorded of the same files and weights is kept."""
+    def choose(self, out: Path, prompt: str, count: int) -> None:
+        """Judge a prompt's candidates, put the chosen ones into ``static/`` as 0..4, and record it.
+
+        What an earlier run recorded of the same files and weights is not judged again.
+        """
+        folder = out / CANDIDATES
         names = sorted(video_name(prompt, number) for number in range(count))
-        files = [out / CANDIDATES / name for name in names]
-        record = out / RECORDS / f"{video_name(prompt, 0)}.json"
-        told: dict[str, object] = {
-            "prompt": prompt,
-            "raft_sha256": self.sha256,
-            "candidates": {f.name: sha256_file(f) for f in files},
-        }
-        if record.is_file():
-            entry = read_json(record, "delete it to filter the prompt again")
-            if {name: entry.get(name) for name in told} == told and _placed(out, prompt, entry):
-                return entry
-            record.unlink()
+        hashes = {name: sha256_file(folder / name) for name in names}
+        inputs: Json = {"prompt": prompt, "raft_sha256": self.sha256, "candidates": hashes}
+        record = _record(out, prompt)
+        earlier = read_json(record, "delete it to filter the prompt again") if record.is_file() else {}
         judged: dict[str, bool] = {}
-        for file in files:
-            judged[file.name] = self.judge(file)
-            if sum(judged.values()) == WANTED:
-                break
-        chosen = [name for name, still in judged.items() if still]
+        if {name: earlier.get(name) for name in inputs} == inputs:
+            judged = typed(earlier.get("judged"), dict[str, bool], record, "delete it to filter the prompt again")
+        else:
+            record.unlink(missing_ok=True)
+            for name in names:
+                judged[name] = self.judge(folder / name)
+                if sum(judged.values()) == WANTED:
+                    break
+        chosen = [name for name in names if judged.get(name)][:WANTED]
         for number in range(WANTED):
             target = out / STATIC / video_name(prompt, number)
             if number < len(chosen):
-                _place(out / CANDIDATES / chosen[number], target)
+                _place(folder / chosen[number], target)
             else:
                 target.unlink(missing_ok=True)
-        entry = told | {"judged": judged, "chosen": chosen}
-        write_json(record, entry)
-        return entry
+        write_json(record, {**inputs, "judged": judged, "chosen": chosen})
 
 
-def _placed(out: Path, prompt: str, entry: dict[str, object]) -> bool:
-    """Whether every chosen video lies in ``static/`` as recorded."""
-    chosen, hashes = entry.get("chosen"), entry["candidates"]
-    assert isinstance(hashes, dict)
-    if not isinstance(chosen, list) or not all(isinstance(name, str) for name in chosen) or len(chosen) > WANTED:
-        return False
-    targets = [out / STATIC / video_name(prompt, number) for number in range(len(chosen))]
-    return all(t.is_file() and sha256_file(t) == hashes.get(name) for t, name in zip(targets, chosen, strict=True))
+def _record(out: Path, prompt: str) -> Path:
+    return out / RECORDS / f"{video_name(prompt, 0)}.json"
 
 
 def _place(source: Path, target: Path) -> None:
@@ -138,8 +129,12 @@ def run_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilt
 
 def chosen_of(out: Path, prompt: str) -> list[str]:
     """The candidates that the filter chose. UserError if it has not run."""
-    record = out / RECORDS / f"{video_name(prompt, 0)}.json"
-    chosen = read_json(record, "run the static filter: vbench_eval/sample.py with raft=").get("chosen")
-    if not isinstance(chosen, list):
-        raise UserError(f"{record}: no list 'chosen'; delete it and run the filter again")
-    return [str(name) for name in chosen]
+    remedy = "run the static filter: vbench_eval/sample.py with raft="
+    return read_typed(_record(out, prompt), _Record, remedy).chosen
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of a prompt's record."""
+
+    chosen: list[str]
