@@ -83,25 +83,25 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
     from scd_sf.tools.gpu.parts import Part
 
     def speed() -> Any:
-        from scd_sf.tools.gpu.speed import rows
+        from scd_sf.tools.gpu.speed import speed_rows
 
-        return rows(card)
+        return speed_rows(card)
 
     def training() -> Any:
-        from scd_sf.tools.gpu.training import rows
+        from scd_sf.tools.gpu.training import training_rows
 
-        return rows(card)
+        return training_rows(card)
 
     def equality() -> Any:
-        from scd_sf.tools.gpu.equality import rows
+        from scd_sf.tools.gpu.equality import equality_rows
 
         checks = runpy.run_path(str(ROOT / "tests" / "tools" / "gpu" / "checks.py"), run_name="checks")
-        return rows(checks["CHECKS"], checks["compared"])
+        return equality_rows(checks["CHECKS"], checks["compared"])
 
     def chain() -> Any:
-        from scd_sf.tools.gpu.chain import Chain
+        from scd_sf.tools.gpu.chain import GpuChain
 
-        return Chain(card, work_folder(args), args.latents).rows()
+        return GpuChain(card, work_folder(args), args.latents).rows()
 
     known = {
         1: ("every path at tiny size, against the CPU", equality),
@@ -109,8 +109,8 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
         3: ("Wan 1.3B's size, teacher 14B: training", training),
         4: ("the demo's chain, beside the CPU's curves", chain),
     }
-    title, rows = known[number]
-    return Part(number, title, args.budget * BUDGETS[number], rows)
+    title, equality_rows = known[number]
+    return Part(number, title, args.budget * BUDGETS[number], equality_rows)
 
 
 def work_folder(args: argparse.Namespace) -> Path:
@@ -120,14 +120,14 @@ def work_folder(args: argparse.Namespace) -> Path:
 
 def inside(args: argparse.Namespace) -> None:
     """One part, in its own process; without a part, the machine's facts (the caller itself never takes the GPU)."""
-    from scd_sf.tools.gpu.card import machine, open_card, stamp
-    from scd_sf.tools.gpu.parts import Record, end_with_the_caller, measure_rows
+    from scd_sf.tools.gpu.card import machine, open_card, run_stamp
+    from scd_sf.tools.gpu.parts import GpuRecord, end_with_the_caller, measure_rows
 
-    card, record = open_card(args.device), Record(args.out)
+    card, record = open_card(args.device), GpuRecord(args.out)
     if not args.part:
         return record.on(machine(card) | {"older_than_tested": older()})
     end_with_the_caller()
-    sys.exit(measure_rows(part_of(args.part[0], args, card), record, stamp(), args.inside, args.only))
+    sys.exit(measure_rows(part_of(args.part[0], args, card), record, run_stamp(), args.inside, args.only))
 
 
 def main() -> None:
@@ -160,11 +160,11 @@ def main() -> None:
 def measured(args: argparse.Namespace) -> Any:
     """The document, once the parts have run."""
     from scd_sf.files import write_text
-    from scd_sf.tools.gpu.parts import Record, run_part, script_command
-    from scd_sf.tools.gpu.report import markdown
+    from scd_sf.tools.gpu.parts import GpuRecord, run_part, script_command
+    from scd_sf.tools.gpu.report import gpu_markdown
     from scd_sf.types import UserError
 
-    record = Record(args.out)
+    record = GpuRecord(args.out)
     same = ["--out", str(args.out), "--device", args.device, "--only", args.only, "--latents", str(args.latents)]
     command = [*script_command(Path(__file__)), *same, "--budget", str(args.budget)]
     looked = subprocess.run([*command, "--inside", "0", "--part"], check=False).returncode
@@ -173,7 +173,7 @@ def measured(args: argparse.Namespace) -> Any:
     for number in args.part:
         part, again = part_of(number, args, None), [*command, "--part", str(number), "--inside"]
         run_part(part, record, again, args.again, args.only)
-        write_text(record.path.with_suffix(".md"), markdown(record.read()))
+        write_text(record.path.with_suffix(".md"), gpu_markdown(record.read()))
     parts = [record.part(part_of(number, args, None)) for number in args.part]
     if args.only and not any(args.only in row for part in parts for row in [*part["rows"], *part["left_out"]]):
         raise UserError(f"--only {args.only}: no row of these parts is called so; leave it out to see them all")

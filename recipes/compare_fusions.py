@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scd_sf.evaluation.table import Row, read_rows
+from scd_sf.evaluation.table import ResultRow, read_rows
 from scd_sf.files import read_jsonl, write_json
-from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python, run_steps
+from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python_command, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -75,7 +75,7 @@ class Plan:
 
     def transplant(self, fusion: str) -> Step:
         """Stage 1 of one fusion."""
-        script = python("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
+        script = python_command("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
         out, how = self.place(1, fusion), f"scd={{{LAYERS}, {FUSIONS[fusion]}}}}}"
         arguments = [f"base={self.teacher}", f"out={out}", how]
         return Step(out.name, [*script, *arguments], 12, ONE_THREAD, [out / "step_00000000"])
@@ -83,8 +83,8 @@ class Plan:
     def chain(self, fusion: str, seed: int) -> list[Step]:
         """Stages 2 and 3 of one fusion and seed, each as the demo runs it."""
         first, second, third = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
-        tune = python("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
-        distil = python("recipes/stage3_self_forcing.py", "--config", "recipes/configs/demo_stage3.yaml")
+        tune = python_command("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
+        distil = python_command("recipes/stage3_self_forcing.py", "--config", "recipes/configs/demo_stage3.yaml")
         data = [f"data={self.latents}/train", f"val={self.latents}/val"]
         models = [f"teacher={self.teacher}", f"critic={self.teacher}", f"prompts={self.latents}/train"]
         often = {"steps": self.updates, "save_every": self.updates, "validate_every": self.updates}
@@ -115,7 +115,7 @@ class Plan:
         ]
 
     def scoring(self) -> Step:
-        script = python("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
+        script = python_command("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
         data = [f"train={self.latents}/train", f"val={self.latents}/val", f"root={self.run}", f"out={self.run}/scores"]
         command = [*script, *data, f"rows={json.dumps(self.rows())}"]
         return Step("evaluate", command, 60 + 25 * len(self.rows()), outputs=[self.run / "scores" / "results.json"])
@@ -150,7 +150,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     }
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Any]:
+def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Of the trainings of one fusion with one sampler: every seed's quality in turn, and the median cost."""
     adherence = [row.adherence for row in rows if row.adherence is not None]
 

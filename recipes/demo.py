@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scd_sf.evaluation.table import Row, read_rows, table, write_rows
+from scd_sf.evaluation.table import ResultRow, read_rows, result_table, write_rows
 from scd_sf.files import new_file, typed
-from scd_sf.tools.steps import Step, chain, clips_and_latents, python, run_steps
+from scd_sf.tools.steps import Step, chain, clips_and_latents, python_command, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -38,11 +38,15 @@ def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
     """Stage 1 and 2 for SCD and for the causal baseline, one thread each, side by side."""
     first, second = [], []
     for family in STUDENTS:
-        transplant = python("recipes/stage1_transplant.py", "--config", f"recipes/configs/demo_stage1_{family}.yaml")
+        transplant = python_command(
+            "recipes/stage1_transplant.py", "--config", f"recipes/configs/demo_stage1_{family}.yaml"
+        )
         start, tuned = run / f"stage1-{family}", run / f"stage2-{family}"
         weights = [start / "step_00000000"]
         first.append(Step(start.name, [*transplant, f"base={teacher}", f"out={start}"], 12, ONE_THREAD, weights))
-        tune = python("recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml")
+        tune = python_command(
+            "recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml"
+        )
         arguments = [f"init={start}", *latents(run), f"run.dir={tuned}", f"run.seed={seed}"]
         second.append(Step(tuned.name, [*tune, *arguments], 190, ONE_THREAD, [tuned / "checkpoints"]))
     return [first, second]
@@ -64,7 +68,7 @@ def distil_step(run: Path, teacher: Path, seed: int) -> list[Step]:
 
 
 def evaluation(run: Path, teacher: Path) -> list[str]:
-    script = python("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
+    script = python_command("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
     return [*script, f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
 
 
@@ -97,10 +101,10 @@ class Timing:
     seconds_per_frame_by_round: dict[str, list[float]] = field(default_factory=dict)
 
 
-def goals(rows: Sequence[Row], timing: Timing) -> dict[str, Goal]:
+def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
     """Of an evaluation's rows. UserError: one of the demo's rows is not there, or not scored."""
 
-    def pick(family: str, stage: str, steps: int) -> list[Row]:
+    def pick(family: str, stage: str, steps: int) -> list[ResultRow]:
         named = [row for row in rows if (row.family, row.stage, row.steps) == (family, stage, steps)]
         if not named or any(None in (row.video_frechet, row.sharpness, row.adherence) for row in named):
             raise UserError(f"results.json: no scored row of {family}, stage {stage}, {steps} steps; evaluate again")
@@ -125,7 +129,7 @@ def goals(rows: Sequence[Row], timing: Timing) -> dict[str, Goal]:
     return found
 
 
-def speed(slow: Row, fast: Row, least: float, timing: Timing) -> Goal:
+def speed(slow: ResultRow, fast: ResultRow, least: float, timing: Timing) -> Goal:
     """The ratio of the two rows' medians over the rounds; on a busy machine there is none."""
     goal, rounds = f">= {least:g}x", timing.seconds_per_frame_by_round
     signs = timing.machine_busy or [f"no rounds of {row.name}" for row in (slow, fast) if not rounds.get(row.name)]
@@ -168,7 +172,7 @@ def make(args: argparse.Namespace) -> None:
     write_rows(args.run / "results.json", rows, context | about | {"step_seconds": seconds, "this_run_seconds": spent})
     with new_file(args.run / "gallery.html") as part:
         shutil.copyfile(folder / "gallery.html", part)
-    Console(width=None if Console().is_terminal else LOG_WIDTH).print(table(rows, "Held-out prompts"))
+    Console(width=None if Console().is_terminal else LOG_WIDTH).print(result_table(rows, "Held-out prompts"))
     for name, check in checks.items():
         say(check.line(name))
     if any(check.met is None for check in checks.values()):

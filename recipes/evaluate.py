@@ -33,7 +33,7 @@ from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.frames import sharpness_ratio, spread
 from scd_sf.evaluation.fvd import VideoFrechet
 from scd_sf.evaluation.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
-from scd_sf.evaluation.table import Row, split_reference, table, write_rows
+from scd_sf.evaluation.table import ResultRow, result_table, split_reference, write_rows
 from scd_sf.evaluation.timing import Cost, time_in_rounds, timings, unrest
 from scd_sf.files import foreign, locked, require_own_file, require_own_folder, sha256_folder, write_tensors
 from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
@@ -236,7 +236,7 @@ def cost(row: RowConfig, bench: Bench) -> Cost:
     return Cost(streams(model, row, bench), model, WanBlock, bench.shape[0] if isinstance(model, Wan) else model.chunk)
 
 
-def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
+def measure(row: RowConfig, bench: Bench) -> tuple[ResultRow, Tensor]:
     """The row's figures but its costs, means over seeds, and the decoded videos of the first seed."""
     model = load_model(row, bench.cfg)
     distances, by_prompt, sharpness, scores, first = [], [], [], [], None
@@ -256,7 +256,7 @@ def measure(row: RowConfig, bench: Bench) -> tuple[Row, Tensor]:
         motion=sum(s.motion for s in scores) / len(scores),
         left_right=sum(sides) / len(sides) if sides else None,
     )
-    result = Row(
+    result = ResultRow(
         name=row.name,
         family="bidirectional" if isinstance(model, Wan) else "scd" if isinstance(model, Scd) else "causal",
         stage=row.stage,
@@ -293,10 +293,10 @@ def _student(path: Path, weights: str, blocks: BlocksConfig | None) -> Student:
     return load_student(path, weights, blocks)[0]
 
 
-def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: str) -> Row:
+def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: str) -> ResultRow:
     """A row without a model; ``labels`` are the prompts its videos are put under."""
     features = bench.frechet.features(videos)
-    return Row(
+    return ResultRow(
         name=name,
         family="control",
         stage="",
@@ -311,7 +311,7 @@ def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: st
     )
 
 
-def controls(bench: Bench, others: Sequence[int], last: Tensor) -> list[Row]:
+def controls(bench: Bench, others: Sequence[int], last: Tensor) -> list[ResultRow]:
     """A frozen real frame, other real clips (with the judges' ceiling), and shuffled prompts (with their floor)."""
     frozen = bench.reference[:, :1].expand_as(bench.reference)
     latents = bench.clips.latents(others)
@@ -385,7 +385,7 @@ def evaluate(cfg: EvaluateConfig) -> None:
     for row in wanted:
         sampler_of(row, cfg).build()
     bench, others = prepare(cfg)
-    results: list[tuple[Row, Tensor]] = []
+    results: list[tuple[ResultRow, Tensor]] = []
     for number, row in enumerate(wanted, 1):
         if cfg.sample_stages:
             draw(load_model(row, cfg), row, bench)
@@ -405,13 +405,13 @@ def evaluate(cfg: EvaluateConfig) -> None:
     rows = [*(row for row, _ in results), *extra]
     write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started) | timings(costs))
     notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
-    console.print(table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
+    console.print(result_table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
     write_gallery(cfg, bench, results, rows, notes)
     say(f"{cfg.out}/results.json and {cfg.out}/gallery.html")
 
 
 def write_gallery(
-    cfg: EvaluateConfig, bench: Bench, results: list[tuple[Row, Tensor]], rows: list[Row], notes: list[str]
+    cfg: EvaluateConfig, bench: Bench, results: list[tuple[ResultRow, Tensor]], rows: list[ResultRow], notes: list[str]
 ) -> None:
     """Videos of all rows side by side for some of the prompts."""
     stride = max(1, len(bench.indices) // cfg.gallery_clips)
@@ -422,7 +422,7 @@ def write_gallery(
         assert row.held_out_prompt is not None
         text = bench.clips.prompts.rows[row.held_out_prompt].prompt
         cards.append(PromptCard(text, row.tags["place"], row.tags["motion"], held_out=True))
-    real = Row("real clip", "control", "", 0, "", None, None, None, note="as the VAE reconstructs it")
+    real = ResultRow("real clip", "control", "", 0, "", None, None, None, note="as the VAE reconstructs it")
     shown = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
     for name, video in shown:
         videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]

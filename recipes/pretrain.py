@@ -23,7 +23,7 @@ from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import epoch_order
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import Ranks, init_distributed
-from scd_sf.evaluation.prediction import Preview, PreviewConfig
+from scd_sf.evaluation.prediction import PredictionPreview, PredictionPreviewConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time, validation_loss
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
 from scd_sf.models.scd.decoder import DecoderConfig
@@ -62,7 +62,7 @@ class PretrainConfig:
     recompute_attention: bool = True
     samples_in_turn: bool = False
     validation_clips: int = 32
-    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    preview: PredictionPreviewConfig = field(default_factory=PredictionPreviewConfig)
 
     def __post_init__(self) -> None:
         if self.model.backbone != "dit":
@@ -187,7 +187,7 @@ def main() -> None:
     cfg = from_command_line(PretrainConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
     clips, val, usable = checked(cfg, ranks)
-    preview = Preview(cfg.preview, val, cfg.sampler.build())
+    preview = PredictionPreview(cfg.preview, val, cfg.sampler.build())
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips", "preview"))
     run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(clips.info.shape(cfg.frames))
     torch.manual_seed(cfg.run.seed)

@@ -29,7 +29,7 @@ from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import init_distributed
 from scd_sf.evaluation.perceptual import load_perceptual
-from scd_sf.evaluation.reconstruction import reconstruction, write_sheet
+from scd_sf.evaluation.reconstruction import reconstruction_figures, write_sheet
 from scd_sf.files import write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.models.tokenizers.start import first_channels, linear_start
@@ -268,7 +268,7 @@ def write(cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrame
     save_tokenizer(model, measured(model, found, frames), folder)
     tokenizer = load_tokenizer(folder, device=next(model.parameters()).device)
     made, real = reconstructed(tokenizer, val), val / 2 + 0.5
-    report: dict[str, object] = {name: round(value, 4) for name, value in reconstruction(made, real).items()}
+    report: dict[str, object] = {name: round(value, 4) for name, value in reconstruction_figures(made, real).items()}
     latents = tokenizer.encode(val.unsqueeze(0))[0]
     report |= {"frames": len(val), "latent_mean": float(latents.mean()), "latent_std": float(latents.std())}
     report |= milliseconds(tokenizer, val)
@@ -307,7 +307,7 @@ def main() -> None:
             logs = ranks.mean(logs) | {"grad_norm": info.grad_norm, "lr": info.lr}
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 state.ema.copy_to(averaged)
-                found = reconstruction(reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5)
+                found = reconstruction_figures(reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5)
                 logs |= {f"val/{name}": value for name, value in found.items()}
             run.log(step, logs)
     state.ema.copy_to(averaged)

@@ -32,7 +32,7 @@ from scd_sf.files import read_json, read_jsonl, write_json
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.nn.layers import DitBlock
-from scd_sf.tools.steps import Group, Step, chain, python, run_steps
+from scd_sf.tools.steps import Group, Step, chain, python_command, run_steps
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, exit_on_user_error, say
 
@@ -119,10 +119,10 @@ class Plan:
         return [self.steps * eighths // 8 for eighths in range(2, TRIALS[trial].eighths + 1, 2)]
 
     def data_steps(self) -> list[Group]:
-        render = python("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
+        render = python_command("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
         count = ["--train", str(self.train), "--test", str(self.test)]
         made = Step("clips", [*render, *count], 300, outputs=[self.data])
-        encode = python("data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER)
+        encode = python_command("data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER)
 
         def encoded(split: str) -> Step:
             out = self.run / "latents" / split
@@ -144,7 +144,7 @@ class Plan:
         steps = self.steps * trial.eighths // 8
         places = [f"run.dir={self.folder(trial.name, seed)}", f"run.seed={seed}", f"train.steps={steps}"]
         often = [f"train.keep_every={self.steps // 8}", f"train.save_every={self.steps // 8}"]
-        command = python("recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides)
+        command = python_command("recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides)
         seconds, folder = trial.seconds * steps / 480, self.folder(trial.name, seed)
         left = [folder / "checkpoints", folder / "metrics.jsonl"]
         return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD, left)
@@ -162,7 +162,7 @@ class Plan:
             "batch=16",
             "videos=4",
         ]
-        command = python("recipes/evaluate_prediction.py", *given, *more)
+        command = python_command("recipes/evaluate_prediction.py", *given, *more)
         return Step(f"score-{name}-{seed}", command, 240, ONE_THREAD, [out / "result.json", out / "cost.json"])
 
     def result(self, name: str, seed: int) -> dict[str, Any]:

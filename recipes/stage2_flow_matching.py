@@ -21,10 +21,10 @@ from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
-from scd_sf.generation.validation import show, validate
+from scd_sf.generation.validation import show_previews, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
-from scd_sf.tools.plan.job import Job
+from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
@@ -103,7 +103,7 @@ def main() -> None:
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
     if cfg.run.peak_tflops and ranks.is_main:
-        run.flops_per_step = Job(cfg, parent.model, clips.shape, text_tokens=clips.prompts.length).model_flops()
+        run.flops_per_step = PlanJob(cfg, parent.model, clips.shape, text_tokens=clips.prompts.length).model_flops()
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
 
@@ -133,7 +133,7 @@ def main() -> None:
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
-        show(preview, averaged, 0, ranks, run.video)
+        show_previews(preview, averaged, 0, ranks, run.video)
     for step in state.steps(start):
         with state.attempt(step):
             info, sums = update(cfg, run, engine, clips, reads, state.position(step), state.may_stop)
@@ -144,7 +144,7 @@ def main() -> None:
                 state.ema.copy_to(averaged)
                 logs |= validate(averaged, val, cfg.loss, cfg.validation_clips, ranks)
                 state.note_best(step, logs["val/loss"])
-                logs |= show(preview, averaged, step, ranks, run.video)
+                logs |= show_previews(preview, averaged, step, ranks, run.video)
             run.log(step, logs)
     reads.close()
     run.finish()

@@ -30,13 +30,13 @@ from scd_sf.diffusion.solvers import Renoise
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.rollout import rollout
-from scd_sf.generation.validation import show
+from scd_sf.generation.validation import show_previews
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
-from scd_sf.tools.plan.job import Job
+from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_shape, check_text
@@ -260,7 +260,7 @@ def main() -> None:
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
         teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
-        run.flops_per_step = Job(cfg, parent.model, latent, teacher, critic, prompts.length).model_flops()
+        run.flops_per_step = PlanJob(cfg, parent.model, latent, teacher, critic, prompts.length).model_flops()
     if isinstance(prompts, LivePrompts):
         prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
     if ranks.is_main:
@@ -292,7 +292,7 @@ def main() -> None:
     start = state.resume()
     if start == 0:
         averaged.load_state_dict(parts.student.masters())
-        show(preview, averaged, 0, ranks, run.video)
+        show_previews(preview, averaged, 0, ranks, run.video)
     for step in state.steps(start):
         with state.attempt(step):
             logs, info = parts.update(state.position(step), step == 1, state)
@@ -304,7 +304,7 @@ def main() -> None:
                 state.extra["best"] = state.ema.copy()
             if step % cfg.train.validate_every == 0:
                 state.ema.copy_to(averaged)
-                logs |= show(preview, averaged, step, ranks, run.video)
+                logs |= show_previews(preview, averaged, step, ranks, run.video)
             run.log(step, logs)
     parts.reads.close()
     run.finish()

@@ -25,14 +25,14 @@ from scd_sf.config import load_config
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.curves import tradeoff_figure
-from scd_sf.evaluation.table import Row, read_rows
+from scd_sf.evaluation.table import ResultRow, read_rows
 from scd_sf.files import read_json, read_jsonl, sha256_folder, write_json
 from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.paired import LossConfig
 from scd_sf.probes.subject import Subject
-from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python, run_steps
+from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python_command, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -105,11 +105,15 @@ class Plan:
         first, second = [], []
         for cut, name in sorted(first_names(chosen).items(), key=lambda item: -item[0].work):
             out, words = self.place(1, cut), name.replace(" / ", "-").replace(" ", "-")
-            transplant = python("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
+            transplant = python_command(
+                "recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml"
+            )
             given = [f"base={self.teacher}", f"out={out}", *cut.overrides]
             first.append(Step(f"stage1-{words}", [*transplant, *given], 8, ONE_THREAD, [out / "step_00000000"]))
             for seed in self.seeds:
-                tune = python("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
+                tune = python_command(
+                    "recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml"
+                )
                 data = [f"data={self.latents / 'train'}", f"val={self.latents / 'val'}"]
                 tuned = self.place(2, cut, seed)
                 place = [f"init={out}", f"run.dir={tuned}", f"run.seed={seed}"]
@@ -133,7 +137,7 @@ class Plan:
         ]
 
     def scoring(self, chosen: dict[str, Cut]) -> Step:
-        script = python("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
+        script = python_command("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
         data = [f"train={self.latents / 'train'}", f"val={self.latents / 'val'}", f"root={self.run}"]
         rows = self.rows(chosen)
         given = [f"out={self.run / 'scores'}", f"rows={json.dumps(rows)}"]
@@ -206,7 +210,7 @@ def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
     return found
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Any]:
+def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Of the trainings of one split at one number of steps: their means, and the values they are the means of."""
 
     def every(name: str) -> list[float]:

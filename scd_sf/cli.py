@@ -233,7 +233,7 @@ def bench(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. bench_wan_1.3b.yaml.")] = None,
 ) -> None:
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
-    from scd_sf.evaluation.bench import BenchConfig, run_bench, table
+    from scd_sf.evaluation.bench import BenchConfig, bench_table, run_bench
     from scd_sf.files import own_file, require_own_file, write_json
 
     cfg = load_config(BenchConfig, config, overrides or [])
@@ -242,7 +242,7 @@ def bench(
         if not Path(cfg.out).absolute().parent.is_dir():
             raise UserError(f"out={cfg.out}: there is no such folder; make it, or give another out=")
     document = run_bench(cfg)
-    Console(width=max(140, Console().width)).print(table(document))
+    Console(width=max(140, Console().width)).print(bench_table(document))
     if cfg.out:
         with own_file(Path(cfg.out)) as part:
             write_json(part, document)

@@ -97,7 +97,7 @@ def check_tensors(tensors: Mapping[str, Lazy]) -> None:
         tensor.read()
 
 
-def open_folder(folder: Path, stem: str) -> dict[str, Lazy]:
+def open_tensor_folder(folder: Path, stem: str) -> dict[str, Lazy]:
     """The tensors of ``folder/stem.safetensors``, of its shards, or of a pickle of that name.
 
     The index alone decides which shard a tensor is read from. UserError where shards and index disagree otherwise.

@@ -34,13 +34,13 @@ from PIL import Image
 from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance
 from scd_sf.config import load_config, plain_yaml, to_yaml
 from scd_sf.data.clip_files import About, clip_path, read_header, write_clip
-from scd_sf.data.clip_index import read_job
+from scd_sf.data.clip_index import read_folder_job
 from scd_sf.data.clips import read_video
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_files import read_prompt_file
 from scd_sf.data.prompts import PromptSet
-from scd_sf.data.sources.far import read_list
+from scd_sf.data.sources.far import read_far_list
 from scd_sf.data.sources.raw_files import arrays_of, one_tensor, open_raw
 from scd_sf.data.sources.realestate10k import read_cameras
 from scd_sf.data.start import read_picture
@@ -54,12 +54,12 @@ from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
-from scd_sf.probes.report import write_report
+from scd_sf.probes.report import write_probe_report
 from scd_sf.tools.data.foreign import read_tar
 from scd_sf.tools.gallery.folders import page_of, read_folder
 from scd_sf.tools.runs.curve import read_curve
 from scd_sf.tools.runs.state import read_run
-from scd_sf.tools.steps import Step, finished, run_steps
+from scd_sf.tools.steps import Step, finished_seconds, run_steps
 from scd_sf.train.base import read_counters
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.shards import StateFiles
@@ -249,7 +249,7 @@ KINDS: dict[str, Kind] = {
     "sample record": Kind(
         "samples/.done/0000-00.mp4.json", tree, lambda w: page_of([read_folder(w / "samples")], "T"), 60
     ),
-    "probe": Kind("probes/x.json", tree, lambda w: write_report(w / "probes", "T", {}), 60),
+    "probe": Kind("probes/x.json", tree, lambda w: write_probe_report(w / "probes", "T", {}), 60),
     "VBench scores": Kind("vbench/summary.json", tree, lambda w: read_scores(w / "vbench/summary.json"), 100),
     "VBench list": Kind("vbench/full.json", tree, lambda w: load_entries(str(w / "vbench/full.json")), 60),
     "VBench wordings": Kind(
@@ -261,10 +261,10 @@ KINDS: dict[str, Kind] = {
     "clip header": Kind(
         f"clips/{'a' * 2}/{'a' * 32}.safetensors", header, lambda w: read_header(clip_path(w / "clips", "a" * 32)), 150
     ),
-    "clip job": Kind("clips/job.json", tree, lambda w: read_job(w / "clips"), 60),
+    "clip job": Kind("clips/job.json", tree, lambda w: read_folder_job(w / "clips"), 60),
     "image tokenizer": Kind("dcae/config.json", tree, lambda w: load_tokenizer(w / "dcae"), 60),
-    "step marker": Kind("chain/.done/one.json", tree, lambda w: finished(w / "chain", ONE), 60),
-    "FAR list": Kind("far/latents.json", tree, lambda w: read_list(w / "far/latents.json", "latent_path"), 100),
+    "step marker": Kind("chain/.done/one.json", tree, lambda w: finished_seconds(w / "chain", ONE), 60),
+    "FAR list": Kind("far/latents.json", tree, lambda w: read_far_list(w / "far/latents.json", "latent_path"), 100),
     "cameras": Kind("cameras.txt", text, lambda w: read_cameras(w / "cameras.txt"), 60),
     "npz": Kind("raw/clip.npz", raw, _arrays, 100),
     "tensor file": Kind("raw/clip.pt", raw, lambda w: one_tensor((w / "raw/clip.pt").read_bytes(), "clip.pt"), 100),

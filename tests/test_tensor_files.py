@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd_sf.tensor_files import check_finite, open_folder, open_tensors, read_tensors
+from scd_sf.tensor_files import check_finite, open_tensor_folder, open_tensors, read_tensors
 from scd_sf.types import UserError
 
 STEM = "model"
@@ -62,7 +62,7 @@ def test_the_index_decides_where_a_tensor_is_read(tmp_path: Path) -> None:
             pair[0] = {**pair[0], "c": other}
         places = {"a": 1 - stale, "b": 1} | ({"c": 0} if stale == 0 else {})
         folder = shards(tmp_path / name, pair[0], pair[1], places)
-        assert torch.equal(open_folder(folder, STEM)["a"].read(), one)
+        assert torch.equal(open_tensor_folder(folder, STEM)["a"].read(), one)
 
 
 @pytest.mark.parametrize(
@@ -78,22 +78,22 @@ def test_an_index_that_its_shards_contradict(tmp_path: Path, places: dict[str, i
     """A shard that the index does not name is not read; one that it names has nothing that the index does not know."""
     folder = shards(tmp_path / "x", {"a": torch.ones(1)}, {"b": torch.ones(1)}, places)
     if words is None:
-        assert set(open_folder(folder, STEM)) == set(places)
+        assert set(open_tensor_folder(folder, STEM)) == set(places)
         return
     with pytest.raises(UserError, match=words):
-        open_folder(folder, STEM)
+        open_tensor_folder(folder, STEM)
 
 
 def test_shards_that_nobody_can_tell_apart(tmp_path: Path) -> None:
     folder = shards(tmp_path / "x", {"a": torch.ones(1), "more": torch.ones(1)}, {"b": torch.ones(1)}, {"a": 0, "b": 1})
     with pytest.raises(UserError, match=r"has tensor 'more', which model\.safetensors\.index\.json"):
-        open_folder(folder, STEM)
+        open_tensor_folder(folder, STEM)
     (folder / f"{STEM}.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"index\.json: missing beside 2 shards"):
-        open_folder(folder, STEM)
+        open_tensor_folder(folder, STEM)
     (folder / f"{STEM}.safetensors.index.json").write_text(POINTER)
     with pytest.raises(UserError, match=r"index\.json: a Git LFS pointer"):
-        open_folder(folder, STEM)
+        open_tensor_folder(folder, STEM)
 
 
 def refused(file: Path, words: str) -> None:

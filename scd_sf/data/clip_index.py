@@ -68,7 +68,7 @@ def open_job(root: Path, common: Common) -> None:
     row = {"format": JOB_FORMAT, "version": JOB_VERSION, **asdict(common)}
     path = root / JOB
     if path.is_file():
-        old = asdict(read_job(root))
+        old = asdict(read_folder_job(root))
         new = asdict(common)
         changed = [n for n in new["settings"] if old["settings"].get(n) != new["settings"][n]]
         changed += [n for n in new if n != "settings" and old[n] != new[n]]
@@ -81,7 +81,7 @@ def open_job(root: Path, common: Common) -> None:
     write_json(path, row)
 
 
-def read_job(root: Path) -> Common:
+def read_folder_job(root: Path) -> Common:
     """The folder's ``job.json``. UserError when it is missing or damaged."""
     path = root / JOB
     row = read_json(path, "use a folder of generate_clips.py or 'scd data import'")
@@ -127,7 +127,7 @@ def build_index(root: Path, *, section: Json, head: Json) -> int:
     ``section``: the manifest's entries on text (:func:`scd_sf.data.prompts.clip_text`), ``head`` its first keys.
     UserError for a damaged file, and when there is none.
     """
-    common, rows = read_job(root), []
+    common, rows = read_folder_job(root), []
     for path in clip_paths(root):
         header = read_header(path)
         if fault := _misfit(header, common, path.stem):
@@ -154,7 +154,7 @@ class ClipFiles:
     """The clips that ``clips.jsonl`` names. Names are checked when opened, a file's size and shapes when it is read."""
 
     def __init__(self, root: Path, latents: Json) -> None:
-        self.root, self.common = root, read_job(root)
+        self.root, self.common = root, read_folder_job(root)
         path = root / ROWS
         rows = read_jsonl(path, INDEX_AGAIN)
         if hash_json(rows) != latents.get("clips_sha256") or not rows:

@@ -73,7 +73,7 @@ def statistics(videos: Tensor) -> Logs:
     return found
 
 
-class Clip:
+class ClipScorer:
     """A CLIP of open_clip with weights from a local file; nothing is downloaded. ``name``: e.g. ViT-B-32 (OpenAI's
     weights: ViT-B-32-quickgelu). UserError names the field and the remedy."""
 

@@ -165,7 +165,7 @@ class ClipShape:
     fps: int
 
 
-def read_manifest(root: Path) -> Json:
+def read_clips_manifest(root: Path) -> Json:
     """``manifest.json`` of a clip directory. UserError: missing, or not of this format."""
     path = root / "manifest.json"
     if not path.is_file():
@@ -202,7 +202,7 @@ class ClipSet:
 
     def __init__(self, root: Path | str, split: str | None = None) -> None:
         self.root = Path(root)
-        manifest = read_manifest(self.root)
+        manifest = read_clips_manifest(self.root)
         shape = _shape(manifest, self.root / "manifest.json")
         self.frames, self.height, self.width, self.fps = shape.frames, shape.height, shape.width, shape.fps
         self.captioned = bool(manifest.get("captioned"))

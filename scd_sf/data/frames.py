@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, shard_files
 from scd_sf.files import Json, hash_json, read_json, read_jsonl, typed, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
@@ -102,7 +102,7 @@ class FrameClips:
         if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
             raise UserError(f"{path}: 'format'/'version' are not {FORMAT}/{VERSION}; {AGAIN}")
         self.hash, self.info = str(manifest.get("hash")), typed(manifest, FrameSetInfo, path, AGAIN)
-        self.reader = ShardReader(self.root, read_shards(manifest, str(path)), str(path))
+        self.reader = ShardReader(self.root, shard_files(manifest, str(path)), str(path))
         rows = read_jsonl(where, AGAIN)
         labels = len(self.info.labels)
         self.clips = [FrameClip.from_json(row, labels, f"{where}:{number}") for number, row in enumerate(rows, 1)]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scd_sf.data.clip_index import ClipFiles
 from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
-from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, shard_files
 from scd_sf.files import Json, hash_json, read_jsonl, typed, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
@@ -140,7 +140,7 @@ class _Shards:
     def __init__(self, root: Path, section: Json, shape: VideoShape, prompts: int) -> None:
         path, where = root / "manifest.json", root / "clips.jsonl"
         self.shape = shape
-        self.reader = ShardReader(root, read_shards(section, f"{path}: latents"), str(path))
+        self.reader = ShardReader(root, shard_files(section, f"{path}: latents"), str(path))
         for shard in self.reader.shards:  # before a batch of this shape is allocated
             if math.prod(shape.latent(shard.count)) * 2 > shard.bytes:
                 raise UserError(

@@ -17,7 +17,7 @@ def is_list(path: Path) -> bool:
     return path.exists() and not is_encoded(path)
 
 
-def read_list(path: Path, column: str = "prompt") -> list[Prompt]:
+def read_prompt_list(path: Path, column: str = "prompt") -> list[Prompt]:
     """Every row, held-out ones too, for a directory of encoded prompts. UserError as :class:`PromptList`."""
     rows = _plain_rows(PromptFile(path, column))
     return [Prompt(row.uuid or f"p{number:06d}", row.prompt, row.held_out) for number, (_, row) in enumerate(rows)]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
-from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, read_shards
+from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, shard_files
 from scd_sf.files import Json, foreign, hash_json, read_json, read_jsonl, sha256_file, typed, write_bytes, write_jsonl
 from scd_sf.types import Conditioning, UserError, printable
 
@@ -170,7 +170,7 @@ class _ShardStates:
     def __init__(self, root: Path, section: Json, text: _Text) -> None:
         where = root / MANIFEST
         self.width, self.length = text.width, text.max_length
-        self.reader = ShardReader(root, read_shards(section, f"{where}: text"), str(where))
+        self.reader = ShardReader(root, shard_files(section, f"{where}: text"), str(where))
         rows = read_jsonl(root / "prompts.jsonl", AGAIN)
         if hash_json(rows) != text.prompts_sha256 or len(rows) != len(self.reader):
             raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")

@@ -1,6 +1,6 @@
 """Numbered safetensors files: written one after another and resumable, read lazily (only the asked rows are read).
 
-A shard is known by its :class:`Shard` record (file name, rows, bytes, sha256), kept in the dataset's manifest.
+A shard is known by its :class:`ShardFile` record (file name, rows, bytes, sha256), kept in the dataset's manifest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COPY = f"copy it again, or {AGAIN}"
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """One file and how many rows (clips or prompts) it holds."""
 
     file: str
@@ -34,9 +34,9 @@ class Shard:
     sha256: str
 
 
-def read_shards(section: Json, where: str) -> list[Shard]:
+def shard_files(section: Json, where: str) -> list[ShardFile]:
     """The ``shards`` list of a manifest section. UserError: empty, other fields, or counts and sizes below 1."""
-    shards = typed(section.get("shards"), list[Shard], f"{where}: 'shards'", AGAIN)
+    shards = typed(section.get("shards"), list[ShardFile], f"{where}: 'shards'", AGAIN)
     for shard in shards:
         if min(shard.count, shard.bytes) < 1:
             raise UserError(f"{where}: shard {shard.file} has {shard.count} rows, {shard.bytes} bytes; {AGAIN}")
@@ -63,7 +63,7 @@ class _Slice(Protocol):
 class ShardReader:
     """Rows over a list of shards. Every file's existence and size are checked at once, its contents when opened."""
 
-    def __init__(self, root: Path, shards: Sequence[Shard], where: str) -> None:
+    def __init__(self, root: Path, shards: Sequence[ShardFile], where: str) -> None:
         self.shards = list(shards)
         self.paths = [safe_path(root, shard.file, f"{where}: shard 'file'") for shard in shards]
         for shard, path in zip(self.shards, self.paths, strict=True):
@@ -119,7 +119,7 @@ class ShardWriter:
         self.root = root
         self.inputs = dict(inputs)
         self.progress = root / "building.json"
-        self.shards: dict[str, list[Shard]] = {}
+        self.shards: dict[str, list[ShardFile]] = {}
         self.finished = False
         root.mkdir(parents=True, exist_ok=True)
         for name in ("manifest.json", "building.json"):
@@ -139,7 +139,7 @@ class ShardWriter:
         path = self.root / f"{kind}-{len(done):05d}.safetensors"
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         write_bytes(path, data)
-        done.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
+        done.append(ShardFile(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
         self._save()
 
     def section(self, kind: str) -> list[Json]:
@@ -179,4 +179,4 @@ class _Progress:
     """What ``building.json`` and the manifest say of a directory: ``kinds`` are its shards until it is finished."""
 
     inputs: Json = field(default_factory=dict)
-    kinds: dict[str, list[Shard]] = field(default_factory=dict)
+    kinds: dict[str, list[ShardFile]] = field(default_factory=dict)

@@ -106,7 +106,7 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipSeconds:
     """Seconds of one clip: the prompt, and per chunk the student and the VAE; ``pixels`` emitted with each chunk."""
 
     text: float
@@ -134,7 +134,7 @@ class AttentionKernels(TorchDispatchMode):
 
 
 @dataclass
-class Entry:
+class MeasuredModel:
     """A model ready to run, and what was measured of it. ``kept``: bytes that its clips left allocated (histories and
     recordings of CUDA graphs); ``peak``: the most at once, ``alone``: less what others' clips had left."""
 
@@ -148,7 +148,7 @@ class Entry:
     peak: int = 0
     alone: int = 0
     kept: int = 0
-    clips: list[Clip] = field(default_factory=list)
+    clips: list[ClipSeconds] = field(default_factory=list)
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Bench:
         states = torch.randn(1, self.cfg.text_tokens, student.cfg.text_dim, generator=rng)
         return Conditioning(on_device(states, self.device)), 0.0
 
-    def clip(self, entry: Entry, heavy: HeavyCalls | None = None) -> Clip:
+    def clip(self, entry: MeasuredModel, heavy: HeavyCalls | None = None) -> ClipSeconds:
         """Make one clip and time it, with its memory; ``heavy`` counts the student's calls."""
         peak = Peak(self.device)
         before = peak.now()
@@ -188,7 +188,7 @@ class Bench:
         return made
 
     @torch.no_grad()
-    def _clip(self, entry: Entry, heavy: HeavyCalls | None) -> Clip:
+    def _clip(self, entry: MeasuredModel, heavy: HeavyCalls | None) -> ClipSeconds:
         shape, student = self.shape, entry.student
         cond, text = self.prompt(student)
         dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
@@ -206,9 +206,9 @@ class Bench:
             dit.append(made - started)
             vae.append(decoded - made)
             started = decoded
-        return Clip(text, tuple(dit), tuple(vae), tuple(pixels))
+        return ClipSeconds(text, tuple(dit), tuple(vae), tuple(pixels))
 
-    def observe(self, entry: Entry) -> None:
+    def observe(self, entry: MeasuredModel) -> None:
         """One clip before anything is compiled: block passes, attention kernels, the floor."""
         heavy = HeavyCalls() if self.cfg.floor else None
         with BlockPassCounter(entry.student, WanBlock) as counter, AttentionKernels() as kernels:
@@ -224,13 +224,13 @@ class Bench:
             return chunks - max(1, chunks // 4)
         return min(chunks - 1, -(-(self.cfg.window + self.cfg.sink) // chunk) + 1)
 
-    def row(self, entry: Entry, first: Entry) -> dict[str, object]:
+    def row(self, entry: MeasuredModel, first: MeasuredModel) -> dict[str, object]:
         """All figures of one model; medians over rounds unless the name says otherwise."""
         clips, chunk = entry.clips, entry.student.chunk
         full = self.full_from(chunk)
         later = [1000 * (d + v) for clip in clips for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True)]
 
-        def median(figure: Callable[[Clip], float]) -> float:
+        def median(figure: Callable[[ClipSeconds], float]) -> float:
             return round(statistics.median(figure(clip) for clip in clips), 4)
 
         totals = [[sum(clip.dit) + sum(clip.vae) for clip in e.clips] for e in (entry, first)]
@@ -311,7 +311,7 @@ def random_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | 
     model.load_state_dict(state, assign=True)
 
 
-def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple[Entry, dict[str, object], str]:
+def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple[MeasuredModel, dict[str, object], str]:
     """The model on its device, what its training told of itself, and its base directory."""
     dtype = dtype_of(cfg.dtype)
     if row.model is not None:
@@ -328,10 +328,10 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
         own, base = description.sampler, description.base
         model = model.to(device, dtype)
     sampler = choose_sampler(own, row.sampler or cfg.sampler, row.name, force=True).build()
-    return Entry(row, model.requires_grad_(False), sampler, cfg.compile), origin, base
+    return MeasuredModel(row, model.requires_grad_(False), sampler, cfg.compile), origin, base
 
 
-def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Entry]]:
+def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[MeasuredModel]]:
     """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError: sizes nobody knows,
     models that do not fit this VAE."""
     device = device_of(cfg.device)
@@ -371,7 +371,7 @@ def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Va
     return {"schema": SCHEMA, "setup": setup(bench, max(entry.peak for entry in entries)), "rows": rows}
 
 
-def alone(entry: Entry, entries: list[Entry]) -> float:
+def alone(entry: MeasuredModel, entries: list[MeasuredModel]) -> float:
     """Peak GiB while a model ran, less the others' weights and what their clips left in memory."""
     others = [p for other in entries if other is not entry for p in other.student.parameters()]
     return round((entry.alone - sum(p.numel() * p.element_size() for p in others)) / 2**30, 2)
@@ -400,7 +400,7 @@ def setup(bench: Bench, peak: int) -> dict[str, object]:
     }
 
 
-def table(document: dict[str, Any]) -> Table:
+def bench_table(document: dict[str, Any]) -> Table:
     """The JSON document for a terminal."""
     told = document["setup"]
     compiled = document["rows"][0]["compile"]["enabled"]

@@ -59,7 +59,7 @@ class PredictionConfig:
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
+class PredictionPreviewConfig:
     """Videos while training: ``clips`` of the validation set, ``frames`` predicted after ``context`` true ones, decoded
     by ``tokenizer`` (a directory; empty: no videos)."""
 
@@ -73,11 +73,11 @@ class PreviewConfig:
             raise UserError("preview: clips and frames must be at least 1, context at least 0")
 
 
-class Preview:
+class PredictionPreview:
     """The same clips with the same noise every time: truth (as the tokenizer decodes it) above prediction, in
     ``RUN/videos/STEP.mp4``."""
 
-    def __init__(self, cfg: PreviewConfig, clips: FrameClips, sampler: Sampler) -> None:
+    def __init__(self, cfg: PredictionPreviewConfig, clips: FrameClips, sampler: Sampler) -> None:
         """UserError before any training: a tokenizer of another size, or clips that are too short."""
         self.cfg, self.sampler, self.fps = cfg, sampler, clips.info.fps
         self.tokenizer = load_tokenizer(Path(cfg.tokenizer)) if cfg.tokenizer else None

@@ -29,7 +29,7 @@ from scd_sf.evaluation.fvd import FeatureExtractor, KeptFeatures, frechet_distan
 from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256, I3dFeatures, TorchscriptFeatures
 from scd_sf.evaluation.lpips import Lpips, Trunk
 from scd_sf.evaluation.prediction_protocols import PredictionProtocol
-from scd_sf.evaluation.prediction_result import MEASURES, Figure, PredictionResult
+from scd_sf.evaluation.prediction_result import MEASURES, PredictionFigure, PredictionResult
 from scd_sf.files import foreign, hash_json, typed, write_tensors
 from scd_sf.types import UserError
 
@@ -217,7 +217,7 @@ class PredictionScorer:
         scores = [self.scores[clip] for clip in sorted(self.scores)]
         if not scores or (self.networks.features is not None and len(scores) < 2):
             raise UserError(f"protocol {self.protocol.name}: {len(scores)} clips scored; add more")
-        figures: dict[str, Figure] = {}
+        figures: dict[str, PredictionFigure] = {}
         curves: dict[str, tuple[float, ...]] = {}
         warnings: tuple[str, ...] = ()
         for name in (name for name in MEASURES if name in scores[0].frames):
@@ -258,7 +258,7 @@ class PredictionScorer:
         return tuple(found)
 
 
-def frame_figure(protocol: PredictionProtocol, name: str, values: Tensor) -> tuple[Figure, tuple[float, ...]]:
+def frame_figure(protocol: PredictionProtocol, name: str, values: Tensor) -> tuple[PredictionFigure, tuple[float, ...]]:
     """The figure and the drift curve (F,) of one measure, ``values`` (N, T, F).
 
     Best: for each clip the trajectory with the highest (PSNR, SSIM) or lowest (LPIPS, MSE) mean over frames. (The
@@ -276,10 +276,10 @@ def frame_figure(protocol: PredictionProtocol, name: str, values: Tensor) -> tup
         std, over = spread(per_trajectory.mean(0).tolist()).std, f"{seeds} seeds"
     else:
         std, over = _resampled(lambda index: float(per_clip[index].mean()), len(values))
-    return Figure(figure, std, over), tuple(per_clip.mean(0).tolist())
+    return PredictionFigure(figure, std, over), tuple(per_clip.mean(0).tolist())
 
 
-def video_figure(fake: Tensor, real: Tensor) -> Figure:
+def video_figure(fake: Tensor, real: Tensor) -> PredictionFigure:
     """FVD from features (N, T, D) and (N, T or 1, D): per trajectory over all clips, then the mean over trajectories.
 
     Spread: over trajectories, or for a single one over resampled clips (the reference stays).
@@ -287,10 +287,10 @@ def video_figure(fake: Tensor, real: Tensor) -> Figure:
     pairs = [(fake[:, i], real[:, min(i, real.shape[1] - 1)]) for i in range(fake.shape[1])]
     found = spread([frechet_distance(one, other) for one, other in pairs])
     if found.count > 1:
-        return Figure(found.mean, found.std, f"{found.count} trajectories")
+        return PredictionFigure(found.mean, found.std, f"{found.count} trajectories")
     one, other = pairs[0]
     std, over = _resampled(lambda index: frechet_distance(one[index], other), len(one))
-    return Figure(found.mean, std, over)
+    return PredictionFigure(found.mean, std, over)
 
 
 def _resampled(statistic: Callable[[Tensor], float], clips: int) -> tuple[float, str]:

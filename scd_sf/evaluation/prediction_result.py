@@ -27,7 +27,7 @@ FAR_COMPATIBLE = (
 
 
 @dataclass(frozen=True)
-class Figure:
+class PredictionFigure:
     """One figure; ``std``: its standard deviation over what ``spread_over`` says ("4 seeds", "20 resamples of ..")."""
 
     value: float
@@ -50,7 +50,7 @@ class PredictionResult:
     far_compat: bool
     warnings: tuple[str, ...]
     weights: dict[str, str]
-    figures: dict[str, Figure]
+    figures: dict[str, PredictionFigure]
     curves: dict[str, tuple[float, ...]]
     equal_frames: int
     generation_seconds: float
@@ -98,7 +98,7 @@ class PredictionResult:
         return cls.from_json(read_text(path, "score again"), str(path))
 
 
-def result_table(results: Mapping[str, PredictionResult]) -> Table:
+def prediction_table(results: Mapping[str, PredictionResult]) -> Table:
     """Models side by side (name -> result), for ``rich``. UserError when they are not of one protocol and setting.
 
     Titles differ when clips are missing or FAR's ways were taken, so such results never share a table either.
@@ -127,5 +127,5 @@ def result_table(results: Mapping[str, PredictionResult]) -> Table:
     return table
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: PredictionFigure | None) -> str:
     return "-" if figure is None else f"{figure.value:.4g} ± {figure.std:.2g}"

@@ -18,7 +18,7 @@ from scd_sf.types import UserError
 CEILING = 120.0  # dB, of an image without error
 
 
-def reconstruction(made_N3HW: Tensor, real_N3HW: Tensor) -> dict[str, float]:
+def reconstruction_figures(made_N3HW: Tensor, real_N3HW: Tensor) -> dict[str, float]:
     """``psnr`` (dB, the mean over images; peak 1), ``ssim``, and ``sharpness``: what is left of the mean difference
     between neighbours (1: all, less: blurred). UserError: see evaluation/frames.py."""
     made, real = made_N3HW.unsqueeze(1), real_N3HW.unsqueeze(1)  # videos of one frame

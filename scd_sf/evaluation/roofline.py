@@ -24,7 +24,7 @@ _IN_A_ROW = 10  # calls that a GPU is given at once, so that launching them does
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """A tensor argument of a recorded call."""
 
     shape: tuple[int, ...]
@@ -63,12 +63,12 @@ class HeavyCalls(TorchDispatchMode):
 
 def _spec(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return Spec(tuple(value.shape), value.stride(), value.dtype, value.device)
+        return TensorSpec(tuple(value.shape), value.stride(), value.dtype, value.device)
     return tuple(_spec(item) for item in value) if isinstance(value, list) else value
 
 
 def _given(spec: Any) -> Any:
-    if isinstance(spec, Spec):
+    if isinstance(spec, TensorSpec):
         return spec.tensor()
     return [_given(item) for item in spec] if isinstance(spec, tuple) else spec
 
@@ -77,7 +77,7 @@ def _given(spec: Any) -> Any:
 def _alone(call: Call, repeats: int) -> float:
     func, specs, keywords = call
     given, named = [_given(spec) for spec in specs], {key: _given(spec) for key, spec in keywords}
-    device = next((spec.device for spec in specs if isinstance(spec, Spec)), torch.device("cpu"))
+    device = next((spec.device for spec in specs if isinstance(spec, TensorSpec)), torch.device("cpu"))
     if device.type == "cuda":
         func(*given, **named)  # the library chooses its kernel
     best = float("inf")

@@ -33,7 +33,7 @@ class Adherence:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One model, sampler and step count, measured. None = does not apply (a control has no block passes).
 
     ``*_std`` is a standard deviation over seeds or resampled videos; ``spread_over`` says which and how many
@@ -67,7 +67,7 @@ class Column:
     title: str
     unit: str
     explanation: str
-    text: Callable[[Row], str]
+    text: Callable[[ResultRow], str]
 
 
 def _number(value: float | None, digits: int, std: float | None = None) -> str:
@@ -156,10 +156,10 @@ class Results:
 
     schema: int
     context: dict[str, object]
-    rows: list[Row]
+    rows: list[ResultRow]
 
 
-def write_rows(path: Path, rows: Sequence[Row], context: Mapping[str, object]) -> None:
+def write_rows(path: Path, rows: Sequence[ResultRow], context: Mapping[str, object]) -> None:
     """Write ``{"schema", "context", "rows"}`` as JSON, whole or not at all. ``context``: machine, date, seeds, goals.
 
     NaN and infinity are refused (they are not JSON, and a table should not hide them).
@@ -172,7 +172,7 @@ def write_rows(path: Path, rows: Sequence[Row], context: Mapping[str, object]) -
     write_text(path, text + "\n")
 
 
-def read_rows(path: Path) -> tuple[list[Row], dict[str, object]]:
+def read_rows(path: Path) -> tuple[list[ResultRow], dict[str, object]]:
     """Rows and context of a file that :func:`write_rows` wrote; UserError names file and field."""
     remedy = "run the evaluation again"
     document = read_json(path, remedy)
@@ -182,7 +182,7 @@ def read_rows(path: Path) -> tuple[list[Row], dict[str, object]]:
     return found.rows, found.context
 
 
-def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Table:
+def result_table(rows: Sequence[ResultRow], title: str, notes: Sequence[str] = ()) -> Table:
     """The rows as a table for ``rich.console.Console``, without what a row's name already says; ``notes`` below it."""
     columns = [column for column in COLUMNS if column.title not in IN_THE_NAME]
     result = Table(

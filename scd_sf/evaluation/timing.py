@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import psutil
 from torch import Tensor, nn
 
-from scd_sf.evaluation.table import BlockPassCounter, Row
+from scd_sf.evaluation.table import BlockPassCounter, ResultRow
 from scd_sf.types import UserError
 
 LEAST_ROUNDS = 3  # a median of fewer is any one of them
@@ -42,7 +42,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedRun:
     """One clip of one model: wall seconds in all and until the first frame, CPU seconds of this process and of others
     meanwhile, and how many frames came."""
 
@@ -61,7 +61,7 @@ def time_stream(
     stream: Callable[[], Iterable[Tensor]],
     machine: Machine,
     synchronize: Callable[[], None] | None = None,
-) -> Run:
+) -> TimedRun:
     """Time a callable that yields chunks of frames (B, n, ...), from the call to its end.
 
     The clock starts before ``stream()`` is called, so the prompt's own cost counts when the callable includes it.
@@ -83,7 +83,7 @@ def time_stream(
     own, everything = machine.own() - own, machine.everything() - everything
     if frames < 1:
         raise UserError("the model yielded no frame; nothing can be timed")
-    return Run(seconds, first_at, own, max(0.0, everything - own), frames)
+    return TimedRun(seconds, first_at, own, max(0.0, everything - own), frames)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Cost:
     model: nn.Module
     block: type[nn.Module]
     frames_per_pass: int
-    runs: list[Run] = field(default_factory=list)
+    runs: list[TimedRun] = field(default_factory=list)
     passes: float = 0.0
 
     def wants_more(self, rounds: int, seconds: float) -> bool:
@@ -117,7 +117,7 @@ class Cost:
         """The least of the rounds."""
         return min(run.seconds_per_frame for run in self.runs)
 
-    def fill(self, row: Row) -> Row:
+    def fill(self, row: ResultRow) -> ResultRow:
         """``row`` with block passes per frame and the least of the timings."""
         return replace(
             row,

@@ -15,14 +15,14 @@ from scd_sf.checkpoint import weights_sha256
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
-from scd_sf.generation.sampling import SampleConfig, Studio, Video, open_studio, wanted_videos
+from scd_sf.generation.sampling import SampleConfig, Studio, VideoRequest, open_studio, wanted_videos
 from scd_sf.types import UserError, say
 
 INDEX = "manifest.json"
 DONE = ".done"
 
 
-def open_folder(out: Path, settings: dict[str, object]) -> None:
+def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
     """Make the folder, or check that it holds videos of the same settings. UserError where another run's, or
     somebody's, files would be overwritten."""
     file = out / INDEX
@@ -46,12 +46,12 @@ def open_folder(out: Path, settings: dict[str, object]) -> None:
         raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
 
 
-def record_file(out: Path, video: Video) -> Path:
+def record_file(out: Path, video: VideoRequest) -> Path:
     """Where a finished video's record is."""
     return out / DONE / f"{video.file}.json"
 
 
-def waiting(out: Path, videos: Sequence[Video]) -> list[Video]:
+def waiting(out: Path, videos: Sequence[VideoRequest]) -> list[VideoRequest]:
     """Videos that are not there whole. UserError for a finished one of another prompt."""
     left = []
     for video in videos:
@@ -68,16 +68,16 @@ def waiting(out: Path, videos: Sequence[Video]) -> list[Video]:
     return left
 
 
-def finished(out: Path) -> dict[str, dict[str, object]]:
+def finished_videos(out: Path) -> dict[str, dict[str, object]]:
     """The records of all finished videos by file name."""
     files = sorted((out / DONE).rglob("*.json"))
     names = [file.relative_to(out / DONE).as_posix().removesuffix(".json") for file in files]
     return {name: read_json(file, "make the video again") for name, file in zip(names, files, strict=True)}
 
 
-def batches(videos: Sequence[Video], size: int) -> list[list[Video]]:
+def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest]]:
     """At most ``size`` videos at a time, those with a start file apart from those without."""
-    found: list[list[Video]] = []
+    found: list[list[VideoRequest]] = []
     for video in videos:
         last = found[-1] if found else []
         if last and len(last) < size and last[0].row.start == video.row.start:
@@ -87,7 +87,7 @@ def batches(videos: Sequence[Video], size: int) -> list[list[Video]]:
     return found
 
 
-def make(studio: Studio, out: Path, videos: Sequence[Video]) -> None:
+def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
     """One batch: frames go to the files as they come; a record is written when a file is whole."""
     cfg = studio.cfg
     for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
@@ -107,7 +107,11 @@ def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
 
 
 def make_videos(
-    cfg: SampleConfig, ranks: Ranks, videos: Sequence[Video], fixed: Mapping[str, object], about: Mapping[str, object]
+    cfg: SampleConfig,
+    ranks: Ranks,
+    videos: Sequence[VideoRequest],
+    fixed: Mapping[str, object],
+    about: Mapping[str, object],
 ) -> None:
     """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever the folder is used
     again; ``about``: what else the manifest says, each time anew."""
@@ -118,13 +122,13 @@ def make_videos(
     with ExitStack() as held:
         ranks.on_main(lambda: require_own_folder(out, [INDEX]))
         ranks.on_main(lambda: held.enter_context(locked(out, "samples")))
-        ranks.on_main(lambda: open_folder(out, settings))
+        ranks.on_main(lambda: open_sample_folder(out, settings))
         make_missing(studio, out, ranks, videos)
         if ranks.is_main:
-            write_json(out / INDEX, {"settings": settings, **about, "videos": finished(out)})
+            write_json(out / INDEX, {"settings": settings, **about, "videos": finished_videos(out)})
 
 
-def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video]) -> None:
+def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]) -> None:
     """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
     left = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted

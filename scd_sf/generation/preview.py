@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.data.clip_statistics import Clip, statistics
+from scd_sf.data.clip_statistics import ClipScorer, statistics
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import NotFinite, as_uint8, clips_of, generate
 from scd_sf.models.build import Student
@@ -57,7 +57,7 @@ class Preview:
     ) -> None:
         self.cond, self.shape, self.sampler, self.folder, self.fps = cond, shape, sampler, folder, fps
         self.texts = list(texts)
-        self.clip = Clip(cfg.clip_model, cfg.clip_weights) if cfg is not None and cfg.clip_weights else None
+        self.clip = ClipScorer(cfg.clip_model, cfg.clip_weights) if cfg is not None and cfg.clip_weights else None
         found = bool(base) and any((Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL))
         self.vae = load_vae(base) if found else None
         if not found:

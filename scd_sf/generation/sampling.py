@@ -98,7 +98,7 @@ def start_sha256(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoRequest:
     """One video to make: ``file`` (posix, inside the output folder) of the ``sample``-th video of a prompt.
 
     ``title``: the prompt that a benchmark knows it by, where it is sampled from another wording.
@@ -128,7 +128,7 @@ class Video:
         }
 
 
-def wanted_videos(cfg: SampleConfig) -> list[Video]:
+def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
     """All videos of a run, in the order of its prompts. A prompt's n-th video has its own seed, or else the run's, plus
     n: it does not depend on the prompt's place in the list."""
     if bool(cfg.prompts) == bool(cfg.prompt_file):
@@ -144,7 +144,7 @@ def wanted_videos(cfg: SampleConfig) -> list[Video]:
         if row.start and not Path(row.start).is_file():
             raise UserError(f"start {row.start}: no such file; check the path")
     return [
-        Video(f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n)
+        VideoRequest(f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n)
         for p, row in enumerate(rows)
         for n in range(cfg.samples)
     ]
@@ -167,7 +167,7 @@ class Studio:
         """The negative prompt, encoded once."""
         return self.text.encode([self.cfg.negative_prompt]).to(self.device)
 
-    def start(self, videos: Sequence[Video]) -> Tensor | None:
+    def start(self, videos: Sequence[VideoRequest]) -> Tensor | None:
         """Pixels (B, F, 3, H, W) in [0, 1] of the videos' start files, which are equally long within a batch."""
         if not videos[0].row.start:
             return None
@@ -178,7 +178,7 @@ class Studio:
         check_start(latent_frames, self.student.chunk, self.shape, videos[0].row.start)
         return pixels
 
-    def changes(self, videos: Sequence[Video]) -> dict[int, Conditioning]:
+    def changes(self, videos: Sequence[VideoRequest]) -> dict[int, Conditioning]:
         """The batch's prompts from every pixel frame on where one of them changes."""
         now, encoded = [video.row.prompt for video in videos], {}
         for frame in sorted({frame for video in videos for frame, _ in video.row.then}):
@@ -187,7 +187,7 @@ class Studio:
             encoded[frame] = self.text.encode(now).to(self.device)
         return encoded
 
-    def frames(self, videos: Sequence[Video]) -> Iterator[Tensor]:
+    def frames(self, videos: Sequence[VideoRequest]) -> Iterator[Tensor]:
         """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE gives them back."""
         cond = self.text.encode([video.row.prompt for video in videos]).to(self.device)
         for pixels in generate(

@@ -36,7 +36,7 @@ def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit
     return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
 
 
-def show(preview: Preview, model: Student, step: int, ranks: Ranks, record: VideoRecord) -> Logs:
+def show_previews(preview: Preview, model: Student, step: int, ranks: Ranks, record: VideoRecord) -> Logs:
     """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures them and
     hands (step, "samples", uint8 frames, file) to ``record``. None where one rank has no VAE."""
     if ranks.any(preview.vae is None):

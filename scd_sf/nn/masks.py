@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from scd_sf.nn.tables import bytes_of, kept_within
+from scd_sf.nn.tables import kept_within, tensor_bytes
 from scd_sf.types import on_device
 
 CLEAN = 0
@@ -61,7 +61,7 @@ class Layout:
 
 
 def _dense_bytes(mask: Tensor) -> int:
-    return bytes_of(mask)
+    return tensor_bytes(mask)
 
 
 @kept_within(_dense_bytes)
@@ -76,7 +76,7 @@ def _block_bytes(mask: BlockMask) -> int:
     """Of its tables forwards and backwards, and of what its predicate reads."""
     tables = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
               mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)  # fmt: skip
-    return bytes_of(*tables) + 16 * mask.seq_lengths[0]
+    return tensor_bytes(*tables) + 16 * mask.seq_lengths[0]
 
 
 @kept_within(_block_bytes)
@@ -118,7 +118,7 @@ def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _row_bytes(rows: tuple[Tensor | None, tuple[slice, ...]]) -> int:
-    return bytes_of(rows[0])
+    return tensor_bytes(rows[0])
 
 
 @kept_within(_row_bytes)

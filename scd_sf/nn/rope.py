@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scd_sf.nn.tables import bytes_of, kept_within
+from scd_sf.nn.tables import kept_within, tensor_bytes
 from scd_sf.types import on_device
 
 Axes = tuple[int, int, int]  # how many of a head's dimensions turn with (time, height, width)
@@ -52,7 +52,7 @@ def _axis(
 
 
 def _rotary_bytes(table: Rotary) -> int:
-    return bytes_of(*table)
+    return tensor_bytes(*table)
 
 
 @kept_within(_rotary_bytes)

@@ -47,6 +47,6 @@ def kept_within(size: Callable[[T], int], limit: int = LIMIT) -> Callable[[Calla
     return lambda make: Kept(make, size, limit)
 
 
-def bytes_of(*tensors: Tensor | None) -> int:
+def tensor_bytes(*tensors: Tensor | None) -> int:
     """What tensors hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

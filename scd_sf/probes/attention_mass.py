@@ -19,7 +19,7 @@ from torch import Tensor
 from scd_sf.models.scd.wan import Scd
 from scd_sf.probes.figures import map_figure, panels_figure
 from scd_sf.probes.result import ProbeResult, rounded
-from scd_sf.probes.similarity import spread
+from scd_sf.probes.similarity import evenly_spaced
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_attention
 from scd_sf.types import UserError, check_within, on_device
@@ -65,7 +65,7 @@ class Mass:
         self.subject, self.cfg, self.steps = subject, cfg, 1
         if subject.history_blocks[0] is subject.step_blocks[0]:
             self.steps = subject.sampler.steps
-        self.picked = on_device(torch.tensor(spread(subject.tokens, cfg.queries)), subject.device)
+        self.picked = on_device(torch.tensor(evenly_spaced(subject.tokens, cfg.queries)), subject.device)
         self.frames = range(cfg.first_frame, subject.shape.frames)
         self.later = [frame for frame in self.frames if frame >= subject.chunk]  # these have an earlier chunk
         blocks, heads = len(subject.history_blocks), subject.model.cfg.num_attention_heads

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd_sf.probes.figures import pictures_figure
 from scd_sf.probes.result import ProbeResult
-from scd_sf.probes.similarity import check_blocks, chosen_frames, collected, spread
+from scd_sf.probes.similarity import check_blocks, chosen_frames, collected, evenly_spaced
 from scd_sf.probes.store import FeatureStore
 from scd_sf.probes.subject import Subject
 from scd_sf.types import check_within
@@ -43,14 +43,14 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
     """Pictures of the chosen blocks and steps, and how much of the variance the three components hold."""
     cfg.check(subject)
     subject, frames = subject.first(1), chosen_frames((cfg.frame,), subject.shape.frames)
-    blocks = list(cfg.blocks) or spread(len(subject.step_blocks), 4)
+    blocks = list(cfg.blocks) or evenly_spaced(len(subject.step_blocks), 4)
     steps = subject.sampler.steps
-    columns = spread(steps, cfg.steps)
+    columns = evenly_spaced(steps, cfg.steps)
     cfg_model = subject.model.cfg
     grid = (subject.shape.height // cfg_model.patch_height, subject.shape.width // cfg_model.patch_width)
     with collected(subject, blocks, frames, list(range(subject.tokens))) as store:
         fitted = {block: components(store, block, frames[0]) for block in blocks}
-        drawn = {b: pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
+        drawn = {b: component_pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
     shares = {str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks}
     moved = {
         str(b): round(float((drawn[b][0] - drawn[b][-1]).abs().mean()), 6) for b in blocks
@@ -97,7 +97,7 @@ def components(store: FeatureStore, block: int, frame: int) -> tuple[Tensor, Ten
     return mean, basis * signs, shares
 
 
-def pictures(
+def component_pictures(
     store: FeatureStore, block: int, frame: int, mean: Tensor, basis: Tensor, grid: tuple[int, int]
 ) -> list[Tensor]:
     """(h, w, 3) in [0, 1] per step, on one scale for all steps."""

@@ -25,7 +25,7 @@ class _Result:
     figures: list[str]
 
 
-def write_report(folder: Path, title: str, facts: Mapping[str, object]) -> Path:
+def write_probe_report(folder: Path, title: str, facts: Mapping[str, object]) -> Path:
     """``folder``/report.html from the probes' JSON and PNG files beside it. UserError: a file is damaged."""
     results = []
     for path in sorted(folder.glob("*.json")):

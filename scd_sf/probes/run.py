@@ -42,7 +42,7 @@ from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
 from scd_sf.probes.frame_diagonal import DiagonalProbe, frame_diagonal
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.pca import PcaProbe, pca
-from scd_sf.probes.report import write_report
+from scd_sf.probes.report import write_probe_report
 from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.similarity import SimilarityProbe, similarity
 from scd_sf.probes.skip_layer import SkipProbe, skip_layer
@@ -233,6 +233,6 @@ def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
         for number, name in enumerate(names, 1):
             result = PROBES[name](subject, getattr(cfg, name))
             result.write(out)
-            page = write_report(out, f"Probes of {subject.name}", facts)
+            page = write_probe_report(out, f"Probes of {subject.name}", facts)
             say(f"[{number}/{len(names)}] {result.title}: {result.text}")
     return page

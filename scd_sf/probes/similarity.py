@@ -62,7 +62,7 @@ def chosen_frames(frames: tuple[int, ...], total: int) -> list[int]:
     return sorted({frame % total for frame in frames})
 
 
-def spread(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
     """``count`` of ``total`` indices, evenly, first and last among them (0 or too many: all)."""
     if count <= 0 or count >= total:
         return list(range(total))
@@ -80,8 +80,8 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
     """Matrices S x S of every step block, averaged over clips and frames, and their means by block."""
     cfg.check(subject)
     frames, blocks = chosen_frames(cfg.frames, subject.shape.frames), list(range(len(subject.step_blocks)))
-    tokens = spread(subject.tokens, cfg.tokens)
-    shown = cfg.shown or spread(len(blocks), 7)
+    tokens = evenly_spaced(subject.tokens, cfg.tokens)
+    shown = cfg.shown or evenly_spaced(len(blocks), 7)
     with collected(subject, blocks, frames, tokens) as store:
         found = {block: step_matrices(store, block, frames) for block in blocks}
     times = {measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES}
@@ -125,11 +125,13 @@ def collected(subject: Subject, blocks: list[int], frames: list[int], tokens: li
                 "disk, or look at fewer tokens, frames, blocks or clips"
             )
         with FeatureStore(Path(folder), steps) as store:
-            collect(subject, blocks, frames, tokens, store)
+            collect_features(subject, blocks, frames, tokens, store)
             yield store
 
 
-def collect(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore) -> None:
+def collect_features(
+    subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore
+) -> None:
     """One rollout that fills ``store``."""
     per_frame, chosen = subject.tokens, on_device(torch.tensor(tokens), subject.device)
 

@@ -70,8 +70,10 @@ def chain(run: Path) -> Iterator[None]:
 def clips_and_latents(run: Path, teacher: Path, latents: Path, train: int) -> list[Group]:
     """The demo's data: ``train`` clips per place and motion rendered to ``run/clips`` and encoded to ``latents``."""
     clips = run / "clips"
-    render = python("data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", str(train), "--val", "4")
-    encode = python("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(teacher))
+    render = python_command(
+        "data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", str(train), "--val", "4"
+    )
+    encode = python_command("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(teacher))
     encode += ["--negative-prompt", "", "--out", str(latents)]  # the toy teacher knows the empty prompt as its null
     return [[Step("clips", render, 27, outputs=[clips])], [Step("latents", encode, 55, outputs=[latents])]]
 
@@ -168,7 +170,7 @@ def _expected(group: Group, at_once: int) -> float:
 def _run_group(
     run: Path, group: Group, at_once: int, console: Console, tick: Callable[[float], None]
 ) -> dict[str, float]:
-    taken = {step.name: seconds for step in group if (seconds := finished(run, step)) is not None}
+    taken = {step.name: seconds for step in group if (seconds := finished_seconds(run, step)) is not None}
     for name in taken:
         _say(console, f"  {name}: finished before")
     waiting = [step for step in group if step.name not in taken]
@@ -216,7 +218,7 @@ class _Marker:
     files: list[str] = field(default_factory=list)
 
 
-def finished(run: Path, step: Step) -> float | None:
+def finished_seconds(run: Path, step: Step) -> float | None:
     """Seconds the step took when this very command finished; None where it has to run: it never finished, its marker is
     damaged, or a file that it left is gone (markers of older versions name no files)."""
     try:
@@ -235,6 +237,6 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def python(script: str, *arguments: str) -> list[str]:
+def python_command(script: str, *arguments: str) -> list[str]:
     """A command that runs a script of this repository with the current interpreter."""
     return [sys.executable, script, *arguments]

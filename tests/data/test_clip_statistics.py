@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-from scd_sf.data.clip_statistics import Clip, flicker, motion, saturation, statistics, temporal_flickering
+from scd_sf.data.clip_statistics import ClipScorer, flicker, motion, saturation, statistics, temporal_flickering
 from scd_sf.data.clips import read_video
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.generation.preview import Preview, PreviewConfig
@@ -64,7 +64,7 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = open_clip.create_model("scd-tiny-clip")
     torch.save(model.state_dict(), tmp_path / "tiny.pt")
-    clip, shown = Clip("scd-tiny-clip", tmp_path / "tiny.pt"), videos(2, 3)
+    clip, shown = ClipScorer("scd-tiny-clip", tmp_path / "tiny.pt"), videos(2, 3)
     found = clip.similarity(shown, ["a red car", "a dog in the snow"])
     tokens = open_clip.get_tokenizer("scd-tiny-clip")(["a red car", "a dog in the snow"])
     model.eval()
@@ -92,6 +92,6 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
         ("ViT-B-16-SigLIP", "tiny.pt", "needs files from a hub"),
     ):
         with pytest.raises(UserError, match=words):
-            Clip(name, tmp_path / file)
+            ClipScorer(name, tmp_path / file)
     with pytest.raises(UserError, match="2 videos but 1 prompts"):
         clip.similarity(shown, ["a"])

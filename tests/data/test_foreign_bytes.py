@@ -23,7 +23,7 @@ from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.data.sources import raw_files
-from scd_sf.data.sources.far import FarLatents, read_list
+from scd_sf.data.sources.far import FarLatents, read_far_list
 from scd_sf.data.sources.raw_files import arrays_of, one_tensor, open_raw
 from scd_sf.data.sources.teco import Teco
 from scd_sf.types import UserError, VideoShape, printable
@@ -182,7 +182,7 @@ def test_mutated_lists(tmp_path: Path) -> None:
     rows = [{"video_path": f"a/{number}.mp4", "action_path": f"a/{number}.npz"} for number in range(4)]
     for number in range(200):
         path.write_text(json.dumps(mutated_json(rows, rng)))
-        holds(lambda: read_list(path, "video_path"), number)
+        holds(lambda: read_far_list(path, "video_path"), number)
 
 
 def test_an_empty_pt_and_tensors_without_numbers() -> None:

@@ -12,7 +12,17 @@ from typer.testing import CliRunner
 from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.diffusion.solvers import Renoise
-from scd_sf.evaluation.bench import Bench, BenchConfig, BenchModel, Clip, Entry, alone, in_rounds, open_bench, run_bench
+from scd_sf.evaluation.bench import (
+    Bench,
+    BenchConfig,
+    BenchModel,
+    ClipSeconds,
+    MeasuredModel,
+    alone,
+    in_rounds,
+    open_bench,
+    run_bench,
+)
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdConfig
@@ -74,10 +84,10 @@ def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPat
         def bytes(self) -> int:
             return memory["most"]
 
-    def make(bench: Bench, entry: Entry, heavy: object) -> Clip:
+    def make(bench: Bench, entry: MeasuredModel, heavy: object) -> ClipSeconds:
         memory["held"] += left.pop(entry.config.name, 0)
         memory["most"] = memory["held"] + gib
-        return Clip(0.0, (1.0,), (1.0,), (1,))
+        return ClipSeconds(0.0, (1.0,), (1.0,), (1,))
 
     monkeypatch.setattr("scd_sf.evaluation.bench.Peak", Fake)
     monkeypatch.setattr(Bench, "_clip", make)
@@ -89,12 +99,12 @@ def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPat
 
 
 def test_figures_follow_from_the_seconds() -> None:
-    clip = Clip(0.5, (2.0, 1.0, 1.0), (1.0, 3.0, 3.0), (1, 4, 4))
+    clip = ClipSeconds(0.5, (2.0, 1.0, 1.0), (1.0, 3.0, 3.0), (1, 4, 4))
     assert clip.fps(vae=False) == 9 / 4 and clip.fps(vae=True) == 9 / 11 and clip.fps(vae=True, first=1) == 8 / 8
-    slow = Clip(0.5, (4.0, 2.0, 2.0), (2.0, 6.0, 6.0), (1, 4, 4))
+    slow = ClipSeconds(0.5, (4.0, 2.0, 2.0), (2.0, 6.0, 6.0), (1, 4, 4))
     bench, entries = open_bench(config(frames=9))
     one, two = (
-        Entry(e.config, e.student, Renoise(), e.compile, clips=clips)
+        MeasuredModel(e.config, e.student, Renoise(), e.compile, clips=clips)
         for e, clips in zip(entries, ([clip], [slow]), strict=True)
     )
     row: Any = bench.row(two, one)

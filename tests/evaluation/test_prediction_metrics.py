@@ -25,7 +25,7 @@ from scd_sf.evaluation.prediction_metrics import (
     video_figure,
 )
 from scd_sf.evaluation.prediction_protocols import PROTOCOLS, PredictionProtocol, Reduction, named_protocol
-from scd_sf.evaluation.prediction_result import Figure, PredictionResult, result_table
+from scd_sf.evaluation.prediction_result import PredictionFigure, PredictionResult, prediction_table
 from scd_sf.types import UserError
 
 SIDE = 16
@@ -293,7 +293,7 @@ def test_an_fvd_that_does_not_compare_says_so() -> None:
     assert [text[: len(other)] for text in compatible.warnings[1:]] == [other]
     console = Console(width=400, file=io.StringIO())
     with console.capture() as printed:
-        console.print(result_table({"ours": compatible}))
+        console.print(prediction_table({"ours": compatible}))
     assert f"Note: {few}" in printed.get() and f"Note: {other}" in printed.get()
 
     def warnings_of(weights: dict[str, str], *, far: bool, clips: int = 4) -> tuple[str, ...]:
@@ -319,7 +319,7 @@ def test_results_as_json(tmp_path: Path) -> None:
     row = json.loads(result.to_json())
     assert row["protocol"]["name"] == "custom, not comparable" and row["protocol"]["seeds"] == [0, 1, 2]
     for value in (math.nan, math.inf):
-        broken = replace(result, figures={"fvd": Figure(value, 0.0, "3 trajectories")})
+        broken = replace(result, figures={"fvd": PredictionFigure(value, 0.0, "3 trajectories")})
         with pytest.raises(UserError, match="NaN or infinite"):
             broken.to_json()
     for change, message in (
@@ -342,10 +342,10 @@ def test_a_table_holds_one_protocol_only() -> None:
     best, mean = (scored(small(reduce=reduce), (0.2, 0.05, 0.1)).result() for reduce in ("best", "mean"))
     console = Console(width=200, file=io.StringIO())
     with console.capture() as printed:
-        console.print(result_table({"ours": best, "theirs": best, "[/x]": best}))
+        console.print(prediction_table({"ours": best, "theirs": best, "[/x]": best}))
     text = printed.get()
     assert "custom, not comparable v2" in text and "ours" in text and "psnr" in text and "lower is better" in text
     for other in (mean, replace(best, clips=3), replace(best, weights={"i3d": "1"}), replace(best, far_compat=True)):
         with pytest.raises(UserError, match="do not share a table"):
-            result_table({"ours": best, "theirs": other})
+            prediction_table({"ours": best, "theirs": other})
     assert asdict(best)["curves"].keys() == {"psnr", "ssim", "mse"}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from scd_sf.evaluation.perceptual import load_perceptual
-from scd_sf.evaluation.reconstruction import reconstruction, write_sheet
+from scd_sf.evaluation.reconstruction import reconstruction_figures, write_sheet
 from scd_sf.types import UserError
 
 
@@ -24,16 +24,18 @@ def pair(size: int = 24) -> tuple[Tensor, Tensor]:
 
 def test_figures_agree_with_torchmetrics() -> None:
     made, real = pair()
-    found = reconstruction(made, real)
+    found = reconstruction_figures(made, real)
     each = [peak_signal_noise_ratio(a[None], b[None], data_range=1.0) for a, b in zip(made, real, strict=True)]
     assert found["psnr"] == pytest.approx(float(torch.stack(each).mean()), rel=1e-5)
     _, pixels = structural_similarity_index_measure(made, real, data_range=1.0, return_full_image=True)
     assert found["ssim"] == pytest.approx(float(pixels[..., 5:-5, 5:-5].mean()), rel=1e-4)
-    same = reconstruction(real, real)
+    same = reconstruction_figures(real, real)
     assert same["psnr"] == pytest.approx(120.0) and same["ssim"] == pytest.approx(1.0) and same["sharpness"] == 1.0
-    assert reconstruction(real.mean((2, 3), keepdim=True).expand_as(real), real)["sharpness"] == pytest.approx(0.0)
+    assert reconstruction_figures(real.mean((2, 3), keepdim=True).expand_as(real), real)["sharpness"] == pytest.approx(
+        0.0
+    )
     with pytest.raises(UserError, match="needs 11 pixels a side"):
-        reconstruction(made[..., :8], real[..., :8])
+        reconstruction_figures(made[..., :8], real[..., :8])
 
 
 def test_sheet(tmp_path: Path) -> None:

@@ -16,14 +16,14 @@ from scd_sf.evaluation.table import (
     COLUMNS,
     Adherence,
     BlockPassCounter,
-    Row,
+    ResultRow,
     read_rows,
-    table,
+    result_table,
     write_rows,
 )
 from scd_sf.types import UserError
 
-FULL = Row(
+FULL = ResultRow(
     name="SCD, distilled",
     family="SCD",
     stage="3",
@@ -42,7 +42,7 @@ FULL = Row(
     spread_over="3 seeds",
     note="a note",
 )
-CONTROL = Row("other real clips", "control", "-", 0, "-", 30.0, 1.0, None)
+CONTROL = ResultRow("other real clips", "control", "-", 0, "-", 30.0, 1.0, None)
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_nan_is_refused_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_rows(path, [FULL], {})
     with pytest.raises(UserError, match="NaN or infinite"):
-        write_rows(path, [FULL, Row("x", "x", "x", 1, "x", float("nan"), None, None)], {})
+        write_rows(path, [FULL, ResultRow("x", "x", "x", 1, "x", float("nan"), None, None)], {})
     assert read_rows(path)[0] == [FULL]
 
 
@@ -99,7 +99,7 @@ def test_a_wrong_field_of_a_row_is_named(tmp_path: Path) -> None:
 
 def test_table_prints_figures_units_and_dashes() -> None:
     console = Console(width=250, file=io.StringIO(), record=True)
-    console.print(table([FULL, CONTROL], "Results", ["a note on all"]))
+    console.print(result_table([FULL, CONTROL], "Results", ["a note on all"]))
     text = console.export_text()
     assert text.rstrip().endswith("a note on all")
     for piece in ("12.3 ± 1.5", "0.99 ± 0.01", "100", "90", "50", "26.0", "12.3", "50.0", "ms per latent frame"):
@@ -112,7 +112,7 @@ def test_table_prints_figures_units_and_dashes() -> None:
 def test_names_of_others_are_text_in_a_table() -> None:
     """What looks like markup stays as it is, and no escape reaches the terminal."""
     console = Console(width=250, file=io.StringIO(), record=True)
-    console.print(table([replace(FULL, name="[/bold]a\x1b[2J")], "Results", ["a [/note]"]))
+    console.print(result_table([replace(FULL, name="[/bold]a\x1b[2J")], "Results", ["a [/note]"]))
     text = console.export_text()
     assert "[/bold]a" in text and "a [/note]" in text and "\x1b" not in text
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scd_sf.evaluation.table import Row
+from scd_sf.evaluation.table import ResultRow
 from scd_sf.evaluation.timing import Cost, Machine, machine_seconds, time_in_rounds, time_stream, timings, unrest
 from scd_sf.types import UserError
 
@@ -44,7 +44,7 @@ def test_rounds_take_turns_and_the_least_counts() -> None:
     costs = {"a": fake.cost("a", [4.0, 2.0, 3.0]), "b": fake.cost("b", [1.0, 1.0, 9.0])}
     time_in_rounds(list(costs.values()), 3, 100.0, fake.machine)
     assert fake.order == ["a", "b"] * 3
-    row = costs["a"].fill(Row("a", "scd", "2", 4, "euler", 1.0, 1.0, None))
+    row = costs["a"].fill(ResultRow("a", "scd", "2", 4, "euler", 1.0, 1.0, None))
     assert (row.seconds_per_frame, row.seconds_to_first_frame, row.block_passes_per_frame) == (1.0, 0.5, 1.0)
     told = timings(costs, fake.machine)
     assert told["seconds_per_frame_by_round"] == {"a": [2.0, 1.0, 1.5], "b": [0.5, 0.5, 4.5]}

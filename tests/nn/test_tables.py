@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from scd_sf.nn.rope import rope_table
-from scd_sf.nn.tables import LIMIT, bytes_of, kept_within
+from scd_sf.nn.tables import LIMIT, kept_within, tensor_bytes
 
 
 def test_the_latest_stay_within_the_limit() -> None:
     made = []
 
-    @kept_within(bytes_of, limit=10_000)
+    @kept_within(tensor_bytes, limit=10_000)
     def table(size: int, number: int = 0) -> Tensor:
         made.append((size, number))
         return torch.zeros(size, dtype=torch.uint8)
@@ -36,7 +36,7 @@ def test_random_targets_do_not_fill_the_memory() -> None:
     """At Wan's size a table of rotary positions is 43 MB: three stay, where 32 did."""
     frames = tuple(range(27))
     first = rope_table(frames, 30, 52, (44, 42, 42), torch.device("meta"))
-    size = bytes_of(*first)
+    size = tensor_bytes(*first)
     assert 40e6 < size < 45e6
     for number in range(LIMIT // size):
         rope_table((*frames[1:], 100 + number), 30, 52, (44, 42, 42), torch.device("meta"))

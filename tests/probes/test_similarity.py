@@ -21,7 +21,7 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass, frame_mass
 from scd_sf.probes.pca import PcaProbe, components, pca
 from scd_sf.probes.result import ProbeResult, rounded
-from scd_sf.probes.similarity import MEASURES, SimilarityProbe, similarity, spread
+from scd_sf.probes.similarity import MEASURES, SimilarityProbe, evenly_spaced, similarity
 from scd_sf.probes.store import FeatureStore
 from scd_sf.probes.subject import Subject
 from scd_sf.probes.watch import Place, watch_attention, watch_features
@@ -119,7 +119,7 @@ def test_fewer_tokens_and_more_frames_are_averages() -> None:
         wanted = [(a + b) / 2 for a, b in zip(each[0][measure], each[1][measure], strict=True)]  # type: ignore[index]
         assert both[measure] == pytest.approx(wanted, abs=2e-6)  # type: ignore[index]
     assert similarity(one, SimilarityProbe(tokens=2)).data["tokens"] == 2
-    assert spread(10, 3) == [0, 4, 9] and spread(3, 7) == [0, 1, 2] and spread(5, 1) == [0]
+    assert evenly_spaced(10, 3) == [0, 4, 9] and evenly_spaced(3, 7) == [0, 1, 2] and evenly_spaced(5, 1) == [0]
 
 
 def test_memory_of_the_store(tmp_path: Path) -> None:

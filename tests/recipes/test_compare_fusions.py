@@ -10,7 +10,7 @@ import pytest
 import recipe_runner
 
 from scd_sf.config import load_config
-from scd_sf.evaluation.table import Adherence, Row, write_rows
+from scd_sf.evaluation.table import Adherence, ResultRow, write_rows
 from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.types import UserError
@@ -72,7 +72,9 @@ def test_what_is_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             for way in compare.SAMPLINGS:
                 number += 1
                 name, said = compare.row_name(fusion, seed, way), Adherence(0.5, 0.25 * seed)
-                rows.append(Row(name, "scd", str(way.stage), way.steps, way.sampler, number, 1.0, said, 28.0, 0.1, 0.1))
+                rows.append(
+                    ResultRow(name, "scd", str(way.stage), way.steps, way.sampler, number, 1.0, said, 28.0, 0.1, 0.1)
+                )
     (tmp_path / "scores").mkdir()
     write_rows(tmp_path / "scores" / "results.json", rows, {})
     document = compare.collect(ours)

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import recipe_runner
 
-from scd_sf.evaluation.table import Adherence, Row, read_rows, write_rows
+from scd_sf.evaluation.table import Adherence, ResultRow, read_rows, write_rows
 from scd_sf.files import typed
 from scd_sf.types import UserError
 
 demo: Any = recipe_runner.load_script("recipes/demo.py")
 
 
-def row(name: str, family: str, stage: str, steps: int, distance: float, right: float = 1.0) -> Row:
-    return Row(name, family, stage, steps, "euler", distance, 1.0, Adherence(right, right), 28.0, 0.001, 0.001)
+def row(name: str, family: str, stage: str, steps: int, distance: float, right: float = 1.0) -> ResultRow:
+    return ResultRow(name, family, stage, steps, "euler", distance, 1.0, Adherence(right, right), 28.0, 0.001, 0.001)
 
 
 ROWS = [

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from scd_sf.data.clips import read_video, write_video
 from scd_sf.data.sources.pixel_frames import to_unit
-from scd_sf.evaluation.reconstruction import reconstruction
+from scd_sf.evaluation.reconstruction import reconstruction_figures
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
 SCRIPT = "recipes/pretrain_tokenizer.py"
@@ -98,7 +98,7 @@ def written(run: Path, data: Path, every: int) -> None:
     report = json.loads((run / "tokenizer" / "evaluation.json").read_text())
     chosen = test[:, [0, 2, 4, 6, 8, 10, 12, 14]]
     made = tokenizer.decode(tokenizer.encode(chosen))[0].clamp(-1, 1)
-    figures = reconstruction((made / 2 + 0.5).clamp(0, 1), chosen[0] / 2 + 0.5)
+    figures = reconstruction_figures((made / 2 + 0.5).clamp(0, 1), chosen[0] / 2 + 0.5)
     assert {name: report[name] for name in figures} == pytest.approx(figures, abs=1e-3)
     assert report["sha256"] == tokenizer.sha256 and report["encode_ms_per_frame"] > 0
     origin = json.loads((run / "tokenizer" / "provenance.json").read_text())

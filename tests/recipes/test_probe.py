@@ -21,7 +21,7 @@ from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, set_blocks, write_single
 from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.probes.paired import FlowLosses
-from scd_sf.probes.report import write_report
+from scd_sf.probes.report import write_probe_report
 from scd_sf.probes.run import PROBES, ProbeConfig, open_subject, run_probes, runnable
 from scd_sf.types import UserError
 
@@ -145,14 +145,14 @@ def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
 def test_a_page_of_hostile_names(tmp_path: Path) -> None:
     """Titles and facts are text, pictures come from the folder alone."""
     (tmp_path / "x.json").write_text(json.dumps({"title": "<script>x</script>", "text": "a & b", "figures": []}))
-    page = write_report(tmp_path, "</title><script>", {"prompt": '"><img src=x onerror=alert(1)>'}).read_text()
+    page = write_probe_report(tmp_path, "</title><script>", {"prompt": '"><img src=x onerror=alert(1)>'}).read_text()
     assert "<script" not in page and "<img" not in page and "a &amp; b" in page
     (tmp_path / "x.json").write_text(json.dumps({"title": "", "text": "", "figures": ["../../etc/passwd"]}))
     with pytest.raises(UserError, match="which leaves"):
-        write_report(tmp_path, "", {})
+        write_probe_report(tmp_path, "", {})
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        write_report(tmp_path, "", {})
+        write_probe_report(tmp_path, "", {})
 
 
 def test_every_probe_has_its_section() -> None:

@@ -11,7 +11,7 @@ import recipe_runner
 import tiny_run
 
 from scd_sf.config import load_config
-from scd_sf.evaluation.table import Adherence, Row, write_rows
+from scd_sf.evaluation.table import Adherence, ResultRow, write_rows
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.models.scd.wan import ScdConfig
@@ -82,7 +82,7 @@ def test_what_is_collected(tmp_path: Path) -> None:
                 number += 1
                 said = Adherence(0.5, 0.25 * seed)
                 title = sweep.row_name(name, seed, steps)
-                rows.append(Row(title, "scd", "", steps, "euler", number, 1.0, said, 28.0, number / 10, 0.1))
+                rows.append(ResultRow(title, "scd", "", steps, "euler", number, 1.0, said, 28.0, number / 10, 0.1))
     (tmp_path / "scores").mkdir()
     write_rows(tmp_path / "scores" / "results.json", rows, {})
     found = sweep.collect(ours, chosen)

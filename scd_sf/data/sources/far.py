@@ -26,7 +26,7 @@ REMEDY = 'it must be a list of {"video_path" or "latent_path", "action_path" or 
 
 
 @dataclass(frozen=True)
-class Row:
+class FarRow:
     """One clip of a list. ``action``: the file with its actions; ``label``: its class; None: it has none."""
 
     path: str
@@ -34,7 +34,7 @@ class Row:
     label: int | None = None
 
 
-def read_list(file: Path, key: str, prefix: str = "") -> list[Row]:
+def read_far_list(file: Path, key: str, prefix: str = "") -> list[FarRow]:
     """The rows of a list whose clips are at ``key``. ``prefix`` is cut off the paths.
 
     UserError names the entry: not JSON, other fields, a path that is absolute or leaves its folder, a negative label.
@@ -48,7 +48,7 @@ def read_list(file: Path, key: str, prefix: str = "") -> list[Row]:
     return rows
 
 
-def _row(entry: object, key: str, prefix: str, where: str) -> Row:
+def _row(entry: object, key: str, prefix: str, where: str) -> FarRow:
     if not isinstance(entry, dict) or not {key} <= set(entry) <= {key, "action_path", "label"}:
         found = ", ".join(sorted(map(str, entry))) if isinstance(entry, dict) else type(entry).__name__
         raise UserError(f"{where}: has {found}, wanted is '{key}' with 'action_path' or 'label'; {REMEDY}")
@@ -56,7 +56,7 @@ def _row(entry: object, key: str, prefix: str, where: str) -> Row:
     if label is not None and (type(label) is not int or not 0 <= label < 2**16):
         raise UserError(f"{where}: 'label' is {label!r}, not a whole number from 0 on; {REMEDY}")
     path = _path(entry[key], prefix, f"{where}: '{key}'")
-    return Row(path, None if action is None else _path(action, prefix, f"{where}: 'action_path'"), label)
+    return FarRow(path, None if action is None else _path(action, prefix, f"{where}: 'action_path'"), label)
 
 
 def _path(value: object, prefix: str, where: str) -> str:
@@ -68,7 +68,7 @@ def _path(value: object, prefix: str, where: str) -> str:
     return path.as_posix()
 
 
-def _labels(rows: list[Row]) -> tuple[str, ...]:
+def _labels(rows: list[FarRow]) -> tuple[str, ...]:
     """Names of the labels: the folders' where each label has one folder of its own (UCF-101), else the numbers."""
     folders: dict[int, set[str]] = {}
     for row in rows:
@@ -97,7 +97,7 @@ class Far:
     ) -> None:  # fmt: skip
         """``fps``: videos with actions must have this rate, others are resampled to it, unless ``as_coded``. 0: 20 with
         actions (Minecraft, DMLab), else 25 (UCF-101)."""
-        self._rows = read_list(file, "video_path", prefix)
+        self._rows = read_far_list(file, "video_path", prefix)
         self._files = open_raw(root, SUFFIXES)
         self.refused: list[Refused] = list(self._files.refused)
         self.num_actions = num_actions if self._rows[0].action is not None else 0
@@ -120,7 +120,7 @@ class Far:
 
 
 @dataclass(frozen=True)
-class LatentClip:
+class FarLatentClip:
     """A clip that is encoded already: ``latents_FCHW`` fp32, normalised by the scaling factor."""
 
     id: str
@@ -142,7 +142,7 @@ class FarLatents:
     ) -> None:  # fmt: skip
         self._files = open_raw(root, SUFFIXES)
         self.refused: list[Refused] = list(self._files.refused)
-        self._rows = self._pairs(root) if file is None else read_list(file, "latent_path", prefix)
+        self._rows = self._pairs(root) if file is None else read_far_list(file, "latent_path", prefix)
         self.num_actions = num_actions if self._rows[0].action is not None else 0
         self.labels, self.fps, self.scaling_factor = _labels(self._rows), fps, scaling_factor
         self.ids = _ids([row.path for row in self._rows], file or root)
@@ -150,7 +150,7 @@ class FarLatents:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, index: int) -> LatentClip:
+    def read(self, index: int) -> FarLatentClip:
         """UserError (file, what is wrong): no tensor (F, C, H, W) of floating point numbers, or wrong actions."""
         row = self._rows[index]
         where = self._files.where(row.path)
@@ -158,12 +158,12 @@ class FarLatents:
         if value.ndim != 4 or not value.numel():
             raise UserError(f"{where}: holds {tuple(value.shape)}, not latents (F, C, H, W); {COPY}")
         actions = _actions(self._files, row.action, len(value), self.num_actions)
-        return LatentClip(self.ids[index], value.float() * self.scaling_factor, actions, row.label)
+        return FarLatentClip(self.ids[index], value.float() * self.scaling_factor, actions, row.label)
 
-    def _pairs(self, root: Path) -> list[Row]:
+    def _pairs(self, root: Path) -> list[FarRow]:
         names = set(self._files.names)
         stems = [name.removesuffix(".pt") for name in self._files.names if name.endswith(".pt")]
-        rows = [Row(f"{stem}.pt", f"{stem}.npz") for stem in stems if f"{stem}.npz" in names]
+        rows = [FarRow(f"{stem}.pt", f"{stem}.npz") for stem in stems if f"{stem}.npz" in names]
         paired = {row.path for row in rows}
         self.refused += [
             Refused(self._files.where(f"{stem}.pt"), "no .npz with actions beside it")

@@ -62,7 +62,7 @@ class RawFiles(Protocol):
         ...
 
 
-class Folder:
+class RawFolder:
     """The files with one of ``suffixes`` under a folder; others are not looked at."""
 
     def __init__(self, root: Path, suffixes: Sequence[str]) -> None:
@@ -94,7 +94,7 @@ class Folder:
         return read_bytes(safe_path(self.root, name, f"{self.root}: a file's name"), COPY, LARGEST)
 
 
-class Tars:
+class RawTars:
     """The regular members of tars, found once when opened and then read where they lie. Any thread may read."""
 
     def __init__(self, archives: Sequence[Sequence[Path]], suffixes: Sequence[str]) -> None:
@@ -126,7 +126,7 @@ class Tars:
                     if entry.isdir():
                         continue
                     name = PurePosixPath(entry.name).as_posix()
-                    fault = refusal(entry, suffixes) or ("a second member of this name" * (name in self._members))
+                    fault = tar_refusal(entry, suffixes) or ("a second member of this name" * (name in self._members))
                     if fault:
                         self.refused.append(Refused(printable(f"{parts.name}[{entry.name}]"), fault))
                     else:
@@ -140,7 +140,7 @@ class Tars:
             self.refused.append(Refused(parts.name, f"the tar is damaged or cut ({why}); what came before is taken"))
 
 
-def refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
+def tar_refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
     """Why a member of a tar is not taken; "" where nothing speaks against it."""
     name = PurePosixPath(entry.name)
     if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
@@ -213,7 +213,7 @@ def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
     UserError: nothing there, or a compressed tar.
     """
     if root.is_file():
-        return Tars([[root]], suffixes)
+        return RawTars([[root]], suffixes)
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder; check the path")
     inside = sorted(path for path in root.iterdir() if path.is_file())
@@ -223,7 +223,7 @@ def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
     for path in inside:
         if match := PARTS.match(path.name):
             archives.setdefault(match[1], []).append(path)
-    return Tars([archives[name] for name in sorted(archives)], suffixes) if archives else Folder(root, suffixes)
+    return RawTars([archives[name] for name in sorted(archives)], suffixes) if archives else RawFolder(root, suffixes)
 
 
 def arrays_of(data: bytes, names: Sequence[str], where: str) -> dict[str, np.ndarray]:

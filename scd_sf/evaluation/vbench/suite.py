@@ -32,7 +32,7 @@ from scd_sf.evaluation.vbench.prompts import (
 from scd_sf.evaluation.vbench.static_filter import CANDIDATES, StaticFilter, run_filter
 from scd_sf.files import locked, sha256_file
 from scd_sf.generation.folder import make_videos
-from scd_sf.generation.sampling import SampleConfig, Video
+from scd_sf.generation.sampling import SampleConfig, VideoRequest
 from scd_sf.types import UserError
 
 VIDEOS = "videos"
@@ -74,7 +74,7 @@ class SuiteConfig:
                 raise UserError(f"sampling.{name} is set, but the suite decides it; leave it out")
 
 
-def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[Video]:
+def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[VideoRequest]:
     """Every video of the chosen dimensions, each prompt once. Their names are checked, also for collisions."""
     names = chosen_dimensions(cfg.dimensions)
     words = read_extended(Path(cfg.extended), entries) if cfg.extended else [entry.prompt for entry in entries]
@@ -88,7 +88,7 @@ def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[Video]:
             for number in range(count):
                 seed = number + (100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed)
                 file = f"{folder}/{video_name(entry.prompt, number)}"
-                videos.append(Video(file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt))
+                videos.append(VideoRequest(file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt))
     out = Path(cfg.sampling.out)
     check_collisions([video.file for video in videos], out, case_blind=is_case_blind(out))
     return videos

@@ -27,9 +27,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from scd_sf.files import foreign, read_json, safe_path, typed, write_json
-from scd_sf.models.wan.text_files import STEM, read_config, read_model, read_tokenizer
+from scd_sf.models.wan.text_files import STEM, read_encoder_config, read_model, read_tokenizer
 from scd_sf.models.wan.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
-from scd_sf.tensor_files import open_folder
+from scd_sf.tensor_files import open_tensor_folder
 from scd_sf.types import Conditioning, UserError, on_device
 
 REFERENCE = "text_encoder.json"
@@ -238,7 +238,7 @@ def load_text_encoder(
 def encoder_width(config: TextEncoderConfig) -> int:
     """E, from the encoder's configuration alone. UserError as :func:`load_text_encoder`, but for its weights."""
     weights, _ = encoder_parts(config)
-    network: PretrainedConfig = open_umt5(weights)[0] if weights.is_file() else read_config(weights)
+    network: PretrainedConfig = open_umt5(weights)[0] if weights.is_file() else read_encoder_config(weights)
     _check_limits(config, network, weights)
     return int(network.hidden_size)
 
@@ -246,7 +246,7 @@ def encoder_width(config: TextEncoderConfig) -> int:
 def encoder_parameters(config: TextEncoderConfig) -> int:
     """How many parameters the encoder has, by its files' headers. UserError: no weights, unreadable ones."""
     weights, _ = encoder_parts(config)
-    tensors = open_umt5(weights)[1] if weights.is_file() else open_folder(weights, STEM)
+    tensors = open_umt5(weights)[1] if weights.is_file() else open_tensor_folder(weights, STEM)
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 

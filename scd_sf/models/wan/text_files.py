@@ -25,7 +25,7 @@ from transformers import (
 
 from scd_sf.files import JSON_BYTES, foreign, read_json, refuse_lfs_pointer
 from scd_sf.models.skeleton import skeleton
-from scd_sf.tensor_files import PICKLES, open_folder, read_all
+from scd_sf.tensor_files import PICKLES, open_tensor_folder, read_all
 from scd_sf.types import UserError
 
 AGAIN = "download it again"
@@ -66,7 +66,7 @@ def plain_config(value: object, where: Path) -> object:
     return {name: plain_config(item, where) for name, item in value.items() if name not in CHOOSES_CODE}
 
 
-def read_config(folder: Path, kind: Kind = ENCODER) -> PretrainedConfig:
+def read_encoder_config(folder: Path, kind: Kind = ENCODER) -> PretrainedConfig:
     """``folder/config.json`` as transformers' configuration of a model of this kind. UserError for other models."""
     file = folder / "config.json"
     raw = plain_config(read_json(file, AGAIN), file)
@@ -89,9 +89,9 @@ def read_model(folder: Path, dtype: torch.dtype, kind: Kind = ENCODER) -> PreTra
 
     UserError: unreadable, NaN, weights that are missing or do not fit, a config of more than the weights hold.
     """
-    config, where = read_config(folder, kind), _unreadable(folder, kind)
+    config, where = read_encoder_config(folder, kind), _unreadable(folder, kind)
     network = kind.models[type(config)]
-    stored = open_folder(folder, STEM)
+    stored = open_tensor_folder(folder, STEM)
     with BUILDING:
         skeleton(lambda: network(config), stored, where, AGAIN)
     tensors = read_all(stored)

@@ -31,7 +31,7 @@ from scd_sf.models.wan.names import (
 )
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.wan_json import HeadsFrom, config_from_shapes, config_json, read_config
-from scd_sf.tensor_files import FLOATS, Lazy, in_memory, kind_of, open_folder, open_tensors
+from scd_sf.tensor_files import FLOATS, Lazy, in_memory, kind_of, open_tensor_folder, open_tensors
 from scd_sf.types import UserError
 
 STEM = "diffusion_pytorch_model"
@@ -80,7 +80,7 @@ def open_wan(
     released models of this width. UserError where nothing says it, unless ``any_heads``.
     """
     where = path if path.is_file() else transformer_dir(path)
-    stored = open_tensors(path) if path.is_file() else open_folder(where, STEM)
+    stored = open_tensors(path) if path.is_file() else open_tensor_folder(where, STEM)
     tensors = choose_section(stored, ROOTS, section, str(where))
     for name, tensor in tensors.items():
         if not tensor.meta.is_floating_point():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.data.clip_files import SUFFIX, VIDEO, clip_path, files_of, is_clip, quarantine_of, read_header
-from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_job
+from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_folder_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptTable, index_clips
 from scd_sf.files import files_below, is_part, locked, read_jsonl, sha256_file
@@ -53,7 +53,7 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda done: N
         if full:
             clips.verify()
         return Report(clips=len(clips), bytes=sum(file.stat().st_size for file in files_below(root)))
-    common, report, whole = read_job(root), Report(), dict[str, str]()
+    common, report, whole = read_folder_job(root), Report(), dict[str, str]()
     for number, path in enumerate(files_of(root), 1):
         if is_part(path):
             report.stray.append(path)
@@ -119,7 +119,7 @@ def repair(root: Path, *, full: bool = False, progress: Progress = lambda done: 
     """
     if not (root / JOB).is_file():
         raise UserError(f"{root}: has no {JOB}; only folders of one file per clip can be repaired, copy shards again")
-    read_job(root)
+    read_folder_job(root)
     with locked(root, "scd data repair"):
         return _repair(root, full, progress)
 
@@ -149,7 +149,7 @@ def quarantine(root: Path, path: Path) -> Path:
 
 def whole_clips(root: Path, ids: Iterable[str]) -> list[Path]:
     """The files of these clips. UserError for the first that is damaged."""
-    common, found = read_job(root), []
+    common, found = read_folder_job(root), []
     for clip in ids:
         path = clip_path(root, clip)
         if fault := fault_of(path, common):

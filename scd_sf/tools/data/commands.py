@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from scd_sf.data.clip_index import read_job
+from scd_sf.data.clip_index import read_folder_job
 from scd_sf.data.prompts import index_clips
 from scd_sf.files import locked
 from scd_sf.tools.data.check import Progress as Report
@@ -67,7 +67,7 @@ def repair(folder: Folder, full: Full = False) -> None:
 @app.command()
 def manifest(folder: Folder) -> None:
     """Write clips.jsonl and manifest.json again, from the files' headers."""
-    read_job(folder)
+    read_folder_job(folder)
     with locked(folder, "scd data manifest"):
         say(f"{folder}: {index_clips(folder)} clips in the index")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
 from scd_sf.data.shards import check_place
-from scd_sf.data.sources.far import LatentClip
+from scd_sf.data.sources.far import FarLatentClip
 from scd_sf.data.sources.pixels import PixelClip, SourceClips
 from scd_sf.data.sources.raw_files import Refused
 from scd_sf.files import Json, hash_json, locked, read_json, sha256_folder, write_json
@@ -164,11 +164,11 @@ def encode_pixels(source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: 
 
 
 def import_latents(
-    source: AnySource[LatentClip], spatial: int, out: Path, inputs: Json, config: EncodeConfig
+    source: AnySource[FarLatentClip], spatial: int, out: Path, inputs: Json, config: EncodeConfig
 ) -> Report:
     """Copy foreign latents. ``spatial``: pixels per latent along a side. Errors as in :func:`encode_pixels`."""
 
-    def shape_of(clip: LatentClip) -> Shape:
+    def shape_of(clip: FarLatentClip) -> Shape:
         _, channels, height, width = clip.latents_FCHW.shape
         return channels, height, width
 
@@ -303,7 +303,7 @@ def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
         say(f"{task.out}: {report}")
 
 
-def run_latents(source: AnySource[LatentClip], spatial: int, about: Json, task: Task) -> None:
+def run_latents(source: AnySource[FarLatentClip], spatial: int, about: Json, task: Task) -> None:
     """The same for latents that are computed already."""
     if not _checked(source, task):
         say(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")

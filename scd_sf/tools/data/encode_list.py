@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
-from scd_sf.data.prompt_list import read_list
+from scd_sf.data.prompt_list import read_prompt_list
 from scd_sf.data.prompts import Prompt, encode_prompts, finish_prompts, finite
-from scd_sf.data.shards import AGAIN, Shard, ShardWriter
+from scd_sf.data.shards import AGAIN, ShardFile, ShardWriter
 from scd_sf.distributed import Ranks, rank_zero_first
 from scd_sf.files import (
     hash_json,
@@ -73,7 +73,7 @@ def encode_list(cfg: EncodeListConfig, ranks: Ranks) -> None:
     """Encode what is missing; a finished directory is left alone. UserError for a folder of others, or other inputs."""
     config, out = text_config(cfg.model), Path(cfg.out)
     width = encoder_width(config)
-    prompts = read_list(Path(cfg.prompts), cfg.column)
+    prompts = read_prompt_list(Path(cfg.prompts), cfg.column)
     with ExitStack() as held:
         begun: list[ShardWriter] = []
         rank_zero_first(ranks, lambda: begun.append(_begin(cfg, config, prompts, held)))
@@ -120,20 +120,22 @@ def _encode_mine(cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[
             name = f"text-{first // cfg.per_shard:05d}"
             file, record = out / f"{name}.safetensors", out / RECORDS / f"{name}.json"
             if not (
-                file.is_file() and record.is_file() and read_typed(record, Shard, AGAIN).bytes == file.stat().st_size
+                file.is_file()
+                and record.is_file()
+                and read_typed(record, ShardFile, AGAIN).bytes == file.stat().st_size
             ):
                 rows = prompts[first : first + cfg.per_shard]
                 states = states_alone(encoder, [row.prompt for row in rows])
                 tokens = finite(torch.cat(states).to(dtype), f"text states of prompts {first} and on")
                 write_tensors(file, {"tokens": tokens, "lengths": torch.tensor([len(state) for state in states])})
-                write_json(record, asdict(Shard(file.name, len(rows), file.stat().st_size, sha256_file(file))))
+                write_json(record, asdict(ShardFile(file.name, len(rows), file.stat().st_size, sha256_file(file))))
             if ranks.is_main:
                 report(number)
 
 
 def _finish(cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], writer: ShardWriter) -> None:
     names = [f"text-{number:05d}.json" for number in range(-(-len(prompts) // cfg.per_shard))]
-    writer.shards["text"] = [read_typed(writer.root / RECORDS / name, Shard, AGAIN) for name in names]
+    writer.shards["text"] = [read_typed(writer.root / RECORDS / name, ShardFile, AGAIN) for name in names]
     text = encode_prompts(
         writer,
         prompts,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, one_tensor, refusal
+from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, one_tensor, tar_refusal
 from scd_sf.files import foreign, reason
 from scd_sf.types import UserError, printable
 
@@ -97,7 +97,7 @@ def _members(path: Path) -> Iterator[_Member]:
             for entry in tar:
                 if entry.size < 0 or tar.offset <= entry.offset:
                     raise tarfile.ReadError("a header with a negative size")
-                if fault := refusal(entry, SUFFIXES):
+                if fault := tar_refusal(entry, SUFFIXES):
                     yield _Member(entry.name, fault=fault)
                     continue
                 file = tar.extractfile(entry)

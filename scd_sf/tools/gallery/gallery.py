@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from scd_sf.data.clips import write_video
-from scd_sf.evaluation.table import Row
+from scd_sf.evaluation.table import ResultRow
 from scd_sf.generation.generate import as_uint8
 from scd_sf.tools.gallery.page import Page, Prompt, Sample, write_page
 from scd_sf.types import UserError
@@ -35,7 +35,7 @@ class PromptCard:
 def build_gallery(
     out_html: Path,
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     videos: Mapping[str, Sequence[tuple[int, Tensor]]],
     prompts: Sequence[PromptCard],
     notes: Sequence[str] = (),
@@ -70,7 +70,7 @@ def build_gallery(
 
 
 def _check(
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     videos: Mapping[str, Sequence[tuple[int, Tensor]]],
     prompts: Sequence[PromptCard],
     fps: float,

@@ -20,7 +20,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from scd_sf.evaluation.table import COLUMNS, LEFT_ALIGNED, Row
+from scd_sf.evaluation.table import COLUMNS, LEFT_ALIGNED, ResultRow
 from scd_sf.files import locked, new_file, own_file, require_own_file, sha256_file
 from scd_sf.types import UserError, printable
 
@@ -89,7 +89,7 @@ class Page:
     samples: Sequence[Sample]
     fps: float
     frames: int
-    table: Sequence[Row] = ()
+    table: Sequence[ResultRow] = ()
     notes: Sequence[str] = ()
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scd_sf.data.clip_index import read_job
+from scd_sf.data.clip_index import read_folder_job
 from scd_sf.distributed import init_distributed
 from scd_sf.tools.generate.launch import MAX_PROBLEMS, SECONDS_PER_LINE
 from scd_sf.tools.generate.maker import PROMPTS_AT_ONCE, Maker, finish, missing, prepare
@@ -65,7 +65,7 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
 
 
 def _make_all(cfg: GenerateConfig, ray: Any, specs: Sequence[Spec]) -> None:
-    common = read_job(Path(cfg.out))
+    common = read_folder_job(Path(cfg.out))
     left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
     prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
     chunks = [tuple(prompts[n : n + PROMPTS_AT_ONCE]) for n in range(0, len(prompts), PROMPTS_AT_ONCE)]

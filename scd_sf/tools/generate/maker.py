@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scd_sf import __version__
 from scd_sf.data.clip_files import VIDEO, About, clip_path, sweep_clips, write_clip
-from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_job
+from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_folder_job
 from scd_sf.data.clips import write_video
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.diffusion.guidance import guided
@@ -85,7 +85,7 @@ class Maker:
     def __init__(self, cfg: GenerateConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
         self.root = Path(cfg.out)
-        self.common = read_job(self.root)
+        self.common = read_folder_job(self.root)
         self.sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
         self.text = self._encoder()
 

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from scd_sf.checkpoint import git_revision, versions
 from scd_sf.evaluation.roofline import synchronize
-from scd_sf.tools.gpu.parts import Figures, Row
+from scd_sf.tools.gpu.parts import Figures, GpuRow
 from scd_sf.types import UserError
 
 # Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets; the longest name that fits counts.
@@ -63,11 +63,11 @@ def machine(card: Card) -> Figures:
         "cuda": None if card.toy else torch.version.cuda,
         "toy": card.toy,
         "versions": versions(),
-        **stamp(),
+        **run_stamp(),
     }
 
 
-def stamp() -> Figures:
+def run_stamp() -> Figures:
     """When, and of which revision."""
     return {"revision": git_revision(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
@@ -85,7 +85,7 @@ def _driver() -> str:
         return "unknown"
 
 
-def speed_row(card: Card) -> Row:
+def speed_row(card: Card) -> GpuRow:
     """What the card reaches by itself in bf16: one large matmul, attention over Wan's tokens, copying."""
 
     def measure() -> Figures:
@@ -106,7 +106,7 @@ def speed_row(card: Card) -> Row:
         line = {"of": "the card itself"}
         return figures | {"lines": [line | {name: float(f"{value:.3g}") for name, value in figures.items()}]}
 
-    return Row("the card itself", measure)
+    return GpuRow("the card itself", measure)
 
 
 def _seconds(card: Card, work: object) -> float:

@@ -18,7 +18,7 @@ from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
 from scd_sf.files import read_jsonl
 from scd_sf.tools.gpu.card import Card
-from scd_sf.tools.gpu.parts import Figures, Row, script_command
+from scd_sf.tools.gpu.parts import Figures, GpuRow, script_command
 from scd_sf.train.stop import EXIT_AGAIN
 from scd_sf.types import UserError, VideoShape, say
 
@@ -31,18 +31,18 @@ TOY = ["train.steps=2", "train.global_batch=2", "train.micro_batch=2", "train.va
 
 
 @dataclass(frozen=True)
-class Chain:
+class GpuChain:
     """``work``: where everything lands; ``latents``: the demo's encoded clips."""
 
     card: Card
     work: Path
     latents: Path
 
-    def rows(self) -> Sequence[Row]:
+    def rows(self) -> Sequence[GpuRow]:
         """Stage 2, then stage 3 from its end."""
         return [
-            Row("the demo's stage 2", lambda: self.stage(2)),
-            Row("the demo's stage 3", lambda: self.stage(3)),
+            GpuRow("the demo's stage 2", lambda: self.stage(2)),
+            GpuRow("the demo's stage 3", lambda: self.stage(3)),
         ]
 
     def stage(self, number: int) -> Figures:
@@ -56,7 +56,7 @@ class Chain:
         lines = [
             line | {"within noise": None if self.card.toy else line["within noise"]}
             for metric in COMPARED[number]
-            for line in compare(f"stage {number}, {metric}", metric, rows[:updates], reference)
+            for line in compare_outputs(f"stage {number}, {metric}", metric, rows[:updates], reference)
         ]
         beyond = [f"{line['curve']} of updates {line['updates']}" for line in lines if line["within noise"] is False]
         found: Figures = {"lines": lines, "updates": len(rows), "seconds_with_start": round(seconds, 1), "curve": rows}
@@ -171,7 +171,7 @@ def tail(log: Path) -> str:
 Rows = Sequence[Mapping[str, object]]
 
 
-def compare(name: str, metric: str, rows: Rows, reference: Rows) -> list[Figures]:
+def compare_outputs(name: str, metric: str, rows: Rows, reference: Rows) -> list[Figures]:
     """Means over windows of updates beside the reference's. The data, times and noise of an update are the same on
     every device (but for the corruption of contexts), so the means differ by less than two standard errors."""
     lines = []

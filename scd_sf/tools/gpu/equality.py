@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from scd_sf.distributed import Ranks, init_distributed
-from scd_sf.tools.gpu.parts import Figures, Row
+from scd_sf.tools.gpu.parts import Figures, GpuRow
 
 Differences = dict[str, tuple[float, float]]  # what differs: by how much, and the most that it may
 Compared = Callable[[str, Ranks], Differences]
 
 
-def rows(names: Iterable[str], compared: Compared) -> Sequence[Row]:
+def equality_rows(names: Iterable[str], compared: Compared) -> Sequence[GpuRow]:
     """One row for each check; ``compared`` runs it."""
     ranks = init_distributed()
-    return [Row(name, lambda name=name: measure(name, compared(name, ranks))) for name in names]  # type: ignore[misc]
+    return [GpuRow(name, lambda name=name: measure_equality(name, compared(name, ranks))) for name in names]  # type: ignore[misc]
 
 
-def measure(name: str, differences: Differences) -> Figures:
+def measure_equality(name: str, differences: Differences) -> Figures:
     """Lines of the table, and an error that names what is beyond its limit."""
     lines = [
         {"check": name, "what": what, "difference": value, "at most": limit, "fine": bool(value <= limit)}

@@ -47,7 +47,7 @@ class _Document(TypedDict):
 
 
 @dataclass(frozen=True)
-class Row:
+class GpuRow:
     """``measure`` returns JSON values; ``lines`` among them are the row's lines in the table, by column."""
 
     name: str
@@ -62,12 +62,12 @@ class Part:
     number: int
     title: str
     seconds: float
-    rows: Callable[[], Sequence[Row]]
+    rows: Callable[[], Sequence[GpuRow]]
     grace: float = 180.0
 
 
 @dataclass(frozen=True)
-class Record:
+class GpuRecord:
     """The document at ``path``."""
 
     path: Path
@@ -132,7 +132,7 @@ class Record:
         self.put(part, fresh | {"error": None, "seconds": there["seconds"] if rows else 0.0})
 
 
-def measure_rows(part: Part, record: Record, stamp: Figures, seconds: float, only: str = "") -> int:
+def measure_rows(part: Part, record: GpuRecord, stamp: Figures, seconds: float, only: str = "") -> int:
     """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every row; ``only``: rows
     whose names contain it. Returns the process's exit code."""
     started, rows, there = time.monotonic(), part.rows(), record.part(part)
@@ -240,9 +240,9 @@ class _Child:
         return f"its process ended: {name}"
 
 
-def run_part(part: Part, record: Record, command: Sequence[str], everything: bool = False, only: str = "") -> None:
+def run_part(part: Part, record: GpuRecord, command: Sequence[str], everything: bool = False, only: str = "") -> None:
     """From outside: processes of a part, ``command`` and the seconds left each, until all its rows are done, failed or
-    left out. ``everything``, ``only``: see :meth:`Record.begin_again`."""
+    left out. ``everything``, ``only``: see :meth:`GpuRecord.begin_again`."""
     record.begin_again(part, everything, only)
     started = time.monotonic()
     while True:

@@ -134,7 +134,7 @@ def tables(document: Figures) -> Iterator[Table | str]:
         yield from sheet.notes
 
 
-def markdown(document: Figures) -> str:
+def gpu_markdown(document: Figures) -> str:
     """The same, for a page."""
     blocks = [heading(document)]
     for sheet in sheets(document):

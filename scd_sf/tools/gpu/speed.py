@@ -17,7 +17,7 @@ from scd_sf.models.build import ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.vae import Vae
 from scd_sf.tools.gpu.card import Card
-from scd_sf.tools.gpu.parts import Figures, Row
+from scd_sf.tools.gpu.parts import Figures, GpuRow
 from scd_sf.types import say
 
 CONFIG = Path("recipes/configs/bench_wan_1.3b.yaml")
@@ -36,10 +36,10 @@ TOY = WanConfig(2, 12, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=4)
 WHOLE_GIB, LEAST_GIB = 38.0, 20.0  # estimates: three models at 81 frames, and at 33
 
 
-def rows(card: Card) -> Sequence[Row]:
+def speed_rows(card: Card) -> Sequence[GpuRow]:
     """One row for each chunk size, number of steps and mode; the baseline beside SCD. No CUDA graphs on a CPU."""
     return [
-        Row(f"{GROUPS[chunk]}, {steps} steps, {mode}", lambda of=(chunk, steps, mode): measure(card, *of))  # type: ignore[misc]
+        GpuRow(f"{GROUPS[chunk]}, {steps} steps, {mode}", lambda of=(chunk, steps, mode): measure_speed(card, *of))  # type: ignore[misc]
         for chunk, steps, mode in ORDER
         if not (card.toy and mode == "graphs")
     ]
@@ -80,7 +80,7 @@ def toy_vae() -> Vae:
     )
 
 
-def measure(card: Card, chunk: int, steps: int, mode: str) -> Figures:
+def measure_speed(card: Card, chunk: int, steps: int, mode: str) -> Figures:
     """The bench's document, and its lines of the table."""
     try:
         document = run_bench(config(card, chunk, steps, mode), say, toy_vae() if card.toy else None)

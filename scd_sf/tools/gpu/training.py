@@ -20,9 +20,9 @@ from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.gpu.card import Card, host_gib, speed_row
-from scd_sf.tools.gpu.parts import Figures, Row
+from scd_sf.tools.gpu.parts import Figures, GpuRow
 from scd_sf.tools.plan.budget import GIB, Budget, Cluster, budget
-from scd_sf.tools.plan.job import Job, read_job
+from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.phases import Phase
 from scd_sf.tools.stages import Stage3Config
 from scd_sf.types import UserError, VideoShape
@@ -39,14 +39,14 @@ TOY = WanConfig(2, 16, 4, 4, 8, 16, 32, 6)
 TOY_STUDENT = ModelConfig(wan=TOY, scd=ScdConfig(tuple(range(5)), DecoderConfig((0, 5))))
 
 
-def rows(card: Card) -> Sequence[Row]:
+def training_rows(card: Card) -> Sequence[GpuRow]:
     """The card itself, then both stages."""
     names = {2: "stage 2, one update of one clip", 3: "stage 3, one cycle of one clip"}
-    updates = [Row(name, lambda stage=stage: measure(card, stage)) for stage, name in names.items()]  # type: ignore[misc]
+    updates = [GpuRow(name, lambda stage=stage: measure_training(card, stage)) for stage, name in names.items()]  # type: ignore[misc]
     return [speed_row(card), *updates]
 
 
-def job_of(card: Card, stage: int) -> Job:
+def job_of(card: Card, stage: int) -> PlanJob:
     """The shipped configuration for one clip (81 frames at 832x480; stage 2 with K = 2 and 7 targets)."""
     files = [CONFIGS / f"stage{stage}_wan_1.3b.yaml"]
     job = replace(read_job(files, ONE_CLIP, None, 512), text_parameters=0)
@@ -56,7 +56,7 @@ def job_of(card: Card, stage: int) -> Job:
     return replace(job, model=TOY_STUDENT, shape=shape, teacher=TOY, critic=TOY, text_tokens=5)
 
 
-def fitting(job: Job, card: Card, phases: list[Phase] | None = None) -> tuple[Budget, list[str]]:
+def fitting(job: PlanJob, card: Card, phases: list[Phase] | None = None) -> tuple[Budget, list[str]]:
     """The plan on this card, and what had to go to the CPU's memory to fit (as overrides). ``phases``: metered before.
 
     Raises UserError where even everything there is not enough, or the CPU's memory is not."""
@@ -75,7 +75,7 @@ def fitting(job: Job, card: Card, phases: list[Phase] | None = None) -> tuple[Bu
     raise UserError(f"stage {job.stage} needs {least}, the card has {has}; use a larger card")
 
 
-def measure(card: Card, stage: int) -> Figures:
+def measure_training(card: Card, stage: int) -> Figures:
     """Seconds of the second update (the first compiles and allocates), MFU, and memory against the plan."""
     plan, changes = fitting(job_of(card, stage), card)
     ranks = init_distributed()
@@ -103,13 +103,13 @@ def finite_losses(losses: Sequence[Tensor]) -> None:
         raise UserError(f"losses are not finite: {values}")
 
 
-def start(job: Job, stage: int) -> Callable[[bool], list[Tensor]]:
+def start(job: PlanJob, stage: int) -> Callable[[bool], list[Tensor]]:
     """Engines; then updates. With True a short one that only warms up."""
     ranks = init_distributed()
     if stage == 2:
-        update = trial.stage2(job, ranks)
+        update = trial.stage2_update(job, ranks)
         return lambda warm: update()
-    cycle, cfg = trial.stage3(job, ranks), job.cfg
+    cycle, cfg = trial.stage3_update(job, ranks), job.cfg
     assert isinstance(cfg, Stage3Config)
     return lambda warm: cycle(1 if warm else cfg.ratio)
 

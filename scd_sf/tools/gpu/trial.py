@@ -17,7 +17,7 @@ from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.tools.plan.job import Job
+from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import Engine, EngineConfig, StepModule
 from scd_sf.train.ema import Ema
@@ -27,7 +27,7 @@ from scd_sf.types import Conditioning
 Update = Callable[[], list[Tensor]]  # its losses, on their device
 
 
-def stage2(job: Job, ranks: Ranks) -> Update:
+def stage2_update(job: PlanJob, ranks: Ranks) -> Update:
     """An update of stage 2: all its micro-batches and the average."""
     cfg = job.cfg
     assert isinstance(cfg, Stage2Config)
@@ -54,7 +54,7 @@ def stage2(job: Job, ranks: Ranks) -> Update:
     return update
 
 
-def stage3(job: Job, ranks: Ranks) -> Callable[[int], list[Tensor]]:
+def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
     """A cycle of stage 3: so many critic updates on rollouts of their own, then the student's; its averages. The
     student leaves at the last step, the critic's rollouts at each in turn."""
     cfg = job.cfg
@@ -105,7 +105,7 @@ def _model(config: ModelConfig, ranks: Ranks) -> Student | Wan:
     return model
 
 
-def _engine(module: nn.Module, job: Job, cfg: EngineConfig, ranks: Ranks) -> Engine:
+def _engine(module: nn.Module, job: PlanJob, cfg: EngineConfig, ranks: Ranks) -> Engine:
     model = module.model if isinstance(module, StepModule) else module
     assert isinstance(model, Student | Wan)
     for trunk in [model.trunk] if isinstance(model, Wan) else model.trunks():
@@ -116,7 +116,7 @@ def _engine(module: nn.Module, job: Job, cfg: EngineConfig, ranks: Ranks) -> Eng
     )
 
 
-def _teacher(job: Job, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
+def _teacher(job: PlanJob, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
     with torch.device("meta"):
         parameters = dict(Wan(job.teacher).named_parameters())
     rng = torch.Generator(ranks.device).manual_seed(0)
@@ -129,7 +129,7 @@ def _teacher(job: Job, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
     return frozen_engine(lambda: Wan(job.teacher), {name: partial(weight, name) for name in parameters}, cfg, ranks)
 
 
-def _prompts(job: Job, batch: int, ranks: Ranks) -> Conditioning:
+def _prompts(job: PlanJob, batch: int, ranks: Ranks) -> Conditioning:
     return Conditioning(torch.zeros(batch, job.text_tokens, job.model.wan.text_dim, device=ranks.device))
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from scd_sf.nn.tables import LIMIT
-from scd_sf.tools.plan.engines import Held, frozen, frozen_on_host, host_state, saved, trained
-from scd_sf.tools.plan.job import Job
+from scd_sf.tools.plan.engines import Held, frozen_memory, frozen_on_host, host_state, saved, trained_memory
+from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.plan.phases import Phase
 from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig, accumulation
@@ -49,7 +49,7 @@ class Cluster:
 class Budget:
     """Bytes per process, FLOPs of one step over all processes."""
 
-    job: Job
+    job: PlanJob
     cluster: Cluster
     counts: dict[str, int]
     held: dict[str, Held]
@@ -144,7 +144,7 @@ class Budget:
         return 2 * layers * model.wan.clip_tokens(shape) * model.wan.width * size * self.job.cfg.train.micro_batch
 
 
-def budget(job: Job, cluster: Cluster, phases: list[Phase] | None = None) -> Budget:
+def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) -> Budget:
     """Meter and count. ``phases``: of a job whose activations are the same. Raises UserError where processes do not
     divide the global batch."""
     train = job.cfg.train
@@ -152,10 +152,10 @@ def budget(job: Job, cluster: Cluster, phases: list[Phase] | None = None) -> Bud
     counts, held = job.counts(), dict[str, Held]()
     for role, engine in job.engines().items():
         if role == "teacher":
-            held[role] = frozen(counts[role], engine, cluster.world)
+            held[role] = frozen_memory(counts[role], engine, cluster.world)
             continue
         averages = (1 if job.stage == 2 else 2) if role == "student" else 0
-        held[role] = trained(
+        held[role] = trained_memory(
             counts[role],
             engine,
             cluster.world,
@@ -170,7 +170,7 @@ def budget(job: Job, cluster: Cluster, phases: list[Phase] | None = None) -> Bud
     return Budget(job, cluster, counts, held, phases or job.phases())
 
 
-Change = tuple[str, Callable[[Job], Job], bool]  # how to write it, what it does, whether activations change
+Change = tuple[str, Callable[[PlanJob], PlanJob], bool]  # how to write it, what it does, whether activations change
 
 
 def advice(found: Budget) -> list[tuple[str, Budget]]:
@@ -191,7 +191,7 @@ def advice(found: Budget) -> list[tuple[str, Budget]]:
     return made
 
 
-def _changes(job: Job) -> list[Change]:
+def _changes(job: PlanJob) -> list[Change]:
     changes: list[Change] = [
         ("checkpointing=true", lambda job: _with(job, checkpointing=True), True),
         ("recompute_attention=true", lambda job: _with(job, recompute_attention=True), True),
@@ -215,8 +215,8 @@ def _changes(job: Job) -> list[Change]:
     return changes
 
 
-def _engine_change(name: str, values: dict[str, object]) -> Callable[[Job], Job]:
-    def change(job: Job) -> Job:
+def _engine_change(name: str, values: dict[str, object]) -> Callable[[PlanJob], PlanJob]:
+    def change(job: PlanJob) -> PlanJob:
         engine: EngineConfig = vars(job.cfg)[name]
         if ("kind" in values and engine.kind == "deepspeed") or ("offload" in values and engine.kind == "local"):
             return job
@@ -225,6 +225,6 @@ def _engine_change(name: str, values: dict[str, object]) -> Callable[[Job], Job]
     return change
 
 
-def _with(job: Job, **values: object) -> Job:
+def _with(job: PlanJob, **values: object) -> PlanJob:
     cfg: Stage2Config | Stage3Config = replace(job.cfg, **values)  # type: ignore[arg-type]
     return replace(job, cfg=cfg)

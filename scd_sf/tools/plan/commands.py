@@ -35,7 +35,7 @@ def plan(
     from scd_sf.tools.plan.budget import Cluster, advice, budget
     from scd_sf.tools.plan.job import read_job
     from scd_sf.tools.plan.report import as_json as to_json
-    from scd_sf.tools.plan.report import show
+    from scd_sf.tools.plan.report import print_budget
 
     if text_tokens < 1:
         raise UserError(f"--text-tokens is {text_tokens}; at least 1 (512 for Wan)")
@@ -47,5 +47,5 @@ def plan(
     if as_json:
         print(json.dumps(to_json(found, advised), indent=1))
     else:
-        show(Console(width=max(150, Console().width)), found, advised)
+        print_budget(Console(width=max(150, Console().width)), found, advised)
     raise typer.Exit(0 if found.fits else 1)

@@ -37,7 +37,7 @@ class Held:
         return asdict(self)
 
 
-def trained(
+def trained_memory(
     count: int, cfg: EngineConfig, world: int, *, micro_batches: int, averages: int, on_gpu: bool = True
 ) -> Held:
     """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are kept."""
@@ -69,7 +69,7 @@ def trained(
     )
 
 
-def frozen(count: int, cfg: EngineConfig, world: int) -> Held:
+def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Held:
     """A teacher: weights alone, whole (kind local) or divided among all processes (ZeRO-3), or on the CPU (offload)."""
     size = 2 if cfg.dtype == "bf16" else 4
     if cfg.kind == "local":

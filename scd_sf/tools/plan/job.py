@@ -21,7 +21,7 @@ from scd_sf.models.wan.text import encoder_parameters
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.umt5 import UMT5_PARAMETERS
 from scd_sf.models.wan.weights import read_wan_config
-from scd_sf.tools.plan.phases import Phase, Stage3, stage2
+from scd_sf.tools.plan.phases import Phase, Stage3, stage2_phases
 from scd_sf.tools.stages import Stage2Config, Stage3Config, VideoConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import UserError, VideoShape
@@ -30,7 +30,7 @@ SIZES = {"14B": WAN_14B, "1.3B": WanConfig()}
 
 
 @dataclass(frozen=True)
-class Job:
+class PlanJob:
     """``assumed``: what was not given and is taken for granted, in words. ``text_parameters``: of the text encoder that
     every rank holds because its prompts are a list (0: none)."""
 
@@ -71,11 +71,11 @@ class Job:
     def phases(self) -> list[Phase]:
         """The metered parts of one step."""
         if isinstance(self.cfg, Stage2Config):
-            return stage2(self.cfg, self.model, self.shape, self.text_tokens)
+            return stage2_phases(self.cfg, self.model, self.shape, self.text_tokens)
         return Stage3(self.cfg, self.model, self.teacher, self.critic, self.shape, self.text_tokens).phases()
 
 
-def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | None, text_tokens: int) -> Job:
+def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | None, text_tokens: int) -> PlanJob:
     """The recipe's own configuration; what it leaves open (``init=``, ``teacher=``, ``data=``) is assumed and said.
 
     Models are read where they exist; a name with 1.3B or 14B in it stands for Wan 2.1 of that size. ``student``: a
@@ -93,11 +93,11 @@ def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | No
     if isinstance(cfg, Stage2Config):
         model = model.with_blocks(cfg.blocks)
         shape = _clips(cfg.data, model, assumed)
-        return Job(cfg, model, shape, text_tokens=text_tokens, assumed=tuple(assumed))
+        return PlanJob(cfg, model, shape, text_tokens=text_tokens, assumed=tuple(assumed))
     teacher, critic = _wan(cfg.teacher, "teacher", "14B", assumed), _wan(cfg.critic, "critic", "1.3B", assumed)
     shape = cfg.video.shape(model.wan.in_channels)
     text = _text_encoder(cfg, assumed)
-    return Job(cfg, model, shape, teacher, critic, text_tokens, tuple(assumed), text)
+    return PlanJob(cfg, model, shape, teacher, critic, text_tokens, tuple(assumed), text)
 
 
 def _stage(given: set[str]) -> type[Any]:

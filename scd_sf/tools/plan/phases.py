@@ -52,7 +52,7 @@ def student_of(model: ModelConfig, cfg: EngineConfig, *, checkpointing: bool, re
     return _trainable(student, cfg)
 
 
-def stage2(cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens: int) -> list[Phase]:
+def stage2_phases(cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens: int) -> list[Phase]:
     """Forward and backward of the flow-matching loss."""
     student = student_of(
         model, cfg.engine, checkpointing=cfg.checkpointing, recompute_attention=cfg.recompute_attention

@@ -14,7 +14,7 @@ from scd_sf.tools.stages import Stage3Config
 _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers", "update")
 
 
-def show(console: Console, found: Budget, advised: list[tuple[str, Budget]]) -> None:
+def print_budget(console: Console, found: Budget, advised: list[tuple[str, Budget]]) -> None:
     """Print it."""
     console.print(Group(_roles(found), _phases(found), *(Text(line) for line in lines(found, advised))))
 

@@ -7,7 +7,7 @@ import json
 import recipe_runner
 import torch
 
-from scd_sf.evaluation.reconstruction import reconstruction
+from scd_sf.evaluation.reconstruction import reconstruction_figures
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
 FOLDER = recipe_runner.ROOT / "assets" / "tokenizer_doom"
@@ -28,4 +28,4 @@ def test_shipped_tokenizer() -> None:
     latents = tokenizer.encode(picture[None, None])
     made = tokenizer.decode(latents)[0].clamp(-1, 1)
     assert latents.shape == (1, 1, 12, 8, 8) and float(latents.abs().max()) < 30
-    assert reconstruction((made / 2 + 0.5).clamp(0, 1), picture[None] / 2 + 0.5)["psnr"] > 24
+    assert reconstruction_figures((made / 2 + 0.5).clamp(0, 1), picture[None] / 2 + 0.5)["psnr"] > 24

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clips import read_video
-from scd_sf.evaluation.table import COLUMNS, Adherence, Row
+from scd_sf.evaluation.table import COLUMNS, Adherence, ResultRow
 from scd_sf.tools.gallery.gallery import PromptCard, build_gallery
 from scd_sf.types import UserError
 
 HOSTILE = "<script>alert(1)</script> \"double\" 'single' </section><img src=x onerror=alert(2)> {{ 7*7 }} & more"
 ROWS = [
-    Row("teacher <b>", "teacher", "-", 50, "Euler", 12.0, 1.0, Adherence(1.0, 0.9, 0.5), note="</p><script>x</script>"),
-    Row("other real clips", "control", "-", 0, "-", 30.0, 1.0, None),
+    ResultRow(
+        "teacher <b>", "teacher", "-", 50, "Euler", 12.0, 1.0, Adherence(1.0, 0.9, 0.5), note="</p><script>x</script>"
+    ),
+    ResultRow("other real clips", "control", "-", 0, "-", 30.0, 1.0, None),
 ]
 CARDS = [PromptCard(HOSTILE, 'hall" onclick="x', "still", held_out=True), PromptCard("A walk.", "meadow", "forward")]
 

