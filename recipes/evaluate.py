@@ -57,43 +57,63 @@ LOG_WIDTH = 140  # of the table where no terminal says how wide it is
 
 @dataclass
 class RowConfig:
-    """One model of the table: ``checkpoint`` below ``root`` (empty: the bidirectional base), and how it is sampled.
-
-    ``seeds``: its own sampling seeds, for rows too slow for all of the table's (empty: those). ``blocks``: how its
-    blocks are run (null: as its checkpoint says)."""
+    """One model of the table and how it is sampled."""
 
     name: str
+    """Name of the row in the table and the gallery."""
     checkpoint: str = ""
+    """Checkpoint below ``root``; empty: the bidirectional base itself."""
     weights: str = "ema"
+    """Which weights of the checkpoint: ema, model or best."""
     stage: str = ""
+    """Label of the training stage in the table; empty: none."""
     sampler: str = "euler"
+    """euler, unipc or renoise."""
     steps: int = 50
+    """Denoising steps per frame."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Classifier-free guidance of this row."""
     seeds: tuple[int, ...] = ()
+    """Sampling seeds of this row, for rows too slow for all of the table's; empty: those of the
+    table."""
     blocks: BlocksConfig | None = None
+    """Which of the model's blocks run and which see the past; null: as its checkpoint says."""
 
 
 @dataclass
 class EvaluateConfig:
-    """``clips`` real clips are the reference, as many others the control "other real clips"; ``seeds`` sample anew.
-    A row is timed ``timing_repeats`` times, or as often as fits in ``timing_seconds`` (three times may take thrice it).
-    ``sample_stages``: only draw the samples of these stages' rows, for a later run (others may still be training)."""
+    """What is compared with what, and how long each part may take."""
 
     base: str
+    """Directory of the base model (Wan layout, with VAE and text encoder)."""
     train: str
+    """Folder of encoded training clips, which the judges are fitted on."""
     val: str
+    """Folder of encoded held-out clips: the reference and the control."""
     root: str
+    """Folder that holds the rows' checkpoints."""
     out: str
+    """Folder for samples, results.json and the gallery."""
     rows: list[RowConfig] = field(default_factory=list)
+    """The models to score, one entry each."""
     clips: int = 48
+    """Real clips of the reference; as many others are the control "other real clips"."""
     seeds: tuple[int, ...] = (0, 1)
+    """Seeds that each row is sampled with anew."""
     shift: float = 5.0
+    """Timestep shift of the samplers."""
     batch: int = 48
+    """Clips generated together."""
     gallery_clips: int = 8
+    """Clips shown in the gallery."""
     timing_repeats: int = 5
+    """How often a row is timed."""
     timing_seconds: float = 8.0
+    """Seconds of timing per row; it may take three times as long to have three runs."""
     fps: int = 35
+    """Frames per second of the gallery's videos."""
     sample_stages: tuple[str, ...] = ()
+    """Only draw the samples of the rows of these stages, for a later run; empty: everything."""
 
     def __post_init__(self) -> None:
         if min(self.clips, self.batch, self.gallery_clips, self.timing_repeats) < 1 or self.timing_seconds < 0:

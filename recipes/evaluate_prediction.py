@@ -64,10 +64,12 @@ CONTROLS = ("reconstruction", "repeat")
 
 @dataclass
 class SamplerChoice:
-    """Empty or 0: as the checkpoint says."""
+    """The sampler, where it is not the checkpoint's own."""
 
     name: str = ""
+    """euler, unipc or renoise; empty: the checkpoint's."""
     steps: int = 0
+    """Denoising steps per frame; 0: the checkpoint's."""
 
     def __post_init__(self) -> None:
         check_within(self, {"steps": (0, MOST_STEPS)}, "sampler.")
@@ -75,47 +77,65 @@ class SamplerChoice:
 
 @dataclass
 class CustomProtocol:
-    """For ``protocol=custom``: smaller than the published ones, and labelled so. ``resolution`` in pixels."""
+    """For ``protocol=custom``: smaller than the published protocols, and labelled so."""
 
     context: int = 8
+    """True frames that the model sees."""
     generated: int = 24
+    """Frames that it predicts after them."""
     clips: int = 16
+    """Clips that are predicted."""
     resolution: int = 128
+    """Pixels along a side."""
     seeds: tuple[int, ...] = (0,)
+    """One prediction of each clip per seed."""
 
 
 @dataclass
 class EvaluatePredictionConfig:
-    """``protocol``: a name of scd_sf/evaluation/prediction_protocols.py, or custom. ``networks`` false: PSNR and SSIM
-    alone; ``fvd`` false: no I3D. ``metrics``: folder of the metrics' weights (empty: where ``scd weights metrics`` puts
-    them). ``i3d_torchscript``: StyleGAN-V's i3d_torchscript.pt, whose FVD is that of FAR and SCD (empty: the I3D of
-    ``metrics``); it is a program, which runs only when its hash is ``i3d_sha256``. ``far_compat``: measured as FAR and
-    SCD's release do. ``ssim``: the pixels it counts, "valid" (TECO's) or "padded" (FAR's; always with ``far_compat``).
-    ``real``: a folder where I3D's features of the true clips are kept for other evaluations (empty: nowhere).
-    ``videos``: so many clips are written as mp4. ``timed``: generated frames of the timing at batch 1 (0: none); each
-    frame's seconds and the memory held after it are noted.
-    """
+    """What is predicted, and how it is measured."""
 
     checkpoint: str
+    """A run directory, or one step_N of it."""
     tokenizer: str
+    """Directory of the tokenizer that encoded the training data."""
     out: str
+    """Folder for result.json, the table and the videos."""
     pixels: PixelsConfig
+    """The true clips."""
     weights: str = "ema"
+    """Which weights of the checkpoint: ema, model or best."""
     protocol: str = "custom"
+    """Name of a published protocol (scd_sf/evaluation/prediction_protocols.py), or custom."""
     custom: CustomProtocol = field(default_factory=CustomProtocol)
+    """The protocol where ``protocol`` is custom."""
     sampler: SamplerChoice = field(default_factory=SamplerChoice)
+    """The sampler, where it is not the checkpoint's own."""
     rollout: PredictionConfig = field(default_factory=PredictionConfig)
+    """History and guidance while predicting."""
     batch: int = 8
+    """Clips predicted together."""
     networks: bool = True
+    """Measure with networks (LPIPS, FVD), too; false: PSNR and SSIM alone."""
     fvd: bool = True
+    """Measure FVD; false: I3D is not needed."""
     metrics: str = ""
+    """Folder with the weights of LPIPS and I3D; empty: where ``scd weights metrics`` puts them."""
     real: str = ""
+    """Folder that keeps I3D's features of the true clips for other evaluations; empty: nowhere."""
     i3d_torchscript: str = ""
+    """StyleGAN-V's i3d_torchscript.pt, whose FVD is that of FAR and SCD; empty: the I3D of
+    ``metrics``."""
     i3d_sha256: str = TORCHSCRIPT_SHA256
+    """The file ``i3d_torchscript`` is a program; it runs only if this is its sha256."""
     far_compat: bool = False
+    """Measure as the release of FAR and SCD does."""
     ssim: SsimWindow = "valid"
+    """Pixels that SSIM counts: valid (TECO's way) or padded (FAR's; always with ``far_compat``)."""
     videos: int = 4
+    """So many clips are written as mp4; 0: none."""
     timed: int = 8
+    """Frames generated at batch 1 for the timing, with seconds and memory of each; 0: no timing."""
 
     def __post_init__(self) -> None:
         self.rules()  # refuses what no protocol has

@@ -45,24 +45,38 @@ SCD_B = ModelConfig(
 
 @dataclass
 class PretrainConfig:
-    """The default model is SCD-B. ``frames``: the training window (Minecraft 300, UCF-101 16, RealEstate10K 64).
-    ``samples_in_turn``: the decoder's K noisy samples one after the other, in the memory of one. ``validation_clips``
-    at fixed noise. Windows are small and read when needed: ``train.prefetch`` does nothing here."""
+    """Training from scratch on encoded frames with actions or labels. The default model is
+    SCD-B."""
 
     data: str
+    """Folder of encoded training clips (``scd_sf/data/frames.py``)."""
     val: str
+    """Folder of encoded held-out clips."""
     run: RunConfig
+    """Run directory, seed, log."""
     model: ModelConfig = field(default_factory=lambda: SCD_B)
+    """The model to train."""
     loss: FlowMatchingConfig = field(default_factory=lambda: FlowMatchingConfig(shift=1.0))
+    """Flow matching."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(shift=1.0))
+    """The sampler that previews and checkpoints get."""
     frames: int = 16
+    """Frames of the training window (Minecraft 300, UCF-101 16, RealEstate10K 64)."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, checkpoints. ``prefetch`` has no effect here: windows are small and read
+    when needed."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Optimiser and precision."""
     checkpointing: bool = True
+    """Compute the blocks again in the backward pass: less memory, more time."""
     recompute_attention: bool = True
+    """With ``checkpointing``: attention, too; false keeps its outputs."""
     samples_in_turn: bool = False
+    """Run the K noisy samples through the decoder one after the other, in the memory of one."""
     validation_clips: int = 32
+    """Held-out clips of the validation loss, at fixed noise."""
     preview: PredictionPreviewConfig = field(default_factory=PredictionPreviewConfig)
+    """Videos while training."""
 
     def __post_init__(self) -> None:
         if self.model.backbone != "dit":

@@ -40,14 +40,24 @@ from scd_sf.types import Conditioning, Logs, check_within, exit_on_user_error, o
 
 @dataclass
 class PretrainConfig:
+    """A small bidirectional Wan, trained from scratch on encoded clips."""
+
     data: str
+    """Folder of encoded training clips."""
     val: str
+    """Folder of encoded held-out clips."""
     run: RunConfig
+    """Run directory, seed, log."""
     wan: WanConfig = field(default_factory=WanConfig)
+    """Geometry of the model."""
     shift: float = 5.0
+    """Timestep shift of the training times."""
     text_dropout: float = 0.1
+    """Share of clips trained with the empty prompt, for guidance."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, checkpoints."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Optimiser and precision."""
 
     def __post_init__(self) -> None:
         check_within(self, {"shift": (1e-3, 1e3), "text_dropout": (0, 1)})

@@ -64,13 +64,17 @@ MicroKey = tuple[int, int, tuple[int, ...]]
 
 @dataclass
 class FramesConfig:
-    """``per_clip`` frames, ``step`` apart, of each clip of a batch. ``keep_every`` n > 0: each n-th frame of all is
-    kept in memory, and ``step`` counts kept ones; 0: clips are decoded anew. ``clips``: so many at most (0: all)."""
+    """Which frames of the clips a tokenizer is trained on."""
 
     per_clip: int = 1
+    """Frames of each clip of a batch."""
     step: int = 1
+    """Distance between them, in frames (in kept ones with ``keep_every``)."""
     keep_every: int = 0
+    """Each n-th frame of all clips is decoded once and kept in memory; 0: clips are decoded
+    anew."""
     clips: int = 0
+    """At most so many clips; 0: all."""
 
     def __post_init__(self) -> None:
         if self.per_clip < 1 or self.step < 1 or self.keep_every < 0 or self.clips < 0:
@@ -79,14 +83,18 @@ class FramesConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out clips and frames that PSNR and SSIM are measured on, and frames that the statistics are: of the latents
-    per ``channel``, or ``one`` deviation for all. ``sheet``: pairs in the picture."""
+    """What is measured on held-out clips."""
 
     clips: int = 64
+    """Held-out clips that are read."""
     frames: int = 256
+    """Frames that PSNR and SSIM are measured on."""
     statistics_frames: int = 2048
+    """Frames that the latents' mean and deviation are measured on."""
     statistics: Literal["channel", "one"] = "channel"
+    """channel: a deviation for each channel; one: the same for all."""
     sheet: int = 24
+    """Pairs of true and decoded frames in the picture."""
 
     def __post_init__(self) -> None:
         check_within(
@@ -96,28 +104,41 @@ class EvaluationConfig:
 
 @dataclass
 class PretrainTokenizerConfig:
-    """``global_batch`` and ``micro_batch`` count clips. ``start: linear`` sets the first weights by least squares
-    (``scd_sf/models/tokenizers/start.py``) from ``start_frames`` frames, which the anchor's components come from too.
-    ``init``: the directory of a tokenizer of this architecture to go on from instead; without ``tokenizer.shortcuts``
-    it may have more channels, of which the first are kept.
-    ``val`` without a root: that split of the training data."""
+    """``global_batch`` and ``micro_batch`` of ``train`` count clips."""
 
     data: PixelsConfig
+    """The training clips."""
     run: RunConfig
+    """Run directory, seed, log."""
     val: PixelsConfig = field(default_factory=lambda: PixelsConfig(split="test"))
+    """The held-out clips; without a root: that split of the training data."""
     frames: FramesConfig = field(default_factory=FramesConfig)
+    """Which frames of the clips are trained on."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Sizes of the network."""
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    """Weights of the reconstruction losses."""
     gan: GanConfig = field(default_factory=GanConfig)
+    """The adversarial loss."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """Sizes of the discriminator."""
     lpips_weights: str = ""
+    """File of the network of LPIPS, for ``loss.perceptual``; empty: none."""
     init: str = ""
+    """Directory of a tokenizer of this architecture to go on from; without ``tokenizer.shortcuts``
+    it may have more channels, of which the first are kept. Empty: new weights."""
     start: Literal["random", "linear"] = "random"
+    """New weights: random, or linear: least squares on ``start_frames`` frames."""
     start_frames: int = 256
+    """Frames of the linear start, and of the components of ``loss.anchor``."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured on held-out clips."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, checkpoints."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Optimiser of the tokenizer."""
     gan_engine: EngineConfig = field(default_factory=EngineConfig)
+    """Optimiser of the discriminator."""
 
     def __post_init__(self) -> None:
         check_within(self, {"start_frames": (1, 2**20)})

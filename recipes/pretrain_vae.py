@@ -51,14 +51,20 @@ Grads = tuple[Tensor, ...]
 
 @dataclass
 class StageSection:
-    """``steps`` optimiser steps of ``batch`` clips; ``frames`` are taken in turn; lr warms up, then falls (cosine)."""
+    """One part of the training. The learning rate warms up, then falls along a cosine."""
 
     steps: int = 100
+    """Optimiser steps."""
     batch: int = 4
+    """Clips per step; a multiple of ``workers``."""
     frames: tuple[int, ...] = (1,)
+    """Lengths of the clips in frames, each 1 + 4 k; they take turns."""
     lr: float = 1e-3
+    """Highest learning rate."""
     warmup: int = 20
+    """Steps until it is reached."""
     final_lr: float = 0.0
+    """Learning rate at the end."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not self.frames:
@@ -70,13 +76,18 @@ class StageSection:
 
 @dataclass
 class LossSection:
-    """Weights; pixels are in [-1, 1]. ``noise`` is added to the latents before the decoder (their scale is about 1)."""
+    """Weights of the losses; pixels are in [-1, 1]."""
 
     mse: float = 10.0
+    """Squared error."""
     l1: float = 0.5
+    """Absolute error."""
     gradient: float = 0.2
+    """Absolute error of the differences between neighbouring pixels."""
     anchor: float = 0.05
+    """Squared distance of the latents from the principal components of 8x8 patches."""
     noise: float = 0.05
+    """Standard deviation of noise on the latents before the decoder (their scale is about 1)."""
 
     def __post_init__(self) -> None:
         check_within(self, {**dict.fromkeys(("mse", "l1", "gradient", "anchor"), (0.0, 1e6)), "noise": (0, 100)})
@@ -86,23 +97,38 @@ class LossSection:
 
 @dataclass
 class PretrainVae:
-    """Everything the run depends on; ``workers`` processes each compute the gradient of an equal part of the batch."""
+    """Everything that the run depends on."""
 
     data: Path
+    """Folder of clips (mp4) with train and val."""
     out: Path
+    """Folder for the VAE, its log and its state."""
     model: SmallVaeConfig = field(default_factory=SmallVaeConfig)
+    """Sizes of the network."""
     distil: StageSection = field(default_factory=StageSection)
+    """First part: single frames, the encoder learns principal components."""
     video: StageSection = field(default_factory=lambda: StageSection(frames=(5, 9)))
+    """Second part: clips, end to end."""
     loss: LossSection = field(default_factory=LossSection)
+    """Weights of the losses."""
     pca_floor: float = 0.2
+    """Least deviation of a component, as a share of the strongest one's."""
     ema: float = 0.995
+    """Decay of the average of the weights, per step."""
     seed: int = 0
+    """Seed of weights, order and noise."""
     workers: int = 2
+    """Processes; each computes the gradient of an equal part of the batch."""
     max_clips: int = 2400
+    """At most so many clips are read into memory."""
     eval_clips: int = 8
+    """Held-out clips that are measured."""
     eval_every: int = 200
+    """Steps between measurements."""
     log_every: int = 50
+    """Steps between printed lines."""
     save_seconds: float = 60.0
+    """Seconds between two saved states."""
 
     def __post_init__(self) -> None:
         check_within(self, {"pca_floor": (1e-6, 1), "ema": (0, 1 - 1e-9), "seed": (0, 2**63 - 1), "workers": (1, 1024)})

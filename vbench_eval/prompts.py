@@ -21,12 +21,16 @@ from scd_sf.types import exit_on_user_error, printable
 
 @dataclass
 class PromptsConfig:
-    """``dimensions``: only prompts of these (empty: all). ``lines``: with line numbers (from 0) and dimensions."""
+    """Which prompts are printed."""
 
     full_info: str = ""
+    """Another VBench_full_info.json; empty: the list that is shipped."""
     extended: str = ""
+    """File whose line k replaces line k of the list; empty: VBench's own prompts."""
     dimensions: list[str] = field(default_factory=list)
+    """Only prompts of these; empty: all."""
     lines: bool = False
+    """Print line numbers (from 0) and dimensions, too."""
 
 
 def main() -> None:

@@ -19,12 +19,16 @@ from scd_sf.types import UserError, exit_on_user_error, say
 
 @dataclass
 class ReportConfig:
-    """``scores``: name -> file, the first one's videos are shown. ``out``: a folder."""
+    """Which scores are put side by side."""
 
     out: str
+    """Folder of the report."""
     scores: dict[str, str] = field(default_factory=dict)
+    """Name -> summary.json; the first one's videos are shown."""
     videos: str = ""
+    """Folder of these videos; empty: no videos."""
     prompts: int = 60
+    """At most so many prompts are shown."""
 
     def __post_init__(self) -> None:
         if not self.scores:

@@ -15,10 +15,12 @@ from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """``scale`` in the convention ``form``: "standard" (w) or "additive" (s = w - 1)."""
+    """Classifier-free guidance: uncond + w (cond - uncond)."""
 
     scale: float = 1.0
+    """How strong; standard: w, 1 is off; additive: s = w - 1, 0 is off."""
     form: str = "standard"
+    """Which of the two ``scale`` is: standard or additive (Self-Forcing's)."""
 
     def __post_init__(self) -> None:
         if self.form not in ("standard", "additive"):

@@ -53,12 +53,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class BenchModel:
-    """One row: a ``checkpoint``, or ``model``'s geometry with random weights (speed does not depend on them)."""
+    """One row: a checkpoint, or a geometry with random weights (speed does not depend on them)."""
 
     name: str
+    """Name of the row."""
     checkpoint: str = ""
+    """A run directory, a step_N or an exported file; empty: ``model``."""
     model: ModelConfig | None = None
+    """Geometry that gets random weights; null: ``checkpoint``."""
     sampler: SamplerConfig | None = None
+    """Sampler of this row; null: the common one."""
 
     def __post_init__(self) -> None:
         if bool(self.checkpoint) == (self.model is not None):
@@ -67,33 +71,51 @@ class BenchModel:
 
 @dataclass
 class BenchConfig:
-    """``checkpoints`` is short for ``models`` of that name. ``sampler``: for every model that has none of its own here
-    (unset: the checkpoint's; re-noise in 4 steps for random weights). ``base``: the directory with VAE and text encoder
-    (empty: the first checkpoint's; without one, Wan 2.1's VAE with random weights and no text encoder). Sizes of 0: as
-    trained. ``window``, ``sink``: latent frames the history keeps (0: all). ``device`` empty: a GPU where there is one.
-    ``floor``: also time every matmul and attention call of the student alone (:mod:`scd_sf.evaluation.roofline`).
-    """
+    """Which models are timed, and on what."""
 
     checkpoints: list[str] = field(default_factory=list)
+    """Short for ``models`` with these checkpoints, named by their folders."""
     models: list[BenchModel] = field(default_factory=list)
+    """The models, one row each."""
     base: str = ""
+    """Directory with VAE and text encoder; empty: the first checkpoint's, or else Wan 2.1's VAE
+    with random weights and no text encoder."""
     weights: str = "ema"
+    """Which weights of the checkpoints: ema, model or best."""
     sampler: SamplerConfig | None = None
+    """Sampler of every model without its own; null: the checkpoint's, 4 re-noising steps for random
+    weights."""
     prompt: str = "a red car drives through the rain"
+    """The prompt of the videos."""
     frames: int = 0
+    """Frames of the video; 0: as trained."""
     height: int = 0
+    """Pixels; 0: as trained."""
     width: int = 0
+    """Pixels; 0: as trained."""
     window: int = 0
+    """Latent frames of history that are kept; 0: all."""
     sink: int = 0
+    """Of these, the first frames that always stay."""
     rounds: int = 3
+    """Measured videos per model, the models in turn; the figures are medians over them."""
     warmup: int = 1
+    """Rounds before that, which do not count."""
     device: str = ""
+    """cuda, cuda:1, cpu; empty: a GPU where there is one."""
     dtype: str = "fp32"
+    """Type that the student computes in: fp32, bf16 or fp16."""
     vae_dtype: str = "fp32"
+    """Type that the VAE computes in."""
     compile: CompileConfig = field(default_factory=CompileConfig)
+    """What is compiled or replayed."""
     text_tokens: int = 512
+    """Tokens of the random text where there is no text encoder."""
     floor: bool = False
+    """Also time every matmul and attention call of the student alone
+    (scd_sf/evaluation/roofline.py)."""
     out: str = ""
+    """JSON file for the results; empty: only the table."""
 
     def __post_init__(self) -> None:
         self.models = [*self.models, *(BenchModel(Path(path).name, path) for path in self.checkpoints)]

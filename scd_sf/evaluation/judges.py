@@ -119,15 +119,22 @@ class Judges(nn.Module):
 
 @dataclass(frozen=True)
 class JudgesConfig:
-    """How the judges are fitted; ``noise`` is added to standardised latents so that a sampler's residue does not fool
-    them. The step count, not a clock, ends the fit: the same seed gives the same judges."""
+    """How the judges are fitted. Steps, not a clock, end the fit: the same seed gives the same
+    judges."""
 
     steps: int = 250
+    """Optimiser steps."""
     batch: int = 48
+    """Clips per step."""
     lr: float = 2e-3
+    """Learning rate."""
     weight_decay: float = 0.02
+    """AdamW's weight decay."""
     noise: float = 0.1
+    """Deviation of noise on the standardised latents, so that a sampler's residue does not fool the
+    judges."""
     width: int = 48
+    """Channels; a multiple of 8."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):

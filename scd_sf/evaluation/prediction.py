@@ -31,12 +31,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PredictionGuidance:
-    """``corruption``: the s of Table 5 (1 is off, 1.5 its best), c corrupted by ``eta``. ``actions``: CFG of the
-    decoder with the null action (1 is off). One of the two; the encoder is never doubled."""
+    """Guidance of the decoder, one of two; the encoder is never doubled."""
 
     corruption: float = 1.0
+    """Guidance away from a corrupted context: the s of Table 5 (its best is 1.5); 1: off."""
     eta: float = 0.05
+    """Noise of that corruption, relative to the context's root mean square."""
     actions: float = 1.0
+    """Classifier-free guidance with the null action; 1: off."""
 
     def __post_init__(self) -> None:
         self.of_decoder()  # refuses what makes no sense
@@ -48,11 +50,14 @@ class PredictionGuidance:
 
 @dataclass(frozen=True)
 class PredictionConfig:
-    """How a model is rolled out. ``window``: latent frames of history it sees (0: all)."""
+    """How a model is rolled out."""
 
     window: int = 0
+    """Latent frames of history that it sees; 0: all."""
     sink: int = 0
+    """Of these, the first frames that always stay."""
     guidance: PredictionGuidance = field(default_factory=PredictionGuidance)
+    """Guidance while predicting."""
 
     def __post_init__(self) -> None:
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense

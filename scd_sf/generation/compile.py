@@ -21,11 +21,13 @@ from scd_sf.types import UserError
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """``enabled``: ``torch.compile`` for every step, whole (a graph break is an error); the first chunks take minutes.
-    ``cuda_graphs``: every step, compiled or not, is replayed as a CUDA graph, which saves its launches (GPU only)."""
+    """How a step is made fast."""
 
     enabled: bool = False
+    """``torch.compile`` for every step, whole (a graph break is an error); the first chunks take
+    minutes."""
     cuda_graphs: bool = False
+    """Replay every step, compiled or not, as a CUDA graph, which saves its launches (GPU only)."""
 
 
 GRAPHS = 24  # of one student, at most: torch's own limit of 8 for each of three parts (5 or 6 in all are usual)

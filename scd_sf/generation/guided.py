@@ -23,13 +23,16 @@ from scd_sf.types import Conditioning, UserError, check_within
 
 @dataclass(frozen=True)
 class SampleGuidance:
-    """``text``: CFG with the null prompt, over ``scope`` "all" or "decoder". ``corruption``: the s of Table 5 (1.5 is
-    its best; 1 is off), with c corrupted by ``eta``. One of the two at a time."""
+    """Guidance of a student while sampling: text or corruption, one of the two at a time."""
 
     text: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Classifier-free guidance with the null prompt."""
     scope: str = "all"
+    """What text guidance doubles: all, or the decoder alone."""
     corruption: float = 1.0
+    """Guidance away from a corrupted context: the s of Table 5 (its best is 1.5); 1: off."""
     eta: float = 0.05
+    """Noise of that corruption, relative to the context's root mean square."""
 
     def __post_init__(self) -> None:
         if self.scope not in ("all", "decoder"):

@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PreviewConfig:
-    """``clip_weights``: a local open_clip checkpoint of ``clip_model``; empty: no CLIP similarity is logged."""
+    """What is measured on the videos of a training."""
 
     clip_model: str = "ViT-B-32"
+    """Name of the open_clip model."""
     clip_weights: str = ""
+    """Its local checkpoint; empty: no CLIP similarity is logged."""
 
     def __post_init__(self) -> None:
         if self.clip_weights and not Path(self.clip_weights).is_file():

@@ -37,42 +37,62 @@ VIDEOS = 2**22  # of one folder: their list alone takes a GB
 
 @dataclass
 class SampleConfig:
-    """``prompts``, or ``prompt_file`` (txt, csv, jsonl: prompt_files.py). ``weights``: ema, model or best. ``base``:
-    the Wan directory with VAE and text encoder (empty: the one the checkpoint was made from). Sizes of 0: as trained.
-    ``sampler`` unset: the checkpoint's own; ``force`` allows another one on a distilled checkpoint. ``start``: an image
-    or video that all videos continue, a video at ``fps``. ``window``, ``sink``: latent frames the history keeps (0:
-    all), for videos longer than training. ``negative_prompt``: what text guidance leads away from ("wan": Wan 2.1's
-    own). ``text_cache``: where encoded prompts are kept (empty: in the user's cache; "off": nowhere).
-    ``dtype``: fp32, bf16 or fp16 for the student and the text encoder; the VAE computes in fp32.
-    ``blocks``: how the causal baseline's blocks are run, such as the skip-layer schedule (unset: as the checkpoint
-    says)."""
+    """What videos are made from. Times and sizes of 0 are the trained ones."""
 
     checkpoint: str
+    """A run directory, a step_N of it, or an exported file."""
     out: str
+    """Folder for the videos and their manifest."""
     prompts: list[str] = field(default_factory=list)
+    """Prompts; or give ``prompt_file``."""
     prompt_file: str = ""
+    """Prompts in a txt, csv or jsonl file; a jsonl row may have seed, start and later prompts."""
     prompt_column: str = "prompt"
+    """Column or key of the prompts in a csv or jsonl file."""
     base: str = ""
+    """The Wan directory with VAE and text encoder; empty: the one that the checkpoint was made
+    from."""
     weights: str = "ema"
+    """Which weights of the checkpoint: ema, model or best."""
     samples: int = 1
+    """Videos per prompt."""
     seed: int = 0
+    """The n-th video of a prompt has seed + n."""
     frames: int = 0
+    """Frames; 0: as trained."""
     height: int = 0
+    """Pixels; 0: as trained."""
     width: int = 0
+    """Pixels; 0: as trained."""
     sampler: SamplerConfig | None = None
+    """Sampler and steps; null: the checkpoint's own."""
     force: bool = False
+    """Allow another sampler on a distilled checkpoint."""
     guidance: SampleGuidance = field(default_factory=SampleGuidance)
+    """Guidance; off by default."""
     negative_prompt: str = ""
+    """What text guidance leads away from; wan: Wan 2.1's own; empty: the empty prompt."""
     text_cache: str = ""
+    """Folder that keeps encoded prompts; empty: in the user's cache; off: nowhere."""
     start: str = ""
+    """An image or video that all videos continue, a video at ``fps``; empty: none."""
     window: int = 0
+    """Latent frames of history that are kept, for videos longer than training; 0: all."""
     sink: int = 0
+    """Of these, the first frames that always stay."""
     dtype: str = "fp32"
+    """Type of the student and the text encoder: fp32, bf16 or fp16; the VAE computes in fp32."""
     blocks: BlocksConfig | None = None
+    """Which blocks of the causal baseline run, such as the skip-layer schedule; null: as the
+    checkpoint says."""
     compile: CompileConfig = field(default_factory=CompileConfig)
+    """What is compiled or replayed."""
     batch: int = 4
+    """Videos generated together."""
     fps: int = 16
+    """Frames per second of the files."""
     crf: int = 16
+    """Quality of the files: 0 (best) .. 51."""
 
     def __post_init__(self) -> None:
         if min(self.samples, self.batch, self.fps) < 1:

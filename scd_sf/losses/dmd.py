@@ -20,12 +20,16 @@ from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, 
 
 @dataclass(frozen=True)
 class DmdConfig:
-    """Noise levels t ~ shift(U) clipped to [t_min, t_max]; the teacher's guidance (Table 7: CFG 3.0)."""
+    """Distribution matching: noise levels and the teacher's guidance."""
 
     shift: float = 5.0
+    """Timestep shift of the noise levels t ~ shift(U(0, 1))."""
     t_min: float = 0.02
+    """Least noise level; smaller ones are clipped."""
     t_max: float = 0.98
+    """Highest noise level."""
     guidance: GuidanceConfig = field(default_factory=lambda: GuidanceConfig(3.0, "additive"))
+    """Classifier-free guidance of the teacher (Table 7: CFG 3.0)."""
 
     def __post_init__(self) -> None:
         if self.shift <= 0:

@@ -23,22 +23,30 @@ TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
 
 @dataclass(frozen=True)
 class FlowMatchingConfig:
-    """Defaults are the supplement's Table 6 where it speaks, spec/scd.md W3, W4, W10, W17, W18 where it does not.
-
-    ``time``: t uniform (Algorithm 1), or logit-normal(0, 1) as in the released configuration; then shifted.
-    ``action_dropout``: each frame's action, in encoder and decoder independently; ``label_dropout``: a clip's label.
-    """
+    """The joint flow-matching loss; the defaults are the supplement's Table 6 where it speaks."""
 
     shift: float = 5.0
+    """Timestep shift of the training times."""
     samples: int = 2
+    """K: noisy samples of the decoder per clean clip and encoder pass (Table 4)."""
     eta: float = 0.05
+    """Noise on the context, relative to its root mean square (Table 5); 0: none."""
     text_dropout: float = 0.1
+    """Share of clips trained with the empty prompt, for guidance."""
     query_from: float = 0.8
+    """Least time of the encoder's noise query, before the shift (SCD on Wan)."""
     query_pure: float = 0.5
+    """Share of queries that are pure noise, t = 1 (SCD on Wan)."""
     targets: int | None = None
+    """Chunks of a clip that the decoder is trained on, drawn anew each time; null: all."""
     time: Literal["uniform", "logit_normal"] = "uniform"
+    """uniform (Algorithm 1), or logit_normal(0, 1) as in the released configuration; then
+    shifted."""
     action_dropout: float = 0.1
+    """Share of actions replaced by the null action, per frame, in encoder and decoder
+    independently."""
     label_dropout: float = 0.1
+    """Share of clips whose label is replaced by the null label."""
 
     def __post_init__(self) -> None:
         for name in ("text_dropout", "query_from", "action_dropout", "label_dropout"):

@@ -21,20 +21,24 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images (N, 3, H,
 
 @dataclass
 class ReconstructionConfig:
-    """Weights. ``gradient``: mean absolute error of differences between neighbours, at ``scales`` sizes of the picture,
-    each half the one before. ``perceptual``: LPIPS. ``anchor``: latents to the principal components of their patches
-    (squared error), computed once, floored at ``anchor_floor`` of the strongest one's deviation. ``noise``: standard
-    deviation of what is added to the latents before they are decoded. DC-AE and FAR: l1 1, perceptual 1, all else 0.
-    """
+    """Weights of a tokenizer's losses. DC-AE and FAR: l1 1, perceptual 1, all else 0."""
 
     l1: float = 1.0
+    """Absolute error of the pixels."""
     mse: float = 0.0
+    """Squared error of the pixels."""
     gradient: float = 0.0
+    """Absolute error of the differences between neighbouring pixels."""
     scales: int = 3
+    """Sizes of the picture that ``gradient`` is taken at, each half the one before."""
     perceptual: float = 0.0
+    """LPIPS."""
     anchor: float = 0.0
+    """Squared distance of the latents from the principal components of their patches."""
     anchor_floor: float = 0.2
+    """Least deviation of a component, as a share of the strongest one's."""
     noise: float = 0.0
+    """Standard deviation of noise on the latents before they are decoded."""
 
     def __post_init__(self) -> None:
         for name in ("l1", "mse", "gradient", "perceptual", "anchor", "noise"):
@@ -50,11 +54,14 @@ class ReconstructionConfig:
 
 @dataclass
 class GanConfig:
-    """``weight`` 0: none. From step ``start`` on; the encoder stands still then if ``freeze_encoder`` (as in FAR)."""
+    """The adversarial loss."""
 
     weight: float = 0.0
+    """Its weight; 0: none."""
     start: int = 0
+    """Step from which it counts."""
     freeze_encoder: bool = True
+    """The encoder stands still from then on (as in FAR)."""
 
     def __post_init__(self) -> None:
         if self.weight < 0 or self.start < 0:

@@ -18,18 +18,23 @@ from scd_sf.types import UserError, check_within
 
 @dataclass(frozen=True)
 class SkipConfig:
-    """P5: all blocks in the first ``full_steps`` of ``steps`` denoising steps (times shifted by ``shift``); afterwards
-    the first ``prefix`` and the last ``suffix`` alone, past which the middle is bypassed along the residual path.
+    """Probe P5 (supplement D.1): all blocks in the first denoising steps, afterwards the first and
+    the last ones alone; past the middle goes the residual path.
 
-    What decides is the noise level, so that training and samplers of any number of steps follow the same schedule. The
-    defaults are the supplement's: 5 of 50 steps, 5 early and 10 late layers.
+    What decides is the noise level, so that training and samplers of any number of steps follow the
+    same schedule. The defaults are the supplement's.
     """
 
     prefix: int = 5
+    """First blocks that always run."""
     suffix: int = 10
+    """Last blocks that always run."""
     full_steps: int = 5
+    """So many first steps run all blocks."""
     steps: int = 50
+    """Denoising steps that ``full_steps`` is counted of."""
     shift: float = 5.0
+    """Timestep shift of these steps."""
 
     def __post_init__(self) -> None:
         if min(self.prefix, self.suffix) < 0 or self.steps < 1 or self.shift <= 0:
@@ -58,11 +63,14 @@ class SkipConfig:
 
 @dataclass(frozen=True)
 class BlocksConfig:
-    """``frame_diagonal``: the last so many blocks see their own chunk alone (P6, the causal baseline). ``skip``: P5,
-    null: every block always runs (the causal baseline and the bidirectional model)."""
+    """Which blocks run, and which see other frames."""
 
     frame_diagonal: int = 0
+    """The last so many blocks see their own chunk alone (probe P6; the causal baseline); 0:
+    none."""
     skip: SkipConfig | None = None
+    """Skip-layer schedule (probe P5; the causal baseline and the bidirectional model); null: every
+    block always runs."""
 
     def __post_init__(self) -> None:
         check_within(self, {"frame_diagonal": (0, 2**12)}, "blocks.")

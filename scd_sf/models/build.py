@@ -35,16 +35,22 @@ LICENCE = "Apache-2.0"  # of Wan 2.1 and of this project; the weights of others 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``family``: "scd", "causal" or "wan" (bidirectional). ``backbone``: "wan", or "dit" (from scratch) for the first
-    two. ``chunk`` is the causal baseline's frames per chunk. ``blocks``: which of them run, and which see the past."""
+    """A model: its family and the sizes of its parts."""
 
     family: str = "scd"
+    """scd, causal (the baseline) or wan (bidirectional)."""
     chunk: int = 1
+    """Latent frames that the causal baseline generates together."""
     wan: WanConfig = field(default_factory=WanConfig)
+    """Geometry with ``backbone=wan``."""
     scd: ScdConfig = field(default_factory=ScdConfig)
+    """How SCD is cut and joined, with ``family=scd``."""
     backbone: str = "wan"
+    """wan, or dit (from scratch; scd and causal)."""
     dit: DitConfig = field(default_factory=DitConfig)
+    """Geometry with ``backbone=dit``."""
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    """Which blocks run, and which see the past."""
 
     def __post_init__(self) -> None:
         if self.family not in ("scd", "causal", "wan"):
@@ -69,13 +75,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The sampler a checkpoint was made for; it travels with the weights. ``times``: the very times of its steps, where
-    a student was distilled at them (none: ``steps`` even ones, warped by ``shift``)."""
+    """The sampler that a checkpoint was made for; it travels with the weights."""
 
     name: str = "euler"
+    """euler, unipc, or renoise (distilled students)."""
     steps: int = 50
+    """Denoising steps."""
     shift: float = 5.0
+    """Timestep shift that warps even steps."""
     times: tuple[float, ...] = ()
+    """The times of the steps (1 is noise) that a student was distilled at; empty: ``steps`` even
+    ones, warped."""
 
     def __post_init__(self) -> None:
         self.build()
@@ -90,8 +100,11 @@ class CheckpointConfig:
     """config.yaml of every model checkpoint."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The sampler it was made for."""
     base: str = ""
+    """Wan directory with its VAE and text encoder; empty: none."""
 
 
 def build_model(config: ModelConfig) -> Student | Wan:

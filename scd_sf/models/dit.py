@@ -25,21 +25,32 @@ INIT_STD = 0.02
 
 @dataclass(frozen=True)
 class DitConfig:
-    """Geometry; the defaults are size B on Minecraft's latents (8x8x32, 64 tokens a frame). ``num_layers`` counts the
-    layers of encoder and decoder together. ``num_actions``, ``num_labels``: 0 is none; the null one comes on top."""
+    """Geometry; the defaults are size B on Minecraft's latents (8x8x32, 64 tokens a frame)."""
 
     num_attention_heads: int = 12
+    """Attention heads."""
     attention_head_dim: int = 64
+    """Width of a head; a multiple of 16."""
     in_channels: int = 32
+    """Channels of the latents."""
     out_channels: int = 32
+    """The same as ``in_channels``."""
     freq_dim: int = 256
+    """Width of the sinusoidal embedding of the time."""
     ffn_dim: int = 3072
+    """Width of the feed-forward layers."""
     num_layers: int = 12
+    """Layers; of SCD, those of encoder and decoder together."""
     patch_height: int = 1
+    """Latent rows of a token."""
     patch_width: int = 1
+    """Latent columns of a token."""
     num_actions: int = 0
+    """Actions of each frame; the null action comes on top; 0: no actions."""
     num_labels: int = 0
+    """Labels of a clip; the null label comes on top; 0: no labels."""
     eps: float = 1e-6
+    """Added to variances in the norms."""
 
     def __post_init__(self) -> None:
         small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels") if getattr(self, n) < 1]

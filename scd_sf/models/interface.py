@@ -33,16 +33,16 @@ class Query:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The streaming history. ``window`` and ``sink`` count latent frames; None keeps everything. The sink's keys are
-    turned along, to stand right before the window, unless ``turn_sink`` is off (kv_cache.py).
-
-    ``preallocate`` frames makes the cache an in-place ring (sampling only); None is the functional cache of training.
-    """
+    """The streaming history, counted in latent frames."""
 
     window: int | None = None
+    """Latent frames that are kept; null: all."""
     sink: int = 0
+    """First frames that always stay in the window."""
     preallocate: int | None = None
+    """Frames of an in-place ring (sampling only); null: the functional cache of training."""
     turn_sink: bool = True
+    """Turn the sink's keys along, to stand right before the window (scd_sf/nn/kv_cache.py)."""
 
     def __post_init__(self) -> None:
         if (self.window is not None and self.window < 1) or self.sink < 0:

@@ -86,20 +86,33 @@ SIZES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Geometry of a Wan 2.1 text-to-video transformer; the defaults are T2V-1.3B (30 layers, width 1536)."""
+    """Geometry of a Wan 2.1 text-to-video transformer; the defaults are T2V-1.3B (30 layers, width
+    1536)."""
 
     num_attention_heads: int = 12
+    """Attention heads."""
     attention_head_dim: int = 128
+    """Width of a head; an even number, 6 or more."""
     in_channels: int = 16
+    """Channels of the latents."""
     out_channels: int = 16
+    """Channels of the velocity."""
     text_dim: int = 4096
+    """Width of the text encoder's states."""
     freq_dim: int = 256
+    """Width of the sinusoidal embedding of the time."""
     ffn_dim: int = 8960
+    """Width of the feed-forward layers."""
     num_layers: int = 30
+    """Layers."""
     patch_height: int = 2
+    """Latent rows of a token."""
     patch_width: int = 2
+    """Latent columns of a token."""
     cross_attn_norm: bool = True
+    """A norm with weights before the attention to the text."""
     eps: float = 1e-6
+    """Added to variances in the norms."""
 
     def __post_init__(self) -> None:
         small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim") if getattr(self, n) < 1]

@@ -27,11 +27,12 @@ from scd_sf.types import UserError, check_within, on_device
 
 @dataclass(frozen=True)
 class AttentionProbe:
-    """``queries``: of a frame, spread evenly (0: all). ``first_frame``: frames before it are left out (the paper's
-    i >= 2, counted from 1)."""
+    """Probe P4: where attention goes in time."""
 
     queries: int = 64
+    """Queries of a frame that are measured, spread evenly; 0: all."""
     first_frame: int = 1
+    """Frames before it are left out (the paper's i >= 2, counted from 1)."""
 
     def __post_init__(self) -> None:
         check_within(self, {"queries": (0, 2**24), "first_frame": (0, 10**6)}, "attention.")

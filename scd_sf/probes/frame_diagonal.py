@@ -22,10 +22,13 @@ PAPER_SHARE = 6  # its last 5 of 30 blocks
 
 @dataclass(frozen=True)
 class DiagonalProbe:
-    """``counts``: so many last blocks at a time (empty: a sixth of the model, the paper's share, and up to all)."""
+    """Probe P6: the last blocks see their own frame alone."""
 
     counts: tuple[int, ...] = ()
+    """So many last blocks at a time; empty: a sixth of the model (the paper's share), and up to
+    all."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss is measured."""
 
     def check(self, subject: Subject) -> None:
         """UserError: more blocks than there are, or not the causal baseline."""

@@ -54,10 +54,12 @@ def named_blocks(model: Student | Wan) -> dict[str, nn.Module]:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """``decoder_blocks``: how many the proposed decoder has (0: a third of the model, the paper's share)."""
+    """Probe P7: the loss without each block."""
 
     loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss is measured."""
     decoder_blocks: int = 0
+    """Blocks of the decoder that is proposed; 0: a third of the model, the paper's share."""
 
     def __post_init__(self) -> None:
         check_within(self, {"decoder_blocks": (0, 2**12)}, "leave_one_out.")

@@ -29,14 +29,19 @@ SEED_STRIDE = 1_000_003  # between the seeds of a clip
 
 @dataclass(frozen=True)
 class LossConfig:
-    """``clips`` of the given ones, noised at ``levels`` levels of the training density (its ``shift``, null: the
-    checkpoint's), by a draw for each of ``seeds``; ``batch`` clips in one forward."""
+    """A loss whose differences between models are small: the same clips, noise levels and noise for
+    all."""
 
     clips: int = 24
+    """Clips of the given ones; 2 or more, because error bars are over clips."""
     levels: int = 5
+    """Noise levels, spread over the training density."""
     shift: float | None = None
+    """Timestep shift of the levels; null: the checkpoint's."""
     seeds: tuple[int, ...] = (0,)
+    """One draw of noise for each."""
     batch: int = 8
+    """Clips in one forward."""
 
     def __post_init__(self) -> None:
         if min(self.levels, len(self.seeds), self.batch) < 1 or self.clips < 2:

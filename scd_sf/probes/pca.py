@@ -22,12 +22,14 @@ from scd_sf.types import check_within
 
 @dataclass(frozen=True)
 class PcaProbe:
-    """``frame``: latent frame of the first clip. ``blocks``: which (empty: four, spread evenly). ``steps``: how many
-    columns are drawn."""
+    """Probe P3: principal components of the blocks' outputs as pictures."""
 
     frame: int = -1
+    """Latent frame of the first clip; negative: from the end."""
     blocks: tuple[int, ...] = ()
+    """Blocks that are drawn; empty: four, spread evenly."""
     steps: int = 8
+    """Denoising steps that are drawn, as columns."""
 
     def __post_init__(self) -> None:
         check_within(self, {"steps": (1, 1000)}, "pca.")

@@ -69,34 +69,53 @@ class Settings(Protocol):
 
 @dataclass
 class ProbeConfig:
-    """``probes``: which (empty: all that the model and what is given allow). ``prompts``, or ``prompt_file``, or
-    ``data``: encoded clips, whose first ``clips`` tell prompts (actions, labels) and the size, and which leave_one_out
-    needs. Sizes (in pixels, without ``data``) of 0: as trained. ``sampler`` unset: the checkpoint's own, for a Wan
-    directory 50 steps of Euler; ``force``: another one for a distilled student. ``base``: where text encoder and VAE
-    are. ``whole``: a checkpoint with a skip-layer schedule or frame-diagonal blocks is run without them."""
+    """Which probes run, and on what."""
 
     checkpoint: str
+    """A run directory, a step_N, an exported file, or a Wan directory."""
     out: str
+    """Folder for JSON, PNG and the page."""
     probes: tuple[str, ...] = ()
+    """Which probes; empty: all that the model and the inputs allow."""
     prompts: tuple[str, ...] = ()
+    """Prompts; or give ``prompt_file`` or ``data``."""
     prompt_file: str = ""
+    """Prompts in a txt, csv or jsonl file."""
     data: str = ""
+    """Folder of encoded clips, which leave_one_out needs; it also gives prompts (or actions,
+    labels) and the size."""
     clips: int = 2
+    """So many first clips of ``data`` give the prompts."""
     base: str = ""
+    """Directory with text encoder and VAE; empty: the one that the checkpoint was made from."""
     weights: str = "ema"
+    """Which weights of the checkpoint: ema, model or best."""
     seed: int = 0
+    """Seed of the noise."""
     frames: int = 0
+    """Frames, in pixels (without ``data``); 0: as trained."""
     height: int = 0
+    """Pixels (without ``data``); 0: as trained."""
     width: int = 0
+    """Pixels (without ``data``); 0: as trained."""
     sampler: SamplerConfig | None = None
+    """Sampler; null: the checkpoint's own, 50 steps of Euler for a Wan directory."""
     force: bool = False
+    """Allow another sampler on a distilled student."""
     whole: bool = False
+    """Run a checkpoint with a skip-layer schedule or frame-diagonal blocks without them."""
     similarity: SimilarityProbe = field(default_factory=SimilarityProbe)
+    """P1, P2: similarity of features between steps."""
     pca: PcaProbe = field(default_factory=PcaProbe)
+    """P3: principal components as pictures."""
     attention: AttentionProbe = field(default_factory=AttentionProbe)
+    """P4: where attention goes in time."""
     skip: SkipProbe = field(default_factory=SkipProbe)
+    """P5: blocks left out at later steps."""
     diagonal: DiagonalProbe = field(default_factory=DiagonalProbe)
+    """P6: last blocks that see their own frame alone."""
     leave_one_out: LeaveOneOut = field(default_factory=LeaveOneOut)
+    """P7: the loss without each block."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.probes if name not in PROBES]:

@@ -35,14 +35,18 @@ MEASURES = ("cosine", "centred", "mse", "relative")
 
 @dataclass(frozen=True)
 class SimilarityProbe:
-    """``frames``: latent frames that are looked at (negative: from the end). ``tokens``: of a frame, spread evenly (0:
-    all); while the probe runs, steps x tokens x width x 4 bytes per block, frame and clip lie under TMPDIR (2.4 GB for
-    Wan 1.3B, 50 steps, 256 tokens). ``shown``: blocks whose matrices are drawn (empty: seven, spread
-    evenly, as in the supplement)."""
+    """Probes P1 and P2: how alike a block's outputs are at two denoising steps.
+
+    While it runs, steps x tokens x width x 4 bytes per block, frame and clip lie under TMPDIR (2.4
+    GB for Wan 1.3B, 50 steps, 256 tokens).
+    """
 
     frames: tuple[int, ...] = (-1,)
+    """Latent frames that are looked at; negative: from the end."""
     tokens: int = 256
+    """Tokens of a frame, spread evenly; 0: all."""
     shown: tuple[int, ...] = ()
+    """Blocks whose matrices are drawn; empty: seven, spread evenly, as in the supplement."""
 
     def __post_init__(self) -> None:
         check_within(self, {"tokens": (0, 2**24)}, "similarity.")

@@ -31,16 +31,20 @@ PREFIX_SHARE, SUFFIX_SHARE = 6, 3  # the supplement's 5 early and 10 late of 30 
 
 @dataclass(frozen=True)
 class SkipProbe:
-    """``prefix``, ``suffix``: blocks that always run (null: a sixth and a third of the model, the paper's shares).
-    ``whole``: the parts of the sampler's steps, from the first on, that run all blocks (the paper: 0.1). ``shift``: of
-    the sampler's times (null: its own). Each schedule is timed for up to ``timing_seconds``."""
+    """Probe P5: the middle blocks run in the first denoising steps alone."""
 
     prefix: int | None = None
+    """First blocks that always run; null: a sixth of the model, the paper's share."""
     suffix: int | None = None
+    """Last blocks that always run; null: a third of the model, the paper's share."""
     whole: tuple[float, ...] = (0.02, 0.1, 0.2, 0.5)
+    """Shares of the sampler's steps, from the first on, that run all blocks (the paper: 0.1)."""
     shift: float | None = None
+    """Timestep shift of the steps; null: the sampler's own."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss is measured."""
     timing_seconds: float = 8.0
+    """Each schedule is timed for up to so many seconds; 0: once."""
 
     def __post_init__(self) -> None:
         if not self.whole or not all(0 <= part <= 1 for part in self.whole):

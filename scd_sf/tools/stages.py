@@ -20,26 +20,35 @@ from scd_sf.types import UserError, VideoShape, check_within
 
 @dataclass
 class Stage2Config:
-    """Defaults are Table 6: AdamW (.9, .99), lr 2e-5, wd .01, global batch 64, EMA .99, shift 5.
-
-    ``blocks``: trains the student to be run so, and its checkpoints say it (null: as ``init`` says).
-    ``checkpointing``: the backward pass computes every block again, with ``recompute_attention=false`` all but its
-    attention.
-    """
+    """Stage 2; the defaults are Table 6."""
 
     init: str
+    """Checkpoint of stage 1 (or an earlier stage 2)."""
     data: str
+    """Folder of encoded training clips."""
     val: str
+    """Folder of encoded held-out clips."""
     run: RunConfig
+    """Run directory, seed, log."""
     blocks: BlocksConfig | None = None
+    """Train the student to run only these blocks, or see only these frames; its checkpoints say it.
+    Null: as ``init`` says."""
     loss: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    """Flow matching."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Sampler of previews; it goes into the checkpoints."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, checkpoints."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-5, betas=(0.9, 0.99)))
+    """Optimiser and precision of the student."""
     checkpointing: bool = True
+    """Compute the blocks again in the backward pass: less memory, more time."""
     recompute_attention: bool = True
+    """With ``checkpointing``: attention, too; false keeps its outputs."""
     validation_clips: int = 32
+    """Held-out clips of the validation loss, at fixed noise."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """What is measured on the videos while training."""
 
     def __post_init__(self) -> None:
         check_within(self, {"validation_clips": (1, 2**20)})
@@ -51,11 +60,14 @@ class Stage2Config:
 
 @dataclass
 class VideoConfig:
-    """What is rolled out: 81 frames of 480x832 in the paper."""
+    """What is rolled out."""
 
     frames: int = 81
+    """Frames, in pixels: 1 + 4 k (81 in the paper)."""
     height: int = 480
+    """Pixels (480 in the paper)."""
     width: int = 832
+    """Pixels (832 in the paper)."""
 
     def __post_init__(self) -> None:
         check_within(self, {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15)}, "video.")
@@ -67,42 +79,63 @@ class VideoConfig:
 
 @dataclass
 class Stage3Config:
-    """Defaults are Table 7. ``prompts``: a list (txt, csv, jsonl, a filter's or an extender's folder), which is encoded
-    while it trains, as ``text`` says; or a directory of encoded ones. ``negative_prompt``: what the teacher is guided
-    away from; null is "wan", Wan's own, for a list, and for a directory what it was encoded with.
-    ``critic_data``: "own" rollouts for the critic, before the student's update, a new one every ``reuse`` critic
-    updates; or the "student"'s rollouts, detached, after its update.
-    ``linear_times`` warped by ``step_shift`` are the times of the student's steps; its checkpoints carry them.
-    ``loss.shift`` is the law of DMD's noise levels.
-    ``data_std``: standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's latents).
-    ``healthy_within``, ``std_range``: what :func:`watch` accepts; a checkpoint's ``best`` is the newest healthy EMA.
-    ``checkpointing``, ``recompute_attention``: of student and critic, as in stage 2."""
+    """Stage 3, Self-Forcing; the defaults are Table 7."""
 
     init: str
+    """Checkpoint of stage 2."""
     teacher: str
+    """Wan directory of the teacher (14B in the paper)."""
     critic: str
+    """Wan directory that the critic starts from (1.3B in the paper)."""
     prompts: str
+    """A list (txt, csv, jsonl, the folder of a filter or extender), encoded while training, or a
+    folder of encoded prompts."""
     run: RunConfig
+    """Run directory, seed, log."""
     text: LiveTextConfig = field(default_factory=LiveTextConfig)
+    """How a list of prompts is encoded."""
     negative_prompt: str | None = None
+    """What the teacher is guided away from; null: wan (Wan 2.1's own) for a list, and for a folder
+    what it was encoded with."""
     video: VideoConfig = field(default_factory=VideoConfig)
+    """Size of the rollouts."""
     loss: DmdConfig = field(default_factory=DmdConfig)
+    """DMD: noise levels and the teacher's guidance."""
     linear_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Times of the student's steps before the warp (1 is noise); its checkpoints carry them."""
     step_shift: float = 5.0
+    """Timestep shift that warps them."""
     ratio: int = 5
+    """Critic updates per student update."""
     critic_warmup: int = 0
+    """Critic updates before the first of the student."""
     critic_data: Literal["own", "student"] = "own"
+    """What the critic learns from: own rollouts before the student's update, or the student's
+    rollouts, detached, after it."""
     reuse: int = 1
+    """Critic updates on one rollout (critic_data=own)."""
     data_std: float = 1.0
+    """Standard deviation of real latents, the yardstick of the collapse monitor (1 for Wan's)."""
     std_range: tuple[float, float] = (0.75, 1.33)
+    """Healthy: the rollouts' standard deviation over ``data_std`` lies in here."""
     healthy_within: float = 1.3
+    """Healthy: the distance between critic and teacher stays within this factor of its lowest. The
+    newest healthy EMA is the checkpoint's ``best``."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches, checkpoints; steps are updates of the student."""
     student: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
+    """Optimiser and precision of the student."""
     critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
+    """Optimiser and precision of the critic."""
     teacher_engine: EngineConfig = field(default_factory=EngineConfig)
+    """Where the frozen teacher lies, and its precision."""
     checkpointing: bool = True
+    """Compute the blocks of student and critic again in the backward pass: less memory, more
+    time."""
     recompute_attention: bool = True
+    """With ``checkpointing``: attention, too; false keeps its outputs."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """What is measured on the videos while training."""
 
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:

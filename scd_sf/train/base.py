@@ -27,27 +27,37 @@ TRAINING = ("lr", "betas", "eps", "weight_decay", "warmup", "anneal_from", "grad
 
 @dataclass
 class EngineConfig:
-    """One trainable model. ``lr`` is the peak; ``warmup`` in updates; ``anneal_from`` a fraction of all updates.
-
-    ``grad_clip`` is the global gradient norm limit (0: none). ``offload`` puts optimizer state (a frozen engine: the
-    parameters) on the CPU. ``bucket`` is DeepSpeed's bucket in elements. ``max_skips`` non-finite updates in a row stop
-    the run. ``lr_scale``: parameters whose name starts so learn at a multiple of ``lr``, e.g. ``{decoder: 2.0}``.
-    """
+    """One model's optimiser, precision and place."""
 
     kind: Literal["deepspeed", "local"] = "deepspeed"
+    """deepspeed, or local: plain torch."""
     zero_stage: int = 2
+    """DeepSpeed: what is partitioned over the ranks: 0 nothing, 1 optimiser states, 2 gradients,
+    too, 3 weights, too."""
     dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and computation; with bf16 the optimiser keeps fp32 master weights."""
     lr: float = 1e-4
+    """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's two decays."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     weight_decay: float = 0.01
+    """AdamW's weight decay."""
     warmup: int = 0
+    """Updates until the learning rate is reached."""
     anneal_from: float = 1.0
+    """Fraction of all updates after which the learning rate falls linearly to 0; 1: never."""
     grad_clip: float = 1.0
+    """Largest norm of the gradient; 0: no limit."""
     offload: bool = False
+    """Optimiser states (of a frozen engine: the parameters) on the CPU."""
     bucket: int = 50_000_000
+    """DeepSpeed's buckets, in elements."""
     max_skips: int = 10
+    """So many non-finite updates in a row stop the run."""
     lr_scale: dict[str, float] = field(default_factory=dict)
+    """Parameters whose name starts so learn at a multiple of ``lr``, e.g. {decoder: 2.0}."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):

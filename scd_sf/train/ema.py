@@ -20,11 +20,14 @@ from scd_sf.types import UserError
 
 @dataclass
 class EmaConfig:
-    """``decay`` per update; ``start``: the average simply follows the weights before this update."""
+    """The average of the weights."""
 
     decay: float = 0.99
+    """Decay per update."""
     start: int = 0
+    """Before this update the average simply follows the weights."""
     warmup: bool = True
+    """Smaller decay in the beginning: (n + 1) / (n + 10) at the n-th update."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:

@@ -58,24 +58,32 @@ RESUMABLE = (
 
 @dataclass
 class TrainConfig:
-    """``steps`` are optimizer updates; ``global_batch`` clips per update on all processes together, ``micro_batch``
-    per process and forward (accumulation is derived). The newest ``keep`` checkpoints stay on disk, and those of every
-    ``keep_every``-th step (0: none), and the best one where a recipe knows it. After ``engine.max_skips`` non-finite
-    updates in a row the run goes back to its last checkpoint and leaves out the data since then, ``max_rollbacks``
-    times at most. ``async_save``: checkpoints are copied to the CPU and written while the training goes on.
-    ``prefetch``: so many micro-batches of clips or prompts are read (or encoded) ahead (0: none)."""
+    """Length, batches and checkpoints of a training."""
 
     steps: int = 1000
+    """Optimiser updates."""
     global_batch: int = 64
+    """Clips (or prompts) per update on all processes together."""
     micro_batch: int = 1
+    """Of these, per process and forward; accumulation follows from both."""
     save_every: int = 100
+    """Updates between checkpoints."""
     validate_every: int = 100
+    """Updates between validations."""
     keep: int = 2
+    """So many of the newest checkpoints stay on disk (and the best one, where a recipe knows
+    it)."""
     keep_every: int = 0
+    """The checkpoints of every n-th step stay, too; 0: none."""
     max_rollbacks: int = 2
+    """How often a run that diverged goes back to its last checkpoint and leaves out the data since
+    then, before it gives up."""
     async_save: bool = False
+    """Copy checkpoints to the CPU and write them while the training goes on."""
     prefetch: int = 2
+    """Micro-batches that are read (or encoded) ahead; 0: none."""
     ema: EmaConfig = field(default_factory=EmaConfig)
+    """The average of the weights."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "keep"):

@@ -45,23 +45,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class RunConfig:
-    """``dir`` the run directory; ``log_every`` steps between printed lines; ``wandb`` off, offline or online.
-
-    ``resume``: auto continues when the directory has a checkpoint, must requires one, never refuses one.
-    ``heartbeat_seconds``: how often every process says that it lives; ``timeout_minutes``: how long one may keep the
-    others waiting before the job ends. ``peak_tflops``: dense peak of one device in the type it computes in (989 for
-    bf16 on an H100); above 0, ``perf/mfu`` is logged, after counting a step at the start (stage 3: half a minute).
-    """
+    """Where a run lies, how it starts and what it logs."""
 
     dir: str
+    """The run directory."""
     seed: int = 0
+    """Seed of weights, order and noise."""
     log_every: int = 10
+    """Steps between printed lines."""
     resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on if the directory has a checkpoint; must: require one; never: refuse one."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """off, offline or online."""
     project: str = "scd-sf"
+    """Project in wandb."""
     heartbeat_seconds: float = 10.0
+    """Seconds between two signs of life of every process."""
     timeout_minutes: float = 60.0
+    """How long one process may keep the others waiting before the job ends."""
     peak_tflops: float = 0.0
+    """Dense peak of one device in the type it computes in (989 for bf16 on an H100); above 0,
+    perf/mfu is logged, after counting a step at the start (stage 3: half a minute). 0: no MFU."""
 
     def __post_init__(self) -> None:
         if not self.dir.strip():

@@ -24,9 +24,11 @@ class PixelsConfig:
     as_coded=true``; TECO-Minecraft's is ``kind=teco split=test first=256``."""
 
     kind: Kind = "teco"
+    """Which data set, and so which layout on disk."""
     root: str = ""
     """Folder (or tar) of the data set as it is distributed."""
     split: str = "train"
+    """train, test, or what else the data set has."""
     list: str = ""
     """kind=far: the JSON list (inside ``root``, or a path of its own)."""
     list_prefix: str = ""

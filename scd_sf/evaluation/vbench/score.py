@@ -49,24 +49,34 @@ _UNPICKLING = "Weights only load failed"
 
 @dataclass
 class ScoreConfig:
-    """``videos``: what vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of temporal flickering
-    count as filtered). ``out``: for results (empty: VIDEOS/scores). ``python``: one that has VBench; empty: an
-    environment is built in ``env``, with ``torch`` and ``detectron2`` as pip requirements. ``cache``: VBench's weights
-    (empty: $VBENCH_CACHE_DIR or ~/.cache/vbench); ``download``: VBench may fetch missing ones. ``gpus``: ranks; 0: the
-    CPU; -1: all GPUs. ``unfiltered``: temporal flickering of the first candidates, without the static filter."""
+    """What is scored, and where VBench is."""
 
     videos: str
+    """Folder that vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of
+    temporal flickering count as filtered)."""
     out: str = ""
+    """Folder for the results; empty: ``scores`` in the folder of the videos."""
     python: str = ""
+    """A Python that has VBench; empty: an environment is built in ``env``."""
     env: str = ""
+    """Folder of the environment that is built; empty: one in the user's cache."""
     torch: str = "torch"
+    """pip requirement of torch for the environment."""
     detectron2: str = ""
+    """pip requirement of detectron2 for the environment; empty: none, and the dimensions that need
+    it fail."""
     cache: str = ""
+    """Folder of VBench's weights; empty: $VBENCH_CACHE_DIR or ~/.cache/vbench."""
     download: bool = False
+    """VBench may fetch missing weights."""
     dimensions: list[str] = field(default_factory=list)
+    """Only these; empty: all 16."""
     samples: int = SAMPLES
+    """Videos per prompt that are scored."""
     gpus: int = -1
+    """Number of GPUs; 0: the CPU; -1: all."""
     unfiltered: bool = False
+    """Temporal flickering of the first candidates, without the static filter."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.samples <= SAMPLES:

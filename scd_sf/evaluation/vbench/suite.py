@@ -47,20 +47,29 @@ _NEEDS_RAFT = (
 
 @dataclass
 class SuiteConfig:
-    """``sampling``: as ``scd sample``, without prompts. ``extended``: a file whose line k is what line k of VBench's
-    list is sampled with. ``dimensions``: of these only (empty: all). ``samples``, ``flicker_samples``: videos and
-    candidates for the static filter per prompt. ``seeds``: "vbench" (100000 i + j, prompt i, sample j, as VBench's
-    authors sampled Wan 2.1) or "sample" (sampling.seed + j, as ``scd sample``). ``raft``: weights for the filter."""
+    """Videos for VBench: which prompts, how many, which seeds."""
 
     sampling: SampleConfig
+    """As ``scd sample``, without prompts, start and samples."""
     full_info: str = ""
+    """Another VBench_full_info.json; empty: the list that is shipped."""
     extended: str = ""
+    """File whose line k is the prompt that line k of VBench's list is sampled with; empty: VBench's
+    own."""
     dimensions: list[str] = field(default_factory=list)
+    """Only prompts of these; empty: all."""
     samples: int = SAMPLES
+    """Videos per prompt."""
     flicker_samples: int = CANDIDATES_EACH
+    """Candidates per prompt for the static filter of temporal flickering."""
     seeds: Literal["vbench", "sample"] = "vbench"
+    """vbench: 100000 i + j for prompt i, sample j (as VBench's authors sampled Wan 2.1); sample:
+    sampling.seed + j."""
     raft: str = ""
+    """File of RAFT's weights, which the static filter needs: raft-things.pth, or torchvision's
+    raft_large."""
     filter: bool = True
+    """Apply the static filter; false: leave the candidates as they are."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.samples <= SAMPLES or self.flicker_samples < 1:

@@ -33,15 +33,21 @@ FUSIONS = ("paper", "junction", "delta", "channel")
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """``layers``: Wan layers the decoder copies, in order. ``split``: how many of them come before the junction
-    (None: those that the encoder also has)."""
+    """Which layers the decoder copies, and how the context enters."""
 
     layers: tuple[int, ...] = (0, 1, 2, 3, 4, 25, 26, 27, 28, 29)
+    """Layers of the base model that the decoder copies, in order."""
     fusion: str = "delta"
+    """How the context enters: paper, junction, delta or channel (docs/adr/0003)."""
     prefix_rope: str = "identical"
+    """Positions of a prefix: temporal, the frames before; identical, the same frames."""
     prefix: str = "full"
+    """full: the prefix runs through the blocks at every step; cached: once per chunk."""
     split: int | None = None
+    """How many of the layers come before the junction; null: those that the encoder also has."""
     prefix_time: str = "query"
+    """Time that a prefix is given: query, that of the encoder; step, that of the step (the released
+    code's)."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (

@@ -30,24 +30,33 @@ from scd_sf.types import UserError, check_within
 
 @dataclass
 class TransplantConfig:
-    """``base``: a Wan directory (transformer in diffusers or original layout, VAE and text encoder beside it).
-    ``weights``: a file or directory of a transformer to take instead of the base's own: original layout, or a
-    Self-Forcing, Causal-Forcing or CausVid generator; ``section`` picks a part of a training checkpoint ("plain": what
-    has no section's name). ``heads``: of
-    a file alone that is neither as wide as the base's transformer nor as a released Wan (0: as these).
-    ``family``: scd or causal. ``chunk``: latent frames generated together (1 in the paper). ``sampler`` is what the
-    student is sampled with: many steps for Wan's own weights, the distilled generator's steps for a generator."""
+    """Stage 1: which weights become which student."""
 
     base: str
+    """A Wan directory: the transformer in diffusers or original layout, VAE and text encoder beside
+    it."""
     out: str
+    """Folder of the new checkpoint."""
     weights: str = ""
+    """File or directory of a transformer to take instead of the base's own: original layout, or a
+    Self-Forcing, Causal-Forcing or CausVid generator. Empty: the base's own."""
     section: str = ""
+    """Part of a training checkpoint in ``weights``; plain: what has no section's name; empty:
+    generator_ema, else generator."""
     heads: int = 0
+    """Attention heads of a file alone that is neither as wide as the base's transformer nor as a
+    released Wan; 0: as these."""
     family: str = "scd"
+    """scd or causal (the baseline)."""
     scd: ScdConfig = field(default_factory=ScdConfig)
+    """How SCD is cut and joined."""
     chunk: int = 1
+    """Latent frames generated together (1 in the paper)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """What the student is sampled with: many steps for Wan's weights, the distilled steps for a
+    generator."""
     seed: int = 0
+    """Seed of the weights that are new."""
 
     def __post_init__(self) -> None:
         if self.scd.chunk not in (1, self.chunk):

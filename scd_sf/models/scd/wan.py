@@ -36,12 +36,14 @@ from scd_sf.types import Conditioning, UserError
 
 @dataclass(frozen=True)
 class ScdConfig:
-    """Which layers of the base model make the encoder and the decoder (from scratch: how many, numbered on), how they
-    are joined, and frames per chunk (paper: 1)."""
+    """How SCD is cut out of its base model."""
 
     encoder_layers: tuple[int, ...] = tuple(range(25))
+    """Layers of the base model that make the encoder (from scratch: how many, numbered on)."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The decoder, and how the context enters it."""
     chunk: int = 1
+    """Latent frames generated together (paper: 1)."""
 
     def check(self, num_layers: int) -> None:
         """UserError unless every layer exists in a model of ``num_layers``."""

@@ -21,21 +21,27 @@ from scd_sf.types import check_within
 
 @dataclass
 class TokenizerConfig:
-    """Sizes. A stage per entry of ``widths``, each but the first after a halving: the factor is 2^(stages - 1).
+    """Sizes of a DC-AE; the defaults are the f16c32 that FAR trains on Minecraft.
 
-    ``encoder_layers`` and ``decoder_layers``: blocks per stage; 0 in the first stage joins it with the halving (pixels
-    then become the second width at once). The first ``res_stages`` stages are residual convolutions, the rest
-    EfficientViT blocks with heads of ``head_dim``. ``shortcuts``: averages into the latents and copies out of them. The
-    defaults are DC-AE's f16c32 as FAR trains it on Minecraft.
+    A stage per entry of ``widths``, each but the first after a halving: the factor is 2^(stages -
+    1).
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024)
+    """Channels of each stage."""
     encoder_layers: tuple[int, ...] = (0, 4, 8, 2, 2)
+    """Blocks of each stage; 0 in the first joins it with the halving (pixels become the second
+    width at once)."""
     decoder_layers: tuple[int, ...] = (0, 5, 10, 2, 2)
+    """The same for the decoder."""
     res_stages: int = 3
+    """So many first stages are residual convolutions, the rest EfficientViT blocks."""
     head_dim: int = 32
+    """Width of an attention head in those."""
     channels: int = 32
+    """Channels of the latents."""
     shortcuts: bool = True
+    """Averages into the latents and copies out of them, beside the layers (DC-AE)."""
 
     def __post_init__(self) -> None:
         check_within(self, {"channels": (1, 2**12), "head_dim": (1, 2**12)})
@@ -85,10 +91,12 @@ def last_weight(model: AutoencoderDC) -> Tensor:
 
 @dataclass
 class DiscriminatorConfig:
-    """A patch discriminator: ``layers`` halvings, ``width`` channels after the first, doubling up to 8 times."""
+    """A patch discriminator."""
 
     width: int = 64
+    """Channels after the first halving; they double up to 8 times that."""
     layers: int = 3
+    """Halvings."""
 
     def __post_init__(self) -> None:
         if self.width < 8 or self.width % 8 or self.layers < 1:

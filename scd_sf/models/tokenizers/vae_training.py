@@ -41,13 +41,19 @@ STILL = 1 / 255  # mean change below half a grey level (pixels span 2): nothing 
 
 @dataclass
 class SmallVaeConfig:
-    """Sizes of the network: ``patch_size`` times two halvings is the spatial factor 8; both halve time too."""
+    """Sizes of a small ``AutoencoderKLWan``: ``patch_size`` times two halvings is the spatial
+    factor 8; both halve time, too."""
 
     base_dim: int = 12
+    """Width of the encoder."""
     decoder_base_dim: int = 16
+    """Width of the decoder."""
     channels: int = 16
+    """Channels of the latents."""
     dim_mult: tuple[int, ...] = (1, 4, 4)
+    """Width of each stage, as a multiple; the last two are equal."""
     num_res_blocks: int = 1
+    """Residual blocks per stage."""
 
     def __post_init__(self) -> None:
         sizes = ("base_dim", "decoder_base_dim", "channels", "num_res_blocks")

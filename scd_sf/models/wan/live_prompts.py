@@ -36,17 +36,19 @@ from scd_sf.types import Conditioning, UserError
 
 @dataclass
 class LiveTextConfig:
-    """How a list of prompts is encoded while it is used; a directory of encoded prompts needs none of it.
-
-    ``path``: the directory of the text encoder (empty: the teacher's, or else the critic's). ``column``: of the prompts
-    in a csv or jsonl file. ``dtype``: bf16, fp32 or fp16, in which it computes. ``cache``: a folder that keeps encoded
-    prompts for other runs and ranks (empty: none), at most ``cache_gb`` GB, the oldest go first."""
+    """How a list of prompts is encoded while it is used; a directory of encoded prompts needs none
+    of it."""
 
     path: str = ""
+    """Directory of the text encoder; empty: the teacher's, or else the critic's."""
     column: str = "prompt"
+    """Column or key of the prompts in a csv or jsonl file."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Type that the encoder computes in."""
     cache: str = ""
+    """Folder that keeps encoded prompts for other runs and ranks; empty: none."""
     cache_gb: float = 20.0
+    """Largest size of that folder in GB; the oldest prompts go first."""
 
     def __post_init__(self) -> None:
         if self.cache_gb <= 0:

@@ -48,20 +48,24 @@ log = logging.getLogger(__name__)
 class TextEncoderConfig:
     """Where a text encoder lies and which of its states the video model sees.
 
-    Exactly one of ``path`` (a directory: diffusers layout, Wan's original one, or weights and tokenizer together) and
-    ``package`` (an installed package that ships the weights in ``folder``) is set.
-    ``max_length``: tokens; longer prompts are cut, shorter ones zero-padded. ``hidden_layer``: which hidden state is
-    taken (-1 the last, as Wan; 0 the embeddings before any layer; as "CLIP skip"). ``scale`` multiplies the states.
-    A sentence encoder's last layer hardly tells "left" from "right"; its layer 0, scaled to unit RMS, does.
+    Exactly one of ``path`` and ``package`` is set. A sentence encoder's last layer hardly tells
+    "left" from "right"; its layer 0, scaled to unit RMS, does.
     """
 
     path: str = ""
+    """A directory: diffusers layout, Wan's original one, or weights and tokenizer together."""
     package: str = ""
+    """An installed package that ships the weights."""
     folder: str = "model"
+    """Folder of the weights in the package."""
     max_length: int = WAN_MAX_LENGTH
+    """Tokens; longer prompts are cut, shorter ones zero-padded."""
     hidden_layer: int = -1
+    """Which hidden state is taken: -1 the last, as Wan; 0 the embeddings before any layer."""
     scale: float = 1.0
+    """Factor on the states."""
     clean: bool = True
+    """Clean the prompts as Wan does (whitespace, HTML entities) before they are encoded."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_length <= MOST_TOKENS:

@@ -78,15 +78,18 @@ class AnySource(Protocol[Clip_co]):
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How the work is done; ``max_bad`` is the share of malformed clips above which the data is refused."""
+    """How the work is done."""
 
     batch: int = 64
     """Frames per call of the tokenizer."""
     workers: int = 2
     """Threads that decode; each holds one clip, and one more waits."""
     max_bad: float = 0.01
+    """Share of malformed clips above which the data is refused."""
     frames_per_shard: int = 10_000
+    """Frames in a file."""
     device: str = "cpu"
+    """cuda, cuda:1 or cpu."""
 
     def __post_init__(self) -> None:
         if min(self.batch, self.workers, self.frames_per_shard) < 1:

@@ -48,20 +48,24 @@ RECORDS = "records"
 
 @dataclass
 class EncodeListConfig:
-    """``prompts``: a list (txt, csv, jsonl, the folder of a filter or extender; ``column``: of a csv or jsonl file).
-    ``model``: a directory with the text encoder. ``negative_prompt``: what stage 3's teacher is guided away from
-    ("wan": Wan 2.1's own; empty: the empty prompt). ``dtype``: bf16, fp32 or fp16, in which the encoder computes;
-    ``store``: the type on the disk (empty: the same, as stage 3 has it that encodes by itself). ``per_shard``: prompts
-    in a file."""
+    """Which prompts are encoded, by what, in which type."""
 
     prompts: str
+    """A list (txt, csv, jsonl), or the folder of a filter or extender."""
     model: str
+    """Directory with the text encoder."""
     out: str
+    """Folder of the encoded prompts."""
     column: str = "prompt"
+    """Column or key of the prompts in a csv or jsonl file."""
     negative_prompt: str = "wan"
+    """What stage 3's teacher is guided away from; wan: Wan 2.1's own; empty: the empty prompt."""
     dtype: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Type that the encoder computes in."""
     store: Literal["", "bf16", "fp32", "fp16"] = ""
+    """Type on the disk; empty: the same, as in stage 3 that encodes by itself."""
     per_shard: int = 256
+    """Prompts in a file."""
 
     def __post_init__(self) -> None:
         if self.per_shard < 1:

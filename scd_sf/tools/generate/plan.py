@@ -33,15 +33,18 @@ CONTENTS = ("*.safetensors", "*.json", "*.model", "*.pth")  # weights, configura
 
 @dataclass
 class ClusterConfig:
-    """Only for ``launcher=ray``. ``address`` of a running cluster ("auto": this machine's; empty: start one here),
-    ``workers``: at most so many (0: as many as the cluster's GPUs, or CPUs, allow), each with ``gpus`` and ``cpus``.
-    A clip is tried again ``retries`` times when its worker dies."""
+    """Only for ``launcher=ray``."""
 
     address: str = "auto"
+    """Address of a running cluster; auto: this machine's; empty: start one here."""
     workers: int = 0
+    """At most so many; 0: as many as the cluster's GPUs, or CPUs, allow."""
     gpus: float = 1.0
+    """GPUs of a worker."""
     cpus: float = 1.0
+    """CPUs of a worker."""
     retries: int = 5
+    """How often a clip is tried again when its worker dies."""
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.retries < 0 or self.gpus < 0 or self.cpus < 0 or not self.gpus + self.cpus:
@@ -52,40 +55,59 @@ class ClusterConfig:
 
 @dataclass
 class GenerateConfig:
-    """``model``: the teacher's directory, with VAE and text encoder. ``prompts``, or ``prompt_file`` (txt, csv, jsonl,
-    or the folder of a filter or extender; a column ``uuid`` is kept). ``samples`` clips per prompt, of seeds ``seed``
-    (or the row's own), ``seed + 1``, ... ``frames``, ``height`` and ``width`` in pixels. ``negative_prompt``: "wan" is
-    Wan 2.1's own. ``store``: bf16, fp16 or fp32.
-    ``batch`` clips go through the teacher together; such a group is always computed whole, so that a clip does not
-    depend on what was finished before. ``text_cache``: encoded prompts (empty: ``OUT/text-cache``; for several hosts a
-    folder that all see). ``videos``: also write an mp4 of each clip. ``engine``: kind deepspeed is ZeRO-3 over the
-    ranks, with ``offload`` on the CPU; local a whole teacher per rank. ``launcher``: ranks (deepspeed, torchrun, plain
-    python) or ray."""
+    """Clips of the teacher: what they are made from, and where."""
 
     model: str
+    """Directory of the teacher, with VAE and text encoder."""
     out: str
+    """Folder of the clips."""
     prompts: list[str] = field(default_factory=list)
+    """Prompts; or give ``prompt_file``."""
     prompt_file: str = ""
+    """A txt, csv or jsonl file, or the folder of a filter or extender; a column uuid is kept."""
     prompt_column: str = "prompt"
+    """Column or key of the prompts in a csv or jsonl file."""
     samples: int = 1
+    """Clips per prompt."""
     seed: int = 0
+    """Clips of a prompt have seed, seed + 1, ...; a row's own seed counts first."""
     frames: int = 81
+    """Frames, in pixels: 1 + 4 k."""
     height: int = 480
+    """Pixels."""
     width: int = 832
+    """Pixels."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("unipc", 50, 5.0))
+    """Sampler and steps."""
     guidance: GuidanceConfig = field(default_factory=lambda: GuidanceConfig(5.0))
+    """Classifier-free guidance."""
     negative_prompt: str = "wan"
+    """What guidance leads away from; wan: Wan 2.1's own."""
     text_dtype: str = "bf16"
+    """Type that the text encoder computes in: bf16, fp16 or fp32."""
     text_cache: str = ""
+    """Folder that keeps encoded prompts; empty: text-cache in ``out``; on several hosts one that
+    all see."""
     store: str = "bf16"
+    """Type of the latents on disk: bf16, fp16 or fp32."""
     batch: int = 1
+    """Clips that go through the teacher together; a group is always computed whole, so that a clip
+    does not depend on what was finished before."""
     videos: bool = True
+    """Also write an mp4 of each clip."""
     fps: int = 16
+    """Frames per second of the mp4 files."""
     crf: int = 18
+    """Quality of the mp4 files: 0 (best) .. 51."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(dtype="bf16"))
+    """Where the teacher lies: kind deepspeed partitions it over the ranks (ZeRO-3), with
+    ``offload`` on the CPU; local: a whole one per rank."""
     launcher: Literal["ranks", "ray"] = "ranks"
+    """ranks (deepspeed, torchrun, plain python) or ray."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The Ray cluster."""
     timeout_minutes: float = 120.0
+    """How long one rank may keep the others waiting before the job ends."""
 
     def __post_init__(self) -> None:
         check_within(self, {"samples": (1, 2**22), "batch": (1, 2**22), "fps": (1, 1000), "seed": (0, 2**63 - 1)})

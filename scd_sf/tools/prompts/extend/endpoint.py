@@ -32,14 +32,18 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """``url``: up to and with ``/v1``. ``key_env``: the environment variable that holds the key; '' sends none.
-    ``retries``: of a call that got no answer, 429 or 5xx; waits double from ``wait`` seconds."""
+    """A server with OpenAI's chat interface."""
 
     url: str = ""
+    """Its address, up to and with ``/v1``; empty: the model runs here."""
     key_env: str = ""
+    """Environment variable that holds the key; empty: none is sent."""
     timeout: float = 120.0
+    """Seconds that an answer may take."""
     retries: int = 6
+    """How often a call without an answer, or with 429 or 5xx, is tried again."""
     wait: float = 1.0
+    """Seconds before the first repetition; they double."""
 
     def __post_init__(self) -> None:
         if self.url and urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):

@@ -34,11 +34,14 @@ _CHATTER = re.compile(
 
 @dataclass(frozen=True)
 class Gates:
-    """What an answer must be: so many words, one line, in English, without chatter."""
+    """What an answer must be, besides one line without chatter."""
 
     min_words: int = 40
+    """Least number of words."""
     max_words: int = 160
+    """Largest number of words."""
     language: str = "en"
+    """Its language."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_words <= self.max_words:

@@ -45,23 +45,35 @@ SECONDS_PER_LINE = 20.0
 
 @dataclass(frozen=True)
 class ExtendConfig:
-    """``prompts``: a list as filter_vidprom.py writes or reads. ``model``: a directory (``hub``: a name on the hub;
-    with ``endpoint.url``: the server's name of it). ``attempts``: at one prompt, each with the next seed, before the
-    original is kept. ``batch``: prompts at a time on each rank."""
+    """Which prompts are written out at length, and by what."""
 
     prompts: str
+    """A list as filter_vidprom.py writes or reads."""
     out: str
+    """Folder of the extended list."""
     model: str
+    """Directory of the language model; with ``hub`` a name on the hub; with ``endpoint.url`` the
+    server's name of it."""
     hub: bool = False
+    """Take ``model`` from the Hugging Face hub."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """A server instead of a model here."""
     gates: Gates = field(default_factory=Gates)
+    """What an answer must be."""
     attempts: int = 3
+    """Attempts at one prompt, each with the next seed, before the original is kept."""
     seed: int = 42
+    """Seed of the first attempt."""
     temperature: float = 0.7
+    """Temperature of sampling."""
     top_p: float = 0.8
+    """Share of probability that is sampled from."""
     max_tokens: int = 512
+    """Longest answer."""
     batch: int = 16
+    """Prompts at a time on each rank."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """Type that the model computes in."""
 
     def __post_init__(self) -> None:
         if min(self.attempts, self.max_tokens, self.batch) < 1:

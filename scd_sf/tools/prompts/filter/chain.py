@@ -36,31 +36,41 @@ VIDPROM_LICENCE = "CC BY-NC 4.0 (VidProM)"
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """``inputs``: lists, or folders that this command or the extender made: .csv with VidProM's columns, .jsonl
-    ({"prompt": .., "uuid", "time", scores optional}) or one prompt per line. ``nsfw``: a row goes when one of its six
-    Detoxify scores is at least this. ``letters``: smallest share of letters; ``run``: longest run of one character.
-    ``language_score``: another language is refused from this on.
-    ``bad_rows``: rows that cannot be read are counted and left out, up to this share of all (or ten).
-    ``sample``: how many to draw, 0 for all. ``licence``: of lists that are not VidProM's. ``workers``: processes, 0 for
-    one per core; they change nothing but the time.
-    """
+    """Which prompts are kept."""
 
     inputs: tuple[str, ...]
+    """Lists, or folders that this command or the extender made: .csv with VidProM's columns, .jsonl
+    ({"prompt": .., "uuid", "time", scores optional}) or one prompt per line."""
     out: str
+    """Folder of the kept prompts and the report."""
     nsfw: float = 0.05
+    """A row is dropped if one of its six Detoxify scores is at least this."""
     min_words: int = 3
+    """Least number of words."""
     max_words: int = 120
+    """Largest number of words."""
     letters: float = 0.6
+    """Least share of letters among the characters."""
     run: int = 6
+    """Longest run of one character."""
     language: str = "en"
+    """The language that is kept."""
     language_score: float = 0.5
+    """Another language is refused from this score on."""
     bad_rows: float = 0.1
+    """Rows that cannot be read are counted and left out, up to this share of all (or ten)."""
     near: NearDupConfig = field(default_factory=NearDupConfig)
+    """Near-duplicates."""
     sample: int = 0
+    """How many of the kept prompts to draw; 0: all."""
     seed: int = 0
+    """Seed of that draw."""
     licence: str = ""
+    """Licence of lists that are not VidProM's."""
     examples: int = 5
+    """Examples of each step in the report."""
     workers: int = 0
+    """Processes; 0: one per core. They change nothing but the time."""
 
     def __post_init__(self) -> None:
         if not self.inputs:

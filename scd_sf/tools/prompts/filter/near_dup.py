@@ -32,14 +32,18 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class NearDupConfig:
-    """``shingle``: bytes of an n-gram. 16 bands of 8 find 95 % of the pairs at 0.8 and more above. ``window``: about
-    how many rows a worker looks at together, besides those of one class more (memory: 1.5 KB a row)."""
+    """Near-duplicates by MinHash. 16 bands of 8 find 95 % of the pairs at 0.8, and more above."""
 
     jaccard: float = 0.8
+    """Pairs at least this similar are one (Jaccard index of their n-grams)."""
     shingle: int = 3
+    """Bytes of an n-gram."""
     permutations: int = 128
+    """Hashes of a prompt."""
     bands: int = 16
+    """Bands that the hashes are split into; divides ``permutations``."""
     window: int = 150_000
+    """About how many rows a worker looks at together (memory: 1.5 KB a row)."""
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.jaccard < 1 or not 1 <= self.shingle <= 8 or self.window < 1:
