@@ -15,7 +15,7 @@ Reply = tuple[int, dict[str, str], bytes]  # status, headers, body
 
 @dataclass
 class Server:
-    """Where it is, and every request: path, headers, body."""
+    """Where it is, and every request: path, headers by lower-case name, body."""
 
     url: str
     requests: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
@@ -37,10 +37,12 @@ def serving(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 number = len(server.requests)
-                server.requests.append((self.path, dict(self.headers), body))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                server.requests.append((self.path, headers, body))
             status, headers, data = reply(number, body)
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            always = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+            for name, value in {**always, **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)

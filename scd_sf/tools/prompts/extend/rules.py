@@ -72,7 +72,7 @@ def refusal(answer: Answer, gates: Gates) -> str:
         return "cut"
     if len(text.splitlines()) > 1:
         return "lines"
-    if any(unicodedata.category(char) == "Cc" for char in text):
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
         return "characters"
     if _CHATTER.match(text):
         return "chatter"

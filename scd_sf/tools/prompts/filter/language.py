@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -15,23 +14,15 @@ NOTHING = [(-1.0, "")]
 HEAD = 48  # characters that are looked at (the library: 80): nearly twice as fast, VBench's prompts decided alike
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Beginnings of texts (one line each, at most ``HEAD`` characters), the wanted language, the score of a refusal."""
-
-    texts: Sequence[str]
-    language: str = "en"
-    score: float = 0.5
-
-
-def foreign(heads: Heads) -> list[tuple[int, str, float]]:
-    """(index, language, score) of the texts to refuse: another language, at least this score, also in lower case.
+def foreign(heads: Sequence[str], language: str = "en", limit: float = 0.5) -> list[tuple[int, str, float]]:
+    """(index, language, score) of the texts to refuse: another language, with at least the score ``limit``, also in
+    lower case. ``heads``: beginnings of texts, one line each, at most ``HEAD`` characters.
 
     Asks the model's C++ part itself: the Python functions around it take half of the time again (a test compares them).
     """
     predict = _model().f.predict  # (line with its end, how many, from which score, what to do with bad UTF-8)
-    wanted, limit, found = f"__label__{heads.language}", heads.score, []
-    for index, text in enumerate(heads.texts):
+    wanted, refused = f"__label__{language}", []
+    for index, text in enumerate(heads):
         score, label = (predict(f"{text}\n", 1, 0.0, "strict") or NOTHING)[0]
         if label == wanted or score < limit:
             continue
@@ -39,14 +30,14 @@ def foreign(heads: Heads) -> list[tuple[int, str, float]]:
         if lower != text:
             score, label = (predict(f"{lower}\n", 1, 0.0, "strict") or NOTHING)[0]
         if label != wanted and score >= limit:
-            found.append((index, label.removeprefix("__label__"), round(min(score, 1.0), 3)))
-    return found
+            refused.append((index, label.removeprefix("__label__"), round(min(score, 1.0), 3)))
+    return refused
 
 
-def is_foreign(text: str, language: str = "en", score: float = 0.5) -> bool:
+def is_foreign(text: str, language: str = "en", limit: float = 0.5) -> bool:
     """The same for one text of any form."""
     head = " ".join(text.split())[:HEAD]
-    return bool(head) and bool(foreign(Heads([head], language, score)))
+    return bool(head) and bool(foreign([head], language, limit))
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from scd_sf.tools.prompts.extend.rules import SYSTEM, Answer, Gates, messages, refusal, seed_of
-from scd_sf.types import UserError
 
 GOOD = (
     "A realistic wide shot of an old lighthouse keeper who climbs the narrow stairs of a white tower while the storm "
@@ -46,5 +45,5 @@ def test_limits_and_seeds() -> None:
     assert len(seeds) == 12 and all(0 <= seed < 2**31 for seed in seeds) and seed_of(0, "a", 1) == seed_of(0, "a", 1)
     assert [message["role"] for message in messages("a cat")] == ["system", "user"]
     assert messages("a cat")[1]["content"] == "a cat" and all(f"{n}. " in SYSTEM for n in range(1, 8))
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError, match="min_words"):
         Gates(min_words=9, max_words=3)

@@ -149,9 +149,7 @@ def test_an_endpoint_with_every_kind_of_answer(tmp_path: Path) -> None:
         return completion(answers.get(word, f"{word} {LONG}"), "length" if word == "cut" else "stop")
 
     with serving(reply) as server:
-        cfg = ExtendConfig(
-            str(path), str(tmp_path / "out"), "qwen", endpoint=EndpointConfig(server.url, wait=0.01), batch=2
-        )
+        cfg = ExtendConfig(str(path), str(tmp_path / "out"), "qwen", endpoint=EndpointConfig(server.url), batch=2)
         run_extend(cfg, ALONE)
         first = len(server.requests)
         run_extend(replace(cfg, batch=5), ALONE)
@@ -192,8 +190,11 @@ def test_a_longer_list_goes_on_and_another_setting_is_refused(tmp_path: Path) ->
         (tmp_path / "in.jsonl").write_text('{"uuid": "x", "prompt": "a"}\n{"uuid": "x", "prompt": "b"}\n')
         with pytest.raises(UserError, match=r"uuid x names two prompts"):
             run_extend(cfg, ALONE)
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a", "start": "x.png"}\n')
+        with pytest.raises(UserError, match=r"prompt 1 has 'start' or 'then', which would be lost"):
+            run_extend(cfg, ALONE)
         (tmp_path / "in.csv").write_text("uuid,prompt,time\nu,a,t\nv,b,t,more\n")
-        with pytest.raises(UserError, match=r"in\.csv: row 2 \(line 3\): 4 columns instead of 3"):
+        with pytest.raises(UserError, match=r"in\.csv: line 3 has 4 columns instead of 3"):
             run_extend(replace(cfg, prompts=str(tmp_path / "in.csv")), ALONE)
         assert len(server.requests) == 5
 

@@ -105,9 +105,7 @@ def test_the_same_on_two_processes_and_when_rows_are_added(generator: ModuleType
     part.write_text(text.getvalue(), encoding="utf-8", newline="")
     assert whole.read_bytes().startswith(part.read_bytes())
 
-    result = recipe_runner.succeed(
-        SCRIPT, f"inputs=[{whole}]", f"out={tmp_path}/two", "workers=2", "near={window: 300}"
-    )
+    result = recipe_runner.succeed(SCRIPT, f"inputs=[{whole}]", f"out={tmp_path}/two", "workers=2")
     assert "report.md" in result.out
     base = FilterConfig((str(whole),), str(tmp_path / "one"), workers=1)
     run_filter(base)
@@ -132,18 +130,18 @@ def test_the_same_on_two_processes_and_when_rows_are_added(generator: ModuleType
 
 @pytest.mark.slow
 def test_killed_while_writing(tmp_path: Path) -> None:
-    arguments = [f"inputs=[{write_csv(tmp_path / 'a.csv', ROWS)}]", f"out={tmp_path}/out", "workers=1"]
+    source = f"inputs=[{write_csv(tmp_path / 'a.csv', ROWS)}]"
     writes = "pathlib:Path.replace"
-    calls = recipe_runner.run(SCRIPT, *arguments, at=At(writes, 99)).calls
+    calls = recipe_runner.run(SCRIPT, source, f"out={tmp_path}/out", "workers=1", at=At(writes, 99)).calls
     assert calls == 5
     names = ("prompts.jsonl", "prompts.txt", "report.md")
     whole = {name: (tmp_path / "out" / name).read_bytes() for name in names}
-    for call in range(1, calls + 1):
-        killed = recipe_runner.run(SCRIPT, *arguments[:1], f"out={tmp_path}/{call}", "workers=1", at=At(writes, call))
-        assert killed.code < 0 and not (tmp_path / str(call) / "report.json").exists()
-        done = recipe_runner.succeed(SCRIPT, *arguments[:1], f"out={tmp_path}/{call}", "workers=1")
-        assert "already complete" not in done.out
-        assert {name: (tmp_path / str(call) / name).read_bytes() for name in whole} == whole
+    for call in (1, 2, calls):
+        out = tmp_path / str(call)
+        killed = recipe_runner.run(SCRIPT, source, f"out={out}", "workers=1", at=At(writes, call))
+        assert killed.code < 0 and not (out / "report.json").exists()
+        run_filter(FilterConfig((str(tmp_path / "a.csv"),), str(out), workers=1))
+        assert {name: (out / name).read_bytes() for name in whole} == whole
 
 
 def test_a_folder_is_finished_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,12 +158,25 @@ def test_a_folder_is_finished_or_refused(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match=r"prompts\.txt: was changed since report\.json was written; move it away"):
         run_filter(cfg)
     assert (tmp_path / "out" / "prompts.txt").read_text() == "my own changes"
-    with pytest.raises(UserError, match=r"made with other nsfw; nothing is overwritten"):
+    with pytest.raises(UserError, match=r"begun with other nsfw; nothing is overwritten"):
         run_filter(replace(cfg, nsfw=0.2))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match=r"full: holds other files \(thesis\.txt\)"):
         run_filter(replace(cfg, out=str(tmp_path / "full")))
+
+
+def test_bad_rows_are_left_out_up_to_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f'{{"prompt": "{LONG}"}}', '{"prompt": "a \\ud800"}', "[1]", '{"prompt": "b", "time": 5}', "{" * 9999]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    report = read_json(run_filter(FilterConfig((str(tmp_path / "b.jsonl"),), str(tmp_path / "out"), workers=1)), "")
+    counts = report["steps"][0]["counts"]
+    assert counts["rows that cannot be read"] == 4 and "b.jsonl: line 2: not JSON" in counts["first"]
+    assert report["steps"][0]["rows_in"] == 5 and "left out: 4 rows" in capsys.readouterr().out
+    (tmp_path / "c.jsonl").write_text("\n".join(lines * 3))
+    with pytest.raises(UserError, match=r"12 of 15 rows cannot be read; the first: .*c\.jsonl: line 2"):
+        run_filter(FilterConfig((str(tmp_path / "c.jsonl"),), str(tmp_path / "third"), workers=1))
+    assert not (tmp_path / "third").exists()
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +228,7 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     cfg = FilterConfig((str(own),), str(tmp_path / "own"), workers=1)
     with pytest.raises(UserError, match=r"holds prompts\.jsonl\.csv, one of the inputs"):
         run_filter(cfg)
-    for name in ("prompts.txt", "report.md", "report.json", "building.json"):
+    for name in ("prompts.txt", "report.md", "report.json", "settings.json"):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text('{"mine": 1}')

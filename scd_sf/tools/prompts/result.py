@@ -1,0 +1,61 @@
+"""The folder of a filter's or an extender's result: prompts.jsonl and prompts.txt with the same rows, report.json with
+their hashes, written last, and settings.json with what decided them, written first."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scd_sf.files import Json, locked, read_json, read_typed, require_own_folder, sha256_file
+from scd_sf.types import UserError
+
+SETTINGS, PROMPTS, TEXT, REPORT = "settings.json", "prompts.jsonl", "prompts.txt", "report.json"
+REMEDY = "use another out="
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a report says of the files beside it."""
+
+    sha256: dict[str, str]
+
+
+def require(*packages: str) -> None:
+    """UserError unless every named package of the extra ``data`` is installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"package {missing[0].replace('_', '-')} is missing; install it with: pip install scd-sf[data]")
+
+
+@contextmanager
+def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
+    """Hold ``out`` for ``command``; gives whether the result in it is complete.
+
+    UserError: another command's folder, one that was begun with other settings, a result that was changed since."""
+    require_own_folder(out, (SETTINGS, REPORT))
+    with locked(out, command):
+        file = next((out / name for name in (SETTINGS, REPORT) if (out / name).is_file()), None)
+        if file is not None:
+            content = read_json(file, REMEDY)
+            begun = content if file.name == SETTINGS else content.get("settings")
+            known = begun if isinstance(begun, dict) else {}
+            plain = json.loads(json.dumps(settings))  # tuples as the lists that files hold
+            if other := [name for name in plain if known.get(name) != plain[name]]:
+                raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: {REMEDY}")
+        yield (out / REPORT).is_file() and _is_whole(out)
+
+
+def sums(out: Path) -> dict[str, str]:
+    """Hashes of both lists."""
+    return {name: sha256_file(out / name) for name in (PROMPTS, TEXT)}
+
+
+def _is_whole(out: Path) -> bool:
+    known = read_typed(out / REPORT, Sums, REMEDY).sha256
+    there = [name for name in (PROMPTS, TEXT) if (out / name).is_file()]
+    if changed := [name for name in there if sha256_file(out / name) != known.get(name)]:
+        raise UserError(f"{out / changed[0]}: was changed since {REPORT} was written; move it away, or {REMEDY}")
+    return len(there) == 2
