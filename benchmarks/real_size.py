@@ -28,11 +28,11 @@ from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.files import write_json
 from scd_sf.generation.generate import generate_latents
-from scd_sf.models.build import Student
+from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
 from scd_sf.models.scd.transplant import transplant_scd, verify_transplant
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.layers import WanBlock
@@ -57,7 +57,7 @@ class Variant:
         with torch.device("meta"):
             if not self.fusion:
                 return Causal(cfg, self.chunk)
-            return Scd(
+            return ScdWan(
                 cfg, ScdConfig(encoder, DecoderConfig(decoder, self.fusion, "identical", self.prefix), self.chunk)
             )
 

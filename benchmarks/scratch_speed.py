@@ -29,11 +29,11 @@ from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
 from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.models.build import ModelConfig, Student, build_student
+from scd_sf.models.build import ModelConfig, Scd, Student, build_student
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.interface import CacheConfig, FrameStreamer
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.interface import FrameStreamer
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, exit_on_user_error
 
 CHANNELS, SIDE, ACTIONS = 32, 8, 3

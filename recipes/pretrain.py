@@ -25,9 +25,8 @@ from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.evaluation.prediction import PredictionPreview, PredictionPreviewConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time, validation_loss
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Student, build_student
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, Student, build_student
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.checks import check_batches, check_same_size, check_shape
 from scd_sf.train.ema import Ema

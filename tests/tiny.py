@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import Student, set_blocks
+from scd_sf.models.build import Student, build_scd, set_blocks
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import Conditioning
@@ -159,7 +158,7 @@ def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64)
     cfg = CFG if variant.backbone == "wan" else DIT
     model: Student = Causal(cfg, variant.chunk)
     if variant.family == "scd":
-        model = Scd(cfg, scd_config(variant))
+        model = build_scd(cfg, scd_config(variant))
     set_blocks(model, variant.blocks)
     redraw(model, seed, dtype)
     return model

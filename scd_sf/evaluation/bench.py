@@ -38,13 +38,14 @@ from scd_sf.models.build import (
     base_of,
     build_model,
     describe_checkpoint,
+    family_of,
     load_student,
 )
 from scd_sf.models.export import dtype_of
-from scd_sf.models.interface import CacheConfig
 from scd_sf.models.wan.text import TextEncoder, load_text_encoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, VaeStream, channels_last, load_vae
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.layers import WanBlock
 from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device
 
@@ -262,7 +263,7 @@ class Bench:
         return {
             "name": entry.config.name,
             "weights": "random" if config is not None else entry.config.checkpoint,
-            "family": type(entry.student).__name__,
+            "family": family_of(entry.student),
             "latent_frames_per_chunk": chunk,
             "fusion": scd.decoder.fusion if scd is not None else None,
             "parameters": sum(p.numel() for p in entry.student.parameters()),

@@ -20,9 +20,9 @@ from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import NotFinite, as_uint8, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model
-from scd_sf.models.interface import CacheConfig
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 from scd_sf.models.wan.transformer import Wan
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.train.run import Run
 from scd_sf.types import Conditioning, UserError
 

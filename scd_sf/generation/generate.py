@@ -22,8 +22,9 @@ from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.guided import Guided, SampleGuidance
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
-from scd_sf.models.interface import CacheConfig, FrameStreamer, check_chunks
+from scd_sf.models.interface import FrameStreamer, check_chunks
 from scd_sf.models.wan.vae import Vae, VaeStream
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 

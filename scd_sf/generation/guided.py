@@ -15,9 +15,8 @@ from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig, guide
 from scd_sf.diffusion.noise import Noise
-from scd_sf.models.build import Student
-from scd_sf.models.interface import CacheConfig
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.build import Scd, Student
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, check_within
 
 

@@ -30,6 +30,7 @@ from scd_sf.models.build import (
     Student,
     base_of,
     describe_checkpoint,
+    family_of,
     load_student,
     probe,
     read_single,
@@ -188,7 +189,7 @@ def write_pipeline(
     with new_folder(out, "choose another place") as part:
         write_single(part / STUDENT, student, config, origin, dtype)
         copy_components(base, part)
-        entries = {"transformer": ["scd_sf", type(student).__name__], "vae": ["diffusers", "AutoencoderKLWan"]}
+        entries = {"transformer": ["scd_sf", family_of(student)], "vae": ["diffusers", "AutoencoderKLWan"]}
         entries |= {
             name: ["transformers", kind]
             for name, kind in (("text_encoder", "AutoModelForTextEncoding"), ("tokenizer", "AutoTokenizer"))

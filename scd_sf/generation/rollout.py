@@ -9,7 +9,8 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, row_noise
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.models.interface import CacheConfig, FrameStreamer, check_chunks
+from scd_sf.models.interface import FrameStreamer, check_chunks
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, Denoiser
 
 

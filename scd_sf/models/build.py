@@ -19,13 +19,16 @@ from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import FrameGenerator
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.scratch import ScdScratch
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig, WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
 
+Scd = ScdWan | ScdScratch
 Student = Scd | Causal
 SINGLE = "scd_sf.model.1"  # the format of an exported file, in its metadata
 MOST_CHUNK = 10_000  # latent frames at once: 40 minutes of video
@@ -111,10 +114,20 @@ def build_model(config: ModelConfig) -> Student | Wan:
     """A freshly initialised model of the configured family."""
     cfg = config.transformer
     if config.family == "scd":
-        return Scd(cfg, config.scd)
+        return build_scd(cfg, config.scd)
     model = Wan(config.wan) if config.family == "wan" else Causal(cfg, config.chunk)
     set_blocks(model, config.blocks)
     return model
+
+
+def build_scd(cfg: WanConfig | DitConfig, scd: ScdConfig) -> Scd:
+    """SCD on Wan's layers, or on those of a model trained from scratch, as ``cfg`` says."""
+    return ScdScratch(cfg, scd) if isinstance(cfg, DitConfig) else ScdWan(cfg, scd)
+
+
+def family_of(model: Student | Wan) -> str:
+    """ "Scd", "Causal" or "Wan", as results name it."""
+    return "Scd" if isinstance(model, Scd) else type(model).__name__
 
 
 def build_student(config: ModelConfig) -> Student:

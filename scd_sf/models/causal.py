@@ -13,31 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.interface import CacheConfig, Query, check_chunks, pick_chunks, pick_frames
-from scd_sf.models.replay import Replayed, run_step
+from scd_sf.models.interface import Query, check_chunks, pick_chunks, pick_frames
+from scd_sf.models.replay import Replayed, new_history, run_step
 from scd_sf.models.trunk import Text, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
-from scd_sf.nn.kv_cache import KV, Cache, KVCache, RingKVCache
+from scd_sf.nn.kv_cache import KV, Cache, CacheConfig
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
-from scd_sf.nn.rope import Axes, Rotary
+from scd_sf.nn.rope import Rotary
 from scd_sf.types import Conditioning
-
-
-def new_cache(config: CacheConfig | None, tokens: int, axes: Axes, new_frames: int) -> Cache:
-    """An empty history for ``tokens`` tokens per latent frame, read by forwards of up to ``new_frames`` frames.
-    ``axes``: the rotary positions of its keys."""
-    config = config or CacheConfig()
-    window, new = config.tokens(tokens, axes), new_frames * tokens
-    if config.preallocate is None:
-        return KVCache.empty(window)
-    if window.recent is None:
-        return RingKVCache(config.preallocate * tokens, new)
-    return RingKVCache(window.recent + window.sink, new, wrap=True, window=window)
-
-
-def places(config: CacheConfig | None, chunk: int) -> int:
-    """How many lengths the history can have that a step reads."""
-    return (0 if config is None else config.preallocate or 0) // chunk + 1
 
 
 @dataclass(frozen=True)
@@ -122,9 +105,7 @@ class Causal(nn.Module):
         return velocity.unflatten(1, (samples, -1)).transpose(0, 1)
 
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> CausalStream:
-        history = new_cache(cache, self.cfg.tokens(*latent), self.cfg.rope_axes, self.chunk)
-        if self.replay is not None:
-            self.replay.house(history, (cond.batch, latent, cache), places(cache, self.chunk), self)
+        history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 1)
         return CausalStream(*self._told(cond), history, latent)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:

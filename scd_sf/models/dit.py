@@ -2,7 +2,8 @@
 
 What differs from Wan: adaLN-zero projections in every block, q and k normalised per head, FLUX's three-axis RoPE (a
 quarter of a head for time), actions and labels added to the time's embedding, no text. Finished frames are marked by
-a timestep of about -1. The models are :class:`~scd_sf.models.causal.Causal` and :class:`~scd_sf.models.scd.wan.Scd`.
+a timestep of about -1. The models are :class:`~scd_sf.models.causal.Causal` and
+:class:`~scd_sf.models.scd.scratch.ScdScratch`.
 Letters: B batch, F frames, L tokens, E width, R decoder rows, n frames of a row.
 """
 
@@ -162,24 +163,3 @@ class DitHead(nn.Module):
         shift, scale = upcast(self.adaln(F.silu(temb_BFE))).unsqueeze(2).chunk(2, -1)
         x = modulate(self.norm_out(x_BLE), scale, shift, temb_BFE.shape[1])
         return unpatchify(upcast(self.proj_out(x.to(x_BLE.dtype))), self.patch, self.channels, height, width)
-
-
-class ContextNorm(nn.Module):
-    """What ends SCD's encoder: an affine-free norm, which Eq. 7's corruption follows, then adaLN (spec/scd.md 1.1)."""
-
-    def __init__(self, cfg: DitConfig) -> None:
-        super().__init__()
-        self.norm = LayerNorm(cfg.width, cfg.eps, affine=False)
-        self.adaln = nn.Linear(cfg.width, 2 * cfg.width)
-        nn.init.zeros_(self.adaln.weight)
-        nn.init.zeros_(self.adaln.bias)
-
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        """Encoder tokens to unit variance."""
-        normed: Tensor = self.norm(x_BLE)
-        return normed.to(x_BLE.dtype)
-
-    def modulated(self, c_RLE: Tensor, temb_RnE: Tensor) -> Tensor:
-        """The (perhaps corrupted) context as the decoder reads it; ``temb``: the encoder's, of these frames."""
-        shift, scale = upcast(self.adaln(F.silu(temb_RnE))).unsqueeze(2).chunk(2, -1)
-        return modulate(upcast(c_RLE), scale, shift, temb_RnE.shape[1]).to(c_RLE.dtype)

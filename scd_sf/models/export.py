@@ -14,6 +14,7 @@ from torch import Tensor
 from scd_sf.checkpoint import MANIFEST
 from scd_sf.files import new_folder, own_file
 from scd_sf.models.build import (
+    Scd,
     Student,
     build_model,
     describe_checkpoint,
@@ -23,7 +24,6 @@ from scd_sf.models.build import (
     require_wan,
     write_single,
 )
-from scd_sf.models.scd.wan import Scd
 from scd_sf.models.wan.names import Layout
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import WanFiles, load_wan, open_wan, save_wan, shard_size, write_wan

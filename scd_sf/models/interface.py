@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scd_sf.nn.kv_cache import Window
-from scd_sf.nn.rope import Axes
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, on_device
 
 
@@ -29,43 +28,6 @@ class Query:
     t: Tensor | None = None
     eta: float = 0.0
     rng: torch.Generator | None = None
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """The streaming history, counted in latent frames."""
-
-    window: int | None = None
-    """Latent frames that are kept; null: all."""
-    sink: int = 0
-    """First frames that always stay in the window."""
-    preallocate: int | None = None
-    """Frames of an in-place ring (sampling only); null: the functional cache of training."""
-    turn_sink: bool = True
-    """Turn the sink's keys along, to stand right before the window (scd_sf/nn/kv_cache.py)."""
-
-    def __post_init__(self) -> None:
-        if (self.window is not None and self.window < 1) or self.sink < 0:
-            raise UserError(
-                f"cache: window {self.window} must be at least 1 frame (or null), sink {self.sink} at least 0"
-            )
-        if self.preallocate is not None and self.preallocate < 1:
-            raise UserError(f"cache.preallocate is {self.preallocate}; it must be at least 1 frame")
-
-    @classmethod
-    def sampling(cls, window: int, sink: int, frames: int) -> CacheConfig:
-        """A preallocated history: of all ``frames`` (``window`` 0, or none shorter than they), or of the first ``sink``
-        and last ``window``."""
-        if window < 0 or sink < 0 or (sink and not window):
-            raise UserError(f"window {window} and sink {sink} must be >= 0, and a sink needs a window")
-        if not window or window + sink >= frames:
-            return cls(preallocate=frames)
-        return cls(window, sink, preallocate=window + sink)
-
-    def tokens(self, per_frame: int, axes: Axes) -> Window:
-        """In tokens, for keys whose rotary positions are split over ``axes``."""
-        recent = None if self.window is None else self.window * per_frame
-        return Window(recent, self.sink * per_frame, per_frame if self.turn_sink and self.sink else 0, axes)
 
 
 class FrameStreamer(Protocol):
@@ -129,20 +91,30 @@ def pick_chunks(x: Tensor, targets: Sequence[int], chunk: int, dim: int) -> Tens
     """The frames of the target chunks along ``dim``; no copy when all are wanted."""
     if list(targets) == list(range(x.shape[dim] // chunk)):
         return x
-    frames = [c * chunk + i for c in targets for i in range(chunk)]
-    return x.index_select(dim, on_device(torch.tensor(frames), x.device))
+    frames = torch.tensor(chunk_frames(targets, chunk))
+    return x.index_select(dim, on_device(frames, x.device))
+
+
+def chunk_frames(chunks: Sequence[int], chunk: int) -> list[int]:
+    """Indices of the frames of these chunks, ``chunk`` frames each."""
+    return [index * chunk + offset for index in chunks for offset in range(chunk)]
 
 
 def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | None:
-    """The vectors of these frames; one vector (labels) serves all. UserError: frames that nothing is told of."""
+    """Of a signal (B, F, E) the vectors of these frames; one vector (a clip's label) serves all frames.
+
+    UserError: a frame that the signal does not reach.
+    """
     if signal_BFE is None:
         return None
-    told = signal_BFE.shape[1]
-    if told == 1:
-        return signal_BFE.expand(-1, len(frames), -1)
-    if max(frames, default=0) >= told:
-        raise UserError(f"actions are given for {told} frames, frame {max(frames)} needs one too: give one per frame")
-    first, count = frames[0] if frames else 0, len(frames)
+    count, num_frames = len(frames), signal_BFE.shape[1]
+    if num_frames == 1:
+        return signal_BFE.expand(-1, count, -1)
+    last = max(frames, default=0)
+    if last >= num_frames:
+        raise UserError(f"actions are given for {num_frames} frames, frame {last} needs one too: give one per frame")
+    first = frames[0] if frames else 0
     if list(frames) == list(range(first, first + count)):
         return signal_BFE[:, first : first + count]
-    return signal_BFE.index_select(1, on_device(torch.tensor(list(frames)), signal_BFE.device))
+    indices = on_device(torch.tensor(list(frames)), signal_BFE.device)
+    return signal_BFE.index_select(1, indices)

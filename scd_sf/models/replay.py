@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from scd_sf.nn.kv_cache import Buffers, Cache, RingKVCache
+from scd_sf.models.trunk import TrunkConfig
+from scd_sf.nn.kv_cache import Buffers, Cache, CacheConfig, RingKVCache, new_cache
 from scd_sf.types import UserError
 
 T = TypeVar("T")
@@ -132,6 +133,27 @@ class Replayed:
 def run_step(replay: Replayed | None, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
     """The step, replayed where a model has recordings."""
     return step(*inputs) if replay is None else replay(name, key, step, *inputs)
+
+
+def new_history(
+    model: nn.Module,
+    replay: Replayed | None,
+    cfg: TrunkConfig,
+    config: CacheConfig | None,
+    batch: int,
+    latent: tuple[int, int],
+    chunk: int,
+    chunks: int,
+) -> Cache:
+    """An empty history of ``batch`` videos with latent frames of (H, W), in buffers that recordings know.
+
+    A forward reads it with up to ``chunks`` chunks of ``chunk`` new frames.
+    """
+    history = new_cache(config, cfg.tokens(*latent), cfg.rope_axes, chunks * chunk)
+    if replay is not None:
+        num_lengths = (config or CacheConfig()).num_lengths(chunk)
+        replay.house(history, (batch, latent, config), num_lengths, model)
+    return history
 
 
 def _walk(value: Any, change: Callable[[Tensor], Tensor], described: list[Hashable]) -> Any:

@@ -1,7 +1,7 @@
 """Key/value caches of the streaming path. Keys are stored rotated; lengths are Python integers (no ``.item()``).
 
-``KVCache`` is immutable and detached: training's rollout uses it, so no gradient can cross frames (spec
-self_forcing.md 1.4: writing K/V in place leaks gradients between chunks). ``RingKVCache`` is preallocated and written
+``KVCache`` is immutable and detached: training's rollout uses it, so no gradient can cross frames.
+(Written in place, K/V would leak gradients between chunks.) ``RingKVCache`` is preallocated and written
 in place: inference only. Letters: B batch, N heads, L tokens, D head dim.
 
 A window with a sink (the first frames, kept for ever) would let the distance to the sink grow past anything trained. So
@@ -71,6 +71,48 @@ class Window:
         if self.recent is None or not self.per_frame or not self.sink:
             return 0
         return max(0, length - self.recent - self.sink) // self.per_frame
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The streaming history, counted in latent frames."""
+
+    window: int | None = None
+    """Latent frames that are kept; null: all."""
+    sink: int = 0
+    """First frames that always stay in the window."""
+    preallocate: int | None = None
+    """Frames of an in-place ring (sampling only); null: the functional cache of training."""
+    turn_sink: bool = True
+    """Turn the sink's keys along, to stand right before the window (top of this file)."""
+
+    def __post_init__(self) -> None:
+        if (self.window is not None and self.window < 1) or self.sink < 0:
+            raise UserError(
+                f"cache: window {self.window} must be at least 1 frame (or null), sink {self.sink} at least 0"
+            )
+        if self.preallocate is not None and self.preallocate < 1:
+            raise UserError(f"cache.preallocate is {self.preallocate}; it must be at least 1 frame")
+
+    @classmethod
+    def sampling(cls, window: int, sink: int, frames: int) -> CacheConfig:
+        """A preallocated history: of all ``frames`` (``window`` 0, or none shorter than they), or of the
+        first ``sink`` and last ``window``."""
+        if window < 0 or sink < 0 or (sink and not window):
+            raise UserError(f"window {window} and sink {sink} must be >= 0, and a sink needs a window")
+        if not window or window + sink >= frames:
+            return cls(preallocate=frames)
+        return cls(window, sink, preallocate=window + sink)
+
+    def tokens(self, per_frame: int, axes: Axes) -> Window:
+        """In tokens, for keys whose rotary positions are split over ``axes``."""
+        recent = None if self.window is None else self.window * per_frame
+        turning = per_frame if self.turn_sink and self.sink else 0
+        return Window(recent, self.sink * per_frame, turning, axes)
+
+    def num_lengths(self, chunk: int) -> int:
+        """How many lengths a preallocated history can have that grows by ``chunk`` frames."""
+        return (self.preallocate or 0) // chunk + 1
 
 
 def turned(k_BNLD: Tensor, frames: int, axes: Axes) -> Tensor:
@@ -248,3 +290,17 @@ class RingKVCache:
             runs.append((slot, position - self.length, count))
             position += count
         return runs
+
+
+def new_cache(config: CacheConfig | None, tokens: int, axes: Axes, new_frames: int) -> Cache:
+    """An empty history for ``tokens`` tokens per latent frame, read by forwards of up to ``new_frames`` frames.
+
+    ``axes``: the rotary positions of its keys.
+    """
+    config = config or CacheConfig()
+    window, new = config.tokens(tokens, axes), new_frames * tokens
+    if config.preallocate is None:
+        return KVCache.empty(window)
+    if window.recent is None:
+        return RingKVCache(config.preallocate * tokens, new)
+    return RingKVCache(window.recent + window.sink, new, wrap=True, window=window)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.build import Scd
 from scd_sf.probes.figures import map_figure, panels_figure
 from scd_sf.probes.result import ProbeResult, rounded
 from scd_sf.probes.similarity import evenly_spaced

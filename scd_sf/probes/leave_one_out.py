@@ -16,8 +16,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from scd_sf.config import to_yaml
-from scd_sf.models.build import Student
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.build import Scd, Student
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.paired import Change, FlowLosses, LossConfig, changes_figure, increase, increases
 from scd_sf.probes.result import ProbeResult

@@ -26,14 +26,15 @@ from scd_sf.models.build import (
     CheckpointConfig,
     ModelConfig,
     SamplerConfig,
+    Scd,
     Student,
     base_of,
     blocks_of,
     describe_checkpoint,
+    family_of,
     load_checkpoint_model,
 )
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd.wan import Scd
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import load_vae
@@ -232,7 +233,7 @@ def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
     names = runnable(cfg, subject)
     facts: dict[str, object] = {
         "checkpoint": cfg.checkpoint,
-        "family": type(subject.model).__name__,
+        "family": family_of(subject.model),
         "weights": cfg.weights,
         "blocks": "whole" if blocks_of(subject.model) == BlocksConfig() else str(blocks_of(subject.model)),
         "prompts": "; ".join(cfg.prompts) or cfg.prompt_file or f"those of {cfg.data}",

@@ -15,9 +15,8 @@ from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import sample_bidirectional
-from scd_sf.models.build import Student
+from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd.wan import Scd
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import Conditioning, UserError, VideoShape
 

@@ -22,13 +22,12 @@ from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.interface import CacheConfig
 from scd_sf.models.replay import Replayed
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
 from scd_sf.nn import rope
-from scd_sf.nn.kv_cache import RingKVCache
+from scd_sf.nn.kv_cache import CacheConfig, RingKVCache
 from scd_sf.nn.layers import WanBlock
 from scd_sf.types import UserError
 
@@ -92,7 +91,7 @@ def small(name: str) -> Student:
         decoder = DecoderConfig(
             (0, 1), variant.fusion, variant.rope, variant.prefix, None if variant.fusion == "paper" else 1
         )
-        model = Scd(cfg, ScdConfig((0, 1), decoder, variant.chunk))
+        model = ScdWan(cfg, ScdConfig((0, 1), decoder, variant.chunk))
     tiny.redraw(model, 0, torch.float32)
     return model
 

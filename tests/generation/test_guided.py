@@ -12,7 +12,7 @@ from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.guided import Guided, SampleGuidance
 from scd_sf.generation.rollout import rollout
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.build import Scd
 from scd_sf.nn.layers import BLOCKS
 from scd_sf.types import UserError
 

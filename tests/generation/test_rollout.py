@@ -15,12 +15,13 @@ from torch import Tensor
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
 from scd_sf.generation.rollout import rollout, stream_rollout
-from scd_sf.models.build import Student
+from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.interface import CacheConfig, Query
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.interface import Query
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError
 
 some_students = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
@@ -90,7 +91,7 @@ def block_passes(model: Student, chunks: int, steps: int) -> Counter[str]:
 def test_scd_10_plus_4_with_4_steps_is_26_block_passes_per_chunk(chunk: int) -> None:
     """Encoder once per chunk, decoder S times: 10 + 4 * 4 = 26 (paper, Table 2 law)."""
     decoder = DecoderConfig((0, 1, 12, 13), "junction")
-    counted = block_passes(Scd(FLAT, ScdConfig(tuple(range(10)), decoder, chunk)), chunks=3, steps=4)
+    counted = block_passes(ScdWan(FLAT, ScdConfig(tuple(range(10)), decoder, chunk)), chunks=3, steps=4)
     assert counted == {"encoder": 3 * 10, "decoder": 3 * 4 * 4}
     assert counted.total() == 3 * 26
 
@@ -99,7 +100,7 @@ def test_scd_10_plus_4_with_4_steps_is_26_block_passes_per_chunk(chunk: int) -> 
 def test_what_the_context_costs_once_per_chunk(fusion: str, prefix: str, once: int) -> None:
     """A cached prefix runs c once through the late blocks; delta runs the query once through the early blocks."""
     config = ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 12, 13), fusion, prefix=prefix))
-    counted = block_passes(Scd(FLAT, config), chunks=3, steps=4)
+    counted = block_passes(ScdWan(FLAT, config), chunks=3, steps=4)
     assert counted == {"encoder": 3 * 10, "decoder": 3 * (once + 4 * 4)}
 
 

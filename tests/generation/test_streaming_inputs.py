@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.generation.rollout import rollout, stream_rollout
-from scd_sf.models.interface import CacheConfig
+from scd_sf.nn.kv_cache import CacheConfig
 
 families = pytest.mark.parametrize("variant", tiny.SOME, ids=str)
 

@@ -21,7 +21,8 @@ from scd_sf.losses.flow_matching import (
     query_times,
     validation_loss,
 )
-from scd_sf.models.interface import CacheConfig, Query, pick_chunks
+from scd_sf.models.interface import Query, pick_chunks
+from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.masks import teacher_forcing_mask
 from scd_sf.types import Conditioning, Logs, UserError
 
@@ -144,7 +145,7 @@ def test_validation_takes_as_many_targets_at_a_time_as_training(
     model, x_0 = tiny.student(variant), tiny.latents(1, 3 * variant.chunk)
     cond, null = tiny.prompts(1), tiny.prompts(1, seed=5)
     lengths: list[int] = []
-    for module in ("scd", "causal"):
+    for module in ("scd.wan", "scd.scratch", "causal"):
         monkeypatch.setattr(
             f"scd_sf.models.{module}.teacher_forcing_mask",
             lambda layout, device: (lengths.append(len(layout.kinds)), teacher_forcing_mask(layout, device))[1],

@@ -6,10 +6,9 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.causal import Causal, new_cache
-from scd_sf.models.interface import CacheConfig
+from scd_sf.models.causal import Causal
 from scd_sf.models.scd.transplant import transplant_causal
-from scd_sf.nn.kv_cache import KVCache, RingKVCache, Window
+from scd_sf.nn.kv_cache import CacheConfig, KVCache, RingKVCache, Window, new_cache
 from scd_sf.types import UserError
 
 

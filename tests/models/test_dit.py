@@ -21,12 +21,12 @@ from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.flow_matching import FlowMatchingConfig, drop_signals, flow_matching_loss
-from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model
+from scd_sf.models.build import CheckpointConfig, ModelConfig, Scd, build_model
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.scd.config import DecoderConfig
+from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.nn.layers import BLOCKS, DitBlock
 from scd_sf.types import Conditioning, UserError
 
@@ -184,7 +184,7 @@ def test_the_first_frame_is_generated_and_labels_or_nothing_do_too() -> None:
     """B12: no context is needed, and neither actions nor labels are."""
     for told in ({"num_actions": 0, "num_labels": 0}, {"num_actions": 0}, {"num_labels": 0}):
         cfg = dataclasses.replace(tiny.DIT, **told)
-        model = Scd(cfg, tiny.scd_config(SCD))
+        model = ScdScratch(cfg, tiny.scd_config(SCD))
         tiny.redraw(model, 0, torch.float32)
         cond = dataclasses.replace(tiny.prompts(2), text_BLE=torch.zeros(2, 0, 0))
         noise = tiny.latents(2, 3, dtype=torch.float32)
@@ -237,7 +237,7 @@ def test_time_samplers_have_their_quantiles() -> None:
 def test_a_fresh_model_is_silent() -> None:
     """adaLN-zero: every block is the identity, the head gives zero."""
     torch.manual_seed(0)
-    model, data = Scd(tiny.DIT, tiny.scd_config(SCD)), tiny.clip(1, dtype=torch.float32)
+    model, data = ScdScratch(tiny.DIT, tiny.scd_config(SCD)), tiny.clip(1, dtype=torch.float32)
     with torch.no_grad():
         assert not bool(tiny.teacher_forced(model, data).any())
     assert isinstance(model.encoder.blocks[0], DitBlock)

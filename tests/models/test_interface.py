@@ -11,8 +11,8 @@ from torch import Tensor
 
 from scd_sf.evaluation.roofline import HeavyCalls
 from scd_sf.models.build import Student
-from scd_sf.models.interface import CacheConfig, check_chunks, pick_chunks
-from scd_sf.nn.kv_cache import KVCache, Window
+from scd_sf.models.interface import check_chunks, pick_chunks
+from scd_sf.nn.kv_cache import CacheConfig, KVCache, Window
 from scd_sf.types import UserError
 
 some_students = pytest.mark.parametrize("variant", tiny.SOME, ids=str)

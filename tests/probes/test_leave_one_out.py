@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from scd_sf.checkpoint import find
 from scd_sf.config import load_config
 from scd_sf.diffusion.flow import shift_time
-from scd_sf.models.build import Student, load_student
+from scd_sf.models.build import Scd, Student, load_student
 from scd_sf.models.scd.transplant import TransplantConfig
-from scd_sf.models.scd.wan import Scd
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.leave_one_out import (
     LeaveOneOut,

@@ -15,7 +15,7 @@ from scd_sf.checkpoint import find, load_tensors
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
 from scd_sf.evaluation.prediction import load_predictor
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.build import Scd
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/pretrain.py"

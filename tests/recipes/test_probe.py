@@ -18,8 +18,8 @@ from scd_sf.config import load_config
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.files import locked
 from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, set_blocks, write_single
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, set_blocks, write_single
+from scd_sf.models.scd.config import ScdConfig
 from scd_sf.probes.paired import FlowLosses
 from scd_sf.probes.report import write_probe_report
 from scd_sf.probes.run import PROBES, ProbeConfig, open_subject, run_probes, runnable

@@ -22,8 +22,7 @@ from scd_sf.evaluation.prediction import PredictionConfig, predict
 from scd_sf.generation.generate import clips_of
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.losses.reconstruction import TokenizerObjective
-from scd_sf.models.build import Student, build_student
-from scd_sf.models.scd.wan import Scd
+from scd_sf.models.build import Scd, Student, build_student
 from scd_sf.models.tokenizers.tokenizer import FrameTokenizer, Normalisation
 from scd_sf.models.tokenizers.training import TokenizerConfig, build_tokenizer
 from scd_sf.train.base import StepModule

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from scd_sf.checkpoint import Checkpoints, absolute, provenance
 from scd_sf.config import to_yaml
 from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
-from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig
+from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig, Scd
 from scd_sf.models.causal import Causal
 from scd_sf.models.export import must_be_new
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import SIZES
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
@@ -118,7 +118,7 @@ def _copy(destination: nn.Module, source: Wan, pairs: Iterator[tuple[str, str | 
 def transplant_scd(wan: Wan, config: ScdConfig) -> tuple[Scd, list[Transfer]]:
     """Wan -> SCD. UserError if a layer list names a layer Wan does not have."""
     config.check(wan.cfg.num_layers)
-    scd = Scd(wan.cfg, config)
+    scd = ScdWan(wan.cfg, config)
     return scd, _copy(scd, wan, _pairs(scd))
 
 

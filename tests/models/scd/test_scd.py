@@ -9,9 +9,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.diffusion.noise import cpu_noise
+from scd_sf.models.build import Scd
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.decoder import contexts_per_sample, corrupt
+from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.models.scd.transplant import transplant_scd
-from scd_sf.models.scd.wan import Scd, ScdConfig, corrupt
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
 from scd_sf.nn.attention import FullSequence, Streaming
 from scd_sf.nn.kv_cache import KVCache
@@ -34,7 +38,12 @@ def encode(model: Scd, data: tiny.Clip) -> Tensor:
     """Contexts (B, chunks, tokens of a chunk, E) of a clip, teacher-forced."""
     chunks = data.x.shape[1] // model.chunk
     text = model.encoder.text(data.cond.text_BLE)
-    return model.encode(data.x, data.query.x, data.query.t, text, range(chunks)).unflatten(1, (chunks, -1))
+    if isinstance(model, ScdScratch):
+        c_BLE = model.encode(data.x, text, data.cond, range(chunks))
+    else:
+        assert data.query.x is not None and data.query.t is not None
+        c_BLE = model.encode(data.x, data.query.x, data.query.t, text, range(chunks))
+    return c_BLE.unflatten(1, (chunks, -1))
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -143,14 +152,15 @@ def test_delta_starts_as_causal_wan_with_chunk_diagonal_late_layers(variant: tin
 
 def test_corruption_has_the_rms_of_each_token_and_differs_per_row() -> None:
     c = torch.randn(6, 50, 64, generator=tiny.generator(0)) * torch.linspace(0.1, 10, 50)[:, None]
-    noise = (corrupt(c, 0.05, tiny.generator(1)) - c) / 0.05
+    noise = (corrupt(c, 0.05, cpu_noise(tiny.generator(1))) - c) / 0.05
     ratio = noise.pow(2).mean((0, 2)).sqrt() / c.pow(2).mean((0, 2)).sqrt()
     assert ratio.mean().item() == pytest.approx(1.0, abs=0.02)
     assert float(ratio.min()) > 0.8 and float(ratio.max()) < 1.2
     unit = (noise / c.pow(2).mean(-1, keepdim=True).sqrt()).flatten(1)
     between = torch.corrcoef(unit) - torch.eye(6)
     assert float(between.abs().max()) < 0.1
-    assert corrupt(c, 0.0, None) is c
+    rows = contexts_per_sample(c, 1, 5, 0.0, None)
+    assert torch.equal(rows, c.unflatten(1, (5, -1)).flatten(0, 1)), "no strength, no noise, no generator"
 
 
 def test_corruption_is_drawn_per_noisy_sample_and_reproducible() -> None:
@@ -176,8 +186,8 @@ def test_gradients_reach_every_parameter_of_both_nets() -> None:
 
 
 def test_channel_and_paper_adapters_start_as_identities() -> None:
-    channel = Scd(tiny.CFG, tiny.scd_config(tiny.Variant("scd", 1, "channel"))).decoder
-    paper = Scd(tiny.CFG, tiny.scd_config(tiny.Variant("scd", 1, "paper"))).decoder
+    channel = ScdWan(tiny.CFG, tiny.scd_config(tiny.Variant("scd", 1, "channel"))).decoder
+    paper = ScdWan(tiny.CFG, tiny.scd_config(tiny.Variant("scd", 1, "paper"))).decoder
     assert channel.adapter is not None and paper.adapter is not None
     x, c = torch.randn(2, 3, tiny.CFG.width, generator=tiny.generator(0)).unbind(0)
     assert torch.equal(channel.adapter(torch.cat([x, c], -1)), x + c)
@@ -214,19 +224,19 @@ def test_query_is_needed_and_layers_must_exist() -> None:
     with pytest.raises(UserError, match="needs the encoder's query"):
         model.teacher_forced(data.x_t, data.t, data.x, data.cond)
     with pytest.raises(UserError, match=r"encoder_layers is \[0, 6\]: the base model has layers 0\.\.5; remove \[6\]"):
-        Scd(tiny.CFG, ScdConfig((0, 6), DecoderConfig(tiny.DECODER)))
+        ScdWan(tiny.CFG, ScdConfig((0, 6), DecoderConfig(tiny.DECODER)))
     with pytest.raises(UserError, match=r"decoder.layers is \[-1\]"):
-        Scd(tiny.CFG, ScdConfig((0,), DecoderConfig((-1,))))
+        ScdWan(tiny.CFG, ScdConfig((0,), DecoderConfig((-1,))))
     with pytest.raises(UserError, match="name at least one"):
-        Scd(tiny.CFG, ScdConfig((), DecoderConfig(tiny.DECODER)))
+        ScdWan(tiny.CFG, ScdConfig((), DecoderConfig(tiny.DECODER)))
     with pytest.raises(UserError, match=r"chunk is 0; it must be at least 1"):
-        Scd(tiny.CFG, ScdConfig((0,), DecoderConfig(tiny.DECODER), chunk=0))
+        ScdWan(tiny.CFG, ScdConfig((0,), DecoderConfig(tiny.DECODER), chunk=0))
 
 
 def test_default_scd_has_the_papers_size() -> None:
     """Supplement Table 8 says 1.6B; 35 layer instances and two sets of embeddings are 1.65B."""
     with torch.device("meta"):
-        model = Scd(WanConfig(), ScdConfig())
+        model = ScdWan(WanConfig(), ScdConfig())
     count = sum(p.numel() for p in model.parameters())
     assert count / BILLION == pytest.approx(1.65, abs=0.02)
     assert len(model.encoder.blocks) + len(model.decoder.trunk.blocks) == 35

@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.scd.decoder import FUSIONS, DecoderConfig
+from scd_sf.models.build import Scd
+from scd_sf.models.scd.config import FUSIONS, DecoderConfig, ScdConfig
 from scd_sf.models.scd.transplant import (
     TransplantConfig,
     report_lines,
@@ -16,7 +17,6 @@ from scd_sf.models.scd.transplant import (
     transplant_scd,
     verify_transplant,
 )
-from scd_sf.models.scd.wan import Scd, ScdConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import UserError
 

@@ -33,8 +33,8 @@ from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.scd.wan import Scd, ScdConfig
+from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.vae import Vae, VaeStream
 from scd_sf.nn.attention import FullSequence
@@ -160,7 +160,7 @@ def student(name: str) -> Student:
     model: Student = Causal(cfg, chunk)
     if fusion:
         decoder = DecoderConfig((0, 1), fusion, rope, prefix, None if fusion == "paper" else 1)
-        model = Scd(cfg, ScdConfig((0, 1), decoder, chunk))
+        model = ScdWan(cfg, ScdConfig((0, 1), decoder, chunk))
     tiny.redraw(model, 0, torch.float32)
     return model.requires_grad_(False)
 
