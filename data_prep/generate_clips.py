@@ -14,13 +14,19 @@ Fields: scd_sf/tools/generate/plan.py. The folder's tools: ``scd data check | re
 from __future__ import annotations
 
 from scd_sf.config import from_command_line
-from scd_sf.tools.generate.launch import run_generate
+from scd_sf.distributed import init_distributed
+from scd_sf.tools.generate.cluster import run_on_cluster
+from scd_sf.tools.generate.launch import run_on_ranks
 from scd_sf.tools.generate.plan import GenerateConfig
 from scd_sf.types import exit_on_user_error
 
 
 def main() -> None:
-    run_generate(from_command_line(GenerateConfig, __doc__ or ""))
+    cfg = from_command_line(GenerateConfig, __doc__ or "")
+    if cfg.launcher == "ray":
+        run_on_cluster(cfg)
+    else:
+        run_on_ranks(cfg, init_distributed(cfg.timeout_minutes))
 
 
 if __name__ == "__main__":

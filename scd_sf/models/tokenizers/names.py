@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from scd_sf.models.renaming import renamed
 from scd_sf.types import UserError
 
 # Parts of a training that public LDM checkpoints carry beside the autoencoder: losses, VA-VAE's vision model.
@@ -24,37 +25,54 @@ TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 _ONE_BY_ONE = 4  # dimensions of a 1x1 convolution's kernel
 
 # efficientvit puts each convolution into a layer of its own with the members conv and norm; diffusers does not.
-_DC_SIDES = {"encoder": "down_blocks", "decoder": "up_blocks"}
-_DC_STAGE = re.compile(r"(encoder|decoder)\.stages\.(\d+)\.op_list\.(\d+)\.(.+)")
-_DC_BLOCKS = (
-    (r"main\.(conv1|conv2)\.conv\.(weight|bias)", r"\1.\2"),
-    (r"main\.conv2\.norm\.(\w+)", r"norm.\1"),
-    (r"main\.conv(?:\.conv)?\.(weight|bias)", r"conv.\1"),
-    (r"context_module\.main\.qkv\.conv\.weight", r"attn.qkv"),
-    (r"context_module\.main\.aggreg\.(\d+)\.0\.weight", r"attn.to_qkv_multiscale.\1.proj_in.weight"),
-    (r"context_module\.main\.aggreg\.(\d+)\.1\.weight", r"attn.to_qkv_multiscale.\1.proj_out.weight"),
-    (r"context_module\.main\.proj\.conv\.weight", r"attn.to_out.weight"),
-    (r"context_module\.main\.proj\.norm\.(\w+)", r"attn.norm_out.\1"),
-    (r"local_module\.main\.inverted_conv\.conv\.(\w+)", r"conv_out.conv_inverted.\1"),
-    (r"local_module\.main\.depth_conv\.conv\.(\w+)", r"conv_out.conv_depth.\1"),
-    (r"local_module\.main\.point_conv\.conv\.(\w+)", r"conv_out.conv_point.\1"),
-    (r"local_module\.main\.point_conv\.norm\.(\w+)", r"conv_out.norm.\1"),
-)
-_DC_ENDS = (  # a first stage without blocks makes the outermost convolution one that also changes the size
-    (r"encoder\.project_in\.(conv\.)?conv\.(weight|bias)", r"encoder.conv_in.\1\2"),
-    (r"encoder\.project_out\.main\.op_list\.0\.conv\.(\w+)", r"encoder.conv_out.\1"),
-    (r"decoder\.project_in\.main\.conv\.(\w+)", r"decoder.conv_in.\1"),
-    (r"decoder\.project_out\.op_list\.0\.(\w+)", r"decoder.norm_out.\1"),
-    (r"decoder\.project_out\.op_list\.2\.(conv\.)?conv\.(weight|bias)", r"decoder.conv_out.\1\2"),
-)
+_DC_BLOCK = {
+    "main.conv1.conv": "conv1",
+    "main.conv2.conv": "conv2",
+    "main.conv2.norm": "norm",
+    "main.conv": "conv",
+    "main.conv.conv": "conv",
+    "context_module.main.qkv.conv": "attn.qkv",
+    "context_module.main.aggreg.N.0": "attn.to_qkv_multiscale.N.proj_in",
+    "context_module.main.aggreg.N.1": "attn.to_qkv_multiscale.N.proj_out",
+    "context_module.main.proj.conv": "attn.to_out",
+    "context_module.main.proj.norm": "attn.norm_out",
+    "local_module.main.inverted_conv.conv": "conv_out.conv_inverted",
+    "local_module.main.depth_conv.conv": "conv_out.conv_depth",
+    "local_module.main.point_conv.conv": "conv_out.conv_point",
+    "local_module.main.point_conv.norm": "conv_out.norm",
+}
+DC_FROM_EFFICIENTVIT = {
+    **{f"encoder.stages.N.op_list.N.{a}": f"encoder.down_blocks.N.N.{b}" for a, b in _DC_BLOCK.items()},
+    **{f"decoder.stages.N.op_list.N.{a}": f"decoder.up_blocks.N.N.{b}" for a, b in _DC_BLOCK.items()},
+    "encoder.project_in.conv": "encoder.conv_in",
+    "encoder.project_in.conv.conv": "encoder.conv_in.conv",  # a first stage without blocks: it also changes the size
+    "encoder.project_out.main.op_list.0.conv": "encoder.conv_out",
+    "decoder.project_in.main.conv": "decoder.conv_in",
+    "decoder.project_out.op_list.0": "decoder.norm_out",
+    "decoder.project_out.op_list.2.conv": "decoder.conv_out",
+    "decoder.project_out.op_list.2.conv.conv": "decoder.conv_out.conv",
+}
 
+_KL_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
 _KL_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_KL_LEVEL = re.compile(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.(.+)")
-_KL_ENDS = (
-    (r"(encoder|decoder)\.(conv_in|conv_out)\.(\w+)", r"\1.\2.\3"),
-    (r"(encoder|decoder)\.norm_out\.(\w+)", r"\1.conv_norm_out.\2"),
-    (r"(quant_conv|post_quant_conv)\.(\w+)", r"\1.\2"),
-)
+_KL_PARTS = {
+    **{f"block.N.{a}": f"resnets.N.{b}" for a, b in _KL_RESNET.items()},
+    **{f"attn.N.{a}": f"attentions.N.{b}" for a, b in _KL_ATTENTION.items()},
+    "downsample.conv": "downsamplers.0.conv",
+    "upsample.conv": "upsamplers.0.conv",
+}
+_KL_MIDDLE = {  # counts from 1, with an underscore
+    a.replace(".N.", f"_{number + 1}."): b.replace("N", str(number)) for a, b in _KL_PARTS.items() for number in (0, 1)
+}
+KL_FROM_LDM = {
+    **{f"encoder.down.N.{a}": f"encoder.down_blocks.N.{b}" for a, b in _KL_PARTS.items()},
+    **{f"decoder.up.N.{a}": f"decoder.up_blocks.N.{b}" for a, b in _KL_PARTS.items()},
+    **{f"{side}.mid.{a}": f"{side}.mid_block.{b}" for a, b in _KL_MIDDLE.items() for side in ("encoder", "decoder")},
+    **{name: name for name in ("quant_conv", "post_quant_conv")},
+    **{f"{side}.{end}": f"{side}.{end}" for side in ("encoder", "decoder") for end in ("conv_in", "conv_out")},
+    **{f"{side}.norm_out": f"{side}.conv_norm_out" for side in ("encoder", "decoder")},
+}
+_KL_LEVEL = re.compile(r"(?<=decoder\.up\.)\d+|(?<=encoder\.down\.)\d+")
 
 
 def is_efficientvit(names: Mapping[str, object]) -> bool:
@@ -71,12 +89,12 @@ def dc_from_efficientvit(tensors: Mapping[str, Tensor], where: str) -> dict[str,
     """DC-AE's own tensors under ``AutoencoderDC``'s names. UserError naming the first tensor that has no place."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        theirs = _dc_name(name)
+        theirs = renamed(name, DC_FROM_EFFICIENTVIT)
         if theirs is None:
             raise UserError(f"{where}: tensor '{name}' is not one of DC-AE; use the autoencoder's own weights")
-        if theirs.endswith(".qkv"):
+        if theirs.endswith(".qkv.weight"):
             parts = zip(("to_q", "to_k", "to_v"), tensor.flatten(1).chunk(3), strict=True)
-            found |= {f"{theirs.removesuffix('qkv')}{part}.weight": value.contiguous() for part, value in parts}
+            found |= {f"{theirs.removesuffix('qkv.weight')}{part}.weight": value.contiguous() for part, value in parts}
         else:
             found[theirs] = _matrix(tensor) if ".to_out." in theirs else tensor
     return found
@@ -84,12 +102,12 @@ def dc_from_efficientvit(tensors: Mapping[str, Tensor], where: str) -> dict[str,
 
 def kl_from_ldm(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """LDM's tensors under ``AutoencoderKL``'s names, without :data:`TRAINING_ONLY`. UserError as above."""
-    levels = 1 + max((int(m[2]) for m in map(_KL_LEVEL.fullmatch, tensors) if m is not None), default=0)
+    levels = 1 + max((int(m[0]) for m in map(_KL_LEVEL.search, tensors) if m is not None), default=0)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(TRAINING_ONLY):
             continue
-        theirs = _kl_name(name, levels)
+        theirs = renamed(_from_the_latent(name, levels), KL_FROM_LDM)
         if theirs is None:
             raise UserError(f"{where}: tensor '{name}' is not one of LDM's KL autoencoder; use its own weights")
         found[theirs] = _matrix(tensor) if ".attentions." in theirs else tensor
@@ -126,42 +144,9 @@ def kl_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, object]:
     }
 
 
-def _dc_name(name: str) -> str | None:
-    if (stage := _DC_STAGE.fullmatch(name)) is None:
-        return _renamed(name, _DC_ENDS)
-    inside = _renamed(stage[4], _DC_BLOCKS)
-    return None if inside is None else f"{stage[1]}.{_DC_SIDES[stage[1]]}.{stage[2]}.{stage[3]}.{inside}"
-
-
-def _kl_name(name: str, levels: int) -> str | None:
-    if (level := _KL_LEVEL.fullmatch(name)) is not None:
-        side, number, rest = level[1], int(level[2]), level[3]
-        start = f"encoder.down_blocks.{number}" if side == "encoder" else f"decoder.up_blocks.{levels - 1 - number}"
-        if (resize := re.fullmatch(r"(down|up)sample\.conv\.(\w+)", rest)) is not None:
-            return f"{start}.{resize[1]}samplers.0.conv.{resize[2]}"
-        return _kl_block(start, re.fullmatch(r"(block|attn)\.(\d+)\.(\w+)\.(\w+)", rest))
-    if (middle := re.fullmatch(r"(encoder|decoder)\.mid\.(block|attn)_([12])\.(\w+\.\w+)", name)) is not None:
-        rest = f"{middle[2]}.{int(middle[3]) - 1}.{middle[4]}"
-        return _kl_block(f"{middle[1]}.mid_block", re.fullmatch(r"(block|attn)\.(\d+)\.(\w+)\.(\w+)", rest))
-    return _renamed(name, _KL_ENDS)
-
-
-def _kl_block(start: str, inside: re.Match[str] | None) -> str | None:
-    """``block.0.nin_shortcut.weight`` or ``attn.0.q.bias`` of one level or of the middle."""
-    if inside is None:
-        return None
-    kind, number, layer, what = inside.groups()
-    if kind == "block":
-        layer = "conv_shortcut" if layer == "nin_shortcut" else layer
-        return f"{start}.resnets.{number}.{layer}.{what}"
-    return f"{start}.attentions.{number}.{_KL_ATTENTION[layer]}.{what}" if layer in _KL_ATTENTION else None
-
-
-def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
-    for pattern, replacement in rules:
-        if (match := re.fullmatch(pattern, name)) is not None:
-            return match.expand(replacement)
-    return None
+def _from_the_latent(name: str, levels: int) -> str:
+    """An LDM decoder's name with its level counted from the latent up, as diffusers does."""
+    return re.sub(r"(?<=decoder\.up\.)\d+", lambda match: str(levels - 1 - int(match[0])), name)
 
 
 def _matrix(kernel: Tensor) -> Tensor:

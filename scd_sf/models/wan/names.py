@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from scd_sf.models.renaming import renamed
 from scd_sf.types import UserError
 
 Layout = Literal["diffusers", "original"]
 
 _HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
 
-# diffusers' module -> the original's
-_OUTSIDE = {
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+DIFFUSERS_TO_ORIGINAL = {
     "patch_embedding": "patch_embedding",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
@@ -25,18 +26,14 @@ _OUTSIDE = {
     "condition_embedder.time_proj": "time_projection.1",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
+    **{f"blocks.N.attn1.{ours}": f"blocks.N.self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{f"blocks.N.attn2.{ours}": f"blocks.N.cross_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    "blocks.N.norm2": "blocks.N.norm3",
+    "blocks.N.ffn.net.0.proj": "blocks.N.ffn.0",
+    "blocks.N.ffn.net.2": "blocks.N.ffn.2",
+    "blocks.N.scale_shift_table": "blocks.N.modulation",
 }
-_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
-_BLOCK = {
-    **{f"attn1.{ours}": f"self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"attn2.{ours}": f"cross_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
-    "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "scale_shift_table": "modulation",
-}
-_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-_BLOCK_BACK = {theirs: ours for ours, theirs in _BLOCK.items()}
+ORIGINAL_TO_DIFFUSERS = {theirs: ours for ours, theirs in DIFFUSERS_TO_ORIGINAL.items()}
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
 ROOTS = {
@@ -59,24 +56,12 @@ def to_diffusers(name: str) -> str:
 
 def original_to_diffusers(name: str) -> str | None:
     """The original's parameter name -> diffusers'; None if Wan 2.1 text-to-video has no such tensor."""
-    return _rename(name, _OUTSIDE_BACK, _BLOCK_BACK)
+    return renamed(name, ORIGINAL_TO_DIFFUSERS)
 
 
 def diffusers_to_original(name: str) -> str | None:
     """diffusers' parameter name -> the original's; None if Wan 2.1 text-to-video has no such tensor."""
-    return _rename(name, _OUTSIDE, _BLOCK)
-
-
-def _rename(name: str, outside: dict[str, str], block: dict[str, str]) -> str | None:
-    parts = name.split(".")
-    prefix, rest, table = "", parts, outside
-    if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdecimal():
-        prefix, rest, table = f"blocks.{parts[1]}.", parts[2:], block
-    leaf = rest[-1] if rest[-1] in ("weight", "bias") else ""
-    module = ".".join(rest[:-1] if leaf else rest)
-    if module not in table:
-        return None
-    return prefix + ".".join(filter(None, (table[module], leaf)))
+    return renamed(name, DIFFUSERS_TO_ORIGINAL)
 
 
 def without_wrappers(name: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from scd_sf.files import Json, read_json
+import msgspec
+
+from scd_sf.files import read_json, typed
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import Layout
 from scd_sf.tensor_files import AGAIN
@@ -15,91 +18,86 @@ from scd_sf.types import UserError
 HeadsFrom = Literal["stated", "like", "assumed", "unknown"]
 RELEASED_HEADS = {1536: 12, 3072: 24, 5120: 40}  # width -> heads of the released models; tensors do not say it
 SMALLEST_HEAD = 6  # the rotary positions have three axes
-MOST_LAYERS, LARGEST = 1000, 2**20  # what a config.json may say: a hundred times what any released model has
+MOST_LAYERS = 1000  # what a config.json may say, as Size: a hundred times what any released model has
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+# Fields that a config.json may leave out -> Wan 2.1's values, the usual one first.
+SUPPORTED: dict[Layout, dict[str, tuple[object, ...]]] = {
+    "diffusers": {"image_dim": (None, 0), "added_kv_proj_dim": (None, 0), "qk_norm": ("rms_norm_across_heads",)},
+    "original": {"model_type": ("t2v",), "qk_norm": (True,)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """What both layouts call alike. Fields that a published config.json leaves out have Wan 2.1's values."""
+
+    num_layers: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
+    ffn_dim: Size
+    text_dim: Size = 4096
+    freq_dim: Size = 256
+    patch_size: tuple[Literal[1], Size, Size] = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Diffusers(_Shared):
+    num_attention_heads: Size
+    attention_head_dim: Size
+    in_channels: Size = 16
+    out_channels: Size | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Original(_Shared):
+    dim: Size
+    num_heads: Size
+    in_dim: Size = 16
+    out_dim: Size | None = None
 
 
 def read_config(file: Path) -> tuple[WanConfig, Layout]:
     """The geometry in a config.json and whose layout it is. UserError for other architectures and image-to-video."""
     raw = read_json(file, AGAIN)
     name = raw.get("_class_name")
-    if name == "WanTransformer3DModel":
-        return _diffusers_config(raw, file), "diffusers"
-    if name in ("WanModel", "CausalModel"):
-        return _original_config(raw, file), "original"
-    raise UserError(
-        f"{file}: _class_name is {repr(name)[:80]}; this needs a WanTransformer3DModel or the original's WanModel"
-    )
-
-
-def _diffusers_config(raw: Json, file: Path) -> WanConfig:
-    if raw.get("image_dim") or raw.get("added_kv_proj_dim"):
-        raise UserError(f"{file}: this is an image-to-video Wan (image_dim is set); use the text-to-video one")
-    if raw.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+    if name not in ("WanTransformer3DModel", "WanModel", "CausalModel"):
         raise UserError(
-            f"{file}: qk_norm is {repr(raw['qk_norm'])[:80]}; only 'rms_norm_across_heads' (Wan 2.1) is supported"
+            f"{file}: _class_name is {repr(name)[:80]}; this needs a WanTransformer3DModel or the original's WanModel"
         )
-    heads, head_dim = _number(raw, file, "num_attention_heads"), _number(raw, file, "attention_head_dim")
-    return _geometry(raw, file, heads, head_dim, "in_channels", "out_channels")
-
-
-def _original_config(raw: Json, file: Path) -> WanConfig:
-    kind = raw.get("model_type", "t2v")
-    if kind != "t2v":
-        raise UserError(f"{file}: model_type is {repr(kind)[:80]}; only text-to-video ('t2v') is supported")
-    if raw.get("qk_norm", True) is not True:
-        raise UserError(f"{file}: qk_norm is {repr(raw['qk_norm'])[:80]}; only true (Wan 2.1) is supported")
-    width, heads = _number(raw, file, "dim"), _number(raw, file, "num_heads")
-    if width % heads:
-        raise UserError(f"{file}: dim {width} is not divisible by num_heads {heads}; {AGAIN}")
-    return _geometry(raw, file, heads, width // heads, "in_dim", "out_dim")
-
-
-def _geometry(raw: Json, file: Path, heads: int, head_dim: int, inputs: str, outputs: str) -> WanConfig:
-    """What both layouts call alike but for the channels' names. Fields that a published config.json leaves out have
-    Wan 2.1's defaults."""
-    patch_height, patch_width = _patch(raw, file)
-    channels = _number(raw, file, inputs, 16)
-    eps, norm = raw.get("eps", 1e-6), raw.get("cross_attn_norm", True)
-    if not isinstance(eps, float) or not 0 < eps < 1 or not isinstance(norm, bool):
-        raise UserError(f"{file}: eps must be between 0 and 1 and cross_attn_norm true or false; {AGAIN}")
-    layers = _number(raw, file, "num_layers")
-    if layers > MOST_LAYERS:
-        raise UserError(f"{file}: num_layers is {layers}; at most {MOST_LAYERS} are read: {AGAIN}")
+    layout: Layout = "diffusers" if name == "WanTransformer3DModel" else "original"
+    for field, values in SUPPORTED[layout].items():
+        if raw.get(field, values[0]) not in values:
+            shown = repr(raw[field])[:80]
+            raise UserError(f"{file}: {field} is {shown}; only {values[0]!r} (Wan 2.1 text-to-video) is supported")
+    shared: _Shared
+    if layout == "diffusers":
+        shared = own = typed(raw, _Diffusers, file, AGAIN)
+        heads, head_dim = own.num_attention_heads, own.attention_head_dim
+        channels, out_channels = own.in_channels, own.out_channels
+    else:
+        shared = theirs = typed(raw, _Original, file, AGAIN)
+        heads, head_dim = theirs.num_heads, theirs.dim // theirs.num_heads
+        channels, out_channels = theirs.in_dim, theirs.out_dim
+        if theirs.dim % heads:
+            raise UserError(f"{file}: dim {theirs.dim} is not divisible by num_heads {heads}; {AGAIN}")
     if head_dim % 2 or head_dim < SMALLEST_HEAD:
         raise UserError(f"{file}: heads of {head_dim} numbers; it must be even and at least {SMALLEST_HEAD}: {AGAIN}")
-    return WanConfig(
+    _, patch_height, patch_width = shared.patch_size
+    config = WanConfig(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=channels,
-        out_channels=_number(raw, file, outputs, channels),
-        text_dim=_number(raw, file, "text_dim", 4096),
-        freq_dim=_number(raw, file, "freq_dim", 256),
-        ffn_dim=_number(raw, file, "ffn_dim"),
-        num_layers=layers,
+        out_channels=out_channels or channels,
+        text_dim=shared.text_dim,
+        freq_dim=shared.freq_dim,
+        ffn_dim=shared.ffn_dim,
+        num_layers=shared.num_layers,
         patch_height=patch_height,
         patch_width=patch_width,
-        cross_attn_norm=norm,
-        eps=eps,
+        cross_attn_norm=shared.cross_attn_norm,
+        eps=shared.eps,
     )
-
-
-def _patch(raw: Json, file: Path) -> tuple[int, int]:
-    patch = raw.get("patch_size", [1, 2, 2])
-    numbers = patch if isinstance(patch, list) else []
-    whole = all(type(number) is int and 0 < number <= LARGEST for number in numbers)
-    if not whole or len(numbers) != 3 or numbers[0] != 1:
-        raise UserError(f"{file}: patch_size is {str(patch)[:80]}; it must be [1, height, width]")
-    return numbers[1], numbers[2]
-
-
-def _number(raw: Json, file: Path, name: str, default: int | None = None) -> int:
-    value = raw.get(name)
-    value = default if value is None else value
-    if type(value) is not int:
-        raise UserError(f"{file}: {name} is {repr(value)[:80]}, not a whole number; {AGAIN}")
-    if not 1 <= value <= LARGEST:
-        raise UserError(f"{file}: {name} is {value}; it must be from 1 to {LARGEST}: {AGAIN}")
-    return value
+    return config, layout
 
 
 def config_from_shapes(

@@ -12,14 +12,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scd_sf.data.clip_index import read_folder_job
 from scd_sf.distributed import init_distributed
-from scd_sf.tools.generate.launch import MAX_PROBLEMS, SECONDS_PER_LINE
-from scd_sf.tools.generate.maker import PROMPTS_AT_ONCE, Maker, finish, missing, prepare
+from scd_sf.tools.data.progress import progress_of
+from scd_sf.tools.generate.maker import PROMPTS_AT_ONCE, Maker, check_problems, finish, missing, prepare
 from scd_sf.tools.generate.plan import GenerateConfig, Spec, units_of
 from scd_sf.types import UserError, say
 
@@ -49,40 +48,34 @@ class Worker:
         return self.maker.make(unit) if missing(self.maker.root, self.maker.common, unit) else []
 
 
-@dataclass(frozen=True)
-class Task:
-    """A call of one of :class:`Worker`'s methods."""
-
-    method: str
-    arguments: tuple[Any, ...] = ()
-
-
 def run_on_cluster(cfg: GenerateConfig) -> None:
     """Make all clips on the workers of a Ray cluster. UserError without Ray, or without a cluster at the address."""
-    ray = _import_ray()
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("launcher=ray needs Ray; pip install 'scd-sf[cluster]'") from error
     with ExitStack() as held:
-        _make_all(cfg, ray, prepare(cfg, held))
-
-
-def _make_all(cfg: GenerateConfig, ray: Any, specs: Sequence[Spec]) -> None:
-    common = read_folder_job(Path(cfg.out))
-    left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
-    prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
-    chunks = [tuple(prompts[n : n + PROMPTS_AT_ONCE]) for n in range(0, len(prompts), PROMPTS_AT_ONCE)]
-    try:
-        ray.init(address=cfg.cluster.address or None, log_to_driver=False, include_dashboard=False)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"cluster.address={cfg.cluster.address}: no Ray cluster ({error}); 'ray start' one") from error
-    try:
-        pool = Pool(cfg, ray)
-        say(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make")
-        pool.run([Task("encode", chunk) for chunk in chunks], "prompt batches")
-        problems = pool.run([Task("make", unit) for unit in left], "units")
-    finally:
-        ray.shutdown()
-    for line in problems:
-        say(line)
-    say(finish(cfg, specs, problems))
+        specs = prepare(cfg, held)
+        common = read_folder_job(Path(cfg.out))
+        left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
+        prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
+        chunks = [prompts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(prompts), PROMPTS_AT_ONCE)]
+        try:
+            ray.init(address=cfg.cluster.address or None, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(
+                f"cluster.address={cfg.cluster.address}: no Ray cluster ({error}); 'ray start' one"
+            ) from error
+        try:
+            pool = Pool(cfg, ray)
+            say(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make")
+            pool.run("encode", chunks, "prompt batches")
+            problems = pool.run("make", left, "units")
+        finally:
+            ray.shutdown()
+        for line in problems:
+            say(line)
+        say(finish(cfg, specs, problems))
 
 
 class Pool:
@@ -96,36 +89,31 @@ class Pool:
         options = {"num_cpus": cfg.cluster.cpus, "num_gpus": self._gpus, "max_restarts": 0, "max_concurrency": 1}
         self._actor = ray.remote(Worker).options(**options)
 
-    def run(self, tasks: Sequence[Task], what: str) -> list[str]:
-        """Every task, by whichever worker is free; what could not be done, a line each.
+    def run(self, method: str, tasks: Sequence[Sequence[Any]], what: str) -> list[str]:
+        """``method`` of a :class:`Worker` with each task's arguments; what could not be done, a line each.
 
         UserError when a task's workers died more than ``cluster.retries`` times, or too much could not be done.
         """
         waiting, lost, problems = deque(range(len(tasks))), Counter[int](), list[str]()
-        began = said = time.monotonic()
         done = 0
-        while done < len(tasks):
-            self._grow(len(waiting))
-            while waiting and self.idle:
-                actor, number = self.idle.pop(), waiting.popleft()
-                task = tasks[number]
-                self.running[getattr(actor, task.method).remote(*task.arguments)] = (actor, number)
-            for actor, number, answer in self._answers():
-                if isinstance(answer, str):
-                    lost[number] += 1
-                    self._check_losses(number, lost, answer)
-                    waiting.extend([number] if number >= 0 else [])
-                    continue
-                self.idle.append(actor)
-                done += number >= 0
-                problems += answer
-            if len(problems) > MAX_PROBLEMS:
-                raise UserError(f"{len(problems)} clips could not be made; the last: {problems[-1]}")
-            now = time.monotonic()
-            if now - said > SECONDS_PER_LINE or done == len(tasks):
-                said = now
-                left = round((now - began) / max(1, done) * (len(tasks) - done))
-                say(f"{done}/{len(tasks)} {what}  {len(self.idle) + len(self.running)} workers  left {left} s")
+        with progress_of(what, len(tasks), 0) as progress:
+            while done < len(tasks):
+                self._grow(len(waiting))
+                while waiting and self.idle:
+                    actor, number = self.idle.pop(), waiting.popleft()
+                    self.running[getattr(actor, method).remote(*tasks[number])] = (actor, number)
+                for actor, number, answer in self._answers():
+                    if isinstance(answer, str):
+                        lost[number] += 1
+                        self._check_losses(number, lost, answer)
+                        waiting.extend([number] if number >= 0 else [])
+                        continue
+                    self.idle.append(actor)
+                    if number >= 0:
+                        done += 1
+                        problems += answer
+                        progress(done)
+                check_problems(problems)
         return problems
 
     def _grow(self, waiting: int) -> None:
@@ -170,11 +158,3 @@ class Pool:
                 f"cluster: workers died {lost[number]} times {where} (out of memory?); see 'ray logs', or raise "
                 f"cluster.retries. Ray says: {reason}"
             )
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("launcher=ray needs Ray; pip install 'scd-sf[cluster]'") from error
-    return ray

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
-from scd_sf.distributed import Ranks, init_distributed, rank_zero_first
-from scd_sf.tools.generate.maker import Maker, finish, missing, prepare
+from scd_sf.distributed import Ranks, rank_zero_first
+from scd_sf.tools.data.progress import progress_of
+from scd_sf.tools.generate.maker import Maker, check_problems, finish, missing, prepare
 from scd_sf.tools.generate.plan import GenerateConfig, Unit, units_of, wanted_clips
-from scd_sf.types import UserError, say
-
-MAX_PROBLEMS = 10  # of one rank; more is no accident
-SECONDS_PER_LINE = 20.0
-
-
-def run_generate(cfg: GenerateConfig) -> None:
-    """Make all clips that are missing, by the launcher that ``cfg`` names."""
-    if cfg.launcher == "ray":
-        from scd_sf.tools.generate.cluster import run_on_cluster
-
-        run_on_cluster(cfg)
-    else:
-        run_on_ranks(cfg, init_distributed(cfg.timeout_minutes))
+from scd_sf.types import say
 
 
 def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
@@ -59,17 +46,12 @@ def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: 
     together = maker.cfg.engine.kind == "deepspeed"
     rounds = ranks.max(len(mine)) if together else len(mine)
     problems: list[str] = []
-    started = last = time.monotonic()
-    for number in range(rounds):
-        if number < len(mine):
-            problems += maker.make(mine[number])
-        else:
-            maker.make(units[0], write=False)
-        if len(problems) > MAX_PROBLEMS:
-            raise UserError(f"rank {ranks.rank}: {len(problems)} clips could not be made; the last: {problems[-1]}")
-        now = time.monotonic()
-        if ranks.is_main and (now - last > SECONDS_PER_LINE or number + 1 == rounds):
-            seconds, last = (now - started) / (number + 1), now
-            left = round(seconds * (rounds - number - 1))
-            say(f"{number + 1}/{rounds} units  {seconds:.3g} s/unit  left {left // 60}:{left % 60:02d}")
+    with progress_of("units of rank 0", rounds, 0) if ranks.is_main else nullcontext(lambda done: None) as progress:
+        for number in range(rounds):
+            if number < len(mine):
+                problems += maker.make(mine[number])
+            else:
+                maker.make(units[0], write=False)
+            check_problems(problems)
+            progress(number + 1)
     return problems

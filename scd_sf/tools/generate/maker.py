@@ -39,6 +39,7 @@ from scd_sf.types import Conditioning, UserError
 
 WANTED = "wanted.jsonl"
 PROMPTS_AT_ONCE = 64  # states held in memory while encoding
+MAX_PROBLEMS = 10  # clips of one rank or cluster that may fail; more is no accident
 
 
 def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
@@ -185,6 +186,12 @@ class Maker:
     @cached_property
     def negative(self) -> Conditioning:
         return self.text.encode([self.cfg.negative_prompt]).to(self.ranks.device)
+
+
+def check_problems(problems: Sequence[str]) -> None:
+    """UserError where more than :data:`MAX_PROBLEMS` clips could not be made."""
+    if len(problems) > MAX_PROBLEMS:
+        raise UserError(f"{len(problems)} clips could not be made; the last: {problems[-1]}")
 
 
 def finish(cfg: GenerateConfig, specs: Sequence[Spec], problems: Sequence[str]) -> str:

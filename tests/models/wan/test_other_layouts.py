@@ -91,7 +91,7 @@ def test_the_published_config_json_leaves_fields_out(tmp_path: Path) -> None:
     file.write_text(json.dumps(published))
     assert read_wan_config(tmp_path) == WanConfig()
     for field, value, words in (
-        ("model_type", "i2v", "model_type is 'i2v'; only text-to-video"),
+        ("model_type", "i2v", "model_type is 'i2v'; only 't2v'"),
         ("qk_norm", False, "qk_norm is False"),
         ("num_heads", 7, "dim 1536 is not divisible by num_heads 7"),
         ("patch_size", [2, 2, 2], "patch_size"),
