@@ -28,7 +28,7 @@ from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import init_distributed
-from scd_sf.evaluation.perceptual import load_perceptual
+from scd_sf.evaluation.lpips import load_perceptual
 from scd_sf.evaluation.reconstruction import reconstruction_figures, write_sheet
 from scd_sf.files import write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge

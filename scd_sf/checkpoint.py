@@ -42,7 +42,6 @@ from scd_sf.files import (
     write_tensors,
     write_text,
 )
-from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
@@ -287,11 +286,6 @@ def weights_sha256(path: Path, weights: str) -> str:
     if path.is_file():
         return sha256_file(path)
     return _read_manifest(path)[weights_file(path, weights).name][1]
-
-
-def load_tensors(file: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Tensors of one safetensors file. Raises UserError when it is missing, no whole safetensors file, or holds NaN."""
-    return {name: tensor.to(device) for name, tensor in read_tensors(file, "use another checkpoint").items()}
 
 
 def read_provenance(path: Path) -> dict[str, object]:

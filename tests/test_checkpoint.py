@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from scd_sf import checkpoint
-from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance, verify
+from scd_sf.checkpoint import Checkpoints, find, provenance, read_provenance, verify
 from scd_sf.files import sha256_file
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 
@@ -38,7 +39,7 @@ def test_write_then_read(tmp_path: Path) -> None:
     assert store.newest() == path == find(tmp_path)
     names = {p.name for p in path.iterdir()}
     assert names == {"model.safetensors", "ema.safetensors", "config.yaml", "provenance.json", "manifest.json", "state"}
-    loaded = load_tensors(path / "model.safetensors")
+    loaded = read_tensors(path / "model.safetensors")
     assert all(torch.equal(loaded[k], v) for k, v in tensors(5).items())
     record = read_provenance(path)
     assert (record["stage"], record["step"], record["seed"], record["updates"]) == ("test", 5, 7, 5)
@@ -49,7 +50,7 @@ def test_write_then_read(tmp_path: Path) -> None:
 def test_tied_tensors_are_saved_twice(tmp_path: Path) -> None:
     base = torch.randn(4, 4)
     path = Checkpoints(tmp_path).write(1, {"model": {"a": base, "b": base, "c": base[:2]}}, "", {})
-    loaded = load_tensors(path / "model.safetensors")
+    loaded = read_tensors(path / "model.safetensors")
     assert torch.equal(loaded["a"], base) and torch.equal(loaded["b"], base) and torch.equal(loaded["c"], base[:2])
 
 
@@ -162,7 +163,7 @@ def test_unwritable_root_is_a_user_error(tmp_path: Path) -> None:
 def test_not_safetensors(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04evil")
     with pytest.raises(UserError, match="unreadable safetensors"):
-        load_tensors(tmp_path / "model.safetensors")
+        read_tensors(tmp_path / "model.safetensors")
 
 
 def _die_at_event(root: Path, step: int, event: int) -> int:
@@ -194,7 +195,7 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
         assert newest is not None
         assert newest in (previous, store.path(step))
         expected = 1 if newest == previous and step == 2 else int(newest.name.removeprefix("step_"))
-        assert torch.equal(load_tensors(newest / "model.safetensors")["w"], tensors(expected)["w"])
+        assert torch.equal(read_tensors(newest / "model.safetensors")["w"], tensors(expected)["w"])
         if newest == store.path(step):
             previous, step = newest, step + 1
         if code == 0:

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scd_sf.checkpoint import Checkpoints, find, load_tensors, provenance, read_provenance
+from scd_sf.checkpoint import Checkpoints, find, provenance, read_provenance
 from scd_sf.config import load_config, plain_yaml, to_yaml
 from scd_sf.data.clip_files import About, clip_path, read_header, write_clip
 from scd_sf.data.clip_index import read_folder_job
@@ -42,7 +42,6 @@ from scd_sf.data.prompt_files import read_prompt_file
 from scd_sf.data.prompts import PromptSet
 from scd_sf.data.sources.far import read_far_list
 from scd_sf.data.sources.raw_files import arrays_of, one_tensor, open_raw
-from scd_sf.data.sources.realestate10k import read_cameras
 from scd_sf.data.start import read_picture
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.vbench.aggregate import read_scores
@@ -55,6 +54,7 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.models.wan.weights import load_wan, open_wan, save_wan
 from scd_sf.probes.report import write_probe_report
+from scd_sf.tensor_files import read_tensors
 from scd_sf.tools.data.foreign import read_tar
 from scd_sf.tools.gallery.folders import page_of, read_folder
 from scd_sf.tools.runs.curve import read_curve
@@ -228,7 +228,7 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpoint weights": Kind(
         "run/checkpoints/step_00000002/model.safetensors", header,
-        lambda w: load_tensors(w / "run/checkpoints/step_00000002/model.safetensors"), 60,
+        lambda w: read_tensors(w / "run/checkpoints/step_00000002/model.safetensors"), 60,
     ),
     "exported file": Kind("single.safetensors", header, lambda w: (read_single(w / "single.safetensors")), 150),
     "exported weights": Kind("single.safetensors", header, lambda w: (load_student(w / "single.safetensors")), 30),
@@ -265,7 +265,6 @@ KINDS: dict[str, Kind] = {
     "image tokenizer": Kind("dcae/config.json", tree, lambda w: load_tokenizer(w / "dcae"), 60),
     "step marker": Kind("chain/.done/one.json", tree, lambda w: finished_seconds(w / "chain", ONE), 60),
     "FAR list": Kind("far/latents.json", tree, lambda w: read_far_list(w / "far/latents.json", "latent_path"), 100),
-    "cameras": Kind("cameras.txt", text, lambda w: read_cameras(w / "cameras.txt"), 60),
     "npz": Kind("raw/clip.npz", raw, _arrays, 100),
     "tensor file": Kind("raw/clip.pt", raw, lambda w: one_tensor((w / "raw/clip.pt").read_bytes(), "clip.pt"), 100),
     "tar": Kind("tars/all.tar", raw, _tar, 100),
@@ -300,9 +299,6 @@ def _write_texts(root: Path) -> None:
     (root / "prompts.txt").write_text("a cat\n# a note\na dog\n")
     values = "prompts: [a cat, a dog]\nframes: 9\nfps: 16\nsampler: {name: euler, steps: 4, shift: 5.0}\n"
     (root / "sample.yaml").write_text(f"checkpoint: runs/x\nout: runs/y\n{values}guidance: {{text: {{scale: 2.0}}}}\n")
-    (root / "cameras.txt").write_text(
-        "https://example.org\n" + "".join(f"{33 * i} " + "0.5 " * 18 + "\n" for i in range(3))
-    )
     Image.fromarray(np.arange(3 * 32 * 32, dtype=np.uint8).reshape(32, 32, 3)).save(root / "start.png")
 
 

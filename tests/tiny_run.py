@@ -12,13 +12,14 @@ from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from scd_sf.checkpoint import find, load_tensors
+from scd_sf.checkpoint import find
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import save_wan
+from scd_sf.tensor_files import read_tensors
 from scd_sf.tools.runs.curve import is_portable
 from scd_sf.types import VideoShape
 
@@ -144,6 +145,6 @@ def same_as_uninterrupted(chain: Chain, stage: str, run: Path) -> None:
     files = sorted(file.relative_to(one) for file in one.rglob("*.safetensors"))
     assert files == sorted(file.relative_to(two) for file in two.rglob("*.safetensors"))
     for file in files:
-        left, right = load_tensors(one / file), load_tensors(two / file)
+        left, right = read_tensors(one / file), read_tensors(two / file)
         assert left.keys() == right.keys()
         assert [name for name in left if not torch.equal(left[name], right[name])] == []

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scd_sf.evaluation.weights import State, load_weights
-from scd_sf.files import foreign, read_bytes, sha256_file
-from scd_sf.tensor_files import check_finite, read_tensors
+from scd_sf.files import foreign, read_bytes
+from scd_sf.tensor_files import check_finite
 from scd_sf.types import UserError, on_device
 
 CLASSES = 400
@@ -186,16 +186,6 @@ class I3dFeatures:
         """With the weights of ``scd weights metrics``. UserError when they are not there."""
         state, digest = load_weights("i3d", folder)
         return cls(place_i3d(state, "i3d.safetensors"), digest, device)
-
-    @classmethod
-    def from_videogpt(cls, path: Path, device: torch.device | str = "cpu") -> I3dFeatures:
-        """With VideoGPT's or TATS' ``i3d_pretrained_400.pt``. UserError names what is wrong with the file.
-
-        Their own code normalises with eps 1e-5 where TensorFlow's network has 1e-3, which is what runs here.
-        """
-        digest = sha256_file(path)
-        state = read_tensors(path, "give i3d_pretrained_400.pt of VideoGPT or TATS")
-        return cls(place_i3d(state, str(path)), digest, device)
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:

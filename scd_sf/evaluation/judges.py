@@ -226,16 +226,6 @@ def shuffled_floor(
     )
 
 
-def recall_by_motion(judges: Judges, latents: Tensor, motions: Sequence[str]) -> dict[str, float]:
-    """Per prompted motion, the share of its videos that are judged to show it."""
-    _, shown = judges.judge(latents)
-    result: dict[str, float] = {}
-    for name in sorted(set(motions)):
-        hits = [seen == name for seen, asked in zip(shown, motions, strict=True) if asked == name]
-        result[name] = sum(hits) / len(hits)
-    return result
-
-
 def _adherence(
     judges: Judges, logits: tuple[Tensor, Tensor], places: Sequence[str], motions: Sequence[str]
 ) -> Adherence:

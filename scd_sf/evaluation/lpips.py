@@ -1,11 +1,14 @@
 """LPIPS (arXiv 1801.03924), version 0.1, AlexNet or VGG16: the ``lpips`` package's network with weights read offline.
 
-Letters: V videos, F frames, H W pixels.
+:class:`Lpips` is the metric, :func:`load_perceptual` the training loss.
+Letters: V videos, F frames, N images, H W pixels.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -14,24 +17,35 @@ from torch import Tensor, nn
 
 from scd_sf.evaluation.frames import check_pair
 from scd_sf.evaluation.weights import State, load_weights
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError, on_device
 
 Trunk = Literal["alex", "vgg"]
 SMALLEST = {"alex": 31, "vgg": 16}  # pixels a side, below which a pool has nothing to pool
 
 
+LAST_CONVOLUTION = {"features.28.weight": "vgg", "features.10.weight": "alex"}  # torchvision's names
+
+
+def _package_network(trunk: str, *, heads: bool) -> nn.Module:
+    """``lpips.LPIPS``, whose trunk has no weights yet. ``heads``: with the package's own. Nothing is downloaded."""
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError(f"LPIPS needs the package lpips ({error}); pip install 'scd-sf[eval]'") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*pretrained.*|.*Arguments other than a weight enum.*")
+        network: nn.Module = lpips.LPIPS(net=trunk, pretrained=heads, pnet_rand=True, verbose=False)
+    return network.eval()
+
+
 def lpips_network(trunk: Trunk, state: State) -> nn.Module:
     """``lpips.LPIPS`` with trunk and heads of ``state`` (the package's own names), in evaluation mode.
 
-    Built without weights: nothing is downloaded. UserError when tensors are missing, too many, or of other shapes.
+    UserError when tensors are missing, too many, or of other shapes.
     """
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("ignore", message=r"(?s).*pretrained.*|.*Arguments other than a weight enum.*")
-        try:
-            import lpips
-        except ImportError as error:
-            raise UserError(f"LPIPS needs the package lpips ({error}); pip install 'scd-sf[eval]'") from error
-        network: nn.Module = lpips.LPIPS(net=trunk, pretrained=False, pnet_rand=True, verbose=False)
+    with torch.device("meta"):
+        network = _package_network(trunk, heads=False)
     own = network.state_dict()
     heads = {name.replace("lin", "lins.", 1): value for name, value in state.items() if name.startswith("lin")}
     scaling = {name: value for name, value in own.items() if name.startswith("scaling_layer.")}  # constants, not meta
@@ -40,6 +54,34 @@ def lpips_network(trunk: Trunk, state: State) -> nn.Module:
     except RuntimeError as error:
         raise UserError(f"lpips {trunk}: these are not its weights ({str(error).splitlines()[-1].strip()})") from error
     return network.requires_grad_(False)
+
+
+def load_perceptual(weights: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS as a training loss: (N, 3, H, W) twice, in [-1, 1] -> the mean distance, with gradient to both.
+
+    The package brings the heads. ``weights`` holds the trunk: torchvision's file (``vgg16-397923af.pth``), or one in
+    the package's own names (``net.slice1.0.weight``). UserError: other weights, or no ``lpips`` package.
+    """
+    layers = {_torchvision_name(name): tensor for name, tensor in read_tensors(weights).items()}
+    trunk = next((trunk for name, trunk in LAST_CONVOLUTION.items() if name in layers), None)
+    if trunk is None:
+        raise UserError(f"{weights}: neither torchvision's VGG16 or AlexNet nor LPIPS; give one of these")
+    network = _package_network(trunk, heads=True).requires_grad_(False)
+    for name, value in network.state_dict().items():
+        if not name.startswith("net."):
+            continue
+        layer = _torchvision_name(name)
+        if layer not in layers or layers[layer].shape != value.shape:
+            shape = list(layers[layer].shape) if layer in layers else "missing"
+            raise UserError(f"{weights}: tensor '{layer}' is {shape}, not {list(value.shape)}; use another file")
+        value.copy_(layers[layer])
+    network = network.to(device)
+    return lambda made, real: network(made.float(), real.float()).mean()
+
+
+def _torchvision_name(name: str) -> str:
+    """``net.slice2.3.weight`` of the lpips package -> ``features.3.weight``."""
+    return re.sub(r"net\.slice\d\.", "features.", name)
 
 
 class Lpips:

@@ -208,9 +208,6 @@ class DitBlock(nn.Module):
         return _gated(x_BLE, self.ffn(h), gate_f, frames)
 
 
-BLOCKS = (WanBlock, DitBlock)  # what counts as one block pass
-
-
 def modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int) -> Tensor:
     """x (1 + scale) + shift, one scale and shift per frame."""
     return torch.addcmul(shift_BF1E, x_BLE.unflatten(1, (frames, -1)), 1 + scale_BF1E).flatten(1, 2)

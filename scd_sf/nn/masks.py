@@ -7,7 +7,7 @@ chunks < their own, and their own chunk of their own sample (spec/scd.md W3; Sel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,7 +21,6 @@ from scd_sf.types import on_device
 CLEAN = 0
 BLOCK = 128  # FlexAttention's own default
 DENSE_LIMIT = 4096  # tokens; a dense mask of more is not made
-Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def teacher_forcing(kind_q: Tensor, chunk_q: Tensor, kind_k: Tensor, chunk_k: Tensor) -> Tensor:

@@ -275,14 +275,8 @@ class _Bar:
             say(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {left}")
 
 
-def cpu_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
-    """A CPU generator that depends only on (seed, step, stream): control flow equal on all ranks, and resume-safe."""
-    digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def seed_everything(seed: int) -> None:
-    """Seed the global generators, equally on all ranks; per-step randomness should come from :func:`cpu_generator`."""
+    """Seed the global generators, equally on all ranks. Steps draw from ``diffusion.noise.generator`` instead."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)

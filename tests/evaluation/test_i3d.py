@@ -85,31 +85,6 @@ def test_features_plug_into_the_frechet_distance(state: dict[str, Tensor]) -> No
         extractor(reference[:, :8])
 
 
-def test_videogpt_s_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    path = tmp_path / "i3d_pretrained_400.pt"
-    torch.save(state, path)
-    loaded, ours = I3dFeatures.from_videogpt(path), place_i3d(state, "x")
-    for (name, mine), (_, theirs) in zip(ours.named_parameters(), loaded.network.named_parameters(), strict=True):
-        assert torch.equal(mine, theirs), name
-    assert len(loaded.sha256) == 64
-    name = "Mixed_3b.b1a.conv3d.weight"
-    torch.save({**state, name: torch.full_like(state[name], float("inf"))}, path)
-    with pytest.raises(UserError, match=rf"i3d_pretrained_400\.pt: tensor '{name}' holds NaN or infinity"):
-        I3dFeatures.from_videogpt(path)
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    for reader in (I3dFeatures.from_videogpt, TorchscriptFeatures):
-        with pytest.raises(UserError, match=r"i3d_pretrained_400\.pt: a Git LFS pointer"):
-            reader(path)
-    torch.save({"epoch": 3}, path)
-    with pytest.raises(UserError, match="is missing; these are not the weights of I3D"):
-        I3dFeatures.from_videogpt(path)
-    path.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="or is damaged"):
-        I3dFeatures.from_videogpt(path)
-    with pytest.raises(UserError, match="check that it exists"):
-        I3dFeatures.from_videogpt(tmp_path / "none.pt")
-
-
 class Detector(nn.Module):
     """StyleGAN-V's signature; its features are the means of colours and frames."""
 

@@ -13,7 +13,7 @@ from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.guided import Guided, SampleGuidance
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Scd
-from scd_sf.nn.layers import BLOCKS
+from scd_sf.nn.layers import DitBlock, WanBlock
 from scd_sf.types import UserError
 
 families = pytest.mark.parametrize("variant", tiny.FEW, ids=str)
@@ -59,7 +59,7 @@ def test_guidance_of_the_decoder_alone(variant: tiny.Variant) -> None:
     model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
     assert isinstance(model, Scd)
     guided = Guided(model, SampleGuidance(GuidanceConfig(3.0), "decoder"), NULL, zeros)
-    with BlockPassCounter(model.encoder, BLOCKS) as counter:
+    with BlockPassCounter(model.encoder, (WanBlock, DitBlock)) as counter:
         got = second_chunk(guided, cond, n)
     assert counter.samples == 2 * 2 * len(tiny.ENCODER)
     query, x_t, t = tiny.latents(2, n, 2), tiny.latents(2, n, 3), torch.full((2,), 0.6)

@@ -14,9 +14,10 @@ import tiny_run
 import torch
 from tiny_run import SCRIPTS, STEPS2, STEPS3, Chain
 
-from scd_sf.checkpoint import find, load_tensors, read_provenance
+from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import from_yaml
 from scd_sf.models.build import CheckpointConfig, load_student
+from scd_sf.tensor_files import read_tensors
 
 
 def launch(command: list[str], cwd: Path = recipe_runner.ROOT) -> str:
@@ -67,8 +68,8 @@ def test_keeping_attention_is_the_same_training(chain: Chain, tmp_path: Path, st
 def test_every_tensor_is_trained_and_the_average_lags(chain: Chain, stage: str, parent: str) -> None:
     """Encoder included (stage 3 would leave it at its parent's values if rollout detached it)."""
     weights = "ema.safetensors" if parent != "stage1" else "model.safetensors"
-    before = load_tensors(find(chain.root / parent) / weights)
-    after, ema = (load_tensors(find(chain.root / stage) / f"{name}.safetensors") for name in ("model", "ema"))
+    before = read_tensors(find(chain.root / parent) / weights)
+    after, ema = (read_tensors(find(chain.root / stage) / f"{name}.safetensors") for name in ("model", "ema"))
     assert before.keys() == after.keys() == ema.keys()
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == []
@@ -131,4 +132,4 @@ def test_two_processes_give_the_losses_of_one(chain: Chain, tmp_path: Path, name
     for left, right in zip(one, two, strict=True):
         assert right["critic/loss"] == pytest.approx(left["critic/loss"], abs=1e-4)
         assert right["dmd/fake_real"] == pytest.approx(left["dmd/fake_real"], abs=1e-4)
-    assert load_tensors(find(tmp_path / "s3") / "ema.safetensors").keys()
+    assert read_tensors(find(tmp_path / "s3") / "ema.safetensors").keys()

@@ -19,7 +19,8 @@ import torch
 from recipe_runner import At
 from tiny_run import BACKWARD, SCRIPTS, Chain
 
-from scd_sf.checkpoint import find, load_tensors
+from scd_sf.checkpoint import find
+from scd_sf.tensor_files import read_tensors
 
 WRITES = "os:fsync|os:rename|os:replace|safetensors.torch:save_file"
 CASES = [
@@ -41,7 +42,7 @@ def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
     newest = find(run)
     tensors = {}
     for file in sorted(newest.rglob("*.safetensors")):
-        for name, value in load_tensors(file).items():
+        for name, value in read_tensors(file).items():
             tensors[f"{newest.name}/{file.relative_to(newest)}/{name}"] = value
     return tiny_run.metrics(run), tensors
 

@@ -11,11 +11,12 @@ import recipe_runner
 import torch
 from recipe_runner import At
 
-from scd_sf.checkpoint import find, load_tensors
+from scd_sf.checkpoint import find
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameSetInfo, FrameWriter
 from scd_sf.evaluation.prediction import load_predictor
 from scd_sf.models.build import Scd
+from scd_sf.tensor_files import read_tensors
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/pretrain.py"
@@ -52,7 +53,7 @@ def arguments(root: Path, run: Path, *more: str) -> list[str]:
 def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in row.items() if k.startswith(("loss", "val/", "grad_norm", "lr", "step"))} for row in rows]
-    return kept, load_tensors(find(run) / "ema.safetensors")
+    return kept, read_tensors(find(run) / "ema.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ import tiny_run
 from recipe_runner import At
 from tiny_run import BACKWARD, MOTIONS, PLACES, SCRIPTS, Chain
 
-from scd_sf.checkpoint import find, load_tensors
+from scd_sf.checkpoint import find
 from scd_sf.data.prompts import PromptSet
 from scd_sf.files import read_json
+from scd_sf.tensor_files import read_tensors
 from scd_sf.tools.prompts.filter.chain import FilterConfig
 from scd_sf.tools.prompts.filter.report import run_filter
 
@@ -49,7 +50,7 @@ def same(one: Path, two: Path) -> None:
     rows = [[row | {"monitor/best_step": 0.0} for row in tiny_run.metrics(run)] for run in (one, two)]
     assert rows[0] == rows[1]
     for name in ("model", "ema"):
-        left, right = (load_tensors(find(run) / f"{name}.safetensors") for run in (one, two))
+        left, right = (read_tensors(find(run) / f"{name}.safetensors") for run in (one, two))
         assert all(left[key].equal(right[key]) for key in left)
 
 

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_run import Chain
 
-from scd_sf.checkpoint import find, load_tensors
+from scd_sf.checkpoint import find
 from scd_sf.data.latents import LatentClips, epoch_order
+from scd_sf.tensor_files import read_tensors
 
 STAGE2, STAGE3 = "recipes/stage2_flow_matching.py", "recipes/stage3_self_forcing.py"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -41,7 +42,7 @@ def assert_same_run(one: Path, two: Path, tolerance: float) -> None:
             {key: right[key] for key in both}, rel=tolerance, abs=tolerance
         )
     for name in ("model", "ema"):
-        left, right = (load_tensors(find(run) / f"{name}.safetensors") for run in (one, two))
+        left, right = (read_tensors(find(run) / f"{name}.safetensors") for run in (one, two))
         assert left.keys() == right.keys()
         assert all(float((left[key] - right[key]).abs().max()) <= tolerance for key in left)
 
@@ -81,7 +82,7 @@ def test_a_sample_that_is_not_finite_on_one_rank(chain: Chain, tmp_path: Path) -
     (line,) = (run / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 3, "engine": "model", "samples": order}
     assert json.loads((find(run) / "state" / "model" / "engine.json").read_text())["skipped"] == 1
-    assert all(tensor.isfinite().all() for tensor in load_tensors(find(run) / "model.safetensors").values())
+    assert all(tensor.isfinite().all() for tensor in read_tensors(find(run) / "model.safetensors").values())
     clips = LatentClips(data)
     for rank, finite in ((0, True), (1, False)):
         with safe_open(run / "nan_dump" / f"step_00000003_model_rank_{rank}.safetensors", framework="pt") as dump:
@@ -110,7 +111,7 @@ def test_a_critic_that_is_not_finite_on_one_rank(chain: Chain, tmp_path: Path) -
     for name, key in (("model", "model"), ("critic", "critic")):
         skipped = json.loads((find(run) / "state" / name / "engine.json").read_text())["skipped"]
         assert skipped == sum(line["engine"].startswith(key) for line in lines)
-    assert all(tensor.isfinite().all() for tensor in load_tensors(find(run) / "ema.safetensors").values())
+    assert all(tensor.isfinite().all() for tensor in read_tensors(find(run) / "ema.safetensors").values())
     assert all(row["monitor/fake_real"] is not None for row in tiny_run.metrics(run) if "monitor/fake_real" in row)
 
 

@@ -12,7 +12,7 @@ import torch
 from scd_sf.checkpoint import provenance
 from scd_sf.config import from_yaml
 from scd_sf.distributed import Ranks
-from scd_sf.train.run import Run, RunConfig, cpu_generator, rank_zero_print
+from scd_sf.train.run import Run, RunConfig, rank_zero_print
 from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -168,11 +168,3 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     run.finish()
     rank_zero_print(other, "hello")
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
-
-
-def test_generators_are_functions_of_their_place() -> None:
-    def draw(*place: object) -> list[int]:
-        return torch.randint(1000, (4,), generator=cpu_generator(*place)).tolist()  # type: ignore[arg-type]
-
-    assert draw(0, 5) == draw(0, 5)
-    assert len({tuple(draw(*p)) for p in ((0, 5), (5, 0), (0, 6), (1, 5), (0, 5, "exit"))}) == 5

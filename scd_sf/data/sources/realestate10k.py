@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,47 +21,11 @@ from torch import Tensor
 from scd_sf.data.sources.pixels import PixelClip
 from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, tensor_file
 from scd_sf.data.sources.video_reader import LARGEST_FRAME, resize_crop
-from scd_sf.files import foreign, lines_of, read_bytes, read_json, read_text, safe_path
+from scd_sf.files import foreign, read_bytes, read_json, safe_path
 from scd_sf.types import UserError
 
 COLUMNS = 18
-LARGEST_CAMERAS = 2**26  # bytes of a camera file
 HELD = 2  # chunks in memory, about 100 MB each
-
-
-@dataclass(frozen=True)
-class Cameras:
-    """``timestamps_F`` int64 microseconds; ``intrinsics_F4`` fx fy cx cy as shares of the picture's width and height;
-    ``world_to_camera_F34``."""
-
-    url: str
-    timestamps_F: Tensor
-    intrinsics_F4: Tensor
-    world_to_camera_F34: Tensor
-
-
-def read_cameras(path: Path) -> Cameras:
-    """A camera file. UserError names the line that is not 19 numbers."""
-    url, *lines = lines_of(read_text(path, COPY, LARGEST_CAMERAS)) or [""]
-    rows, times = [], []
-    for number, line in enumerate(lines, 2):
-        words = line.split()
-        try:
-            values = [float(word) for word in words[1:]]
-            times.append(int(words[0]))
-        except (ValueError, IndexError) as error:
-            raise UserError(f"{path}:{number}: not 19 numbers ({error}); {COPY}") from error
-        if len(values) != COLUMNS or not np.isfinite(values).all() or abs(times[-1]) >= 2**63:
-            raise UserError(f"{path}:{number}: {len(words)} columns, or not finite; a camera has 19 numbers; {COPY}")
-        rows.append(values)
-    if not rows:
-        raise UserError(f"{path}: has no camera; {COPY}")
-    return cameras_of(url.strip(), torch.tensor(times), torch.tensor(rows, dtype=torch.float64).float())
-
-
-def cameras_of(url: str, timestamps_F: Tensor, rows_F18: Tensor) -> Cameras:
-    """The parts of camera rows."""
-    return Cameras(url, timestamps_F, rows_F18[:, :4], rows_F18[:, 6:].reshape(-1, 3, 4))
 
 
 class RealEstate10K:
@@ -75,8 +38,9 @@ class RealEstate10K:
         self, root: Path, split: str, *, size: int = 256, frames: int = 64, cameras: bool = False, fps: float = 30.0
     ) -> None:
         """``frames``: the first so many of a clip (shorter clips are malformed); 0: all. ``cameras``: check them when a
-        clip is read, and keep them for :meth:`cameras`. UserError: no index, or one that does not fit the files."""
-        self.root, self.size, self.frames, self.keep, self.fps = root / split, size, frames, cameras, fps
+        clip is read. UserError: no index, or one that does not fit the files."""
+        self.root, self.size, self.frames, self.fps = root / split, size, frames, fps
+        self._check_cameras = cameras
         where = self.root / "index.json"
         index = read_json(where, "give the folder that holds train/ and test/ of pixelSplat's chunks")
         if not index or any(not isinstance(file, str) for file in index.values()):
@@ -101,23 +65,11 @@ class RealEstate10K:
         if not isinstance(images, list) or len(images) < max(1, self.frames):
             count = len(images) if isinstance(images, list) else "no"
             raise UserError(f"{where}: {count} images, {max(1, self.frames)} are needed; ask for fewer frames")
-        if self.keep:
-            self.cameras(index)
+        if self._check_cameras:
+            _check_cameras(item, len(images), where)
         kept = enumerate(images[: self.frames or None])
         pictures = [_picture(image, self.size, where, number) for number, image in kept]
         return PixelClip(self.ids[index], torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous())
-
-    def cameras(self, index: int) -> Cameras:
-        """The cameras of the clip's frames. UserError: missing, or not (N, 18) and finite, N the number of images."""
-        where, item = self._item(index)
-        rows, times, images = item.get("cameras"), item.get("timestamps"), item.get("images")
-        wanted = len(images) if isinstance(images, list) else -1
-        good = isinstance(rows, Tensor) and rows.shape == (wanted, COLUMNS) and bool(rows.isfinite().all())
-        if not good or not isinstance(times, Tensor) or times.shape != (wanted,):
-            raise UserError(f"{where}: 'cameras' must be finite ({wanted}, {COLUMNS}) with 'timestamps'; {COPY}")
-        assert isinstance(rows, Tensor)
-        kept = slice(0, self.frames or None)
-        return cameras_of(str(item.get("url", "")), times[kept].long(), rows[kept].float())
 
     def _item(self, index: int) -> tuple[str, dict[str, object]]:
         key = self.ids[index]
@@ -135,6 +87,14 @@ class RealEstate10K:
         if key not in chunk:
             raise UserError(f"{where}: index.json names it, the chunk does not hold it; {COPY}")
         return where, chunk[key]
+
+
+def _check_cameras(item: dict[str, object], images: int, where: str) -> None:
+    """UserError unless a clip's cameras are (images, 18) and finite, with as many timestamps."""
+    rows, times = item.get("cameras"), item.get("timestamps")
+    good = isinstance(rows, Tensor) and rows.shape == (images, COLUMNS) and bool(rows.isfinite().all())
+    if not good or not isinstance(times, Tensor) or times.shape != (images,):
+        raise UserError(f"{where}: 'cameras' must be finite ({images}, {COLUMNS}) with 'timestamps'; {COPY}")
 
 
 def _chunk(path: Path) -> dict[str, dict[str, object]] | UserError:

@@ -18,7 +18,7 @@ from scd_sf.data.clips import read_video, write_video
 from scd_sf.data.sources.far import Far, FarLatents
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.sources.raw_files import arrays_of
-from scd_sf.data.sources.realestate10k import RealEstate10K, read_cameras
+from scd_sf.data.sources.realestate10k import RealEstate10K
 from scd_sf.data.sources.teco import Teco
 from scd_sf.data.sources.ucf101 import Ucf101
 from scd_sf.data.sources.video_reader import read_frames, resize_crop
@@ -364,10 +364,6 @@ def test_realestate10k(tmp_path: Path) -> None:
     assert clip.frames_F3HW.shape == (9, 3, 64, 64)
     wanted = small(bikes()[12], 64)
     assert (clip.frames_F3HW[0].float() - wanted.float()).abs().mean() < 3
-    cameras = clips.cameras(2)
-    assert cameras.world_to_camera_F34.shape == (9, 3, 4) and cameras.timestamps_F[1] == 33_366
-    torch.testing.assert_close(cameras.intrinsics_F4[0], torch.tensor([0.5, 0.89, 0.5, 0.5]))
-    torch.testing.assert_close(cameras.world_to_camera_F34[3, :, 3], torch.tensor([0.0, 0.0, 0.3]))
     assert RealEstate10K(tmp_path, "test", size=32, frames=0).read(0).frames == 12
     opened = open_pixels(PixelsConfig(kind="realestate10k", root=str(tmp_path), split="test", frames=9, first=2))
     assert len(opened) == 2 and opened.read(0).frames_F3HW.shape == (9, 3, 256, 256) and opened.fps == 30
@@ -430,30 +426,6 @@ def test_malformed_realestate10k(tmp_path: Path) -> None:
         (folder / "index.json").write_text(text)
         with pytest.raises(UserError, match=problem):
             RealEstate10K(tmp_path, "test")
-
-
-def test_camera_files(tmp_path: Path) -> None:
-    line = "33366 0.5 0.89 0.5 0.5 0 0 1 0 0 0.1 0 1 0 0.2 0 0 1 0.3"
-    path = tmp_path / "a.txt"
-    path.write_text(f"https://example.org/watch\n{line}\n{line.replace('33366', '66733')}\n")
-    cameras = read_cameras(path)
-    assert cameras.url == "https://example.org/watch" and cameras.timestamps_F.tolist() == [33366, 66733]
-    torch.testing.assert_close(cameras.world_to_camera_F34[1, :, 3], torch.tensor([0.1, 0.2, 0.3]))
-    for text, message in {
-        f"url\n{line}\n{line} 7\n": r"a\.txt:3: 20 columns",
-        f"url\n{line[:-4]}\n": r"a\.txt:2: 18 columns",
-        f"url\n{line.replace('0.89', 'x')}\n": r"a\.txt:2: not 19 numbers",
-        f"url\n{line.replace('0.89', 'nan')}\n": r"a\.txt:2: .*not finite",
-        "url\n\n": r"a\.txt:2: not 19 numbers",
-        "url\n": "has no camera",
-        "": "has no camera",
-        f"url\n{line.replace('33366', '9' * 30)}\n": r"a\.txt:2: .*not finite",
-    }.items():
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_cameras(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_cameras(tmp_path / "absent.txt")
 
 
 def test_bad_configs() -> None:
