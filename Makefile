@@ -4,12 +4,13 @@
 #   make gpu        one CUDA GPU, about ten minutes, no installation: tests, frames per second, training (docs/gpu.md)
 #   make test-oldest  the fast tests with the oldest versions that pyproject.toml allows (docs/versions.md), in .venv-oldest
 #   make lint       ruff, mypy          make format     ruff's automatic fixes            make teacher   re-train the demo teacher
+#   make docs       these pages as a site in build/docs; every link is checked
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
-EXTRAS ?= dev,demo,data,cluster,eval,wandb
+EXTRAS ?= dev,demo,data,cluster,eval,wandb,docs
 PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q
 # Paths may be given: make test T=tests/nn ; SLOW=1 adds the slow tests ; ARGS goes to the command as it is.
 T ?= tests
@@ -24,10 +25,10 @@ KEEP := from importlib.metadata import distributions; \
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo teacher test test-slow test-gpu test-oldest gpu lint format
+.PHONY: help venv demo teacher test test-slow test-gpu test-oldest gpu lint format docs
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 venv: $(STAMP)
 
@@ -89,3 +90,7 @@ format: $(STAMP)
 	@echo "make: ruff fixes"
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format -q .
+
+docs: $(STAMP)
+	@echo "make: mkdocs into build/docs"
+	@$(PY) -m mkdocs build --strict --quiet

@@ -18,8 +18,9 @@ SCRIPTS = ("recipes", "data_prep", "vbench_eval", "benchmarks")
 CONFIG_NAMES = ("cfg", "config", "args")
 TORCH_SETTINGS = ("torch.backends.", "torch._dynamo.config.", "torch._inductor.config.")
 IN_THE_ROOT = {
-    ".ci", ".gitignore", "CHANGELOG.md", "LICENSE", "Makefile", "NOTICE", "README.md", "SECURITY.md", "assets",
-    "benchmarks", "data_prep", "docs", "pyproject.toml", "recipes", "scd_sf", "tests", "vbench_eval",
+    ".ci", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "NOTICE",
+    "README.md", "SECURITY.md", "assets", "benchmarks", "data_prep", "docs", "mkdocs.yml", "pyproject.toml",
+    "recipes", "scd_sf", "tests", "vbench_eval",
 }  # fmt: skip
 
 

@@ -12,13 +12,11 @@ import recipe_runner
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-NO_CODE_YET = {"serve"}
-
 
 def lower_bounds() -> dict[str, Version]:
     """Package -> the version after >=, of every dependency and extra."""
     project = tomllib.loads((recipe_runner.ROOT / "pyproject.toml").read_text())["project"]
-    extras = [texts for extra, texts in project["optional-dependencies"].items() if extra not in NO_CODE_YET]
+    extras = project["optional-dependencies"].values()
     wanted = [Requirement(text) for texts in (project["dependencies"], *extras) for text in texts]
     return {one.name: Version(bound.version) for one in wanted for bound in one.specifier if bound.operator == ">="}
 

@@ -33,7 +33,7 @@ class AttentionContext(Protocol):
 def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot product attention. On the meta device (``scd plan`` counts there) FlashAttention's own operator: the
     general one would lay out the whole table of scores. On a CPU bf16 is trained in fp32: the bf16 backward pass takes
-    ten times as long (docs/results.md)."""
+    ten times as long (docs/results/scratch_speed.md)."""
     if q_BNLD.is_meta and mask is None:
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BNLD, k_BNLD, v_BNLD)[0]
         return out

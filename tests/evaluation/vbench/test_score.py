@@ -1,6 +1,6 @@
 """Scoring around a stand-in for VBench: weights, packages, missing videos, resuming, what VBench leaves out.
 
-The stand-in is a Python whose ``vbench`` scores a file by its size; VBench's own runs are in docs/results.md.
+The stand-in is a Python whose ``vbench`` scores a file by its size; VBench's own runs are in docs/results/metrics.md.
 """
 
 from __future__ import annotations

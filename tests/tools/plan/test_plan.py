@@ -134,7 +134,7 @@ def test_what_cannot_be_planned() -> None:
 def test_the_papers_models_against_counts_made_by_hand() -> None:
     """FLOPs of Wan's forward and of stage 2, and stage 2's memory, as a separate roofline model of this project gives
     them: 1.54 and 2.37 PFLOP a clip at K = 1 and 4 with the paper's fusion; 19.0 and 16.0 GiB on 8 and 64 GPUs, of
-    which it took 12.5 for activations (docs/results.md: metered they are more)."""
+    which it took 12.5 for activations (docs/results/memory.md: metered they are more)."""
     for cfg, expected in ((WanConfig(), 0.283), (WAN_14B, 1.68)):
         with torch.device("meta"):
             wan = Wan(cfg).to(torch.bfloat16)
