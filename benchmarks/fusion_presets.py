@@ -3,7 +3,7 @@
     python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out runs/fusion.json
 
 Every variant starts from the same teacher, sees the same batches, times and noise, and is validated at the same fixed
-noise (spec/scd.md W7: "pick by measurement"). Resumes: finished variants in the output file are not run again.
+noise (docs/adr/0003-fusion-delta.md). Resumes: finished variants in the output file are not run again.
 """
 
 from __future__ import annotations

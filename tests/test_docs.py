@@ -1,4 +1,4 @@
-"""The pages of README.md, CONTRIBUTING.md, SECURITY.md and docs/: what they name exists, the tour is as short as it says."""
+"""The pages: what they name exists, the tour is as short as it says."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,7 +115,7 @@ def field_docstrings(schema: type[Any]) -> dict[str, str]:
     for base in reversed([cls for cls in schema.__mro__ if dataclasses.is_dataclass(cls)]):
         node = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         body = node.body if isinstance(node, ast.ClassDef) else []
-        for one, after in zip(body, body[1:], strict=False):
+        for one, after in pairwise(body):
             named = isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
             if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 meanings[one.target.id] = " ".join(str(after.value.value).split())

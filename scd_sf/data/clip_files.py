@@ -4,7 +4,8 @@
 (T, E), the prompt's token states without padding; its header's ``clip`` entry is a JSON object (:class:`About`). The
 video, if one is kept, lies beside it as ``.mp4`` and was written first. So a latent file that is there is a clip that
 is done. Names are content ids and every write is atomic: to write a clip twice changes nothing.
-Files are read with plain reads straight into the batch: a memory map costs a page fault per 4 KiB (docs/results/data.md).
+Files are read with plain reads straight into the batch: a memory map costs a page fault per 4 KiB
+(docs/results/data.md).
 """
 
 from __future__ import annotations

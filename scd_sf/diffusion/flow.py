@@ -1,7 +1,7 @@
 """Rectified flow: ``x_t = (1-t) x_0 + t eps``, velocity ``eps - x_0``, t in [0,1] with 1 = pure noise.
 
 Sigma is the float t itself: no 1000-entry grids and no nearest-neighbour look-ups (public DMD code mixes two grids and
-is off by up to 19 % at low noise: spec/self_forcing.md section 2). Everything is at least fp32.
+is off by up to 19 % at low noise: docs/deviations.md). Everything is at least fp32.
 """
 
 from __future__ import annotations

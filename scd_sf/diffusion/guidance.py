@@ -1,7 +1,7 @@
 """Classifier-free guidance. One formula, ``uncond + w (cond - uncond)``; two spellings of its scale in configs.
 
 Self-Forcing's code writes ``cond + s (cond - uncond)``: its 3.0 is w = 4.0 here. Configs say which they mean with
-``form``; both numbers are logged (spec/self_forcing.md section 2, "CFG convention trap").
+``form``; both numbers are logged (docs/deviations.md, "CFG").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Samplers: integrate a velocity model from t = 1 to t = 0. A model is a callable ``(x_t, t_scalar) -> velocity``.
 
 A student distilled by Self-Forcing must be sampled by :class:`Renoise` with the times it was trained with; Euler on
-it gives noise (spec/demo.md part c).
+it gives noise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Sampler(Protocol):
 
 
 def few_step_times(shift: float = 5.0, linear: tuple[float, ...] = FEW_STEP_LINEAR) -> tuple[float, ...]:
-    """[1000, 750, 500, 250] / 1000 warped by the shift: (1, .9375, .8333, .625) for k = 5 (spec/scd.md W16)."""
+    """[1000, 750, 500, 250] / 1000 warped by the shift: (1, .9375, .8333, .625) for k = 5, as Self-Forcing has it."""
     return tuple(shift_time(torch.tensor(linear, dtype=torch.float64), shift).tolist())
 
 

@@ -1,8 +1,8 @@
 """How a video prediction model is scored: which clips, how much context, how many trajectories, how they are reduced.
 
 A figure of video prediction means nothing without these, so they are data with a name and a version, and every result
-carries them. Sources: SCD, FAR, TECO and MCVD, as collected in docs/results/metrics.md; the figures of two protocols, or of two
-versions of one, are never compared.
+carries them. Sources: SCD, FAR, TECO and MCVD, as collected in docs/results/metrics.md; the figures of two
+protocols, or of two versions of one, are never compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Distribution matching distillation (DMD) as in Self-Forcing: supplement Table 7, spec/self_forcing.md sections 2, 3.
+"""Distribution matching distillation (DMD) as in Self-Forcing: supplement Table 7; docs/deviations.md.
 
 ``gradient = (fake - real) / mean|x - real|`` with x_0 estimates of the critic (fake) and the guided teacher (real) at
 one noise level per clip. Everything except the networks is fp32; sigma is exact; no ``nan_to_num``.

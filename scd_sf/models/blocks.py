@@ -1,5 +1,5 @@
 """Which blocks of a stack run at which noise level, and which see other frames: the paper's probes of what a model can
-do without (section 4.2, supplement D.1; spec/scd.md 3, P5 and P6). Parameters stay what they are.
+do without (section 4.2, supplement D.1; P5 and P6 of docs/results/probes.md). Parameters stay what they are.
 
 Letters: B batch, F frames, L tokens, E width.
 """

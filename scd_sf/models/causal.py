@@ -37,7 +37,7 @@ class CausalStream:
 class Causal(nn.Module):
     """A :class:`~scd_sf.models.interface.FrameGenerator` with exactly the parameters of the bidirectional model.
 
-    ``frame_diagonal``: its last so many blocks see their own chunk alone (spec/scd.md 3, P6). Nobody reads their keys
+    ``frame_diagonal``: its last so many blocks see their own chunk alone (paper 4.2). Nobody reads their keys
     and values of finished frames, so those are never made: teacher forcing drops the clean frames before these blocks,
     and the cache does not have them.
     """

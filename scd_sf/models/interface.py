@@ -18,8 +18,8 @@ from scd_sf.types import Conditioning, UserError, on_device
 
 @dataclass(frozen=True)
 class Query:
-    """The encoder's noisy query frames of SCD on Wan: x (B, F, C, H, W) at times t (B, F) (paper 4; spec W4); None for
-    models trained from scratch, whose encoder has no query.
+    """The encoder's noisy query frames of SCD on Wan: x (B, F, C, H, W) at times t (B, F) (paper 4, supplement E.1);
+    None for models trained from scratch, whose encoder has no query.
 
     ``eta`` is the context corruption of Eq. 7; its noise comes from ``rng`` (CPU), independently per noisy sample.
     """

@@ -157,7 +157,7 @@ class WanBlock(nn.Module):
 
 
 class DitBlock(nn.Module):
-    """Self-attention and feed-forward, each with an adaLN-zero projection of its own (paper C.1; spec/scd.md 1.3).
+    """Self-attention and feed-forward, each with an adaLN-zero projection of its own (supplement B.2).
 
     The projection runs on one vector per frame: on every token, as in the released code (P9), it would be a third of
     the block. ``18 D^2 + 15 D`` parameters and two norms.

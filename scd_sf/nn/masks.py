@@ -2,7 +2,7 @@
 
 A token is described by two integers: ``kind`` (0 = clean history, 1.. = noisy or query sample number k) and ``chunk``
 (which frames it belongs to). Clean tokens see clean chunks <= their own and nothing noisy; noisy tokens see clean
-chunks < their own, and their own chunk of their own sample (spec/scd.md W3; Self-Forcing's teacher-forcing mask).
+chunks < their own, and their own chunk of their own sample (supplement Algorithm 1; Self-Forcing's mask).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""P4: where attention goes in time (paper Figure 4, supplement Figure 4; spec/scd.md 3).
+"""P4: where attention goes in time (paper Figure 4, supplement Figure 4).
 
 The softmax mass that queries of frame i put on the keys of a frame j, by distance d = \\|i - j\\|, per block, head and
 step, averaged over queries, clips and the frames i that have a past; beside it what uniform attention over the visible

@@ -1,4 +1,4 @@
-"""P6: do the last blocks need other frames? (paper 4.2; spec/scd.md 3)
+"""P6: do the last blocks need other frames? (paper 4.2)
 
 The last n blocks of the causal baseline are made frame-diagonal (models/blocks.py), without any training: what the flow
 loss says of it, and how far the videos move. Whether a short fine-tune brings the quality back, as in the paper, says

@@ -1,5 +1,5 @@
 """P7: what the flow loss says of a block that is left out, and where to cut a model by it (paper Figure 7, supplement
-E.1; spec/scd.md 3).
+E.1).
 
 A block is left out by a forward hook that hands its input on, the identity on the residual; when the hook is removed
 the model is what it was. Levels are taken from the training density.

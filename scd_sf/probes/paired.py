@@ -51,7 +51,7 @@ class LossConfig:
 
 def training_levels(count: int, shift: float) -> tuple[float, ...]:
     """Noise levels at the middle of ``count`` equal parts of the training density, t = shifted u, u uniform. Levels
-    outside it say nothing (spec/scd.md 3, pitfall ii)."""
+    outside it say nothing."""
     return tuple(shift_time((index + 0.5) / count, shift) for index in range(count))
 
 

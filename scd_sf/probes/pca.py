@@ -1,4 +1,4 @@
-"""P3: what a block's tokens show at every step, as colours (paper Figure 2b, supplement Figure 3b; spec/scd.md 3).
+"""P3: what a block's tokens show at every step, as colours (paper Figure 2b, supplement Figure 3b).
 
 The three principal components of one frame's tokens, of ONE basis per block fitted on all steps together, so that equal
 colours mean equal features at any step. Components become red, green and blue between their 1st and 99th percentile.

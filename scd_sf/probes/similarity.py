@@ -1,5 +1,5 @@
 """P1, P2: how alike a block's features of one frame are at different denoising steps (paper Figure 2a, supplement
-Figures 2a, 2b, 3a; spec/scd.md 3).
+Figures 2a, 2b, 3a).
 
 For steps s and s', f the features of a frame (tokens x width), and means over the frame's tokens and the clips:
   cosine      of f_s and f_s' per token

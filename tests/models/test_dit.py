@@ -32,7 +32,7 @@ from scd_sf.types import Conditioning, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 SCD = tiny.Variant("scd", 1, "paper", "temporal", "full", "dit")
-# Name: millions of parameters in the paper's Table 2, in spec/scd.md's own count, and block passes a frame at S = 50.
+# Name: millions of parameters in the supplement's Table 2, in our own count, and block passes a frame at S = 50.
 TABLE_2 = {
     "causal_b": (131, 129.6, 600),
     "scd_b": (132, 131.6, 208),

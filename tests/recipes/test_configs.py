@@ -220,7 +220,7 @@ def test_commands_of_the_experiments_fit_their_scripts() -> None:
 
 
 def test_training_from_scratch_has_the_published_numbers() -> None:
-    """spec/scd.md 1.7, 1.9: what is published or released; the rest is marked in the files."""
+    """Supplement Table 2 and the released configuration; the rest is marked in the files."""
     for data, frames, actions in (("minecraft", 300, 3), ("ucf101", 16, 0), ("realestate10k", 64, 0)):
         cfg: Any = configured("pretrain", f"pretrain_{data}", "pretrain_scd_b")
         assert (cfg.frames, cfg.model.dit.num_actions, cfg.sampler.steps) == (frames, actions, 50)

@@ -126,7 +126,7 @@ def test_decoder_rows_are_independent_given_their_contexts(variant: tiny.Variant
 @torch.no_grad()
 def test_delta_starts_as_causal_wan_with_chunk_diagonal_late_layers(variant: tiny.Variant) -> None:
     """At t = t_query with the same eps, transplanted 'delta' is Wan under the teacher-forcing mask up to the last
-    encoder layer and chunk by chunk after it (spec/scd.md W7, 6.1)."""
+    encoder layer and chunk by chunk after it (docs/deviations.md)."""
     wan, data = tiny.wan(), tiny.clip(variant.chunk, samples=1)
     with tiny.double():
         model, _ = transplant_scd(wan, tiny.scd_config(variant))
