@@ -181,7 +181,7 @@ def gallery(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Videos side by side",
     sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")] = None,
 ) -> None:
-    """Models x prompts on one page that needs no network: play in step, search, compare A/B."""
+    """Models x prompts on one page that needs no network: play in step, search, choose models."""
     from scd_sf.tools.gallery.folders import page_of, read_folder
     from scd_sf.tools.gallery.page import write_page
     from scd_sf.tools.gallery.sheet import ROWS, contact_sheet, require_own_sheet

@@ -10,138 +10,128 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.data.sources.video_reader import frame_count
-from scd_sf.files import files_below, read_json, sha256_file
+from scd_sf.files import files_below, read_typed, safe_path, sha256_file
 from scd_sf.tools.gallery.page import Page, Prompt, Sample
 from scd_sf.types import UserError, printable
 
 INDEX, DONE = "manifest.json", ".done"
 REMEDY = "give folders that scd sample has written"
+FASTEST = 1000  # frames per second
+SHORT = ("sampler", "steps")  # a model's facts that every sample repeats
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a manifest says of a video. ``title``: a benchmark's name of the prompt. ``then``: further prompts, each
+    with its first pixel frame. ``start``: the image or video that it continues."""
+
+    prompt: str
+    prompt_index: int = 0
+    sample: int = 0
+    seed: int | None = None
+    title: str = ""
+    then: list[tuple[int, str]] = field(default_factory=list)
+    start: str = ""
+    sha256: str = ""
+
+    @property
+    def words(self) -> str:
+        """All that was sampled with."""
+        return "".join([self.prompt, *(f"\nfrom frame {frame}: {text}" for frame, text in self.then)])
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a benchmark has another name for the prompt."""
+        return self.title not in ("", self.prompt)
+
+    @property
+    def heading(self) -> str:
+        """What equal prompts of several models are put together by."""
+        continues = f"\ncontinues {Path(self.start).name}" if self.start else ""
+        return (self.title if self.is_named else self.words) + continues
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """As far as it is read."""
+
+    settings: dict[str, object]
+    videos: dict[str, Entry]
 
 
 @dataclass(frozen=True)
 class Video:
-    """``heading``: what equal prompts of several models are put together by. ``words``: the prompt it was sampled with,
-    where the heading is only a benchmark's name for it. ``fault``, ``remark``: as :class:`Sample` has them."""
+    """``fault``, ``remark``: as :class:`Sample` has them. ``frames``: 0 where there is a fault."""
 
-    heading: str
-    words: str
-    file: Path | None
+    name: str
+    entry: Entry
+    file: Path
     frames: int
-    facts: Mapping[str, str]
     fault: str = ""
     remark: str = ""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A model's samples in the order of its prompts. ``frames``: of the longest video."""
+    """A model's samples in the order of its prompts. ``facts``: what one wants to know of the model, as text."""
 
     name: str
     facts: Mapping[str, str]
     fps: float
-    frames: int
     videos: tuple[Video, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of the longest video."""
+        return max((video.frames for video in self.videos), default=0) / self.fps
 
 
 def read_folder(root: Path, name: str = "") -> Folder:
     """UserError: no manifest, a foreign one, a file outside the folder."""
-    document = read_json(root / INDEX, REMEDY)
-    settings, listed = document.get("settings"), document.get("videos")
-    if not isinstance(settings, dict) or not isinstance(listed, dict):
-        raise UserError(f"{root / INDEX}: no sample manifest ('settings' and 'videos'); {REMEDY}")
-    fps, size = settings.get("fps"), settings.get("size")
-    if not isinstance(fps, int | float) or not 0 < fps <= 1000:
+    manifest = read_typed(root / INDEX, Manifest, REMEDY)
+    fps = manifest.settings.get("fps")
+    if not isinstance(fps, int | float) or not 0 < fps <= FASTEST:
         raise UserError(f"{root / INDEX}: settings.fps is {fps!r}, not frames per second; {REMEDY}")
-    entries: dict[str, object] = {**_finished(root), **listed}
-    videos = [_video(root, file, entries[file]) for file in sorted(entries, key=lambda file: _place(file, entries))]
-    asked = size[0] if isinstance(size, list) and size and isinstance(size[0], int) and 0 < size[0] < 1 << 20 else 1
-    longest = max((video.frames for video in videos if video.file is not None), default=asked)
-    return Folder(name or root.resolve().name, _facts(settings), float(fps), longest, tuple(videos))
+    entries = {**_finished(root), **manifest.videos}
+    order = sorted(entries, key=lambda file: (entries[file].prompt_index, entries[file].sample, file))
+    videos = tuple(_video(root, file, entries[file]) for file in order)
+    return Folder(name or root.resolve().name, _facts(manifest.settings), float(fps), videos)
 
 
-def _finished(root: Path) -> dict[str, object]:
+def _finished(root: Path) -> dict[str, Entry]:
     """Records of a run whose manifest does not list its videos yet."""
     done = root / DONE
     files = [file for file in files_below(done) if file.suffix == ".json"]
-    return {file.relative_to(done).as_posix().removesuffix(".json"): read_json(file, REMEDY) for file in files}
+    return {file.relative_to(done).as_posix().removesuffix(".json"): read_typed(file, Entry, REMEDY) for file in files}
 
 
-def _place(file: str, entries: Mapping[str, object]) -> tuple[int, int, str]:
-    """By prompt, then sample, then name."""
-    entry = entries[file]
-    numbers = [entry.get(key) if isinstance(entry, dict) else None for key in ("prompt_index", "sample")]
-    prompt, sample = (number if isinstance(number, int) else 0 for number in numbers)
-    return prompt, sample, file
-
-
-def _video(root: Path, file: str, entry: object) -> Video:
-    prompt = entry.get("prompt") if isinstance(entry, dict) else None
-    if not isinstance(entry, dict) or not isinstance(prompt, str):
-        raise UserError(f"{root / INDEX}: videos[{file!r}] has no prompt; {REMEDY}")
-    path = _inside(root, file)
-    title, changes, start = entry.get("title"), _changes(entry.get("then")), entry.get("start")
-    named = isinstance(title, str) and title not in ("", prompt)
-    facts = {key: _text(entry[key]) for key in ("seed", "sample", "start") if key in entry}
-    facts["file"] = printable(file)
-    heading, words = (str(title), prompt + changes) if named else (prompt + changes, "")
-    if isinstance(start, str) and start:
-        heading += f"\ncontinues {Path(start).name}"
-    if not path.is_file():
-        return Video(heading, words, None, 1, facts, "missing")
-    frames = _length(path)
-    if frames == 0:
-        return Video(heading, words, None, 1, facts, "damaged")
-    vouched = entry.get("sha256")
-    same = not isinstance(vouched, str) or sha256_file(path) == vouched
-    return Video(heading, words, path, frames, facts, remark="" if same else "changed since it was sampled")
-
-
-def _inside(root: Path, file: str) -> Path:
-    """UserError unless it names an mp4 file in the folder, also through links."""
+def _video(root: Path, name: str, entry: Entry) -> Video:
+    file = safe_path(root, name, f"{root / INDEX}: a video")
+    if file.suffix != ".mp4":
+        raise UserError(f"{root / INDEX}: a video is {name[:80]!r}, not an mp4 file; {REMEDY}")
+    if not file.is_file():
+        return Video(name, entry, file, 0, "missing")
     try:
-        path = (root / file).resolve()
-        path.is_file()  # a name that the file system does not take
-        inside = path.is_relative_to(root.resolve()) and path.suffix == ".mp4"
-    except (OSError, ValueError):
-        inside = False
-    if not inside:
-        raise UserError(f"{root / INDEX}: {file[:200]!r} is not an mp4 file inside the folder; {REMEDY}")
-    return path
-
-
-def _changes(then: object) -> str:
-    """Prompts that follow the first one, a line each."""
-    given = then if isinstance(then, list) else []
-    pairs = [change for change in given if isinstance(change, list) and len(change) == 2]
-    return "".join(f"\nfrom frame {_text(frame)}: {_text(text)}" for frame, text in pairs)
-
-
-def _length(file: Path) -> int:
-    """Frames that a video has; 0 where it cannot be read."""
-    try:
-        return frame_count(file, str(file))
+        frames = frame_count(file, str(file))
     except UserError:
-        return 0
+        return Video(name, entry, file, 0, "damaged")
+    same = entry.sha256 in ("", sha256_file(file))
+    return Video(name, entry, file, frames, remark="" if same else "changed since it was sampled")
 
 
 def _facts(settings: Mapping[str, object]) -> dict[str, str]:
-    """What one wants to know of a model, as text."""
-    kept = ("checkpoint", "weights", "dtype", "window", "blocks", "guidance", "size", "fps", "seed")
-    found = {name: settings[name] for name in kept if settings.get(name) not in (None, "")}
+    names = ("checkpoint", "weights", "dtype", "window", "blocks", "guidance", "size", "fps", "seed")
+    facts = {name: settings[name] for name in names if settings.get(name) not in (None, "")}
     sampler = settings.get("sampler")
     if isinstance(sampler, dict):
-        found |= {name: sampler[key] for name, key in (("sampler", "name"), ("steps", "steps")) if key in sampler}
+        facts |= {name: sampler[key] for name, key in (("sampler", "name"), ("steps", "steps")) if key in sampler}
     if digest := settings.get("checkpoint_sha256"):
-        found["sha256"] = str(digest)[:16]
-    return {name: _text(value) for name, value in found.items()}
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+        facts["sha256"] = str(digest)[:16]
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
 
 
 def page_of(folders: Sequence[Folder], title: str) -> Page:
@@ -152,31 +142,30 @@ def page_of(folders: Sequence[Folder], title: str) -> Page:
     videos = [(folder, video) for folder in folders for video in folder.videos]
     if not videos:
         raise UserError("the folders hold no videos; " + REMEDY)
-    number = {heading: place for place, heading in enumerate(dict.fromkeys(video.heading for _, video in videos))}
-    words: dict[str, list[str]] = {heading: [] for heading in number}
-    faulty: set[str] = set()
-    samples = []
-    for folder, video in videos:
-        facts = {**video.facts, **_short(folder.facts)}
-        if video.words:
-            words[video.heading].append(video.words)
-            facts["prompt"] = video.words
-        faulty |= {video.heading} if video.fault else set()
-        place = number[video.heading]
-        samples.append(Sample(folder.name, place, video.file, facts, video.fault, video.remark))
+    together: dict[str, list[Video]] = {}
+    for _, video in videos:
+        together.setdefault(video.entry.heading, []).append(video)
+    place = {heading: number for number, heading in enumerate(together)}
+    samples = [_sample(folder, video, place[video.entry.heading]) for folder, video in videos]
+    some_lack = any(video.fault for _, video in videos)
     prompts = []
-    for heading in number:
-        tags = {"videos": "some are not there" if heading in faulty else "complete"} if faulty else {}
-        prompts.append(Prompt(heading, tags, words=tuple(dict.fromkeys(words[heading]))))
+    for heading, same in together.items():
+        state = "some are not there" if any(video.fault for video in same) else "complete"
+        words = dict.fromkeys(video.entry.words for video in same if video.entry.is_named)
+        prompts.append(Prompt(heading, {"videos": state} if some_lack else {}, words=tuple(words)))
     fps = max(folder.fps for folder in folders)
-    longest = max(folder.frames / folder.fps for folder in folders)
-    models = {folder.name: folder.facts for folder in folders}
-    return Page(title, models, prompts, samples, fps, max(1, round(longest * fps)))
+    frames = max(1, round(max(folder.seconds for folder in folders) * fps))
+    return Page(title, {folder.name: folder.facts for folder in folders}, prompts, samples, fps, frames)
 
 
-def _short(facts: Mapping[str, str]) -> dict[str, str]:
-    """Of a model's facts those that every sample repeats."""
-    found = {name: facts[name] for name in ("sampler", "steps") if name in facts}
-    if "checkpoint" in facts:
-        found["checkpoint"] = Path(facts["checkpoint"]).name
-    return found
+def _sample(folder: Folder, video: Video, prompt: int) -> Sample:
+    entry = video.entry
+    facts = {} if entry.seed is None else {"seed": str(entry.seed)}
+    facts |= {"sample": str(entry.sample), "file": printable(video.name)}
+    facts |= {"start": entry.start} if entry.start else {}
+    facts |= {name: folder.facts[name] for name in SHORT if name in folder.facts}
+    if checkpoint := folder.facts.get("checkpoint"):
+        facts["checkpoint"] = Path(checkpoint).name
+    if entry.is_named:
+        facts["prompt"] = entry.words
+    return Sample(folder.name, prompt, None if video.fault else video.file, facts, video.fault, video.remark)

@@ -15,8 +15,6 @@ from scd_sf.generation.generate import as_uint8
 from scd_sf.tools.gallery.page import Page, Prompt, Sample, write_page
 from scd_sf.types import UserError
 
-FRAME_DIMENSIONS = 4
-
 
 @dataclass(frozen=True)
 class PromptCard:
@@ -46,13 +44,16 @@ def build_gallery(
 
     ``videos[row name]`` holds (index into ``prompts``, frames (F, 3, H, W) as uint8 or float in [0, 1]); a row may
     have no videos, a prompt may miss some rows, and one row may show several videos of a prompt. ``notes`` are
-    paragraphs under the table. ``fps``: pixel frames per second. UserError: a video of an unknown row or prompt,
-    two rows of one name, wrong frames, a directory that cannot be written.
+    paragraphs under the table. ``fps``: pixel frames per second. UserError: a video of an unknown row, two rows of one
+    name, wrong frames, a directory that cannot be written.
     """
-    _check(rows, videos, prompts, fps)
+    names = [row.name for row in rows]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"gallery: two rows are named '{min(twice)}'; give each row its own name")
+    if unknown := videos.keys() - set(names):
+        raise UserError(f"gallery: videos of '{min(unknown)}', which is no row; the rows are {', '.join(names)}")
     with tempfile.TemporaryDirectory(prefix="gallery-") as folder:
         samples: list[Sample] = []
-        longest = 1
         for row in rows:
             facts = {"sampler": row.sampler, "steps": str(row.steps)} if row.steps else {}
             facts |= {"seed": str(row.seed)} if row.seed is not None else {}
@@ -63,33 +64,7 @@ def build_gallery(
                 except UserError as error:
                     raise UserError(f"gallery: row '{row.name}', prompt {index}: {error}") from error
                 samples.append(Sample(row.name, index, file, facts))
-                longest = max(longest, frames.shape[0])
+        longest = max((len(frames) for entries in videos.values() for _, frames in entries), default=1)
         models: dict[str, Mapping[str, str]] = {row.name: {} for row in rows if videos.get(row.name)}
         shown = [card.prompt() for card in prompts]
         return write_page(Page(title, models, shown, samples, fps, longest, rows, notes), out_html)
-
-
-def _check(
-    rows: Sequence[ResultRow],
-    videos: Mapping[str, Sequence[tuple[int, Tensor]]],
-    prompts: Sequence[PromptCard],
-    fps: float,
-) -> None:
-    names = [row.name for row in rows]
-    if fps <= 0:
-        raise UserError(f"gallery: fps is {fps}; it must be positive")
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"gallery: two rows are named '{twice}'; give each row its own name")
-    for name, entries in videos.items():
-        if name not in names:
-            raise UserError(f"gallery: videos of '{name}', which is no row; the rows are {', '.join(names)}")
-        for index, frames in entries:
-            if not 0 <= index < len(prompts):
-                raise UserError(
-                    f"gallery: row '{name}' has a video of prompt {index}; there are {len(prompts)} prompts"
-                )
-            if frames.ndim != FRAME_DIMENSIONS:
-                raise UserError(
-                    f"gallery: row '{name}', prompt {index}: frames {tuple(frames.shape)}, not (F, 3, H, W)"
-                )

@@ -3,14 +3,13 @@
 The page opens from the disk (``file://``). Style and script are inline and allowed by their hashes in a
 Content-Security-Policy that forbids everything else but the page's own videos. All text goes through Jinja2's
 autoescape, so a prompt is shown and never run. A video element exists only near the screen: a thousand videos cost no
-more than those one sees. In one file the script stands before the videos: it works while they are still read.
+more than those one sees.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from scd_sf.evaluation.table import COLUMNS, LEFT_ALIGNED, ResultRow
-from scd_sf.files import locked, new_file, own_file, require_own_file, sha256_file
+from scd_sf.files import locked, new_file, own_file, require_own_file, require_own_folder, sha256_file
 from scd_sf.types import UserError, printable
 
 INDEX, VIDEOS = "index.html", "videos"  # of a gallery that is a folder
@@ -69,12 +68,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Figure:
-    """A place for a video. ``label``: of all on its card the only one. ``number``: among its model's samples."""
+    """A place for a video. ``label``: of all on its card the only one. ``video``: its name, '' for none."""
 
     sample: Sample
     label: str
     model: int
-    number: int
     video: str
 
 
@@ -95,93 +93,78 @@ class Page:
 
 def write_page(page: Page, out: Path) -> Path:
     """``out`` ending in .html: one file with the videos inside; else a folder with index.html and ``videos/``. Returns
-    the page's path; it appears whole or not at all. UserError: cannot be written, too large for one file, or something
-    that is no gallery is there."""
-    single = out.suffix.lower() in (".html", ".htm")
+    the page's path. UserError: cannot be written, too large for one file, or something that is no gallery is there."""
+    files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
+    names = {file: sha256_file(file)[:16] for file in files}
     try:
-        files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
-        if single:
-            return _write_file(page, out, files)
-        _check_own(out)
+        if out.suffix.lower() in (".html", ".htm"):
+            return _write_file(page, out, names)
+        require_own_folder(out, [INDEX], "give --out another folder")
+        require_own_file(out / INDEX, MARK, "give --out another folder")
         with locked(out, "this gallery"):
-            return _write_folder(page, out, files)
+            return _write_folder(page, out, names)
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; the gallery cannot be written") from error
 
 
-def _write_file(page: Page, out: Path, files: Sequence[Path]) -> Path:
-    if (size := sum(file.stat().st_size for file in files)) > LARGEST_FILE:
+def _write_file(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
+    if (size := sum(file.stat().st_size for file in names)) > LARGEST_FILE:
         raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
     require_own_file(out, MARK, "give --out another name")
-    names = {file: sha256_file(file)[:16] for file in files}
     with own_file(out) as part, part.open("w", encoding="utf-8") as text:
         text.writelines(render(page, names, single=True))
     return out
 
 
-def _write_folder(page: Page, out: Path, files: Sequence[Path]) -> Path:
-    """The videos, then the page, then without the videos of the page that stood here before."""
-    videos, names = out / VIDEOS, {file: sha256_file(file)[:16] for file in files}
-    videos.mkdir(exist_ok=True)
-    for file, name in names.items():
-        place = videos / f"{name}.mp4"
-        if not _is_named_by_content(place):
-            with new_file(place) as part:
-                shutil.copyfile(file, part)
+def _write_folder(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
+    """The page first, so that the folder is known as ours; its videos; then without those of an earlier page."""
     with new_file(out / INDEX) as part, part.open("w", encoding="utf-8") as text:
         text.writelines(render(page, names, single=False))
-    for stray in videos.iterdir():
+    (out / VIDEOS).mkdir(exist_ok=True)
+    for file, name in names.items():
+        with new_file(out / VIDEOS / f"{name}.mp4") as part:
+            shutil.copyfile(file, part)
+    for stray in (out / VIDEOS).iterdir():
         if VIDEO_NAME.fullmatch(stray.name) and stray.stem not in names.values():
             stray.unlink()
     return out / INDEX
 
 
-def _check_own(out: Path) -> None:
-    """UserError unless the folder's page and videos are a gallery's, or it has none. A gallery that was interrupted has
-    no page yet, and videos that are called by their contents."""
-    index, videos = out / INDEX, out / VIDEOS
-    remedy = "give --out another folder"
-    require_own_file(index, MARK, remedy)
-    strange = videos if os.path.lexists(videos) and (videos.is_symlink() or not videos.is_dir()) else None
-    if strange is None and videos.is_dir() and not index.is_file():
-        strange = next((file for file in videos.iterdir() if not _is_left(file)), None)
-    if strange is not None:
-        raise UserError(f"{strange}: not a gallery's; nothing is overwritten: {remedy}")
-
-
-def _is_left(file: Path) -> bool:
-    """Whether a file under ``videos`` is what an interrupted gallery leaves, one of earlier versions too."""
-    begun = file.suffix == ".tmp" and VIDEO_NAME.fullmatch(f"{file.stem}.mp4")
-    return bool(begun) or file.name.startswith(".part-") or _is_named_by_content(file)
-
-
-def _is_named_by_content(file: Path) -> bool:
-    own = VIDEO_NAME.fullmatch(file.name) and file.is_file() and not file.is_symlink()
-    return bool(own) and sha256_file(file).startswith(file.stem)
-
-
 def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[str]:
     """The HTML in pieces. ``names``: of the video files; ``single``: with them inside."""
     environment = Environment(
-        loader=PackageLoader("scd_sf.tools.gallery", package_path=""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("scd_sf.tools.gallery", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     style, script = (_inline(name) for name in ("page.css", "page.js"))
-    cards = _cards(page, names)
-    files = {name: file for file, name in names.items()}
-    shown = dict.fromkeys(figure.video for _, _, figures in cards for figure in figures if figure.video and single)
-    embedded = ((name, base64.b64encode(files[name].read_bytes()).decode("ascii")) for name in shown)
+    videos = {name: file for file, name in names.items()} if single else {}
+    embedded = ((name, base64.b64encode(file.read_bytes()).decode("ascii")) for name, file in videos.items())
     return environment.get_template("page.html.j2").generate(
-        title=printable(page.title), models=list(page.models.items()), notes=page.notes, fps=float(page.fps),
-        cards=cards, rows=page.table, columns=COLUMNS, left_aligned=LEFT_ALIGNED, filters=filters(page.prompts),
-        most=max((figure.number for _, _, figures in cards for figure in figures), default=0) + 1,
-        frames=page.frames, single=single, embedded=embedded, mark=Markup(MARK), faults=FAULTS, style=Markup(style),  # noqa: S704
-        script=Markup(script), policy=_policy(script, style, "blob:" if single else "'self' file:"),  # noqa: S704
+        title=printable(page.title),
+        models=list(page.models.items()),
+        notes=page.notes,
+        fps=float(page.fps),
+        cards=_cards(page, names),
+        rows=page.table,
+        columns=COLUMNS,
+        left_aligned=LEFT_ALIGNED,
+        filters=filters(page.prompts),
+        frames=page.frames,
+        single=single,
+        embedded=embedded,
+        mark=Markup(MARK),  # noqa: S704
+        faults=FAULTS,
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        policy=_policy(script, style, "blob:" if single else "'self' file:"),
         printable=printable,
-    )  # fmt: skip
+    )
 
 
-def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[int, Prompt, list[Figure]]]:
+def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[Prompt, list[Figure]]]:
     """The prompts with their places: model by model, one at least of each."""
     samples: list[dict[str, list[Sample]]] = [{name: [] for name in page.models} for _ in page.prompts]
     for sample in page.samples:
@@ -190,12 +173,11 @@ def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[int, Prompt, lis
     for place, prompt in enumerate(page.prompts):
         figures = []
         for model, (name, own) in enumerate(samples[place].items()):
-            for number, sample in enumerate(own or [Sample(name, place, None, {}, "absent")]):
-                label = printable(name) if len(own) < 2 else f"{printable(name)}, sample {number + 1}"
-                video = names[sample.file] if sample.file is not None else ""
-                figures.append(Figure(sample, label, model, number, video))
-        clean = replace(prompt, text=printable(prompt.text), words=[printable(words) for words in prompt.words])
-        cards.append((place, clean, figures))
+            for number, sample in enumerate(own or [Sample(name, place, None, {}, "absent")], 1):
+                label = printable(name) if len(own) < 2 else f"{printable(name)}, sample {number}"
+                figures.append(Figure(sample, label, model, "" if sample.file is None else names[sample.file]))
+        words = [printable(words) for words in prompt.words]
+        cards.append((replace(prompt, text=printable(prompt.text), words=words), figures))
     return cards
 
 

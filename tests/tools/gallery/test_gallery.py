@@ -70,7 +70,7 @@ def test_hostile_text_is_shown_and_never_markup(page: str) -> None:
     assert not tags.named("img") and not tags.named("b") and not tags.named("i")
     assert len([s for s in tags.named("script") if s.get("type") != "text/plain"]) == 1
     assert not any(name.startswith("on") for _, attributes in tags.found for name in attributes)
-    heading = re.search(r'<h3 id="prompt0"><bdi>(.*?)</bdi></h3>', page, re.DOTALL)
+    heading = re.search(r"<h3><bdi>(.*?)</bdi></h3>", page, re.DOTALL)
     assert heading is not None and html.unescape(heading.group(1)) == HOSTILE
     assert "place: <bdi>hall&#34; onclick=&#34;x</bdi>" in page
 
@@ -113,23 +113,20 @@ def test_controls_filters_table_and_full_text_are_there(page: str) -> None:
     assert tags.named("body")[0]["data-frames"] == "5"
     for column in COLUMNS:
         assert html.escape(column.explanation, quote=False).replace("'", "&#39;") in page
-    for piece in ("12.0", "30.0", "wording never seen in training", "prefers-color-scheme: dark", "pixelated"):
+    for piece in ("12.0", "30.0", "wording never seen in training", "light-dark(", "pixelated"):
         assert piece in page
 
 
 def test_bad_input_is_named_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "gallery.html"
     cases = [
-        (ROWS, {"nobody": [(0, clip(0))]}, 35.0, "which is no row"),
-        (ROWS, {"other real clips": [(7, clip(0))]}, 35.0, "prompt 7"),
-        (ROWS, {"other real clips": [(0, clip(0)[0])]}, 35.0, r"not \(F, 3, H, W\)"),
-        (ROWS, {"other real clips": [(0, clip(0)[:, :2])]}, 35.0, "other real clips"),
-        ([ROWS[0], ROWS[0]], {}, 35.0, "two rows"),
-        (ROWS, {}, 0.0, "fps"),
+        (ROWS, {"nobody": [(0, clip(0))]}, "which is no row"),
+        (ROWS, {"other real clips": [(0, clip(0)[:, :2])]}, "other real clips"),
+        ([ROWS[0], ROWS[0]], {}, "two rows"),
     ]
-    for rows, videos, fps, word in cases:
+    for rows, videos, word in cases:
         with pytest.raises(UserError, match=word):
-            build_gallery(path, "t", rows, videos, CARDS, fps=fps)
+            build_gallery(path, "t", rows, videos, CARDS, fps=35)
     file = tmp_path / "file"
     file.write_text("f")
     with pytest.raises(UserError, match="cannot be written"):
