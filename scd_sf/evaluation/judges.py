@@ -268,7 +268,7 @@ def load_judges(path: Path) -> Judges:
     def build() -> Judges:
         return Judges(facts.channels, facts.places, facts.motions, facts.width)
 
-    check_fit(skeleton(build, tensors, path, again), tensors, "its description", again)
+    check_fit(skeleton(build, tensors, path, again), tensors, path, "its description", again)
     judges = build()
     judges.load_state_dict(read_all(tensors))
     return judges.eval()

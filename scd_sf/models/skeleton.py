@@ -44,20 +44,26 @@ def skeleton(build: Callable[[], M], tensors: Mapping[str, object], where: str |
         handle.remove()
 
 
-def check_fit(model: nn.Module, tensors: Mapping[str, Lazy], described: str, remedy: str) -> None:
+def check_fit(
+    model: nn.Module,
+    tensors: Mapping[str, Lazy],
+    where: Path,
+    described: str,
+    remedy: str,
+    shown: Callable[[str], str] = str,
+) -> None:
     """UserError unless ``tensors`` are the model's, by name and shape, and numbers of the same kind.
 
-    ``described``: what says how they should be.
+    ``where``: what is read; ``described``: what says how the tensors should be; ``shown``: the model's name of a
+    tensor -> the file's.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
-    if wrong:
-        name = wrong[0]
-        where = tensors[name].origin if name in tensors else next((t.origin for t in tensors.values()), "weights")
-        detail = f"{shapes.get(name, 'missing')} instead of {wanted.get(name, 'absent')}"
-        raise UserError(f"{where}: {len(wrong)} tensors do not fit {described}: '{name}' is {detail}; {remedy}")
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensors[name].meta.is_floating_point():
-            kind = kind_of(tensors[name])
-            raise UserError(f"{tensors[name].origin}: tensor '{name}' is {kind}, as quantised weights are; use others")
+    expected = model.state_dict()
+    for name, tensor in tensors.items():
+        which = f"{tensor.origin}: tensor '{shown(name)}'"
+        if name not in expected or tensor.shape != tuple(expected[name].shape):
+            implied = list(expected[name].shape) if name in expected else "no such tensor"
+            raise UserError(f"{which} has shape {list(tensor.shape)}, {described} implies {implied}; {remedy}")
+        if expected[name].is_floating_point() and not tensor.meta.is_floating_point():
+            raise UserError(f"{which} is {kind_of(tensor)}, as quantised weights are; use others")
+    if missing := [name for name in expected if name not in tensors]:
+        raise UserError(f"{where}: {len(missing)} tensors missing, first '{shown(missing[0])}'; {remedy}")

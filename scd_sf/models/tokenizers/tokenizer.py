@@ -29,10 +29,10 @@ from torch import Tensor
 
 from scd_sf.files import Json, foreign, hash_json, read_json, sha256_file, write_json, write_tensors
 from scd_sf.models.sections import choose_section
-from scd_sf.models.skeleton import skeleton
+from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.models.tokenizers.names import dc_from_efficientvit, is_efficientvit, is_ldm, kl_config, kl_from_ldm
 from scd_sf.models.wan.weights import WEIGHTS
-from scd_sf.tensor_files import PICKLES, open_tensors, read_all, read_tensors
+from scd_sf.tensor_files import PICKLES, in_memory, open_tensors, read_all, read_tensors
 from scd_sf.types import UserError, on_device
 
 Autoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
@@ -236,19 +236,11 @@ def _built(config: Json, tensors: dict[str, Tensor], folder: Path, file: Path) -
     fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in STATISTICS}
     where = f"{folder / CONFIG}: describes no {cls.__name__}"
     model: Autoencoder = skeleton(lambda: cls.from_config(fields), tensors, where, AGAIN)
-    wanted = model.state_dict()
     found = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    found |= {n: torch.zeros((), dtype=torch.long) for n in wanted if n.endswith(_COUNTERS) and n not in found}
-    for name, tensor in found.items():
-        if name not in wanted:
-            raise UserError(f"{file}: tensor '{name}' is not one of the {cls.__name__} of {CONFIG}; {AGAIN}")
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{list(tensor.shape)}, {CONFIG} implies {list(wanted[name].shape)}"
-            raise UserError(f"{file}: tensor '{name}' has shape {shapes}; these files do not match")
-        if wanted[name].is_floating_point() and not tensor.is_floating_point():
-            raise UserError(f"{file}: tensor '{name}' is {tensor.dtype}, as quantised weights are; {AGAIN}")
-    if missing := [name for name in wanted if name not in found]:
-        raise UserError(f"{file}: {len(missing)} tensors missing, first '{missing[0]}'; {AGAIN}")
+    counters = [name for name in model.state_dict() if name.endswith(_COUNTERS) and name not in found]
+    found |= dict.fromkeys(counters, torch.zeros((), dtype=torch.long))
+    lazy = {name: in_memory(tensor, str(file)) for name, tensor in found.items()}
+    check_fit(model, lazy, file, f"{cls.__name__} of {CONFIG}", AGAIN)
     model.load_state_dict(found, assign=True)
     return model
 

@@ -84,7 +84,7 @@ def load_umt5(file: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     config, tensors = open_umt5(file)
     model = skeleton(lambda: UMT5EncoderModel(config), tensors, file, AGAIN)
     twin = tensors[_EMBEDDING]
-    check_fit(model, {**tensors, _EMBEDDING_AGAIN: twin}, "Wan's umT5", AGAIN)
+    check_fit(model, {**tensors, _EMBEDDING_AGAIN: twin}, file, "Wan's umT5", AGAIN)
     read = {name: tensor.to(dtype) for name, tensor in read_all(tensors).items()}
     model.load_state_dict({**read, _EMBEDDING_AGAIN: read[_EMBEDDING]}, assign=True)
     model.tie_weights()

@@ -184,7 +184,7 @@ def _read_folder(folder: Path) -> AutoencoderKLWan:
     config = _read_config(folder / "config.json")
     tensors = open_tensors(folder / WEIGHTS, AGAIN)
     model = skeleton(lambda: AutoencoderKLWan.from_config(config), tensors, folder / "config.json", AGAIN)
-    check_fit(model, tensors, "config.json", AGAIN)
+    check_fit(model, tensors, folder / WEIGHTS, "config.json", AGAIN)
     model.load_state_dict({name: tensor.float() for name, tensor in read_all(tensors).items()}, assign=True)
     return model
 
@@ -198,7 +198,8 @@ def _read_original(file: Path) -> AutoencoderKLWan:
     with foreign(file, f"use {ORIGINAL}"):
         read = convert_wan_vae_to_diffusers(read_all(stored))
     model = skeleton(lambda: AutoencoderKLWan(base_dim=first.shape[0]), read, file, AGAIN)
-    check_fit(model, {name: in_memory(tensor, str(file)) for name, tensor in read.items()}, "Wan 2.1's VAE", AGAIN)
+    lazy = {name: in_memory(tensor, str(file)) for name, tensor in read.items()}
+    check_fit(model, lazy, file, "Wan 2.1's VAE", AGAIN)
     model.load_state_dict({name: tensor.float() for name, tensor in read.items()}, assign=True)
     return model
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scd_sf.files import write_json, write_tensors
 from scd_sf.models.sections import choose_section
-from scd_sf.models.skeleton import skeleton
+from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import (
     ROOTS,
@@ -102,24 +102,11 @@ def open_wan(
 
 def _fitting(tensors: Mapping[str, Lazy], config: WanConfig, layout: Layout, where: Path) -> dict[str, Lazy]:
     """``tensors`` by our names, in the model's order. UserError where they are not those of ``config``."""
-    description = where if where.is_file() else where / "config.json"
-    model = skeleton(lambda: Wan(config), tensors, description, "these files do not match")
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ours: dict[str, Lazy] = {}
-    for name, tensor in tensors.items():
-        own = _ours(name, layout, where)
-        if expected.get(own) != tensor.shape:
-            implied = list(expected[own]) if own in expected else "no such tensor"
-            raise UserError(
-                f"{tensor.origin}: tensor '{name}' has shape {list(tensor.shape)}, the config implies {implied}; "
-                "these files do not match"
-            )
-        ours[own] = tensor
-    missing = [name for name in expected if name not in ours]
-    if missing:
-        first = _theirs(missing[0], layout)
-        raise UserError(f"{where}: {len(missing)} tensors missing, first '{first}'; copy all shards")
-    return {name: ours[name] for name in expected}
+    description, remedy = where if where.is_file() else where / "config.json", "these files do not match"
+    model = skeleton(lambda: Wan(config), tensors, description, remedy)
+    ours = {_ours(name, layout, where): tensor for name, tensor in tensors.items()}
+    check_fit(model, ours, where, "the config", remedy, lambda name: _theirs(name, layout))
+    return {name: ours[name] for name in model.state_dict()}
 
 
 def read_wan_config(path: Path) -> WanConfig:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from scd_sf.data.clip_index import read_folder_job
 from scd_sf.data.prompts import index_clips
 from scd_sf.files import locked
-from scd_sf.tools.data.check import Progress as Report
 from scd_sf.tools.data.check import check as check_folder
 from scd_sf.tools.data.check import repair as repair_folder
 from scd_sf.tools.data.export import export_webdataset
+from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import UserError, say
 
 SHOWN = 20
@@ -27,23 +23,10 @@ Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or '
 Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
 
 
-@contextmanager
-def _counting(what: str) -> Iterator[Report]:
-    """A function to be told how many are done; shown on a terminal only."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:.0f}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done: bar.update(task, completed=done)
-
-
 @app.command()
 def check(folder: Folder, full: Full = False) -> None:
     """Compare headers, file sizes, shapes and the index; exit code 1 when something is wrong. Changes nothing."""
-    with _counting("files") as progress:
+    with progress_of("files") as progress:
         report = check_folder(folder, full=full, progress=progress)
     for line in report.problems[:SHOWN]:
         say(line)
@@ -57,7 +40,7 @@ def check(folder: Folder, full: Full = False) -> None:
 @app.command()
 def repair(folder: Folder, full: Full = False) -> None:
     """Move damaged files to quarantine/, so that the next run makes them again; remove old temporary files; index."""
-    with _counting("files") as progress:
+    with progress_of("files") as progress:
         report, count = repair_folder(folder, full=full, progress=progress)
     for fault in report.damaged.values():
         say(f"moved to quarantine: {fault}")
@@ -80,7 +63,7 @@ def export_tars(
     videos: Annotated[bool, typer.Option(help="Also the mp4 files.")] = True,
 ) -> None:
     """Tar shards without pickles: ID.safetensors, ID.prompt.txt, ID.mp4 per clip."""
-    with _counting("tars") as progress:
+    with progress_of("tars") as progress:
         count = export_webdataset(folder, out, per_tar=per_tar, videos=videos, progress=progress)
     say(f"{out}: {count} tars")
 
@@ -101,5 +84,5 @@ def import_source(
     if store not in STORED:
         raise UserError(f"--store: '{store}' is unknown; use one of {', '.join(STORED)}")
     options = ImportOptions(source, out, model, store, negative_prompt, text_cache, device)
-    with _counting("clips") as progress:
+    with progress_of("clips") as progress:
         say(import_clips(options, progress))

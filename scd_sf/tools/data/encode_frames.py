@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -133,15 +133,7 @@ def check_report(path: Path) -> None:
 def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> Report:
     """Read every clip and keep nothing. Malformed ones are no error here: see the report."""
     report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
-    began = time.monotonic()
-    with progress_of("clips", len(source.ids), 0) as progress:
-        for number, read in enumerate(_read(source, range(len(source.ids)), config.workers), 1):
-            if isinstance(read, Refused):
-                report.bad.append(read)
-            else:
-                report.good, report.frames = report.good + 1, report.frames + read.clip.frames
-            progress(number)
-    report.seconds = round(time.monotonic() - began, 3)
+    _read_all(source, range(len(source.ids)), config, report, lambda clip: None)
     return report
 
 
@@ -179,69 +171,79 @@ def import_latents(
 
 
 def _write(
-    source: AnySource[ClipType], shape_of: Callable[[ClipType], Shape],
-    latents_of: Callable[[ClipType], Tensor], spatial: int, out: Path, inputs: Json, config: EncodeConfig,
-) -> Report:  # fmt: skip
+    source: AnySource[ClipType],
+    shape_of: Callable[[ClipType], Shape],
+    latents_of: Callable[[ClipType], Tensor],
+    spatial: int,
+    out: Path,
+    inputs: Json,
+    config: EncodeConfig,
+) -> Report:
     check_place(out)
     report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
     _hold_to_budget(report, config, None)
     shape = shape_of(_first_good(source))
-    with locked(out, "the encoding of frames"):
-        return _write_all(source, shape, shape_of, latents_of, spatial, out, inputs, config, report)
-
-
-def _write_all(
-    source: AnySource[ClipType], shape: Shape, shape_of: Callable[[ClipType], Shape],
-    latents_of: Callable[[ClipType], Tensor], spatial: int, out: Path, inputs: Json, config: EncodeConfig,
-    report: Report,
-) -> Report:  # fmt: skip
     info = FrameSetInfo(*shape, spatial, source.num_actions, source.labels, source.fps)
     inputs = {**inputs, "clips": len(source.ids), "ids_sha256": hash_json(source.ids)}
-    writer = FrameWriter(out, inputs, info, frames_per_shard=config.frames_per_shard)
-    done = set(writer.done)
-    report.before = len(done)
-    if writer.finished:
-        return report
-    todo = [index for index, id in enumerate(source.ids) if id not in done]
-    began = time.monotonic()
-    with progress_of("clips", len(source.ids), len(done)) as progress:
-        for number, read in enumerate(_read(source, todo, config.workers), 1):
-            try:
-                if isinstance(read, Refused):
-                    raise UserError(read.reason)
-                if shape_of(read.clip) != shape:
-                    raise UserError(f"latents would be {shape_of(read.clip)}, those of the first clip are {shape}")
-                writer.append(read.clip.id, latents_of(read.clip), read.clip.actions_F, read.clip.label)
-                report.good, report.frames = report.good + 1, report.frames + read.clip.frames
-            except UserError as error:
-                report.bad.append(Refused(read.name, str(error)))
-                _hold_to_budget(report, config, out)
-            progress(len(done) + number)
-    report.seconds = round(time.monotonic() - began, 3)
-    report.write(out / REPORT)  # before the manifest, after which nothing is done again
-    writer.finish()
+    with locked(out, "the encoding of frames"):
+        writer = FrameWriter(out, inputs, info, frames_per_shard=config.frames_per_shard)
+        report.before = len(writer.done)
+        if writer.finished:
+            return report
+
+        def append(clip: ClipType) -> None:
+            if shape_of(clip) != shape:
+                raise UserError(f"latents would be {shape_of(clip)}, those of the first clip are {shape}")
+            writer.append(clip.id, latents_of(clip), clip.actions_F, clip.label)
+
+        done = set(writer.done)
+        todo = [index for index, clip_id in enumerate(source.ids) if clip_id not in done]
+        _read_all(source, todo, config, report, append, out)
+        report.write(out / REPORT)  # before the manifest, after which nothing is done again
+        writer.finish()
     return report
 
 
-@dataclass(frozen=True)
-class _Good(Generic[ClipType]):
-    clip: ClipType
+def _read_all(
+    source: AnySource[ClipType],
+    indices: Sequence[int],
+    config: EncodeConfig,
+    report: Report,
+    keep: Callable[[ClipType], None],
+    out: Path | None = None,
+) -> None:
+    """``keep`` every clip, and count it in ``report``; a UserError says that it is malformed.
 
-    @property
-    def name(self) -> str:
-        return self.clip.id
+    ``out``: where the report goes when too many are; without it there is no limit.
+    """
+    began = time.monotonic()
+    with progress_of("clips", len(source.ids), report.before) as progress:
+        for number, (index, clip) in enumerate(_ahead(source, indices, config.workers), 1):
+            try:
+                if isinstance(clip, UserError):
+                    raise clip
+                keep(clip)
+                report.good, report.frames = report.good + 1, report.frames + clip.frames
+            except UserError as error:
+                report.bad.append(Refused(source.ids[index], str(error)))
+                if out is not None:
+                    _hold_to_budget(report, config, out)
+            progress(report.before + number)
+    report.seconds = round(time.monotonic() - began, 3)
 
 
-def _read(source: AnySource[ClipType], indices: Sequence[int], workers: int) -> Iterator[_Good[ClipType] | Refused]:
-    """The clips in order, or why one is left out. At most ``workers`` + 1 are read or held at a time."""
+def _ahead(
+    source: AnySource[ClipType], indices: Sequence[int], workers: int
+) -> Iterator[tuple[int, ClipType | UserError]]:
+    """(index, clip or why it is left out) in order. At most ``workers`` + 1 are read or held at a time."""
 
-    def read(index: int) -> _Good[ClipType] | Refused:
+    def read(index: int) -> tuple[int, ClipType | UserError]:
         try:
-            return _Good(source.read(index))
+            return index, source.read(index)
         except UserError as error:
-            return Refused(source.ids[index], str(error))
+            return index, error
 
-    waiting: deque[Future[_Good[ClipType] | Refused]] = deque()
+    waiting: deque[Future[tuple[int, ClipType | UserError]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         for index in indices:

@@ -264,7 +264,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "tensors missing",
     ),
     "missing": (lambda d: rewrite(d, lambda t: t.pop(WEIGHT)), f"1 tensors missing, first '{WEIGHT}'"),
-    "foreign": (lambda d: rewrite(d, lambda t: t.update(blob=torch.zeros(1))), "tensor 'blob' is not one"),
+    "foreign": (
+        lambda d: rewrite(d, lambda t: t.update(blob=torch.zeros(1))),
+        "config.json implies no such tensor",
+    ),
     "misshapen": (lambda d: rewrite(d, lambda t: t.update({WEIGHT: torch.zeros(2)})), f"'{WEIGHT}' has shape [2]"),
     "foreign among DC-AE's": (
         lambda d: rewrite(d, lambda t: t.update({"encoder.stages.0.x": torch.zeros(1)})),

@@ -190,7 +190,7 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
     ("changes", "word"),
     [
         ({"_class_name": "AutoencoderKL"}, "_class_name"),
-        ({"base_dim": 8}, "do not fit"),
+        ({"base_dim": 8}, "config.json implies"),
         ({"dim_mult": "many"}, "config.json"),
         ({"latents_std": [1.0, 1.0]}, "latents_std"),
         ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "positive"),

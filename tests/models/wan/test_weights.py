@@ -107,7 +107,7 @@ def test_missing_shard_and_missing_tensors_are_named(folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if v != names[1]}
     (folder / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"tensors missing, first '.*'; copy all shards"):
+    with pytest.raises(UserError, match=r"tensors missing, first '.*'; these files do not match"):
         load_wan(folder)
 
 
