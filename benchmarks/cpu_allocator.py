@@ -44,7 +44,7 @@ def measure(keep: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of either kind")
     parser.add_argument("--child", choices=("keep", "default"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -178,10 +178,10 @@ def prepare(threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True, help="JSON")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of every row")
     parser.add_argument("--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     args = parser.parse_args()
     prepare(args.threads)
     document: dict[str, Any] = {"machine": f"{args.threads} threads, bf16", "torch": str(torch.__version__), "rows": {}}

@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
     parser.add_argument("--frames", type=int, default=6, help="latent frames of the clip")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="steps of every case")
     parser.add_argument("--ratio", type=int, default=5, help="critic updates per student update")
     parser.add_argument("--only", default="", help="cases with this in their names")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is slow without AVX-512 bf16")

@@ -12,7 +12,6 @@ Writes ``out/vae/`` (config.json with latents_mean/latents_std, fp16 weights, ev
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -28,9 +27,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from scd_sf.config import load_config, to_yaml
+from scd_sf.config import from_command_line, from_yaml, to_yaml
 from scd_sf.data.clips import ClipSet
-from scd_sf.files import foreign, locked, new_file, read_text, require_own_folder, write_json, write_text
+from scd_sf.files import foreign, locked, new_file, require_own_folder, write_json, write_text
 from scd_sf.models.tokenizers.vae_training import (
     PATCH,
     SmallVaeConfig,
@@ -166,7 +165,7 @@ class State:
     def load(self, path: Path, config: str) -> None:
         with foreign(f"{path}: cannot be read", "delete it to start again"):
             state = torch.load(path, weights_only=True)
-        if state["config"] != config:
+        if from_yaml(PretrainVae, state["config"]) != from_yaml(PretrainVae, config):
             raise UserError(f"{path}: was written with another config; use that config, another out=, or delete it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -400,7 +399,7 @@ def run(cfg: PretrainVae) -> None:
 def train_in(cfg: PretrainVae, clips: dict[str, ClipSet]) -> None:
     """Everything that is written: config, state, log, the VAE and its evaluation."""
     config, path, described = to_yaml(cfg), cfg.out / "state.pt", cfg.out / "config.yaml"
-    if described.is_file() and read_text(described, "choose another out=") != config:
+    if described.is_file() and from_yaml(PretrainVae, described) != cfg:
         raise UserError(f"{described}: of another config; use that config, or another out=")
     write_text(described, config)
     videos = {split: load_videos(chosen, cfg.max_clips) for split, chosen in clips.items()}
@@ -422,11 +421,7 @@ def train_in(cfg: PretrainVae, clips: dict[str, ClipSet]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=None, help="YAML with values that differ from the defaults")
-    parser.add_argument("overrides", nargs="*", help="a.b=value; data= and out= are needed")
-    arguments = parser.parse_args(argv)
-    run(load_config(PretrainVae, arguments.config, arguments.overrides))
+    run(from_command_line(PretrainVae, __doc__ or "", argv))
 
 
 if __name__ == "__main__":

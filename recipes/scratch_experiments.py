@@ -367,10 +367,10 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=(*EXPERIMENTS, *QUICK, "all", "data"))
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, *QUICK, "all", "data"), help="what to run")
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable")
     parser.add_argument("--steps", type=int, default=480, help="updates of every training; a multiple of 8")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--train", type=int, default=240, help="training clips of 300 frames")
     parser.add_argument("--test", type=int, default=64, help="test clips")
     parser.add_argument("--pictures", type=Path, help="for lpips: imgs/ of the lpips repository")

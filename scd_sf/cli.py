@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
-from scd_sf.config import load_config
+from scd_sf.config import from_command_line
 from scd_sf.tools.data.commands import app as data
 from scd_sf.tools.doctor.finding import FAIL
 from scd_sf.tools.doctor.report import as_table, examine
@@ -29,6 +30,8 @@ from scd_sf.types import UserError, device_of, exit_on_user_error, printable, sa
 if TYPE_CHECKING:
     from scd_sf.models.wan.names import Layout
     from scd_sf.models.wan.weights import WanFiles
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="scd",
@@ -138,39 +141,38 @@ def _print_fields(fields: dict[str, object]) -> None:
         say(f"  {printable(str(key))}: {printable(str(text))}")
 
 
-@app.command()
-def transplant(
-    overrides: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="base=DIR out=DIR [a.b=value ..]", help="Fields of stage 1; see its recipe and configs."
-        ),
-    ],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
-) -> None:
+# Commands with a config: ``a.b=value``, --config, --help and --print-config are from_command_line's.
+_command = partial(
+    app.command,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+
+
+def _configured(schema: type[T], context: typer.Context, usage: str) -> T:
+    """The config of a command whose arguments were not read yet."""
+    command = context.command
+    description = f"{command.help}\n\n    scd {command.name} {usage}"
+    return from_command_line(schema, description, context.args, f"scd {command.name}")
+
+
+@_command()
+def transplant(context: typer.Context) -> None:
     """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No training."""
     from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 
-    say(run_transplant(load_config(TransplantConfig, config, overrides)))
+    say(run_transplant(_configured(TransplantConfig, context, "base=DIR out=DIR")))
 
 
-@app.command()
-def sample(
-    overrides: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="checkpoint=RUN out=DIR [a.b=value ..]",
-            help="Fields of recipes/sample.py: prompts='[...]' or prompt_file=, start=, frames=, window=, guidance..",
-        ),
-    ],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
-) -> None:
+@_command()
+def sample(context: typer.Context) -> None:
     """Videos from a student and prompts: mp4 files and a manifest. The same command goes on where it stopped."""
     from scd_sf.distributed import init_distributed
     from scd_sf.generation.folder import run_samples
     from scd_sf.generation.sampling import SampleConfig
 
-    run_samples(load_config(SampleConfig, config, overrides), init_distributed())
+    cfg = _configured(SampleConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
+    run_samples(cfg, init_distributed())
 
 
 @app.command()
@@ -203,40 +205,22 @@ def gallery(
         say(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
 
 
-@app.command()
-def probe(
-    overrides: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="checkpoint=RUN out=DIR [a.b=value ..]",
-            help="prompts='[...]' or data=, probes='[similarity,pca,attention,skip,diagonal,leave_one_out]', and their "
-            "own fields: similarity.tokens=0, skip.prefix=2 .. (scd_sf/probes/run.py).",
-        ),
-    ],
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file that overrides the defaults.")] = None,
-) -> None:
+@_command()
+def probe(context: typer.Context) -> None:
     """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and one page."""
     from scd_sf.probes.run import ProbeConfig, run_probes
 
-    say(run_probes(load_config(ProbeConfig, config, overrides), device_of("")))
+    cfg = _configured(ProbeConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
+    say(run_probes(cfg, device_of("")))
 
 
-@app.command()
-def bench(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="checkpoints=[A,B] [a.b=value ..]",
-            help="Fields of scd_sf/evaluation/bench.py: models=, frames=, window=, dtype=, out=FILE.json ..",
-        ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file, e.g. bench_wan_1.3b.yaml.")] = None,
-) -> None:
+@_command()
+def bench(context: typer.Context) -> None:
     """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
     from scd_sf.evaluation.bench import BenchConfig, bench_table, run_bench
     from scd_sf.files import own_file, require_own_file, write_json
 
-    cfg = load_config(BenchConfig, config, overrides or [])
+    cfg = _configured(BenchConfig, context, "checkpoints='[A, B]' out=FILE.json")
     if cfg.out:
         require_own_file(Path(cfg.out), '"block_passes_per_latent_frame"', "give another out=")
         if not Path(cfg.out).absolute().parent.is_dir():

@@ -13,19 +13,24 @@ a text field and false for a truth value. Numbers are finite, integers fit into 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from scd_sf.files import INTEGER_DIGITS, JSON_DEPTH
-from scd_sf.types import UserError
+from scd_sf.types import UserError, say
 from scd_sf.yaml_text import (
     INTEGER,
     NUMBER,
@@ -33,6 +38,7 @@ from scd_sf.yaml_text import (
     Bare,
     Tree,
     dump,
+    dump_inline,
     is_null,
     parse,
     parse_tree,
@@ -58,23 +64,47 @@ def load_config(schema: type[T], path: Path | Sequence[Path] | None, overrides: 
     return _build(schema, layers)
 
 
-def from_command_line(schema: type[T], description: str, argv: Sequence[str] | None = None) -> T:
-    """``recipe.py [--config file.yaml ..] [a.b=value ..]`` -> an instance of ``schema``; later files win over earlier.
+def from_command_line(
+    schema: type[T], description: str, argv: Sequence[str] | None = None, command: str | None = None
+) -> T:
+    """``recipe.py [--config file.yaml ..] [a.b=value ..]`` -> an instance of ``schema``; later files
+    win over earlier. ``command``: its name in the help, where that is not the script's.
 
-    ``--local_rank`` is accepted because the deepspeed launcher adds it; ranks are read from the environment.
+    ``--help`` lists every field, ``--print-config`` prints the resolved YAML; both end the process.
+    ``--local_rank`` is accepted because the deepspeed launcher adds it; ranks are read from the
+    environment.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        command,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("--help", "-h", action="store_true", help="print this and stop")
     parser.add_argument(
         "--config",
         type=Path,
         action="append",
         default=[],
-        help="YAML file that overrides the recipe's defaults; may be given again, the later one wins",
+        help="YAML file over the defaults; may be given again, the later one wins",
     )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved YAML and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="overrides of single fields")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="values of single fields")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    return load_config(schema, args.config, args.overrides)
+    if args.help:
+        width = shutil.get_terminal_size().columns
+        _print_and_stop(f"{parser.format_help()}\nfields:\n{help_of(schema, width)}")
+    cfg = load_config(schema, args.config, args.overrides)
+    if args.print_config:
+        _print_and_stop(commented_yaml(cfg))
+    return cfg
+
+
+def _print_and_stop(text: str) -> NoReturn:
+    for line in text.removesuffix("\n").split("\n"):
+        say(line)
+    sys.exit(0)
 
 
 def from_yaml(schema: type[T], source: Path | str) -> T:
@@ -102,6 +132,88 @@ def differences(left: object, right: object) -> dict[str, tuple[object, object]]
 def plain_yaml(path: Path) -> Tree:
     """The raw tree of a YAML file, for code that compares configs without knowing their schema."""
     return cast("Tree", resolved(read_tree(path)))
+
+
+# ---------------------------------------------------------------------------------------------- help
+
+
+def field_words(schema: type[Any]) -> dict[str, str]:
+    """Field -> the docstring below it, on one line; fields without one are left out."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
+    words: dict[str, str] = {}
+    for field, below in itertools.pairwise(cast("ast.ClassDef", tree.body[0]).body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                words[name] = " ".join(text.split()).replace("``", "")
+    return words
+
+
+def help_of(schema: type[Any], width: int = 100) -> str:
+    """Every field of a schema with its type, default and meaning, wrapped to ``width`` columns."""
+    return "\n".join(_field_lines(schema, _defaults(schema), "", max(40, min(width, 120)))) + "\n"
+
+
+def _field_lines(schema: type[Any], values: Tree, prefix: str, width: int) -> list[str]:
+    lines: list[str] = []
+    words = field_words(schema)
+    for name, hint in _hints(schema).items():
+        kind, value = _dataclass_of(hint), values[name]
+        if kind is not None and value is not None:
+            head = "section"
+        elif value is _UNSET:
+            head = f"{_plain_type(hint)}; mandatory"
+        else:
+            head = f"{_plain_type(hint)}; default {dump_inline(_plain(value))}"
+        lines += textwrap.wrap(f"{prefix}{name}  {head}", width, subsequent_indent=" " * 10)
+        indent = " " * 6
+        text = words.get(name, "")
+        lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+        if kind is not None:
+            below = _defaults(kind) if value is None else cast("Tree", value)
+            lines += _field_lines(kind, below, f"{prefix}{name}.", width)
+        elif (item := _item_schema(hint)) is not None:
+            lines += _field_lines(item, _defaults(item), f"{prefix}{name}[].", width)
+    return lines
+
+
+def _item_schema(hint: object) -> type[Any] | None:
+    """The dataclass that a list holds."""
+    args = typing.get_args(_strip_optional(hint))
+    return _dataclass_of(args[0]) if args else None
+
+
+def _plain_type(hint: object) -> str:
+    """A type for people: number, list of text, one of a, b."""
+    inner = _strip_optional(hint)
+    origin, args = typing.get_origin(inner), typing.get_args(inner)
+    if inner != hint:
+        return f"{_plain_type(inner)} or null"
+    if origin is Literal:
+        return f"one of {', '.join(str(choice) or dump_inline(choice) for choice in args)}"
+    if origin is dict:
+        return f"name: {_plain_type(args[1])} pairs"
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"[{', '.join(map(_plain_type, args))}]"
+    if origin in (tuple, list):
+        return f"list of {_plain_type(args[0])}"
+    names = {str: "text", Path: "path", bool: "true or false", int: "whole number", float: "number"}
+    return names.get(cast("type[Any]", inner), "section")
+
+
+def commented_yaml(cfg: object) -> str:
+    """A config as block-style YAML, each field below its meaning; :func:`from_yaml` reads it."""
+    lines: list[str] = []
+    words = field_words(type(cfg))
+    for name in _hints(type(cfg)):
+        value = getattr(cfg, name)
+        text = words.get(name, "")
+        lines += textwrap.wrap(text, 98, initial_indent="# ", subsequent_indent="# ")
+        if dataclasses.is_dataclass(value):
+            lines.append(f"{name}:")
+            lines.append(textwrap.indent(commented_yaml(value), "  ").rstrip("\n"))
+        else:
+            lines.append(dump({name: _plain(value)}).rstrip("\n"))
+    return "\n".join(lines) + "\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- layers

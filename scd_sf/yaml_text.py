@@ -83,15 +83,30 @@ def resolved(value: object) -> object:
 
 
 def dump(tree: object) -> str:
-    """Plain values as YAML; text that could be read as anything else is quoted."""
-    style = {"sort_keys": False, "default_flow_style": None, "width": 120, "allow_unicode": True}
+    """Plain values as block-style YAML, lists of scalars on one line; text that could be read as
+    anything else is quoted."""
+    style = {"sort_keys": False, "default_flow_style": False, "width": 120, "allow_unicode": True}
     return cast("str", yaml.dump(tree, Dumper=_Dumper, **style))
+
+
+def dump_inline(value: object) -> str:
+    """A plain value as YAML on one line."""
+    style = {"sort_keys": False, "default_flow_style": True, "width": 10**6, "allow_unicode": True}
+    return cast("str", yaml.dump(value, Dumper=_Dumper, **style)).removesuffix("\n...\n").strip()
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """SafeDumper that quotes every text that :func:`resolved` would read as a number."""
 
 
+def _list(dumper: yaml.SafeDumper, items: list[object]) -> yaml.SequenceNode:
+    scalars = not any(isinstance(item, list | dict) for item in items)
+    node = dumper.represent_sequence("tag:yaml.org,2002:seq", items)
+    node.flow_style = scalars or node.flow_style
+    return node
+
+
+_Dumper.add_representer(list, _list)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+0123456789."))
 
 

@@ -22,7 +22,7 @@ from scd_sf.types import exit_on_user_error, say
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="scores of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     scores = merge([(path, read_scores(path)) for path in args.files])

@@ -65,13 +65,16 @@ class PredictionConfig:
 
 @dataclass(frozen=True)
 class PredictionPreviewConfig:
-    """Videos while training: ``clips`` of the validation set, ``frames`` predicted after ``context`` true ones, decoded
-    by ``tokenizer`` (a directory; empty: no videos)."""
+    """Videos while training, predicted from the validation set."""
 
     tokenizer: str = ""
+    """Directory of the tokenizer that decodes; empty: no videos."""
     clips: int = 2
+    """Clips that are predicted."""
     context: int = 4
+    """True frames that the model sees."""
     frames: int = 12
+    """Frames predicted after them."""
 
     def __post_init__(self) -> None:
         if min(self.clips, self.frames) < 1 or self.context < 0:

@@ -94,7 +94,7 @@ class ProbeConfig:
     seed: int = 0
     """Seed of the noise."""
     frames: int = 0
-    """Frames, in pixels (without ``data``); 0: as trained."""
+    """Video frames (without ``data``); 0: as trained."""
     height: int = 0
     """Pixels (without ``data``); 0: as trained."""
     width: int = 0

@@ -63,7 +63,7 @@ class VideoConfig:
     """What is rolled out."""
 
     frames: int = 81
-    """Frames, in pixels: 1 + 4 k (81 in the paper)."""
+    """Video frames: 1 + 4 k (81 in the paper)."""
     height: int = 480
     """Pixels (480 in the paper)."""
     width: int = 832

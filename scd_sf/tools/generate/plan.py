@@ -72,7 +72,7 @@ class GenerateConfig:
     seed: int = 0
     """Clips of a prompt have seed, seed + 1, ...; a row's own seed counts first."""
     frames: int = 81
-    """Frames, in pixels: 1 + 4 k."""
+    """Video frames: 1 + 4 k."""
     height: int = 480
     """Pixels."""
     width: int = 832
