@@ -24,7 +24,7 @@ from typing import Annotated
 import torch
 import typer
 
-from scd_sf.data.clips import FORMAT, Clip, ClipSet, read_video, write_index
+from scd_sf.data.clips import CLIPS, Clip, ClipSet, read_video, write_clips
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
@@ -70,7 +70,7 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
     rows = read_captions(captions)
     index, manifest = root / "clips.jsonl", root / "manifest.json"
     old = read_json(manifest, KEEP) if manifest.is_file() else None
-    if old is not None and old.get("format") != FORMAT:
+    if old is not None and old.get("format") != CLIPS.name:
         raise UserError(f"{manifest}: is not of this command; {KEEP}")
     files = [safe_path(root, row.file, f"{captions}:{number}: 'file'") for number, row in rows]
     for (number, _), path in zip(rows, files, strict=True):
@@ -84,7 +84,7 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
         own = old is not None and old.get("captioned")
         remedy = "delete it and manifest.json to index the folder again" if own else KEEP
         raise UserError(f"{index}: exists with other contents (clips, captions or --fps differ); {remedy}")
-    write_index(root, clips, {"frames": frames, "height": height, "width": width, "fps": fps}, {"captioned": True})
+    write_clips(root, clips, {"frames": frames, "height": height, "width": width, "fps": fps}, {"captioned": True})
 
 
 def read_captions(captions: Path) -> list[tuple[int, Caption]]:

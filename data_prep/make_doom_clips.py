@@ -37,7 +37,7 @@ import vizdoom
 from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress
 
-from scd_sf.data.clips import AGAIN, Clip, write_index, write_video
+from scd_sf.data.clips import AGAIN, Clip, write_clips, write_video
 from scd_sf.files import locked, parse_json, read_text, sha256_file, typed, write_text
 from scd_sf.tools.data.render import begin, run_all, sources
 from scd_sf.types import UserError, exit_on_user_error, say
@@ -306,7 +306,7 @@ def finish(root: Path, request: Request) -> str:
         "video": {"codec": "h264", "crf": CRF, "pixels": "yuv444p", "rendered": "160x120, box filter to 64x64"},
         "sources": sources(),
     }
-    write_index(root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about)
+    write_clips(root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about)
     shutil.rmtree(root / "work")
     ratios = ", ".join(f"{place} {number}/{number + rejected[place].total()}" for place, number in kept.items())
     return f"{root}: {len(clips)} clips; kept/tried {ratios}"

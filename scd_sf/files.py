@@ -436,11 +436,17 @@ def read_jsonl(path: Path, remedy: str, limit: int = JSON_BYTES) -> list[Json]:
     return rows
 
 
-def typed(value: object, kind: type[T], where: str | Path, remedy: str) -> T:
+def typed(value: object, kind: type[T], where: str | Path, remedy: str, *, exact: bool = False) -> T:
     """``value`` (plain lists, mappings, numbers, text) as ``kind``: a dataclass, TypedDict or built-in container type.
 
-    Strict: "1" is no number, 1 no truth value. Unknown keys are ignored. Raises UserError that names the field.
+    Strict: "1" is no number, 1 no truth value. Unknown keys are ignored, or with ``exact`` (of a dataclass) refused, as
+    are missing ones. Raises UserError that names the field.
     """
+    if exact:
+        names = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+        different = sorted(set(value) ^ names) if isinstance(value, dict) else ["no object"]
+        if different:
+            raise UserError(f"{where}: fields differ from the format ({', '.join(different)}); {remedy}")
     with foreign(where, remedy):
         return msgspec.convert(value, kind, strict=True)
 

@@ -16,7 +16,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,12 +25,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scd_sf.files import Json, foreign, parse_json, sweep, typed, write_bytes
+from scd_sf.tensor_files import FLOATS
 from scd_sf.types import UserError
 
 SUFFIX, VIDEO = ".safetensors", ".mp4"
 QUARANTINE = "quarantine"
 FORMAT, VERSION = "scd-sf-clip", 1
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 REPAIR = "run 'scd data repair' on the folder, then make or copy the clip again"
 ID = re.compile(r"[0-9a-f]{32}")
 _FOLDER = re.compile("[0-9a-f]{2}")
@@ -69,10 +69,9 @@ class About:
     @classmethod
     def from_json(cls, row: Json, where: str) -> Self:
         """Parse a header's entry. UserError (naming ``where``) for other fields or kinds."""
-        names = {entry.name for entry in fields(cls)} | {"format", "version"}
-        if set(row) != names or (row["format"], row["version"]) != (FORMAT, VERSION):
+        if (row.pop("format", None), row.pop("version", None)) != (FORMAT, VERSION):
             raise UserError(f"{where}: its 'clip' entry is not {FORMAT}/{VERSION}; {REPAIR}")
-        return typed(row, cls, f"{where}: 'clip'", REPAIR)
+        return typed(row, cls, f"{where}: 'clip'", REPAIR, exact=True)
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def read_header(path: Path) -> Header:
 
 
 def _stored(entry: Any, base: int) -> Stored:
-    dtype, shape = DTYPES[str(entry["dtype"])], entry["shape"]
+    dtype, shape = FLOATS[str(entry["dtype"])], entry["shape"]
     first, last = entry["data_offsets"]
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in (*shape, first, last)):
         raise ValueError("a shape or an offset is not a number")

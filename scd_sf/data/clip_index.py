@@ -8,21 +8,27 @@ made from the files' headers (:func:`build_index`), so they can be made again at
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from scd_sf.data.clip_files import DTYPES, ID, ClipFile, Header, clip_path, clip_paths, read_header
-from scd_sf.files import Json, hash_json, others_in, read_json, read_jsonl, typed, write_json, write_jsonl
+from scd_sf.data.clip_files import ID, ClipFile, Header, clip_path, clip_paths, read_header
+from scd_sf.data.manifest import MANIFEST, Format, read_index, write_index
+from scd_sf.files import Json, others_in, typed, write_json
+from scd_sf.tensor_files import FLOATS
 from scd_sf.types import UserError, VideoShape
 
-JOB, ROWS, MANIFEST = "job.json", "clips.jsonl", "manifest.json"
-JOB_FORMAT, JOB_VERSION = "scd-sf-clip-job", 1
+JOB, ROWS = "job.json", "clips.jsonl"
+CLIP_JOB = Format("scd-sf-clip-job", 1, "no such file; use a folder of generate_clips.py or 'scd data import'")
+LATENTS = Format(
+    "scd-sf-latents",
+    1,
+    "no such file; make it with generate_clips.py, encode_latents.py or encode_prompts.py of data_prep/",
+)
 INDEX_AGAIN = "run 'scd data manifest' on the folder"
-_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,13 @@ class ClipRow:
     seed: int
     tags: dict[str, str]
 
-    @classmethod
-    def from_json(cls, row: Json, where: str) -> Self:
-        if set(row) != {entry.name for entry in fields(cls)}:
-            raise UserError(f"{where}: not a clip's row; {INDEX_AGAIN}")
-        clip = typed(row, cls, where, INDEX_AGAIN)
-        if not ID.fullmatch(clip.id):
-            raise UserError(f"{where}: 'id' is {clip.id[:80]!r}, not 32 hexadecimal digits; {INDEX_AGAIN}")
-        return clip
+    def __post_init__(self) -> None:
+        if not ID.fullmatch(self.id):
+            raise ValueError(f"'id' is {self.id[:80]!r}, not 32 hexadecimal digits")
 
 
 def open_job(root: Path, common: Common) -> None:
     """Write ``job.json``, or check that the folder's is the same. UserError where clips of another kind lie there."""
-    row = {"format": JOB_FORMAT, "version": JOB_VERSION, **asdict(common)}
     path = root / JOB
     if path.is_file():
         old = asdict(read_folder_job(root))
@@ -78,15 +78,12 @@ def open_job(root: Path, common: Common) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if others_in(root):
         raise UserError(f"{root}: holds files but no {JOB}; nothing is overwritten: use another folder")
-    write_json(path, row)
+    write_json(path, {"format": CLIP_JOB.name, "version": CLIP_JOB.version, **asdict(common)})
 
 
 def read_folder_job(root: Path) -> Common:
     """The folder's ``job.json``. UserError when it is missing or damaged."""
-    path = root / JOB
-    row = read_json(path, "use a folder of generate_clips.py or 'scd data import'")
-    if (row.get("format"), row.get("version")) != (JOB_FORMAT, JOB_VERSION):
-        raise UserError(f"{path}: 'format'/'version' must be {JOB_FORMAT}/{JOB_VERSION}; use this release's folders")
+    path, row = root / JOB, CLIP_JOB.read(root, JOB)
     common = typed(row, Common, path, "make the folder again")
     if common.dtype not in _NAMES or min(common.width, common.max_length) < 1:
         raise UserError(f"{path}: needs width, max_length and a dtype of {', '.join(_NAMES)}; make the folder again")
@@ -121,10 +118,10 @@ def _misfit(header: Header, common: Common, clip: str) -> str:
     return ""
 
 
-def build_index(root: Path, *, section: Json, head: Json) -> int:
+def build_index(root: Path, section: Json) -> int:
     """Write ``clips.jsonl`` and, last, ``manifest.json`` from the headers of the files that are there; their number.
 
-    ``section``: the manifest's entries on text (:func:`scd_sf.data.prompts.clip_text`), ``head`` its first keys.
+    ``section``: the manifest's entries on text (:func:`scd_sf.data.prompts.index_clips`).
     UserError for a damaged file, and when there is none.
     """
     common, rows = read_folder_job(root), []
@@ -134,19 +131,15 @@ def build_index(root: Path, *, section: Json, head: Json) -> int:
             raise UserError(f"{path}: {fault}; run 'scd data repair' on the folder")
         about, tokens = header.about, header.tensors["text"].shape[0]
         row = ClipRow(about.id, about.prompt, header.bytes, about.sha256, tokens, about.uuid, about.seed, about.tags)
-        rows.append(asdict(row))
+        rows.append(row)
     if not rows:
         raise UserError(f"{root}: holds no clip; generate or import some")
-    write_jsonl(root / ROWS, rows)
-    latents = {
-        "shape": asdict(common.shape),
-        "dtype": common.dtype,
-        "clips": len(rows),
-        "clips_sha256": hash_json(rows),
-    }
+    digest = write_index(root / ROWS, rows)
+    shape = asdict(common.shape)
+    latents = {"shape": shape, "dtype": common.dtype, "clips": len(rows), "clips_sha256": digest}
     text = {"width": common.width, "max_length": common.max_length, "clips": True, **section}
-    sections = {"text": text, "latents": latents}
-    write_json(root / MANIFEST, {**head, "hash": hash_json(sections), **sections, "inputs": common.settings})
+    manifest = LATENTS.sealed({"text": text, "latents": latents})
+    write_json(root / MANIFEST, {**manifest, "inputs": common.settings})
     return len(rows)
 
 
@@ -156,10 +149,7 @@ class ClipFiles:
     def __init__(self, root: Path, latents: Json) -> None:
         self.root, self.common = root, read_folder_job(root)
         path = root / ROWS
-        rows = read_jsonl(path, INDEX_AGAIN)
-        if hash_json(rows) != latents.get("clips_sha256") or not rows:
-            raise UserError(f"{path}: does not belong to the manifest (changed or cut); {INDEX_AGAIN}")
-        self.rows = [ClipRow.from_json(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+        self.rows = read_index(path, ClipRow, latents.get("clips_sha256"), INDEX_AGAIN)
         needed = math.prod(self.common.shape.latent(1)) * self.common.torch_dtype.itemsize
         for number, clip in enumerate(self.rows, 1):  # before a batch of this shape is allocated
             if needed > clip.bytes or not 0 < clip.tokens <= self.common.max_length:

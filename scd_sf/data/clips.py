@@ -7,11 +7,10 @@ Letters: F pixel frames, H W pixel height and width; videos are uint8 tensors (F
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Self
@@ -21,24 +20,19 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from scd_sf.data.manifest import MANIFEST, Format, read_index, write_index
 from scd_sf.data.sources.video_reader import AS_CODED, read_frames
-from scd_sf.files import (
-    Json,
-    lines_of,
-    new_file,
-    parse_json,
-    read_json,
-    read_text,
-    safe_path,
-    sha256_file,
-    typed,
-    write_text,
-)
+from scd_sf.files import Json, new_file, parse_json, safe_path, sha256_file, typed, write_json
 from scd_sf.types import UserError
 
-FORMAT = "scd-sf-clips"
-VERSION = 1
+INDEX = "clips.jsonl"
 AGAIN = "make the clips again"
+CLIPS = Format(
+    "scd-sf-clips",
+    1,
+    "no such file; make the clips first (python data_prep/make_doom_clips.py)",
+    "delete the directory and make the clips again",
+)
 Chroma = Literal["yuv420p", "yuv444p"]
 
 
@@ -72,24 +66,17 @@ class Clip:
     @classmethod
     def from_json(cls, line: str, where: str) -> Self:
         """Parse one line. Raises UserError (naming ``where``) for bad json, missing or unknown fields, or a type."""
-        row = parse_json(line, where, AGAIN)
-        names = {field.name for field in fields(cls)}
-        if not isinstance(row, dict) or set(row) != names:
-            different = sorted(set(row) ^ names) if isinstance(row, dict) else "no object"
-            raise UserError(f"{where}: fields differ from the format ({different}); {AGAIN}")
-        return typed(row, cls, where, AGAIN)
+        return typed(parse_json(line, where, AGAIN), cls, where, AGAIN, exact=True)
 
 
-def write_index(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], about: Mapping[str, object]) -> None:
+def write_clips(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], about: Mapping[str, object]) -> None:
     """Write ``clips.jsonl``, then ``manifest.json``, for files that exist already.
 
     ``shape`` holds frames, height, width (pixels) and fps; ``about`` says where the clips come from (any json).
     """
-    text = "".join(clip.to_json() + "\n" for clip in clips)
-    write_text(root / "clips.jsonl", text)
-    head = {"format": FORMAT, "version": VERSION, "clips_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    manifest = {**head, "shape": dict(shape), **about}
-    write_text(root / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_index(root / INDEX, clips)
+    sections = {"clips_sha256": sha256_file(root / INDEX), "shape": dict(shape), **about}
+    write_json(root / MANIFEST, CLIPS.sealed(sections))
 
 
 @contextmanager
@@ -165,17 +152,6 @@ class ClipShape:
     fps: int
 
 
-def read_clips_manifest(root: Path) -> Json:
-    """``manifest.json`` of a clip directory. UserError: missing, or not of this format."""
-    path = root / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; make the clips first (python data_prep/make_doom_clips.py {root})")
-    manifest = read_json(path, "delete the directory and make the clips again")
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path}: 'format'/'version' must be {FORMAT}/{VERSION}; make the clips with this release")
-    return manifest
-
-
 def _shape(manifest: Json, path: Path) -> ClipShape:
     shape = typed(manifest.get("shape"), ClipShape, f"{path}: 'shape'", AGAIN)
     if min(asdict(shape).values()) < 1:
@@ -202,24 +178,17 @@ class ClipSet:
 
     def __init__(self, root: Path | str, split: str | None = None) -> None:
         self.root = Path(root)
-        manifest = read_clips_manifest(self.root)
-        shape = _shape(manifest, self.root / "manifest.json")
+        manifest = CLIPS.read(self.root)
+        shape = _shape(manifest, self.root / MANIFEST)
         self.frames, self.height, self.width, self.fps = shape.frames, shape.height, shape.width, shape.fps
         self.captioned = bool(manifest.get("captioned"))
-        index = self.root / "clips.jsonl"
-        if not index.is_file():
-            raise UserError(f"{index}: no such file; make the clips again")
-        self.hash = sha256_file(index)
-        if self.hash != manifest.get("clips_sha256"):
-            raise UserError(f"{index}: sha256 differs from manifest.json (changed or cut); make the clips again")
-        lines = lines_of(read_text(index, AGAIN))
-        everything = [Clip.from_json(line, f"{index}:{number}") for number, line in enumerate(lines, 1)]
+        index = self.root / INDEX
+        everything = read_index(index, Clip, manifest.get("clips_sha256"), AGAIN)
+        self.hash = str(manifest.get("clips_sha256"))
         splits = sorted({clip.split for clip in everything})
         if split is not None and split not in splits:
             raise UserError(f"{index}: no split '{split}'; it holds {', '.join(splits)}")
         self.clips = [clip for clip in everything if split in (None, clip.split)]
-        if not self.clips:
-            raise UserError(f"{index}: holds no clip; make the clips again")
         self.paths = [_inside(self.root, clip, f"{index}: {clip.id}") for clip in self.clips]
         self.places = sorted({clip.place for clip in everything})
         self.motions = sorted({clip.motion for clip in everything})

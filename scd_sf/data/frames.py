@@ -11,18 +11,23 @@ Letters: B batch, F frames, C channels, H W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, shard_files
-from scd_sf.files import Json, hash_json, read_json, read_jsonl, typed, write_jsonl
+from scd_sf.data.manifest import AGAIN, MANIFEST, Format, read_index, write_index
+from scd_sf.data.shards import ShardReader, ShardWriter, shard_files
+from scd_sf.files import Json, read_jsonl, typed, write_jsonl
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
-FORMAT, VERSION, KIND = "scd-sf-frames", 1, "frames"
+INDEX, KIND = "clips.jsonl", "frames"
+FRAMES = Format(
+    "scd-sf-frames",
+    1,
+    "no such file; encode the clips first (data_prep/teco_minecraft.py, ucf101.py or realestate10k.py)",
+)
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,9 @@ class FrameClip:
     frames: int
     label: int | None = None
 
-    @classmethod
-    def from_json(cls, row: Json, labels: int, where: str) -> Self:
-        """``labels``: how many the set has. UserError: other fields, no frame, or a label that the set has not."""
-        if set(row) != {entry.name for entry in fields(cls)}:
-            raise UserError(f"{where}: a clip needs exactly id, first, frames, label; {AGAIN}")
-        clip = typed(row, cls, where, AGAIN)
-        label_fits = clip.label is None if not labels else clip.label is not None and 0 <= clip.label < labels
-        if clip.first < 0 or clip.frames < 1 or not label_fits:
-            raise UserError(f"{where}: 'first', 'frames' or 'label' is out of range; {AGAIN}")
-        return clip
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.frames < 1:
+            raise ValueError("'first' or 'frames' is out of range")
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,10 @@ class FrameSetInfo:
             raise UserError(
                 f"num_actions is {self.num_actions} and fps {self.fps}; they must not be negative, nor fps 0"
             )
+
+    def has_label(self, label: int | None) -> bool:
+        """Whether a clip of this set may have ``label``: one of its labels, None where it has none."""
+        return label in range(len(self.labels)) if self.labels else label is None
 
     def shape(self, frames: int) -> VideoShape:
         return VideoShape(frames, self.channels, self.height, self.width, 1, self.spatial)
@@ -95,22 +97,18 @@ class FrameClips:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
-        path, where = self.root / "manifest.json", self.root / "clips.jsonl"
-        manifest = read_json(
-            path, "encode the clips first (data_prep/teco_minecraft.py, ucf101.py or realestate10k.py)"
-        )
-        if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-            raise UserError(f"{path}: 'format'/'version' are not {FORMAT}/{VERSION}; {AGAIN}")
+        path, where = self.root / MANIFEST, self.root / INDEX
+        manifest = FRAMES.read(self.root)
         self.hash, self.info = str(manifest.get("hash")), typed(manifest, FrameSetInfo, path, AGAIN)
         self.reader = ShardReader(self.root, shard_files(manifest, str(path)), str(path))
-        rows = read_jsonl(where, AGAIN)
-        labels = len(self.info.labels)
-        self.clips = [FrameClip.from_json(row, labels, f"{where}:{number}") for number, row in enumerate(rows, 1)]
+        self.clips = read_index(where, FrameClip, manifest.get("clips_sha256"))
+        for number, clip in enumerate(self.clips, 1):
+            if not self.info.has_label(clip.label):
+                raise UserError(f"{where}:{number}: 'label' is out of range; {AGAIN}")
         ends = [clip.first + clip.frames for clip in self.clips]
         starts = [clip.first for clip in self.clips]
-        whole = starts == [0, *ends[:-1]] and bool(ends) and ends[-1] == len(self.reader)
-        if not whole or hash_json(rows) != manifest.get("clips_sha256"):
-            raise UserError(f"{where}: does not belong to the manifest (changed or cut); {AGAIN}")
+        if starts != [0, *ends[:-1]] or ends[-1] != len(self.reader):
+            raise UserError(f"{where}: its clips are not the rows of the shards; {AGAIN}")
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -165,7 +163,7 @@ class FrameWriter:
         """``inputs``: what the data is made from; a directory begun with others is a UserError."""
         self.info, self.frames_per_shard = info, frames_per_shard
         self.writer = ShardWriter(root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}})
-        self.rows = [FrameClip.from_json(row, len(info.labels), str(self._progress)) for row in self._begun()]
+        self.rows = [typed(row, FrameClip, self._progress, AGAIN, exact=True) for row in self._begun()]
         self._waiting: list[tuple[FrameClip, Tensor, Tensor | None]] = []
 
     @property
@@ -212,11 +210,10 @@ class FrameWriter:
             self._flush()
         if not self.rows:
             raise UserError(f"{self.writer.root}: no clip was encoded; see the report for why")
-        rows = [asdict(row) for row in self.rows]
-        write_jsonl(self.writer.root / "clips.jsonl", rows)
-        section: Json = {"format": FORMAT, "version": VERSION, **asdict(self.info), "clips_sha256": hash_json(rows)}
-        section |= {"labels": list(self.info.labels), "shards": self.writer.section(KIND)}
-        self.writer.finish({**section, "hash": hash_json(section)})
+        digest = write_index(self.writer.root / INDEX, self.rows)
+        labels, shards = list(self.info.labels), self.writer.section(KIND)
+        section = {**asdict(self.info), "labels": labels, "clips_sha256": digest, "shards": shards}
+        self.writer.finish(FRAMES.sealed(section))
         self._progress.unlink(missing_ok=True)
 
     def _flush(self) -> None:
@@ -232,7 +229,7 @@ class FrameWriter:
     def _begun(self) -> list[Json]:
         if self.writer.finished:
             self._progress.unlink(missing_ok=True)  # of a run that was killed after its manifest
-            return read_jsonl(self.writer.root / "clips.jsonl", AGAIN)
+            return read_jsonl(self.writer.root / INDEX, AGAIN)
         if not self._progress.is_file():
             return []
         rows, stored = read_jsonl(self._progress, AGAIN), self.writer.count(KIND)

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scd_sf.data.clip_index import ClipFiles
-from scd_sf.data.prompts import PromptTable, finite, read_manifest, with_hash
-from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, shard_files
-from scd_sf.files import Json, hash_json, read_jsonl, typed, write_jsonl
+from scd_sf.data.clip_index import LATENTS, ClipFiles
+from scd_sf.data.manifest import AGAIN, MANIFEST, read_index, write_index
+from scd_sf.data.prompts import PromptTable, finite
+from scd_sf.data.shards import ShardReader, ShardWriter, shard_files
+from scd_sf.files import Json, hash_json, typed
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 
@@ -34,15 +34,6 @@ class LatentClip:
     prompt: int
     held_out_prompt: int | None = None
     tags: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, row: Json, prompts: int, where: str) -> Self:
-        if set(row) != {entry.name for entry in fields(cls)}:
-            raise UserError(f"{where}: a clip needs exactly id, prompt, held_out_prompt, tags; {AGAIN}")
-        clip = typed(row, cls, where, AGAIN)
-        if any(number is not None and not 0 <= number < prompts for number in (clip.prompt, clip.held_out_prompt)):
-            raise UserError(f"{where}: prompt index outside 0..{prompts - 1}; {AGAIN}")
-        return clip
 
 
 @dataclass(frozen=True)
@@ -74,8 +65,8 @@ class LatentClips:
 
     def __init__(self, root: Path | str, *, expected: VideoShape | None = None) -> None:
         self.root = Path(root)
-        path = self.root / "manifest.json"
-        manifest = read_manifest(self.root)
+        path = self.root / MANIFEST
+        manifest = LATENTS.read(self.root)
         section = manifest.get("latents")
         if not isinstance(section, dict):
             raise UserError(f"{path}: holds prompts but no latents; point the data at an encoded clip directory")
@@ -138,7 +129,7 @@ class _Shards:
     """Latents of many clips a file, and ``clips.jsonl``."""
 
     def __init__(self, root: Path, section: Json, shape: VideoShape, prompts: int) -> None:
-        path, where = root / "manifest.json", root / "clips.jsonl"
+        path, where = root / MANIFEST, root / "clips.jsonl"
         self.shape = shape
         self.reader = ShardReader(root, shard_files(section, f"{path}: latents"), str(path))
         for shard in self.reader.shards:  # before a batch of this shape is allocated
@@ -146,10 +137,13 @@ class _Shards:
                 raise UserError(
                     f"{path}: {shard.count} latents {shape.latent(1)[1:]} do not fit into {shard.file}; {AGAIN}"
                 )
-        rows = read_jsonl(where, AGAIN)
-        if hash_json(rows) != section.get("clips_sha256") or len(rows) != len(self.reader):
-            raise UserError(f"{where}: does not belong to the manifest (changed or cut); {AGAIN}")
-        self.rows = [LatentClip.from_json(row, prompts, f"{where}:{n}") for n, row in enumerate(rows, 1)]
+        self.rows = read_index(where, LatentClip, section.get("clips_sha256"))
+        if len(self.rows) != len(self.reader):
+            raise UserError(f"{where}: {len(self.rows)} rows, but {len(self.reader)} latents; {AGAIN}")
+        for number, clip in enumerate(self.rows, 1):
+            for prompt in (clip.prompt, clip.held_out_prompt):
+                if prompt is not None and not 0 <= prompt < prompts:
+                    raise UserError(f"{where}:{number}: prompt index outside 0..{prompts - 1}; {AGAIN}")
         self._checked: set[int] = set()
 
     @property
@@ -206,15 +200,13 @@ class LatentWriter:
             self._flush(len(self._waiting))
         if self.done != len(clips):
             raise UserError(f"{self.writer.root}: {self.done} latents for {len(clips)} clips; {AGAIN}")
-        rows = [asdict(clip) for clip in clips]
-        write_jsonl(self.writer.root / "clips.jsonl", rows)
         section = {
             "shape": asdict(self.shape),
             "dtype": str(self.dtype).removeprefix("torch."),
             "shards": self.writer.section("latents"),
-            "clips_sha256": hash_json(rows),
+            "clips_sha256": write_index(self.writer.root / "clips.jsonl", clips),
         }
-        self.writer.finish(with_hash({"text": text, "latents": section}))
+        self.writer.finish(LATENTS.sealed({"text": text, "latents": section}))
 
     def _flush(self, count: int) -> None:
         self.writer.write("latents", count, {"latents": torch.stack(self._waiting[:count])})

@@ -10,23 +10,23 @@ Letters: P prompts, T tokens of all prompts, L padded length, E width, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from scd_sf.data.clip_index import MANIFEST, ClipFiles, build_index
-from scd_sf.data.shards import AGAIN, ShardReader, ShardWriter, shard_files
-from scd_sf.files import Json, foreign, hash_json, read_json, read_jsonl, sha256_file, typed, write_bytes, write_jsonl
+from scd_sf.data.clip_index import LATENTS, ClipFiles, build_index
+from scd_sf.data.manifest import AGAIN, BUILDING, MANIFEST, read_index, section_of, write_index
+from scd_sf.data.shards import ShardReader, ShardWriter, shard_files
+from scd_sf.files import Json, foreign, hash_json, sha256_file, typed, write_bytes
 from scd_sf.types import Conditioning, UserError, printable
 
-FORMAT = "scd-sf-latents"
-VERSION = 1
+INDEX = "prompts.jsonl"
 LARGEST = 2**20  # tokens of a prompt, width of a state
 Encode = Callable[[Sequence[str]], list[Tensor]]
 
@@ -39,13 +39,6 @@ class Prompt:
     prompt: str
     held_out: bool = False
     tags: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, row: Json, where: str) -> Self:
-        names = [entry.name for entry in fields(cls)]
-        if set(row) != set(names):
-            raise UserError(f"{where}: a prompt needs exactly {', '.join(names)}; {AGAIN}")
-        return typed(row, cls, where, AGAIN)
 
 
 @dataclass(frozen=True)
@@ -100,21 +93,7 @@ def about_negative(prompt: str) -> str:
 
 def is_encoded(path: Path) -> bool:
     """Whether a folder holds (or will hold, when its command is done) encoded prompts."""
-    return (path / MANIFEST).is_file() or (path / "building.json").is_file()
-
-
-def read_manifest(root: Path) -> Json:
-    """``manifest.json`` of a prompt or latent directory. Raises UserError when it is missing or of another format."""
-    path = root / "manifest.json"
-    if not path.is_file():
-        begun = (root / "building.json").is_file()
-        unfinished = "encoding was not finished; run the same encoding command again"
-        absent = "no such file; make it with generate_clips.py, encode_latents.py or encode_prompts.py of data_prep/"
-        raise UserError(f"{path}: {unfinished if begun else absent}")
-    manifest = read_json(path, AGAIN)
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path}: 'format'/'version' must be {FORMAT}/{VERSION}; encode the clips with this release")
-    return manifest
+    return (path / MANIFEST).is_file() or (path / BUILDING).is_file()
 
 
 class PromptTable:
@@ -125,15 +104,15 @@ class PromptTable:
     """
 
     def __init__(self, root: Path) -> None:
-        self.path = self.where = root / "manifest.json"
-        section = read_manifest(root).get("text")
-        if not isinstance(section, dict):
-            raise UserError(f"{self.path}: section 'text' is missing; {AGAIN}")
+        self.path = self.where = root / MANIFEST
+        manifest = LATENTS.read(root)
+        section = section_of(manifest, "text", self.path)
+        self.hash = str(manifest.get("hash"))
         text = typed(section, _Text, f"{self.path}: text", AGAIN)
         self.width, self.length = text.width, text.max_length
         self.files: ClipFiles | None = None
         if "clips" in section:
-            self.files = ClipFiles(root, _section(read_manifest(root), "latents", root))
+            self.files = ClipFiles(root, section_of(manifest, "latents", self.path))
             self._source: _ShardStates | _ClipStates = _ClipStates(self.files)
         else:
             self._source = _ShardStates(root, section, text)
@@ -171,10 +150,9 @@ class _ShardStates:
         where = root / MANIFEST
         self.width, self.length = text.width, text.max_length
         self.reader = ShardReader(root, shard_files(section, f"{where}: text"), str(where))
-        rows = read_jsonl(root / "prompts.jsonl", AGAIN)
-        if hash_json(rows) != text.prompts_sha256 or len(rows) != len(self.reader):
-            raise UserError(f"{root / 'prompts.jsonl'}: does not belong to the manifest (changed or cut); {AGAIN}")
-        self.prompts = [Prompt.from_json(row, f"{root / 'prompts.jsonl'}:{n}") for n, row in enumerate(rows, 1)]
+        self.prompts = read_index(root / INDEX, Prompt, text.prompts_sha256)
+        if len(self.prompts) != len(self.reader):
+            raise UserError(f"{root / INDEX}: {len(self.prompts)} rows, but {len(self.reader)} states; {AGAIN}")
         self._offsets: dict[int, list[int]] = {}
 
     def states(self, index: int) -> Tensor:
@@ -215,13 +193,6 @@ class _ClipStates:
         self.files.verify()
 
 
-def _section(manifest: Json, name: str, root: Path) -> Json:
-    section = manifest.get(name)
-    if not isinstance(section, dict):
-        raise UserError(f"{root / MANIFEST}: section '{name}' is missing; {AGAIN}")
-    return section
-
-
 class PromptSet:
     """Prompts to sample or to distil with. Training prompts by default; ``held_out=True`` gives only the kept-back."""
 
@@ -231,11 +202,11 @@ class PromptSet:
         self.width, self.length = self.table.width, self.table.length
         self.indices = [i for i, row in enumerate(self.table.rows) if row.held_out == held_out]
         if not self.indices:
-            raise UserError(f"{self.root / 'prompts.jsonl'}: no prompt with held_out {held_out}; encode some")
+            raise UserError(f"{self.root / INDEX}: no prompt with held_out {held_out}; encode some")
         self.rows = [self.table.rows[i] for i in self.indices]
         self.null, self.negative = self.table.null, self.table.negative
         self.negative_prompt = self.table.negative_prompt
-        self.hash = hash_json([str(read_manifest(self.root).get("hash")), held_out])
+        self.hash = hash_json([self.table.hash, held_out])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -283,13 +254,11 @@ def encode_prompts(
             "prompt": negative,
             "sha256": _write_states(writer.root / "negative.safetensors", tokens),
         }
-    rows_json = _rows(prompts)
-    write_jsonl(writer.root / "prompts.jsonl", rows_json)
     return {
         "width": null.shape[-1],
         "max_length": max_length,
         "shards": writer.section("text"),
-        "prompts_sha256": hash_json(rows_json),
+        "prompts_sha256": write_index(writer.root / INDEX, prompts),
         **section,
     }
 
@@ -310,17 +279,12 @@ def index_clips(root: Path) -> int:
     section: Json = {"null_sha256": sha256_file(null)}
     if negative.is_file():
         section["negative"] = {"sha256": sha256_file(negative)}
-    return build_index(root, section=section, head={"format": FORMAT, "version": VERSION})
+    return build_index(root, section)
 
 
 def finish_prompts(writer: ShardWriter, text: Json) -> None:
     """Write the manifest of a directory that holds prompts only (no clips), as distillation needs."""
-    writer.finish(with_hash({"text": text}))
-
-
-def with_hash(sections: Mapping[str, object]) -> Json:
-    """Manifest with format and ``hash``: over the contents (shard hashes, rows), not over where they came from."""
-    return {"format": FORMAT, "version": VERSION, "hash": hash_json(sections), **sections}
+    writer.finish(LATENTS.sealed({"text": text}))
 
 
 def finite(values: Tensor, what: str) -> Tensor:
@@ -328,10 +292,6 @@ def finite(values: Tensor, what: str) -> Tensor:
     if not values.isfinite().all():
         raise UserError(f"{what}: not finite in {values.dtype}; store as bfloat16, or check the model")
     return values
-
-
-def _rows(prompts: Iterable[Prompt]) -> list[Json]:
-    return [asdict(prompt) for prompt in prompts]
 
 
 def _write_states(path: Path, tokens: Tensor) -> str:

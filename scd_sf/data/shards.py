@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from scd_sf.data.manifest import AGAIN, BUILDING, MANIFEST
 from scd_sf.files import Json, foreign, others_in, read_typed, safe_path, sha256_file, typed, write_bytes, write_json
 from scd_sf.types import UserError
 
-AGAIN = "delete the directory and encode it again"
 COPY = f"copy it again, or {AGAIN}"
 
 
@@ -48,7 +48,7 @@ def shard_files(section: Json, where: str) -> list[ShardFile]:
 def check_place(root: Path) -> None:
     """UserError where a directory holds files, but none that an encoding has begun."""
     others = others_in(root)
-    if others and not {"manifest.json", "building.json"} & set(others) and others != ["report.json"]:
+    if others and not {MANIFEST, BUILDING} & set(others) and others != ["report.json"]:
         raise UserError(f"{root}: holds {others[0]}, but no data of ours; use another output directory")
 
 
@@ -118,11 +118,11 @@ class ShardWriter:
     def __init__(self, root: Path, inputs: Mapping[str, object]) -> None:
         self.root = root
         self.inputs = dict(inputs)
-        self.progress = root / "building.json"
+        self.progress = root / BUILDING
         self.shards: dict[str, list[ShardFile]] = {}
         self.finished = False
         root.mkdir(parents=True, exist_ok=True)
-        for name in ("manifest.json", "building.json"):
+        for name in (MANIFEST, BUILDING):
             if (root / name).is_file():
                 self._resume(root / name)
                 return
@@ -148,7 +148,7 @@ class ShardWriter:
 
     def finish(self, manifest: Mapping[str, object]) -> None:
         """Write the manifest (last of all) and forget the progress file."""
-        write_json(self.root / "manifest.json", {**manifest, "inputs": self.inputs})
+        write_json(self.root / MANIFEST, {**manifest, "inputs": self.inputs})
         self.progress.unlink(missing_ok=True)
         self.finished = True
 
@@ -165,7 +165,7 @@ class ShardWriter:
             keys = sorted(key for key in self.inputs if state.inputs.get(key) != self.inputs[key])
             what = ", ".join(keys) or "fewer"
             raise UserError(f"{path}: made from other inputs ({what} differ); choose another output directory")
-        self.finished = path.name == "manifest.json"
+        self.finished = path.name == MANIFEST
         if self.finished:
             self.progress.unlink(missing_ok=True)  # of a run that was killed after its manifest
         self.shards = state.kinds

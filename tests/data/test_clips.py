@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scd_sf.data.clips import Clip, ClipSet, read_video, write_index, write_video
+from scd_sf.data.clips import Clip, ClipSet, read_video, write_clips, write_video
 from scd_sf.files import sha256_file
 from scd_sf.types import UserError
 
@@ -40,7 +40,7 @@ def clip_dir(tmp_path: Path) -> Path:
     for number in range(3):
         write_video(tmp_path / f"clips/{number}.mp4", moving_square(number * 4), 35, crf=4, chroma="yuv444p")
     clips = [a_clip(tmp_path, number, "val" if number == 2 else "train") for number in range(3)]
-    write_index(tmp_path, clips, SHAPE, {"made_by": "a test"})
+    write_clips(tmp_path, clips, SHAPE, {"made_by": "a test"})
     return tmp_path
 
 
@@ -121,8 +121,8 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         lambda root: change_manifest(root, "shape", {"frames": 5}),
         "manifest.json: 'shape': .* required field `height`",
     ),
-    (lambda root: (root / "clips.jsonl").unlink(), "clips.jsonl: no such file"),
-    (lambda root: cut(root / "clips.jsonl"), "clips.jsonl: sha256 differs"),
+    (lambda root: (root / "clips.jsonl").unlink(), "clips.jsonl: cannot be read"),
+    (lambda root: cut(root / "clips.jsonl"), "clips.jsonl:3: not JSON"),
     (lambda root: (root / "clips/1.mp4").unlink(), "1.mp4: listed in clips.jsonl but missing"),
     (lambda root: cut(root / "clips/1.mp4"), r"1.mp4: .* \(truncated\?\)"),
 ]
@@ -142,7 +142,7 @@ def test_no_path_leaves_the_directory(clip_dir: Path, tmp_path_factory: pytest.T
     outside = tmp_path_factory.mktemp("elsewhere") / "outside.mp4"
     write_video(outside, moving_square(0), 35)
     (clip_dir / "link.mp4").symlink_to(outside)
-    write_index(clip_dir, [a_clip(clip_dir, 0, "train", path)], SHAPE, {})
+    write_clips(clip_dir, [a_clip(clip_dir, 0, "train", path)], SHAPE, {})
     with pytest.raises(UserError, match="which leaves"):
         ClipSet(clip_dir)
 
@@ -163,7 +163,7 @@ def test_bad_videos(clip_dir: Path) -> None:
     with pytest.raises(UserError, match=r"none\.mp4: no such file"):
         read_video(clip_dir / "none.mp4")
     write_video(clip_dir / "clips/0.mp4", moving_square(0)[:3], 35)
-    write_index(clip_dir, [a_clip(clip_dir, 0, "train")], SHAPE, {})
+    write_clips(clip_dir, [a_clip(clip_dir, 0, "train")], SHAPE, {})
     with pytest.raises(UserError, match=r"0\.mp4: 3 frames of 48x32 at 35 per second"):
         ClipSet(clip_dir).video(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
+from scd_sf.files import sha256_file
 from scd_sf.types import UserError
 
 INFO = FrameSetInfo(4, 2, 3, 16, num_actions=3, labels=("a", "b"))
@@ -88,5 +90,7 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not belong to the manifest"):
         FrameClips(tmp_path)
     path.write_text(path.read_text().replace('"frames": 5', '"frames": true'))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "clips_sha256": sha256_file(path)}))
     with pytest.raises(UserError, match=r"Expected `int`, got `bool` - at `\$\.frames`"):
         FrameClips(tmp_path)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd_sf.data.clip_files import SUFFIX, VIDEO, clip_path, files_of, is_clip, quarantine_of, read_header
-from scd_sf.data.clip_index import JOB, MANIFEST, ROWS, Common, fault_of, read_folder_job
+from scd_sf.data.clip_index import JOB, ROWS, Common, fault_of, read_folder_job
 from scd_sf.data.latents import LatentClips
+from scd_sf.data.manifest import MANIFEST
 from scd_sf.data.prompts import PromptTable, index_clips
 from scd_sf.files import files_below, is_part, locked, read_jsonl, sha256_file
 from scd_sf.types import UserError

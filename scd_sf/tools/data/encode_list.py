@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 
+from scd_sf.data.manifest import AGAIN, BUILDING, MANIFEST
 from scd_sf.data.prompt_list import read_prompt_list
 from scd_sf.data.prompts import Prompt, encode_prompts, finish_prompts, finite
-from scd_sf.data.shards import AGAIN, ShardFile, ShardWriter
+from scd_sf.data.shards import ShardFile, ShardWriter
 from scd_sf.distributed import Ranks, rank_zero_first
 from scd_sf.files import (
     hash_json,
@@ -108,7 +109,7 @@ def _begin(cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[P
         "store_text": cfg.store or cfg.dtype,
         "per_shard": cfg.per_shard,
     }
-    require_own_folder(out, ("manifest.json", "building.json"))
+    require_own_folder(out, (MANIFEST, BUILDING))
     held.enter_context(locked(out, "encode_prompts"))
     writer = ShardWriter(out, inputs)
     if not writer.finished:
