@@ -11,8 +11,9 @@ checkpoints with recipes/evaluate_prediction.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,12 +29,14 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, 
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, Student, build_student
 from scd_sf.models.scd.config import DecoderConfig, ScdConfig
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches, check_same_size, check_shape
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import RESUMABLE, TrainConfig, TrainState, micro_batches
+from scd_sf.train.loop import RESUMABLE, Loop, TrainConfig, add_to, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.train.stop import Request
 from scd_sf.types import Conditioning, Logs, UserError, exit_on_user_error
 
 SCD_B = ModelConfig(
@@ -139,14 +142,12 @@ def update(
     clips: FrameClips,
     usable: Sequence[int],
     position: int,
-    may_stop: Callable[[], None],
 ) -> tuple[StepInfo, Logs]:
-    """One update of all micro-batches, between which the run may end; this rank's mean logs."""
+    """One update of all micro-batches; the mean logs of all ranks."""
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(usable))
     with keeping(run, position, engine, [usable[place] for place in samples]) as kept:
         for number, places in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(usable)):
-            may_stop()
             indices = [usable[place] for place in places]
             starts = starts_of(clips, indices, cfg.frames, generator(cfg.run.seed, "window", position, number))
             read = clips.batch(indices, starts, cfg.frames)
@@ -157,8 +158,8 @@ def update(
             )
             engine.backward(loss)
             info = engine.step()
-            sums = {name: sums.get(name, 0.0) + value / engine.micro_batches for name, value in logs.items()}
-    return info, sums
+            add_to(sums, logs, engine.micro_batches)
+    return info, loss_by_time(run.ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
 
 
 @torch.no_grad()
@@ -207,31 +208,31 @@ def main() -> None:
     engine = model_engine(cfg, ranks, build_student(cfg.model))
     description = to_yaml(CheckpointConfig(cfg.model, cfg.sampler))
 
-    def describe(step: int) -> tuple[str, dict[str, object]]:
-        latent = [cfg.frames, clips.info.channels, clips.info.height, clips.info.width]
-        extra = {"latent": latent, "fps": clips.info.fps}
-        return description, provenance(
-            stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash, extra=extra
-        )
-
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    averaged = build_student(cfg.model)
-    start = state.resume()
+    latent = [cfg.frames, clips.info.channels, clips.info.height, clips.info.width]
+    extra = {"latent": latent, "fps": clips.info.fps}
+    origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=extra)
+    ema, averaged = Ema(cfg.train.ema, ranks), build_student(cfg.model)
+    checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
+    start = checkpointer.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
         preview.show(run, averaged, 0)
-    for step in state.steps(start):
-        with state.attempt(step):
-            info, sums = update(cfg, run, engine, clips, usable, state.position(step), state.may_stop)
+    with Loop(run, checkpointer, cfg.train, start) as loop:
+        for step in loop:
+            info, logs = update(cfg, run, engine, clips, usable, loop.position(step))
             if info.stepped:
-                state.update_ema()
-            logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
+                ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                state.ema.copy_to(averaged)
+                ema.copy_to(averaged)
                 logs |= validate(averaged, val, cfg, ranks)
-                state.note_best(step, logs["val/loss"])
+                checkpointer.note_best(step, logs["val/loss"])
                 preview.show(run, averaged, step)
             run.log(step, logs)
+            last, request = step == cfg.train.steps, loop.request()
+            if last or request or step % cfg.train.save_every == 0:
+                checkpointer.save(step, required=last or request is Request.STOP)
+            if request is Request.STOP and not last:
+                loop.leave(step)
     run.finish()
 
 

@@ -9,6 +9,7 @@ Writes ordinary checkpoints; ``export`` a finished one to diffusers layout with 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,17 +25,14 @@ from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import (
-    RESUMABLE,
-    TrainConfig,
-    TrainState,
-    micro_batches,
-)
+from scd_sf.train.loop import RESUMABLE, Loop, TrainConfig, add_to, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.train.stop import Request
 from scd_sf.types import Conditioning, Logs, check_within, exit_on_user_error, on_device
 
 
@@ -97,9 +95,10 @@ def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
     return others
 
 
-def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, float]:
-    """One update of all micro-batches; this rank's mean loss."""
-    total, samples = 0.0, epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
+def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, Logs]:
+    """One update of all micro-batches; the mean logs of all ranks."""
+    sums: Logs = {}
+    samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
     with keeping(run, position, engine, samples) as kept:
         for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
             rng = generator(cfg.run.seed, "loss", position, number)
@@ -111,8 +110,8 @@ def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, po
             kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
             engine.backward(loss)
             info = engine.step()
-            total += float(loss.detach()) / engine.micro_batches
-    return info, total
+            add_to(sums, {"loss": float(loss.detach())}, engine.micro_batches)
+    return info, run.ranks.mean(sums) | {"grad_norm": info.grad_norm, "lr": info.lr}
 
 
 def main() -> None:
@@ -141,21 +140,24 @@ def main() -> None:
     )
     description = to_yaml(CheckpointConfig(ModelConfig("wan", wan=cfg.wan), SamplerConfig("euler", 50, cfg.shift)))
 
-    def describe(step: int) -> tuple[str, dict[str, object]]:
-        return description, provenance(stage="pretrain", step=step, seed=cfg.run.seed, data_hash=clips.hash)
-
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    for step in state.steps(state.resume()):
-        with state.attempt(step):
-            info, total = update(cfg, run, engine, clips, state.position(step))
+    origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash)
+    ema = Ema(cfg.train.ema, ranks)
+    checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
+    with Loop(run, checkpointer, cfg.train, checkpointer.resume()) as loop:
+        for step in loop:
+            info, logs = update(cfg, run, engine, clips, loop.position(step))
             if info.stepped:
-                state.update_ema()
-            logs = ranks.mean({"loss": total}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+                ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 averaged = Wan(cfg.wan)
-                state.ema.copy_to(averaged)
+                ema.copy_to(averaged)
                 logs |= validate(averaged, val)
             run.log(step, logs)
+            last, request = step == cfg.train.steps, loop.request()
+            if last or request or step % cfg.train.save_every == 0:
+                checkpointer.save(step, required=last or request is Request.STOP)
+            if request is Request.STOP and not last:
+                loop.leave(step)
     run.finish()
 
 

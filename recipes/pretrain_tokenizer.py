@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -49,12 +50,14 @@ from scd_sf.models.tokenizers.training import (
 )
 from scd_sf.models.tokenizers.vae_training import patch_components
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import RESUMABLE, TrainConfig, TrainState, micro_batches
+from scd_sf.train.loop import RESUMABLE, Loop, TrainConfig, add_to, micro_batches
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.train.stop import Request
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
 RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
@@ -218,9 +221,10 @@ class Training:
         return self.frames.batch(clips, self.cfg.frames.per_clip, self.cfg.frames.step, rng)
 
     def update(self, step: int, position: int) -> tuple[StepInfo, Logs]:
-        """One update, and with the GAN on one of the discriminator on the same pictures; this rank's mean losses."""
+        """One update, and with the GAN on one of the discriminator on the same pictures; the mean logs of all ranks."""
         cfg, seed, device = self.cfg, self.cfg.run.seed, self.run.ranks.device
-        samples, totals = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames)), dict[str, float]()
+        samples = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames))
+        sums: Logs = {}
         adversarial = cfg.gan.on(step)
         with keeping(self.run, position, self.engine, samples) as kept:
             keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
@@ -240,9 +244,8 @@ class Training:
                     self.discriminator.backward(judged)
                     self.discriminator.step()
                     logs["discriminator"] = float(judged.detach())
-                for name, value in logs.items():
-                    totals[name] = totals.get(name, 0.0) + value / self.engine.micro_batches
-        return info, totals
+                add_to(sums, logs, self.engine.micro_batches)
+        return info, self.run.ranks.mean(sums) | {"grad_norm": info.grad_norm, "lr": info.lr}
 
 
 def reconstructed(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> Tensor:
@@ -315,23 +318,26 @@ def main() -> None:
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE_HERE)
     training = Training(cfg, run, frames)
 
-    def describe(step: int) -> tuple[str, dict[str, object]]:
-        return to_yaml(cfg), provenance(stage="tokenizer", step=step, seed=cfg.run.seed, data_hash=frames.hash)
-
-    state = TrainState(run, training.engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
+    origin = partial(provenance, stage="tokenizer", seed=cfg.run.seed, data_hash=frames.hash)
+    ema, engine = Ema(cfg.train.ema, ranks), training.engine
+    checkpointer = Checkpointer(run, cfg.train, training.engines, ema, to_yaml(cfg), origin)
     averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
-    for step in state.steps(state.resume()):
-        with state.attempt(step):
-            info, logs = training.update(step, state.position(step))
+    with Loop(run, checkpointer, cfg.train, checkpointer.resume()) as loop:
+        for step in loop:
+            info, logs = training.update(step, loop.position(step))
             if info.stepped:
-                state.update_ema()
-            logs = ranks.mean(logs) | {"grad_norm": info.grad_norm, "lr": info.lr}
+                ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                state.ema.copy_to(averaged)
+                ema.copy_to(averaged)
                 found = reconstruction_figures(reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5)
                 logs |= {f"val/{name}": value for name, value in found.items()}
             run.log(step, logs)
-    state.ema.copy_to(averaged)
+            last, request = step == cfg.train.steps, loop.request()
+            if last or request or step % cfg.train.save_every == 0:
+                checkpointer.save(step, required=last or request is Request.STOP)
+            if request is Request.STOP and not last:
+                loop.leave(step)
+    ema.copy_to(averaged)
     if ranks.is_main:
         for name, value in write(cfg, averaged, frames, val).items():
             say(f"{name}: {value}")

@@ -9,7 +9,7 @@ Works under ``deepspeed``, ``torchrun`` and plain ``python``; the same command r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,17 +27,14 @@ from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
+from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import (
-    RESUMABLE,
-    TrainState,
-    micro_batches,
-    pixel_shape,
-)
+from scd_sf.train.loop import RESUMABLE, Loop, add_to, micro_batches, pixel_shape
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.train.stop import Request
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 
@@ -66,9 +63,8 @@ def update(
     clips: LatentClips,
     reads: Prefetch[LatentBatch],
     position: int,
-    may_stop: Callable[[], None],
 ) -> tuple[StepInfo, Logs]:
-    """One update of all micro-batches, between which the run may end; this rank's mean logs."""
+    """One update of all micro-batches; the mean logs of all ranks."""
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
     now, later = (
@@ -77,15 +73,14 @@ def update(
     reads.expect(indices for _, indices in (*now, *later))
     with keeping(run, position, engine, samples) as kept:
         for number, indices in now:
-            may_stop()
             read = reads.batch(indices)
             batch = read.to(run.ranks.device)
             loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
             kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
             engine.backward(loss)
             info = engine.step()
-            sums = {name: sums.get(name, 0.0) + value / engine.micro_batches for name, value in logs.items()}
-    return info, sums
+            add_to(sums, logs, engine.micro_batches)
+    return info, loss_by_time(run.ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
 
 
 def main() -> None:
@@ -107,18 +102,16 @@ def main() -> None:
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
 
-    def describe(step: int) -> tuple[str, dict[str, object]]:
-        return description, provenance(
-            stage="stage2_flow_matching",
-            step=step,
-            seed=cfg.run.seed,
-            parents=[init],
-            data_hash=clips.hash,
-            extra={"video": pixel_shape(clips.shape)},
-        )
-
-    state = TrainState(run, {"model": engine}, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    averaged = build_student(parent.model)
+    origin = partial(
+        provenance,
+        stage="stage2_flow_matching",
+        seed=cfg.run.seed,
+        parents=[init],
+        data_hash=clips.hash,
+        extra={"video": pixel_shape(clips.shape)},
+    )
+    ema, averaged = Ema(cfg.train.ema, ranks), build_student(parent.model)
+    checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
     seen = [0, len(val) // 2]
     preview = Preview(
         parent.base,
@@ -130,22 +123,26 @@ def main() -> None:
         cfg=cfg.preview,
     )
     reads = Prefetch(clips.stored, cfg.train.prefetch)
-    start = state.resume()
+    start = checkpointer.resume()
     if start == 0:
         averaged.load_state_dict(engine.masters())
         show_previews(preview, averaged, 0, ranks, run.video)
-    for step in state.steps(start):
-        with state.attempt(step):
-            info, sums = update(cfg, run, engine, clips, reads, state.position(step), state.may_stop)
+    with Loop(run, checkpointer, cfg.train, start) as loop:
+        for step in loop:
+            info, logs = update(cfg, run, engine, clips, reads, loop.position(step))
             if info.stepped:
-                state.update_ema()
-            logs = loss_by_time(ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
+                ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                state.ema.copy_to(averaged)
+                ema.copy_to(averaged)
                 logs |= validate(averaged, val, cfg.loss, cfg.validation_clips, ranks)
-                state.note_best(step, logs["val/loss"])
+                checkpointer.note_best(step, logs["val/loss"])
                 logs |= show_previews(preview, averaged, step, ranks, run.video)
             run.log(step, logs)
+            last, request = step == cfg.train.steps, loop.request()
+            if last or request or step % cfg.train.save_every == 0:
+                checkpointer.save(step, required=last or request is Request.STOP)
+            if request is Request.STOP and not last:
+                loop.leave(step)
     reads.close()
     run.finish()
 

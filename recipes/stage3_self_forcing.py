@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,37 +33,45 @@ from scd_sf.generation.preview import Preview
 from scd_sf.generation.rollout import rollout
 from scd_sf.generation.validation import show_previews
 from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.models.build import Student, build_student, load_student
+from scd_sf.models.build import ModelConfig, Student, build_student, load_student
 from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
+from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine, frozen_engine
-from scd_sf.train.loop import (
-    RESUMABLE,
-    TrainState,
-    micro_batches,
-    pixel_shape,
-)
+from scd_sf.train.loop import RESUMABLE, Loop, add_to, micro_batches, pixel_shape
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
+from scd_sf.train.stop import Request
 from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_device, say
 
-MayStop = Callable[[], None]
-Rollouts = dict[int, tuple[Tensor, Conditioning, list[int]]]  # by micro-batch: detached rollouts and their prompts
+
+@dataclass(frozen=True)
+class Rollout:
+    """A micro-batch of the student's own clips (B, F, C, H, W), without gradient, and the prompts they were made of."""
+
+    number: int
+    indices: list[int]
+    cond: Conditioning
+    x_0: Tensor
 
 
-def _go_on() -> None:
-    """Not here."""
+@dataclass(frozen=True)
+class Rollouts:
+    """This rank's micro-batches of an update; ``samples``: the prompts of the global batch."""
+
+    samples: list[int]
+    parts: list[Rollout]
 
 
 @dataclass
 class Distillation:
-    """The pieces one update needs, on this rank."""
+    """The two kinds of update, on this rank. ``step`` places prompts and random numbers."""
 
     cfg: Stage3Config
     run: Run
@@ -75,97 +84,100 @@ class Distillation:
     critic: Engine
     teacher: torch.nn.Module
 
-    def cond(self, indices: Sequence[int]) -> Conditioning:
-        return self.reads.batch(indices).to(self.ranks.device)
+    def roll_out(self, step: int, turn: int) -> Rollouts:
+        """New clips of the student for the critic."""
+        seed, place, size = self.cfg.run.seed + 1, self._place(step, turn), len(self.prompts)
+        parts = []
+        for number, indices in micro_batches(self.cfg.train, seed, self.ranks, place, size):
+            cond = self._cond(indices)
+            with torch.no_grad():
+                parts.append(Rollout(number, indices, cond, self._rollout(cond, "critic", step, turn, number)))
+        return Rollouts(epoch_order(seed, place, self.cfg.train.global_batch, size), parts)
 
-    def prompts_of(self, step: int, turns: Sequence[int]) -> list[list[int]]:
-        """This rank's prompts in the order in which a step asks for them: critic updates ``turns``, then its own."""
-        seed, size = self.cfg.run.seed, len(self.prompts)
-        places = [(seed + 1, (step - 1) * (self.cfg.ratio + 1) + turn) for turn in turns if turn % self.cfg.reuse == 0]
-        places.append((seed, step - 1))
+    def update_critic(self, step: int, turn: int, rollouts: Rollouts) -> Logs:
+        """The critic learns to denoise what the student makes, noised anew. This rank's mean logs."""
+        cfg, sums = self.cfg, dict[str, float]()
+        with keeping(self.run, step, self.critic, rollouts.samples, f"critic{turn}") as kept:
+            for part in rollouts.parts:
+                rng = generator(cfg.run.seed, "critic", step, turn, part.number)
+                loss, logs = critic_loss(self.critic, part.x_0, part.cond, cfg.loss, rng)
+                kept.append(self._kept(part, loss))
+                self.critic.backward(loss)
+                info = self.critic.step()
+                add_to(sums, {"critic/loss": logs["critic/loss"]}, self.critic.micro_batches)
+        return sums | {"critic/grad_norm": info.grad_norm}
+
+    def update_student(self, step: int) -> tuple[StepInfo, Logs, Rollouts]:
+        """The student learns by distribution matching, through its whole rollout. This rank's mean logs."""
+        cfg, sums, parts = self.cfg, dict[str, float](), list[Rollout]()
+        samples = epoch_order(cfg.run.seed, step - 1, cfg.train.global_batch, len(self.prompts))
+        negative = self.prompts.negative.to(self.ranks.device)
+        with keeping(self.run, step, self.student, samples) as kept:
+            for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)):
+                cond = self._cond(indices)
+                x_0 = self._rollout(cond, "student", step, 0, number)
+                rng = generator(cfg.run.seed, "dmd", step, number)
+                loss, logs = dmd_loss(x_0, self.teacher, self.critic, cond, negative, cfg.loss, rng)
+                parts.append(Rollout(number, indices, cond, x_0.detach()))
+                kept.append(self._kept(parts[-1], loss))
+                self.student.backward(loss)
+                info = self.student.step()
+                add_to(sums, logs, self.student.micro_batches)
+        return info, sums | {"grad_norm": info.grad_norm, "lr": info.lr}, Rollouts(samples, parts)
+
+    def turns(self, step: int) -> tuple[range, range]:
+        """The critic's updates of a step, before and after the student's."""
+        cfg = self.cfg
+        own = cfg.critic_data == "own"
+        before = (cfg.critic_warmup if step == 1 else 0) + (cfg.ratio if own else 0)
+        return range(before), range(before, before + (0 if own else cfg.ratio))
+
+    def read_ahead(self, step: int, turns: range) -> None:
+        """Prompts in the order in which this step and the next ask for them; ``turns``: the critic's of this step."""
+        self.reads.expect(self._prompts_of(step, turns) + self._prompts_of(step + 1, self.turns(step + 1)[0]))
+
+    def _prompts_of(self, step: int, turns: range) -> list[list[int]]:
+        """The critic's in ``turns``, then the student's."""
+        seed = self.cfg.run.seed
+        places = [(seed + 1, self._place(step, turn)) for turn in turns if turn % self.cfg.reuse == 0]
         return [
             indices
-            for stream, place in places
-            for _, indices in micro_batches(self.cfg.train, stream, self.ranks, place, size)
+            for stream, place in [*places, (seed, step - 1)]
+            for _, indices in micro_batches(self.cfg.train, stream, self.ranks, place, len(self.prompts))
         ]
 
-    def kept(self, number: int, indices: list[int], loss: Tensor, x: Tensor, cond: Conditioning) -> MicroBatch:
-        prompts = self.prompts.texts(indices)
-        return MicroBatch(number, indices, prompts, loss.detach(), {"rollout": x.detach(), "text": cond.text_BLE})
+    def _place(self, step: int, turn: int) -> int:
+        """Of a critic update in the order of its prompts."""
+        return (step - 1) * (self.cfg.ratio + 1) + turn
 
-    def rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
+    def _cond(self, indices: Sequence[int]) -> Conditioning:
+        return self.reads.batch(indices).to(self.ranks.device)
+
+    def _rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
         """One engine forward = one whole self-rollout. The exit step is the same on all ranks and micro-batches."""
         seed = self.cfg.run.seed
         exit_step = int(torch.randint(self.sampler.steps, (), generator=generator(seed, name, "exit", step, turn)))
         rng = generator(seed, name, "noise", step, turn, number)
         noise = on_device(torch.randn((cond.batch, *self.latent), generator=rng), self.ranks.device)
-        x: Tensor = self.student(noise, cond, exit_step, rng)
-        return x
+        x_0: Tensor = self.student(noise, cond, exit_step, rng)
+        return x_0
 
-    def critic_update(self, step: int, turn: int, stored: Rollouts, fresh: bool, may_stop: MayStop) -> Logs:
-        """One critic update, on a new rollout or on the stored one noised anew."""
-        cfg, total = self.cfg, 0.0
-        position, size = (step - 1) * (cfg.ratio + 1) + turn, len(self.prompts)
-        samples = epoch_order(cfg.run.seed + 1, position, cfg.train.global_batch, size) if fresh else []
-        with keeping(self.run, step, self.critic, samples, f"critic{turn}") as kept:
-            for number, indices in micro_batches(cfg.train, cfg.run.seed + 1, self.ranks, position, size):
-                may_stop()
-                if fresh or number not in stored:
-                    cond = self.cond(indices)
-                    with torch.no_grad():
-                        stored[number] = (self.rollout(cond, "critic", step, turn, number), cond, indices)
-                x, cond, indices = stored[number]
-                rng = generator(cfg.run.seed, "critic", step, turn, number)
-                loss, logs = critic_loss(self.critic, x, cond, cfg.loss, rng)
-                kept.append(self.kept(number, indices, loss, x, cond))
-                self.critic.backward(loss)
-                info = self.critic.step()
-                total += logs["critic/loss"] / self.critic.micro_batches
-        return {"critic/loss": total, "critic/grad_norm": info.grad_norm}
+    def _kept(self, part: Rollout, loss: Tensor) -> MicroBatch:
+        tensors = {"rollout": part.x_0, "text": part.cond.text_BLE}
+        return MicroBatch(part.number, part.indices, self.prompts.texts(part.indices), loss.detach(), tensors)
 
-    def student_update(self, step: int, stored: Rollouts, may_stop: MayStop) -> tuple[Logs, StepInfo]:
-        """One student update; leaves its rollouts in ``stored``."""
-        cfg, size = self.cfg, len(self.prompts)
-        mean: Logs = {}
-        samples = epoch_order(cfg.run.seed, step - 1, cfg.train.global_batch, size)
-        with keeping(self.run, step, self.student, samples) as kept:
-            for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, size):
-                may_stop()
-                cond = self.cond(indices)
-                x = self.rollout(cond, "student", step, 0, number)
-                rng = generator(cfg.run.seed, "dmd", step, number)
-                negative = self.prompts.negative.to(self.ranks.device)
-                loss, logs = dmd_loss(x, self.teacher, self.critic, cond, negative, cfg.loss, rng)
-                kept.append(self.kept(number, indices, loss, x, cond))
-                self.student.backward(loss)
-                stored[number] = (x.detach(), cond, indices)
-                info = self.student.step()
-                for name, value in logs.items():
-                    mean[name] = mean.get(name, 0.0) + value / self.student.micro_batches
-        return mean | {"grad_norm": info.grad_norm, "lr": info.lr}, info
 
-    def update(self, step: int, first: bool, state: TrainState) -> tuple[Logs, StepInfo]:
-        """One student update and its critic updates, ``first`` after the critic's warm-up. ``step`` places data and
-        random numbers. The run may end between micro-batches, wherever what follows needs no rollout from before."""
-        cfg = self.cfg
-        stored: Rollouts = {}
-        own = cfg.critic_data == "own"
-        before = (cfg.critic_warmup if first else 0) + (cfg.ratio if own else 0)
-        critic_logs = state.begun()
-        turns = int(critic_logs.pop("turns", 0))
-        again = range(cfg.ratio if own else 0)
-        self.reads.expect(self.prompts_of(step, range(turns, before)) + self.prompts_of(step + 1, again))
-
-        def may_stop(turn: int) -> MayStop:
-            return lambda: state.may_stop({"turns": float(turn), **critic_logs})
-
-        for turn in range(turns, before):
-            fresh = turn % cfg.reuse == 0
-            critic_logs = self.critic_update(step, turn, stored, fresh, may_stop(turn) if fresh else _go_on)
-        logs, info = self.student_update(step, stored, may_stop(before))
-        for turn in range(before, before + (0 if own else cfg.ratio)):
-            critic_logs = self.critic_update(step, turn, stored, False, _go_on)
-        return logs | critic_logs, info
+def update(parts: Distillation, step: int, before: range, after: range) -> tuple[StepInfo, Logs]:
+    """One student update, with the critic's updates ``before`` and ``after`` it; the mean logs of all ranks."""
+    parts.read_ahead(step, before)
+    for turn in before:  # the critic learns what the student makes now
+        if turn % parts.cfg.reuse == 0:
+            rollouts = parts.roll_out(step, turn)
+        critic_logs = parts.update_critic(step, turn, rollouts)
+    info, logs, rollouts = parts.update_student(step)
+    for turn in after:  # critic_data=student: it learns from the student's rollouts
+        critic_logs = parts.update_critic(step, turn, rollouts)
+    return info, parts.ranks.mean(logs | critic_logs)
 
 
 def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) -> Logs:
@@ -202,8 +214,18 @@ def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape,
     check_batches(cfg.train, ranks, len(prompts), prompts.where)
 
 
+def model_flops(cfg: Stage3Config, student: ModelConfig, latent: VideoShape, prompts: Prompts) -> float:
+    """Of one step, all ranks together."""
+    teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
+    return PlanJob(cfg, student, latent, teacher, critic, prompts.length).model_flops()
+
+
 def build(cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape) -> Distillation:
     sampler, ranks = Renoise(cfg.sampler.times), run.ranks
+    if isinstance(prompts, LivePrompts):
+        prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
+    if ranks.is_main:
+        say(f"prompts: {prompts}")
 
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
@@ -259,53 +281,49 @@ def main() -> None:
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
-        teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
-        run.flops_per_step = PlanJob(cfg, parent.model, latent, teacher, critic, prompts.length).model_flops()
-    if isinstance(prompts, LivePrompts):
-        prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
-    if ranks.is_main:
-        say(f"prompts: {prompts}")
+        run.flops_per_step = model_flops(cfg, parent.model, latent, prompts)
     parts = build(cfg, run, student, prompts, latent)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
 
-    def describe(step: int) -> tuple[str, dict[str, object]]:
-        wans = {"teacher": absolute(cfg.teacher), "critic": absolute(cfg.critic)}
-        extra = {
-            **wans,
+    origin = partial(
+        provenance,
+        stage="stage3_self_forcing",
+        seed=cfg.run.seed,
+        parents=[init],
+        data_hash=prompts.hash,
+        extra={
+            "teacher": absolute(cfg.teacher),
+            "critic": absolute(cfg.critic),
             "negative_prompt": prompts.negative_prompt,
             "video": pixel_shape(latent),
             **cfg.loss.guidance.logs(),
-        }
-        return description, provenance(
-            stage="stage3_self_forcing",
-            step=step,
-            seed=cfg.run.seed,
-            parents=[init],
-            data_hash=prompts.hash,
-            extra=extra,
-        )
-
-    preview = preview_of(parts, parent.base, latent)
-    averaged = build_student(parent.model)
+        },
+    )
     engines = {"model": parts.student, "critic": parts.critic}
-    state = TrainState(run, engines, Ema(cfg.train.ema, ranks), describe, cfg.train)
-    start = state.resume()
+    ema, averaged = Ema(cfg.train.ema, ranks), build_student(parent.model)
+    checkpointer = Checkpointer(run, cfg.train, engines, ema, description, origin)
+    preview = preview_of(parts, parent.base, latent)
+    start = checkpointer.resume()
     if start == 0:
         averaged.load_state_dict(parts.student.masters())
         show_previews(preview, averaged, 0, ranks, run.video)
-    for step in state.steps(start):
-        with state.attempt(step):
-            logs, info = parts.update(state.position(step), step == 1, state)
+    with Loop(run, checkpointer, cfg.train, start) as loop:
+        for step in loop:
+            info, logs = update(parts, loop.position(step), *parts.turns(step))
             if info.stepped:
-                state.update_ema()
-            logs = ranks.mean(logs)
-            logs |= watch(state.record, logs, cfg, step)
-            if state.record.get("best_step") == step:
-                state.extra["best"] = state.ema.copy()
+                ema.update(parts.student.owned())
+            logs |= watch(checkpointer.record, logs, cfg, step)
+            if checkpointer.record.get("best_step") == step:
+                checkpointer.extra["best"] = ema.copy()
             if step % cfg.train.validate_every == 0:
-                state.ema.copy_to(averaged)
+                ema.copy_to(averaged)
                 logs |= show_previews(preview, averaged, step, ranks, run.video)
             run.log(step, logs)
+            last, request = step == cfg.train.steps, loop.request()
+            if last or request or step % cfg.train.save_every == 0:
+                checkpointer.save(step, required=last or request is Request.STOP)
+            if request is Request.STOP and not last:
+                loop.leave(step)
     parts.reads.close()
     run.finish()
 

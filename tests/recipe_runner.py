@@ -97,9 +97,9 @@ def run_ranks(
         ]
 
 
-def succeed(script: str, *arguments: object) -> Result:
+def succeed(script: str, *arguments: object, at: At | None = None) -> Result:
     """As :func:`run`; fails with the script's output unless the exit code is 0."""
-    result = run(script, *arguments)
+    result = run(script, *arguments, at=at)
     assert result.code == 0, f"{script}: exit code {result.code}\n{result.out[-2000:]}\n{result.err[-4000:]}"
     return result
 

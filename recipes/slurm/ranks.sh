@@ -1,8 +1,8 @@
 #!/bin/bash
 # Run a recipe with one rank per Slurm task, and requeue the job when the recipe asks for it. Called by the .sbatch files:
 #   exec bash recipes/slurm/ranks.sh recipes/stage2_flow_matching.py --config ... a.b=value
-# Slurm's warning before the time limit (USR1) and TERM go on to every rank; the recipe then saves and exits with 75, which
-# means "saved, run me again". The ranks are tasks of srun, without a launcher in between: torchrun would turn 75 into 1.
+# Slurm's warning before the time limit (USR1) and TERM go on to every rank; the recipe then finishes its step, saves and
+# exits with 75: "saved, run me again". A training that diverged exits with 75, too, and leaves that data out next time. The ranks are tasks of srun, without a launcher in between: torchrun would turn 75 into 1.
 set -uo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -119,11 +119,6 @@ class Engine(Protocol):
         """Apply the update when ``micro_batches`` backward calls are in; otherwise report and do nothing."""
         ...
 
-    def abandon(self) -> None:
-        """Forget the micro-batches of an unfinished update. Only before the process ends: what DeepSpeed has added up
-        stays in its buffers."""
-        ...
-
     def state(self) -> EngineState:
         """Everything an exact resume needs, as this rank's copies on the CPU; each rank writes its own into one
         directory that is the engine's alone. All ranks call it."""

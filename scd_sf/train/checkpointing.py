@@ -1,23 +1,217 @@
-"""One checkpoint on its way to the disk, by all ranks, in a thread while the training goes on or is waited for.
+"""Saving and loading a training: engines, averages and a small record, by all ranks.
 
-Every rank writes its own part of the training state; then the main rank, when it has seen the others' marks, writes the
-rest and commits. The thread uses no collective; marks are files in the checkpoint's own directory, which all ranks must
-see. ``latest`` moves after the commit, never before.
+A checkpoint is written in a thread, which the training waits for or goes on beside. Every rank writes its own part of
+the training state. When the main rank has seen the others' marks, it writes the rest and commits. The thread uses no
+collective; marks are files in the checkpoint's own directory, which all ranks must see. ``latest`` moves after the
+commit, never before.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from scd_sf.checkpoint import STATE, Checkpoints, problem_of
+from torch import Tensor
+
+from scd_sf.checkpoint import STATE, Checkpoints, SaveFailed, problem_of
 from scd_sf.distributed import Ranks
-from scd_sf.files import fsync_tree
+from scd_sf.files import fsync_tree, read_json, read_typed, safe_path
+from scd_sf.train.base import Engine
+from scd_sf.train.ema import Ema
+from scd_sf.train.loop import TrainConfig
+from scd_sf.train.run import Run
+from scd_sf.train.shards import gathered, read_shards
 from scd_sf.types import UserError
 
 _PATIENCE = 3600.0  # seconds that the main rank waits for another rank's part
+_WITHIN = "begun/"  # earlier versions also saved within a step, and noted so what was done of it
+_log = logging.getLogger(__name__)
+
+
+class Origin(Protocol):
+    """Gives ``provenance.json`` of a step: :func:`scd_sf.checkpoint.provenance` with all but the step set."""
+
+    def __call__(self, *, step: int) -> Mapping[str, object]: ...
+
+
+class Checkpointer:
+    """Saves and loads everything that a run needs to go on.
+
+    ``engines["model"]`` is the engine whose weights are the checkpoint. ``record`` holds small numbers, and ``extra``
+    further averages, that must survive a restart (stage 3's best EMA). ``config_yaml`` becomes the checkpoint's
+    config.yaml.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        train: TrainConfig,
+        engines: Mapping[str, Engine],
+        ema: Ema,
+        config_yaml: str,
+        origin: Origin,
+    ) -> None:
+        self.run, self.train, self.engines, self.ema = run, train, dict(engines), ema
+        self.checkpoints, self.ranks = run.checkpoints, run.ranks
+        self.config_yaml, self.origin = config_yaml, origin
+        self.record: dict[str, float] = {}
+        self.extra: dict[str, Ema] = {}
+        self._saving: Saving | None = None
+        self._sizes = {
+            name: sum(math.prod(shard.shape) for shard in engine.owned()) for name, engine in engines.items()
+        }
+
+    # ------------------------------------------------------------------------------- loading
+
+    def resume(self) -> int:
+        """Load the newest verified step and open the metric writers there; returns the number of finished updates.
+
+        UserError: the checkpoint was trained on other data, or the disk has no room for one checkpoint.
+        """
+        path = self.run.resume_from()
+        if path is not None:
+            self._check_data(path)
+        if path != self.checkpoints.path(self.train.steps):
+            self._check_space()
+        step = self._load(path) if path is not None else 0
+        self.run.start(step)
+        return step
+
+    def _check_data(self, path: Path) -> None:
+        before = read_json(path / "provenance.json", "restore it").get("data_hash")
+        now = self.origin(step=0).get("data_hash")
+        if None not in (before, now) and before != now:
+            raise UserError(
+                f"{path}: was trained on other data than are there now; put those back, or use a new run.dir"
+            )
+
+    def _check_space(self) -> None:
+        problem = ""
+        if self.ranks.is_main:
+            problem = problem_of(lambda: self.checkpoints.require_space(self._bytes(), "one checkpoint"))
+        if self.ranks.any(bool(problem)):
+            raise UserError(problem or f"{self.run.dir}: rank 0 has no room for a checkpoint; see its message")
+
+    def _load(self, path: Path) -> int:
+        saved = read_typed(path / STATE / "recipe.json", _Saved, "resume from another step")
+        for name, engine in self.engines.items():
+            engine.load(path / STATE / name)
+        masters = list(self.engines["model"].owned())
+        self.ema.restore(read_shards(path / "ema.safetensors", masters), saved.ema_updates)
+        self.record = saved.numbers(path)
+        self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in saved.extra}
+        for name, ema in self.extra.items():
+            file = safe_path(path, f"{name}.safetensors", f"{path}: an average of recipe.json")
+            ema.restore(read_shards(file, masters), saved.ema_updates)
+        return saved.step
+
+    # -------------------------------------------------------------------------------- saving
+
+    def save(self, step: int, *, required: bool) -> None:
+        """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept.
+
+        Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again. With
+        ``train.async_save`` it is then written while the training goes on.
+        """
+        self.settle()
+        if self.ranks.on_main(lambda: self.checkpoints.has(step)):
+            return
+        problem = problem_of(lambda: self.checkpoints.prepare(step, self._bytes())) if self.ranks.is_main else ""
+        if self.ranks.any(bool(problem)):
+            self._failed(step, problem, required)
+            return
+        self._saving = Saving(self.checkpoints, self.ranks, step, self._state_writer(step), self._committer(step))
+        if required or not self.train.async_save:
+            self.settle(required=required)
+
+    def settle(self, *, required: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if one is; all ranks call it."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        problem = saving.wait()
+        if self.ranks.any(bool(problem)):
+            if self.ranks.is_main:
+                shutil.rmtree(self.checkpoints.path(saving.step).with_suffix(".tmp"), ignore_errors=True)
+            self._failed(saving.step, problem, required)
+        elif self.ranks.is_main:
+            best = [int(self.record["best_saved"])] if "best_saved" in self.record else []
+            self.checkpoints.prune(self.train.keep, self.train.keep_every, best)
+        self.ranks.barrier()
+
+    def note_best(self, step: int, value: float) -> None:
+        """``value`` (smaller is better) of ``step``, the same on all ranks: the smallest one's checkpoint is kept."""
+        if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
+            self.record |= {"best_value": value, "best_saved": float(step)}
+
+    def _failed(self, step: int, problem: str, required: bool) -> None:
+        error = SaveFailed(self.checkpoints.not_saved(step, problem or "Another process failed and says why."))
+        if required:
+            raise error
+        _log.error("ALARM: %s The training goes on and tries again at the next checkpoint.", error)
+
+    def _bytes(self) -> int:
+        """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of every engine."""
+        return 4 * (self._sizes["model"] * (2 + len(self.extra)) + 3 * sum(self._sizes.values()))
+
+    def _state_writer(self, step: int) -> Callable[[Path], None]:
+        """What this rank writes, copied now."""
+        states = {name: engine.state() for name, engine in self.engines.items()}
+        record = {
+            "step": step,
+            "ema_updates": self.ema.updates,
+            "record": {key: value if math.isfinite(value) else None for key, value in self.record.items()},
+            "extra": sorted(self.extra),
+        }
+
+        def write(folder: Path) -> None:
+            for name, state in states.items():
+                state.write(folder / name)
+            if self.ranks.is_main:
+                (folder / "recipe.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+        return write
+
+    def _committer(self, step: int) -> Callable[[], None]:
+        """The main rank's part, gathered by all and copied now."""
+        files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
+        files |= {name: self._on_main(ema.whole()) for name, ema in {"ema": self.ema, **self.extra}.items()}
+        origin = self.origin(step=step)
+        return lambda: self.checkpoints.commit(step, files, self.config_yaml, origin)
+
+    def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Walked by all ranks, kept by the main one, on the CPU."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in tensors if self.ranks.is_main}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """``recipe.json`` of a checkpoint. In ``record`` null stands for a number that was not finite."""
+
+    step: int
+    ema_updates: int
+    record: dict[str, float | None]
+    extra: list[str]
+
+    def numbers(self, path: Path) -> dict[str, float]:
+        """``record``. UserError when a number that decides something is not there."""
+        kept = {key: value for key, value in self.record.items() if not key.startswith(_WITHIN)}
+        if len(kept) < len(self.record):
+            _log.warning("%s: an earlier version saved it within step %d, which is made again", path, self.step + 1)
+        numbers: dict[str, float] = {}
+        for key, value in kept.items():
+            if value is None:
+                raise UserError(f"{path / STATE}/recipe.json: record.{key} is no number; resume from another step")
+            numbers[key] = value
+        return numbers
 
 
 class Saving:

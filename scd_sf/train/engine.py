@@ -165,10 +165,6 @@ class DeepSpeedEngine:
             self._engine.zero_grad()
         return norm
 
-    def abandon(self) -> None:
-        self._micro = 0
-        self._bad.zero_()
-
     def masters(self) -> dict[str, Tensor]:
         return whole_masters(self, self.ranks)
 

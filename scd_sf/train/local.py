@@ -86,10 +86,6 @@ class LocalEngine:
         self.updates += finite
         return StepInfo(stepped=finite, grad_norm=float(norm), finite=finite, lr=lr)
 
-    def abandon(self) -> None:
-        self._gradients, self._micro = {}, 0
-        self._bad.zero_()
-
     def masters(self) -> dict[str, Tensor]:
         return whole_masters(self, self.ranks)
 

@@ -93,7 +93,6 @@ class Run:
         self._wandb: Any = None
         self._bar: _Bar | None = None
         self._held = ExitStack()
-        self.finished = 0
         self.tokens_per_step, self.flops_per_step = 0, 0.0
         self._logged = math.nan
         problem = ""
@@ -112,14 +111,11 @@ class Run:
         return newest
 
     def start(self, step: int = 0) -> None:
-        """Open the metric writers at ``step``; records of later steps, before a crash or a rollback, are dropped."""
+        """Open the metric writers at ``step``; records of later steps, from before a crash, are dropped."""
         if not self.ranks.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._metrics is not None:
-            self._metrics.close()
-            self._tensorboard.close()
         _drop_after(self.dir / "metrics.jsonl", step)
         self._metrics = (self.dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=step)
@@ -164,27 +160,19 @@ class Run:
         return found
 
     def progress(self, total: int, start: int = 0) -> Iterator[int]:
-        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps.
-
-        ``self.finished`` is the number of finished steps; setting it back repeats the steps after it.
-        """
-        self.finished = start
+        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps."""
+        steps = range(start + 1, total + 1)
         if not self.ranks.is_main:
-            yield from self._count(total)
+            yield from steps
             return
         with _Bar(total, start, self.cfg.log_every) as bar:
             self._bar = bar
             try:
-                for step in self._count(total):
+                for step in steps:
                     yield step
-                    bar.advance(self.finished)
+                    bar.advance(step)
             finally:
                 self._bar = None
-
-    def _count(self, total: int) -> Iterator[int]:
-        while self.finished < total:
-            self.finished += 1
-            yield self.finished
 
     def video(self, step: int, name: str, frames_FHWC: torch.Tensor, file: Path) -> None:
         """A uint8 clip for TensorBoard, and the mp4 ``file`` of it for wandb."""

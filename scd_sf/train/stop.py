@@ -2,11 +2,11 @@
 
     touch RUN/save               save after the current step and go on
     touch RUN/stop, or TERM, USR1, INT to any rank
-                                 finish the micro-batch, save, leave with exit code 75: "run me again"
+                                 finish the step, save, leave with exit code 75: "run me again"
     kill -USR2 PID               append that process's stacks to RUN/heartbeat/rank_NNNNN.stacks
 
-A wish is an empty regular file, as ``touch`` makes it; anything else of that name is somebody's and stays. Rank 0 alone
-looks at the files, and all ranks agree between micro-batches, so none leaves alone. Every rank rewrites
+A request is an empty regular file, as ``touch`` makes it; anything else of that name is somebody's and stays. Rank 0
+alone looks at the files, and all ranks agree after each step, so none leaves alone. Every rank rewrites
 ``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread: a time that stands still means a process that
 is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json`` says how the job stands or ended.
 """
@@ -37,8 +37,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _log = logging.getLogger(__name__)
 
 
-class Wish(IntEnum):
-    """What is asked for; the larger wins."""
+class Request(IntEnum):
+    """What is asked of a job; the larger wins."""
 
     NONE = 0
     SAVE = 1
@@ -56,7 +56,7 @@ class Beat:
 
 
 class Control:
-    """One job's ears and pulse. ``start`` on every rank, ``beat`` and ``wish`` once per step, ``close`` at the end."""
+    """One job's ears and pulse, on every rank: ``beat`` and ``request`` once per step."""
 
     def __init__(self, directory: Path, ranks: Ranks, interval: float = 10.0) -> None:
         self.dir, self.ranks, self.interval = directory, ranks, interval
@@ -67,9 +67,9 @@ class Control:
         self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def start(self, step: int, total: int) -> None:
-        """Listen from now on. A wish left by an earlier job is dropped."""
+        """Listen from now on. A request left by an earlier job is dropped."""
         (self.dir / "heartbeat").mkdir(parents=True, exist_ok=True)
-        self.granted()
+        self.fulfilled()
         self.total = total
         for number in _STOP_SIGNALS:
             self._old[number] = signal.signal(number, self._asked)
@@ -91,21 +91,21 @@ class Control:
             record = {"state": state, "reason": reason, "step": self._step, "total": self.total, "time": time.time()}
             write_json(self.dir / "status.json", record, durable=False)
 
-    def wish(self) -> Wish:
+    def request(self) -> Request:
         """What anybody asked any rank for since the last call; the same on all ranks, which all call it."""
-        own = Wish.STOP if self.reason else Wish.NONE
+        own = Request.STOP if self.reason else Request.NONE
         if self.ranks.is_main:
-            for name, meaning in (("save", Wish.SAVE), ("stop", Wish.STOP)):
-                if _is_wish(self.dir / name):
+            for name, meaning in (("save", Request.SAVE), ("stop", Request.STOP)):
+                if _is_request(self.dir / name):
                     own = max(own, meaning)
-                    self.reason = self.reason or (f"{self.dir / name}" if meaning is Wish.STOP else "")
-        return Wish(self.ranks.max(own))
+                    self.reason = self.reason or (f"{self.dir / name}" if meaning is Request.STOP else "")
+        return Request(self.ranks.max(own))
 
-    def granted(self) -> None:
-        """The wishes of this step are fulfilled: remove the files that asked (rank 0)."""
+    def fulfilled(self) -> None:
+        """What was asked for is done: remove the files that asked (rank 0)."""
         if self.ranks.is_main:
             for name in ("save", "stop"):
-                if _is_wish(self.dir / name):
+                if _is_request(self.dir / name):
                     (self.dir / name).unlink(missing_ok=True)
 
     def blame(self, error: BaseException, patience: float = 5.0) -> UserError | None:
@@ -178,7 +178,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _is_wish(path: Path) -> bool:
+def _is_request(path: Path) -> bool:
     """Whether a path is a file as ``touch`` makes it."""
     try:
         status = path.lstat()

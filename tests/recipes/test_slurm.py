@@ -53,7 +53,7 @@ def submit(root: Path, stage: str, *arguments: str, code: str = "", state: str =
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_headers_and_syntax(stage: str) -> None:
     text = (SLURM / f"{stage}.sbatch").read_text()
-    for line in ("--requeue", "--signal=B:USR1@120", "--open-mode=append", "--nodes=", "--gpus-per-node="):
+    for line in ("--requeue", "--signal=B:USR1@600", "--open-mode=append", "--nodes=", "--gpus-per-node="):
         assert f"#SBATCH {line}" in text
     for file in SLURM.iterdir():
         subprocess.run(["bash", "-n", file], check=True)

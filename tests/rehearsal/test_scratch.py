@@ -77,7 +77,7 @@ def test_a_micro_batch(cuda: FakeCuda, name: str) -> None:
 
     run, engine = SimpleNamespace(ranks=world.RANKS), world.Forward(StepModule(model, loss_fn))
     with cuda.budget(BUDGETS[f"from scratch, {name}"]):
-        _, logs = script.update(cfg, run, engine, Clips(cfg), range(4), 1, lambda: None)
+        _, logs = script.update(cfg, run, engine, Clips(cfg), range(4), 1)
     assert logs["loss"] == 1.0
 
 

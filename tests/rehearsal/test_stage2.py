@@ -60,7 +60,7 @@ def update(cuda: FakeCuda, cfg: Stage2Config, student: Student, budget: Budget) 
     reads: Any = Prefetch(lambda indices: batch, 0)
     run, engine = SimpleNamespace(ranks=world.RANKS), world.Forward(StepModule(student, loss_fn))
     with cuda.budget(budget):
-        _, logs = script.update(cfg, run, engine, world.Texts(), reads, 1, lambda: None)
+        _, logs = script.update(cfg, run, engine, world.Texts(), reads, 1)
     reads.close()
     for trunk in student.trunks():
         trunk.checkpointing = False

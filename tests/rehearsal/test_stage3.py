@@ -54,13 +54,14 @@ def test_a_cycle_at_the_papers_size(cuda: FakeCuda) -> None:
     """A critic update on a rollout of its own, one on the same rollout again, and the student's. Checkpointing is for
     the short clips: it makes the rehearsal slow."""
     with distillation(world.student(), "checkpointing=false") as parts:
-        stored: dict[int, Any] = {}
-        for fresh, which in ((True, "a rollout of its own"), (False, "the same rollout")):
-            with cuda.budget(BUDGETS[f"stage 3, critic on {which}"]):
-                logs = parts.critic_update(1, 0, stored, fresh, lambda: None)
-            assert logs["critic/loss"] == 1.0
+        with cuda.budget(BUDGETS["stage 3, critic on a rollout of its own"]):
+            rollouts = parts.roll_out(1, 0)
+            logs = parts.update_critic(1, 0, rollouts)
+        with cuda.budget(BUDGETS["stage 3, critic on the same rollout"]):
+            logs = parts.update_critic(1, 0, rollouts)
+        assert logs["critic/loss"] == 1.0
         with cuda.budget(BUDGETS["stage 3, student"]):
-            logs, _ = parts.student_update(1, stored, lambda: None)
+            _, logs, _ = parts.update_student(1)
     assert logs["dmd/fake_real"] == 1.0
 
 
@@ -77,5 +78,5 @@ def test_a_cycle_at_the_papers_size(cuda: FakeCuda) -> None:
 def test_other_students(cuda: FakeCuda, preset: tuple[str, ...]) -> None:
     """Of a short clip: reads and blocking copies are those of any other."""
     with distillation(world.student(*preset), "video.frames=9") as parts, cuda.counted() as counts:
-        parts.student_update(1, {}, lambda: None)
+        parts.update_student(1)
     assert counts.totals[::2] == BUDGETS["stage 3, student"][::2], str(counts)

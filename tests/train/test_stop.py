@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from scd_sf.distributed import Ranks
-from scd_sf.train.stop import Control, Wish
+from scd_sf.train.stop import Control, Request
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
@@ -31,37 +31,37 @@ def control(tmp_path: Path) -> Iterator[Control]:
 
 
 def test_files_ask(control: Control) -> None:
-    assert control.wish() is Wish.NONE
+    assert control.request() is Request.NONE
     (control.dir / "save").touch()
-    assert control.wish() is Wish.SAVE
-    control.granted()
-    assert control.wish() is Wish.NONE
+    assert control.request() is Request.SAVE
+    control.fulfilled()
+    assert control.request() is Request.NONE
     (control.dir / "stop").touch()
-    assert control.wish() is Wish.STOP and control.reason.endswith("stop")
-    control.granted()
+    assert control.request() is Request.STOP and control.reason.endswith("stop")
+    control.fulfilled()
     assert not (control.dir / "stop").exists()
 
 
-def test_only_what_touch_makes_is_a_wish(tmp_path: Path) -> None:
+def test_only_what_touch_makes_is_a_request(tmp_path: Path) -> None:
     """Files of others that are called so, folders and links are neither obeyed nor removed."""
     (tmp_path / "save").write_text("my notes")
     (tmp_path / "empty").touch()
     (tmp_path / "stop").symlink_to(tmp_path / "empty")
     control = Control(tmp_path, ALONE)
     control.start(0, total=1)
-    assert control.wish() is Wish.NONE
-    control.granted()
+    assert control.request() is Request.NONE
+    control.fulfilled()
     control.close()
     assert (tmp_path / "save").read_text() == "my notes" and (tmp_path / "stop").is_symlink()
     (tmp_path / "stop").unlink()
     (tmp_path / "stop").mkdir()
-    assert control.wish() is Wish.NONE
+    assert control.request() is Request.NONE
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_ask_to_stop(control: Control, number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
-    assert control.wish() is Wish.STOP and control.reason == number.name
+    assert control.request() is Request.STOP and control.reason == number.name
     control.say("interrupted", control.reason)
     assert json.loads((control.dir / "status.json").read_text())["reason"] == number.name
 
