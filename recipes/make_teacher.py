@@ -36,6 +36,7 @@ MODEL_INDEX = {
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
 
 
@@ -48,10 +49,8 @@ REHEARSAL = {
 
 def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     clips = python_command("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
-    vae, made = (
-        python_command("recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"),
-        [run / "vae" / "vae"],
-    )
+    vae = [*TORCHRUN, "recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"]
+    made = [run / "vae" / "vae"]
     return [
         [Step("clips", [*clips, *extra.get("clips", [])], 120, outputs=[run / "clips"])],
         [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])], 1200, outputs=made)],
@@ -61,8 +60,7 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
 def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     encode = python_command("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
     encode += ["--negative-prompt", ""]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    train = [*torchrun, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]
+    train = [*TORCHRUN, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]
     where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
     trained = [run / "transformer" / "checkpoints"]
     return [

@@ -186,7 +186,7 @@ class Training:
 
     def __init__(self, cfg: PretrainTokenizerConfig, run: Run, frames: PixelFrames) -> None:
         self.cfg, self.run, self.frames = cfg, run, frames
-        ranks, sizes = run.ranks, {"global_batch": cfg.train.global_batch, "micro_batch": cfg.train.micro_batch}
+        ranks = run.ranks
         model, components = prepare(cfg, frames)
         if cfg.engine.kind == "local":  # DeepSpeed wants plain memory and lays it out itself
             channels_last(model)
@@ -197,12 +197,13 @@ class Training:
         self.discriminator: Engine | None = None
         network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
         objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
-        steps = cfg.train.steps
-        self.engine = build_engine(StepModule(model, objective), cfg.engine, ranks, total_updates=steps, **sizes)
+        engine = partial(
+            build_engine, ranks=ranks, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch
+        )
+        self.engine = engine(StepModule(model, objective), cfg.engine, total_updates=cfg.train.steps)
         if network is not None:
-            updates = max(1, steps - cfg.gan.start)
-            step_module = StepModule(network, judge)
-            self.discriminator = build_engine(step_module, cfg.gan_engine, ranks, total_updates=updates, **sizes)
+            updates = max(1, cfg.train.steps - cfg.gan.start)
+            self.discriminator = engine(StepModule(network, judge), cfg.gan_engine, total_updates=updates)
 
     @property
     def engines(self) -> dict[str, Engine]:

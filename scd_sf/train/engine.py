@@ -39,21 +39,29 @@ from scd_sf.train.base import (
     whole_masters,
 )
 from scd_sf.train.local import LocalEngine
-from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
+from scd_sf.train.optim import LearningRate, Schedule, param_groups, set_learning_rate
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, gathered, share
 
 _log = logging.getLogger(__name__)
 
 
 def build_engine(
-    module: nn.Module, cfg: EngineConfig, ranks: Ranks, *, global_batch: int, micro_batch: int, total_updates: int
+    module: nn.Module,
+    cfg: EngineConfig,
+    ranks: Ranks,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    total_updates: int,
+    schedule: LearningRate | None = None,
 ) -> Engine:
     """An engine for a trainable module. Raises UserError when world * micro_batch does not divide global_batch.
 
-    ``total_updates`` of this engine's optimizer places the learning rate decay (``cfg.anneal_from``).
+    ``total_updates`` of this engine's optimizer places the learning rate decay (``cfg.anneal_from``). ``schedule``
+    replaces what ``cfg`` says of the learning rate.
     """
     micro_batches = accumulation(global_batch, micro_batch, ranks.world)
-    schedule = Schedule(cfg.lr, cfg.warmup, cfg.anneal_from, total_updates)
+    schedule = schedule or Schedule(cfg.lr, cfg.warmup, cfg.anneal_from, total_updates)
     if cfg.kind == "local":
         return LocalEngine(module, cfg, ranks, micro_batches=micro_batches, schedule=schedule)
     return DeepSpeedEngine(module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule)
@@ -101,7 +109,7 @@ class DeepSpeedEngine:
         *,
         micro_batch: int,
         micro_batches: int,
-        schedule: Schedule,
+        schedule: LearningRate,
     ) -> None:
         self.cfg, self.ranks, self.micro_batches = cfg, ranks, micro_batches
         self.updates = 0

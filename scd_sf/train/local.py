@@ -25,7 +25,7 @@ from scd_sf.train.base import (
     read_counters,
     whole_masters,
 )
-from scd_sf.train.optim import Schedule, param_groups, set_learning_rate
+from scd_sf.train.optim import LearningRate, param_groups, set_learning_rate
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, share
 
 
@@ -33,7 +33,7 @@ class LocalEngine:
     """See :class:`scd_sf.train.base.Engine`."""
 
     def __init__(
-        self, module: nn.Module, cfg: EngineConfig, ranks: Ranks, *, micro_batches: int, schedule: Schedule
+        self, module: nn.Module, cfg: EngineConfig, ranks: Ranks, *, micro_batches: int, schedule: LearningRate
     ) -> None:
         self.module, self.cfg, self.ranks, self.micro_batches = module.to(ranks.device), cfg, ranks, micro_batches
         self.updates = 0

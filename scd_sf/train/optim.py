@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from scd_sf.types import UserError
 
 NO_DECAY_WORDS = ("norm", "table", "modulation", "embedding_bias", "start_token", "pos_embed")
+
+
+class LearningRate(Protocol):
+    """A learning rate as a function of the update."""
+
+    def at(self, update: int) -> float:
+        """The learning rate of update number ``update`` (0 is the first)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Schedule:
     total: int = 1
 
     def at(self, update: int) -> float:
-        """Learning rate of update number ``update`` (0 is the first)."""
+        """See :class:`LearningRate`."""
         rate = self.lr
         if update < self.warmup:
             rate *= (update + 1) / self.warmup
