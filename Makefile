@@ -15,6 +15,9 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input install -q
 # Paths may be given: make test T=tests/nn ; SLOW=1 adds the slow tests ; ARGS goes to the command as it is.
 T ?= tests
 SLOW ?=
+# All tests run in two processes of one thread each; WORKERS=0: in one, as `pytest` alone does.
+WORKERS ?= 2
+PARALLEL = $(if $(filter tests,$(T)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 ARGS ?=
 # Prints the torch and torchvision that are in an environment, as pip's constraints: left alone, pip would replace a torch
 # that is there by the one of a newer torchvision.
@@ -54,7 +57,7 @@ teacher: $(STAMP)
 
 test: $(STAMP)
 	@echo "make: pytest $(if $(SLOW),(fast and slow),(fast))"
-	@$(PY) -m pytest $(T) $(if $(SLOW),-m "not gpu",) $(ARGS)
+	@$(PY) -m pytest $(T) $(PARALLEL) $(if $(SLOW),-m "not gpu",) $(ARGS)
 
 test-slow:
 	@$(MAKE) --no-print-directory test SLOW=1
@@ -77,7 +80,7 @@ gpu:
 
 test-oldest: .venv-oldest/.stamp
 	@echo "make: pytest (fast), the oldest versions"
-	@PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest $(T) --ignore tests/rehearsal $(ARGS)
+	@PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/python -m pytest $(T) $(PARALLEL) --ignore tests/rehearsal $(ARGS)
 
 lint: $(STAMP)
 	@echo "make: ruff, import-linter, mypy"

@@ -31,15 +31,23 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="scd-sf-cache-")  # where
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin first, so that two workers end together (``--no-loadscope-reorder``)."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def doom_actions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training clips and a test clip of 40 frames 64x64 in TECO's layout, walked in ViZDoom. Only to be read."""
     from raw_sets import make_doom
+    from shared import built_once
 
-    out = tmp_path_factory.mktemp("doom-actions") / "set"
-    done = make_doom(out, "--train", "4", "--test", "1", "--frames", "40", "--size", "64")
-    assert done.returncode == 0, done.stderr
-    return out
+    def walk(folder: Path) -> None:
+        done = make_doom(folder / "set", "--train", "4", "--test", "1", "--frames", "40", "--size", "64")
+        assert done.returncode == 0, done.stderr
+
+    return built_once(tmp_path_factory, "doom-actions", walk) / "set"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
