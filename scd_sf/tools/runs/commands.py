@@ -1,21 +1,29 @@
-"""`scd runs ..`: list, show, follow, compare and export what trainings wrote to disk."""
+"""`scd runs ..`: list, show, follow, compare and export what trainings wrote to disk. Curves: TensorBoard, or wandb."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-from scd_sf.tools.runs.compare import common_steps, compare, comparison_table, exceeds
-from scd_sf.tools.runs.curve import METRICS, Curve, Follower, clean, export_curve, read_curve
-from scd_sf.tools.runs.state import find_runs, is_run, read_run
-from scd_sf.tools.runs.view import MEAN_OF, MOST_METRICS, headline, list_table, metrics_table, page
-from scd_sf.types import UserError, say
+from scd_sf.tools.runs.compare import (
+    MEAN_OF,
+    MOST_METRICS,
+    compare,
+    comparison_table,
+    mean_of_last,
+    number,
+)
+from scd_sf.tools.runs.curve import METRICS, export_curve, is_portable, read_curve
+from scd_sf.tools.runs.state import RunView, Saved, State, describe_age, find_runs, read_run
+from scd_sf.types import UserError, as_cell, printable, say
 
 app = typer.Typer(no_args_is_help=True, help="What trainings wrote to disk: list, show, follow, compare, export.")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -23,6 +31,8 @@ StaleOption = Annotated[
     float | None,
     typer.Option("--stale", help="Seconds of silence that count as stale; default: from the run's own pace."),
 ]
+STYLE: dict[State, str] = {"finished": "green", "running": "cyan", "stale": "bold red", "stopped": "yellow"}
+SHOWN = 120  # characters of a value
 
 
 @app.command(name="ls")
@@ -31,49 +41,57 @@ def list_runs(
     stale: StaleOption = None,
 ) -> None:
     """One line per run below a folder: stage, step, last loss, newest checkpoint, and whether anybody is at work."""
-    now = time.time()
-    views, unreadable = [], {}
+    table = Table("run", "stage", "step", "last line", "loss", "checkpoint", "state", box=None, pad_edge=False)
     for path in find_runs(root):
+        name = as_cell(path.relative_to(root) if path != root else path.resolve().name)
         try:
-            views.append(read_run(path, now, stale_after=stale))
+            view = read_run(path, time.time(), stale)
         except UserError as error:  # one damaged run hides no other
-            unreadable[path] = str(error)
-    if not views and not unreadable:
+            table.add_row(name, *["-"] * 5, Text(printable(f"unreadable: {error}"), "bold red"))
+            continue
+        age = "-" if view.age is None else f"{describe_age(view.age)} ago"
+        saved = _saved(view.checkpoints[-1]) if view.checkpoints else Text("-")
+        table.add_row(name, as_cell(view.stage), _progress(view), age, as_cell(_loss(view)), saved, _state(view))
+    if not table.row_count:
         raise UserError(f"{root}: no run below it (no {METRICS}); give the folder that holds your runs")
-    _console().print(list_table(views, root, unreadable))
+    _console().print(table)
 
 
 @app.command()
 def show(run: RunArgument, stale: StaleOption = None) -> None:
     """All about one run: origin, config, speed, checkpoints, skipped updates, heartbeats and metrics."""
-    _console().print(page(read_run(run, time.time(), _curve(run), stale)))
+    view = read_run(run, time.time(), stale)
+    console = _console()
+    console.print(_headline(view))
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(view):
+        facts.add_row(name, value if isinstance(value, Text) else as_cell(value))
+    console.print(facts)
+    metrics = Table("metric", "last", f"mean of {MEAN_OF}", "at step", box=None, pad_edge=False)
+    every = read_curve(run).series() if (run / METRICS).is_file() and view.curve.steps else {}
+    for metric, series in list(every.items())[:MOST_METRICS]:
+        step, last = series[-1]
+        metrics.add_row(as_cell(metric[:60]), number(last), number(mean_of_last(series)), str(step))
+    console.print(metrics if every else "no metrics yet")
+    if len(every) > MOST_METRICS:
+        console.print(f"and {len(every) - MOST_METRICS:,} more metrics")
 
 
 @app.command()
 def watch(
     run: RunArgument,
-    once: Annotated[bool, typer.Option("--once", help="Draw once and stop.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the line once and stop.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
     stale: StaleOption = None,
 ) -> None:
-    """Follow a run until it ends or Ctrl-C: metrics with their course, redrawn as they are written."""
-    follower = Follower(run / METRICS)
-
-    def draw() -> tuple[Group, bool]:
-        curve = follower.update() if (run / METRICS).is_file() else Curve()
-        view = read_run(run, time.time(), curve, stale)
-        return Group(headline(view), Text(), metrics_table(curve)), view.state in ("finished", "stopped")
-
-    picture, over = draw()
-    if once or over:
-        _console().print(picture)
-        return
-    with Live(picture, console=_console(), auto_refresh=False) as live:
+    """Follow a run until it ends or Ctrl-C: state, step, time left and last metrics in one line."""
+    view = read_run(run, time.time(), stale)
+    with Live(_line(view), console=_console(), auto_refresh=False) as live:
         try:
-            while not over:
+            while not once and view.state not in ("finished", "stopped"):
                 time.sleep(every)
-                picture, over = draw()
-                live.update(picture, refresh=True)
+                view = read_run(run, time.time(), stale)
+                live.update(_line(view), refresh=True)
         except KeyboardInterrupt:
             return
 
@@ -92,16 +110,16 @@ def compare_runs(
     console, left, failed = _console(), read_curve(reference), False
     for other in others:
         right = read_curve(other)
-        steps = common_steps(left, right)
+        steps = [step for step in left.steps if step in right.steps]
         if not steps:
             raise UserError(f"{other}: no step in common with {reference} (1..{left.last} against 1..{right.last})")
         differences = compare(left, right, metric or (), mean_of)
-        names = f"{clean(reference)} (a) and {clean(other)} (b)"
-        console.print(Text(f"{names}: {len(steps)} common steps, {steps[0]} to {steps[-1]}", "bold"))
+        title = f"{reference} (a) and {other} (b): {len(steps)} common steps, {steps[0]} to {steps[-1]}"
+        console.print(Text(printable(title), "bold"))
         console.print(comparison_table(differences, mean_of, tolerance))
-        if only := list(dict.fromkeys(right.metrics()).keys() - dict.fromkeys(left.metrics()).keys()):
-            console.print(Text(f"only in b: {', '.join(clean(name, 60) for name in sorted(only)[:MOST_METRICS])}"))
-        failed |= tolerance is not None and any(exceeds(item, tolerance) for item in differences)
+        if only := sorted(right.series().keys() - left.series().keys()):
+            console.print(as_cell(f"only in b: {', '.join(name[:60] for name in only[:MOST_METRICS])}"))
+        failed |= tolerance is not None and any(item.exceeds(tolerance) for item in differences)
     if failed:
         console.print(Text(f"different: beyond tolerance {tolerance}", "bold red"))
         raise typer.Exit(1)
@@ -113,12 +131,80 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A new file.")],
 ) -> None:
     """A run's curve as a reference: step and metrics, without times, speeds and memory (they belong to the machine)."""
-    steps = export_curve(run, out)
-    say(f"{clean(out)}: {steps} steps; compare with: scd runs compare {clean(out)} RUN")
+    say(f"{out}: {export_curve(run, out)} steps; compare with: scd runs compare {out} RUN")
 
 
-def _curve(run: Path) -> Curve | None:
-    return Follower(run / METRICS).update() if is_run(run) and (run / METRICS).is_file() else None
+def _headline(view: RunView) -> Text:
+    """Name, state and progress in one line."""
+    parts = [_state(view), Text(f"step {_progress(view)}")]
+    if view.age is not None:
+        parts.append(Text(f"last line {describe_age(view.age)} ago"))
+    seconds = view.curve.seconds_per_step()
+    if view.state == "running" and seconds is not None and view.total is not None:
+        parts.append(Text(f"about {describe_age(max(0, view.total - view.curve.last) * seconds)} left"))
+    return Text.assemble(Text(printable(str(view.path)), "bold"), ": ", Text(", ").join(parts))
+
+
+def _line(view: RunView) -> Text:
+    newest = {name: series[-1][1] for name, series in view.curve.series().items() if is_portable(name)}
+    metrics = (f"{printable(name[:60])} {number(value)}" for name, value in newest.items())
+    return Text.assemble(_headline(view), Text("  " + "  ".join(metrics)))
+
+
+def _facts(view: RunView) -> list[tuple[str, str | Text]]:
+    origin, seconds = view.origin, view.curve.seconds_per_step()
+    parents, versions = origin.get("parents"), origin.get("versions")
+    facts: list[tuple[str, str | Text]] = [("stage", view.stage)]
+    if isinstance(parents, list):
+        facts += [("parent", str(parent.get("path", "?"))) for parent in parents if isinstance(parent, Mapping)]
+    facts += [(name, str(origin[name])) for name in ("data_hash", "seed", "git_revision") if name in origin]
+    if isinstance(versions, Mapping):
+        facts.append(("versions", "  ".join(f"{name} {version}" for name, version in versions.items())))
+    if seconds is not None:
+        facts.append(("speed", f"{seconds:.3g} s/step, {3600 / seconds:.4g} steps/h (median of the last 100)"))
+    facts += [("checkpoint", _saved(saved)) for saved in reversed(view.checkpoints)]
+    last = ", ".join(str(step) for step in view.skipped[-10:])
+    facts.append(("skipped", f"updates: {len(view.skipped)}, the last at step {last}" if last else "no update"))
+    silent = {beat.rank for beat in view.silent}
+    for beat in view.heartbeats:
+        line = f"rank {beat.rank}: {describe_age(beat.age)} ago, step {beat.step}, pid {beat.pid} on {beat.host[:60]}"
+        is_silent = beat.rank in silent
+        facts.append(("heartbeat", Text(printable(f"{line} - STALE"), "bold red") if is_silent else line))
+    if not view.heartbeats:
+        facts.append(("heartbeat", "no heartbeats"))
+    if view.curve.unreadable:
+        facts.append(("unreadable", f"{view.curve.unreadable} lines at the end of the metrics"))
+    settings = (f"{name[:60]}={str(value)[:SHOWN]}" for name, value in _flat(view.config))
+    return [*facts, ("config", "  ".join(settings))]
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    """Dotted keys of a nested config."""
+    rows: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return rows
+
+
+def _progress(view: RunView) -> str:
+    return f"{view.curve.last}/{'?' if view.total is None else view.total}"
+
+
+def _loss(view: RunView) -> str:
+    """The training loss's last value; its name where that is not plain ``loss`` (stage 3: the critic's)."""
+    for name, series in view.curve.series().items():
+        if name == "loss" or (name.endswith("/loss") and not name.startswith("val/")):
+            return number(series[-1][1]) + ("" if name == "loss" else f" {name[:40]}")
+    return "-"
+
+
+def _state(view: RunView) -> Text:
+    state = Text(view.state, STYLE[view.state])
+    return Text.assemble(state, printable(f": {view.reason[:SHOWN]}")) if view.reason else state
+
+
+def _saved(saved: Saved) -> Text:
+    return Text(f"{saved.step} (sizes agree)") if saved.intact else Text(f"{saved.step} DAMAGED", "bold red")
 
 
 def _console() -> Console:

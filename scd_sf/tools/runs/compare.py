@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from scd_sf.tools.runs.curve import Curve, clean, is_portable
-from scd_sf.tools.runs.view import MEAN_OF, MOST_METRICS, mean_of_last, number
+from scd_sf.tools.runs.curve import Curve, is_portable
+from scd_sf.types import as_cell
 
+MEAN_OF = 20  # records in a mean
+MOST_METRICS = 500  # that a table shows
 Series = Sequence[tuple[int, float]]  # (step, value)
 
 
@@ -28,18 +30,17 @@ class Difference:
     """
 
     metric: str
-    count: int
     last: tuple[float | None, float | None]
     mean: tuple[float | None, float | None]
-    worst: float
-    worst_at: int | None
-    first: int | None
-    excess: float
+    count: int = 0
+    worst: float = 0.0
+    worst_at: int | None = None
+    first: int | None = None
+    excess: float = 0.0
 
-
-def common_steps(left: Curve, right: Curve) -> list[int]:
-    """Steps that both have, ascending."""
-    return [step for step in left.steps if step in right.steps]
+    def exceeds(self, tolerance: float) -> bool:
+        """Whether a metric fails a check: too far apart, or never in both curves at one step."""
+        return self.count == 0 or self.excess > tolerance
 
 
 def compare(left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int = MEAN_OF) -> list[Difference]:
@@ -49,52 +50,46 @@ def compare(left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int
     return [_difference(metric, ours.get(metric, []), theirs.get(metric, []), mean_of) for metric in chosen]
 
 
-def exceeds(difference: Difference, tolerance: float) -> bool:
-    """Whether a metric fails a check: too far apart, or never in both curves at one step."""
-    return difference.count == 0 or difference.excess > tolerance
-
-
 def _difference(metric: str, left: Series, right: Series, mean_of: int) -> Difference:
-    worst, excess, first, worst_at, count, others = 0.0, 0.0, None, None, 0, dict(right)
-    for step, a in left:
-        if step not in others:
-            continue
-        b = others[step]
-        count += 1
-        if a == b or (math.isnan(a) and math.isnan(b)):
-            continue
-        gap = math.inf if math.isnan(a - b) else abs(a - b)
-        first = step if first is None else first
-        excess = max(excess, gap if math.isnan(a) else gap / max(1.0, abs(a)))
-        if worst_at is None or gap > worst:
-            worst, worst_at = gap, step
+    others = dict(right)
+    common = [(step, a, others[step]) for step, a in left if step in others]
+    apart = [(step, a, b) for step, a, b in common if a != b and not (math.isnan(a) and math.isnan(b))]
+    gaps = [(math.inf if math.isnan(a - b) else abs(a - b), step) for step, a, b in apart]
+    excess = [gap if math.isnan(a) else gap / max(1.0, abs(a)) for (gap, _), (_, a, _) in zip(gaps, apart, strict=True)]
     last = (left[-1][1] if left else None, right[-1][1] if right else None)
     mean = (mean_of_last(left, mean_of), mean_of_last(right, mean_of))
-    return Difference(metric, count, last, mean, worst, worst_at, first, excess)
+    if not apart:
+        return Difference(metric, last, mean, len(common))
+    worst, worst_at = max(gaps, key=lambda item: item[0])
+    return Difference(metric, last, mean, len(common), worst, worst_at, apart[0][0], max(excess))
+
+
+def mean_of_last(series: Series, count: int = MEAN_OF) -> float | None:
+    """Mean of the last ``count`` finite values of a metric."""
+    values = [value for _, value in series[-count:] if math.isfinite(value)]
+    return sum(values) / len(values) if values else None
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; ``-`` for none."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def comparison_table(differences: Sequence[Difference], mean_of: int, tolerance: float | None) -> Table:
     """One line per metric, those beyond the tolerance in red; of very many those that differ come first."""
     mean = f"mean of {mean_of}"
     table = Table("metric", "last", "", mean, "", "difference", "largest", "first differs", box=None, pad_edge=False)
-    more = len(differences) - MOST_METRICS
-    shown = differences if more <= 0 else sorted(differences, key=lambda item: item.worst_at is None)[:MOST_METRICS]
-    for item in shown:
-        bad = tolerance is not None and exceeds(item, tolerance)
+    shown = sorted(differences, key=lambda item: item.first is None) if len(differences) > MOST_METRICS else differences
+    for item in shown[:MOST_METRICS]:
         a, b = item.mean
+        same = f"same bits, {item.count} steps" if item.count else "never in both"
         table.add_row(
-            Text(clean(item.metric, 60)),
+            as_cell(item.metric[:60]),
             *(number(value) for value in (*item.last, a, b, None if a is None or b is None else b - a)),
             "-" if item.worst_at is None else f"{number(item.worst)} at {item.worst_at}",
-            _first(item),
-            style="bold red" if bad else "",
+            same if item.first is None else f"step {item.first}",
+            style="bold red" if tolerance is not None and item.exceeds(tolerance) else "",
         )
-    if more > 0:
-        table.add_row(Text(f"and {more:,} more metrics"))
+    if len(differences) > MOST_METRICS:
+        table.add_row(Text(f"and {len(differences) - MOST_METRICS:,} more metrics"))
     return table
-
-
-def _first(item: Difference) -> str:
-    if item.count == 0:
-        return "never in both"
-    return f"same bits, {item.count} steps" if item.first is None else f"step {item.first}"

@@ -12,14 +12,14 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from scd_sf.checkpoint import Checkpoints, read_provenance, sizes_agree
 from scd_sf.config import plain_yaml
-from scd_sf.files import lines_of, parse_json, read_text, read_typed, typed
-from scd_sf.tools.runs.curve import METRICS, Curve, read_tail
+from scd_sf.files import read_typed
+from scd_sf.tools.runs.curve import METRICS, Curve, read_curve, read_tail
 from scd_sf.train.stop import Beat
 from scd_sf.types import UserError
 
@@ -52,18 +52,10 @@ class Status:
 
 
 @dataclass(frozen=True)
-class _Skip:
-    """One line of ``skipped.jsonl``, as far as it is read."""
-
-    step: int
-
-
-@dataclass(frozen=True)
 class Saved:
     """One checkpoint; ``intact``: every file of its manifest is there with its size (contents are not hashed)."""
 
     step: int
-    path: Path
     intact: bool
 
 
@@ -89,7 +81,8 @@ class RunView:
     @property
     def total(self) -> int | None:
         """The configured number of steps."""
-        return _total(self.config)
+        steps = section(self.config, "train").get("steps")
+        return steps if type(steps) is int else None
 
     @property
     def stage(self) -> str:
@@ -112,48 +105,53 @@ def find_runs(root: Path) -> list[Path]:
         here = Path(folder)
         if is_run(here):
             found.append(here)
-            children.clear()
-        elif len(here.relative_to(root).parts) >= DEPTH:
+        if is_run(here) or len(here.relative_to(root).parts) >= DEPTH:
             children.clear()
     return sorted(found)
 
 
-def read_run(path: Path, now: float, curve: Curve | None = None, stale_after: float | None = None) -> RunView:
-    """Look at a run; ``now`` in unix seconds. ``curve``: already read, else only its end is.
+def read_run(path: Path, now: float, stale_after: float | None = None) -> RunView:
+    """Look at a run; ``now`` in unix seconds. Of its curve only the end is read.
 
     ``stale_after``: seconds of silence that count as stale. Defaults: for a rank SILENT_SECONDS, at least 3 heartbeats;
     for the metrics 10 steps, at least STUCK_SECONDS (without heartbeats SILENT_SECONDS). UserError: no run directory.
     """
     if not is_run(path):
         raise UserError(f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'")
-    curve = read_tail(path / METRICS) if curve is None else curve
-    config, status = _config(path), _status(path)
-    checkpoints = [Saved(step, p, sizes_agree(p)) for step, p in _steps(path)]
-    heartbeats = _heartbeats(path, now, status.time if status.state == "running" else 0.0)
-    patience = stale_after or max(SILENT_SECONDS, 3 * _heartbeat_seconds(config))
-    silent = sorted((beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age)
+    curve, config, status = read_tail(path / METRICS), _config(path), _status(path)
+    saved = Checkpoints(path / "checkpoints")
+    folders = {step: saved.path(step) for step in saved.steps()}
+    checkpoints = [Saved(step, sizes_agree(folder)) for step, folder in folders.items()]
+    began = status.time if status.state == "running" else None
+    heartbeats = _heartbeats(path, now, began or 0.0)
     last = curve.times.get(curve.last)
     age = None if last is None else max(0.0, now - last)
-    total = _total(config)
-    if total is not None and any(saved.intact and saved.step >= total for saved in checkpoints):
-        state: State = "finished"  # the last line alone is not enough: a run killed while saving it is not done
-        reason, silent = "", []
-    elif status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
-        state, reason, silent = "stopped", f"{status.state}: {status.reason}", []
-    else:
-        slow = 10 * (curve.seconds_per_step() or 0.0)
-        stuck = stale_after or max(STUCK_SECONDS if heartbeats else SILENT_SECONDS, slow)
-        reason = _trouble(heartbeats, silent, _standstill(now, last, status), stuck)
-        state = "stale" if reason else "running"
-    origin, skipped = _origin(checkpoints), _skipped(path)
-    return RunView(path, config, curve, checkpoints, origin, skipped, heartbeats, silent, age, state, reason)
-
-
-def _standstill(now: float, last: float | None, status: Status) -> float | None:
-    """Seconds since the last line, or since the job began if that was later; None: neither is known."""
-    moments = [last] if last is not None else []
-    moments += [status.time] if status.state == "running" else []
-    return max(0.0, now - max(moments)) if moments else None
+    view = RunView(
+        path=path,
+        config=config,
+        curve=curve,
+        checkpoints=checkpoints,
+        origin=_origin(folders),
+        skipped=_skipped(path),
+        heartbeats=heartbeats,
+        silent=[],
+        age=age,
+        state="running",
+        reason="",
+    )
+    if view.total is not None and any(saved.intact and saved.step >= view.total for saved in checkpoints):
+        return replace(
+            view, state="finished"
+        )  # the last line alone is not enough: a run killed while saving is not done
+    if status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
+        return replace(view, state="stopped", reason=f"{status.state}: {status.reason}")
+    interval = section(config, "run").get("heartbeat_seconds")
+    patience = stale_after or max(SILENT_SECONDS, 3 * interval if isinstance(interval, float | int) else 0.0)
+    silent = sorted((beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age)
+    moments = [moment for moment in (last, began) if moment is not None]
+    stuck = stale_after or max(STUCK_SECONDS if heartbeats else SILENT_SECONDS, 10 * (curve.seconds_per_step() or 0.0))
+    reason = _trouble(heartbeats, silent, max(0.0, now - max(moments)) if moments else None, stuck)
+    return replace(view, silent=silent, state="stale" if reason else "running", reason=reason)
 
 
 def _trouble(heartbeats: list[Heartbeat], silent: list[Heartbeat], standstill: float | None, stuck: float) -> str:
@@ -179,10 +177,10 @@ def describe_age(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
 
 
-def _total(config: Mapping[str, object]) -> int | None:
-    train = config.get("train")
-    steps = train.get("steps") if isinstance(train, Mapping) else None
-    return steps if type(steps) is int else None
+def section(config: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """A part of a config; empty where there is none."""
+    part = config.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _config(path: Path) -> Mapping[str, object]:
@@ -192,32 +190,20 @@ def _config(path: Path) -> Mapping[str, object]:
         return {}
 
 
-def _steps(path: Path) -> list[tuple[int, Path]]:
-    checkpoints = Checkpoints(path / "checkpoints")
-    return [(step, checkpoints.path(step)) for step in checkpoints.steps()]
-
-
-def _origin(checkpoints: list[Saved]) -> Mapping[str, object]:
+def _origin(folders: Mapping[int, Path]) -> Mapping[str, object]:
     """Provenance of the newest checkpoint that has a readable one."""
-    for saved in reversed(checkpoints):
-        try:
-            return read_provenance(saved.path)
-        except UserError:
-            continue
+    for folder in reversed(list(folders.values())):
+        with suppress(UserError):
+            return read_provenance(folder)
     return {}
 
 
 def _skipped(path: Path) -> list[int]:
     """Steps whose update was skipped; a step that was run again after a resume counts once."""
     try:
-        lines = lines_of(read_text(path / "skipped.jsonl", "move it away"))
+        return list(read_curve(path / "skipped.jsonl").steps)
     except UserError:
         return []
-    steps = set()
-    for line in lines:
-        with suppress(UserError):
-            steps.add(typed(parse_json(line, path, ""), _Skip, path, "").step)
-    return sorted(steps)
 
 
 def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
@@ -232,12 +218,6 @@ def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
         if RANK.fullmatch(number) and beat.time >= began - SILENT_SECONDS:
             beats.append(Heartbeat(int(number), max(0.0, now - beat.time), beat.step, beat.host, beat.pid))
     return beats
-
-
-def _heartbeat_seconds(config: Mapping[str, object]) -> float:
-    run = config.get("run")
-    seconds = run.get("heartbeat_seconds") if isinstance(run, Mapping) else None
-    return float(seconds) if isinstance(seconds, float | int) else 0.0
 
 
 def _status(path: Path) -> Status:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,12 +12,10 @@ import pytest
 import torch
 
 from scd_sf import cli
-from scd_sf.checkpoint import Checkpoints
-from scd_sf.checkpoint import provenance
-from scd_sf.tools.runs.compare import compare
-from scd_sf.tools.runs.curve import TAIL, Follower, clean, read_curve, read_tail
+from scd_sf.checkpoint import Checkpoints, provenance
+from scd_sf.tools.runs import commands
+from scd_sf.tools.runs.curve import TAIL_BYTES, read_curve, read_tail
 from scd_sf.tools.runs.state import find_runs, read_run
-from scd_sf.tools.runs.view import sparkline
 from scd_sf.types import UserError
 
 NOW = 1_700_000_000.0
@@ -67,26 +64,12 @@ def test_a_curve_survives_what_files_hold(tmp_path: Path) -> None:
     assert list(curve.steps) == [1, 2, 4]  # step 5 was before the run went on from step 3
     assert curve.steps[4] == {"loss": 40.0, "grad_norm": 1.0}
     assert math.isnan(curve.steps[2]["loss"]) and "note" not in curve.steps[2] and "flag" not in curve.steps[2]
-    assert (curve.unreadable, curve.last, curve.newest("loss")) == (7, 4, 40.0)
+    assert (curve.unreadable, curve.last) == (7, 4)
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 3.0}')
     assert read_curve(file).last == 2, "a whole last record counts without its line end"
     with pytest.raises(UserError, match="no record with a step"):
         (tmp_path / "empty.jsonl").write_text("{}\n")
         read_curve(tmp_path / "empty.jsonl")
-
-
-def test_a_curve_is_followed_as_it_grows_and_read_anew_when_replaced(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    follower = Follower(file)
-    assert follower.update().last == 1
-    with file.open("a") as stream:
-        stream.write('ss": 2.0}\n{"step": 3, "loss": 3.0}\n')
-    assert list(follower.update().steps) == [1, 2, 3] and follower.curve.unreadable == 0
-    other = tmp_path / "other"
-    other.write_text(lines(*({"step": s, "loss": 9.0} for s in range(1, 9))))
-    os.replace(other, file)
-    assert follower.update().series()["loss"] == [(s, 9.0) for s in range(1, 9)]
 
 
 def test_100k_lines_are_read_quickly_and_the_tail_at_once(tmp_path: Path) -> None:
@@ -95,9 +78,9 @@ def test_100k_lines_are_read_quickly_and_the_tail_at_once(tmp_path: Path) -> Non
     file.write_text(lines(*rows))
     started = time.process_time()
     assert len(read_curve(file).steps) == 100_000
-    assert time.process_time() - started < 5.0, "0.4 s were measured; this bound only catches a wrong order of growth"
+    assert time.process_time() - started < 5.0, "this bound only catches a wrong order of growth"
     tail = read_tail(file)
-    assert tail.last == 100_000 and tail.unreadable == 0 and 100 < len(tail.steps) < TAIL / 50
+    assert tail.last == 100_000 and tail.unreadable == 0 and 100 < len(tail.steps) < TAIL_BYTES / 50
     assert tail.seconds_per_step() == 1.0
 
 
@@ -152,7 +135,7 @@ def test_ranks_that_are_silent_stuck_or_of_an_earlier_job(
     beat(run, 1, 1, time.time() - 3600, host="node8\x1b[2J")
     code, out, _ = scd(["show", run], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out
-    assert "rank 1: 60 min ago, step 5, pid 41 on node8\\x1b[2J - STALE" in out and "rank 0: 1 s ago" in out
+    assert "rank 1: 60 min ago, step 5, pid 41 on node8\ufffd[2J - STALE" in out and "rank 0: 1 s ago" in out
 
 
 def test_show_list_and_watch(
@@ -165,20 +148,18 @@ def test_show_list_and_watch(
     a_run(tmp_path / "finished", 3, total=3, saved=(3,))
     code, out, _ = scd(["ls", tmp_path], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out and "\x07" not in out
-    assert "a/run\\x1b]0;x\\x07" in out and "6/10" in out and "stale: no sign of life" in out
+    assert "a/run\ufffd]0;x\ufffd" in out and "6/10" in out and "stale: no sign of life" in out
     assert "3/3" in out and "finished" in out and "3 (sizes agree)" in out
     code, out, _ = scd(["show", run], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out
     for part in ("runs/stage1", "1 s/step, 3600 steps/h", "4 (sizes agree)", "updates: 1, the last at step 3",
-                 "no heartbeats", "train.global_batch=4", "val/[red]\\x1b[31m", "2.5"):  # fmt: skip
+                 "no heartbeats", "train.global_batch=4", "val/[red]\ufffd[31m", "2.5"):  # fmt: skip
         assert part in out
     code, out, _ = scd(["watch", run, "--once"], monkeypatch, capsys)
-    assert code == 0 and "loss" in out and "█▄▂▁▁" in out and "\x1b" not in out
-    assert scd(["watch", tmp_path / "finished"], monkeypatch, capsys)[0] == 0, "a finished run is drawn once"
+    assert code == 0 and "loss" in out and "6/10" in out and "stale" in out and "\x1b" not in out
+    assert scd(["watch", tmp_path / "finished"], monkeypatch, capsys)[0] == 0, "a finished run is not followed"
     code, _, err = scd(["ls", tmp_path / "nowhere"], monkeypatch, capsys)
     assert code == 2 and err.count("\n") == 1 and "no such folder" in err
-    assert sparkline([1, math.nan, 3]) == "▁ █" and sparkline([2.0] * 500) == "▁" * 40 and sparkline([]) == ""
-    assert clean("a\u202eb\nc\x9b") == "a\\u202eb\\nc\\x9b" and len(clean("x" * 500)) == 200
 
 
 def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,41 +231,32 @@ HOSTILE: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_one_damaged_run_ends_nothing(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Listed beside the others, and shown; what is damaged in it is left out."""
-    a_run(tmp_path / "good")
-    bad = a_run(tmp_path / "bad")
-    file, text = HOSTILE[name]
-    (bad / file).parent.mkdir(exist_ok=True)
-    (bad / file).write_bytes(text.encode("utf-8", "surrogateescape"))
-    code, out, _ = scd(["ls", tmp_path], monkeypatch, capsys)
-    assert code == 0 and "good" in out and "bad" in out
-    code, out, err = scd(["show", bad], monkeypatch, capsys)
-    assert code == 0 and "stage" in out, err
-
-
-def test_many_names_of_metrics_take_no_longer_than_their_bytes(
+def test_a_damaged_run_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """20,000 names, each at a step of its own: names times steps would be 400 million looks."""
-    run = a_run(tmp_path / "run")
-    rows = [{"step": step, f"metric {step}": 1.0, "loss": 2.0} for step in range(20_000)]
-    (run / "metrics.jsonl").write_text(lines(*rows))
-    looks = 0
+    """Listed beside the others, and shown; what is damaged in it is left out."""
+    for number, (file, text) in enumerate(HOSTILE.values()):
+        bad = a_run(tmp_path / f"bad{number}")
+        (bad / file).parent.mkdir(exist_ok=True)
+        (bad / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+        code, out, err = scd(["show", bad], monkeypatch, capsys)
+        assert code == 0 and "stage" in out, (file, err)
+    code, out, _ = scd(["ls", tmp_path], monkeypatch, capsys)
+    assert code == 0 and out.count("bad") == len(HOSTILE)
 
-    class Counted(dict):  # type: ignore[type-arg]
-        def __contains__(self, key: object) -> bool:
-            nonlocal looks
-            looks += 1
-            return super().__contains__(key)
 
-    curve = read_curve(run)
-    curve.steps = {step: Counted(values) for step, values in curve.steps.items()}
-    assert len(curve.series()) == 20_001 and len(compare(curve, curve)) == 20_001 and looks == 0
-    code, out, _ = scd(["show", run], monkeypatch, capsys)
-    assert code == 0 and "and 19,501 more metrics" in out
-    code, out, _ = scd(["compare", run, run], monkeypatch, capsys)
-    assert code == 0 and "same bits" in out and "and 19,501 more metrics" in out
+def test_a_curve_is_followed_as_it_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``watch`` reads again what was written meanwhile, and ends with the run."""
+    run = a_run(tmp_path / "run", 4, total=5)
+
+    def sleep(seconds: float) -> None:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(lines({"step": 5, "time": NOW + 1, "loss": 0.125}) + '{"step": 6, "lo')
+        Checkpoints(run / "checkpoints").write(5, {"model": {"w": torch.ones(4)}}, "", provenance(
+            stage="stage2_flow_matching", step=5, seed=3, parents=[]))  # fmt: skip
+
+    monkeypatch.setattr(commands.time, "sleep", sleep)
+    code, out, _ = scd(["watch", run], monkeypatch, capsys)
+    assert code == 0 and "finished, step 5/5" in out and "loss 0.125" in out
