@@ -34,10 +34,10 @@ _STEP = re.compile(r"step_\d+")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The torch type of "fp32", "bf16" or "fp16". UserError for another name."""
+def dtype_of(name: str, field: str = "dtype") -> torch.dtype:
+    """The torch type of "fp32", "bf16" or "fp16". UserError naming ``field`` for another name."""
     if name not in DTYPES:
-        raise UserError(f"dtype '{name}' is unknown; use one of {', '.join(DTYPES)}")
+        raise UserError(f"{field} '{name}' is unknown; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

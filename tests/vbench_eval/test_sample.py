@@ -76,7 +76,8 @@ def test_the_suite(world: Path, tmp_path: Path) -> None:
     assert manifest["settings"]["sampler"] == {"name": "euler", "steps": 1, "shift": 5.0, "times": []}
     protocol = manifest["protocol"]
     assert protocol["guidance"] == {"standard_w": 2.0, "additive_s": 1.0, "corruption": 1.0}
-    assert len(protocol["reduced"]) == 2 and protocol["versions"]["torch"] == torch.__version__
+    assert (protocol["samples_per_prompt"], protocol["flickering_candidates"]) == (2, 1)
+    assert protocol["versions"]["torch"] == torch.__version__
     assert read_video(tmp_path / "a" / "videos" / names[0]).shape == (1, 3, 128, 128)
 
     again = [*arguments(world, tmp_path / "b"), *few]

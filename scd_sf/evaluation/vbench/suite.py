@@ -136,20 +136,7 @@ def protocol(cfg: SuiteConfig) -> dict[str, object]:
         "flickering_candidates": cfg.flicker_samples,
         "extended_prompts": Path(cfg.extended).name if cfg.extended else None,
         "guidance": {"standard_w": w, "additive_s": w - 1.0, "corruption": cfg.sampling.guidance.corruption},
-        "reduced": reduced(cfg),
+        "static_filter": cfg.filter,
         "versions": versions() | {"av": av.__version__},
         "git_revision": git_revision(),
     }
-
-
-def reduced(cfg: SuiteConfig) -> list[str]:
-    """Why totals of these videos are not comparable with published ones; empty for the whole suite."""
-    missing = len(chosen_dimensions([])) - len(chosen_dimensions(cfg.dimensions))
-    why = [f"{missing} of 16 dimensions left out"] if missing else []
-    if cfg.samples < SAMPLES:
-        why.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
-    if cfg.flicker_samples < CANDIDATES_EACH:
-        why.append(f"{cfg.flicker_samples} instead of {CANDIDATES_EACH} candidates for temporal flickering")
-    if not cfg.filter:
-        why.append("temporal flickering without the static filter")
-    return why

@@ -15,7 +15,7 @@ from scd_sf.tools.data.check import check as check_folder
 from scd_sf.tools.data.check import repair as repair_folder
 from scd_sf.tools.data.export import export_webdataset
 from scd_sf.tools.data.progress import progress_of
-from scd_sf.types import UserError, say
+from scd_sf.types import say
 
 SHOWN = 20
 app = typer.Typer(help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True)
@@ -79,10 +79,8 @@ def import_source(
     device: Annotated[str, typer.Option(help="cpu or cuda, for the text encoder.")] = "cpu",
 ) -> None:
     """Other projects' clips as a folder that stage 2 reads. Archives are read in place; pickled code is refused."""
-    from scd_sf.tools.data.importer import STORED, ImportOptions, import_clips
+    from scd_sf.tools.data.importer import ImportOptions, import_clips
 
-    if store not in STORED:
-        raise UserError(f"--store: '{store}' is unknown; use one of {', '.join(STORED)}")
     options = ImportOptions(source, out, model, store, negative_prompt, text_cache, device)
     with progress_of("clips") as progress:
         say(import_clips(options, progress))

@@ -30,6 +30,7 @@ from scd_sf.data.clip_index import Common, fault_of, open_job
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.data.sources.raw_files import Refused
 from scd_sf.files import Json, files_below, locked, write_bytes, write_jsonl
+from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae
@@ -37,7 +38,6 @@ from scd_sf.tools.data.foreign import Part, Sample, read_lmdb, read_parquet, rea
 from scd_sf.types import UserError, VideoShape, device_of, printable
 
 REFUSED = "refused.jsonl"
-STORED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def import_clips(options: ImportOptions, progress: Callable[[int], None] = lambd
 
     UserError, after all else is imported, when something was refused: ``quarantine/refused.jsonl`` lists it.
     """
+    dtype_of(options.store, "--store")
     kind, files = sources_of(options.source)
     device = device_of(options.device)
     encoder = open_text_encoder(options.model, options.text_cache, device=device)
@@ -139,7 +140,7 @@ class _Target:
         assert sample.latents is not None
         latents = self._normalised(sample.latents.float()) if sample.raw else sample.latents
         text = self.encoder.states([sample.prompt])[0] if sample.text is None else sample.text
-        dtype = STORED[self.options.store]
+        dtype = dtype_of(self.options.store, "--store")
         latents, text = latents.to(dtype).contiguous(), text.to(dtype)
         common = self._common(latents.shape, dtype)
         if tuple(latents.shape) != common.shape.latent(1)[1:]:

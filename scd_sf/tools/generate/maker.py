@@ -32,7 +32,7 @@ from scd_sf.models.wan.text_cache import CachedTextEncoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.models.wan.weights import open_wan
-from scd_sf.tools.generate.plan import STORED, GenerateConfig, Spec, Unit, settings_of, wanted_clips
+from scd_sf.tools.generate.plan import GenerateConfig, Spec, Unit, settings_of, wanted_clips
 from scd_sf.train.checks import check_shape
 from scd_sf.train.engine import frozen_engine
 from scd_sf.types import Conditioning, UserError
@@ -56,7 +56,8 @@ def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
     text = CachedTextEncoder(cfg.model, Path(cfg.cache_folder), dtype=dtype_of(cfg.text_dtype))
     if text.width != files.config.text_dim:
         raise UserError(f"{cfg.model}: text states are {text.width} wide, the teacher takes {files.config.text_dim}")
-    common = Common(shape, STORED[cfg.store], text.width, text.max_length, settings_of(cfg, files))
+    stored = str(dtype_of(cfg.store)).removeprefix("torch.")
+    common = Common(shape, stored, text.width, text.max_length, settings_of(cfg, files))
     specs = wanted_clips(cfg, common)
     _check_disk(out, common, specs)
     require_own_folder(out, [JOB])

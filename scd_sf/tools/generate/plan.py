@@ -27,7 +27,6 @@ from scd_sf.train.base import TRAINING, EngineConfig
 from scd_sf.train.run import YEAR_MINUTES
 from scd_sf.types import UserError, check_within
 
-STORED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 CONTENTS = ("*.safetensors", "*.json", "*.model", "*.pth")  # weights, configuration, tokenizer
 
 
@@ -123,10 +122,9 @@ class GenerateConfig:
             raise UserError("set either prompts or prompt_file")
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
-        if self.store not in STORED:
-            raise UserError(f"store is '{self.store}'; use one of {', '.join(STORED)}")
+        dtype_of(self.store, "store")
         self.negative_prompt = wan_negative(self.negative_prompt)
-        dtype_of(self.text_dtype)
+        dtype_of(self.text_dtype, "text_dtype")
         if self.launcher != "ray" and self.cluster != ClusterConfig():
             raise UserError(f"cluster is for launcher=ray, and launcher is {self.launcher}: leave one of them out")
         if (sampler := build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)).name == "renoise":

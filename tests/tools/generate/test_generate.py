@@ -95,7 +95,7 @@ def test_every_clip_is_wanted_once_and_groups_do_not_depend_on_ranks(tmp_path: P
     ("fields", "message"),
     [
         ({"prompts": []}, "set either prompts or prompt_file"),
-        ({"store": "int8"}, "store is 'int8'"),
+        ({"store": "int8"}, "store 'int8' is unknown"),
         ({"batch": 0}, "batch is 0; it must be between 1 and"),
         ({"crf": 99}, "crf is 99"),
     ],
