@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import recipe_runner
 import typer
+import yaml
 
+from scd_sf import __version__
 from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.evaluation.bench import BenchConfig
@@ -242,6 +244,16 @@ BAD = {
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD.keys())
 def test_what_does_not_exist_is_noticed(text: str) -> None:
     assert problems(text)
+
+
+def test_what_is_cited_is_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == __version__ and cited["license"] == "Apache-2.0"
+
+
+def test_everything_shipped_has_a_card() -> None:
+    folders = [folder for folder in (ROOT / "assets").iterdir() if folder.is_dir()]
+    assert folders and [folder.name for folder in folders if not (folder / "README.md").is_file()] == []
 
 
 def test_the_tour_is_short() -> None:
