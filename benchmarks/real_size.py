@@ -36,11 +36,11 @@ from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.layers import WanBlock
+from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, exit_on_user_error
 
 LATENT = (16, 60, 104)  # 832x480 through Wan's VAE
 TEXT_TOKENS = 512
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -191,14 +191,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON, one entry per row")
     parser.add_argument("--frames", type=int, default=3, help="latent frames; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=1, help="clips of every model")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is slow without AVX-512 bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is slow without AVX-512 bf16")
     parser.add_argument("--only", default="", help="comma-separated beginnings of row names; empty: all")
     parser.add_argument("--repeats", type=int, default=2, help="of every call that makes the floor")
     args = parser.parse_args()
     keep_freed_memory()
     cfg, encoder, decoder = WanConfig(), tuple(range(25)), (*range(5), *range(25, 30))
     wanted = [v for v in VARIANTS if not args.only or v.name.startswith(tuple(args.only.split(",")))]
-    wan = random_wan(cfg, DTYPES[args.dtype])
+    wan = random_wan(cfg, dtype_of(args.dtype))
     scd, about = transplanted(wan, decoder, encoder)
     print(json.dumps(about), flush=True)
     rows = []

@@ -39,13 +39,13 @@ from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.scd.config import DecoderConfig, ScdConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
+from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, Denoiser, exit_on_user_error
 
 CFG = WanConfig(num_layers=6)
 SCD = ScdConfig(tuple(range(5)), DecoderConfig((0, 5)))
 LATENT, TEXT_TOKENS = (16, 16, 24), 64
 COND = Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def filled(config: ModelConfig, dtype: torch.dtype) -> Student | Wan:
@@ -202,10 +202,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="steps of every case")
     parser.add_argument("--ratio", type=int, default=5, help="critic updates per student update")
     parser.add_argument("--only", default="", help="cases with this in their names")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is slow without AVX-512 bf16")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is slow without AVX-512 bf16")
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [case for case in cases(DTYPES[args.dtype], args.frames, args.ratio) if args.only in case.name]
+    rows = [case for case in cases(dtype_of(args.dtype), args.frames, args.ratio) if args.only in case.name]
     if not rows:
         parser.error(f"--only {args.only}: no case has it in its name")
     for case in rows:

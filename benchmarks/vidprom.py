@@ -29,7 +29,7 @@ import uuid
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from scd_sf.files import read_json, write_json
+from scd_sf.files import new_file, read_json, write_json
 from scd_sf.types import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,15 +138,13 @@ def scores(rng: random.Random) -> list[str]:
 def write_rows(path: Path, rows: int, seed: int) -> None:
     """The csv file, through a temporary name."""
     rng, earlier = random.Random(seed), list[str]()  # noqa: S311
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with new_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for number in range(rows):
             name = uuid.UUID(int=rng.getrandbits(128), version=5)
             when = (BEGAN + timedelta(seconds=7 * number)).ctime()
             writer.writerow([name, dressed(prompt(rng, earlier), rng), when, *scores(rng)])
-    temporary.replace(path)
 
 
 def family(root: int) -> list[int]:

@@ -17,11 +17,9 @@ upright. This writes ``manifest.json`` and ``clips.jsonl`` beside the videos, th
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from scd_sf.data.clips import CLIPS, Clip, ClipSet, read_video, write_clips
@@ -35,6 +33,7 @@ from scd_sf.files import (
     read_json,
     read_text,
     safe_path,
+    sha256_bytes,
     sha256_file,
     sha256_folder,
     typed,
@@ -42,10 +41,10 @@ from scd_sf.files import (
 from scd_sf.models.wan.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.wan.text_cache import OFF, open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae, vae_source
+from scd_sf.tensor_files import LONG_DTYPES, dtype_of
 from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import UserError, device_of, exit_on_user_error, say
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CAPTIONS = 'write one {"file": ..., "caption": ...} per line'
 KEEP = "nothing of others is overwritten: move it away, or put the videos into a folder of their own"
 
@@ -79,7 +78,7 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
     frames, _, height, width = read_video(files[0], fps).shape
     clips = [_own_clip(row, path, frames) for (_, row), path in zip(rows, files, strict=True)]
     lines = "".join(clip.to_json() + "\n" for clip in clips)
-    same = index.is_file() and sha256_file(index) == sha256(lines.encode()).hexdigest()
+    same = index.is_file() and sha256_file(index) == sha256_bytes(lines.encode())
     if not same and (index.exists() or (old is not None and not old.get("captioned"))):
         own = old is not None and old.get("captioned")
         remedy = "delete it and manifest.json to index the folder again" if own else KEEP
@@ -215,7 +214,7 @@ def _encode_split(job: Job, clips: ClipSet, split: str, out: Path) -> None:
         say(f"{out}: already complete")
         return
     prompts, rows = plan(clips)
-    text_dtype = DTYPES[job.dtypes["text_dtype"]]
+    text_dtype = dtype_of(job.dtypes["text_dtype"])
     encoder = open_text_encoder(job.model, job.text_cache, device=job.device, dtype=text_dtype)
     with progress_of("prompts", len(prompts), writer.count("text")) as report:
         text = encode_prompts(
@@ -223,12 +222,12 @@ def _encode_split(job: Job, clips: ClipSet, split: str, out: Path) -> None:
             prompts,
             encoder.states,
             max_length=encoder.max_length,
-            dtype=DTYPES[job.dtypes["store_text"]],
+            dtype=dtype_of(job.dtypes["store_text"]),
             negative=job.negative_prompt,
             progress=report,
         )
     del encoder
-    latents = LatentWriter(writer, shape, dtype=DTYPES[job.dtypes["store_latents"]])
+    latents = LatentWriter(writer, shape, dtype=dtype_of(job.dtypes["store_latents"]))
     encode_clips(clips, vae, latents, job.batch)
     latents.finish(rows, text)
     say(f"{out}: {len(rows)} clips of {shape.latent(1)[1:]}, {len(prompts)} prompts")
@@ -256,8 +255,8 @@ def main(
     """Encode captioned clips into latents and text states. Run again to resume."""
     types = {"text_dtype": text_dtype, "store_text": store_text, "store_latents": store_latents}
     for name, value in types.items():
-        if value not in DTYPES:
-            raise UserError(f"--{name.replace('_', '-')}: '{value}' is unknown; use one of {', '.join(DTYPES)}")
+        if value not in LONG_DTYPES:
+            raise UserError(f"--{name.replace('_', '-')}: '{value}' is unknown; use one of {', '.join(LONG_DTYPES)}")
     if batch < 1 or fps < 1:
         raise UserError(f"--batch is {batch} and --fps {fps}; both must be at least 1")
     device = str(device_of(device))

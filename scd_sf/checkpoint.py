@@ -10,7 +10,6 @@ previous steps as they were. Readers take the newest step whose manifest agrees 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -37,6 +36,7 @@ from scd_sf.files import (
     fsync_tree,
     read_json,
     read_text,
+    sha256_bytes,
     sha256_file,
     typed,
     write_tensors,
@@ -390,7 +390,7 @@ def sizes_agree(path: Path) -> bool:
 
 
 def _digest_of(body: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return sha256_bytes(json.dumps(body, sort_keys=True).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------- provenance

@@ -62,9 +62,19 @@ def sha256_folder(root: Path, pattern: str = "*") -> str:
     return hash_json({path.name: sha256_file(path) for path in files})
 
 
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def place_digest(*place: int | str) -> bytes:
+    """8 bytes that depend on all of ``place``, e.g. (seed, "noise", step): what seeds and orders are made of."""
+    return hashlib.blake2b(":".join(str(part) for part in place).encode(), digest_size=8).digest()
+
+
 def hash_json(value: object) -> str:
     """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal hash."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 # --------------------------------------------------------------------------------------------------------------- paths

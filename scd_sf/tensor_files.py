@@ -24,6 +24,8 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES = {**FLOATS, **WHOLE, "BOOL": torch.bool}
+LONG_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # float32 ..
+SHORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGAIN = "download or copy the file again"
 NAME_LIMIT = 1000  # characters of a tensor's name
 MOST_ENTRIES = 1_000_000  # of a pickle: the optimizer states of the largest models have some ten thousand
@@ -45,6 +47,20 @@ class Lazy:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.meta.shape)
+
+
+def dtype_of(name: str, field: str = "dtype") -> torch.dtype:
+    """The torch type of "fp32", "bf16", "fp16", or of torch's own name ("bfloat16"). UserError naming ``field`` for
+    another name."""
+    dtype = (SHORT_DTYPES | LONG_DTYPES).get(name)
+    if dtype is None:
+        raise UserError(f"{field} '{name}' is unknown; use one of {', '.join(SHORT_DTYPES)}")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch's own name, as manifests hold it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def kind_of(tensor: Lazy) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from scd_sf.data.clip_files import ID, ClipFile, Header, clip_path, clip_paths, read_header
 from scd_sf.data.manifest import MANIFEST, Format, read_index, write_index
 from scd_sf.files import Json, others_in, typed, write_json
-from scd_sf.tensor_files import FLOATS
+from scd_sf.tensor_files import LONG_DTYPES, dtype_of
 from scd_sf.types import UserError, VideoShape
 
 JOB, ROWS = "job.json", "clips.jsonl"
@@ -28,7 +28,6 @@ LATENTS = Format(
     "no such file; make it with generate_clips.py, encode_latents.py or encode_prompts.py of data_prep/",
 )
 INDEX_AGAIN = "run 'scd data manifest' on the folder"
-_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Common:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _NAMES[self.dtype]
+        return dtype_of(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,9 @@ def read_folder_job(root: Path) -> Common:
     """The folder's ``job.json``. UserError when it is missing or damaged."""
     path, row = root / JOB, CLIP_JOB.read(root, JOB)
     common = typed(row, Common, path, "make the folder again")
-    if common.dtype not in _NAMES or min(common.width, common.max_length) < 1:
-        raise UserError(f"{path}: needs width, max_length and a dtype of {', '.join(_NAMES)}; make the folder again")
+    if common.dtype not in LONG_DTYPES or min(common.width, common.max_length) < 1:
+        known = ", ".join(LONG_DTYPES)
+        raise UserError(f"{path}: needs width, max_length and a dtype of {known}; make the folder again")
     return common
 
 

@@ -23,6 +23,7 @@ from scd_sf.data.manifest import AGAIN, MANIFEST, read_index, write_index
 from scd_sf.data.prompts import PromptTable, finite
 from scd_sf.data.shards import ShardReader, ShardWriter, shard_files
 from scd_sf.files import Json, hash_json, typed
+from scd_sf.tensor_files import dtype_name
 from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 
@@ -202,7 +203,7 @@ class LatentWriter:
             raise UserError(f"{self.writer.root}: {self.done} latents for {len(clips)} clips; {AGAIN}")
         section = {
             "shape": asdict(self.shape),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shards": self.writer.section("latents"),
             "clips_sha256": write_index(self.writer.root / "clips.jsonl", clips),
         }

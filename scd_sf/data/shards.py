@@ -5,7 +5,6 @@ A shard is known by its :class:`ShardFile` record (file name, rows, bytes, sha25
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scd_sf.data.manifest import AGAIN, BUILDING, MANIFEST
-from scd_sf.files import Json, foreign, others_in, read_typed, safe_path, sha256_file, typed, write_bytes, write_json
+from scd_sf.files import (
+    Json,
+    foreign,
+    others_in,
+    read_typed,
+    safe_path,
+    sha256_bytes,
+    sha256_file,
+    typed,
+    write_bytes,
+    write_json,
+)
 from scd_sf.types import UserError
 
 COPY = f"copy it again, or {AGAIN}"
@@ -139,7 +149,7 @@ class ShardWriter:
         path = self.root / f"{kind}-{len(done):05d}.safetensors"
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         write_bytes(path, data)
-        done.append(ShardFile(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
+        done.append(ShardFile(path.name, count, len(data), sha256_bytes(data)))
         self._save()
 
     def section(self, kind: str) -> list[Json]:

@@ -7,12 +7,12 @@ numbers a micro-batch at Wan's size) is drawn where it is used, from a seed of t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from scd_sf.files import place_digest
 from scd_sf.types import on_device
 
 Noise = Callable[[Tensor], Tensor]
@@ -20,9 +20,7 @@ Noise = Callable[[Tensor], Tensor]
 
 def generator(seed: int, *position: int | str) -> torch.Generator:
     """A CPU generator for one place, e.g. (seed, "noise", step, micro): no state to save, no collisions."""
-    text = ":".join(str(part) for part in (seed, *position))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(place_digest(seed, *position), "big") >> 1)
 
 
 def cpu_noise(rng: torch.Generator) -> Noise:

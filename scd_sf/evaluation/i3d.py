@@ -9,7 +9,6 @@ Every class here is a ``FeatureExtractor`` of one group that is used as it is. L
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scd_sf.evaluation.weights import State, load_weights
-from scd_sf.files import foreign, read_bytes
+from scd_sf.files import foreign, read_bytes, sha256_bytes
 from scd_sf.tensor_files import check_finite
 from scd_sf.types import UserError, on_device
 
@@ -210,7 +209,7 @@ class TorchscriptFeatures:
         """A TorchScript file is a program of others: it runs only when its hash is ``sha256`` (the known file's, unless
         the caller trusts another). Raises UserError, with the file's hash, before anything of it is run."""
         data = read_bytes(path, "give StyleGAN-V's i3d_torchscript.pt", TORCHSCRIPT_BYTES)
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.sha256 = sha256_bytes(data)
         if self.sha256 != sha256:
             raise UserError(
                 f"{path}: sha256 is {self.sha256}, not {sha256 or 'known'}; a TorchScript file is a program: "

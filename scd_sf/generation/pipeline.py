@@ -36,11 +36,12 @@ from scd_sf.models.build import (
     read_single,
     write_single,
 )
-from scd_sf.models.export import dtype_of, largest, must_be_new
+from scd_sf.models.export import largest, must_be_new
 from scd_sf.models.interface import check_chunks
 from scd_sf.models.wan.components import copy_components
 from scd_sf.models.wan.text import TextEncoderConfig, TransformersTextEncoder, load_text_encoder
 from scd_sf.models.wan.vae import Vae, VaeGeometry, load_vae
+from scd_sf.tensor_files import dtype_of
 from scd_sf.types import UserError, VideoShape, device_of
 
 STUDENT = Path("transformer") / "model.safetensors"

@@ -24,11 +24,11 @@ from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, base_of, describe_checkpoint, load_student
-from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.nn.kv_cache import CacheConfig
+from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
 FPS = 1000  # more no player shows

@@ -27,18 +27,11 @@ from scd_sf.models.build import (
 from scd_sf.models.wan.names import Layout
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import WanFiles, load_wan, open_wan, save_wan, shard_size, write_wan
+from scd_sf.tensor_files import dtype_of
 from scd_sf.types import UserError
 
 AGAIN = "choose another place"
 _STEP = re.compile(r"step_\d+")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def dtype_of(name: str, field: str = "dtype") -> torch.dtype:
-    """The torch type of "fp32", "bf16" or "fp16". UserError naming ``field`` for another name."""
-    if name not in DTYPES:
-        raise UserError(f"{field} '{name}' is unknown; use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def must_be_new(out: Path, *inputs: Path) -> None:

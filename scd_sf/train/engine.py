@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scd_sf.distributed import Ranks, ensure_process_group
+from scd_sf.tensor_files import dtype_of
 from scd_sf.train.base import (
     Engine,
     EngineConfig,
@@ -77,7 +78,7 @@ def frozen_engine(
     Wan 14B in bf16). All ranks must call the teacher equally often (ZeRO-3 gathers weights together). ``cfg.offload``
     keeps weights on the CPU.
     """
-    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    dtype = dtype_of(cfg.dtype)
     if cfg.kind == "local":
         with torch.device("meta"):
             module = build()

@@ -13,7 +13,6 @@ holds anything and is no run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scd_sf.checkpoint import Checkpoints, problem_of
 from scd_sf.config import differences, plain_yaml, to_yaml
 from scd_sf.distributed import Ranks
-from scd_sf.files import locked, parse_json, read_bytes, require_own_folder, write_text
+from scd_sf.files import locked, parse_json, read_bytes, require_own_folder, sha256_bytes, write_text
 from scd_sf.types import Logs, UserError, say
 
 YEAR_MINUTES = 525_600.0
@@ -300,7 +299,7 @@ def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
 
 def _run_id(directory: Path) -> str:
     """The same wandb run when the same directory is resumed."""
-    return hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:12]
+    return sha256_bytes(str(directory.resolve()).encode())[:12]
 
 
 def _drop_after(file: Path, step: int) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 from scd_sf.data.prompt_list import PromptList, is_list
 from scd_sf.data.prompts import PromptSet, about_negative
 from scd_sf.files import hash_json
-from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.text import (
     WAN_NEGATIVE_PROMPT,
     TextEncoder,
@@ -31,6 +30,7 @@ from scd_sf.models.wan.text import (
     wan_negative,
 )
 from scd_sf.models.wan.text_cache import CachedTextEncoder
+from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, UserError
 
 

@@ -8,7 +8,6 @@ true length and a checksum; a damaged one is reported and made again. Any number
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import __version__ as transformers_version
 
 from scd_sf.data.bounded import BoundedFolder
-from scd_sf.files import hash_json, new_file, sha256_file, sweep
+from scd_sf.files import hash_json, new_file, sha256_bytes, sha256_file, sweep
 from scd_sf.models.wan.text import (
     TextEncoder,
     TextEncoderConfig,
@@ -159,7 +158,7 @@ class CachedTextEncoder:
             known = note.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
             known = ""
-        if len(known) != hashlib.sha256().digest_size * 2:
+        if len(known) != 64:
             known = sha256_file(file)
             self._write(note, known.encode())
         return known
@@ -172,4 +171,4 @@ def _narrow(states: Tensor) -> Tensor:
 
 
 def _checksum(key: str, states: Tensor) -> str:
-    return hashlib.sha256(key.encode() + states.numpy().tobytes()).hexdigest()
+    return sha256_bytes(key.encode() + states.numpy().tobytes())

@@ -30,7 +30,6 @@ from scd_sf.files import (
     write_json,
     write_tensors,
 )
-from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.live_prompts import states_alone
 from scd_sf.models.wan.text import (
     TextEncoder,
@@ -41,6 +40,7 @@ from scd_sf.models.wan.text import (
     text_config,
     wan_negative,
 )
+from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import UserError, say
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from scd_sf.data.sources.raw_files import COPY, LARGEST, Refused, one_tensor, tar_refusal
 from scd_sf.files import foreign, reason
+from scd_sf.tensor_files import LONG_DTYPES
 from scd_sf.types import UserError, printable
 
 SUFFIXES = (".latent.pt", ".embed.pt", ".prompt.txt", ".safetensors", ".mp4")
@@ -34,7 +35,6 @@ PARQUET = (
 )  # fmt: skip
 PARQUET_KNOWN = {*PARQUET, "id", "file_name", "media_type", "width", "height", "num_frames", "duration_sec", "fps"}
 ROW_GROUP = 8 * 2**30  # bytes of a row group without compression; 64 clips of 81 frames at 480x832 are 1.1e9
-NUMPY = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,14 @@ def _lmdb_shape(text: bytes | None, path: Path) -> tuple[int, ...]:
 
 def numbers_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Raw little-endian numbers as a tensor. ValueError where bytes, type and shape do not fit each other."""
-    if dtype not in NUMPY:
-        raise ValueError(f"dtype '{dtype}' is unknown; known are {', '.join(NUMPY)}")
-    count = NUMPY[dtype].itemsize
+    if dtype not in LONG_DTYPES:
+        raise ValueError(f"dtype '{dtype}' is unknown; known are {', '.join(LONG_DTYPES)}")
+    count = LONG_DTYPES[dtype].itemsize
     for size in shape:
         count *= size
     if not shape or min(shape) < 1 or len(data) != count or count > LARGEST:
         raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
-    return torch.frombuffer(bytearray(data), dtype=NUMPY[dtype]).view(shape)
+    return torch.frombuffer(bytearray(data), dtype=LONG_DTYPES[dtype]).view(shape)
 
 
 def read_parquet(path: Path) -> Iterator[Part]:

@@ -29,11 +29,11 @@ from scd_sf.data.clip_files import (
 from scd_sf.data.clip_index import Common, fault_of, open_job
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.data.sources.raw_files import Refused
-from scd_sf.files import Json, files_below, locked, write_bytes, write_jsonl
-from scd_sf.models.export import dtype_of
+from scd_sf.files import Json, files_below, locked, sha256_bytes, write_bytes, write_jsonl
 from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae
+from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.data.foreign import Part, Sample, read_lmdb, read_parquet, read_tar
 from scd_sf.types import UserError, VideoShape, device_of, printable
 
@@ -149,7 +149,7 @@ class _Target:
             )
         if text.shape[1] != common.width or not 0 < len(text) <= common.max_length:
             raise ValueError(f"text {tuple(text.shape)} instead of ({common.max_length} at most, {common.width})")
-        digest = hashlib.sha256(bytes_of(latents)).hexdigest()
+        digest = sha256_bytes(bytes_of(latents))
         key = json.dumps([self.kind, sample.prompt, digest], ensure_ascii=False)
         clip, shape = hashlib.blake2b(key.encode(), digest_size=16).hexdigest(), common.shape
         path = clip_path(self.options.out, clip)
@@ -176,7 +176,7 @@ class _Target:
             common = self._common(stored.shape, stored.dtype)
             if fault := fault_of(seen, common, full=True):
                 raise ValueError(fault)
-        if sample.video is not None and hashlib.sha256(sample.video).hexdigest() != header.about.video_sha256:
+        if sample.video is not None and sha256_bytes(sample.video) != header.about.video_sha256:
             raise ValueError("its mp4 is not the one of its latents (sha256 differs)")
         path = clip_path(self.options.out, name)
         path.parent.mkdir(exist_ok=True)

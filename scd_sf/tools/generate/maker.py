@@ -26,12 +26,12 @@ from scd_sf.distributed import Ranks
 from scd_sf.files import hash_json, locked, require_own_folder, sha256_file, write_jsonl
 from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.rollout import sample_bidirectional
-from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.text import pad_states
 from scd_sf.models.wan.text_cache import CachedTextEncoder
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.models.wan.weights import open_wan
+from scd_sf.tensor_files import dtype_name, dtype_of
 from scd_sf.tools.generate.plan import GenerateConfig, Spec, Unit, settings_of, wanted_clips
 from scd_sf.train.checks import check_shape
 from scd_sf.train.engine import frozen_engine
@@ -56,8 +56,7 @@ def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
     text = CachedTextEncoder(cfg.model, Path(cfg.cache_folder), dtype=dtype_of(cfg.text_dtype))
     if text.width != files.config.text_dim:
         raise UserError(f"{cfg.model}: text states are {text.width} wide, the teacher takes {files.config.text_dim}")
-    stored = str(dtype_of(cfg.store)).removeprefix("torch.")
-    common = Common(shape, stored, text.width, text.max_length, settings_of(cfg, files))
+    common = Common(shape, dtype_name(dtype_of(cfg.store)), text.width, text.max_length, settings_of(cfg, files))
     specs = wanted_clips(cfg, common)
     _check_disk(out, common, specs)
     require_own_folder(out, [JOB])

@@ -19,10 +19,10 @@ from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import build_sampler
 from scd_sf.files import Json, hash_json, sha256_file, sha256_folder
 from scd_sf.models.build import SamplerConfig
-from scd_sf.models.export import dtype_of
 from scd_sf.models.wan.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.wan.vae import vae_source
 from scd_sf.models.wan.weights import WanFiles
+from scd_sf.tensor_files import dtype_of
 from scd_sf.train.base import TRAINING, EngineConfig
 from scd_sf.train.run import YEAR_MINUTES
 from scd_sf.types import UserError, check_within

@@ -19,6 +19,7 @@ from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.trunk import Trunk, WanConfig
 from scd_sf.models.wan.transformer import Wan
+from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.plan.meter import Meter
 from scd_sf.tools.stages import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
@@ -162,7 +163,7 @@ def _forget(parameter: Tensor) -> None:
 
 
 def _dtype(cfg: EngineConfig) -> torch.dtype:
-    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    return dtype_of(cfg.dtype)
 
 
 def _clips(batch: int, shape: VideoShape) -> Tensor:

@@ -23,10 +23,10 @@ from transformers import (
 
 from scd_sf.files import foreign
 from scd_sf.models.wan.text_files import AGAIN, LANGUAGE, read_model, read_tokenizer
+from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.prompts.extend.rules import Answer, messages
 from scd_sf.types import UserError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GENERATION = "generation_config.json"
 # What is read of a repository on the hub: neither pickles nor code, nothing in its folders.
 READ = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
@@ -81,7 +81,7 @@ class LocalModel:
         tokenizer = read_tokenizer(folder, LANGUAGE, padding_side="left")
         if not tokenizer.chat_template:
             raise UserError(f"model: {name} has no chat template; give an instruction-tuned model")
-        model: Any = read_model(folder, DTYPES[dtype], LANGUAGE)
+        model: Any = read_model(folder, dtype_of(dtype), LANGUAGE)
         if (folder / GENERATION).is_file():
             with foreign(folder / GENERATION, AGAIN):
                 model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)

@@ -6,11 +6,11 @@ the same in our own words (source of the rules: Wan2.1, ``wan/utils/prompt_exten
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
 
+from scd_sf.files import place_digest
 from scd_sf.tools.prompts.filter.language import is_foreign
 
 SYSTEM = """You turn short ideas for a video into full descriptions of it. Follow these rules:
@@ -85,5 +85,4 @@ def refusal(answer: Answer, gates: Gates) -> str:
 
 def seed_of(seed: int, name: str, attempt: int) -> int:
     """The seed of one attempt at one prompt (31 bits, which every server takes): a matter of its id alone."""
-    digest = hashlib.blake2b(f"{seed}:{name}:{attempt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 33
+    return int.from_bytes(place_digest(seed, name, attempt), "big") >> 33

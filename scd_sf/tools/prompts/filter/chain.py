@@ -6,7 +6,6 @@ appending rows changes nothing that was decided; only a ``sample`` of fixed size
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scd_sf.data.prompt_files import SCORES
+from scd_sf.files import place_digest
 from scd_sf.tools.prompts.filter import clean
 from scd_sf.tools.prompts.filter.language import HEAD, foreign
 from scd_sf.tools.prompts.filter.near_dup import NearDupConfig, near_duplicates
@@ -263,4 +263,4 @@ def processes(
 
 def rank(seed: int, name: str) -> bytes:
     """Where a row stands in the sample's order: the same in every file, on every machine."""
-    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return place_digest(seed, name)
