@@ -21,7 +21,7 @@ LINES: Figures = {"lines": [{"x": 1}]}
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from scd_sf.tools.gpu.parts import Part, Record, Row, measure_rows
+from scd_sf.tools.gpu.parts import GpuRecord, GpuRow, Part, measure_rows
 from scd_sf.types import UserError
 
 here = Path(sys.argv[0]).parent
@@ -39,10 +39,10 @@ def row(name):
         if name == "hang":
             time.sleep(600)
         raise {"refuse": UserError("no such thing"), "lose the GPU": RuntimeError("CUDA error: misaligned")}[name]
-    return Row(name, measure)
+    return GpuRow(name, measure)
 
 part = Part(7, "trials", 100.0, lambda: [row(name) for name in sys.argv[1].split(",")])
-sys.exit(measure_rows(part, Record(here / "out.json"), {"revision": "r", "date": "d"}, float(sys.argv[2])))
+sys.exit(measure_rows(part, GpuRecord(here / "out.json"), {"revision": "r", "date": "d"}, float(sys.argv[2])))
 """
 
 
@@ -119,11 +119,11 @@ def test_a_part_ends_with_its_caller(tmp_path: Path) -> None:
     caller = """
 import sys
 from pathlib import Path
-from scd_sf.tools.gpu.parts import Part, Record, run_part
+from scd_sf.tools.gpu.parts import GpuRecord, Part, run_part
 part = "from scd_sf.tools.gpu.parts import end_with_the_caller; end_with_the_caller(); import os; "
 part += "print(os.getpid(), flush=True)"
 command = [sys.executable, "-c", part + "; os.spawnlp(os.P_WAIT, 'sleep', 'sleep', '50')"]
-run_part(Part(7, "trials", 60.0, lambda: []), Record(Path(sys.argv[1])), command)
+run_part(Part(7, "trials", 60.0, lambda: []), GpuRecord(Path(sys.argv[1])), command)
 """
     process = subprocess.Popen(
         [sys.executable, "-c", caller, str(tmp_path / "out.json")], stdout=subprocess.PIPE, text=True,
