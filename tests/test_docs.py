@@ -24,22 +24,13 @@ import yaml
 from scd_sf import __version__
 from scd_sf.cli import app
 from scd_sf.config import load_config
-from scd_sf.evaluation.bench import BenchConfig
-from scd_sf.generation.sampling import SampleConfig
-from scd_sf.models.scd.transplant import TransplantConfig
-from scd_sf.probes.run import ProbeConfig
 
 ROOT = recipe_runner.ROOT
 HISTORY = ("docs/log.md", "CHANGELOG.md")  # what was true then
 WRITTEN = ("docs/results/gpu.json",)  # by a command, not by us
 COMMANDS = ("README.md", "CONTRIBUTING.md")  # their commands are complete: values are checked too
 TREES = ("scd_sf", "recipes", "tests", "docs", "data_prep", "vbench_eval", "benchmarks", "assets")
-SCD: dict[str, type[Any]] = {
-    "sample": SampleConfig,
-    "bench": BenchConfig,
-    "probe": ProbeConfig,
-    "transplant": TransplantConfig,
-}
+SCD: dict[str, type[Any]] = recipe_runner.load_script("docs/reference/generate.py").SCHEMAS
 LAUNCHERS = ("python", "deepspeed", "torchrun")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -142,6 +133,7 @@ def wrong_scd(words: list[str], complete: bool) -> Iterator[str]:
             return
         command, rest = children[rest[0]], rest[1:]
     known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    known |= {"--config", "--print-config"} if command.name in SCD else set()
     yield from (f"{' '.join(words)}: no option {word}" for word in rest if word[:2] == "--" and word not in known)
     if complete and rest and "..." not in rest:
         command.make_context("scd", list(rest))
@@ -244,6 +236,11 @@ BAD = {
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD.keys())
 def test_what_does_not_exist_is_noticed(text: str) -> None:
     assert problems(text)
+
+
+def test_the_reference_has_every_command_with_a_config() -> None:
+    children: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+    assert {name for name, child in children.items() if "ignore_unknown_options" in child.context_settings} == set(SCD)
 
 
 def test_what_is_cited_is_this_version() -> None:
