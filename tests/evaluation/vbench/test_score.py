@@ -6,6 +6,7 @@ The stand-in is a Python whose ``vbench`` scores a file by its size; VBench's ow
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import recipe_runner
 from recipe_runner import At
 
+from scd_sf.evaluation.vbench import environment
 from scd_sf.evaluation.vbench.environment import build, examine
 from scd_sf.evaluation.vbench.prompts import chosen_dimensions, load_entries, video_name
 from scd_sf.evaluation.vbench.weights import DETECTRON2, link_dino, needed, require, weights
@@ -131,6 +133,26 @@ def test_refused_before_any_work(python: Path, tmp_path: Path) -> None:
     more = [given[0], "dimensions=[color]", *given[2:], f"python={python}", "download=true"]
     assert "no detectron2, which color need" in refused(*more)[0]
     assert not (tmp_path / "v" / "scores").exists()
+
+
+def test_an_environment_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept for the same pins; built again, from nothing, for other pins and after a failure."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, int("broken" in command))
+
+    monkeypatch.setattr(environment.subprocess, "run", run)
+    folder = tmp_path / "env"
+    assert build(folder) == build(folder) == folder / "bin" / "python" and len(commands) == 2
+    assert commands[0][1:] == ["-m", "venv", str(folder)] and set(environment.PINS) < set(commands[1])
+    (folder / "mark").touch()
+    with pytest.raises(UserError, match=r"'-m pip .*' ended with code 1, .*python=/path/to/env"):
+        build(folder, torch="broken")
+    assert not (folder / "mark").exists()
+    build(folder, detectron2="git+x")
+    assert len(commands) == 7 and commands[-1][-2:] == ["--no-build-isolation", "git+x"]
 
 
 def test_environment_and_weights(python: Path, tmp_path: Path) -> None:
