@@ -40,8 +40,8 @@ from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_late
 from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.generation.sampling import FPS
-from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import SamplerConfig, Scd, Student, describe_checkpoint, load_student, set_blocks
+from scd_sf.models.blocks import BlocksConfig, set_blocks
+from scd_sf.models.build import SamplerConfig, Scd, Student, describe_checkpoint, load_student
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.models.wan.weights import load_wan

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import Student, build_scd, set_blocks
+from scd_sf.models.blocks import BlocksConfig, SkipConfig, set_blocks
+from scd_sf.models.build import Student, build_scd
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query

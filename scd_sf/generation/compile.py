@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
+from scd_sf.models.blocks import blocks_of
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
 from scd_sf.models.replay import Replayed, cuda_recorder
+from scd_sf.models.scd.wan import ScdWan
 from scd_sf.types import UserError
 
 
@@ -48,16 +51,20 @@ def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, ba
     """In place, as ``nn.Module.compile`` does. UserError: graphs without a GPU, blocks that are bypassed by step."""
     if cfg.cuda_graphs and device.type != "cuda":
         raise UserError(f"compile.cuda_graphs: the device is {device.type}; CUDA graphs need a GPU")
-    if isinstance(student, Causal) and student.trunk.skip is not None and (cfg.enabled or cfg.cuda_graphs):
+    if blocks_of(student).skip is not None and (cfg.enabled or cfg.cuda_graphs):
         raise UserError("compile: which blocks run depends on the step (blocks.skip); leave it off")
     if cfg.cuda_graphs:
         student.replay = Replayed(cuda_recorder(device))
     if not cfg.enabled:
         return
     whole: dict[str, Any] = {"fullgraph": True, "backend": backend, **_kept_apart()}
+    for module in _compiled(student):
+        module.compile(**whole)
+
+
+def _compiled(student: Student) -> list[nn.Module]:
+    """The modules whose ``forward`` is a step, or the larger part of one."""
     if isinstance(student, Causal):
-        student.trunk.compile(**whole)
-        return
-    student.encoder.compile(**whole)
-    student.decoder.trunk.compile(**whole)  # what the decoder does once per chunk, see Decoder.context
-    student.decoder.compile(**whole)
+        return [student, student.trunk]  # a denoising step; the pass that writes the history
+    encoder = student.encoder if isinstance(student, ScdWan) else student
+    return [encoder, student.decoder.trunk, student.decoder]  # the second: once per chunk, Decoder.context

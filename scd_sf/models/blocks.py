@@ -1,19 +1,31 @@
-"""Which blocks of a stack run at which noise level, and which see other frames: the paper's probes of what a model can
-do without (section 4.2, supplement D.1; P5 and P6 of docs/results/probes.md). Parameters stay what they are.
+"""Two ways to run a whole model with fewer blocks, or with blocks that see less: the paper's probes of what
+a model can do without (section 4.2, supplement D.1). Its parameters stay what they are.
 
+A checkpoint says how it is run (``model.blocks`` of its config.yaml). So what runs it so is here, where every
+reader of checkpoints finds it; what measures it is in probes/skip_layer.py and probes/frame_diagonal.py.
 Letters: B batch, F frames, L tokens, E width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scd_sf.diffusion.flow import shift_time
+from scd_sf.models.causal import Causal
+from scd_sf.models.scd.scratch import ScdScratch
+from scd_sf.models.scd.wan import ScdWan
+from scd_sf.models.trunk import Text, Times, Trunk, run_all
+from scd_sf.models.wan.transformer import Wan
+from scd_sf.nn.attention import AttentionContext
+from scd_sf.nn.rope import Rotary
 from scd_sf.types import UserError, check_within
+
+Model = ScdWan | ScdScratch | Causal | Wan
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,11 @@ class SkipConfig:
 
     @property
     def above(self) -> float:
-        """All blocks run at noise levels above this one: halfway between the last whole step and the first short one,
-        before the shift, so that no rounding of a step's time matters."""
+        """All blocks run at noise levels above this one.
+
+        It lies halfway between the last whole step and the first short one, before the shift, so that no
+        rounding of a step's time matters.
+        """
         return shift_time(1 - (self.full_steps - 0.5) / self.steps, self.shift)
 
     def middle(self, num_layers: int) -> range:
@@ -56,8 +71,11 @@ class SkipConfig:
         return range(self.prefix, num_layers - self.suffix)
 
     def full(self, t_BF: Tensor, clean_time: float) -> Tensor:
-        """True for the frames at ``t`` that every block runs on, (B, F): noisy ones above the level, and finished ones,
-        whose keys and values the first steps of later frames read in every block."""
+        """True for the frames at ``t`` that every block runs on, (B, F).
+
+        They are the noisy ones above the level, and the finished ones: the first steps of later frames
+        read their keys and values in every block.
+        """
         return (t_BF > self.above) | (t_BF <= clean_time)
 
 
@@ -98,18 +116,73 @@ class BlocksConfig:
             )
 
 
-def run_skipping(
-    run: Callable[[Tensor, range], Tensor], x_BLE: Tensor, full_BF: Tensor, chosen: range, middle: range
-) -> Tensor:
-    """The blocks ``chosen``, of which ``middle`` changes only the tokens of the frames in ``full``.
+@dataclass(frozen=True)
+class Skipping:
+    """In the place of :func:`~scd_sf.models.trunk.run_all`: the blocks by the schedule ``skip``.
 
-    A frame sees none that is noised otherwise than itself, so to let the middle run on all and to keep the outputs of
-    some is to run it on those. Under autograd it always runs: every rank has to reach the same parameters.
+    A frame sees none that is noised otherwise than itself. So to let the middle run on all frames and to
+    keep the outputs of some is to run it on those. Under autograd it always runs: every rank has to reach
+    the same parameters.
     """
-    x_BLE = run(x_BLE, range(chosen.start, min(chosen.stop, middle.start)))
-    inside = range(max(chosen.start, middle.start), min(chosen.stop, middle.stop))
-    if torch.is_grad_enabled() or bool(full_BF.any()):
-        frames = (full_BF.shape[1], -1)
-        deep, short = run(x_BLE, inside).unflatten(1, frames), x_BLE.unflatten(1, frames)
-        x_BLE = torch.where(full_BF[:, :, None, None], deep, short).flatten(1, 2)
-    return run(x_BLE, range(max(chosen.start, middle.stop), chosen.stop))
+
+    skip: SkipConfig
+
+    def __call__(
+        self,
+        trunk: Trunk,
+        x_BLE: Tensor,
+        times: Times,
+        text: Text,
+        rotary: Rotary,
+        attend: AttentionContext,
+        span: slice,
+    ) -> Tensor:
+        indices = range(len(trunk.blocks))[span]
+        middle = self.skip.middle(len(trunk.blocks))
+
+        def run(x_BLE: Tensor, first: int, stop: int) -> Tensor:
+            first, stop = max(first, indices.start), min(stop, indices.stop)
+            return trunk.run(x_BLE, times.mod, text, rotary, attend, slice(first, max(first, stop)))
+
+        if x_BLE.is_meta:  # only counted: every block
+            return run(x_BLE, 0, indices.stop)
+        full_BF = self.skip.full(times.t, trunk.cfg.clean_time)
+        some, every = True, False
+        if not torch.is_grad_enabled():
+            some, every = torch.stack([full_BF.any(), full_BF.all()]).tolist()  # one read of the device
+        if every:
+            return run(x_BLE, 0, indices.stop)
+        x_BLE = run(x_BLE, 0, middle.start)
+        if some:
+            frames = (full_BF.shape[1], -1)
+            deep, short = run(x_BLE, middle.start, middle.stop).unflatten(1, frames), x_BLE.unflatten(1, frames)
+            x_BLE = torch.where(full_BF[:, :, None, None], deep, short).flatten(1, 2)
+        return run(x_BLE, middle.stop, indices.stop)
+
+
+def set_blocks(model: Model, blocks: BlocksConfig) -> None:
+    """Run the model's blocks so from now on. UserError where it cannot run so."""
+    family = "wan" if isinstance(model, Wan) else "causal" if isinstance(model, Causal) else "scd"
+    blocks.check(family, model.cfg.num_layers)
+    if isinstance(model, Causal | Wan):
+        model.run_blocks = run_all if blocks.skip is None else Skipping(blocks.skip)
+    if isinstance(model, Causal):
+        model.frame_diagonal = blocks.frame_diagonal
+
+
+def blocks_of(model: Model) -> BlocksConfig:
+    """How the model's blocks are run now."""
+    diagonal = model.frame_diagonal if isinstance(model, Causal) else 0
+    how = model.run_blocks if isinstance(model, Causal | Wan) else run_all
+    return BlocksConfig(diagonal, how.skip if isinstance(how, Skipping) else None)
+
+
+@contextmanager
+def running_as(model: Model, blocks: BlocksConfig) -> Iterator[None]:
+    """Inside, the model's blocks are run so; afterwards as before."""
+    before = blocks_of(model)
+    set_blocks(model, blocks)
+    try:
+        yield
+    finally:
+        set_blocks(model, before)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from scd_sf.checkpoint import PROVENANCE, absolute, checked_origin, find, read_p
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.files import Json, parse_json, write_tensors
-from scd_sf.models.blocks import BlocksConfig
+from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import FrameGenerator
@@ -136,33 +135,6 @@ def build_student(config: ModelConfig) -> Student:
     if isinstance(model, Wan):
         raise UserError("model.family is wan, a bidirectional model; this needs scd or causal")
     return model
-
-
-def set_blocks(model: Student | Wan, blocks: BlocksConfig) -> None:
-    """Run the model's blocks so from now on. UserError where it cannot run so."""
-    family = "wan" if isinstance(model, Wan) else "causal" if isinstance(model, Causal) else "scd"
-    blocks.check(family, model.cfg.num_layers)
-    if not isinstance(model, Scd):
-        model.trunk.skip = blocks.skip
-    if isinstance(model, Causal):
-        model.frame_diagonal = blocks.frame_diagonal
-
-
-def blocks_of(model: Student | Wan) -> BlocksConfig:
-    """How the model's blocks are run now."""
-    skip = None if isinstance(model, Scd) else model.trunk.skip
-    return BlocksConfig(model.frame_diagonal if isinstance(model, Causal) else 0, skip)
-
-
-@contextmanager
-def running_as(model: Student | Wan, blocks: BlocksConfig) -> Iterator[None]:
-    """Inside, the model's blocks are run so; afterwards as before."""
-    before = blocks_of(model)
-    set_blocks(model, blocks)
-    try:
-        yield
-    finally:
-        set_blocks(model, before)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.interface import Query, check_chunks, pick_chunks, pick_frames
+from scd_sf.models.interface import Query, check_chunks, chunk_frames, pick_chunks, pick_frames
 from scd_sf.models.replay import Replayed, new_history, run_step
-from scd_sf.models.trunk import Text, Trunk, TrunkConfig
-from scd_sf.nn.attention import FullSequence, Streaming
+from scd_sf.models.trunk import RunBlocks, Text, Trunk, TrunkConfig, run_all
+from scd_sf.nn.attention import AttentionContext, FullSequence, Streaming
 from scd_sf.nn.kv_cache import KV, Cache, CacheConfig
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
 from scd_sf.nn.rope import Rotary
@@ -25,7 +25,8 @@ from scd_sf.types import Conditioning
 
 @dataclass(frozen=True)
 class CausalStream:
-    """One video in the making: prompt K/V, what the frames are told, history, and the index of the coming chunk."""
+    """One video in the making: the prompt's K/V, embedded actions and labels, the history, the size (H, W)
+    of a latent frame, and the index of the coming chunk."""
 
     text: Text
     signal: Tensor | None
@@ -37,9 +38,9 @@ class CausalStream:
 class Causal(nn.Module):
     """A :class:`~scd_sf.models.interface.FrameGenerator` with exactly the parameters of the bidirectional model.
 
-    ``frame_diagonal``: its last so many blocks see their own chunk alone (paper 4.2). Nobody reads their keys
-    and values of finished frames, so those are never made: teacher forcing drops the clean frames before these blocks,
-    and the cache does not have them.
+    ``frame_diagonal``: its last so many blocks see their own chunk alone (paper, section 4.2). Nothing reads
+    their keys and values of finished frames, so those are never made: teacher forcing drops the clean frames
+    before these blocks, and the cache does not have them. ``run_blocks``: how the others are run.
     """
 
     def __init__(self, cfg: TrunkConfig, chunk: int = 1) -> None:
@@ -47,6 +48,7 @@ class Causal(nn.Module):
         self.cfg, self._chunk, self.frame_diagonal = cfg, chunk, 0
         self.replay: Replayed | None = None
         self.trunk = Trunk(cfg, range(cfg.num_layers))
+        self.run_blocks: RunBlocks = run_all
 
     @property
     def chunk(self) -> int:
@@ -78,60 +80,74 @@ class Causal(nn.Module):
         """``[clean | noisy 1 | .. | noisy K]`` as one sequence; see the protocol for shapes."""
         samples, height, width = x_t.shape[0], *x_t.shape[-2:]
         num_chunks = check_chunks(x_t.shape[2], self.chunk)
-        targets = list(range(num_chunks)) if targets is None else targets
-        x_clean = x_clean[:, : -self.chunk]  # nobody looks at the last one; one length, whichever are the targets
+        targets = range(num_chunks) if targets is None else targets
+        x_clean = x_clean[:, : -self.chunk]  # no chunk attends to the last one
         frames = x_clean.shape[1]
         trunk, tokens = self.trunk, self.cfg.tokens(height, width)
         noisy = pick_chunks(x_t, targets, self.chunk, 2).transpose(0, 1).flatten(1, 2)
         noisy_t = pick_chunks(t, targets, self.chunk, 2).transpose(0, 1).flatten(1)
         sequence = trunk.embed(torch.cat([x_clean.to(noisy.dtype), noisy], 1))
-        target_frames = [c * self.chunk + i for c in targets for i in range(self.chunk)]
-        positions = [*range(frames), *(target_frames * samples)]
-        both_t = torch.cat([trunk.clean_times((len(x_clean), frames), noisy_t), noisy_t], 1)
-        times, text = trunk.times(both_t, pick_frames(trunk.signal(cond), positions)), trunk.text(cond.text_BLE)
+        positions = [*range(frames), *(chunk_frames(targets, self.chunk) * samples)]
+        clean_t = trunk.clean_times((len(x_clean), frames), noisy_t)
+        signal = pick_frames(trunk.signal(cond), positions)
+        times, text = trunk.times(torch.cat([clean_t, noisy_t], 1), signal), trunk.text(cond.text_BLE)
         rotary = trunk.rope(positions, height, width, sequence)
 
         def attend(history: int) -> FullSequence:
-            """Of chunks that have ``history`` clean ones in front."""
+            """Noisy chunks after ``history`` clean ones."""
             layout = Layout.teacher_forced(history, targets, samples, self.chunk * tokens)
             return FullSequence(teacher_forcing_mask(layout, sequence.device))
 
         temporal, own = slice(0, self._temporal), slice(self._temporal, None)
-        out = trunk.run(sequence, times.mod, text, rotary, attend(num_chunks - 1), temporal, t_BF=both_t)
+        out = self.run_blocks(trunk, sequence, times, text, rotary, attend(num_chunks - 1), temporal)
         out = out[:, frames * tokens :]
         if self.frame_diagonal:
             out = trunk.run(out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), own)
         velocity = trunk.velocity(out, times.temb[:, frames:], height, width)
         return velocity.unflatten(1, (samples, -1)).transpose(0, 1)
 
+    def forward(
+        self,
+        x_t: Tensor,
+        t_BF: Tensor,
+        text: Text,
+        rotary: Rotary,
+        attend: AttentionContext,
+        signal_BFE: Tensor | None,
+    ) -> Tensor:
+        """The whole trunk: x_t (B, F, C, H, W) at times t (B, F) -> velocity of the same shape."""
+        trunk = self.trunk
+        times, tokens = trunk.times(t_BF, signal_BFE), trunk.embed(x_t)
+        tokens = self.run_blocks(trunk, tokens, times, text, rotary, attend, slice(None))
+        return trunk.velocity(tokens, times.temb, *x_t.shape[-2:])
+
     def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> CausalStream:
         history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 1)
-        return CausalStream(*self._told(cond), history, latent)
+        return self.switch(CausalStream((), None, history, latent), cond)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:
-        text, signal = self._told(cond)
-        return replace(stream, text=text, signal=signal)
+        def step(text_BLE: Tensor) -> Text:
+            return self.trunk.text_kv(self.trunk.text(text_BLE))
 
-    def _told(self, cond: Conditioning) -> tuple[Text, Tensor | None]:
-        text = run_step(self.replay, "text", (), lambda x: self.trunk.text_kv(self.trunk.text(x)), cond.text_BLE)
-        return text, self.trunk.signal(cond)
+        text = run_step(self.replay, "text", (), step, cond.text_BLE)
+        return replace(stream, text=text, signal=self.trunk.signal(cond))
 
     def advance(self, stream: CausalStream, x_0: Tensor | None, query_noise: Tensor) -> CausalStream:
-        """Write the finished chunk's K/V (one clean pass of the blocks that see the history); nothing to write before
-        the first chunk."""
+        """One clean pass of the blocks that see the history writes the K/V of x_0; ``query_noise`` is not read."""
         stream = replace(stream, index=stream.index + 1)
         if x_0 is None:
             return stream
         tokens = x_0.shape[1] * self.cfg.tokens(*stream.latent)
 
         def write(x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None) -> Mapping[int, KV]:
-            attend = Streaming(stream.cache, (tokens,), write=1)
-            self.trunk(x, t_BF, text, rotary, attend, slice(0, self._temporal), 0, signal)
+            attend, temporal = Streaming(stream.cache, (tokens,), write=1), slice(0, self._temporal)
+            self.trunk(x, t_BF, text, rotary, attend, temporal, keep=0, signal_BFE=signal)
             return stream.cache.write(attend.take())
 
         with torch.no_grad():  # its output is unused and its K/V are detached
             x_0 = x_0.detach()
-            inputs = self._inputs(stream, x_0, self.trunk.clean_times(x_0.shape[:2], x_0), stream.index - 1)
+            clean_t = self.trunk.clean_times(x_0.shape[:2], x_0)
+            inputs = self._inputs(stream, x_0, clean_t, stream.index - 1)
             written = run_step(self.replay, "write", stream.cache.place, write, *inputs)
         return replace(stream, cache=stream.cache.grown(written, tokens))
 
@@ -140,7 +156,7 @@ class Causal(nn.Module):
 
         def step(x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None) -> Tensor:
             attend = Streaming(stream.cache, (x.shape[1] * self.cfg.tokens(*stream.latent),))
-            velocity: Tensor = self.trunk(x, t_BF, text, rotary, attend, slice(None), None, signal)
+            velocity: Tensor = self(x, t_BF, text, rotary, attend, signal)
             return velocity
 
         inputs = self._inputs(stream, x_t, t.unsqueeze(1).expand(-1, x_t.shape[1]), stream.index)
@@ -150,5 +166,6 @@ class Causal(nn.Module):
         self, stream: CausalStream, x: Tensor, t_BF: Tensor, index: int
     ) -> tuple[Tensor, Tensor, Text, Rotary, Tensor | None]:
         """Of one pass over chunk ``index``."""
-        frames = range(index * self.chunk, index * self.chunk + x.shape[1])
-        return x, t_BF, stream.text, self.trunk.rope(frames, *stream.latent, x), pick_frames(stream.signal, frames)
+        frames = chunk_frames([index], self.chunk)
+        rotary = self.trunk.rope(frames, *stream.latent, x)
+        return x, t_BF, stream.text, rotary, pick_frames(stream.signal, frames)

@@ -17,19 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from scd_sf.models.blocks import SkipConfig, run_skipping
 from scd_sf.nn.attention import AttentionContext
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.layers import LayerNorm, WanBlock, modulate, upcast
 from scd_sf.nn.rope import Axes, Rotary, axis_dims, rope_table
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
-TOKENS = 3  # dimensions of (B, L, E)
 Text = Tensor | Sequence[KV]  # the embedded prompt, or its K/V in every block
 
 
 class Conditioner(Protocol):
-    """Embeddings of time, text and what else the model is told."""
+    """Embeddings of time, text, actions and labels."""
 
     def time(self, t_BF: Tensor, signal_BFE: Tensor | None) -> tuple[Tensor, Tensor]:
         """t in [0, 1] (or the config's ``clean_time``) -> (embedding (B, F, E), what the blocks are modulated by)."""
@@ -255,15 +253,12 @@ def unpatchify(out_BLP: Tensor, patch: tuple[int, int], channels: int, height: i
 
 
 class Times(NamedTuple):
-    """Per-frame conditioning: temb (B, F, E) for the head, and what modulates the blocks: Wan's (B, F, 6, E), or the
-    (B, F, E) of blocks with projections of their own."""
+    """Per-frame conditioning: the times t (B, F), their embedding temb (B, F, E) for the head, and what
+    modulates the blocks: (B, F, 6, E) for Wan's, (B, F, E) for blocks with projections of their own."""
 
+    t: Tensor
     temb: Tensor
     mod: Tensor
-
-    def join(self, other: Times) -> Times:
-        """Frames after frames."""
-        return Times(torch.cat([self.temb, other.temb], 1), torch.cat([self.mod, other.mod], 1))
 
 
 class Trunk(nn.Module):
@@ -271,7 +266,6 @@ class Trunk(nn.Module):
 
     ``checkpointing`` keeps of each block its input alone and computes the rest again for the backward pass; without
     ``recompute_attention`` attention outputs are kept too (SDPA's; FlexAttention is computed again all the same).
-    ``skip``: which blocks are bypassed at which noise level (blocks.py); None: none.
     """
 
     def __init__(
@@ -280,13 +274,13 @@ class Trunk(nn.Module):
         super().__init__()
         self.cfg, self.layers = cfg, tuple(layers)
         self.checkpointing, self.recompute_attention = False, True
-        self.skip: SkipConfig | None = None
         self.patch_embedding = PatchEmbedding(cfg)
         self.condition_embedder = cfg.conditioner(with_text)
         self.blocks = nn.ModuleList(cfg.block() for _ in layers)
         self.head = cfg.head() if with_head else None
 
     def embed(self, x_BFCHW: Tensor) -> Tensor:
+        """Latents -> tokens (B, L, E)."""
         tokens: Tensor = self.patch_embedding(x_BFCHW)
         return tokens
 
@@ -295,8 +289,8 @@ class Trunk(nn.Module):
         return self.condition_embedder  # type: ignore[return-value]  # a module that the config made
 
     def times(self, t_BF: Tensor, signal_BFE: Tensor | None = None) -> Times:
-        """``signal``: what :meth:`signal` gave for these frames."""
-        return Times(*self.conditioner.time(t_BF, signal_BFE))
+        """Of frames at t in [0, 1] (or the config's ``clean_time``); ``signal``: :meth:`signal` of these frames."""
+        return Times(t_BF, *self.conditioner.time(t_BF, signal_BFE))
 
     def clean_times(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """The time of finished frames, (rows, frames), in at least fp32."""
@@ -308,12 +302,13 @@ class Trunk(nn.Module):
         return self.conditioner.signal(cond, decoder)
 
     def text(self, text_BLE: Tensor) -> Tensor:
+        """Token states of a prompt (B, L, text_dim) -> embedded (B, L, E)."""
         return self.conditioner.text(text_BLE)
 
     def text_kv(self, embedded_BLE: Tensor) -> Text:
         """Cross-attention K/V of every block, once per prompt; without such blocks the (empty) text itself."""
-        found = tuple(block.attn2.kv(embedded_BLE) for block in self.blocks if isinstance(block, WanBlock))
-        return found or embedded_BLE
+        kv = tuple(block.attn2.kv(embedded_BLE) for block in self.blocks if isinstance(block, WanBlock))
+        return kv or embedded_BLE
 
     def rope(self, frames: Sequence[int], height: int, width: int, like: Tensor) -> Rotary:
         """Positions of whole frames, as a table on ``like``'s device."""
@@ -330,39 +325,18 @@ class Trunk(nn.Module):
         attend: AttentionContext,
         span: slice = slice(None),
         keep: int | None = None,
-        t_BF: Tensor | None = None,
     ) -> Tensor:
-        """The blocks of ``span`` in order. ``text`` is the embedded prompt, or the K/V of all blocks. ``keep``: return
-        the last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs. ``t``: the frames'
-        times, by which ``skip`` bypasses blocks (not together with ``keep``, unless for finished frames)."""
-        chosen = range(len(self.blocks))[span]
+        """Tokens through the blocks of ``span`` in order -> tokens.
 
-        def run(x_BLE: Tensor, indices: range) -> Tensor:
-            return self._run(x_BLE, mod_BF6E, text, rotary, attend, indices, keep)
-
-        if self.skip is None or t_BF is None or x_BLE.is_meta:  # what is only counted: every block
-            return run(x_BLE, chosen)
-        full_BF = self.skip.full(t_BF, self.cfg.clean_time)
-        if not torch.is_grad_enabled() and bool(full_BF.all()):  # under autograd all run, and nobody waits to know
-            return run(x_BLE, chosen)
-        assert keep is None, "some blocks are bypassed: all frames go on"
-        return run_skipping(run, x_BLE, full_BF, chosen, self.skip.middle(len(self.blocks)))
-
-    def _run(
-        self,
-        x_BLE: Tensor,
-        mod_BF6E: Tensor,
-        text: Text,
-        rotary: Rotary,
-        attend: AttentionContext,
-        chosen: range,
-        keep: int | None,
-    ) -> Tensor:
+        ``mod``: :class:`Times`. ``text``: the embedded prompt, or the K/V of all blocks. ``keep``: return the
+        last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs.
+        """
+        indices = range(len(self.blocks))[span]
         context = noop_context_fn if self.recompute_attention else _keep_attention
-        for index in chosen:
+        for index in indices:
             block_text = text if isinstance(text, Tensor) else text[index]
-            kept = keep if index == chosen[-1] else None
-            arguments = (x_BLE, mod_BF6E, block_text, rotary, attend, index, kept)
+            block_keep = keep if index == indices[-1] else None
+            arguments = (x_BLE, mod_BF6E, block_text, rotary, attend, index, block_keep)
             if self.checkpointing and torch.is_grad_enabled():
                 x_BLE = checkpoint(self.blocks[index], *arguments, use_reentrant=False, context_fn=context)
             else:
@@ -371,7 +345,7 @@ class Trunk(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x_BFCHW: Tensor,
         t_BF: Tensor,
         text: Text,
         rotary: Rotary,
@@ -380,20 +354,43 @@ class Trunk(nn.Module):
         keep: int | None = None,
         signal_BFE: Tensor | None = None,
     ) -> Tensor:
-        """Frames at their times through the blocks of ``span``: velocity (B, keep or F, C, H, W) if the stack has a
-        head and the span reaches it, else tokens. ``x``: latents (B, F, C, H, W), or for a stack without a head tokens
-        (B, L, E). ``signal``: see :meth:`times`. The rest: see :meth:`run`."""
-        times, size = self.times(t_BF, signal_BFE), x.shape[-2:]
-        x = self.run(x if x.ndim == TOKENS else self.embed(x), times.mod, text, rotary, attend, span, keep, t_BF)
-        frames = times.temb.shape[1] if keep is None else min(keep, times.temb.shape[1])
-        if self.head is None or frames == 0 or range(len(self.blocks))[span].stop < len(self.blocks):
-            return x
-        return self.velocity(x, times.temb[:, times.temb.shape[1] - frames :], *size)
+        """Latents at their times through the blocks -> tokens: :meth:`embed`, :meth:`times` and :meth:`run`."""
+        mod = self.times(t_BF, signal_BFE).mod
+        return self.run(self.embed(x_BFCHW), mod, text, rotary, attend, span, keep)
 
     def velocity(self, x_BLE: Tensor, temb_BFE: Tensor, height: int, width: int) -> Tensor:
+        """Tokens of frames of (height, width) -> their velocity (B, F, C, H, W), at least fp32."""
         assert self.head is not None, "this trunk was built without a head"
         out: Tensor = self.head(x_BLE, temb_BFE, height, width)
         return out
+
+
+class RunBlocks(Protocol):
+    """How a whole model runs the blocks of its trunk: :func:`run_all`, or by a schedule (blocks.py)."""
+
+    def __call__(
+        self,
+        trunk: Trunk,
+        x_BLE: Tensor,
+        times: Times,
+        text: Text,
+        rotary: Rotary,
+        attend: AttentionContext,
+        span: slice,
+    ) -> Tensor: ...
+
+
+def run_all(
+    trunk: Trunk,
+    x_BLE: Tensor,
+    times: Times,
+    text: Text,
+    rotary: Rotary,
+    attend: AttentionContext,
+    span: slice,
+) -> Tensor:
+    """Every block on every frame."""
+    return trunk.run(x_BLE, times.mod, text, rotary, attend, span)
 
 
 _SDPA = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
-from scd_sf.models.build import blocks_of, running_as
+from scd_sf.models.blocks import blocks_of, running_as
 from scd_sf.models.causal import Causal
 from scd_sf.probes.paired import Change, FlowLosses, LossConfig, changes_figure, increase, increases, moved
 from scd_sf.probes.result import ProbeResult

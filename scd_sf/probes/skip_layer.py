@@ -17,8 +17,8 @@ from torch import Tensor
 
 from scd_sf.evaluation.timing import Cost, time_in_rounds
 from scd_sf.generation.generate import generate_latents
-from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import Scd, blocks_of, running_as
+from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of, running_as
+from scd_sf.models.build import Scd
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.paired import NONE, Change, FlowLosses, LossConfig, changes_figure, increase, moved
 from scd_sf.probes.result import ProbeResult

@@ -15,6 +15,7 @@ from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Sampler
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import sample_bidirectional
+from scd_sf.models.blocks import blocks_of
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
 from scd_sf.models.wan.transformer import Wan
@@ -62,7 +63,7 @@ class Subject:
     @property
     def bypassed(self) -> range:
         """Blocks that a skip-layer schedule (P5) leaves out of some steps: there they have no features."""
-        skip = None if isinstance(self.model, Scd) else self.model.trunk.skip
+        skip = blocks_of(self.model).skip
         return range(0) if skip is None else skip.middle(len(self.step_blocks))
 
     def check_whole(self) -> None:

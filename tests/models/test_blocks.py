@@ -13,8 +13,8 @@ from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import sample_bidirectional
-from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model, set_blocks
+from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of, set_blocks
+from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model
 from scd_sf.models.causal import Causal
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.nn.attention import attention
@@ -129,7 +129,8 @@ def test_frame_diagonal_blocks_are_the_masks_written_out(chunk: int) -> None:
     t = torch.cat([torch.zeros(2, frames, dtype=torch.float64), data.t.transpose(0, 1).flatten(1)], 1)
     rotary = trunk.rope([*range(frames), *range(3 * chunk), *range(3 * chunk)], tiny.HEIGHT, tiny.WIDTH, noisy)
     x, text = torch.cat([data.x[:, :frames], noisy], 1), trunk.text(data.cond.text_BLE)
-    out = trunk(x, t, text, rotary, PerLayer([causal] * 4 + [own] * 2))[:, frames:]
+    tokens = trunk(x, t, text, rotary, PerLayer([causal] * 4 + [own] * 2))
+    out = trunk.velocity(tokens, trunk.times(t).temb, tiny.HEIGHT, tiny.WIDTH)[:, frames:]
     ours = tiny.teacher_forced(model, data)
     assert torch.allclose(ours, out.unflatten(1, (2, -1)).transpose(0, 1), rtol=0, atol=1e-12)
     set_blocks(model, BlocksConfig())
@@ -155,10 +156,10 @@ def test_a_checkpoint_says_how_it_is_run() -> None:
     read = from_yaml(CheckpointConfig, to_yaml(config))
     assert read == config
     model = build_model(read.model)
-    assert isinstance(model, Causal) and model.frame_diagonal == 2 and model.trunk.skip == tiny.SKIP
+    assert isinstance(model, Causal) and blocks_of(model) == BlocksConfig(2, tiny.SKIP)
     assert read.model.with_blocks(None) is read.model
     plain = build_model(read.model.with_blocks(BlocksConfig()))
-    assert isinstance(plain, Causal) and plain.frame_diagonal == 0 and plain.trunk.skip is None
+    assert isinstance(plain, Causal) and blocks_of(plain) == BlocksConfig()
     with pytest.raises(UserError, match="compile"):
         compile_steps(model, CompileConfig(enabled=True), torch.device("cpu"))
 

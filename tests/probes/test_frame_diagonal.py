@@ -11,8 +11,7 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import blocks_of, set_blocks
+from scd_sf.models.blocks import BlocksConfig, blocks_of, set_blocks
 from scd_sf.probes.frame_diagonal import DiagonalProbe, diagonal_rows, frame_diagonal
 from scd_sf.probes.paired import NONE, FlowLosses, LossConfig, increase, moved
 from scd_sf.types import UserError

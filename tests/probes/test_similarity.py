@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.diffusion.solvers import Euler, Renoise
-from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import set_blocks
+from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass, frame_mass
 from scd_sf.probes.pca import PcaProbe, components, pca

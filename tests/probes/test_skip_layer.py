@@ -11,8 +11,7 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import blocks_of, running_as
+from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of, running_as
 from scd_sf.models.causal import Causal
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.paired import NONE, FlowLosses, LossConfig, increase, moved

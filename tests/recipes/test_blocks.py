@@ -13,7 +13,7 @@ from tiny_run import Chain
 from scd_sf.checkpoint import find
 from scd_sf.config import from_yaml
 from scd_sf.evaluation.table import read_rows
-from scd_sf.models.blocks import BlocksConfig, SkipConfig
+from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of
 from scd_sf.models.build import CheckpointConfig, load_student
 from scd_sf.models.causal import Causal
 from scd_sf.tools.plan.job import read_job
@@ -34,7 +34,7 @@ def causal(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_fine_tune_scores_and_samples_run_the_schedule(chain: Chain, causal: Path, tmp_path: Path) -> None:
     model, config = load_student(causal / "skip")
     wanted = BlocksConfig(1, SkipConfig(1, 2, 1, 3))
-    assert config.model.blocks == wanted and isinstance(model, Causal) and model.trunk.skip == wanted.skip
+    assert config.model.blocks == wanted and isinstance(model, Causal) and blocks_of(model) == wanted
     assert from_yaml(CheckpointConfig, find(causal / "stage1") / "config.yaml").model.blocks == BlocksConfig()
 
     for split, count in (("train", 24), ("val", 12)):

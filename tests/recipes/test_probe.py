@@ -17,8 +17,8 @@ from scd_sf.cli import app
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameClips, FrameSetInfo, FrameWriter
 from scd_sf.files import locked
-from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, set_blocks, write_single
+from scd_sf.models.blocks import BlocksConfig, set_blocks
+from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, write_single
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.probes.paired import FlowLosses
 from scd_sf.probes.report import write_probe_report

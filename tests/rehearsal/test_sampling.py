@@ -20,8 +20,7 @@ from scd_sf.diffusion.solvers import Euler, Renoise, Sampler, UniPC
 from scd_sf.generation.generate import clips_of, decode, generate, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.rollout import sample_bidirectional
-from scd_sf.models.blocks import BlocksConfig, SkipConfig
-from scd_sf.models.build import running_as
+from scd_sf.models.blocks import BlocksConfig, SkipConfig, running_as
 from scd_sf.models.wan.vae import Vae, channels_last
 from scd_sf.types import Conditioning
 

@@ -37,7 +37,7 @@ from scd_sf.models.scd.decoder import (
     rows_per_chunk,
 )
 from scd_sf.models.trunk import Text, Trunk
-from scd_sf.nn.attention import FullSequence, Streaming
+from scd_sf.nn.attention import AttentionContext, FullSequence, Streaming
 from scd_sf.nn.kv_cache import KV, Cache, CacheConfig
 from scd_sf.nn.layers import LayerNorm, modulate, upcast
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
@@ -172,7 +172,7 @@ class ScdScratch(nn.Module):
         t_BF: Tensor,
         text: Text,
         rotary: Rotary,
-        attend: FullSequence | Streaming,
+        attend: AttentionContext,
         signal_BFE: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """One encoder pass: tokens of the frames before -> normalised contexts, and the time embedding (B, F, E)."""
