@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, generator
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.generation.guided import Guided, SampleGuidance
+from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.interface import FrameStreamer, check_chunks
@@ -113,7 +113,7 @@ def generate_latents(
     if guidance is not None and guidance.on:
         if null is None:
             raise UserError("guidance needs the condition that it leads away from; give null")
-        streamer = Guided(student, guidance, as_stored(null), noise.role("corruption", once=True))
+        streamer = under_guidance(student, guidance, as_stored(null), noise.role("corruption", once=True))
     chunks = stream_rollout(
         streamer,
         noise.chunks((size[0], size[1], size[2]), student.chunk, known, frames),

@@ -8,7 +8,6 @@ guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with no
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from torch import Tensor
 from scd_sf.diffusion.guidance import GuidanceConfig, guide
 from scd_sf.diffusion.noise import Noise
 from scd_sf.models.build import Scd, Student
+from scd_sf.models.interface import FrameStreamer, SeparableStreamer, Stream
+from scd_sf.models.scd.decoder import corrupt
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, check_within
 
@@ -47,57 +48,103 @@ class SampleGuidance:
         return self.text.w != 1.0 or self.corruption != 1.0
 
 
-class Guided:
-    """``student`` under ``guidance``. Every chunk is denoised as two rows, the guiding one second."""
+def under_guidance(student: Student, guidance: SampleGuidance, null: Conditioning, noise_like: Noise) -> FrameStreamer:
+    """``student`` under ``guidance``: :class:`Guided`, or :class:`GuidedDecoder` where that is enough.
 
-    def __init__(self, student: Student, guidance: SampleGuidance, null: Conditioning, noise_like: Noise) -> None:
-        """``null``: the prompt of nothing, batch 1. ``noise_like``: draws the corruption of c."""
-        self.student, self.guidance, self.null, self.noise_like = student, guidance, null, noise_like
-        self.whole = guidance.corruption == 1.0 and guidance.scope == "all"
-        if not self.whole and not isinstance(student, Scd):
-            raise UserError(
-                "guidance by corruption or of the decoder alone needs an SCD student; use text with scope all"
-            )
+    ``null``: the prompt that text guidance leads away from, one row. ``noise_like``: draws the corruption of
+    contexts, the same at every call within a chunk. UserError: the causal baseline has no decoder of its own.
+    """
+    if guidance.corruption == 1.0 and guidance.scope == "all":
+        return Guided(student, guidance, null)
+    if not isinstance(student, Scd):
+        raise UserError("guidance by corruption or of the decoder alone needs an SCD student; use text with scope all")
+    return GuidedDecoder(student, guidance, null, noise_like)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The whole student on two rows for every clip, under its prompt and under ``null``."""
+
+    student: FrameStreamer
+    guidance: SampleGuidance
+    null: Conditioning
 
     @property
     def chunk(self) -> int:
         return self.student.chunk
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
-        if self.whole:
-            return self.student.start(self._both(cond), latent, cache)
+    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Stream:
+        """As the student's, of 2B rows: B under ``cond``, then B under ``null``."""
+        return self.student.start(both_prompts(cond, self.null), latent, cache)
+
+    def switch(self, stream: Stream, cond: Conditioning) -> Stream:
+        """As the student's."""
+        return self.student.switch(stream, both_prompts(cond, self.null))
+
+    def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
+        """Both rows get the same frames and the same query noise."""
+        return self.student.advance(stream, None if x_0 is None else twice(x_0), twice(query_noise))
+
+    def denoise(self, stream: Stream, x_t: Tensor, t: Tensor) -> Tensor:
+        """uncond + w (cond - uncond), (B, n, C, H, W)."""
+        cond, uncond = self.student.denoise(stream, twice(x_t), t.repeat(2)).chunk(2)
+        return guide(cond, uncond, self.guidance.text.w)
+
+
+@dataclass(frozen=True)
+class GuidedDecoder:
+    """SCD whose decoder alone runs on two rows for every clip; the encoder's context serves both.
+
+    The second row has the prompt ``null``, or (guidance by corruption) the first row's prompt and a
+    corrupted context.
+    """
+
+    student: SeparableStreamer
+    guidance: SampleGuidance
+    null: Conditioning
+    noise_like: Noise
+
+    @property
+    def chunk(self) -> int:
+        return self.student.chunk
+
+    @property
+    def by_corruption(self) -> bool:
+        """Whether a corrupted context guides; otherwise the null prompt does."""
+        return self.guidance.corruption != 1.0
+
+    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Stream:
+        """As the student's, whose decoder has 2B rows."""
         return self._decoder_rows(self.student.start(cond, latent, cache), cond)
 
-    def switch(self, stream: Any, cond: Conditioning) -> Any:
-        generator: Any = self.student
-        if self.whole:
-            return generator.switch(stream, self._both(cond))
-        return self._decoder_rows(generator.switch(stream, cond), cond)
+    def switch(self, stream: Stream, cond: Conditioning) -> Stream:
+        """As the student's."""
+        return self._decoder_rows(self.student.switch(stream, cond), cond)
 
-    def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
-        twice = query_noise.repeat(2, 1, 1, 1, 1)
-        generator: Any = self.student
-        if self.whole:
-            return generator.advance(stream, None if x_0 is None else x_0.repeat(2, 1, 1, 1, 1), twice)
-        stream, c_BLE = generator.encode_next(stream, x_0, query_noise)
-        other = c_BLE
-        if self.guidance.corruption != 1.0:
-            rms = c_BLE.pow(2).mean(-1, keepdim=True).sqrt()
-            other = c_BLE + self.guidance.eta * rms * self.noise_like(c_BLE)
-        return generator.with_context(stream, torch.cat([c_BLE, other]), twice)
-
-    def denoise(self, stream: Any, x_t: Tensor, t: Tensor) -> Tensor:
-        generator: Any = self.student
-        both: Tensor = generator.denoise(stream, x_t.repeat(2, 1, 1, 1, 1), t.repeat(2))
-        guided, guiding = both.chunk(2)
-        corruption = self.guidance.corruption
-        return guide(guided, guiding, corruption if corruption != 1.0 else self.guidance.text.w)
-
-    def _both(self, cond: Conditioning) -> Conditioning:
-        return cond.cat(self.null.to(cond.text_BLE.device).expand(cond.batch))
-
-    def _decoder_rows(self, stream: Any, cond: Conditioning) -> Any:
-        """The decoder's prompts for both rows of every clip."""
-        assert isinstance(self.student, Scd)
-        rows = cond.repeat(2) if self.guidance.corruption != 1.0 else self._both(cond)
+    def _decoder_rows(self, stream: Stream, cond: Conditioning) -> Stream:
+        rows = cond.repeat(2) if self.by_corruption else both_prompts(cond, self.null)
         return self.student.switch_decoder(stream, rows)
+
+    def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
+        """The encoder once; its context for both rows."""
+        stream, c_BLE = self.student.encode_next(stream, x_0, query_noise)
+        guiding = c_BLE
+        if self.by_corruption:
+            guiding = corrupt(c_BLE, self.guidance.eta, self.noise_like)
+        return self.student.with_context(stream, torch.cat([c_BLE, guiding]), twice(query_noise))
+
+    def denoise(self, stream: Stream, x_t: Tensor, t: Tensor) -> Tensor:
+        """second + w (first - second), (B, n, C, H, W)."""
+        first, second = self.student.denoise(stream, twice(x_t), t.repeat(2)).chunk(2)
+        w = self.guidance.corruption if self.by_corruption else self.guidance.text.w
+        return guide(first, second, w)
+
+
+def both_prompts(cond: Conditioning, null: Conditioning) -> Conditioning:
+    """2B rows: ``cond``, then ``null`` (one row) B times."""
+    return cond.cat(null.to(cond.text_BLE.device).expand(cond.batch))
+
+
+def twice(x_BFCHW: Tensor) -> Tensor:
+    """2B rows: x, then x again."""
+    return x_BFCHW.repeat(2, 1, 1, 1, 1)

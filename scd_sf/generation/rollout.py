@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, row_noise
 from scd_sf.diffusion.solvers import Sampler
-from scd_sf.models.interface import FrameStreamer, check_chunks
+from scd_sf.models.interface import FrameStreamer, Stream, check_chunks
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, Denoiser
 
@@ -35,7 +36,7 @@ def stream_rollout(
     there and carries gradients of that step only; history is detached.
 
     ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue); they are not yielded.
-    Nobody reads the query beside them, so no noise is drawn for it.
+    The query beside them is not read, so no noise is drawn for it.
     ``prompts``: another prompt from the n-th yielded chunk on.
     """
     chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
@@ -44,24 +45,23 @@ def stream_rollout(
         return
     stream = generator.start(cond, (x_T.shape[-2], x_T.shape[-1]), cache)
     previous: Tensor | None = None
-    for known in () if history is None else _chunks(history, generator.chunk):
+    for finished in () if history is None else _chunks(history, generator.chunk):
         stream = generator.advance(stream, previous, x_T)
-        previous = known
+        previous = finished
     number = 0
     while x_T is not None:
         if prompts is not None and number in prompts:
             stream = generator.switch(stream, prompts[number])
         stream = generator.advance(stream, previous, draw_query(x_T))
-        current = stream
-
-        def velocity(x_t: Tensor, t: float, at: object = current) -> Tensor:
-            times = torch.full(x_t.shape[:1], t, device=x_t.device, dtype=torch.float32)
-            return generator.denoise(at, x_t, times)
-
-        x_0 = sampler(velocity, x_T, noise_like, exit_step)
+        x_0 = sampler(partial(_velocity, generator, stream), x_T, noise_like, exit_step)
         previous = x_0.detach()
         yield x_0
         x_T, number = next(chunks, None), number + 1
+
+
+def _velocity(generator: FrameStreamer, stream: Stream, x_t: Tensor, t: float) -> Tensor:
+    times = torch.full(x_t.shape[:1], t, device=x_t.device, dtype=torch.float32)
+    return generator.denoise(stream, x_t, times)
 
 
 def _chunks(frames: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tensor]:

@@ -192,11 +192,11 @@ def _by_time(errors: Tensor, t: Tensor) -> Logs:
 
 def loss_by_time(logs: Logs) -> Logs:
     """The logs of one update, added up or averaged, with mean losses by time ("loss/t0.8-1.0") in place of the sums."""
-    found = {name: value for name, value in logs.items() if not name.startswith((_SUM, _COUNT))}
+    means = {name: value for name, value in logs.items() if not name.startswith((_SUM, _COUNT))}
     for i in range(TIME_BINS):
         if logs[f"{_COUNT}{i}"]:
-            found[f"loss/t{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}"] = logs[f"{_SUM}{i}"] / logs[f"{_COUNT}{i}"]
-    return found
+            means[f"loss/t{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}"] = logs[f"{_SUM}{i}"] / logs[f"{_COUNT}{i}"]
+    return means
 
 
 def denoiser_flow_loss(denoiser: Denoiser, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:

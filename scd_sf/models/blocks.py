@@ -1,5 +1,6 @@
 """Two ways to run a whole model with fewer blocks, or with blocks that see less: the paper's probes of what
-a model can do without (section 4.2, supplement D.1). Its parameters stay what they are.
+a model can do without (section 4.2, supplement D.1; P5 and P6 of docs/results/probes.md). Its parameters stay
+what they are.
 
 A checkpoint says how it is run (``model.blocks`` of its config.yaml). So what runs it so is here, where every
 reader of checkpoints finds it; what measures it is in probes/skip_layer.py and probes/frame_diagonal.py.

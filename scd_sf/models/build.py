@@ -282,8 +282,8 @@ def probe(model: Student | Wan) -> Tensor:
 
     cond = Conditioning(normal(1, 4, cfg.text_dim))
     if isinstance(cfg, DitConfig) and not isinstance(model, Wan):
-        told = torch.zeros(1, 2 * model.chunk, dtype=torch.long, device=reference.device)
-        cond = Conditioning(cond.text_BLE, told, told[:, 0])
+        actions = torch.zeros(1, 2 * model.chunk, dtype=torch.long, device=reference.device)
+        cond = Conditioning(cond.text_BLE, actions, actions[:, 0])
     if isinstance(model, Wan):
         velocity: Tensor = model(
             normal(1, 2, cfg.in_channels, *size), torch.full((1,), 0.7, device=reference.device), cond

@@ -112,7 +112,10 @@ class DitConditioner(nn.Module):
         self.action_embedding = nn.Embedding(cfg.num_actions + 1, cfg.width) if cfg.num_actions else None
         self.label_embedding = nn.Embedding(cfg.num_labels + 1, cfg.width) if cfg.num_labels else None
         for name, parameter in self.named_parameters():
-            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=INIT_STD)
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=INIT_STD)
 
     def time(self, t_BF: Tensor, signal_BFE: Tensor | None) -> tuple[Tensor, Tensor]:
         """-> (temb, silu(temb)), both (B, F, E)."""
@@ -124,7 +127,7 @@ class DitConditioner(nn.Module):
         return temb, F.silu(temb)
 
     def text(self, text_BLE: Tensor) -> Tensor:
-        """There is none."""
+        """The text itself: these models are given none, and their blocks ignore it."""
         return text_BLE
 
     def signal(self, cond: Conditioning, decoder: bool) -> Tensor | None:
@@ -133,16 +136,16 @@ class DitConditioner(nn.Module):
         if decoder and cond.decoder_actions_BF is not None:
             actions = cond.decoder_actions_BF
         parts = []
-        for name, table, chosen in (
+        for name, table, indices in (
             ("action", self.action_embedding, actions),
             ("label", self.label_embedding, None if cond.labels_B is None else cond.labels_B.unsqueeze(1)),
         ):
             if table is None:
                 continue
-            if chosen is None:
+            if indices is None:
                 raise UserError(f"the model is told {name}s and none were given; use -1 for the null {name}")
             null = table.num_embeddings - 1
-            parts.append(table(torch.where(chosen < 0, null, chosen)))
+            parts.append(table(torch.where(indices < 0, null, indices)))
         return sum(parts[1:], parts[0]) if parts else None
 
 

@@ -1,6 +1,26 @@
-"""What rollout and losses know of a student: :class:`FrameGenerator`. SCD and the causal baseline both are one.
+"""The one thing to read first: :class:`FrameGenerator`, what losses and the rollout know of a student.
 
-Letters: B batch, K noisy samples per frame, F latent frames, M target chunks, C channels, H W latent height and width.
+Both SCD models and the causal baseline are one. A clip is made of *chunks* of ``chunk`` latent frames,
+denoised together. There are two ways through a student, and tests hold them equal:
+
+- Training on whole clips: :meth:`~FrameGenerator.teacher_forced`, one pass over all chunks under a mask.
+- Rollout (sampling, stage 3), chunk by chunk, with a cache in the mask's place:
+
+      stream = generator.start(cond, latent)
+      for each chunk:
+          stream = generator.advance(stream, x_0 of the chunk before, query_noise)   # once per chunk
+          x_0 = sampler(x_t -> generator.denoise(stream, x_t, t))                    # S calls per chunk
+
+SCD puts its encoder into ``advance`` and its light decoder into ``denoise``. The causal baseline writes the
+history in ``advance`` and runs the whole model in ``denoise``.
+
+Gradients: the history is detached, and x_0 is detached by ``advance``, so no gradient crosses chunks. Within
+a chunk they flow through ``denoise`` into what ``advance`` computed, which is SCD's encoder: ``advance``
+must run with gradients for the chunks that train. Nothing that a stream holds is written in place, except
+the preallocated history of sampling, which refuses to be written under autograd.
+
+Letters: B clips, K noisy samples per frame, F latent frames, M target chunks, C channels, H W height and
+width of a latent frame, L tokens of a chunk, E width of the model.
 """
 
 from __future__ import annotations
@@ -15,13 +35,16 @@ from torch import Tensor
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, on_device
 
+Stream = Any  # one video in the making; opaque to callers, each student has its own type
+
 
 @dataclass(frozen=True)
 class Query:
-    """The encoder's noisy query frames of SCD on Wan: x (B, F, C, H, W) at times t (B, F) (paper 4, supplement E.1);
-    None for models trained from scratch, whose encoder has no query.
+    """What SCD's encoder is given beside clean frames in training.
 
-    ``eta`` is the context corruption of Eq. 7; its noise comes from ``rng`` (CPU), independently per noisy sample.
+    ``x`` (B, F, C, H, W) at times ``t`` (B, F): the noisy query frames on Wan (paper, section 4), with noise
+    of their own. None for models trained from scratch, whose encoder has no query. ``eta``: strength of the
+    context's corruption (Eq. 7); its noise comes from ``rng`` (CPU), independently per noisy sample.
     """
 
     x: Tensor | None = None
@@ -31,28 +54,51 @@ class Query:
 
 
 class FrameStreamer(Protocol):
-    """What a rollout knows of a student, guided or not: it generates ``chunk`` latent frames at a time.
-
-    ``Stream`` objects are opaque to callers: :meth:`start` makes one, :meth:`advance` returns the next one.
-    """
+    """What a rollout knows of a student, guided or not."""
 
     @property
-    def chunk(self) -> int: ...
-
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
-        """A new stream for latent frames of (H, W)."""
+    def chunk(self) -> int:
+        """Latent frames generated together."""
         ...
 
-    def switch(self, stream: Any, cond: Conditioning) -> Any:
-        """The same stream under another prompt from the next chunk on; what was cached of the past stays."""
+    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Stream:
+        """A new stream of B videos: ``cond`` has B rows, latent frames are ``latent`` = (H, W).
+
+        ``cache``: how much history is kept, and where (None: all of it, for training).
+        """
         ...
 
-    def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
-        """Once per chunk: the finished previous chunk in (None before the first), the next chunk's context out."""
+    def switch(self, stream: Stream, cond: Conditioning) -> Stream:
+        """The same stream under other conditions from the next chunk on; the history stays."""
         ...
 
-    def denoise(self, stream: Any, x_t: Tensor, t: Tensor) -> Tensor:
-        """S times per chunk, a pure read: x_t (B, chunk, C, H, W), t (B,) -> velocity."""
+    def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
+        """Once per chunk: x_0 (B, chunk, C, H, W), the finished chunk before, joins the history (None before
+        the first chunk), and the coming chunk's context is made.
+
+        ``query_noise``: pure noise of the coming chunk's shape, not the noise it starts from (ADR 0004). SCD
+        on Wan encodes it; the others read its shape and dtype alone.
+        """
+        ...
+
+    def denoise(self, stream: Stream, x_t: Tensor, t: Tensor) -> Tensor:
+        """S times per chunk: x_t (B, chunk, C, H, W) at t (B,) -> velocity of the same shape. Changes nothing."""
+        ...
+
+
+class SeparableStreamer(FrameStreamer, Protocol):
+    """A student whose encoder and decoder can be driven apart: SCD. Guidance of the decoder needs it."""
+
+    def encode_next(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> tuple[Stream, Tensor]:
+        """The encoder's part of :meth:`advance`: the stream, and the coming chunk's context (B, L, E)."""
+        ...
+
+    def with_context(self, stream: Stream, c_RLE: Tensor, query_noise: Tensor) -> Stream:
+        """The decoder's part of :meth:`advance`: contexts of R rows, one per row of its conditions."""
+        ...
+
+    def switch_decoder(self, stream: Stream, cond: Conditioning) -> Stream:
+        """Other conditions for the decoder alone, of a multiple of B rows."""
         ...
 
 
@@ -61,7 +107,7 @@ class FrameGenerator(FrameStreamer, Protocol):
 
     @property
     def needs_query(self) -> bool:
-        """Whether its encoder is given noisy query frames (SCD on Wan)."""
+        """Whether training has to give its encoder noisy query frames (SCD on Wan)."""
         ...
 
     def teacher_forced(
@@ -74,9 +120,12 @@ class FrameGenerator(FrameStreamer, Protocol):
         query: Query | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
-        """One pass over the clip: x_t (K, B, F, C, H, W), t (K, B, F), x_clean (B, F, C, H, W) -> velocity
-        (K, B, M*chunk, C, H, W) of the target chunks (default: all). ``query``: SCD's query frames and the corruption
-        of its context; ignored by others."""
+        """The velocities of the target chunks, each given the clean chunks before it.
+
+        x_t (K, B, F, C, H, W) at t (K, B, F), constant within a chunk; x_clean (B, F, C, H, W) -> (K, B, M*chunk,
+        C, H, W). ``targets``: indices of the M chunks (None: all). ``query``: :class:`Query`; the causal baseline
+        ignores it. UserError: chunks do not divide F, or SCD on Wan has no query.
+        """
         ...
 
 
@@ -88,7 +137,7 @@ def check_chunks(frames: int, chunk: int) -> int:
 
 
 def pick_chunks(x: Tensor, targets: Sequence[int], chunk: int, dim: int) -> Tensor:
-    """The frames of the target chunks along ``dim``; no copy when all are wanted."""
+    """The frames of the target chunks along ``dim``; no copy when these are all chunks."""
     if list(targets) == list(range(x.shape[dim] // chunk)):
         return x
     frames = torch.tensor(chunk_frames(targets, chunk))

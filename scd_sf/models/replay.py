@@ -3,7 +3,7 @@
 For sampling. Addresses and Python numbers are baked into a recording, so inputs are copied into places of their own
 (skipped where the same tensor was given last time), and whatever else decides a step is part of its key: a step that
 reads the history has one recording for each of its lengths, a few dozen for a window; they share their scratch memory.
-A step may be run more often than it counts: it writes where nobody reads yet (``RingKVCache.write``).
+A step may be run more often than it counts: it writes where no step reads yet (``RingKVCache.write``).
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ def cuda_recorder(device: torch.device) -> Record[Any]:
 
 @dataclass
 class _Place:
-    """Where an input lies for a recording, and what was copied there last."""
+    """Where an input lies for a recording, and what was copied there last: ``source``, at its ``version``."""
 
     tensor: Tensor
-    given: Tensor
+    source: Tensor
     version: int = -1
 
 
 @dataclass
-class _Room:
-    """Buffers of a history, and whose they are now."""
+class _History:
+    """Buffers of a history, and the cache that uses them now."""
 
     number: int
     buffers: Buffers = field(default_factory=dict)
-    tenant: weakref.ref[RingKVCache] | None = None
+    owner: weakref.ref[RingKVCache] | None = None
 
 
 class Replayed:
@@ -74,7 +74,7 @@ class Replayed:
         self._record, self._numbers, self._weights = record, itertools.count(), tuple[int, ...]()
         self._recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self._places: dict[Hashable, _Place] = {}
-        self._rooms: dict[Hashable, list[_Room]] = {}
+        self._histories: dict[Hashable, list[_History]] = {}
 
     def __deepcopy__(self, memo: object) -> Replayed:
         return Replayed(self._record)
@@ -104,30 +104,36 @@ class Replayed:
                 self._places[key] = _Place(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), tensor)
         place = self._places[key]
         version = -1 if tensor.is_inference() else tensor._version
-        if place.given is not tensor or place.version != version or version < 0:
+        if place.source is not tensor or place.version != version or version < 0:
             place.tensor.copy_(tensor)
-            place.given, place.version = tensor, version
+            place.source, place.version = tensor, version
         return place.tensor
 
-    def house(self, cache: Cache, key: Hashable, places: int, model: nn.Module) -> None:
-        """Give a new history the buffers that recordings know: those of a video that is gone, or new ones. ``key``:
-        what decides their shapes; ``places``: how many lengths it can have. If ``model`` has other tensors now than
-        what was recorded read (values may change in place), everything is recorded again."""
+    def lend_buffers(self, cache: Cache, key: Hashable, lengths: int, model: nn.Module) -> None:
+        """Give a new history the buffers that recordings know: those of a video that is gone, or new ones.
+
+        ``key``: what decides their shapes; ``lengths``: how many lengths the history can have. If ``model`` has
+        other tensors now than what was recorded read (values may change in place), everything is recorded again.
+        UserError: more lengths than are recorded.
+        """
         assert isinstance(cache, RingKVCache), "recorded steps need a preallocated history (CacheConfig.sampling)"
-        if places > MOST:
+        if lengths > MOST:
             raise UserError(
-                f"compile.cuda_graphs records a step once per length of the history, here {places}; at most {MOST}: "
+                f"compile.cuda_graphs records a step once per length of the history, here {lengths}; at most {MOST}: "
                 "set a window"
             )
         weights = tuple(tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers()))
         if weights != self._weights:
-            self._weights, self._recorded, self._places, self._rooms = weights, {}, {}, {}
-        rooms = self._rooms.setdefault(key, [])
-        room = next((room for room in rooms if room.tenant is None or room.tenant() is None), None)
-        if room is None:
-            rooms.append(room := _Room(next(self._numbers)))
-        room.tenant = weakref.ref(cache)
-        cache.use(room.buffers, (key, room.number))
+            self._weights, self._recorded, self._places, self._histories = weights, {}, {}, {}
+        histories = self._histories.setdefault(key, [])
+        unused = [history for history in histories if history.owner is None or history.owner() is None]
+        if unused:
+            history = unused[0]
+        else:
+            history = _History(next(self._numbers))
+            histories.append(history)
+        history.owner = weakref.ref(cache)
+        cache.use(history.buffers, (key, history.number))
 
 
 def run_step(replay: Replayed | None, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
@@ -151,8 +157,8 @@ def new_history(
     """
     history = new_cache(config, cfg.tokens(*latent), cfg.rope_axes, chunks * chunk)
     if replay is not None:
-        num_lengths = (config or CacheConfig()).num_lengths(chunk)
-        replay.house(history, (batch, latent, config), num_lengths, model)
+        lengths = (config or CacheConfig()).num_lengths(chunk)
+        replay.lend_buffers(history, (batch, latent, config), lengths, model)
     return history
 
 

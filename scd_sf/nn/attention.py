@@ -6,7 +6,7 @@ Letters: B batch, N heads, L tokens, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -62,8 +62,8 @@ class FullSequence:
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
         if isinstance(self.mask, BlockMask):
             if q_BNLD.is_meta:  # to be counted: every token sees its share of the others
-                seen = round(k_BNLD.shape[2] * (1 - self.mask.sparsity() / 100))
-                return attention(q_BNLD, k_BNLD[:, :, :seen], v_BNLD[:, :, :seen])
+                share = round(k_BNLD.shape[2] * (1 - self.mask.sparsity() / 100))
+                return attention(q_BNLD, k_BNLD[:, :, :share], v_BNLD[:, :, :share])
             return compiled_flex()(q_BNLD, k_BNLD, v_BNLD, block_mask=self.mask)
         if isinstance(self.mask, Layout):
             return self._by_rows(self.mask, q_BNLD, k_BNLD, v_BNLD)
@@ -71,16 +71,22 @@ class FullSequence:
 
     @staticmethod
     def _by_rows(layout: Layout, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
-        outputs, length, asked = [], k_BNLD.shape[2], q_BNLD.shape[2]
+        outputs, length, queries = [], k_BNLD.shape[2], q_BNLD.shape[2]
         step = max(1, ROWS // layout.tokens) * layout.tokens
-        for start in range(length - asked, length, step):
+        for start in range(length - queries, length, step):
             stop = min(start + step, length)
             mask, runs = row_mask(layout, start, stop)
-            q = q_BNLD[:, :, start - (length - asked) : stop - (length - asked)]
-            k, v = (x[:, :, runs[0]] if len(runs) == 1 else torch.cat([x[:, :, run] for run in runs], 2)
-                    for x in (k_BNLD, v_BNLD))  # fmt: skip
+            q = q_BNLD[:, :, start - (length - queries) : stop - (length - queries)]
+            k, v = _picked(k_BNLD, runs), _picked(v_BNLD, runs)
             outputs.append(attention(q, k, v, mask))
         return torch.cat(outputs, dim=2)
+
+
+def _picked(x_BNLD: Tensor, runs: Sequence[slice]) -> Tensor:
+    """The tokens of these runs; one run is no copy."""
+    if len(runs) == 1:
+        return x_BNLD[:, :, runs[0]]
+    return torch.cat([x_BNLD[:, :, run] for run in runs], 2)
 
 
 class Streaming:
@@ -104,15 +110,15 @@ class Streaming:
         if self.write and layer not in self.staged:
             written = sum(self.groups[: self.write])
             self.staged[layer] = (k_BNLD[:, :, :written], v_BNLD[:, :, :written])
-        new, asked = k_BNLD.shape[2], q_BNLD.shape[2]
-        if asked == 0:
+        new, queries = k_BNLD.shape[2], q_BNLD.shape[2]
+        if queries == 0:
             return q_BNLD
         k_BNLD, v_BNLD = self.past.joined(layer, k_BNLD, v_BNLD)
-        outputs, start = [], asked - new
+        outputs, start = [], queries - new
         for group in self.groups:
             end = start + group
             if end > 0:
-                visible = k_BNLD.shape[2] - (asked - end)
+                visible = k_BNLD.shape[2] - (queries - end)
                 q, k, v = q_BNLD[:, :, max(start, 0) : end], k_BNLD[:, :, :visible], v_BNLD[:, :, :visible]
                 outputs.append(attention(q, k, v))
             start = end

@@ -242,7 +242,7 @@ class RingKVCache:
         return self._name, self.filled
 
     def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
-        """Behind the past, where nobody reads it yet: a step that is run twice has the same result."""
+        """Behind the past, where no step reads it yet: a step that is run twice has the same result."""
         assert not torch.is_grad_enabled(), "RingKVCache is written in place: sampling only, under torch.no_grad()"
         for index, (k, v) in staged.items():
             self._runs(k.shape[2])  # whether there is room

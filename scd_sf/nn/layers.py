@@ -125,7 +125,7 @@ class WanBlock(nn.Module):
 
         ``text``: embedded prompt (Bt, Lt, E), or its K/V of this block. B may be a multiple of Bt: rows b*r..(b+1)*r-1
         then share prompt b, without any copy. ``keep``: only the last ``keep`` frames are returned, and of the others
-        only keys and values are made (the last block of a stack whose earlier frames nobody reads).
+        only keys and values are made (the last block of a stack whose earlier frames are not read).
         """
         frames = mod_BF6E.shape[1]
         table = (upcast(self.scale_shift_table) + upcast(mod_BF6E)).unsqueeze(3)

@@ -97,11 +97,11 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
         after = (start + BLOCK - 1).clamp(max=length - 1) // layout.tokens + 1
         sums = nn.functional.pad(layout.visible().long().cumsum(0).cumsum(1), (1, 0, 1, 0))
         lower, upper = sums[first], sums[after]
-        seen = upper[:, after] - upper[:, first] - lower[:, after] + lower[:, first]
+        pairs = upper[:, after] - upper[:, first] - lower[:, after] + lower[:, first]
         inside = start + BLOCK <= length
-        whole = (seen == (after - first)[:, None] * (after - first)) & inside[:, None] & inside
+        whole = (pairs == (after - first)[:, None] * (after - first)) & inside[:, None] & inside
         return BlockMask.from_kv_blocks(
-            *_block_table((seen > 0) & ~whole, device),
+            *_block_table((pairs > 0) & ~whole, device),
             *_block_table(whole, device),
             BLOCK_SIZE=BLOCK,
             mask_mod=predicate,
@@ -125,20 +125,20 @@ def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, tupl
     """What the tokens ``start`` .. ``stop`` - 1 see: the runs of tokens that any of them sees, and a mask (rows, tokens
     of all runs), None where all see all of those. Never as large as tokens x tokens."""
     tokens, groups = layout.tokens, slice(start // layout.tokens, (stop - 1) // layout.tokens + 1)
-    seen = _visible(layout)[groups]
-    chosen = seen.any(0).nonzero().flatten().tolist()
+    visible = _visible(layout)[groups]
+    columns = visible.any(0).nonzero().flatten().tolist()
     runs: list[slice] = []
-    for group in chosen:
+    for group in columns:
         if runs and runs[-1].stop == group * tokens:
             runs[-1] = slice(runs[-1].start, (group + 1) * tokens)
         else:
             runs.append(slice(group * tokens, (group + 1) * tokens))
-    seen = seen[:, chosen]
-    if bool(seen.all()):
+    visible = visible[:, columns]
+    if bool(visible.all()):
         return None, tuple(runs)
     first = start - groups.start * tokens
     with torch.inference_mode(False):
-        rows = seen.repeat_interleave(tokens, 0)[first : first + stop - start]
+        rows = visible.repeat_interleave(tokens, 0)[first : first + stop - start]
         return rows.repeat_interleave(tokens, 1), tuple(runs)
 
 

@@ -96,8 +96,9 @@ def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
         distance = str(row.moved).lstrip("+")
         text += f"Last {row.blocks}: {flow}videos moved by {distance}, {100 * row.cache:.0f} % of the cache left. "
     lines = {"videos moved": [row.moved for row in rows]}
-    found = [row.loss for row in rows if row.loss is not None]
-    lines |= {"flow loss": found} if found else {}
+    flow_losses = [row.loss for row in rows if row.loss is not None]
+    if flow_losses:
+        lines["flow loss"] = flow_losses
     draw = partial(changes_figure, lines=lines, across=counts, x="last blocks that see their own chunk alone")
     data: dict[str, object] = {
         "levels": list(losses.levels) if losses else [],

@@ -156,8 +156,9 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
             f"{1000 * row.seconds_per_frame:.1f} ms, videos moved by {str(row.moved).lstrip('+')}{flow}. "
         )
     lines = {"videos moved": [row.moved for row in rows]}
-    found = [row.loss for row in rows if row.loss is not None]
-    lines |= {"flow loss of short steps": found} if found else {}
+    flow_losses = [row.loss for row in rows if row.loss is not None]
+    if flow_losses:
+        lines["flow loss of short steps"] = flow_losses
     draw = partial(changes_figure, lines=lines, across=[way.full_steps for way in ways], x=f"whole steps of {steps}")
     data: dict[str, object] = {"steps": steps, "rows": [asdict(row) for row in (whole, *rows)]}
     return ProbeResult("skip_layer", "Steps that bypass the middle (P5)", text.strip(), data, {"changes": draw})

@@ -10,9 +10,10 @@ from torch import Tensor
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.table import BlockPassCounter
-from scd_sf.generation.guided import Guided, SampleGuidance
+from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Scd
+from scd_sf.models.interface import FrameStreamer
 from scd_sf.nn.layers import DitBlock, WanBlock
 from scd_sf.types import UserError
 
@@ -33,7 +34,7 @@ def ones(x: Tensor) -> Tensor:
 
 def second_chunk(model: object, cond: object, n: int) -> Tensor:
     """The velocity of a stream's second chunk: history, query and x_t are fixed."""
-    generator: Guided = model  # type: ignore[assignment]
+    generator: FrameStreamer = model  # type: ignore[assignment]
     known, query, x_t = tiny.latents(2, n, 1), tiny.latents(2, n, 2), tiny.latents(2, n, 3)
     stream = generator.advance(generator.start(cond, LATENT), None, query)  # type: ignore[arg-type]
     stream = generator.advance(stream, known, query)
@@ -45,11 +46,11 @@ def second_chunk(model: object, cond: object, n: int) -> Tensor:
 def test_text_guidance_of_the_whole_student(variant: tiny.Variant) -> None:
     model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
     plain, null = second_chunk(model, cond, n), second_chunk(model, NULL.expand(2), n)
-    got = second_chunk(Guided(model, TEXT, NULL, zeros), cond, n)
+    got = second_chunk(under_guidance(model, TEXT, NULL, zeros), cond, n)
     assert torch.allclose(got, null + 3.0 * (plain - null), rtol=0, atol=1e-11)
     assert float((got - plain).abs().max()) > 1e-4
     additive = SampleGuidance(GuidanceConfig(2.0, "additive"))
-    assert torch.allclose(second_chunk(Guided(model, additive, NULL, zeros), cond, n), got, rtol=0, atol=1e-12)
+    assert torch.allclose(second_chunk(under_guidance(model, additive, NULL, zeros), cond, n), got, rtol=0, atol=1e-12)
 
 
 @scd_only
@@ -58,7 +59,7 @@ def test_guidance_of_the_decoder_alone(variant: tiny.Variant) -> None:
     """The same context under both prompts, and the encoder runs once per clip and chunk."""
     model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
     assert isinstance(model, Scd)
-    guided = Guided(model, SampleGuidance(GuidanceConfig(3.0), "decoder"), NULL, zeros)
+    guided = under_guidance(model, SampleGuidance(GuidanceConfig(3.0), "decoder"), NULL, zeros)
     with BlockPassCounter(model.encoder, (WanBlock, DitBlock)) as counter:
         got = second_chunk(guided, cond, n)
     assert counter.samples == 2 * 2 * len(tiny.ENCODER)
@@ -77,7 +78,7 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
     """v(c~) + s (v(c) - v(c~)); one noise per chunk for all steps; no noise, no effect."""
     model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
     assert isinstance(model, Scd)
-    got = second_chunk(Guided(model, SampleGuidance(corruption=1.5, eta=0.1), NULL, ones), cond, n)
+    got = second_chunk(under_guidance(model, SampleGuidance(corruption=1.5, eta=0.1), NULL, ones), cond, n)
     query, x_t, t = tiny.latents(2, n, 2), tiny.latents(2, n, 3), torch.full((2,), 0.6)
     stream = model.advance(model.start(cond, LATENT), None, query)
     stream, c = model.encode_next(stream, tiny.latents(2, n, 1), query)
@@ -85,7 +86,7 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
     dirty = c + 0.1 * c.pow(2).mean(-1, keepdim=True).sqrt()
     corrupted = model.denoise(model.with_context(stream, dirty, query), x_t, t)
     assert torch.allclose(got, corrupted + 1.5 * (plain - corrupted), rtol=0, atol=1e-11)
-    silent = second_chunk(Guided(model, SampleGuidance(corruption=1.5), NULL, zeros), cond, n)
+    silent = second_chunk(under_guidance(model, SampleGuidance(corruption=1.5), NULL, zeros), cond, n)
     assert torch.allclose(silent, plain, rtol=0, atol=1e-11)
 
 
@@ -93,7 +94,7 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
 @torch.no_grad()
 def test_rollout_cannot_tell_it_apart(variant: tiny.Variant) -> None:
     model, noise = tiny.student(variant), tiny.latents(2, 3 * variant.chunk, 5)
-    guided = rollout(Guided(model, TEXT, NULL, zeros), noise, tiny.prompts(2), Euler(2), zeros)
+    guided = rollout(under_guidance(model, TEXT, NULL, zeros), noise, tiny.prompts(2), Euler(2), zeros)
     plain = rollout(model, noise, tiny.prompts(2), Euler(2), zeros)
     assert guided.shape == plain.shape and float((guided - plain).abs().max()) > 1e-4
 
@@ -103,7 +104,7 @@ def test_what_is_refused() -> None:
     assert not SampleGuidance().on and TEXT.on and SampleGuidance(corruption=1.5).on
     for setting in (SampleGuidance(corruption=1.5), SampleGuidance(GuidanceConfig(3.0), "decoder")):
         with pytest.raises(UserError, match="needs an SCD student"):
-            Guided(causal, setting, NULL, zeros)
+            under_guidance(causal, setting, NULL, zeros)
     for arguments, words in (
         ({"scope": "encoder"}, "guidance.scope is 'encoder'"),
         ({"text": GuidanceConfig(3.0), "corruption": 1.5}, "not both"),

@@ -27,7 +27,7 @@ from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query
 from scd_sf.models.scd.config import DecoderConfig
 from scd_sf.models.scd.scratch import ScdScratch
-from scd_sf.nn.layers import DitBlock
+from scd_sf.nn.layers import DitBlock, WanBlock
 from scd_sf.types import Conditioning, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
@@ -68,7 +68,7 @@ def test_parameters_and_block_passes_are_table_2s(name: str) -> None:
     cond = Conditioning.of_frames(1, torch.zeros(1, 2, dtype=torch.long)).to("meta")
     counts = []
     for steps in (1, 2):
-        with torch.no_grad(), BlockPassCounter(model, DitBlock) as counter:
+        with torch.no_grad(), BlockPassCounter(model, (WanBlock, DitBlock)) as counter:
             rollout(model, noise, cond, Euler(steps, 1.0), lambda x: x)
         counts.append(counter.samples)
     once = 2 * counts[0] - counts[1]  # what does not depend on the steps

@@ -1,7 +1,7 @@
 """Stage 1: Wan's weights -> SCD (or the causal baseline), with a report of every source -> destination tensor.
 
 The encoder takes Wan's layers ``encoder_layers``; the decoder copies ``decoder.layers`` and gets its own copies of the
-patch embedding, time embedding and head (supplement E.1). Copies share no storage with each other.
+patch embedding, time embedding and head (the paper does not say). Copies share no storage with each other.
 """
 
 from __future__ import annotations
