@@ -60,7 +60,8 @@ class ScdWan(nn.Module):
         """UserError if ``scd`` names a layer that ``cfg`` does not have."""
         super().__init__()
         scd.check(cfg.num_layers)
-        self.cfg, self.scd, self.samples_in_turn = cfg, scd, False
+        self.cfg, self.scd = cfg, scd
+        self.samples_in_turn = False
         self.replay: Replayed | None = None
         self.encoder = Trunk(cfg, scd.encoder_layers, with_head=False)
         self.decoder = Decoder(cfg, scd.decoder, scd.encoder_layers)
