@@ -19,6 +19,7 @@ import difflib
 import inspect
 import itertools
 import math
+import os
 import re
 import shutil
 import sys
@@ -96,9 +97,22 @@ def from_command_line(
         width = shutil.get_terminal_size().columns
         _print_and_stop(f"{parser.format_help()}\nfields:\n{help_of(schema, width)}")
     cfg = load_config(schema, args.config, args.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        _say_what_is_replaced(args.config)
     if args.print_config:
         _print_and_stop(commented_yaml(cfg))
     return cfg
+
+
+def _say_what_is_replaced(files: Sequence[Path]) -> None:
+    """Shipped files are complete, so that one over another replaces more than its name says."""
+    before: Tree = {}
+    for file in files:
+        values = _flat(plain_yaml(file))
+        if replaced := [key for key in values if key in before and before[key] != values[key]]:
+            names = ", ".join(replaced[:8]) + (f" and {len(replaced) - 8} more" if replaced[8:] else "")
+            say(f"{file}: replaces {names} of the files before it", sys.stderr)
+        before |= values
 
 
 def _print_and_stop(text: str) -> NoReturn:
@@ -263,7 +277,8 @@ def _merge(values: Tree, schema: type[Any], tree: Mapping[str, object], source: 
         if nested is None:
             new = _typed(value, hints[name], key, source)
             old = values[name]
-            values[name] = old | new if isinstance(old, dict) and isinstance(new, dict) else new
+            merged = isinstance(old, dict) and isinstance(new, dict) and new
+            values[name] = cast("Tree", old) | cast("Tree", new) if merged else new
         elif isinstance(value, Mapping):
             old = values[name]
             below = cast("Tree", old) if isinstance(old, dict) else _defaults(nested)

@@ -209,6 +209,7 @@ def test_the_field_says_whether_off_is_text_or_a_truth_value() -> None:
 
 def test_mappings_of_numbers_merge() -> None:
     assert load("scales={a: 1, b: 2}", "scales.b=3e-1").scales == {"a": 1.0, "b": 0.3}
+    assert load("scales={a: 1, b: 2}", "scales={}").scales == {}, "empty empties"
 
 
 def test_an_overflow_in_a_check_is_one_line() -> None:

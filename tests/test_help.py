@@ -148,6 +148,15 @@ def test_a_schema_of_every_kind_of_field(capsys: pytest.CaptureFixture[str]) -> 
     assert from_command_line(Toy, "", arguments) == cfg
 
 
+def test_a_file_over_another_says_what_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("root: x\nsteps: 1\ninner: {rate: 0.1, pair: [0, 1]}\n")
+    second.write_text("fast: true\ninner: {rate: 0.2, pair: [0, 1]}\n")
+    cfg = from_command_line(Toy, "", ["--config", str(first), "--config", str(second)])
+    assert (cfg.inner.rate, cfg.steps, cfg.fast) == (0.2, 1, True)
+    assert capsys.readouterr().err == f"{second}: replaces inner.rate of the files before it\n"
+
+
 def schemas() -> Iterator[tuple[str, type[Any]]]:
     """(where, schema) of every command that is configured by ``a.b=value``."""
     for path in [*SCRIPTS, ROOT / "scd_sf" / "cli.py"]:

@@ -7,17 +7,25 @@ import importlib
 import re
 import typing
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import recipe_runner
 import torch
+import yaml
 
-from scd_sf.config import load_config
+from scd_sf.config import commented_yaml, differences, from_yaml, load_config, to_yaml
 from scd_sf.diffusion.flow import shift_time
+from scd_sf.losses.flow_matching import FlowMatchingConfig
+from scd_sf.models.build import ModelConfig
+from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.scd.transplant import TransplantConfig
+from scd_sf.models.scd.wan import ScdConfig
+from scd_sf.tools.stages import Stage2Config
 from scd_sf.tools.steps import Step, clips_and_latents
-from scd_sf.train.base import accumulation
+from scd_sf.train.base import TRAINING, EngineConfig, accumulation
 from scd_sf.types import UserError
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
@@ -171,8 +179,66 @@ def test_what_would_have_no_effect_is_refused(command: tuple[str, str], given: l
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configuration_fits_its_schema(config: Path) -> None:
-    schema = schema_of(config)
-    load_config(schema, config, list(mandatory(schema)))
+    """It is complete, in block style, and ``--print-config`` of it is the same configuration."""
+    schema, text = schema_of(config), config.read_text()
+    cfg = load_config(schema, config, list(mandatory(schema)))
+    assert from_yaml(schema, commented_yaml(cfg)) == cfg
+    for printed in (text, commented_yaml(cfg), to_yaml(cfg)):
+        require_block_style(printed)
+    assert text.startswith("# ") and max(map(len, text.splitlines())) <= 100
+    if config.stem != "bench_wan_1.3b" and "evaluate" not in config.stem:
+        assert not missing_fields(cfg, yaml.safe_load(text), ""), f"{config}: write out every field of its sections"
+
+
+def require_block_style(text: str) -> None:
+    """One field a line; on one line only lists of scalars and what is empty."""
+    events = list(yaml.parse(text))
+    for event, below in pairwise(events):
+        if isinstance(event, yaml.MappingStartEvent):
+            assert not event.flow_style or isinstance(below, yaml.MappingEndEvent), event.start_mark
+        if isinstance(event, yaml.SequenceStartEvent) and event.flow_style:
+            assert isinstance(below, yaml.ScalarEvent | yaml.SequenceEndEvent), event.start_mark
+
+
+# What a file may leave out: where a run lies and what it reads, what is kept of it, how it is watched.
+ELSEWHERE = {"init", "teacher", "critic", "prompts", "data", "val", "base", "out", "weights", "section", "heads"}
+ELSEWHERE |= {"run", "text", "preview", "keep", "keep_every", "max_rollbacks", "async_save", "prefetch"}
+ELSEWHERE |= {"bucket", "max_skips"}
+
+
+def unread_fields(cfg: Any, tree: dict[str, Any], key: str) -> set[str]:
+    """Fields of a section that mean nothing beside the others."""
+    match cfg:
+        case ModelConfig():
+            return {"blocks", "dit" if cfg.backbone == "wan" else "wan", "chunk" if cfg.family == "scd" else "scd"}
+        case EngineConfig():
+            local = {"zero_stage", "offload"} if cfg.kind == "local" else set()
+            return local | (set(TRAINING) if key == "teacher_engine." else set())
+        case DecoderConfig(fusion="delta"):
+            return {"prefix", "prefix_rope", "prefix_time"}
+        case FlowMatchingConfig():
+            text, signals = {"text_dropout", "query_from", "query_pure"}, {"action_dropout", "label_dropout"}
+            return signals if text & tree.keys() else text
+        case TransplantConfig(family="causal"):
+            return {"scd"}
+        case ScdConfig() if key == "scd.":
+            return {"chunk"}  # stage 1 has it outside
+        case Stage2Config(blocks=None):
+            return {"blocks"}
+    if key == "" and "gan_engine" in vars(cfg) and not cfg.gan.weight:
+        return {"discriminator", "gan_engine"}
+    return set()
+
+
+def missing_fields(cfg: Any, tree: dict[str, Any], key: str) -> list[str]:
+    """Fields that a file does not name and that mean something beside the others."""
+    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.init}
+    unread = ELSEWHERE | unread_fields(cfg, tree, key)
+    missing = [f"{key}{name}" for name in fields if name not in unread and name not in tree]
+    for name, value in fields.items():
+        if dataclasses.is_dataclass(value) and name in tree and name != "run":
+            missing += missing_fields(value, tree[name], f"{key}{name}.")
+    return missing
 
 
 def chain_steps() -> list[Step]:
@@ -222,17 +288,71 @@ def test_commands_of_the_experiments_fit_their_scripts() -> None:
 def test_training_from_scratch_has_the_published_numbers() -> None:
     """Supplement Table 2 and the released configuration; the rest is marked in the files."""
     for data, frames, actions in (("minecraft", 300, 3), ("ucf101", 16, 0), ("realestate10k", 64, 0)):
-        cfg: Any = configured("pretrain", f"pretrain_{data}", "pretrain_scd_b")
+        cfg: Any = configured("pretrain", f"pretrain_{data}")
         assert (cfg.frames, cfg.model.dit.num_actions, cfg.sampler.steps) == (frames, actions, 50)
         assert (cfg.engine.lr, cfg.engine.lr_scale, cfg.engine.weight_decay) == (1e-4, {"decoder": 2.0}, 0.0)
         assert cfg.train.ema.decay == 0.9999 and cfg.engine.grad_clip == 1.0 and cfg.loss.eta == 0.05
         assert cfg.train.steps == (200_000 if data == "ucf101" else 400_000)
         assert (cfg.model.dit.width, len(cfg.model.scd.encoder_layers)) == (768, 8)
-    cfg = configured("pretrain", "pretrain_minecraft", "pretrain_scd_m_d")
+    cfg = configured("pretrain", "pretrain_minecraft")
     assert cfg.train.global_batch == 16 and cfg.loss.samples == 2 and cfg.engine.warmup == 10_000
-    assert (cfg.model.dit.width, cfg.model.dit.num_actions, len(cfg.model.scd.decoder.layers)) == (1024, 3, 12)
-    cfg = configured("pretrain", "pretrain_minecraft", "pretrain_causal_m")
-    assert (cfg.model.family, cfg.model.dit.width, cfg.engine.lr_scale) == ("causal", 1024, {})
+
+
+# Supplement Table 2: encoder layers, decoder layers, width, heads.
+TABLE_2 = {
+    "causal_b": (0, 12, 768, 12), "scd_b": (8, 4, 768, 12), "scd_b_e": (12, 4, 768, 12), "scd_b_d": (8, 12, 768, 12),
+    "causal_m": (0, 12, 1024, 16), "scd_m": (8, 4, 1024, 16), "scd_m_e": (12, 4, 1024, 16),
+    "scd_m_d": (8, 12, 1024, 16),
+}  # fmt: skip
+
+
+def test_table_2() -> None:
+    """The files of one data set have the sizes of Table 2 and differ in nothing else."""
+    dit = {f"model.dit.{name}" for name in ("num_attention_heads", "ffn_dim", "num_layers")}
+    scd = {"model.scd.encoder_layers", "model.scd.decoder.layers"}
+    causal = scd | {f"model.scd.decoder.{name}" for name in ("fusion", "prefix_rope", "prefix_time")}
+    causal |= {"model.family", "engine.lr_scale", "engine.lr_scale.decoder"}
+    first: dict[str, Any] = {data: configured("pretrain", f"pretrain_{data}") for data in ("ucf101", "realestate10k")}
+    first["minecraft"] = configured("pretrain", "pretrain_scd_b")
+    assert differences(first["minecraft"], configured("pretrain", "pretrain_minecraft")) == {}
+    found = 0
+    for file in CONFIGS.glob("pretrain_*.yaml"):
+        size = next((size for size in sorted(TABLE_2, key=len, reverse=True) if file.stem.endswith(size)), None)
+        if size is None:
+            continue
+        found += 1
+        encoder, decoder, width, heads = TABLE_2[size]
+        data = next((data for data in first if data in file.stem), "minecraft")
+        cfg: Any = configured("pretrain", file.stem)
+        assert set(differences(first[data], cfg)) <= dit | (scd if encoder else causal), file
+        model = cfg.model
+        assert (model.dit.width, model.dit.num_attention_heads, model.dit.ffn_dim) == (width, heads, 4 * width)
+        assert model.dit.num_layers == encoder + decoder
+        assert (model.family, cfg.engine.lr_scale) == (("scd", {"decoder": 2.0}) if encoder else ("causal", {}))
+        if encoder:
+            assert model.scd.encoder_layers == tuple(range(encoder))
+            assert model.scd.decoder.layers == tuple(range(encoder, encoder + decoder))
+            decoder_config = model.scd.decoder
+            assert (decoder_config.fusion, decoder_config.prefix_rope) == ("paper", "temporal")
+    assert found == 12
+
+
+@pytest.mark.parametrize(
+    ("below", "file"),
+    [
+        ("stage2_wan_1.3b", "stage2_1gpu"),
+        ("stage2_wan_1.3b", "stage2_skip_layer"),
+        ("stage3_wan_1.3b", "stage3_1gpu"),
+        ("demo_stage2_causal", "demo_stage2_skip_layer"),
+        ("pretrain_minecraft", "pretrain_scd_m_d"),
+        ("pretrain_minecraft", "pretrain_causal_m"),
+        ("pretrain_doom", "pretrain_doom_scd"),
+        ("tokenizer_doom", "tokenizer_doom_12"),
+    ],
+)
+def test_a_complete_file_over_another_is_itself(below: str, file: str) -> None:
+    """Commands of before, which needed two files, run the same."""
+    assert differences(configured("", below, file), configured("", file)) == {}
 
 
 def configured(stage: str, *files: str) -> object:
@@ -286,7 +406,7 @@ def test_layers_and_fusions_of_stage_1() -> None:
 
 
 def test_self_forcings_own_settings() -> None:
-    cfg: Any = configured("stage3", "stage3_wan_1.3b", "stage3_self_forcing")
+    cfg: Any = configured("stage3", "stage3_self_forcing")
     assert cfg.train.steps * cfg.ratio == 600 and cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
     for engine, lr in ((cfg.student, 2e-6), (cfg.critic_engine, 4e-7)):
         assert (engine.lr, tuple(engine.betas), engine.grad_clip, engine.weight_decay) == (lr, (0.0, 0.999), 10.0, 0.01)
@@ -297,7 +417,7 @@ def test_self_forcings_own_settings() -> None:
 def test_the_global_batch_is_64_on_any_number_of_gpus(world: int) -> None:
     """One GPU: optimizer states and teacher are offloaded; 8 and 64 need no file of their own."""
     for stage in ("stage2", "stage3"):
-        cfg: Any = configured(stage, f"{stage}_wan_1.3b", *([f"{stage}_1gpu"] if world == 1 else []))
+        cfg: Any = configured(stage, f"{stage}_1gpu" if world == 1 else f"{stage}_wan_1.3b")
         batches = accumulation(cfg.train.global_batch, cfg.train.micro_batch, world)
         assert batches * cfg.train.micro_batch * world == 64
         engines = [cfg.engine] if stage == "stage2" else [cfg.student, cfg.critic_engine, cfg.teacher_engine]
