@@ -1,7 +1,7 @@
 """Train Causal DiT or SCD from scratch on encoded frames (paper 3 and 5; TECO-Minecraft, UCF-101, RealEstate10K).
 
-    deepspeed recipes/pretrain.py --config recipes/configs/pretrain_minecraft.yaml \\
-        --config recipes/configs/pretrain_scd_b.yaml data=D/train val=D/test run.dir=runs/scd_b
+    deepspeed recipes/pretrain.py --config recipes/configs/pretrain_scd_b.yaml \\
+        data=D/train val=D/test run.dir=runs/scd_b
 
 ``data`` and ``val`` are directories of encoded frames (data_prep/teco_minecraft.py, ucf101.py, realestate10k.py). Every
 update draws clips by epoch and a window of ``frames`` frames of each. Flow matching with teacher forcing, Algorithm 1:
