@@ -154,42 +154,37 @@ def _heads(width: int, heads: int, like: WanConfig | None) -> tuple[int, HeadsFr
 
 def config_json(cfg: WanConfig, layout: Layout) -> dict[str, object]:
     """config.json of diffusers' WanTransformer3DModel, or of the original's WanModel."""
+    shared: dict[str, object] = {
+        "num_layers": cfg.num_layers,
+        "ffn_dim": cfg.ffn_dim,
+        "text_dim": cfg.text_dim,
+        "freq_dim": cfg.freq_dim,
+        "patch_size": [1, cfg.patch_height, cfg.patch_width],
+        "cross_attn_norm": cfg.cross_attn_norm,
+        "eps": cfg.eps,
+    }
     if layout == "original":
-        return {
+        return shared | {
             "_class_name": "WanModel",
             "_diffusers_version": "0.30.0",
             "model_type": "t2v",
             "dim": cfg.width,
-            "ffn_dim": cfg.ffn_dim,
-            "freq_dim": cfg.freq_dim,
+            "num_heads": cfg.num_attention_heads,
             "in_dim": cfg.in_channels,
             "out_dim": cfg.out_channels,
-            "num_heads": cfg.num_attention_heads,
-            "num_layers": cfg.num_layers,
-            "text_dim": cfg.text_dim,
             "text_len": 512,
-            "patch_size": [1, cfg.patch_height, cfg.patch_width],
-            "cross_attn_norm": cfg.cross_attn_norm,
             "qk_norm": True,
-            "eps": cfg.eps,
         }
-    return {
+    return shared | {
         "_class_name": "WanTransformer3DModel",
         "_diffusers_version": "0.42.1",
-        "added_kv_proj_dim": None,
-        "attention_head_dim": cfg.attention_head_dim,
-        "cross_attn_norm": cfg.cross_attn_norm,
-        "eps": cfg.eps,
-        "ffn_dim": cfg.ffn_dim,
-        "freq_dim": cfg.freq_dim,
-        "image_dim": None,
-        "in_channels": cfg.in_channels,
         "num_attention_heads": cfg.num_attention_heads,
-        "num_layers": cfg.num_layers,
+        "attention_head_dim": cfg.attention_head_dim,
+        "in_channels": cfg.in_channels,
         "out_channels": cfg.out_channels,
-        "patch_size": [1, cfg.patch_height, cfg.patch_width],
-        "pos_embed_seq_len": None,
         "qk_norm": "rms_norm_across_heads",
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
         "rope_max_seq_len": 1024,
-        "text_dim": cfg.text_dim,
     }
