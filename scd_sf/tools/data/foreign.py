@@ -196,7 +196,7 @@ def read_parquet(path: Path) -> Iterator[Part]:
     """
     parquet = _library("pyarrow.parquet")
     with foreign(f"{path}: cannot be read as parquet", COPY):
-        file = parquet.ParquetFile(path, pre_buffer=False)
+        file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)  # reads page by page
         columns = file.schema_arrow.names
     with file:
         _check_columns(path, columns)
