@@ -36,7 +36,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from scd_sf.data.clips import write_video
 from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
-from scd_sf.tools.data.render import begin, run_all, sources
+from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
 SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")  # places to walk in, by their maps' names
@@ -312,7 +312,7 @@ def make(root: Path, request: Request, workers: int) -> None:
         total = len(request.scenarios) * (request.train + request.test)
         task = bar.add_task("clips", total=total)
         bar.advance(task, total - sum(chunk.end - chunk.first for chunk in left))
-        for chunk in run_all(run_chunk, left, root, workers):
+        for chunk in run_chunks(run_chunk, left, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     say(finish(root, request))
 

@@ -39,7 +39,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from scd_sf.data.clips import AGAIN, Clip, write_clips, write_video
 from scd_sf.files import locked, parse_json, read_text, sha256_file, typed, write_text
-from scd_sf.tools.data.render import begin, run_all, sources
+from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
@@ -342,7 +342,7 @@ def make(root: Path, request: Request, workers: int) -> None:
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         total, left = (sum(chunk.end - chunk.first for chunk in some) for some in (request.chunks(), todo))
         task = bar.add_task("clips", total=total, completed=total - left)
-        for chunk in run_all(run_chunk, todo, root, workers):
+        for chunk in run_chunks(run_chunk, todo, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     say(finish(root, request))
 

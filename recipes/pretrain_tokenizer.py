@@ -37,7 +37,6 @@ from scd_sf.models.tokenizers.start import first_channels, linear_start
 from scd_sf.models.tokenizers.tokenizer import (
     FrameTokenizer,
     Normalisation,
-    channels_last,
     load_tokenizer,
     save_tokenizer,
 )
@@ -49,6 +48,7 @@ from scd_sf.models.tokenizers.training import (
     build_tokenizer,
 )
 from scd_sf.models.tokenizers.vae_training import patch_components
+from scd_sf.nn.layers import channels_last
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches

@@ -39,7 +39,7 @@ from scd_sf.models.tokenizers.vae_training import (
     build_vae,
     inflate,
     patch_components,
-    psnr,
+    psnr_of_error,
     reconstruction,
     whole_decode,
     whole_encode,
@@ -278,7 +278,7 @@ def quick_psnr(model: AutoencoderKLWan, count: int, video_UF3HW: Tensor, *, stil
         made = whole_decode(model, whole_encode(model, pixels)).clamp(-1, 1)
         parts.append((made - pixels).square().mean((1, 3, 4)))
     error = torch.cat(parts)
-    return {"val/psnr": psnr(error), "val/psnr_first_frame": psnr(error[:, 0])}
+    return {"val/psnr": psnr_of_error(error), "val/psnr_first_frame": psnr_of_error(error[:, 0])}
 
 
 @torch.no_grad()

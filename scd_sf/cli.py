@@ -21,7 +21,7 @@ from scd_sf import __version__
 from scd_sf.checkpoint import find, read_provenance
 from scd_sf.config import from_command_line
 from scd_sf.tools.data.commands import app as data
-from scd_sf.tools.doctor.checks import FAIL, as_table, examine
+from scd_sf.tools.doctor.checks import FAIL, as_table, examine_machine
 from scd_sf.tools.plan.commands import plan
 from scd_sf.tools.runs.commands import app as runs
 from scd_sf.types import UserError, device_of, exit_on_user_error, printable, say
@@ -68,7 +68,7 @@ def doctor(
 ) -> None:
     """Check packages, devices, attention, video, limits, disks and an all-reduce of two processes, with a remedy for
     each problem. Exit code 1 on a failure, 0 with warnings."""
-    findings = examine(quick=quick)
+    findings = examine_machine(quick=quick)
     if as_json:
         print(json.dumps([finding.__dict__ for finding in findings], indent=2))
     else:

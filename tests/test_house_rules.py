@@ -191,6 +191,18 @@ def clean_lines(sources: list[Source]) -> Iterator[str]:
                 yield source.at(call, "print: use scd_sf.types.say")
 
 
+def one_place_for_a_name(sources: list[Source]) -> Iterator[str]:
+    """No public function or class of scd_sf has the name of another one elsewhere: a search finds one place."""
+    places: dict[str, str] = {}
+    for source in sources:
+        for node in source.tree.body if source.top == "scd_sf" else ():
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and node.name != "main":
+                if node.name in places:
+                    yield source.at(node, f"{node.name} is defined in {places[node.name]} too; merge or rename one")
+                places.setdefault(node.name, source.path)
+
+
 # --------------------------------------------------------------------------------------------- they hold, they can fail
 
 Rule = Callable[[list[Source]], Iterator[str]]
@@ -221,6 +233,7 @@ CASES: list[tuple[Rule, str, str, str]] = [
     (no_monkeypatching, "scd_sf/a.py", "import os\nsetattr(os, 'name', 1)", "setattr(self, 'name', 1)"),
     (scripts_stay_scripts, "recipes/a.py", "main()", "exit_on_user_error(main)"),
     (scripts_stay_scripts, "recipes/a.py", "import a\nexit_on_user_error(a)", "import b\nexit_on_user_error(main)"),
+    (one_place_for_a_name, "scd_sf/a.py", "class A: ...\ndef A(): ...", "class A: ...\ndef _a(): ...\ndef b(): ..."),
     (clean_lines, "scd_sf/a.py", "print(name)", "say(name)\nprint(json.dumps({}))"),
 ]
 

@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from scd_sf.evaluation.vbench.aggregate import aggregate, label, merge, read_scores
+from scd_sf.evaluation.vbench.aggregate import aggregate, label, merge_scores, read_scores
 from scd_sf.evaluation.vbench.prompts import dimensions
 from scd_sf.types import exit_on_user_error, say
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="scores of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
-    scores = merge([(path, read_scores(path)) for path in args.files])
+    scores = merge_scores([(path, read_scores(path)) for path in args.files])
     totals = aggregate(scores.fractions, ", ".join(map(str, args.files)))
     if args.json:
         print(json.dumps(asdict(totals) | {"scores": scores.fractions, "reduced": list(scores.reduced)}, indent=2))

@@ -43,9 +43,9 @@ from scd_sf.models.build import (
 )
 from scd_sf.models.wan.text import TextEncoder, load_text_encoder
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.models.wan.vae import Vae, VaeStream, channels_last, load_vae
+from scd_sf.models.wan.vae import Vae, VaeStream, load_vae
 from scd_sf.nn.kv_cache import CacheConfig
-from scd_sf.nn.layers import WanBlock
+from scd_sf.nn.layers import WanBlock, channels_last
 from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device
 

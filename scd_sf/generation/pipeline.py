@@ -32,7 +32,7 @@ from scd_sf.models.build import (
     describe_checkpoint,
     family_of,
     load_student,
-    probe,
+    probe_output,
     read_single,
     write_single,
 )
@@ -211,6 +211,6 @@ def export_pipeline(checkpoint: Path, out: Path, weights: str = "ema", dtype: st
     student, config = load_student(checkpoint, weights)
     _, origin = describe_checkpoint(checkpoint)
     folder = base_of(config.base, base, checkpoint)
-    before = probe(student)
+    before = probe_output(student)
     again = write_pipeline(out, student, config, {**origin, "weights": weights}, folder, kind)
-    return largest(before, probe(again))
+    return largest(before, probe_output(again))

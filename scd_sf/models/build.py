@@ -270,7 +270,7 @@ def describe_checkpoint(path: Path, weights: str = "ema") -> tuple[CheckpointCon
 
 
 @torch.no_grad()
-def probe(model: Student | Wan) -> Tensor:
+def probe_output(model: Student | Wan) -> Tensor:
     """The model's output on a small fixed input, to compare a model with its copy: a student's second chunk."""
     cfg: TrunkConfig = model.cfg
     rng = torch.Generator().manual_seed(0)

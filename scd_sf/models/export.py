@@ -20,7 +20,7 @@ from scd_sf.models.build import (
     describe_checkpoint,
     load_checkpoint_model,
     load_state,
-    probe,
+    probe_output,
     require_wan,
     write_single,
 )
@@ -59,7 +59,7 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
     if layout not in ("single", "diffusers", "original"):
         raise UserError(f"layout '{layout}' is unknown; use single, pipeline, diffusers or original")
     model, config = load_checkpoint_model(checkpoint, weights)
-    before = probe(model)
+    before = probe_output(model)
     largest(before, before)
     if layout == "single":
         file = out if out.suffix == ".safetensors" else out / "model.safetensors"
@@ -67,7 +67,7 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
         with own_file(file, fresh=True) as part:
             write_single(part, model, config, {**origin, "weights": weights}, kind)
             again, _ = load_checkpoint_model(part)
-            return largest(before, probe(again))
+            return largest(before, probe_output(again))
     require_wan(config.model, checkpoint)
     if isinstance(model, Scd):
         raise UserError(f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline")
@@ -76,7 +76,7 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
         save_wan(model.state_dict(), config.model.wan, part, kind, layout=wanted)
         rebuilt: Student | Wan = build_model(config.model)
         load_state(rebuilt, load_wan(part).state_dict(), out)
-        return largest(before, probe(rebuilt))
+        return largest(before, probe_output(rebuilt))
 
 
 def convert_wan(
@@ -98,8 +98,8 @@ def convert_wan(
                 raise UserError(
                     f"{out}: tensor '{name}' is not what was read from {source}; the disk or the memory is broken"
                 )
-        before = probe(load_wan(source, section=section, heads=heads))
-        return files, largest(before, probe(load_wan(part)))
+        before = probe_output(load_wan(source, section=section, heads=heads))
+        return files, largest(before, probe_output(load_wan(part)))
 
 
 def largest(first: Tensor, second: Tensor) -> float:

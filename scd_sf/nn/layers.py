@@ -8,6 +8,7 @@ sums run in at least fp32. Letters: B batch, F frames, L tokens, E width, N head
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from scd_sf.nn.attention import AttentionContext, attention
 from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.rope import Rotary, rotate
+
+M = TypeVar("M", bound=nn.Module)
+MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -216,3 +220,14 @@ def modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int)
 def _gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tensor:
     x, y = upcast(x_BLE).unflatten(1, (frames, -1)), upcast(y_BLE).unflatten(1, (frames, -1))
     return torch.addcmul(x, y, gate_BF1E).flatten(1, 2).to(x_BLE.dtype)
+
+
+def channels_last(model: M) -> M:
+    """Convolution weights, of images and of video, in the memory order channels-last, in place.
+
+    1.3 times faster on a CPU for Wan's VAE (docs/results.md), and what tensor cores take; the same numbers to rounding.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim in MEMORY_ORDER:
+            parameter.data = parameter.data.contiguous(memory_format=MEMORY_ORDER[parameter.ndim])
+    return model

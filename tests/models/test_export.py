@@ -21,7 +21,7 @@ from scd_sf.models.build import (
     describe_checkpoint,
     is_single,
     load_student,
-    probe,
+    probe_output,
     read_single,
 )
 from scd_sf.models.export import convert_wan, export_weights
@@ -67,7 +67,9 @@ def test_smaller_types_differ_by_what_is_reported(tmp_path: Path) -> None:
     difference = export_weights(tmp_path / "run", tmp_path / "a.safetensors", "single", dtype="bf16")
     assert 0 < difference < 0.2
     again = load_student(tmp_path / "a.safetensors")[0]
-    assert difference == pytest.approx(float((probe(again) - probe(load_student(tmp_path / "run")[0])).abs().max()))
+    assert difference == pytest.approx(
+        float((probe_output(again) - probe_output(load_student(tmp_path / "run")[0])).abs().max())
+    )
 
 
 def test_nothing_is_there_before_it_was_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

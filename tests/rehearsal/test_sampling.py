@@ -21,7 +21,8 @@ from scd_sf.generation.generate import clips_of, decode, generate, generate_late
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, running_as
-from scd_sf.models.wan.vae import Vae, channels_last
+from scd_sf.models.wan.vae import Vae
+from scd_sf.nn.layers import channels_last
 from scd_sf.types import Conditioning
 
 CLIP = replace(world.CLIP, frames=5)

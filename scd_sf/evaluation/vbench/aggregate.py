@@ -124,7 +124,7 @@ def label(scores: Scores) -> str:
     return f"not comparable: {'; '.join(scores.reduced)}" if scores.reduced else ""
 
 
-def merge(files: Sequence[tuple[Path, Scores]]) -> Scores:
+def merge_scores(files: Sequence[tuple[Path, Scores]]) -> Scores:
     """The dimensions of several files as one. UserError for a dimension in two of them."""
     fractions: dict[str, float] = {}
     reduced: list[str] = []

@@ -23,7 +23,7 @@ _FORBIDDEN = "/\\\0"
 
 
 @dataclass(frozen=True)
-class Entry:
+class VBenchPrompt:
     """One line of VBench's list; ``line`` counts from 0, as seeds do."""
 
     line: int
@@ -66,7 +66,7 @@ def chosen_dimensions(names: Sequence[str]) -> list[str]:
     return [name for name in known if name in wanted or not wanted]
 
 
-def load_entries(full_info: str = "") -> list[Entry]:
+def load_entries(full_info: str = "") -> list[VBenchPrompt]:
     """VBench's list as shipped here, or from another ``VBench_full_info.json``. UserError names file, entry, remedy."""
     if not full_info:
         groups = packaged("prompts.json")["groups"]
@@ -74,7 +74,7 @@ def load_entries(full_info: str = "") -> list[Entry]:
         pairs = [(prompt, tuple(group["dimensions"])) for group in groups for prompt in group["prompts"]]
     else:
         pairs = _read_full_info(Path(full_info))
-    return [Entry(line, prompt, dims) for line, (prompt, dims) in enumerate(pairs)]
+    return [VBenchPrompt(line, prompt, dims) for line, (prompt, dims) in enumerate(pairs)]
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,21 @@ def _read_full_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     return pairs
 
 
-def select(entries: Sequence[Entry], names: Sequence[str]) -> list[Entry]:
+def select(entries: Sequence[VBenchPrompt], names: Sequence[str]) -> list[VBenchPrompt]:
     """Entries of these dimensions, each prompt once: the first of its lines."""
-    found: dict[str, Entry] = {}
+    found: dict[str, VBenchPrompt] = {}
     for entry in entries:
         if set(entry.dimensions) & set(names):
             found.setdefault(entry.prompt, entry)
     return list(found.values())
 
 
-def prompts_hash(entries: Iterable[Entry]) -> str:
+def prompts_hash(entries: Iterable[VBenchPrompt]) -> str:
     """One sha256 over all prompts and their dimensions, in order."""
     return hash_json([[entry.prompt, list(entry.dimensions)] for entry in entries])
 
 
-def read_extended(path: Path, entries: Sequence[Entry]) -> list[str]:
+def read_extended(path: Path, entries: Sequence[VBenchPrompt]) -> list[str]:
     """The wording to sample line k with, from line k of an extended-prompt file (``all_dimension_extended.txt``).
 
     UserError unless there is exactly one line that says something for each entry. Only \\n ends a line.

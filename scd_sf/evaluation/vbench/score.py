@@ -20,7 +20,7 @@ from scd_sf.evaluation.vbench.aggregate import check_fractions
 from scd_sf.evaluation.vbench.environment import build, default_folder, examine
 from scd_sf.evaluation.vbench.prompts import (
     FLICKERING,
-    Entry,
+    VBenchPrompt,
     chosen_dimensions,
     load_entries,
     prompts_hash,
@@ -98,7 +98,7 @@ class Job:
         return [file for files in self.videos.values() for file in files]
 
 
-def collect(root: Path, name: str, entries: Sequence[Entry], cfg: ScoreConfig) -> Job:
+def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreConfig) -> Job:
     """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would not count as 0."""
     chosen = [entry for entry in entries if name in entry.dimensions]
     sampled = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
@@ -137,7 +137,7 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
     jobs = [collect(root, name, entries, cfg) for name in names]
     cache = Path(cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench").absolute()
     if not cfg.download:
-        weights.require(names, cache)
+        weights.require_weights(names, cache)
     built = None if cfg.python else build(Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2)
     python = (built or Path(cfg.python)).absolute()
     environment = examine(python)
@@ -161,7 +161,7 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
         return _summarise(root, out, environment.versions)
 
 
-def _full_info(folder: Path, entries: Sequence[Entry]) -> list[Json]:
+def _full_info(folder: Path, entries: Sequence[VBenchPrompt]) -> list[Json]:
     """VBench's own list, which has what some dimensions look for in a video; it must be the list that we know."""
     file, remedy = folder / "VBench_full_info.json", "install VBench again"
     if prompts_hash(load_entries(str(file))) != prompts_hash(entries):

@@ -112,7 +112,7 @@ def _place(source: Path, target: Path) -> None:
             shutil.copyfile(source, part)
 
 
-def run_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilter, ranks: Ranks) -> None:
+def run_static_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilter, ranks: Ranks) -> None:
     """Filter every prompt's candidates, shared among the ranks. Prompts with fewer than five are named at the end."""
     for folder in (STATIC, RECORDS):
         (out / folder).mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from scd_sf.data.prompt_files import PromptRow
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.vbench.prompts import (
     FLICKERING,
-    Entry,
+    VBenchPrompt,
     check_collisions,
     chosen_dimensions,
     is_case_blind,
@@ -29,7 +29,7 @@ from scd_sf.evaluation.vbench.prompts import (
     select,
     video_name,
 )
-from scd_sf.evaluation.vbench.static_filter import CANDIDATES, StaticFilter, run_filter
+from scd_sf.evaluation.vbench.static_filter import CANDIDATES, StaticFilter, run_static_filter
 from scd_sf.files import locked, sha256_file
 from scd_sf.generation.folder import make_videos
 from scd_sf.generation.sampling import SampleConfig, VideoRequest
@@ -83,7 +83,7 @@ class SuiteConfig:
                 raise UserError(f"sampling.{name} is set, but the suite decides it; leave it out")
 
 
-def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[VideoRequest]:
+def suite_videos(cfg: SuiteConfig, entries: list[VBenchPrompt]) -> list[VideoRequest]:
     """Every video of the chosen dimensions, each prompt once. Their names are checked, also for collisions."""
     names = chosen_dimensions(cfg.dimensions)
     words = read_extended(Path(cfg.extended), entries) if cfg.extended else [entry.prompt for entry in entries]
@@ -106,7 +106,7 @@ def wanted_videos(cfg: SuiteConfig, entries: list[Entry]) -> list[VideoRequest]:
 def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
     """Everything: checks, the videos, the static filter. All ranks call it; the same command goes on."""
     entries = load_entries(cfg.full_info)
-    videos = wanted_videos(cfg, entries)
+    videos = suite_videos(cfg, entries)
     candidates = [entry.prompt for entry in select(entries, [FLICKERING])]
     filtering = cfg.filter and any(video.file.startswith(f"{CANDIDATES}/") for video in videos)
     if filtering and not cfg.raft:
@@ -124,7 +124,7 @@ def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
     if static is not None:
         out = Path(cfg.sampling.out)
         with locked(out, "this suite") if ranks.is_main else nullcontext():
-            run_filter(out, candidates, cfg.flicker_samples, static, ranks)
+            run_static_filter(out, candidates, cfg.flicker_samples, static, ranks)
 
 
 def protocol(cfg: SuiteConfig) -> dict[str, object]:

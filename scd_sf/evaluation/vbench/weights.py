@@ -39,7 +39,7 @@ def needed(dimensions: Sequence[str]) -> list[Weight]:
     return [weight for weight in weights() if set(weight.dimensions) & set(dimensions)]
 
 
-def require(dimensions: Sequence[str], folder: Path) -> None:
+def require_weights(dimensions: Sequence[str], folder: Path) -> None:
     """UserError, after a line for each on stdout, if a file is missing, and if one is a pointer of Git LFS."""
     absent = [weight for weight in needed(dimensions) if not (folder / weight.path).is_file()]
     for weight in absent:

@@ -32,6 +32,7 @@ from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.models.tokenizers.names import dc_from_efficientvit, is_efficientvit, is_ldm, kl_config, kl_from_ldm
 from scd_sf.models.wan.weights import WEIGHTS
+from scd_sf.nn.layers import channels_last
 from scd_sf.tensor_files import PICKLES, in_memory, open_tensors, read_all, read_tensors
 from scd_sf.types import UserError, on_device
 
@@ -182,14 +183,6 @@ def save_tokenizer(
     tensors = {name: tensor.contiguous() for name, tensor in zip(model.state_dict(), halved, strict=True)}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, config)
-
-
-def channels_last(model: Autoencoder) -> Autoencoder:
-    """Convolution weights in the memory order that is fast on CPUs and on tensor cores, in place."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

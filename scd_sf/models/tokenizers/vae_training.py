@@ -32,7 +32,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor, nn
 
-from scd_sf.models.wan.vae import FRAME_GROUP, channels_last
+from scd_sf.models.wan.vae import FRAME_GROUP
+from scd_sf.nn.layers import channels_last
 from scd_sf.types import check_within
 
 PATCH = 8  # pixels on a side of one latent position
@@ -102,7 +103,7 @@ def patch_components(pixels_N3HW: Tensor, count: int, floor: float, patch: int =
     return {"weight": rows.reshape(count, 3, patch, patch).contiguous(), "bias": -(rows @ mean)}
 
 
-def psnr(squared_error: Tensor) -> float:
+def psnr_of_error(squared_error: Tensor) -> float:
     """dB of a mean squared error between pixels in [-1, 1] (peak 2)."""
     return 10 * math.log10(4.0 / max(1e-12, float(squared_error.mean())))
 
@@ -120,9 +121,9 @@ def reconstruction(real_BFCHW: Tensor, made_BFCHW: Tensor) -> dict[str, object]:
         return round(float(made_BFCHW.diff(dim=dim).abs().mean()) / real, 4) if real > STILL else None
 
     return {
-        "psnr": round(psnr(error), 3),
-        "psnr_first_frame": round(psnr(error[:, 0]), 3),
-        "psnr_by_phase": [round(psnr(error[:, 1 + phase :: FRAME_GROUP]), 3) for phase in range(FRAME_GROUP)],
+        "psnr": round(psnr_of_error(error), 3),
+        "psnr_first_frame": round(psnr_of_error(error[:, 0]), 3),
+        "psnr_by_phase": [round(psnr_of_error(error[:, 1 + phase :: FRAME_GROUP]), 3) for phase in range(FRAME_GROUP)],
         "sharpness": kept(4),
         "change_over_time": kept(1),
     }

@@ -23,6 +23,7 @@ from torch import Tensor
 from scd_sf.files import foreign, read_json, typed, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
+from scd_sf.nn.layers import channels_last
 from scd_sf.tensor_files import in_memory, open_tensors, read_all
 from scd_sf.types import UserError, VideoShape, on_device
 
@@ -30,7 +31,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOTS = {"encoder", "decoder", "conv1", "conv2"}  # what the names in Wan's original file begin with
 AGAIN = "copy the VAE again"
 ORIGINAL = "Wan2.1_VAE.pth"
-MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}
 FRAME_GROUP = 4  # AutoencoderKLWan's own chunk loop is written for groups of four frames
 
 
@@ -201,14 +201,6 @@ def _read_original(file: Path) -> AutoencoderKLWan:
     lazy = {name: in_memory(tensor, str(file)) for name, tensor in read.items()}
     check_fit(model, lazy, file, "Wan 2.1's VAE", AGAIN)
     model.load_state_dict({name: tensor.float() for name, tensor in read.items()}, assign=True)
-    return model
-
-
-def channels_last(model: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Store convolution weights channels-last, in place: 1.3 times faster on CPU, the same numbers to rounding."""
-    for parameter in model.parameters():
-        if parameter.ndim in MEMORY_ORDER:
-            parameter.data = parameter.data.contiguous(memory_format=MEMORY_ORDER[parameter.ndim])
     return model
 
 

@@ -11,8 +11,7 @@ import typer
 from scd_sf.data.clip_index import read_folder_job
 from scd_sf.data.prompts import index_clips
 from scd_sf.files import locked
-from scd_sf.tools.data.check import check as check_folder
-from scd_sf.tools.data.check import repair as repair_folder
+from scd_sf.tools.data.check import check, repair
 from scd_sf.tools.data.export import export_webdataset
 from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import say
@@ -23,11 +22,11 @@ Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or '
 Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
 
 
-@app.command()
-def check(folder: Folder, full: Full = False) -> None:
+@app.command("check")
+def check_command(folder: Folder, full: Full = False) -> None:
     """Compare headers, file sizes, shapes and the index; exit code 1 when something is wrong. Changes nothing."""
     with progress_of("files") as progress:
-        report = check_folder(folder, full=full, progress=progress)
+        report = check(folder, full=full, progress=progress)
     for line in report.problems[:SHOWN]:
         say(line)
     if len(report.problems) > SHOWN:
@@ -37,11 +36,11 @@ def check(folder: Folder, full: Full = False) -> None:
     sys.exit(1 if report.problems else 0)
 
 
-@app.command()
-def repair(folder: Folder, full: Full = False) -> None:
+@app.command("repair")
+def repair_command(folder: Folder, full: Full = False) -> None:
     """Move damaged files to quarantine/, so that the next run makes them again; remove old temporary files; index."""
     with progress_of("files") as progress:
-        report, count = repair_folder(folder, full=full, progress=progress)
+        report, count = repair(folder, full=full, progress=progress)
     for fault in report.damaged.values():
         say(f"moved to quarantine: {fault}")
     say(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")

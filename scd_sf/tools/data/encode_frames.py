@@ -100,7 +100,7 @@ class EncodeConfig:
 
 
 @dataclass
-class Report:
+class EncodeReport:
     """What became of a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run, ``before``: done by an
     earlier run; ``bad``: what is left out and why. Seconds are of this run."""
 
@@ -130,14 +130,16 @@ def check_report(path: Path) -> None:
         raise UserError(f"{path}: is no report of this command; {KEEP}")
 
 
-def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> Report:
+def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> EncodeReport:
     """Read every clip and keep nothing. Malformed ones are no error here: see the report."""
-    report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
+    report = EncodeReport(len(source.ids) + len(source.refused), bad=list(source.refused))
     _read_all(source, range(len(source.ids)), config, report, lambda clip: None)
     return report
 
 
-def encode_pixels(source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: Json, config: EncodeConfig) -> Report:
+def encode_pixels(
+    source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: Json, config: EncodeConfig
+) -> EncodeReport:
     """Encode every clip of a source. ``inputs``: what else the directory is made from (the tokenizer's hash).
 
     UserError: too many malformed clips, sizes that the tokenizer cannot divide, or a directory of something else.
@@ -160,7 +162,7 @@ def encode_pixels(source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: 
 
 def import_latents(
     source: AnySource[FarLatentClip], spatial: int, out: Path, inputs: Json, config: EncodeConfig
-) -> Report:
+) -> EncodeReport:
     """Copy foreign latents. ``spatial``: pixels per latent along a side. Errors as in :func:`encode_pixels`."""
 
     def shape_of(clip: FarLatentClip) -> Shape:
@@ -178,9 +180,9 @@ def _write(
     out: Path,
     inputs: Json,
     config: EncodeConfig,
-) -> Report:
+) -> EncodeReport:
     check_place(out)
-    report = Report(len(source.ids) + len(source.refused), bad=list(source.refused))
+    report = EncodeReport(len(source.ids) + len(source.refused), bad=list(source.refused))
     _hold_to_budget(report, config, None)
     shape = shape_of(_first_good(source))
     info = FrameSetInfo(*shape, spatial, source.num_actions, source.labels, source.fps)
@@ -208,7 +210,7 @@ def _read_all(
     source: AnySource[ClipType],
     indices: Sequence[int],
     config: EncodeConfig,
-    report: Report,
+    report: EncodeReport,
     keep: Callable[[ClipType], None],
     out: Path | None = None,
 ) -> None:
@@ -267,7 +269,7 @@ def _first_good(source: AnySource[ClipType]) -> ClipType:
     raise UserError(f"no clip of the source can be read; the last: {problem}")
 
 
-def _hold_to_budget(report: Report, config: EncodeConfig, out: Path | None) -> None:
+def _hold_to_budget(report: EncodeReport, config: EncodeConfig, out: Path | None) -> None:
     """UserError, after the report is written, where more than the allowed share is malformed."""
     if len(report.bad) <= config.max_bad * report.clips:
         return

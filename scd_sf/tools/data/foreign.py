@@ -38,7 +38,7 @@ ROW_GROUP = 8 * 2**30  # bytes of a row group without compression; 64 clips of 8
 
 
 @dataclass(frozen=True)
-class Sample:
+class ForeignClip:
     """One clip of a source. ``latents`` (F, C, H, W), ``text`` (T, E) without padding or None; ``raw``: as the VAE
     gives them, not normalised. ``own``: the bytes of one of our files instead, and of its mp4."""
 
@@ -51,7 +51,7 @@ class Sample:
     video: bytes | None = None
 
 
-Part = Sample | Refused
+Part = ForeignClip | Refused
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def _members(path: Path) -> Iterator[_Member]:
         yield _Member("", fault=f"the tar is damaged or cut ({why}); what came before it is taken")
 
 
-def _sample(name: str, members: dict[str, bytes]) -> Sample:
+def _sample(name: str, members: dict[str, bytes]) -> ForeignClip:
     """Of suffix -> contents. ValueError where these make none."""
     if members.keys() in (OWN, OWN | {"mp4"}):
-        return Sample(name, own=members["safetensors"], video=members.get("mp4"))
+        return ForeignClip(name, own=members["safetensors"], video=members.get("mp4"))
     if members.keys() != RCM:
         raise ValueError(f"has {', '.join(sorted(members))}; a sample needs {', '.join(sorted(RCM))}")
     latents = one_tensor(members["latent.pt"], "latent.pt")
@@ -121,7 +121,7 @@ def _sample(name: str, members: dict[str, bytes]) -> Sample:
         latents = latents[0]
     if latents.ndim != 4:
         raise ValueError(f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W)")
-    return Sample(name, members["prompt.txt"].decode(), latents.transpose(0, 1), unpadded(text))
+    return ForeignClip(name, members["prompt.txt"].decode(), latents.transpose(0, 1), unpadded(text))
 
 
 def unpadded(text: Tensor) -> Tensor:
@@ -161,13 +161,13 @@ def _check_lmdb(env: Any, path: Path) -> None:
         raise ValueError(f"data.mdb has {size} bytes instead of {needed} (cut?)")
 
 
-def _lmdb_sample(env: Any, number: int, shape: tuple[int, ...], name: str) -> Sample:
+def _lmdb_sample(env: Any, number: int, shape: tuple[int, ...], name: str) -> ForeignClip:
     with foreign("damaged", COPY), env.begin() as view:
         data, prompt = view.get(f"latents_{number}_data".encode()), view.get(f"prompts_{number}_data".encode())
     if data is None or prompt is None:
         raise ValueError("has no latents or no prompt")
     latents = numbers_of(data, "float16", shape[1:])
-    return Sample(name, prompt.decode(), latents[-1] if latents.ndim == 5 else latents)
+    return ForeignClip(name, prompt.decode(), latents[-1] if latents.ndim == 5 else latents)
 
 
 def _lmdb_shape(text: bytes | None, path: Path) -> tuple[int, ...]:
@@ -255,7 +255,7 @@ def _row_group(path: Path, file: Any, group: int) -> Iterator[Part]:
         yield Refused(name, f"the rest of its row group is not read: {error}")
 
 
-def _parquet_sample(name: str, row: dict[str, Any]) -> Sample:
+def _parquet_sample(name: str, row: dict[str, Any]) -> ForeignClip:
     tensors = []
     for part in ("vae_latent", "text_embedding"):
         data, shape, dtype = (row[f"{part}_{field}"] for field in ("bytes", "shape", "dtype"))
@@ -265,7 +265,7 @@ def _parquet_sample(name: str, row: dict[str, Any]) -> Sample:
     latents, text = tensors
     if latents.ndim != 4 or not isinstance(row["caption"], str):
         raise ValueError(f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W), or no caption")
-    return Sample(name, row["caption"], latents.transpose(0, 1), unpadded(text), raw=True)
+    return ForeignClip(name, row["caption"], latents.transpose(0, 1), unpadded(text), raw=True)
 
 
 def _library(name: str) -> Any:

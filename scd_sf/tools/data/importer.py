@@ -34,7 +34,7 @@ from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae
 from scd_sf.tensor_files import dtype_of
-from scd_sf.tools.data.foreign import Part, Sample, read_lmdb, read_parquet, read_tar
+from scd_sf.tools.data.foreign import ForeignClip, Part, read_lmdb, read_parquet, read_tar
 from scd_sf.types import UserError, VideoShape, device_of, printable
 
 REFUSED = "refused.jsonl"
@@ -122,7 +122,7 @@ class _Target:
         self.common: Common | None = None
         self.count = 0
 
-    def add(self, sample: Sample) -> str:
+    def add(self, sample: ForeignClip) -> str:
         """Write a clip; "" or why it is refused. UserError where the folder cannot be begun."""
         try:
             if sample.own is not None:
@@ -136,7 +136,7 @@ class _Target:
         self.count += 1
         return ""
 
-    def _add(self, sample: Sample) -> None:
+    def _add(self, sample: ForeignClip) -> None:
         assert sample.latents is not None
         latents = self._normalised(sample.latents.float()) if sample.raw else sample.latents
         text = self.encoder.states([sample.prompt])[0] if sample.text is None else sample.text
@@ -160,7 +160,7 @@ class _Target:
             )
             write_clip(self.options.out, latents, text, about)
 
-    def _add_own(self, sample: Sample, data: bytes) -> None:
+    def _add_own(self, sample: ForeignClip, data: bytes) -> None:
         """A file of ours, byte for byte, after it was read and its checksums compared. The video goes first."""
         name = sample.name.removesuffix("]").rpartition("[")[2].rpartition("/")[2]
         if not ID.fullmatch(name):

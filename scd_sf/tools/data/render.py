@@ -59,7 +59,7 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
     return False
 
 
-def run_all(
+def run_chunks(
     function: Callable[[Chunk, Path], object], chunks: Sequence[Chunk], root: Path, workers: int
 ) -> Iterator[Chunk]:
     """Call ``function(chunk, root)`` for all in worker processes with separate scratch directories; yields each chunk

@@ -59,7 +59,7 @@ def finding(name: str, found: str, remedy: str = "", status: str = WARN) -> Find
     return Finding(name, status if remedy else OK, found, remedy)
 
 
-def examine(*, quick: bool) -> list[Finding]:
+def examine_machine(*, quick: bool) -> list[Finding]:
     """Every check, in the order in which a broken installation should be repaired; ``quick`` leaves out those that
     start processes. An exception in a check is a failure of that check."""
     findings = []
@@ -247,7 +247,7 @@ def hugging_face_home() -> Path:
 # ----------------------------------------------------------------------------------------------- the thing itself
 
 
-def attention() -> Findings:
+def attention_kernels() -> Findings:
     """Which of torch's attention kernels run here, and whether FlexAttention can be compiled on a GPU."""
     cuda = torch.cuda.is_available()
     works = [name for name, backend in ATTENTION.items() if _attends(backend, cuda)]
@@ -332,7 +332,7 @@ CHECKS: dict[str, Callable[[], Findings]] = {
     "packages": packages,
     "torch build": torch_build,
     "cuda": devices,
-    "attention": attention,
+    "attention": attention_kernels,
     "video": video,
     "C++ compiler": compiler,
     "threads": threads,

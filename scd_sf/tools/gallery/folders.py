@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scd_sf.data.sources.video_reader import frame_count
 from scd_sf.files import files_below, read_typed, safe_path, sha256_file
-from scd_sf.tools.gallery.page import Page, Prompt, Sample
+from scd_sf.tools.gallery.page import Page, PagePrompt, Sample
 from scd_sf.types import UserError, printable
 
 INDEX, DONE = "manifest.json", ".done"
@@ -152,7 +152,7 @@ def page_of(folders: Sequence[Folder], title: str) -> Page:
     for heading, same in together.items():
         state = "some are not there" if any(video.fault for video in same) else "complete"
         words = dict.fromkeys(video.entry.words for video in same if video.entry.is_named)
-        prompts.append(Prompt(heading, {"videos": state} if some_lack else {}, words=tuple(words)))
+        prompts.append(PagePrompt(heading, {"videos": state} if some_lack else {}, words=tuple(words)))
     fps = max(folder.fps for folder in folders)
     frames = max(1, round(max(folder.seconds for folder in folders) * fps))
     return Page(title, {folder.name: folder.facts for folder in folders}, prompts, samples, fps, frames)

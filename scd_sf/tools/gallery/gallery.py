@@ -12,7 +12,7 @@ from torch import Tensor
 from scd_sf.data.clips import write_video
 from scd_sf.evaluation.table import ResultRow
 from scd_sf.generation.generate import as_uint8
-from scd_sf.tools.gallery.page import Page, Prompt, Sample, write_page
+from scd_sf.tools.gallery.page import Page, PagePrompt, Sample, write_page
 from scd_sf.types import UserError
 
 
@@ -25,9 +25,9 @@ class PromptCard:
     motion: str
     held_out: bool = False
 
-    def prompt(self) -> Prompt:
+    def prompt(self) -> PagePrompt:
         note = "wording never seen in training" if self.held_out else ""
-        return Prompt(self.text, {"place": self.place, "motion": self.motion}, note)
+        return PagePrompt(self.text, {"place": self.place, "motion": self.motion}, note)
 
 
 def build_gallery(

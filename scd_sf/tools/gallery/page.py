@@ -56,7 +56,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PagePrompt:
     """``tags``: kind -> value, what the page can be filtered by. ``note``: shown under the text. ``words``: what was
     really sampled with, where ``text`` is a benchmark's name for it."""
 
@@ -83,7 +83,7 @@ class Page:
 
     title: str
     models: Mapping[str, Mapping[str, str]]
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PagePrompt]
     samples: Sequence[Sample]
     fps: float
     frames: int
@@ -164,7 +164,7 @@ def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[s
     )
 
 
-def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[Prompt, list[Figure]]]:
+def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[PagePrompt, list[Figure]]]:
     """The prompts with their places: model by model, one at least of each."""
     samples: list[dict[str, list[Sample]]] = [{name: [] for name in page.models} for _ in page.prompts]
     for sample in page.samples:
@@ -181,7 +181,7 @@ def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[Prompt, list[Fig
     return cards
 
 
-def filters(prompts: Sequence[Prompt]) -> list[tuple[str, list[str]]]:
+def filters(prompts: Sequence[PagePrompt]) -> list[tuple[str, list[str]]]:
     """Kinds of tags with their values, as far as they tell prompts apart and fit a list."""
     kinds = dict.fromkeys(kind for prompt in prompts for kind in prompt.tags)
     found = [(kind, sorted({p.tags[kind] for p in prompts if kind in p.tags})) for kind in kinds]

@@ -125,8 +125,8 @@ def compare_runs(
         raise typer.Exit(1)
 
 
-@app.command()
-def export(
+@app.command("export")
+def export_command(
     run: RunArgument,
     out: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A new file.")],
 ) -> None:

@@ -17,7 +17,7 @@ from recipe_runner import At
 from scd_sf.evaluation.vbench import environment
 from scd_sf.evaluation.vbench.environment import build, examine
 from scd_sf.evaluation.vbench.prompts import chosen_dimensions, load_entries, video_name
-from scd_sf.evaluation.vbench.weights import DETECTRON2, link_dino, needed, require, weights
+from scd_sf.evaluation.vbench.weights import DETECTRON2, link_dino, needed, require_weights, weights
 from scd_sf.files import LFS_POINTER
 from scd_sf.types import UserError
 
@@ -125,7 +125,7 @@ def test_refused_before_any_work(python: Path, tmp_path: Path) -> None:
         (tmp_path / "cache" / weight.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cache" / weight.path).write_bytes(LFS_POINTER + b".github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match=r"cache/.*: a Git LFS pointer.*run `git lfs pull`"):
-        require(["scene"], tmp_path / "cache")
+        require_weights(["scene"], tmp_path / "cache")
     assert "has no vbench" in refused(*given, f"python={sys.executable}", "download=true")[0]
     assert "cannot be run" in refused(*given, f"python={tmp_path}/none", "download=true")[0]
     assert "samples is 9" in refused(*given[:2], "samples=9")[0]

@@ -10,7 +10,7 @@ import torch
 from torchvision.models.optical_flow import raft_large
 
 from scd_sf.distributed import Ranks
-from scd_sf.evaluation.vbench.static_filter import StaticFilter, chosen_of, flow_scores, is_static, run_filter
+from scd_sf.evaluation.vbench.static_filter import StaticFilter, chosen_of, flow_scores, is_static, run_static_filter
 from scd_sf.types import UserError
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -50,17 +50,17 @@ def test_candidates_are_kept_in_vbenchs_order(tmp_path: Path) -> None:
         return path.name != "a wall-1.mp4"
 
     static.judge = still  # type: ignore[method-assign]
-    run_filter(tmp_path, ["a wall"], 12, static, ALONE)
+    run_static_filter(tmp_path, ["a wall"], 12, static, ALONE)
     assert chosen_of(tmp_path, "a wall") == [f"a wall-{n}.mp4" for n in (0, 10, 11, 2, 3)] and len(judged) == 6
     assert [(tmp_path / "static" / f"a wall-{n}.mp4").read_text() for n in range(5)] == ["0", "10", "11", "2", "3"]
-    run_filter(tmp_path, ["a wall"], 12, static, ALONE)
+    run_static_filter(tmp_path, ["a wall"], 12, static, ALONE)
     assert len(judged) == 6
     (tmp_path / "static" / "a wall-3.mp4").unlink()
-    run_filter(tmp_path, ["a wall"], 12, static, ALONE)
+    run_static_filter(tmp_path, ["a wall"], 12, static, ALONE)
     assert len(judged) == 6 and (tmp_path / "static" / "a wall-3.mp4").is_file()
     (tmp_path / "flickering" / "a wall-7.mp4").write_text("new")
     static.judge = lambda path: path.name == "a wall-7.mp4"  # type: ignore[method-assign]
-    run_filter(tmp_path, ["a wall"], 12, static, ALONE)
+    run_static_filter(tmp_path, ["a wall"], 12, static, ALONE)
     assert chosen_of(tmp_path, "a wall") == ["a wall-7.mp4"]
     assert [file.name for file in (tmp_path / "static").iterdir()] == ["a wall-0.mp4"]
     with pytest.raises(UserError, match="run the static filter"):

@@ -37,7 +37,9 @@ def test_every_check_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("status", "code"), [(OK, 0), (WARN, 0), (FAIL, 1)])
 def test_exit_code_and_remedy(monkeypatch: pytest.MonkeyPatch, status: str, code: int) -> None:
-    monkeypatch.setattr(cli, "examine", lambda *, quick: [Finding("torch", status, f"quick={quick}", "pip install x")])
+    monkeypatch.setattr(
+        cli, "examine_machine", lambda *, quick: [Finding("torch", status, f"quick={quick}", "pip install x")]
+    )
     assert doctor()[0] == doctor("--json", "--quick")[0] == code
     assert "pip install x" in doctor()[1] and "quick=False" in doctor()[1] and "quick=True" in doctor("--quick")[1]
 
@@ -47,7 +49,7 @@ def test_a_check_that_breaks_is_a_failure_with_its_text(monkeypatch: pytest.Monk
         raise OSError("no such device\nat all")
 
     monkeypatch.setattr(checks, "CHECKS", {"disk": broken, "python": checks.python})
-    first, second = checks.examine(quick=True)
+    first, second = checks.examine_machine(quick=True)
     assert (first.name, first.status, first.found) == ("disk", FAIL, "OSError: no such device") and first.remedy
     assert second.status == OK
 

@@ -109,7 +109,7 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
     out, file = Path(cfg.out), PromptFile(Path(cfg.prompts))
     if file.path.resolve().parent == out.resolve():
         raise UserError(f"out={out}: holds {file.path.name}, the prompts; use another out=")
-    rows = read_rows(file)
+    rows = read_prompts(file)
     writer = open_writer(cfg, ranks)
     with ExitStack() as held:
         rank_zero_first(ranks, lambda: open_folder(out, _settings(cfg), held))
@@ -126,7 +126,7 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
             say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
 
 
-def read_rows(file: PromptFile) -> list[Row]:
+def read_prompts(file: PromptFile) -> list[Row]:
     """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts, more than a prompt."""
     rows: list[Row] = []
     seen: dict[str, str] = {}

@@ -22,7 +22,7 @@ import numpy as np
 from scd_sf.data.prompt_files import SCORES
 from scd_sf.files import place_digest
 from scd_sf.tools.prompts.filter import clean
-from scd_sf.tools.prompts.filter.language import HEAD, foreign
+from scd_sf.tools.prompts.filter.language import HEAD, other_language
 from scd_sf.tools.prompts.filter.near_dup import NearDupConfig, near_duplicates
 from scd_sf.tools.prompts.filter.table import BadRows, read_list
 from scd_sf.types import UserError, say
@@ -89,7 +89,7 @@ class FilterConfig:
 
 
 @dataclass(frozen=True)
-class Step:
+class FilterStep:
     """What one step did: rows before, rows after, its settings, more counts, some of the dropped rows."""
 
     name: str
@@ -108,7 +108,7 @@ class Chain:
 
     def __init__(self, cfg: FilterConfig) -> None:
         self.cfg = cfg
-        self.steps: list[Step] = []
+        self.steps: list[FilterStep] = []
         self.seconds: dict[str, float] = {}
 
     def run(self) -> pl.DataFrame:
@@ -147,11 +147,11 @@ class Chain:
             raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
         counts = {"rows that cannot be read": bad.count, "first": bad.first} if bad.count else {}
         names = [Path(path).name for path in cfg.inputs]
-        self.steps.append(Step("parse", rows + bad.count, rows, {"inputs": names}, counts, []))
+        self.steps.append(FilterStep("parse", rows + bad.count, rows, {"inputs": names}, counts, []))
         if bad.count:
             say(f"left out: {bad.count} rows that cannot be read; the first: {bad.first}")
         changed = rows - self.table["original"].null_count()
-        self.steps.append(Step("clean", rows, rows, {}, {"changed": changed}, []))
+        self.steps.append(FilterStep("clean", rows, rows, {}, {"changed": changed}, []))
 
     def _measure(self) -> None:
         import polars as pl
@@ -174,7 +174,7 @@ class Chain:
         heads = self.table["prompt"].str.slice(0, HEAD)
         parts = (heads.slice(first, CHUNK).to_list() for first in range(0, len(heads), CHUNK))
         other: dict[int, dict[str, object]] = {}
-        work = partial(foreign, language=cfg.language, limit=cfg.language_score)
+        work = partial(other_language, language=cfg.language, limit=cfg.language_score)
         with processes(work, parts, cfg.workers) as answers:
             for number, answer in enumerate(answers):
                 for index, name, score in answer:
@@ -234,7 +234,7 @@ class Chain:
             what = {"nsfw": round(row["nsfw"], 4)} if name == "nsfw" else {"text": row["prompt"]}  # NSFW is not shown
             examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
         self.table = table.filter(~mask)
-        self.steps.append(Step(name, len(table), len(self.table), settings, counts, examples))
+        self.steps.append(FilterStep(name, len(table), len(self.table), settings, counts, examples))
         change = f"{len(table)} -> {len(self.table)}"
         say(f"{name}: not applied ({counts['not applied']})" if "not applied" in counts else f"{name}: {change}")
 

@@ -14,7 +14,7 @@ NOTHING = [(-1.0, "")]
 HEAD = 48  # characters that are looked at (the library: 80): nearly twice as fast, VBench's prompts decided alike
 
 
-def foreign(heads: Sequence[str], language: str = "en", limit: float = 0.5) -> list[tuple[int, str, float]]:
+def other_language(heads: Sequence[str], language: str = "en", limit: float = 0.5) -> list[tuple[int, str, float]]:
     """(index, language, score) of the texts to refuse: another language, with at least the score ``limit``, also in
     lower case. ``heads``: beginnings of texts, one line each, at most ``HEAD`` characters.
 
@@ -37,7 +37,7 @@ def foreign(heads: Sequence[str], language: str = "en", limit: float = 0.5) -> l
 def is_foreign(text: str, language: str = "en", limit: float = 0.5) -> bool:
     """The same for one text of any form."""
     head = " ".join(text.split())[:HEAD]
-    return bool(head) and bool(foreign([head], language, limit))
+    return bool(head) and bool(other_language([head], language, limit))
 
 
 @functools.cache

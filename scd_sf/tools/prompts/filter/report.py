@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from scd_sf.data.prompt_files import SCORES
 from scd_sf.files import Json, new_file, sha256_file, write_json, write_text
-from scd_sf.tools.prompts.filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, Step
+from scd_sf.tools.prompts.filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, FilterStep
 from scd_sf.tools.prompts.filter.table import find_list
 from scd_sf.tools.prompts.result import PROMPTS, REPORT, SETTINGS, TEXT, require, result_folder, sums
 from scd_sf.types import UserError, say
@@ -93,7 +93,7 @@ def _licence(cfg: FilterConfig) -> str:
     return "not stated; set licence="
 
 
-def page(licence: str, steps: list[Step]) -> str:
+def page(licence: str, steps: list[FilterStep]) -> str:
     """The report as Markdown."""
     first, kept = steps[0].rows_in, steps[-1].rows_out
     lines = [

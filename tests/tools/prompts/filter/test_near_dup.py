@@ -10,7 +10,7 @@ import polars as pl
 from scd_sf.evaluation.vbench.prompts import load_entries
 from scd_sf.tools.prompts.filter import near_dup
 from scd_sf.tools.prompts.filter.chain import FilterConfig
-from scd_sf.tools.prompts.filter.language import HEAD, foreign, is_foreign
+from scd_sf.tools.prompts.filter.language import HEAD, is_foreign, other_language
 from scd_sf.tools.prompts.filter.near_dup import NearDupConfig, near_duplicates, shingles
 
 WORDS = [f"{a}{b}{c}" for a in ("ka", "to", "mi", "re") for b in ("lun", "vas", "do", "") for c in ("ber", "n", "sil")]
@@ -75,10 +75,13 @@ def test_language() -> None:
         "一个女孩在雨中的街道上行走",
     ]
     kept = ["a cat on a mat", "A CAT RUNS THROUGH THE CITY AT NIGHT", "A tranquil tableau of a lake", "neon", "1girl"]
-    answers = foreign([*kept, *refused])
+    answers = other_language([*kept, *refused])
     assert [index for index, _, _ in answers] == [5, 6, 7] and [name for _, name, _ in answers] == ["es", "ru", "zh"]
     assert all(0.5 <= score <= 1 for _, _, score in answers)
-    assert foreign(refused, limit=1.01) == [] and foreign(["an old lighthouse keeper climbs the stairs"], "es") != []
+    assert (
+        other_language(refused, limit=1.01) == []
+        and other_language(["an old lighthouse keeper climbs the stairs"], "es") != []
+    )
     assert is_foreign(f"{refused[0]}\n{refused[0]}") and not is_foreign("  \n ")
 
 
@@ -90,8 +93,8 @@ def test_language_agrees_with_the_library_and_takes_no_prompt_of_vbench_for_anot
     lines = ["una casa", "the house by the sea", "ein haus", "maison bleue", "casa", "a", "дом у моря"]
     best = [detector.detect(line)[0] for line in lines]
     other = [index for index, found in enumerate(best) if found["lang"] != "en" and found["score"] >= 0.2]
-    assert foreign(lines, limit=0.2) == [(i, best[i]["lang"], round(best[i]["score"], 3)) for i in other] != []
+    assert other_language(lines, limit=0.2) == [(i, best[i]["lang"], round(best[i]["score"], 3)) for i in other] != []
     prompts = {entry.prompt for entry in load_entries()}
     long = [prompt for prompt in prompts if len(prompt.split()) >= FilterConfig.min_words]
     assert len(prompts) == 944 and len(long) > 700
-    assert foreign([" ".join(prompt.split())[:HEAD] for prompt in long]) == []
+    assert other_language([" ".join(prompt.split())[:HEAD] for prompt in long]) == []
