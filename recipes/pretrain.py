@@ -29,11 +29,12 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, 
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, Student, build_student
 from scd_sf.models.scd.config import DecoderConfig, ScdConfig
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches, check_same_size, check_shape
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import RESUMABLE, Loop, TrainConfig, add_to, micro_batches
+from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
@@ -207,7 +208,6 @@ def main() -> None:
     torch.manual_seed(cfg.run.seed)
     engine = model_engine(cfg, ranks, build_student(cfg.model))
     description = to_yaml(CheckpointConfig(cfg.model, cfg.sampler))
-
     latent = [cfg.frames, clips.info.channels, clips.info.height, clips.info.width]
     extra = {"latent": latent, "fps": clips.info.fps}
     origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=extra)
@@ -217,7 +217,7 @@ def main() -> None:
     if start == 0:
         averaged.load_state_dict(engine.masters())
         preview.show(run, averaged, 0)
-    with Loop(run, checkpointer, cfg.train, start) as loop:
+    with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = update(cfg, run, engine, clips, usable, loop.position(step))
             if info.stepped:

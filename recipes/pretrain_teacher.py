@@ -25,11 +25,12 @@ from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import RESUMABLE, Loop, TrainConfig, add_to, micro_batches
+from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
@@ -139,11 +140,10 @@ def main() -> None:
         total_updates=cfg.train.steps,
     )
     description = to_yaml(CheckpointConfig(ModelConfig("wan", wan=cfg.wan), SamplerConfig("euler", 50, cfg.shift)))
-
     origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash)
     ema = Ema(cfg.train.ema, ranks)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
-    with Loop(run, checkpointer, cfg.train, checkpointer.resume()) as loop:
+    with Loop(run, checkpointer, checkpointer.resume()) as loop:
         for step in loop:
             info, logs = update(cfg, run, engine, clips, loop.position(step))
             if info.stepped:

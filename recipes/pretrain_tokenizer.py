@@ -50,11 +50,12 @@ from scd_sf.models.tokenizers.training import (
 from scd_sf.models.tokenizers.vae_training import patch_components
 from scd_sf.nn.layers import channels_last
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.checks import check_batches
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import RESUMABLE, Loop, TrainConfig, add_to, micro_batches
+from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
@@ -318,12 +319,11 @@ def main() -> None:
     val = to_unit(judged.spread(cfg.evaluation.frames))
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE_HERE)
     training = Training(cfg, run, frames)
-
     origin = partial(provenance, stage="tokenizer", seed=cfg.run.seed, data_hash=frames.hash)
     ema, engine = Ema(cfg.train.ema, ranks), training.engine
     checkpointer = Checkpointer(run, cfg.train, training.engines, ema, to_yaml(cfg), origin)
     averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
-    with Loop(run, checkpointer, cfg.train, checkpointer.resume()) as loop:
+    with Loop(run, checkpointer, checkpointer.resume()) as loop:
         for step in loop:
             info, logs = training.update(step, loop.position(step))
             if info.stepped:

@@ -47,10 +47,11 @@ from scd_sf.models.tokenizers.vae_training import (
 from scd_sf.models.wan.vae import FRAME_GROUP as GROUP
 from scd_sf.models.wan.vae import WEIGHTS, load_vae, save_vae
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
+from scd_sf.train.batches import TrainConfig
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.ema import Ema, EmaConfig
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import Loop, TrainConfig
+from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
@@ -246,7 +247,7 @@ def train(
     ema, averaged = Ema(plan.ema, ranks), build_vae(cfg.model)
     origin = partial(provenance, stage=f"vae_{name}", seed=cfg.seed, data_hash=clips.hash)
     checkpointer = Checkpointer(run, plan, {"model": engine}, ema, to_yaml(cfg), origin)
-    with Loop(run, checkpointer, plan, checkpointer.resume()) as loop:
+    with Loop(run, checkpointer, checkpointer.resume()) as loop:
         for step in loop:
             info, logs = update(cfg, stage, run, engine, videos, loop.position(step))
             if info.stepped:

@@ -27,11 +27,12 @@ from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage2Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
-from scd_sf.train.checkpointing import Checkpointer
+from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
+from scd_sf.train.checkpointing import Checkpointer, pixel_shape
 from scd_sf.train.checks import check_batches, check_same_size, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine
-from scd_sf.train.loop import RESUMABLE, Loop, add_to, micro_batches, pixel_shape
+from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
@@ -101,7 +102,6 @@ def main() -> None:
         run.flops_per_step = PlanJob(cfg, parent.model, clips.shape, text_tokens=clips.prompts.length).model_flops()
     engine = student_engine(cfg, ranks, student, clips.null)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
-
     origin = partial(
         provenance,
         stage="stage2_flow_matching",
@@ -127,7 +127,7 @@ def main() -> None:
     if start == 0:
         averaged.load_state_dict(engine.masters())
         show_previews(preview, averaged, 0, ranks, run.video)
-    with Loop(run, checkpointer, cfg.train, start) as loop:
+    with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = update(cfg, run, engine, clips, reads, loop.position(step))
             if info.stepped:

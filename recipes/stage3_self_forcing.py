@@ -40,11 +40,12 @@ from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
-from scd_sf.train.checkpointing import Checkpointer
+from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
+from scd_sf.train.checkpointing import Checkpointer, pixel_shape
 from scd_sf.train.checks import check_batches, check_shape, check_text
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine, frozen_engine
-from scd_sf.train.loop import RESUMABLE, Loop, add_to, micro_batches, pixel_shape
+from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
@@ -233,27 +234,16 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, laten
     critic = load_wan(Path(cfg.critic))
     for trunk in (*student.trunks(), critic.trunk):
         trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
-    train = cfg.train
-    engines = [
-        build_engine(
-            module,
-            engine,
-            ranks,
-            global_batch=train.global_batch,
-            micro_batch=train.micro_batch,
-            total_updates=updates,
-        )
-        for module, engine, updates in (
-            (StepModule(student, self_rollout), cfg.student, train.steps),
-            (critic, cfg.critic_engine, train.steps * cfg.ratio + cfg.critic_warmup),
-        )
-    ]
+    engine = partial(build_engine, ranks=ranks, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch)
+    steps = cfg.train.steps
+    student_engine = engine(StepModule(student, self_rollout), cfg.student, total_updates=steps)
+    critic_engine = engine(critic, cfg.critic_engine, total_updates=steps * cfg.ratio + cfg.critic_warmup)
     files = open_wan(Path(cfg.teacher))
     weights = {name: tensor.read for name, tensor in files.tensors.items()}
     teacher = frozen_engine(lambda: Wan(files.config), weights, cfg.teacher_engine, ranks)
     shape = (latent.frames, latent.channels, latent.height, latent.width)
-    reads = Prefetch(prompts.conditioning, train.prefetch, threads=1)
-    return Distillation(cfg, run, ranks, prompts, reads, sampler, shape, engines[0], engines[1], teacher)
+    reads = Prefetch(prompts.conditioning, cfg.train.prefetch, threads=1)
+    return Distillation(cfg, run, ranks, prompts, reads, sampler, shape, student_engine, critic_engine, teacher)
 
 
 def preview_of(parts: Distillation, base: str, latent: VideoShape) -> Preview:
@@ -284,7 +274,6 @@ def main() -> None:
         run.flops_per_step = model_flops(cfg, parent.model, latent, prompts)
     parts = build(cfg, run, student, prompts, latent)
     description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
-
     origin = partial(
         provenance,
         stage="stage3_self_forcing",
@@ -307,7 +296,7 @@ def main() -> None:
     if start == 0:
         averaged.load_state_dict(parts.student.masters())
         show_previews(preview, averaged, 0, ranks, run.video)
-    with Loop(run, checkpointer, cfg.train, start) as loop:
+    with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = update(parts, loop.position(step), *parts.turns(step))
             if info.stepped:

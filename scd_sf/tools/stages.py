@@ -13,7 +13,7 @@ from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import SamplerConfig
 from scd_sf.models.wan.live_prompts import LiveTextConfig
 from scd_sf.train.base import TRAINING, EngineConfig
-from scd_sf.train.loop import TrainConfig
+from scd_sf.train.batches import TrainConfig
 from scd_sf.train.run import RunConfig
 from scd_sf.types import UserError, VideoShape, check_within
 

@@ -25,11 +25,11 @@ from scd_sf.checkpoint import STATE, Checkpoints, SaveFailed, problem_of
 from scd_sf.distributed import Ranks
 from scd_sf.files import fsync_tree, read_json, read_typed, safe_path
 from scd_sf.train.base import Engine
+from scd_sf.train.batches import TrainConfig
 from scd_sf.train.ema import Ema
-from scd_sf.train.loop import TrainConfig
 from scd_sf.train.run import Run
 from scd_sf.train.shards import gathered, read_shards
-from scd_sf.types import UserError
+from scd_sf.types import UserError, VideoShape
 
 _PATIENCE = 3600.0  # seconds that the main rank waits for another rank's part
 _WITHIN = "begun/"  # earlier versions also saved within a step, and noted so what was done of it
@@ -40,6 +40,11 @@ class Origin(Protocol):
     """Gives ``provenance.json`` of a step: :func:`scd_sf.checkpoint.provenance` with all but the step set."""
 
     def __call__(self, *, step: int) -> Mapping[str, object]: ...
+
+
+def pixel_shape(shape: VideoShape) -> dict[str, int]:
+    """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its default."""
+    return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
 
 
 class Checkpointer:

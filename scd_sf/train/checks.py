@@ -7,7 +7,7 @@ from pathlib import Path
 from scd_sf.data.prompts import Prompts, PromptTable
 from scd_sf.distributed import Ranks
 from scd_sf.train.base import accumulation
-from scd_sf.train.loop import TrainConfig
+from scd_sf.train.batches import TrainConfig
 from scd_sf.types import UserError, VideoShape
 
 

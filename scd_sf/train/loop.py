@@ -1,135 +1,40 @@
-"""What the training loops of the recipes share: which samples a step uses, and how a loop is stopped and ends.
+"""How a training loop runs, is stopped and ends. The recipes say what happens in it:
 
-Data order and random numbers are pure functions of (seed, step, micro-batch), so a resumed run repeats an
-uninterrupted one bit for bit on CPU, and the same global batch on other numbers of processes sees the same samples.
-
-    start = checkpointer.resume()
-    with Loop(run, checkpointer, cfg.train, start) as loop:
-        for step in loop:
-            ...  # one update, on the data of loop.position(step)
-            last, request = step == cfg.train.steps, loop.request()
-            if last or request or step % cfg.train.save_every == 0:
-                checkpointer.save(step, required=last or request is Request.STOP)
-            if request is Request.STOP and not last:
-                loop.leave(step)
+start = checkpointer.resume()
+with Loop(run, checkpointer, start) as loop:
+    for step in loop:
+        ...  # one update, on the data of loop.position(step)
+        last, request = step == cfg.train.steps, loop.request()
+        if last or request or step % cfg.train.save_every == 0:
+            checkpointer.save(step, required=last or request is Request.STOP)
+        if request is Request.STOP and not last:
+            loop.leave(step)
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NoReturn, Protocol, Self
+from typing import NoReturn, Self
 
-from scd_sf.data.latents import epoch_order
-from scd_sf.distributed import Ranks
 from scd_sf.train.base import Diverged
-from scd_sf.train.ema import EmaConfig
+from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.run import Run, rank_zero_print
 from scd_sf.train.skipped import Rollback, left_out_ranges, position, read_rollbacks, write_rollback
 from scd_sf.train.stop import EXIT_AGAIN, Control, Request, leave
-from scd_sf.types import Logs, UserError, VideoShape
-
-_log = logging.getLogger(__name__)
-
-RESUMABLE = (
-    *(
-        f"train.{name}"
-        for name in (
-            "steps",
-            "save_every",
-            "validate_every",
-            "keep",
-            "keep_every",
-            "max_rollbacks",
-            "async_save",
-            "prefetch",
-        )
-    ),
-    *(
-        f"{engine}.{name}"  # how the state is laid out, not what it is
-        for engine in ("engine", "student", "critic_engine", "teacher_engine")
-        for name in ("kind", "zero_stage", "offload", "bucket")
-    ),
-)
-
-
-@dataclass
-class TrainConfig:
-    """Length, batches and checkpoints of a training."""
-
-    steps: int = 1000
-    """Optimiser updates."""
-    global_batch: int = 64
-    """Clips (or prompts) per update on all processes together."""
-    micro_batch: int = 1
-    """Of these, per process and forward; accumulation follows from both."""
-    save_every: int = 100
-    """Updates between checkpoints."""
-    validate_every: int = 100
-    """Updates between validations."""
-    keep: int = 2
-    """So many of the newest checkpoints stay on disk (and the best one, where a recipe knows
-    it)."""
-    keep_every: int = 0
-    """The checkpoints of every n-th step stay, too; 0: none."""
-    max_rollbacks: int = 2
-    """How often a run that diverged (``engine.max_skips`` in a row, exit code 75) may be run again
-    from its last checkpoint, without the data since then."""
-    async_save: bool = False
-    """Copy checkpoints to the CPU and write them while the training goes on."""
-    prefetch: int = 2
-    """Micro-batches that are read (or encoded) ahead; 0: none."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    """The average of the weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("keep_every", "max_rollbacks", "prefetch"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
-
-
-def micro_batches(cfg: TrainConfig, seed: int, ranks: Ranks, step: int, size: int) -> list[tuple[int, list[int]]]:
-    """This rank's micro-batches of one update: (global micro-batch number, sample indices) each."""
-    order = epoch_order(seed, step, cfg.global_batch, size)
-    count = cfg.global_batch // (cfg.micro_batch * ranks.world)
-    numbers = [index * ranks.world + ranks.rank for index in range(count)]
-    return [(n, order[n * cfg.micro_batch : (n + 1) * cfg.micro_batch]) for n in numbers]
-
-
-def add_to(sums: Logs, logs: Logs, micro_batches: int) -> None:
-    """Add one of ``micro_batches`` micro-batches' share to the means in ``sums``."""
-    for name, value in logs.items():
-        sums[name] = sums.get(name, 0.0) + value / micro_batches
-
-
-def pixel_shape(shape: VideoShape) -> dict[str, int]:
-    """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its default."""
-    return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
-
-
-class Waits(Protocol):
-    """What a loop needs of the one that saves (``train/checkpointing.py``)."""
-
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written; all ranks call it."""
-        ...
+from scd_sf.types import UserError
 
 
 class Loop:
-    """The steps ``start`` + 1 .. ``total`` of a run, with progress and heartbeat, and how they end.
+    """The steps ``start`` + 1 .. ``train.steps`` of a run, with progress and heartbeat, and how they end.
 
     It listens to signals and to ``RUN/save`` and ``RUN/stop`` (``train/stop.py``). ``status.json`` says how the loop
     ended. An error because another rank is gone becomes one that names it. A run that diverged notes what it leaves out
     and ends with exit code 75.
     """
 
-    def __init__(self, run: Run, checkpointer: Waits, train: TrainConfig, start: int) -> None:
-        self.run, self.ranks, self.start, self.train = run, run.ranks, start, train
+    def __init__(self, run: Run, checkpointer: Checkpointer, start: int) -> None:
+        self.run, self.ranks, self.start, self.train = run, run.ranks, start, checkpointer.train
         self._checkpointer, self._step = checkpointer, start
         self._control = Control(run.dir, run.ranks, run.cfg.heartbeat_seconds)
         rows = run.ranks.on_main(lambda: [(row.at_step, row.back_to, row.left_out) for row in read_rollbacks(run.dir)])
