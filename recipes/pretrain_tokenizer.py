@@ -25,12 +25,13 @@ from torch import Tensor
 from scd_sf.checkpoint import Checkpoints, provenance
 from scd_sf.config import from_command_line, to_yaml
 from scd_sf.data.latents import epoch_order
-from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
+from scd_sf.data.prefetch import Prefetch
+from scd_sf.data.sources.pixel_frames import PixelFrames, to_unit
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import init_distributed
+from scd_sf.evaluation.frames import reconstruction_figures, write_sheet
 from scd_sf.evaluation.lpips import load_perceptual
-from scd_sf.evaluation.reconstruction import reconstruction_figures, write_sheet
 from scd_sf.files import write_json
 from scd_sf.losses.reconstruction import GanConfig, ReconstructionConfig, TokenizerObjective, judge
 from scd_sf.models.tokenizers.start import first_channels, linear_start
@@ -194,7 +195,8 @@ class Training:
         if components is not None:
             components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))
         perceptual = load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
-        self.pixels = ReadAhead(self.read, cfg.train.prefetch if not cfg.frames.keep_every else 0)
+        ahead = cfg.train.prefetch if not cfg.frames.keep_every else 0
+        self.pixels = Prefetch(self.read, ahead, threads=ahead)
         self.discriminator: Engine | None = None
         network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
         objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
@@ -230,8 +232,10 @@ class Training:
         adversarial = cfg.gan.on(step)
         with keeping(self.run, position, self.engine, samples) as kept:
             keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
-            for index, (_, number, clips) in enumerate(keys[: self.engine.micro_batches]):
-                read = self.pixels(keys[index], keys[index + 1 :])
+            self.pixels.expect(keys)
+            for key in keys[: self.engine.micro_batches]:
+                _, number, clips = key
+                read = self.pixels.batch(key)
                 pixels = to_unit(on_device(read, device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
                 rng = generator(seed, "noise", position, number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -106,7 +106,7 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
     """
     environ = os.environ
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
-        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
     if missing:
         raise UserError(
@@ -158,20 +158,6 @@ def ensure_process_group(ranks: Ranks) -> None:
         )
 
 
-def without_launcher_arguments(argv: Sequence[str]) -> list[str]:
-    """``argv`` without the ``--local_rank=N`` (or ``--local_rank N``) that launchers append."""
-    kept: list[str] = []
-    skip = False
-    for argument in argv:
-        if skip:
-            skip = False
-        elif argument in ("--local_rank", "--local-rank"):
-            skip = True
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(argument)
-    return kept
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free instead of returning it to the kernel. No effect on other C libraries.
 
@@ -192,7 +178,8 @@ def _set_threads(processes: int) -> None:
     torch.set_num_threads(min(threads, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else threads)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

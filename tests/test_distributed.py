@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scd_sf.distributed import init_distributed, without_launcher_arguments
+from scd_sf.distributed import init_distributed
 from scd_sf.train.base import EngineConfig, StepModule, accumulation
 from scd_sf.types import UserError
 
@@ -35,14 +35,6 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
         init_distributed()
-
-
-def test_launcher_arguments_are_removed() -> None:
-    assert without_launcher_arguments(["--local_rank=1", "a=b", "--local_rank", "0", "--config", "c"]) == [
-        "a=b",
-        "--config",
-        "c",
-    ]
 
 
 @pytest.mark.parametrize(("batch", "micro", "world", "expected"), [(64, 1, 8, 8), (8, 4, 2, 1), (4, 4, 1, 1)])

@@ -7,38 +7,40 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """``read(indices)``, begun early for the batches that :meth:`expect` names, always in one of ``threads`` threads.
+    """``read(key)``, begun early for the batches that :meth:`expect` names, always in one of ``threads`` threads.
+
+    A key says what is in a batch: the clips' indices, or any tuple.
 
     At most ``depth`` batches are read or held at a time (0: none ahead); threads share no batch: reading and copying
     leave Python's lock. An error of a batch is raised when that batch is asked for.
     """
 
-    def __init__(self, read: Callable[[Sequence[int]], T], depth: int = 2, threads: int = 2) -> None:
+    def __init__(self, read: Callable[[Any], T], depth: int = 2, threads: int = 2) -> None:
         self.read, self.depth = read, depth
         self._pool = ThreadPoolExecutor(max(1, min(threads, depth)), thread_name_prefix="prefetch")
-        self._begun: OrderedDict[tuple[int, ...], Future[T]] = OrderedDict()
-        self._wanted: list[tuple[int, ...]] = []
+        self._begun: OrderedDict[tuple[object, ...], Future[T]] = OrderedDict()
+        self._wanted: list[tuple[object, ...]] = []
 
-    def expect(self, batches: Iterable[Sequence[int]]) -> None:
+    def expect(self, keys: Iterable[Sequence[object]]) -> None:
         """The next batches, in the order in which they will be asked for; replaces what was expected before."""
-        self._wanted = list(dict.fromkeys(tuple(indices) for indices in batches))
+        self._wanted = list(dict.fromkeys(tuple(key) for key in keys))
         for key in [key for key in self._begun if key not in self._wanted]:
             self._begun.pop(key).cancel()
         self._wanted = [key for key in self._wanted if key not in self._begun]
         self._fill()
 
-    def batch(self, indices: Sequence[int]) -> T:
+    def batch(self, key: Sequence[object]) -> T:
         """What ``read`` returns: read ahead, or now where it was not expected."""
-        key = tuple(indices)
-        if key in self._wanted:
-            self._wanted.remove(key)
-        begun = self._begun.pop(key, None) or self._pool.submit(self.read, key)
+        place = tuple(key)
+        if place in self._wanted:
+            self._wanted.remove(place)
+        begun = self._begun.pop(place, None) or self._pool.submit(self.read, place)
         self._fill()
         return begun.result()
 

@@ -1,7 +1,7 @@
 """Per-frame figures (sharpness, MSE, PSNR, SSIM) and the spread of any figure over seeds or over resampled videos.
 
-Videos are float tensors (V, F, 3, H, W) in [0, 1]: V videos of F pixel frames. Nothing is read from or written to
-disk, and no codec stands between a video and its figure.
+Videos are float tensors (V, F, 3, H, W) in [0, 1]: V videos of F pixel frames. No codec stands between a video and its
+figure. Letters of images: N images (N, 3, H, W).
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from scd_sf.files import new_file
 from scd_sf.types import UserError
 
 VIDEO_DIMENSIONS = 5
@@ -76,11 +79,6 @@ def psnr_frames(videos: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each frame in dB, peak 1: (V, F) fp64, as torchmetrics'. Equal frames: inf."""
     check_pair(videos, reference, "PSNR")
     return -10.0 * torch.log10(mse_frames(videos, reference))
-
-
-def psnr(videos: Tensor, reference: Tensor) -> float:
-    """:func:`psnr_frames`, then the mean over frames and videos."""
-    return float(psnr_frames(videos, reference).mean())
 
 
 def ssim_frames(videos: Tensor, reference: Tensor, window: SsimWindow = "valid") -> Tensor:
@@ -146,3 +144,30 @@ def bootstrap(statistic: Callable[[Tensor], float], videos: int, *, resamples: i
         raise UserError(f"bootstrap: videos={videos}, resamples={resamples}; both must be at least 1")
     draws = np.random.Generator(np.random.PCG64(seed)).integers(0, videos, size=(resamples, videos))
     return spread([statistic(torch.from_numpy(row)) for row in draws])
+
+
+# ------------------------------------------------------------------ how well pictures survive a tokenizer
+
+CEILING = 120.0  # dB, of an image without error
+
+
+def reconstruction_figures(made_N3HW: Tensor, real_N3HW: Tensor) -> dict[str, float]:
+    """``psnr`` (dB, the mean over images; peak 1), ``ssim``, and ``sharpness``: what is left of the mean difference
+    between neighbours (1: all, less: blurred). UserError: as of the measures."""
+    made, real = made_N3HW.unsqueeze(1), real_N3HW.unsqueeze(1)  # videos of one frame
+    return {
+        "psnr": float(psnr_frames(made, real).clamp_max(CEILING).mean()),
+        "ssim": float(ssim_frames(made, real).mean()),
+        "sharpness": sharpness_ratio(made, real),
+    }
+
+
+def write_sheet(path: Path, real_N3HW: Tensor, made_N3HW: Tensor, *, columns: int = 8) -> None:
+    """A PNG of pairs, real above made, ``columns`` pairs in a row."""
+    pairs = torch.cat([real_N3HW, made_N3HW], dim=2).clamp(0, 1)
+    rows = [torch.cat(list(row), dim=2) for row in pairs.split(columns) if len(row) == columns]
+    if not rows:
+        raise UserError(f"{path}: {len(pairs)} images make no row of {columns}; ask for fewer columns")
+    sheet = (torch.cat(rows, dim=1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    with new_file(path) as part:
+        Image.fromarray(sheet.contiguous().cpu().numpy()).save(part, format="PNG")

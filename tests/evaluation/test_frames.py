@@ -14,7 +14,6 @@ from scd_sf.evaluation.frames import (
     bootstrap,
     gradient_energy,
     mse_frames,
-    psnr,
     psnr_frames,
     sharpness_ratio,
     spread,
@@ -49,10 +48,10 @@ def test_psnr_closed_form_and_per_frame_mean() -> None:
     worse = real.clone()
     worse[:, 0] += 0.1
     worse[:, 1] += 0.01
-    assert psnr(worse, real) == pytest.approx((20 + 40) / 2, abs=1e-3)
-    assert math.isinf(psnr(real, real))
+    assert float(psnr_frames(worse, real).mean()) == pytest.approx((20 + 40) / 2, abs=1e-3)
+    assert math.isinf(float(psnr_frames(real, real).mean()))
     with pytest.raises(UserError, match="differ"):
-        psnr(real, real[:, :1])
+        float(psnr_frames(real, real[:, :1]).mean())
 
 
 @pytest.mark.parametrize(
@@ -103,8 +102,9 @@ def test_frame_figures_are_torchmetrics_and_formulas() -> None:
     assert found.shape == (3, 4)
     wanted = peak_signal_noise_ratio(one.flatten(0, 1), other.flatten(0, 1), 1.0, reduction="none", dim=(1, 2, 3))
     torch.testing.assert_close(found.flatten().float(), wanted)
-    assert psnr(one, other) == pytest.approx(float(wanted.mean()))
-    assert psnr(one, other) == pytest.approx(float(peak_signal_noise_ratio(one, other, 1.0, dim=(2, 3, 4))), rel=1e-5)
+    assert float(psnr_frames(one, other).mean()) == pytest.approx(float(wanted.mean()))
+    theirs = float(peak_signal_noise_ratio(one, other, 1.0, dim=(2, 3, 4)))
+    assert float(psnr_frames(one, other).mean()) == pytest.approx(theirs, rel=1e-5)
     assert float(psnr_frames(torch.full((1, 1, 3, 2, 2), 0.1), torch.zeros(1, 1, 3, 2, 2))) == pytest.approx(20)
     torch.testing.assert_close(mse_frames(one, other), 10 ** (-found / 10))
     assert bool(psnr_frames(one, one).isinf().all())

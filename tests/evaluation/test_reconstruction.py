@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from scd_sf.evaluation.frames import reconstruction_figures, write_sheet
 from scd_sf.evaluation.lpips import load_perceptual
-from scd_sf.evaluation.reconstruction import reconstruction_figures, write_sheet
 from scd_sf.types import UserError
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from scd_sf.data.clips import read_video, write_video
 from scd_sf.data.sources.pixel_frames import to_unit
-from scd_sf.evaluation.reconstruction import reconstruction_figures
+from scd_sf.evaluation.frames import reconstruction_figures
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
 SCRIPT = "recipes/pretrain_tokenizer.py"

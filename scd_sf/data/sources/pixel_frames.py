@@ -6,9 +6,7 @@ Letters: N frames, H W pixel height and width; frames are uint8 (N, 3, H, W), RG
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +14,6 @@ from torch import Tensor
 from scd_sf.data.sources.pixels import PixelClips
 from scd_sf.files import hash_json
 from scd_sf.types import UserError
-
-K = TypeVar("K", bound=Hashable)
 
 
 class PixelFrames:
@@ -83,26 +79,6 @@ class PixelFrames:
             frames = self.frames(clip)
             parts.append(frames[[index * len(frames) // per_clip for index in range(per_clip)]])
         return torch.cat(parts)
-
-
-class ReadAhead(Generic[K]):
-    """``work(key)``, begun early by threads for keys that come later. It decides nothing: ``work`` must be a function
-    of its key. At most ``depth`` results are waiting (0: nothing is begun early)."""
-
-    def __init__(self, work: Callable[[K], Tensor], depth: int) -> None:
-        self._work, self._depth, self._begun = work, depth, dict[K, Future[Tensor]]()
-        self._pool = ThreadPoolExecutor(max(1, depth), thread_name_prefix="read-ahead")
-
-    def __call__(self, key: K, coming: Sequence[K]) -> Tensor:
-        """The result for ``key``; ``coming``: the next ones, in order. An error is raised when its key is asked for."""
-        mine = self._begun.pop(key, None)
-        wanted = coming[: self._depth]
-        for other in [other for other in self._begun if other not in wanted]:
-            self._begun.pop(other).cancel()
-        for other in wanted:
-            if other not in self._begun:
-                self._begun[other] = self._pool.submit(self._work, other)
-        return self._work(key) if mine is None else mine.result()
 
 
 def to_unit(frames: Tensor) -> Tensor:

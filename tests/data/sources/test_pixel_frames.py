@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scd_sf.data.clips import write_video
-from scd_sf.data.sources.pixel_frames import PixelFrames, ReadAhead, to_unit
+from scd_sf.data.sources.pixel_frames import PixelFrames, to_unit
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.sources.pixels import PixelClip
 from scd_sf.types import UserError
@@ -82,27 +82,6 @@ def test_sizes() -> None:
         PixelFrames(Numbered(), "d", 16)
     with pytest.raises(UserError, match=re.escape("d: clip2: 12x8 where other clips are 8x8")):
         PixelFrames(Numbered(wide=12), "d", 4, every=1)
-
-
-def test_read_ahead_changes_nothing_but_when() -> None:
-    begun: list[int] = []
-
-    def work(key: int) -> torch.Tensor:
-        begun.append(key)
-        if key == 7:
-            raise UserError("clip 7 is broken")
-        return torch.tensor(key)
-
-    ahead = ReadAhead(work, 2)
-    assert [int(ahead(key, range(key + 1, 7))) for key in range(4)] == [0, 1, 2, 3]
-    assert int(ahead(20, [21])) == 20 and int(ahead(21, [])) == 21  # elsewhere, as after a rollback
-    assert int(ahead(6, [7])) == 6
-    with pytest.raises(UserError, match="clip 7"):
-        ahead(7, [])
-    assert begun.count(0) == begun.count(1) == begun.count(21) == begun.count(7) == 1
-    late = ReadAhead(work, 0)
-    begun.clear()
-    assert int(late(1, [2, 3])) == 1 and begun == [1]
 
 
 def test_to_unit() -> None:

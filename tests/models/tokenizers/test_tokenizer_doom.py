@@ -7,7 +7,7 @@ import json
 import recipe_runner
 import torch
 
-from scd_sf.evaluation.reconstruction import reconstruction_figures
+from scd_sf.evaluation.frames import reconstruction_figures
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
 FOLDER = recipe_runner.ROOT / "assets" / "tokenizer_doom"
