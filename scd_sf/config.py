@@ -28,7 +28,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 from scd_sf.files import INTEGER_DIGITS, JSON_DEPTH
 from scd_sf.types import UserError, say
@@ -48,6 +48,19 @@ from scd_sf.yaml_text import (
 )
 
 T = TypeVar("T")
+
+
+class Renamed(NamedTuple):
+    """What a field is called now, and those of its choices that are called otherwise."""
+
+    name: str
+    values: Mapping[str, str] = {}
+
+
+# Class -> old field -> its present name. Read in YAML, overrides and checkpoints; never written.
+# A field of which only choices changed is listed under its own name.
+RENAMED: dict[str, dict[str, Renamed]] = {}
+_noted: set[tuple[str, str]] = set()  # (class, old field) that a note was printed for
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _UNSET = object()  # a mandatory field before its value
 
@@ -143,9 +156,11 @@ def differences(left: object, right: object) -> dict[str, tuple[object, object]]
     return {key: (a.get(key, absent), b.get(key, absent)) for key in keys if a.get(key, absent) != b.get(key, absent)}
 
 
-def plain_yaml(path: Path) -> Tree:
-    """The raw tree of a YAML file, for code that compares configs without knowing their schema."""
-    return cast("Tree", resolved(read_tree(path)))
+def plain_yaml(path: Path, schema: type[Any] | None = None) -> Tree:
+    """The raw tree of a YAML file, for code that compares configs. With its ``schema``, old names of
+    fields are replaced by the present ones."""
+    tree = read_tree(path)
+    return cast("Tree", resolved(tree if schema is None else _present(schema, tree, str(path))))
 
 
 # ---------------------------------------------------------------------------------------------- help
@@ -237,9 +252,54 @@ def _build(schema: type[T], layers: Sequence[tuple[str, Tree]]) -> T:
     """The schema's defaults under all layers, later ones over earlier, then the dataclasses bottom-up."""
     values = _defaults(schema)
     for source, tree in layers:
-        _merge(values, schema, tree, source, "")
+        _merge(values, schema, _present(schema, tree, source), source, "")
     sources = ", ".join(source for source, _ in layers)
     return _instantiate(schema, values, "", sources or "config defaults", sources or "no config file given")
+
+
+def _present(schema: type[Any], tree: Mapping[str, object], source: str, prefix: str = "") -> Tree:
+    """A tree with the present names of renamed fields."""
+    hints = _hints(schema)
+    present: Tree = {}
+    for old, old_value in tree.items():
+        entry = _renamed(schema, old, old_value)
+        name, value = entry.name, old_value
+        if isinstance(value, str) and value in entry.values:
+            value = type(value)(entry.values[value])
+        if name in present:
+            raise UserError(f"{source}: {prefix}{name} is given twice, once by its old name; keep one")
+        if (name, value) != (old, old_value):
+            _note(schema, old, f"{source}: '{prefix}{old}={old_value}' is '{prefix}{name}={value}' now")
+        present[name] = _present_below(hints.get(name), value, source, f"{prefix}{name}")
+    return present
+
+
+def _renamed(schema: type[Any], name: str, value: object) -> Renamed:
+    """What a field is called now. A name that another field has now is an old one only where a
+    section has it and ``value`` is none."""
+    entry = RENAMED.get(schema.__name__, {}).get(name, Renamed(name))
+    hints = _hints(schema)
+    if entry.name == name or name not in hints:
+        return entry
+    is_old = _dataclass_of(hints[name]) is not None and not isinstance(value, Mapping)
+    return entry if is_old else Renamed(name)
+
+
+def _note(schema: type[Any], name: str, text: str) -> None:
+    """One line for each old name and process."""
+    if (schema.__name__, name) not in _noted:
+        _noted.add((schema.__name__, name))
+        say(_shorten(text, 300), sys.stderr)
+
+
+def _present_below(hint: object, value: object, source: str, key: str) -> object:
+    """A field's value, where it is a section or a list of sections, with present names."""
+    nested, item = _dataclass_of(hint), _item_schema(hint)
+    if nested is not None and isinstance(value, Mapping):
+        return _present(nested, value, source, f"{key}.")
+    if item is not None and isinstance(value, list):
+        return [_present_below(item, part, source, f"{key}[{place}]") for place, part in enumerate(value)]
+    return value
 
 
 def _defaults(schema: type[Any]) -> Tree:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from scd_sf.config import differences, from_yaml, load_config, plain_yaml, to_yaml
+from scd_sf.config import Renamed, differences, from_yaml, load_config, plain_yaml, to_yaml
 from scd_sf.types import UserError
 
 
@@ -215,3 +215,59 @@ def test_mappings_of_numbers_merge() -> None:
 def test_an_overflow_in_a_check_is_one_line() -> None:
     with pytest.raises(UserError, match=r"section 'Sized'"):
         load_config(Sized, None, ["size=1e300"])
+
+
+@dataclass
+class Inner:
+    backend: Literal["torch", "deepspeed"] = "torch"
+    noise: float = 0.0
+
+
+@dataclass
+class Outer:
+    teacher: Inner = field(default_factory=Inner)
+    teacher_model: str = ""
+    sampler: Literal["euler", "few_step"] = "euler"
+    rows: list[Inner] = field(default_factory=list)
+    maybe: Inner | None = None
+
+
+def test_old_names_of_fields_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In files, lists, overrides and saved configs; a name that means something else now, too."""
+    inner = {"kind": Renamed("backend", {"local": "torch"}), "eta": Renamed("noise")}
+    outer = {
+        "teacher": Renamed("teacher_model"),
+        "teacher_engine": Renamed("teacher"),
+        "sampler": Renamed("sampler", {"renoise": "few_step"}),
+    }
+    monkeypatch.setattr("scd_sf.config.RENAMED", {"Inner": inner, "Outer": outer})
+    monkeypatch.setattr("scd_sf.config._noted", set())
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text(
+        "teacher: wan/14B\nteacher_engine: {kind: local, eta: 0.1}\nsampler: renoise\n"
+        "rows: [{eta: 2}, {noise: 3}]\nmaybe: {kind: deepspeed}\n"
+    )
+    cfg = load_config(Outer, old)
+    expected = Outer(
+        Inner("torch", 0.1), "wan/14B", "few_step", [Inner(noise=2.0), Inner(noise=3.0)], Inner("deepspeed")
+    )
+    assert cfg == expected
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == f"{old}: 'teacher=wan/14B' is 'teacher_model=wan/14B' now"
+    assert f"{old}: 'teacher.kind=local' is 'teacher.backend=torch' now" in notes
+    assert len(notes) == 5, "one note for each old name"
+    new.write_text(to_yaml(cfg))
+    assert load_config(Outer, new) == cfg and from_yaml(Outer, old.read_text()) == cfg
+    assert load_config(Outer, new, ["teacher=other", "teacher_engine.eta=0.2", "maybe.kind=local"]) == Outer(
+        Inner("torch", 0.2), "other", "few_step", cfg.rows, Inner("torch")
+    )
+    assert capsys.readouterr().err == ""
+    assert set(differences(plain_yaml(old, Outer), cfg)) == {"rows", "maybe.noise"}, "what the file leaves open"
+    with pytest.raises(UserError, match=r"teacher\.noise is given twice, once by its old name"):
+        load_config(Outer, None, ["teacher={noise: 1, eta: 2}"])
+    with pytest.raises(UserError, match=r"unknown key 'teacher\.etta' in section 'teacher'; valid keys are backend"):
+        load_config(Outer, None, ["teacher.etta=1"])
+    with pytest.raises(UserError, match=r"teacher\.noise is 'x' \(expected float\)"):
+        load_config(Outer, None, ["teacher_engine.eta=x"])

@@ -16,7 +16,7 @@ import pytest
 import recipe_runner
 
 from scd_sf import cli
-from scd_sf.config import commented_yaml, field_words, from_command_line, from_yaml, help_of
+from scd_sf.config import RENAMED, commented_yaml, field_words, from_command_line, from_yaml, help_of
 
 ROOT = recipe_runner.ROOT
 SCRIPTS = [path for name in ("recipes", "data_prep", "vbench_eval") for path in sorted((ROOT / name).glob("*.py"))]
@@ -203,6 +203,14 @@ def test_every_field_of_every_command_has_words() -> None:
             silent = {item.name for item in dataclasses.fields(section) if item.init} - field_words(section).keys()
             assert not silent, f"{where}: {section.__name__} has fields without a docstring line: {sorted(silent)}"
         assert max(map(len, help_of(schema, 80).splitlines())) <= 80
+
+
+def test_renamed_fields_are_there() -> None:
+    """Every entry of the table of old names is of a schema, and names a field of it."""
+    sections = {section.__name__: section for schema in SCHEMAS.values() for section in reached(schema)}
+    for section, entries in RENAMED.items():
+        names = {item.name for item in dataclasses.fields(sections[section])}
+        assert {entry.name for entry in entries.values()} <= names, section
 
 
 def test_every_field_of_every_config_has_words() -> None:

@@ -207,7 +207,7 @@ class Run:
             raise UserError(f"{self.dir}: cannot write the run directory ({error.strerror}); {remedy}") from error
         changed = {
             key: values
-            for key, values in (differences(plain_yaml(file), config) if file.is_file() else {}).items()
+            for key, values in (differences(plain_yaml(file, type(config)), config) if file.is_file() else {}).items()
             if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
         }
         if changed:
