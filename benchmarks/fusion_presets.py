@@ -22,7 +22,8 @@ from scd_sf.distributed import keep_freed_memory
 from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import Scd
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import transplant_scd
 from scd_sf.models.wan.weights import load_wan
 from scd_sf.types import exit_on_user_error

@@ -30,7 +30,8 @@ from scd_sf.files import write_json
 from scd_sf.generation.generate import generate_latents
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import transplant_scd, verify_transplant
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig

@@ -25,7 +25,8 @@ from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import ModelConfig, Student, build_student
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.wan_json import config_json
 from scd_sf.types import Conditioning, exit_on_user_error

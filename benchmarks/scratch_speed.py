@@ -32,7 +32,8 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import ModelConfig, Scd, Student, build_student
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import FrameStreamer
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, exit_on_user_error
 

@@ -27,7 +27,8 @@ from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.evaluation.prediction import PredictionPreview, PredictionPreviewConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time, validation_loss
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, Student, build_student
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer

@@ -17,7 +17,8 @@ from scd_sf.models.build import Student, build_scd
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import Conditioning

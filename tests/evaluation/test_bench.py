@@ -24,7 +24,8 @@ from scd_sf.evaluation.bench import (
     run_bench,
 )
 from scd_sf.models.build import ModelConfig
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.types import UserError
 

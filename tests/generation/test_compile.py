@@ -23,7 +23,8 @@ from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
 from scd_sf.models.causal import Causal
 from scd_sf.models.replay import Replayed
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import WanConfig
 from scd_sf.nn import rope

@@ -25,7 +25,7 @@ from scd_sf.models.build import CheckpointConfig, ModelConfig, Scd, build_model
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query
-from scd_sf.models.scd.config import DecoderConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.nn.layers import DitBlock, WanBlock
 from scd_sf.types import Conditioning, UserError

@@ -10,7 +10,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from scd_sf.data.clips import read_video
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.generation.preview import Preview
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import transplant_scd
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.vae import load_vae

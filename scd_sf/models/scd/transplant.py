@@ -20,7 +20,8 @@ from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
 from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig, Scd
 from scd_sf.models.causal import Causal
 from scd_sf.models.export import must_be_new
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import SIZES
 from scd_sf.models.wan.transformer import Wan

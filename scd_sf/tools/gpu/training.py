@@ -15,7 +15,8 @@ from torch import Tensor
 from scd_sf.distributed import init_distributed
 from scd_sf.evaluation.roofline import synchronize
 from scd_sf.models.build import ModelConfig
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.gpu.card import Card, host_gib, speed_row

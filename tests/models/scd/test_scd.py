@@ -11,8 +11,8 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.models.build import Scd
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
-from scd_sf.models.scd.decoder import contexts_per_sample, corrupt
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig, contexts_per_sample, corrupt
 from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.models.scd.transplant import transplant_scd
 from scd_sf.models.scd.wan import ScdWan

@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from scd_sf.models.build import Scd
-from scd_sf.models.scd.config import FUSIONS, DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import FUSIONS, DecoderConfig
 from scd_sf.models.scd.transplant import (
     TransplantConfig,
     report_lines,

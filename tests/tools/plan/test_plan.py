@@ -13,7 +13,8 @@ import torch
 from scd_sf.config import load_config
 from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import ModelConfig
-from scd_sf.models.scd.config import DecoderConfig, ScdConfig
+from scd_sf.models.scd.config import ScdConfig
+from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.transformer import Wan
