@@ -21,10 +21,10 @@ from scd_sf.types import Conditioning, VideoShape
 TEACHER = Path(__file__).parents[2] / "assets" / "wan_doom"
 
 
-def test_small_enough_and_only_safetensors() -> None:
+def test_small_enough_and_only_safetensors_and_words() -> None:
     files = [file for file in TEACHER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 12_000_000
-    assert {file.suffix for file in files} <= {".json", ".safetensors"}
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
 
 
 def test_transformer_equals_diffusers() -> None:
