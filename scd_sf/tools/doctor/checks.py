@@ -1,4 +1,4 @@
-"""What this machine offers and lacks: one table of small checks, each finding with a remedy (``scd doctor``)."""
+"""``scd doctor``: one table of small checks of what this machine offers and lacks, with remedies."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def packages() -> Findings:
 
 
 def extras() -> Findings:
-    """Optional groups: whole or absent are both fine; half installed, or outside the bounds, is worth a word."""
+    """Optional groups: whole or absent are both fine; half installed, or outside the bounds, is
+    worth a word."""
     for extra in (metadata.metadata("scd-sf").get_all("Provides-Extra") or []) if _installed("scd-sf") else []:
         found = _requirements(extra)
         bad = [one for one in found if one.status != OK]
@@ -157,7 +158,8 @@ def torch_build() -> Findings:
 
 
 def conv3d_is_slow(version: str, cudnn: int) -> bool:
-    """torch 2.9 with cuDNN below 9.15 (github.com/pytorch/pytorch/issues/166643); ``cudnn`` as torch gives it."""
+    """torch 2.9 with cuDNN below 9.15 (github.com/pytorch/pytorch/issues/166643); ``cudnn`` as
+    torch gives it."""
     return version.split(".")[:2] == ["2", "9"] and cudnn < 91500
 
 
@@ -173,7 +175,8 @@ def devices() -> Findings:
 
 
 def compiler() -> Findings:
-    """DeepSpeed compiles its CPU collectives at the first start on Linux; it finds g++ and ninja on PATH only."""
+    """DeepSpeed compiles its CPU collectives at the first start on Linux; it finds g++ and ninja on
+    PATH only."""
     cxx = os.environ.get("CXX", "g++")
     remedies = {cxx: "apt-get install g++", "ninja": f"put {Path(sys.executable).parent} on PATH"}
     missing = [name for name in remedies if shutil.which(name) is None]
@@ -292,7 +295,8 @@ def video() -> Findings:
 
 
 def all_reduce(seconds: float = 120.0) -> Findings:
-    """Two new processes sum a tensor: over NCCL where there are two GPUs, else over gloo. At most ``seconds``."""
+    """Two new processes sum a tensor: over NCCL where there are two GPUs, else over gloo. At most
+    ``seconds``."""
     backend, began, problem = "nccl" if torch.cuda.device_count() >= 2 else "gloo", time.monotonic(), ""
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"

@@ -1,9 +1,9 @@
 """``scd gallery``: folders of samples, read for a page.
 
-A folder is what ``scd sample`` (recipes/sample.py, vbench_eval/sample.py) writes: ``manifest.json`` with settings and
-every video's prompt and seed; of an unfinished run the records under ``.done``. What they say is not trusted: files
-must lie in their folder, text is text, and only MP4 is opened. A video that is not there or cannot be read stays a
-place on the page, marked.
+A folder is what ``scd sample`` (recipes/sample.py, vbench_eval/sample.py) writes: ``manifest.json``
+with settings and every video's prompt and seed; of an unfinished run the records under ``.done``.
+What they say is not trusted: files must lie in their folder, text is text, and only MP4 is opened.
+A video that is not there or cannot be read stays a place on the page, marked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ SHORT = ("sampler", "steps")  # a model's facts that every sample repeats
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest says of a video. ``title``: a benchmark's name of the prompt. ``then``: further prompts, each
-    with its first pixel frame. ``start``: the image or video that it continues."""
+    """What a manifest says of a video. ``title``: a benchmark's name of the prompt. ``then``:
+    further prompts, each with its first pixel frame. ``start``: the image or video that it
+    continues."""
 
     prompt: str
     prompt_index: int = 0
@@ -77,7 +78,8 @@ class Video:
 
 @dataclass(frozen=True)
 class Folder:
-    """A model's samples in the order of its prompts. ``facts``: what one wants to know of the model, as text."""
+    """A model's samples in the order of its prompts. ``facts``: what one wants to know of the
+    model, as text."""
 
     name: str
     facts: Mapping[str, str]
@@ -135,7 +137,8 @@ def _facts(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def page_of(folders: Sequence[Folder], title: str) -> Page:
-    """Prompts in the order they are first seen, equal texts together. UserError: nothing, or equal names."""
+    """Prompts in the order they are first seen, equal texts together. UserError: nothing, or equal
+    names."""
     names = [folder.name for folder in folders]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two folders are named '{min(twice)}'; give --names, one per folder")

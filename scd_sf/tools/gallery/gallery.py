@@ -1,4 +1,5 @@
-"""The gallery of an evaluation: every row's videos, still in memory, and the measured table, in one HTML file."""
+"""The gallery of an evaluation: every row's videos, still in memory, and the measured table, in one
+HTML file."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from scd_sf.types import UserError
 
 @dataclass(frozen=True)
 class PromptCard:
-    """One prompt of the gallery: its full text, the place and the motion it asks for, and whether training saw it."""
+    """One prompt of the gallery: its full text, the place and the motion it asks for, and whether
+    training saw it."""
 
     text: str
     place: str
@@ -42,10 +44,11 @@ def build_gallery(
 ) -> Path:
     """Write the gallery and return its path; the file appears whole or not at all.
 
-    ``videos[row name]`` holds (index into ``prompts``, frames (F, 3, H, W) as uint8 or float in [0, 1]); a row may
-    have no videos, a prompt may miss some rows, and one row may show several videos of a prompt. ``notes`` are
-    paragraphs under the table. ``fps``: pixel frames per second. UserError: a video of an unknown row, two rows of one
-    name, wrong frames, a directory that cannot be written.
+    ``videos[row name]`` holds (index into ``prompts``, frames (F, 3, H, W) as uint8 or float from 0
+    to 1); a row may have no videos, a prompt may miss some rows, and one row may show several videos
+    of a prompt. ``notes`` are paragraphs under the table. ``fps``: pixel frames per second.
+    UserError: a video of an unknown row, two rows of one name, wrong frames, a directory that
+    cannot be written.
     """
     names = [row.name for row in rows]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -1,9 +1,10 @@
-"""The gallery's page: models' videos side by side per prompt, as one HTML file or a folder; nothing else is loaded.
+"""The gallery's page: models' videos side by side per prompt, as one HTML file or a folder; nothing
+else is loaded.
 
-The page opens from the disk (``file://``). Style and script are inline and allowed by their hashes in a
-Content-Security-Policy that forbids everything else but the page's own videos. All text goes through Jinja2's
-autoescape, so a prompt is shown and never run. A video element exists only near the screen: a thousand videos cost no
-more than those one sees.
+The page opens from the disk (``file://``). Style and script are inline and allowed by their hashes
+in a Content-Security-Policy that forbids everything else but the page's own videos. All text goes
+through Jinja2's autoescape, so a prompt is shown and never run. A video element exists only near
+the screen: a thousand videos cost no more than those one sees.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ FAULTS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A video of one model under one prompt: its mp4 file, or None and the ``fault`` (of :data:`FAULTS`). ``facts``:
-    name -> text, such as seed, steps, sampler, checkpoint. ``remark``: a warning under the video."""
+    """A video of one model under one prompt: its mp4 file, or None and the ``fault`` (of
+    :data:`FAULTS`). ``facts``: name -> text, such as seed, steps, sampler, checkpoint. ``remark``:
+    a warning under the video."""
 
     model: str
     prompt: int
@@ -68,7 +70,8 @@ class PagePrompt:
 
 @dataclass(frozen=True)
 class Figure:
-    """A place for a video. ``label``: of all on its card the only one. ``video``: its name, '' for none."""
+    """A place for a video. ``label``: of all on its card the only one. ``video``: its name, '' for
+    none."""
 
     sample: Sample
     label: str
@@ -78,8 +81,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on it. ``models``: names in order, with facts of each. ``table``: measured rows above the videos.
-    ``frames``: of the longest video, ``fps`` pixel frames per second."""
+    """Everything on it. ``models``: names in order, with facts of each. ``table``: measured rows
+    above the videos. ``frames``: of the longest video, ``fps`` pixel frames per second."""
 
     title: str
     models: Mapping[str, Mapping[str, str]]
@@ -92,8 +95,9 @@ class Page:
 
 
 def write_page(page: Page, out: Path) -> Path:
-    """``out`` ending in .html: one file with the videos inside; else a folder with index.html and ``videos/``. Returns
-    the page's path. UserError: cannot be written, too large for one file, or something that is no gallery is there."""
+    """``out`` ending in .html: one file with the videos inside; else a folder with index.html and
+    ``videos/``. Returns the page's path. UserError: cannot be written, too large for one file, or
+    something that is no gallery is there."""
     files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
     names = {file: sha256_file(file)[:16] for file in files}
     try:
@@ -117,7 +121,8 @@ def _write_file(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
 
 
 def _write_folder(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
-    """The page first, so that the folder is known as ours; its videos; then without those of an earlier page."""
+    """The page first, so that the folder is known as ours; its videos; then without those of an
+    earlier page."""
     with new_file(out / INDEX) as part, part.open("w", encoding="utf-8") as text:
         text.writelines(render(page, names, single=False))
     (out / VIDEOS).mkdir(exist_ok=True)
@@ -196,7 +201,8 @@ def _inline(name: str) -> str:
 
 
 def _policy(script: str, style: str, videos: str) -> str:
-    """The Content-Security-Policy: only this script, this style and these videos; no network, frames or forms."""
+    """The Content-Security-Policy: only this script, this style and these videos; no network,
+    frames or forms."""
 
     def digest(text: str) -> str:
         return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") + "'"

@@ -1,4 +1,5 @@
-"""A contact sheet: one PNG of a page's videos, prompts down, models across, the middle frame of each."""
+"""A contact sheet: one PNG of a page's videos, prompts down, models across, the middle frame of
+each."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PAPER, INK, EMPTY = "#f6f6f4", "#1b1c1e", "#c9c9c5"
 
 
 def contact_sheet(page: Page, out: Path) -> Path:
-    """Of the first :data:`ROWS` prompts; each model's first video of a prompt. UserError: something else is there."""
+    """Of the first :data:`ROWS` prompts; each model's first video of a prompt. UserError: something
+    else is there."""
     require_own_sheet(out)
     names, prompts = list(page.models), page.prompts[:ROWS]
     first: dict[tuple[int, str], Sample] = {}

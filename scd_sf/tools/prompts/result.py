@@ -1,5 +1,6 @@
-"""The folder of a filter's or an extender's result: prompts.jsonl and prompts.txt with the same rows, report.json with
-their hashes, written last, and settings.json with what decided them, written first."""
+"""The folder of a filter's or an extender's result: prompts.jsonl and prompts.txt with the same
+rows, report.json with their hashes, written last, and settings.json with what decided them, written
+first."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def require(*packages: str) -> None:
 def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
     """Hold ``out`` for ``command``; gives whether the result in it is complete.
 
-    UserError: another command's folder, one that was begun with other settings, a result that was changed since."""
+    UserError: another command's folder, one that was begun with other settings, a result that was
+    changed since."""
     require_own_folder(out, (SETTINGS, REPORT))
     with locked(out, command):
         file = next((out / name for name in (SETTINGS, REPORT) if (out / name).is_file()), None)

@@ -1,4 +1,5 @@
-"""`scd runs ..`: list, show, follow, compare and export what trainings wrote to disk. Curves: TensorBoard, or wandb."""
+"""`scd runs ..`: list, show, follow, compare and export what trainings wrote to disk. Curves:
+TensorBoard, or wandb."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def list_runs(
     root: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
     stale: StaleOption = None,
 ) -> None:
-    """One line per run below a folder: stage, step, last loss, newest checkpoint, and whether anybody is at work."""
+    """One line per run below a folder: stage, step, last loss, newest checkpoint, and whether
+    anybody is at work."""
     table = Table("run", "stage", "step", "last line", "loss", "checkpoint", "state", box=None, pad_edge=False)
     for path in find_runs(root):
         name = as_cell(path.relative_to(root) if path != root else path.resolve().name)
@@ -59,7 +61,8 @@ def list_runs(
 
 @app.command()
 def show(run: RunArgument, stale: StaleOption = None) -> None:
-    """All about one run: origin, config, speed, checkpoints, skipped updates, heartbeats and metrics."""
+    """All about one run: origin, config, speed, checkpoints, skipped updates, heartbeats and
+    metrics."""
     view = read_run(run, time.time(), stale)
     console = _console()
     console.print(_headline(view))
@@ -106,7 +109,8 @@ def compare_runs(
     metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be given again.")] = None,
     mean_of: Annotated[int, typer.Option("--last", min=1, help="Records in the mean.")] = MEAN_OF,
 ) -> None:
-    """Runs side by side, aligned by step: last values, means, and the first step whose values are not bit-equal."""
+    """Runs side by side, aligned by step: last values, means, and the first step whose values are
+    not bit-equal."""
     console, left, failed = _console(), read_curve(reference), False
     for other in others:
         right = read_curve(other)
@@ -130,7 +134,8 @@ def export_command(
     run: RunArgument,
     out: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A new file.")],
 ) -> None:
-    """A run's curve as a reference: step and metrics, without times, speeds and memory (they belong to the machine)."""
+    """A run's curve as a reference: step and metrics, without times, speeds and memory (they belong
+    to the machine)."""
     say(f"{out}: {export_curve(run, out)} steps; compare with: scd runs compare {out} RUN")
 
 
@@ -191,7 +196,8 @@ def _progress(view: RunView) -> str:
 
 
 def _loss(view: RunView) -> str:
-    """The training loss's last value; its name where that is not plain ``loss`` (stage 3: the critic's)."""
+    """The training loss's last value; its name where that is not plain ``loss`` (stage 3: the
+    critic's)."""
     for name, series in view.curve.series().items():
         if name == "loss" or (name.endswith("/loss") and not name.startswith("val/")):
             return number(series[-1][1]) + ("" if name == "loss" else f" {name[:40]}")

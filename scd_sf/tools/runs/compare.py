@@ -1,7 +1,8 @@
-"""Two curves side by side, step by step: are they the same to the last bit, and if not, where and by how much.
+"""Two curves side by side, step by step: are they the same to the last bit, and if not, where and
+by how much.
 
-A step counts as different beyond ``tolerance`` when |a - b| > tolerance * max(1, |a|): absolute for values below 1,
-relative above. Two nan are equal; nan and a number differ by infinity.
+A step counts as different beyond ``tolerance`` when |a - b| > tolerance * max(1, |a|): absolute for
+values below 1, relative above. Two nan are equal; nan and a number differ by infinity.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ Series = Sequence[tuple[int, float]]  # (step, value)
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two curves over their common steps (``count``); all zero or None when the values are identical.
+    """One metric of two curves over their common steps (``count``); all zero or None when the
+    values are identical.
 
-    ``worst``: largest |a - b|, at step ``worst_at``; ``first``: first step whose values are not bit-equal;
-    ``excess``: largest |a - b| / max(1, |a|), what a tolerance is held against.
+    ``worst``: largest |a - b|, at step ``worst_at``; ``first``: first step whose values are not
+    bit-equal; ``excess``: largest |a - b| / max(1, |a|), what a tolerance is held against.
     """
 
     metric: str
@@ -44,7 +46,8 @@ class Difference:
 
 
 def compare(left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int = MEAN_OF) -> list[Difference]:
-    """Every portable metric of ``left`` (or those named), aligned by step with ``right``; ``left`` is the reference."""
+    """Every portable metric of ``left`` (or those named), aligned by step with ``right``; ``left``
+    is the reference."""
     ours, theirs = left.series(), right.series()
     chosen = metrics or [metric for metric in ours if is_portable(metric)]
     return [_difference(metric, ours.get(metric, []), theirs.get(metric, []), mean_of) for metric in chosen]
@@ -76,7 +79,8 @@ def number(value: float | None) -> str:
 
 
 def comparison_table(differences: Sequence[Difference], mean_of: int, tolerance: float | None) -> Table:
-    """One line per metric, those beyond the tolerance in red; of very many those that differ come first."""
+    """One line per metric, those beyond the tolerance in red; of very many those that differ come
+    first."""
     mean = f"mean of {mean_of}"
     table = Table("metric", "last", "", mean, "", "difference", "largest", "first differs", box=None, pad_edge=False)
     shown = sorted(differences, key=lambda item: item.first is None) if len(differences) > MOST_METRICS else differences

@@ -1,4 +1,5 @@
-"""The curve of a run: ``metrics.jsonl`` as a mapping step -> values, also while it is being written.
+"""The curve of a run: ``metrics.jsonl`` as a mapping step -> values, also while it is being
+written.
 
     curve = read_curve(Path("runs/stage2"))         # a run directory, or a reference curve FILE.jsonl
     curve.steps[100]["loss"]
@@ -27,9 +28,11 @@ _MACHINE = re.compile(r"(^|[/_])(time|seconds?|memory|gib|speed|fps|per_second|m
 
 @dataclass
 class Curve:
-    """``steps``: step -> metric -> value (nan where the run recorded null), ascending; ``times``: step -> unix seconds.
+    """``steps``: step -> metric -> value (nan where the run recorded null), ascending; ``times``:
+    step -> unix seconds.
 
-    ``unreadable`` counts lines that are no records; a last line without its end is still being written and no fault.
+    ``unreadable`` counts lines that are no records; a last line without its end is still being
+    written and no fault.
     """
 
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -37,7 +40,8 @@ class Curve:
     unreadable: int = 0
 
     def add(self, record: object) -> bool:
-        """Take in a record. A step that is not after the last one: the run went on from before it, and later wins."""
+        """Take in a record. A step that is not after the last one: the run went on from before it,
+        and later wins."""
         if not isinstance(record, dict) or type(step := record.pop("step", None)) is not int:
             return False
         while self.steps and self.last >= step:
@@ -58,7 +62,8 @@ class Curve:
         return next(reversed(self.steps), 0)
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """Metric -> (step, value) wherever it was recorded; metrics in the order in which they first appear."""
+        """Metric -> (step, value) wherever it was recorded; metrics in the order in which they
+        first appear."""
         found: dict[str, list[tuple[int, float]]] = {}
         for step, values in self.steps.items():
             for name, value in values.items():
@@ -66,7 +71,8 @@ class Curve:
         return found
 
     def seconds_per_step(self, last: int = 100) -> float | None:
-        """Median over the ``last`` records, so that a pause (a restart, a validation) does not count; None: unknown."""
+        """Median over the ``last`` records, so that a pause (a restart, a validation) does not
+        count; None: unknown."""
         pairs = pairwise(list(self.times.items())[-last - 1 :])
         gaps = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in pairs if t1 > t0]
         return statistics.median(gaps) if gaps else None
@@ -84,7 +90,8 @@ def _parse(data: bytes) -> Curve:
 
 
 def read_curve(path: Path) -> Curve:
-    """The whole curve of a run directory or a .jsonl file. Raises UserError when there is none or it has no record."""
+    """The whole curve of a run directory or a .jsonl file. Raises UserError when there is none or
+    it has no record."""
     file, remedy = path / METRICS if path.is_dir() else path, "give a run directory or FILE.jsonl"
     try:
         curve = _parse(file.read_bytes())
@@ -96,7 +103,8 @@ def read_curve(path: Path) -> Curve:
 
 
 def read_tail(file: Path) -> Curve:
-    """Only the end of a curve, however long it is: enough for the last values and the speed. Empty when missing."""
+    """Only the end of a curve, however long it is: enough for the last values and the speed. Empty
+    when missing."""
     try:
         with file.open("rb") as stream:
             start = max(0, file.stat().st_size - TAIL_BYTES)
@@ -113,8 +121,8 @@ def is_portable(metric: str) -> bool:
 
 
 def export_curve(run: Path, out: Path) -> int:
-    """Write a run's curve to a new file, without the clock and whatever else depends on the machine; returns the
-    number of steps. Raises UserError if the file is there."""
+    """Write a run's curve to a new file, without the clock and whatever else depends on the
+    machine; returns the number of steps. Raises UserError if the file is there."""
     curve = read_curve(run)
     with own_file(out, fresh=True) as part, part.open("w", encoding="utf-8") as file:
         for step, values in curve.steps.items():

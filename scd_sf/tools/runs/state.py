@@ -1,8 +1,9 @@
-"""One run directory as it stands: how far, how fast, which checkpoints, and whether somebody is still at work on it.
+"""One run directory as it stands: how far, how fast, which checkpoints, and whether somebody is
+still at work on it.
 
-Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``checkpoints/``, and for each rank
-``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h}); ``status.json`` says why a run
-ended early, until it has gone on (train/stop.py writes both).
+Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``checkpoints/``, and for each
+rank ``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h});
+``status.json`` says why a run ended early, until it has gone on (train/stop.py writes both).
 Nothing is written, and nothing missing or damaged is an error except a path that is no run at all.
 """
 
@@ -33,7 +34,8 @@ DEPTH = 4  # folders below ROOT in which `scd runs ls` looks
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of one rank; ``age`` in seconds. It beats whether or not its training moves."""
+    """The last sign of life of one rank; ``age`` in seconds. It beats whether or not its training
+    moves."""
 
     rank: int
     age: float
@@ -53,7 +55,8 @@ class Status:
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint; ``intact``: every file of its manifest is there with its size (contents are not hashed)."""
+    """One checkpoint; ``intact``: every file of its manifest is there with its size (contents are
+    not hashed)."""
 
     step: int
     intact: bool
@@ -61,9 +64,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the files of a run say. ``age``: seconds since the last line of its metrics, None before the first.
+    """What the files of a run say. ``age``: seconds since the last line of its metrics, None before
+    the first.
 
-    ``reason`` explains ``state``: why it stopped, which rank is ``silent`` (of its last job; the longest silent first).
+    ``reason`` explains ``state``: why it stopped, which rank is ``silent`` (of its last job; the
+    longest silent first).
     """
 
     path: Path
@@ -97,7 +102,8 @@ def is_run(path: Path) -> bool:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Run directories at or below ``root``, by name; links to folders are not followed. UserError: no such folder."""
+    """Run directories at or below ``root``, by name; links to folders are not followed. UserError:
+    no such folder."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds your runs")
     found: list[Path] = []
@@ -113,8 +119,9 @@ def find_runs(root: Path) -> list[Path]:
 def read_run(path: Path, now: float, stale_after: float | None = None) -> RunView:
     """Look at a run; ``now`` in unix seconds. Of its curve only the end is read.
 
-    ``stale_after``: seconds of silence that count as stale. Defaults: for a rank SILENT_SECONDS, at least 3 heartbeats;
-    for the metrics 10 steps, at least STUCK_SECONDS (without heartbeats SILENT_SECONDS). UserError: no run directory.
+    ``stale_after``: seconds of silence that count as stale. Defaults: for a rank SILENT_SECONDS, at
+    least 3 heartbeats; for the metrics 10 steps, at least STUCK_SECONDS (without heartbeats
+    SILENT_SECONDS). UserError: no run directory.
     """
     if not is_run(path):
         raise UserError(f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'")
@@ -139,10 +146,9 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
         state="running",
         reason="",
     )
+    # The last line alone is not enough: a run that is killed while it saves is not done.
     if view.total is not None and any(saved.intact and saved.step >= view.total for saved in checkpoints):
-        return replace(
-            view, state="finished"
-        )  # the last line alone is not enough: a run killed while saving is not done
+        return replace(view, state="finished")
     if status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
         return replace(view, state="stopped", reason=f"{status.state}: {status.reason}")
     interval = section(config, "run").get("heartbeat_seconds")
@@ -207,7 +213,8 @@ def _skipped(path: Path) -> list[int]:
 
 
 def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
-    """Ranks of the job that ``began`` then; files left by an earlier job with more ranks are no ranks of this one."""
+    """Ranks of the job that ``began`` then; files left by an earlier job with more ranks are no
+    ranks of this one."""
     beats = []
     for file in sorted((path / "heartbeat").glob("rank_*.json")):
         number = file.stem.removeprefix("rank_")

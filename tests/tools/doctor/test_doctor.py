@@ -1,4 +1,5 @@
-"""`scd doctor`: every check says ok, warn or fail with a remedy, and none of them can take the report down."""
+"""`scd doctor`: every check says ok, warn or fail with a remedy, and none of them can take the
+report down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The gallery in a real headless Chromium, from the disk: it plays in step, finds, and nothing foreign runs.
+"""The gallery in a real headless Chromium, from the disk: it plays in step, finds, and nothing
+foreign runs.
 
 Needs Chromium (Debian: apt-get install chromium; elsewhere set CHROMIUM to the program).
 """
@@ -44,7 +45,8 @@ PLAYING = "document.body.dataset.playing"
 
 
 def chromium(asked: str | None, path: str | None) -> str:
-    """The program: the one asked for, else from ``path``. AssertionError that says how to install it."""
+    """The program: the one asked for, else from ``path``. AssertionError that says how to install
+    it."""
     program = asked or shutil.which("chromium", path=path) or shutil.which("chromium-browser", path=path)
     assert program, "no Chromium: apt-get install -y chromium, or set CHROMIUM to the program"
     return program
@@ -77,7 +79,8 @@ class Visit:
         self.page.wait_for_selector("body[data-ready=true]")
 
     def close(self, folder: Path) -> None:
-        """Nothing may have been said, and nothing asked for but the page's own files and what is inside it."""
+        """Nothing may have been said, and nothing asked for but the page's own files and what is
+        inside it."""
         own = (folder.as_uri(), "data:", "blob:")
         assert self.complaints == [] and [url for url in self.requests if not url.startswith(own)] == []
         self.context.close()
@@ -93,7 +96,8 @@ class Visit:
         return self.page.evaluate(script)
 
     def until_painted(self, place: str, wanted: float) -> None:
-        """Until the mean of the pixels that are shown there, without the rounded corners, is that."""
+        """Until the mean of the pixels that are shown there, without the rounded corners, is
+        that."""
         end = time.monotonic() + 15
         while True:
             picture = Image.open(BytesIO(self.page.locator(place).screenshot())).convert("RGB")
@@ -106,8 +110,8 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of four prompts, as one file and as a folder; one video missing, one damaged, one prompt absent, and
-    one of a codec that PyAV reads and Chromium does not."""
+    """Three models of four prompts, as one file and as a folder; one video missing, one damaged,
+    one prompt absent, and one of a codec that PyAV reads and Chromium does not."""
     root = tmp_path_factory.mktemp("gallery")
     prompts = ["a red fox in snow", "an empty hall", "a lake at night", "a fox by a lake"]
     folders = [
@@ -130,8 +134,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["one.html", "many/index.html"])
 def test_it_plays_in_step_and_shows_the_frame_it_names(world: Path, browser: Browser, name: str) -> None:
-    """All videos move, together; pause, arrows and slider hold them where they belong: pixels on the screen against the
-    decoded file (neighbouring frames differ by more than 40 of 255)."""
+    """All videos move, together; pause, arrows and slider hold them where they belong: pixels on
+    the screen against the decoded file (neighbouring frames differ by more than 40 of 255)."""
     visit = Visit(browser, world / name)
     visit.until(f"{TIMES}.length >= 5 && {TIMES}.every((t) => t > 0.3)")
     spreads = []
@@ -165,7 +169,8 @@ def test_it_plays_in_step_and_shows_the_frame_it_names(world: Path, browser: Bro
 
 
 def test_search_filters_models_and_marks(world: Path, browser: Browser) -> None:
-    """Places without a video are marked by the page, one that only the browser cannot play by the script."""
+    """Places without a video are marked by the page, one that only the browser cannot play by the
+    script."""
     visit = Visit(browser, world / "one.html")
     for text, count in (("fox", 2), ("FOX lake", 1), ("nothing like it", 0), ("", 4)):
         visit.page.locator("#search").fill(text)
@@ -221,7 +226,8 @@ def test_the_policy_forbids_what_the_page_does_not_do(world: Path, browser: Brow
 
 @pytest.mark.parametrize("name", ["page.html", "page"])
 def test_hostile_text_is_text(tmp_path: Path, browser: Browser, name: str) -> None:
-    """Prompts, names, facts, titles: nothing runs, nothing breaks, every card is there with its own text."""
+    """Prompts, names, facts, titles: nothing runs, nothing breaks, every card is there with its own
+    text."""
     folder = gallery_world.write_folder(tmp_path / "<b>model</b>", HOSTILE, padding=8)
     other = gallery_world.write_folder(tmp_path / "plain", HOSTILE[:2], padding=8)
 
@@ -249,7 +255,8 @@ def test_hostile_text_is_text(tmp_path: Path, browser: Browser, name: str) -> No
 
 @pytest.mark.parametrize("name", ["page.html", "page"])
 def test_a_thousand_videos(tmp_path: Path, browser: Browser, name: str) -> None:
-    """250 prompts of 4 models, 100 MB: only what is near the screen is a video, wherever one scrolls."""
+    """250 prompts of 4 models, 100 MB: only what is near the screen is a video, wherever one
+    scrolls."""
     prompts = [f"prompt number {number} of a long list" for number in range(250)]
     folders = [gallery_world.write_folder(tmp_path / f"m{i}", prompts, size=128, padding=100_000) for i in range(4)]
     index = write_page(page_of([read_folder(f) for f in folders], "Many"), tmp_path / name)

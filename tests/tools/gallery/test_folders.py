@@ -1,4 +1,5 @@
-"""``scd gallery`` on folders as scd sample writes them: what is read, what is refused, both kinds of output."""
+"""``scd gallery`` on folders as scd sample writes them: what is read, what is refused, both kinds
+of output."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from scd_sf.types import UserError
 
 
 def test_prompts_models_and_facts(tmp_path: Path) -> None:
-    """Equal prompts stand together; the longest video and its rate are the page's; a missing file stays a place."""
+    """Equal prompts stand together; the longest video and its rate are the page's; a missing file
+    stays a place."""
     one = gallery_world.write_folder(tmp_path / "teacher", ["a fox", "a hall"], fps=16)
     two = gallery_world.write_folder(tmp_path / "student", ["a hall", "a lake"], fps=16, frames=9)
     (two / "0001-00.mp4").unlink()
@@ -38,7 +40,8 @@ def test_prompts_models_and_facts(tmp_path: Path) -> None:
 
 
 def test_the_words_of_a_sample_are_all_kept(tmp_path: Path) -> None:
-    """A benchmark's name groups, the prompt that was really used is told; so are changes of prompt and a start."""
+    """A benchmark's name groups, the prompt that was really used is told; so are changes of prompt
+    and a start."""
     one = gallery_world.write_folder(tmp_path / "one", ["a fox at length, in snow", "first", "go on"], samples=2)
     two = gallery_world.write_folder(tmp_path / "two", ["a fox otherwise", "first"])
 
@@ -83,7 +86,8 @@ def test_an_unfinished_run_is_shown(tmp_path: Path) -> None:
 
 
 def test_damaged_changed_and_disguised_videos(tmp_path: Path) -> None:
-    """No video at all, a torn one, a playlist named mp4, and a good video that is not the one that was sampled."""
+    """No video at all, a torn one, a playlist named mp4, and a good video that is not the one that
+    was sampled."""
     root = gallery_world.write_folder(tmp_path / "x", ["a", "b", "c", "d"], frames=9)
     (root / "0000-00.mp4").write_bytes(b"not a video")
     (root / "0001-00.mp4").write_bytes((root / "0001-00.mp4").read_bytes()[:200])
@@ -125,8 +129,8 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
 
 
 def test_only_a_gallery_is_overwritten(tmp_path: Path) -> None:
-    """Files and folders of others and links stay; a gallery of ours is renewed, also one that was interrupted, and old
-    videos leave."""
+    """Files and folders of others and links stay; a gallery of ours is renewed, also one that was
+    interrupted, and old videos leave."""
     page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox", "a hall"]))], "T")
     for name, file in (("site", "index.html"), ("samples", "videos/00000.mp4")):
         place = tmp_path / name / file

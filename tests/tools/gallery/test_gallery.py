@@ -1,4 +1,5 @@
-"""The gallery file: escaped, self-contained, allowed by its own policy, and its videos decode to what went in."""
+"""The gallery file: escaped, self-contained, allowed by its own policy, and its videos decode to
+what went in."""
 
 from __future__ import annotations
 

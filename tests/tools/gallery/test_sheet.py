@@ -1,4 +1,5 @@
-"""The contact sheet: its tiles are the videos' own middle frames, in their places; what is not shown is said."""
+"""The contact sheet: its tiles are the videos' own middle frames, in their places; what is not
+shown is said."""
 
 from __future__ import annotations
 

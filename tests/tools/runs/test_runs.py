@@ -1,4 +1,5 @@
-"""`scd runs`: what a run directory says, read while it is written, cut, damaged or hostile; and two runs compared."""
+"""`scd runs`: what a run directory says, read while it is written, cut, damaged or hostile; and two
+runs compared."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""A server that speaks OpenAI's chat protocol (vLLM, SGLang, llama.cpp, a vendor), asked by OpenAI's own client.
+"""A server that speaks OpenAI's chat protocol (vLLM, SGLang, llama.cpp, a vendor), asked by
+OpenAI's own client.
 
-The key comes from an environment variable that the user names. It goes into one request header and nowhere else: it is
-taken out of messages, and redirects, which would carry the prompts to another host, are not followed.
+The key comes from an environment variable that the user names. It goes into one request header and
+nowhere else: it is taken out of messages, and redirects, which would carry the prompts to another
+host, are not followed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class EndpointConfig:
     timeout: float = 120.0
     """Seconds that an answer may take."""
     retries: int = 6
-    """How often a call without an answer, or with 429 or 5xx, is tried again; the client waits longer each time."""
+    """How often a call without an answer, or with 429 or 5xx, is tried again; the client waits
+    longer each time."""
 
     def __post_init__(self) -> None:
         if self.url and urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
@@ -68,8 +71,8 @@ class Endpoint:
         )
 
     def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
-        """One answer per prompt. UserError when the server refuses, does not answer after all retries, or says what is
-        no chat completion."""
+        """One answer per prompt. UserError when the server refuses, does not answer after all
+        retries, or says what is no chat completion."""
         if not prompts:
             return []
         with ThreadPoolExecutor(len(prompts)) as pool:

@@ -1,4 +1,5 @@
-"""A causal language model read by transformers (Qwen2.5 and its like): left-padded batches, one random stream per row.
+"""A causal language model read by transformers (Qwen2.5 and its like): left-padded batches, one
+random stream per row.
 
 Letters: B prompts of the batch, L tokens, V words of the vocabulary.
 """
@@ -33,9 +34,11 @@ READ = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 
 
 class SeededChoice:
-    """Makes greedy decoding draw: the largest of log-probability + Gumbel noise is a sample of the distribution.
+    """Makes greedy decoding draw: the largest of log-probability + Gumbel noise is a sample of the
+    distribution.
 
-    Every row has a generator of its own, so a prompt's answer is not a matter of its neighbours in the batch.
+    Every row has a generator of its own, so a prompt's answer is not a matter of its neighbours in
+    the batch.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
@@ -71,9 +74,11 @@ class LocalModel:
         top_p: float,
         max_tokens: int,
     ) -> LocalModel:
-        """Reads a directory, or with ``hub`` a repository of the Hugging Face hub. Tensors only, no code of its own.
+        """Reads a directory, or with ``hub`` a repository of the Hugging Face hub. Tensors only, no
+        code of its own.
 
-        UserError: not there, not a causal language model, weights that are missing or not finite, no chat template.
+        UserError: not there, not a causal language model, weights that are missing or not finite,
+        no chat template.
         """
         if not hub and not Path(name).is_dir():
             raise UserError(f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub")

@@ -1,7 +1,8 @@
 """What the language model is asked for, and what of its answers is taken.
 
-Wan 2.1 was trained on long captions; its authors have prompts rewritten by an LLM under seven rules. The text here says
-the same in our own words (source of the rules: Wan2.1, ``wan/utils/prompt_extend.py``).
+Wan 2.1 was trained on long captions; its authors have prompts rewritten by an LLM under seven
+rules. The text here says the same in our own words (source of the rules: Wan2.1,
+``wan/utils/prompt_extend.py``).
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def messages(prompt: str) -> list[dict[str, str]]:
 
 
 def refusal(answer: Answer, gates: Gates) -> str:
-    """The first gate that the answer does not pass, '' for none: empty, cut, lines, characters, chatter, short, long,
-    language."""
+    """The first gate that the answer does not pass, '' for none: empty, cut, lines, characters,
+    chatter, short, long, language."""
     text = answer.text.strip()
     count = len(text.split())
     if not text:
@@ -84,5 +85,6 @@ def refusal(answer: Answer, gates: Gates) -> str:
 
 
 def seed_of(seed: int, name: str, attempt: int) -> int:
-    """The seed of one attempt at one prompt (31 bits, which every server takes): a matter of its id alone."""
+    """The seed of one attempt at one prompt (31 bits, which every server takes): a matter of its id
+    alone."""
     return int.from_bytes(place_digest(seed, name, attempt), "big") >> 33

@@ -1,7 +1,8 @@
 """Prompts in, long prompts out: who does which, what is finished, and the merged result.
 
-``out/parts/rank-0000.jsonl`` and so on hold one line per finished prompt, written and synced batch by batch; a run with
-any number of ranks goes on from all of them. When nothing is left, rank 0 merges them in the order of the input.
+``out/parts/rank-0000.jsonl`` and so on hold one line per finished prompt, written and synced batch
+by batch; a run with any number of ranks goes on from all of them. When nothing is left, rank 0
+merges them in the order of the input.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ Row = tuple[str, str]  # uuid, prompt
 
 @dataclass(frozen=True)
 class Done:
-    """A line of the result: ``prompt`` is what is taken, ``refused`` why earlier answers were not."""
+    """A line of the result: ``prompt`` is what is taken, ``refused`` why earlier answers were
+    not."""
 
     uuid: str
     prompt: str
@@ -170,7 +172,8 @@ def _settings(cfg: ExtendConfig) -> Json:
 
 
 def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
-    """Make the folder, or check that it was begun with the same settings, and hold it until ``held`` is closed."""
+    """Make the folder, or check that it was begun with the same settings, and hold it until
+    ``held`` is closed."""
     held.enter_context(result_folder(out, settings, "extend_prompts"))
     if not (out / SETTINGS).is_file():
         write_json(out / SETTINGS, settings)  # first, so that what a killed run leaves is known as ours
@@ -178,7 +181,8 @@ def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
 
 
 def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
-    """Records of all parts by uuid, of these prompts. A torn last line is what a kill left; it counts for nothing."""
+    """Records of all parts by uuid, of these prompts. A torn last line is what a kill left; it
+    counts for nothing."""
     wanted, found = dict(rows), dict[str, Done]()
     for file in sorted((out / PARTS).glob("rank-*.jsonl")):
         lines = file.read_bytes().split(b"\n")[:-1]
@@ -206,7 +210,8 @@ def part_file(out: Path, rank: int) -> Iterator[IO[bytes]]:
 
 
 def extend(cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[bytes], *, tell: bool) -> None:
-    """Write a record for every row: the first answer that passes, else the original. Each batch is synced to disk."""
+    """Write a record for every row: the first answer that passes, else the original. Each batch is
+    synced to disk."""
     waiting = deque((name, prompt, list[str]()) for name, prompt in rows)
     began = last = time.monotonic()
     while waiting:
@@ -242,7 +247,8 @@ def append(file: IO[bytes], data: bytes) -> None:
 
 
 def merge(out: Path, rows: Sequence[Row]) -> Json:
-    """prompts.jsonl and prompts.txt with one line per input row, in its order, and the report, which is returned."""
+    """prompts.jsonl and prompts.txt with one line per input row, in its order, and the report,
+    which is returned."""
     done = finished(out, rows)
     if missing := [name for name, _ in rows if name not in done]:
         raise UserError(

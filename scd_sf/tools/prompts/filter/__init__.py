@@ -1,1 +1,2 @@
-"""From lists of users' prompts to clean, safe, English, different ones. No model but language id."""
+"""From lists of users' prompts to clean, safe, English, different ones. No model but language
+id."""

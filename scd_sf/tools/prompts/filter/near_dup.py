@@ -1,10 +1,12 @@
 """Near-duplicates: rensa's MinHash signatures and its index of LSH bands, over byte n-grams.
 
-Rows go through an index in their order. A row that is similar to one in the index goes; every other row joins the
-index. So what happens to a row depends on the rows before it alone. Similarity is estimated from the signatures.
+Rows go through an index in their order. A row that is similar to one in the index goes; every other
+row joins the index. So what happens to a row depends on the rows before it alone. Similarity is
+estimated from the signatures.
 
-Texts of very different length are not similar. So there is one index after the other for ranges of lengths, which
-overlap as far as similar texts can differ: that halves the memory (about 2 KB a row of the largest range).
+Texts of very different length are not similar. So there is one index after the other for ranges of
+lengths, which overlap as far as similar texts can differ: that halves the memory (about 2 KB a row
+of the largest range).
 """
 
 from __future__ import annotations

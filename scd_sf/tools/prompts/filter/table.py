@@ -1,7 +1,8 @@
-"""Prompt lists as polars tables: VidProM's csv files, jsonl and txt. Rows that cannot be read are counted and left out.
+"""Prompt lists as polars tables: VidProM's csv files, jsonl and txt. Rows that cannot be read are
+counted and left out.
 
-Columns of every table: ``row`` (from 1 within its file), ``uuid``, ``prompt``, ``time`` ('' where unknown) and
-Detoxify's six ``SCORES`` (null where the list has none).
+Columns of every table: ``row`` (from 1 within its file), ``uuid``, ``prompt``, ``time`` ('' where
+unknown) and Detoxify's six ``SCORES`` (null where the list has none).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class BadRows:
 
 
 def find_list(path: Path) -> Path:
-    """A list on disk: a regular file, or the list in the folder of a filter's or an extender's result.
+    """A list on disk: a regular file, or the list in the folder of a filter's or an extender's
+    result.
 
     UserError: anything else, before it is read."""
     file, _ = list_in(path)
@@ -60,10 +62,11 @@ def find_list(path: Path) -> Path:
 
 
 def read_list(path: Path, bad: BadRows) -> pl.DataFrame:
-    """The rows of one file, by its ending (.csv, .jsonl, .ndjson, else one prompt per line). What cannot be read is
-    counted in ``bad``.
+    """The rows of one file, by its ending (.csv, .jsonl, .ndjson, else one prompt per line). What
+    cannot be read is counted in ``bad``.
 
-    UserError: unreadable, a csv column missing, quotes that do not match, a line that is too long."""
+    UserError: unreadable, a csv column missing, quotes that do not match, a line that is too
+    long."""
     import polars as pl
 
     path = find_list(path)
@@ -114,7 +117,8 @@ def _header(path: Path) -> list[str]:
 
 
 def _read_csv(path: Path, names: list[str]) -> pl.DataFrame:
-    """With polars, in its threads. PolarsError for a row of another width, a score that is no number, bad UTF-8."""
+    """With polars, in its threads. PolarsError for a row of another width, a score that is no
+    number, bad UTF-8."""
     import polars as pl
 
     kinds = {name: pl.Float64() if name in SCORES else pl.String() for name in names}
@@ -124,7 +128,8 @@ def _read_csv(path: Path, names: list[str]) -> pl.DataFrame:
 
 
 def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
-    """With Python's reader. UserError where quotes do not match: nothing tells where the next row begins."""
+    """With Python's reader. UserError where quotes do not match: nothing tells where the next row
+    begins."""
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -150,7 +155,8 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
 
 
 def _has_surrogates(text: str) -> bool:
-    """Bytes that are not UTF-8 are read as those, so that they do not end the search for their row."""
+    """Bytes that are not UTF-8 are read as those, so that they do not end the search for their
+    row."""
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
@@ -163,7 +169,8 @@ def _is_number(text: str) -> bool:
 
 
 def _lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that hold something. Only a line feed ends a line: U+2028 may stand in a prompt."""
+    """(number, text) of the lines that hold something. Only a line feed ends a line: U+2028 may
+    stand in a prompt."""
     with path.open("rb") as file:
         for number, raw in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
             where = f"{path}: line {number}"

@@ -1,4 +1,5 @@
-"""The endpoint against a server on loopback: what is asked, retries, refusals, and that the key stays where it is."""
+"""The endpoint against a server on loopback: what is asked, retries, refusals, and that the key
+stays where it is."""
 
 from __future__ import annotations
 

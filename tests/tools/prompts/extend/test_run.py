@@ -1,4 +1,5 @@
-"""extend_prompts.py end to end: a tiny random language model, an endpoint on loopback, kills, numbers of ranks."""
+"""extend_prompts.py end to end: a tiny random language model, an endpoint on loopback, kills,
+numbers of ranks."""
 
 from __future__ import annotations
 
@@ -227,7 +228,8 @@ def opened(folder: Path, *, hub: bool = False) -> Any:
 
 
 def test_weights_that_are_broken_missing_or_stale(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of every other model: NaN, pointers of Git LFS, a tensor that is not there; the index names the shard."""
+    """As of every other model: NaN, pointers of Git LFS, a tensor that is not there; the index
+    names the shard."""
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     whole = load_file(folder / "model.safetensors")
@@ -272,7 +274,8 @@ def test_weights_that_are_broken_missing_or_stale(model: Path, tmp_path: Path, m
 
 
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
-    """Somebody at work in the folder, prompts inside it, files that were there or were changed since."""
+    """Somebody at work in the folder, prompts inside it, files that were there or were changed
+    since."""
     path, out = prompts(tmp_path, 2), tmp_path / "out"
     with serving(lambda number, body: completion(LONG)) as server:
         cfg = ExtendConfig(str(path), str(out), "qwen", endpoint=EndpointConfig(server.url))

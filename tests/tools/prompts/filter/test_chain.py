@@ -1,5 +1,5 @@
-"""The whole chain on a small list of its own making: what goes where, the same on any number of processes, stable when
-rows are added, readable by what comes after it, whole after a kill."""
+"""The whole chain on a small list of its own making: what goes where, the same on any number of
+processes, stable when rows are added, readable by what comes after it, whole after a kill."""
 
 from __future__ import annotations
 
@@ -222,7 +222,8 @@ def test_lists_without_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
-    """An input inside out=, a prompts.txt or a report.md that were there, somebody at work in the folder."""
+    """An input inside out=, a prompts.txt or a report.md that were there, somebody at work in the
+    folder."""
     (tmp_path / "own").mkdir()
     own, out = write_csv(tmp_path / "own" / "prompts.jsonl.csv", ROWS), tmp_path / "out"
     cfg = FilterConfig((str(own),), str(tmp_path / "own"), workers=1)

@@ -1,4 +1,5 @@
-"""Near-duplicates against exact similarity, language against the library; both stable when rows are added."""
+"""Near-duplicates against exact similarity, language against the library; both stable when rows are
+added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Lists of prompts: VidProM's csv with all that RFC 4180 allows, jsonl, txt; damaged rows are named and left out."""
+"""Lists of prompts: VidProM's csv with all that RFC 4180 allows, jsonl, txt; damaged rows are named
+and left out."""
 
 from __future__ import annotations
 
