@@ -1,4 +1,5 @@
-"""``scd doctor``: one table of small checks of what this machine offers and lacks, with remedies."""
+"""``scd doctor``: one table of small checks of what this machine offers and lacks, with
+remedies."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def finding(name: str, found: str, remedy: str = "", status: str = WARN) -> Find
 
 
 def examine_machine(*, quick: bool) -> list[Finding]:
-    """Every check, in the order in which a broken installation should be repaired; ``quick`` leaves out those that
-    start processes. An exception in a check is a failure of that check."""
+    """Every check, in the order in which a broken installation should be repaired; ``quick`` leaves
+    out those that start processes. An exception in a check is a failure of that check."""
     findings = []
     for name, check in CHECKS.items():
         if quick and check in SLOW:
@@ -251,7 +252,8 @@ def hugging_face_home() -> Path:
 
 
 def attention_kernels() -> Findings:
-    """Which of torch's attention kernels run here, and whether FlexAttention can be compiled on a GPU."""
+    """Which of torch's attention kernels run here, and whether FlexAttention can be compiled on a
+    GPU."""
     cuda = torch.cuda.is_available()
     works = [name for name, backend in ATTENTION.items() if _attends(backend, cuda)]
     found = f"{', '.join(works) or 'none'} on {'cuda, bf16' if cuda else 'cpu, fp32'}"

@@ -45,8 +45,8 @@ def build_gallery(
     """Write the gallery and return its path; the file appears whole or not at all.
 
     ``videos[row name]`` holds (index into ``prompts``, frames (F, 3, H, W) as uint8 or float from 0
-    to 1); a row may have no videos, a prompt may miss some rows, and one row may show several videos
-    of a prompt. ``notes`` are paragraphs under the table. ``fps``: pixel frames per second.
+    to 1); a row may have no videos, a prompt may miss some rows, and one row may show several
+    videos of a prompt. ``notes`` are paragraphs under the table. ``fps``: pixel frames per second.
     UserError: a video of an unknown row, two rows of one name, wrong frames, a directory that
     cannot be written.
     """

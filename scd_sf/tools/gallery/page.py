@@ -59,8 +59,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class PagePrompt:
-    """``tags``: kind -> value, what the page can be filtered by. ``note``: shown under the text. ``words``: what was
-    really sampled with, where ``text`` is a benchmark's name for it."""
+    """``tags``: kind -> value, what the page can be filtered by. ``note``: shown under the text.
+    ``words``: what was really sampled with, where ``text`` is a benchmark's name for it."""
 
     text: str
     tags: Mapping[str, str] = field(default_factory=dict)

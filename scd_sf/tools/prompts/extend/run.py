@@ -129,7 +129,8 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
 
 
 def read_prompts(file: PromptFile) -> list[Row]:
-    """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts, more than a prompt."""
+    """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts, more
+    than a prompt."""
     rows: list[Row] = []
     seen: dict[str, str] = {}
     for _, row in file.rows():

@@ -92,7 +92,8 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class FilterStep:
-    """What one step did: rows before, rows after, its settings, more counts, some of the dropped rows."""
+    """What one step did: rows before, rows after, its settings, more counts, some of the dropped
+    rows."""
 
     name: str
     rows_in: int

@@ -17,8 +17,9 @@ HEAD = 48  # characters that are looked at (the library: 80): nearly twice as fa
 
 
 def other_language(heads: Sequence[str], language: str = "en", limit: float = 0.5) -> list[tuple[int, str, float]]:
-    """(index, language, score) of the texts to refuse: another language, with at least the score ``limit``, also in
-    lower case. ``heads``: beginnings of texts, one line each, at most ``HEAD`` characters.
+    """(index, language, score) of the texts to refuse: another language, with at least the score
+    ``limit``, also in lower case. ``heads``: beginnings of texts, one line each, at most ``HEAD``
+    characters.
 
     Asks the model's C++ part itself: the Python functions around it take half of the time again (a
     test compares them).
