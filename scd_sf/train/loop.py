@@ -20,7 +20,7 @@ from typing import NoReturn, Self
 from scd_sf.train.base import Diverged
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.run import Run, rank_zero_print
-from scd_sf.train.skipped import Rollback, left_out_ranges, position, read_rollbacks, write_rollback
+from scd_sf.train.skipped import ROLLBACKS, Rollback, left_out_ranges, position, read_rollbacks, write_rollback
 from scd_sf.train.stop import EXIT_AGAIN, Control, Request, leave
 from scd_sf.types import UserError
 
@@ -40,6 +40,11 @@ class Loop:
         rows = run.ranks.on_main(lambda: [(row.at_step, row.back_to, row.left_out) for row in read_rollbacks(run.dir)])
         self._rollbacks = [Rollback(*row) for row in rows]
         self._left_out = left_out_ranges(self._rollbacks)
+        if self.position(start) - start != checkpointer.record.get("left_out", 0.0):
+            raise UserError(
+                f"{run.dir / ROLLBACKS}: is not the one of the checkpoint of step {start}, which left out other data; "
+                "copy it from the run that made the checkpoint"
+            )
 
     def __enter__(self) -> Self:
         self._control.start(self.start, self.train.steps)
@@ -64,6 +69,8 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         for step in self.run.progress(self.train.steps, self.start):
             self._step = step
+            if shift := self.position(step) - step:
+                self._checkpointer.record["left_out"] = float(shift)
             self._control.beat(step)
             yield step
             self._control.fulfilled()

@@ -92,11 +92,12 @@ def test_a_diverged_run_ends_and_goes_on_without_the_data(chain: Chain, tmp_path
     recipe_runner.succeed(SCRIPTS["stage2"], *arguments)
     rows = tiny_run.metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["loss"] is not None for row in rows)
-    assert len((run / "skipped.jsonl").read_text().splitlines()) == 1 and len(rollbacks(run)) == 1
-
-
-def rollbacks(run: Path) -> list[str]:
-    return (run / "rollbacks.jsonl").read_text().splitlines()
+    for name in ("skipped", "rollbacks"):
+        assert len((run / f"{name}.jsonl").read_text().splitlines()) == 1
+    (run / "rollbacks.jsonl").unlink()  # as when checkpoints are copied without it
+    refused = recipe_runner.run(SCRIPTS["stage2"], *arguments, "train.steps=7")
+    assert refused.code == 2 and "is not the one of the checkpoint of step 6" in refused.err
+    assert steps(run)[-1] == 6
 
 
 def test_a_diverged_run_gives_up_with_a_report(chain: Chain, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.distributed import Ranks
-from scd_sf.train.checkpointing import Saving
+from scd_sf.train.checkpointing import Saving, _Saved
+from scd_sf.types import UserError
 
 
 class Agreed(Ranks):
@@ -80,3 +81,12 @@ def test_a_mark_is_never_seen_without_its_words(root: Path) -> None:
     watching.set()
     thread.join()
     assert seen and all("No space left" in said for said in seen)
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may have been saved within a step, which is made again and said so; what else is no number is refused."""
+    saved = _Saved(3, 3, {"left_out": 2.0, "begun/turns": 1.0, "begun/critic/loss": None}, [])
+    assert saved.numbers(tmp_path) == {"left_out": 2.0}
+    assert "within step 4, which is made again" in caplog.text
+    with pytest.raises(UserError, match=r"record\.best_value is no number"):
+        _Saved(3, 3, {"best_value": None}, []).numbers(tmp_path)
