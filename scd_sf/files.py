@@ -292,6 +292,14 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def finite_json(value: Mapping[str, object], where: str | Path, remedy: str) -> str:
+    """Indented JSON of measured numbers. UserError: one is NaN or infinite, which is no JSON number."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"{where}: a figure is NaN or infinite; {remedy}") from error
+
+
 def write_json(path: Path, value: Mapping[str, object], *, durable: bool = True) -> None:
     """Atomic, indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)

@@ -97,16 +97,11 @@ def download(archives: Sequence[Archive], folder: Path, arguments: Sequence[str]
 
 def read_member(archive: Path, member: str) -> bytes:
     """One file of a tar archive, without unpacking the archive. Raises UserError when it is not in there."""
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for info in tar:  # in order: no need to read what follows
-                if info.name == member and info.isfile():
-                    content = tar.extractfile(info)
-                    assert content is not None
-                    return content.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{archive}: cannot be read as a tar archive ({error}); fetch it again") from error
-    raise UserError(f"{archive}: holds no file {member}; fetch it again")
+    with foreign(f"{archive}: cannot be read as a tar archive", "fetch it again"), tarfile.open(archive, "r:gz") as tar:
+        content = next((tar.extractfile(info) for info in tar if info.name == member and info.isfile()), None)
+        if content is None:
+            raise UserError(f"{archive}: holds no file {member}; fetch it again")
+        return content.read()
 
 
 def _empty_array(kind: object, shape: object, code: object) -> np.ndarray:

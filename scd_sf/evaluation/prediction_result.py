@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from scd_sf.evaluation.prediction_protocols import PredictionProtocol
-from scd_sf.files import parse_json, read_text, typed, write_text
+from scd_sf.files import finite_json, parse_json, read_text, typed, write_text
 from scd_sf.types import UserError, as_cell
 
 SCHEMA = 2
@@ -71,10 +71,7 @@ class PredictionResult:
 
     def to_json(self) -> str:
         """Indented JSON. Raises UserError when a figure is NaN or infinite."""
-        try:
-            return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        except ValueError as error:
-            raise UserError("prediction result: a figure is NaN or infinite; look at the videos first") from error
+        return finite_json({"schema": SCHEMA, **asdict(self)}, "prediction result", "look at the videos first")
 
     def write(self, path: Path) -> None:
         """:meth:`to_json` into a file, whole or not at all."""
@@ -86,11 +83,9 @@ class PredictionResult:
 
         remedy = "score again"
         row = typed(parse_json(text, where, remedy), dict[str, object], where, remedy)
-        names = {field.name for field in fields(cls)} | {"schema"}
-        if set(row) != names or row["schema"] != SCHEMA:
-            wrong = ", ".join(sorted(set(row) ^ names))
-            raise UserError(f"{where}: fields or 'schema' differ from {SCHEMA} ({wrong}); score again")
-        return typed(row, cls, where, remedy)
+        if row.pop("schema", None) != SCHEMA:
+            raise UserError(f"{where}: 'schema' differs from {SCHEMA}; score again")
+        return typed(row, cls, where, remedy, exact=True)
 
     @classmethod
     def read(cls, path: Path) -> PredictionResult:

@@ -6,7 +6,6 @@ generates at a time (the Wan VAE makes four pixel frames of each, one of the fir
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from scd_sf.files import read_json, typed, write_text
+from scd_sf.files import finite_json, read_json, typed, write_text
 from scd_sf.types import UserError, as_cell
 
 SCHEMA = 1
@@ -165,11 +164,7 @@ def write_rows(path: Path, rows: Sequence[ResultRow], context: Mapping[str, obje
     NaN and infinity are refused (they are not JSON, and a table should not hide them).
     """
     document = asdict(Results(SCHEMA, dict(context), list(rows)))
-    try:
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"{path}: a figure is NaN or infinite ({error}); leave it None or find out why") from error
-    write_text(path, text + "\n")
+    write_text(path, finite_json(document, path, "leave it None or find out why"))
 
 
 def read_rows(path: Path) -> tuple[list[ResultRow], dict[str, object]]:

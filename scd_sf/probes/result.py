@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd_sf.files import write_text
-from scd_sf.types import UserError
+from scd_sf.files import finite_json, write_text
 
 NUMBERS = re.compile(r"\[\n\s+([-+.,\de\s]+?)\s+\]")  # a list of numbers that is spread over lines
 
@@ -38,12 +36,9 @@ class ProbeResult:
         for file, text in self.files.items():
             write_text(folder / f"{self.name}-{file}", text)
         about = {"title": self.title, "text": self.text, "figures": [path.name for path in drawn]}
-        try:
-            found = json.dumps({**about, **self.data}, indent=2, ensure_ascii=False, allow_nan=False)
-        except ValueError as error:
-            raise UserError(f"{self.name}: the model gave numbers that are not finite; check its weights") from error
+        found = finite_json({**about, **self.data}, self.name, "check the model's weights")
         short = NUMBERS.sub(lambda row: f"[{' '.join(row[1].split())}]", found)
-        write_text(folder / f"{self.name}.json", short + "\n")
+        write_text(folder / f"{self.name}.json", short)
         return drawn
 
 

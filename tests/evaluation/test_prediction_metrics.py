@@ -323,7 +323,7 @@ def test_results_as_json(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="NaN or infinite"):
             broken.to_json()
     for change, message in (
-        ({"schema": 1}, "'schema' differ"),
+        ({"schema": 1}, "'schema' differs"),
         ({"extra": 1}, "extra"),
         ({"clips": "4"}, r"Expected `int`, got `str` - at `\$\.clips`"),
         ({"figures": {"fvd": 3}}, r"at `\$\.figures"),
