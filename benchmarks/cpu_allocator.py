@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from scd_sf.config import HelpFormatter
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.layers import WanBlock
@@ -43,7 +44,7 @@ def measure(keep: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="processes of either kind")
     parser.add_argument("--child", choices=("keep", "default"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from scd_sf.config import HelpFormatter
 from scd_sf.data.latents import LatentClips, epoch_order
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import keep_freed_memory
@@ -82,7 +83,7 @@ def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="Wan in diffusers layout")
     parser.add_argument("--data", type=Path, required=True, help="encoded clips with train/ and val/")
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per variant")

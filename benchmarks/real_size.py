@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import random_weights
@@ -188,7 +189,7 @@ def speed(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON, one entry per row")
     parser.add_argument("--frames", type=int, default=3, help="latent frames; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=1, help="clips of every model")

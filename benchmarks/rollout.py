@@ -17,6 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.evaluation.bench import in_rounds, random_weights
@@ -81,7 +82,7 @@ def bidirectional(frames: int) -> Callable[[], Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
     parser.add_argument("--frames", type=int, default=6, help="latent frames; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=5, help="clips of every case")

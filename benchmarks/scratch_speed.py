@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import in_rounds, random_weights
@@ -178,7 +179,7 @@ def prepare(threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of every row")
     parser.add_argument("--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips")

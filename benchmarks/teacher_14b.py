@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from scd_sf.config import HelpFormatter
 from scd_sf.distributed import Ranks
 from scd_sf.files import write_json
 from scd_sf.models.trunk import WAN_14B, WanConfig
@@ -62,7 +63,7 @@ def build(cfg: WanConfig, world: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--world", type=int, default=64, help="processes that share the teacher")
     parser.add_argument("--layers", type=int, default=WAN_14B.num_layers, help="fewer for a quick look")
     parser.add_argument("--out", type=Path, help="JSON")

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
@@ -197,7 +198,7 @@ def cases(dtype: torch.dtype, frames: int, ratio: int) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
     parser.add_argument("--frames", type=int, default=6, help="latent frames of the clip")
     parser.add_argument("--rounds", type=int, default=3, help="steps of every case")

@@ -29,6 +29,7 @@ import uuid
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from scd_sf.config import HelpFormatter
 from scd_sf.files import new_file, read_json, write_json
 from scd_sf.types import exit_on_user_error
 
@@ -204,7 +205,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the rows (450 MB) and the result (400 MB)")
     parser.add_argument("--out", type=Path, help="JSON file whose vidprom figures are set, the others kept")
     parser.add_argument("--rows", type=int, default=1_672_243, help="prompts that are made")

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scd_sf.config import HelpFormatter
 from scd_sf.evaluation.table import ResultRow, read_rows
 from scd_sf.files import read_jsonl, write_json
 from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python_command, run_steps
@@ -189,7 +190,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/fusions"), help="run directory, resumable")
     parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to start from")
     parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")

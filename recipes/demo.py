@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from scd_sf.config import HelpFormatter
 from scd_sf.evaluation.table import ResultRow, read_rows, result_table, write_rows
 from scd_sf.files import new_file, typed
 from scd_sf.tools.steps import Step, chain, clips_and_latents, python_command, run_steps
@@ -140,7 +141,7 @@ def speed(slow: ResultRow, fast: ResultRow, least: float, timing: Timing) -> Goa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory, resumable")
     parser.add_argument(
         "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan, diffusers layout"

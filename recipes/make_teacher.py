@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from scd_sf.checkpoint import find, provenance, read_provenance
+from scd_sf.config import HelpFormatter
 from scd_sf.files import require_own_folder, write_json
 from scd_sf.models.build import load_checkpoint_model
 from scd_sf.models.wan.text import TextEncoderConfig, write_reference
@@ -102,7 +103,7 @@ def export(run: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/teacher"), help="working directory, resumable")
     parser.add_argument("--out", type=Path, default=Path("assets/wan_doom"), help="where the teacher goes")
     parser.add_argument("--rehearsal", action="store_true", help="a few clips and updates: checks the chain")

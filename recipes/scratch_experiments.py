@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scd_sf.config import load_config
+from scd_sf.config import HelpFormatter, load_config
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.curves import curve_figure, group_figure
 from scd_sf.evaluation.lpips import Lpips, Trunk
@@ -366,7 +366,7 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("experiment", choices=(*EXPERIMENTS, *QUICK, "all", "data"), help="what to run")
     parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable")
     parser.add_argument("--steps", type=int, default=480, help="updates of every training; a multiple of 8")

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scd_sf.config import load_config
+from scd_sf.config import HelpFormatter, load_config
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.curves import tradeoff_figure
@@ -265,7 +265,7 @@ def show(found: dict[str, Any], updates: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/sweep"), help="run directory, resumable")
     parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to be cut")
     parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")

@@ -65,6 +65,10 @@ _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no
 _UNSET = object()  # a mandatory field before its value
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """For scripts with a few flags: their docstring as it is, and each flag's default."""
+
+
 def load_config(schema: type[T], path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> T:
     """Defaults of ``schema``, then the YAML file at ``path`` (or several in turn), then ``a.b=value`` overrides: an
     instance of ``schema``.

@@ -241,6 +241,12 @@ def test_every_option_has_words() -> None:
                 found += 1
                 if "help" not in [keyword.arg for keyword in node.keywords]:
                     pytest.fail(f"{path}:{node.lineno}: {ast.unparse(node)[:60]} has no help")
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) == "argparse.ArgumentParser"
+                and path.name not in ("config.py", "gpu.py")  # which show the defaults themselves
+            ):
+                assert "formatter_class=HelpFormatter" in ast.unparse(node), f"{path} does not show its defaults"
     assert found > 100
 
 

@@ -15,13 +15,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from scd_sf.config import HelpFormatter
 from scd_sf.evaluation.vbench.aggregate import aggregate, label, merge_scores, read_scores
 from scd_sf.evaluation.vbench.prompts import dimensions
 from scd_sf.types import exit_on_user_error, say
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="scores of a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
