@@ -106,7 +106,7 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
     """
     environ = os.environ
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
-        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
     if missing:
         raise UserError(
@@ -178,8 +178,7 @@ def _set_threads(processes: int) -> None:
     torch.set_num_threads(min(threads, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else threads)
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on at the moment."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

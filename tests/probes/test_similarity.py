@@ -276,7 +276,7 @@ def test_files_and_errors(tmp_path: Path) -> None:
         attention_mass(one, AttentionProbe(first_frame=6))
     with pytest.raises(UserError, match=r"similarity.shown: \[-1\].*0..3"):
         similarity(one, SimilarityProbe(shown=(-1,)))
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="NaN or infinite"):
         ProbeResult("x", "", "", {"a": [float("nan")]}).write(tmp_path)
     with pytest.raises(UserError, match="two latent frames"):
         attention_mass(replace(one, shape=VideoShape(1, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)), AttentionProbe())
