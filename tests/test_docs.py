@@ -238,6 +238,16 @@ def test_what_does_not_exist_is_noticed(text: str) -> None:
     assert problems(text)
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    text = {file: (ROOT / file).read_text(encoding="utf-8") for file in own_files() if file.endswith((".py", ".yaml"))}
+    named = {(page, file) for file, words in text.items() for page in re.findall(r"docs/[\w/-]+\.md", words)}
+    assert len(named) >= 10, "the walk found nothing"
+    invented = {"docs/a.md"}  # of this file
+    assert [
+        f"{file}: {page}" for page, file in sorted(named) if page not in invented and not (ROOT / page).is_file()
+    ] == []
+
+
 def test_the_reference_has_every_command_with_a_config() -> None:
     children: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
     assert {name for name, child in children.items() if "ignore_unknown_options" in child.context_settings} == set(SCD)

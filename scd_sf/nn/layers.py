@@ -225,7 +225,7 @@ def _gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tens
 def channels_last(model: M) -> M:
     """Convolution weights, of images and of video, in the memory order channels-last, in place.
 
-    1.3 times faster on a CPU for Wan's VAE (docs/results.md), and what tensor cores take; the same numbers to rounding.
+    Faster on a CPU, and what tensor cores take; the same numbers to rounding.
     """
     for parameter in model.parameters():
         if parameter.ndim in MEMORY_ORDER:
