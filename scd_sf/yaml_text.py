@@ -15,7 +15,7 @@ from typing import cast
 import yaml
 
 from scd_sf.files import INTEGER_DIGITS, JSON_DEPTH, foreign, read_text
-from scd_sf.types import UserError
+from scd_sf.types import UserError, printable
 
 Tree = dict[str, object]
 
@@ -85,14 +85,20 @@ def resolved(value: object) -> object:
 def dump(tree: object) -> str:
     """Plain values as block-style YAML, lists of scalars on one line; text that could be read as
     anything else is quoted."""
-    style = {"sort_keys": False, "default_flow_style": False, "width": 120, "allow_unicode": True}
-    return cast("str", yaml.dump(tree, Dumper=_Dumper, **style))
+    return _dumped(tree, default_flow_style=False, width=120)
 
 
 def dump_inline(value: object) -> str:
     """A plain value as YAML on one line."""
-    style = {"sort_keys": False, "default_flow_style": True, "width": 10**6, "allow_unicode": True}
-    return cast("str", yaml.dump(value, Dumper=_Dumper, **style)).removesuffix("\n...\n").strip()
+    return _dumped(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def _dumped(value: object, **style: object) -> str:
+    """YAML; letters that a terminal does not show, or takes for the end of a line, are escaped."""
+    text = cast("str", yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style))
+    if printable(text) != text:
+        text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, **style)
+    return text
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

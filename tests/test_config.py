@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from scd_sf.config import Renamed, differences, from_yaml, load_config, plain_yaml, to_yaml
-from scd_sf.types import UserError
+from scd_sf.config import Renamed, commented_yaml, differences, from_yaml, load_config, plain_yaml, to_yaml
+from scd_sf.types import UserError, printable
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,18 @@ def test_text_is_text_and_never_an_order(word: str, tmp_path: Path) -> None:
     assert from_yaml(Recipe, to_yaml(cfg)) == cfg
     path.write_text(to_yaml(cfg))
     assert differences(plain_yaml(path), cfg) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["c\x85d\u2028", "a\u200fb", "a\tb", "x\n\n  y: # z\n", " a ", "中文" * 90, "long " * 60]
+)
+def test_any_text_is_saved_as_it_is(text: str) -> None:
+    """Line ends of other alphabets and marks that a terminal hides are escaped."""
+    cfg = dataclasses.replace(load("teacher={}"), root=text, names=(text, "b"))
+    cfg.model.rope = text
+    for saved in (to_yaml(cfg), commented_yaml(cfg)):
+        assert from_yaml(Recipe, saved) == cfg
+        assert printable(saved) == saved
 
 
 def test_the_field_says_whether_off_is_text_or_a_truth_value() -> None:
