@@ -34,7 +34,8 @@ CASES = [
 
 def arguments(chain: Chain, stage: str, world: int, more: str, run: Path) -> list[str]:
     given = chain.stage2(run) if stage == "stage2" else chain.stage3(run)
-    return [*given, "train.micro_batch=1", *([more] if more else [])]
+    steady = "run.heartbeat_seconds=3600"  # else the number of writes depends on how long the run takes
+    return [*given, "train.micro_batch=1", steady, *([more] if more else [])]
 
 
 def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
