@@ -160,13 +160,14 @@ def main() -> None:
 def measured(args: argparse.Namespace) -> Any:
     """The document, once the parts have run."""
     from scd_sf.files import write_text
-    from scd_sf.tools.gpu.parts import GpuRecord, run_part, script_command
+    from scd_sf.tools.gpu.parts import GpuRecord, run_part
     from scd_sf.tools.gpu.report import gpu_markdown
+    from scd_sf.tools.steps import python_command
     from scd_sf.types import UserError
 
     record = GpuRecord(args.out)
     same = ["--out", str(args.out), "--device", args.device, "--only", args.only, "--latents", str(args.latents)]
-    command = [*script_command(Path(__file__)), *same, "--budget", str(args.budget)]
+    command = [*python_command(__file__), *same, "--budget", str(args.budget)]
     looked = subprocess.run([*command, "--inside", "0", "--part"], check=False).returncode
     if looked:
         sys.exit(looked)

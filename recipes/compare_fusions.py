@@ -18,16 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from scd_sf.config import HelpFormatter
 from scd_sf.evaluation.table import ResultRow, read_rows
-from scd_sf.files import read_jsonl, write_json
-from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python_command, run_steps
+from scd_sf.files import write_json
+from scd_sf.tools.demo_steps import (
+    clips_and_latents,
+    distilling_step,
+    evaluation,
+    print_table,
+    say_if_busy,
+    transplant_step,
+    tuning_step,
+    validation_loss,
+)
+from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 FUSIONS = {
     "delta": "fusion: delta",
     "channel": "fusion: channel",
@@ -71,33 +79,18 @@ class Plan:
 
     def training(self) -> list[Group]:
         """One step at a time: stage 1 of all, then stages 2 and 3 of each, seed by seed."""
-        later = [step for seed in self.seeds for fusion in self.fusions for step in self.chain(fusion, seed)]
-        return [[step] for step in [*map(self.transplant, self.fusions), *later]]
-
-    def transplant(self, fusion: str) -> Step:
-        """Stage 1 of one fusion."""
-        script = python_command("recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml")
-        out, how = self.place(1, fusion), f"scd={{{LAYERS}, {FUSIONS[fusion]}}}}}"
-        arguments = [f"base={self.teacher}", f"out={out}", how]
-        return Step(out.name, [*script, *arguments], 12, ONE_THREAD, [out / "step_00000000"])
-
-    def chain(self, fusion: str, seed: int) -> list[Step]:
-        """Stages 2 and 3 of one fusion and seed, each as the demo runs it."""
-        first, second, third = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
-        tune = python_command("recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml")
-        distil = python_command("recipes/stage3_self_forcing.py", "--config", "recipes/configs/demo_stage3.yaml")
-        data = [f"data={self.latents}/train", f"val={self.latents}/val"]
-        models = [f"teacher={self.teacher}", f"critic={self.teacher}", f"prompts={self.latents}/train"]
         often = {"steps": self.updates, "save_every": self.updates, "validate_every": self.updates}
         brief = [] if self.updates is None else [f"train.{name}={value}" for name, value in often.items()]
-        commands = (
-            ([*tune, f"init={first}", *data, f"run.dir={second}", f"run.seed={seed}", *brief], second, 190),
-            ([*distil, f"init={second}", *models, f"run.dir={third}", f"run.seed={seed}", *brief], third, 470),
-        )
-        return [
-            Step(place.name, command, seconds, ONE_THREAD, [place / "checkpoints", place / "metrics.jsonl"])
-            for command, place, seconds in commands
+        steps = [
+            transplant_step(self.teacher, self.place(1, fusion), f"scd={{{LAYERS}, {FUSIONS[fusion]}}}}}")
+            for fusion in self.fusions
         ]
+        for seed in self.seeds:
+            for fusion in self.fusions:
+                first, second, third = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
+                steps.append(tuning_step(first, self.latents, second, seed, *brief))
+                steps.append(distilling_step(second, self.teacher, self.latents, third, seed, *brief))
+        return [[step] for step in steps]
 
     def rows(self) -> list[dict[str, object]]:
         """Of the evaluation: every training with every sampler."""
@@ -116,20 +109,15 @@ class Plan:
         ]
 
     def scoring(self) -> Step:
-        script = python_command("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
-        data = [f"train={self.latents}/train", f"val={self.latents}/val", f"root={self.run}", f"out={self.run}/scores"]
-        command = [*script, *data, f"rows={json.dumps(self.rows())}"]
-        return Step("evaluate", command, 60 + 25 * len(self.rows()), outputs=[self.run / "scores" / "results.json"])
+        rows, out = self.rows(), self.run / "scores"
+        options = [f"clips={self.clips}", f"rows={json.dumps(rows)}"]
+        command = evaluation(self.teacher, self.latents, self.run, out, *options)
+        return Step("evaluate", command, 60 + 25 * len(rows), outputs=[out / "results.json"])
 
-    def loss(self, fusion: str, seed: int) -> float:
-        """Flow loss of stage 2's averaged weights after the last update, on held-out clips at fixed noise."""
-        file = self.place(2, fusion, seed) / "metrics.jsonl"
-        if not file.is_file():
-            raise UserError(f"{file}: does not exist; run --part train first")
-        losses = [row["val/loss"] for row in read_jsonl(file, "train it again") if "val/loss" in row]
-        if not losses:
-            raise UserError(f"{file}: no validation loss; remove {file.parent} and train it again")
-        return float(str(losses[-1]))
+    def losses(self, fusion: str) -> list[float]:
+        """Of stage 2, by seed."""
+        remedy = "run --part train first"
+        return [validation_loss(self.place(2, fusion, seed), remedy=remedy) for seed in self.seeds]
 
 
 def row_name(fusion: str, seed: int, way: Sampling) -> str:
@@ -142,7 +130,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     return {
         fusion: {
             "decoder": FUSIONS[fusion],
-            "loss": [plan.loss(fusion, seed) for seed in plan.seeds],
+            "loss": plan.losses(fusion),
             "samplings": {
                 way.name: figures([scored[row_name(fusion, seed, way)] for seed in plan.seeds]) for way in SAMPLINGS
             },
@@ -186,7 +174,7 @@ def show(found: dict[str, Any]) -> None:
             said = (every(way["place"], 0, 100), every(way["motion"], 0, 100))
             costs = (f"{way['block_passes_per_frame']:.0f}", f"{1000 * way['seconds_per_frame']:.1f}")
             table.add_row(fusion, name, every(row["loss"], 4), *quality, *said, *costs)
-    Console(width=None if Console().is_terminal else 160).print(table)
+    print_table(table, 160)
 
 
 def main() -> None:
@@ -216,16 +204,14 @@ def main() -> None:
 def score(plan: Plan) -> None:
     """All trainings, fusions.json and the table."""
     for fusion in plan.fusions:
-        for seed in plan.seeds:
-            plan.loss(fusion, seed)  # refuses what is not trained before anything is scored
+        plan.losses(fusion)  # refuses what is not trained before anything is scored
     run_steps(plan.run, [[plan.scoring()]])
     found = collect(plan)
     context = read_rows(plan.run / "scores" / "results.json")[1]
     about = {"training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
     write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
     show(found)
-    if context["machine_busy"]:
-        say(f"The machine was busy, times tell little: {context['machine_busy']}.")
+    say_if_busy(context)
     say(f"{plan.run}/fusions.json")
 
 

@@ -17,66 +17,45 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from scd_sf.config import HelpFormatter
 from scd_sf.evaluation.table import ResultRow, read_rows, result_table, write_rows
 from scd_sf.files import new_file, typed
-from scd_sf.tools.steps import Step, chain, clips_and_latents, python_command, run_steps
+from scd_sf.tools.demo_steps import (
+    ONE_THREAD,
+    clips_and_latents,
+    distilling_step,
+    evaluation,
+    print_table,
+    transplant_step,
+    tuning_step,
+)
+from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 STUDENTS = ("scd", "causal")
 SPEEDS = {4: 1.7, 50: 2.0}  # steps -> how many times faster than the causal baseline SCD should be
-LOG_WIDTH = 140  # of the table where no terminal says how wide it is
 
 
-def latents(run: Path) -> list[str]:
-    return [f"data={run}/latents/train", f"val={run}/latents/val"]
-
-
-def student_steps(run: Path, teacher: Path, seed: int) -> list[list[Step]]:
-    """Stage 1 and 2 for SCD and for the causal baseline, one thread each, side by side."""
-    first, second = [], []
-    for family in STUDENTS:
-        transplant = python_command(
-            "recipes/stage1_transplant.py", "--config", f"recipes/configs/demo_stage1_{family}.yaml"
-        )
-        start, tuned = run / f"stage1-{family}", run / f"stage2-{family}"
-        weights = [start / "step_00000000"]
-        first.append(Step(start.name, [*transplant, f"base={teacher}", f"out={start}"], 12, ONE_THREAD, weights))
-        tune = python_command(
-            "recipes/stage2_flow_matching.py", "--config", f"recipes/configs/demo_stage2_{family}.yaml"
-        )
-        arguments = [f"init={start}", *latents(run), f"run.dir={tuned}", f"run.seed={seed}"]
-        second.append(Step(tuned.name, [*tune, *arguments], 190, ONE_THREAD, [tuned / "checkpoints"]))
-    return [first, second]
-
-
-def distil_step(run: Path, teacher: Path, seed: int) -> list[Step]:
-    """Stage 3 through the deepspeed launcher; on the other core, the samples of everything trained before."""
+def training_steps(run: Path, teacher: Path, seed: int) -> list[Group]:
+    """Stages 1 and 2 for SCD and for the causal baseline, one thread each, side by side. Then stage 3 through the
+    deepspeed launcher; on the other core, the samples of everything trained before."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
     if launcher is None:
         raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
-    command = [launcher, "--num_accelerators", "1", "recipes/stage3_self_forcing.py"]
-    arguments = [f"init={run}/stage2-scd", f"teacher={teacher}", f"critic={teacher}", f"prompts={run}/latents/train"]
-    weights, samples = [run / "stage3-scd" / "checkpoints"], [run / "results" / "samples"]
-    config, place = ["--config", "recipes/configs/demo_stage3.yaml"], [f"run.dir={run}/stage3-scd", f"run.seed={seed}"]
-    return [
-        Step("stage3-scd", [*command, *config, *arguments, *place], 470, ONE_THREAD, weights),
-        Step("samples", [*evaluation(run, teacher), "sample_stages=[teacher,'2']"], 250, ONE_THREAD, samples),
+    latents = run / "latents"
+    first = [transplant_step(teacher, run / f"stage1-{name}", family=name) for name in STUDENTS]
+    second = [
+        tuning_step(run / f"stage1-{name}", latents, run / f"stage2-{name}", seed, family=name) for name in STUDENTS
     ]
+    alone = [launcher, "--num_accelerators", "1"]
+    third = distilling_step(run / "stage2-scd", teacher, latents, run / "stage3-scd", seed, launcher=alone)
+    early = scoring(run, teacher, "sample_stages=[teacher,'2']")
+    return [first, second, [third, Step("samples", early, 250, ONE_THREAD, [run / "results" / "samples"])]]
 
 
-def evaluation(run: Path, teacher: Path) -> list[str]:
-    script = python_command("recipes/evaluate.py", "--config", "recipes/configs/demo_evaluate.yaml", f"base={teacher}")
-    return [*script, f"train={run}/latents/train", f"val={run}/latents/val", f"root={run}", f"out={run}/results"]
-
-
-def evaluate_step(run: Path, teacher: Path) -> list[Step]:
-    """The distilled student's samples, everybody's scores and timings, table and gallery."""
-    results = [run / "results" / name for name in ("results.json", "gallery.html")]
-    return [Step("evaluate", evaluation(run, teacher), 110, outputs=results)]
+def scoring(run: Path, teacher: Path, *options: str) -> list[str]:
+    """The command that samples and scores everything trained."""
+    return evaluation(teacher, run / "latents", run, run / "results", *options, config="demo_evaluate")
 
 
 @dataclass(frozen=True)
@@ -158,14 +137,14 @@ def main() -> None:
 def make(args: argparse.Namespace) -> None:
     """What is missing, then the table and whether the goals are met."""
     started = time.time()
+    folder = args.run / "results"
+    results = [folder / "results.json", folder / "gallery.html"]
     groups = [
         *clips_and_latents(args.run, args.teacher, args.run / "latents", args.clips),
-        *student_steps(args.run, args.teacher, args.seed),
-        distil_step(args.run, args.teacher, args.seed),
-        evaluate_step(args.run, args.teacher),
+        *training_steps(args.run, args.teacher, args.seed),
+        [Step("evaluate", scoring(args.run, args.teacher), 110, outputs=results)],
     ]
     seconds = run_steps(args.run, groups)
-    folder = args.run / "results"
     rows, context = read_rows(folder / "results.json")
     checks = goals(rows, typed(context, Timing, folder / "results.json", "remove it and run the same command again"))
     spent = round(time.time() - started, 1)
@@ -173,7 +152,7 @@ def make(args: argparse.Namespace) -> None:
     write_rows(args.run / "results.json", rows, context | about | {"step_seconds": seconds, "this_run_seconds": spent})
     with new_file(args.run / "gallery.html") as part:
         shutil.copyfile(folder / "gallery.html", part)
-    Console(width=None if Console().is_terminal else LOG_WIDTH).print(result_table(rows, "Held-out prompts"))
+    print_table(result_table(rows, "Held-out prompts"))
     for name, check in checks.items():
         say(check.line(name))
     if any(check.met is None for check in checks.values()):

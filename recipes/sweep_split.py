@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from scd_sf.config import HelpFormatter, load_config
@@ -26,16 +25,24 @@ from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.curves import tradeoff_figure
 from scd_sf.evaluation.table import ResultRow, read_rows
-from scd_sf.files import read_json, read_jsonl, sha256_folder, write_json
+from scd_sf.files import read_json, sha256_folder, write_json
 from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.probes.leave_one_out import LeaveOneOut, leave_one_out
 from scd_sf.probes.paired import LossConfig
 from scd_sf.probes.subject import Subject
-from scd_sf.tools.steps import Group, Step, chain, clips_and_latents, python_command, run_steps
+from scd_sf.tools.demo_steps import (
+    clips_and_latents,
+    evaluation,
+    print_table,
+    say_if_busy,
+    transplant_step,
+    tuning_step,
+    validation_loss,
+)
+from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 LEAVE_ONE_OUT = "leave-one-out"
 UPDATE_SECONDS, DEMO_WORK = 0.8, 30  # of the demo's own split (10 and 4 of 12 layers), on one idle core
 
@@ -103,24 +110,14 @@ class Plan:
     def training(self, chosen: dict[str, Cut]) -> list[Group]:
         """Stages 1 and 2 of every split and seed, two at a time, one core each, the longest first."""
         first, second = [], []
+        often = f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
         for cut, name in sorted(first_names(chosen).items(), key=lambda item: -item[0].work):
             out, words = self.place(1, cut), name.replace(" / ", "-").replace(" ", "-")
-            transplant = python_command(
-                "recipes/stage1_transplant.py", "--config", "recipes/configs/demo_stage1_scd.yaml"
-            )
-            given = [f"base={self.teacher}", f"out={out}", *cut.overrides]
-            first.append(Step(f"stage1-{words}", [*transplant, *given], 8, ONE_THREAD, [out / "step_00000000"]))
+            first.append(transplant_step(self.teacher, out, *cut.overrides, name=f"stage1-{words}", seconds=8))
+            seconds = UPDATE_SECONDS * self.updates * cut.work
             for seed in self.seeds:
-                tune = python_command(
-                    "recipes/stage2_flow_matching.py", "--config", "recipes/configs/demo_stage2_scd.yaml"
-                )
-                data = [f"data={self.latents / 'train'}", f"val={self.latents / 'val'}"]
-                tuned = self.place(2, cut, seed)
-                place = [f"init={out}", f"run.dir={tuned}", f"run.seed={seed}"]
-                often = f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
-                seconds = UPDATE_SECONDS * self.updates * cut.work
-                command, left = [*tune, *data, *place, often], [tuned / "checkpoints", tuned / "metrics.jsonl"]
-                second.append(Step(f"stage2-{words}-{seed}", command, seconds, ONE_THREAD, left))
+                name, tuned = f"stage2-{words}-{seed}", self.place(2, cut, seed)
+                second.append(tuning_step(out, self.latents, tuned, seed, often, name=name, seconds=seconds))
         return [*in_pairs(first), *in_pairs(second)]
 
     def rows(self, chosen: dict[str, Cut]) -> list[dict[str, object]]:
@@ -137,20 +134,10 @@ class Plan:
         ]
 
     def scoring(self, chosen: dict[str, Cut]) -> Step:
-        script = python_command("recipes/evaluate.py", f"base={self.teacher}", f"clips={self.clips}")
-        data = [f"train={self.latents / 'train'}", f"val={self.latents / 'val'}", f"root={self.run}"]
-        rows = self.rows(chosen)
-        given = [f"out={self.run / 'scores'}", f"rows={json.dumps(rows)}"]
-        results = [self.run / "scores" / "results.json"]
-        return Step("evaluate", [*script, *data, *given], 60 + 25 * len(rows), outputs=results)
-
-    def loss(self, cut: Cut, seed: int) -> float:
-        """Validation loss of the averaged weights after the last update."""
-        rows = read_jsonl(self.place(2, cut, seed) / "metrics.jsonl", "train it again")
-        found = [row["val/loss"] for row in rows if row.get("step") == self.updates and "val/loss" in row]
-        if not found:
-            raise UserError(f"{self.place(2, cut, seed)}: no validation loss of update {self.updates}; train it again")
-        return float(str(found[-1]))
+        rows, out = self.rows(chosen), self.run / "scores"
+        options = [f"clips={self.clips}", f"rows={json.dumps(rows)}"]
+        command = evaluation(self.teacher, self.latents, self.run, out, *options)
+        return Step("evaluate", command, 60 + 25 * len(rows), outputs=[out / "results.json"])
 
 
 def first_names(chosen: dict[str, Cut]) -> dict[Cut, str]:
@@ -195,7 +182,7 @@ def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
     names = first_names(chosen)
     found: dict[str, Any] = {}
     for name, cut in chosen.items():
-        losses = [plan.loss(cut, seed) for seed in plan.seeds]
+        losses = [validation_loss(plan.place(2, cut, seed), plan.updates) for seed in plan.seeds]
         sampled: dict[str, Any] = {}
         for steps in plan.steps:
             rows = [scored[row_name(names[cut], seed, steps)] for seed in plan.seeds]
@@ -261,7 +248,7 @@ def show(found: dict[str, Any], updates: int) -> None:
             layers = [str(len(split[f"{part}_layers"])) for part in ("encoder", "decoder")]
             loss = sum(split["loss"]) / len(split["loss"])
             table.add_row(as_cell(name), *layers, f"{loss:.4f}", steps, *cells, *costs)
-    Console(width=None if Console().is_terminal else 120).print(table)
+    print_table(table, 120)
 
 
 def main() -> None:
@@ -299,8 +286,7 @@ def sweep(plan: Plan, depth: int) -> None:
     write_json(plan.run / "sweep.json", {"schema": 1, "context": about, "splits": found})
     figure = draw(plan, found)
     show(found, plan.updates)
-    if context["machine_busy"]:
-        say(f"The machine was busy, times tell little: {context['machine_busy']}.")
+    say_if_busy(context)
     say(f"{plan.run}/sweep.json, {figure}")
 
 

@@ -67,17 +67,6 @@ def chain(run: Path) -> Iterator[None]:
             raise
 
 
-def clips_and_latents(run: Path, teacher: Path, latents: Path, train: int) -> list[Group]:
-    """The demo's data: ``train`` clips per place and motion rendered to ``run/clips`` and encoded to ``latents``."""
-    clips = run / "clips"
-    render = python_command(
-        "data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", str(train), "--val", "4"
-    )
-    encode = python_command("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(teacher))
-    encode += ["--negative-prompt", "", "--out", str(latents)]  # the toy teacher knows the empty prompt as its null
-    return [[Step("clips", render, 27, outputs=[clips])], [Step("latents", encode, 55, outputs=[latents])]]
-
-
 def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str, float]:
     """Run all groups in order, within :func:`chain`; returns seconds per step (from its marker if it was finished
     before).

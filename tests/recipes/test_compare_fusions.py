@@ -43,7 +43,7 @@ def test_every_fusion_is_trained_as_the_demo_trains_its_own(tmp_path: Path) -> N
             decoders.append((cfg.scd.decoder.fusion, cfg.scd.decoder.prefix_rope, cfg.scd.decoder.prefix))
     assert decoders[0] == ("delta", "identical", "full") == (own.scd.decoder.fusion, "identical", "full")
     assert decoders[2] == ("paper", "temporal", "full") and [row[0] for row in decoders] == list(compare.FUSIONS)
-    theirs = demo.student_steps(tmp_path, Path("assets/wan_doom"), 0)[1][0].command
+    theirs = demo.training_steps(tmp_path, Path("assets/wan_doom"), 0)[1][0].command
     assert list(theirs) == [word.replace("-delta-s0", "-scd").replace("-delta", "-scd") for word in steps[4].command]
 
 

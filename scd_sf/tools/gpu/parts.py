@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -271,8 +270,3 @@ def end_with_the_caller() -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def script_command(script: Path, *arguments: str) -> list[str]:
-    """The command of a script with this interpreter."""
-    return [sys.executable, str(script), *arguments]
