@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,28 +37,23 @@ VARIANTS = [  # fusion, prefix RoPE, prefix
 
 
 @torch.no_grad()
-def validate(model: Scd, clips: LatentClips) -> dict[str, float]:
+def validation_loss(model: Scd, clips: LatentClips) -> float:
     """Flow loss with a pure-noise query: mean, with text, no dropout, no corruption."""
     cfg = FlowMatchingConfig(samples=4, eta=0.0, text_dropout=0.0, query_pure=1.0)
     batch = clips.batch(list(range(0, len(clips), max(1, len(clips) // 32)))[:32])
     loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, clips.null, cfg, generator(0, "fusion"))
-    return {"loss": float(loss)}
-
-
-def batches(clips: LatentClips, steps: int, batch: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    for step in range(steps):
-        yield step, epoch_order(seed, step, batch, len(clips))
+    return float(loss)
 
 
 def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, object]:
     fusion, rope, prefix = variant
     train, val, lr, steps = LatentClips(args.data / "train"), LatentClips(args.data / "val"), args.lr, args.steps
     model, _ = transplant_scd(load_wan(args.base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix)))
-    zero_shot = validate(model, val)["loss"]
+    zero_shot = validation_loss(model, val)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
     cfg, started = FlowMatchingConfig(), time.process_time()
-    for step, indices in batches(train, steps, args.batch, args.seed):
-        batch = train.batch(indices)
+    for step in range(steps):
+        batch = train.batch(epoch_order(args.seed, step, args.batch, len(train)))
         rng = generator(args.seed, "train", step)
         loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, train.null, cfg, rng)
         optimizer.zero_grad()
@@ -74,7 +68,7 @@ def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, ob
         "prefix_rope": rope,
         "prefix": prefix,
         "zero_shot": zero_shot,
-        "after": validate(model, val)["loss"],
+        "after": validation_loss(model, val),
         "steps": steps,
         "batch": args.batch,
         "seed": args.seed,
@@ -91,15 +85,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips per update")
     parser.add_argument("--lr", type=float, default=8e-4, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the order of clips, the noise and the times")
-    parser.add_argument("--only", default="", help="comma-separated fusions; empty: all")
-    parser.add_argument("--shard", type=int, default=0, help="run every --shards-th variant from this one")
-    parser.add_argument("--shards", type=int, default=1, help="how many processes share the variants")
     args = parser.parse_args()
     done = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
     torch.set_num_threads(1)
     keep_freed_memory()
-    wanted = [v for v in VARIANTS if not args.only or v[0] in args.only.split(",")]
-    for variant in wanted[args.shard :: args.shards]:
+    for variant in VARIANTS:
         if (*variant, args.seed) in {(d["fusion"], d["prefix_rope"], d["prefix"], d["seed"]) for d in done}:
             continue
         done.append(run(variant, args))

@@ -9,15 +9,13 @@ frames for I3D, pairs of frames per second for LPIPS and SSIM, seconds for the d
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import torch
 import typer
 
+from scd_sf.evaluation.bench import in_rounds
 from scd_sf.evaluation.frames import ssim_frames
 from scd_sf.evaluation.fvd import frechet_distance
 from scd_sf.evaluation.i3d import I3dFeatures
@@ -26,17 +24,6 @@ from scd_sf.files import write_json
 from scd_sf.types import UserError, exit_on_user_error
 
 CLIPS, DIMENSIONS = 256, 400
-
-
-def seconds(run: Callable[[], object], rounds: int) -> float:
-    """Median wall time of one call; the results lie on the CPU, so a device has finished."""
-    run()
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - start)
-    return median(found)
 
 
 def main(
@@ -60,14 +47,23 @@ def main(
         I3dFeatures.load(weights, device),
     )
     rows = torch.randn(2, CLIPS, DIMENSIONS, generator=generator, dtype=torch.float64)
-    figures: dict[str, float] = {}
-    for frames in (16, 64):
-        clip = torch.rand(1, frames, 3, side, side, generator=generator)
-        figures[f"i3d_seconds_per_{frames}_frames"] = seconds(lambda clip=clip: i3d(clip), rounds)  # type: ignore[misc]
-    figures["lpips_alex_pairs_per_second"] = batch / seconds(lambda: alex(pairs[0], pairs[1]), rounds)
-    figures["lpips_vgg_pairs_per_second"] = batch / seconds(lambda: vgg(pairs[0], pairs[1]), rounds)
-    figures["ssim_pairs_per_second"] = batch / seconds(lambda: ssim_frames(pairs[0], pairs[1]), rounds)
-    figures[f"frechet_seconds_{CLIPS}_clips"] = seconds(lambda: frechet_distance(rows[0], rows[1]), rounds)
+    clips = {frames: torch.rand(1, frames, 3, side, side, generator=generator) for frames in (16, 64)}
+    found = in_rounds(
+        {
+            "16": lambda: i3d(clips[16]),
+            "64": lambda: i3d(clips[64]),
+            "alex": lambda: alex(pairs[0], pairs[1]),
+            "vgg": lambda: vgg(pairs[0], pairs[1]),
+            "ssim": lambda: ssim_frames(pairs[0], pairs[1]),
+            "frechet": lambda: frechet_distance(rows[0], rows[1]),
+        },
+        rounds,
+    )
+    seconds = {str(row["name"]): float(str(row["seconds"])) for row in found}
+    figures = {f"i3d_seconds_per_{frames}_frames": seconds[str(frames)] for frames in clips}
+    figures |= {f"lpips_{trunk}_pairs_per_second": batch / seconds[trunk] for trunk in ("alex", "vgg")}
+    figures["ssim_pairs_per_second"] = batch / seconds["ssim"]
+    figures[f"frechet_seconds_{CLIPS}_clips"] = seconds["frechet"]
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     if out is not None:

@@ -10,16 +10,15 @@ machine hardly changes; seconds on the clock stand beside them. Goal: less than 
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import torch
 import typer
 
 from scd_sf.diffusion.solvers import Euler
+from scd_sf.evaluation.bench import in_rounds
 from scd_sf.files import write_json
 from scd_sf.models.causal import Causal
 from scd_sf.models.trunk import WanConfig
@@ -52,28 +51,14 @@ def main(
         "pca": lambda: pca(subject, PcaProbe()),
         "attention": lambda: attention_mass(subject, AttentionProbe()),
     }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    clock: dict[str, list[float]] = {name: [] for name in ways}
-    subject.with_sampler(Euler(2, 5.0)).sample()
-    for number in range(rounds):
-        for name, run in ways.items():
-            start = time.perf_counter(), time.process_time()
-            run()
-            clock[name].append(time.perf_counter() - start[0])
-            taken[name].append(time.process_time() - start[1])
-            spent = f"{taken[name][-1]:.1f} s of CPU, {clock[name][-1]:.1f} s"
-            print(f"round {number + 1}/{rounds}  {name}: {spent}", flush=True)
-    seconds = {name: round(median(times), 2) for name, times in taken.items()}
-    ratios = {
-        name: round(median(t / p for t, p in zip(taken[name], taken["plain"], strict=True)), 3)
-        for name in ways if name != "plain"
-    }  # fmt: skip
-    print(f"seconds of CPU {seconds}; over the plain rollout {ratios}")
+    rows = in_rounds(ways, rounds)
+    cpu_ratios = {str(row["name"]): row["cpu_ratio_to_first"] for row in rows[1:]}
+    print(f"CPU time over the plain rollout: {cpu_ratios}")
     if out is not None:
         about = {"blocks": config.num_layers, "width": width, "tokens_per_frame": subject.tokens, "frames": frames}
         machine = {"steps": steps, "rounds": rounds, "threads": threads, "machine": platform.machine()}
-        wall = {name: round(median(times), 2) for name, times in clock.items()}
-        write_json(out, {**about, **machine, "cpu_seconds": seconds, "seconds": wall, "ratio_to_plain": ratios})
+        seconds = {kind: {str(row["name"]): row[kind] for row in rows} for kind in ("cpu_seconds", "seconds")}
+        write_json(out, {**about, **machine, **seconds, "ratio_to_plain": cpu_ratios})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Wan's proportions at a quarter of its width (12 layers of 384; SCD 10 encoder + 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +103,6 @@ def main() -> None:
     rows = in_rounds(cases, args.rounds)
     for row in rows:
         row["seconds_per_latent_frame"] = round(float(str(row["seconds"])) / args.frames, 4)
-        print(json.dumps(row), flush=True)
     write_json(
         args.out, {"frames": args.frames, "threads": args.threads, "torch": str(torch.__version__), "rows": rows}
     )

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -27,7 +26,7 @@ from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.solvers import Euler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import in_rounds, random_weights
-from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
+from scd_sf.evaluation.roofline import peak_gib
 from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import ModelConfig, Scd, Student, build_student
@@ -102,29 +101,6 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
     return run
 
 
-def measured(run: Callable[[], object]) -> dict[str, float]:
-    """Once to warm up and to note the calls, then once for time and memory, then the floor of those calls."""
-    heavy = calls_of(run)
-    peak_gib(reset=True)
-    began = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - began
-    peak = peak_gib()
-    return {"seconds": round(seconds, 4), **floor_of(heavy, seconds), "peak_rss_gib": round(peak, 3)}
-
-
-def calls_of(run: Callable[[], object]) -> HeavyCalls:
-    with HeavyCalls() as heavy:
-        run()
-    return heavy
-
-
-def floor_of(heavy: HeavyCalls, seconds: float) -> dict[str, float]:
-    """What these matmuls and attention calls take alone, and how far ``seconds`` is from that."""
-    floor = heavy.floor()
-    return {"floor_seconds": round(floor, 4), "floor_ratio": round(seconds / floor, 3)}
-
-
 def rollouts(rounds: int) -> dict[str, dict[str, float]]:
     """All cases in turn, so that a slow minute falls on all."""
     kinds = (("SCD-B", "scd", SCD, STEPS), ("SCD-B with cached prefix", "scd", CACHED, STEPS[1:]))
@@ -134,11 +110,14 @@ def rollouts(rounds: int) -> dict[str, dict[str, float]]:
         for count in steps:
             for history in HISTORIES:
                 frames[f"{name}, S = {count}, {history} frames of history"] = Rollout(model, history, count).frame
-    found = {}
-    for row in in_rounds(frames, rounds):
-        name, seconds = str(row["name"]), float(str(row["seconds"]))
-        found[name] = {"seconds": seconds, **floor_of(calls_of(frames[name]), seconds)}
-    return found
+    return costs(frames, rounds)
+
+
+def costs(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds, those of the floor and their ratio, by case."""
+    kept = ("seconds", "floor_seconds", "floor_ratio")
+    rows = in_rounds(cases, rounds, floor=True)
+    return {str(row["name"]): {name: float(str(row[name])) for name in kept} for row in rows}
 
 
 @dataclass(frozen=True)
@@ -160,7 +139,12 @@ class TrainingStep:
         model = model_of(self.family)
         if isinstance(model, Scd):
             model.samples_in_turn = self.in_turn
-        return measured(training(model, self.frames, self.samples))
+        run = training(model, self.frames, self.samples)
+        run()
+        peak_gib(reset=True)
+        run()
+        peak = peak_gib()
+        return costs({self.name: run}, 1)[self.name] | {"peak_rss_gib": round(peak, 3)}
 
 
 def training_steps(lengths: list[int]) -> list[TrainingStep]:

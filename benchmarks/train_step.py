@@ -13,9 +13,7 @@ backward pass.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,8 +28,8 @@ from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Renoise
 from scd_sf.distributed import keep_freed_memory
-from scd_sf.evaluation.bench import random_weights
-from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
+from scd_sf.evaluation.bench import in_rounds, random_weights
+from scd_sf.evaluation.roofline import peak_gib
 from scd_sf.files import write_json
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
@@ -67,16 +65,16 @@ def backward(model: nn.Module, loss: Tensor) -> None:
 
 
 class Parts:
-    """Seconds by part, while a step runs."""
+    """Seconds by part of every run of a step."""
 
     def __init__(self) -> None:
-        self.seconds = defaultdict[str, float](float)
+        self.runs: list[defaultdict[str, float]] = []
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[part] += time.perf_counter() - started
+        self.runs[-1][part] += time.perf_counter() - started
 
     def timed(self, part: str, model: Denoiser) -> Denoiser:
         def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -86,34 +84,9 @@ class Parts:
         return call
 
     def shares(self) -> dict[str, float]:
-        total = sum(self.seconds.values())
-        return {part: round(value / total, 3) for part, value in self.seconds.items()}
-
-
-class Case:
-    """One row: a step that is run again and again, and what it cost."""
-
-    def __init__(self, name: str, step: Callable[[], None], parts: Parts | None = None) -> None:
-        self.name, self.step, self.parts = name, step, parts
-        self.seconds, self.floors = list[float](), list[float]()
-
-    def run(self) -> None:
-        with HeavyCalls() as heavy:
-            started = time.perf_counter()
-            self.step()
-            self.seconds.append(time.perf_counter() - started)
-        self.floors.append(heavy.floor())
-
-    def row(self, first: Case) -> dict[str, object]:
-        ratios = [a / b for a, b in zip(self.seconds, first.seconds, strict=True)]
-        found: dict[str, object] = {
-            "name": self.name,
-            "seconds": round(statistics.median(self.seconds), 3),
-            "ratio_to_first": round(statistics.median(ratios), 3),
-            "floor_seconds": round(statistics.median(self.floors), 3),
-            "floor_ratio": round(sum(self.seconds) / sum(self.floors), 3),
-        }
-        return found | ({"shares": self.parts.shares()} if self.parts is not None else {})
+        """Of all runs but the first, which warms up."""
+        seconds = {part: sum(run[part] for run in self.runs[1:]) for part in self.runs[0]}
+        return {part: round(value / sum(seconds.values()), 3) for part, value in seconds.items()}
 
 
 def stage2(model: Student, x: Tensor, samples: int, *, recompute: str = "nothing") -> Callable[[], None]:
@@ -144,6 +117,7 @@ def cycle(
             backward(critic, critic_loss(critic, fake, COND, cfg, rng())[0])
 
     def run() -> None:
+        parts.runs.append(defaultdict(float))
         for trunk in student.trunks():
             trunk.checkpointing = False
         for _ in range(0 if shared else ratio):
@@ -176,25 +150,26 @@ def judged(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
     return run
 
 
-def cases(dtype: torch.dtype, frames: int, ratio: int) -> list[Case]:
+def cases(dtype: torch.dtype, frames: int, ratio: int) -> tuple[dict[str, Callable[[], None]], dict[str, Parts]]:
+    """Steps by name, and the parts of those that have some."""
     x = torch.randn(1, frames, *LATENT, generator=rng())
     scd, causal = filled(ModelConfig(wan=CFG, scd=SCD), dtype), filled(ModelConfig("causal", wan=CFG), dtype)
     teacher, critic = (filled(ModelConfig("wan", wan=CFG), dtype) for _ in range(2))
     assert not isinstance(scd, Wan) and not isinstance(causal, Wan)
     assert isinstance(teacher, Wan) and isinstance(critic, Wan)
     teacher.requires_grad_(False)
-    found = [Case(f"stage 2, SCD, K = {k}", stage2(scd, x, k)) for k in (1, 2, 4)]
+    steps = {f"stage 2, SCD, K = {k}": stage2(scd, x, k) for k in (1, 2, 4)}
     for kept, recompute in (("everything recomputed", "everything"), ("attention kept", "all but attention")):
-        found.append(Case(f"stage 2, SCD, K = 2, {kept}", stage2(scd, x, 2, recompute=recompute)))
-    found.append(Case("stage 2, causal, K = 1", stage2(causal, x, 1)))
+        steps[f"stage 2, SCD, K = 2, {kept}"] = stage2(scd, x, 2, recompute=recompute)
+    steps["stage 2, causal, K = 1"] = stage2(causal, x, 1)
+    parts = {}
     for shared in (False, True):
         name = f"stage 3, cycle of {ratio} : 1" + (", one rollout shared" if shared else "")
-        parts = Parts()
-        found.append(Case(name, cycle(scd, teacher, critic, x, parts, ratio=ratio, shared=shared), parts))
+        parts[name] = Parts()
+        steps[name] = cycle(scd, teacher, critic, x, parts[name], ratio=ratio, shared=shared)
     for together in (True, False):
-        name = f"guided teacher, {'one batch' if together else 'two calls'}"
-        found.append(Case(name, judged(teacher, x, together=together)))
-    return found
+        steps[f"guided teacher, {'one batch' if together else 'two calls'}"] = judged(teacher, x, together=together)
+    return steps, parts
 
 
 def main() -> None:
@@ -207,17 +182,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is slow without AVX-512 bf16")
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [case for case in cases(dtype_of(args.dtype), args.frames, args.ratio) if args.only in case.name]
-    if not rows:
+    steps, parts = cases(dtype_of(args.dtype), args.frames, args.ratio)
+    chosen = {name: step for name, step in steps.items() if args.only in name}
+    if not chosen:
         parser.error(f"--only {args.only}: no case has it in its name")
-    for case in rows:
-        case.step()
-        if case.parts is not None:
-            case.parts.seconds.clear()
-    for number in range(args.rounds):
-        for case in rows:
-            case.run()
-        print(json.dumps({"round": number, **{case.name: round(case.seconds[-1], 3) for case in rows}}), flush=True)
+    rows = in_rounds(chosen, args.rounds, floor=True)
+    for row in rows:
+        if row["name"] in parts:
+            row["shares"] = parts[str(row["name"])].shares()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.dtype}"
     settings = {
         "machine": machine,
@@ -226,7 +198,7 @@ def main() -> None:
         "rounds": args.rounds,
         "peak_rss_gib": round(peak_gib(), 2),  # of the whole process: what is freed is kept for the next case
     }
-    write_json(args.out, {**settings, "rows": [case.row(rows[0]) for case in rows]})
+    write_json(args.out, {**settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+
+import psutil
 
 from scd_sf.config import HelpFormatter
 from scd_sf.files import new_file, read_json, write_json
@@ -148,55 +150,19 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
             writer.writerow([name, dressed(prompt(rng, earlier), rng), when, *scores(rng)])
 
 
-def family(root: int) -> list[int]:
-    """``root`` and its living descendants."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [root]
-    for number in found:
-        found += children.get(number, [])
-    return found
-
-
-def cpu_seconds(process: int, seen: dict[int, float]) -> None:
-    """Note what this process has used so far."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended
-        return
-    seen[process] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory_gib(processes: list[int]) -> tuple[float, float]:
-    """(proportional, resident) size of all together."""
-    kib = {"Pss": 0, "Rss": 0}
-    for number in processes:
-        try:
-            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it ended
-            continue
-        for line in lines:
-            name = line.partition(":")[0]
-            if name in kib:
-                kib[name] += int(line.split()[1])
-    return kib["Pss"] / 2**20, kib["Rss"] / 2**20
-
-
 def measure(command: list[str]) -> dict[str, float]:
     """Wall and CPU seconds, peak proportional and resident GiB of a command and its children. Fails if it fails."""
-    began, peak, resident, used = time.monotonic(), 0.0, 0.0, dict[int, float]()
-    process = subprocess.Popen(command, cwd=ROOT)
+    began, used = time.monotonic(), dict[psutil.Process, float]()
+    peak = resident = 0.0
+    process = psutil.Popen(command, cwd=ROOT)
     while process.poll() is None:
-        processes = family(process.pid)
-        now = memory_gib(processes)
-        peak, resident = max(peak, now[0]), max(resident, now[1])
-        for number in processes:
-            cpu_seconds(number, used)
+        proportional = own = 0
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended
+                memory, spent = one.memory_full_info(), one.cpu_times()
+                proportional, own = proportional + memory.pss, own + memory.rss
+                used[one] = spent.user + spent.system
+        peak, resident = max(peak, proportional / 2**30), max(resident, own / 2**30)
         time.sleep(0.2)
     if process.returncode:
         raise SystemExit(process.returncode)

@@ -47,7 +47,7 @@ from scd_sf.models.wan.vae import Vae, VaeStream, load_vae
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.layers import WanBlock, channels_last
 from scd_sf.tensor_files import dtype_of
-from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device
+from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device, say
 
 SCHEMA = 1
 
@@ -297,27 +297,39 @@ class Bench:
         }
 
 
-def in_rounds(cases: Mapping[str, Callable[[], object]], rounds: int) -> list[dict[str, object]]:
-    """Seconds of every case, run in turn round by round after one run each to warm up: medians, and the median over
-    rounds of the ratio to the first case (so that a slow minute falls on all)."""
-    for case in cases.values():
-        case()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, case in cases.items():
-            started = time.perf_counter()
+def in_rounds(
+    cases: Mapping[str, Callable[[], object]], rounds: int, *, floor: bool = False
+) -> list[dict[str, object]]:
+    """Seconds of every case, run in turn round by round after one run each to warm up: medians, of the clock and of the
+    process's CPU time, and the medians over rounds of their ratios to the first case (so that a slow minute falls on
+    all). ``floor``: also the case's own matmul, convolution and attention calls, timed alone in every round."""
+    heavy = {name: HeavyCalls() for name in cases}
+    for name, case in cases.items():
+        with heavy[name] if floor else nullcontext():
             case()
-            seconds[name].append(time.perf_counter() - started)
-    first = seconds[next(iter(cases))]
-    return [
-        {
-            "name": name,
-            "seconds": round(statistics.median(taken), 4),
-            "ratio_to_first": round(statistics.median(t / f for t, f in zip(taken, first, strict=True)), 3),
-            "rounds": rounds,
-        }
-        for name, taken in seconds.items()
-    ]
+    wall, cpu, floors = ({name: list[float]() for name in cases} for _ in range(3))
+    for number in range(rounds):
+        for name, case in cases.items():
+            began, worked = time.perf_counter(), time.process_time()
+            case()
+            wall[name].append(time.perf_counter() - began)
+            cpu[name].append(time.process_time() - worked)
+            say(f"round {number + 1}/{rounds}  {name}: {wall[name][-1]:.3g} s")
+            if floor:
+                floors[name].append(heavy[name].floor())
+
+    def row(name: str) -> dict[str, object]:
+        found: dict[str, object] = {"name": name, "rounds": rounds}
+        for kind, taken in (("", wall), ("cpu_", cpu)):
+            pairs = zip(taken[name], taken[next(iter(cases))], strict=True)
+            found[f"{kind}seconds"] = round(statistics.median(taken[name]), 4)
+            found[f"{kind}ratio_to_first"] = round(statistics.median(own / max(first, 1e-9) for own, first in pairs), 3)
+        if floor:
+            found["floor_seconds"] = round(statistics.median(floors[name]), 4)
+            found["floor_ratio"] = round(sum(wall[name]) / sum(floors[name]), 3)
+        return found
+
+    return [row(name) for name in cases]
 
 
 def random_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from scd_sf.cli import app
@@ -176,3 +177,6 @@ def test_rounds_are_interleaved() -> None:
     rows = in_rounds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert "".join(order) == "abababab"
     assert [row["name"] for row in rows] == ["a", "b"] and rows[0]["ratio_to_first"] == 1.0
+    x = torch.ones(768, 768)
+    row: Any = in_rounds({"product": lambda: x @ x}, 2, floor=True)[0]
+    assert row["floor_seconds"] > 0 and row["floor_ratio"] > 0 and row["cpu_ratio_to_first"] == 1.0
