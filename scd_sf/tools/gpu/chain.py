@@ -19,7 +19,7 @@ from scd_sf.data.shards import ShardWriter
 from scd_sf.files import read_jsonl
 from scd_sf.tools.demo_steps import clips_and_latents, distilling_step, transplant_step, tuning_step
 from scd_sf.tools.gpu.card import Card
-from scd_sf.tools.gpu.parts import Figures, GpuRow
+from scd_sf.tools.gpu.parts import Figures, GpuRow, failed
 from scd_sf.tools.steps import run_steps
 from scd_sf.train.stop import EXIT_AGAIN
 from scd_sf.types import UserError, VideoShape, say
@@ -63,7 +63,7 @@ class GpuChain:
         beyond = [f"{line['curve']} of updates {line['updates']}" for line in lines if line["within noise"] is False]
         found: Figures = {"lines": lines, "updates": len(rows), "seconds_with_start": round(seconds, 1), "curve": rows}
         if beyond:
-            found |= {"error": f"not the CPU's curve: {', '.join(beyond)}", "last_lines": []}
+            found |= failed(f"not the CPU's curve: {', '.join(beyond)}")
         return found
 
     def command(self, number: int) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from scd_sf.distributed import Ranks, init_distributed
-from scd_sf.tools.gpu.parts import Figures, GpuRow
+from scd_sf.tools.gpu.parts import Figures, GpuRow, failed
 
 Differences = dict[str, tuple[float, float]]  # what differs: by how much, and the most that it may
 Compared = Callable[[str, Ranks], Differences]
@@ -26,4 +26,4 @@ def measure_equality(name: str, differences: Differences) -> Figures:
     beyond = [
         f"{line['what']} {line['difference']:g}, at most {line['at most']:g}" for line in lines if not line["fine"]
     ]
-    return {"lines": lines} | ({"error": f"differs: {'; '.join(beyond)}", "last_lines": []} if beyond else {})
+    return {"lines": lines} | (failed(f"differs: {'; '.join(beyond)}") if beyond else {})

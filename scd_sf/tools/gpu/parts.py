@@ -17,8 +17,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -98,9 +98,14 @@ class GpuRecord:
 
     def part(self, part: Part) -> Figures:
         """What is there of a part."""
-        empty = {"title": part.title, "budget_seconds": part.seconds, "seconds": 0.0, "rows": {}, "left_out": []}
-        found: Figures = self.read()["parts"].get(str(part.number), empty)
+        found: Figures = self.read()["parts"].get(str(part.number), self.blank(part))
         return found
+
+    @staticmethod
+    def blank(part: Part) -> Figures:
+        """A part that nothing has been measured of."""
+        about = {"title": part.title, "budget_seconds": part.seconds, "seconds": 0.0}
+        return about | {"rows": {}, "left_out": [], "running": None, "error": None}
 
     def put(self, part: Part, values: Mapping[str, object]) -> None:
         """Replace fields of a part."""
@@ -121,14 +126,8 @@ class GpuRecord:
             name: row for name, row in there["rows"].items() if only not in name or not (everything or "error" in row)
         }
         left_out = [name for name in there["left_out"] if only not in name]
-        fresh = {
-            "title": part.title,
-            "budget_seconds": part.seconds,
-            "rows": rows,
-            "left_out": left_out,
-            "running": None,
-        }
-        self.put(part, fresh | {"error": None, "seconds": there["seconds"] if rows else 0.0})
+        seconds = there["seconds"] if rows else 0.0
+        self.put(part, self.blank(part) | {"rows": rows, "left_out": left_out, "seconds": seconds})
 
 
 def measure_rows(part: Part, record: GpuRecord, stamp: Figures, seconds: float, only: str = "") -> int:
@@ -178,16 +177,21 @@ def whole(figures: Figures) -> Figures:
 
     figures = finite(figures, "")
     words = f"not finite: {', '.join(bad)}" if bad else "" if figures.get("lines") else "nothing was measured"
-    return {"error": words, "last_lines": []} | figures if words else figures
+    return failed(words) | figures if words else figures
+
+
+def failed(words: str, last_lines: Iterable[str] = ()) -> Figures:
+    """What a row holds that failed or is beyond a limit."""
+    return {"error": words, "last_lines": list(last_lines)}
 
 
 def failure(error: Exception) -> Figures:
     """Of a row that raised: what, and the last lines of its traceback (an error for people needs none)."""
     words = printable(" ".join(str(error).split()))[:600] or type(error).__name__
     if isinstance(error, UserError):
-        return {"error": words, "last_lines": []}
+        return failed(words)
     lines = [printable(line) for line in traceback.format_exc().splitlines()[-LINES:]]
-    return {"error": f"{type(error).__name__}: {words}", "last_lines": lines}
+    return failed(f"{type(error).__name__}: {words}", lines)
 
 
 def spoils_the_process(error: Exception) -> bool:
@@ -196,47 +200,43 @@ def spoils_the_process(error: Exception) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and words is not None)
 
 
-@dataclass
-class _Child:
-    """A process of a part: its output is passed on, and the last lines are kept."""
+def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
+    """A process of a part, whose output is passed on: its exit code, and what to record of a row that it did not
+    survive. After ``limit`` seconds it is killed, with all that it started."""
+    lines, stopped = deque[str](maxlen=LINES), threading.Event()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
-    command: Sequence[str]
-    limit: float
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LINES))
-    stopped: bool = False
+    def stop() -> None:
+        stopped.set()
+        os.killpg(process.pid, signal.SIGKILL)
 
-    def run(self) -> int:
-        """The exit code (negative: a signal's number)."""
-        process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-
-        def stop() -> None:
-            self.stopped = True
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        with process.stdout as output:
+            for line in output:
+                lines.append(printable(line.rstrip("\n")))
+                say(f"  {line.rstrip()}")
+        code = process.wait()
+    finally:
+        timer.cancel()
+        assert process.stdin is not None
+        process.stdin.close()
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(self.limit, stop)
-        timer.start()
-        try:
-            assert process.stdout is not None
-            with process.stdout as output:
-                for line in output:
-                    self.lines.append(printable(line.rstrip("\n")))
-                    say(f"  {line.rstrip()}")
-            return process.wait()
-        finally:
-            timer.cancel()
-            assert process.stdin is not None
-            process.stdin.close()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def ended(self, code: int) -> str:
-        if self.stopped:
-            return f"stopped after {self.limit:.0f} s"
-        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"exit code {code}"
-        return f"its process ended: {name}"
+    if stopped.is_set():
+        return code, failed(f"stopped after {limit:.0f} s", lines)
+    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"exit code {code}"
+    return code, failed(f"its process ended: {name}", lines)
 
 
 def run_part(part: Part, record: GpuRecord, command: Sequence[str], everything: bool = False, only: str = "") -> None:
@@ -247,13 +247,12 @@ def run_part(part: Part, record: GpuRecord, command: Sequence[str], everything: 
     while True:
         spent = time.monotonic() - started
         left = max(0.0, part.seconds - spent)
-        child = _Child([*command, f"{left:.1f}"], left + part.grace)
-        code = child.run()
+        code, ended = run_child([*command, f"{left:.1f}"], left + part.grace)
         row = record.part(part).get("running")
         if row is not None:
-            record.finish(part, row, {"error": child.ended(code), "last_lines": list(child.lines)})
+            record.finish(part, row, ended)
         elif code not in (0, AGAIN):
-            record.put(part, {"error": child.ended(code), "last_lines": list(child.lines)})
+            record.put(part, ended)
         if row is None and code != AGAIN:
             break
     before = record.part(part)["seconds"]

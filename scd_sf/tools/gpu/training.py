@@ -20,7 +20,7 @@ from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.trunk import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.gpu.card import Card, host_gib, speed_row
-from scd_sf.tools.gpu.parts import Figures, GpuRow
+from scd_sf.tools.gpu.parts import Figures, GpuRow, failed
 from scd_sf.tools.plan.budget import GIB, Budget, Cluster, budget
 from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.phases import Phase
@@ -132,7 +132,7 @@ def figures(plan: Budget, changes: list[str], seconds: float, allocated: int | N
         "changed to fit": ", ".join(changes) or "nothing",
     }
     beyond = ratio is not None and not abs(ratio - 1) <= WITHIN
-    error = {"error": f"{line['measured / planned']} of the planned memory", "last_lines": []} if beyond else {}
+    error = failed(f"{line['measured / planned']} of the planned memory") if beyond else {}
     return error | {
         "lines": [line],
         "engines": {role: vars(engine) for role, engine in job.engines().items()},

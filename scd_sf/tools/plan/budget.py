@@ -93,11 +93,6 @@ class Budget:
         return self.flops / (self.cluster.world * self.cluster.peak_tflops * 1e12 * self.cluster.mfu)
 
     @property
-    def averages(self) -> int:
-        """EMA copies: stage 3 also keeps its best one."""
-        return 1 if self.job.stage == 2 else 2
-
-    @property
     def trained_roles(self) -> list[str]:
         """Models that have an optimizer."""
         return [role for role in self.counts if role not in ("teacher", TEXT)]
@@ -106,7 +101,7 @@ class Budget:
     def offloaded(self) -> int:
         """Host memory of one process that offload keeps: optimizers' states, the teacher's weights."""
         counts, engines, world = self.counts, self.job.engines(), self.cluster.world
-        states = sum(host_state(counts[r], engines[r], world, averages=self.averages) for r in self.trained_roles)
+        states = sum(host_state(counts[r], engines[r], world, averages=self.job.averages) for r in self.trained_roles)
         return states + (frozen_on_host(counts["teacher"], engines["teacher"], world) if "teacher" in counts else 0)
 
     @property
@@ -117,13 +112,13 @@ class Budget:
         start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(self.counts[r] for r in trained_roles)
         start = max(start, student + self.held[TEXT].weights if TEXT in self.held else 0)
         shares = sum(12 * -(-self.counts[role] // self.cluster.world) for role in trained_roles)
-        return student + self.offloaded + max(start, shares + (1 + self.averages) * student)
+        return student + self.offloaded + max(start, shares + (1 + self.job.averages) * student)
 
     @property
     def checkpoint(self) -> int:
         """Bytes on the disk."""
         rest = sum(12 * count for role, count in self.counts.items() if role == "critic")
-        return saved(self.counts["student"], averages=self.averages) + rest
+        return saved(self.counts["student"], averages=self.job.averages) + rest
 
     @property
     def disk(self) -> int:
@@ -154,13 +149,12 @@ def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) ->
         if role == "teacher":
             held[role] = frozen_memory(counts[role], engine, cluster.world)
             continue
-        averages = (1 if job.stage == 2 else 2) if role == "student" else 0
         held[role] = trained_memory(
             counts[role],
             engine,
             cluster.world,
             micro_batches=micro_batches,
-            averages=averages,
+            averages=job.averages if role == "student" else 0,
             on_gpu=cluster.on_gpu,
         )
     if job.text_parameters and isinstance(job.cfg, Stage3Config):

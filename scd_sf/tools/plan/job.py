@@ -47,6 +47,11 @@ class PlanJob:
     def stage(self) -> int:
         return 2 if isinstance(self.cfg, Stage2Config) else 3
 
+    @property
+    def averages(self) -> int:
+        """EMA copies of the student: stage 3 also keeps its best one."""
+        return 1 if self.stage == 2 else 2
+
     def engines(self) -> dict[str, EngineConfig]:
         """By role; the student first."""
         if isinstance(self.cfg, Stage2Config):

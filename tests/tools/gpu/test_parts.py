@@ -50,13 +50,11 @@ def document(record: GpuRecord) -> Any:
     return record.read()["parts"]["7"]
 
 
-def call(
-    folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.0, everything: bool = False
-) -> GpuRecord:
+def call(folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.0) -> GpuRecord:
     (folder / "part.py").write_text(SCRIPT)
     record = GpuRecord(folder / "out.json")
     part = Part(7, "trials", seconds, lambda: [], grace)
-    run_part(part, record, [sys.executable, str(folder / "part.py"), names], everything)
+    run_part(part, record, [sys.executable, str(folder / "part.py"), names])
     return record
 
 
@@ -78,30 +76,30 @@ def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatc
     (tmp_path / "cured").touch()
     assert not [row for row in document(call(tmp_path, names))["rows"].values() if "error" in row]
     assert (tmp_path / "ran").read_text().split("\n")[:-1] == ["refuse", "die", "lose the GPU"]
-    call(tmp_path, names, everything=True)
-    assert len((tmp_path / "ran").read_text().split("\n")) == 3 + 5 + 1
-    # Some rows again, whatever became of them: the others keep what they have.
+    # Some rows again, whatever became of them: the others keep what they have. Then all.
     before = document(record)
     record.put(Part(7, "trials", 9.0, lambda: []), {"left_out": ["good 3"]})
     record.begin_again(Part(7, "trials", 9.0, lambda: []), True, "good 2")
     after = document(record)
     assert after["rows"] == {name: row for name, row in before["rows"].items() if name != "good 2"}
     assert after["left_out"] == ["good 3"]
+    record.begin_again(Part(7, "trials", 9.0, lambda: []), True)
+    assert document(record)["rows"] == {} and document(record)["left_out"] == []
 
 
 def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-    part = document(call(tmp_path, "good 1,good 2", seconds=0.0))
-    assert part["left_out"] == ["good 1", "good 2"] and part["rows"] == {}
-    rows = document(call(tmp_path, "hang,good 1", seconds=0.5, grace=3.0))["rows"]
+    part = document(call(tmp_path, "hang,good 1,good 2", seconds=0.5, grace=3.0))
+    rows = part["rows"]
+    assert part["left_out"] == ["good 1", "good 2"] and list(rows) == ["hang"]
     assert rows["hang"]["error"].startswith("stopped after") and rows["hang"]["last_lines"] == [
         "hang ..", "about to hang"
     ]  # fmt: skip
     short, sheet = sheets({"parts": {"7": part}})
-    assert sheet.notes[0] == "left out, as the budget was spent: good 1"
-    assert short.tables[0][1] == [["7: trials", "0", "0", "2"]] and "the same command goes on" in short.notes[1]
+    assert sheet.notes[1] == "left out, as the budget was spent: good 1"
+    assert short.tables[0][1] == [["7: trials", "0", "1", "2"]] and "the same command goes on" in short.notes[1]
 
 
 def test_a_part_that_cannot_begin_says_so(tmp_path: Path) -> None:
