@@ -27,11 +27,11 @@ from scd_sf.tools.demo_steps import (
     clips_and_latents,
     distilling_step,
     evaluation,
+    last_validation_loss,
     print_table,
     say_if_busy,
     transplant_step,
     tuning_step,
-    validation_loss,
 )
 from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
@@ -117,7 +117,7 @@ class Plan:
     def losses(self, fusion: str) -> list[float]:
         """Of stage 2, by seed."""
         remedy = "run --part train first"
-        return [validation_loss(self.place(2, fusion, seed), remedy=remedy) for seed in self.seeds]
+        return [last_validation_loss(self.place(2, fusion, seed), remedy=remedy) for seed in self.seeds]
 
 
 def row_name(fusion: str, seed: int, way: Sampling) -> str:

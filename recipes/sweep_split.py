@@ -34,11 +34,11 @@ from scd_sf.probes.subject import Subject
 from scd_sf.tools.demo_steps import (
     clips_and_latents,
     evaluation,
+    last_validation_loss,
     print_table,
     say_if_busy,
     transplant_step,
     tuning_step,
-    validation_loss,
 )
 from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
@@ -182,7 +182,7 @@ def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
     names = first_names(chosen)
     found: dict[str, Any] = {}
     for name, cut in chosen.items():
-        losses = [validation_loss(plan.place(2, cut, seed), plan.updates) for seed in plan.seeds]
+        losses = [last_validation_loss(plan.place(2, cut, seed), plan.updates) for seed in plan.seeds]
         sampled: dict[str, Any] = {}
         for steps in plan.steps:
             rows = [scored[row_name(names[cut], seed, steps)] for seed in plan.seeds]

@@ -74,7 +74,7 @@ def evaluation(base: Path, latents: Path, root: Path, out: Path, *options: str, 
     return python_command("recipes/evaluate.py", *given, *data, *options)
 
 
-def validation_loss(run: Path, step: int | None = None, remedy: str = "train it again") -> float:
+def last_validation_loss(run: Path, step: int | None = None, remedy: str = "train it again") -> float:
     """The last that stage 2 logged, of ``step`` if given: of its averaged weights, on held-out clips at fixed noise.
     UserError: there is none."""
     file = run / "metrics.jsonl"
