@@ -31,15 +31,15 @@ from scd_sf.types import Conditioning, Logs
 BLANKS = ["data=x", "val=x", "run.dir=x", "train.global_batch=2", "train.micro_batch=2"]
 
 
-def config(data: str, model: str, *changes: str) -> Any:
+def config(file: str, *changes: str) -> Any:
     schema = recipe_runner.load_script("recipes/pretrain.py").PretrainConfig
-    return load_config(schema, [world.CONFIGS / f"pretrain_{name}.yaml" for name in (data, model)], [*BLANKS, *changes])
+    return load_config(schema, world.CONFIGS / f"pretrain_{file}.yaml", [*BLANKS, *changes])
 
 
 @cache
-def student(data: str, model: str, *changes: str) -> Student:
+def student(file: str, *changes: str) -> Student:
     with DEVICE:
-        return world.in_bf16(build_student(config(data, model, *changes).model))
+        return world.in_bf16(build_student(config(file, *changes).model))
 
 
 class Clips:
@@ -57,9 +57,9 @@ class Clips:
 
 
 CASES = {
-    "SCD-B, actions": ("minecraft", "scd_b"),
-    "Causal DiT-B, actions": ("minecraft", "causal_b"),
-    "SCD-B, labels, sample by sample": ("ucf101", "scd_b", "model.dit.num_labels=101", "samples_in_turn=true"),
+    "SCD-B, actions": ("scd_b",),
+    "Causal DiT-B, actions": ("causal_b",),
+    "SCD-B, labels, sample by sample": ("ucf101", "model.dit.num_labels=101", "samples_in_turn=true"),
 }
 
 
@@ -125,7 +125,8 @@ def test_training_a_tokenizer(cuda: FakeCuda) -> None:
     model = tokenizer().model.requires_grad_(True)
     training = object.__new__(script.Training)
     training.cfg, training.run, training.frames = cfg, SimpleNamespace(ranks=world.RANKS), range(8)
-    training.pixels = lambda key, later: torch.zeros(4, 3, 128, 128, dtype=torch.uint8)
+    pictures = torch.zeros(4, 3, 128, 128, dtype=torch.uint8)
+    training.pixels = SimpleNamespace(expect=lambda keys: None, batch=lambda key: pictures)
     training.engine, training.discriminator = (
         world.Forward(StepModule(model, TokenizerObjective(cfg.loss, cfg.gan))),
         None,

@@ -110,7 +110,8 @@ def _stage(given: set[str]) -> type[Any]:
     only2, only3 = names[Stage2Config] - names[Stage3Config], names[Stage3Config] - names[Stage2Config]
     if given & only3 and not given & only2:
         return Stage3Config
-    if given & only2 and not given & only3:
+    most = 2 * len(given & names[Stage2Config]) >= len(given)  # stage 1 has a sampler, too
+    if given & only2 and not given & only3 and most:
         return Stage2Config
     raise UserError(
         "scd plan: this is neither a configuration of stage 2 nor of stage 3: give one with "
