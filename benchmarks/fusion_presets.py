@@ -39,7 +39,7 @@ VARIANTS = [  # fusion, prefix RoPE, prefix
 @torch.no_grad()
 def validation_loss(model: Scd, clips: LatentClips) -> float:
     """Flow loss with a pure-noise query: mean, with text, no dropout, no corruption."""
-    cfg = FlowMatchingConfig(samples=4, eta=0.0, text_dropout=0.0, query_pure=1.0)
+    cfg = FlowMatchingConfig(noise_samples=4, context_noise=0.0, text_dropout=0.0, query_pure=1.0)
     batch = clips.batch(list(range(0, len(clips), max(1, len(clips) // 32)))[:32])
     loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, clips.null, cfg, generator(0, "fusion"))
     return float(loss)

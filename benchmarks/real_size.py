@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.config import HelpFormatter
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import random_weights
 from scd_sf.evaluation.roofline import HeavyCalls, peak_gib
@@ -100,7 +100,7 @@ class Row:
         """One turn per chunk. Every clip starts from the same noise."""
         rng = torch.Generator().manual_seed(1)
         cond = Conditioning(torch.randn(1, TEXT_TOKENS, self.model.cfg.text_dim, generator=rng))
-        chunks = generate_latents(self.model, cond, [1], (frames, *LATENT), Renoise())
+        chunks = generate_latents(self.model, cond, [1], (frames, *LATENT), FewStepSampler())
         for _ in range(frames // self.variant.chunk):
             self._turn(chunks)
             yield

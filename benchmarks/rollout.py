@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.files import write_json
 from scd_sf.generation.compile import CompileConfig, compile_steps
@@ -50,7 +50,7 @@ def prompt() -> Conditioning:
 
 def streaming(model: Student, frames: int) -> Callable[[], Tensor]:
     """As samples are made: the history is an in-place ring."""
-    return lambda: clips_of(generate_latents(model, prompt(), [1], (frames, *LATENT), Renoise()))
+    return lambda: clips_of(generate_latents(model, prompt(), [1], (frames, *LATENT), FewStepSampler()))
 
 
 def training(model: Student, frames: int) -> Callable[[], Tensor]:
@@ -60,7 +60,7 @@ def training(model: Student, frames: int) -> Callable[[], Tensor]:
     def run() -> Tensor:
         rng = torch.Generator().manual_seed(1)
         noise = torch.randn(1, frames, *LATENT, generator=rng)
-        return rollout(model, noise, prompt(), Renoise(), cpu_noise(rng))
+        return rollout(model, noise, prompt(), FewStepSampler(), cpu_noise(rng))
 
     return run
 
@@ -73,7 +73,7 @@ def bidirectional(frames: int) -> Callable[[], Tensor]:
 
     @torch.no_grad()
     def run() -> Tensor:
-        for t in Renoise().times:
+        for t in FewStepSampler().times:
             velocity = model(x, torch.tensor([1000 * t]), text, return_dict=False)[0]
         return velocity
 

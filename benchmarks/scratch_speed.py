@@ -86,7 +86,7 @@ class Rollout:
 def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
     """Forward and backward of one clip, activations recomputed as in training; no optimizer."""
     x_0 = torch.randn(1, frames, CHANNELS, SIDE, SIDE)
-    cfg = FlowMatchingConfig(shift=1.0, samples=samples)
+    cfg = FlowMatchingConfig(shift=1.0, noise_samples=samples)
     for trunk in model.trunks():
         trunk.checkpointing = True
     model.requires_grad_(True)

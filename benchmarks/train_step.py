@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.evaluation.roofline import peak_gib
@@ -95,7 +95,7 @@ def stage2(model: Student, x: Tensor, samples: int, *, recompute: str = "nothing
     def run() -> None:
         for trunk in model.trunks():
             trunk.checkpointing, trunk.recompute_attention = recompute != "nothing", recompute == "everything"
-        loss, _ = flow_matching_loss(model, x, COND, COND, FlowMatchingConfig(samples=samples), rng())
+        loss, _ = flow_matching_loss(model, x, COND, COND, FlowMatchingConfig(noise_samples=samples), rng())
         backward(model, loss)
 
     return run
@@ -110,7 +110,7 @@ def cycle(
 
     def self_rollout() -> Tensor:
         noise = torch.randn(x.shape, generator=rng())
-        return rollout(student, noise, COND, Renoise(), cpu_noise(rng()), exit_step=2)
+        return rollout(student, noise, COND, FewStepSampler(), cpu_noise(rng()), exit_step=2)
 
     def critic_update(fake: Tensor) -> None:
         with parts.timing("critic"):

@@ -2,7 +2,7 @@
 
     deepspeed --hostfile hosts data_prep/generate_clips.py model=models/Wan2.1-T2V-14B-Diffusers \\
         prompt_file=prompts.jsonl out=data/wan14b
-    torchrun --nproc_per_node 8 data_prep/generate_clips.py ... engine.kind=local
+    torchrun --nproc_per_node 8 data_prep/generate_clips.py ... engine.backend=torch
     python data_prep/generate_clips.py ... launcher=ray      # after 'ray start --head', on others 'ray start --address'
 
 ``out`` is what ``stage2_flow_matching.py data=`` takes. A file's name is the hash of all that decides the clip, and

@@ -5,7 +5,7 @@
 
 ``data`` and ``val`` are directories of encoded frames (data_prep/teco_minecraft.py, ucf101.py, realestate10k.py). Every
 update draws clips by epoch and a window of ``frames`` frames of each. Flow matching with teacher forcing, Algorithm 1:
-the encoder once per clip on clean frames, the decoder on ``loss.samples`` noisy ones of every frame. Score the
+the encoder once per clip on clean frames, the decoder on ``loss.noise_samples`` noisy ones of every frame. Score the
 checkpoints with recipes/evaluate_prediction.py.
 """
 
@@ -216,7 +216,7 @@ def main() -> None:
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
     start = checkpointer.resume()
     if start == 0:
-        averaged.load_state_dict(engine.masters())
+        averaged.load_state_dict(engine.fp32_masters())
         preview.show(run, averaged, 0)
     with Loop(run, checkpointer, start) as loop:
         for step in loop:

@@ -62,7 +62,7 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
-RESUMABLE_HERE = (*RESUMABLE, "gan_engine.kind", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
+RESUMABLE_HERE = (*RESUMABLE, "gan_engine.backend", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
 
 MicroKey = tuple[int, int, tuple[int, ...]]
 
@@ -190,7 +190,7 @@ class Training:
         self.cfg, self.run, self.frames = cfg, run, frames
         ranks = run.ranks
         model, components = prepare(cfg, frames)
-        if cfg.engine.kind == "local":  # DeepSpeed wants plain memory and lays it out itself
+        if cfg.engine.backend == "torch":  # DeepSpeed wants plain memory and lays it out itself
             channels_last(model)
         if components is not None:
             components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))

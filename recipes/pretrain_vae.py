@@ -234,7 +234,7 @@ def train(
         ema=EmaConfig(cfg.ema),
     )
     run = Run(RunConfig(str(cfg.out / name), cfg.seed, cfg.log_every), ranks, config=cfg, may_change=FROM_OUTSIDE)
-    adam = EngineConfig("local", betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0)
+    adam = EngineConfig("torch", betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0)
     engine = build_engine(
         StepModule(model, partial(loss, cfg.loss)),
         adam,

@@ -86,9 +86,9 @@ TRIALS = {
         Trial("scd_d", scd(4, 6), 1000.0),
         Trial("channel", scd(4, 2, "channel")),
         Trial("identical", scd(4, 2, "paper", "identical")),
-        Trial("k1", (*scd(4, 2), "loss.samples=1"), 360.0, 18),  # as many seconds as K = 4
-        Trial("k4", (*scd(4, 2), "loss.samples=4"), 900.0),
-        *(Trial(f"eta{eta}", (*scd(4, 2), f"loss.eta={eta}")) for eta in (0.0, 0.2, 0.5)),
+        Trial("k1", (*scd(4, 2), "loss.noise_samples=1"), 360.0, 18),  # as many seconds as K = 4
+        Trial("k4", (*scd(4, 2), "loss.noise_samples=4"), 900.0),
+        *(Trial(f"eta{noise}", (*scd(4, 2), f"loss.context_noise={noise}")) for noise in (0.0, 0.2, 0.5)),
     )
 }
 TABLES = {

@@ -125,7 +125,7 @@ def main() -> None:
     reads = Prefetch(clips.stored, cfg.train.prefetch)
     start = checkpointer.resume()
     if start == 0:
-        averaged.load_state_dict(engine.masters())
+        averaged.load_state_dict(engine.fp32_masters())
         show_previews(preview, averaged, 0, ranks, run.video)
     with Loop(run, checkpointer, start) as loop:
         for step in loop:

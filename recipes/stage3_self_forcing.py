@@ -27,7 +27,7 @@ from scd_sf.data.latents import epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.noise import cpu_noise, generator
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.rollout import rollout
@@ -79,7 +79,7 @@ class Distillation:
     ranks: Ranks
     prompts: Prompts
     reads: Prefetch[Conditioning]
-    sampler: Renoise
+    sampler: FewStepSampler
     latent: tuple[int, int, int, int]
     student: Engine
     critic: Engine
@@ -222,7 +222,7 @@ def model_flops(cfg: Stage3Config, student: ModelConfig, latent: VideoShape, pro
 
 
 def build(cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape) -> Distillation:
-    sampler, ranks = Renoise(cfg.sampler.times), run.ranks
+    sampler, ranks = FewStepSampler(cfg.sampler.times), run.ranks
     if isinstance(prompts, LivePrompts):
         prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
     if ranks.is_main:
@@ -236,7 +236,7 @@ def build(cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, laten
         trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
     engine = partial(build_engine, ranks=ranks, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch)
     steps = cfg.train.steps
-    student_engine = engine(StepModule(student, self_rollout), cfg.student, total_updates=steps)
+    student_engine = engine(StepModule(student, self_rollout), cfg.student_engine, total_updates=steps)
     critic_engine = engine(critic, cfg.critic_engine, total_updates=steps * cfg.ratio + cfg.critic_warmup)
     files = open_wan(Path(cfg.teacher))
     weights = {name: tensor.read for name, tensor in files.tensors.items()}
@@ -294,7 +294,7 @@ def main() -> None:
     preview = preview_of(parts, parent.base, latent)
     start = checkpointer.resume()
     if start == 0:
-        averaged.load_state_dict(parts.student.masters())
+        averaged.load_state_dict(parts.student.fp32_masters())
         show_previews(preview, averaged, 0, ranks, run.video)
     with Loop(run, checkpointer, start) as loop:
         for step in loop:

@@ -59,7 +59,17 @@ class Renamed(NamedTuple):
 
 # Class -> old field -> its present name. Read in YAML, overrides and checkpoints; never written.
 # A field of which only choices changed is listed under its own name.
-RENAMED: dict[str, dict[str, Renamed]] = {}
+RENAMED: dict[str, dict[str, Renamed]] = {
+    "EngineConfig": {"kind": Renamed("backend", {"local": "torch"})},
+    "FlowMatchingConfig": {
+        "eta": Renamed("context_noise"),
+        "samples": Renamed("noise_samples"),
+        "targets": Renamed("target_chunks"),
+    },
+    "PredictionGuidance": {"eta": Renamed("context_noise")},
+    "SampleGuidance": {"eta": Renamed("context_noise")},
+    "Stage3Config": {"student": Renamed("student_engine")},
+}
 _noted: set[tuple[str, str]] = set()  # (class, old field) that a note was printed for
 _TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _UNSET = object()  # a mandatory field before its value
@@ -164,7 +174,7 @@ def plain_yaml(path: Path, schema: type[Any] | None = None) -> Tree:
     """The raw tree of a YAML file, for code that compares configs. With its ``schema``, old names of
     fields are replaced by the present ones."""
     tree = read_tree(path)
-    return cast("Tree", resolved(tree if schema is None else _present(schema, tree, str(path))))
+    return cast("Tree", resolved(tree if schema is None else present_names(schema, tree, str(path))))
 
 
 # ---------------------------------------------------------------------------------------------- help
@@ -256,13 +266,13 @@ def _build(schema: type[T], layers: Sequence[tuple[str, Tree]]) -> T:
     """The schema's defaults under all layers, later ones over earlier, then the dataclasses bottom-up."""
     values = _defaults(schema)
     for source, tree in layers:
-        _merge(values, schema, _present(schema, tree, source), source, "")
+        _merge(values, schema, present_names(schema, tree, source), source, "")
     sources = ", ".join(source for source, _ in layers)
     return _instantiate(schema, values, "", sources or "config defaults", sources or "no config file given")
 
 
-def _present(schema: type[Any], tree: Mapping[str, object], source: str, prefix: str = "") -> Tree:
-    """A tree with the present names of renamed fields."""
+def present_names(schema: type[Any], tree: Mapping[str, object], source: str, prefix: str = "") -> Tree:
+    """A tree with the present names of renamed fields; unknown fields stay. A note is printed for each old name."""
     hints = _hints(schema)
     present: Tree = {}
     for old, old_value in tree.items():
@@ -300,7 +310,7 @@ def _present_below(hint: object, value: object, source: str, key: str) -> object
     """A field's value, where it is a section or a list of sections, with present names."""
     nested, item = _dataclass_of(hint), _item_schema(hint)
     if nested is not None and isinstance(value, Mapping):
-        return _present(nested, value, source, f"{key}.")
+        return present_names(nested, value, source, f"{key}.")
     if item is not None and isinstance(value, list):
         return [_present_below(item, part, source, f"{key}[{place}]") for place, part in enumerate(value)]
     return value

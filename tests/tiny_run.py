@@ -119,14 +119,14 @@ class Chain:
         train = f"train={{steps: {STEPS2}, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 3}}"
         inputs = [f"init={self.stage1}", f"data={self.train}", f"val={self.root}/val"]
         sampler = "sampler={name: euler, steps: 2}"
-        return [*inputs, f"run.dir={run}", train, "run.log_every=1", "engine={kind: local, lr: 1e-2}", sampler]
+        return [*inputs, f"run.dir={run}", train, "run.log_every=1", "engine={backend: torch, lr: 1e-2}", sampler]
 
     def stage3(self, run: Path) -> list[str]:
         """Arguments of stage 3, from stage 2's result: two critic updates per student update."""
         train = f"train={{steps: {STEPS3}, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}}"
         wans = [f"teacher={self.wan}", f"critic={self.wan}", f"prompts={self.train}"]
-        engines = [f"{name}={{kind: local, lr: 1e-2}}" for name in ("student", "critic_engine")]
-        engines.append("teacher_engine={kind: local}")
+        engines = [f"{name}={{backend: torch, lr: 1e-2}}" for name in ("student_engine", "critic_engine")]
+        engines.append("teacher_engine={backend: torch}")
         size = ["video={frames: 9, height: 32, width: 32}", "ratio=2", "run.log_every=1"]
         return [f"init={self.root}/stage2", *wans, *engines, *size, f"run.dir={run}", train]
 

@@ -1,6 +1,6 @@
 """Samplers: integrate a velocity model from t = 1 to t = 0. A model is a callable ``(x_t, t_scalar) -> velocity``.
 
-A student distilled by Self-Forcing must be sampled by :class:`Renoise` with the times it was trained with; Euler on
+A student distilled by Self-Forcing must be sampled by :class:`FewStepSampler` with the times it was trained with; Euler on
 it gives noise.
 """
 
@@ -68,7 +68,7 @@ class Euler:
 
 
 @dataclass(frozen=True)
-class Renoise:
+class FewStepSampler:
     """Predict x_0, add fresh noise at the next time, repeat (the consistency / SDE sampler of Self-Forcing)."""
 
     times: tuple[float, ...] = (1.0, 0.9375, 5 / 6, 0.625)
@@ -144,11 +144,11 @@ def build_sampler(name: str, steps: int, shift: float, times: tuple[float, ...] 
     if times and (name != "renoise" or len(times) != steps):
         raise UserError(f"sampler.times has {len(times)} times for {steps} steps of '{name}'; only renoise takes them")
     if times:
-        return Renoise(times)
+        return FewStepSampler(times)
     if name == "euler":
         return Euler(steps, shift)
     if name == "unipc":
         return UniPC(steps, shift)
     if name == "renoise":
-        return Renoise(few_step_times(shift, tuple(1.0 - i / steps for i in range(steps))))
+        return FewStepSampler(few_step_times(shift, tuple(1.0 - i / steps for i in range(steps))))
     raise UserError(f"sampler.name is '{name}'; use 'euler', 'unipc' or 'renoise'")

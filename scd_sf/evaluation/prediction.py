@@ -35,7 +35,7 @@ class PredictionGuidance:
 
     corruption: float = 1.0
     """Guidance away from a corrupted context: the s of Table 5 (its best is 1.5); 1: off."""
-    eta: float = 0.05
+    context_noise: float = 0.05
     """Noise of that corruption, relative to the context's root mean square."""
     actions: float = 1.0
     """Classifier-free guidance with the null action; 1: off."""
@@ -45,7 +45,7 @@ class PredictionGuidance:
 
     def of_decoder(self) -> SampleGuidance:
         """The same for generate()."""
-        return SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.eta)
+        return SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.context_noise)
 
 
 @dataclass(frozen=True)

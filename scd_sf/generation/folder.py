@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
+from scd_sf.config import present_names
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
@@ -30,6 +31,7 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
         old = read_json(file, "use another out=").get("settings")
         if not isinstance(old, dict):
             raise UserError(f"{file}: not a sample manifest; use another out=")
+        old = present_names(SampleConfig, old, str(file))
         changed = [name for name in settings if old.get(name) != settings[name]]
         if changed:
             name = changed[0]

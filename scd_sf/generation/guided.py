@@ -2,7 +2,7 @@
 
 Text guidance (CFG): ``uncond + w (cond - uncond)`` with the null prompt. ``scope`` "all": the whole student runs on
 both prompts, as it was trained; "decoder": only SCD's decoder does, and the encoder is not doubled. Corruption
-guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with noise of strength eta, drawn once a chunk.
+guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with noise of strength context_noise, drawn once a chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SampleGuidance:
     """What text guidance doubles: all, or the decoder alone."""
     corruption: float = 1.0
     """Guidance away from a corrupted context: the s of Table 5 (its best is 1.5); 1: off."""
-    eta: float = 0.05
+    context_noise: float = 0.05
     """Noise of that corruption, relative to the context's root mean square."""
 
     def __post_init__(self) -> None:
@@ -39,9 +39,9 @@ class SampleGuidance:
             raise UserError(f"guidance.scope is '{self.scope}'; use 'all' or 'decoder'")
         if self.text.w != 1.0 and self.corruption != 1.0:
             raise UserError("guidance: set either text.scale or corruption, not both")
-        if self.eta <= 0:
-            raise UserError(f"guidance.eta is {self.eta}; it must be above 0")
-        check_within(self, {"corruption": (0, 1e3), "eta": (0, 100)}, "guidance.")
+        if self.context_noise <= 0:
+            raise UserError(f"guidance.context_noise is {self.context_noise}; it must be above 0")
+        check_within(self, {"corruption": (0, 1e3), "context_noise": (0, 100)}, "guidance.")
 
     @property
     def on(self) -> bool:
@@ -130,7 +130,7 @@ class GuidedDecoder:
         stream, c_BLE = self.student.encode_next(stream, x_0, query_noise)
         guiding = c_BLE
         if self.by_corruption:
-            guiding = corrupt(c_BLE, self.guidance.eta, self.noise_like)
+            guiding = corrupt(c_BLE, self.guidance.context_noise, self.noise_like)
         return self.student.with_context(stream, torch.cat([c_BLE, guiding]), twice(query_noise))
 
     def denoise(self, stream: Stream, x_t: Tensor, t: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ class FlowMatchingConfig:
 
     shift: float = 5.0
     """Timestep shift of the training times."""
-    samples: int = 2
+    noise_samples: int = 2
     """K: noisy samples of the decoder per clean clip and encoder pass (Table 4)."""
-    eta: float = 0.05
+    context_noise: float = 0.05
     """Noise on the context, relative to its root mean square (Table 5); 0: none."""
     text_dropout: float = 0.1
     """Share of clips trained with the empty prompt, for guidance."""
@@ -37,7 +37,7 @@ class FlowMatchingConfig:
     """Least time of the encoder's noise query, before the shift (SCD on Wan)."""
     query_pure: float = 0.5
     """Share of queries that are pure noise, t = 1 (SCD on Wan)."""
-    targets: int | None = None
+    target_chunks: int | None = None
     """Chunks of a clip that the decoder is trained on, drawn anew each time; null: all."""
     time: Literal["uniform", "logit_normal"] = "uniform"
     """uniform (Algorithm 1), or logit_normal(0, 1) as in the released configuration; then
@@ -52,13 +52,17 @@ class FlowMatchingConfig:
         for name in ("text_dropout", "query_from", "action_dropout", "label_dropout"):
             if not 0 <= vars(self)[name] <= 1:
                 raise UserError(f"loss.{name} is {vars(self)[name]}; it must lie in [0, 1]")
-        if self.shift <= 0 or self.eta < 0:
-            raise UserError(f"loss.shift is {self.shift} (must be > 0) and loss.eta {self.eta} (must be >= 0)")
-        if not 0 <= self.query_pure <= 1 or self.samples < 1:
-            raise UserError(f"loss.query_pure is {self.query_pure} (0..1) and loss.samples {self.samples} (>= 1)")
-        check_within(self, {"shift": (1e-3, 1e3), "samples": (1, 1000), "eta": (0, 100)}, "loss.")
-        if self.targets is not None and self.targets < 1:
-            raise UserError(f"loss.targets is {self.targets}; use a number of chunks >= 1, or null for all")
+        if self.shift <= 0 or self.context_noise < 0:
+            raise UserError(
+                f"loss.shift is {self.shift} (must be > 0) and loss.context_noise {self.context_noise} (must be >= 0)"
+            )
+        if not 0 <= self.query_pure <= 1 or self.noise_samples < 1:
+            raise UserError(
+                f"loss.query_pure is {self.query_pure} (0..1) and loss.noise_samples {self.noise_samples} (>= 1)"
+            )
+        check_within(self, {"shift": (1e-3, 1e3), "noise_samples": (1, 1000), "context_noise": (0, 100)}, "loss.")
+        if self.target_chunks is not None and self.target_chunks < 1:
+            raise UserError(f"loss.target_chunks is {self.target_chunks}; use a number of chunks >= 1, or null for all")
 
 
 def drop_text(cond: Conditioning, null: Conditioning, rate: float, rng: torch.Generator) -> Conditioning:
@@ -117,13 +121,13 @@ def _noisy(
         return on_device(times.repeat_interleave(generator.chunk, -1), x_0.device)
 
     draw = shifted_uniform if cfg.time == "uniform" else shifted_logit_normal
-    t = per_frame(draw((cfg.samples, batch, num_chunks), cfg.shift, rng))
-    eps = cpu_noise(rng)(x_0.expand(cfg.samples, *x_0.shape))
-    query = Query(eta=cfg.eta, rng=rng)
+    t = per_frame(draw((cfg.noise_samples, batch, num_chunks), cfg.shift, rng))
+    eps = cpu_noise(rng)(x_0.expand(cfg.noise_samples, *x_0.shape))
+    query = Query(context_noise=cfg.context_noise, rng=rng)
     if generator.needs_query:
         t_query = per_frame(query_times((batch, num_chunks), cfg, rng))
         query_eps = cpu_noise(rng)(x_0)  # never eps: the decoder would read the answer off the context
-        query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.eta, rng)
+        query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.context_noise, rng)
     return _Noisy(cond, add_noise(x_0.unsqueeze(0), eps, t), t, velocity_target(x_0.unsqueeze(0), eps), query)
 
 
@@ -148,8 +152,8 @@ def flow_matching_loss(
     """
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
     targets = list(range(num_chunks))
-    if cfg.targets is not None and cfg.targets < num_chunks:
-        targets = sorted(torch.randperm(num_chunks, generator=rng)[: cfg.targets].tolist())
+    if cfg.target_chunks is not None and cfg.target_chunks < num_chunks:
+        targets = sorted(torch.randperm(num_chunks, generator=rng)[: cfg.target_chunks].tolist())
     noisy = _noisy(generator, x_0, cond, null, cfg, rng)
     squares = _errors(generator, x_0, noisy, targets)
     loss = squares.mean()
@@ -167,11 +171,13 @@ def validation_loss(
     cfg: FlowMatchingConfig,
     rng: torch.Generator,
 ) -> Tensor:
-    """The loss of all chunks of x_0 (B, F, C, H, W), scalar fp32: ``cfg.targets`` of them at a time, so that no
+    """The loss of all chunks of x_0 (B, F, C, H, W), scalar fp32: ``cfg.target_chunks`` of them at a time, so that no
     sequence is longer than in training. Query of pure noise as in sampling; no dropout, no corruption, K = 2."""
-    fixed = replace(cfg, samples=2, eta=0.0, query_pure=1.0, text_dropout=0.0, action_dropout=0.0, label_dropout=0.0)
+    fixed = replace(
+        cfg, noise_samples=2, context_noise=0.0, query_pure=1.0, text_dropout=0.0, action_dropout=0.0, label_dropout=0.0
+    )
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
-    noisy, size = _noisy(generator, x_0, cond, null, fixed, rng), min(cfg.targets or num_chunks, num_chunks)
+    noisy, size = _noisy(generator, x_0, cond, null, fixed, rng), min(cfg.target_chunks or num_chunks, num_chunks)
     parts = []
     for first in range(0, num_chunks, size):
         start = min(first, num_chunks - size)  # the last group is as large: what it has twice is left out

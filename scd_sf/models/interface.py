@@ -43,13 +43,13 @@ class Query:
     """What SCD's encoder is given beside clean frames in training.
 
     ``x`` (B, F, C, H, W) at times ``t`` (B, F): the noisy query frames on Wan (paper, section 4), with noise
-    of their own. None for models trained from scratch, whose encoder has no query. ``eta``: strength of the
+    of their own. None for models trained from scratch, whose encoder has no query. ``context_noise``: strength of the
     context's corruption (Eq. 7); its noise comes from ``rng`` (CPU), independently per noisy sample.
     """
 
     x: Tensor | None = None
     t: Tensor | None = None
-    eta: float = 0.0
+    context_noise: float = 0.0
     rng: torch.Generator | None = None
 
 

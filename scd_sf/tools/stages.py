@@ -123,7 +123,7 @@ class Stage3Config:
     newest healthy EMA is the checkpoint's ``best``."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches, checkpoints; steps are updates of the student."""
-    student: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
+    student_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
     """Optimiser and precision of the student."""
     critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
     """Optimiser and precision of the critic."""

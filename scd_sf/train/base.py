@@ -29,8 +29,8 @@ TRAINING = ("lr", "betas", "eps", "weight_decay", "warmup", "anneal_from", "grad
 class EngineConfig:
     """One model's optimiser, precision and place."""
 
-    kind: Literal["deepspeed", "local"] = "deepspeed"
-    """deepspeed, or local: plain torch."""
+    backend: Literal["deepspeed", "torch"] = "deepspeed"
+    """deepspeed, or torch: plain PyTorch on each process."""
     zero_stage: int = 2
     """DeepSpeed: what is partitioned over the ranks: 0 nothing, 1 optimiser states, 2 gradients,
     too, 3 weights, too."""
@@ -62,10 +62,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
-        if self.kind == "deepspeed" and self.zero_stage == 0 and (self.dtype == "bf16" or self.offload):
+        if self.backend == "deepspeed" and self.zero_stage == 0 and (self.dtype == "bf16" or self.offload):
             raise ValueError(
                 "zero_stage 0 is for fp32 without offload: there DeepSpeed keeps no fp32 masters beside bf16 weights "
-                "and nothing is partitioned; use zero_stage=1, or kind=local"
+                "and nothing is partitioned; use zero_stage=1, or backend=torch"
             )
         if self.lr < 0 or self.weight_decay < 0 or self.grad_clip < 0 or self.warmup < 0:
             raise ValueError("lr, weight_decay, grad_clip and warmup must be 0 or more")
@@ -76,8 +76,8 @@ class EngineConfig:
         if not 0.0 <= self.anneal_from <= 1.0:
             raise ValueError(f"anneal_from is {self.anneal_from}; it is a fraction of all updates, 0 to 1")
         check_within(self, {"eps": (1e-30, 1), "weight_decay": (0, 1e3)})
-        if self.kind == "local" and self.offload:
-            raise UserError("offload is for kind=deepspeed; a local engine keeps everything where it computes")
+        if self.backend == "torch" and self.offload:
+            raise UserError("offload is for backend=deepspeed; a local engine keeps everything where it computes")
         if self.bucket < 1 or self.max_skips < 1:
             raise ValueError("bucket and max_skips must be at least 1")
 
@@ -140,7 +140,7 @@ class Engine(Protocol):
         """
         ...
 
-    def masters(self) -> dict[str, Tensor]:
+    def fp32_masters(self) -> dict[str, Tensor]:
         """The whole fp32 masters by name, copied to the CPU of every rank; all ranks call it."""
         ...
 
@@ -167,7 +167,7 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list((module.model if isinstance(module, StepModule) else module).named_parameters())
 
 
-def whole_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
+def whole_fp32_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
     """What :meth:`Engine.masters` returns; one tensor at a time is whole on the device."""
     return {name: value.detach().to("cpu", copy=True) for name, value in gathered(engine.owned(), ranks)}
 

@@ -24,8 +24,8 @@ RESUMABLE = (
     "train.prefetch",
     *(
         f"{engine}.{name}"  # how the state is laid out, not what it is
-        for engine in ("engine", "student", "critic_engine", "teacher_engine")
-        for name in ("kind", "zero_stage", "offload", "bucket")
+        for engine in ("engine", "student_engine", "critic_engine", "teacher_engine")
+        for name in ("backend", "zero_stage", "offload", "bucket")
     ),
 )
 """Fields that may differ when a run is resumed."""

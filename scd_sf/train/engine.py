@@ -37,7 +37,7 @@ from scd_sf.train.base import (
     first_skip_flag,
     named_parameters,
     read_counters,
-    whole_masters,
+    whole_fp32_masters,
 )
 from scd_sf.train.local import LocalEngine
 from scd_sf.train.optim import LearningRate, Schedule, param_groups, set_learning_rate
@@ -63,7 +63,7 @@ def build_engine(
     """
     micro_batches = accumulation(global_batch, micro_batch, ranks.world)
     schedule = schedule or Schedule(cfg.lr, cfg.warmup, cfg.anneal_from, total_updates)
-    if cfg.kind == "local":
+    if cfg.backend == "torch":
         return LocalEngine(module, cfg, ranks, micro_batches=micro_batches, schedule=schedule)
     return DeepSpeedEngine(module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule)
 
@@ -79,7 +79,7 @@ def frozen_engine(
     keeps weights on the CPU.
     """
     dtype = dtype_of(cfg.dtype)
-    if cfg.kind == "local":
+    if cfg.backend == "torch":
         with torch.device("meta"):
             module = build()
         module.load_state_dict({name: tensor().to(ranks.device, dtype) for name, tensor in read.items()}, assign=True)
@@ -174,8 +174,8 @@ class DeepSpeedEngine:
             self._engine.zero_grad()
         return norm
 
-    def masters(self) -> dict[str, Tensor]:
-        return whole_masters(self, self.ranks)
+    def fp32_masters(self) -> dict[str, Tensor]:
+        return whole_fp32_masters(self, self.ranks)
 
     def owned(self) -> Iterator[Shard]:
         from deepspeed.runtime.zero import GatheredParameters

@@ -23,7 +23,7 @@ from scd_sf.train.base import (
     first_skip_flag,
     named_parameters,
     read_counters,
-    whole_masters,
+    whole_fp32_masters,
 )
 from scd_sf.train.optim import LearningRate, param_groups, set_learning_rate
 from scd_sf.train.shards import MASTER, MOMENTS, EngineState, Shard, StateFiles, share
@@ -86,8 +86,8 @@ class LocalEngine:
         self.updates += finite
         return StepInfo(stepped=finite, grad_norm=float(norm), finite=finite, lr=lr)
 
-    def masters(self) -> dict[str, Tensor]:
-        return whole_masters(self, self.ranks)
+    def fp32_masters(self) -> dict[str, Tensor]:
+        return whole_fp32_masters(self, self.ranks)
 
     def owned(self) -> Iterator[Shard]:
         for name, parameter in named_parameters(self.module):

@@ -12,7 +12,7 @@ import torch
 
 from scd_sf.data.clip_statistics import ClipScorer, flicker, motion, saturation, statistics, temporal_flickering
 from scd_sf.data.clips import read_video
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.preview import Preview, PreviewConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 
@@ -75,7 +75,7 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
     assert torch.allclose(found.float(), expected, atol=1e-5) and found[0] != found[1]
     assert clip.pixels(shown[0]).shape == (3, 3, 32, 32)
     preview = Preview(
-        "", Conditioning(torch.zeros(2, 1, 4)), VideoShape(1, 4, 2, 2), Renoise(), tmp_path,
+        "", Conditioning(torch.zeros(2, 1, 4)), VideoShape(1, 4, 2, 2), FewStepSampler(), tmp_path,
         texts=["a red car", "a dog in the snow"], cfg=PreviewConfig("scd-tiny-clip", str(tmp_path / "tiny.pt")),
     )  # fmt: skip
     logs = preview.measure(shown, torch.ones(2))

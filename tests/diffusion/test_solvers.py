@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import Euler, Renoise, UniPC, build_sampler, few_step_times, many_step_times
+from scd_sf.diffusion.solvers import Euler, FewStepSampler, UniPC, build_sampler, few_step_times, many_step_times
 from scd_sf.types import UserError
 
 STD = 0.5
@@ -27,7 +27,7 @@ def zeros(x: Tensor) -> Tensor:
 
 def test_few_step_list() -> None:
     assert few_step_times() == pytest.approx((1.0, 0.9375, 0.8333333, 0.625))
-    assert Renoise().times == pytest.approx(few_step_times())
+    assert FewStepSampler().times == pytest.approx(few_step_times())
     assert few_step_times(1.0) == (1.0, 0.75, 0.5, 0.25)
 
 
@@ -75,7 +75,7 @@ def test_renoise_predicts_then_adds_fresh_noise_at_the_next_time() -> None:
         seen.append((t, x))
         return x + t
 
-    out = Renoise((1.0, 0.6, 0.3))(velocity, torch.tensor([4.0]), lambda _: noises[len(seen) - 1])
+    out = FewStepSampler((1.0, 0.6, 0.3))(velocity, torch.tensor([4.0]), lambda _: noises[len(seen) - 1])
     x_0 = 4.0 - 1.0 * (4.0 + 1.0)
     x_1 = 0.4 * x_0 + 0.6 * 1.0
     x_0 = x_1 - 0.6 * (x_1 + 0.6)
@@ -93,7 +93,7 @@ def test_renoise_on_the_exact_gaussian_keeps_mean_and_never_widens() -> None:
     def fresh(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=rng, dtype=x.dtype)
 
-    stds = [float(Renoise(few_step_times(1.0, tuple(1 - i / n for i in range(n))))(gaussian, x_T, fresh).std())
+    stds = [float(FewStepSampler(few_step_times(1.0, tuple(1 - i / n for i in range(n))))(gaussian, x_T, fresh).std())
             for n in (1, 4, 16)]  # fmt: skip
     assert stds[0] == pytest.approx(0.0, abs=1e-12)
     assert stds[0] < stds[1] < stds[2] < STD + 0.02
@@ -112,7 +112,7 @@ def test_exit_step_stops_there_with_gradients_of_that_step_only(exit_step: int) 
 
     x_T = torch.tensor([2.0], dtype=torch.float64)
     times = (1.0, 0.6, 0.3)
-    out = Renoise(times)(velocity, x_T, torch.ones_like, exit_step)
+    out = FewStepSampler(times)(velocity, x_T, torch.ones_like, exit_step)
     out.sum().backward()
     assert grads == [False] * exit_step + [True]
     assert not any(x.requires_grad for x in inputs)
@@ -123,19 +123,19 @@ def test_exit_step_stops_there_with_gradients_of_that_step_only(exit_step: int) 
 @pytest.mark.parametrize("exit_step", [-1, 4])
 def test_exit_step_must_exist(exit_step: int) -> None:
     with pytest.raises(UserError, match=rf"exit step {exit_step} is outside 0\.\.3"):
-        Renoise()(gaussian, torch.zeros(1), zeros, exit_step)
+        FewStepSampler()(gaussian, torch.zeros(1), zeros, exit_step)
 
 
 @pytest.mark.parametrize("times", [(), (0.9, 0.5), (1.0, 1.0), (1.0, 0.5, 0.7), (1.0, 0.0), (1.0, -0.5)])
 def test_bad_renoise_times_are_refused(times: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=r"they must fall from 1\.0 and stay above 0"):
-        Renoise(times)
+        FewStepSampler(times)
 
 
 def test_build_sampler() -> None:
     four = build_sampler("renoise", 4, 5.0)
     assert (four.name, four.steps) == ("renoise", 4)
-    assert isinstance(four, Renoise) and four.times == pytest.approx((1, 0.9375, 5 / 6, 0.625))
+    assert isinstance(four, FewStepSampler) and four.times == pytest.approx((1, 0.9375, 5 / 6, 0.625))
     fifty = build_sampler("euler", 50, 5.0)
     assert (fifty.name, fifty.steps, fifty) == ("euler", 50, Euler(50, 5.0))
     with pytest.raises(UserError, match=r"sampler.steps is 0; it must be at least 1"):

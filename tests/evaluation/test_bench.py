@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.config import load_config
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.evaluation.bench import (
     Bench,
     BenchConfig,
@@ -105,7 +105,7 @@ def test_figures_follow_from_the_seconds() -> None:
     slow = ClipSeconds(0.5, (4.0, 2.0, 2.0), (2.0, 6.0, 6.0), (1, 4, 4))
     bench, entries = open_bench(config(frames=9))
     one, two = (
-        MeasuredModel(e.config, e.student, Renoise(), e.compile, clips=clips)
+        MeasuredModel(e.config, e.student, FewStepSampler(), e.compile, clips=clips)
         for e, clips in zip(entries, ([clip], [slow]), strict=True)
     )
     row: Any = bench.row(two, one)

@@ -52,7 +52,7 @@ def test_guidance_moves_and_one_is_off() -> None:
     plain = run(model, cond, [7, 8])
     off = PredictionConfig(guidance=PredictionGuidance(corruption=1.0, actions=1.0))
     assert torch.equal(run(model, cond, [7, 8], off), plain)
-    for guidance in (PredictionGuidance(corruption=1.5, eta=0.3), PredictionGuidance(actions=2.0)):
+    for guidance in (PredictionGuidance(corruption=1.5, context_noise=0.3), PredictionGuidance(actions=2.0)):
         moved = run(model, cond, [7, 8], PredictionConfig(guidance=guidance))
         assert float((moved - plain).abs().max()) > 1e-3
     with pytest.raises(UserError, match="needs an SCD student"):

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
@@ -69,7 +69,9 @@ class Calls(TorchDispatchMode):
 def video(student: Student, device: torch.device = CPU) -> Tensor:
     """Six chunks by four steps, through a window that fills and wraps, as it is sampled."""
     cond = tiny.prompts(1, dtype=torch.float32).to(device)
-    return clips_of(generate_latents(student, cond, [1], (6 * student.chunk, *SHAPE), Renoise(), window=3, sink=1))
+    return clips_of(
+        generate_latents(student, cond, [1], (6 * student.chunk, *SHAPE), FewStepSampler(), window=3, sink=1)
+    )
 
 
 @pytest.fixture
@@ -228,5 +230,5 @@ def test_no_step_waits_for_the_device(variant: tiny.Variant) -> None:
         cache = CacheConfig(preallocate=3 * student.chunk)
     with torch.no_grad():
         rng = cpu_noise(tiny.generator(0))
-        frames = list(stream_rollout(student, noise, cond, Renoise((1.0, 0.5)), rng, cache=cache))
+        frames = list(stream_rollout(student, noise, cond, FewStepSampler((1.0, 0.5)), rng, cache=cache))
     assert len(frames) == 3 and all(frame.is_meta for frame in frames)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
+from scd_sf.diffusion.solvers import Euler, FewStepSampler, Sampler
 from scd_sf.generation.generate import ClipNoise, as_stored, clips_of, first_chunk, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.types import Conditioning, UserError
@@ -31,7 +31,7 @@ def made(
 ) -> Tensor:
     model = tiny.student(variant, dtype=torch.float32)
     shape = (chunks * variant.chunk, *SHAPE)
-    return clips_of(generate_latents(model, cond, seeds, shape, sampler or Renoise(), **more))  # type: ignore[arg-type]
+    return clips_of(generate_latents(model, cond, seeds, shape, sampler or FewStepSampler(), **more))  # type: ignore[arg-type]
 
 
 @families
@@ -58,7 +58,7 @@ def test_guidance_by_corruption_keeps_to_its_row() -> None:
     variant = tiny.Variant("scd", 1, "delta")
     cond = tiny.prompts(2, dtype=torch.float32)
     null = tiny.prompts(1, 9, dtype=torch.float32)
-    guidance = SampleGuidance(corruption=1.5, eta=0.3)
+    guidance = SampleGuidance(corruption=1.5, context_noise=0.3)
     both = made(variant, cond, [7, 8], guidance=guidance, null=null)
     alone = made(variant, cond.rows(slice(1, 2)), [8], 5, guidance=guidance, null=null)
     torch.testing.assert_close(alone[0, :3], both[1], **CLOSE)
@@ -147,8 +147,8 @@ def test_refusals() -> None:
         made(variant, cond, [1, 2], window=2)
     model = tiny.student(variant, dtype=torch.float32)
     with pytest.raises(UserError, match="chunk is 3"):
-        next(generate_latents(model, cond, [1, 2], (4, *SHAPE), Renoise()))
+        next(generate_latents(model, cond, [1, 2], (4, *SHAPE), FewStepSampler()))
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        next(generate_latents(model, cond, [1, 2], (3, *SHAPE), Renoise()))
+        next(generate_latents(model, cond, [1, 2], (3, *SHAPE), FewStepSampler()))

@@ -78,7 +78,7 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
     """v(c~) + s (v(c) - v(c~)); one noise per chunk for all steps; no noise, no effect."""
     model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
     assert isinstance(model, Scd)
-    got = second_chunk(under_guidance(model, SampleGuidance(corruption=1.5, eta=0.1), NULL, ones), cond, n)
+    got = second_chunk(under_guidance(model, SampleGuidance(corruption=1.5, context_noise=0.1), NULL, ones), cond, n)
     query, x_t, t = tiny.latents(2, n, 2), tiny.latents(2, n, 3), torch.full((2,), 0.6)
     stream = model.advance(model.start(cond, LATENT), None, query)
     stream, c = model.encode_next(stream, tiny.latents(2, n, 1), query)
@@ -108,7 +108,7 @@ def test_what_is_refused() -> None:
     for arguments, words in (
         ({"scope": "encoder"}, "guidance.scope is 'encoder'"),
         ({"text": GuidanceConfig(3.0), "corruption": 1.5}, "not both"),
-        ({"eta": 0.0}, "guidance.eta is 0.0"),
+        ({"context_noise": 0.0}, "guidance.context_noise is 0.0"),
     ):
         with pytest.raises(UserError, match=words):
             SampleGuidance(**arguments)  # type: ignore[arg-type]

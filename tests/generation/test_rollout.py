@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Euler, Renoise, Sampler
+from scd_sf.diffusion.solvers import Euler, FewStepSampler, Sampler
 from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
@@ -69,7 +69,7 @@ def noise_for(model: Student, chunks: int = 3, dtype: torch.dtype = torch.float6
 
 def roll(model: Student | Spy, noise: Tensor, sampler: Sampler | None = None, **options: Any) -> Tensor:
     cond = tiny.prompts(noise.shape[0], dtype=noise.dtype)
-    return rollout(model, noise, cond, sampler or Renoise(), cpu_noise(tiny.generator(3)), **options)
+    return rollout(model, noise, cond, sampler or FewStepSampler(), cpu_noise(tiny.generator(3)), **options)
 
 
 def block_passes(model: Student, chunks: int, steps: int) -> Counter[str]:
@@ -84,7 +84,7 @@ def block_passes(model: Student, chunks: int, steps: int) -> Counter[str]:
     with torch.no_grad():
         noise = torch.randn(1, chunks * model.chunk, 4, 4, 4, generator=tiny.generator(0))
         times = tuple(1 - i / steps for i in range(steps))
-        rollout(model, noise, tiny.prompts(1, dtype=torch.float32), Renoise(times), cpu_noise(tiny.generator(0)))
+        rollout(model, noise, tiny.prompts(1, dtype=torch.float32), FewStepSampler(times), cpu_noise(tiny.generator(0)))
     return counted
 
 
@@ -137,7 +137,7 @@ def test_rollout_follows_the_teacher_forced_model(variant: tiny.Variant) -> None
     given the clip the rollout itself produced as clean history."""
     model = tiny.student(variant)
     noise = noise_for(model)
-    out = roll(model, noise, Renoise((1.0,)))
+    out = roll(model, noise, FewStepSampler((1.0,)))
     t = torch.ones(1, 2, noise.shape[1])  # the loop's times are fp32
     drawn = cpu_noise(tiny.generator(3))
     query = Query(torch.cat([drawn(x) for x in noise.split(variant.chunk, 1)], 1), t[0].double())
@@ -215,7 +215,9 @@ def test_no_gradient_leaks_between_chunks(variant: tiny.Variant) -> None:
     model = tiny.student(variant)
     noise = noise_for(model).requires_grad_()
     chunks = list(
-        stream_rollout(model, noise, tiny.prompts(2), Renoise((1.0, 0.5)), cpu_noise(tiny.generator(3)), exit_step=0)
+        stream_rollout(
+            model, noise, tiny.prompts(2), FewStepSampler((1.0, 0.5)), cpu_noise(tiny.generator(3)), exit_step=0
+        )
     )
     for j, x_0 in enumerate(chunks):
         (gradient,) = torch.autograd.grad(x_0.pow(2).sum(), noise, retain_graph=True)
@@ -255,7 +257,7 @@ def test_preallocated_and_windowed_caches(variant: tiny.Variant) -> None:
     noise, n = noise_for(model, chunks=5), variant.chunk
 
     def with_cache(cache: CacheConfig | None) -> Tensor:
-        return roll(model, noise, Renoise((1.0,)), cache=cache)
+        return roll(model, noise, FewStepSampler((1.0,)), cache=cache)
 
     plain = with_cache(None)
     assert torch.allclose(with_cache(CacheConfig(preallocate=4 * n)), plain, rtol=0, atol=1e-11)
@@ -281,8 +283,8 @@ def test_one_prompt_serves_a_whole_batch() -> None:
     model = tiny.student(tiny.Variant("scd", 1, "junction"))
     noise, cond = noise_for(model), tiny.prompts(1)
     with torch.no_grad():
-        shared = rollout(model, noise, cond, Renoise((1.0,)), cpu_noise(tiny.generator(3)))
-        spread = rollout(model, noise, cond.repeat(2), Renoise((1.0,)), cpu_noise(tiny.generator(3)))
+        shared = rollout(model, noise, cond, FewStepSampler((1.0,)), cpu_noise(tiny.generator(3)))
+        spread = rollout(model, noise, cond.repeat(2), FewStepSampler((1.0,)), cpu_noise(tiny.generator(3)))
     assert torch.allclose(shared, spread, rtol=0, atol=1e-11)
 
 

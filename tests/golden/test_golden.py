@@ -20,7 +20,7 @@ import torch
 
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Euler, Renoise
+from scd_sf.diffusion.solvers import Euler, FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
@@ -42,15 +42,15 @@ def student_values(variant: tiny.Variant) -> dict[str, float]:
     """Stage 2 loss and gradient norm, the mean square of a few-step and of an Euler rollout, stage 3 loss."""
     model, x_0 = tiny.student(variant, seed=11), tiny.latents(2, 3 * variant.chunk, seed=12)
     cond, null = (Conditioning(tiny.prompts(batch, seed=seed).text_BLE) for batch, seed in ((2, 13), (1, 14)))
-    loss, _ = flow_matching_loss(model, x_0, cond, null, FlowMatchingConfig(targets=2), tiny.generator(15))
+    loss, _ = flow_matching_loss(model, x_0, cond, null, FlowMatchingConfig(target_chunks=2), tiny.generator(15))
     loss.backward()
     norms = [g.norm() for g in tiny.gradients(model).values() if g is not None]
     values = {"flow": float(loss.detach()), "flow_grad_norm": float(torch.stack(norms).norm())}
     with torch.no_grad():
-        for sampler in (Renoise(), Euler(3)):
+        for sampler in (FewStepSampler(), Euler(3)):
             clip = rollout(model, x_0, cond, sampler, cpu_noise(tiny.generator(16)))
             values[f"rollout_{sampler.name}"] = float(clip.pow(2).mean())
-    clip = rollout(model, x_0, cond, Renoise(), cpu_noise(tiny.generator(16)), exit_step=1)
+    clip = rollout(model, x_0, cond, FewStepSampler(), cpu_noise(tiny.generator(16)), exit_step=1)
     teacher, critic = tiny.wan(17), tiny.wan(18)
     cfg = DmdConfig(guidance=GuidanceConfig(3.0, "additive"))
     loss, _ = dmd_loss(clip, teacher, critic, cond, null, cfg, tiny.generator(19))

@@ -26,7 +26,7 @@ from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.masks import teacher_forcing_mask
 from scd_sf.types import Conditioning, Logs, UserError
 
-PLAIN = FlowMatchingConfig(eta=0.0, text_dropout=0.0)
+PLAIN = FlowMatchingConfig(context_noise=0.0, text_dropout=0.0)
 
 
 @dataclass
@@ -77,7 +77,7 @@ def assert_times_add_up(logs: Logs, model: Recorder) -> None:
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_noise_times_and_targets_belong_together(chunk: int) -> None:
     """From x_t, t and x_0 the noise can be solved for; the loss is then the mean square of eps - x_0."""
-    model, x_0, loss = record(replace(PLAIN, samples=3), chunk)
+    model, x_0, loss = record(replace(PLAIN, noise_samples=3), chunk)
     x_t, t = model.seen["x_t"], model.seen["t"]
     assert x_t.shape == (3, *x_0.shape) and t.shape == (3, 2, 6)
     by_chunk = t.unflatten(-1, (-1, chunk))
@@ -101,13 +101,13 @@ def test_loss_is_fp32_on_the_raw_velocity() -> None:
 
 def test_the_query_has_noise_of_its_own() -> None:
     """An encoder that saw the decoder's noise would give the answer away: v = (eps - x_t) / (1 - t) (ADR 0004)."""
-    model, x_0, _ = record(replace(PLAIN, samples=3))
+    model, x_0, _ = record(replace(PLAIN, noise_samples=3))
     query, x_t, t = model.seen["query"], model.seen["x_t"], model.seen["t"]
     for k in range(3):
         eps = (x_t[k] - (1 - t[k][..., None, None, None]) * x_0) / t[k][..., None, None, None]
         assert float((query.x - add_noise(x_0, eps, query.t)).abs().mean()) > 0.5
-    assert query.eta == 0.0
-    assert record(replace(PLAIN, eta=0.05))[0].seen["query"].eta == 0.05
+    assert query.context_noise == 0.0
+    assert record(replace(PLAIN, context_noise=0.05))[0].seen["query"].context_noise == 0.05
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -115,12 +115,12 @@ def test_a_subset_of_targets(chunk: int) -> None:
     chunks = 6 // chunk
     seen = set()
     for seed in range(20):
-        model, _, _ = record(replace(PLAIN, targets=1), chunk, seed=seed)
+        model, _, _ = record(replace(PLAIN, target_chunks=1), chunk, seed=seed)
         targets = model.seen["targets"]
         assert len(targets) == 1 and 0 <= targets[0] < chunks
         seen.add(targets[0])
     assert seen == set(range(chunks))
-    model, _, _ = record(replace(PLAIN, targets=chunks + 5), chunk)
+    model, _, _ = record(replace(PLAIN, target_chunks=chunks + 5), chunk)
     assert model.seen["targets"] == list(range(chunks))
 
 
@@ -130,7 +130,9 @@ def test_a_subset_has_the_loss_of_those_chunks(variant: tiny.Variant) -> None:
     model, x_0 = tiny.student(variant), tiny.latents(2, 3 * variant.chunk)
     cond, null = tiny.prompts(2), tiny.prompts(1, seed=5)
     losses = [
-        float(flow_matching_loss(model, x_0, cond, null, replace(PLAIN, targets=n), tiny.generator(3))[0].detach())
+        float(
+            flow_matching_loss(model, x_0, cond, null, replace(PLAIN, target_chunks=n), tiny.generator(3))[0].detach()
+        )
         for n in (1, 2, None)
     ]
     assert all(0.5 < loss < 20 for loss in losses)
@@ -153,7 +155,7 @@ def test_validation_takes_as_many_targets_at_a_time_as_training(
 
     def seen(targets: int | None) -> tuple[float, set[int]]:
         lengths.clear()
-        cfg = replace(PLAIN, targets=targets, text_dropout=0.5)
+        cfg = replace(PLAIN, target_chunks=targets, text_dropout=0.5)
         return float(validation_loss(model, x_0, cond, null, cfg, tiny.generator(3))), set(lengths)
 
     (whole, _), (alone, single), (pairs, double) = seen(None), seen(1), seen(2)
@@ -161,7 +163,7 @@ def test_validation_takes_as_many_targets_at_a_time_as_training(
     for targets, there in ((1, single), (2, double)):
         lengths.clear()
         for seed in range(6):
-            flow_matching_loss(model, x_0, cond, null, replace(PLAIN, targets=targets), tiny.generator(seed))
+            flow_matching_loss(model, x_0, cond, null, replace(PLAIN, target_chunks=targets), tiny.generator(seed))
         assert set(lengths) == there, "drawn targets change the length"
 
 
@@ -209,10 +211,10 @@ def test_denoiser_flow_loss_is_its_definition() -> None:
         ("text_dropout", 1.5),
         ("query_from", -0.1),
         ("query_pure", 2.0),
-        ("samples", 0),
-        ("targets", 0),
+        ("noise_samples", 0),
+        ("target_chunks", 0),
         ("shift", -1.0),
-        ("eta", -3.0),
+        ("context_noise", -3.0),
     ],
 )
 def test_bad_settings_are_named(name: str, value: float) -> None:

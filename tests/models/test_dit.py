@@ -152,7 +152,7 @@ def test_modulation_is_per_frame() -> None:
 def test_corruption_is_new_for_every_noisy_sample_and_leaves_the_history_alone() -> None:
     """B5: one draw per encoder pass is not enough. Eq. 7 at unit variance: the norm comes before the noise."""
     model, data = tiny.student(SCD), tiny.clip(1, samples=3, batch=1)
-    same = Query(eta=0.5, rng=tiny.generator(0))
+    same = Query(context_noise=0.5, rng=tiny.generator(0))
     x_t, t = data.x_t[:1].expand(3, -1, -1, -1, -1, -1), data.t[:1].expand(3, -1, -1)
     with torch.no_grad():
         plain = model.teacher_forced(x_t, t, data.x, data.cond)

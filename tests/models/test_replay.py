@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import Student
@@ -29,7 +29,7 @@ from scd_sf.types import Conditioning, UserError
 
 T = TypeVar("T")
 SHAPE = (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-SAMPLER = Renoise((1.0, 0.5))
+SAMPLER = FewStepSampler((1.0, 0.5))
 REPLAYED = [v for v in tiny.SOME if v.blocks.skip is None]
 
 

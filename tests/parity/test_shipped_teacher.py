@@ -8,7 +8,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from scd_sf.data.clips import read_video
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.preview import Preview
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
@@ -65,7 +65,7 @@ def test_vae_round_trip_and_validation_video(tmp_path: Path) -> None:
     assert (vae.decode(vae.encode(scene)) - scene).abs().mean() < 0.05
     scd, _ = transplant_scd(load_wan(TEACHER), ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11))))
     cond = load_text_encoder(TEACHER).encode(["still picture", "forward walk"])
-    preview = Preview(str(TEACHER), cond, VideoShape(3, 16, 8, 8), Renoise((1.0, 0.8)), tmp_path)
+    preview = Preview(str(TEACHER), cond, VideoShape(3, 16, 8, 8), FewStepSampler((1.0, 0.8)), tmp_path)
     videos, _ = preview.sample(scd, [0, 1])
     frames, _ = preview.write(videos, 7)
     assert tuple(frames.shape) == (9, 64, 128, 3)
@@ -77,5 +77,5 @@ def test_vae_round_trip_and_validation_video(tmp_path: Path) -> None:
 
 def test_without_a_vae_there_are_no_videos(tmp_path: Path) -> None:
     cond = Conditioning(torch.zeros(1, 2, 384))
-    preview = Preview(str(tmp_path / "nowhere"), cond, VideoShape(3, 16, 8, 8), Renoise(), tmp_path)
+    preview = Preview(str(tmp_path / "nowhere"), cond, VideoShape(3, 16, 8, 8), FewStepSampler(), tmp_path)
     assert preview.vae is None

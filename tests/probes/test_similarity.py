@@ -14,7 +14,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from scd_sf.diffusion.solvers import Euler, Renoise
+from scd_sf.diffusion.solvers import Euler, FewStepSampler
 from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass, frame_mass
@@ -255,7 +255,7 @@ def test_a_full_disk_is_told_before_the_rollout(monkeypatch: pytest.MonkeyPatch)
 
 def test_files_and_errors(tmp_path: Path) -> None:
     """A few-step student too; figures are pictures; wrong choices are named."""
-    one = subject("scd").with_sampler(Renoise())
+    one = subject("scd").with_sampler(FewStepSampler())
     for result in (
         similarity(one, SimilarityProbe()), pca(one, PcaProbe(steps=2)), attention_mass(one, AttentionProbe())
     ):  # fmt: skip

@@ -176,7 +176,7 @@ def test_changed_configuration_of_a_finished_run_is_refused(chain: Chain) -> Non
 def test_non_finite_loss_stops_the_run_and_names_the_samples(chain: Chain, tmp_path: Path) -> None:
     """Updates are skipped, counted and noted; after max_skips in a row the run stops; its checkpoints stay finite."""
     run = tmp_path / "run"
-    poison = ["engine={lr: 1e30, max_skips: 3, kind: local}", "train.save_every=100"]
+    poison = ["engine={lr: 1e30, max_skips: 3, backend: torch}", "train.save_every=100"]
     line = error_line(recipe_runner.run(STAGE2, *chain.stage2(run), *poison))
     assert "3 updates in a row had a non-finite loss" in line and "resume from the last checkpoint" in line
     skipped = (run / "skipped.jsonl").read_text().splitlines()

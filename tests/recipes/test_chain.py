@@ -93,7 +93,7 @@ def test_pretrain_then_stage1_refuses_our_own_checkpoint_and_takes_diffusers(cha
     model = "wan={num_attention_heads: 2, attention_head_dim: 12, in_channels: 4, out_channels: 4, text_dim: 8, "
     model += "freq_dim: 16, ffn_dim: 32, num_layers: 2}"
     train = "train={steps: 2, global_batch: 4, micro_batch: 4, save_every: 2, validate_every: 2}"
-    inputs = [f"data={chain.train}", f"val={chain.root}/val", f"run.dir={tmp_path}/teacher", "engine.kind=local"]
+    inputs = [f"data={chain.train}", f"val={chain.root}/val", f"run.dir={tmp_path}/teacher", "engine.backend=torch"]
     recipe_runner.succeed("recipes/pretrain_teacher.py", *inputs, model, train)
     assert {"val/right", "val/wrong_motion", "val/null"} <= tiny_run.metrics(tmp_path / "teacher")[-1].keys()
     result = recipe_runner.run("recipes/stage1_transplant.py", f"base={tmp_path}/teacher", f"out={tmp_path}/s1")
@@ -120,12 +120,12 @@ def test_two_processes_give_the_losses_of_one(chain: Chain, tmp_path: Path, name
     start = [*LAUNCHERS[name], recipe_runner.free_port()]
     launch([*start, "recipes/stage1_transplant.py", f"base={chain.wan}", f"out={tmp_path}/s1", "family=causal"])
     assert find(tmp_path / "s1").name == "step_00000000"
-    launch([*start, "recipes/stage2_flow_matching.py", *chain.stage2(tmp_path / "s2"), "engine.kind=deepspeed"])
+    launch([*start, "recipes/stage2_flow_matching.py", *chain.stage2(tmp_path / "s2"), "engine.backend=deepspeed"])
     one, two = tiny_run.metrics(chain.root / "stage2"), tiny_run.metrics(tmp_path / "s2")
     for left, right in zip(one, two, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], abs=1e-5)
         assert right.get("val/loss") == pytest.approx(left.get("val/loss"), abs=1e-5)
-    kinds = [f"{engine}.kind=deepspeed" for engine in ("student", "critic_engine", "teacher_engine")]
+    kinds = [f"{engine}.backend=deepspeed" for engine in ("student_engine", "critic_engine", "teacher_engine")]
     third = chain.stage3(tmp_path / "s3")
     launch([*start, "recipes/stage3_self_forcing.py", *third, *kinds])
     one, two = tiny_run.metrics(chain.root / "stage3"), tiny_run.metrics(tmp_path / "s3")

@@ -132,8 +132,8 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
         (("scd_sf.models.scd.transplant", "TransplantConfig"), ["sampler.times=[1,2]"], "sampler"),
         (
             ("scd_sf.tools.stages", "Stage2Config"),
-            ["engine={kind: local, offload: true}"],
-            "offload is for kind=deepspeed",
+            ["engine={backend: torch, offload: true}"],
+            "offload is for backend=deepspeed",
         ),
         (("scd_sf.tools.stages", "Stage2Config"), ["loss.action_dropout=0.5"], "loss.action_dropout is set, but clips"),
         (("scd_sf.tools.stages", "Stage3Config"), ["teacher_engine.lr=1"], "teacher_engine.lr is set, but the teacher"),
@@ -213,7 +213,7 @@ def unread_fields(cfg: Any, tree: dict[str, Any], key: str) -> set[str]:
         case ModelConfig():
             return {"blocks", "dit" if cfg.backbone == "wan" else "wan", "chunk" if cfg.family == "scd" else "scd"}
         case EngineConfig():
-            local = {"zero_stage", "offload"} if cfg.kind == "local" else set()
+            local = {"zero_stage", "offload"} if cfg.backend == "torch" else set()
             return local | (set(TRAINING) if key == "teacher_engine." else set())
         case DecoderConfig(fusion="delta"):
             return {"prefix", "prefix_rope", "prefix_time"}
@@ -291,11 +291,11 @@ def test_training_from_scratch_has_the_published_numbers() -> None:
         cfg: Any = configured("pretrain", f"pretrain_{data}")
         assert (cfg.frames, cfg.model.dit.num_actions, cfg.sampler.steps) == (frames, actions, 50)
         assert (cfg.engine.lr, cfg.engine.lr_scale, cfg.engine.weight_decay) == (1e-4, {"decoder": 2.0}, 0.0)
-        assert cfg.train.ema.decay == 0.9999 and cfg.engine.grad_clip == 1.0 and cfg.loss.eta == 0.05
+        assert cfg.train.ema.decay == 0.9999 and cfg.engine.grad_clip == 1.0 and cfg.loss.context_noise == 0.05
         assert cfg.train.steps == (200_000 if data == "ucf101" else 400_000)
         assert (cfg.model.dit.width, len(cfg.model.scd.encoder_layers)) == (768, 8)
     cfg = configured("pretrain", "pretrain_minecraft")
-    assert cfg.train.global_batch == 16 and cfg.loss.samples == 2 and cfg.engine.warmup == 10_000
+    assert cfg.train.global_batch == 16 and cfg.loss.noise_samples == 2 and cfg.engine.warmup == 10_000
 
 
 # Supplement Table 2: encoder layers, decoder layers, width, heads.
@@ -380,9 +380,9 @@ def test_table_7() -> None:
     assert cfg.loss.guidance.logs() == {"guidance/standard_w": 4.0, "guidance/additive_s": 3.0}
     assert cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
     assert cfg.ratio == 5 and cfg.loss.shift == 5.0 and cfg.critic_data == "own" and cfg.reuse == 1
-    for engine, lr in ((cfg.student, 2e-6), (cfg.critic_engine, 4e-7)):
+    for engine, lr in ((cfg.student_engine, 2e-6), (cfg.critic_engine, 4e-7)):
         assert (engine.lr, engine.weight_decay, tuple(engine.betas)) == (lr, 0.01, (0.0, 0.99))
-    assert (cfg.student.zero_stage, cfg.critic_engine.zero_stage, cfg.teacher_engine.zero_stage) == (2, 2, 3)
+    assert (cfg.student_engine.zero_stage, cfg.critic_engine.zero_stage, cfg.teacher_engine.zero_stage) == (2, 2, 3)
 
 
 def test_layers_and_fusions_of_stage_1() -> None:
@@ -408,7 +408,7 @@ def test_layers_and_fusions_of_stage_1() -> None:
 def test_self_forcings_own_settings() -> None:
     cfg: Any = configured("stage3", "stage3_self_forcing")
     assert cfg.train.steps * cfg.ratio == 600 and cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
-    for engine, lr in ((cfg.student, 2e-6), (cfg.critic_engine, 4e-7)):
+    for engine, lr in ((cfg.student_engine, 2e-6), (cfg.critic_engine, 4e-7)):
         assert (engine.lr, tuple(engine.betas), engine.grad_clip, engine.weight_decay) == (lr, (0.0, 0.999), 10.0, 0.01)
     assert (cfg.loss.guidance.scale, cfg.loss.shift, cfg.ratio) == (3.0, 5.0, 5)
 
@@ -420,5 +420,5 @@ def test_the_global_batch_is_64_on_any_number_of_gpus(world: int) -> None:
         cfg: Any = configured(stage, f"{stage}_1gpu" if world == 1 else f"{stage}_wan_1.3b")
         batches = accumulation(cfg.train.global_batch, cfg.train.micro_batch, world)
         assert batches * cfg.train.micro_batch * world == 64
-        engines = [cfg.engine] if stage == "stage2" else [cfg.student, cfg.critic_engine, cfg.teacher_engine]
+        engines = [cfg.engine] if stage == "stage2" else [cfg.student_engine, cfg.critic_engine, cfg.teacher_engine]
         assert all(engine.offload == (world == 1) for engine in engines)

@@ -55,7 +55,7 @@ def chain(doom_actions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
     recipe_runner.succeed(
         "recipes/pretrain.py", f"data={root / 'train'}", f"val={root / 'test'}", f"run.dir={root / 'run'}", "frames=12",
-        f"model={{dit: {DIT}, scd: {SCD}}}", "engine={kind: local}", "validation_clips=1",
+        f"model={{dit: {DIT}, scd: {SCD}}}", "engine={backend: torch}", "validation_clips=1",
         f"preview={{tokenizer: {root / 'tokenizer'}, clips: 1, context: 2, frames: 3}}", "sampler.steps=2",
         "train={steps: 2, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}",
     )  # fmt: skip

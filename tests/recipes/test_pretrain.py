@@ -45,7 +45,7 @@ def write_frames(root: Path, seed: int = 0, info: FrameSetInfo = INFO) -> Path:
 def arguments(root: Path, run: Path, *more: str) -> list[str]:
     model = f"model={{{DIT.replace('=', ': ')}, {SCD.replace('=', ': ')}}}"
     train = "train={steps: 6, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 3, ema: {decay: 0.5}}"
-    engine = "engine={kind: local, lr: 1.0e-2, lr_scale: {decoder: 2.0}}"
+    engine = "engine={backend: torch, lr: 1.0e-2, lr_scale: {decoder: 2.0}}"
     given = [f"data={root / 'train'}", f"val={root / 'val'}", f"run.dir={run}", "frames=5", "validation_clips=4"]
     return [*given, model, train, engine, *more]
 
@@ -83,7 +83,7 @@ def test_killed_and_resumed_it_is_the_unbroken_run(data: Path, tmp_path: Path) -
 def test_two_ranks_under_zero_are_one_process(data: Path, tmp_path: Path) -> None:
     """The encoder's rate and the decoder's under DeepSpeed too; K samples in turn."""
     recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "one"))
-    zero = ["engine={kind: deepspeed, zero_stage: 2, lr: 1.0e-2, lr_scale: {decoder: 2.0}}", "samples_in_turn=true"]
+    zero = ["engine={backend: deepspeed, zero_stage: 2, lr: 1.0e-2, lr_scale: {decoder: 2.0}}", "samples_in_turn=true"]
     results = recipe_runner.run_ranks(SCRIPT, *arguments(data, tmp_path / "two", *zero), world=2)
     assert [result.code for result in results] == [0, 0], results[0].err[-3000:]
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")

@@ -24,7 +24,7 @@ SIZES = [
     "tokenizer.widths=[32,32,32]", "tokenizer.encoder_layers=[0,1,1]", "tokenizer.decoder_layers=[0,1,1]",
     "tokenizer.res_stages=3", "tokenizer.channels=8", "discriminator.width=8", "discriminator.layers=1",
     "train.steps=3", "train.global_batch=4", "train.micro_batch=2", "train.save_every=1", "train.validate_every=2",
-    "engine.kind=local", "engine.lr=1e-3", "gan_engine.kind=local", "gan_engine.lr=1e-3", "run.log_every=1",
+    "engine.backend=torch", "engine.lr=1e-3", "gan_engine.backend=torch", "gan_engine.lr=1e-3", "run.log_every=1",
     "frames.keep_every=2", "frames.per_clip=2", "start_frames=24", "evaluation.frames=8", "evaluation.sheet=8",
 ]  # fmt: skip
 # From the components, held to them, with a GAN from the third step; and the plain L1 of a fresh network in bf16.
@@ -150,12 +150,12 @@ def test_refused(data: Path, tmp_path: Path, arguments: list[str], said: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "deepspeed"])
-def test_two_ranks_see_the_same_batches(data: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+def test_two_ranks_see_the_same_batches(data: Path, tmp_path: Path, backend: str) -> None:
     """The losses of two processes, DeepSpeed's ZeRO-2 among them, are those of one, up to the order of sums."""
     arguments = [f"data.root={data}", *SIZES, *VARIANTS["linear and gan"]]
     recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={tmp_path / 'one'}")
-    arguments += [f"engine.kind={kind}", f"gan_engine.kind={kind}"]
+    arguments += [f"engine.backend={backend}", f"gan_engine.backend={backend}"]
     ranks = recipe_runner.run_ranks(SCRIPT, *arguments, f"run.dir={tmp_path / 'two'}", world=2)
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].err[-2000:]
     one, two = ([row["loss"] for row in tiny_run.metrics(tmp_path / name)] for name in ("one", "two"))

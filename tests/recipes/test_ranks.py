@@ -47,7 +47,7 @@ def assert_same_run(one: Path, two: Path, tolerance: float) -> None:
         assert all(float((left[key] - right[key]).abs().max()) <= tolerance for key in left)
 
 
-@pytest.mark.parametrize("engine", ["kind: local", "kind: deepspeed, zero_stage: 2"])
+@pytest.mark.parametrize("engine", ["backend: torch", "backend: deepspeed, zero_stage: 2"])
 def test_one_rank_two_ranks_one_rank(chain: Chain, tmp_path: Path, engine: str) -> None:
     """Growing and shrinking: the same samples, noise and global batch as the run of one rank that never stopped."""
     run = tmp_path / "run"

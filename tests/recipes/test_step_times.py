@@ -11,7 +11,7 @@ import torch
 from tiny_run import Chain
 
 from scd_sf.config import load_config
-from scd_sf.diffusion.solvers import Renoise, few_step_times
+from scd_sf.diffusion.solvers import FewStepSampler, few_step_times
 from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.generation.sampling import SampleConfig, open_studio
 from scd_sf.models.build import SamplerConfig, describe_checkpoint
@@ -33,13 +33,13 @@ def test_a_checkpoint_carries_its_times(chain: Chain, tmp_path: Path) -> None:
     recipe_runner.succeed("recipes/stage3_self_forcing.py", *chain.stage3(tmp_path / "run"), *given)
     times = few_step_times(3.0, LINEAR)
     own = describe_checkpoint(tmp_path / "run")[0].sampler
-    assert own == SamplerConfig("renoise", 3, 3.0, times) and own.build() == Renoise(times)
+    assert own == SamplerConfig("renoise", 3, 3.0, times) and own.build() == FewStepSampler(times)
     export_weights(tmp_path / "run", tmp_path / "one.safetensors", "single")
     for checkpoint in (tmp_path / "run", tmp_path / "one.safetensors"):
         for sampler in ([], ["sampler={name: renoise, steps: 3, shift: 3.0}"]):
             arguments = [f"checkpoint={checkpoint}", "out=x", f"prompts={json.dumps(['left in hall'])}", *sampler]
             studio, settings = open_studio(load_config(SampleConfig, None, arguments), torch.device("cpu"))
-            assert studio.sampler == Renoise(times)
+            assert studio.sampler == FewStepSampler(times)
             assert settings["sampler"]["times"] == list(times)  # type: ignore[index]
 
 
@@ -52,7 +52,7 @@ def test_which_sampler_a_student_gets() -> None:
         choose_sampler(own, SamplerConfig("renoise", 4, 5.0), "x")
     assert choose_sampler(own, SamplerConfig("euler", 4, 5.0), "x", force=True).build().name == "euler"
     old = SamplerConfig("renoise", 4, 5.0)  # a checkpoint from before times were written down
-    assert old.build() == Renoise(few_step_times())
+    assert old.build() == FewStepSampler(few_step_times())
 
 
 def test_the_steps_and_the_noise_law_are_two_settings() -> None:

@@ -25,7 +25,7 @@ def start(chain: Chain, run: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
     """The command of docs/multi_node.md once for every host; what each prints goes to ``logs``."""
     train = f"train={{steps: {STEPS}, global_batch: 4, micro_batch: 2, save_every: {SAVE_EVERY}, validate_every: 20}}"
     arguments = [text for text in chain.stage2(run) if not text.startswith(("train=", "engine="))]
-    recipe = ["recipes/stage2_flow_matching.py", *arguments, train, "engine={kind: deepspeed, lr: 1e-2}"]
+    recipe = ["recipes/stage2_flow_matching.py", *arguments, train, "engine={backend: deepspeed, lr: 1e-2}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", recipe_runner.free_port()]
     programs = str(Path(sys.executable).parent)

@@ -20,7 +20,7 @@ from transformers import BatchEncoding, UMT5Config, UMT5EncoderModel
 
 from scd_sf.config import load_config
 from scd_sf.data.clip_files import clip_paths
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.preview import Preview
 from scd_sf.models.causal import Causal
 from scd_sf.models.wan.live_prompts import states_alone
@@ -87,7 +87,7 @@ def test_clips_of_the_teacher(cuda: FakeCuda, tmp_path: Path) -> None:
     model = tiny_run.write_wan(tmp_path / "model")
     size = ["frames=9", "height=32", "width=32", "sampler.steps=2", "samples=2", "batch=2", "videos=true"]
     kinds = [
-        "engine.kind=local",
+        "engine.backend=torch",
         "engine.dtype=bf16",
         "negative_prompt=still",
         f"model={model}",
@@ -109,7 +109,9 @@ def test_validation_videos(cuda: FakeCuda, tmp_path: Path) -> None:
     model = tiny_run.write_wan(tmp_path / "model")
     with DEVICE:
         student = Causal(tiny_run.WAN)
-    preview = Preview(str(model), world.prompts(2, tiny_run.WAN.text_dim, 5), tiny_run.SHAPE, Renoise(), tmp_path)
+    preview = Preview(
+        str(model), world.prompts(2, tiny_run.WAN.text_dim, 5), tiny_run.SHAPE, FewStepSampler(), tmp_path
+    )
     with cuda.budget(BUDGETS["two small validation videos"]):
         videos, _ = preview.sample(student, [0, 1], DEVICE)
     assert videos.device.type == "cpu" and videos.dtype == torch.uint8

@@ -16,7 +16,7 @@ from rehearsal.fake_cuda import DEVICE, FakeCuda
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Euler, Renoise, Sampler, UniPC
+from scd_sf.diffusion.solvers import Euler, FewStepSampler, Sampler, UniPC
 from scd_sf.generation.generate import clips_of, decode, generate, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.rollout import sample_bidirectional
@@ -62,7 +62,7 @@ def run(cuda: FakeCuda, name: str, chunks: Iterator[Tensor]) -> Tensor:
     return clips_of(made)
 
 
-@pytest.mark.parametrize("sampler", [Renoise(), Euler(4), UniPC(4)], ids=lambda sampler: sampler.name)
+@pytest.mark.parametrize("sampler", [FewStepSampler(), Euler(4), UniPC(4)], ids=lambda sampler: sampler.name)
 def test_samplers(cuda: FakeCuda, sampler: Sampler) -> None:
     made = run(cuda, sampler.name, generate_latents(world.student(), told(), [0], CLIP.latent(1)[1:], sampler))
     assert made.shape == CLIP.latent(1) and made.device == cuda.device and made.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_guidance_within_a_window(cuda: FakeCuda, name: str) -> None:
         cond,
         [0, 1],
         CLIP.latent(1)[1:],
-        Renoise(),
+        FewStepSampler(),
         window=2,
         sink=1,
         guidance=GUIDANCE[name],
@@ -91,14 +91,14 @@ def test_the_baseline(cuda: FakeCuda, name: str) -> None:
     student, shape = world.student(CAUSAL), replace(CLIP, frames=9)
     blocks = BlocksConfig(skip=SkipConfig()) if "skipped" in name else BlocksConfig()
     with running_as(student, blocks):
-        run(cuda, name, generate_latents(student, told(), [0], shape.latent(1)[1:], Renoise()))
+        run(cuda, name, generate_latents(student, told(), [0], shape.latent(1)[1:], FewStepSampler()))
 
 
 def test_from_start_frames_to_pixels(cuda: FakeCuda) -> None:
     """A clip that begins with five frames, under another prompt from its tenth on, decoded as it comes."""
     start = torch.zeros(1, 5, 3, CLIP.pixel_height, CLIP.pixel_width, device=cuda.device)
     frames = generate(
-        world.student(), vae(), told(), [0], CLIP, Renoise(), window=2, sink=1, start=start, changes={9: told()}
+        world.student(), vae(), told(), [0], CLIP, FewStepSampler(), window=2, sink=1, start=start, changes={9: told()}
     )
     with cuda.budget(BUDGETS["start frames, encoded and decoded"]):
         first = next(frames)

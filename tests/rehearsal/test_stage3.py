@@ -17,7 +17,7 @@ from torch import Tensor
 from scd_sf.config import load_config
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Student
 from scd_sf.models.trunk import WanConfig
@@ -32,7 +32,7 @@ def distillation(student: Student, *changes: str) -> Iterator[Any]:
     script: Any = recipe_runner.load_script("recipes/stage3_self_forcing.py")
     blanks = ["init=x", "teacher=x", "critic=x", "prompts=x", "run.dir=x", "train.global_batch=1"]
     cfg = load_config(Stage3Config, world.CONFIGS / "stage3_wan_1.3b.yaml", [*blanks, *changes])
-    sampler, critic = Renoise(cfg.sampler.times), world.wan(WanConfig())
+    sampler, critic = FewStepSampler(cfg.sampler.times), world.wan(WanConfig())
 
     def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.distributed import Ranks
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
@@ -31,7 +31,7 @@ from scd_sf.types import Conditioning
 
 CYCLES, CRITIC_TURNS, GLOBAL, FRAMES = 3, 2, 4, 2
 CLIP, LR, SMALL_LR, BUCKET = 0.05, 1e-3, 2e-6, 20_000
-SAMPLER = Renoise()
+SAMPLER = FewStepSampler()
 LATENT = (FRAMES, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
 WAN = dataclasses.replace(tiny.CFG, num_layers=3, attention_head_dim=16)  # FlexAttention's least on a GPU
 SCD = ScdConfig((0, 1), DecoderConfig((0, 2), "junction", "temporal", "full"), chunk=1)
@@ -47,7 +47,7 @@ class Trainer(Protocol):
     def __call__(self, *args: Any) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> Any: ...
-    def masters(self) -> dict[str, Tensor]: ...
+    def fp32_masters(self) -> dict[str, Tensor]: ...
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Plain:
         self.done = 0
         return Info(float(norm))
 
-    def masters(self) -> dict[str, Tensor]:
+    def fp32_masters(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.named.items()}
 
 
@@ -102,7 +102,7 @@ class Case:
     dtype: str = "fp32"
     stage2: bool = False
     offload: bool = False
-    eta: float = 0.05
+    context_noise: float = 0.05
 
     @property
     def lr(self) -> float:
@@ -116,10 +116,10 @@ class Case:
         return "-".join([*parts, *(name for name, on in flags.items() if on)])
 
     def engine(self, stage: int | str) -> EngineConfig:
-        kind: Any = "local" if stage == "local" else "deepspeed"
+        backend: Any = "torch" if stage == "local" else "deepspeed"
         options: dict[str, Any] = {} if stage == "local" else {"zero_stage": stage, "offload": self.offload}
         optimizer: dict[str, Any] = {"lr": self.lr, "betas": (0.0, 0.99), "eps": 1e-5, "weight_decay": 0.0}
-        return EngineConfig(kind, dtype=self.dtype, grad_clip=CLIP, bucket=BUCKET, **optimizer, **options)
+        return EngineConfig(backend, dtype=self.dtype, grad_clip=CLIP, bucket=BUCKET, **optimizer, **options)
 
     def trainer(self, module: nn.Module, stage: int | str, ranks: Ranks) -> Trainer:
         return build_engine(module, self.engine(stage), ranks, global_batch=GLOBAL, micro_batch=1, total_updates=100)
@@ -136,9 +136,9 @@ def self_rollout(model: Any, noise: Tensor, cond: Conditioning, exit_step: int, 
     return rollout(model, noise, cond, SAMPLER, cpu_noise(rng), exit_step=exit_step)
 
 
-def stage2_loss(eta: float) -> Callable[..., Tensor]:
-    """``eta``: 0 where devices are compared, as that noise is drawn where it is used."""
-    cfg = FlowMatchingConfig(samples=2, text_dropout=0.5, eta=eta)
+def stage2_loss(context_noise: float) -> Callable[..., Tensor]:
+    """``context_noise``: 0 where devices are compared, as that noise is drawn where it is used."""
+    cfg = FlowMatchingConfig(noise_samples=2, text_dropout=0.5, context_noise=context_noise)
 
     def loss(model: Any, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> Tensor:
         null = tiny.prompts(1, 99, torch.float32).to(x_0.device)
@@ -217,7 +217,7 @@ class Outcome:
     def of(cls, history: list[Update], trainers: dict[str, Trainer], starts: dict[str, Tensors]) -> Outcome:
         masters, way, changed = {}, [], {}
         for who, trainer in trainers.items():
-            now, before = trainer.masters(), starts[who]
+            now, before = trainer.fp32_masters(), starts[who]
             masters |= {f"{who}.{name}": tensor for name, tensor in now.items()}
             way += [(now[name] - before[name]).flatten() for name in sorted(now)]
             model = trainer.module.model if isinstance(trainer.module, StepModule) else trainer.module
@@ -232,12 +232,12 @@ def whole(module: nn.Module) -> Tensors:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def reference(lr: float = LR, stage2_only: bool = False, eta: float = 0.05) -> Outcome:
+def reference(lr: float = LR, stage2_only: bool = False, context_noise: float = 0.05) -> Outcome:
     """Plain torch in one process, fp32, without activation checkpointing."""
     alone, model, wan = Ranks(0, 1, 0, torch.device("cpu")), students(False), tiny.wan(1, torch.float32, WAN)
     starts = {"student": whole(model), "critic": whole(wan)}
     if stage2_only:
-        student = Plain(StepModule(model, stage2_loss(eta)), lr)
+        student = Plain(StepModule(model, stage2_loss(context_noise)), lr)
         return Outcome.of(stage2(student, alone), {"student": student}, starts)
     student, critic = Plain(StepModule(model, self_rollout), lr), Plain(wan, lr)
     history = cycles(student, critic, tiny.wan(2, torch.float32, WAN).requires_grad_(False), alone)
@@ -249,7 +249,7 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     tiny.set_checkpointing(wan, case.checkpointing)
     starts = {"student": whole(model), "critic": whole(wan)}
     if case.stage2:
-        student = case.trainer(StepModule(model, stage2_loss(case.eta)), case.student, ranks)
+        student = case.trainer(StepModule(model, stage2_loss(case.context_noise)), case.student, ranks)
         return Outcome.of(stage2(student, ranks), {"student": student}, starts)
     student = case.trainer(StepModule(model, self_rollout), case.student, ranks)
     critic = case.trainer(wan, case.critic, ranks)

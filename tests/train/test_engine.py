@@ -151,7 +151,7 @@ def test_resume_keeps_the_memory_order(tmp_path: Path) -> None:
     def engine() -> Engine:
         torch.manual_seed(0)
         model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-        cfg = EngineConfig(kind="local", lr=1e-2)
+        cfg = EngineConfig(backend="torch", lr=1e-2)
         return build_engine(model, cfg, ALONE, global_batch=1, micro_batch=1, total_updates=4)
 
     x = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))
@@ -167,8 +167,8 @@ def test_resume_keeps_the_memory_order(tmp_path: Path) -> None:
     resumed.load(tmp_path / "state")
     for one in (whole, resumed):
         updates(one, 2)
-    for name, value in whole.masters().items():
-        assert torch.equal(value, resumed.masters()[name]), name
+    for name, value in whole.fp32_masters().items():
+        assert torch.equal(value, resumed.fp32_masters()[name]), name
 
 
 def test_world_size_must_divide_before_anything_is_built() -> None:
@@ -178,7 +178,7 @@ def test_world_size_must_divide_before_anything_is_built() -> None:
 
 
 def test_misuse_is_an_error(tmp_path: Path) -> None:
-    engine = workers.make(workers.config("local"), ALONE, 8)
+    engine = workers.make(workers.config("torch"), ALONE, 8)
     x, scale = workers.data(0), torch.tensor(1.0)
     with pytest.raises(ValueError, match="scalar loss"):
         engine.backward(torch.ones(2, requires_grad=True))
@@ -234,7 +234,7 @@ def test_state_moves_between_kinds_and_numbers_of_ranks(local: Results, pair: li
     """1 rank, 2, 1: every update goes on from what another kind of engine saved, and the run is the unbroken one."""
     legs = [results["migrate"] for results in (local, pair[0], alone)]
     history = [row for leg in legs for row in leg["history"]]
-    unbroken = workers.train(workers.config("local"), ALONE, 2, steps=len(history))
+    unbroken = workers.train(workers.config("torch"), ALONE, 2, steps=len(history))
     assert len(history) == sum(map(len, LEGS)) == legs[-1]["updates"]
     result = {"history": history, "masters": legs[-1]["masters"]}
     assert numbers(result) == pytest.approx(numbers(unbroken), rel=1e-6, abs=1e-6)

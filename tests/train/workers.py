@@ -60,15 +60,15 @@ def data(update: int) -> Tensor:
     return torch.randn(GLOBAL, 6, generator=torch.Generator().manual_seed(1000 + update))
 
 
-def config(kind: Any, **changes: Any) -> EngineConfig:
-    base: dict[str, Any] = {"kind": kind, "lr": 1e-2, "betas": (0.0, 0.99), "weight_decay": 0.1, "grad_clip": 0.5}
+def config(backend: Any, **changes: Any) -> EngineConfig:
+    base: dict[str, Any] = {"backend": backend, "lr": 1e-2, "betas": (0.0, 0.99), "weight_decay": 0.1, "grad_clip": 0.5}
     return EngineConfig(**{**base, **changes})
 
 
 def kind_config(kind: str, dtype: str = "fp32") -> EngineConfig:
     """ "local", or "zero0" .. "zero3"."""
     stage = {} if kind == "local" else {"zero_stage": int(kind.removeprefix("zero"))}
-    return config("local" if kind == "local" else "deepspeed", dtype=dtype, **stage)
+    return config("torch" if kind == "local" else "deepspeed", dtype=dtype, **stage)
 
 
 def make(cfg: EngineConfig, ranks: Ranks, micro_batch: int, seed: int = 0) -> Engine:
@@ -100,13 +100,18 @@ def update(
 
 
 def flat(engine: Engine) -> list[float]:
-    return [value for tensor in engine.masters().values() for value in tensor.reshape(-1).tolist()]
+    return [value for tensor in engine.fp32_masters().values() for value in tensor.reshape(-1).tolist()]
 
 
 def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int, steps: int = STEPS) -> dict[str, Any]:
     engine = make(cfg, ranks, micro_batch)
     history = [update(engine, ranks, number) for number in range(steps)]
-    return {"history": history, "masters": flat(engine), "names": list(engine.masters()), "updates": engine.updates}
+    return {
+        "history": history,
+        "masters": flat(engine),
+        "names": list(engine.fp32_masters()),
+        "updates": engine.updates,
+    }
 
 
 def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
@@ -116,14 +121,14 @@ def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     for number in range(STEPS):
         update(engine, ranks, number)
         sharded.update(engine.owned())
-        whole.update(share(name, tensor, alone) for name, tensor in engine.masters().items())
+        whole.update(share(name, tensor, alone) for name, tensor in engine.fp32_masters().items())
     copied = Tiny(9)
     sharded.copy_to(copied)
     expected = dict(whole.whole())
     return {
         "equal": [torch.equal(tensor, expected[name]) for name, tensor in sharded.whole()],
         "copied": all(torch.equal(p, expected[name]) for name, p in copied.named_parameters()),
-        "moved": any(not torch.equal(tensor, expected[name]) for name, tensor in engine.masters().items()),
+        "moved": any(not torch.equal(tensor, expected[name]) for name, tensor in engine.fp32_masters().items()),
         "held": sum(shard.values.numel() for shard in sharded._average.values()),
         "names": list(expected),
     }
@@ -153,7 +158,7 @@ def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
 def migrate(kinds: Sequence[str], ranks: Ranks, path: Path) -> dict[str, Any]:
     """One update, saved; then each of ``kinds`` in turn loads what the one before it saved, and goes on."""
     path.mkdir(exist_ok=True)
-    history, engine = [], make(config("local"), ranks, 2)
+    history, engine = [], make(config("torch"), ranks, 2)
     for number, kind in enumerate(kinds):
         engine = make(kind_config(kind), ranks, 2, seed=number)
         if (path / "latest").exists():

@@ -227,10 +227,10 @@ class Decoder(nn.Module):
         return self.trunk.rope(range(frames), height, width, x), own
 
 
-def corrupt(c_RLE: Tensor, eta: float, noise_like: Noise) -> Tensor:
-    """c + eta * rms(c) * noise: the corruption of Eq. 7 at c's own scale; every row has its own noise."""
+def corrupt(c_RLE: Tensor, context_noise: float, noise_like: Noise) -> Tensor:
+    """c + context_noise * rms(c) * noise: the corruption of Eq. 7 at c's own scale; every row has its own noise."""
     rms = c_RLE.detach().pow(2).mean(-1, keepdim=True).sqrt()
-    return c_RLE + eta * rms * noise_like(c_RLE)
+    return c_RLE + context_noise * rms * noise_like(c_RLE)
 
 
 def rows_per_chunk(x_BKF: Tensor, chunk: int) -> Tensor:
@@ -238,16 +238,18 @@ def rows_per_chunk(x_BKF: Tensor, chunk: int) -> Tensor:
     return x_BKF.unflatten(2, (-1, chunk)).flatten(0, 2)
 
 
-def contexts_per_sample(c_BLE: Tensor, samples: int, chunks: int, eta: float, rng: torch.Generator | None) -> Tensor:
+def contexts_per_sample(
+    c_BLE: Tensor, samples: int, chunks: int, context_noise: float, rng: torch.Generator | None
+) -> Tensor:
     """Contexts (B, M*L, E) of M = ``chunks`` chunks -> (B*K*M, L, E) for K noisy samples.
 
-    Each sample gets its own corruption of strength ``eta`` (Eq. 7), drawn from ``rng``; 0: none.
+    Each sample gets its own corruption of strength ``context_noise`` (Eq. 7), drawn from ``rng``; 0: none.
     """
     c_RLE = c_BLE.unflatten(1, (1, chunks, -1)).expand(-1, samples, -1, -1, -1).flatten(0, 2)
-    if eta == 0.0:
+    if context_noise == 0.0:
         return c_RLE
     assert rng is not None, "context corruption needs a generator"
-    return corrupt(c_RLE, eta, partial(local_noise, rng=rng))
+    return corrupt(c_RLE, context_noise, partial(local_noise, rng=rng))
 
 
 def decode_samples(

@@ -136,7 +136,7 @@ class ScdScratch(nn.Module):
         x_target = pick_chunks(x_clean, targets, chunk, 1)  # only its shape is read
         t_clean = self.encoder.clean_times(x_target.shape[:2], x_t)
         c_BLE = self.encode(x_clean.to(x_t.dtype), text, cond, targets)
-        c_RLE = contexts_per_sample(c_BLE, samples, len(targets), query.eta, query.rng)
+        c_RLE = contexts_per_sample(c_BLE, samples, len(targets), query.context_noise, query.rng)
         temb = self.encoder.times(t_clean, pick_frames(self.encoder.signal(cond), frames)).temb
         temb_rows = rows_per_chunk(temb.unsqueeze(1).expand(-1, samples, -1, -1), chunk)
         return decode_samples(

@@ -99,7 +99,7 @@ class ScdWan(nn.Module):
         c_BLE = self.encode(x_clean, x_query, t_query, text, targets)
         return decode_samples(
             self.decoder,
-            contexts_per_sample(c_BLE, len(x_t), len(targets), query.eta, query.rng),
+            contexts_per_sample(c_BLE, len(x_t), len(targets), query.context_noise, query.rng),
             x_query,
             t_query,
             text,

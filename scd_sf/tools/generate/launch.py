@@ -43,7 +43,7 @@ def _make(cfg: GenerateConfig, ranks: Ranks) -> None:
 
 def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: Ranks) -> list[str]:
     """This rank's units. All call a ZeRO-3 teacher equally often: who has fewer units computes one for nothing."""
-    together = maker.cfg.engine.kind == "deepspeed"
+    together = maker.cfg.engine.backend == "deepspeed"
     rounds = ranks.max(len(mine)) if together else len(mine)
     problems: list[str] = []
     with progress_of("units of rank 0", rounds, 0) if ranks.is_main else nullcontext(lambda done: None) as progress:

@@ -33,7 +33,12 @@ ONE_CLIP = ["train.global_batch=1", "train.micro_batch=1"]
 # What goes to the CPU's memory, one after the other until it fits: the cheapest first.
 OFFLOADED: dict[int, list[tuple[str, ...]]] = {
     2: [(), ("engine",)],
-    3: [(), ("teacher_engine",), ("student", "critic_engine"), ("teacher_engine", "student", "critic_engine")],
+    3: [
+        (),
+        ("teacher_engine",),
+        ("student_engine", "critic_engine"),
+        ("teacher_engine", "student_engine", "critic_engine"),
+    ],
 }
 TOY = WanConfig(2, 16, 4, 4, 8, 16, 32, 6)
 TOY_STUDENT = ModelConfig(wan=TOY, scd=ScdConfig(tuple(range(5)), DecoderConfig((0, 5))))

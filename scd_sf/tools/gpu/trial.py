@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.bench import random_weights
 from scd_sf.generation.rollout import rollout
@@ -59,13 +59,13 @@ def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
     student leaves at the last step, the critic's rollouts at each in turn."""
     cfg = job.cfg
     assert isinstance(cfg, Stage3Config)
-    batch, sampler = cfg.train.micro_batch, Renoise(cfg.sampler.times)
+    batch, sampler = cfg.train.micro_batch, FewStepSampler(cfg.sampler.times)
 
     def play(model: Student, noise: Tensor, exit_step: int) -> Tensor:
         cond = _prompts(job, batch, ranks)
         return rollout(model, noise, cond, sampler, cpu_noise(_rng()), exit_step=exit_step)
 
-    student = _engine(StepModule(_model(job.model, ranks), play), job, cfg.student, ranks)
+    student = _engine(StepModule(_model(job.model, ranks), play), job, cfg.student_engine, ranks)
     critic = _engine(_model(ModelConfig("wan", wan=job.critic), ranks), job, cfg.critic_engine, ranks)
     teacher = _teacher(job, cfg.teacher_engine, ranks)
     ema, best = Ema(cfg.train.ema, ranks), list[object]()

@@ -194,9 +194,9 @@ def _changes(job: PlanJob) -> list[Change]:
     encode = "data_prep/encode_prompts.py first, and prompts=ITS OUTPUT (about 1 MB a prompt on the disk)"
     changes.append((encode, lambda job: replace(job, text_parameters=0), False))
     names = {"student": "engine"} if job.stage == 2 else {"teacher": "teacher_engine", "critic": "critic_engine"}
-    names |= {"student": "student"} if job.stage == 3 else {}
+    names |= {"student": "student_engine"} if job.stage == 3 else {}
     steps: list[tuple[str, dict[str, object]]] = [
-        ("kind=deepspeed", {"kind": "deepspeed", "zero_stage": 2}),
+        ("backend=deepspeed", {"backend": "deepspeed", "zero_stage": 2}),
         ("dtype=bf16", {"dtype": "bf16"}),
         ("zero_stage=3", {"zero_stage": 3}),
         ("offload=true", {"offload": True}),
@@ -212,7 +212,7 @@ def _changes(job: PlanJob) -> list[Change]:
 def _engine_change(name: str, values: dict[str, object]) -> Callable[[PlanJob], PlanJob]:
     def change(job: PlanJob) -> PlanJob:
         engine: EngineConfig = vars(job.cfg)[name]
-        if ("kind" in values and engine.kind == "deepspeed") or ("offload" in values and engine.kind == "local"):
+        if ("kind" in values and engine.backend == "deepspeed") or ("offload" in values and engine.backend == "torch"):
             return job
         return _with(job, **{name: replace(engine, **values)})  # type: ignore[arg-type]
 

@@ -43,7 +43,7 @@ def trained_memory(
     """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are kept."""
     size = 2 if cfg.dtype == "bf16" else 4
     share = -(-count // world)
-    if cfg.kind == "local":
+    if cfg.backend == "torch":
         masters = 4 * count if cfg.dtype == "bf16" else 0
         gradients = 4 * count  # fp32 sums; clipping makes another copy
         return Held(size * count, masters, 8 * count, 4 * share * averages, gradients, 0, 2 * gradients)
@@ -72,7 +72,7 @@ def trained_memory(
 def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Held:
     """A teacher: weights alone, whole (kind local) or divided among all processes (ZeRO-3), or on the CPU (offload)."""
     size = 2 if cfg.dtype == "bf16" else 4
-    if cfg.kind == "local":
+    if cfg.backend == "torch":
         return Held(size * count, 0, 0, 0, 0, 0, 0)
     gathered = size * min(3 * cfg.bucket, count)
     return Held(0 if cfg.offload else size * -(-count // world), 0, 0, 0, 0, gathered, 0)
@@ -80,14 +80,14 @@ def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Held:
 
 def host_state(count: int, cfg: EngineConfig, world: int, *, averages: int) -> int:
     """Bytes of host memory on one process beside the device: what ``offload`` keeps there."""
-    if not cfg.offload or cfg.kind == "local":
+    if not cfg.offload or cfg.backend == "torch":
         return 0
     return (12 + 4 + 4 * averages) * -(-count // world)
 
 
 def frozen_on_host(count: int, cfg: EngineConfig, world: int) -> int:
     """Bytes of host memory on one process: a teacher's weights that ``offload`` keeps there."""
-    return (2 if cfg.dtype == "bf16" else 4) * -(-count // world) if cfg.offload and cfg.kind == "deepspeed" else 0
+    return (2 if cfg.dtype == "bf16" else 4) * -(-count // world) if cfg.offload and cfg.backend == "deepspeed" else 0
 
 
 def saved(count: int, *, averages: int) -> int:

@@ -56,7 +56,11 @@ class PlanJob:
         """By role; the student first."""
         if isinstance(self.cfg, Stage2Config):
             return {"student": self.cfg.engine}
-        return {"student": self.cfg.student, "critic": self.cfg.critic_engine, "teacher": self.cfg.teacher_engine}
+        return {
+            "student": self.cfg.student_engine,
+            "critic": self.cfg.critic_engine,
+            "teacher": self.cfg.teacher_engine,
+        }
 
     def counts(self) -> dict[str, int]:
         """Parameters by role."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
@@ -81,9 +81,9 @@ class Stage3:
         text_tokens: int,
     ) -> None:
         self.cfg, self.shape, self.text_tokens = cfg, shape, text_tokens
-        self.sampler = Renoise(cfg.sampler.times)
+        self.sampler = FewStepSampler(cfg.sampler.times)
         again = cfg.checkpointing, cfg.recompute_attention
-        self.student = student_of(model, cfg.student, checkpointing=again[0], recompute_attention=again[1])
+        self.student = student_of(model, cfg.student_engine, checkpointing=again[0], recompute_attention=again[1])
         with torch.device("meta"):
             self.teacher, self.critic = Wan(teacher).requires_grad_(False), Wan(critic)
         self.teacher = self.teacher.to(_dtype(cfg.teacher_engine))
@@ -152,7 +152,7 @@ def _prepare(trunks: list[Trunk], checkpointing: bool, recompute_attention: bool
 def _trainable(module: M, cfg: EngineConfig) -> M:
     """In the engine's type; from ZeRO-2 on, a weight's gradient is reduced and gone as soon as it is there."""
     module = module.to(_dtype(cfg))
-    if cfg.kind == "deepspeed" and cfg.zero_stage > 0:
+    if cfg.backend == "deepspeed" and cfg.zero_stage > 0:
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(_forget)
     return module

@@ -113,7 +113,7 @@ def _roles(found: Budget) -> Table:
             continue
         engine = found.job.engines()[role]
         stage = 3 if role == "teacher" else engine.zero_stage
-        kind = "local" if engine.kind == "local" else f"ZeRO-{stage}"
+        kind = "local" if engine.backend == "torch" else f"ZeRO-{stage}"
         words = f"{kind} {engine.dtype}{' offload' if engine.offload else ''}"
         table.add_row(role, f"{found.counts[role] / 1e9:.3f} B", words, *sizes)
     return table

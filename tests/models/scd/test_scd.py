@@ -170,7 +170,7 @@ def test_corruption_is_drawn_per_noisy_sample_and_reproducible() -> None:
         clean = tiny.teacher_forced(model, twice)
         runs = []
         for _ in range(2):
-            twice.query = replace(data.query, eta=0.5, rng=tiny.generator(5))
+            twice.query = replace(data.query, context_noise=0.5, rng=tiny.generator(5))
             runs.append(tiny.teacher_forced(model, twice))
     assert torch.allclose(clean[0], clean[1], rtol=0, atol=1e-12)
     assert float((runs[0][0] - runs[0][1]).abs().max()) > 1e-3

@@ -35,7 +35,7 @@ PLACES_TO_DIE = (
 
 def arguments(model: Path, out: Path) -> list[str]:
     size = ["frames=9", "height=32", "width=32", "sampler.steps=2", "samples=3", "batch=2"]
-    kinds = ["engine.kind=local", "engine.dtype=fp32", "text_dtype=fp32", "negative_prompt=still"]
+    kinds = ["engine.backend=torch", "engine.dtype=fp32", "text_dtype=fp32", "negative_prompt=still"]
     return [f"model={model}", f"out={out}", f"prompts={json.dumps(PROMPTS)}", *size, *kinds]
 
 
@@ -175,7 +175,7 @@ def test_a_zero_3_teacher_is_called_equally_often_by_ranks_with_unequal_shares(
     recipe_runner.run(
         SCRIPT, *arguments(model, out), at=At("scd_sf.tools.generate.maker:write_clip", 6)
     )  # 5 clips are there
-    zero = ["engine={kind: deepspeed, dtype: fp32, bucket: 1000}"]
+    zero = ["engine={backend: deepspeed, dtype: fp32, bucket: 1000}"]
     results = recipe_runner.run_ranks(SCRIPT, *arguments(model, out), *zero, world=2)
     assert [result.code for result in results] == [0, 0], results[0].err[-2000:]
     assert contents(out) == contents(unbroken)
@@ -185,7 +185,7 @@ def test_a_zero_3_teacher_is_called_equally_often_by_ranks_with_unequal_shares(
 def test_stage_2_trains_on_the_folder(tmp_path: Path, model: Path, unbroken: Path) -> None:
     layers = ["scd.encoder_layers=[0, 1, 2]", "scd.decoder.layers=[0, 5]"]
     recipe_runner.succeed("recipes/stage1_transplant.py", f"base={model}", f"out={tmp_path}/stage1", *layers)
-    given = [f"init={tmp_path}/stage1", f"data={unbroken}", f"val={unbroken}", "engine={kind: local, lr: 1e-2}"]
+    given = [f"init={tmp_path}/stage1", f"data={unbroken}", f"val={unbroken}", "engine={backend: torch, lr: 1e-2}"]
     given += ["train={steps: 4, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 4, prefetch: 3}"]
     given += ["sampler={name: euler, steps: 2}", "run.log_every=1", f"run.dir={tmp_path}/run"]
     recipe_runner.succeed(tiny_run.SCRIPTS["stage2"], *given)

@@ -26,7 +26,7 @@ from train import distillation
 from train.distillation import Case, worst
 
 from scd_sf.diffusion.noise import cpu_noise, generator, local_noise
-from scd_sf.diffusion.solvers import Renoise
+from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.distributed import Ranks, ensure_process_group, init_distributed
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents
@@ -67,7 +67,7 @@ def steps(case: Case) -> Check:
     """Three updates of stage 2, or cycles of stage 3, through an engine, against plain torch on the CPU."""
 
     def check(ranks: Ranks) -> Differences:
-        expected = distillation.reference(case.lr, case.stage2, case.eta)
+        expected = distillation.reference(case.lr, case.stage2, case.context_noise)
         found = distillation.compared(distillation.run(case, ranks), expected)
         if case.dtype == "bf16":
             return {"loss": (found["loss"], BF16), "1 - cosine of the way": (1 - found["cosine"], 0.1)}
@@ -100,8 +100,8 @@ def resume(case: Case) -> Check:
             fresh.load(Path(folder, "state"))
         turn(whole, 2)
         turn(fresh, 2)
-        masters = fresh.masters()
-        return {"masters": (worst(distance(masters[n], value) for n, value in whole.masters().items()), EXACT)}
+        masters = fresh.fp32_masters()
+        return {"masters": (worst(distance(masters[n], value) for n, value in whole.fp32_masters().items()), EXACT)}
 
     return check
 
@@ -170,7 +170,7 @@ def video(model: Student, device: torch.device, *, window: int = 0) -> Tensor:
     """Six chunks by four steps as they are sampled; ``window``: one that fills and turns."""
     cond = tiny.prompts(1, dtype=torch.float32).to(device)
     shape = (6 * model.chunk, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-    return clips_of(generate_latents(model, cond, [1], shape, Renoise(), window=window, sink=1 if window else 0))
+    return clips_of(generate_latents(model, cond, [1], shape, FewStepSampler(), window=window, sink=1 if window else 0))
 
 
 def sampling(mode: str) -> Check:
@@ -210,7 +210,7 @@ def nothing_waits(ranks: Ranks) -> Differences:
             cond = tiny.prompts(1, dtype=torch.float32).to(device)
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            chunks = list(stream_rollout(model, noise, cond, Renoise(), cpu_noise(tiny.generator(2))))
+            chunks = list(stream_rollout(model, noise, cond, FewStepSampler(), cpu_noise(tiny.generator(2))))
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             return torch.cat(chunks, 1)
@@ -257,14 +257,14 @@ def noise(ranks: Ranks) -> Differences:
 # --------------------------------------------------------------------------------------------------------------- list
 
 STAGE3 = {
-    "local": Case("local", "local", eta=0.0),
-    "ZeRO-2": Case(2, 2, eta=0.0),
-    "ZeRO-3": Case(3, 2, eta=0.0),
-    "all offloaded": Case(2, 2, offload=True, offload_teacher=True, eta=0.0),
-    "ZeRO-2, bf16": Case(2, 2, dtype="bf16", eta=0.0),
+    "local": Case("local", "local", context_noise=0.0),
+    "ZeRO-2": Case(2, 2, context_noise=0.0),
+    "ZeRO-3": Case(3, 2, context_noise=0.0),
+    "all offloaded": Case(2, 2, offload=True, offload_teacher=True, context_noise=0.0),
+    "ZeRO-2, bf16": Case(2, 2, dtype="bf16", context_noise=0.0),
 }
 STAGE2 = {name: replace(case, stage2=True) for name, case in STAGE3.items()}
-STAGE2["ZeRO-3, offloaded"] = Case(3, 2, stage2=True, offload=True, eta=0.0)
+STAGE2["ZeRO-3, offloaded"] = Case(3, 2, stage2=True, offload=True, context_noise=0.0)
 CHECKS: dict[str, Check] = {
     "FlexAttention, fp32": teacher_forcing(torch.float32),
     "FlexAttention, bf16": teacher_forcing(torch.bfloat16),

@@ -11,7 +11,7 @@ import recipe_runner
 TWO = ("train.global_batch=2", "train.micro_batch=1")
 BF16 = "{dtype: bf16, bucket: 1000000}"
 CASES = {
-    "stage 2, local": (1, "stage2", *TWO, "engine.kind=local", "checkpointing=false"),
+    "stage 2, local": (1, "stage2", *TWO, "engine.backend=torch", "checkpointing=false"),
     "stage 2, ZeRO-2": (2, "stage2", *TWO, f"engine={BF16}"),
     "stage 2, ZeRO-3, accumulated": (
         2,
@@ -20,7 +20,7 @@ CASES = {
         "train.micro_batch=1",
         "engine={dtype: bf16, bucket: 1000000, zero_stage: 3}",
     ),
-    "stage 3": (2, "stage3", *TWO, f"student={BF16}", f"critic_engine={BF16}", f"teacher_engine={BF16}"),
+    "stage 3": (2, "stage3", *TWO, f"student_engine={BF16}", f"critic_engine={BF16}", f"teacher_engine={BF16}"),
 }
 
 

@@ -35,7 +35,7 @@ def student(device: str, *, checkpointing: bool) -> Student:
 def step(model: Student, device: str) -> None:
     x = torch.zeros(1, 4, 8, 16, 16, device=device)
     cond = Conditioning(torch.zeros(1, 8, CFG.text_dim, device=device))
-    cfg = FlowMatchingConfig(samples=2)
+    cfg = FlowMatchingConfig(noise_samples=2)
     flow_matching_loss(model, x, cond, cond, cfg, torch.Generator().manual_seed(0))[0].backward()
 
 

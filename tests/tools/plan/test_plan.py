@@ -47,9 +47,9 @@ def test_states_are_divided_as_zero_divides_them() -> None:
 
     assert [at(stage, 4) for stage in (1, 2, 3)] == [6_000_000, 6_000_000, 4_500_000]  # 2 P + 16 P / 4; 18 P / 4
     assert at(2, 1) == 18_000_000 and at(2, 4, offload=True) == 2_000_000
-    local = trained_memory(count, EngineConfig(kind="local"), 4, micro_batches=1, averages=2)
+    local = trained_memory(count, EngineConfig(backend="torch"), 4, micro_batches=1, averages=2)
     assert local.always == 4_000_000 + 8_000_000 + 2 * 1_000_000 and local.accumulated == 4_000_000
-    whole = frozen_memory(count, EngineConfig(kind="local", dtype="bf16"), 8).weights
+    whole = frozen_memory(count, EngineConfig(backend="torch", dtype="bf16"), 8).weights
     assert (
         whole == 8 * frozen_memory(count, cfg, 8).weights
         and frozen_memory(count, dataclasses.replace(cfg, offload=True), 8).always == 0
@@ -69,7 +69,7 @@ def test_what_the_host_draws_is_counted() -> None:
 
 def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     job = tiny_job(
-        "train.global_batch=8", "train.micro_batch=4", "checkpointing=false", "engine={kind: local, bucket: 1000}"
+        "train.global_batch=8", "train.micro_batch=4", "checkpointing=false", "engine={backend: torch, bucket: 1000}"
     )
     found = budget(job, Cluster(1, 2))
     assert found.fits and advice(found) == []
@@ -81,7 +81,7 @@ def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     assert not hopeless[-1][1].fits and [text for text, _ in hopeless][:3] == [
         "checkpointing=true",
         "train.micro_batch=1",
-        "engine.kind=deepspeed",
+        "engine.backend=deepspeed",
     ]
     sizes = [found.needed_gib for _, found in hopeless]
     assert sizes[-1] < sizes[0]
@@ -146,7 +146,7 @@ def test_the_papers_models_against_counts_made_by_hand() -> None:
     paper = ModelConfig(scd=ScdConfig(decoder=DecoderConfig(fusion="paper")))
     cfg = load_config(Stage2Config, CONFIGS / "stage2_wan_1.3b.yaml", BLANK)
     for samples, expected in ((1, 1.54), (4, 2.37)):
-        loss = FlowMatchingConfig(samples=samples, targets=None)
+        loss = FlowMatchingConfig(noise_samples=samples, target_chunks=None)
         job = PlanJob(dataclasses.replace(cfg, loss=loss), paper, CLIP)
         found = budget(job, Cluster(1, 8))
         assert found.phases[0].flops / 1e15 == pytest.approx(expected, rel=0.06)
