@@ -21,7 +21,7 @@ from scd_sf.diffusion.solvers import Euler
 from scd_sf.evaluation.bench import in_rounds
 from scd_sf.files import write_json
 from scd_sf.models.causal import Causal
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass
 from scd_sf.probes.pca import PcaProbe, pca
 from scd_sf.probes.similarity import SimilarityProbe, similarity

@@ -35,8 +35,7 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import transplant_scd, verify_transplant
 from scd_sf.models.scd.wan import ScdWan
-from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.nn.layers import WanBlock
 from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, exit_on_user_error

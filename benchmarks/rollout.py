@@ -27,7 +27,7 @@ from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import ModelConfig, Student, build_student
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.models.wan.wan_json import config_json
 from scd_sf.types import Conditioning, exit_on_user_error
 

@@ -26,8 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scd_sf.config import HelpFormatter
 from scd_sf.distributed import Ranks
 from scd_sf.files import write_json
-from scd_sf.models.trunk import WAN_14B, WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.train.engine import frozen_engine
 from scd_sf.types import exit_on_user_error

@@ -22,8 +22,7 @@ from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import init_distributed
 from scd_sf.losses.flow_matching import denoiser_flow_loss, drop_text
 from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig
-from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer

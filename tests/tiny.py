@@ -19,8 +19,7 @@ from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import Query
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.types import Conditioning
 
 torch.set_num_threads(1)

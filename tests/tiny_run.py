@@ -16,8 +16,7 @@ from scd_sf.checkpoint import find
 from scd_sf.data.latents import LatentClip, LatentWriter
 from scd_sf.data.prompts import Prompt, encode_prompts
 from scd_sf.data.shards import ShardWriter
-from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.models.wan.weights import save_wan
 from scd_sf.tensor_files import read_tensors
 from scd_sf.tools.runs.curve import is_portable

@@ -22,8 +22,8 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.skeleton import skeleton
-from scd_sf.models.trunk import TrunkConfig, WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.trunk import TrunkConfig
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
 

@@ -27,7 +27,7 @@ from scd_sf.evaluation.bench import (
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.types import UserError
 
 BASE = Path(__file__).parents[2] / "assets" / "wan_doom"

@@ -26,7 +26,7 @@ from scd_sf.models.replay import Replayed
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.nn import rope
 from scd_sf.nn.kv_cache import CacheConfig, RingKVCache
 from scd_sf.nn.layers import WanBlock

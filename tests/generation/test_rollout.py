@@ -21,7 +21,7 @@ from scd_sf.models.interface import Query
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError
 

@@ -18,9 +18,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors import safe_open
 from torch import Tensor
 
-from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import to_ours
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.models.wan.weights import load_wan, save_wan
 from scd_sf.types import Conditioning
 

@@ -20,7 +20,7 @@ from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Student
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.stages import Stage3Config
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning

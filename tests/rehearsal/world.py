@@ -17,8 +17,7 @@ from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import Ranks
 from scd_sf.models.build import ModelConfig, Student, build_model, build_student
 from scd_sf.models.scd.transplant import TransplantConfig
-from scd_sf.models.trunk import WAN_14B, WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
 from scd_sf.nn import masks, rope
 from scd_sf.train.base import StepInfo
 from scd_sf.types import Conditioning, VideoShape

@@ -28,7 +28,8 @@ from scd_sf.models.scd.decoder import (
     decode_samples,
     denoise_chunk,
 )
-from scd_sf.models.trunk import Text, Trunk, WanConfig
+from scd_sf.models.trunk import Text, Trunk
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.nn.attention import FullSequence, Streaming
 from scd_sf.nn.kv_cache import KV, Cache, CacheConfig
 from scd_sf.nn.masks import Layout, teacher_forcing_mask

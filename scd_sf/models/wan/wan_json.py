@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from scd_sf.files import read_json, typed
-from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import Layout
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tensor_files import AGAIN
 from scd_sf.types import UserError
 

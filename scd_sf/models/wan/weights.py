@@ -19,7 +19,6 @@ from torch import Tensor
 from scd_sf.files import write_json, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
-from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import (
     ROOTS,
     Layout,
@@ -29,7 +28,7 @@ from scd_sf.models.wan.names import (
     to_diffusers,
     to_ours,
 )
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.models.wan.wan_json import HeadsFrom, config_from_shapes, config_json, read_config
 from scd_sf.tensor_files import FLOATS, Lazy, in_memory, kind_of, open_tensor_folder, open_tensors
 from scd_sf.types import UserError

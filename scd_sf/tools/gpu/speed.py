@@ -14,7 +14,7 @@ from scd_sf.config import load_config
 from scd_sf.evaluation.bench import BenchConfig, BenchModel, run_bench
 from scd_sf.generation.compile import CompileConfig
 from scd_sf.models.build import ModelConfig, SamplerConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.models.wan.vae import Vae
 from scd_sf.tools.gpu.card import Card
 from scd_sf.tools.gpu.parts import Figures, GpuRow

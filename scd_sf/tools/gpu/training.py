@@ -17,7 +17,7 @@ from scd_sf.evaluation.roofline import synchronize
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.gpu.card import Card, host_gib, speed_row
 from scd_sf.tools.gpu.parts import Figures, GpuRow, failed

@@ -17,8 +17,8 @@ from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
-from scd_sf.models.trunk import Trunk, WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.trunk import Trunk
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.plan.meter import Meter
 from scd_sf.tools.stages import Stage2Config, Stage3Config

@@ -16,7 +16,7 @@ from scd_sf.models.scd.decoder import DecoderConfig, contexts_per_sample, corrup
 from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.models.scd.transplant import transplant_scd
 from scd_sf.models.scd.wan import ScdWan
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.nn.attention import FullSequence, Streaming
 from scd_sf.nn.kv_cache import KVCache
 from scd_sf.nn.masks import Layout, dense_mask

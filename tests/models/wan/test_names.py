@@ -10,7 +10,6 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from scd_sf.models.sections import choose_section
-from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import (
     ROOTS,
     diffusers_to_original,
@@ -19,7 +18,7 @@ from scd_sf.models.wan.names import (
     to_diffusers,
     to_ours,
 )
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import in_memory
 from scd_sf.types import UserError
 

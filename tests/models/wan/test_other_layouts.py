@@ -14,9 +14,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scd_sf.models.trunk import WanConfig
 from scd_sf.models.wan.names import diffusers_to_original, to_diffusers, to_ours
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.models.wan.wan_json import config_from_shapes
 from scd_sf.models.wan.weights import INDEX, WEIGHTS, load_wan, open_wan, read_wan_config, save_wan, write_wan
 from scd_sf.types import UserError

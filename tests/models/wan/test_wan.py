@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from scd_sf.models.trunk import ConditionEmbedder, Trunk, WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.trunk import Trunk
+from scd_sf.models.wan.transformer import ConditionEmbedder, Wan, WanConfig
 from scd_sf.types import Conditioning, UserError
 
 

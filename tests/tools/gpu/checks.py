@@ -36,7 +36,7 @@ from scd_sf.models.causal import Causal
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.models.wan.vae import Vae, VaeStream
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.masks import Layout, dense_mask, teacher_forcing_mask

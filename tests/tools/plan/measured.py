@@ -22,7 +22,7 @@ from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WanConfig
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.plan.budget import Cluster, budget
 from scd_sf.tools.plan.job import PlanJob

@@ -12,8 +12,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WanConfig
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.nn.attention import FullSequence, attention
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
 from scd_sf.tools.plan.meter import Meter

@@ -15,9 +15,8 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import WAN_14B, WanConfig
 from scd_sf.models.wan.text import load_text_encoder
-from scd_sf.models.wan.transformer import Wan
+from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
 from scd_sf.tools.plan.budget import GIB, Cluster, advice, budget
 from scd_sf.tools.plan.engines import frozen_memory, trained_memory
 from scd_sf.tools.plan.job import PlanJob, read_job
