@@ -1,5 +1,5 @@
-"""What page faults cost a CPU training step: one Wan block forward + backward, with glibc's defaults and with
-``keep_freed_memory``, interleaved in fresh processes; medians and their ratio.
+"""What page faults cost a CPU training step: one Wan block forward + backward, with glibc's
+defaults and with ``keep_freed_memory``, interleaved in fresh processes; medians and their ratio.
 
     python benchmarks/cpu_allocator.py --rounds 3
 """
@@ -32,7 +32,11 @@ def measure(keep: bool) -> float:
         keep_freed_memory()
     torch.manual_seed(0)
     block = WanBlock(128, 512, 4, True, 1e-6)
-    x, mod, text = torch.randn(8, 144, 128, requires_grad=True), torch.randn(8, 1, 6, 128), torch.randn(8, 24, 128)
+    x, mod, text = (
+        torch.randn(8, 144, 128, requires_grad=True),
+        torch.randn(8, 1, 6, 128),
+        torch.randn(8, 24, 128),
+    )
     rotary = rope_table(tuple(range(9)), 4, 4, axis_dims(32), torch.device("cpu"))
     times = []
     for repeat in range(REPEATS + 5):
@@ -58,7 +62,15 @@ def main() -> None:
             out = subprocess.run(command, check=True, capture_output=True, text=True)
             values.append(float(out.stdout))
     medians = {name: round(statistics.median(values), 2) for name, values in results.items()}
-    print(json.dumps({"ms": medians, "ratio": round(medians["default"] / medians["keep"], 3), "rounds": args.rounds}))
+    print(
+        json.dumps(
+            {
+                "ms": medians,
+                "ratio": round(medians["default"] / medians["keep"], 3),
+                "rounds": args.rounds,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Which fusion of the context into the decoder is best? Flow loss zero-shot, and after a short budget, same seeds.
+"""Which fusion of the context into the decoder is best? Flow loss zero-shot, and after a short
+budget, same seeds.
 
-    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out runs/fusion.json
+    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out
+    runs/fusion.json
 
-Every variant starts from the same teacher, sees the same batches, times and noise, and is validated at the same fixed
-noise (docs/adr/0003-fusion-delta.md). Resumes: finished variants in the output file are not run again.
+Every variant starts from the same teacher, sees the same batches, times and noise, and is validated
+at the same fixed noise (docs/adr/0003-fusion-delta.md). Resumes: finished variants in the output
+file are not run again.
 """
 
 from __future__ import annotations
@@ -30,7 +33,12 @@ from scd_sf.types import exit_on_user_error
 
 ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)
 VARIANTS = [  # fusion, prefix RoPE, prefix
-    *((f, r, p) for f in ("junction", "paper") for r in ("identical", "temporal") for p in ("full", "cached")),
+    *(
+        (f, r, p)
+        for f in ("junction", "paper")
+        for r in ("identical", "temporal")
+        for p in ("full", "cached")
+    ),
     ("delta", "identical", "full"),
     ("channel", "identical", "full"),
 ]
@@ -41,14 +49,23 @@ def validation_loss(model: Scd, clips: LatentClips) -> float:
     """Flow loss with a pure-noise query: mean, with text, no dropout, no corruption."""
     cfg = FlowMatchingConfig(noise_samples=4, context_noise=0.0, text_dropout=0.0, query_pure=1.0)
     batch = clips.batch(list(range(0, len(clips), max(1, len(clips) // 32)))[:32])
-    loss, _ = flow_matching_loss(model, batch.latents_BFCHW, batch.text, clips.null, cfg, generator(0, "fusion"))
+    loss, _ = flow_matching_loss(
+        model, batch.latents_BFCHW, batch.text, clips.null, cfg, generator(0, "fusion")
+    )
     return float(loss)
 
 
 def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, object]:
     fusion, rope, prefix = variant
-    train, val, lr, steps = LatentClips(args.data / "train"), LatentClips(args.data / "val"), args.lr, args.steps
-    model, _ = transplant_scd(load_wan(args.base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix)))
+    train, val, lr, steps = (
+        LatentClips(args.data / "train"),
+        LatentClips(args.data / "val"),
+        args.lr,
+        args.steps,
+    )
+    model, _ = transplant_scd(
+        load_wan(args.base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix))
+    )
     zero_shot = validation_loss(model, val)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
     cfg, started = FlowMatchingConfig(), time.process_time()
@@ -79,18 +96,24 @@ def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, ob
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="Wan in diffusers layout")
-    parser.add_argument("--data", type=Path, required=True, help="encoded clips with train/ and val/")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="encoded clips with train/ and val/"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per variant")
     parser.add_argument("--steps", type=int, default=150, help="updates of every variant")
     parser.add_argument("--batch", type=int, default=4, help="clips per update")
     parser.add_argument("--lr", type=float, default=8e-4, help="learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of clips, the noise and the times")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of clips, the noise and the times"
+    )
     args = parser.parse_args()
     done = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
     torch.set_num_threads(1)
     keep_freed_memory()
     for variant in VARIANTS:
-        if (*variant, args.seed) in {(d["fusion"], d["prefix_rope"], d["prefix"], d["seed"]) for d in done}:
+        if (*variant, args.seed) in {
+            (d["fusion"], d["prefix_rope"], d["prefix"], d["seed"]) for d in done
+        }:
             continue
         done.append(run(variant, args))
         write_json(args.out, {"variants": done})

@@ -1,17 +1,20 @@
-"""What one CUDA GPU shows of this project in about ten minutes; random weights, no network, no installation.
+"""What one CUDA GPU shows of this project in about ten minutes; random weights, no network, no
+installation.
 
-    make gpu                     python benchmarks/gpu.py                 all parts, most telling first
-    make gpu PART=2              python benchmarks/gpu.py --part 2        one of them
-    make gpu ARGS='--device cpu --out /tmp/toy.json --budget 20'          the same code at toy size, without a GPU
+    make gpu                     python benchmarks/gpu.py                 all parts, most telling
+    first make gpu PART=2              python benchmarks/gpu.py --part 2        one of them make gpu
+    ARGS='--device cpu --out /tmp/toy.json --budget 20'          the same code at toy size, without
+    a GPU
 
  1. every path on CUDA against the CPU at tiny size
  2. Wan 1.3B's size: frames per second of SCD and of Self-Forcing, eager, compiled, as CUDA graphs
  3. a stage-2 update and a stage-3 cycle at full size: seconds, MFU, memory against `scd plan`
  4. the demo's chain on the GPU: the CPU's curves?
 
-Every part runs in a process of its own. What is in the JSON is not measured again; what failed or was left out is (see
-docs/gpu.md). The budgets are for an H100 and are estimates: nobody has run this on one yet. Exit code: 0 where nothing
-failed, 1 where something did (the tables say what), 2 where it could not begin.
+Every part runs in a process of its own. What is in the JSON is not measured again; what failed or
+was left out is (see docs/gpu.md). The budgets are for an H100 and are estimates: nobody has run
+this on one yet. Exit code: 0 where nothing failed, 1 where something did (the tables say what), 2
+where it could not begin.
 """
 
 from __future__ import annotations
@@ -31,19 +34,41 @@ OUT = ROOT / "docs" / "results" / "gpu.json"
 BUDGETS = {1: 120.0, 2: 180.0, 3: 200.0, 4: 100.0}
 # Module, and the package that holds it where its name is another.
 NEEDED = {
-    "torch": "", "numpy": "", "safetensors": "", "transformers": "", "diffusers": "", "PIL": "pillow", "yaml": "pyyaml",
-    "typer": "", "tensorboard": "", "msgspec": "", "ftfy": "", "wcwidth": "", "rich": "", "deepspeed": "", "hjson": "",
-    "psutil": "", "einops": "", "msgpack": "", "pydantic": "", "tqdm": "",
-}  # fmt: skip
+    "torch": "",
+    "numpy": "",
+    "safetensors": "",
+    "transformers": "",
+    "diffusers": "",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "typer": "",
+    "tensorboard": "",
+    "msgspec": "",
+    "ftfy": "",
+    "wcwidth": "",
+    "rich": "",
+    "deepspeed": "",
+    "hjson": "",
+    "psutil": "",
+    "einops": "",
+    "msgpack": "",
+    "pydantic": "",
+    "tqdm": "",
+}
 
 
 def missing() -> list[str]:
     """Packages that are not here."""
-    return [package or module for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    return [
+        package or module
+        for module, package in NEEDED.items()
+        if importlib.util.find_spec(module) is None
+    ]
 
 
 def older() -> list[str]:
-    """Packages that are older than any that the tests have run with (pyproject.toml's lower bounds)."""
+    """Packages that are older than any that the tests have run with (pyproject.toml's lower
+    bounds)."""
     import tomllib
     from importlib import metadata
 
@@ -51,9 +76,15 @@ def older() -> list[str]:
 
     texts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = {one.name: one.specifier for one in map(Requirement, texts)}
-    names = [package or module for module, package in NEEDED.items() if (package or module) in wanted]
+    names = [
+        package or module for module, package in NEEDED.items() if (package or module) in wanted
+    ]
     here = {name: metadata.version(name) for name in names}
-    return [f"{name} {here[name]} ({wanted[name]})" for name in names if not wanted[name].contains(here[name], True)]
+    return [
+        f"{name} {here[name]} ({wanted[name]})"
+        for name in names
+        if not wanted[name].contains(here[name], True)
+    ]
 
 
 def factor(text: str) -> float:
@@ -65,16 +96,42 @@ def factor(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = list(BUDGETS)
-    made.add_argument("--part", type=int, nargs="*", choices=parts, default=parts, metavar="N", help="1 2 3 4 (all)")
-    made.add_argument("--out", type=Path, default=OUT, help="JSON; tables in Markdown beside it (default: %(default)s)")
-    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy size (default: %(default)s)")
+    made.add_argument(
+        "--part",
+        type=int,
+        nargs="*",
+        choices=parts,
+        default=parts,
+        metavar="N",
+        help="1 2 3 4 (all)",
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        help="JSON; tables in Markdown beside it (default: %(default)s)",
+    )
+    made.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: toy size (default: %(default)s)",
+    )
     made.add_argument("--again", action="store_true", help="measure what is in the JSON again")
     made.add_argument("--only", default="", help="rows whose name contains this text")
     made.add_argument("--budget", type=factor, default=1.0, help="multiply all budgets by this")
-    made.add_argument("--latents", type=Path, default=ROOT / "runs" / "demo" / "latents", help="the demo's, of part 4")
-    made.add_argument("--inside", type=float, help=argparse.SUPPRESS)  # of a part's process: the seconds it has left
+    made.add_argument(
+        "--latents",
+        type=Path,
+        default=ROOT / "runs" / "demo" / "latents",
+        help="the demo's, of part 4",
+    )
+    # of a part's process: the seconds it has left
+    made.add_argument("--inside", type=float, help=argparse.SUPPRESS)
     return made
 
 
@@ -95,7 +152,9 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
     def equality() -> Any:
         from scd_sf.tools.gpu.equality import equality_rows
 
-        checks = runpy.run_path(str(ROOT / "tests" / "tools" / "gpu" / "checks.py"), run_name="checks")
+        checks = runpy.run_path(
+            str(ROOT / "tests" / "tools" / "gpu" / "checks.py"), run_name="checks"
+        )
         return equality_rows(checks["CHECKS"], checks["compared"])
 
     def chain() -> Any:
@@ -114,12 +173,14 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
 
 
 def work_folder(args: argparse.Namespace) -> Path:
-    """Where part 4 works; held while a call measures, so that two calls do not disturb each other."""
+    """Where part 4 works; held while a call measures, so that two calls do not disturb each
+    other."""
     return ROOT / "runs" / "gpu" if args.out == OUT else Path(args.out.with_suffix(".work"))
 
 
 def inside(args: argparse.Namespace) -> None:
-    """One part, in its own process; without a part, the machine's facts (the caller itself never takes the GPU)."""
+    """One part, in its own process; without a part, the machine's facts (the caller itself never
+    takes the GPU)."""
     from scd_sf.tools.gpu.card import machine, open_card, run_stamp
     from scd_sf.tools.gpu.parts import GpuRecord, end_with_the_caller, measure_rows
 
@@ -127,14 +188,18 @@ def inside(args: argparse.Namespace) -> None:
     if not args.part:
         return record.on(machine(card) | {"older_than_tested": older()})
     end_with_the_caller()
-    sys.exit(measure_rows(part_of(args.part[0], args, card), record, run_stamp(), args.inside, args.only))
+    sys.exit(
+        measure_rows(part_of(args.part[0], args, card), record, run_stamp(), args.inside, args.only)
+    )
 
 
 def main() -> None:
     args = parser().parse_args()
     args.out, args.latents = args.out.absolute(), args.latents.absolute()
     os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+    )
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.inside is not None:
@@ -144,7 +209,9 @@ def main() -> None:
     if not args.part:
         raise UserError("--part: name parts, or leave it out for all")
     if args.device == "cpu" and args.out == OUT:
-        raise UserError(f"--device cpu: figures of toy size do not belong into {OUT}; name another file with --out")
+        raise UserError(
+            f"--device cpu: figures of toy size do not belong into {OUT}; name another file with --out"
+        )
     from rich.console import Console
 
     from scd_sf.files import locked
@@ -166,7 +233,16 @@ def measured(args: argparse.Namespace) -> Any:
     from scd_sf.types import UserError
 
     record = GpuRecord(args.out)
-    same = ["--out", str(args.out), "--device", args.device, "--only", args.only, "--latents", str(args.latents)]
+    same = [
+        "--out",
+        str(args.out),
+        "--device",
+        args.device,
+        "--only",
+        args.only,
+        "--latents",
+        str(args.latents),
+    ]
     command = [*python_command(__file__), *same, "--budget", str(args.budget)]
     looked = subprocess.run([*command, "--inside", "0", "--part"], check=False).returncode
     if looked:
@@ -176,8 +252,12 @@ def measured(args: argparse.Namespace) -> Any:
         run_part(part, record, again, args.again, args.only)
         write_text(record.path.with_suffix(".md"), gpu_markdown(record.read()))
     parts = [record.part(part_of(number, args, None)) for number in args.part]
-    if args.only and not any(args.only in row for part in parts for row in [*part["rows"], *part["left_out"]]):
-        raise UserError(f"--only {args.only}: no row of these parts is called so; leave it out to see them all")
+    if args.only and not any(
+        args.only in row for part in parts for row in [*part["rows"], *part["left_out"]]
+    ):
+        raise UserError(
+            f"--only {args.only}: no row of these parts is called so; leave it out to see them all"
+        )
     return record.read()
 
 
@@ -185,7 +265,9 @@ def begin() -> None:
     """Before anything of ours is imported: is everything here that it imports?"""
     sys.path.insert(0, str(ROOT))
     if sys.version_info < (3, 11):  # noqa: UP036  # a rented machine's own Python
-        sys.exit(f"error: python is {sys.version.split()[0]}; scd-sf needs 3.11 or newer: make gpu PYTHON=python3.12")
+        sys.exit(
+            f"error: python is {sys.version.split()[0]}; scd-sf needs 3.11 or newer: make gpu PYTHON=python3.12"
+        )
     lacking = missing()
     if lacking:
         install = f"{shlex.quote(sys.executable)} -m pip install {' '.join(lacking)}"

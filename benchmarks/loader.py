@@ -1,11 +1,13 @@
-"""How fast clips come from the disk: cold (their pages dropped from the cache) and warm, with and without threads.
+"""How fast clips come from the disk: cold (their pages dropped from the cache) and warm, with and
+without threads.
 
     python benchmarks/loader.py --scratch /a/folder/on/the/disk --out docs/results/data.json
 
-Writes ``--clips`` random files of Wan's size (latents 21x16x60x104 bf16, 4.19 MB, and ``--tokens`` text states of
-4096), reads all of them once in a random order per round, in batches of ``--batch`` as stage 2 does
-(:class:`LatentClips` behind :class:`Prefetch`), and prints medians over ``--rounds``. ``--profile`` lists where the
-time of one warm round goes. Figures go into ``--out`` beside what is there.
+Writes ``--clips`` random files of Wan's size (latents 21x16x60x104 bf16, 4.19 MB, and ``--tokens``
+text states of 4096), reads all of them once in a random order per round, in batches of ``--batch``
+as stage 2 does (:class:`LatentClips` behind :class:`Prefetch`), and prints medians over
+``--rounds``. ``--profile`` lists where the time of one warm round goes. Figures go into ``--out``
+beside what is there.
 """
 
 from __future__ import annotations
@@ -54,8 +56,12 @@ def make_clips(root: Path, count: int, tokens: int) -> LatentClips:
             write_clip(root, latents, text, About(clip, f"prompt {number}", source="benchmark"))
             written += 1
     if written:
-        print(f"wrote {written} clips, {written / (time.perf_counter() - began):.3g} /s (drawing numbers included)")
-    write_fixed_prompts(root, lambda prompts: [torch.ones(1, WIDTH) for _ in prompts], "", torch.bfloat16)
+        print(
+            f"wrote {written} clips, {written / (time.perf_counter() - began):.3g} /s (drawing numbers included)"
+        )
+    write_fixed_prompts(
+        root, lambda prompts: [torch.ones(1, WIDTH) for _ in prompts], "", torch.bfloat16
+    )
     index_clips(root)
     return LatentClips(root)
 
@@ -75,7 +81,8 @@ def batches(count: int, batch: int, seed: int) -> list[list[int]]:
 
 
 def read_all(clips: LatentClips, threads: int, batch: int, seed: int) -> tuple[float, float]:
-    """Clips per second of one pass, and CPU milliseconds per clip (all threads); the reader does nothing else."""
+    """Clips per second of one pass, and CPU milliseconds per clip (all threads); the reader does
+    nothing else."""
     order = batches(len(clips), batch, seed)
     reads = Prefetch(clips.stored, depth=2 * threads, threads=threads)
     began, worked = time.perf_counter(), time.process_time()
@@ -87,7 +94,9 @@ def read_all(clips: LatentClips, threads: int, batch: int, seed: int) -> tuple[f
     return len(clips) / seconds, 1000 * cpu / len(clips)
 
 
-def measure(clips: LatentClips, batch: int, rounds: int) -> Iterator[tuple[int, float, float, float]]:
+def measure(
+    clips: LatentClips, batch: int, rounds: int
+) -> Iterator[tuple[int, float, float, float]]:
     """(threads, cold and warm clips per second, warm CPU milliseconds per clip), medians."""
     for threads in THREADS:
         cold, warm, cpu = [], [], []
@@ -109,28 +118,38 @@ def profile(clips: LatentClips, batch: int) -> None:
 
 
 def main(
-    scratch: Annotated[Path, typer.Option(help="A folder for the clips, on the disk to be measured.")],
+    scratch: Annotated[
+        Path, typer.Option(help="A folder for the clips, on the disk to be measured.")
+    ],
     clips: Annotated[int, typer.Option(help="How many.")] = 300,
     tokens: Annotated[int, typer.Option(help="Text states per clip.")] = 120,
     batch: Annotated[int, typer.Option(help="Clips per batch.")] = 4,
     rounds: Annotated[int, typer.Option(help="Passes per case.")] = 3,
     out: Annotated[Path | None, typer.Option(help="JSON file to update.")] = None,
-    with_profile: Annotated[bool, typer.Option("--profile", help="Also profile a warm pass.")] = False,
+    with_profile: Annotated[
+        bool, typer.Option("--profile", help="Also profile a warm pass.")
+    ] = False,
     keep: Annotated[bool, typer.Option(help="Keep the clips.")] = False,
 ) -> None:
     """Clips per second, cold and warm."""
     if min(clips, tokens, batch, rounds) < 1 or tokens > LENGTH:
-        raise UserError(f"--clips, --tokens, --batch and --rounds must be at least 1, --tokens {LENGTH} at most")
+        raise UserError(
+            f"--clips, --tokens, --batch and --rounds must be at least 1, --tokens {LENGTH} at most"
+        )
     torch.set_num_threads(1)
     keep_freed_memory()  # as the recipes do
     root = scratch / "loader-clips"
     data = make_clips(root, clips, tokens)
     size = clip_paths(root)[0].stat().st_size
     title = f"{clips} clips of {size / 1e6:.3g} MB"
-    table = Table("threads", "cold /s", "cold GB/s", "warm /s", "warm GB/s", "warm CPU ms/clip", title=title)
+    table = Table(
+        "threads", "cold /s", "cold GB/s", "warm /s", "warm GB/s", "warm CPU ms/clip", title=title
+    )
     found = []
     for threads, cold, warm, cpu in measure(data, batch, rounds):
-        table.add_row(*(f"{n:.3g}" for n in (threads, cold, cold * size / 1e9, warm, warm * size / 1e9, cpu)))
+        table.add_row(
+            *(f"{n:.3g}" for n in (threads, cold, cold * size / 1e9, warm, warm * size / 1e9, cpu))
+        )
         found.append((cold, warm, threads))
     Console(width=100).print(table)
     print(f"load average {os.getloadavg()[0]:.2g} of {os.cpu_count()} cores")
@@ -138,7 +157,10 @@ def main(
         profile(data, batch)
     if out is not None:
         best_cold, best_warm = max(row[0] for row in found), max(row[1] for row in found)
-        figures = {"loader_cold_clips_per_s": round(best_cold, 1), "loader_warm_clips_per_s": round(best_warm, 1)}
+        figures = {
+            "loader_cold_clips_per_s": round(best_cold, 1),
+            "loader_warm_clips_per_s": round(best_warm, 1),
+        }
         write_json(out, (read_json(out, "correct it") if out.is_file() else {}) | figures)
         print(json.dumps(figures))
     if not keep:

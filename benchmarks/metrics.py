@@ -2,8 +2,9 @@
 
     scd weights metrics && python benchmarks/metrics.py --out docs/results/metrics.json
 
-Medians over ``--rounds`` (after one unmeasured) on random frames of ``--side`` pixels: seconds per clip of 16 and 64
-frames for I3D, pairs of frames per second for LPIPS and SSIM, seconds for the distance of 256 x 400 features.
+Medians over ``--rounds`` (after one unmeasured) on random frames of ``--side`` pixels: seconds per
+clip of 16 and 64 frames for I3D, pairs of frames per second for LPIPS and SSIM, seconds for the
+distance of 256 x 400 features.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ CLIPS, DIMENSIONS = 256, 400
 
 def main(
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of 'scd weights metrics'; default: its own.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of 'scd weights metrics'; default: its own.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     side: Annotated[int, typer.Option(help="Pixels.")] = 128,
     batch: Annotated[int, typer.Option(help="Pairs of frames per LPIPS pass.")] = 16,
@@ -47,7 +50,9 @@ def main(
         I3dFeatures.load(weights, device),
     )
     rows = torch.randn(2, CLIPS, DIMENSIONS, generator=generator, dtype=torch.float64)
-    clips = {frames: torch.rand(1, frames, 3, side, side, generator=generator) for frames in (16, 64)}
+    clips = {
+        frames: torch.rand(1, frames, 3, side, side, generator=generator) for frames in (16, 64)
+    }
     found = in_rounds(
         {
             "16": lambda: i3d(clips[16]),
@@ -61,14 +66,30 @@ def main(
     )
     seconds = {str(row["name"]): float(str(row["seconds"])) for row in found}
     figures = {f"i3d_seconds_per_{frames}_frames": seconds[str(frames)] for frames in clips}
-    figures |= {f"lpips_{trunk}_pairs_per_second": batch / seconds[trunk] for trunk in ("alex", "vgg")}
+    figures |= {
+        f"lpips_{trunk}_pairs_per_second": batch / seconds[trunk] for trunk in ("alex", "vgg")
+    }
     figures["ssim_pairs_per_second"] = batch / seconds["ssim"]
     figures[f"frechet_seconds_{CLIPS}_clips"] = seconds["frechet"]
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     if out is not None:
-        machine = {"device": device, "threads": threads, "torch": torch.__version__, "cpu": platform.processor()}
-        write_json(out, {"side": side, "batch": batch, "rounds": rounds, "machine": machine, "figures": figures})
+        machine = {
+            "device": device,
+            "threads": threads,
+            "torch": torch.__version__,
+            "cpu": platform.processor(),
+        }
+        write_json(
+            out,
+            {
+                "side": side,
+                "batch": batch,
+                "rounds": rounds,
+                "machine": machine,
+                "figures": figures,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Wan 2.1 1.3B's geometry, random weights, 832x480: transplant, then 4-step generation by SCD and by Self-Forcing.
+"""Wan 2.1 1.3B's geometry, random weights, 832x480: transplant, then 4-step generation by SCD and
+by Self-Forcing.
 
     python benchmarks/real_size.py --out docs/results/real_size.json
 
-All models live in one process, share the weights they have in common, and take turns: each makes one chunk, then the
-next does, so that a slow minute of the machine hits them all. Right after each turn comes its floor: every matmul,
-attention and convolution call that the turn made, timed alone. Per row: seconds and block passes per latent frame, peak
-memory of the process during its turns, and the ratio of its seconds to its floor.
+All models live in one process, share the weights they have in common, and take turns: each makes
+one chunk, then the next does, so that a slow minute of the machine hits them all. Right after each
+turn comes its floor: every matmul, attention and convolution call that the turn made, timed alone.
+Per row: seconds and block passes per latent frame, peak memory of the process during its turns, and
+the ratio of its seconds to its floor.
 """
 
 from __future__ import annotations
@@ -59,7 +61,12 @@ class Variant:
             if not self.fusion:
                 return Causal(cfg, self.chunk)
             return ScdWan(
-                cfg, ScdConfig(encoder, DecoderConfig(decoder, self.fusion, "identical", self.prefix), self.chunk)
+                cfg,
+                ScdConfig(
+                    encoder,
+                    DecoderConfig(decoder, self.fusion, "identical", self.prefix),
+                    self.chunk,
+                ),
             )
 
 
@@ -84,7 +91,8 @@ def random_wan(cfg: WanConfig, dtype: torch.dtype) -> Wan:
 
 
 class Row:
-    """One model's clip, made chunk by chunk (4 re-noise steps, batch 1), and what its turns cost."""
+    """One model's clip, made chunk by chunk (4 re-noise steps, batch 1), and what its turns
+    cost."""
 
     def __init__(self, variant: Variant, model: Student, repeats: int) -> None:
         self.variant, self.model, self.repeats = variant, model, repeats
@@ -135,7 +143,8 @@ class Row:
 
 
 def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
-    """``rounds`` clips of every row, one chunk at a time; every other pass goes through the rows backwards."""
+    """``rounds`` clips of every row, one chunk at a time; every other pass goes through the rows
+    backwards."""
     backwards = False
     for _ in range(rounds):
         clips = {row: row.clip(frames) for row in rows}
@@ -148,7 +157,9 @@ def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
             backwards = not backwards
 
 
-def transplanted(wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]) -> tuple[Scd, dict[str, float]]:
+def transplanted(
+    wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]
+) -> tuple[Scd, dict[str, float]]:
     """The real stage 1 at size, compared bit for bit."""
     peak_gib(reset=True)
     started = time.perf_counter()
@@ -166,25 +177,36 @@ def transplanted(wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]) -
 
 
 def state_of(variant: Variant, wan: Wan, scd: Scd | None, model: Student) -> dict[str, Tensor]:
-    """Tensors for a variant, shared with the source; adapters, which Wan does not have, start as they always do."""
-    source: dict[str, Tensor] = dict((scd if scd is not None and variant.fusion else wan).state_dict())
+    """Tensors for a variant, shared with the source; adapters, which Wan does not have, start as
+    they always do."""
+    source: dict[str, Tensor] = dict(
+        (scd if scd is not None and variant.fusion else wan).state_dict()
+    )
     if isinstance(model, Scd) and model.decoder.adapter is not None:
         width = model.cfg.width
         inputs = width if variant.fusion == "paper" else 2 * width
         eye = torch.eye(width)
         dtype = next(iter(source.values())).dtype
-        source["decoder.adapter.weight"] = (eye if inputs == width else torch.cat([eye, eye], 1)).to(dtype)
+        source["decoder.adapter.weight"] = (
+            eye if inputs == width else torch.cat([eye, eye], 1)
+        ).to(dtype)
         source["decoder.adapter.bias"] = torch.zeros(width, dtype=dtype)
     return source
 
 
 def speed(rows: Sequence[Row]) -> dict[str, float]:
-    """How many times faster each frame-wise SCD is than frame-wise Self-Forcing, by row name; empty without that row.
+    """How many times faster each frame-wise SCD is than frame-wise Self-Forcing, by row name; empty
+    without that row.
 
-    Whatever is said of SCD's speed names its fusion: they differ more from each other than some from the baseline."""
+    Whatever is said of SCD's speed names its fusion: they differ more from each other than some
+    from the baseline."""
     frame_wise = {row.variant.name: sum(row.seconds) for row in rows if row.variant.chunk == 1}
     baseline = frame_wise.pop(BASELINE, None)
-    return {} if baseline is None else {name: round(baseline / seconds, 3) for name, seconds in frame_wise.items()}
+    return (
+        {}
+        if baseline is None
+        else {name: round(baseline / seconds, 3) for name, seconds in frame_wise.items()}
+    )
 
 
 def main() -> None:
@@ -192,13 +214,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON, one entry per row")
     parser.add_argument("--frames", type=int, default=3, help="latent frames; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=1, help="clips of every model")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is slow without AVX-512 bf16")
-    parser.add_argument("--only", default="", help="comma-separated beginnings of row names; empty: all")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="bf16 is slow without AVX-512 bf16",
+    )
+    parser.add_argument(
+        "--only", default="", help="comma-separated beginnings of row names; empty: all"
+    )
     parser.add_argument("--repeats", type=int, default=2, help="of every call that makes the floor")
     args = parser.parse_args()
     keep_freed_memory()
     cfg, encoder, decoder = WanConfig(), tuple(range(25)), (*range(5), *range(25, 30))
-    wanted = [v for v in VARIANTS if not args.only or v.name.startswith(tuple(args.only.split(",")))]
+    wanted = [
+        v for v in VARIANTS if not args.only or v.name.startswith(tuple(args.only.split(",")))
+    ]
     wan = random_wan(cfg, dtype_of(args.dtype))
     scd, about = transplanted(wan, decoder, encoder)
     print(json.dumps(about), flush=True)

@@ -1,9 +1,11 @@
-"""What generation costs per latent frame: SCD and Self-Forcing, the two caches, compiled or not, diffusers.
+"""What generation costs per latent frame: SCD and Self-Forcing, the two caches, compiled or not,
+diffusers.
 
     python benchmarks/rollout.py --out rollout.json
 
-Wan's proportions at a quarter of its width (12 layers of 384; SCD 10 encoder + 4 decoder layers), random weights,
-4 steps, batch 1, without text encoder and VAE. All cases in one process, in interleaved rounds.
+Wan's proportions at a quarter of its width (12 layers of 384; SCD 10 encoder + 4 decoder layers),
+random weights, 4 steps, batch 1, without text encoder and VAE. All cases in one process, in
+interleaved rounds.
 """
 
 from __future__ import annotations
@@ -45,12 +47,16 @@ def student(config: ModelConfig, compiled: bool = False) -> Student:
 
 
 def prompt() -> Conditioning:
-    return Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
+    return Conditioning(
+        torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def streaming(model: Student, frames: int) -> Callable[[], Tensor]:
     """As samples are made: the history is an in-place ring."""
-    return lambda: clips_of(generate_latents(model, prompt(), [1], (frames, *LATENT), FewStepSampler()))
+    return lambda: clips_of(
+        generate_latents(model, prompt(), [1], (frames, *LATENT), FewStepSampler())
+    )
 
 
 def training(model: Student, frames: int) -> Callable[[], Tensor]:
@@ -67,9 +73,16 @@ def training(model: Student, frames: int) -> Callable[[], Tensor]:
 
 def bidirectional(frames: int) -> Callable[[], Tensor]:
     """diffusers' transformer on all frames at once, 4 steps without guidance."""
-    config = {name: value for name, value in config_json(CFG, "diffusers").items() if not name.startswith("_")}
+    config = {
+        name: value
+        for name, value in config_json(CFG, "diffusers").items()
+        if not name.startswith("_")
+    }
     model = WanTransformer3DModel(**config).eval().requires_grad_(False)
-    x, text = torch.randn(1, LATENT[0], frames, *LATENT[1:]), torch.randn(1, TEXT_TOKENS, CFG.text_dim)
+    x, text = (
+        torch.randn(1, LATENT[0], frames, *LATENT[1:]),
+        torch.randn(1, TEXT_TOKENS, CFG.text_dim),
+    )
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -85,7 +98,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per case")
     parser.add_argument("--frames", type=int, default=6, help="latent frames; a multiple of 3")
     parser.add_argument("--rounds", type=int, default=5, help="clips of every case")
-    parser.add_argument("--compiled", action="store_true", help="compiled cases too; compiling takes minutes on a CPU")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="compiled cases too; compiling takes minutes on a CPU",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -99,12 +116,20 @@ def main() -> None:
     }
     if args.compiled:
         cases["SCD, compiled"] = streaming(student(scd, compiled=True), args.frames)
-        cases["Self-Forcing frame-wise, compiled"] = streaming(student(causal, compiled=True), args.frames)
+        cases["Self-Forcing frame-wise, compiled"] = streaming(
+            student(causal, compiled=True), args.frames
+        )
     rows = in_rounds(cases, args.rounds)
     for row in rows:
         row["seconds_per_latent_frame"] = round(float(str(row["seconds"])) / args.frames, 4)
     write_json(
-        args.out, {"frames": args.frames, "threads": args.threads, "torch": str(torch.__version__), "rows": rows}
+        args.out,
+        {
+            "frames": args.frames,
+            "threads": args.threads,
+            "torch": str(torch.__version__),
+            "rows": rows,
+        },
     )
 
 

@@ -1,11 +1,13 @@
-"""What SCD-B costs at Minecraft's shapes: seconds per frame by length of history, and a training step.
+"""What SCD-B costs at Minecraft's shapes: seconds per frame by length of history, and a training
+step.
 
     python benchmarks/scratch_speed.py --out docs/results/scratch_speed.json
 
-64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row is one (steps, frames of history): the encoder's
-pass and S decoder passes of the frames after it, in turns over all rows, with the floor of their own matmuls and
-attention calls. Causal DiT-B beside it at S = 4, and at the shortest training clip; every training step in a process of
-its own, so that its memory is its own. Finished rows in --out are kept.
+64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row is one (steps, frames of
+history): the encoder's pass and S decoder passes of the frames after it, in turns over all rows,
+with the floor of their own matmuls and attention calls. Causal DiT-B beside it at S = 4, and at the
+shortest training clip; every training step in a process of its own, so that its memory is its own.
+Finished rows in --out are kept.
 """
 
 from __future__ import annotations
@@ -39,13 +41,19 @@ from scd_sf.types import Conditioning, exit_on_user_error
 
 CHANNELS, SIDE, ACTIONS = 32, 8, 3
 HISTORIES, STEPS, SAMPLES = (16, 64, 300), (4, 50), (1, 4)
-SCD = ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix_time="step"))
-CACHED = ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix="cached"))
+SCD = ScdConfig(
+    tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix_time="step")
+)
+CACHED = ScdConfig(
+    tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix="cached")
+)
 
 
 def model_of(family: str, scd: ScdConfig = SCD) -> Student:
     with torch.device("meta"):
-        model = build_student(ModelConfig(family, backbone="dit", dit=DitConfig(num_actions=ACTIONS), scd=scd))
+        model = build_student(
+            ModelConfig(family, backbone="dit", dit=DitConfig(num_actions=ACTIONS), scd=scd)
+        )
     random_weights(model, torch.bfloat16)
     return model
 
@@ -56,7 +64,8 @@ def told(frames: int) -> Conditioning:
 
 
 class Rollout:
-    """A stream whose history is full of noise; :meth:`frame` generates the next frame, always at the same place."""
+    """A stream whose history is full of noise; :meth:`frame` generates the next frame, always at
+    the same place."""
 
     def __init__(self, model: FrameStreamer, history: int, steps: int) -> None:
         self.model, self.sampler = model, Euler(steps, 1.0)
@@ -93,7 +102,12 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
 
     def run() -> None:
         loss, _ = flow_matching_loss(
-            model, x_0, told(frames), Conditioning.of_frames(1), cfg, torch.Generator().manual_seed(0)
+            model,
+            x_0,
+            told(frames),
+            Conditioning.of_frames(1),
+            cfg,
+            torch.Generator().manual_seed(0),
         )
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -109,7 +123,9 @@ def rollouts(rounds: int) -> dict[str, dict[str, float]]:
         model = model_of(family, scd)
         for count in steps:
             for history in HISTORIES:
-                frames[f"{name}, S = {count}, {history} frames of history"] = Rollout(model, history, count).frame
+                frames[f"{name}, S = {count}, {history} frames of history"] = Rollout(
+                    model, history, count
+                ).frame
     return costs(frames, rounds)
 
 
@@ -132,7 +148,10 @@ class TrainingStep:
     @property
     def name(self) -> str:
         model = "SCD-B" if self.family == "scd" else "Causal DiT-B"
-        return f"{model}, training step of {self.frames} frames, K = {self.samples}" + " in turn" * self.in_turn
+        return (
+            f"{model}, training step of {self.frames} frames, K = {self.samples}"
+            + " in turn" * self.in_turn
+        )
 
     def measured(self, threads: int) -> dict[str, float]:
         prepare(threads)
@@ -166,11 +185,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of every row")
-    parser.add_argument("--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips")
+    parser.add_argument(
+        "--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     args = parser.parse_args()
     prepare(args.threads)
-    document: dict[str, Any] = {"machine": f"{args.threads} threads, bf16", "torch": str(torch.__version__), "rows": {}}
+    document: dict[str, Any] = {
+        "machine": f"{args.threads} threads, bf16",
+        "torch": str(torch.__version__),
+        "rows": {},
+    }
     if args.out.is_file():
         document = json.loads(args.out.read_text())
     if not any("history" in name for name in document["rows"]):

@@ -1,10 +1,12 @@
-"""One process of many builds Wan 2.1 14B as a ZeRO-3 teacher: parameters, memory and seconds, without the others.
+"""One process of many builds Wan 2.1 14B as a ZeRO-3 teacher: parameters, memory and seconds,
+without the others.
 
     python benchmarks/teacher_14b.py --world 64 --out teacher_14b.json
 
-The construction of ``train/engine.py:frozen_engine`` at full size, as rank 1 of ``--world``: partitioned while it is
-built, then every parameter gathered, filled and partitioned again in the order a cluster does it. The process group is
-PyTorch's fake one, which answers every collective at once, so what is gathered means nothing and nothing is computed.
+The construction of ``train/engine.py:frozen_engine`` at full size, as rank 1 of ``--world``:
+partitioned while it is built, then every parameter gathered, filled and partitioned again in the
+order a cluster does it. The process group is PyTorch's fake one, which answers every collective at
+once, so what is gathered means nothing and nothing is computed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def never_read() -> Tensor:
 
 def build(cfg: WanConfig, world: int) -> dict[str, object]:
     """Measurements of this process, which is rank 1 of ``world``."""
-    os.environ.update(RANK="1", WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")  # as if alone on its host
+    # as if alone on its host
+    os.environ.update(RANK="1", WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     dist.init_process_group("fake", rank=1, world_size=world, store=FakeStore())
     ranks = Ranks(1, world, 1, torch.device("cpu"))
     with torch.device("meta"):
@@ -47,7 +50,8 @@ def build(cfg: WanConfig, world: int) -> dict[str, object]:
     started = time.monotonic()
     engine = frozen_engine(lambda: Wan(cfg), names, EngineConfig(dtype="bf16"), ranks)
     assert isinstance(engine.module, Wan)
-    parameters: dict[str, Any] = dict(engine.module.named_parameters())  # with ZeRO-3's own attributes
+    # with ZeRO-3's own attributes
+    parameters: dict[str, Any] = dict(engine.module.named_parameters())
     held = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
     return {
         "world": world,
@@ -64,7 +68,9 @@ def build(cfg: WanConfig, world: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--world", type=int, default=64, help="processes that share the teacher")
-    parser.add_argument("--layers", type=int, default=WAN_14B.num_layers, help="fewer for a quick look")
+    parser.add_argument(
+        "--layers", type=int, default=WAN_14B.num_layers, help="fewer for a quick look"
+    )
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
     result = build(dataclasses.replace(WAN_14B, num_layers=args.layers), args.world)

@@ -1,13 +1,14 @@
-"""What a training step costs: stage 2 by number of noisy samples and by what is recomputed, stage 3 by part.
+"""What a training step costs: stage 2 by number of noisy samples and by what is recomputed, stage 3
+by part.
 
     python benchmarks/train_step.py --out docs/results/train_step.json
 
-Wan 1.3B's layers at their real width (1536, 12 heads, FFN 8960) and few of them: SCD with 5 encoder and 2 decoder
-layers, which keeps the 25 : 10 of the whole; teacher and critic of 6 layers. Random weights, batch 1, 96 tokens a
-frame; a step is forward and backward without the optimizer. Cases take turns. Per case: median seconds and the ratio to
-the floor (every matmul and attention call made, timed alone after each round); for the cycle
-of stage 3 (``ratio`` critic updates and one of the student) the shares of rollout, critic, teacher and the student's
-backward pass.
+Wan 1.3B's layers at their real width (1536, 12 heads, FFN 8960) and few of them: SCD with 5 encoder
+and 2 decoder layers, which keeps the 25 : 10 of the whole; teacher and critic of 6 layers. Random
+weights, batch 1, 96 tokens a frame; a step is forward and backward without the optimizer. Cases
+take turns. Per case: median seconds and the ratio to the floor (every matmul and attention call
+made, timed alone after each round); for the cycle of stage 3 (``ratio`` critic updates and one of
+the student) the shares of rollout, critic, teacher and the student's backward pass.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from scd_sf.types import Conditioning, Denoiser, exit_on_user_error
 CFG = WanConfig(num_layers=6)
 SCD = ScdConfig(tuple(range(5)), DecoderConfig((0, 5)))
 LATENT, TEXT_TOKENS = (16, 16, 24), 64
-COND = Conditioning(torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0)))
+COND = Conditioning(
+    torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0))
+)
 
 
 def filled(config: ModelConfig, dtype: torch.dtype) -> Student | Wan:
@@ -88,23 +91,37 @@ class Parts:
         return {part: round(value / sum(seconds.values()), 3) for part, value in seconds.items()}
 
 
-def stage2(model: Student, x: Tensor, samples: int, *, recompute: str = "nothing") -> Callable[[], None]:
+def stage2(
+    model: Student, x: Tensor, samples: int, *, recompute: str = "nothing"
+) -> Callable[[], None]:
     """``recompute``: nothing, everything (activation checkpointing), or all but the attention."""
 
     def run() -> None:
         for trunk in model.trunks():
-            trunk.checkpointing, trunk.recompute_attention = recompute != "nothing", recompute == "everything"
-        loss, _ = flow_matching_loss(model, x, COND, COND, FlowMatchingConfig(noise_samples=samples), rng())
+            trunk.checkpointing, trunk.recompute_attention = (
+                recompute != "nothing",
+                recompute == "everything",
+            )
+        loss, _ = flow_matching_loss(
+            model, x, COND, COND, FlowMatchingConfig(noise_samples=samples), rng()
+        )
         backward(model, loss)
 
     return run
 
 
 def cycle(
-    student: Student, teacher: Wan, critic: Wan, x: Tensor, parts: Parts, *, ratio: int, shared: bool
+    student: Student,
+    teacher: Wan,
+    critic: Wan,
+    x: Tensor,
+    parts: Parts,
+    *,
+    ratio: int,
+    shared: bool,
 ) -> Callable[[], None]:
-    """``ratio`` critic updates and one of the student, exit step 3 of 4. ``shared``: the critic learns from the
-    student's rollout (``critic_data: student``) instead of rollouts of its own."""
+    """``ratio`` critic updates and one of the student, exit step 3 of 4. ``shared``: the critic
+    learns from the student's rollout (``critic_data: student``) instead of rollouts of its own."""
     cfg = DmdConfig()
 
     def self_rollout() -> Tensor:
@@ -136,7 +153,8 @@ def cycle(
 
 
 def judged(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
-    """The guided teacher on one clip: both branches in one batch, as ``dmd_loss`` calls it, or one after the other."""
+    """The guided teacher on one clip: both branches in one batch, as ``dmd_loss`` calls it, or one
+    after the other."""
     t = torch.full((1,), 0.7)
 
     @torch.no_grad()
@@ -149,16 +167,24 @@ def judged(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
     return run
 
 
-def cases(dtype: torch.dtype, frames: int, ratio: int) -> tuple[dict[str, Callable[[], None]], dict[str, Parts]]:
+def cases(
+    dtype: torch.dtype, frames: int, ratio: int
+) -> tuple[dict[str, Callable[[], None]], dict[str, Parts]]:
     """Steps by name, and the parts of those that have some."""
     x = torch.randn(1, frames, *LATENT, generator=rng())
-    scd, causal = filled(ModelConfig(wan=CFG, scd=SCD), dtype), filled(ModelConfig("causal", wan=CFG), dtype)
+    scd, causal = (
+        filled(ModelConfig(wan=CFG, scd=SCD), dtype),
+        filled(ModelConfig("causal", wan=CFG), dtype),
+    )
     teacher, critic = (filled(ModelConfig("wan", wan=CFG), dtype) for _ in range(2))
     assert not isinstance(scd, Wan) and not isinstance(causal, Wan)
     assert isinstance(teacher, Wan) and isinstance(critic, Wan)
     teacher.requires_grad_(False)
     steps = {f"stage 2, SCD, K = {k}": stage2(scd, x, k) for k in (1, 2, 4)}
-    for kept, recompute in (("everything recomputed", "everything"), ("attention kept", "all but attention")):
+    for kept, recompute in (
+        ("everything recomputed", "everything"),
+        ("attention kept", "all but attention"),
+    ):
         steps[f"stage 2, SCD, K = 2, {kept}"] = stage2(scd, x, 2, recompute=recompute)
     steps["stage 2, causal, K = 1"] = stage2(causal, x, 1)
     parts = {}
@@ -167,7 +193,9 @@ def cases(dtype: torch.dtype, frames: int, ratio: int) -> tuple[dict[str, Callab
         parts[name] = Parts()
         steps[name] = cycle(scd, teacher, critic, x, parts[name], ratio=ratio, shared=shared)
     for together in (True, False):
-        steps[f"guided teacher, {'one batch' if together else 'two calls'}"] = judged(teacher, x, together=together)
+        steps[f"guided teacher, {'one batch' if together else 'two calls'}"] = judged(
+            teacher, x, together=together
+        )
     return steps, parts
 
 
@@ -178,7 +206,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="steps of every case")
     parser.add_argument("--ratio", type=int, default=5, help="critic updates per student update")
     parser.add_argument("--only", default="", help="cases with this in their names")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16 is slow without AVX-512 bf16")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="bf16 is slow without AVX-512 bf16",
+    )
     args = parser.parse_args()
     keep_freed_memory()
     steps, parts = cases(dtype_of(args.dtype), args.frames, args.ratio)
@@ -195,7 +228,8 @@ def main() -> None:
         "torch": str(torch.__version__),
         "frames": args.frames,
         "rounds": args.rounds,
-        "peak_rss_gib": round(peak_gib(), 2),  # of the whole process: what is freed is kept for the next case
+        # of the whole process: what is freed is kept for the next case
+        "peak_rss_gib": round(peak_gib(), 2),
     }
     write_json(args.out, {**settings, "rows": rows})
 

@@ -1,16 +1,19 @@
-"""The prompt filter at VidProM's size: wall seconds and peak memory of the whole process, its workers included.
+"""The prompt filter at VidProM's size: wall seconds and peak memory of the whole process, its
+workers included.
 
     python benchmarks/vidprom.py --work /scratch/vidprom --out docs/results/data.json
 
-writes ``<work>/prompts.csv`` (once) and runs ``data_prep/filter_vidprom.py`` on it as a user would. **The rows are
-modelled, not VidProM's**: its columns, quoting, time format and size (1.67 M rows, about 450 MB) are real; the prompts
-are random English words, and what is assumed of them is written down in ``SHARES`` and ``scores``: prompts of 4 to 120
-words (median 19), a third with Pika flags, some in other languages, some that equal or nearly equal an earlier one,
-Detoxify scores mostly below 0.01. So the seconds say something about VidProM, the numbers of kept rows nothing.
+writes ``<work>/prompts.csv`` (once) and runs ``data_prep/filter_vidprom.py`` on it as a user would.
+**The rows are modelled, not VidProM's**: its columns, quoting, time format and size (1.67 M rows,
+about 450 MB) are real; the prompts are random English words, and what is assumed of them is written
+down in ``SHARES`` and ``scores``: prompts of 4 to 120 words (median 19), a third with Pika flags,
+some in other languages, some that equal or nearly equal an earlier one, Detoxify scores mostly
+below 0.01. So the seconds say something about VidProM, the numbers of kept rows nothing.
 
-CPU seconds tell what it would take with the cores to itself (on shared ones the wall clock tells about the others).
-Memory is the sum over the processes of their proportional set sizes (shared pages are counted once), read every 0.2 s;
-the sum of resident sizes, which counts shared pages once per process, is printed beside it.
+CPU seconds tell what it would take with the cores to itself (on shared ones the wall clock tells
+about the others). Memory is the sum over the processes of their proportional set sizes (shared
+pages are counted once), read every 0.2 s; the sum of resident sizes, which counts shared pages once
+per process, is printed beside it.
 """
 
 from __future__ import annotations
@@ -36,8 +39,25 @@ from scd_sf.files import new_file, read_json, write_json
 from scd_sf.types import exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ["uuid", "prompt", "time", "toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit"]
-SHARES = {"foreign": 0.05, "repeated": 0.06, "nearly repeated": 0.12, "no letters": 0.01, "short": 0.03, "flags": 0.33}
+COLUMNS = [
+    "uuid",
+    "prompt",
+    "time",
+    "toxicity",
+    "obscene",
+    "identity_attack",
+    "insult",
+    "threat",
+    "sexual_explicit",
+]
+SHARES = {
+    "foreign": 0.05,
+    "repeated": 0.06,
+    "nearly repeated": 0.12,
+    "no letters": 0.01,
+    "short": 0.03,
+    "flags": 0.33,
+}
 SHARES |= {"line break": 0.03, "quotes": 0.05, "url": 0.01, "accents": 0.02}
 VOCABULARY = """a an the of in on with under over near behind through across around between beside above city forest cat
 dog robot dragon running flying cinematic slow motion camera zoom light sunset realistic detailed woman man walking
@@ -69,7 +89,15 @@ FOREIGN = [
     "красивая девушка идет по улице ночного города под дождем и смотрит на яркие огни витрин",
     "一个女孩在雨中的街道上行走 电影质感 夕阳下的城市 一只猫在窗边看着下雨的街道 慢镜头",
 ]
-FLAGS = ["-gs 16", "-motion 2", "-camera zoom in", "-ar 16:9", "-fps 24", "-seed 123456", "-neg blurry, low quality"]
+FLAGS = [
+    "-gs 16",
+    "-motion 2",
+    "-camera zoom in",
+    "-ar 16:9",
+    "-fps 24",
+    "-seed 123456",
+    "-neg blurry, low quality",
+]
 BEGAN = datetime(2023, 7, 1)
 
 
@@ -105,7 +133,9 @@ def prompt(rng: random.Random, earlier: list[str]) -> str:
     elif kind == "no letters":
         text = " ".join(str(rng.randrange(10**6)) for _ in range(5))
     else:
-        text = " ".join(rng.choices(ENGLISH, k=rng.randint(1, 2))) if kind == "short" else english(rng)
+        text = (
+            " ".join(rng.choices(ENGLISH, k=rng.randint(1, 2))) if kind == "short" else english(rng)
+        )
         if len(earlier) < 200_000:
             earlier.append(text)
         else:
@@ -129,7 +159,8 @@ def dressed(text: str, rng: random.Random) -> str:
 
 
 def scores(rng: random.Random) -> list[str]:
-    """Six Detoxify scores: 4 % of rows have one above 0.05, 1.3 % above 0.2, 0.5 % above 0.5; the others are tiny."""
+    """Six Detoxify scores: 4 % of rows have one above 0.05, 1.3 % above 0.2, 0.5 % above 0.5; the
+    others are tiny."""
     values = [10 ** rng.uniform(-4.5, -2.2) for _ in range(6)]
     dice = rng.random()
     if dice < 0.04:
@@ -151,7 +182,8 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds, peak proportional and resident GiB of a command and its children. Fails if it fails."""
+    """Wall and CPU seconds, peak proportional and resident GiB of a command and its children. Fails
+    if it fails."""
     began, used = time.monotonic(), dict[psutil.Process, float]()
     peak = resident = 0.0
     process = psutil.Popen(command, cwd=ROOT)
@@ -172,8 +204,15 @@ def measure(command: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the rows (450 MB) and the result (400 MB)")
-    parser.add_argument("--out", type=Path, help="JSON file whose vidprom figures are set, the others kept")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="folder for the rows (450 MB) and the result (400 MB)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file whose vidprom figures are set, the others kept"
+    )
     parser.add_argument("--rows", type=int, default=1_672_243, help="prompts that are made")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     args = parser.parse_args()
@@ -184,7 +223,9 @@ def main() -> None:
     shutil.rmtree(result, ignore_errors=True)
     load = os.getloadavg()[0]
     script = str(ROOT / "data_prep" / "filter_vidprom.py")
-    cost = measure([sys.executable, script, f"inputs=[{rows.resolve()}]", f"out={result.resolve()}"])
+    cost = measure(
+        [sys.executable, script, f"inputs=[{rows.resolve()}]", f"out={result.resolve()}"]
+    )
     report = read_json(result / "report.json", "run again")
     found = {
         "vidprom_seconds": round(cost["wall"], 1),

@@ -1,17 +1,20 @@
 """Encode captioned clips into training data: VAE latents and text states, one directory per split.
 
-    python data_prep/encode_latents.py --clips data/doom --model models/teacher --out data/doom_latents
+    python data_prep/encode_latents.py --clips data/doom --model models/teacher --out
+    data/doom_latents
 
-reads a clip directory (``scd_sf.data.clips.ClipSet``), the VAE (``vae/``) and the text encoder (``text_encoder/`` +
-``tokenizer/``, or ``text_encoder.json``) of a model directory in diffusers layout, or the same from Wan's original
-files, and writes ``<out>/<split>`` (read with ``scd_sf.data.latents.LatentClips``). An interrupted run goes on where it
-stopped; a finished one does nothing; other clips, another VAE or another text encoder than the directory was begun with
-is an error.
+reads a clip directory (``scd_sf.data.clips.ClipSet``), the VAE (``vae/``) and the text encoder
+(``text_encoder/`` + ``tokenizer/``, or ``text_encoder.json``) of a model directory in diffusers
+layout, or the same from Wan's original files, and writes ``<out>/<split>`` (read with
+``scd_sf.data.latents.LatentClips``). An interrupted run goes on where it stopped; a finished one
+does nothing; other clips, another VAE or another text encoder than the directory was begun with is
+an error.
 
-Your own videos: put them under one directory with a file of JSON lines ``{"file": "a.mp4", "caption": "..."}``
-(optional: ``held_out_caption``, ``split``, ``place``, ``motion``) and add ``--captions FILE``. All must have the same
-size and, at ``--fps``, 1 + 4*k frames: they are resampled to that rate by their timestamps and turned
-upright. This writes ``manifest.json`` and ``clips.jsonl`` beside the videos, then encodes as above.
+Your own videos: put them under one directory with a file of JSON lines ``{"file": "a.mp4",
+"caption": "..."}`` (optional: ``held_out_caption``, ``split``, ``place``, ``motion``) and add
+``--captions FILE``. All must have the same size and, at ``--fps``, 1 + 4*k frames: they are
+resampled to that rate by their timestamps and turned upright. This writes ``manifest.json`` and
+``clips.jsonl`` beside the videos, then encodes as above.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import UserError, device_of, exit_on_user_error, say
 
 CAPTIONS = 'write one {"file": ..., "caption": ...} per line'
-KEEP = "nothing of others is overwritten: move it away, or put the videos into a folder of their own"
+KEEP = (
+    "nothing of others is overwritten: move it away, or put the videos into a folder of their own"
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,11 @@ class Caption:
 
 
 def index_folder(root: Path, captions: Path, fps: int) -> None:
-    """Make a folder of videos a clip directory: write ``clips.jsonl`` and ``manifest.json`` beside them.
+    """Make a folder of videos a clip directory: write ``clips.jsonl`` and ``manifest.json`` beside
+    them.
 
-    UserError, before a video is read, where these names are taken by files that this command has not written.
+    UserError, before a video is read, where these names are taken by files that this command has
+    not written.
     """
     rows = read_captions(captions)
     index, manifest = root / "clips.jsonl", root / "manifest.json"
@@ -82,12 +89,20 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
     if not same and (index.exists() or (old is not None and not old.get("captioned"))):
         own = old is not None and old.get("captioned")
         remedy = "delete it and manifest.json to index the folder again" if own else KEEP
-        raise UserError(f"{index}: exists with other contents (clips, captions or --fps differ); {remedy}")
-    write_clips(root, clips, {"frames": frames, "height": height, "width": width, "fps": fps}, {"captioned": True})
+        raise UserError(
+            f"{index}: exists with other contents (clips, captions or --fps differ); {remedy}"
+        )
+    write_clips(
+        root,
+        clips,
+        {"frames": frames, "height": height, "width": width, "fps": fps},
+        {"captioned": True},
+    )
 
 
 def read_captions(captions: Path) -> list[tuple[int, Caption]]:
-    """The lines with their numbers. UserError names the line: unknown or missing fields, a file listed twice."""
+    """The lines with their numbers. UserError names the line: unknown or missing fields, a file
+    listed twice."""
     known, rows, seen = {entry.name for entry in fields(Caption)}, [], set[str]()
     for number, line in enumerate(lines_of(read_text(captions, CAPTIONS)), 1):
         if not line.strip():
@@ -97,11 +112,15 @@ def read_captions(captions: Path) -> list[tuple[int, Caption]]:
         if not isinstance(row, dict):
             raise UserError(f"{where}: not a JSON object; {CAPTIONS}")
         if unknown := sorted(set(row) - known):
-            raise UserError(f"{where}: unknown field '{unknown[0]}'; it knows {', '.join(sorted(known))}")
+            raise UserError(
+                f"{where}: unknown field '{unknown[0]}'; it knows {', '.join(sorted(known))}"
+            )
         caption = typed(row, Caption, where, CAPTIONS)
         for name in ("file", "caption", "split"):
             if not str(row.get(name, name)).strip():
-                raise UserError(f"{where}: '{name}' must be a text that is not empty; correct the line")
+                raise UserError(
+                    f"{where}: '{name}' must be a text that is not empty; correct the line"
+                )
         if caption.file in seen:
             raise UserError(f"{where}: 'file' {caption.file} is listed twice; list every clip once")
         seen.add(caption.file)
@@ -133,7 +152,11 @@ def plan(clips: ClipSet) -> tuple[list[Prompt], list[LatentClip]]:
     """The different prompts (training ones first) and, for each clip, which are its own."""
     tags = [{k: v for k, v in (("place", c.place), ("motion", c.motion)) if v} for c in clips.clips]
     wanted = [(clip.caption, False, tag) for clip, tag in zip(clips.clips, tags, strict=True)]
-    wanted += [(c.held_out_caption, True, tag) for c, tag in zip(clips.clips, tags, strict=True) if c.held_out_caption]
+    wanted += [
+        (c.held_out_caption, True, tag)
+        for c, tag in zip(clips.clips, tags, strict=True)
+        if c.held_out_caption
+    ]
     prompts: list[Prompt] = []
     numbers: dict[tuple[str, bool, tuple[str, ...]], int] = {}
     for text, held_out, tag in wanted:
@@ -146,8 +169,14 @@ def plan(clips: ClipSet) -> tuple[list[Prompt], list[LatentClip]]:
         raise UserError(f"{index}: held-out caption {min(both)!r} is a training caption; change it")
     rows = []
     for clip, tag in zip(clips.clips, tags, strict=True):
-        held = numbers[clip.held_out_caption, True, tuple(tag.values())] if clip.held_out_caption else None
-        rows.append(LatentClip(clip.id, numbers[clip.caption, False, tuple(tag.values())], held, tag))
+        held = (
+            numbers[clip.held_out_caption, True, tuple(tag.values())]
+            if clip.held_out_caption
+            else None
+        )
+        rows.append(
+            LatentClip(clip.id, numbers[clip.caption, False, tuple(tag.values())], held, tag)
+        )
     return prompts, rows
 
 
@@ -201,7 +230,9 @@ def encode_split(job: Job, split: str) -> None:
     clips = ClipSet(job.clips, split)
     out = safe_path(job.out, split, "split")
     if out == job.out:
-        raise UserError(f"{job.clips / 'clips.jsonl'}: split is {split!r}, which is no name of a folder; rename it")
+        raise UserError(
+            f"{job.clips / 'clips.jsonl'}: split is {split!r}, which is no name of a folder; rename it"
+        )
     with locked(out, "encode_latents"):
         _encode_split(job, clips, split, out)
 
@@ -234,21 +265,42 @@ def _encode_split(job: Job, clips: ClipSet, split: str, out: Path) -> None:
 
 
 def main(
-    clips: Annotated[Path, typer.Option(help="Clip directory (ClipSet), or a folder of videos with --captions.")],
-    model: Annotated[Path, typer.Option(help="Model directory with VAE and text encoder: diffusers' layout or Wan's.")],
-    out: Annotated[Path, typer.Option(help="Output; every split gets a directory of its own in it.")],
-    split: Annotated[list[str] | None, typer.Option(help="Only these splits (repeatable). Default: all.")] = None,
+    clips: Annotated[
+        Path, typer.Option(help="Clip directory (ClipSet), or a folder of videos with --captions.")
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(help="Model directory with VAE and text encoder: diffusers' layout or Wan's."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Output; every split gets a directory of its own in it.")
+    ],
+    split: Annotated[
+        list[str] | None, typer.Option(help="Only these splits (repeatable). Default: all.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Clips per VAE call.")] = 8,
-    captions: Annotated[Path | None, typer.Option(help="JSON lines (file, caption): index --clips first.")] = None,
-    fps: Annotated[int, typer.Option(help="Frames per second your videos are resampled to (with --captions).")] = 16,
+    captions: Annotated[
+        Path | None, typer.Option(help="JSON lines (file, caption): index --clips first.")
+    ] = None,
+    fps: Annotated[
+        int, typer.Option(help="Frames per second your videos are resampled to (with --captions).")
+    ] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     text_cache: Annotated[
-        str, typer.Option(help="Folder that also keeps every encoded prompt, for other runs; '' is the user's cache.")
+        str,
+        typer.Option(
+            help="Folder that also keeps every encoded prompt, for other runs; '' is the user's cache."
+        ),
     ] = OFF,
     negative_prompt: Annotated[
-        str, typer.Option(help="What stage 3's teacher is guided away from: 'wan' is Wan's own, '' the empty prompt.")
+        str,
+        typer.Option(
+            help="What stage 3's teacher is guided away from: 'wan' is Wan's own, '' the empty prompt."
+        ),
     ] = "wan",
-    text_dtype: Annotated[str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")] = "float32",
+    text_dtype: Annotated[
+        str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")
+    ] = "float32",
     store_text: Annotated[str, typer.Option(help="Storage type of the text states.")] = "float16",
     store_latents: Annotated[str, typer.Option(help="Storage type of the latents.")] = "float16",
 ) -> None:
@@ -256,7 +308,9 @@ def main(
     types = {"text_dtype": text_dtype, "store_text": store_text, "store_latents": store_latents}
     for name, value in types.items():
         if value not in LONG_DTYPES:
-            raise UserError(f"--{name.replace('_', '-')}: '{value}' is unknown; use one of {', '.join(LONG_DTYPES)}")
+            raise UserError(
+                f"--{name.replace('_', '-')}: '{value}' is unknown; use one of {', '.join(LONG_DTYPES)}"
+            )
     if batch < 1 or fps < 1:
         raise UserError(f"--batch is {batch} and --fps {fps}; both must be at least 1")
     device = str(device_of(device))

@@ -1,19 +1,23 @@
-"""A real, learnable stand-in for TECO-Minecraft: walks through ViZDoom's mazes with an action per frame.
+"""A real, learnable stand-in for TECO-Minecraft: walks through ViZDoom's mazes with an action per
+frame.
 
     python data_prep/make_doom_actions.py data/doom_actions --train 160 --test 32
 
-writes TECO's own layout, ``{train,test}/<scenario>/NNNNN.mp4`` and ``.npz`` with int64 ``actions`` (F,), and
-``manifest.json``. ``actions[f]`` is what led from frame f-1 to frame f: 0 turn left, 1 turn right, 2 move forward
-(``actions[0]`` is the last of some actions before the clip). A clip is a function of (seed, scenario, split, number).
-An interrupted run goes on where it stopped; a clip is done when its .npz, written last, is there.
+writes TECO's own layout, ``{train,test}/<scenario>/NNNNN.mp4`` and ``.npz`` with int64 ``actions``
+(F,), and ``manifest.json``. ``actions[f]`` is what led from frame f-1 to frame f: 0 turn left, 1
+turn right, 2 move forward (``actions[0]`` is the last of some actions before the clip). A clip is a
+function of (seed, scenario, split, number). An interrupted run goes on where it stopped; a clip is
+done when its .npz, written last, is there.
 
-The world: maps of ViZDoom's own without monsters, rendered 320x240 without HUD and weapon, the middle square filtered
-to --size; 2 tics of the game (35 a second) per frame. A turn is 10 degrees per frame; who walks gathers speed and
-slides on for some frames when he turns. Walks are straight spans with short turns between. Walls are known from the map
-(never from the picture): near one the walker turns to a side where the way is free. A walk that ends early, is stuck
-or never leaves its room is drawn again.
+The world: maps of ViZDoom's own without monsters, rendered 320x240 without HUD and weapon, the
+middle square filtered to --size; 2 tics of the game (35 a second) per frame. A turn is 10 degrees
+per frame; who walks gathers speed and slides on for some frames when he turns. Walks are straight
+spans with short turns between. Walls are known from the map (never from the picture): near one the
+walker turns to a side where the way is free. A walk that ends early, is stuck or never leaves its
+room is drawn again.
 
-Licences: as in ``make_doom_clips.py`` (nothing of the game is part of this repository); the manifest names them.
+Licences: as in ``make_doom_clips.py`` (nothing of the game is part of this repository); the
+manifest names them.
 """
 
 from __future__ import annotations
@@ -39,15 +43,19 @@ from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
 from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
-SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")  # places to walk in, by their maps' names
+# places to walk in, by their maps' names
+SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")
 SPLITS, ACTIONS = ("train", "test"), ("turn_left", "turn_right", "move_forward")
 LEFT, RIGHT, FORWARD = range(3)
 FPS, TICS, TURN_DEGREES, CRF, CHUNK, MAX_TRIES = 20, 2, 10.0, 12, 4, 50
 WIDTH, HEIGHT = 320, 240
-SPAWN_TICS, WARM_UP = 12, 8  # tics: a new player cannot turn for 7; frames: the walk is under way when the clip starts
+# tics: a new player cannot turn for 7; frames: the walk is under way when the clip starts
+SPAWN_TICS, WARM_UP = 12, 8
 STRAIGHT, TURN = (5, 20), (1, 5)  # frames of a span, at least and at most
-RADIUS, NEAR, FREE = 17.0, 64.0, 144.0  # map units: the walker's, turn away from walls this near, until this free
-LEAST_SPEED, MOST_STUCK = 2.0, 0.1  # a frame of walking slower than this (units) is stuck; reject clips with more
+# map units: the walker's, turn away from walls this near, until this free
+RADIUS, NEAR, FREE = 17.0, 64.0, 144.0
+# a frame of walking slower than this (units) is stuck; reject clips with more
+LEAST_SPEED, MOST_STUCK = 2.0, 0.1
 LEAST_EXTENT = 200.0  # reject clips that stay inside a square of so many units: a room has 160
 
 
@@ -78,8 +86,12 @@ class Request:
     def chunks(self) -> list[Chunk]:
         """All work."""
         return [
-            Chunk(self.seed, self.frames, self.size, scenario, split, first, min(first + CHUNK, count))
-            for scenario, (split, count) in product(self.scenarios, (("train", self.train), ("test", self.test)))
+            Chunk(
+                self.seed, self.frames, self.size, scenario, split, first, min(first + CHUNK, count)
+            )
+            for scenario, (split, count) in product(
+                self.scenarios, (("train", self.train), ("test", self.test))
+            )
             for first in range(0, count, CHUNK)
         ]
 
@@ -92,20 +104,35 @@ def clip_path(root: Path, chunk: Chunk, number: int) -> Path:
 def todo(root: Path, chunk: Chunk) -> list[int]:
     """The numbers of the chunk's clips that are not on disk yet."""
     paths = {number: clip_path(root, chunk, number) for number in range(chunk.first, chunk.end)}
-    return [number for number, path in paths.items() if not (path.is_file() and path.with_suffix(".npz").is_file())]
+    return [
+        number
+        for number, path in paths.items()
+        if not (path.is_file() and path.with_suffix(".npz").is_file())
+    ]
 
 
 def make_game(scenario: str) -> vizdoom.DoomGame:
-    """A headless game on the scenario's map; buttons: turn by degrees (positive right), move forward."""
+    """A headless game on the scenario's map; buttons: turn by degrees (positive right), move
+    forward."""
     game = vizdoom.DoomGame()
     game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, scenario + ".wad"))
-    game.set_doom_config_path(os.devnull)  # else the engine leaves _vizdoom.ini in the working directory, and reads it
+    # else the engine leaves _vizdoom.ini in the working directory, and reads it
+    game.set_doom_config_path(os.devnull)
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-    for show in (game.set_render_hud, game.set_render_weapon, game.set_render_crosshair, game.set_render_decals):
+    for show in (
+        game.set_render_hud,
+        game.set_render_weapon,
+        game.set_render_crosshair,
+        game.set_render_decals,
+    ):
         show(False)
-    for show in (game.set_render_particles, game.set_render_effects_sprites, game.set_render_screen_flashes):
+    for show in (
+        game.set_render_particles,
+        game.set_render_effects_sprites,
+        game.set_render_screen_flashes,
+    ):
         show(False)
     game.set_available_buttons([vizdoom.Button.TURN_LEFT_RIGHT_DELTA, vizdoom.Button.MOVE_FORWARD])
     known = vizdoom.GameVariable
@@ -120,12 +147,17 @@ def make_game(scenario: str) -> vizdoom.DoomGame:
 
 def walls(game: vizdoom.DoomGame) -> np.ndarray:
     """(N, 4) x1 y1 x2 y2 of the map's lines that nobody can cross."""
-    lines = [line for sector in game.get_state().sectors for line in sector.lines if line.is_blocking]
+    lines = [
+        line for sector in game.get_state().sectors for line in sector.lines if line.is_blocking
+    ]
     return np.asarray(sorted({(line.x1, line.y1, line.x2, line.y2) for line in lines}))
 
 
-def distances(walls_N4: np.ndarray, x: float, y: float, degrees: np.ndarray, aside: np.ndarray) -> np.ndarray:
-    """How far rays go before a wall, in map units. Rays start ``aside`` units to the left of (x, y), all (R,)."""
+def distances(
+    walls_N4: np.ndarray, x: float, y: float, degrees: np.ndarray, aside: np.ndarray
+) -> np.ndarray:
+    """How far rays go before a wall, in map units. Rays start ``aside`` units to the left of (x,
+    y), all (R,)."""
     angle = np.radians(degrees)[:, None]
     forth_x, forth_y = np.cos(angle), np.sin(angle)
     start_x, start_y = x - aside[:, None] * forth_y, y + aside[:, None] * forth_x
@@ -140,21 +172,26 @@ def distances(walls_N4: np.ndarray, x: float, y: float, degrees: np.ndarray, asi
 
 
 class Walker:
-    """Chooses the next action from where it stands; ``stuck`` counts frames of walking that led nowhere."""
+    """Chooses the next action from where it stands; ``stuck`` counts frames of walking that led
+    nowhere."""
 
     def __init__(self, walls_N4: np.ndarray, rng: np.random.Generator) -> None:
         self.walls, self.rng = walls_N4, rng
-        self.action, self.left = FORWARD, int(rng.integers(*STRAIGHT))  # held for so many frames more
+        # held for so many frames more
+        self.action, self.left = FORWARD, int(rng.integers(*STRAIGHT))
         self.stuck = 0
 
     def free(self, x: float, y: float, headings: np.ndarray) -> np.ndarray:
-        """How far the walker, as wide as it is, could go along each heading (degrees, anticlockwise)."""
+        """How far the walker, as wide as it is, could go along each heading (degrees,
+        anticlockwise)."""
         aside = np.tile([-RADIUS, 0.0, RADIUS], len(headings))
         return distances(self.walls, x, y, np.repeat(headings, 3), aside).reshape(-1, 3).min(axis=1)
 
     def next(self, x: float, y: float, heading: float, moved: float) -> int:
         """The action for the next frame; ``moved``: units in the last frame."""
-        blocked = self.action == FORWARD and (moved < LEAST_SPEED or self.free(x, y, np.array([heading]))[0] < NEAR)
+        blocked = self.action == FORWARD and (
+            moved < LEAST_SPEED or self.free(x, y, np.array([heading]))[0] < NEAR
+        )
         self.stuck += self.action == FORWARD and moved < LEAST_SPEED
         if blocked:
             self._turn_away(x, y, heading)
@@ -174,17 +211,24 @@ class Walker:
         self.left = steps
 
     def _turn_away(self, x: float, y: float, heading: float) -> None:
-        """Turn to one of the nearer headings where the way is free; to the freest where it is nowhere."""
+        """Turn to one of the nearer headings where the way is free; to the freest where it is
+        nowhere."""
         turns = np.arange(1, int(180 / TURN_DEGREES) + 1)
         both = np.concatenate([turns, -turns])  # left is positive
         free = self.free(x, y, heading + TURN_DEGREES * both)
         wide = both[free >= FREE]
-        near = wide[np.abs(wide) <= np.abs(wide).min() + TURN[1]] if len(wide) else both[[free.argmax()]]
+        near = (
+            wide[np.abs(wide) <= np.abs(wide).min() + TURN[1]]
+            if len(wide)
+            else both[[free.argmax()]]
+        )
         chosen = int(self.rng.choice(near))
         self.action, self.left = LEFT if chosen > 0 else RIGHT, abs(chosen)
 
 
-def film(game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | str:
+def film(
+    game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray] | str:
     """One try at a clip: uint8 (F, size, size, 3) and its actions (F,), or why it was rejected."""
     game.set_seed(int(rng.integers(2**31)))
     game.new_episode()
@@ -207,7 +251,11 @@ def film(game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator) -> tupl
         if frame >= 0:
             square = ((WIDTH - HEIGHT) // 2, 0, (WIDTH + HEIGHT) // 2, HEIGHT)
             picture = Image.fromarray(state.screen_buffer)
-            pictures.append(np.asarray(picture.resize((chunk.size, chunk.size), Image.Resampling.BOX, box=square)))
+            pictures.append(
+                np.asarray(
+                    picture.resize((chunk.size, chunk.size), Image.Resampling.BOX, box=square)
+                )
+            )
             actions.append(action)
     if walker.stuck > MOST_STUCK * chunk.frames:
         return "stuck"
@@ -227,7 +275,9 @@ def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> 
             continue
         pictures, actions = made
         path = clip_path(root, chunk, number)
-        write_video(path, torch.from_numpy(pictures).permute(0, 3, 1, 2), FPS, crf=CRF, chroma="yuv444p")
+        write_video(
+            path, torch.from_numpy(pictures).permute(0, 3, 1, 2), FPS, crf=CRF, chroma="yuv444p"
+        )
         with new_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
             np.savez(file, actions=actions)
         return
@@ -256,8 +306,12 @@ def run_chunk(chunk: Chunk, root: Path) -> None:
 
 def finish(root: Path, request: Request) -> str:
     """Write ``manifest.json`` (last). Returns a summary."""
-    paths = [clip_path(root, c, number) for c in request.chunks() for number in range(c.first, c.end)]
-    files = sorted(str(p.relative_to(root)) for path in paths for p in (path, path.with_suffix(".npz")))
+    paths = [
+        clip_path(root, c, number) for c in request.chunks() for number in range(c.first, c.end)
+    ]
+    files = sorted(
+        str(p.relative_to(root)) for path in paths for p in (path, path.with_suffix(".npz"))
+    )
     size = sum((root / file).stat().st_size for file in files)
     manifest = {
         "request": asdict(request),
@@ -265,7 +319,12 @@ def finish(root: Path, request: Request) -> str:
         "fps": FPS,
         "tics_per_frame": TICS,
         "degrees_per_turn": TURN_DEGREES,
-        "video": {"codec": "h264", "crf": CRF, "pixels": "yuv444p", "rendered": f"{WIDTH}x{HEIGHT}, middle square"},
+        "video": {
+            "codec": "h264",
+            "crf": CRF,
+            "pixels": "yuv444p",
+            "rendered": f"{WIDTH}x{HEIGHT}, middle square",
+        },
         "bytes": size,
         "hash": hash_json({file: sha256_file(root / file) for file in files}),
         "sources": sources(),
@@ -281,7 +340,9 @@ def main(
     test: Annotated[int, typer.Option(help="Test clips per scenario.")] = 256,
     frames: Annotated[int, typer.Option(help="Frames per clip.")] = 300,
     size: Annotated[int, typer.Option(help="Pixels along a side, even.")] = 128,
-    scenario: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SCENARIOS)}.")] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SCENARIOS)}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides everything but the number of workers.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
@@ -293,13 +354,17 @@ def main(
     if train + test == 0:
         raise UserError("--train/--test: both are 0; ask for at least one clip")
     if size % 2 or size > HEIGHT:
-        raise UserError(f"--size: {size} is odd or more than {HEIGHT}; use an even size up to {HEIGHT}")
+        raise UserError(
+            f"--size: {size} is odd or more than {HEIGHT}; use an even size up to {HEIGHT}"
+        )
     scenarios = tuple(dict.fromkeys(scenario or SCENARIOS[:1]))
     if unknown := [name for name in scenarios if name not in SCENARIOS]:
         raise UserError(f"--scenario: '{unknown[0]}' is unknown; use one of {', '.join(SCENARIOS)}")
     root, request = out.resolve(), Request(seed, frames, size, scenarios, train, test)
     with locked(root, "make_doom_actions"):
-        if begin(root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]):
+        if begin(
+            root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]
+        ):
             say(f"{root}: already complete")
         else:
             make(root, request, workers)

@@ -1,20 +1,24 @@
-"""Make the demo's world: captioned 64x64 clips of one camera motion each, rendered without a screen by ViZDoom.
+"""Make the demo's world: captioned 64x64 clips of one camera motion each, rendered without a screen
+by ViZDoom.
 
     python data_prep/make_doom_clips.py data/doom --train 200 --val 16
 
-writes ``clips/<split>/<id>.mp4``, ``clips.jsonl`` and ``manifest.json`` (read them with ``scd_sf.data.clips.ClipSet``).
---train and --val count clips per motion and place. A clip is a function of (seed, split, place, motion, number), but
-for single frames a few grey levels apart on a busy machine. An interrupted run goes on where it stopped.
+writes ``clips/<split>/<id>.mp4``, ``clips.jsonl`` and ``manifest.json`` (read them with
+``scd_sf.data.clips.ClipSet``). --train and --val count clips per motion and place. A clip is a
+function of (seed, split, place, motion, number), but for single frames a few grey levels apart on a
+busy machine. An interrupted run goes on where it stopped.
 
-The world: three of ViZDoom's own scenario maps without monsters, rendered 160x120 at 35 Hz and box-filtered to 64x64,
-no HUD, weapon, crosshair, decals, particles or view bob. Each try starts at a random spot and heading among columns
-and trees at random spots around the camera (never straight ahead, whatever the motion, so that the first frame does
-not give the motion away). Turns are 3-4 degrees per frame, constant within a clip; the motion has been going on for
-12 tics when the clip starts. A try is kept unless it breaks the rule ``REJECT``; a rejected one is drawn again.
+The world: three of ViZDoom's own scenario maps without monsters, rendered 160x120 at 35 Hz and
+box-filtered to 64x64, no HUD, weapon, crosshair, decals, particles or view bob. Each try starts at
+a random spot and heading among columns and trees at random spots around the camera (never straight
+ahead, whatever the motion, so that the first frame does not give the motion away). Turns are 3-4
+degrees per frame, constant within a clip; the motion has been going on for 12 tics when the clip
+starts. A try is kept unless it breaks the rule ``REJECT``; a rejected one is drawn again.
 
-Licences, as stated in the vizdoom 1.3.2 wheel (nothing of it is part of this repository): ViZDoom's own code is MIT
-(METADATA); it contains ZDoom, whose code comes under several licences (METADATA: http://zdoom.org/wiki/license); the
-textures and sprites come from freedoom2.wad: "freely redistributable under the terms of the modified BSD license".
+Licences, as stated in the vizdoom 1.3.2 wheel (nothing of it is part of this repository): ViZDoom's
+own code is MIT (METADATA); it contains ZDoom, whose code comes under several licences (METADATA:
+http://zdoom.org/wiki/license); the textures and sprites come from freedoom2.wad: "freely
+redistributable under the terms of the modified BSD license".
 """
 
 from __future__ import annotations
@@ -43,12 +47,19 @@ from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
-SPAWN_TICS, SETTLE_TICS, WARM_UP_TICS = 10, 25, 12  # a new player cannot turn for 7; what stands on something falls
+# a new player cannot turn for 7; what stands on something falls
+SPAWN_TICS, SETTLE_TICS, WARM_UP_TICS = 10, 25, 12
 DRAWS = 40  # of landmark spots, the first half of them in the first frame's view
 IN_VIEW, LANDMARKS = 4, 14  # so many at most
 SPLITS, MOTIONS = ("train", "val"), ("forward", "turn_left", "turn_right", "still")
 PLAYER_RADIUS = 16.0
-ACTORS = (("TallRedColumn", 16.0), ("TallRedColumn", 16.0), ("TallGreenColumn", 16.0), ("BigTree", 32.0))  # radius
+# radius
+ACTORS = (
+    ("TallRedColumn", 16.0),
+    ("TallRedColumn", 16.0),
+    ("TallGreenColumn", 16.0),
+    ("BigTree", 32.0),
+)
 NAMES = {  # how captions call a place; the last is held out
     "meadow": "a green meadow with a mossy stone wall|a dark green meadow under a night sky|"
     "green grass and old stones at night",
@@ -56,9 +67,14 @@ NAMES = {  # how captions call a place; the last is held out
     "a large room with round red lights above",
     "arena": "a round arena with tan walls|a grey arena with a tall brown wall|an open grey court ringed by a tan wall",
 }
-PLACES = {"meadow": "health_gathering", "hall": "predict_position", "arena": "defend_the_center"}  # scenario maps
+# scenario maps
+PLACES = {"meadow": "health_gathering", "hall": "predict_position", "arena": "defend_the_center"}
 # Where things may stand: x0, x1, y0, y1 in map units.
-FLOORS = {"meadow": (64, 1152, 64, 1152), "hall": (-512, 192, -576, 576), "arena": (-500, 500, -500, 500)}
+FLOORS = {
+    "meadow": (64, 1152, 64, 1152),
+    "hall": (-512, 192, -576, 576),
+    "arena": (-500, 500, -500, 500),
+}
 TURNS = (
     "SIDE turn: the camera turns SIDE in {}",
     "SIDE pan, the view swings SIDE across {}",
@@ -66,7 +82,8 @@ TURNS = (
     "SIDE rotation, looking further SIDE in {}",
     "SIDE: the camera keeps turning SIDE around {}",
 )
-PHRASES = {  # the last is held out; each turn names its side twice: left differs from right by that word only
+# the last is held out; each turn names its side twice: left differs from right by that word only
+PHRASES = {
     "forward": (
         "forward walk: the camera moves forward through {}",
         "forward, walking straight ahead into {}",
@@ -85,17 +102,22 @@ PHRASES = {  # the last is held out; each turn names its side twice: left differ
     ),
 }
 REJECT = {
-    "depth_mean": 9.0,  # every frame: mean of the 8-bit depth buffer, else a near wall or column fills the view
-    "depth_ahead": 20.0,  # first frame: median depth of the middle of the picture, else the way is blocked
+    # every frame: mean of the 8-bit depth buffer, else a near wall or column fills the view
+    "depth_mean": 9.0,
+    # first frame: median depth of the middle of the picture, else the way is blocked
+    "depth_ahead": 20.0,
     "frame_std": 18.0,  # every frame: std of the 64x64x3 picture, else dull or dark
-    "units_above_floor": 1.0,  # every frame (reject above): camera on a ledge or on top of something
-    "units_per_frame": 5.3,  # forward only: displacement from first to last frame, else the camera ran into something
+    # every frame (reject above): camera on a ledge or on top of something
+    "units_above_floor": 1.0,
+    # forward only: displacement from first to last frame, else the camera ran into something
+    "units_per_frame": 5.3,
 }
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Clips ``first`` .. ``end``-1 of one split, place and motion: the unit of work and of resuming."""
+    """Clips ``first`` .. ``end``-1 of one split, place and motion: the unit of work and of
+    resuming."""
 
     seed: int
     frames: int
@@ -123,23 +145,36 @@ class Request:
         """All work in the order of ``clips.jsonl``."""
         return [
             Chunk(self.seed, self.frames, split, place, motion, first, min(first + CHUNK, count))
-            for (split, count), place, motion in product((("train", self.train), ("val", self.val)), PLACES, MOTIONS)
+            for (split, count), place, motion in product(
+                (("train", self.train), ("val", self.val)), PLACES, MOTIONS
+            )
             for first in range(0, count, CHUNK)
         ]
 
 
 def make_game(place: str) -> vizdoom.DoomGame:
-    """A headless game on the place's map; buttons: turn by degrees (positive right), move forward."""
+    """A headless game on the place's map; buttons: turn by degrees (positive right), move
+    forward."""
     game = vizdoom.DoomGame()
     game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, PLACES[place] + ".wad"))
-    game.set_doom_config_path(os.devnull)  # else the engine leaves _vizdoom.ini in the working directory, and reads it
+    # else the engine leaves _vizdoom.ini in the working directory, and reads it
+    game.set_doom_config_path(os.devnull)
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
-    for show in (game.set_render_hud, game.set_render_weapon, game.set_render_crosshair, game.set_render_decals):
+    for show in (
+        game.set_render_hud,
+        game.set_render_weapon,
+        game.set_render_crosshair,
+        game.set_render_decals,
+    ):
         show(False)
-    for show in (game.set_render_particles, game.set_render_effects_sprites, game.set_render_screen_flashes):
+    for show in (
+        game.set_render_particles,
+        game.set_render_effects_sprites,
+        game.set_render_screen_flashes,
+    ):
         show(False)
     game.set_available_buttons([vizdoom.Button.TURN_LEFT_RIGHT_DELTA, vizdoom.Button.MOVE_FORWARD])
     known = vizdoom.GameVariable
@@ -151,7 +186,8 @@ def make_game(place: str) -> vizdoom.DoomGame:
 
 
 def furnish(game: vizdoom.DoomGame, place: str, rng: np.random.Generator) -> None:
-    """Start an episode at a random spot and heading (degrees, anticlockwise from +x) among random landmarks."""
+    """Start an episode at a random spot and heading (degrees, anticlockwise from +x) among random
+    landmarks."""
     x0, x1, y0, y1 = FLOORS[place]
     game.set_seed(int(rng.integers(2**31)))
     game.new_episode()
@@ -168,11 +204,18 @@ def furnish(game: vizdoom.DoomGame, place: str, rng: np.random.Generator) -> Non
         ahead, aside = distance * math.cos(bearing), distance * math.sin(bearing)
         if placed >= (IN_VIEW if draw < DRAWS // 2 else LANDMARKS):
             continue
-        spot_x, spot_y = x + ahead * forth_x - aside * forth_y, y + ahead * forth_y + aside * forth_x
-        if (ahead > 0 and abs(aside) < PLAYER_RADIUS + radius + 16) or not (x0 <= spot_x <= x1 and y0 <= spot_y <= y1):
+        spot_x, spot_y = (
+            x + ahead * forth_x - aside * forth_y,
+            y + ahead * forth_y + aside * forth_x,
+        )
+        if (ahead > 0 and abs(aside) < PLAYER_RADIUS + radius + 16) or not (
+            x0 <= spot_x <= x1 and y0 <= spot_y <= y1
+        ):
             continue
         reach = PLAYER_RADIUS + 2 * radius  # the game summons this far in front of the player
-        game.send_game_command(f"warp {spot_x - reach * forth_x:.1f} {spot_y - reach * forth_y:.1f}")
+        game.send_game_command(
+            f"warp {spot_x - reach * forth_x:.1f} {spot_y - reach * forth_y:.1f}"
+        )
         game.advance_action(1, False)
         game.send_game_command(f"summon {actor}")
         game.advance_action(1, False)
@@ -182,7 +225,8 @@ def furnish(game: vizdoom.DoomGame, place: str, rng: np.random.Generator) -> Non
 
 
 def film(game: vizdoom.DoomGame, motion: str, degrees: float, frames: int) -> np.ndarray | str:
-    """One try at a clip: uint8 (F, H, W, 3), or the name of the rule (``REJECT``) that it breaks."""
+    """One try at a clip: uint8 (F, H, W, 3), or the name of the rule (``REJECT``) that it
+    breaks."""
     action = [degrees, float(motion == "forward")]
     for _ in range(WARM_UP_TICS):
         game.set_action(action)
@@ -198,12 +242,16 @@ def film(game: vizdoom.DoomGame, motion: str, degrees: float, frames: int) -> np
             return "depth_ahead"
         if depth.mean() < REJECT["depth_mean"]:
             return "depth_mean"
-        picture = np.asarray(Image.fromarray(state.screen_buffer).resize((SIZE, SIZE), Image.Resampling.BOX))
+        picture = np.asarray(
+            Image.fromarray(state.screen_buffer).resize((SIZE, SIZE), Image.Resampling.BOX)
+        )
         if picture.std() < REJECT["frame_std"]:
             return "frame_std"
         pictures.append(picture)
         spots.append(np.asarray(state.game_variables))
-    if motion == "forward" and np.linalg.norm(spots[-1] - spots[0]) < REJECT["units_per_frame"] * (frames - 1):
+    if motion == "forward" and np.linalg.norm(spots[-1] - spots[0]) < REJECT["units_per_frame"] * (
+        frames - 1
+    ):
         return "units_per_frame"
     return np.stack(pictures)
 
@@ -215,9 +263,18 @@ def captions(place: str, motion: str, rng: np.random.Generator) -> tuple[str, st
     return str(rng.choice(phrases)).format(rng.choice(names)), held_out_phrase.format(held_out_name)
 
 
-def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> tuple[Clip, dict[str, int]]:
-    """Try until one clip is kept and write its file. Returns it and how many tries each rule rejected."""
-    key = [chunk.seed, SPLITS.index(chunk.split), list(PLACES).index(chunk.place), MOTIONS.index(chunk.motion), number]
+def make_clip(
+    game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path
+) -> tuple[Clip, dict[str, int]]:
+    """Try until one clip is kept and write its file. Returns it and how many tries each rule
+    rejected."""
+    key = [
+        chunk.seed,
+        SPLITS.index(chunk.split),
+        list(PLACES).index(chunk.place),
+        MOTIONS.index(chunk.motion),
+        number,
+    ]
     rejected = dict.fromkeys(REJECT, 0)
     for tries in range(1, MAX_TRIES + 1):
         rng = np.random.default_rng([*key, tries])
@@ -233,12 +290,24 @@ def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> 
     caption, held_out = captions(chunk.place, chunk.motion, np.random.default_rng(key))
     name = f"{chunk.split}-{chunk.place}-{chunk.motion}-{number:05d}"
     path = root / "clips" / chunk.split / f"{name}.mp4"
-    write_video(path, torch.from_numpy(pictures).permute(0, 3, 1, 2), FPS, crf=CRF, chroma="yuv444p")
+    write_video(
+        path, torch.from_numpy(pictures).permute(0, 3, 1, 2), FPS, crf=CRF, chroma="yuv444p"
+    )
     clip = Clip(
-        id=name, split=chunk.split, place=chunk.place, motion=chunk.motion, actions=(chunk.motion,) * chunk.frames,
-        degrees_per_frame=degrees, caption=caption, held_out_caption=held_out, seed=chunk.seed, tries=tries,
-        path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=sha256_file(path),
-    )  # fmt: skip
+        id=name,
+        split=chunk.split,
+        place=chunk.place,
+        motion=chunk.motion,
+        actions=(chunk.motion,) * chunk.frames,
+        degrees_per_frame=degrees,
+        caption=caption,
+        held_out_caption=held_out,
+        seed=chunk.seed,
+        tries=tries,
+        path=path.relative_to(root).as_posix(),
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+    )
     return clip, rejected
 
 
@@ -258,14 +327,21 @@ def run_chunk(chunk: Chunk, root: Path) -> str:
     if chunk.place not in _games:
         close_games()
         _games[chunk.place] = make_game(chunk.place)
-    made = [make_clip(_games[chunk.place], chunk, number, root) for number in range(chunk.first, chunk.end)]
+    made = [
+        make_clip(_games[chunk.place], chunk, number, root)
+        for number in range(chunk.first, chunk.end)
+    ]
     totals = {rule: sum(rejected[rule] for _, rejected in made) for rule in REJECT}
-    write_text(root / "work" / f"{chunk.name}.json", json.dumps([[clip.to_json() for clip, _ in made], totals]))
+    write_text(
+        root / "work" / f"{chunk.name}.json",
+        json.dumps([[clip.to_json() for clip, _ in made], totals]),
+    )
     return chunk.name
 
 
 def prepare(root: Path, request: Request) -> bool:
-    """Make or resume the directory; True when it is already complete. Raises UserError if it holds something else."""
+    """Make or resume the directory; True when it is already complete. Raises UserError if it holds
+    something else."""
     return begin(root, asdict(request), [f"clips/{split}" for split in SPLITS])
 
 
@@ -275,7 +351,9 @@ def chunk_done(root: Path, chunk: Chunk) -> bool:
     if not part.is_file():
         return False
     clips, _ = read_part(part)
-    return all((root / c.path).is_file() and (root / c.path).stat().st_size == c.bytes for c in clips)
+    return all(
+        (root / c.path).is_file() and (root / c.path).stat().st_size == c.bytes for c in clips
+    )
 
 
 def read_part(part: Path) -> tuple[list[Clip], dict[str, int]]:
@@ -286,7 +364,8 @@ def read_part(part: Path) -> tuple[list[Clip], dict[str, int]]:
 
 
 def finish(root: Path, request: Request) -> str:
-    """Join the part files into ``clips.jsonl``, then write ``manifest.json`` last. Returns a summary."""
+    """Join the part files into ``clips.jsonl``, then write ``manifest.json`` last. Returns a
+    summary."""
     clips: list[Clip] = []
     rejected = {place: Counter(dict.fromkeys(REJECT, 0)) for place in PLACES}
     for chunk in request.chunks():
@@ -303,12 +382,21 @@ def finish(root: Path, request: Request) -> str:
         "reject": REJECT,
         "kept": kept,
         "rejected": rejected,
-        "video": {"codec": "h264", "crf": CRF, "pixels": "yuv444p", "rendered": "160x120, box filter to 64x64"},
+        "video": {
+            "codec": "h264",
+            "crf": CRF,
+            "pixels": "yuv444p",
+            "rendered": "160x120, box filter to 64x64",
+        },
         "sources": sources(),
     }
-    write_clips(root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about)
+    write_clips(
+        root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about
+    )
     shutil.rmtree(root / "work")
-    ratios = ", ".join(f"{place} {number}/{number + rejected[place].total()}" for place, number in kept.items())
+    ratios = ", ".join(
+        f"{place} {number}/{number + rejected[place].total()}" for place, number in kept.items()
+    )
     return f"{root}: {len(clips)} clips; kept/tried {ratios}"
 
 
@@ -322,8 +410,15 @@ def main(
 ) -> None:
     """Render captioned one-motion clips of three Doom places. Run again to resume."""
     if frames < 5 or (frames - 1) % 4:
-        raise UserError(f"--frames: {frames} is not 1 + 4*k (k >= 1); use {1 + 4 * max(1, round((frames - 1) / 4))}")
-    for name, value, least in (("train", train, 0), ("val", val, 0), ("seed", seed, 0), ("workers", workers, 1)):
+        raise UserError(
+            f"--frames: {frames} is not 1 + 4*k (k >= 1); use {1 + 4 * max(1, round((frames - 1) / 4))}"
+        )
+    for name, value, least in (
+        ("train", train, 0),
+        ("val", val, 0),
+        ("seed", seed, 0),
+        ("workers", workers, 1),
+    ):
         if value < least:
             raise UserError(f"--{name}: {value} is too small; use {least} or more")
     if train + val == 0:
@@ -340,7 +435,9 @@ def make(root: Path, request: Request, workers: int) -> None:
     """All chunks that are not done, and the index."""
     todo = [chunk for chunk in request.chunks() if not chunk_done(root, chunk)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
-        total, left = (sum(chunk.end - chunk.first for chunk in some) for some in (request.chunks(), todo))
+        total, left = (
+            sum(chunk.end - chunk.first for chunk in some) for some in (request.chunks(), todo)
+        )
         task = bar.add_task("clips", total=total, completed=total - left)
         for chunk in run_chunks(run_chunk, todo, root, workers):
             bar.advance(task, chunk.end - chunk.first)

@@ -1,13 +1,16 @@
 """RealEstate10K in pixelSplat's chunks to a directory of encoded frames, without conditions.
 
-    python data_prep/realestate10k.py --root data/re10k --split train --tokenizer models/vavae --out data/re_enc/train
+    python data_prep/realestate10k.py --root data/re10k --split train --tokenizer models/vavae --out
+    data/re_enc/train
 
-``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are resized (short side)
-and cropped to ``--size``; of every clip the first ``--frames`` are taken, shorter clips count as malformed (0: all
-frames of all clips). Cameras are ignored, or checked with ``--cameras``.
+``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are
+resized (short side) and cropped to ``--size``; of every clip the first ``--frames`` are taken,
+shorter clips count as malformed (0: all frames of all clips). Cameras are ignored, or checked with
+``--cameras``.
 
-Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is an error.
-``--check`` only reads everything and reports. An interrupted run goes on where it stopped.
+Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is
+an error. ``--check`` only reads everything and reports. An interrupted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from scd_sf.types import exit_on_user_error
 
 def main(
     root: Annotated[Path, typer.Option(help="Folder of the data set; see above.")],
-    out: Annotated[Path | None, typer.Option(help="Directory for the encoded frames (made if missing).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the encoded frames (made if missing).")
+    ] = None,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     tokenizer: Annotated[Path | None, typer.Option(help="Directory of the tokenizer.")] = None,
     size: Annotated[int, typer.Option(help="Pixels along a side.")] = 256,
@@ -33,17 +38,34 @@ def main(
     first: Annotated[int, typer.Option(help="At most so many clips; 0: all.")] = 0,
     batch: Annotated[int, typer.Option(help="Frames per call of the tokenizer.")] = 16,
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 2,
-    max_bad: Annotated[float, typer.Option(help="Share of malformed clips that is too much.")] = 0.01,
+    max_bad: Annotated[
+        float, typer.Option(help="Share of malformed clips that is too much.")
+    ] = 0.01,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    check: Annotated[bool, typer.Option("--check", help="Only read everything and report.")] = False,
-    report: Annotated[Path | None, typer.Option(help="With --check: also write the report to this file.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only read everything and report.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="With --check: also write the report to this file.")
+    ] = None,
 ) -> None:
     """Encode clips without conditions. Run again to resume."""
     pixels = PixelsConfig(
-        kind="realestate10k", root=str(root), split=split, size=size, frames=frames, cameras=cameras, first=first
+        kind="realestate10k",
+        root=str(root),
+        split=split,
+        size=size,
+        frames=frames,
+        cameras=cameras,
+        first=first,
     )
     config = EncodeConfig(batch=batch, workers=workers, max_bad=max_bad, device=device)
-    about: dict[str, object] = {"source": "realestate10k", "split": split, "size": size, "frames": frames}
+    about: dict[str, object] = {
+        "source": "realestate10k",
+        "split": split,
+        "size": size,
+        "frames": frames,
+    }
     run_pixels(open_pixels(pixels), about, Task(out, tokenizer, check, report, config))
 
 

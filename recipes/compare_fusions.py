@@ -1,11 +1,14 @@
-"""How the context enters the decoder: every fusion through the whole demo, several training seeds (ADR 0003).
+"""How the context enters the decoder: every fusion through the whole demo, several training seeds
+(ADR 0003).
 
-    python recipes/compare_fusions.py --run runs/fusions          (--latents runs/demo/latents: those of 'make demo')
+    python recipes/compare_fusions.py --run runs/fusions          (--latents runs/demo/latents:
+    those of 'make demo')
 
-Each fusion goes through stages 1, 2 and 3 with the demo's configs and budgets, one training at a time on one core. Then
-all are scored together: stage 2 with 50 and 4 Euler steps, stage 3 with its own 4 re-noising steps. Writes
-``RUN/fusions.json`` and ``RUN/scores``. The same command goes on where it stopped. ``--part train`` stops before the
-scores, ``--part score`` only makes them. About 11 minutes of an idle core for each fusion and seed.
+Each fusion goes through stages 1, 2 and 3 with the demo's configs and budgets, one training at a
+time on one core. Then all are scored together: stage 2 with 50 and 4 Euler steps, stage 3 with its
+own 4 re-noising steps. Writes ``RUN/fusions.json`` and ``RUN/scores``. The same command goes on
+where it stopped. ``--part train`` stops before the scores, ``--part score`` only makes them. About
+11 minutes of an idle core for each fusion and seed.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ FUSIONS = {
     "paper": "fusion: paper, prefix_rope: temporal, prefix: full",
     "junction": "fusion: junction",
 }
-LAYERS = "encoder_layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], decoder: {layers: [0, 1, 10, 11]"  # of demo_stage1_scd.yaml
+# of demo_stage1_scd.yaml
+LAYERS = "encoder_layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], decoder: {layers: [0, 1, 10, 11]"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ SAMPLINGS = (Sampling(2, "euler", 50), Sampling(2, "euler", 4), Sampling(3, "ren
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for. ``updates``: of stages 2 and 3 (None: as many as the demo's)."""
+    """What the command line asks for. ``updates``: of stages 2 and 3 (None: as many as the
+    demo's)."""
 
     run: Path
     teacher: Path
@@ -80,16 +85,24 @@ class Plan:
     def training(self) -> list[Group]:
         """One step at a time: stage 1 of all, then stages 2 and 3 of each, seed by seed."""
         often = {"steps": self.updates, "save_every": self.updates, "validate_every": self.updates}
-        brief = [] if self.updates is None else [f"train.{name}={value}" for name, value in often.items()]
+        brief = (
+            []
+            if self.updates is None
+            else [f"train.{name}={value}" for name, value in often.items()]
+        )
         steps = [
-            transplant_step(self.teacher, self.place(1, fusion), f"scd={{{LAYERS}, {FUSIONS[fusion]}}}}}")
+            transplant_step(
+                self.teacher, self.place(1, fusion), f"scd={{{LAYERS}, {FUSIONS[fusion]}}}}}"
+            )
             for fusion in self.fusions
         ]
         for seed in self.seeds:
             for fusion in self.fusions:
                 first, second, third = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
                 steps.append(tuning_step(first, self.latents, second, seed, *brief))
-                steps.append(distilling_step(second, self.teacher, self.latents, third, seed, *brief))
+                steps.append(
+                    distilling_step(second, self.teacher, self.latents, third, seed, *brief)
+                )
         return [[step] for step in steps]
 
     def rows(self) -> list[dict[str, object]]:
@@ -117,7 +130,9 @@ class Plan:
     def losses(self, fusion: str) -> list[float]:
         """Of stage 2, by seed."""
         remedy = "run --part train first"
-        return [last_validation_loss(self.place(2, fusion, seed), remedy=remedy) for seed in self.seeds]
+        return [
+            last_validation_loss(self.place(2, fusion, seed), remedy=remedy) for seed in self.seeds
+        ]
 
 
 def row_name(fusion: str, seed: int, way: Sampling) -> str:
@@ -132,7 +147,8 @@ def collect(plan: Plan) -> dict[str, Any]:
             "decoder": FUSIONS[fusion],
             "loss": plan.losses(fusion),
             "samplings": {
-                way.name: figures([scored[row_name(fusion, seed, way)] for seed in plan.seeds]) for way in SAMPLINGS
+                way.name: figures([scored[row_name(fusion, seed, way)] for seed in plan.seeds])
+                for way in SAMPLINGS
             },
         }
         for fusion in plan.fusions
@@ -140,7 +156,8 @@ def collect(plan: Plan) -> dict[str, Any]:
 
 
 def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Of the trainings of one fusion with one sampler: every seed's quality in turn, and the median cost."""
+    """Of the trainings of one fusion with one sampler: every seed's quality in turn, and the median
+    cost."""
     adherence = [row.adherence for row in rows if row.adherence is not None]
 
     def median(name: str) -> float:
@@ -165,28 +182,57 @@ def show(found: dict[str, Any]) -> None:
         each = " ".join(f"{scale * value:.{digits}f}" for value in values)
         return f"{scale * statistics.mean(values):.{digits}f} ({each})"
 
-    table = Table(title="Fusions under the demo's budget: mean (each training seed)", title_justify="left")
-    for head in ("fusion", "sampling", "loss", "video Frechet", "sharpness", "place %", "motion %", "passes", "ms"):
-        table.add_column(head, justify="left" if head in ("fusion", "sampling") else "right", no_wrap=True)
+    table = Table(
+        title="Fusions under the demo's budget: mean (each training seed)", title_justify="left"
+    )
+    for head in (
+        "fusion",
+        "sampling",
+        "loss",
+        "video Frechet",
+        "sharpness",
+        "place %",
+        "motion %",
+        "passes",
+        "ms",
+    ):
+        table.add_column(
+            head, justify="left" if head in ("fusion", "sampling") else "right", no_wrap=True
+        )
     for fusion, row in found.items():
         for name, way in row["samplings"].items():
             quality = (every(way["video_frechet"], 1), every(way["sharpness"], 2))
             said = (every(way["place"], 0, 100), every(way["motion"], 0, 100))
-            costs = (f"{way['block_passes_per_frame']:.0f}", f"{1000 * way['seconds_per_frame']:.1f}")
+            costs = (
+                f"{way['block_passes_per_frame']:.0f}",
+                f"{1000 * way['seconds_per_frame']:.1f}",
+            )
             table.add_row(fusion, name, every(row["loss"], 4), *quality, *said, *costs)
     print_table(table, 160)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/fusions"), help="run directory, resumable")
-    parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to start from")
-    parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")
-    parser.add_argument("--fusions", nargs="+", choices=tuple(FUSIONS), default=list(FUSIONS), help="to compare")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/fusions"), help="run directory, resumable"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to start from"
+    )
+    parser.add_argument(
+        "--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made"
+    )
+    parser.add_argument(
+        "--fusions", nargs="+", choices=tuple(FUSIONS), default=list(FUSIONS), help="to compare"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the trainings")
     parser.add_argument("--clips", type=int, default=24, help="held-out clips that are scored")
-    parser.add_argument("--updates", type=int, help="of stages 2 and 3 (none: as many as the demo's)")
-    parser.add_argument("--part", choices=("all", "train", "score"), default="all", help="of the work")
+    parser.add_argument(
+        "--updates", type=int, help="of stages 2 and 3 (none: as many as the demo's)"
+    )
+    parser.add_argument(
+        "--part", choices=("all", "train", "score"), default="all", help="of the work"
+    )
     args = parser.parse_args()
     if args.clips < 1 or (args.updates is not None and args.updates < 1):
         raise UserError("--clips and --updates must be at least 1")

@@ -1,9 +1,11 @@
-"""The whole chain on 2 CPU cores: clips -> latents -> stage 1 -> stage 2 -> stage 3 -> samples, table, gallery.
+"""The whole chain on 2 CPU cores: clips -> latents -> stage 1 -> stage 2 -> stage 3 -> samples,
+table, gallery.
 
     python recipes/demo.py --run runs/demo          (make demo)
 
-Starts from the shipped teacher (assets/wan_doom, a miniature Wan 2.1 in diffusers layout) by the same recipes and code
-paths that take Wan 2.1 itself. Everything lands under the run directory; the same command goes on where it stopped.
+Starts from the shipped teacher (assets/wan_doom, a miniature Wan 2.1 in diffusers layout) by the
+same recipes and code paths that take Wan 2.1 itself. Everything lands under the run directory; the
+same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,30 +39,45 @@ SPEEDS = {4: 1.7, 50: 2.0}  # steps -> how many times faster than the causal bas
 
 
 def training_steps(run: Path, teacher: Path, seed: int) -> list[Group]:
-    """Stages 1 and 2 for SCD and for the causal baseline, one thread each, side by side. Then stage 3 through the
-    deepspeed launcher; on the other core, the samples of everything trained before."""
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which("deepspeed")
+    """Stages 1 and 2 for SCD and for the causal baseline, one thread each, side by side. Then stage
+    3 through the deepspeed launcher; on the other core, the samples of everything trained
+    before."""
+    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which(
+        "deepspeed"
+    )
     if launcher is None:
-        raise UserError("the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed")
+        raise UserError(
+            "the 'deepspeed' command is not installed; run 'make demo', or pip install deepspeed"
+        )
     latents = run / "latents"
     first = [transplant_step(teacher, run / f"stage1-{name}", family=name) for name in STUDENTS]
     second = [
-        tuning_step(run / f"stage1-{name}", latents, run / f"stage2-{name}", seed, family=name) for name in STUDENTS
+        tuning_step(run / f"stage1-{name}", latents, run / f"stage2-{name}", seed, family=name)
+        for name in STUDENTS
     ]
     alone = [launcher, "--num_accelerators", "1"]
-    third = distilling_step(run / "stage2-scd", teacher, latents, run / "stage3-scd", seed, launcher=alone)
+    third = distilling_step(
+        run / "stage2-scd", teacher, latents, run / "stage3-scd", seed, launcher=alone
+    )
     early = scoring(run, teacher, "sample_stages=[teacher,'2']")
-    return [first, second, [third, Step("samples", early, 250, ONE_THREAD, [run / "results" / "samples"])]]
+    return [
+        first,
+        second,
+        [third, Step("samples", early, 250, ONE_THREAD, [run / "results" / "samples"])],
+    ]
 
 
 def scoring(run: Path, teacher: Path, *options: str) -> list[str]:
     """The command that samples and scores everything trained."""
-    return evaluation(teacher, run / "latents", run, run / "results", *options, config="demo_evaluate")
+    return evaluation(
+        teacher, run / "latents", run, run / "results", *options, config="demo_evaluate"
+    )
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the chain should show, what it did, and whether that is enough (None: not measured, ``note`` says why)."""
+    """What the chain should show, what it did, and whether that is enough (None: not measured,
+    ``note`` says why)."""
 
     goal: str
     measured: str
@@ -75,9 +92,12 @@ class Goal:
 
 @dataclass(frozen=True)
 class Timing:
-    """What an evaluation's context says of its seconds; those before there were rounds say nothing."""
+    """What an evaluation's context says of its seconds; those before there were rounds say
+    nothing."""
 
-    machine_busy: list[str] = field(default_factory=lambda: ["timed in one pass, by an older version"])
+    machine_busy: list[str] = field(
+        default_factory=lambda: ["timed in one pass, by an older version"]
+    )
     seconds_per_frame_by_round: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -85,9 +105,15 @@ def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
     """Of an evaluation's rows. UserError: one of the demo's rows is not there, or not scored."""
 
     def pick(family: str, stage: str, steps: int) -> list[ResultRow]:
-        named = [row for row in rows if (row.family, row.stage, row.steps) == (family, stage, steps)]
-        if not named or any(None in (row.video_frechet, row.sharpness, row.adherence) for row in named):
-            raise UserError(f"results.json: no scored row of {family}, stage {stage}, {steps} steps; evaluate again")
+        named = [
+            row for row in rows if (row.family, row.stage, row.steps) == (family, stage, steps)
+        ]
+        if not named or any(
+            None in (row.video_frechet, row.sharpness, row.adherence) for row in named
+        ):
+            raise UserError(
+                f"results.json: no scored row of {family}, stage {stage}, {steps} steps; evaluate again"
+            )
         return named
 
     def points(name: str) -> float:
@@ -97,12 +123,18 @@ def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
     undistilled = min(row.video_frechet or 0.0 for row in pick("scd", "2", 4))
     gain, sharpness = 1 - (student.video_frechet or 0.0) / undistilled, student.sharpness or 0.0
     found = {
-        "distance below the better undistilled 4-step sampler": Goal(">= 15 %", f"{100 * gain:.1f} %", gain >= 0.15),
-        "sharpness of the distilled student": Goal("0.8 .. 1.2", f"{sharpness:.3f}", 0.8 <= sharpness <= 1.2),
+        "distance below the better undistilled 4-step sampler": Goal(
+            ">= 15 %", f"{100 * gain:.1f} %", gain >= 0.15
+        ),
+        "sharpness of the distilled student": Goal(
+            "0.8 .. 1.2", f"{sharpness:.3f}", 0.8 <= sharpness <= 1.2
+        ),
     }
     for name in ("place", "motion"):
         behind = points(name)
-        found[f"{name} adherence behind the teacher"] = Goal("<= 10 points", f"{behind:.1f}", behind <= 10)
+        found[f"{name} adherence behind the teacher"] = Goal(
+            "<= 10 points", f"{behind:.1f}", behind <= 10
+        )
     for steps, least in SPEEDS.items():
         pair = pick("causal", "2", steps)[0], pick("scd", "2", steps)[0]
         found[f"SCD faster than causal per frame, {steps} steps"] = speed(*pair, least, timing)
@@ -112,7 +144,9 @@ def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
 def speed(slow: ResultRow, fast: ResultRow, least: float, timing: Timing) -> Goal:
     """The ratio of the two rows' medians over the rounds; on a busy machine there is none."""
     goal, rounds = f">= {least:g}x", timing.seconds_per_frame_by_round
-    signs = timing.machine_busy or [f"no rounds of {row.name}" for row in (slow, fast) if not rounds.get(row.name)]
+    signs = timing.machine_busy or [
+        f"no rounds of {row.name}" for row in (slow, fast) if not rounds.get(row.name)
+    ]
     if signs:
         return Goal(goal, "not measured: machine busy", None, "; ".join(signs))
     ratio = statistics.median(rounds[slow.name]) / statistics.median(rounds[fast.name])
@@ -121,13 +155,21 @@ def speed(slow: ResultRow, fast: ResultRow, least: float, timing: Timing) -> Goa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run directory, resumable")
     parser.add_argument(
-        "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan, diffusers layout"
+        "--run", type=Path, default=Path("runs/demo"), help="run directory, resumable"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        default=Path("assets/wan_doom"),
+        help="pretrained Wan, diffusers layout",
     )
     parser.add_argument("--clips", type=int, default=48, help="training clips per place and motion")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of all trainings (the clips and the samples stay the same)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of all trainings (the clips and the samples stay the same)",
     )
     args = parser.parse_args()
     with chain(args.run):
@@ -146,10 +188,20 @@ def make(args: argparse.Namespace) -> None:
     ]
     seconds = run_steps(args.run, groups)
     rows, context = read_rows(folder / "results.json")
-    checks = goals(rows, typed(context, Timing, folder / "results.json", "remove it and run the same command again"))
+    checks = goals(
+        rows,
+        typed(context, Timing, folder / "results.json", "remove it and run the same command again"),
+    )
     spent = round(time.time() - started, 1)
-    about = {"goals": {name: asdict(check) for name, check in checks.items()}, "training_seed": args.seed}
-    write_rows(args.run / "results.json", rows, context | about | {"step_seconds": seconds, "this_run_seconds": spent})
+    about = {
+        "goals": {name: asdict(check) for name, check in checks.items()},
+        "training_seed": args.seed,
+    }
+    write_rows(
+        args.run / "results.json",
+        rows,
+        context | about | {"step_seconds": seconds, "this_run_seconds": spent},
+    )
     with new_file(args.run / "gallery.html") as part:
         shutil.copyfile(folder / "gallery.html", part)
     print_table(result_table(rows, "Held-out prompts"))
@@ -159,7 +211,9 @@ def make(args: argparse.Namespace) -> None:
         say(
             f"To measure speeds when the machine is quiet, remove {folder}/results.json and run the same command again."
         )
-    say(f"{spent:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json")
+    say(
+        f"{spent:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json"
+    )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python recipes/evaluate.py --config recipes/configs/demo_evaluate.yaml base=assets/wan_doom \\
         train=runs/demo/latents/train val=runs/demo/latents/val root=runs/demo out=runs/demo/results
 
-Reference: real held-out clips as the VAE reconstructs them. Every model is sampled with the held-out paraphrase of each
-reference clip. Samples are kept in ``out/samples``, so an interrupted evaluation goes on where it stopped; those of
-another checkpoint or other settings are drawn anew. Timings come last, in rounds over all rows, so that a slow minute
-hits them all: the least of each is shown; ``machine_busy`` in results.json says when they tell little.
+Reference: real held-out clips as the VAE reconstructs them. Every model is sampled with the
+held-out paraphrase of each reference clip. Samples are kept in ``out/samples``, so an interrupted
+evaluation goes on where it stopped; those of another checkpoint or other settings are drawn anew.
+Timings come last, in rounds over all rows, so that a slow minute hits them all: the least of each
+is shown; ``machine_busy`` in results.json says when they tell little.
 """
 
 from __future__ import annotations
@@ -32,10 +33,24 @@ from scd_sf.diffusion.guidance import GuidanceConfig, guided
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.frames import sharpness_ratio, spread
 from scd_sf.evaluation.fvd import VideoFrechet
-from scd_sf.evaluation.judges import Judges, adherence, fit_judges, load_judges, save_judges, shuffled_floor
+from scd_sf.evaluation.judges import (
+    Judges,
+    adherence,
+    fit_judges,
+    load_judges,
+    save_judges,
+    shuffled_floor,
+)
 from scd_sf.evaluation.table import ResultRow, result_table, split_reference, write_rows
 from scd_sf.evaluation.timing import Cost, time_in_rounds, timings, unrest
-from scd_sf.files import foreign, locked, require_own_file, require_own_folder, sha256_folder, write_tensors
+from scd_sf.files import (
+    foreign,
+    locked,
+    require_own_file,
+    require_own_folder,
+    sha256_folder,
+    write_tensors,
+)
 from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
 from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.generation.rollout import sample_bidirectional
@@ -115,13 +130,26 @@ class EvaluateConfig:
     """Only draw the samples of the rows of these stages, for a later run; empty: everything."""
 
     def __post_init__(self) -> None:
-        if min(self.clips, self.batch, self.gallery_clips, self.timing_repeats) < 1 or self.timing_seconds < 0:
-            raise UserError("clips, batch, gallery_clips, timing_repeats must be at least 1, timing_seconds at least 0")
+        if (
+            min(self.clips, self.batch, self.gallery_clips, self.timing_repeats) < 1
+            or self.timing_seconds < 0
+        ):
+            raise UserError(
+                "clips, batch, gallery_clips, timing_repeats must be at least 1, timing_seconds at least 0"
+            )
         check_within(
-            self, {"shift": (1e-3, 1e3), "clips": (1, 2**20), "batch": (1, 2**20), "timing_repeats": (1, 10**6)}
+            self,
+            {
+                "shift": (1e-3, 1e3),
+                "clips": (1, 2**20),
+                "batch": (1, 2**20),
+                "timing_repeats": (1, 10**6),
+            },
         )
         if not self.seeds or min(self.seeds) < 0 or not 1 <= self.fps <= FPS:
-            raise UserError(f"seeds is {list(self.seeds)}, it needs one of 0 or more; fps is {self.fps} of 1 .. {FPS}")
+            raise UserError(
+                f"seeds is {list(self.seeds)}, it needs one of 0 or more; fps is {self.fps} of 1 .. {FPS}"
+            )
 
 
 @dataclass
@@ -146,7 +174,9 @@ class Bench:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{place} {motion}" for place, motion in zip(self.places, self.motions, strict=True)]
+        return [
+            f"{place} {motion}" for place, motion in zip(self.places, self.motions, strict=True)
+        ]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -162,7 +192,9 @@ def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
         require_tags(clips)
         tags = [row.tags for row in clips.rows]
         latents = clips.latents(range(len(clips)))
-        judges = fit_judges(latents, [t["place"] for t in tags], [t["motion"] for t in tags], seed=0)
+        judges = fit_judges(
+            latents, [t["place"] for t in tags], [t["motion"] for t in tags], seed=0
+        )
         save_judges(judges, path)
     return load_judges(path)
 
@@ -172,12 +204,14 @@ def require_tags(clips: LatentClips) -> None:
     for number, row in enumerate(clips.rows, 1):
         if missing := {"place", "motion"} - row.tags.keys():
             where = f"{clips.root / 'clips.jsonl'}:{number}: tags"
-            raise UserError(f"{where} lack {' and '.join(sorted(missing))}; the judges need both of every clip")
+            raise UserError(
+                f"{where} lack {' and '.join(sorted(missing))}; the judges need both of every clip"
+            )
 
 
 def sampler_of(row: RowConfig, cfg: EvaluateConfig) -> SamplerConfig:
-    """How a row is sampled: a distilled checkpoint at the very times it was trained at. UserError for another sampler
-    of such a one."""
+    """How a row is sampled: a distilled checkpoint at the very times it was trained at. UserError
+    for another sampler of such a one."""
     asked = SamplerConfig(row.sampler, row.steps, cfg.shift)
     if not row.checkpoint:
         return asked
@@ -199,14 +233,22 @@ def sample_key(row: RowConfig, bench: Bench) -> dict[str, str]:
         else sha256_folder(Path(cfg.base) / "transformer")
     )
     settings = {
-        **asdict(row), "sampler": asdict(sampler_of(row, cfg)), "seeds": seeds_of(row, cfg), "indices": bench.indices,
+        **asdict(row),
+        "sampler": asdict(sampler_of(row, cfg)),
+        "seeds": seeds_of(row, cfg),
+        "indices": bench.indices,
         "noise": "by seed and latent frame",
-    }  # fmt: skip
-    return {"weights": weights, "data": bench.clips.hash, "settings": json.dumps(settings, sort_keys=True)}
+    }
+    return {
+        "weights": weights,
+        "data": bench.clips.hash,
+        "settings": json.dumps(settings, sort_keys=True),
+    }
 
 
 def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
-    """(seeds, clips, F, C, H, W): one clip per seed and reference clip, from its held-out paraphrase; kept on disk."""
+    """(seeds, clips, F, C, H, W): one clip per seed and reference clip, from its held-out
+    paraphrase; kept on disk."""
     cfg, seeds, key = bench.cfg, seeds_of(row, bench.cfg), sample_key(row, bench)
     file = Path(cfg.out) / "samples" / f"{slug(row.name)}.safetensors"
     again = "remove it, and it is drawn again"
@@ -226,7 +268,9 @@ def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
             parts.append(clips_of(generate_latents(model, cond, row_seeds, bench.shape, sampler)))
     latents = torch.cat(parts).unflatten(0, (len(seeds), -1))
     if not latents.isfinite().all():
-        raise UserError(f"{row.name}: samples are not finite; the checkpoint is broken or sampled with a wrong sampler")
+        raise UserError(
+            f"{row.name}: samples are not finite; the checkpoint is broken or sampled with a wrong sampler"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(file, {"latents": latents}, key)
     return latents
@@ -237,12 +281,15 @@ def slug(name: str) -> str:
 
 
 def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], Iterator[Tensor]]:
-    """Generate one clip at batch 1; yields latents as they are finished (a bidirectional model: all at the end)."""
+    """Generate one clip at batch 1; yields latents as they are finished (a bidirectional model: all
+    at the end)."""
     sampler = sampler_of(row, bench.cfg).build()
     cond = bench.clips.batch(bench.indices[:1], held_out=True).text
 
     def whole(wan: Wan) -> Iterator[Tensor]:
-        yield sample_bidirectional(guided(wan, bench.clips.null, row.guidance.w), cond, bench.shape, sampler, [0])
+        yield sample_bidirectional(
+            guided(wan, bench.clips.null, row.guidance.w), cond, bench.shape, sampler, [0]
+        )
 
     if isinstance(model, Wan):
         return partial(whole, model)
@@ -252,11 +299,17 @@ def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], 
 def cost(row: RowConfig, bench: Bench) -> Cost:
     """Without the VAE and the text encoder."""
     model = load_model(row, bench.cfg)
-    return Cost(streams(model, row, bench), model, WanBlock, bench.shape[0] if isinstance(model, Wan) else model.chunk)
+    return Cost(
+        streams(model, row, bench),
+        model,
+        WanBlock,
+        bench.shape[0] if isinstance(model, Wan) else model.chunk,
+    )
 
 
 def measure(row: RowConfig, bench: Bench) -> tuple[ResultRow, Tensor]:
-    """The row's figures but its costs, means over seeds, and the decoded videos of the first seed."""
+    """The row's figures but its costs, means over seeds, and the decoded videos of the first
+    seed."""
     model = load_model(row, bench.cfg)
     distances, by_prompt, sharpness, scores, first = [], [], [], [], None
     for latents in draw(model, row, bench):
@@ -277,7 +330,11 @@ def measure(row: RowConfig, bench: Bench) -> tuple[ResultRow, Tensor]:
     )
     result = ResultRow(
         name=row.name,
-        family="bidirectional" if isinstance(model, Wan) else "scd" if isinstance(model, Scd) else "causal",
+        family="bidirectional"
+        if isinstance(model, Wan)
+        else "scd"
+        if isinstance(model, Scd)
+        else "causal",
         stage=row.stage,
         steps=row.steps,
         sampler=row.sampler,
@@ -331,7 +388,8 @@ def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: st
 
 
 def controls(bench: Bench, others: Sequence[int], last: Tensor) -> list[ResultRow]:
-    """A frozen real frame, other real clips (with the judges' ceiling), and shuffled prompts (with their floor)."""
+    """A frozen real frame, other real clips (with the judges' ceiling), and shuffled prompts (with
+    their floor)."""
     frozen = bench.reference[:, :1].expand_as(bench.reference)
     latents = bench.clips.latents(others)
     videos = decode(bench.vae, latents)
@@ -340,12 +398,22 @@ def controls(bench: Bench, others: Sequence[int], last: Tensor) -> list[ResultRo
     labels = [f"{place} {motion}" for place, motion in zip(places, motions, strict=True)]
     shift = len(labels) // 2 + 1
     wrong = labels[shift:] + labels[:shift]
-    copy = control("copy of the last frame", frozen, bench.labels, bench, "a clip's first frame, repeated")
+    copy = control(
+        "copy of the last frame", frozen, bench.labels, bench, "a clip's first frame, repeated"
+    )
     real = control(
-        "other real clips", videos, labels, bench, "the floor of the distance; adherence: the judges' ceiling"
+        "other real clips",
+        videos,
+        labels,
+        bench,
+        "the floor of the distance; adherence: the judges' ceiling",
     )
     shuffled = control(
-        "shuffled prompts", videos, wrong, bench, "other real clips, and the last model, under wrong prompts"
+        "shuffled prompts",
+        videos,
+        wrong,
+        bench,
+        "other real clips, and the last model, under wrong prompts",
     )
     floor = shuffled_floor(bench.judges, last, bench.places, bench.motions, seed=0)
     return [
@@ -397,10 +465,14 @@ def evaluate(cfg: EvaluateConfig) -> None:
         console = Console(width=LOG_WIDTH)
     keep_freed_memory()
     if not cfg.rows or len({slug(row.name) for row in cfg.rows}) < len(cfg.rows):
-        raise UserError("rows: name at least one model to score in the config's 'rows' list, and each in its own way")
+        raise UserError(
+            "rows: name at least one model to score in the config's 'rows' list, and each in its own way"
+        )
     wanted = [row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages]
     if not wanted:
-        raise UserError(f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage'")
+        raise UserError(
+            f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage'"
+        )
     for row in wanted:
         sampler_of(row, cfg).build()
     bench, others = prepare(cfg)
@@ -424,13 +496,21 @@ def evaluate(cfg: EvaluateConfig) -> None:
     rows = [*(row for row, _ in results), *extra]
     write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started) | timings(costs))
     notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
-    console.print(result_table(rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes))
+    console.print(
+        result_table(
+            rows, "Held-out prompts, real clips as the VAE reconstructs them as reference", notes
+        )
+    )
     write_gallery(cfg, bench, results, rows, notes)
     say(f"{cfg.out}/results.json and {cfg.out}/gallery.html")
 
 
 def write_gallery(
-    cfg: EvaluateConfig, bench: Bench, results: list[tuple[ResultRow, Tensor]], rows: list[ResultRow], notes: list[str]
+    cfg: EvaluateConfig,
+    bench: Bench,
+    results: list[tuple[ResultRow, Tensor]],
+    rows: list[ResultRow],
+    notes: list[str],
 ) -> None:
     """Videos of all rows side by side for some of the prompts."""
     stride = max(1, len(bench.indices) // cfg.gallery_clips)
@@ -441,11 +521,15 @@ def write_gallery(
         assert row.held_out_prompt is not None
         text = bench.clips.prompts.rows[row.held_out_prompt].prompt
         cards.append(PromptCard(text, row.tags["place"], row.tags["motion"], held_out=True))
-    real = ResultRow("real clip", "control", "", 0, "", None, None, None, note="as the VAE reconstructs it")
+    real = ResultRow(
+        "real clip", "control", "", 0, "", None, None, None, note="as the VAE reconstructs it"
+    )
     shown = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
     for name, video in shown:
         videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]
-    build_gallery(Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, notes, fps=cfg.fps)
+    build_gallery(
+        Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, notes, fps=cfg.fps
+    )
 
 
 if __name__ == "__main__":

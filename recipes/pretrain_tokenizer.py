@@ -1,12 +1,14 @@
-"""Train an image tokenizer (``AutoencoderDC``) on the frames of pixel clips, and write it for ``load_tokenizer``.
+"""Train an image tokenizer (``AutoencoderDC``) on the frames of pixel clips, and write it for
+``load_tokenizer``.
 
     python recipes/pretrain_tokenizer.py --config recipes/configs/tokenizer_doom.yaml data.root=data/doom_actions \
         run.dir=runs/tokenizer
 
-Works under ``deepspeed`` and ``torchrun`` too. The same command goes on after an interruption. At the end
-``RUN/tokenizer/`` holds config.json with the measured mean and deviation of the latents, fp16 weights, provenance.json
-and evaluation.json (PSNR, SSIM, time per frame, of the written files, on held-out clips); ``RUN/reconstructions.png``
-shows pairs. Losses: ``scd_sf/losses/reconstruction.py``. Source: DC-AE (arXiv:2410.10733), FAR's settings.
+Works under ``deepspeed`` and ``torchrun`` too. The same command goes on after an interruption. At
+the end ``RUN/tokenizer/`` holds config.json with the measured mean and deviation of the latents,
+fp16 weights, provenance.json and evaluation.json (PSNR, SSIM, time per frame, of the written files,
+on held-out clips); ``RUN/reconstructions.png`` shows pairs. Losses:
+``scd_sf/losses/reconstruction.py``. Source: DC-AE (arXiv:2410.10733), FAR's settings.
 """
 
 from __future__ import annotations
@@ -62,7 +64,13 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
-RESUMABLE_HERE = (*RESUMABLE, "gan_engine.backend", "gan_engine.zero_stage", "gan_engine.bucket", "evaluation")
+RESUMABLE_HERE = (
+    *RESUMABLE,
+    "gan_engine.backend",
+    "gan_engine.zero_stage",
+    "gan_engine.bucket",
+    "evaluation",
+)
 
 MicroKey = tuple[int, int, tuple[int, ...]]
 
@@ -83,7 +91,9 @@ class FramesConfig:
 
     def __post_init__(self) -> None:
         if self.per_clip < 1 or self.step < 1 or self.keep_every < 0 or self.clips < 0:
-            raise ValueError("per_clip and step must be at least 1, keep_every and clips at least 0")
+            raise ValueError(
+                "per_clip and step must be at least 1, keep_every and clips at least 0"
+            )
 
 
 @dataclass
@@ -103,7 +113,13 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_within(
-            self, {"clips": (1, 2**20), "frames": (1, 2**20), "statistics_frames": (2, 2**20), "sheet": (1, 1000)}
+            self,
+            {
+                "clips": (1, 2**20),
+                "frames": (1, 2**20),
+                "statistics_frames": (2, 2**20),
+                "sheet": (1, 1000),
+            },
         )
 
 
@@ -148,38 +164,56 @@ class PretrainTokenizerConfig:
     def __post_init__(self) -> None:
         check_within(self, {"start_frames": (1, 2**20)})
         if (self.loss.perceptual > 0) != bool(self.lpips_weights):
-            raise ValueError("loss.perceptual and lpips_weights go together: set both, or neither (loss.gradient then)")
+            raise ValueError(
+                "loss.perceptual and lpips_weights go together: set both, or neither (loss.gradient then)"
+            )
         if self.gan.weight > 0 and 3 in (self.engine.zero_stage, self.gan_engine.zero_stage):
-            raise ValueError("a GAN needs zero_stage 2 or less: the decoder asks for the discriminator's weights")
+            raise ValueError(
+                "a GAN needs zero_stage 2 or less: the decoder asks for the discriminator's weights"
+            )
 
 
 def fine_tuned(cfg: PretrainTokenizerConfig) -> AutoencoderDC:
-    """A copy of the network of ``cfg.init``, or of its first channels. UserError: it is another architecture."""
+    """A copy of the network of ``cfg.init``, or of its first channels. UserError: it is another
+    architecture."""
     model, before = build_tokenizer(cfg.tokenizer, cfg.run.seed), load_tokenizer(Path(cfg.init))
     found = before.model.state_dict()
     if isinstance(before.model, AutoencoderDC) and not cfg.tokenizer.shortcuts:
         found = first_channels(before.model, cfg.tokenizer.channels, before.normalisation.mean)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if wrong := sorted(wanted.items() ^ {name: tensor.shape for name, tensor in found.items()}.items()):
-        raise UserError(f"{cfg.init}: its '{wrong[0][0]}' is not that of the config's tokenizer; set the same sizes")
+    if wrong := sorted(
+        wanted.items() ^ {name: tensor.shape for name, tensor in found.items()}.items()
+    ):
+        raise UserError(
+            f"{cfg.init}: its '{wrong[0][0]}' is not that of the config's tokenizer; set the same sizes"
+        )
     model.load_state_dict(found)
     return model
 
 
-def prepare(cfg: PretrainTokenizerConfig, frames: PixelFrames) -> tuple[AutoencoderDC, Components | None]:
-    """The model before the first step, and the anchor's components; a pure function of config and data."""
+def prepare(
+    cfg: PretrainTokenizerConfig, frames: PixelFrames
+) -> tuple[AutoencoderDC, Components | None]:
+    """The model before the first step, and the anchor's components; a pure function of config and
+    data."""
     model = fine_tuned(cfg) if cfg.init else build_tokenizer(cfg.tokenizer, cfg.run.seed)
     linear = cfg.start == "linear" and not cfg.init
     if not linear and not cfg.loss.anchor:
         return model, None
     pixels = to_unit(frames.spread(cfg.start_frames))
-    begun = cfg.run.resume != "never" and bool(Checkpoints(Path(cfg.run.dir) / "checkpoints").steps())
+    begun = cfg.run.resume != "never" and bool(
+        Checkpoints(Path(cfg.run.dir) / "checkpoints").steps()
+    )
     if linear and not begun:
         try:
             return model, linear_start(model, pixels, cfg.loss.anchor_floor)
         except ValueError as error:
-            raise UserError(f"start=linear: {error}; widen tokenizer.widths, or start=random") from error
-    found = patch_components(pixels, cfg.tokenizer.channels, cfg.loss.anchor_floor, cfg.tokenizer.spatial)
+            raise UserError(
+                f"start=linear: {error}; widen tokenizer.widths, or start=random"
+            ) from error
+    found = patch_components(
+        pixels, cfg.tokenizer.channels, cfg.loss.anchor_floor, cfg.tokenizer.spatial
+    )
     return model, Components(**found)
 
 
@@ -193,29 +227,44 @@ class Training:
         if cfg.engine.backend == "torch":  # DeepSpeed wants plain memory and lays it out itself
             channels_last(model)
         if components is not None:
-            components = Components(components.weight.to(ranks.device), components.bias.to(ranks.device))
-        perceptual = load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
+            components = Components(
+                components.weight.to(ranks.device), components.bias.to(ranks.device)
+            )
+        perceptual = (
+            load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
+        )
         ahead = cfg.train.prefetch if not cfg.frames.keep_every else 0
         self.pixels = Prefetch(self.read, ahead, threads=ahead)
         self.discriminator: Engine | None = None
         network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
         objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
         engine = partial(
-            build_engine, ranks=ranks, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch
+            build_engine,
+            ranks=ranks,
+            global_batch=cfg.train.global_batch,
+            micro_batch=cfg.train.micro_batch,
         )
-        self.engine = engine(StepModule(model, objective), cfg.engine, total_updates=cfg.train.steps)
+        self.engine = engine(
+            StepModule(model, objective), cfg.engine, total_updates=cfg.train.steps
+        )
         if network is not None:
             updates = max(1, cfg.train.steps - cfg.gan.start)
-            self.discriminator = engine(StepModule(network, judge), cfg.gan_engine, total_updates=updates)
+            self.discriminator = engine(
+                StepModule(network, judge), cfg.gan_engine, total_updates=updates
+            )
 
     @property
     def engines(self) -> dict[str, Engine]:
-        return {"model": self.engine} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
+        return {"model": self.engine} | (
+            {} if self.discriminator is None else {"discriminator": self.discriminator}
+        )
 
     def micro_batches(self, position: int) -> list[MicroKey]:
         """This rank's of one update: (position, number, clips) each."""
         cfg = self.cfg
-        found = micro_batches(cfg.train, cfg.run.seed, self.run.ranks, position - 1, len(self.frames))
+        found = micro_batches(
+            cfg.train, cfg.run.seed, self.run.ranks, position - 1, len(self.frames)
+        )
         return [(position, number, tuple(clips)) for number, clips in found]
 
     def read(self, key: MicroKey) -> Tensor:
@@ -225,7 +274,8 @@ class Training:
         return self.frames.batch(clips, self.cfg.frames.per_clip, self.cfg.frames.step, rng)
 
     def update(self, step: int, position: int) -> tuple[StepInfo, Logs]:
-        """One update, and with the GAN on one of the discriminator on the same pictures; the mean logs of all ranks."""
+        """One update, and with the GAN on one of the discriminator on the same pictures; the mean
+        logs of all ranks."""
         cfg, seed, device = self.cfg, self.cfg.run.seed, self.run.ranks.device
         samples = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames))
         sums: Logs = {}
@@ -239,7 +289,9 @@ class Training:
                 pixels = to_unit(on_device(read, device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
                 rng = generator(seed, "noise", position, number)
-                noise = on_device(torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng), device)
+                noise = on_device(
+                    torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng), device
+                )
                 loss, made, logs = self.engine(pixels, noise, adversarial)
                 kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": read}))
                 self.engine.backward(loss)
@@ -260,9 +312,13 @@ def reconstructed(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> Tensor:
     return (made.clamp(-1, 1) / 2 + 0.5).cpu()
 
 
-def as_tokenizer(model: AutoencoderDC, normalisation: Normalisation | None = None) -> FrameTokenizer:
+def as_tokenizer(
+    model: AutoencoderDC, normalisation: Normalisation | None = None
+) -> FrameTokenizer:
     channels = int(model.config["latent_channels"])
-    return FrameTokenizer(model, normalisation or Normalisation((0.0,) * channels, (1.0,) * channels))
+    return FrameTokenizer(
+        model, normalisation or Normalisation((0.0,) * channels, (1.0,) * channels)
+    )
 
 
 def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -> Normalisation:
@@ -273,7 +329,8 @@ def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -
     variance = (latents - mean).square().mean(1)
     std = (variance if cfg.statistics == "channel" else variance.mean().expand_as(variance)).sqrt()
     return Normalisation(
-        tuple(round(float(value), 6) for value in mean[:, 0]), tuple(round(float(value), 6) for value in std)
+        tuple(round(float(value), 6) for value in mean[:, 0]),
+        tuple(round(float(value), 6) for value in std),
     )
 
 
@@ -282,7 +339,10 @@ def milliseconds(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> dict[str, fl
     batch = pixels_N3HW[: tokenizer.batch].unsqueeze(0)
     latents = tokenizer.encode(batch)
     found = {}
-    for name, work, given in (("encode", tokenizer.encode, batch), ("decode", tokenizer.decode, latents)):
+    for name, work, given in (
+        ("encode", tokenizer.encode, batch),
+        ("decode", tokenizer.decode, latents),
+    ):
         times = []
         for _ in range(5):
             began = time.perf_counter()
@@ -292,22 +352,39 @@ def milliseconds(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> dict[str, fl
     return found
 
 
-def write(cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrames, val: Tensor) -> dict[str, object]:
+def write(
+    cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrames, val: Tensor
+) -> dict[str, object]:
     """Write ``RUN/tokenizer`` and judge what was written."""
     folder, found = Path(cfg.run.dir) / "tokenizer", cfg.evaluation
     save_tokenizer(model, measured(model, found, frames), folder)
     tokenizer = load_tokenizer(folder, device=next(model.parameters()).device)
     made, real = reconstructed(tokenizer, val), val / 2 + 0.5
-    report: dict[str, object] = {name: round(value, 4) for name, value in reconstruction_figures(made, real).items()}
+    report: dict[str, object] = {
+        name: round(value, 4) for name, value in reconstruction_figures(made, real).items()
+    }
     latents = tokenizer.encode(val.unsqueeze(0))[0]
-    report |= {"frames": len(val), "latent_mean": float(latents.mean()), "latent_std": float(latents.std())}
+    report |= {
+        "frames": len(val),
+        "latent_mean": float(latents.mean()),
+        "latent_std": float(latents.std()),
+    }
     report |= milliseconds(tokenizer, val)
     report |= {"parameters": sum(p.numel() for p in model.parameters()), "sha256": tokenizer.sha256}
     columns = min(8, found.sheet, len(val))
-    chosen = [index * len(val) // max(columns, found.sheet) for index in range(max(columns, found.sheet))]
-    write_sheet(Path(cfg.run.dir) / "reconstructions.png", real[chosen], made[chosen], columns=columns)
-    origin = provenance(stage="tokenizer", step=cfg.train.steps, seed=cfg.run.seed, data_hash=frames.hash)
-    write_json(folder / "provenance.json", {**origin, "command": " ".join(sys.argv), "config": to_yaml(cfg)})
+    chosen = [
+        index * len(val) // max(columns, found.sheet) for index in range(max(columns, found.sheet))
+    ]
+    write_sheet(
+        Path(cfg.run.dir) / "reconstructions.png", real[chosen], made[chosen], columns=columns
+    )
+    origin = provenance(
+        stage="tokenizer", step=cfg.train.steps, seed=cfg.run.seed, data_hash=frames.hash
+    )
+    write_json(
+        folder / "provenance.json",
+        {**origin, "command": " ".join(sys.argv), "config": to_yaml(cfg)},
+    )
     write_json(folder / "evaluation.json", report)
     return report
 
@@ -317,9 +394,13 @@ def main() -> None:
     ranks = init_distributed(cfg.run.timeout_minutes)
     root, spatial = cfg.data.root, cfg.tokenizer.spatial
     held_out = open_pixels(replace(cfg.val, root=cfg.val.root or root))
-    frames = PixelFrames(open_pixels(cfg.data), root, spatial, every=cfg.frames.keep_every, limit=cfg.frames.clips)
+    frames = PixelFrames(
+        open_pixels(cfg.data), root, spatial, every=cfg.frames.keep_every, limit=cfg.frames.clips
+    )
     check_batches(cfg.train, ranks, len(frames), Path(root))
-    judged = PixelFrames(held_out, f"{cfg.val.root or root} ({cfg.val.split})", spatial, limit=cfg.evaluation.clips)
+    judged = PixelFrames(
+        held_out, f"{cfg.val.root or root} ({cfg.val.split})", spatial, limit=cfg.evaluation.clips
+    )
     val = to_unit(judged.spread(cfg.evaluation.frames))
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE_HERE)
     training = Training(cfg, run, frames)
@@ -334,7 +415,9 @@ def main() -> None:
                 ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
                 ema.copy_to(averaged)
-                found = reconstruction_figures(reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5)
+                found = reconstruction_figures(
+                    reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5
+                )
                 logs |= {f"val/{name}": value for name, value in found.items()}
             run.log(step, logs)
             last, request = step == cfg.train.steps, loop.request()

@@ -3,14 +3,15 @@
     torchrun --nproc_per_node 2 recipes/pretrain_vae.py --config recipes/configs/vae_doom.yaml \\
         data=data/doom out=runs/vae
 
-Plain reconstruction losses do not train such a network in minutes (they stop at fog). So two runs follow each other.
-``distil`` teaches the encoder the principal components of 8x8 patches of single frames, and the decoder to read them.
-Then the temporal taps are set to copy the newest frame, and ``video`` trains everything end to end, the components kept
-as a gentle anchor.
+Plain reconstruction losses do not train such a network in minutes (they stop at fog). So two runs
+follow each other. ``distil`` teaches the encoder the principal components of 8x8 patches of single
+frames, and the decoder to read them. Then the temporal taps are set to copy the newest frame, and
+``video`` trains everything end to end, the components kept as a gentle anchor.
 
-Writes ``out/vae/`` (config.json with latents_mean/latents_std, fp16 weights, evaluation.json), ``out/config.yaml``, and
-the runs ``out/distil`` and ``out/video``. The same command continues after an interruption. Works under ``torchrun``,
-``deepspeed`` and plain ``python``; on a CPU one thread a process is best, as the tensors are small.
+Writes ``out/vae/`` (config.json with latents_mean/latents_std, fp16 weights, evaluation.json),
+``out/config.yaml``, and the runs ``out/distil`` and ``out/video``. The same command continues after
+an interruption. Works under ``torchrun``, ``deepspeed`` and plain ``python``; on a CPU one thread a
+process is best, as the tensors are small.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
-FROM_OUTSIDE = ("eval_clips", "eval_every", "log_every", "save_every")  # what may differ when a run goes on
+# what may differ when a run goes on
+FROM_OUTSIDE = ("eval_clips", "eval_every", "log_every", "save_every")
 
 
 @dataclass
@@ -80,16 +82,21 @@ class StageSection:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not self.frames:
             raise ValueError("steps and batch must be at least 1 and frames must not be empty")
-        check_within(self, {"batch": (1, 2**16), "lr": (0, 1e3), "warmup": (0, 2**31), "final_lr": (0, 1e3)})
+        check_within(
+            self, {"batch": (1, 2**16), "lr": (0, 1e3), "warmup": (0, 2**31), "final_lr": (0, 1e3)}
+        )
         if any(count < 1 or (count - 1) % GROUP for count in self.frames):
             raise ValueError(f"frames is {self.frames}; each must be 1 + {GROUP}*k")
 
     def at(self, update: int) -> float:
-        """The learning rate of an update (0 is the first): warm-up to ``lr``, then a cosine to ``final_lr``."""
+        """The learning rate of an update (0 is the first): warm-up to ``lr``, then a cosine to
+        ``final_lr``."""
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
         done = (update - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, done))
+        )
 
 
 @dataclass
@@ -108,7 +115,10 @@ class LossSection:
     """Standard deviation of noise on the latents before the decoder (their scale is about 1)."""
 
     def __post_init__(self) -> None:
-        check_within(self, {**dict.fromkeys(("mse", "l1", "gradient", "anchor"), (0.0, 1e6)), "noise": (0, 100)})
+        check_within(
+            self,
+            {**dict.fromkeys(("mse", "l1", "gradient", "anchor"), (0.0, 1e6)), "noise": (0, 100)},
+        )
         if self.mse + self.l1 <= 0:
             raise ValueError("mse and l1 are both 0: nothing says what the pixels should be")
 
@@ -161,14 +171,18 @@ class Videos:
     components: dict[str, Tensor]
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
-def windows(video_UF3HW: Tensor, frames: int, batch: int, rng: torch.Generator) -> tuple[list[int], Tensor]:
+def windows(
+    video_UF3HW: Tensor, frames: int, batch: int, rng: torch.Generator
+) -> tuple[list[int], Tensor]:
     """Random clips, and windows of them (B, 3, T, H, W) in [-1, 1]."""
     clips: list[int] = torch.randint(len(video_UF3HW), (batch,), generator=rng).tolist()
     starts = torch.randint(video_UF3HW.shape[1] - frames + 1, (batch,), generator=rng).tolist()
-    cut = [video_UF3HW[clip, start : start + frames] for clip, start in zip(clips, starts, strict=True)]
+    cut = [
+        video_UF3HW[clip, start : start + frames] for clip, start in zip(clips, starts, strict=True)
+    ]
     return clips, channels_last_3d(torch.stack(cut))
 
 
@@ -177,13 +191,18 @@ def channels_last_3d(video_BF3HW: Tensor) -> Tensor:
     return to_unit(video_BF3HW).transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
 
-def distil_loss(cfg: LossSection, model: AutoencoderKLWan, pixels: Tensor, target: Tensor, noise: Tensor) -> Tensor:
-    """The encoder learns the components ``target`` (B, C, 1+k, H', W'), the decoder to read them, noised."""
+def distil_loss(
+    cfg: LossSection, model: AutoencoderKLWan, pixels: Tensor, target: Tensor, noise: Tensor
+) -> Tensor:
+    """The encoder learns the components ``target`` (B, C, 1+k, H', W'), the decoder to read them,
+    noised."""
     output = whole_decode(model, target + cfg.noise * noise)
     return cfg.mse * F.mse_loss(output, pixels) + F.mse_loss(whole_encode(model, pixels), target)
 
 
-def video_loss(cfg: LossSection, model: AutoencoderKLWan, pixels: Tensor, target: Tensor, noise: Tensor) -> Tensor:
+def video_loss(
+    cfg: LossSection, model: AutoencoderKLWan, pixels: Tensor, target: Tensor, noise: Tensor
+) -> Tensor:
     """End to end, with the components of the key frames as an anchor."""
     latents = whole_encode(model, pixels)
     error = whole_decode(model, latents + cfg.noise * noise) - pixels
@@ -202,12 +221,17 @@ def components_of(pixels_BCTHW: Tensor, components: dict[str, Tensor]) -> Tensor
 def update(
     cfg: PretrainVae, stage: StageSection, run: Run, engine: Engine, videos: Videos, position: int
 ) -> tuple[StepInfo, Logs]:
-    """One update on this rank's part of the batch, which is a function of (seed, position); the mean logs."""
+    """One update on this rank's part of the batch, which is a function of (seed, position); the
+    mean logs."""
     ranks, done = run.ranks, 0 if stage is cfg.distil else cfg.distil.steps
     rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + done + position - 1)
-    clips, pixels = windows(videos.train, stage.frames[(position - 1) % len(stage.frames)], stage.batch, rng)
+    clips, pixels = windows(
+        videos.train, stage.frames[(position - 1) % len(stage.frames)], stage.batch, rng
+    )
     B, _, T, H, W = pixels.shape
-    noise = torch.randn(B, cfg.model.channels, 1 + (T - 1) // GROUP, H // PATCH, W // PATCH, generator=rng)
+    noise = torch.randn(
+        B, cfg.model.channels, 1 + (T - 1) // GROUP, H // PATCH, W // PATCH, generator=rng
+    )
     own = slice(ranks.rank * B // ranks.world, (ranks.rank + 1) * B // ranks.world)
     pixels, noise = (on_device(part[own], ranks.device) for part in (pixels, noise))
     with keeping(run, position, engine, clips) as kept:
@@ -215,17 +239,27 @@ def update(
         kept.append(MicroBatch(ranks.rank, clips[own], [], loss.detach(), {"pixels": pixels}))
         engine.backward(loss)
         info = engine.step()
-    return info, ranks.mean({"loss": float(loss.detach())}) | {"grad_norm": info.grad_norm, "lr": info.lr}
+    return info, ranks.mean({"loss": float(loss.detach())}) | {
+        "grad_norm": info.grad_norm,
+        "lr": info.lr,
+    }
 
 
 def train(
-    cfg: PretrainVae, name: str, model: AutoencoderKLWan, ranks: Ranks, clips: ClipSet, videos: Videos
+    cfg: PretrainVae,
+    name: str,
+    model: AutoencoderKLWan,
+    ranks: Ranks,
+    clips: ClipSet,
+    videos: Videos,
 ) -> AutoencoderKLWan:
     """The run ``out/<name>`` from the weights of ``model``; a network with its average."""
     distil = name == "distil"
     stage, loss = (cfg.distil, distil_loss) if distil else (cfg.video, video_loss)
     if stage.batch % ranks.world:
-        raise UserError(f"{name}.batch is {stage.batch}; it must be a multiple of the {ranks.world} processes")
+        raise UserError(
+            f"{name}.batch is {stage.batch}; it must be a multiple of the {ranks.world} processes"
+        )
     plan = TrainConfig(
         steps=stage.steps,
         global_batch=stage.batch,
@@ -233,7 +267,12 @@ def train(
         save_every=cfg.save_every,
         ema=EmaConfig(cfg.ema),
     )
-    run = Run(RunConfig(str(cfg.out / name), cfg.seed, cfg.log_every), ranks, config=cfg, may_change=FROM_OUTSIDE)
+    run = Run(
+        RunConfig(str(cfg.out / name), cfg.seed, cfg.log_every),
+        ranks,
+        config=cfg,
+        may_change=FROM_OUTSIDE,
+    )
     adam = EngineConfig("torch", betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0)
     engine = build_engine(
         StepModule(model, partial(loss, cfg.loss)),
@@ -254,7 +293,11 @@ def train(
                 ema.update(engine.owned())
             if step % cfg.eval_every == 0 or step in (1, stage.steps):
                 ema.copy_to(averaged)
-                logs |= quick_psnr(averaged, cfg.eval_clips, videos.val, stills=distil) if ranks.is_main else {}
+                logs |= (
+                    quick_psnr(averaged, cfg.eval_clips, videos.val, stills=distil)
+                    if ranks.is_main
+                    else {}
+                )
             run.log(step, logs)
             last, request = step == stage.steps, loop.request()
             if last or request or step % cfg.save_every == 0:
@@ -266,7 +309,7 @@ def train(
     return averaged
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -284,7 +327,8 @@ def quick_psnr(model: AutoencoderKLWan, count: int, video_UF3HW: Tensor, *, stil
 
 @torch.no_grad()
 def evaluate(folder: Path, clips: ClipSet, video_UF3HW: Tensor) -> dict[str, object]:
-    """The written files, through :func:`load_vae`: PSNR by frame and by motion, detail and change that survive."""
+    """The written files, through :func:`load_vae`: PSNR by frame and by motion, detail and change
+    that survive."""
     vae = load_vae(folder)
     rows, began = [], time.perf_counter()
     for start in range(0, len(video_UF3HW), 8):
@@ -293,10 +337,15 @@ def evaluate(folder: Path, clips: ClipSet, video_UF3HW: Tensor) -> dict[str, obj
     seconds = time.perf_counter() - began
     real, made = (torch.cat(parts) for parts in zip(*rows, strict=True))
     report = reconstruction(real, made)
-    report |= {"clips": len(real), "milliseconds_per_frame": round(1000 * seconds / (len(real) * real.shape[1]), 2)}
+    report |= {
+        "clips": len(real),
+        "milliseconds_per_frame": round(1000 * seconds / (len(real) * real.shape[1]), 2),
+    }
     for kind, names in (("motion", clips.motions), ("place", clips.places)):
         for name in names:
-            chosen = torch.tensor([i for i in range(len(real)) if getattr(clips[i], kind) == name], dtype=torch.long)
+            chosen = torch.tensor(
+                [i for i in range(len(real)) if getattr(clips[i], kind) == name], dtype=torch.long
+            )
             if len(chosen):
                 report[f"{kind}:{name}"] = reconstruction(real[chosen], made[chosen])
     return report
@@ -304,20 +353,24 @@ def evaluate(folder: Path, clips: ClipSet, video_UF3HW: Tensor) -> dict[str, obj
 
 @torch.no_grad()
 def export(model: AutoencoderKLWan, video_UF3HW: Tensor, folder: Path) -> None:
-    """Measure latents_mean per channel and ONE latents_std for all; write config and fp16 weights in diffusers layout.
+    """Measure latents_mean per channel and ONE latents_std for all; write config and fp16 weights
+    in diffusers layout.
 
-    One std keeps the strong channels strong: with a std per channel the diffusion model learns texture before layout.
+    One std keeps the strong channels strong: with a std per channel the diffusion model learns
+    texture before layout.
     """
     chosen = video_UF3HW[torch.linspace(0, len(video_UF3HW) - 1, min(96, len(video_UF3HW))).long()]
     means = [whole_encode(model, to_unit(part).transpose(1, 2)) for part in chosen.split(8)]
     latents = torch.cat(means).transpose(0, 1).flatten(1)
     mean = latents.mean(1)
     std = float((latents - mean.unsqueeze(1)).square().mean().sqrt())
-    model.register_to_config(latents_mean=[round(float(m), 6) for m in mean], latents_std=[round(std, 6)] * len(mean))
+    model.register_to_config(
+        latents_mean=[round(float(m), 6) for m in mean], latents_std=[round(std, 6)] * len(mean)
+    )
     save_vae(model.half(), folder)
 
 
-# ------------------------------------------------------------------------------------------------------------------ run
+# ---------------------------------------------------------------------------------------------- run
 
 
 def load_videos(clips: ClipSet, limit: int) -> Tensor:
@@ -327,10 +380,13 @@ def load_videos(clips: ClipSet, limit: int) -> Tensor:
 
 
 def claim(cfg: PretrainVae) -> None:
-    """Make ``out`` ours. UserError: it holds anything of others, or of an earlier version of this script."""
+    """Make ``out`` ours. UserError: it holds anything of others, or of an earlier version of this
+    script."""
     require_own_folder(cfg.out, ["config.yaml"], "choose another out=")
     if (cfg.out / "state.pt").exists():
-        raise UserError(f"{cfg.out}/state.pt: of an earlier version, which cannot be continued; choose another out=")
+        raise UserError(
+            f"{cfg.out}/state.pt: of an earlier version, which cannot be continued; choose another out="
+        )
     cfg.out.mkdir(parents=True, exist_ok=True)
     write_text(cfg.out / "config.yaml", to_yaml(cfg))
 
@@ -340,14 +396,19 @@ def main() -> None:
     ranks = init_distributed()
     clips = {split: ClipSet(cfg.data, split) for split in ("train", "val")}
     if (longest := max(cfg.video.frames)) > clips["train"].frames:
-        raise UserError(f"video.frames asks for {longest} frames; the clips in {cfg.data} have {clips['train'].frames}")
+        raise UserError(
+            f"video.frames asks for {longest} frames; the clips in {cfg.data} have {clips['train'].frames}"
+        )
     ranks.on_main(lambda: claim(cfg))
     loaded = {split: load_videos(chosen, cfg.max_clips) for split, chosen in clips.items()}
     torch.manual_seed(cfg.seed)
     model = build_vae(cfg.model)
     _, stills = windows(loaded["train"], 1, 1024, torch.Generator().manual_seed(cfg.seed))
     components = patch_components(stills.squeeze(2), cfg.model.channels, cfg.pca_floor)
-    videos = Videos(**loaded, components={name: on_device(tensor, ranks.device) for name, tensor in components.items()})
+    videos = Videos(
+        **loaded,
+        components={name: on_device(tensor, ranks.device) for name, tensor in components.items()},
+    )
     model = train(cfg, "distil", model, ranks, clips["train"], videos)
     inflate(model)
     model = train(cfg, "video", model, ranks, clips["train"], videos)
@@ -356,7 +417,10 @@ def main() -> None:
         export(model, videos.train, folder)
         report = evaluate(folder, clips["val"], videos.val)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        report |= {"parameters": parameters, "megabytes": round((folder / WEIGHTS).stat().st_size / 1e6, 3)}
+        report |= {
+            "parameters": parameters,
+            "megabytes": round((folder / WEIGHTS).stat().st_size / 1e6, 3),
+        }
         report |= {"steps": cfg.distil.steps + cfg.video.steps, "data_sha256": clips["train"].hash}
         write_json(folder / "evaluation.json", report)
         say(json.dumps(report, indent=1))

@@ -1,13 +1,15 @@
-"""The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions, with real metrics.
+"""The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions,
+with real metrics.
 
-    python recipes/scratch_experiments.py models --run runs/scratch    (interfaces, amortisation, corruption, long, all)
-    python recipes/scratch_experiments.py params             (and lpips [--pictures]: seconds, nothing is trained)
+    python recipes/scratch_experiments.py models --run runs/scratch    (interfaces, amortisation,
+    corruption, long, all) python recipes/scratch_experiments.py params             (and lpips
+    [--pictures]: seconds, nothing is trained)
 
-Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it with
-assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
-(recipes/evaluate_prediction.py: 4 true frames, 12 generated), and writes ``RUN/scratch.json`` and figures. Everything
-is resumable: what is finished is not run again. ``--steps`` and ``--test`` make it smaller, ``--seeds 0 1`` gives
-spreads.
+Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it
+with assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
+(recipes/evaluate_prediction.py: 4 true frames, 12 generated), and writes ``RUN/scratch.json`` and
+figures. Everything is resumable: what is finished is not run again. ``--steps`` and ``--test`` make
+it smaller, ``--seeds 0 1`` gives spreads.
 """
 
 from __future__ import annotations
@@ -40,23 +42,33 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TOKENIZER, CONFIG = "assets/tokenizer_doom", "recipes/configs/pretrain_doom.yaml"
 SCD = "model.scd={{encoder_layers: {}, decoder: {{layers: {}, fusion: {}, prefix_rope: {}, prefix_time: step}}}}"
 SIZES = {  # the paper's Table 2: millions of parameters, block passes per frame at 50 steps
-    "causal_b": (131, 600), "scd_b": (132, 208), "scd_b_e": (174, 212), "scd_b_d": (217, 608),
-    "causal_m": (230, 600), "scd_m": (230, 208), "scd_m_e": (306, 212), "scd_m_d": (383, 608),
-}  # fmt: skip
-# What lpips.LPIPS(net="vgg") printed on ten pairs of numpy.random.RandomState(123).rand(10, 3, 100, 100).
+    "causal_b": (131, 600),
+    "scd_b": (132, 208),
+    "scd_b_e": (174, 212),
+    "scd_b_d": (217, 608),
+    "causal_m": (230, 600),
+    "scd_m": (230, 208),
+    "scd_m_e": (306, 212),
+    "scd_m_d": (383, 608),
+}
+# What lpips.LPIPS(net="vgg") printed on ten pairs of numpy.random.RandomState(123).rand(10, 3, 100,
+# 100).
 LPIPS_VGG = (0.3497, 0.3494, 0.3473, 0.3558, 0.3437, 0.3366, 0.3716, 0.3516, 0.3472, 0.3413)
 # What lpips prints for imgs/ex_p0.png and ex_p1.png of its repository, each against ex_ref.png.
 LPIPS_PICTURES = {"alex": (0.7219, 0.1376), "vgg": (0.5686, 0.4217)}
 EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
 OTHERS = ("causal", "scd_e", "scd_d")
 CONTROLS = ("reconstruction", "repeat")  # the same for every seed
-OWN = {"interfaces": "temporal", "amortisation": "k2", "corruption": "eta0.05"}  # what "scd" is among the others
+# what "scd" is among the others
+OWN = {"interfaces": "temporal", "amortisation": "k2", "corruption": "eta0.05"}
 GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
 
 
-def scd(encoder: int, decoder: int, fusion: str = "paper", rope: str = "temporal") -> tuple[str, ...]:
-    """Overrides of an SCD of so many layers (half of the paper's); the decoder at twice the learning rate, as in the
-    released code."""
+def scd(
+    encoder: int, decoder: int, fusion: str = "paper", rope: str = "temporal"
+) -> tuple[str, ...]:
+    """Overrides of an SCD of so many layers (half of the paper's); the decoder at twice the
+    learning rate, as in the released code."""
     layers = list(range(encoder)), list(range(encoder, encoder + decoder))
     return (
         "model.family=scd",
@@ -68,8 +80,9 @@ def scd(encoder: int, decoder: int, fusion: str = "paper", rope: str = "temporal
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: overrides of pretrain_doom.yaml, which differ from those of "scd" in one thing. ``seconds``: when
-    last measured, for 480 updates on one core. ``eighths`` of --steps that it trains."""
+    """One training: overrides of pretrain_doom.yaml, which differ from those of "scd" in one thing.
+    ``seconds``: when last measured, for 480 updates on one core. ``eighths`` of --steps that it
+    trains."""
 
     name: str
     overrides: tuple[str, ...]
@@ -88,7 +101,10 @@ TRIALS = {
         Trial("identical", scd(4, 2, "paper", "identical")),
         Trial("k1", (*scd(4, 2), "loss.noise_samples=1"), 360.0, 18),  # as many seconds as K = 4
         Trial("k4", (*scd(4, 2), "loss.noise_samples=4"), 900.0),
-        *(Trial(f"eta{noise}", (*scd(4, 2), f"loss.context_noise={noise}")) for noise in (0.0, 0.2, 0.5)),
+        *(
+            Trial(f"eta{noise}", (*scd(4, 2), f"loss.context_noise={noise}"))
+            for noise in (0.0, 0.2, 0.5)
+        ),
     )
 }
 TABLES = {
@@ -119,21 +135,35 @@ class Plan:
         return [self.steps * eighths // 8 for eighths in range(2, TRIALS[trial].eighths + 1, 2)]
 
     def data_steps(self) -> list[Group]:
-        render = python_command("data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1")
+        render = python_command(
+            "data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1"
+        )
         count = ["--train", str(self.train), "--test", str(self.test)]
         made = Step("clips", [*render, *count], 300, outputs=[self.data])
-        encode = python_command("data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER)
+        encode = python_command(
+            "data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER
+        )
 
         def encoded(split: str) -> Step:
             out = self.run / "latents" / split
-            return Step(f"encode-{split}", [*encode, "--split", split, "--out", str(out)], 400, ONE_THREAD, [out])
+            return Step(
+                f"encode-{split}",
+                [*encode, "--split", split, "--out", str(out)],
+                400,
+                ONE_THREAD,
+                [out],
+            )
 
         return [[made], [encoded("train"), encoded("test")]]
 
     def document(self) -> dict[str, Any]:
         """What scratch.json holds so far."""
         file = self.run / "scratch.json"
-        known = read_json(file, "remove it") if file.is_file() else {"steps": self.steps, "test_clips": self.test}
+        known = (
+            read_json(file, "remove it")
+            if file.is_file()
+            else {"steps": self.steps, "test_clips": self.test}
+        )
         return dict[str, Any](known)
 
     def folder(self, trial: str, seed: int) -> Path:
@@ -142,15 +172,22 @@ class Plan:
     def training(self, trial: Trial, seed: int) -> Step:
         latents = [f"data={self.run / 'latents' / 'train'}", f"val={self.run / 'latents' / 'test'}"]
         steps = self.steps * trial.eighths // 8
-        places = [f"run.dir={self.folder(trial.name, seed)}", f"run.seed={seed}", f"train.steps={steps}"]
+        places = [
+            f"run.dir={self.folder(trial.name, seed)}",
+            f"run.seed={seed}",
+            f"train.steps={steps}",
+        ]
         often = [f"train.keep_every={self.steps // 8}", f"train.save_every={self.steps // 8}"]
-        command = python_command("recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides)
+        command = python_command(
+            "recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides
+        )
         seconds, folder = trial.seconds * steps / 480, self.folder(trial.name, seed)
         left = [folder / "checkpoints", folder / "metrics.jsonl"]
         return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD, left)
 
     def scoring(self, trial: str, seed: int, name: str, *more: str, step: int = 0) -> Step:
-        """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint or of ``step``."""
+        """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint
+        or of ``step``."""
         checkpoint, out = self.folder(trial, seed), self.run / "scores" / f"{name}-{seed}"
         given = [
             f"checkpoint={checkpoint / 'checkpoints' / f'step_{step:08d}' if step else checkpoint}",
@@ -163,7 +200,13 @@ class Plan:
             "videos=4",
         ]
         command = python_command("recipes/evaluate_prediction.py", *given, *more)
-        return Step(f"score-{name}-{seed}", command, 240, ONE_THREAD, [out / "result.json", out / "cost.json"])
+        return Step(
+            f"score-{name}-{seed}",
+            command,
+            240,
+            ONE_THREAD,
+            [out / "result.json", out / "cost.json"],
+        )
 
     def result(self, name: str, seed: int) -> dict[str, Any]:
         """Figures and costs of a finished scoring."""
@@ -171,11 +214,18 @@ class Plan:
         result = PredictionResult.read(folder / "result.json")
         cost: dict[str, Any] = read_json(folder / "cost.json", "remove it and run again")
         found = {figure: round(value.value, 4) for figure, value in result.figures.items()}
-        kept = ("parameters", "block_passes_per_frame", "seconds_per_frame", "seconds_to_first_frame")
+        kept = (
+            "parameters",
+            "block_passes_per_frame",
+            "seconds_per_frame",
+            "seconds_to_first_frame",
+        )
         timing = {key: round(cost[key], 4) for key in kept if key in cost}
         if name.endswith("-long"):
             timing["by_frame"] = cost["by_frame"]
-        curves = {name: [round(value, 4) for value in curve] for name, curve in result.curves.items()}
+        curves = {
+            name: [round(value, 4) for value in curve] for name, curve in result.curves.items()
+        }
         return found | timing | {"curves": curves}
 
     def log(self, trial: str, seed: int) -> list[dict[str, Any]]:
@@ -201,7 +251,8 @@ def train_and_score(plan: Plan, experiment: str) -> list[Group]:
 
 
 def equal_time(plan: Plan) -> list[Group]:
-    """The other models once more, as they were after the training seconds that all of SCD's updates took."""
+    """The other models once more, as they were after the training seconds that all of SCD's updates
+    took."""
     scored: list[Step] = []
     eighth = plan.steps // 8
     for seed in plan.seeds:
@@ -219,7 +270,9 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
     for seed in plan.seeds:
         if experiment == "corruption":
             steps += [
-                plan.scoring("scd", seed, f"guided{s}", f"rollout.guidance.corruption={s}", step=plan.steps)
+                plan.scoring(
+                    "scd", seed, f"guided{s}", f"rollout.guidance.corruption={s}", step=plan.steps
+                )
                 for s in GUIDANCE
             ]
         if experiment == "amortisation":
@@ -233,9 +286,14 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
         if experiment == "long":
             protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
             long = [protocol, "fvd=false", "rollout.window=15", "timed=264", "batch=8"]
-            steps += [plan.scoring(name, seed, f"{name}-long", *long, step=plan.steps) for name in TABLES[experiment]]
+            steps += [
+                plan.scoring(name, seed, f"{name}-long", *long, step=plan.steps)
+                for name in TABLES[experiment]
+            ]
     if experiment == "models":
-        steps += [plan.scoring("scd", plan.seeds[0], name, f"checkpoint={name}") for name in CONTROLS]
+        steps += [
+            plan.scoring("scd", plan.seeds[0], name, f"checkpoint={name}") for name in CONTROLS
+        ]
     return [steps] if steps else []
 
 
@@ -244,7 +302,9 @@ def collect(plan: Plan, experiment: str) -> dict[str, Any]:
     names = list(TABLES[experiment])
     if experiment == "models":
         names += [f"{name}-time" for name in OTHERS] + list(CONTROLS)
-    names += {"amortisation": ["k1-time"], "corruption": [f"guided{s}" for s in GUIDANCE]}.get(experiment, [])
+    names += {"amortisation": ["k1-time"], "corruption": [f"guided{s}" for s in GUIDANCE]}.get(
+        experiment, []
+    )
     if experiment == "long":
         names = [f"{name}-long" for name in TABLES[experiment]]
     found: dict[str, Any] = {}
@@ -284,8 +344,8 @@ class Sized:
 
 
 def params() -> dict[str, Any]:
-    """Table 2's sizes, counted on the meta device, with Minecraft's three actions; block passes of a frame at 50 steps
-    (Causal DiT's clean pass of the frame before it included)."""
+    """Table 2's sizes, counted on the meta device, with Minecraft's three actions; block passes of
+    a frame at 50 steps (Causal DiT's clean pass of the frame before it included)."""
     found = {}
     for name, (millions, passes) in SIZES.items():
         file = Path(CONFIG).with_name(f"pretrain_{name}.yaml")
@@ -293,10 +353,22 @@ def params() -> dict[str, Any]:
         with torch.device("meta"):
             model = build_student(config)
         # The passes of the second frame, with one step and with two.
-        one, two = (block_passes(model, 2, steps) - block_passes(model, 1, steps) for steps in (1, 2))
-        counted, at_50 = sum(parameter.numel() for parameter in model.parameters()), one + 49 * (two - one)
-        found[name] = {"parameters": counted, "paper_millions": millions, "block_passes": at_50, "paper_passes": passes}
-        say(f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})")
+        one, two = (
+            block_passes(model, 2, steps) - block_passes(model, 1, steps) for steps in (1, 2)
+        )
+        counted, at_50 = (
+            sum(parameter.numel() for parameter in model.parameters()),
+            one + 49 * (two - one),
+        )
+        found[name] = {
+            "parameters": counted,
+            "paper_millions": millions,
+            "block_passes": at_50,
+            "paper_passes": passes,
+        }
+        say(
+            f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})"
+        )
     return found
 
 
@@ -310,8 +382,8 @@ def block_passes(model: Student, frames: int, steps: int) -> int:
 
 
 def lpips(pictures: Path | None) -> dict[str, Any]:
-    """LPIPS with the real weights on seeded noise; VGG beside published values. ``pictures``: imgs/ of the lpips
-    repository, which is in no package, beside its documented values."""
+    """LPIPS with the real weights on seeded noise; VGG beside published values. ``pictures``: imgs/
+    of the lpips repository, which is in no package, beside its documented values."""
     draw = np.random.RandomState(123)
     one, other = (torch.from_numpy(draw.rand(10, 3, 100, 100)).float()[None] for _ in range(2))
     found: dict[str, Any] = {"vgg_published": list(LPIPS_VGG)}
@@ -320,10 +392,18 @@ def lpips(pictures: Path | None) -> dict[str, Any]:
         network = Lpips.load(trunk)
         found[trunk] = [round(value, 5) for value in network(one, other)[0].tolist()]
         if pictures is not None:
-            reference, *shown = (picture(pictures / f"ex_{name}.png") for name in ("ref", "p0", "p1"))
-            found[f"{trunk}_pictures"] = values = [round(float(network(each, reference)), 4) for each in shown]
-            say(f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})")
-    found["vgg_largest_error"] = max(abs(a - b) for a, b in zip(found["vgg"], LPIPS_VGG, strict=True))
+            reference, *shown = (
+                picture(pictures / f"ex_{name}.png") for name in ("ref", "p0", "p1")
+            )
+            found[f"{trunk}_pictures"] = values = [
+                round(float(network(each, reference)), 4) for each in shown
+            ]
+            say(
+                f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})"
+            )
+    found["vgg_largest_error"] = max(
+        abs(a - b) for a, b in zip(found["vgg"], LPIPS_VGG, strict=True)
+    )
     say(f"LPIPS VGG: largest difference to the published values {found['vgg_largest_error']:.2g}")
     return found
 
@@ -334,7 +414,9 @@ def picture(file: Path) -> Tensor:
         with Image.open(file, formats=["PNG"]) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))
     except OSError as error:
-        raise UserError(f"{file}: not a readable PNG ({error}); --pictures is imgs/ of the lpips repository") from error
+        raise UserError(
+            f"{file}: not a readable PNG ({error}); --pictures is imgs/ of the lpips repository"
+        ) from error
     return pixels.permute(2, 0, 1)[None, None].float() / 255
 
 
@@ -344,19 +426,41 @@ QUICK = ("params", "lpips")
 def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
     """Figures of an experiment, of its first seed."""
     folder, seed = plan.run / "figures", str(plan.seeds[0])
-    found = {OWN.get(experiment, name) if name == "scd" else name: rows for name, rows in found.items()}
+    found = {
+        OWN.get(experiment, name) if name == "scd" else name: rows for name, rows in found.items()
+    }
     if experiment == "long":
         files = []
-        drawn = {"psnr": "PSNR, dB", "lpips": "LPIPS", "seconds": "seconds of the frame", "memory_gib": "GiB held"}
+        drawn = {
+            "psnr": "PSNR, dB",
+            "lpips": "LPIPS",
+            "seconds": "seconds of the frame",
+            "memory_gib": "GiB held",
+        }
         for measure, unit in drawn.items():
             part = "curves" if measure in ("psnr", "lpips") else "by_frame"
-            curves = {name.removesuffix("-long"): rows[seed][part][measure] for name, rows in found.items()}
-            lines = {name: (list(range(1, len(curve) + 1)), curve) for name, curve in curves.items()}
-            files.append(curve_figure(folder / f"long_{measure}.png", lines, "generated frame", unit))
+            curves = {
+                name.removesuffix("-long"): rows[seed][part][measure]
+                for name, rows in found.items()
+            }
+            lines = {
+                name: (list(range(1, len(curve) + 1)), curve) for name, curve in curves.items()
+            }
+            files.append(
+                curve_figure(folder / f"long_{measure}.png", lines, "generated frame", unit)
+            )
         return files
     if experiment == "amortisation":
-        runs = [(f"{name}, seed {number}", row) for name, rows in found.items() for number, row in rows.items()]
-        lines = {name: (row["by_time"]["seconds"], row["by_time"]["lpips"]) for name, row in runs if "by_time" in row}
+        runs = [
+            (f"{name}, seed {number}", row)
+            for name, rows in found.items()
+            for number, row in rows.items()
+        ]
+        lines = {
+            name: (row["by_time"]["seconds"], row["by_time"]["lpips"])
+            for name, row in runs
+            if "by_time" in row
+        }
         return [curve_figure(folder / "amortisation.png", lines, "training seconds", "LPIPS")]
     values = {
         name: {measure: [row[measure] for row in rows.values()] for measure in ("fvd", "lpips")}
@@ -367,16 +471,24 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("experiment", choices=(*EXPERIMENTS, *QUICK, "all", "data"), help="what to run")
-    parser.add_argument("--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable")
-    parser.add_argument("--steps", type=int, default=480, help="updates of every training; a multiple of 8")
+    parser.add_argument(
+        "experiment", choices=(*EXPERIMENTS, *QUICK, "all", "data"), help="what to run"
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/scratch"), help="run directory, resumable"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=480, help="updates of every training; a multiple of 8"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--train", type=int, default=240, help="training clips of 300 frames")
     parser.add_argument("--test", type=int, default=64, help="test clips")
     parser.add_argument("--pictures", type=Path, help="for lpips: imgs/ of the lpips repository")
     args = parser.parse_args()
     if args.steps < 8 or args.steps % 8 or args.test < 2:
-        raise UserError(f"--steps {args.steps} must be a multiple of 8 and --test {args.test} at least 2")
+        raise UserError(
+            f"--steps {args.steps} must be a multiple of 8 and --test {args.test} at least 2"
+        )
     with chain(args.run):
         make(Plan(args.run, args.steps, tuple(args.seeds), args.train, args.test), args)
 
@@ -385,11 +497,19 @@ def make(plan: Plan, args: argparse.Namespace) -> None:
     """The experiments that were asked for, each into scratch.json when it is done."""
     file = plan.run / "scratch.json"
     for name in QUICK if args.experiment == "all" else {args.experiment} & set(QUICK):
-        write_json(file, plan.document() | {name: params() if name == "params" else lpips(args.pictures)})
+        write_json(
+            file, plan.document() | {name: params() if name == "params" else lpips(args.pictures)}
+        )
     if args.experiment in QUICK:
         return
     run_steps(plan.run, plan.data_steps(), 2)
-    chosen = EXPERIMENTS if args.experiment == "all" else () if args.experiment == "data" else (args.experiment,)
+    chosen = (
+        EXPERIMENTS
+        if args.experiment == "all"
+        else ()
+        if args.experiment == "data"
+        else (args.experiment,)
+    )
     for experiment in chosen:
         run_steps(plan.run, train_and_score(plan, experiment), 2)
         if experiment == "models":
@@ -397,7 +517,10 @@ def make(plan: Plan, args: argparse.Namespace) -> None:
         run_steps(plan.run, extra(plan, experiment), 2)
         document = plan.document() | {experiment: collect(plan, experiment)}
         write_json(file, document)
-        say(f"{experiment}: {file}; " + ", ".join(str(path) for path in draw(plan, experiment, document[experiment])))
+        say(
+            f"{experiment}: {file}; "
+            + ", ".join(str(path) for path in draw(plan, experiment, document[experiment]))
+        )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python recipes/stage1_transplant.py base=/models/Wan2.1-T2V-1.3B-Diffusers out=runs/self-forcing \\
         family=causal chunk=3 weights=self_forcing_dmd.pt 'sampler={name: renoise, steps: 4, shift: 5.0}'
 
-No training: tensors are copied, checked bit for bit, and every source -> destination pair is written to report.txt.
-The second line takes a distilled generator's file. The same as ``scd transplant``.
+No training: tensors are copied, checked bit for bit, and every source -> destination pair is
+written to report.txt. The second line takes a distilled generator's file. The same as ``scd
+transplant``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from scd_sf.types import exit_on_user_error, say
 
 def main() -> None:
     cfg = from_command_line(TransplantConfig, __doc__ or "")
-    if os.environ.get("RANK", "0") == "0":  # a launcher may start several processes; one does the work
+    # a launcher may start several processes; one does the work
+    if os.environ.get("RANK", "0") == "0":
         say(run_transplant(cfg))
 
 

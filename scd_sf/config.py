@@ -1,13 +1,17 @@
-"""Typed configuration: a dataclass is the schema, a YAML file and ``a.b=value`` arguments only override its defaults.
+"""Typed configuration: a dataclass is the schema, a YAML file and ``a.b=value`` arguments only
+override its defaults.
 
-    cfg = load_config(MyConfig, Path("recipes/configs/tiny.yaml"), ["train.lr=1e-4", "data.root=data/toy"])
+    cfg = load_config(MyConfig, Path("recipes/configs/tiny.yaml"), ["train.lr=1e-4",
+    "data.root=data/toy"])
 
-The schema is an ordinary (nested) dataclass with defaults; a field without a default is mandatory. Each dataclass may
-check itself in ``__post_init__`` with ``ValueError``. Everything wrong comes out as one :class:`UserError` line that
-names the file or the argument, the key, and the nearest valid key.
+The schema is an ordinary (nested) dataclass with defaults; a field without a default is mandatory.
+Each dataclass may check itself in ``__post_init__`` with ``ValueError``. Everything wrong comes out
+as one :class:`UserError` line that names the file or the argument, the key, and the nearest valid
+key.
 
-Values are data: ``${..}`` and ``???`` are text. The type of the field says what a scalar means, so ``off`` is text for
-a text field and false for a truth value. Numbers are finite, integers fit into 64 bits.
+Values are data: ``${..}`` and ``???`` are text. The type of the field says what a scalar means, so
+``off`` is text for a text field and false for a truth value. Numbers are finite, integers fit into
+64 bits.
 """
 
 from __future__ import annotations
@@ -71,7 +75,16 @@ RENAMED: dict[str, dict[str, Renamed]] = {
     "Stage3Config": {"student": Renamed("student_engine")},
 }
 _noted: set[tuple[str, str]] = set()  # (class, old field) that a note was printed for
-_TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_TRUTHS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 _UNSET = object()  # a mandatory field before its value
 
 
@@ -79,12 +92,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """For scripts with a few flags: their docstring as it is, and each flag's default."""
 
 
-def load_config(schema: type[T], path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()) -> T:
-    """Defaults of ``schema``, then the YAML file at ``path`` (or several in turn), then ``a.b=value`` overrides: an
-    instance of ``schema``.
+def load_config(
+    schema: type[T], path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()
+) -> T:
+    """Defaults of ``schema``, then the YAML file at ``path`` (or several in turn), then
+    ``a.b=value`` overrides: an instance of ``schema``.
 
-    Raises UserError: unreadable file, unknown key (with the nearest valid one), wrong type, missing mandatory field,
-    or a ``ValueError`` of any section's ``__post_init__``.
+    Raises UserError: unreadable file, unknown key (with the nearest valid one), wrong type, missing
+    mandatory field, or a ``ValueError`` of any section's ``__post_init__``.
     """
     paths = [] if path is None else [path] if isinstance(path, Path) else path
     layers = [(str(file), read_tree(file)) for file in paths]
@@ -95,8 +110,8 @@ def load_config(schema: type[T], path: Path | Sequence[Path] | None, overrides: 
 def from_command_line(
     schema: type[T], description: str, argv: Sequence[str] | None = None, command: str | None = None
 ) -> T:
-    """``recipe.py [--config file.yaml ..] [a.b=value ..]`` -> an instance of ``schema``; later files
-    win over earlier. ``command``: its name in the help, where that is not the script's.
+    """``recipe.py [--config file.yaml ..] [a.b=value ..]`` -> an instance of ``schema``; later
+    files win over earlier. ``command``: its name in the help, where that is not the script's.
 
     ``--help`` lists every field, ``--print-config`` prints the resolved YAML; both end the process.
     ``--local_rank`` is accepted because the deepspeed launcher adds it; ranks are read from the
@@ -116,7 +131,9 @@ def from_command_line(
         default=[],
         help="YAML file over the defaults; may be given again, the later one wins",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved YAML and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved YAML and stop"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="values of single fields")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
@@ -137,7 +154,9 @@ def _say_what_is_replaced(files: Sequence[Path]) -> None:
     for file in files:
         values = _flat(plain_yaml(file))
         if replaced := [key for key in values if key in before and before[key] != values[key]]:
-            names = ", ".join(replaced[:8]) + (f" and {len(replaced) - 8} more" if replaced[8:] else "")
+            names = ", ".join(replaced[:8]) + (
+                f" and {len(replaced) - 8} more" if replaced[8:] else ""
+            )
             say(f"{file}: replaces {names} of the files before it", sys.stderr)
         before |= values
 
@@ -156,28 +175,36 @@ def from_yaml(schema: type[T], source: Path | str) -> T:
 
 
 def to_yaml(cfg: object) -> str:
-    """Every field of a config dataclass instance, defaults included, as YAML that :func:`from_yaml` reads back."""
+    """Every field of a config dataclass instance, defaults included, as YAML that :func:`from_yaml`
+    reads back."""
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
         raise TypeError(f"to_yaml wants a dataclass instance, got {type(cfg).__name__}")
     return dump(_plain(cfg))
 
 
 def differences(left: object, right: object) -> dict[str, tuple[object, object]]:
-    """Dotted key -> (left value, right value) wherever two config instances, or their plain trees, disagree."""
+    """Dotted key -> (left value, right value) wherever two config instances, or their plain trees,
+    disagree."""
     a, b = _flat(_plain(left)), _flat(_plain(right))
     absent = "<absent>"
     keys = list(dict.fromkeys([*a, *b]))
-    return {key: (a.get(key, absent), b.get(key, absent)) for key in keys if a.get(key, absent) != b.get(key, absent)}
+    return {
+        key: (a.get(key, absent), b.get(key, absent))
+        for key in keys
+        if a.get(key, absent) != b.get(key, absent)
+    }
 
 
 def plain_yaml(path: Path, schema: type[Any] | None = None) -> Tree:
-    """The raw tree of a YAML file, for code that compares configs. With its ``schema``, old names of
-    fields are replaced by the present ones."""
+    """The raw tree of a YAML file, for code that compares configs. With its ``schema``, old names
+    of fields are replaced by the present ones."""
     tree = read_tree(path)
-    return cast("Tree", resolved(tree if schema is None else present_names(schema, tree, str(path))))
+    return cast(
+        "Tree", resolved(tree if schema is None else present_names(schema, tree, str(path)))
+    )
 
 
-# ---------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 
 
 def field_words(schema: type[Any]) -> dict[str, str]:
@@ -259,20 +286,26 @@ def commented_yaml(cfg: object) -> str:
     return "\n".join(lines) + "\n"
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 def _build(schema: type[T], layers: Sequence[tuple[str, Tree]]) -> T:
-    """The schema's defaults under all layers, later ones over earlier, then the dataclasses bottom-up."""
+    """The schema's defaults under all layers, later ones over earlier, then the dataclasses
+    bottom-up."""
     values = _defaults(schema)
     for source, tree in layers:
         _merge(values, schema, present_names(schema, tree, source), source, "")
     sources = ", ".join(source for source, _ in layers)
-    return _instantiate(schema, values, "", sources or "config defaults", sources or "no config file given")
+    return _instantiate(
+        schema, values, "", sources or "config defaults", sources or "no config file given"
+    )
 
 
-def present_names(schema: type[Any], tree: Mapping[str, object], source: str, prefix: str = "") -> Tree:
-    """A tree with the present names of renamed fields; unknown fields stay. A note is printed for each old name."""
+def present_names(
+    schema: type[Any], tree: Mapping[str, object], source: str, prefix: str = ""
+) -> Tree:
+    """A tree with the present names of renamed fields; unknown fields stay. A note is printed for
+    each old name."""
     hints = _hints(schema)
     present: Tree = {}
     for old, old_value in tree.items():
@@ -281,9 +314,15 @@ def present_names(schema: type[Any], tree: Mapping[str, object], source: str, pr
         if isinstance(value, str) and value in entry.values:
             value = type(value)(entry.values[value])
         if name in present:
-            raise UserError(f"{source}: {prefix}{name} is given twice, once by its old name; keep one")
+            raise UserError(
+                f"{source}: {prefix}{name} is given twice, once by its old name; keep one"
+            )
         if (name, value) != (old, old_value):
-            _note(schema, old, f"{source}: '{prefix}{old}={old_value}' is '{prefix}{name}={value}' now")
+            _note(
+                schema,
+                old,
+                f"{source}: '{prefix}{old}={old_value}' is '{prefix}{name}={value}' now",
+            )
         present[name] = _present_below(hints.get(name), value, source, f"{prefix}{name}")
     return present
 
@@ -312,7 +351,10 @@ def _present_below(hint: object, value: object, source: str, key: str) -> object
     if nested is not None and isinstance(value, Mapping):
         return present_names(nested, value, source, f"{key}.")
     if item is not None and isinstance(value, list):
-        return [_present_below(item, part, source, f"{key}[{place}]") for place, part in enumerate(value)]
+        return [
+            _present_below(item, part, source, f"{key}[{place}]")
+            for place, part in enumerate(value)
+        ]
     return value
 
 
@@ -337,10 +379,14 @@ def _section(value: object, schema: type[Any] | None) -> object:
     if schema is None or value is None:
         return value
     hints = _hints(schema)
-    return {name: _section(getattr(value, name), _dataclass_of(hint)) for name, hint in hints.items()}
+    return {
+        name: _section(getattr(value, name), _dataclass_of(hint)) for name, hint in hints.items()
+    }
 
 
-def _merge(values: Tree, schema: type[Any], tree: Mapping[str, object], source: str, prefix: str) -> None:
+def _merge(
+    values: Tree, schema: type[Any], tree: Mapping[str, object], source: str, prefix: str
+) -> None:
     """Put a layer over ``values``; every value gets the type of its field."""
     hints = _hints(schema)
     for name, value in tree.items():
@@ -367,16 +413,21 @@ def _merge(values: Tree, schema: type[Any], tree: Mapping[str, object], source: 
 
 
 def _instantiate(schema: type[T], values: Tree, prefix: str, source: str, where: str) -> T:
-    """The dataclass. An error of ``__post_init__`` names the section, a missing value the fields."""
+    """The dataclass. An error of ``__post_init__`` names the section, a missing value the
+    fields."""
     if missing := _missing(values, prefix):
-        raise UserError(f"{where}: missing mandatory {', '.join(missing)}; set it in the file or as {missing[0]}=VALUE")
+        raise UserError(
+            f"{where}: missing mandatory {', '.join(missing)}; set it in the file or as {missing[0]}=VALUE"
+        )
     hints = _hints(schema)
     built: Tree = {}
     for name, value in values.items():
         nested = _dataclass_of(hints[name])
         tree = cast("Tree", value)
         built[name] = (
-            value if nested is None or value is None else _instantiate(nested, tree, f"{prefix}{name}.", source, where)
+            value
+            if nested is None or value is None
+            else _instantiate(nested, tree, f"{prefix}{name}.", source, where)
         )
     try:
         return schema(**built)
@@ -405,11 +456,12 @@ def _did_you_mean(key: str, schema: type[Any], prefix: str) -> str:
     return f"{where}; valid keys are {', '.join(names)}"
 
 
-# --------------------------------------------------------------------------------------------------------------- types
+# -------------------------------------------------------------------------------------------- types
 
 
 def _typed(value: object, hint: object, key: str, source: str) -> object:
-    """A value of a YAML tree as a field's type. Raises UserError that names the key and what was expected."""
+    """A value of a YAML tree as a field's type. Raises UserError that names the key and what was
+    expected."""
     inner = _strip_optional(hint)
     origin, args = typing.get_origin(inner), typing.get_args(inner)
     if is_null(value) and _is_optional(hint):
@@ -421,7 +473,9 @@ def _typed(value: object, hint: object, key: str, source: str) -> object:
         _merge(values, inner, value, source, f"{key}.")
         return _instantiate(inner, values, f"{key}.", source, source)
     if origin is dict and isinstance(value, Mapping):
-        return {name: _typed(item, args[1], f"{key}.{name}", source) for name, item in value.items()}
+        return {
+            name: _typed(item, args[1], f"{key}.{name}", source) for name, item in value.items()
+        }
     if origin in (tuple, list) and isinstance(value, list):
         kinds = args if origin is tuple and args[-1] is not Ellipsis else args[:1] * len(value)
         if len(value) != len(kinds):
@@ -438,7 +492,9 @@ def _choice(value: object, choices: Sequence[object], key: str, source: str) -> 
     for choice in choices:
         if isinstance(value, str) and value == str(choice):
             return choice
-    raise UserError(f"{source}: {key} is {_show(value)}; it must be one of {', '.join(map(repr, choices))}")
+    raise UserError(
+        f"{source}: {key} is {_show(value)}; it must be one of {', '.join(map(repr, choices))}"
+    )
 
 
 def _scalar(text: str, kind: type[Any], where: str) -> object:
@@ -488,7 +544,9 @@ def _dataclass_of(hint: object) -> type[Any] | None:
 
 
 def _is_optional(hint: object) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
+    return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(
+        None
+    ) in typing.get_args(hint)
 
 
 def _strip_optional(hint: object) -> object:
@@ -498,7 +556,7 @@ def _strip_optional(hint: object) -> object:
     return rest[0] if len(rest) == 1 else hint
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 def _parse_override(text: str) -> tuple[str, Tree]:

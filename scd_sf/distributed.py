@@ -1,4 +1,5 @@
-"""Who am I among the processes: under plain ``python``, ``torchrun`` or the ``deepspeed`` launcher, on CPU or GPU."""
+"""Who am I among the processes: under plain ``python``, ``torchrun`` or the ``deepspeed`` launcher,
+on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _TIMEOUT_MINUTES = 60.0  # rank 0 may sample a validation video while the others
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process (``rank`` of ``world``; ``local_rank`` on its machine) and the device it uses."""
+    """This process (``rank`` of ``world``; ``local_rank`` on its machine) and the device it
+    uses."""
 
     rank: int
     world: int
@@ -44,8 +46,8 @@ class Ranks:
         return bool(self.max(flag))
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on rank 0 (a plain value), on every rank. A UserError there is raised on all, and so is
-        an error of a file's place (full, read-only)."""
+        """What ``work`` returns on rank 0 (a plain value), on every rank. A UserError there is
+        raised on all, and so is an error of a file's place (full, read-only)."""
         if self.world == 1:
             return work()
         outcome: list[object] = [None, ""]
@@ -62,8 +64,8 @@ class Ranks:
         return cast("T", outcome[0])
 
     def checkpoint(self, path: str | Path, weights: str) -> Path:
-        """What a person named as a checkpoint: rank 0 verifies what reading ``weights`` takes, the others rely on it.
-        An exported file is returned as it is."""
+        """What a person named as a checkpoint: rank 0 verifies what reading ``weights`` takes, the
+        others rely on it. An exported file is returned as it is."""
         if Path(path).is_file():
             return Path(path)
         step = self.on_main(lambda: find(Path(path), weights))
@@ -80,7 +82,8 @@ class Ranks:
         return int(value.item())
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all ranks' tensors (one shape and type everywhere, on ``device``), on every rank."""
+        """The sum of all ranks' tensors (one shape and type everywhere, on ``device``), on every
+        rank."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -90,24 +93,38 @@ class Ranks:
         if self.world == 1 or not logs:
             return dict(logs)
         names = sorted(logs)
-        values = on_device(torch.tensor([logs[name] for name in names], dtype=torch.float64), self.device)
+        values = on_device(
+            torch.tensor([logs[name] for name in names], dtype=torch.float64), self.device
+        )
         dist.all_reduce(values)
         return dict(zip(names, (values / self.world).tolist(), strict=True))
 
 
 def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
-    """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT).
 
     A process that keeps the others waiting for ``timeout_minutes`` ends the job.
 
-    Without a launcher this is the only process and the same variables are set for it. Backend: nccl on GPU, else gloo.
-    CPU threads: cores / processes per machine, fewer when OMP_NUM_THREADS says so.
-    Raises UserError when the launcher's variables are incomplete or name a GPU that is not there.
+    Without a launcher this is the only process and the same variables are set for it. Backend: nccl
+    on GPU, else gloo. CPU threads: cores / processes per machine, fewer when OMP_NUM_THREADS says
+    so. Raises UserError when the launcher's variables are incomplete or name a GPU that is not
+    there.
     """
     environ = os.environ
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
-        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    missing = [k for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in environ]
+        environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+    missing = [
+        k
+        for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if k not in environ
+    ]
     if missing:
         raise UserError(
             f"environment: {', '.join(missing)} missing although RANK or WORLD_SIZE is set; "
@@ -115,7 +132,9 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
         )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if not environ[name].isdecimal():
-            raise UserError(f"environment: {name} is {environ[name]!r}, which is no number; start with a launcher")
+            raise UserError(
+                f"environment: {name} is {environ[name]!r}, which is no number; start with a launcher"
+            )
     rank, world, local = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available()
     if on_gpu and local >= torch.cuda.device_count():
@@ -131,13 +150,15 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
     _set_threads(int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", str(world)))))
     if world > 1 and not dist.is_initialized():
         limit = timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=limit, device_id=device if on_gpu else None
+        )
     return Ranks(rank, world, local, device)
 
 
 def rank_zero_first(ranks: Ranks, work: Callable[[], object]) -> None:
-    """Rank 0 does ``work`` while the others wait. A UserError there, or an error of a file's place, ends all of them
-    together."""
+    """Rank 0 does ``work`` while the others wait. A UserError there, or an error of a file's place,
+    ends all of them together."""
     problem: UserError | None = None
     if ranks.is_main:
         try:
@@ -154,28 +175,36 @@ def ensure_process_group(ranks: Ranks) -> None:
     """A process group even for one process: DeepSpeed needs one."""
     if not dist.is_initialized():
         dist.init_process_group(
-            "nccl" if ranks.device.type == "cuda" else "gloo", timeout=timedelta(minutes=_TIMEOUT_MINUTES)
+            "nccl" if ranks.device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=_TIMEOUT_MINUTES),
         )
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free instead of returning it to the kernel. No effect on other C libraries.
+    """Let glibc keep what tensors free instead of returning it to the kernel. No effect on other C
+    libraries.
 
-    Megabyte tensors otherwise come from mmap and cost a page fault per 4 KiB at every allocation: forward + backward of
-    a small linear layer took 16.5 ms with, 7.9 ms without (docs/log.md).
+    Megabyte tensors otherwise come from mmap and cost a page fault per 4 KiB at every allocation:
+    forward + backward of a small linear layer took 16.5 ms with, 7.9 ms without (docs/log.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2
-    for name, value in ((mmap_threshold, 32 << 20), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20)):
+    for name, value in (
+        (mmap_threshold, 32 << 20),
+        (trim_threshold, 2**31 - 1),
+        (top_pad, 256 << 20),
+    ):
         mallopt(name, value)
 
 
 def _set_threads(processes: int) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, processes))
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(min(threads, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else threads)
+    torch.set_num_threads(
+        min(threads, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else threads
+    )
 
 
 def _free_port() -> int:

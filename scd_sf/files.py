@@ -1,10 +1,10 @@
 """Files of ours and of others: each way to write, lock, hash and read them stands here once.
 
-Writing: :func:`write_text`, :func:`write_json`, :func:`new_file`, :func:`own_file` and :func:`new_folder` build beside
-the place, under a name of this process, and rename. :func:`sweep` removes what a dead process left. :func:`locked`
-holds a folder.
-Reading: :func:`read_bytes` compares sizes before it reads. :func:`read_json` and :func:`typed` refuse what is nested
-too deeply, not finite or of another type. :func:`foreign` turns whatever a parser raises into one line.
+Writing: :func:`write_text`, :func:`write_json`, :func:`new_file`, :func:`own_file` and
+:func:`new_folder` build beside the place, under a name of this process, and rename. :func:`sweep`
+removes what a dead process left. :func:`locked` holds a folder. Reading: :func:`read_bytes`
+compares sizes before it reads. :func:`read_json` and :func:`typed` refuse what is nested too
+deeply, not finite or of another type. :func:`foreign` turns whatever a parser raises into one line.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ if TYPE_CHECKING:  # tools that need no tensors start without torch
 Json = dict[str, object]
 T = TypeVar("T")
 
-JSON_BYTES = 512 * 2**20  # largest JSON or JSON-lines file that is read: a million long prompts take a third of it
+# largest JSON or JSON-lines file that is read: a million long prompts take a third of it
+JSON_BYTES = 512 * 2**20
 NAME_BYTES = 255  # of one file name, on every file system in use
 LOCK = ".lock"  # in every folder that a command owns
 LFS_POINTER = b"version https://git-lfs"
 POINTER = "a Git LFS pointer, not the file itself: run `git lfs pull`"
 _PART = re.compile(r"^\.part-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}$")
 
-# ------------------------------------------------------------------------------------------------------------- hashing
+# ------------------------------------------------------------------------------------------ hashing
 
 
 def sha256_file(path: Path) -> str:
@@ -51,11 +52,14 @@ def sha256_file(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check that it exists") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); check that it exists"
+        ) from error
 
 
 def sha256_folder(root: Path, pattern: str = "*") -> str:
-    """One hash over names and contents of the files directly in ``root`` that match ``pattern``, in name order."""
+    """One hash over names and contents of the files directly in ``root`` that match ``pattern``, in
+    name order."""
     files = sorted(path for path in root.glob(pattern) if path.is_file())
     if not files:
         raise UserError(f"{root}: no file {pattern} in it; check the path")
@@ -68,23 +72,26 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 
 
 def place_digest(*place: int | str) -> bytes:
-    """8 bytes that depend on all of ``place``, e.g. (seed, "noise", step): what seeds and orders are made of."""
+    """8 bytes that depend on all of ``place``, e.g. (seed, "noise", step): what seeds and orders
+    are made of."""
     return hashlib.blake2b(":".join(str(part) for part in place).encode(), digest_size=8).digest()
 
 
 def hash_json(value: object) -> str:
-    """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal hash."""
+    """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal
+    hash."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
-# --------------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
 
 
 def safe_path(root: Path, relative: str, where: str, *, links: bool = False) -> Path:
     """``root/relative``, for a path written by someone else (POSIX form).
 
-    Raises UserError (naming ``where``) when it is absolute, has ``..``, a backslash or a NUL, has a name that no file
-    system takes, or leaves ``root`` by a link (``links``: a link may lead anywhere).
+    Raises UserError (naming ``where``) when it is absolute, has ``..``, a backslash or a NUL, has a
+    name that no file system takes, or leaves ``root`` by a link (``links``: a link may lead
+    anywhere).
     """
     pure = PurePosixPath(relative)
     remedy = "use a relative path inside it"
@@ -96,13 +103,16 @@ def safe_path(root: Path, relative: str, where: str, *, links: bool = False) -> 
         raise UserError(f"{where} is {relative[:80]!r}, which is no file name; {remedy}")
     path = root / pure
     outside = pure.is_absolute() or ".." in pure.parts or "\\" in relative
-    if outside or not (links or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))):
+    if outside or not (
+        links or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    ):
         raise UserError(f"{where} is {relative!r}, which leaves {root}; {remedy}")
     return path
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Regular files below ``root`` in name order. Links, to files or folders, are neither followed nor listed."""
+    """Regular files below ``root`` in name order. Links, to files or folders, are neither followed
+    nor listed."""
     for folder, folders, names in os.walk(root, followlinks=False):
         folders.sort()
         for name in sorted(names):
@@ -111,11 +121,12 @@ def files_below(root: Path) -> Iterator[Path]:
                 yield path
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def part_of(path: Path) -> Path:
-    """A name beside ``path`` for what is not finished: no other process uses it, and :func:`sweep` knows its owner."""
+    """A name beside ``path`` for what is not finished: no other process uses it, and :func:`sweep`
+    knows its owner."""
     host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
     return path.with_name(f".part-{host[:64]}-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -139,13 +150,17 @@ def is_part(path: Path) -> bool:
 
 
 def others_in(folder: Path) -> list[str]:
-    """Names in a folder but for its lock and what is not finished, sorted; none where there is no folder."""
-    names = (path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_part(path))
+    """Names in a folder but for its lock and what is not finished, sorted; none where there is no
+    folder."""
+    names = (
+        path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_part(path)
+    )
     return sorted(name for name in names if name != LOCK)
 
 
 def process_lives(pid: int) -> bool:
-    """Whether a process of this host is there and not a zombie (Linux knows; elsewhere a zombie counts as alive)."""
+    """Whether a process of this host is there and not a zombie (Linux knows; elsewhere a zombie
+    counts as alive)."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
@@ -157,29 +172,39 @@ def process_lives(pid: int) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The boundary around code that writes ``path``: a disk that takes no more is an OSError that names it, also where
-    a library says it in words of its own."""
+    """The boundary around code that writes ``path``: a disk that takes no more is an OSError that
+    names it, also where a library says it in words of its own."""
     from safetensors import SafetensorError
 
     try:
         yield
     except OSError as error:
-        named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
-        if error.errno is None or (named and not any(is_part(Path(part)) for part in Path(named).parts)):
+        named = (
+            os.fsdecode(error.filename)
+            if isinstance(error.filename, str | bytes | os.PathLike)
+            else ""
+        )
+        if error.errno is None or (
+            named and not any(is_part(Path(part)) for part in Path(named).parts)
+        ):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # PyAV's own kinds let no name be set
+        # PyAV's own kinds let no name be set
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except (RuntimeError, SafetensorError) as error:
         number = re.search(r"os error (\d+)", str(error))
-        if number is None and "inline_container" not in str(error):  # torch.save's writer, which gives no number
+        # torch.save's writer, which gives no number
+        if number is None and "inline_container" not in str(error):
             raise
         code = errno.EIO if number is None else int(number[1])
-        raise OSError(code, reason(error) if number is None else os.strerror(code), str(path)) from error
+        raise OSError(
+            code, reason(error) if number is None else os.strerror(code), str(path)
+        ) from error
 
 
 @contextmanager
 def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path to write; at the end it becomes ``path``, or at an error it is gone. ``durable``: it is on the disk then,
-    a power cut included; not for what is written again every second."""
+    """A path to write; at the end it becomes ``path``, or at an error it is gone. ``durable``: it
+    is on the disk then, a power cut included; not for what is written again every second."""
     part = part_of(path)
     try:
         with writing(path):
@@ -195,10 +220,11 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def own_file(path: Path, *, fresh: bool = False) -> Iterator[Path]:
-    """As :func:`new_file`, for a file that a person named: it stands among files of others, which no job holds. Its
-    folder is made, and what killed runs left in there is removed first.
+    """As :func:`new_file`, for a file that a person named: it stands among files of others, which
+    no job holds. Its folder is made, and what killed runs left in there is removed first.
 
-    ``fresh``: nothing is overwritten. UserError where something is at ``path``, also when it came meanwhile.
+    ``fresh``: nothing is overwritten. UserError where something is at ``path``, also when it came
+    meanwhile.
     """
     taken = UserError(f"{path}: exists already, nothing is overwritten; choose another name")
     if fresh and os.path.lexists(path):
@@ -235,9 +261,11 @@ def _publish(part: Path, path: Path, taken: UserError | None) -> None:
 
 @contextmanager
 def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path]:
-    """A folder to fill; at the end it is on the disk and becomes ``path``, or at an error it is gone.
+    """A folder to fill; at the end it is on the disk and becomes ``path``, or at an error it is
+    gone.
 
-    Raises UserError when ``path`` is there (an empty folder is taken). What a killed run left is removed first.
+    Raises UserError when ``path`` is there (an empty folder is taken). What a killed run left is
+    removed first.
     """
     taken = UserError(f"{path}: is already there and is never overwritten; {remedy}")
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -270,8 +298,8 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Every file and folder below ``root``, onto the disk; links are not followed. What another process renames or
-    removes meanwhile (its unfinished files) is left to that process."""
+    """Every file and folder below ``root``, onto the disk; links are not followed. What another
+    process renames or removes meanwhile (its unfinished files) is left to that process."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not is_part(Path(name))]
         for path in (*(Path(folder, name) for name in names), Path(folder)):
@@ -281,7 +309,8 @@ def fsync_tree(root: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees either the old or the whole new one, whoever else writes the same."""
+    """Write a file so that a reader sees either the old or the whole new one, whoever else writes
+    the same."""
     with new_file(path) as part:
         part.write_bytes(data)
 
@@ -293,7 +322,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def finite_json(value: Mapping[str, object], where: str | Path, remedy: str) -> str:
-    """Indented JSON of measured numbers. UserError: one is NaN or infinite, which is no JSON number."""
+    """Indented JSON of measured numbers. UserError: one is NaN or infinite, which is no JSON
+    number."""
     try:
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
@@ -310,16 +340,22 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Atomic safetensors with the rights that the umask gives (the library itself makes files of mode 0600)."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Atomic safetensors with the rights that the umask gives (the library itself makes files of
+    mode 0600)."""
     from safetensors.torch import save_file
 
-    work = part_of(path)  # a folder, because the library makes a file of its own beside the one it writes
+    # a folder, because the library makes a file of its own beside the one it writes
+    work = part_of(path)
     try:
         with new_file(path) as part:
             work.mkdir()
             file = work / "tensors"
-            save_file(dict(tensors), str(file), metadata=None if metadata is None else dict(metadata))
+            save_file(
+                dict(tensors), str(file), metadata=None if metadata is None else dict(metadata)
+            )
             file.chmod(0o666 & ~current_umask())
             file.rename(part)
     finally:
@@ -335,16 +371,19 @@ def current_umask() -> int:
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold ``folder`` (made if missing) for this job; ``what`` names it. The kernel frees it when the process ends.
-    What killed jobs left unfinished, here and in two levels of folders below, is removed.
+    """Hold ``folder`` (made if missing) for this job; ``what`` names it. The kernel frees it when
+    the process ends. What killed jobs left unfinished, here and in two levels of folders below, is
+    removed.
 
-    Raises UserError when another process holds it, and where there is something else than a folder. A job that is
-    refused, or fails, leaves no lock where there was none, and no folder with nothing in it. On file
-    systems without locks nothing is held, and nothing is said.
+    Raises UserError when another process holds it, and where there is something else than a folder.
+    A job that is refused, or fails, leaves no lock where there was none, and no folder with nothing
+    in it. On file systems without locks nothing is held, and nothing is said.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         kind = "a link to nothing" if folder.is_symlink() and not folder.exists() else "no folder"
-        raise UserError(f"{folder}: is there and is {kind}; nothing is overwritten: use another place for {what}")
+        raise UserError(
+            f"{folder}: is there and is {kind}; nothing is overwritten: use another place for {what}"
+        )
     made = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not os.path.lexists(folder / LOCK)
@@ -356,18 +395,20 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             yield
         except BaseException:
             if fresh:
-                (folder / LOCK).unlink(missing_ok=True)  # while it is held: take_lock knows a lock that is gone
+                # while it is held: take_lock knows a lock that is gone
+                (folder / LOCK).unlink(missing_ok=True)
                 with suppress(OSError):
                     folder.rmdir() if made else None
             raise
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @contextmanager
 def foreign(where: str | Path, remedy: str) -> Iterator[None]:
-    """The boundary around a parser of bytes that others wrote: whatever it raises becomes one UserError line.
+    """The boundary around a parser of bytes that others wrote: whatever it raises becomes one
+    UserError line.
 
     Wrap the parser alone, not our own code: a fault of ours must keep its traceback.
     """
@@ -377,8 +418,10 @@ def foreign(where: str | Path, remedy: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(f"{where}: needs more memory than there is; {remedy}") from error
-    except BaseException as error:  # parsers raise KeyError, RecursionError, library errors ..: no list holds
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+    # parsers raise KeyError, RecursionError, library errors ..: no list holds
+    except BaseException as error:
+        # of a library in Rust
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{where}: {reason(error)}; {remedy}") from error
 
@@ -391,8 +434,8 @@ def reason(error: BaseException) -> str:
 
 
 def read_bytes(path: Path, remedy: str, limit: int = JSON_BYTES) -> bytes:
-    """A regular file of at most ``limit`` bytes. Raises UserError for anything else, before it is read, and for a
-    pointer of Git LFS."""
+    """A regular file of at most ``limit`` bytes. Raises UserError for anything else, before it is
+    read, and for a pointer of Git LFS."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -420,13 +463,15 @@ def read_text(path: Path, remedy: str, limit: int = JSON_BYTES) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines as every editor counts them: only ``\\n`` and ``\\r\\n`` end one, not U+2028, U+0085 or a vertical tab."""
+    """Lines as every editor counts them: only ``\\n`` and ``\\r\\n`` end one, not U+2028, U+0085 or
+    a vertical tab."""
     lines = text.replace("\r\n", "\n").split("\n")
     return lines[:-1] if lines and not lines[-1] else lines
 
 
 def parse_json(text: str | bytes, where: str | Path, remedy: str) -> object:
-    """A JSON value: finite numbers, integers of 64 bits, at most ``JSON_DEPTH`` deep, no half surrogates."""
+    """A JSON value: finite numbers, integers of 64 bits, at most ``JSON_DEPTH`` deep, no half
+    surrogates."""
     try:
         return loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
@@ -434,7 +479,8 @@ def parse_json(text: str | bytes, where: str | Path, remedy: str) -> object:
 
 
 def read_json(path: Path, remedy: str, limit: int = JSON_BYTES) -> Json:
-    """A JSON object. Raises UserError (with ``remedy``) when it is missing, not JSON, or not an object."""
+    """A JSON object. Raises UserError (with ``remedy``) when it is missing, not JSON, or not an
+    object."""
     value = parse_json(read_text(path, remedy, limit), path, remedy)
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; {remedy}")
@@ -454,17 +500,22 @@ def read_jsonl(path: Path, remedy: str, limit: int = JSON_BYTES) -> list[Json]:
     return rows
 
 
-def typed(value: object, kind: type[T], where: str | Path, remedy: str, *, exact: bool = False) -> T:
-    """``value`` (plain lists, mappings, numbers, text) as ``kind``: a dataclass, TypedDict or built-in container type.
+def typed(
+    value: object, kind: type[T], where: str | Path, remedy: str, *, exact: bool = False
+) -> T:
+    """``value`` (plain lists, mappings, numbers, text) as ``kind``: a dataclass, TypedDict or
+    built-in container type.
 
-    Strict: "1" is no number, 1 no truth value. Unknown keys are ignored, or with ``exact`` (of a dataclass) refused, as
-    are missing ones. Raises UserError that names the field.
+    Strict: "1" is no number, 1 no truth value. Unknown keys are ignored, or with ``exact`` (of a
+    dataclass) refused, as are missing ones. Raises UserError that names the field.
     """
     if exact:
         names = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
         different = sorted(set(value) ^ names) if isinstance(value, dict) else ["no object"]
         if different:
-            raise UserError(f"{where}: fields differ from the format ({', '.join(different)}); {remedy}")
+            raise UserError(
+                f"{where}: fields differ from the format ({', '.join(different)}); {remedy}"
+            )
     with foreign(where, remedy):
         return msgspec.convert(value, kind, strict=True)
 
@@ -481,21 +532,24 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """UserError for a file that :func:`is_lfs_pointer`: for readers that hand the path to a library."""
+    """UserError for a file that :func:`is_lfs_pointer`: for readers that hand the path to a
+    library."""
     if is_lfs_pointer(path):
         raise UserError(f"{path}: {POINTER}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------- JSON
 
 JSON_DEPTH = 64
 INTEGER_DIGITS = 20  # 64 bits
 
 
 def loads(text: str | bytes) -> object:
-    """A JSON value within bounds: depth, finite numbers, 64 bits. ValueError, RecursionError or MemoryError for
-    everything else; :func:`parse_json` words them."""
-    value: object = json.loads(text, parse_constant=_no_number, parse_int=_integer, parse_float=_finite)
+    """A JSON value within bounds: depth, finite numbers, 64 bits. ValueError, RecursionError or
+    MemoryError for everything else; :func:`parse_json` words them."""
+    value: object = json.loads(
+        text, parse_constant=_no_number, parse_int=_integer, parse_float=_finite
+    )
     _check_tree(value)
     return value
 
@@ -531,15 +585,17 @@ def _check_tree(value: object) -> None:
             waiting += [(each, depth + 1) for each in inner if isinstance(each, str | dict | list)]
 
 
-# ------------------------------------------------------------------------------------------------------------ ownership
+# ---------------------------------------------------------------------------------------- ownership
 
-LEFT = re.compile(r"\.lock|\.writable|\.part-.*")  # in a folder in which a job did not come to begin
+# in a folder in which a job did not come to begin
+LEFT = re.compile(r"\.lock|\.writable|\.part-.*")
 MARK_BYTES = 2**22  # of a file that are searched for its mark
 OWNER = "process "  # what a lock's words begin with
 
 
 def take_lock(path: Path, what: str) -> IO[str]:
-    """The open lock ``path``; whoever closes it frees it. UserError: another process has it, or it is no lock."""
+    """The open lock ``path``; whoever closes it frees it. UserError: another process has it, or it
+    is no lock."""
     while True:
         file = _opened(path)
         try:
@@ -582,11 +638,16 @@ def _opened(path: Path) -> IO[str]:
     return file
 
 
-def require_own_folder(folder: Path, marks: Iterable[str], remedy: str = "use another out=") -> None:
-    """UserError where ``folder`` is no folder, or has contents and nothing that a command puts there first."""
+def require_own_folder(
+    folder: Path, marks: Iterable[str], remedy: str = "use another out="
+) -> None:
+    """UserError where ``folder`` is no folder, or has contents and nothing that a command puts
+    there first."""
     if not folder.is_dir():
         if folder.is_symlink() or folder.exists():
-            raise UserError(f"{folder}: is there and no folder; nothing of others is touched: {remedy}")
+            raise UserError(
+                f"{folder}: is there and no folder; nothing of others is touched: {remedy}"
+            )
         return
     names = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
     wanted = list(marks)
@@ -598,7 +659,8 @@ def require_own_folder(folder: Path, marks: Iterable[str], remedy: str = "use an
 
 
 def has_mark(path: Path, mark: str) -> bool:
-    """Whether a path is a regular file, no link, with ``mark`` in its first :data:`MARK_BYTES` bytes."""
+    """Whether a path is a regular file, no link, with ``mark`` in its first :data:`MARK_BYTES`
+    bytes."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return False

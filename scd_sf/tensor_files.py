@@ -1,7 +1,9 @@
-"""Weights in files, safetensors or pickles of tensors: opened without being read, and checked as they are read.
+"""Weights in files, safetensors or pickles of tensors: opened without being read, and checked as
+they are read.
 
-Refused, each in one line that names file and tensor: a pointer of Git LFS, a damaged file, a pickle that holds more
-than tensors, a tensor of more numbers than its file holds, NaN and infinity. Nothing in a file is ever run.
+Refused, each in one line that names file and tensor: a pointer of Git LFS, a damaged file, a pickle
+that holds more than tensors, a tensor of more numbers than its file holds, NaN and infinity.
+Nothing in a file is ever run.
 """
 
 from __future__ import annotations
@@ -22,19 +24,27 @@ from scd_sf.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+WHOLE = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 DTYPES = {**FLOATS, **WHOLE, "BOOL": torch.bool}
 LONG_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}  # float32 ..
 SHORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGAIN = "download or copy the file again"
 NAME_LIMIT = 1000  # characters of a tensor's name
-MOST_ENTRIES = 1_000_000  # of a pickle: the optimizer states of the largest models have some ten thousand
+# of a pickle: the optimizer states of the largest models have some ten thousand
+MOST_ENTRIES = 1_000_000
 DEEPEST = 16
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is on disk: its meta twin, how to read it (checked, on the CPU), and the file it is in.
+    """A tensor that is on disk: its meta twin, how to read it (checked, on the CPU), and the file
+    it is in.
 
     ``odd``: the type of an entry of a pickle that is no tensor, and cannot be read.
     """
@@ -50,8 +60,8 @@ class Lazy:
 
 
 def dtype_of(name: str, field: str = "dtype") -> torch.dtype:
-    """The torch type of "fp32", "bf16", "fp16", or of torch's own name ("bfloat16"). UserError naming ``field`` for
-    another name."""
+    """The torch type of "fp32", "bf16", "fp16", or of torch's own name ("bfloat16"). UserError
+    naming ``field`` for another name."""
     dtype = (SHORT_DTYPES | LONG_DTYPES).get(name)
     if dtype is None:
         raise UserError(f"{field} '{name}' is unknown; use one of {', '.join(SHORT_DTYPES)}")
@@ -78,10 +88,14 @@ def open_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Lazy]:
     if not file.is_file():
         raise UserError(f"{file}: missing; {remedy}")
     refuse_lfs_pointer(file)
-    tensors = _open_pickle(file, remedy) if file.suffix in PICKLES else _open_safetensors(file, remedy)
+    tensors = (
+        _open_pickle(file, remedy) if file.suffix in PICKLES else _open_safetensors(file, remedy)
+    )
     for name in tensors:
         if len(name) > NAME_LIMIT:
-            raise UserError(f"{file}: the name {name[:40]!r}.. has {len(name):,} characters; {remedy}")
+            raise UserError(
+                f"{file}: the name {name[:40]!r}.. has {len(name):,} characters; {remedy}"
+            )
     return tensors
 
 
@@ -90,12 +104,16 @@ def read_metadata(file: Path, remedy: str = AGAIN) -> dict[str, str]:
     if not file.is_file():
         raise UserError(f"{file}: missing; {remedy}")
     refuse_lfs_pointer(file)
-    with foreign(f"{file}: not a readable safetensors file", remedy), safe_open(str(file), "pt") as stored:
+    with (
+        foreign(f"{file}: not a readable safetensors file", remedy),
+        safe_open(str(file), "pt") as stored,
+    ):
         return dict(stored.metadata() or {})
 
 
 def read_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
-    """All tensors of :func:`open_tensors`, read; a pickle's are mapped from the disk where its form allows that."""
+    """All tensors of :func:`open_tensors`, read; a pickle's are mapped from the disk where its form
+    allows that."""
     return read_all(open_tensors(file, remedy))
 
 
@@ -103,7 +121,9 @@ def read_all(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
     """Every tensor of a table, read and checked."""
     for name, tensor in tensors.items():
         if tensor.odd:
-            raise UserError(f"{tensor.origin}: entry '{name}' is not a tensor; use a file of the weights alone")
+            raise UserError(
+                f"{tensor.origin}: entry '{name}' is not a tensor; use a file of the weights alone"
+            )
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
@@ -116,7 +136,8 @@ def check_tensors(tensors: Mapping[str, Lazy]) -> None:
 def open_tensor_folder(folder: Path, stem: str) -> dict[str, Lazy]:
     """The tensors of ``folder/stem.safetensors``, of its shards, or of a pickle of that name.
 
-    The index alone decides which shard a tensor is read from. UserError where shards and index disagree otherwise.
+    The index alone decides which shard a tensor is read from. UserError where shards and index
+    disagree otherwise.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
@@ -143,11 +164,13 @@ def check_finite(tensor: Tensor, name: str, where: str) -> Tensor:
     if tensor.is_floating_point() and tensor.numel():
         lowest, highest = tensor.aminmax()
         if not (lowest.isfinite() and highest.isfinite()):
-            raise UserError(f"{where}: tensor '{name}' holds NaN or infinity; these weights are broken, use others")
+            raise UserError(
+                f"{where}: tensor '{name}' holds NaN or infinity; these weights are broken, use others"
+            )
     return tensor
 
 
-# ------------------------------------------------------------------------------------------------------------ one file
+# ----------------------------------------------------------------------------------------- one file
 
 
 def _open_safetensors(file: Path, remedy: str) -> dict[str, Lazy]:
@@ -158,9 +181,13 @@ def _open_safetensors(file: Path, remedy: str) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
     for name, (dtype, shape) in kinds.items():
         if dtype not in DTYPES:
-            raise UserError(f"{file}: tensor '{name[:80]}' is {dtype}; only {', '.join(FLOATS)} are read as weights")
+            raise UserError(
+                f"{file}: tensor '{name[:80]}' is {dtype}; only {', '.join(FLOATS)} are read as weights"
+            )
         meta = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
-        tensors[name] = Lazy(meta, partial(_read, partial(handle.get_tensor, name), name, file), str(file))
+        tensors[name] = Lazy(
+            meta, partial(_read, partial(handle.get_tensor, name), name, file), str(file)
+        )
     return tensors
 
 
@@ -178,7 +205,9 @@ def _open_pickle(file: Path, remedy: str) -> dict[str, Lazy]:
             with zipfile.ZipFile(file) as archive:
                 claimed = sum(item.file_size for item in archive.infolist())
             if claimed > file.stat().st_size:
-                raise UserError(f"{file}: its parts claim {claimed:,} bytes, more than the file has; {remedy}")
+                raise UserError(
+                    f"{file}: its parts claim {claimed:,} bytes, more than the file has; {remedy}"
+                )
         try:
             content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
         except UnpicklingError as error:
@@ -186,30 +215,46 @@ def _open_pickle(file: Path, remedy: str) -> dict[str, Lazy]:
                 f"{file}: holds more than tensors, which is refused, or is damaged; convert it to safetensors"
             ) from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: holds a {type(content).__name__}, not a table of tensors; use another file")
+        raise UserError(
+            f"{file}: holds a {type(content).__name__}, not a table of tensors; use another file"
+        )
     tensors: dict[str, Lazy] = {}
     _flatten(content, (), (id(content),), tensors, file)
     return tensors
 
 
-def _flatten(table: dict[object, object], path: tuple[str, ...], above: tuple[int, ...], into: dict[str, Lazy],
-             file: Path) -> None:  # fmt: skip
+def _flatten(
+    table: dict[object, object],
+    path: tuple[str, ...],
+    above: tuple[int, ...],
+    into: dict[str, Lazy],
+    file: Path,
+) -> None:
     """A pickle's tables as one; what is no tensor is kept as odd where it stands beside tensors."""
     holds_tensors = any(isinstance(value, Tensor) for value in table.values())
     for key, value in table.items():
         name = ".".join((*path, str(key)))
         if len(into) > MOST_ENTRIES:
-            raise UserError(f"{file}: more than {MOST_ENTRIES:,} entries; use a file of the weights alone")
+            raise UserError(
+                f"{file}: more than {MOST_ENTRIES:,} entries; use a file of the weights alone"
+            )
         if isinstance(value, dict):
             if len(path) >= DEEPEST or id(value) in above:
-                raise UserError(f"{file}: tables inside tables at '{name[:80]}'; use a file of the weights alone")
+                raise UserError(
+                    f"{file}: tables inside tables at '{name[:80]}'; use a file of the weights alone"
+                )
             _flatten(value, (*path, str(key)), (*above, id(value)), into, file)
         elif name in into:
             raise UserError(f"{file}: holds '{name}' twice; use a file of the weights alone")
         elif isinstance(value, Tensor):
             into[name] = _pickled(value, name, file)
         elif holds_tensors:
-            into[name] = Lazy(torch.empty(0, device="meta"), partial(_odd, name, file), str(file), type(value).__name__)
+            into[name] = Lazy(
+                torch.empty(0, device="meta"),
+                partial(_odd, name, file),
+                str(file),
+                type(value).__name__,
+            )
 
 
 def _odd(name: str, file: Path) -> Tensor:
@@ -220,24 +265,32 @@ def _pickled(tensor: Tensor, name: str, file: Path) -> Lazy:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or tensor.dtype not in DTYPES.values():
         kind = "meta" if tensor.is_meta else tensor.dtype if plain else type(tensor).__name__
-        raise UserError(f"{file}: tensor '{name[:80]}' is {kind}; only plain tensors of numbers are read as weights")
+        raise UserError(
+            f"{file}: tensor '{name[:80]}' is {kind}; only plain tensors of numbers are read as weights"
+        )
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise UserError(f"{file}: tensor '{name[:80]}' has more numbers than the file holds of it; {AGAIN}")
+        raise UserError(
+            f"{file}: tensor '{name[:80]}' has more numbers than the file holds of it; {AGAIN}"
+        )
     meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return Lazy(meta, partial(_read, tensor.detach, name, file), str(file))
 
 
-# -------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def _open_shards(index: Path) -> dict[str, Lazy]:
     places = read_typed(index, _Index, AGAIN).weight_map
     for file in places.values():
         if Path(file).name != file:
-            raise UserError(f"{index}: shard name {file[:80]!r} leaves the directory; it is not read: {AGAIN}")
+            raise UserError(
+                f"{index}: shard name {file[:80]!r} leaves the directory; it is not read: {AGAIN}"
+            )
     names = sorted(set(places.values()))
     where = f"{index}: a shard's name"  # which may be a link, as in the caches of Hugging Face
-    shards = {name: open_tensors(safe_path(index.parent, name, where, links=True)) for name in names}
+    shards = {
+        name: open_tensors(safe_path(index.parent, name, where, links=True)) for name in names
+    }
     unlike = f"the index and its shards do not belong together: {AGAIN}"
     for file, tensors in shards.items():
         for name in tensors:
@@ -247,5 +300,7 @@ def _open_shards(index: Path) -> dict[str, Lazy]:
                 )
     for name, file in places.items():
         if name not in shards[file]:
-            raise UserError(f"{index}: places tensor '{name[:80]}' in {file}, which does not have it; {unlike}")
+            raise UserError(
+                f"{index}: places tensor '{name[:80]}' in {file}, which does not have it; {unlike}"
+            )
     return {name: shards[file][name] for name, file in places.items()}

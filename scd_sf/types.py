@@ -1,6 +1,8 @@
-"""The words every floor shares: video geometry, conditioning, the denoiser contract, and errors meant for people.
+"""The words every floor shares: video geometry, conditioning, the denoiser contract, and errors
+meant for people.
 
-Letters: B batch, F latent frames, C latent channels, H W latent height and width, L tokens, E width.
+Letters: B batch, F latent frames, C latent channels, H W latent height and width, L tokens, E
+width.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol, TextIO
 
-if TYPE_CHECKING:  # annotations only: tools that need no tensors start without torch (0.5 GiB, seconds)
+# annotations only: tools that need no tensors start without torch (0.5 GiB, seconds)
+if TYPE_CHECKING:
     import torch
     from rich.text import Text
     from torch import Tensor
@@ -22,31 +25,59 @@ Logs = dict[str, float]
 
 
 class UserError(ValueError):
-    """Bad input from a person: one line that names the file, the field and the remedy. Scripts exit with code 2."""
+    """Bad input from a person: one line that names the file, the field and the remedy. Scripts exit
+    with code 2."""
 
 
-# Control characters but line breaks, half surrogates, and marks that turn the direction of text round.
-_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-# What the place of a file can do to a job: no space, quota, read-only, no rights, no such or too long a name.
+# Control characters but line breaks, half surrogates, and marks that turn the direction of text
+# round.
+_UNSEEN = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)
+# What the place of a file can do to a job: no space, quota, read-only, no rights, no such or too
+# long a name.
 _PLACE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.ENOENT, errno.EIO, errno.EFBIG, errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ESTALE,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.EIO,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EBUSY,
+    errno.ESTALE,
+}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # where more room would help
 # Of a clip in latents: a day of frames, and sides that no model comes near.
-LARGEST = {"frames": 2**19, "channels": 2**12, "height": 2**12, "width": 2**12, "temporal": 2**10, "spatial": 2**10}
+LARGEST = {
+    "frames": 2**19,
+    "channels": 2**12,
+    "height": 2**12,
+    "width": 2**12,
+    "temporal": 2**10,
+    "spatial": 2**10,
+}
 _NO_MEMORY = "can't allocate memory"  # how PyTorch says it on a CPU
 LONGEST = 4000  # characters of an error
 INTERRUPTED = 130  # the exit code of a job that Ctrl-C ended, by the shells' custom
 
 
 def printable(text: str) -> str:
-    """Text of others, fit for a terminal: what would move the cursor or hide text becomes the replacement character."""
+    """Text of others, fit for a terminal: what would move the cursor or hide text becomes the
+    replacement character."""
     return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print one line, at once. Everything a person reads goes through here: names and texts of others are in most."""
+    """Print one line, at once. Everything a person reads goes through here: names and texts of
+    others are in most."""
     print(printable(str(text).replace("\n", " ")), file=file, flush=True)
 
 
@@ -65,19 +96,23 @@ class _Cleaned(logging.Formatter):
         return printable(text if record.exc_info else text.replace("\n", " "))
 
 
-def check_within(config: object, bounds: Mapping[str, tuple[float, float]], where: str = "") -> None:
-    """UserError for the first field of ``config`` outside its (least, most), named with ``where`` before it. None, a
-    field that is not set, is within all."""
+def check_within(
+    config: object, bounds: Mapping[str, tuple[float, float]], where: str = ""
+) -> None:
+    """UserError for the first field of ``config`` outside its (least, most), named with ``where``
+    before it. None, a field that is not set, is within all."""
     for name, (least, most) in bounds.items():
         value = getattr(config, name)
         if value is not None and not least <= value <= most:
-            raise UserError(f"{where}{name} is {value}; it must be between {least:.12g} and {most:.12g}")
+            raise UserError(
+                f"{where}{name} is {value}; it must be between {least:.12g} and {most:.12g}"
+            )
 
 
 def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
-    """Run ``main``. One line on stderr and exit code 2 for a :class:`UserError` and for a place that cannot be written
-    or read (full, read-only), or where memory does not suffice; one line and 130 for Ctrl-C. Others keep their
-    traceback."""
+    """Run ``main``. One line on stderr and exit code 2 for a :class:`UserError` and for a place
+    that cannot be written or read (full, read-only), or where memory does not suffice; one line and
+    130 for Ctrl-C. Others keep their traceback."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Cleaned())
     try:
@@ -85,34 +120,48 @@ def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         _leave(f"error: {error}", 2)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer ends so at Ctrl-C, without a word
+        # typer ends so at Ctrl-C, without a word
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
             raise
         _leave("interrupted; the same command goes on where it stopped", INTERRUPTED)
     except OSError as error:
         _leave(f"error: {of_its_place(error)}", 2)
     except (MemoryError, RuntimeError) as error:
         if not (
-            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error)
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or _NO_MEMORY in str(error)
         ):
             raise
-        _leave("error: this needs more memory than there is; use smaller sizes (scd plan counts those of a stage)", 2)
+        _leave(
+            "error: this needs more memory than there is; use smaller sizes (scd plan counts those of a stage)",
+            2,
+        )
     sys.exit(0)
 
 
 def of_its_place(error: OSError) -> UserError:
-    """An error of a file's place as one for people, with the room that is left there, and what to do. Raises the error
-    itself where the place is not the cause."""
+    """An error of a file's place as one for people, with the room that is left there, and what to
+    do. Raises the error itself where the place is not the cause."""
     import os
     import shutil
     from pathlib import Path
 
     if error.errno not in _PLACE:
         raise error
-    file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else Path.cwd()
+    file = (
+        Path(os.fsdecode(error.filename))
+        if isinstance(error.filename, str | bytes | os.PathLike)
+        else Path.cwd()
+    )
     # os.path, because Path.is_dir raises where a name is too long or a folder may not be entered
-    folder = next((parent for parent in (file, *file.absolute().parents) if os.path.isdir(parent)), Path("/"))
+    folder = next(
+        (parent for parent in (file, *file.absolute().parents) if os.path.isdir(parent)), Path("/")
+    )
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
-        return UserError(f"{file}: what is there is no folder ({error.strerror}); use another place, then run again")
+        return UserError(
+            f"{file}: what is there is no folder ({error.strerror}); use another place, then run again"
+        )
     if error.errno not in _FULL:
         return UserError(f"{file}: {error.strerror}; use another place, then run again")
     free = shutil.disk_usage(folder).free
@@ -127,7 +176,8 @@ def _leave(line: str, code: int) -> NoReturn:
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """The device that a person named; empty: a GPU if there is one. UserError: no such kind, or no GPU here."""
+    """The device that a person named; empty: a GPU if there is one. UserError: no such kind, or no
+    GPU here."""
     import torch
 
     found = torch.cuda.is_available()
@@ -143,7 +193,8 @@ def device_of(name: str | torch.device) -> torch.device:
 
 
 def on_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """x on ``device``. A GPU gets it from pinned memory, so that the host does not wait for what the GPU still does."""
+    """x on ``device``. A GPU gets it from pinned memory, so that the host does not wait for what
+    the GPU still does."""
     import torch
 
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
@@ -155,8 +206,8 @@ def on_device(x: Tensor, device: torch.device | str, dtype: torch.dtype | None =
 class VideoShape:
     """Latent geometry of one clip, and what it means in pixels.
 
-    ``frames`` latent frames of ``channels x height x width``. The Wan VAE maps 1 + temporal*k pixel frames to
-    1 + k latent frames and divides height and width by ``spatial``.
+    ``frames`` latent frames of ``channels x height x width``. The Wan VAE maps 1 + temporal*k pixel
+    frames to 1 + k latent frames and divides height and width by ``spatial``.
     """
 
     frames: int
@@ -169,20 +220,39 @@ class VideoShape:
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
             if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"video shape: {name} is {getattr(self, name)} in latents; it must be 1 .. {most:,}")
+                raise UserError(
+                    f"video shape: {name} is {getattr(self, name)} in latents; it must be 1 .. {most:,}"
+                )
 
     @classmethod
     def from_pixels(
-        cls, frames: int, height: int, width: int, *, channels: int = 16, temporal: int = 4, spatial: int = 8
+        cls,
+        frames: int,
+        height: int,
+        width: int,
+        *,
+        channels: int = 16,
+        temporal: int = 4,
+        spatial: int = 8,
     ) -> VideoShape:
-        """The latent shape of a pixel clip. Raises UserError unless frames = 1 + temporal*k and sizes divide."""
+        """The latent shape of a pixel clip. Raises UserError unless frames = 1 + temporal*k and
+        sizes divide."""
         if (frames - 1) % temporal or frames < 1:
             near = 1 + temporal * max(0, round((frames - 1) / temporal))
-            raise UserError(f"frames is {frames}; the VAE needs 1 + {temporal}*k frames: use {near}")
+            raise UserError(
+                f"frames is {frames}; the VAE needs 1 + {temporal}*k frames: use {near}"
+            )
         for name, size in (("height", height), ("width", width)):
             if size % spatial:
                 raise UserError(f"{name} is {size}; it must be a multiple of {spatial}")
-        return cls(1 + (frames - 1) // temporal, channels, height // spatial, width // spatial, temporal, spatial)
+        return cls(
+            1 + (frames - 1) // temporal,
+            channels,
+            height // spatial,
+            width // spatial,
+            temporal,
+            spatial,
+        )
 
     @property
     def pixel_frames(self) -> int:
@@ -205,9 +275,10 @@ class VideoShape:
 class Conditioning:
     """What the model is told. Absent conditions are None; text is then (B, 0, 0).
 
-    ``text_BLE``: token states (B, L, E), exactly zero after each prompt's true length (as Wan). ``actions_BF``: one
-    number per frame, what led to it; ``labels_B``: one per clip; -1 is the null action or label.
-    ``decoder_actions_BF``: what SCD's decoder is told instead (None: the same): it is guided without its encoder.
+    ``text_BLE``: token states (B, L, E), exactly zero after each prompt's true length (as Wan).
+    ``actions_BF``: one number per frame, what led to it; ``labels_B``: one per clip; -1 is the null
+    action or label. ``decoder_actions_BF``: what SCD's decoder is told instead (None: the same): it
+    is guided without its encoder.
     """
 
     text_BLE: Tensor
@@ -216,7 +287,9 @@ class Conditioning:
     decoder_actions_BF: Tensor | None = None
 
     @classmethod
-    def of_frames(cls, batch: int, actions_BF: Tensor | None = None, labels_B: Tensor | None = None) -> Conditioning:
+    def of_frames(
+        cls, batch: int, actions_BF: Tensor | None = None, labels_B: Tensor | None = None
+    ) -> Conditioning:
         """Without text."""
         import torch
 
@@ -256,8 +329,12 @@ class Conditioning:
             for name in ("text_BLE", "actions_BF", "labels_B", "decoder_actions_BF")
         ]
         if any((mine is None) != (theirs is None) for mine, theirs in pairs):
-            raise UserError("conditions of different kinds cannot be joined: give both batches the same")
-        text, *others = (None if mine is None else torch.cat([mine, theirs]) for mine, theirs in pairs)
+            raise UserError(
+                "conditions of different kinds cannot be joined: give both batches the same"
+            )
+        text, *others = (
+            None if mine is None else torch.cat([mine, theirs]) for mine, theirs in pairs
+        )
         assert text is not None
         return Conditioning(text, *others)
 
@@ -274,7 +351,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, frames_BF3HW: Tensor) -> Tensor:
-        """Pixels in [-1, 1], fp32 -> latents (B, F, C, H / spatial, W / spatial), fp32, the mode of the posterior."""
+        """Pixels in [-1, 1], fp32 -> latents (B, F, C, H / spatial, W / spatial), fp32, the mode of
+        the posterior."""
         ...
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -283,8 +361,10 @@ class Tokenizer(Protocol):
 
 
 class Denoiser(Protocol):
-    """A bidirectional model as losses and solvers see it: teacher, critic, or a student frozen on one stream."""
+    """A bidirectional model as losses and solvers see it: teacher, critic, or a student frozen on
+    one stream."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, /) -> Tensor:
-        """x_t (B,F,C,H,W), t (B,) or (B,F) in [0,1] -> velocity eps - x_0, same shape as x_t, fp32."""
+        """x_t (B,F,C,H,W), t (B,) or (B,F) in [0,1] -> velocity eps - x_0, same shape as x_t,
+        fp32."""
         ...

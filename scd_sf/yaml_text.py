@@ -1,8 +1,10 @@
-"""YAML of others as nested mappings and lists with text at the leaves: whoever knows the field decides what it means.
+"""YAML of others as nested mappings and lists with text at the leaves: whoever knows the field
+decides what it means.
 
-YAML 1.1 makes ``off`` a truth value, ``1:30`` a 90 and ``2026-01-01`` a date. Here a scalar without quotes stays text
-(:class:`Bare`). Anchors, aliases and tags are refused: no value can grow, refer or construct. :func:`resolved` is for
-code that knows no fields, :func:`dump` writes text that both read back.
+YAML 1.1 makes ``off`` a truth value, ``1:30`` a 90 and ``2026-01-01`` a date. Here a scalar without
+quotes stays text (:class:`Bare`). Anchors, aliases and tags are refused: no value can grow, refer
+or construct. :func:`resolved` is for code that knows no fields, :func:`dump` writes text that both
+read back.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def read_tree(path: Path) -> Tree:
 
 
 def parse_tree(text: str, source: str) -> Tree:
-    """YAML text that holds a mapping; empty text is an empty one. Raises UserError that names ``source``."""
+    """YAML text that holds a mapping; empty text is an empty one. Raises UserError that names
+    ``source``."""
     tree = parse(text, source)
     if is_null(tree):
         return {}
@@ -57,7 +60,9 @@ def parse_tree(text: str, source: str) -> Tree:
 def parse(text: str, source: str) -> object:
     """One value: mapping, list or text. Raises UserError that names ``source`` and the line."""
     if len(text) > YAML_BYTES:
-        raise UserError(f"{source}: {len(text):,} characters, more than the {YAML_BYTES:,} of a config; shorten it")
+        raise UserError(
+            f"{source}: {len(text):,} characters, more than the {YAML_BYTES:,} of a config; shorten it"
+        )
     with foreign(source, "correct the YAML"):
         try:
             return _document(yaml.parse(text, Loader=yaml.SafeLoader))
@@ -95,7 +100,9 @@ def dump_inline(value: object) -> str:
 
 def _dumped(value: object, **style: object) -> str:
     """YAML; letters that a terminal does not show, or takes for the end of a line, are escaped."""
-    text = cast("str", yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style))
+    text = cast(
+        "str", yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
+    )
     if printable(text) != text:
         text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, **style)
     return text
@@ -113,7 +120,9 @@ def _list(dumper: yaml.SafeDumper, items: list[object]) -> yaml.SequenceNode:
 
 
 _Dumper.add_representer(list, _list)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+0123456789."))
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+0123456789.")
+)
 
 
 def _document(events: Iterator[yaml.Event]) -> object:

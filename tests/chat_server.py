@@ -1,4 +1,5 @@
-"""A server on loopback: as much of OpenAI's chat protocol as the endpoint needs, and trouble on demand."""
+"""A server on loopback: as much of OpenAI's chat protocol as the endpoint needs, and trouble on
+demand."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def serving(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Server]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield server

@@ -17,8 +17,11 @@ from scd_sf.files import sha256_file
 
 
 def clip(seed: int, frames: int = 5, size: int = 32) -> Tensor:
-    """Smooth colours, uint8 (F, 3, size, size); each frame of its own brightness, far from its neighbours'."""
-    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)).expand(frames, -1, -1, -1)
+    """Smooth colours, uint8 (F, 3, size, size); each frame of its own brightness, far from its
+    neighbours'."""
+    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)).expand(
+        frames, -1, -1, -1
+    )
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
     levels = torch.arange(frames) * 11 % frames * (100 / max(1, frames - 1))
     return (smooth * 155 + levels.view(-1, 1, 1, 1)).to(torch.uint8)
@@ -34,8 +37,8 @@ def write_folder(
     samples: int = 1,
     padding: int = 0,
 ) -> Path:
-    """``samples`` videos per prompt. ``padding``: instead of different videos one, made so many bytes longer by a box
-    that players pass over, different in each file."""
+    """``samples`` videos per prompt. ``padding``: instead of different videos one, made so many
+    bytes longer by a box that players pass over, different in each file."""
     root.mkdir(parents=True)
     videos: dict[str, dict[str, object]] = {}
     first = b""
@@ -43,18 +46,29 @@ def write_folder(
         for sample in range(samples):
             name = f"{number:04d}-{sample:02d}.mp4"
             if padding and first:
-                (root / name).write_bytes(first + struct.pack(">I4s", padding + 8, b"free") + os.urandom(padding))
+                (root / name).write_bytes(
+                    first + struct.pack(">I4s", padding + 8, b"free") + os.urandom(padding)
+                )
             else:
                 write_video(root / name, clip(number + 100 * sample, frames, size), fps)
                 first = (root / name).read_bytes()
             videos[name] = {
-                "prompt": prompt, "prompt_index": number, "sample": sample, "seed": 7000 + number + 100 * sample,
+                "prompt": prompt,
+                "prompt_index": number,
+                "sample": sample,
+                "seed": 7000 + number + 100 * sample,
                 "sha256": sha256_file(root / name),
-            }  # fmt: skip
+            }
     settings = {
-        "checkpoint": f"runs/{root.name}", "checkpoint_sha256": "ab" * 32, "weights": "ema", "dtype": "fp32",
-        "sampler": {"name": "renoise", "steps": 4, "shift": 5.0}, "size": [frames, size, size], "fps": fps, "seed": 0,
-    }  # fmt: skip
+        "checkpoint": f"runs/{root.name}",
+        "checkpoint_sha256": "ab" * 32,
+        "weights": "ema",
+        "dtype": "fp32",
+        "sampler": {"name": "renoise", "steps": 4, "shift": 5.0},
+        "size": [frames, size, size],
+        "fps": fps,
+        "seed": 0,
+    }
     (root / "manifest.json").write_text(json.dumps({"settings": settings, "videos": videos}))
     return root
 

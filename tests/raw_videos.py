@@ -11,13 +11,17 @@ import numpy as np
 from torch import Tensor
 
 HEIGHT, WIDTH = 32, 48
-CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))  # upper left and right, lower left and right
+# upper left and right, lower left and right
+CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
 
 
 def corners() -> np.ndarray:
     """uint8 (H, W, 3): another colour in each quarter."""
     picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    rows, columns = (slice(0, HEIGHT // 2), slice(HEIGHT // 2, None)), (slice(0, WIDTH // 2), slice(WIDTH // 2, None))
+    rows, columns = (
+        (slice(0, HEIGHT // 2), slice(HEIGHT // 2, None)),
+        (slice(0, WIDTH // 2), slice(WIDTH // 2, None)),
+    )
     for number, colour in enumerate(CORNERS):
         picture[rows[number // 2], columns[number % 2]] = colour
     return picture
@@ -39,7 +43,8 @@ def write(
     codec: str = "libx264",
     colours: dict[str, int] | None = None,
 ) -> Path:
-    """A video; ``times`` in milliseconds for frames that do not follow the rate. ``colours``: tags of the stream."""
+    """A video; ``times`` in milliseconds for frames that do not follow the rate. ``colours``: tags
+    of the stream."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = pictures[0].shape[:2]
@@ -50,13 +55,17 @@ def write(
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         if matrix is not None:
-            stream.set_display_matrix([value * 65536 for value in (*matrix[:2], 0, *matrix[2:], 0, 0, 0)] + [2**30])
+            stream.set_display_matrix(
+                [value * 65536 for value in (*matrix[:2], 0, *matrix[2:], 0, 0, 0)] + [2**30]
+            )
         for name, value in (colours or {}).items():
             setattr(stream.codec_context, name, value)
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             kind = (colours or {}).get("colorspace", 0)
-            frame = frame.reformat(format=pixels, dst_colorspace={1: "ITU709", 9: "BT2020"}.get(kind, "ITU601"))
+            frame = frame.reformat(
+                format=pixels, dst_colorspace={1: "ITU709", 9: "BT2020"}.get(kind, "ITU601")
+            )
             frame.pts = None if times is None else times[number]
             if times is not None:
                 frame.time_base = Fraction(1, 1000)

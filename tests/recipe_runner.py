@@ -1,7 +1,9 @@
-"""Run a script of this repository as ``python script.py arguments`` would, without paying for its imports each time.
+"""Run a script of this repository as ``python script.py arguments`` would, without paying for its
+imports each time.
 
-A fork server imports torch and the library once; each run is a fresh fork that executes the real script file as
-``__main__`` with its own ``sys.argv``, stdout and stderr, and can be killed like any other process.
+A fork server imports torch and the library once; each run is a fresh fork that executes the real
+script file as ``__main__`` with its own ``sys.argv``, stdout and stderr, and can be killed like any
+other process.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _context.set_forkserver_preload(PRELOAD)
 
 @dataclass(frozen=True)
 class Result:
-    """Exit code (negative: the signal), what was printed, and how often ``At.target`` was called in a whole run."""
+    """Exit code (negative: the signal), what was printed, and how often ``At.target`` was called in
+    a whole run."""
 
     code: int
     out: str
@@ -52,9 +55,9 @@ class Result:
 
 @dataclass(frozen=True)
 class At:
-    """Do something to the process when it calls ``target`` ("module:attribute.path") for the ``call``-th time: send it
-    a ``signal``, or with 0 let that call fail as on a full disk. Calls of all names together count when there are
-    several, joined by "|"."""
+    """Do something to the process when it calls ``target`` ("module:attribute.path") for the
+    ``call``-th time: send it a ``signal``, or with 0 let that call fail as on a full disk. Calls of
+    all names together count when there are several, joined by "|"."""
 
     target: str
     call: int
@@ -67,11 +70,18 @@ def run(script: str, *arguments: object, at: At | None = None, timeout: float = 
 
 
 def run_ranks(
-    script: str, *arguments: object, world: int, at: Mapping[int, At] | None = None, timeout: float = 600
+    script: str,
+    *arguments: object,
+    world: int,
+    at: Mapping[int, At] | None = None,
+    timeout: float = 600,
 ) -> list[Result]:
     """``world`` processes of one process group, as a launcher would start them; ``at`` by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [tuple(Path(folder, f"{name}{rank}") for name in ("out", "err", "calls")) for rank in range(world)]
+        files = [
+            tuple(Path(folder, f"{name}{rank}") for name in ("out", "err", "calls"))
+            for rank in range(world)
+        ]
         port = free_port()
         processes = []
         for rank, place in enumerate(files):
@@ -91,7 +101,10 @@ def run_ranks(
             raise TimeoutError(f"{script} ran longer than {timeout} s\n{said}")
         return [
             Result(
-                process.exitcode or 0, out.read_text(), err.read_text(), int(calls.read_text() if calls.exists() else 0)
+                process.exitcode or 0,
+                out.read_text(),
+                err.read_text(),
+                int(calls.read_text() if calls.exists() else 0),
             )
             for process, (out, err, calls) in zip(processes, files, strict=True)
         ]
@@ -100,7 +113,9 @@ def run_ranks(
 def succeed(script: str, *arguments: object, at: At | None = None) -> Result:
     """As :func:`run`; fails with the script's output unless the exit code is 0."""
     result = run(script, *arguments, at=at)
-    assert result.code == 0, f"{script}: exit code {result.code}\n{result.out[-2000:]}\n{result.err[-4000:]}"
+    assert result.code == 0, (
+        f"{script}: exit code {result.code}\n{result.out[-2000:]}\n{result.err[-4000:]}"
+    )
     return result
 
 
@@ -112,7 +127,8 @@ def free_port() -> str:
 
 
 def load_script(script: str) -> ModuleType:
-    """The script's names without running its main; it is executed under a private name, so nothing can import it."""
+    """The script's names without running its main; it is executed under a private name, so nothing
+    can import it."""
     name = "script_" + Path(script).stem
     spec = importlib.util.spec_from_file_location(name, ROOT / script)
     assert spec is not None and spec.loader is not None
@@ -123,12 +139,24 @@ def load_script(script: str) -> ModuleType:
 
 
 def _environment(rank: int, world: int, port: str) -> dict[str, str]:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    numbers = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_PORT": port,
+    }
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
 
 
 def _child(
-    script: str, arguments: list[str], out: Path, err: Path, counted: Path, at: At | None, environ: dict[str, str]
+    script: str,
+    arguments: list[str],
+    out: Path,
+    err: Path,
+    counted: Path,
+    at: At | None,
+    environ: dict[str, str],
 ) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)

@@ -38,7 +38,14 @@ def test_write_then_read(tmp_path: Path) -> None:
     path = save(store, 5)
     assert store.newest() == path == find(tmp_path)
     names = {p.name for p in path.iterdir()}
-    assert names == {"model.safetensors", "ema.safetensors", "config.yaml", "provenance.json", "manifest.json", "state"}
+    assert names == {
+        "model.safetensors",
+        "ema.safetensors",
+        "config.yaml",
+        "provenance.json",
+        "manifest.json",
+        "state",
+    }
     loaded = read_tensors(path / "model.safetensors")
     assert all(torch.equal(loaded[k], v) for k, v in tensors(5).items())
     record = read_provenance(path)
@@ -51,7 +58,11 @@ def test_tied_tensors_are_saved_twice(tmp_path: Path) -> None:
     base = torch.randn(4, 4)
     path = Checkpoints(tmp_path).write(1, {"model": {"a": base, "b": base, "c": base[:2]}}, "", {})
     loaded = read_tensors(path / "model.safetensors")
-    assert torch.equal(loaded["a"], base) and torch.equal(loaded["b"], base) and torch.equal(loaded["c"], base[:2])
+    assert (
+        torch.equal(loaded["a"], base)
+        and torch.equal(loaded["b"], base)
+        and torch.equal(loaded["c"], base[:2])
+    )
 
 
 FILES = [
@@ -127,7 +138,9 @@ def test_all_damaged_never_restarts_from_zero(tmp_path: Path) -> None:
         store.newest()
 
 
-def test_missing_latest_is_said_and_the_verified_step_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_latest_is_said_and_the_verified_step_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Checkpoints(tmp_path)
     path = save(store, 3)
     (tmp_path / "latest").unlink()
@@ -167,13 +180,22 @@ def test_not_safetensors(tmp_path: Path) -> None:
 
 
 def _die_at_event(root: Path, step: int, event: int) -> int:
-    """Save in a forked child that exits without clean-up before its ``event``-th file operation; its exit code."""
+    """Save in a forked child that exits without clean-up before its ``event``-th file operation;
+    its exit code."""
     pid = os.fork()
     if pid == 0:
         left = [event]
 
         def hook(name: str, args: tuple[object, ...]) -> None:
-            if name in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
+            if name in (
+                "open",
+                "os.rename",
+                "os.mkdir",
+                "os.remove",
+                "os.rmdir",
+                "os.listdir",
+                "os.scandir",
+            ):
                 left[0] -= 1
                 if left[0] == 0:
                     os._exit(9)
@@ -185,7 +207,8 @@ def _die_at_event(root: Path, step: int, event: int) -> int:
 
 
 def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
-    """Every file operation of a save is a place to die. One directory is used throughout, so debris accumulates."""
+    """Every file operation of a save is a place to die. One directory is used throughout, so debris
+    accumulates."""
     store = Checkpoints(tmp_path)
     previous = save(store, 1)
     step, event = 2, 1
@@ -206,7 +229,9 @@ def test_a_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_has_is_true_only_for_an_intact_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_has_is_true_only_for_an_intact_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Checkpoints(tmp_path)
     path = save(store, 1)
     assert store.has(1) and not store.has(2)
@@ -214,16 +239,27 @@ def test_has_is_true_only_for_an_intact_step(tmp_path: Path, caplog: pytest.LogC
     assert not store.has(1) and "config.yaml" in caplog.text
 
 
-def test_a_file_is_hashed_once_and_only_where_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading weights verifies configuration, provenance and these weights; the optimizer's state is left alone."""
+def test_a_file_is_hashed_once_and_only_where_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading weights verifies configuration, provenance and these weights; the optimizer's state
+    is left alone."""
     hashed: list[str] = []
-    monkeypatch.setattr(checkpoint, "sha256_file", lambda file: [hashed.append(file.name), sha256_file(file)][1])
+    monkeypatch.setattr(
+        checkpoint, "sha256_file", lambda file: [hashed.append(file.name), sha256_file(file)][1]
+    )
     path = save(Checkpoints(tmp_path), 1)
     hashed.clear()
     assert find(tmp_path, "ema") == find(path, "ema") == path
     assert sorted(hashed) == ["config.yaml", "ema.safetensors", "provenance.json"]
     verify(path)
-    assert sorted(hashed) == ["config.yaml", "ema.safetensors", "model.safetensors", "moments.bin", "provenance.json"]
+    assert sorted(hashed) == [
+        "config.yaml",
+        "ema.safetensors",
+        "model.safetensors",
+        "moments.bin",
+        "provenance.json",
+    ]
     verify(path)
     assert len(hashed) == 5
     (path / "state" / "engine" / "moments.bin").write_bytes(b"x" * 100)
@@ -235,7 +271,9 @@ def test_a_file_is_hashed_once_and_only_where_it_is_read(tmp_path: Path, monkeyp
         find(path, "ema")
 
 
-def test_a_step_whose_weights_are_damaged_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_whose_weights_are_damaged_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     older, newer = save(Checkpoints(tmp_path), 1), save(Checkpoints(tmp_path), 2)
     damaged = bytearray((newer / "ema.safetensors").read_bytes())
     damaged[-1] ^= 1
@@ -254,7 +292,10 @@ def test_only_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (store.root / "step_00000007.tmp").symlink_to(tmp_path / "elsewhere")
     save(store, 2)
-    assert sorted(p.name for p in store.root.glob("*.tmp")) == ["step_00000007.tmp", "step_of_mine.tmp"]
+    assert sorted(p.name for p in store.root.glob("*.tmp")) == [
+        "step_00000007.tmp",
+        "step_of_mine.tmp",
+    ]
     assert (tmp_path / "elsewhere").is_dir()
 
 
@@ -263,5 +304,7 @@ def test_links_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes((path / "ema.safetensors").read_bytes())
     (path / "ema.safetensors").unlink()
     (path / "ema.safetensors").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"ema\.safetensors: not a file of the checkpoint but a link"):
+    with pytest.raises(
+        UserError, match=r"ema\.safetensors: not a file of the checkpoint but a link"
+    ):
         verify(path)

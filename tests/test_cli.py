@@ -31,7 +31,9 @@ def run(
 
 def a_checkpoint(root: Path) -> Path:
     tensors = {"blocks.0.weight": torch.zeros(2, 3), "head.bias": torch.zeros(5)}
-    return Checkpoints(root).write(7, {"model.safetensors": tensors}, "lr: 0.1\n", {"stage": "2", "step": 7})
+    return Checkpoints(root).write(
+        7, {"model.safetensors": tensors}, "lr: 0.1\n", {"stage": "2", "step": 7}
+    )
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,14 +84,19 @@ def test_inspect_refuses_weights_that_are_not_finite(
 ) -> None:
     """In a checkpoint whose hashes agree, and in a file of Wan's weights."""
     broken = torch.tensor([1.0, float("inf")])
-    Checkpoints(tmp_path / "run").write(7, {"model.safetensors": {"head.bias": broken}}, "lr: 0.1\n", {"stage": "2"})
+    Checkpoints(tmp_path / "run").write(
+        7, {"model.safetensors": {"head.bias": broken}}, "lr: 0.1\n", {"stage": "2"}
+    )
     state = {
         f"model.{diffusers_to_original(to_diffusers(name))}": value
         for name, value in tiny.wan(1, torch.float32).state_dict().items()
     }
     state["model.head.head.bias"][0] = float("nan")
     save_file(state, tmp_path / "wan.safetensors")
-    for place, words in (("run", "'head.bias' holds NaN"), ("wan.safetensors", "'model.head.head.bias' holds NaN")):
+    for place, words in (
+        ("run", "'head.bias' holds NaN"),
+        ("wan.safetensors", "'model.head.head.bias' holds NaN"),
+    ):
         code, _, err = run(["inspect", str(tmp_path / place)], monkeypatch, capsys)
         assert code == 2 and words in err and err.count("\n") == 1
 
@@ -108,7 +115,9 @@ def test_bench_takes_no_file_of_others(
     """Before anything is measured: a file that is not its own, and a folder that is not there."""
     (tmp_path / "mine.json").write_text("my notes")
     for out, words in (("mine.json", "mine.json"), ("none/b.json", "there is no such folder")):
-        code, _, err = run(["bench", "checkpoints=[x]", f"out={tmp_path / out}"], monkeypatch, capsys)
+        code, _, err = run(
+            ["bench", "checkpoints=[x]", f"out={tmp_path / out}"], monkeypatch, capsys
+        )
         assert code == 2 and words in err and "Traceback" not in err
     assert (tmp_path / "mine.json").read_text() == "my notes"
 
@@ -119,11 +128,14 @@ def test_escapes_of_others_do_not_reach_the_screen(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In names of tensors, provenance, ``latest``, folders and errors; rich markup is no markup, newlines no lines."""
+    """In names of tensors, provenance, ``latest``, folders and errors; rich markup is no markup,
+    newlines no lines."""
     evil = "\x1b[31m\x9b2J\u202e[bold]x[/bold]\ny"
     root = tmp_path / f"run{evil}"
     tensors = {"model.safetensors": {f"weight {evil}": torch.zeros(2)}}
-    Checkpoints(root).write(7, tensors, "lr: 0.1\n", {"stage": evil, evil: [evil], "parents": {"a": evil}})
+    Checkpoints(root).write(
+        7, tensors, "lr: 0.1\n", {"stage": evil, evil: [evil], "parents": {"a": evil}}
+    )
     (root / "latest").write_text(f"step{evil}")
     code, out, err = run(["inspect", str(root), "--tensors"], monkeypatch, capsys)
     assert code == 0 and "[bold]x[/bold]" in out and logging.lastResort is not None
@@ -132,4 +144,6 @@ def test_escapes_of_others_do_not_reach_the_screen(
     missing = run(["inspect", str(tmp_path / evil)], monkeypatch, capsys)
     assert missing[0] == 2 and missing[2].count("\n") == 1
     for text in (out, err, missing[2], warned):
-        assert not set(text) & set("\x1b\x9b\u202e") and not any(line.startswith("y") for line in text.splitlines())
+        assert not set(text) & set("\x1b\x9b\u202e") and not any(
+            line.startswith("y") for line in text.splitlines()
+        )

@@ -9,7 +9,15 @@ from typing import Literal
 
 import pytest
 
-from scd_sf.config import Renamed, commented_yaml, differences, from_yaml, load_config, plain_yaml, to_yaml
+from scd_sf.config import (
+    Renamed,
+    commented_yaml,
+    differences,
+    from_yaml,
+    load_config,
+    plain_yaml,
+    to_yaml,
+)
 from scd_sf.types import UserError, printable
 
 
@@ -61,7 +69,9 @@ def load(*overrides: str, path: Path | None = None) -> Recipe:
 def test_defaults_file_and_overrides_merge_in_that_order(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("root: data\nsteps: 20\nmodel: {depth: 4, optim: {betas: [0.0, 0.99]}}\n")
-    cfg = load_config(Recipe, path, ["steps=30", "model.optim.lr=1e-5", "names=[a, b]", "out=runs/y"])
+    cfg = load_config(
+        Recipe, path, ["steps=30", "model.optim.lr=1e-5", "names=[a, b]", "out=runs/y"]
+    )
     assert (cfg.steps, cfg.model.depth, cfg.names, cfg.out) == (30, 4, ("a", "b"), Path("runs/y"))
     assert cfg.model.optim == Optimiser(lr=1e-5, betas=(0.0, 0.99))
     assert cfg.model.widths == [8, 16] and cfg.teacher is None
@@ -178,7 +188,9 @@ def test_bad_file_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.yaml: cannot be read .*; check the path of the config file"):
+    with pytest.raises(
+        UserError, match=r"none\.yaml: cannot be read .*; check the path of the config file"
+    ):
         load_config(Recipe, tmp_path / "none.yaml")
 
 
@@ -189,20 +201,29 @@ def test_yaml_scientific_notation_is_a_number(tmp_path: Path) -> None:
     assert cfg.model.optim.lr == 2e-6 and cfg.root == "1e-4"
 
 
-@pytest.mark.parametrize("word", ["${oc.env:HOME}", "${root}", "???", "off", "no", "1e-4", "007", "1:30", "2026-01-01"])
+@pytest.mark.parametrize(
+    "word", ["${oc.env:HOME}", "${root}", "???", "off", "no", "1e-4", "007", "1:30", "2026-01-01"]
+)
 def test_text_is_text_and_never_an_order(word: str, tmp_path: Path) -> None:
-    """Interpolation would read the environment; YAML 1.1 would make truth values, dates and numbers of the rest."""
+    """Interpolation would read the environment; YAML 1.1 would make truth values, dates and numbers
+    of the rest."""
     path = tmp_path / "a.yaml"
     path.write_text(f"root: {word}\nmodel: {{depth: 1, rope: '{word}'}}\nnames: ['a {word}']\n")
     cfg = load_config(Recipe, path, [f"out={word}"])
-    assert (cfg.root, cfg.model.rope, cfg.names, cfg.out) == (word, word, (f"a {word}",), Path(word))
+    assert (cfg.root, cfg.model.rope, cfg.names, cfg.out) == (
+        word,
+        word,
+        (f"a {word}",),
+        Path(word),
+    )
     assert from_yaml(Recipe, to_yaml(cfg)) == cfg
     path.write_text(to_yaml(cfg))
     assert differences(plain_yaml(path), cfg) == {}
 
 
 @pytest.mark.parametrize(
-    "text", ["c\x85d\u2028", "a\u200fb", "a\tb", "x\n\n  y: # z\n", " a ", "中文" * 90, "long " * 60]
+    "text",
+    ["c\x85d\u2028", "a\u200fb", "a\tb", "x\n\n  y: # z\n", " a ", "中文" * 90, "long " * 60],
 )
 def test_any_text_is_saved_as_it_is(text: str) -> None:
     """Line ends of other alphabets and marks that a terminal hides are escaped."""
@@ -215,8 +236,19 @@ def test_any_text_is_saved_as_it_is(text: str) -> None:
 
 def test_the_field_says_whether_off_is_text_or_a_truth_value() -> None:
     cfg = load("root=off", "log=off", "model.fast=on", "names=[yes, no, on]")
-    assert (cfg.root, cfg.log, cfg.model.fast, cfg.names) == ("off", "off", True, ("yes", "no", "on"))
-    for word, truth in (("off", False), ("No", False), ("false", False), ("YES", True), ("true", True)):
+    assert (cfg.root, cfg.log, cfg.model.fast, cfg.names) == (
+        "off",
+        "off",
+        True,
+        ("yes", "no", "on"),
+    )
+    for word, truth in (
+        ("off", False),
+        ("No", False),
+        ("false", False),
+        ("YES", True),
+        ("true", True),
+    ):
         assert load("model.fast=true", f"model.fast={word}").model.fast is truth
 
 
@@ -264,7 +296,11 @@ def test_old_names_of_fields_are_read(
     )
     cfg = load_config(Outer, old)
     expected = Outer(
-        Inner("torch", 0.1), "wan/14B", "few_step", [Inner(noise=2.0), Inner(noise=3.0)], Inner("deepspeed")
+        Inner("torch", 0.1),
+        "wan/14B",
+        "few_step",
+        [Inner(noise=2.0), Inner(noise=3.0)],
+        Inner("deepspeed"),
     )
     assert cfg == expected
     notes = capsys.readouterr().err.splitlines()
@@ -273,14 +309,18 @@ def test_old_names_of_fields_are_read(
     assert len(notes) == 5, "one note for each old name"
     new.write_text(to_yaml(cfg))
     assert load_config(Outer, new) == cfg and from_yaml(Outer, old.read_text()) == cfg
-    assert load_config(Outer, new, ["teacher=other", "teacher_engine.eta=0.2", "maybe.kind=local"]) == Outer(
-        Inner("torch", 0.2), "other", "few_step", cfg.rows, Inner("torch")
-    )
+    assert load_config(
+        Outer, new, ["teacher=other", "teacher_engine.eta=0.2", "maybe.kind=local"]
+    ) == Outer(Inner("torch", 0.2), "other", "few_step", cfg.rows, Inner("torch"))
     assert capsys.readouterr().err == ""
-    assert set(differences(plain_yaml(old, Outer), cfg)) == {"rows", "maybe.noise"}, "what the file leaves open"
+    assert set(differences(plain_yaml(old, Outer), cfg)) == {"rows", "maybe.noise"}, (
+        "what the file leaves open"
+    )
     with pytest.raises(UserError, match=r"teacher\.noise is given twice, once by its old name"):
         load_config(Outer, None, ["teacher={noise: 1, eta: 2}"])
-    with pytest.raises(UserError, match=r"unknown key 'teacher\.etta' in section 'teacher'; valid keys are backend"):
+    with pytest.raises(
+        UserError, match=r"unknown key 'teacher\.etta' in section 'teacher'; valid keys are backend"
+    ):
         load_config(Outer, None, ["teacher.etta=1"])
     with pytest.raises(UserError, match=r"teacher\.noise is 'x' \(expected float\)"):
         load_config(Outer, None, ["teacher_engine.eta=x"])

@@ -12,7 +12,15 @@ from scd_sf.distributed import init_distributed
 from scd_sf.train.base import EngineConfig, StepModule, accumulation
 from scd_sf.types import UserError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +45,17 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         init_distributed()
 
 
-@pytest.mark.parametrize(("batch", "micro", "world", "expected"), [(64, 1, 8, 8), (8, 4, 2, 1), (4, 4, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"), [(64, 1, 8, 8), (8, 4, 2, 1), (4, 4, 1, 1)]
+)
 def test_accumulation(batch: int, micro: int, world: int, expected: int) -> None:
     assert accumulation(batch, micro, world) == expected
 
 
 def test_accumulation_must_divide() -> None:
-    with pytest.raises(UserError, match=r"global_batch is 64, not a multiple of 3 processes x .* 2; use .*=66"):
+    with pytest.raises(
+        UserError, match=r"global_batch is 64, not a multiple of 3 processes x .* 2; use .*=66"
+    ):
         accumulation(64, 2, 3)
     with pytest.raises(UserError, match="must be at least 1"):
         accumulation(8, 0, 1)

@@ -1,4 +1,5 @@
-"""The pages: every path, make target, command, option, field and extra that they name exists; README's snippets run."""
+"""The pages: every path, make target, command, option, field and extra that they name exists;
+README's snippets run."""
 
 from __future__ import annotations
 
@@ -36,16 +37,25 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def pages() -> list[str]:
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
+    files = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        *(ROOT / "docs").rglob("*.md"),
+    ]
     files += (ROOT / "assets").rglob("*.md")
-    return sorted(name for file in files if (name := file.relative_to(ROOT).as_posix()) not in HISTORY)
+    return sorted(
+        name for file in files if (name := file.relative_to(ROOT).as_posix()) not in HISTORY
+    )
 
 
 @functools.cache
 def own_files() -> frozenset[str]:
     """Every file of ours, from the repository's root."""
     found = [file for tree in TREES for file in (ROOT / tree).rglob("*") if file.is_file()]
-    return frozenset(file.relative_to(ROOT).as_posix() for file in found if "__pycache__" not in file.parts)
+    return frozenset(
+        file.relative_to(ROOT).as_posix() for file in found if "__pycache__" not in file.parts
+    )
 
 
 @functools.cache
@@ -55,12 +65,15 @@ def make_targets() -> frozenset[str]:
 
 @functools.cache
 def extras() -> frozenset[str]:
-    return frozenset(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    return frozenset(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
 
 
 @functools.cache
 def schema_of(script: str) -> type[Any] | None:
-    """What the script hands to ``from_command_line``; None for one with an argument parser of its own."""
+    """What the script hands to ``from_command_line``; None for one with an argument parser of its
+    own."""
     handed = re.search(r"from_command_line\((\w+),", (ROOT / script).read_text())
     return None if handed is None else vars(recipe_runner.load_script(script))[handed[1]]
 
@@ -69,9 +82,19 @@ def schema_of(script: str) -> type[Any] | None:
 def options_of(script: str) -> frozenset[str]:
     """What its argparse parser names, or the parameters of its ``main`` (typer)."""
     source = (ROOT / script).read_text()
-    mains = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    parameters = [arg.arg.replace("_", "-") for node in mains for arg in (*node.args.args, *node.args.kwonlyargs)]
-    return frozenset([*re.findall(r'"(--[\w-]+)"', source), *(f"--{name}" for name in parameters), "--help"])
+    mains = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+    ]
+    parameters = [
+        arg.arg.replace("_", "-")
+        for node in mains
+        for arg in (*node.args.args, *node.args.kwonlyargs)
+    ]
+    return frozenset(
+        [*re.findall(r'"(--[\w-]+)"', source), *(f"--{name}" for name in parameters), "--help"]
+    )
 
 
 def spans(text: str) -> list[str]:
@@ -92,21 +115,34 @@ def commands(text: str) -> Iterator[list[str]]:
             yield shlex.split(line, comments=True)
 
 
-# ------------------------------------------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------------------------ what is wrong
 
 
 def wrong_paths(text: str) -> Iterator[str]:
-    """A path into our trees, from the root or from scd_sf/, that is not there; a .py, .yaml or .md of no folder."""
+    """A path into our trees, from the root or from scd_sf/, that is not there; a .py, .yaml or .md
+    of no folder."""
     below = {file.split("/")[1] for file in own_files() if file.startswith("scd_sf/")}
-    names = {file.rsplit("/", 1)[-1] for file in own_files()} | {file.name for file in ROOT.iterdir()}
+    names = {file.rsplit("/", 1)[-1] for file in own_files()} | {
+        file.name for file in ROOT.iterdir()
+    }
     for span in spans(text):
         for word in re.findall(r"[\w./*-]+", span.split("::")[0]):
             first, slash, rest = word.partition("/")
             path = word.rstrip("./")
-            if slash and rest and first in (*TREES, *below) and ".." not in word and "=" not in span:
+            if (
+                slash
+                and rest
+                and first in (*TREES, *below)
+                and ".." not in word
+                and "=" not in span
+            ):
                 if not (path in WRITTEN or place_exists(path) or place_exists(f"scd_sf/{path}")):
                     yield f"`{span}`: no {word}"
-            elif word == span and re.fullmatch(r"[\w.-]+\.(py|yaml|sbatch|md)", word) and word not in names:
+            elif (
+                word == span
+                and re.fullmatch(r"[\w.-]+\.(py|yaml|sbatch|md)", word)
+                and word not in names
+            ):
                 yield f"`{span}`: no file of this name"
 
 
@@ -116,13 +152,16 @@ def place_exists(place: str) -> bool:
 
 def wrong_make(words: list[str]) -> Iterator[str]:
     targets = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
-    yield from (f"make has no target {target}" for target in targets if target not in make_targets())
+    yield from (
+        f"make has no target {target}" for target in targets if target not in make_targets()
+    )
     tests = [word[2:] for word in words if word.startswith("T=")]
     yield from (f"{test} is no test" for test in tests if not (ROOT / test.split("::")[0]).exists())
 
 
 def wrong_scd(words: list[str], complete: bool) -> Iterator[str]:
-    """A command that `scd` does not have, an option that it does not take, a field that its config does not have."""
+    """A command that `scd` does not have, an option that it does not take, a field that its config
+    does not have."""
     command: Any = typer.main.get_command(app)
     rest = words[1:]
     while children := getattr(command, "commands", None):
@@ -134,7 +173,11 @@ def wrong_scd(words: list[str], complete: bool) -> Iterator[str]:
         command, rest = children[rest[0]], rest[1:]
     known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
     known |= {"--config", "--print-config"} if command.name in SCD else set()
-    yield from (f"{' '.join(words)}: no option {word}" for word in rest if word[:2] == "--" and word not in known)
+    yield from (
+        f"{' '.join(words)}: no option {word}"
+        for word in rest
+        if word[:2] == "--" and word not in known
+    )
     if complete and rest and "..." not in rest:
         command.make_context("scd", list(rest))
     if words[1] in SCD:
@@ -142,7 +185,8 @@ def wrong_scd(words: list[str], complete: bool) -> Iterator[str]:
 
 
 def wrong_script(words: list[str], complete: bool) -> Iterator[str]:
-    """A script that is not there, an option that its parser does not have, a field that its config does not have."""
+    """A script that is not there, an option that its parser does not have, a field that its config
+    does not have."""
     script = next((word for word in words if word.endswith(".py")), None)
     if script is None:
         return
@@ -152,16 +196,21 @@ def wrong_script(words: list[str], complete: bool) -> Iterator[str]:
         return
     schema = schema_of(script)
     if schema is None:
-        options = {word.split("=")[0] for word in words[words.index(script) :] if word.startswith("--")}
+        options = {
+            word.split("=")[0] for word in words[words.index(script) :] if word.startswith("--")
+        }
         yield from (f"{script}: no option {option}" for option in options - options_of(script))
     elif "--help" not in words:
         yield from wrong_fields(schema, words[words.index(script) :], complete)
 
 
 def wrong_fields(schema: type[Any], words: list[str], complete: bool) -> Iterator[str]:
-    """Every ``a.b=value`` names a field; a complete command has values of the right types and all that is required."""
+    """Every ``a.b=value`` names a field; a complete command has values of the right types and all
+    that is required."""
     files = [ROOT / words[i + 1] for i, word in enumerate(words[:-1]) if word == "--config"]
-    yield from (f"no file {file.name}" for file in files if not file.is_file() and ".." not in file.name)
+    yield from (
+        f"no file {file.name}" for file in files if not file.is_file() and ".." not in file.name
+    )
     overrides = [word for word in words if re.match(r"[a-z_0-9.]+=", word)]
     for override in overrides:
         if not is_field(schema, override.split("=")[0].split(".")):
@@ -180,7 +229,11 @@ def is_field(schema: type[Any], names: list[str]) -> bool:
         return False
     if len(names) == 1:
         return True
-    inner = [kind for kind in (hints[names[0]], *typing.get_args(hints[names[0]])) if dataclasses.is_dataclass(kind)]
+    inner = [
+        kind
+        for kind in (hints[names[0]], *typing.get_args(hints[names[0]]))
+        if dataclasses.is_dataclass(kind)
+    ]
     return any(is_field(typing.cast("type[Any]", kind), names[1:]) for kind in inner)
 
 
@@ -188,13 +241,17 @@ def wrong_extras(text: str) -> Iterator[str]:
     named = re.findall(r"extras? `(\w+)`", text) + re.findall(r"\.\[([\w,]+)\]", text)
     for line in re.findall(r"^Extras: .*$", text, re.MULTILINE):
         named += re.findall(r"`(\w+)` ?(?:\(|,|\.)", line)
-    yield from (f"no extra {one}" for names in named for one in names.split(",") if one not in extras())
+    yield from (
+        f"no extra {one}" for names in named for one in names.split(",") if one not in extras()
+    )
 
 
 def problems(text: str, page: str = "docs/a.md") -> list[str]:
     wrong = [*wrong_paths(text), *wrong_extras(text)]
     for words in commands(text):
-        complete = page in COMMANDS and "..." not in words and not any(word.isupper() for word in words)
+        complete = (
+            page in COMMANDS and "..." not in words and not any(word.isupper() for word in words)
+        )
         if words[0] == "make":
             wrong += wrong_make(words)
         elif words[0] == "scd":
@@ -204,7 +261,7 @@ def problems(text: str, page: str = "docs/a.md") -> list[str]:
     return wrong
 
 
-# ---------------------------------------------------------------------------------------------------------- they hold
+# ---------------------------------------------------------------------------------------- they hold
 
 
 def test_what_the_pages_name_exists() -> None:
@@ -239,18 +296,32 @@ def test_what_does_not_exist_is_noticed(text: str) -> None:
 
 
 def test_pages_that_the_code_names_exist() -> None:
-    text = {file: (ROOT / file).read_text(encoding="utf-8") for file in own_files() if file.endswith((".py", ".yaml"))}
-    named = {(page, file) for file, words in text.items() for page in re.findall(r"docs/[\w/-]+\.md", words)}
+    text = {
+        file: (ROOT / file).read_text(encoding="utf-8")
+        for file in own_files()
+        if file.endswith((".py", ".yaml"))
+    }
+    named = {
+        (page, file)
+        for file, words in text.items()
+        for page in re.findall(r"docs/[\w/-]+\.md", words)
+    }
     assert len(named) >= 10, "the walk found nothing"
     invented = {"docs/a.md"}  # of this file
     assert [
-        f"{file}: {page}" for page, file in sorted(named) if page not in invented and not (ROOT / page).is_file()
+        f"{file}: {page}"
+        for page, file in sorted(named)
+        if page not in invented and not (ROOT / page).is_file()
     ] == []
 
 
 def test_the_reference_has_every_command_with_a_config() -> None:
     children: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
-    assert {name for name, child in children.items() if "ignore_unknown_options" in child.context_settings} == set(SCD)
+    assert {
+        name
+        for name, child in children.items()
+        if "ignore_unknown_options" in child.context_settings
+    } == set(SCD)
 
 
 def test_what_is_cited_is_this_version() -> None:
@@ -260,7 +331,10 @@ def test_what_is_cited_is_this_version() -> None:
 
 def test_everything_shipped_has_a_card() -> None:
     folders = [folder for folder in (ROOT / "assets").iterdir() if folder.is_dir()]
-    assert folders and [folder.name for folder in folders if not (folder / "README.md").is_file()] == []
+    assert (
+        folders
+        and [folder.name for folder in folders if not (folder / "README.md").is_file()] == []
+    )
 
 
 def test_the_tour_is_short() -> None:
@@ -271,7 +345,7 @@ def test_the_tour_is_short() -> None:
     assert sum(lines.values()) <= 2500, lines
 
 
-# -------------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------- README
 
 
 def readme() -> str:
@@ -309,7 +383,9 @@ def test_snippets_import_what_exists_and_define_what_they_use() -> None:
                 known |= {alias.asname or alias.name for alias in node.names}
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 known.add(node.id)
-        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        used = {
+            n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+        }
         assert used <= known, f"undefined in the snippet: {used - known}"
 
 
@@ -317,5 +393,9 @@ def test_links_outside_the_site_lead_somewhere() -> None:
     """mkdocs checks those of docs/."""
     for page in (page for page in pages() if not page.startswith("docs/")):
         links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
-        missing = [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
+        missing = [
+            link
+            for link in links
+            if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()
+        ]
         assert not missing, f"{page}: {missing}"

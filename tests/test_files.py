@@ -1,4 +1,5 @@
-"""Files: written whole or not at all, held by one process, and whatever is wrong in those of others is one line."""
+"""Files: written whole or not at all, held by one process, and whatever is wrong in those of others
+is one line."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_what_is_wrong_is_said(tmp_path: Path, wrong: bytes) -> None:
 
 
 def test_a_file_appears_whole_or_not_at_all_with_the_rights_of_the_umask(tmp_path: Path) -> None:
-    """A failed write leaves the old contents and nothing beside them; tensors are as readable as any other file."""
+    """A failed write leaves the old contents and nothing beside them; tensors are as readable as
+    any other file."""
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with pytest.raises(RuntimeError), new_file(path) as part:
@@ -64,12 +66,16 @@ def test_a_file_appears_whole_or_not_at_all_with_the_rights_of_the_umask(tmp_pat
 
 
 def test_a_folder_appears_whole_and_what_the_dead_left_is_removed(tmp_path: Path) -> None:
-    """Never over something that is there; parts of a dead process go, those of a live one and strangers' files stay."""
+    """Never over something that is there; parts of a dead process go, those of a live one and
+    strangers' files stay."""
     dead = subprocess.Popen(["true"])
     dead.wait()
     mine = part_of(tmp_path / "x").name.rsplit("-", 2)
     (tmp_path / f"{mine[0]}-{dead.pid}-0123abcd").mkdir()
-    alive, stranger = tmp_path / f"{mine[0]}-{os.getpid()}-0123abcd", tmp_path / ".part-of something"
+    alive, stranger = (
+        tmp_path / f"{mine[0]}-{os.getpid()}-0123abcd",
+        tmp_path / ".part-of something",
+    )
     alive.mkdir()
     stranger.write_text("s")
     with new_folder(tmp_path / "out") as part:
@@ -83,7 +89,8 @@ def test_a_folder_appears_whole_and_what_the_dead_left_is_removed(tmp_path: Path
 def test_what_another_rank_is_still_writing_does_not_fail_a_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks write into one folder of the training state; each flushes it while others rename their files there."""
+    """All ranks write into one folder of the training state; each flushes it while others rename
+    their files there."""
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     unfinished = part_of(tmp_path / "x")
@@ -120,7 +127,11 @@ def test_a_lock_is_taken_over_from_nobody(tmp_path: Path, kind: str) -> None:
     other, lock = tmp_path / "other", tmp_path / "in" / ".lock"
     other.write_text("other")
     lock.parent.mkdir()
-    make = {"link": lambda: lock.symlink_to(other), "text": lambda: lock.write_text("mine"), "folder": lock.mkdir}
+    make = {
+        "link": lambda: lock.symlink_to(other),
+        "text": lambda: lock.write_text("mine"),
+        "folder": lock.mkdir,
+    }
     make.get(kind, lambda: os.mkfifo(lock))()
     with pytest.raises(UserError, match="not a lock of ours"), locked(lock.parent, "samples"):
         pass
@@ -132,7 +143,13 @@ def test_a_job_clears_what_killed_ones_left_below(tmp_path: Path) -> None:
     (tmp_path / ".done" / "videos").mkdir(parents=True)
     alive = part_of(tmp_path / ".done" / "x")
     dead = alive.with_name(alive.name.replace(f"-{os.getpid()}-", "-999999999-"))
-    for file in (alive, dead, tmp_path / ".done" / "videos" / dead.name, tmp_path / dead.name, tmp_path / ".part-mine"):
+    for file in (
+        alive,
+        dead,
+        tmp_path / ".done" / "videos" / dead.name,
+        tmp_path / dead.name,
+        tmp_path / ".part-mine",
+    ):
         file.write_text("half")
     with locked(tmp_path, "samples"):
         left = {path.name for path in tmp_path.rglob(".part-*")}
@@ -140,7 +157,8 @@ def test_a_job_clears_what_killed_ones_left_below(tmp_path: Path) -> None:
 
 
 def test_a_job_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
-    """No lock in a folder of others, no folder that it made; what was there before stays, an old lock too."""
+    """No lock in a folder of others, no folder that it made; what was there before stays, an old
+    lock too."""
     others, made = tmp_path / "others", tmp_path / "made"
     others.mkdir()
     (others / "mine.txt").write_text("mine")
@@ -157,13 +175,19 @@ def test_a_job_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere" / "x")
     for place, said in ((others / "mine.txt", "is no folder"), (link, "is a link to nothing")):
-        with pytest.raises(UserError, match=rf"{place.name}: is there and {said}; .*: use another place for samples"):
+        with pytest.raises(
+            UserError,
+            match=rf"{place.name}: is there and {said}; .*: use another place for samples",
+        ):
             locked(place, "samples").__enter__()
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_lock_that_its_owner_removed_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opened before, taken after a refused job removed it: the one of that name is taken instead."""
+def test_a_lock_that_its_owner_removed_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before, taken after a refused job removed it: the one of that name is taken
+    instead."""
     flock, removed = fcntl.flock, []
 
     def late(file: object, how: int) -> None:
@@ -179,8 +203,8 @@ def test_a_lock_that_its_owner_removed_holds_nothing(tmp_path: Path, monkeypatch
 
 
 def test_a_file_that_a_person_named(tmp_path: Path) -> None:
-    """Among files of others: what killed runs left beside it goes, and a new one never takes another's place, also one
-    that came meanwhile."""
+    """Among files of others: what killed runs left beside it goes, and a new one never takes
+    another's place, also one that came meanwhile."""
     path, dead = tmp_path / "page.html", part_of(tmp_path / "x")
     dead = dead.with_name(dead.name.replace(f"-{os.getpid()}-", "-999999999-"))
     dead.mkdir()
@@ -192,14 +216,21 @@ def test_a_file_that_a_person_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"page\.html: exists already"), own_file(path, fresh=True):
         raise AssertionError
     path.unlink()
-    with pytest.raises(UserError, match=r"page\.html: exists already"), own_file(path, fresh=True) as part:
+    with (
+        pytest.raises(UserError, match=r"page\.html: exists already"),
+        own_file(path, fresh=True) as part,
+    ):
         part.write_text("mine")
         path.write_text("theirs")
-    assert path.read_text() == "theirs" and sorted(p.name for p in tmp_path.iterdir()) == [".part-mine", "page.html"]
+    assert path.read_text() == "theirs" and sorted(p.name for p in tmp_path.iterdir()) == [
+        ".part-mine",
+        "page.html",
+    ]
 
 
 def test_errors_name_the_file_and_not_its_part(tmp_path: Path) -> None:
-    """Also those of PyAV, whose name cannot be set: a disk that is full while a video is written."""
+    """Also those of PyAV, whose name cannot be set: a disk that is full while a video is
+    written."""
     for error in (
         av.error.OSError(errno.ENOSPC, "No space left on device", str(part_of(tmp_path / "x"))),
         OSError(errno.ENOSPC, "No space left on device", str(part_of(tmp_path / "x") / "in")),
@@ -207,7 +238,10 @@ def test_errors_name_the_file_and_not_its_part(tmp_path: Path) -> None:
     ):
         with pytest.raises(OSError, match="No space left") as caught, new_file(tmp_path / "a.mp4"):
             raise error
-        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.mp4"))
+        assert (caught.value.errno, caught.value.filename) == (
+            errno.ENOSPC,
+            str(tmp_path / "a.mp4"),
+        )
 
 
 SAVE = {
@@ -219,19 +253,28 @@ with new_file(path) as part, part.open("wb") as file: torch.save(torch.zeros(10*
 
 
 @pytest.mark.parametrize("kind", SAVE)
-def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(
+    tmp_path: Path, kind: str
+) -> None:
     """Whoever writes: Python, safetensors, torch."""
     code = "import resource, sys, torch; from pathlib import Path; from scd_sf.files import *\n"
     code += "from scd_sf.types import exit_on_user_error; path = Path(sys.argv[1]) / 'made'\n"
     code += f"def main():\n  {SAVE[kind].strip()}\nmain(); assert path.stat().st_size > 10**5 - 1; path.unlink()\n"
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\nexit_on_user_error(main)"
-    end = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert end.returncode == 2 and end.stderr.startswith(f"error: {tmp_path / 'made'}: ") and "GB free" in end.stderr
+    end = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (
+        end.returncode == 2
+        and end.stderr.startswith(f"error: {tmp_path / 'made'}: ")
+        and "GB free" in end.stderr
+    )
     assert end.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_others_is_known(tmp_path: Path) -> None:
-    """Locks and what is unfinished are ours; anything else needs the command's own file beside it."""
+    """Locks and what is unfinished are ours; anything else needs the command's own file beside
+    it."""
     out = tmp_path / "out"
     require_own_folder(out, ["report.json"])
     with locked(out, "a list"):
@@ -239,7 +282,8 @@ def test_a_folder_of_others_is_known(tmp_path: Path) -> None:
         require_own_folder(out, ["report.json"])
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(
-        UserError, match=r"out: holds other files \(thesis\.txt\) and no report\.json of ours; .*: use another"
+        UserError,
+        match=r"out: holds other files \(thesis\.txt\) and no report\.json of ours; .*: use another",
     ):
         require_own_folder(out, ["report.json"])
     (out / "report.json").write_text("{}")
@@ -250,7 +294,16 @@ def test_a_folder_of_others_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 200 + "]" * 200, "1e999", "NaN", '"\\ud800"', "9" * 30, '{"a": ' * 5000 + "1" + "}" * 5000, "", "{"],
+    [
+        "[" * 200 + "]" * 200,
+        "1e999",
+        "NaN",
+        '"\\ud800"',
+        "9" * 30,
+        '{"a": ' * 5000 + "1" + "}" * 5000,
+        "",
+        "{",
+    ],
 )
 def test_json_of_others_is_bounded(text: str) -> None:
     with pytest.raises(UserError, match=r"^f: not JSON .*; fix it$"):
@@ -265,7 +318,9 @@ class Entry:
 
 def test_typed_values_name_the_field(tmp_path: Path) -> None:
     assert typed({"a": {"size": 3, "more": 1}}, dict[str, Entry], "f", "fix it") == {"a": Entry(3)}
-    with pytest.raises(UserError, match=r"f: Expected `int`, got `str` - at `\$\[\.\.\.\]\.size`; fix it"):
+    with pytest.raises(
+        UserError, match=r"f: Expected `int`, got `str` - at `\$\[\.\.\.\]\.size`; fix it"
+    ):
         typed({"a": {"size": "3"}}, dict[str, Entry], "f", "fix it")
 
 
@@ -279,7 +334,10 @@ def test_what_is_no_plain_file_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="100 bytes, more than the 10"):
         read_bytes(tmp_path / "big", "fix it", 10)
-    with pytest.raises(UserError, match=r"big: not good; fix it"), foreign(tmp_path / "big", "fix it"):
+    with (
+        pytest.raises(UserError, match=r"big: not good; fix it"),
+        foreign(tmp_path / "big", "fix it"),
+    ):
         raise ValueError("not good\nsecond line")
 
 
@@ -293,7 +351,8 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 
 
 def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2 and one clean line for input and places, 130 for Ctrl-C; a fault of ours keeps its traceback."""
+    """Exit code 2 and one clean line for input and places, 130 for Ctrl-C; a fault of ours keeps
+    its traceback."""
 
     def ended(error: BaseException) -> tuple[object, str]:
         def main() -> None:
@@ -308,11 +367,19 @@ def test_how_jobs_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 2 and f"{tmp_path / 'f'}: No space left" in words and "GB free" in words
     for number in (errno.EACCES, errno.EEXIST):
         code, words = ended(OSError(number, "said", str(tmp_path / "f")))
-        assert code == 2 and f"{tmp_path / 'f'}: " in words and "room" not in words and words.count("\n") == 1
+        assert (
+            code == 2
+            and f"{tmp_path / 'f'}: " in words
+            and "room" not in words
+            and words.count("\n") == 1
+        )
     long = tmp_path / ("x" * 300) / "y"  # no part of which can be looked up
     code, words = ended(OSError(errno.ENAMETOOLONG, "File name too long", str(long)))
     assert code == 2 and "File name too long" in words and words.count("\n") == 1
-    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
+    for error in (
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
         assert ended(error)[0] == 2
     for stop in (KeyboardInterrupt(), SystemExit(130)):  # the second from typer
         assert ended(stop) == (130, "interrupted; the same command goes on where it stopped\n")

@@ -16,11 +16,26 @@ import pytest
 import recipe_runner
 
 from scd_sf import cli
-from scd_sf.config import RENAMED, commented_yaml, field_words, from_command_line, from_yaml, help_of
+from scd_sf.config import (
+    RENAMED,
+    commented_yaml,
+    field_words,
+    from_command_line,
+    from_yaml,
+    help_of,
+)
 
 ROOT = recipe_runner.ROOT
-SCRIPTS = [path for name in ("recipes", "data_prep", "vbench_eval") for path in sorted((ROOT / name).glob("*.py"))]
-SOURCES = [*SCRIPTS, *sorted((ROOT / "scd_sf").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+SCRIPTS = [
+    path
+    for name in ("recipes", "data_prep", "vbench_eval")
+    for path in sorted((ROOT / name).glob("*.py"))
+]
+SOURCES = [
+    *SCRIPTS,
+    *sorted((ROOT / "scd_sf").rglob("*.py")),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+]
 
 
 @dataclass
@@ -134,10 +149,20 @@ out: runs
 def test_a_schema_of_every_kind_of_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert field_words(Inner) == {"rate": "How fast.", "pair": "Two of them."}
     assert help_of(Toy, 40) == TOY_HELP
-    cfg = Toy("1", "off", other=Inner(), rows=[Inner(2.0)], names=(), weights={"a": 1.0}, steps=None)
+    cfg = Toy(
+        "1", "off", other=Inner(), rows=[Inner(2.0)], names=(), weights={"a": 1.0}, steps=None
+    )
     assert commented_yaml(cfg) == TOY_YAML
     assert from_yaml(Toy, TOY_YAML) == cfg
-    arguments = ["root='1'", "kind=off", "other={}", "rows=[{rate: 2}]", "names=[]", "weights.a=1", "steps=null"]
+    arguments = [
+        "root='1'",
+        "kind=off",
+        "other={}",
+        "rows=[{rate: 2}]",
+        "names=[]",
+        "weights.a=1",
+        "steps=null",
+    ]
     with pytest.raises(SystemExit) as stop:
         from_command_line(Toy, "", [*arguments, "--print-config"])
     assert (stop.value.code, capsys.readouterr().out) == (0, TOY_YAML)
@@ -148,7 +173,9 @@ def test_a_schema_of_every_kind_of_field(capsys: pytest.CaptureFixture[str]) -> 
     assert from_command_line(Toy, "", arguments) == cfg
 
 
-def test_a_file_over_another_says_what_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_over_another_says_what_it_replaces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("root: x\nsteps: 1\ninner: {rate: 0.1, pair: [0, 1]}\n")
     second.write_text("fast: true\ninner: {rate: 0.2, pair: [0, 1]}\n")
@@ -179,7 +206,11 @@ def schemas() -> Iterator[tuple[str, type[Any]]]:
             if name == "schema":
                 continue
             in_script = name not in imports
-            module = recipe_runner.load_script(str(path)) if in_script else importlib.import_module(imports[name])
+            module = (
+                recipe_runner.load_script(str(path))
+                if in_script
+                else importlib.import_module(imports[name])
+            )
             yield f"{path.name} {name}", vars(module)[name]
 
 
@@ -200,14 +231,20 @@ def test_every_field_of_every_command_has_words() -> None:
     assert len(SCHEMAS) >= 20, "the commands with a config were not found"
     for where, schema in SCHEMAS.items():
         for section in set(reached(schema)):
-            silent = {item.name for item in dataclasses.fields(section) if item.init} - field_words(section).keys()
-            assert not silent, f"{where}: {section.__name__} has fields without a docstring line: {sorted(silent)}"
+            silent = {item.name for item in dataclasses.fields(section) if item.init} - field_words(
+                section
+            ).keys()
+            assert not silent, (
+                f"{where}: {section.__name__} has fields without a docstring line: {sorted(silent)}"
+            )
         assert max(map(len, help_of(schema, 80).splitlines())) <= 80
 
 
 def test_renamed_fields_are_there() -> None:
     """Every entry of the table of old names is of a schema, and names a field of it."""
-    sections = {section.__name__: section for schema in SCHEMAS.values() for section in reached(schema)}
+    sections = {
+        section.__name__: section for schema in SCHEMAS.values() for section in reached(schema)
+    }
     for section, entries in RENAMED.items():
         names = {item.name for item in dataclasses.fields(sections[section])}
         assert {entry.name for entry in entries.values()} <= names, section
@@ -218,13 +255,19 @@ def test_every_field_of_every_config_has_words() -> None:
     found = 0
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config") or not node.decorator_list:
+            if (
+                not isinstance(node, ast.ClassDef)
+                or not node.name.endswith("Config")
+                or not node.decorator_list
+            ):
                 continue
             found += 1
             for item, below in zip(node.body, [*node.body[1:], None], strict=True):
                 has_words = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                 if isinstance(item, ast.AnnAssign) and not has_words:
-                    pytest.fail(f"{path}:{item.lineno}: {node.name}.{ast.unparse(item.target)} has no docstring line")
+                    pytest.fail(
+                        f"{path}:{item.lineno}: {node.name}.{ast.unparse(item.target)} has no docstring line"
+                    )
     assert found > 50
 
 
@@ -246,7 +289,9 @@ def test_every_option_has_words() -> None:
                 and ast.unparse(node.func) == "argparse.ArgumentParser"
                 and path.name not in ("config.py", "gpu.py")  # which show the defaults themselves
             ):
-                assert "formatter_class=HelpFormatter" in ast.unparse(node), f"{path} does not show its defaults"
+                assert "formatter_class=HelpFormatter" in ast.unparse(node), (
+                    f"{path} does not show its defaults"
+                )
     assert found > 100
 
 

@@ -1,6 +1,8 @@
-"""Tiny models and batches shared by the tests: both student families, every SCD variant, seconds on one slow core.
+"""Tiny models and batches shared by the tests: both student families, every SCD variant, seconds on
+one slow core.
 
-Parameters are re-drawn from a seeded generator (``redraw``), so that no zero or one of an init hides an error.
+Parameters are re-drawn from a seeded generator (``redraw``), so that no zero or one of an init
+hides an error.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ SKIP = SkipConfig(prefix=2, suffix=2, full_steps=2, steps=4, shift=1.0)  # all b
 
 @dataclass(frozen=True)
 class Variant:
-    """One student: ``family`` "causal" or "scd"; how SCD's context meets the chunk; how the causal blocks are run."""
+    """One student: ``family`` "causal" or "scd"; how SCD's context meets the chunk; how the causal
+    blocks are run."""
 
     family: str
     chunk: int
@@ -66,7 +69,10 @@ class Variant:
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
 
     def __str__(self) -> str:
-        parts = [self.family if self.backbone == "wan" else f"dit-{self.family}", f"chunk{self.chunk}"]
+        parts = [
+            self.family if self.backbone == "wan" else f"dit-{self.family}",
+            f"chunk{self.chunk}",
+        ]
         parts += [self.fusion] if self.fusion else []
         parts += [self.rope, self.prefix] if self.fusion in ("paper", "junction") else []
         parts += ["diagonal"] if self.blocks.frame_diagonal else []
@@ -97,16 +103,21 @@ VARIANTS = _variants()
 WAN_VARIANTS = [v for v in VARIANTS if v.backbone == "wan"]
 DIT_VARIANTS = [v for v in VARIANTS if v.backbone == "dit"]
 SCD_VARIANTS = [v for v in VARIANTS if v.family == "scd"]
-# Every family, fusion, prefix position and prefix kind once, chunks of 1 and 3 in turn; and one of each DiT.
+# Every family, fusion, prefix position and prefix kind once, chunks of 1 and 3 in turn; and one of
+# each DiT.
 SOME = [v for i, v in enumerate(WAN_VARIANTS) if i in (0, 2, 3, 6, 8, 9, 11, 12, 15, 18, 21)]
 SOME += [v for i, v in enumerate(DIT_VARIANTS) if i in (0, 2, 6, 9)]
-DIAGONAL, SKIPPING = (Variant("causal", 1, blocks=blocks) for blocks in (BlocksConfig(2), BlocksConfig(0, SKIP)))
+DIAGONAL, SKIPPING = (
+    Variant("causal", 1, blocks=blocks) for blocks in (BlocksConfig(2), BlocksConfig(0, SKIP))
+)
 BOTH = Variant("causal", 3, backbone="dit", blocks=BlocksConfig(1, SKIP))
 BLOCKS = [DIAGONAL, SKIPPING, BOTH]
 VARIANTS += BLOCKS
 SOME += BLOCKS
 # Where the prefix's details cannot matter.
-FEW = [v for v in SOME if v.fusion in ("", "delta") or (v.fusion, v.prefix) == ("junction", "cached")]
+FEW = [
+    v for v in SOME if v.fusion in ("", "delta") or (v.fusion, v.prefix) == ("junction", "cached")
+]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -115,7 +126,8 @@ def generator(seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def redraw(model: nn.Module, seed: int, dtype: torch.dtype) -> None:
-    """Every parameter anew, in the order of names: N(0, 1/fan_in) matrices, norms near 1, biases near 0."""
+    """Every parameter anew, in the order of names: N(0, 1/fan_in) matrices, norms near 1, biases
+    near 0."""
     rng = generator(seed)
     model.to(dtype)
     for name, parameter in sorted(model.named_parameters()):
@@ -145,12 +157,17 @@ def double() -> Iterator[None]:
 
 
 def scd_config(variant: Variant) -> ScdConfig:
-    """From scratch the decoder's layers are its own, and its context shares the time of the frame."""
+    """From scratch the decoder's layers are its own, and its context shares the time of the
+    frame."""
     if variant.backbone == "dit":
         time = "query" if variant.prefix == "cached" else "step"
-        decoder = DecoderConfig((4, 5), variant.fusion, variant.rope, variant.prefix, prefix_time=time)
+        decoder = DecoderConfig(
+            (4, 5), variant.fusion, variant.rope, variant.prefix, prefix_time=time
+        )
         return ScdConfig(ENCODER, decoder, variant.chunk)
-    return ScdConfig(ENCODER, DecoderConfig(DECODER, variant.fusion, variant.rope, variant.prefix), variant.chunk)
+    return ScdConfig(
+        ENCODER, DecoderConfig(DECODER, variant.fusion, variant.rope, variant.prefix), variant.chunk
+    )
 
 
 def student(variant: Variant, seed: int = 0, dtype: torch.dtype = torch.float64) -> Student:
@@ -171,13 +188,18 @@ def set_checkpointing(model: Student | Wan, on: bool, recompute_attention: bool 
             module.checkpointing, module.recompute_attention = on, recompute_attention
 
 
-def prompts(batch: int, seed: int = 0, dtype: torch.dtype = torch.float64, length: int = TEXT_LENGTH) -> Conditioning:
-    """Random prompts, actions (one of them null) and labels; each prompt's last token is padding, hence zero."""
+def prompts(
+    batch: int, seed: int = 0, dtype: torch.dtype = torch.float64, length: int = TEXT_LENGTH
+) -> Conditioning:
+    """Random prompts, actions (one of them null) and labels; each prompt's last token is padding,
+    hence zero."""
     text = torch.randn(batch, length, TEXT, generator=generator(1000 + seed), dtype=torch.float64)
     text[:, -1] = 0
     rng = generator(1500 + seed)
     actions = torch.randint(-1, DIT.num_actions, (batch, TOLD), generator=rng)
-    return Conditioning(text.to(dtype), actions, torch.randint(0, DIT.num_labels, (batch,), generator=rng))
+    return Conditioning(
+        text.to(dtype), actions, torch.randint(0, DIT.num_labels, (batch,), generator=rng)
+    )
 
 
 def latents(batch: int, frames: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -199,7 +221,13 @@ class Clip:
 
 
 def clip(
-    chunk: int, *, chunks: int = 3, batch: int = 2, samples: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64
+    chunk: int,
+    *,
+    chunks: int = 3,
+    batch: int = 2,
+    samples: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> Clip:
     """A random clip with K noisy samples and, as in sampling, a pure-noise query."""
     frames = chunks * chunk
@@ -210,12 +238,16 @@ def clip(
     s = t[..., None, None, None]
     x_t = (1 - s) * x + s * eps
     query = Query(eps[0].to(dtype), torch.ones(batch, frames, dtype=dtype))
-    return Clip(x.to(dtype), prompts(batch, seed, dtype), eps.to(dtype), t.to(dtype), x_t.to(dtype), query)
+    return Clip(
+        x.to(dtype), prompts(batch, seed, dtype), eps.to(dtype), t.to(dtype), x_t.to(dtype), query
+    )
 
 
 def teacher_forced(model: Student, data: Clip, targets: list[int] | None = None) -> Tensor:
     """The model's velocities (K, B, M*chunk, C, H, W) on a clip."""
-    return model.teacher_forced(data.x_t, data.t, data.x, data.cond, query=data.query, targets=targets)
+    return model.teacher_forced(
+        data.x_t, data.t, data.x, data.cond, query=data.query, targets=targets
+    )
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
@@ -225,8 +257,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return found
 
 
-def assert_same_gradients(left: dict[str, Tensor | None], right: dict[str, Tensor | None], tolerance: float) -> None:
-    """Equal sets of reached parameters and equal gradients, relative to each tensor's largest entry."""
+def assert_same_gradients(
+    left: dict[str, Tensor | None], right: dict[str, Tensor | None], tolerance: float
+) -> None:
+    """Equal sets of reached parameters and equal gradients, relative to each tensor's largest
+    entry."""
     for name, gradient in left.items():
         other = right[name]
         assert (gradient is None) == (other is None), name

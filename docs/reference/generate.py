@@ -1,5 +1,5 @@
-"""mkdocs hook: puts every command's help and every config field, read from the code, where a page says
-``<!-- commands -->`` or ``<!-- fields -->``."""
+"""mkdocs hook: puts every command's help and every config field, read from the code, where a page
+says ``<!-- commands -->`` or ``<!-- fields -->``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def command_help(command: Any, name: str) -> Iterator[str]:
     yield from (f"## `{name}`", "", escaped(inspect.cleandoc(command.help or "")), "")
     rows = [row for parameter in command.params if (row := parameter_row(parameter))]
     if command.name in SCHEMAS:
-        yield from (f"Takes `--config`, `--print-config` and [these fields](config.md#scd-{command.name}).", "")
+        yield from (
+            f"Takes `--config`, `--print-config` and [these fields](config.md#scd-{command.name}).",
+            "",
+        )
     elif rows:
         yield from ("| parameter | default | meaning |", "|---|---|---|", *rows, "")
     # typer carries a click of its own: no isinstance with the installed one
@@ -82,7 +85,9 @@ def all_fields() -> Iterator[str]:
 
 def load(script: Path) -> ModuleType:
     """The script's names, without running its ``main``."""
-    spec = importlib.util.spec_from_file_location(f"script_{script.parent.name}_{script.stem}", script)
+    spec = importlib.util.spec_from_file_location(
+        f"script_{script.parent.name}_{script.stem}", script
+    )
     if spec is None or spec.loader is None:
         raise FileNotFoundError(script)
     module = importlib.util.module_from_spec(spec)
@@ -94,5 +99,8 @@ def load(script: Path) -> ModuleType:
 def escaped(text: str) -> str:
     """Text outside code with `<` and `[` as they are written, not as HTML and links."""
     parts = re.split(r"(``.*?``|`[^`]*`)", text, flags=re.DOTALL)
-    clean = [re.sub(r"([<\[\]_*])", r"\\\1", part) if place % 2 == 0 else part for place, part in enumerate(parts)]
+    clean = [
+        re.sub(r"([<\[\]_*])", r"\\\1", part) if place % 2 == 0 else part
+        for place, part in enumerate(parts)
+    ]
     return "".join(clean)

@@ -1,4 +1,5 @@
-"""A folder of files that may be made again, kept within a budget of bytes by any number of processes."""
+"""A folder of files that may be made again, kept within a budget of bytes by any number of
+processes."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ from typing import IO
 
 from scd_sf.files import files_below, new_file, sweep
 
-KEPT = 0.9  # share of the budget that is left full when room is made, so that this is not done for every file
+# share of the budget that is left full when room is made, so that this is not done for every file
+KEPT = 0.9
 
 
 class BoundedFolder:
-    """Files ``FOLDER/name`` below ``root``, together at most ``limit`` bytes: where one more would not fit, the oldest
-    are removed. The folder is measured when its recorded size says that it is full, or when there is no record."""
+    """Files ``FOLDER/name`` below ``root``, together at most ``limit`` bytes: where one more would
+    not fit, the oldest are removed. The folder is measured when its recorded size says that it is
+    full, or when there is no record."""
 
     def __init__(self, root: Path, limit: int, pattern: str) -> None:
         self.root, self.limit, self.pattern = root, limit, pattern
 
     def write(self, file: Path, data: bytes) -> None:
-        """Readers see nothing or all of ``file``. What is larger than the whole budget is not written. OSError."""
+        """Readers see nothing or all of ``file``. What is larger than the whole budget is not
+        written. OSError."""
         if len(data) > self.limit:
             return
         self.root.mkdir(parents=True, exist_ok=True)
@@ -32,7 +36,8 @@ class BoundedFolder:
             record.seek(0)
             record.truncate()
             record.write(str(total))
-            record.flush()  # first: a kill in between leaves a record that is too high, never too low
+            # first: a kill in between leaves a record that is too high, never too low
+            record.flush()
             file.parent.mkdir(exist_ok=True)
             with new_file(file, durable=False) as part:
                 part.write_bytes(data)

@@ -1,11 +1,12 @@
-"""One safetensors file per clip: what ``data_prep/generate_clips.py`` and ``scd data import`` write.
+"""One safetensors file per clip: what ``data_prep/generate_clips.py`` and ``scd data import``
+write.
 
-``FOLDER/ab/abcd....safetensors`` (the name is the clip's id) holds ``latents`` (F, C, H, W), normalised, and ``text``
-(T, E), the prompt's token states without padding; its header's ``clip`` entry is a JSON object (:class:`About`). The
-video, if one is kept, lies beside it as ``.mp4`` and was written first. So a latent file that is there is a clip that
-is done. Names are content ids and every write is atomic: to write a clip twice changes nothing.
-Files are read with plain reads straight into the batch: a memory map costs a page fault per 4 KiB
-(docs/results/data.md).
+``FOLDER/ab/abcd....safetensors`` (the name is the clip's id) holds ``latents`` (F, C, H, W),
+normalised, and ``text`` (T, E), the prompt's token states without padding; its header's ``clip``
+entry is a JSON object (:class:`About`). The video, if one is kept, lies beside it as ``.mp4`` and
+was written first. So a latent file that is there is a clip that is done. Names are content ids and
+every write is atomic: to write a clip twice changes nothing. Files are read with plain reads
+straight into the batch: a memory map costs a page fault per 4 KiB (docs/results/data.md).
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ _FIRST_READ, _LARGEST_HEADER = 16 * 1024, 16 * 2**20
 
 @dataclass(frozen=True)
 class About:
-    """Where a clip comes from. ``sha256`` is of the bytes of latents and text, ``video_sha256`` of the mp4 ("": none).
+    """Where a clip comes from. ``sha256`` is of the bytes of latents and text, ``video_sha256`` of
+    the mp4 ("": none).
 
-    ``size`` is WIDTHxHEIGHT and ``frames`` the number of frames, in pixels; ``*_sha`` are of the negative prompt, the
-    transformer, the text encoder and the VAE ("" where unknown), ``cfg`` is the standard w. ``seed`` -1: not ours.
+    ``size`` is WIDTHxHEIGHT and ``frames`` the number of frames, in pixels; ``*_sha`` are of the
+    negative prompt, the transformer, the text encoder and the VAE ("" where unknown), ``cfg`` is
+    the standard w. ``seed`` -1: not ours.
     """
 
     id: str
@@ -112,7 +115,11 @@ def folders_of(root: Path) -> list[Path]:
     """The two-letter folders, in order; links are none."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; check the path")
-    return [path for path in sorted(root.iterdir()) if _FOLDER.fullmatch(path.name) and is_own_folder(path)]
+    return [
+        path
+        for path in sorted(root.iterdir())
+        if _FOLDER.fullmatch(path.name) and is_own_folder(path)
+    ]
 
 
 def is_own_folder(path: Path) -> bool:
@@ -121,10 +128,13 @@ def is_own_folder(path: Path) -> bool:
 
 
 def quarantine_of(root: Path) -> Path:
-    """The folder's place for what was moved out of the data, made if missing. UserError where it leads elsewhere."""
+    """The folder's place for what was moved out of the data, made if missing. UserError where it
+    leads elsewhere."""
     folder = root / QUARANTINE
     if folder.is_symlink():
-        raise UserError(f"{folder}: is a link, and nothing is moved out of {root}; put a folder in its place")
+        raise UserError(
+            f"{folder}: is a link, and nothing is moved out of {root}; put a folder in its place"
+        )
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -133,21 +143,26 @@ def files_of(root: Path) -> Iterator[Path]:
     """Everything in the two-letter folders. Links are skipped: what they point to is of others."""
     for folder in folders_of(root):
         with os.scandir(folder) as entries:
-            yield from (folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False))
+            yield from (
+                folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False)
+            )
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_clip(root: Path, latents_FCHW: Tensor, text_TE: Tensor, about: About) -> None:
-    """Write a clip's file. Tensors are stored as they come, ``sha256`` is filled in; UserError when one is not finite.
+    """Write a clip's file. Tensors are stored as they come, ``sha256`` is filled in; UserError when
+    one is not finite.
 
     The metadata is one entry of sorted JSON, because safetensors writes several in a random order.
     """
     tensors = {"latents": latents_FCHW.cpu().contiguous(), "text": text_TE.cpu().contiguous()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"clip {about.id} ({about.prompt[:60]!r}): {name} are not finite in {tensor.dtype}")
+            raise UserError(
+                f"clip {about.id} ({about.prompt[:60]!r}): {name} are not finite in {tensor.dtype}"
+            )
     digest = hashlib.sha256()
     for tensor in tensors.values():
         digest.update(bytes_of(tensor))
@@ -163,7 +178,7 @@ def sweep_clips(root: Path) -> None:
         sweep(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 class ClipFile:
@@ -191,10 +206,13 @@ class ClipFile:
         os.close(self._descriptor)
 
     def read(self, name: str, out: Tensor) -> None:
-        """Tensor ``name`` into ``out`` (contiguous, of its shape): without a copy where the dtype is the stored one."""
+        """Tensor ``name`` into ``out`` (contiguous, of its shape): without a copy where the dtype
+        is the stored one."""
         stored = self.header.tensors[name]
         if tuple(out.shape) != stored.shape:
-            raise UserError(f"{self.path}: {name} {stored.shape} instead of {tuple(out.shape)}; {REPAIR}")
+            raise UserError(
+                f"{self.path}: {name} {stored.shape} instead of {tuple(out.shape)}; {REPAIR}"
+            )
         if out.dtype != stored.dtype:
             same = torch.empty(stored.shape, dtype=stored.dtype)
             self.read(name, same)
@@ -235,8 +253,13 @@ class ClipFile:
             row = parse_json(table.pop("__metadata__")["clip"], where, REPAIR)
             tensors = {name: _stored(entry, 8 + length) for name, entry in table.items()}
         ends = [8 + length, *sorted(t.stop for t in tensors.values())]
-        if set(tensors) != {"latents", "text"} or sorted(t.start for t in tensors.values()) != ends[:-1]:
-            raise UserError(f"{self.path}: holds {', '.join(sorted(tensors))}, not latents and text; {REPAIR}")
+        if (
+            set(tensors) != {"latents", "text"}
+            or sorted(t.start for t in tensors.values()) != ends[:-1]
+        ):
+            raise UserError(
+                f"{self.path}: holds {', '.join(sorted(tensors))}, not latents and text; {REPAIR}"
+            )
         if ends[-1] != size:
             raise UserError(f"{self.path}: {size} bytes instead of {ends[-1]} (cut?); {REPAIR}")
         if not isinstance(row, dict):
@@ -253,7 +276,9 @@ def read_header(path: Path) -> Header:
 def _stored(entry: Any, base: int) -> Stored:
     dtype, shape = FLOATS[str(entry["dtype"])], entry["shape"]
     first, last = entry["data_offsets"]
-    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in (*shape, first, last)):
+    if not isinstance(shape, list) or any(
+        type(n) is not int or n < 0 for n in (*shape, first, last)
+    ):
         raise ValueError("a shape or an offset is not a number")
     count = dtype.itemsize
     for length in shape:

@@ -1,8 +1,10 @@
-"""A folder of clips, one file each, as training data: ``job.json``, ``clips.jsonl`` and ``manifest.json``.
+"""A folder of clips, one file each, as training data: ``job.json``, ``clips.jsonl`` and
+``manifest.json``.
 
-``job.json`` is written before the first clip: what all clips have in common. ``clips.jsonl`` and ``manifest.json`` are
-made from the files' headers (:func:`build_index`), so they can be made again at any time; with them
-:class:`scd_sf.data.latents.LatentClips` and :class:`scd_sf.data.prompts.PromptTable` open the folder.
+``job.json`` is written before the first clip: what all clips have in common. ``clips.jsonl`` and
+``manifest.json`` are made from the files' headers (:func:`build_index`), so they can be made again
+at any time; with them :class:`scd_sf.data.latents.LatentClips` and
+:class:`scd_sf.data.prompts.PromptTable` open the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from scd_sf.tensor_files import LONG_DTYPES, dtype_of
 from scd_sf.types import UserError, VideoShape
 
 JOB, ROWS = "job.json", "clips.jsonl"
-CLIP_JOB = Format("scd-sf-clip-job", 1, "no such file; use a folder of generate_clips.py or 'scd data import'")
+CLIP_JOB = Format(
+    "scd-sf-clip-job", 1, "no such file; use a folder of generate_clips.py or 'scd data import'"
+)
 LATENTS = Format(
     "scd-sf-latents",
     1,
@@ -47,7 +51,8 @@ class Common:
 
 @dataclass(frozen=True)
 class ClipRow:
-    """One line of ``clips.jsonl``: from a file's header, so that nothing need be opened to know the clips."""
+    """One line of ``clips.jsonl``: from a file's header, so that nothing need be opened to know the
+    clips."""
 
     id: str
     prompt: str
@@ -64,7 +69,8 @@ class ClipRow:
 
 
 def open_job(root: Path, common: Common) -> None:
-    """Write ``job.json``, or check that the folder's is the same. UserError where clips of another kind lie there."""
+    """Write ``job.json``, or check that the folder's is the same. UserError where clips of another
+    kind lie there."""
     path = root / JOB
     if path.is_file():
         old = asdict(read_folder_job(root))
@@ -72,11 +78,15 @@ def open_job(root: Path, common: Common) -> None:
         changed = [n for n in new["settings"] if old["settings"].get(n) != new["settings"][n]]
         changed += [n for n in new if n != "settings" and old[n] != new[n]]
         if changed or set(old["settings"]) != set(new["settings"]):
-            raise UserError(f"{path}: made with other settings ({', '.join(changed) or 'more'}); use another folder")
+            raise UserError(
+                f"{path}: made with other settings ({', '.join(changed) or 'more'}); use another folder"
+            )
         return
     root.mkdir(parents=True, exist_ok=True)
     if others_in(root):
-        raise UserError(f"{root}: holds files but no {JOB}; nothing is overwritten: use another folder")
+        raise UserError(
+            f"{root}: holds files but no {JOB}; nothing is overwritten: use another folder"
+        )
     write_json(path, {"format": CLIP_JOB.name, "version": CLIP_JOB.version, **asdict(common)})
 
 
@@ -86,13 +96,15 @@ def read_folder_job(root: Path) -> Common:
     common = typed(row, Common, path, "make the folder again")
     if common.dtype not in LONG_DTYPES or min(common.width, common.max_length) < 1:
         known = ", ".join(LONG_DTYPES)
-        raise UserError(f"{path}: needs width, max_length and a dtype of {known}; make the folder again")
+        raise UserError(
+            f"{path}: needs width, max_length and a dtype of {known}; make the folder again"
+        )
     return common
 
 
 def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") -> str:
-    """What is wrong with a clip's file: "" for a whole one. ``full`` also reads and hashes its data. ``clip``: its id
-    (empty: as the file is called)."""
+    """What is wrong with a clip's file: "" for a whole one. ``full`` also reads and hashes its
+    data. ``clip``: its id (empty: as the file is called)."""
     try:
         with ClipFile(path) as file:
             if fault := _misfit(file.header, common, clip or path.stem):
@@ -112,14 +124,19 @@ def _misfit(header: Header, common: Common, clip: str) -> str:
         return f"says it is clip {header.about.id}"
     if latents.shape != wanted or latents.dtype != dtype:
         return f"latents {latents.shape} {latents.dtype} instead of {wanted} {dtype}"
-    fits = len(text.shape) == 2 and 0 < text.shape[0] <= common.max_length and text.shape[1] == common.width
+    fits = (
+        len(text.shape) == 2
+        and 0 < text.shape[0] <= common.max_length
+        and text.shape[1] == common.width
+    )
     if not fits or text.dtype != dtype:
         return f"text {text.shape} {text.dtype} instead of ({common.max_length} at most, {common.width}) {dtype}"
     return ""
 
 
 def build_index(root: Path, section: Json) -> int:
-    """Write ``clips.jsonl`` and, last, ``manifest.json`` from the headers of the files that are there; their number.
+    """Write ``clips.jsonl`` and, last, ``manifest.json`` from the headers of the files that are
+    there; their number.
 
     ``section``: the manifest's entries on text (:func:`scd_sf.data.prompts.index_clips`).
     UserError for a damaged file, and when there is none.
@@ -130,7 +147,16 @@ def build_index(root: Path, section: Json) -> int:
         if fault := _misfit(header, common, path.stem):
             raise UserError(f"{path}: {fault}; run 'scd data repair' on the folder")
         about, tokens = header.about, header.tensors["text"].shape[0]
-        row = ClipRow(about.id, about.prompt, header.bytes, about.sha256, tokens, about.uuid, about.seed, about.tags)
+        row = ClipRow(
+            about.id,
+            about.prompt,
+            header.bytes,
+            about.sha256,
+            tokens,
+            about.uuid,
+            about.seed,
+            about.tags,
+        )
         rows.append(row)
     if not rows:
         raise UserError(f"{root}: holds no clip; generate or import some")
@@ -144,7 +170,8 @@ def build_index(root: Path, section: Json) -> int:
 
 
 class ClipFiles:
-    """The clips that ``clips.jsonl`` names. Names are checked when opened, a file's size and shapes when it is read."""
+    """The clips that ``clips.jsonl`` names. Names are checked when opened, a file's size and shapes
+    when it is read."""
 
     def __init__(self, root: Path, latents: Json) -> None:
         self.root, self.common = root, read_folder_job(root)
@@ -153,11 +180,15 @@ class ClipFiles:
         needed = math.prod(self.common.shape.latent(1)) * self.common.torch_dtype.itemsize
         for number, clip in enumerate(self.rows, 1):  # before a batch of this shape is allocated
             if needed > clip.bytes or not 0 < clip.tokens <= self.common.max_length:
-                raise UserError(f"{path}:{number}: its file is too small for the folder's shape; {INDEX_AGAIN}")
+                raise UserError(
+                    f"{path}:{number}: its file is too small for the folder's shape; {INDEX_AGAIN}"
+                )
         there = {file.stem for file in clip_paths(root)}
         if missing := [row.id for row in self.rows if row.id not in there]:
             first = clip_path(root, missing[0])
-            raise UserError(f"{first}: listed in {path} but missing (so are {len(missing) - 1} others); {INDEX_AGAIN}")
+            raise UserError(
+                f"{first}: listed in {path} but missing (so are {len(missing) - 1} others); {INDEX_AGAIN}"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,7 +199,8 @@ class ClipFiles:
         return self.common.torch_dtype
 
     def read(self, index: int, latents_FCHW: Tensor | None, text_LE: Tensor | None) -> None:
-        """A clip's tensors into these buffers; of ``text_LE`` only the first rows, as many as the prompt has tokens.
+        """A clip's tensors into these buffers; of ``text_LE`` only the first rows, as many as the
+        prompt has tokens.
 
         UserError when the file is damaged, or not the one of the index.
         """

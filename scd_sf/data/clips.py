@@ -1,8 +1,10 @@
-"""Captioned pixel clips on disk, and the project's only writer of mp4 files (the reader is video_reader.py).
+"""Captioned pixel clips on disk, and the project's only writer of mp4 files (the reader is
+video_reader.py).
 
-A clip directory holds ``manifest.json`` (format, shape, counts, the sha256 of ``clips.jsonl``), ``clips.jsonl`` (one
-:class:`Clip` per line, with the size and sha256 of its file) and ``clips/<split>/<id>.mp4``. So one hash covers all.
-Letters: F pixel frames, H W pixel height and width; videos are uint8 tensors (F, 3, H, W) in 0..255, RGB.
+A clip directory holds ``manifest.json`` (format, shape, counts, the sha256 of ``clips.jsonl``),
+``clips.jsonl`` (one :class:`Clip` per line, with the size and sha256 of its file) and
+``clips/<split>/<id>.mp4``. So one hash covers all. Letters: F pixel frames, H W pixel height and
+width; videos are uint8 tensors (F, 3, H, W) in 0..255, RGB.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ Chroma = Literal["yuv420p", "yuv444p"]
 class Clip:
     """One clip: one place, one camera motion, two ways to say it.
 
-    ``actions[f]`` is the motion that led to frame f (F entries, frame 0 too: the motion is under way when the clip
-    starts). ``degrees_per_frame`` is the yaw, positive to the right. ``held_out_caption`` uses a paraphrase that no
-    training caption uses. ``path`` is relative to the directory, with forward slashes.
+    ``actions[f]`` is the motion that led to frame f (F entries, frame 0 too: the motion is under
+    way when the clip starts). ``degrees_per_frame`` is the yaw, positive to the right.
+    ``held_out_caption`` uses a paraphrase that no training caption uses. ``path`` is relative to
+    the directory, with forward slashes.
     """
 
     id: str
@@ -65,14 +68,18 @@ class Clip:
 
     @classmethod
     def from_json(cls, line: str, where: str) -> Self:
-        """Parse one line. Raises UserError (naming ``where``) for bad json, missing or unknown fields, or a type."""
+        """Parse one line. Raises UserError (naming ``where``) for bad json, missing or unknown
+        fields, or a type."""
         return typed(parse_json(line, where, AGAIN), cls, where, AGAIN, exact=True)
 
 
-def write_clips(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], about: Mapping[str, object]) -> None:
+def write_clips(
+    root: Path, clips: Sequence[Clip], shape: Mapping[str, int], about: Mapping[str, object]
+) -> None:
     """Write ``clips.jsonl``, then ``manifest.json``, for files that exist already.
 
-    ``shape`` holds frames, height, width (pixels) and fps; ``about`` says where the clips come from (any json).
+    ``shape`` holds frames, height, width (pixels) and fps; ``about`` says where the clips come from
+    (any json).
     """
     write_index(root / INDEX, clips)
     sections = {"clips_sha256": sha256_file(root / INDEX), "shape": dict(shape), **about}
@@ -83,12 +90,13 @@ def write_clips(root: Path, clips: Sequence[Clip], shape: Mapping[str, int], abo
 def video_writer(
     path: Path, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Gives a function that appends uint8 RGB frames (F, 3, H, W) to an H.264 mp4, so that no video is held whole.
+    """Gives a function that appends uint8 RGB frames (F, 3, H, W) to an H.264 mp4, so that no video
+    is held whole.
 
-    Fast start; ``path`` appears whole at the end of the ``with`` body. ``fps`` in frames per second;
-    ``crf`` 0 (best) .. 51. The default chroma plays in every browser; ``yuv444p`` keeps the full colour resolution (for
-    training data). One thread, so equal input gives equal bytes.
-    Raises UserError for another shape or dtype, odd sizes under ``yuv420p``, or no frame at all.
+    Fast start; ``path`` appears whole at the end of the ``with`` body. ``fps`` in frames per
+    second; ``crf`` 0 (best) .. 51. The default chroma plays in every browser; ``yuv444p`` keeps the
+    full colour resolution (for training data). One thread, so equal input gives equal bytes. Raises
+    UserError for another shape or dtype, odd sizes under ``yuv420p``, or no frame at all.
     """
     reformatter = VideoReformatter()
     with (
@@ -96,7 +104,8 @@ def video_writer(
         av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        # x264's macroblock tree reads memory nobody wrote, with AVX-512: equal frames would give unequal bytes.
+        # x264's macroblock tree reads memory nobody wrote, with AVX-512: equal frames would give
+        # unequal bytes.
         options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
         stream.pix_fmt, stream.options = chroma, options
         stream.codec_context.thread_count = 1
@@ -108,7 +117,9 @@ def video_writer(
                 stream.width, stream.height = width, height
                 size.append((height, width))
             if size != [(height, width)]:
-                raise UserError(f"{path}: frames of {width}x{height} after others of {size[0][1]}x{size[0][0]}")
+                raise UserError(
+                    f"{path}: frames of {width}x{height} after others of {size[0][1]}x{size[0][0]}"
+                )
             for picture in frames_F3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy():
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 container.mux(stream.encode(reformatter.reformat(frame, format=chroma, threads=1)))
@@ -121,15 +132,24 @@ def video_writer(
 
 def _check_frames(path: Path, frames: Tensor, chroma: Chroma) -> tuple[int, int]:
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
-        raise UserError(f"{path}: needs uint8 frames (F, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
+        raise UserError(
+            f"{path}: needs uint8 frames (F, 3, H, W), got {frames.dtype} {tuple(frames.shape)}"
+        )
     height, width = frames.shape[2:]
     if chroma == "yuv420p" and (height % 2 or width % 2):
-        raise UserError(f"{path}: {width}x{height} has an odd size; yuv420p needs even sizes, or pass chroma='yuv444p'")
+        raise UserError(
+            f"{path}: {width}x{height} has an odd size; yuv420p needs even sizes, or pass chroma='yuv444p'"
+        )
     return height, width
 
 
 def write_video(
-    path: Path, frames_F3HW: Tensor, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
+    path: Path,
+    frames_F3HW: Tensor,
+    fps: float | Fraction,
+    *,
+    crf: int = 16,
+    chroma: Chroma = "yuv420p",
 ) -> None:
     """Write uint8 RGB frames (F, 3, H, W) as a whole; see :func:`video_writer`."""
     _check_frames(path, frames_F3HW, chroma)
@@ -155,12 +175,15 @@ class ClipShape:
 def _shape(manifest: Json, path: Path) -> ClipShape:
     shape = typed(manifest.get("shape"), ClipShape, f"{path}: 'shape'", AGAIN)
     if min(asdict(shape).values()) < 1:
-        raise UserError(f"{path}: 'shape' must hold numbers from 1 on, not {asdict(shape)}; {AGAIN}")
+        raise UserError(
+            f"{path}: 'shape' must hold numbers from 1 on, not {asdict(shape)}; {AGAIN}"
+        )
     return shape
 
 
 def _inside(root: Path, clip: Clip, where: str) -> Path:
-    """The clip's file. Raises UserError for a path that leaves the directory, a missing or a truncated file."""
+    """The clip's file. Raises UserError for a path that leaves the directory, a missing or a
+    truncated file."""
     path = safe_path(root, clip.path, f"{where}: 'path'")
     if not path.is_file():
         raise UserError(f"{path}: listed in clips.jsonl but missing; {AGAIN}")
@@ -170,17 +193,24 @@ def _inside(root: Path, clip: Clip, where: str) -> Path:
 
 
 class ClipSet:
-    """The clips of a directory, validated when opened: manifest, the hash of ``clips.jsonl``, every path and size.
+    """The clips of a directory, validated when opened: manifest, the hash of ``clips.jsonl``, every
+    path and size.
 
-    ``captioned``: it was indexed from someone's own videos and captions (``encode_latents.py --captions``).
-    Contents of the mp4 files are checked by :meth:`verify`. Raises UserError naming the file and the remedy.
+    ``captioned``: it was indexed from someone's own videos and captions (``encode_latents.py
+    --captions``). Contents of the mp4 files are checked by :meth:`verify`. Raises UserError naming
+    the file and the remedy.
     """
 
     def __init__(self, root: Path | str, split: str | None = None) -> None:
         self.root = Path(root)
         manifest = CLIPS.read(self.root)
         shape = _shape(manifest, self.root / MANIFEST)
-        self.frames, self.height, self.width, self.fps = shape.frames, shape.height, shape.width, shape.fps
+        self.frames, self.height, self.width, self.fps = (
+            shape.frames,
+            shape.height,
+            shape.width,
+            shape.fps,
+        )
         self.captioned = bool(manifest.get("captioned"))
         index = self.root / INDEX
         everything = read_index(index, Clip, manifest.get("clips_sha256"), AGAIN)
@@ -200,7 +230,8 @@ class ClipSet:
         return self.clips[index]
 
     def video(self, index: int) -> Tensor:
-        """uint8 (F, 3, H, W) in 0..255, at the set's frames per second. UserError: damaged, or of another shape."""
+        """uint8 (F, 3, H, W) in 0..255, at the set's frames per second. UserError: damaged, or of
+        another shape."""
         video = read_video(self.paths[index], self.fps)
         count, _, height, width = video.shape
         if (count, height, width) != (self.frames, self.height, self.width):
@@ -215,7 +246,10 @@ class ClipSet:
         return torch.stack([self.video(index) for index in indices])
 
     def verify(self) -> None:
-        """Compare every file's sha256 with ``clips.jsonl``. Raises UserError for the first that changed."""
+        """Compare every file's sha256 with ``clips.jsonl``. Raises UserError for the first that
+        changed."""
         for clip, path in zip(self.clips, self.paths, strict=True):
             if sha256_file(path) != clip.sha256:
-                raise UserError(f"{path}: contents changed (sha256 differs from clips.jsonl); make the clips again")
+                raise UserError(
+                    f"{path}: contents changed (sha256 differs from clips.jsonl); make the clips again"
+                )

@@ -1,8 +1,10 @@
-"""Encoded clips for training from scratch: latents frame by frame, with an action per frame or a label per clip.
+"""Encoded clips for training from scratch: latents frame by frame, with an action per frame or a
+label per clip.
 
-A directory of ``frames-00000.safetensors`` ... with ``latents`` (rows, C, H, W), normalised by the tokenizer, and where
-there are actions ``actions`` (rows,); a row is a frame, the frames of a clip lie together in one shard. ``clips.jsonl``
-says which rows are whose; ``manifest.json`` names all files and what they were made from. Clips may differ in length.
+A directory of ``frames-00000.safetensors`` ... with ``latents`` (rows, C, H, W), normalised by the
+tokenizer, and where there are actions ``actions`` (rows,); a row is a frame, the frames of a clip
+lie together in one shard. ``clips.jsonl`` says which rows are whose; ``manifest.json`` names all
+files and what they were made from. Clips may differ in length.
 
 ``actions[f]`` is what led from frame f-1 to frame f: what is known when frame f is predicted.
 Letters: B batch, F frames, C channels, H W latent height and width.
@@ -46,8 +48,9 @@ class FrameClip:
 
 @dataclass(frozen=True)
 class FrameSetInfo:
-    """What a set is about: latents of a frame (C, H, W), how many pixels a latent stands for along a side, how many
-    actions there are (0: none), the labels' names (empty: none), and frames per second."""
+    """What a set is about: latents of a frame (C, H, W), how many pixels a latent stands for along
+    a side, how many actions there are (0: none), the labels' names (empty: none), and frames per
+    second."""
 
     channels: int
     height: int
@@ -67,7 +70,8 @@ class FrameSetInfo:
             )
 
     def has_label(self, label: int | None) -> bool:
-        """Whether a clip of this set may have ``label``: one of its labels, None where it has none."""
+        """Whether a clip of this set may have ``label``: one of its labels, None where it has
+        none."""
         return label in range(len(self.labels)) if self.labels else label is None
 
     def shape(self, frames: int) -> VideoShape:
@@ -85,7 +89,11 @@ class FrameBatch:
         return FrameBatch(on_device(self.latents_BFCHW, device), self.cond.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {"latents": self.latents_BFCHW, "actions": self.cond.actions_BF, "labels": self.cond.labels_B}
+        named = {
+            "latents": self.latents_BFCHW,
+            "actions": self.cond.actions_BF,
+            "labels": self.cond.labels_B,
+        }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -136,19 +144,31 @@ class FrameClips:
             latents.append(self.reader.rows(shard, "latents", row, row + frames).float())
             if info.num_actions:
                 actions.append(self._actions(shard, row, frames, clip))
-        labels = torch.tensor([self.clips[index].label for index in indices]) if info.labels else None
+        labels = (
+            torch.tensor([self.clips[index].label for index in indices]) if info.labels else None
+        )
         wanted = (frames, info.channels, info.height, info.width)
         for index, found in zip(indices, latents, strict=True):
             if tuple(found.shape) != wanted:
-                raise UserError(f"{self.root}: {self.clips[index].id} has {tuple(found.shape)}, not {wanted}; {AGAIN}")
-        cond = Conditioning.of_frames(len(indices), torch.stack(actions) if actions else None, labels)
+                raise UserError(
+                    f"{self.root}: {self.clips[index].id} has {tuple(found.shape)}, not {wanted}; {AGAIN}"
+                )
+        cond = Conditioning.of_frames(
+            len(indices), torch.stack(actions) if actions else None, labels
+        )
         return FrameBatch(torch.stack(latents), cond)
 
     def _actions(self, shard: int, row: int, frames: int, clip: FrameClip) -> Tensor:
         actions_F = self.reader.rows(shard, "actions", row, row + frames).long()
         known = range(self.info.num_actions)
-        if actions_F.shape != (frames,) or int(actions_F.min()) not in known or int(actions_F.max()) not in known:
-            raise UserError(f"{self.reader.paths[shard]}: {clip.id} has other actions than the manifest says; {AGAIN}")
+        if (
+            actions_F.shape != (frames,)
+            or int(actions_F.min()) not in known
+            or int(actions_F.max()) not in known
+        ):
+            raise UserError(
+                f"{self.reader.paths[shard]}: {clip.id} has other actions than the manifest says; {AGAIN}"
+            )
         return actions_F
 
     def verify(self) -> None:
@@ -157,13 +177,20 @@ class FrameClips:
 
 
 class FrameWriter:
-    """Appends clips; full shards go to disk at once, so an interrupted run goes on from clip :attr:`done`."""
+    """Appends clips; full shards go to disk at once, so an interrupted run goes on from clip
+    :attr:`done`."""
 
-    def __init__(self, root: Path, inputs: Json, info: FrameSetInfo, *, frames_per_shard: int = 10_000) -> None:
+    def __init__(
+        self, root: Path, inputs: Json, info: FrameSetInfo, *, frames_per_shard: int = 10_000
+    ) -> None:
         """``inputs``: what the data is made from; a directory begun with others is a UserError."""
         self.info, self.frames_per_shard = info, frames_per_shard
-        self.writer = ShardWriter(root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}})
-        self.rows = [typed(row, FrameClip, self._progress, AGAIN, exact=True) for row in self._begun()]
+        self.writer = ShardWriter(
+            root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}}
+        )
+        self.rows = [
+            typed(row, FrameClip, self._progress, AGAIN, exact=True) for row in self._begun()
+        ]
         self._waiting: list[tuple[FrameClip, Tensor, Tensor | None]] = []
 
     @property
@@ -179,31 +206,49 @@ class FrameWriter:
         """Ids of the clips in complete shards."""
         return [row.id for row in self.rows]
 
-    def append(self, id: str, latents_FCHW: Tensor, actions_F: Tensor | None = None, label: int | None = None) -> None:
-        """The next clip's normalised latents. UserError: another shape, not finite, an unknown action or label."""
+    def append(
+        self,
+        id: str,
+        latents_FCHW: Tensor,
+        actions_F: Tensor | None = None,
+        label: int | None = None,
+    ) -> None:
+        """The next clip's normalised latents. UserError: another shape, not finite, an unknown
+        action or label."""
         info, frames = self.info, len(latents_FCHW)
         if frames < 1 or tuple(latents_FCHW.shape[1:]) != (info.channels, info.height, info.width):
-            raise UserError(f"{id}: latents {tuple(latents_FCHW.shape)} do not fit {info}; check the tokenizer")
+            raise UserError(
+                f"{id}: latents {tuple(latents_FCHW.shape)} do not fit {info}; check the tokenizer"
+            )
         stored = latents_FCHW.detach().to("cpu", torch.float16)
         if not bool(stored.isfinite().all()):
             raise UserError(f"{id}: latents are not finite in 16 bits; check the tokenizer")
         if (actions_F is None) != (info.num_actions == 0) or (label is None) != (not info.labels):
-            raise UserError(f"{id}: has actions or a label where the set has none, or lacks them; check the source")
+            raise UserError(
+                f"{id}: has actions or a label where the set has none, or lacks them; check the source"
+            )
         if actions_F is not None:
-            if actions_F.shape != (frames,) or int(actions_F.min()) < 0 or int(actions_F.max()) >= info.num_actions:
+            if (
+                actions_F.shape != (frames,)
+                or int(actions_F.min()) < 0
+                or int(actions_F.max()) >= info.num_actions
+            ):
                 raise UserError(
                     f"{id}: actions must be {frames} numbers in 0..{info.num_actions - 1}; check the source"
                 )
             actions_F = actions_F.to("cpu", torch.int16)
         if label is not None and not 0 <= label < len(info.labels):
-            raise UserError(f"{id}: label {label} is outside 0..{len(info.labels) - 1}; check the source")
+            raise UserError(
+                f"{id}: label {label} is outside 0..{len(info.labels) - 1}; check the source"
+            )
         first = sum(len(latents) for _, latents, _ in self._waiting) + self.writer.count(KIND)
         self._waiting.append((FrameClip(id, first, frames, label), stored, actions_F))
         if sum(len(latents) for _, latents, _ in self._waiting) >= self.frames_per_shard:
             self._flush()
 
     def finish(self) -> None:
-        """Write the rest, ``clips.jsonl`` and the manifest (last). UserError: there is no clip at all."""
+        """Write the rest, ``clips.jsonl`` and the manifest (last). UserError: there is no clip at
+        all."""
         if self.finished:
             return
         if self._waiting:
@@ -222,7 +267,8 @@ class FrameWriter:
         if self.info.num_actions:
             tensors["actions"] = torch.cat(actions)
         rows = [*self.rows, *clips]
-        write_jsonl(self._progress, [asdict(row) for row in rows])  # first: rows beyond the shards are forgotten
+        # first: rows beyond the shards are forgotten
+        write_jsonl(self._progress, [asdict(row) for row in rows])
         self.writer.write(KIND, len(tensors["latents"]), tensors)
         self.rows, self._waiting = rows, []
 
@@ -233,4 +279,8 @@ class FrameWriter:
         if not self._progress.is_file():
             return []
         rows, stored = read_jsonl(self._progress, AGAIN), self.writer.count(KIND)
-        return [row for row in rows if typed(row.get("first"), int, f"{self._progress}: 'first'", AGAIN) < stored]
+        return [
+            row
+            for row in rows
+            if typed(row.get("first"), int, f"{self._progress}: 'first'", AGAIN) < stored
+        ]

@@ -1,9 +1,11 @@
-"""Encoded clips on disk: VAE latents with their prompts, as typed batches. The format of all training data.
+"""Encoded clips on disk: VAE latents with their prompts, as typed batches. The format of all
+training data.
 
-Beside the prompt files (:mod:`scd_sf.data.prompts`) it holds ``latents-00000.safetensors`` ... with ``latents``
-(n, F, C, H, W), normalised by the VAE's mean and std, and ``clips.jsonl``; ``manifest.json`` names them all.
-A folder of one file per clip (:mod:`scd_sf.data.clip_files`) is opened by the same class.
-Letters: B batch, F latent frames, C channels, H W latent height and width.
+Beside the prompt files (:mod:`scd_sf.data.prompts`) it holds ``latents-00000.safetensors`` ... with
+``latents`` (n, F, C, H, W), normalised by the VAE's mean and std, and ``clips.jsonl``;
+``manifest.json`` names them all. A folder of one file per clip (:mod:`scd_sf.data.clip_files`) is
+opened by the same class. Letters: B batch, F latent frames, C channels, H W latent height and
+width.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from scd_sf.types import Conditioning, UserError, VideoShape, on_device
 
 @dataclass(frozen=True)
 class LatentClip:
-    """One line of ``clips.jsonl``: indices into the prompts (``held_out_prompt`` is never trained on), and tags."""
+    """One line of ``clips.jsonl``: indices into the prompts (``held_out_prompt`` is never trained
+    on), and tags."""
 
     id: str
     prompt: int
@@ -39,7 +42,8 @@ class LatentClip:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents_BFCHW`` and the training prompt of each clip: fp32, or as stored until :meth:`to` has moved them.
+    """``latents_BFCHW`` and the training prompt of each clip: fp32, or as stored until :meth:`to`
+    has moved them.
 
     Until then text may be padded less than to the model's ``length`` (0: it is not)."""
 
@@ -48,7 +52,8 @@ class LatentBatch:
     length: int = 0
 
     def to(self, device: torch.device | str) -> LatentBatch:
-        """fp32 on ``device``, converted and padded there: what is stored in 16 bits and without padding travels so."""
+        """fp32 on ``device``, converted and padded there: what is stored in 16 bits and without
+        padding travels so."""
         text = on_device(self.text.text_BLE, device).float()
         text = F.pad(text, (0, 0, 0, max(0, self.length - text.shape[1])))
         return LatentBatch(on_device(self.latents_BFCHW, device).float(), Conditioning(text))
@@ -58,8 +63,8 @@ class LatentBatch:
 
 
 class LatentClips:
-    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first read; in a folder
-    of one file per clip names when opened, the rest when read.
+    """The clips of a directory. Files and sizes are checked when opened, a shard's shape when first
+    read; in a folder of one file per clip names when opened, the rest when read.
 
     ``expected``: the shape the model is configured for; another one is a UserError that names both.
     """
@@ -70,7 +75,9 @@ class LatentClips:
         manifest = LATENTS.read(self.root)
         section = manifest.get("latents")
         if not isinstance(section, dict):
-            raise UserError(f"{path}: holds prompts but no latents; point the data at an encoded clip directory")
+            raise UserError(
+                f"{path}: holds prompts but no latents; point the data at an encoded clip directory"
+            )
         self.hash = str(manifest.get("hash"))
         self.shape = typed(section.get("shape"), VideoShape, f"{path}: 'latents.shape'", AGAIN)
         if expected is not None:
@@ -87,28 +94,41 @@ class LatentClips:
         return len(self.rows)
 
     def latents(self, indices: Sequence[int]) -> Tensor:
-        """(B, F, C, H, W) fp32. Raises UserError when a shard is damaged or has another shape than the manifest."""
+        """(B, F, C, H, W) fp32. Raises UserError when a shard is damaged or has another shape than
+        the manifest."""
         out = torch.empty(self.shape.latent(len(indices)))
         for row, index in zip(out, indices, strict=True):
             self._source.read(index, row)
         return out
 
     def batch(self, indices: Sequence[int], *, held_out: bool = False) -> LatentBatch:
-        """Latents with their training prompts (or, for evaluation, with the held-out paraphrases)."""
-        chosen = [self.rows[index].held_out_prompt if held_out else self.rows[index].prompt for index in indices]
+        """Latents with their training prompts (or, for evaluation, with the held-out
+        paraphrases)."""
+        chosen = [
+            self.rows[index].held_out_prompt if held_out else self.rows[index].prompt
+            for index in indices
+        ]
         numbers = [number for number in chosen if number is not None]
         if len(numbers) != len(chosen):
-            raise UserError(f"{self.root / 'clips.jsonl'}: clips without held_out_prompt; encode held-out captions")
+            raise UserError(
+                f"{self.root / 'clips.jsonl'}: clips without held_out_prompt; encode held-out captions"
+            )
         return LatentBatch(self.latents(indices), self.prompts.conditioning(numbers))
 
     def stored(self, indices: Sequence[int]) -> LatentBatch:
-        """As :meth:`batch`, but as stored: a clip is read straight into the batch, :meth:`LatentBatch.to` converts."""
+        """As :meth:`batch`, but as stored: a clip is read straight into the batch,
+        :meth:`LatentBatch.to` converts."""
         latents = torch.empty(self.shape.latent(len(indices)), dtype=self._source.dtype)
         if isinstance(self._source, _Shards):
             for row, index in zip(latents, indices, strict=True):
                 self._source.read(index, row)
-            return LatentBatch(latents, self.prompts.conditioning([self.rows[index].prompt for index in indices]))
-        files, longest = self._source.files, max(self._source.files.rows[index].tokens for index in indices)
+            return LatentBatch(
+                latents, self.prompts.conditioning([self.rows[index].prompt for index in indices])
+            )
+        files, longest = (
+            self._source.files,
+            max(self._source.files.rows[index].tokens for index in indices),
+        )
         text = torch.empty(len(indices), longest, self.prompts.width, dtype=files.dtype)
         for row, states, index in zip(latents, text, indices, strict=True):
             files.read(index, row, states)
@@ -140,11 +160,15 @@ class _Shards:
                 )
         self.rows = read_index(where, LatentClip, section.get("clips_sha256"))
         if len(self.rows) != len(self.reader):
-            raise UserError(f"{where}: {len(self.rows)} rows, but {len(self.reader)} latents; {AGAIN}")
+            raise UserError(
+                f"{where}: {len(self.rows)} rows, but {len(self.reader)} latents; {AGAIN}"
+            )
         for number, clip in enumerate(self.rows, 1):
             for prompt in (clip.prompt, clip.held_out_prompt):
                 if prompt is not None and not 0 <= prompt < prompts:
-                    raise UserError(f"{where}:{number}: prompt index outside 0..{prompts - 1}; {AGAIN}")
+                    raise UserError(
+                        f"{where}:{number}: prompt index outside 0..{prompts - 1}; {AGAIN}"
+                    )
         self._checked: set[int] = set()
 
     @property
@@ -156,7 +180,9 @@ class _Shards:
         if shard not in self._checked:
             wanted = self.shape.latent(self.reader.shards[shard].count)
             if (found := self.reader.shape(shard, "latents")) != wanted:
-                raise UserError(f"{self.reader.paths[shard]}: latents {found} instead of {wanted}; {AGAIN}")
+                raise UserError(
+                    f"{self.reader.paths[shard]}: latents {found} instead of {wanted}; {AGAIN}"
+                )
             self._checked.add(shard)
         out_FCHW.copy_(self.reader.rows(shard, "latents", row, row + 1)[0])
 
@@ -166,17 +192,25 @@ class _Files:
 
     def __init__(self, files: ClipFiles) -> None:
         self.files, self.dtype = files, files.dtype
-        self.rows = [LatentClip(row.id, number, None, row.tags) for number, row in enumerate(files.rows)]
+        self.rows = [
+            LatentClip(row.id, number, None, row.tags) for number, row in enumerate(files.rows)
+        ]
 
     def read(self, index: int, out_FCHW: Tensor) -> None:
         self.files.read(index, out_FCHW, None)
 
 
 class LatentWriter:
-    """Appends latents; full shards go to disk at once, so an interrupted run goes on from :attr:`done`."""
+    """Appends latents; full shards go to disk at once, so an interrupted run goes on from
+    :attr:`done`."""
 
     def __init__(
-        self, writer: ShardWriter, shape: VideoShape, *, dtype: torch.dtype = torch.float16, per_shard: int = 256
+        self,
+        writer: ShardWriter,
+        shape: VideoShape,
+        *,
+        dtype: torch.dtype = torch.float16,
+        per_shard: int = 256,
     ) -> None:
         self.writer, self.shape, self.dtype, self.per_shard = writer, shape, dtype, per_shard
         self._waiting: list[Tensor] = []
@@ -187,20 +221,28 @@ class LatentWriter:
         return self.writer.count("latents")
 
     def append(self, latents_BFCHW: Tensor) -> None:
-        """Normalised latents of the next clips. Raises UserError for another shape or non-finite values."""
+        """Normalised latents of the next clips. Raises UserError for another shape or non-finite
+        values."""
         first = self.done + len(self._waiting)
         if tuple(latents_BFCHW.shape) != (wanted := self.shape.latent(len(latents_BFCHW))):
-            raise UserError(f"clip {first}: latents {tuple(latents_BFCHW.shape)} instead of {wanted}; check the VAE")
-        self._waiting += list(finite(latents_BFCHW.detach().to("cpu", self.dtype), f"latents of clip {first} and on"))
+            raise UserError(
+                f"clip {first}: latents {tuple(latents_BFCHW.shape)} instead of {wanted}; check the VAE"
+            )
+        self._waiting += list(
+            finite(latents_BFCHW.detach().to("cpu", self.dtype), f"latents of clip {first} and on")
+        )
         while len(self._waiting) >= self.per_shard:
             self._flush(self.per_shard)
 
     def finish(self, clips: Sequence[LatentClip], text: Json) -> None:
-        """Write the rest, ``clips.jsonl`` and the manifest (last). ``text``: from :func:`encode_prompts`."""
+        """Write the rest, ``clips.jsonl`` and the manifest (last). ``text``: from
+        :func:`encode_prompts`."""
         if self._waiting:
             self._flush(len(self._waiting))
         if self.done != len(clips):
-            raise UserError(f"{self.writer.root}: {self.done} latents for {len(clips)} clips; {AGAIN}")
+            raise UserError(
+                f"{self.writer.root}: {self.done} latents for {len(clips)} clips; {AGAIN}"
+            )
         section = {
             "shape": asdict(self.shape),
             "dtype": dtype_name(self.dtype),
@@ -215,16 +257,21 @@ class LatentWriter:
 
 
 def epoch_order(seed: int, step: int, batch: int, size: int) -> list[int]:
-    """The ``batch`` clip indices of training step ``step``: a pure function, so there is no loader state to save.
+    """The ``batch`` clip indices of training step ``step``: a pure function, so there is no loader
+    state to save.
 
-    Every epoch is a fresh permutation of 0..size-1 drawn from (seed, epoch); a batch may span two epochs.
-    All ranks get the same global batch and take ``[rank::world]`` of it.
+    Every epoch is a fresh permutation of 0..size-1 drawn from (seed, epoch); a batch may span two
+    epochs. All ranks get the same global batch and take ``[rank::world]`` of it.
     """
     if size < 1 or batch < 1 or step < 0:
-        raise UserError(f"data order: batch {batch}, size {size}, step {step}; batch and size must be at least 1")
+        raise UserError(
+            f"data order: batch {batch}, size {size}, step {step}; batch and size must be at least 1"
+        )
     first = step * batch
     positions = range(first, first + batch)
-    return [int(_permutation(seed, position // size, size)[position % size]) for position in positions]
+    return [
+        int(_permutation(seed, position // size, size)[position % size]) for position in positions
+    ]
 
 
 @lru_cache(maxsize=8)

@@ -1,9 +1,10 @@
-"""The manifest of a folder of data, and the index files beside it: one writer and one reader for every format.
+"""The manifest of a folder of data, and the index files beside it: one writer and one reader for
+every format.
 
-``manifest.json`` names its ``format`` and ``version``. The rest is the format's own: shapes, the list of its shards
-(:mod:`scd_sf.data.shards`), and the hash of each index file. It is written last, so a folder that has one is whole.
-An index file (``clips.jsonl``, ``prompts.jsonl``) has one JSON object a line, each with exactly the fields of a
-dataclass.
+``manifest.json`` names its ``format`` and ``version``. The rest is the format's own: shapes, the
+list of its shards (:mod:`scd_sf.data.shards`), and the hash of each index file. It is written last,
+so a folder that has one is whole. An index file (``clips.jsonl``, ``prompts.jsonl``) has one JSON
+object a line, each with exactly the fields of a dataclass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Format:
-    """``absent``: what is wrong, and what to do, where there is no such file; ``again``: where it is damaged."""
+    """``absent``: what is wrong, and what to do, where there is no such file; ``again``: where it
+    is damaged."""
 
     name: str
     version: int
@@ -32,8 +34,14 @@ class Format:
     again: str = AGAIN
 
     def sealed(self, sections: Mapping[str, object]) -> Json:
-        """A manifest with ``hash``: over the contents (shard hashes, rows), not over where they came from."""
-        return {"format": self.name, "version": self.version, "hash": hash_json(sections), **sections}
+        """A manifest with ``hash``: over the contents (shard hashes, rows), not over where they
+        came from."""
+        return {
+            "format": self.name,
+            "version": self.version,
+            "hash": hash_json(sections),
+            **sections,
+        }
 
     def read(self, root: Path, name: str = MANIFEST) -> Json:
         """``root/name``. UserError when it is missing, damaged, or of another format or version."""
@@ -67,11 +75,15 @@ def write_index(path: Path, rows: Sequence[Any]) -> str:
 
 
 def read_index(path: Path, kind: type[T], sha256: object, again: str = AGAIN) -> list[T]:
-    """The rows of an index file as ``kind``. ``sha256``: of the rows (:func:`write_index`) or of the file.
+    """The rows of an index file as ``kind``. ``sha256``: of the rows (:func:`write_index`) or of
+    the file.
 
     UserError: it is missing, empty, not the one of the manifest, or has a row with other fields.
     """
     lines = read_jsonl(path, again)
     if not lines or sha256 not in (hash_json(lines), sha256_file(path)):
         raise UserError(f"{path}: does not belong to the manifest (changed or cut); {again}")
-    return [typed(line, kind, f"{path}:{number}", again, exact=True) for number, line in enumerate(lines, 1)]
+    return [
+        typed(line, kind, f"{path}:{number}", again, exact=True)
+        for number, line in enumerate(lines, 1)
+    ]

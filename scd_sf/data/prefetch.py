@@ -1,5 +1,5 @@
-"""Batches read ahead by threads. It decides nothing: what comes next is said by the one who asks, so the order of data,
-and with it resuming and other numbers of processes, is as without it.
+"""Batches read ahead by threads. It decides nothing: what comes next is said by the one who asks,
+so the order of data, and with it resuming and other numbers of processes, is as without it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """``read(key)``, begun early for the batches that :meth:`expect` names, always in one of ``threads`` threads.
+    """``read(key)``, begun early for the batches that :meth:`expect` names, always in one of
+    ``threads`` threads.
 
     A key says what is in a batch: the clips' indices, or any tuple.
 
-    At most ``depth`` batches are read or held at a time (0: none ahead); threads share no batch: reading and copying
-    leave Python's lock. An error of a batch is raised when that batch is asked for.
+    At most ``depth`` batches are read or held at a time (0: none ahead); threads share no batch:
+    reading and copying leave Python's lock. An error of a batch is raised when that batch is asked
+    for.
     """
 
     def __init__(self, read: Callable[[Any], T], depth: int = 2, threads: int = 2) -> None:
@@ -28,7 +30,8 @@ class Prefetch(Generic[T]):
         self._wanted: list[tuple[object, ...]] = []
 
     def expect(self, keys: Iterable[Sequence[object]]) -> None:
-        """The next batches, in the order in which they will be asked for; replaces what was expected before."""
+        """The next batches, in the order in which they will be asked for; replaces what was
+        expected before."""
         self._wanted = list(dict.fromkeys(tuple(key) for key in keys))
         for key in [key for key in self._begun if key not in self._wanted]:
             self._begun.pop(key).cancel()

@@ -1,11 +1,13 @@
-"""Lists of prompts: lines of a text file, a column of a csv file, jsonl with one object per row; or the output folder
-of ``filter_vidprom.py`` or ``extend_prompts.py``. Rows are read one at a time, so that a list may be of any length.
+"""Lists of prompts: lines of a text file, a column of a csv file, jsonl with one object per row; or
+the output folder of ``filter_vidprom.py`` or ``extend_prompts.py``. Rows are read one at a time, so
+that a list may be of any length.
 
-A jsonl row may say more, ``{"prompt": "...", "start": "image.png", "then": [[41, "another"]], "seed": 7}``: frames that
-are there already, other prompts from a pixel frame on, the seed of its noise. What the toolkit's own lists and VidProM
-say beside the prompt (``OTHERS``) is passed over; any other key is refused. A csv file may have columns ``start``,
-``uuid`` and ``seed``, and any others, as csv files do, but for names that mean a command's setting (``SETTINGS``).
-Only ``\\n`` and ``\\r\\n`` end a line.
+A jsonl row may say more, ``{"prompt": "...", "start": "image.png", "then": [[41, "another"]],
+"seed": 7}``: frames that are there already, other prompts from a pixel frame on, the seed of its
+noise. What the toolkit's own lists and VidProM say beside the prompt (``OTHERS``) is passed over;
+any other key is refused. A csv file may have columns ``start``, ``uuid`` and ``seed``, and any
+others, as csv files do, but for names that mean a command's setting (``SETTINGS``). Only ``\\n``
+and ``\\r\\n`` end a line.
 """
 
 from __future__ import annotations
@@ -31,22 +33,53 @@ SEED_DIGITS = len(str(2**63))
 SHOWN = 40  # characters of a bad value, columns of a file
 LIST, REPORT = "prompts.jsonl", "report.json"  # in the folder of a filter's or an extender's result
 JSONL = (".jsonl", ".ndjson")
-NOT_LISTS = (".json", ".tsv", ".parquet", ".xlsx", ".yaml", ".yml", ".gz", ".zst", ".xz", ".zip", ".safetensors")
+NOT_LISTS = (
+    ".json",
+    ".tsv",
+    ".parquet",
+    ".xlsx",
+    ".yaml",
+    ".yml",
+    ".gz",
+    ".zst",
+    ".xz",
+    ".zip",
+    ".safetensors",
+)
 KEYS = ("prompt", "start", "then", "seed", "uuid")  # of a row, honoured
-SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")  # VidProM's, by Detoxify
+# VidProM's, by Detoxify
+SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
 OTHERS = {"id", "held_out", "tags", "original", "time", "scores", "extended", "refused", *SCORES}
 SETTINGS = {
-    "negative", "negative_prompt", "frames", "num_frames", "fps", "height", "width", "size", "duration", "samples",
-    "steps", "num_inference_steps", "sampler", "shift", "guidance", "guidance_scale", "cfg", "cfg_scale",
-}  # fmt: skip
+    "negative",
+    "negative_prompt",
+    "frames",
+    "num_frames",
+    "fps",
+    "height",
+    "width",
+    "size",
+    "duration",
+    "samples",
+    "steps",
+    "num_inference_steps",
+    "sampler",
+    "shift",
+    "guidance",
+    "guidance_scale",
+    "cfg",
+    "cfg_scale",
+}
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or video file.
+    """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or
+    video file.
 
-    ``uuid``: the prompt's name in its collection (VidProM), where the file gives one. ``seed``: of its (first) video,
-    0 <= seed < 2**63; None: the command's own choice. ``held_out``: kept from training."""
+    ``uuid``: the prompt's name in its collection (VidProM), where the file gives one. ``seed``: of
+    its (first) video, 0 <= seed < 2**63; None: the command's own choice. ``held_out``: kept from
+    training."""
 
     prompt: str
     then: tuple[tuple[int, str], ...] = ()
@@ -73,9 +106,11 @@ def read_prompt_file(path: Path, column: str = "prompt") -> list[PromptRow]:
 
 
 class PromptFile:
-    """A list on disk: :meth:`rows` reads and checks all of it, :meth:`row` one row again, by its offset.
+    """A list on disk: :meth:`rows` reads and checks all of it, :meth:`row` one row again, by its
+    offset.
 
-    UserError: no regular file, no list; for a folder, no finished result of the filter or the extender."""
+    UserError: no regular file, no list; for a folder, no finished result of the filter or the
+    extender."""
 
     def __init__(self, path: Path, column: str = "prompt") -> None:
         self.column = column
@@ -83,10 +118,14 @@ class PromptFile:
         self.what = f"prompt_file {self.path}"
         self.kind = self.path.suffix.lower()
         if self.kind in NOT_LISTS:
-            raise UserError(f"{self.what}: {self.kind} is no list of prompts; use .txt, .csv or .jsonl")
+            raise UserError(
+                f"{self.what}: {self.kind} is no list of prompts; use .txt, .csv or .jsonl"
+            )
         with self._opened() as (file, status):
             if is_lfs_pointer(self.path):  # before a csv file's columns are looked for
-                raise UserError(f"{self.what}: a Git LFS pointer, not the list itself; run 'git lfs pull'")
+                raise UserError(
+                    f"{self.what}: a Git LFS pointer, not the list itself; run 'git lfs pull'"
+                )
             self.size, self._changed = status.st_size, status.st_mtime_ns
             self._names = self._columns(file) if self.kind == ".csv" else []
         self.sha256 = ""  # of the contents, known when all rows were read
@@ -94,7 +133,8 @@ class PromptFile:
     def rows(self) -> Iterator[tuple[int, PromptRow]]:
         """(offset of its first byte, row) in order.
 
-        UserError: no row, an impossible one (with its line), a filter's or extender's result that was changed."""
+        UserError: no row, an impossible one (with its line), a filter's or extender's result that
+        was changed."""
         digest, count = hashlib.sha256(), 0
         with self._opened() as (file, _):
             for line, row in self._read(_lines(file, self.what, digest.update), header=True):
@@ -102,7 +142,9 @@ class PromptFile:
                 yield line.offset, row
         self.sha256 = digest.hexdigest()
         if self._recorded not in ("", self.sha256):
-            raise UserError(f"{self.what}: was changed since {REPORT} was written; give a copy of the file itself")
+            raise UserError(
+                f"{self.what}: was changed since {REPORT} was written; give a copy of the file itself"
+            )
         if not count:
             raise UserError(f"{self.what}: no prompt in it; write one per line")
 
@@ -110,27 +152,37 @@ class PromptFile:
         """The row that begins there. UserError where the file was changed meanwhile."""
         with self._opened() as (file, status):
             if (status.st_size, status.st_mtime_ns) != (self.size, self._changed):
-                raise UserError(f"{self.what}: was changed while it was in use; put the old one back")
+                raise UserError(
+                    f"{self.what}: was changed while it was in use; put the old one back"
+                )
             file.seek(offset)
             return next(self._read(_lines(file, self.what), header=False))[1]
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[IO[bytes], os.stat_result]]:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not keep us waiting
+            # a pipe must not keep us waiting
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.what}: cannot be read ({error}); check the path") from error
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{self.what}: cannot be read (not a regular file); copy the list into one")
+                raise UserError(
+                    f"{self.what}: cannot be read (not a regular file); copy the list into one"
+                )
             yield file, status
 
     def _read(self, lines: Iterator[Line], *, header: bool) -> Iterator[tuple[Line, PromptRow]]:
         """Rows with their first lines, each checked."""
         for line, value in self._csv(lines, header) if self.kind == ".csv" else self._values(lines):
             where = f"{self.what}: line {line.number}"
-            yield line, PromptRow(value) if isinstance(value, str) else _row(self.path, where, value, self.column)
+            yield (
+                line,
+                PromptRow(value)
+                if isinstance(value, str)
+                else _row(self.path, where, value, self.column),
+            )
 
     def _values(self, lines: Iterator[Line]) -> Iterator[tuple[Line, str | Json]]:
         for line in lines:
@@ -147,14 +199,20 @@ class PromptFile:
             raise UserError(f'{where} is not an object; write {{"{self.column}": ...}}')
         for key in value:
             if key not in KEYS and key not in OTHERS and key != self.column:
-                raise UserError(f"{where}: unknown key '{printable(key[:SHOWN])}'; a row may have {', '.join(KEYS)}")
+                raise UserError(
+                    f"{where}: unknown key '{printable(key[:SHOWN])}'; a row may have {', '.join(KEYS)}"
+                )
         return value
 
     def _csv(self, lines: Iterator[Line], header: bool) -> Iterator[tuple[Line, Json]]:
         records = _csv_records(lines, self.what)
         if header:
             next(records, None)
-        wanted = [(name, place) for place, name in enumerate(self._names) if name in KEYS or name == self.column]
+        wanted = [
+            (name, place)
+            for place, name in enumerate(self._names)
+            if name in KEYS or name == self.column
+        ]
         for line, fields in records:
             if len(fields) > (count := len(self._names)):
                 raise UserError(
@@ -167,11 +225,15 @@ class PromptFile:
         _, names = next(_csv_records(_lines(file, self.what), self.what), (None, list[str]()))
         if self.column not in names:
             known = ", ".join(printable(name[:SHOWN]) for name in names[:SHOWN]) or "none"
-            raise UserError(f"{self.what}: no column '{self.column}' (it has {known}); set prompt_column")
+            raise UserError(
+                f"{self.what}: no column '{self.column}' (it has {known}); set prompt_column"
+            )
         count = Counter(name.strip().lower() for name in names)
         for name in names:
             plain = name.strip().lower()
-            if name != self.column and (plain in SETTINGS or (plain in KEYS and (name != plain or count[plain] > 1))):
+            if name != self.column and (
+                plain in SETTINGS or (plain in KEYS and (name != plain or count[plain] > 1))
+            ):
                 raise UserError(
                     f"{self.what}: column '{printable(name[:SHOWN])}' is not read; remove or rename it (a list may "
                     f"have {', '.join(KEYS)})"
@@ -182,7 +244,8 @@ class PromptFile:
 
 
 def list_in(path: Path) -> tuple[Path, str]:
-    """The list itself, and the sha256 that the report of a filter's or an extender's folder records ('' for a file)."""
+    """The list itself, and the sha256 that the report of a filter's or an extender's folder records
+    ('' for a file)."""
     if not path.is_dir():
         return path, ""
     if not (path / REPORT).is_file():
@@ -198,27 +261,36 @@ def list_in(path: Path) -> tuple[Path, str]:
     return path / LIST, recorded
 
 
-def _lines(file: IO[bytes], what: str, seen: Callable[[bytes], None] | None = None) -> Iterator[Line]:
+def _lines(
+    file: IO[bytes], what: str, seen: Callable[[bytes], None] | None = None
+) -> Iterator[Line]:
     """Lines from where the file stands; ``seen`` gets their bytes."""
     offset, number = file.tell(), 0
     while raw := file.readline(LINE_BYTES + 1):
         number += 1
         if len(raw) > LINE_BYTES:
-            raise UserError(f"{what}: line {number} has more than {LINE_BYTES:,} bytes; is it a list of prompts?")
+            raise UserError(
+                f"{what}: line {number} has more than {LINE_BYTES:,} bytes; is it a list of prompts?"
+            )
         if seen is not None:
             seen(raw)
         try:
             text = raw.decode("utf-8-sig" if offset == 0 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{what}: line {number} is not UTF-8 ({error.reason}); convert the file") from error
+            raise UserError(
+                f"{what}: line {number} is not UTF-8 ({error.reason}); convert the file"
+            ) from error
         if "\0" in text:
-            raise UserError(f"{what}: line {number} holds a NUL, so it is no text; convert or correct the file")
+            raise UserError(
+                f"{what}: line {number} holds a NUL, so it is no text; convert or correct the file"
+            )
         yield Line(offset, number, text)
         offset += len(raw)
 
 
 def _csv_records(lines: Iterator[Line], what: str) -> Iterator[tuple[Line, list[str]]]:
-    """(its first line, its fields) of every record that is not blank; a quoted field may go over several lines."""
+    """(its first line, its fields) of every record that is not blank; a quoted field may go over
+    several lines."""
     begun: list[Line] = []  # lines of the record
 
     def texts() -> Iterator[str]:
@@ -244,12 +316,16 @@ def _row(path: Path, where: str, row: Mapping[str, object], column: str) -> Prom
     if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt:
         raise UserError(f"{where}: '{column}' is {_shown(prompt)}, not a prompt; correct it")
     if not isinstance(start, str) or "\0" in start:
-        raise UserError(f"{where}: 'start' is {_shown(start)}; it must be the path of an image or video")
+        raise UserError(
+            f"{where}: 'start' is {_shown(start)}; it must be the path of an image or video"
+        )
     changes: list[tuple[int, str]] = []
     for change in then if isinstance(then, list) else [then]:
         frame, text = change if isinstance(change, list) and len(change) == 2 else (None, None)
         if type(frame) is not int or frame < 1 or not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: 'then' has {_shown(change)}; it must be [pixel frame >= 1, prompt]")
+            raise UserError(
+                f"{where}: 'then' has {_shown(change)}; it must be [pixel frame >= 1, prompt]"
+            )
         changes.append((frame, text.strip()))
     uuid, held_out = row.get("uuid") or "", row.get("held_out") or False
     if not isinstance(uuid, str):
@@ -273,7 +349,9 @@ def _seed(value: object, where: str) -> int | None:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= SEED_DIGITS:
         value = int(value)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise UserError(f"{where}: 'seed' is {_shown(value)}; it must be a whole number from 0 to 2**63 - 1")
+        raise UserError(
+            f"{where}: 'seed' is {_shown(value)}; it must be a whole number from 0 to 2**63 - 1"
+        )
     return value
 
 

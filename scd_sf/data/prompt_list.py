@@ -13,21 +13,27 @@ from scd_sf.types import UserError
 
 
 def is_list(path: Path) -> bool:
-    """Whether ``prompts=`` names a list: a file, or a filter's or an extender's folder; not a directory of states."""
+    """Whether ``prompts=`` names a list: a file, or a filter's or an extender's folder; not a
+    directory of states."""
     return path.exists() and not is_encoded(path)
 
 
 def read_prompt_list(path: Path, column: str = "prompt") -> list[Prompt]:
-    """Every row, held-out ones too, for a directory of encoded prompts. UserError as :class:`PromptList`."""
+    """Every row, held-out ones too, for a directory of encoded prompts. UserError as
+    :class:`PromptList`."""
     rows = _plain_rows(PromptFile(path, column))
-    return [Prompt(row.uuid or f"p{number:06d}", row.prompt, row.held_out) for number, (_, row) in enumerate(rows)]
+    return [
+        Prompt(row.uuid or f"p{number:06d}", row.prompt, row.held_out)
+        for number, (_, row) in enumerate(rows)
+    ]
 
 
 class PromptList:
     """The rows of a list that training sees: all but those that are held out.
 
-    The whole list is read and checked once, here. Which row a number names never changes, and :attr:`hash` (of the
-    contents and the column) says which list it is. UserError: as PromptFile; a row that says more than a prompt.
+    The whole list is read and checked once, here. Which row a number names never changes, and
+    :attr:`hash` (of the contents and the column) says which list it is. UserError: as PromptFile; a
+    row that says more than a prompt.
     """
 
     def __init__(self, path: Path, column: str = "prompt") -> None:
@@ -55,7 +61,13 @@ class PromptList:
 def _plain_rows(file: PromptFile) -> Iterator[tuple[int, PromptRow]]:
     """(offset, row) of every row. UserError for one that says more than a prompt."""
     for number, (offset, row) in enumerate(file.rows(), 1):
-        for name, is_there in (("start", row.start), ("then", row.then), ("seed", row.seed is not None)):
+        for name, is_there in (
+            ("start", row.start),
+            ("then", row.then),
+            ("seed", row.seed is not None),
+        ):
             if is_there:
-                raise UserError(f"{file.path}: prompt {number} has '{name}', but here a prompt is all: remove it")
+                raise UserError(
+                    f"{file.path}: prompt {number} has '{name}', but here a prompt is all: remove it"
+                )
         yield offset, row

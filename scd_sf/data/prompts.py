@@ -1,11 +1,12 @@
 """Encoded prompts on disk: token states stored without their padding, padded again when read.
 
-A prompt directory holds ``manifest.json`` (section ``text``), ``text-00000.safetensors`` ... with ``tokens`` (T, E),
-all prompts of the shard one after another, and ``lengths`` (P,); ``null.safetensors`` (the empty prompt), perhaps
-``negative.safetensors`` (the negative prompt), and ``prompts.jsonl``.
-Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's latents. In a folder of one file per clip
-(:mod:`scd_sf.data.clip_files`) every clip's file holds its own prompt, and prompt number i is clip number i's.
-Letters: P prompts, T tokens of all prompts, L padded length, E width, B batch.
+A prompt directory holds ``manifest.json`` (section ``text``), ``text-00000.safetensors`` ... with
+``tokens`` (T, E), all prompts of the shard one after another, and ``lengths`` (P,);
+``null.safetensors`` (the empty prompt), perhaps ``negative.safetensors`` (the negative prompt), and
+``prompts.jsonl``. Stored ragged because 512 padded umT5 tokens cost as much disk as a clip's
+latents. In a folder of one file per clip (:mod:`scd_sf.data.clip_files`) every clip's file holds
+its own prompt, and prompt number i is clip number i's. Letters: P prompts, T tokens of all prompts,
+L padded length, E width, B batch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Encode = Callable[[Sequence[str]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of ``prompts.jsonl``. ``held_out``: kept from training. ``tags``: what it describes (place, motion)."""
+    """One line of ``prompts.jsonl``. ``held_out``: kept from training. ``tags``: what it describes
+    (place, motion)."""
 
     id: str
     prompt: str
@@ -43,7 +45,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a manifest's section ``text`` says of all prompts; ``max_length`` tokens of ``width``."""
+    """What a manifest's section ``text`` says of all prompts; ``max_length`` tokens of
+    ``width``."""
 
     width: int
     max_length: int
@@ -53,14 +56,17 @@ class _Text:
 
     def __post_init__(self) -> None:
         if not (1 <= self.width <= LARGEST and 1 <= self.max_length <= LARGEST):
-            raise ValueError(f"width {self.width} and max_length {self.max_length} must be from 1 to {LARGEST}")
+            raise ValueError(
+                f"width {self.width} and max_length {self.max_length} must be from 1 to {LARGEST}"
+            )
 
 
 class Prompts(Protocol):
-    """Prompts to distil with: encoded on disk (:class:`PromptSet`), or a list that is encoded while it is used.
+    """Prompts to distil with: encoded on disk (:class:`PromptSet`), or a list that is encoded while
+    it is used.
 
-    ``where`` they come from; ``hash`` of what they are; ``width``, ``length`` of the states; ``negative``: of
-    ``negative_prompt``, what a teacher's guidance leads away from.
+    ``where`` they come from; ``hash`` of what they are; ``width``, ``length`` of the states;
+    ``negative``: of ``negative_prompt``, what a teacher's guidance leads away from.
     """
 
     where: Path
@@ -81,7 +87,8 @@ class Prompts(Protocol):
         ...
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
-        """(B, L, E) of the prompts with these numbers, fp32, on the CPU; zero after each true length."""
+        """(B, L, E) of the prompts with these numbers, fp32, on the CPU; zero after each true
+        length."""
         ...
 
 
@@ -99,8 +106,9 @@ def is_encoded(path: Path) -> bool:
 class PromptTable:
     """Every prompt of a directory, held-out ones too; reads only the asked rows.
 
-    ``null`` is the empty prompt (text dropout), ``negative`` what a teacher's guidance leads away from: the directory's
-    negative prompt, or ``null`` where it was encoded without one. ``files``: of a folder of one file per clip.
+    ``null`` is the empty prompt (text dropout), ``negative`` what a teacher's guidance leads away
+    from: the directory's negative prompt, or ``null`` where it was encoded without one. ``files``:
+    of a folder of one file per clip.
     """
 
     def __init__(self, root: Path) -> None:
@@ -120,9 +128,15 @@ class PromptTable:
         self.null = self._alone(root / "null.safetensors", text.null_sha256)
         self.negative, self.negative_prompt = self.null, ""
         if text.negative is not None:
-            self.negative = self._alone(root / "negative.safetensors", text.negative.get("sha256", ""))
+            self.negative = self._alone(
+                root / "negative.safetensors", text.negative.get("sha256", "")
+            )
             settings: Mapping[str, object] = text.negative
-            words = settings.get("prompt") if self.files is None else self.files.common.settings.get("negative_prompt")
+            words = (
+                settings.get("prompt")
+                if self.files is None
+                else self.files.common.settings.get("negative_prompt")
+            )
             self.negative_prompt = words if isinstance(words, str) and words else "not recorded"
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
@@ -152,7 +166,9 @@ class _ShardStates:
         self.reader = ShardReader(root, shard_files(section, f"{where}: text"), str(where))
         self.prompts = read_index(root / INDEX, Prompt, text.prompts_sha256)
         if len(self.prompts) != len(self.reader):
-            raise UserError(f"{root / INDEX}: {len(self.prompts)} rows, but {len(self.reader)} states; {AGAIN}")
+            raise UserError(
+                f"{root / INDEX}: {len(self.prompts)} rows, but {len(self.reader)} states; {AGAIN}"
+            )
         self._offsets: dict[int, list[int]] = {}
 
     def states(self, index: int) -> Tensor:
@@ -166,14 +182,17 @@ class _ShardStates:
         self.reader.verify()
 
     def _check(self, shard: int) -> list[int]:
-        """Token offsets of a shard's prompts. Raises UserError when lengths and tokens do not fit."""
+        """Token offsets of a shard's prompts. Raises UserError when lengths and tokens do not
+        fit."""
         count = self.reader.shards[shard].count
         stored = self.reader.rows(shard, "lengths", 0, count)
         lengths = stored.tolist() if stored.ndim == 1 and not stored.is_floating_point() else []
         offsets = [0, *accumulate(lengths)]
         fits = len(lengths) == count and all(0 < length <= self.length for length in lengths)
         if not fits or self.reader.shape(shard, "tokens") != (offsets[-1], self.width):
-            raise UserError(f"{self.reader.paths[shard]}: tokens and lengths do not fit the manifest; {AGAIN}")
+            raise UserError(
+                f"{self.reader.paths[shard]}: tokens and lengths do not fit the manifest; {AGAIN}"
+            )
         return offsets
 
 
@@ -194,7 +213,8 @@ class _ClipStates:
 
 
 class PromptSet:
-    """Prompts to sample or to distil with. Training prompts by default; ``held_out=True`` gives only the kept-back."""
+    """Prompts to sample or to distil with. Training prompts by default; ``held_out=True`` gives
+    only the kept-back."""
 
     def __init__(self, root: Path | str, *, held_out: bool = False) -> None:
         self.root = self.where = Path(root)
@@ -212,7 +232,9 @@ class PromptSet:
         return len(self.indices)
 
     def __str__(self) -> str:
-        return f"{self.where}: {len(self):,} encoded prompts; {about_negative(self.negative_prompt)}"
+        return (
+            f"{self.where}: {len(self):,} encoded prompts; {about_negative(self.negative_prompt)}"
+        )
 
     def texts(self, indices: Sequence[int]) -> list[str]:
         """The prompts at these positions of :attr:`rows`."""
@@ -236,15 +258,18 @@ def encode_prompts(
 ) -> Json:
     """Encode what is not yet in complete shards, and return the manifest's ``text`` section.
 
-    ``encode`` maps texts to ragged (L_i, E) states (:meth:`TextEncoder.states`); ``progress`` is told prompts done.
-    ``negative``: the prompt that a teacher's guidance leads away from (empty: the null prompt).
+    ``encode`` maps texts to ragged (L_i, E) states (:meth:`TextEncoder.states`); ``progress`` is
+    told prompts done. ``negative``: the prompt that a teacher's guidance leads away from (empty:
+    the null prompt).
     """
     null = encode([""])[0]
     while (done := writer.count("text")) < len(prompts):
         rows = prompts[done : done + per_shard]
         states = encode([row.prompt for row in rows])
         lengths = torch.tensor([len(state) for state in states])
-        tokens = finite(torch.cat(states).to(dtype), f"text states of prompts {done}..{done + len(rows) - 1}")
+        tokens = finite(
+            torch.cat(states).to(dtype), f"text states of prompts {done}..{done + len(rows) - 1}"
+        )
         writer.write("text", len(rows), {"tokens": tokens, "lengths": lengths})
         progress(writer.count("text"))
     section: Json = {"null_sha256": _write_states(writer.root / "null.safetensors", null.to(dtype))}
@@ -264,7 +289,8 @@ def encode_prompts(
 
 
 def write_fixed_prompts(root: Path, encode: Encode, negative: str, dtype: torch.dtype) -> None:
-    """``null.safetensors`` and, with a negative prompt, ``negative.safetensors`` of a folder of one file per clip."""
+    """``null.safetensors`` and, with a negative prompt, ``negative.safetensors`` of a folder of one
+    file per clip."""
     for name, prompt in (("null", ""), ("negative", negative)):
         if name == "null" or prompt:
             tokens = finite(encode([prompt])[0].to(dtype), f"text states of the {name} prompt")
@@ -272,7 +298,8 @@ def write_fixed_prompts(root: Path, encode: Encode, negative: str, dtype: torch.
 
 
 def index_clips(root: Path) -> int:
-    """(Re)write ``clips.jsonl`` and the manifest of a folder of one file per clip; the number of its clips."""
+    """(Re)write ``clips.jsonl`` and the manifest of a folder of one file per clip; the number of
+    its clips."""
     null, negative = root / "null.safetensors", root / "negative.safetensors"
     if not null.is_file():
         raise UserError(f"{null}: no such file; run the command that makes the clips again")
@@ -283,14 +310,18 @@ def index_clips(root: Path) -> int:
 
 
 def finish_prompts(writer: ShardWriter, text: Json) -> None:
-    """Write the manifest of a directory that holds prompts only (no clips), as distillation needs."""
+    """Write the manifest of a directory that holds prompts only (no clips), as distillation
+    needs."""
     writer.finish(LATENTS.sealed({"text": text}))
 
 
 def finite(values: Tensor, what: str) -> Tensor:
-    """``values``, checked. Raises UserError when one is NaN or infinite (overflow, or a bad model)."""
+    """``values``, checked. Raises UserError when one is NaN or infinite (overflow, or a bad
+    model)."""
     if not values.isfinite().all():
-        raise UserError(f"{what}: not finite in {values.dtype}; store as bfloat16, or check the model")
+        raise UserError(
+            f"{what}: not finite in {values.dtype}; store as bfloat16, or check the model"
+        )
     return values
 
 
@@ -306,5 +337,7 @@ def _read_states(path: Path, sha256: str, length: int, width: int) -> Tensor:
     with foreign(path, AGAIN):
         tokens = load_file(path)["tokens"]
     if tokens.ndim != 2 or tokens.shape[1] != width or len(tokens) > length:
-        raise UserError(f"{path}: shape {tuple(tokens.shape)} instead of (at most {length}, {width}); {AGAIN}")
+        raise UserError(
+            f"{path}: shape {tuple(tokens.shape)} instead of (at most {length}, {width}); {AGAIN}"
+        )
     return tokens.float()

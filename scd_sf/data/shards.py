@@ -1,6 +1,8 @@
-"""Numbered safetensors files: written one after another and resumable, read lazily (only the asked rows are read).
+"""Numbered safetensors files: written one after another and resumable, read lazily (only the asked
+rows are read).
 
-A shard is known by its :class:`ShardFile` record (file name, rows, bytes, sha256), kept in the dataset's manifest.
+A shard is known by its :class:`ShardFile` record (file name, rows, bytes, sha256), kept in the
+dataset's manifest.
 """
 
 from __future__ import annotations
@@ -45,11 +47,14 @@ class ShardFile:
 
 
 def shard_files(section: Json, where: str) -> list[ShardFile]:
-    """The ``shards`` list of a manifest section. UserError: empty, other fields, or counts and sizes below 1."""
+    """The ``shards`` list of a manifest section. UserError: empty, other fields, or counts and
+    sizes below 1."""
     shards = typed(section.get("shards"), list[ShardFile], f"{where}: 'shards'", AGAIN)
     for shard in shards:
         if min(shard.count, shard.bytes) < 1:
-            raise UserError(f"{where}: shard {shard.file} has {shard.count} rows, {shard.bytes} bytes; {AGAIN}")
+            raise UserError(
+                f"{where}: shard {shard.file} has {shard.count} rows, {shard.bytes} bytes; {AGAIN}"
+            )
     if not shards:
         raise UserError(f"{where}: 'shards' is empty; {AGAIN}")
     return shards
@@ -59,7 +64,9 @@ def check_place(root: Path) -> None:
     """UserError where a directory holds files, but none that an encoding has begun."""
     others = others_in(root)
     if others and not {MANIFEST, BUILDING} & set(others) and others != ["report.json"]:
-        raise UserError(f"{root}: holds {others[0]}, but no data of ours; use another output directory")
+        raise UserError(
+            f"{root}: holds {others[0]}, but no data of ours; use another output directory"
+        )
 
 
 class _Slice(Protocol):
@@ -71,7 +78,8 @@ class _Slice(Protocol):
 
 
 class ShardReader:
-    """Rows over a list of shards. Every file's existence and size are checked at once, its contents when opened."""
+    """Rows over a list of shards. Every file's existence and size are checked at once, its contents
+    when opened."""
 
     def __init__(self, root: Path, shards: Sequence[ShardFile], where: str) -> None:
         self.shards = list(shards)
@@ -80,7 +88,9 @@ class ShardReader:
             if not path.is_file():
                 raise UserError(f"{path}: listed in {where} but missing; {COPY}")
             if (size := path.stat().st_size) != shard.bytes:
-                raise UserError(f"{path}: {size} bytes instead of {shard.bytes} (truncated?); {COPY}")
+                raise UserError(
+                    f"{path}: {size} bytes instead of {shard.bytes} (truncated?); {COPY}"
+                )
         self._ends = list(accumulate(shard.count for shard in self.shards))
         self._open: dict[int, safe_open] = {}
 
@@ -95,7 +105,8 @@ class ShardReader:
         return shard, index - (self._ends[shard - 1] if shard else 0)
 
     def shape(self, shard: int, name: str) -> tuple[int, ...]:
-        """The stored shape of tensor ``name``. Raises UserError when the shard has no such tensor."""
+        """The stored shape of tensor ``name``. Raises UserError when the shard has no such
+        tensor."""
         return tuple(self._slice(shard, name).get_shape())
 
     def rows(self, shard: int, name: str, start: int, stop: int) -> Tensor:
@@ -104,10 +115,13 @@ class ShardReader:
             return self._slice(shard, name)[start:stop]
 
     def verify(self) -> None:
-        """Compare every file's sha256 with its record. Raises UserError for the first that changed."""
+        """Compare every file's sha256 with its record. Raises UserError for the first that
+        changed."""
         for shard, path in zip(self.shards, self.paths, strict=True):
             if sha256_file(path) != shard.sha256:
-                raise UserError(f"{path}: contents changed (sha256 differs from the manifest); {COPY}")
+                raise UserError(
+                    f"{path}: contents changed (sha256 differs from the manifest); {COPY}"
+                )
 
     def _slice(self, shard: int, name: str) -> _Slice:
         path = self.paths[shard]
@@ -121,8 +135,8 @@ class ShardReader:
 class ShardWriter:
     """Writes shards of several kinds into one directory and remembers them in ``building.json``.
 
-    ``inputs`` says what the data is made from: a directory that holds shards of other inputs is a UserError, one begun
-    with the same inputs is continued after its last complete shard.
+    ``inputs`` says what the data is made from: a directory that holds shards of other inputs is a
+    UserError, one begun with the same inputs is continued after its last complete shard.
     """
 
     def __init__(self, root: Path, inputs: Mapping[str, object]) -> None:
@@ -168,13 +182,16 @@ class ShardWriter:
 
     def _resume(self, path: Path) -> None:
         state = read_typed(path, _Progress, AGAIN)
-        if path == self.progress and not any(state.kinds.values()):  # whatever it was begun with, nothing is made yet
+        # whatever it was begun with, nothing is made yet
+        if path == self.progress and not any(state.kinds.values()):
             self._save()
             return
         if state.inputs != self.inputs:
             keys = sorted(key for key in self.inputs if state.inputs.get(key) != self.inputs[key])
             what = ", ".join(keys) or "fewer"
-            raise UserError(f"{path}: made from other inputs ({what} differ); choose another output directory")
+            raise UserError(
+                f"{path}: made from other inputs ({what} differ); choose another output directory"
+            )
         self.finished = path.name == MANIFEST
         if self.finished:
             self.progress.unlink(missing_ok=True)  # of a run that was killed after its manifest
@@ -186,7 +203,8 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What ``building.json`` and the manifest say of a directory: ``kinds`` are its shards until it is finished."""
+    """What ``building.json`` and the manifest say of a directory: ``kinds`` are its shards until it
+    is finished."""
 
     inputs: Json = field(default_factory=dict)
     kinds: dict[str, list[ShardFile]] = field(default_factory=dict)

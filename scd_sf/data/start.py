@@ -26,10 +26,11 @@ REMEDY = "use png, jpg, webp, tiff, mp4, mov, mkv, webm or avi"
 
 
 def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> Tensor:
-    """(F, 3, H, W) in [0, 1]: an image, or a video's last 1 + temporal*k frames, cropped and resized to ``size``.
+    """(F, 3, H, W) in [0, 1]: an image, or a video's last 1 + temporal*k frames, cropped and
+    resized to ``size``.
 
-    A video is resampled to ``fps`` by its timestamps. Both are upright, as their files say. UserError: not readable,
-    too large, or with transparent parts.
+    A video is resampled to ``fps`` by its timestamps. Both are upright, as their files say.
+    UserError: not readable, too large, or with transparent parts.
     """
     where = f"start {path}"
     if path.suffix.lower() not in VIDEOS:
@@ -39,7 +40,9 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
         pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
         frames.append(_fitted(pixels, size))
         if len(frames) * frames[0].nbytes > LARGEST_VIDEO:
-            raise UserError(f"{where}: {len(frames)} frames are more than a start can have; cut the video")
+            raise UserError(
+                f"{where}: {len(frames)} frames are more than a start can have; cut the video"
+            )
     return torch.stack(frames[-(1 + (len(frames) - 1) // temporal * temporal) :])
 
 
@@ -49,7 +52,9 @@ def _fitted(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
     scale = max(size[0] / height, size[1] / width)
     resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
     if resized != (height, width):
-        pixels_3HW = F.interpolate(pixels_3HW[None], size=resized, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        pixels_3HW = F.interpolate(pixels_3HW[None], size=resized, mode="bicubic", antialias=True)[
+            0
+        ].clamp(0, 1)
     top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
     return pixels_3HW[:, top : top + size[0], left : left + size[1]].clone()
 
@@ -57,16 +62,18 @@ def _fitted(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
 def read_picture(path: Path, where: str) -> Tensor:
     """(3, H, W) in [0, 1] of an image of any bit depth, upright as its EXIF orientation says.
 
-    UserError: missing, damaged, too large, of several pictures, with transparent parts, or with values that have no
-    known scale.
+    UserError: missing, damaged, too large, of several pictures, with transparent parts, or with
+    values that have no known scale.
     """
     if not path.is_file():
         raise UserError(f"{where}: no such file; check the path")
     refuse_lfs_pointer(path)
-    # Opened by Python: of a path, Pillow maps plain TIFFs, and mixes the pixels of those that are to be turned.
+    # Opened by Python: of a path, Pillow maps plain TIFFs, and mixes the pixels of those that are
+    # to be turned.
     with (
         foreign(f"{where}: neither a video nor a readable image", REMEDY),
-        warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),  # sizes are compared below
+        # sizes are compared below
+        warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
         path.open("rb") as file,
         Image.open(file, formats=PICTURES) as image,
     ):
@@ -75,7 +82,8 @@ def read_picture(path: Path, where: str) -> Tensor:
                 f"{where}: {image.width}x{image.height} is too large, {LARGEST_PICTURE:,} pixels are read at most; "
                 "make it smaller"
             )
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # of an MPO the first is the photograph
+        # of an MPO the first is the photograph
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise UserError(f"{where}: holds several pictures; give one of them, or a video")
         return torch.from_numpy(_values(image, where)).permute(2, 0, 1)
 
@@ -87,20 +95,28 @@ def _values(image: Image.Image, where: str) -> np.ndarray:
     if image.has_transparency_data and (
         deep or (isinstance(clear, tuple) and max(clear) > 255) or _least_alpha(image) < 255
     ):
-        raise UserError(f"{where}: has transparent parts (alpha), and a video has none; flatten it on a background")
+        raise UserError(
+            f"{where}: has transparent parts (alpha), and a video has none; flatten it on a background"
+        )
     tags = getattr(image, "tag_v2", {})
     bits, kind = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(SAMPLEFORMAT, (1,))[0]
     if not deep:
         if kind == 2:
-            raise UserError(f"{where}: signed numbers of {bits} bits have no known scale; save it with 8 or 16 bits")
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(np.float32) / np.float32(255)
+            raise UserError(
+                f"{where}: signed numbers of {bits} bits have no known scale; save it with 8 or 16 bits"
+            )
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(
+            np.float32
+        ) / np.float32(255)
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
     if image.mode == "I" and kind == 1:
         values %= 2.0**bits  # Pillow holds unsigned numbers of 32 bits in signed ones
     grey = values if image.mode == "F" else values / (2.0 ** (bits - (kind == 2)) - 1)
     if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
         least, most = values.min(), values.max()
-        raise UserError(f"{where}: its values, {least:g} to {most:g}, have no known scale; save it with 8 or 16 bits")
+        raise UserError(
+            f"{where}: its values, {least:g} to {most:g}, have no known scale; save it with 8 or 16 bits"
+        )
     if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white
         grey = 1 - grey
     return np.repeat(grey[..., None].astype(np.float32), 3, axis=2)
@@ -112,11 +128,14 @@ def _least_alpha(image: Image.Image) -> int:
 
 
 def check_start(frames: int, chunk: int, shape: VideoShape, where: str) -> None:
-    """UserError unless ``frames`` latent frames of a start file are whole chunks and leave something to generate."""
+    """UserError unless ``frames`` latent frames of a start file are whole chunks and leave
+    something to generate."""
     if frames % chunk:
         raise UserError(
             f"start {where}: gives {frames} latent frames, the model makes {chunk} at a time: use a video of "
             f"{1 + (chunk - 1) * shape.temporal} frames, or a model of chunk 1"
         )
     if frames >= shape.frames:
-        raise UserError(f"start {where}: fills all {shape.pixel_frames} frames; ask for more with frames=")
+        raise UserError(
+            f"start {where}: fills all {shape.pixel_frames} frames; ask for more with frames="
+        )

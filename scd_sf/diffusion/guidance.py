@@ -1,7 +1,8 @@
-"""Classifier-free guidance. One formula, ``uncond + w (cond - uncond)``; two spellings of its scale in configs.
+"""Classifier-free guidance. One formula, ``uncond + w (cond - uncond)``; two spellings of its scale
+in configs.
 
-Self-Forcing's code writes ``cond + s (cond - uncond)``: its 3.0 is w = 4.0 here. Configs say which they mean with
-``form``; both numbers are logged (docs/deviations.md, "CFG").
+Self-Forcing's code writes ``cond + s (cond - uncond)``: its 3.0 is w = 4.0 here. Configs say which
+they mean with ``form``; both numbers are logged (docs/deviations.md, "CFG").
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         if self.form not in ("standard", "additive"):
-            raise UserError(f"guidance.form is '{self.form}'; use 'standard' (w) or 'additive' (w = scale + 1)")
+            raise UserError(
+                f"guidance.form is '{self.form}'; use 'standard' (w) or 'additive' (w = scale + 1)"
+            )
         least = 0 if self.form == "standard" else -1
         check_within(self, {"scale": (least, 1e3)}, "guidance.")
 
@@ -43,7 +46,8 @@ def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
 
 
 def guided(denoiser: Denoiser, uncond: Conditioning, w: float) -> Denoiser:
-    """A denoiser under guidance, both branches in one batch (one ZeRO-3 gather); w = 1 is the plain branch.
+    """A denoiser under guidance, both branches in one batch (one ZeRO-3 gather); w = 1 is the plain
+    branch.
 
     ``uncond`` has batch 1 or the batch of the call.
     """
@@ -52,7 +56,9 @@ def guided(denoiser: Denoiser, uncond: Conditioning, w: float) -> Denoiser:
 
     def denoise(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         null = uncond.expand(cond.batch) if uncond.batch == 1 else uncond
-        both = denoiser(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, *([1] * (t.ndim - 1))), cond.cat(null))
+        both = denoiser(
+            x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, *([1] * (t.ndim - 1))), cond.cat(null)
+        )
         positive, negative = both.chunk(2)
         return guide(positive, negative, w)
 

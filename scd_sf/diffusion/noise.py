@@ -1,8 +1,9 @@
 """Random numbers: where they are drawn, and what they depend on.
 
-What must be the same on every device and number of ranks is drawn on the CPU and reaches a GPU from pinned memory, so
-that nobody waits for what it still computes. What need not (the corruption of contexts while training, 33 million
-numbers a micro-batch at Wan's size) is drawn where it is used, from a seed of the same place in the training.
+What must be the same on every device and number of ranks is drawn on the CPU and reaches a GPU from
+pinned memory, so that nobody waits for what it still computes. What need not (the corruption of
+contexts while training, 33 million numbers a micro-batch at Wan's size) is drawn where it is used,
+from a seed of the same place in the training.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ Noise = Callable[[Tensor], Tensor]
 
 
 def generator(seed: int, *position: int | str) -> torch.Generator:
-    """A CPU generator for one place, e.g. (seed, "noise", step, micro): no state to save, no collisions."""
+    """A CPU generator for one place, e.g. (seed, "noise", step, micro): no state to save, no
+    collisions."""
     return torch.Generator().manual_seed(int.from_bytes(place_digest(seed, *position), "big") >> 1)
 
 
 def cpu_noise(rng: torch.Generator) -> Noise:
-    """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of ranks."""
+    """Standard normal noise like a tensor, drawn on the CPU: the same on every device and number of
+    ranks."""
 
     def like(x: Tensor) -> Tensor:
-        return on_device(torch.randn(x.shape, generator=rng, dtype=torch.float32), x.device, x.dtype)
+        return on_device(
+            torch.randn(x.shape, generator=rng, dtype=torch.float32), x.device, x.dtype
+        )
 
     return like
 
 
 def row_noise(seeds: Sequence[int]) -> Noise:
-    """Noise whose row b depends on ``seeds[b]`` alone: samples do not change with batch, rank or order."""
+    """Noise whose row b depends on ``seeds[b]`` alone: samples do not change with batch, rank or
+    order."""
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def like(x: Tensor) -> Tensor:
@@ -44,8 +50,8 @@ def row_noise(seeds: Sequence[int]) -> Noise:
 
 
 def local_noise(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal noise like x, drawn on x's own device: of ``rng``'s state alone, but not the same on a GPU as on
-    a CPU."""
+    """Standard normal noise like x, drawn on x's own device: of ``rng``'s state alone, but not the
+    same on a GPU as on a CPU."""
     if x.device.type == "cpu":
         return torch.randn(x.shape, generator=rng).to(x.dtype)
     if x.is_meta:  # only counted

@@ -1,7 +1,8 @@
-"""Samplers: integrate a velocity model from t = 1 to t = 0. A model is a callable ``(x_t, t_scalar) -> velocity``.
+"""Samplers: integrate a velocity model from t = 1 to t = 0. A model is a callable ``(x_t, t_scalar)
+-> velocity``.
 
-A student distilled by Self-Forcing must be sampled by :class:`FewStepSampler` with the times it was trained with; Euler on
-it gives noise.
+A student distilled by Self-Forcing must be sampled by :class:`FewStepSampler` with the times it was
+trained with; Euler on it gives noise.
 """
 
 from __future__ import annotations
@@ -30,14 +31,19 @@ class Sampler(Protocol):
     def name(self) -> str: ...
     @property
     def steps(self) -> int: ...
-    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
-        """Pure noise (any shape) -> x_0. ``exit_step``: stop there and return its x_0 estimate, with gradients at
-        that step only (Self-Forcing, Algorithm 1)."""
+    def __call__(
+        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+    ) -> Tensor:
+        """Pure noise (any shape) -> x_0. ``exit_step``: stop there and return its x_0 estimate,
+        with gradients at that step only (Self-Forcing, Algorithm 1)."""
         ...
 
 
-def few_step_times(shift: float = 5.0, linear: tuple[float, ...] = FEW_STEP_LINEAR) -> tuple[float, ...]:
-    """[1000, 750, 500, 250] / 1000 warped by the shift: (1, .9375, .8333, .625) for k = 5, as Self-Forcing has it."""
+def few_step_times(
+    shift: float = 5.0, linear: tuple[float, ...] = FEW_STEP_LINEAR
+) -> tuple[float, ...]:
+    """[1000, 750, 500, 250] / 1000 warped by the shift: (1, .9375, .8333, .625) for k = 5, as
+    Self-Forcing has it."""
     return tuple(shift_time(torch.tensor(linear, dtype=torch.float64), shift).tolist())
 
 
@@ -57,7 +63,9 @@ class Euler:
     def name(self) -> str:
         return "euler"
 
-    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+    def __call__(
+        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+    ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'euler' has no early exit: stage 3 needs sampler 'renoise'")
         x = x_T
@@ -69,14 +77,17 @@ class Euler:
 
 @dataclass(frozen=True)
 class FewStepSampler:
-    """Predict x_0, add fresh noise at the next time, repeat (the consistency / SDE sampler of Self-Forcing)."""
+    """Predict x_0, add fresh noise at the next time, repeat (the consistency / SDE sampler of
+    Self-Forcing)."""
 
     times: tuple[float, ...] = (1.0, 0.9375, 5 / 6, 0.625)
 
     def __post_init__(self) -> None:
         decreasing = all(a > b for a, b in pairwise(self.times))
         if not self.times or self.times[0] != 1.0 or not decreasing or self.times[-1] <= 0:
-            raise UserError(f"sampler times are {list(self.times)}; they must fall from 1.0 and stay above 0")
+            raise UserError(
+                f"sampler times are {list(self.times)}; they must fall from 1.0 and stay above 0"
+            )
 
     @property
     def name(self) -> str:
@@ -86,7 +97,9 @@ class FewStepSampler:
     def steps(self) -> int:
         return len(self.times)
 
-    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+    def __call__(
+        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+    ) -> Tensor:
         last = self.steps - 1 if exit_step is None else exit_step
         if not 0 <= last < self.steps:
             raise UserError(f"exit step {last} is outside 0..{self.steps - 1}")
@@ -104,8 +117,8 @@ class FewStepSampler:
 
 @dataclass(frozen=True)
 class UniPC:
-    """diffusers' multistep UniPC on ``steps`` shifted times, Wan's own sampler. Its scheduler copies
-    coefficients to the device at every step, and waits."""
+    """diffusers' multistep UniPC on ``steps`` shifted times, Wan's own sampler. Its scheduler
+    copies coefficients to the device at every step, and waits."""
 
     steps: int = 50
     shift: float = 5.0
@@ -114,7 +127,9 @@ class UniPC:
     def name(self) -> str:
         return "unipc"
 
-    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+    def __call__(
+        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+    ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'unipc' has no early exit: stage 3 needs sampler 'renoise'")
         scheduler = UniPCMultistepScheduler(
@@ -124,7 +139,9 @@ class UniPC:
         scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
         scheduler.set_begin_index(0)
         x = x_T
-        for now, timestep in zip(many_step_times(self.steps, self.shift), scheduler.timesteps, strict=False):
+        for now, timestep in zip(
+            many_step_times(self.steps, self.shift), scheduler.timesteps, strict=False
+        ):
             x = scheduler.step(velocity(x, now).to(x.dtype), timestep, x, return_dict=False)[0]
         return x
 
@@ -133,8 +150,8 @@ MOST_STEPS = 10_000  # ten times those of any published sampler
 
 
 def build_sampler(name: str, steps: int, shift: float, times: tuple[float, ...] = ()) -> Sampler:
-    """'euler' or 'unipc' with any number of steps, or 'renoise' at ``times`` (none: ``steps`` linear times warped by
-    the shift)."""
+    """'euler' or 'unipc' with any number of steps, or 'renoise' at ``times`` (none: ``steps``
+    linear times warped by the shift)."""
     if not 1e-3 <= shift <= 1e3:
         raise UserError(f"sampler.shift is {shift}; it must be between 0.001 and 1000 (5 for Wan)")
     if steps < 1:
@@ -142,7 +159,9 @@ def build_sampler(name: str, steps: int, shift: float, times: tuple[float, ...] 
     if steps > MOST_STEPS:
         raise UserError(f"sampler.steps is {steps}; it must be at most {MOST_STEPS:,}")
     if times and (name != "renoise" or len(times) != steps):
-        raise UserError(f"sampler.times has {len(times)} times for {steps} steps of '{name}'; only renoise takes them")
+        raise UserError(
+            f"sampler.times has {len(times)} times for {steps} steps of '{name}'; only renoise takes them"
+        )
     if times:
         return FewStepSampler(times)
     if name == "euler":

@@ -1,8 +1,10 @@
-"""`scd bench`: how fast students make video, with all that a reader needs to dispute it, baselines in the same run.
+"""`scd bench`: how fast students make video, with all that a reader needs to dispute it, baselines
+in the same run.
 
-Every model makes the same clip at batch 1, in turn, round by round: a slow minute of the machine hits them all. The
-clock stops, with the device synchronised, after every chunk of the student ("dit") and after its decoding ("vae"); one
-follows the other, nothing overlaps. Frames are emitted pixel frames: one for the first latent frame, then four each.
+Every model makes the same clip at batch 1, in turn, round by round: a slow minute of the machine
+hits them all. The clock stops, with the device synchronised, after every chunk of the student
+("dit") and after its decoding ("vae"); one follows the other, nothing overlaps. Frames are emitted
+pixel frames: one for the first latent frame, then four each.
 """
 
 from __future__ import annotations
@@ -47,7 +49,16 @@ from scd_sf.models.wan.vae import Vae, VaeStream, load_vae
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.layers import WanBlock, channels_last
 from scd_sf.tensor_files import dtype_of
-from scd_sf.types import Conditioning, UserError, VideoShape, as_cell, check_within, device_of, on_device, say
+from scd_sf.types import (
+    Conditioning,
+    UserError,
+    VideoShape,
+    as_cell,
+    check_within,
+    device_of,
+    on_device,
+    say,
+)
 
 SCHEMA = 1
 
@@ -119,18 +130,25 @@ class BenchConfig:
     """JSON file for the results; empty: only the table."""
 
     def __post_init__(self) -> None:
-        self.models = [*self.models, *(BenchModel(Path(path).name, path) for path in self.checkpoints)]
+        self.models = [
+            *self.models,
+            *(BenchModel(Path(path).name, path) for path in self.checkpoints),
+        ]
         if not self.models:
             raise UserError("set checkpoints= or models=: nothing to measure")
         if self.rounds < 1 or self.warmup < 0:
             raise UserError(f"rounds is {self.rounds} and warmup {self.warmup}; at least 1 and 0")
-        check_within(self, {**SIZES_ASKED, "rounds": (1, 10**6), "warmup": (0, 10**6), "text_tokens": (1, 2**16)})
+        check_within(
+            self,
+            {**SIZES_ASKED, "rounds": (1, 10**6), "warmup": (0, 10**6), "text_tokens": (1, 2**16)},
+        )
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
 
 
 @dataclass(frozen=True)
 class ClipSeconds:
-    """Seconds of one clip: the prompt, and per chunk the student and the VAE; ``pixels`` emitted with each chunk."""
+    """Seconds of one clip: the prompt, and per chunk the student and the VAE; ``pixels`` emitted
+    with each chunk."""
 
     text: float
     dit: tuple[float, ...]
@@ -158,8 +176,9 @@ class AttentionKernels(TorchDispatchMode):
 
 @dataclass
 class MeasuredModel:
-    """A model ready to run, and what was measured of it. ``kept``: bytes that its clips left allocated (histories and
-    recordings of CUDA graphs); ``peak``: the most at once, ``alone``: less what others' clips had left."""
+    """A model ready to run, and what was measured of it. ``kept``: bytes that its clips left
+    allocated (histories and recordings of CUDA graphs); ``peak``: the most at once, ``alone``: less
+    what others' clips had left."""
 
     config: BenchModel
     student: Student
@@ -216,7 +235,9 @@ class Bench:
         cond, text = self.prompt(student)
         dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
         size = shape.latent(1)[1:]
-        chunks = generate_latents(student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink)
+        chunks = generate_latents(
+            student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink
+        )
         started = self.clock()
         while True:
             with heavy or nullcontext():
@@ -237,11 +258,14 @@ class Bench:
         with BlockPassCounter(entry.student, WanBlock) as counter, AttentionKernels() as kernels:
             self.clip(entry, heavy)
         entry.floor = None if heavy is None else heavy.floor()
-        entry.block_passes = counter.per_frame(self.shape.frames, frames_per_pass=entry.student.chunk)
+        entry.block_passes = counter.per_frame(
+            self.shape.frames, frames_per_pass=entry.student.chunk
+        )
         entry.attention = tuple(sorted(kernels.names))
 
     def full_from(self, chunk: int) -> int:
-        """The first chunk of the steady state: the window is full; without one, the last quarter of the clip."""
+        """The first chunk of the steady state: the window is full; without one, the last quarter of
+        the clip."""
         chunks = self.shape.frames // chunk
         if not self.cfg.window:
             return chunks - max(1, chunks // 4)
@@ -251,7 +275,11 @@ class Bench:
         """All figures of one model; medians over rounds unless the name says otherwise."""
         clips, chunk = entry.clips, entry.student.chunk
         full = self.full_from(chunk)
-        later = [1000 * (d + v) for clip in clips for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True)]
+        later = [
+            1000 * (d + v)
+            for clip in clips
+            for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True)
+        ]
 
         def median(figure: Callable[[ClipSeconds], float]) -> float:
             return round(statistics.median(figure(clip) for clip in clips), 4)
@@ -285,7 +313,9 @@ class Bench:
             "first_frame_seconds": {
                 "dit": median(lambda clip: clip.dit[0]),
                 "dit_vae": median(lambda clip: clip.dit[0] + clip.vae[0]),
-                "text_dit": None if self.text is None else median(lambda clip: clip.text + clip.dit[0]),
+                "text_dit": None
+                if self.text is None
+                else median(lambda clip: clip.text + clip.dit[0]),
                 "text_dit_vae": None
                 if self.text is None
                 else median(lambda clip: clip.text + clip.dit[0] + clip.vae[0]),
@@ -300,9 +330,10 @@ class Bench:
 def in_rounds(
     cases: Mapping[str, Callable[[], object]], rounds: int, *, floor: bool = False
 ) -> list[dict[str, object]]:
-    """Seconds of every case, run in turn round by round after one run each to warm up: medians, of the clock and of the
-    process's CPU time, and the medians over rounds of their ratios to the first case (so that a slow minute falls on
-    all). ``floor``: also the case's own matmul, convolution and attention calls, timed alone in every round."""
+    """Seconds of every case, run in turn round by round after one run each to warm up: medians, of
+    the clock and of the process's CPU time, and the medians over rounds of their ratios to the
+    first case (so that a slow minute falls on all). ``floor``: also the case's own matmul,
+    convolution and attention calls, timed alone in every round."""
     heavy = {name: HeavyCalls() for name in cases}
     for name, case in cases.items():
         with heavy[name] if floor else nullcontext():
@@ -323,7 +354,9 @@ def in_rounds(
         for kind, taken in (("", wall), ("cpu_", cpu)):
             pairs = zip(taken[name], taken[next(iter(cases))], strict=True)
             found[f"{kind}seconds"] = round(statistics.median(taken[name]), 4)
-            found[f"{kind}ratio_to_first"] = round(statistics.median(own / max(first, 1e-9) for own, first in pairs), 3)
+            found[f"{kind}ratio_to_first"] = round(
+                statistics.median(own / max(first, 1e-9) for own, first in pairs), 3
+            )
         if floor:
             found["floor_seconds"] = round(statistics.median(floors[name]), 4)
             found["floor_ratio"] = round(sum(wall[name]) / sum(floors[name]), 3)
@@ -332,7 +365,9 @@ def in_rounds(
     return [row(name) for name in cases]
 
 
-def random_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+def random_weights(
+    model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
     """Give a model of the meta device weights of a plausible scale, in place, drawn quickly."""
     rng = torch.Generator(device).manual_seed(0)
     state = {}
@@ -346,7 +381,9 @@ def random_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | 
     model.load_state_dict(state, assign=True)
 
 
-def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple[MeasuredModel, dict[str, object], str]:
+def open_entry(
+    cfg: BenchConfig, row: BenchModel, device: torch.device
+) -> tuple[MeasuredModel, dict[str, object], str]:
     """The model on its device, what its training told of itself, and its base directory."""
     dtype = dtype_of(cfg.dtype)
     if row.model is not None:
@@ -367,8 +404,8 @@ def open_entry(cfg: BenchConfig, row: BenchModel, device: torch.device) -> tuple
 
 
 def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[MeasuredModel]]:
-    """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError: sizes nobody knows,
-    models that do not fit this VAE."""
+    """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError:
+    sizes nobody knows, models that do not fit this VAE."""
     device = device_of(cfg.device)
     opened = [open_entry(cfg, row, device) for row in cfg.models]
     base = cfg.base or next((base for _, _, base in opened if base), "")
@@ -377,7 +414,10 @@ def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Me
         vae = load_vae(base, device=device, dtype=dtype_of(cfg.vae_dtype))
         text: TextEncoder | None = load_text_encoder(base, device=device, dtype=dtype_of(cfg.dtype))
     else:
-        vae, text = vae or Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))), None
+        vae, text = (
+            vae or Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))),
+            None,
+        )
     asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     known = next((origin for _, origin, _ in opened if origin.get("video")), {})
     entries = [entry for entry, _, _ in opened]
@@ -385,12 +425,17 @@ def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Me
         width, where = entry.student.cfg.text_dim, entry.config.name
         shape = choose_shape(asked, known, entry.student, vae.geometry, where)
         if text is not None and text.width != width:
-            raise UserError(f"models: '{where}' takes text states {width} wide, {base} gives {text.width}; set base=")
+            raise UserError(
+                f"models: '{where}' takes text states {width} wide, {base} gives {text.width}; set base="
+            )
     return Bench(cfg, device, shape, vae, text, Peak(device).now()), entries
 
 
-def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Vae | None = None) -> dict[str, object]:
-    """Measure every model in interleaved rounds; the JSON document. ``vae``: see :func:`open_bench`."""
+def run_bench(
+    cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Vae | None = None
+) -> dict[str, object]:
+    """Measure every model in interleaved rounds; the JSON document. ``vae``: see
+    :func:`open_bench`."""
     bench, entries = open_bench(cfg, vae)
     for entry in entries:
         bench.observe(entry)
@@ -402,8 +447,15 @@ def run_bench(cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Va
         for entry in entries:
             entry.clips.append(bench.clip(entry))
         progress(f"round {number + 1}/{cfg.rounds}")
-    rows = [bench.row(entry, entries[0]) | {"peak_memory_alone_gib": alone(entry, entries)} for entry in entries]
-    return {"schema": SCHEMA, "setup": setup(bench, max(entry.peak for entry in entries)), "rows": rows}
+    rows = [
+        bench.row(entry, entries[0]) | {"peak_memory_alone_gib": alone(entry, entries)}
+        for entry in entries
+    ]
+    return {
+        "schema": SCHEMA,
+        "setup": setup(bench, max(entry.peak for entry in entries)),
+        "rows": rows,
+    }
 
 
 def alone(entry: MeasuredModel, entries: list[MeasuredModel]) -> float:
@@ -413,10 +465,13 @@ def alone(entry: MeasuredModel, entries: list[MeasuredModel]) -> float:
 
 
 def setup(bench: Bench, peak: int) -> dict[str, object]:
-    """Everything that decides the figures and is the same for all rows. ``peak``: bytes, the most of all models."""
+    """Everything that decides the figures and is the same for all rows. ``peak``: bytes, the most
+    of all models."""
     cfg, shape, cuda = bench.cfg, bench.shape, bench.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(bench.device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(bench.device)
+        if cuda
+        else f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "dtype": cfg.dtype,
         "vae_dtype": cfg.vae_dtype,
@@ -425,7 +480,9 @@ def setup(bench: Bench, peak: int) -> dict[str, object]:
         "batch": 1,
         "history": [cfg.window, cfg.sink] if cfg.window else "everything",
         "text_tokens": bench.text.max_length if bench.text is not None else cfg.text_tokens,
-        "vae": cfg.base or "the first checkpoint's base" if bench.text is not None else "Wan 2.1's, random weights",
+        "vae": cfg.base or "the first checkpoint's base"
+        if bench.text is not None
+        else "Wan 2.1's, random weights",
         "rounds": cfg.rounds,
         "warmup_clips": cfg.warmup + 1,
         "peak_memory_gib": round(peak / 2**30, 2),
@@ -440,8 +497,18 @@ def bench_table(document: dict[str, Any]) -> Table:
     told = document["setup"]
     compiled = document["rows"][0]["compile"]["enabled"]
     title = f"{told['video']} on {told['device']}, {told['dtype']}, {'compiled' if compiled else 'eager'}, batch 1"
-    columns = ("FPS dit", "dit+vae", "steady dit+vae", "first frame s", "with text", "chunk p50 / p95 ms", "time ratio")
-    out = Table("model", "steps", "block passes", *columns, title=as_cell(title), box=None, pad_edge=False)
+    columns = (
+        "FPS dit",
+        "dit+vae",
+        "steady dit+vae",
+        "first frame s",
+        "with text",
+        "chunk p50 / p95 ms",
+        "time ratio",
+    )
+    out = Table(
+        "model", "steps", "block passes", *columns, title=as_cell(title), box=None, pad_edge=False
+    )
     for row in document["rows"]:
         first = row["first_frame_seconds"]
         with_text = "-" if first["text_dit_vae"] is None else f"{first['text_dit_vae']:.3f}"

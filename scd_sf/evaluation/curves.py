@@ -1,4 +1,5 @@
-"""Figures of experiments as PNG files (matplotlib, extra ``eval``): lines over a number, and bars of groups."""
+"""Figures of experiments as PNG files (matplotlib, extra ``eval``): lines over a number, and bars
+of groups."""
 
 from __future__ import annotations
 
@@ -10,17 +11,22 @@ from scd_sf.files import new_file
 from scd_sf.types import UserError
 
 FEW = 20  # points of a line that are marked
-Line = tuple[Sequence[float], Sequence[float]] | tuple[Sequence[float], Sequence[float], Sequence[float]]
+Line = (
+    tuple[Sequence[float], Sequence[float]]
+    | tuple[Sequence[float], Sequence[float], Sequence[float]]
+)
 
 
 def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
-    """One line per name, ``(xs, ys)``, with error bars ``(xs, ys, errors)``; ``x`` and ``y`` are the axes' titles with
-    their units."""
+    """One line per name, ``(xs, ys)``, with error bars ``(xs, ys, errors)``; ``x`` and ``y`` are
+    the axes' titles with their units."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, (xs, ys, *errors) in lines.items():
         marker = "o" if len(xs) < FEW else None
-        axes.errorbar(xs, ys, *errors, label=name, marker=marker, markersize=4, linewidth=1.5, capsize=2)
+        axes.errorbar(
+            xs, ys, *errors, label=name, marker=marker, markersize=4, linewidth=1.5, capsize=2
+        )
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
@@ -28,8 +34,11 @@ def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
     return save(figure, path)
 
 
-def tradeoff_figure(path: Path, points: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str, y: str) -> Path:
-    """name -> kind -> (x, y, error of y): a colour per name, a marker per kind, x on a logarithmic axis."""
+def tradeoff_figure(
+    path: Path, points: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str, y: str
+) -> Path:
+    """name -> kind -> (x, y, error of y): a colour per name, a marker per kind, x on a logarithmic
+    axis."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     kinds = list(dict.fromkeys(kind for row in points.values() for kind in row))
@@ -53,11 +62,14 @@ def tradeoff_figure(path: Path, points: Mapping[str, Mapping[str, tuple[float, f
 
 
 def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
-    """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with every seed as a dot."""
+    """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with
+    every seed as a dot."""
     plt = pyplot()
     measures = list(next(iter(values.values())))
     size = (4.5 * len(measures), 3.6)
-    figure, panels = plt.subplots(1, len(measures), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(measures), figsize=size, layout="constrained", squeeze=False
+    )
     for axes, measure in zip(panels[0], measures, strict=True):
         for place, row in enumerate(values.values()):
             axes.bar(place, sum(row[measure]) / len(row[measure]), width=0.7, color="#7a9cc6")

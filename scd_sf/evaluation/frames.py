@@ -1,7 +1,8 @@
-"""Per-frame figures (sharpness, MSE, PSNR, SSIM) and the spread of any figure over seeds or over resampled videos.
+"""Per-frame figures (sharpness, MSE, PSNR, SSIM) and the spread of any figure over seeds or over
+resampled videos.
 
-Videos are float tensors (V, F, 3, H, W) in [0, 1]: V videos of F pixel frames. No codec stands between a video and its
-figure. Letters of images: N images (N, 3, H, W).
+Videos are float tensors (V, F, 3, H, W) in [0, 1]: V videos of F pixel frames. No codec stands
+between a video and its figure. Letters of images: N images (N, 3, H, W).
 """
 
 from __future__ import annotations
@@ -27,20 +28,30 @@ SsimWindow = Literal["valid", "padded"]
 
 
 def check_videos(videos: Tensor, name: str) -> None:
-    """Raise UserError unless ``videos`` is float (V, F, 3, H, W), finite and inside [0, 1] (1e-3 of slack)."""
+    """Raise UserError unless ``videos`` is float (V, F, 3, H, W), finite and inside [0, 1] (1e-3 of
+    slack)."""
     if videos.ndim != VIDEO_DIMENSIONS or videos.shape[2] != RGB:
-        raise UserError(f"{name}: shape {tuple(videos.shape)}; videos must be (videos, frames, 3, height, width)")
+        raise UserError(
+            f"{name}: shape {tuple(videos.shape)}; videos must be (videos, frames, 3, height, width)"
+        )
     if not videos.is_floating_point():
-        raise UserError(f"{name}: dtype {videos.dtype}; videos must be float in [0, 1]: divide uint8 by 255")
+        raise UserError(
+            f"{name}: dtype {videos.dtype}; videos must be float in [0, 1]: divide uint8 by 255"
+        )
     if videos.numel() == 0:
-        raise UserError(f"{name}: shape {tuple(videos.shape)} holds no pixel; give at least one video of one frame")
+        raise UserError(
+            f"{name}: shape {tuple(videos.shape)} holds no pixel; give at least one video of one frame"
+        )
     low, high = float(videos.min()), float(videos.max())
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails both comparisons
-        raise UserError(f"{name}: values lie in [{low:.3g}, {high:.3g}]; map the decoder's [-1, 1] to [0, 1] first")
+        raise UserError(
+            f"{name}: values lie in [{low:.3g}, {high:.3g}]; map the decoder's [-1, 1] to [0, 1] first"
+        )
 
 
 def gradient_energy(videos: Tensor) -> Tensor:
-    """Mean |dx| + mean |dy| of each video over frames, channels and pixels: (V, F, 3, H, W) -> (V,) float64."""
+    """Mean |dx| + mean |dy| of each video over frames, channels and pixels: (V, F, 3, H, W) -> (V,)
+    float64."""
     check_videos(videos, "gradient energy")
     dx = (videos[..., 1:] - videos[..., :-1]).abs().double().mean(dim=(1, 2, 3, 4))
     dy = (videos[..., 1:, :] - videos[..., :-1, :]).abs().double().mean(dim=(1, 2, 3, 4))
@@ -48,10 +59,12 @@ def gradient_energy(videos: Tensor) -> Tensor:
 
 
 def sharpness_ratio(videos: Tensor, reference: Tensor) -> float:
-    """Gradient energy of ``videos`` over that of ``reference``; 1 = as sharp, below 1 = blurred, above 1 = noisy.
+    """Gradient energy of ``videos`` over that of ``reference``; 1 = as sharp, below 1 = blurred,
+    above 1 = noisy.
 
-    The reference of the demo is what the VAE reconstructs of real clips: a sample cannot be sharper than the decoder
-    that draws it. Raises UserError when the reference is flat (no gradient at all).
+    The reference of the demo is what the VAE reconstructs of real clips: a sample cannot be sharper
+    than the decoder that draws it. Raises UserError when the reference is flat (no gradient at
+    all).
     """
     scale = float(gradient_energy(reference).mean())
     if scale == 0.0:
@@ -76,29 +89,37 @@ def mse_frames(videos: Tensor, reference: Tensor) -> Tensor:
 
 
 def psnr_frames(videos: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame in dB, peak 1: (V, F) fp64, as torchmetrics'. Equal frames: inf."""
+    """Peak signal-to-noise ratio of each frame in dB, peak 1: (V, F) fp64, as torchmetrics'. Equal
+    frames: inf."""
     check_pair(videos, reference, "PSNR")
     return -10.0 * torch.log10(mse_frames(videos, reference))
 
 
 def ssim_frames(videos: Tensor, reference: Tensor, window: SsimWindow = "valid") -> Tensor:
-    """Structural similarity of each frame by torchmetrics: (V, F) fp64. One value per channel, then their mean.
+    """Structural similarity of each frame by torchmetrics: (V, F) fp64. One value per channel, then
+    their mean.
 
-    Gaussian window of 11x11 pixels, sigma 1.5; data range 1. ``window``: "valid" counts the pixels around which it fits
-    whole (Wang et al., TECO); "padded" counts all, beyond the border a mirrored picture (torchmetrics' own mean since
-    1.5, so that of FAR's and SCD's releases; hundredths apart). UserError below 11 pixels.
+    Gaussian window of 11x11 pixels, sigma 1.5; data range 1. ``window``: "valid" counts the pixels
+    around which it fits whole (Wang et al., TECO); "padded" counts all, beyond the border a
+    mirrored picture (torchmetrics' own mean since 1.5, so that of FAR's and SCD's releases;
+    hundredths apart). UserError below 11 pixels.
     """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
-        raise UserError(f"SSIM needs the package torchmetrics ({error}); pip install 'scd-sf[eval]'") from error
+        raise UserError(
+            f"SSIM needs the package torchmetrics ({error}); pip install 'scd-sf[eval]'"
+        ) from error
     check_ssim_window(window)
     check_pair(videos, reference, "SSIM")
     if min(videos.shape[-2:]) < SSIM_WINDOW:
-        raise UserError(f"SSIM: frames of {videos.shape[-1]}x{videos.shape[-2]}; it needs {SSIM_WINDOW} pixels a side")
+        raise UserError(
+            f"SSIM: frames of {videos.shape[-1]}x{videos.shape[-2]}; it needs {SSIM_WINDOW} pixels a side"
+        )
     border = 0 if window == "padded" else SSIM_WINDOW // 2
     rows = []
-    for one, other in zip(videos, reference, strict=True):  # the window's five moments take fifteen times its memory
+    # the window's five moments take fifteen times its memory
+    for one, other in zip(videos, reference, strict=True):
         _, pixels = structural_similarity_index_measure(
             one.float(), other.float(), data_range=1.0, reduction="none", return_full_image=True
         )
@@ -134,26 +155,32 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean, math.sqrt(variance), len(values))
 
 
-def bootstrap(statistic: Callable[[Tensor], float], videos: int, *, resamples: int = 20, seed: int = 0) -> Spread:
-    """Spread of ``statistic(indices)`` over draws of ``videos`` indices out of ``videos`` with replacement.
+def bootstrap(
+    statistic: Callable[[Tensor], float], videos: int, *, resamples: int = 20, seed: int = 0
+) -> Spread:
+    """Spread of ``statistic(indices)`` over draws of ``videos`` indices out of ``videos`` with
+    replacement.
 
-    Whole videos are drawn, because the frames of one video are not independent. Quote the ``std`` beside the figure
-    of the full set: the bootstrap ``mean`` of a Frechet distance is biased upwards (repeated videos thin the sample).
+    Whole videos are drawn, because the frames of one video are not independent. Quote the ``std``
+    beside the figure of the full set: the bootstrap ``mean`` of a Frechet distance is biased
+    upwards (repeated videos thin the sample).
     """
     if videos < 1 or resamples < 1:
-        raise UserError(f"bootstrap: videos={videos}, resamples={resamples}; both must be at least 1")
+        raise UserError(
+            f"bootstrap: videos={videos}, resamples={resamples}; both must be at least 1"
+        )
     draws = np.random.Generator(np.random.PCG64(seed)).integers(0, videos, size=(resamples, videos))
     return spread([statistic(torch.from_numpy(row)) for row in draws])
 
 
-# ------------------------------------------------------------------ how well pictures survive a tokenizer
+# ------------------------------------------------------------ how well pictures survive a tokenizer
 
 CEILING = 120.0  # dB, of an image without error
 
 
 def reconstruction_figures(made_N3HW: Tensor, real_N3HW: Tensor) -> dict[str, float]:
-    """``psnr`` (dB, the mean over images; peak 1), ``ssim``, and ``sharpness``: what is left of the mean difference
-    between neighbours (1: all, less: blurred). UserError: as of the measures."""
+    """``psnr`` (dB, the mean over images; peak 1), ``ssim``, and ``sharpness``: what is left of the
+    mean difference between neighbours (1: all, less: blurred). UserError: as of the measures."""
     made, real = made_N3HW.unsqueeze(1), real_N3HW.unsqueeze(1)  # videos of one frame
     return {
         "psnr": float(psnr_frames(made, real).clamp_max(CEILING).mean()),
@@ -167,7 +194,9 @@ def write_sheet(path: Path, real_N3HW: Tensor, made_N3HW: Tensor, *, columns: in
     pairs = torch.cat([real_N3HW, made_N3HW], dim=2).clamp(0, 1)
     rows = [torch.cat(list(row), dim=2) for row in pairs.split(columns) if len(row) == columns]
     if not rows:
-        raise UserError(f"{path}: {len(pairs)} images make no row of {columns}; ask for fewer columns")
+        raise UserError(
+            f"{path}: {len(pairs)} images make no row of {columns}; ask for fewer columns"
+        )
     sheet = (torch.cat(rows, dim=1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     with new_file(path) as part:
         Image.fromarray(sheet.contiguous().cpu().numpy()).save(part, format="PNG")

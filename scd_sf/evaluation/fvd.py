@@ -1,11 +1,12 @@
 """Frechet distance between sets of videos, and the fixed feature network of the demo.
 
-A feature extractor is an argument: :class:`VideoFrechet` neither knows nor cares what computed the rows.
-Every extractor returns row-aligned feature *groups*, each (V, R, D_g): R rows per video (frame pairs for
-:class:`TextureMotion`, one row per video for a clip network such as I3D). Each group is standardised and projected on
-its own principal components *of the reference videos only*, or used as it is; then the groups are joined to rows of
-one Gaussian. All rows of a table share one fitted basis, so their distances can be compared with each other,
-and only with each other: a distance from another basis, world or extractor is another unit.
+A feature extractor is an argument: :class:`VideoFrechet` neither knows nor cares what computed the
+rows. Every extractor returns row-aligned feature *groups*, each (V, R, D_g): R rows per video
+(frame pairs for :class:`TextureMotion`, one row per video for a clip network such as I3D). Each
+group is standardised and projected on its own principal components *of the reference videos only*,
+or used as it is; then the groups are joined to rows of one Gaussian. All rows of a table share one
+fitted basis, so their distances can be compared with each other, and only with each other: a
+distance from another basis, world or extractor is another unit.
 """
 
 from __future__ import annotations
@@ -33,17 +34,23 @@ MIN_ROWS = 2
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets of rows (N, D), covariances with n-1.
+    """||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets of rows (N, D), covariances
+    with n-1.
 
-    With X the centred rows over sqrt(n-1), S = X^T X, the eigenvalues of S_a S_b are the squared singular values of
-    X_a X_b^T: their sum is the trace, in fp64. No square root of a rounding error is taken, so this is real and exact
-    to the last digits when a covariance is singular (fewer rows than dimensions), too.
+    With X the centred rows over sqrt(n-1), S = X^T X, the eigenvalues of S_a S_b are the squared
+    singular values of X_a X_b^T: their sum is the trace, in fp64. No square root of a rounding
+    error is taken, so this is real and exact to the last digits when a covariance is singular
+    (fewer rows than dimensions), too.
     """
     for name, rows in (("first", features_a), ("second", features_b)):
         if rows.ndim != MIN_ROWS or rows.shape[0] < MIN_ROWS:
-            raise UserError(f"Frechet distance: the {name} set has shape {tuple(rows.shape)}; give (rows >= 2, dims)")
+            raise UserError(
+                f"Frechet distance: the {name} set has shape {tuple(rows.shape)}; give (rows >= 2, dims)"
+            )
     if features_a.shape[1] != features_b.shape[1]:
-        raise UserError(f"Frechet distance: {features_a.shape[1]} and {features_b.shape[1]} dimensions; use one basis")
+        raise UserError(
+            f"Frechet distance: {features_a.shape[1]} and {features_b.shape[1]} dimensions; use one basis"
+        )
     a, b = features_a.double(), features_b.double()
     if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
         raise UserError("Frechet distance: a feature is not finite; look for NaN in the videos")
@@ -72,7 +79,8 @@ class FeatureExtractor(Protocol):
 
     @property
     def components(self) -> tuple[int | None, ...]:
-        """Per group: how many principal components of the reference are kept; None = the group is used as it is."""
+        """Per group: how many principal components of the reference are kept; None = the group is
+        used as it is."""
         ...
 
     def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
@@ -81,8 +89,9 @@ class FeatureExtractor(Protocol):
 
 
 class KeptFeatures:
-    """An extractor that keeps what it gave in ``folder``, by the videos' own bytes and by ``weights``, the extractor's
-    hash: true clips are looked at once for many models. Damaged files are made anew."""
+    """An extractor that keeps what it gave in ``folder``, by the videos' own bytes and by
+    ``weights``, the extractor's hash: true clips are looked at once for many models. Damaged files
+    are made anew."""
 
     def __init__(self, extractor: FeatureExtractor, folder: Path, weights: str) -> None:
         self.extractor, self.folder, self.weights = extractor, folder, weights
@@ -102,36 +111,44 @@ class KeptFeatures:
         except (FileNotFoundError, SafetensorError, KeyError):
             groups = self.extractor(videos)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {str(number): group.contiguous() for number, group in enumerate(groups)})
+        write_tensors(
+            path, {str(number): group.contiguous() for number, group in enumerate(groups)}
+        )
         return groups
 
 
 def fixed_uniform(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Numbers uniform in [-1, 1), bit-equal on every machine: the 53 high bits of PCG64(seed)'s raw 64-bit output."""
+    """Numbers uniform in [-1, 1), bit-equal on every machine: the 53 high bits of PCG64(seed)'s raw
+    64-bit output."""
     raw = np.random.PCG64(seed).random_raw(math.prod(shape))
     unit = (np.asarray(raw, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return torch.from_numpy((2.0 * unit - 1.0).reshape(shape))
 
 
 class TextureMotion:
-    """The demo's fixed network: 8 components of the frame and 16 of the frame difference, 24 numbers per frame pair.
+    """The demo's fixed network: 8 components of the frame and 16 of the frame difference, 24
+    numbers per frame pair.
 
     One frame (3, H, W), x in [0, 1], gives 256 numbers f(x):
 
     - 48 colour: mean R, G, B of a 4x4 grid;
-    - 16 local contrast: mean |Y - box5(Y)| of a 4x4 grid, Y = BT.601 luma, box5 = 5x5 mean, edges replicated;
-    - 64 random filters: 16 filters 5x5, stride 2, on (x - 0.5) / 0.25; each filter has mean zero in every colour, so it
-      sees texture and not brightness; absolute value; mean over a 2x2 grid;
-    - 128 random filters: 32 filters 3x3, stride 2, on the 16 maps above; ReLU; mean over a 2x2 grid.
+    - 16 local contrast: mean |Y - box5(Y)| of a 4x4 grid, Y = BT.601 luma, box5 = 5x5 mean, edges
+      replicated;
+    - 64 random filters: 16 filters 5x5, stride 2, on (x - 0.5) / 0.25; each filter has mean zero in
+      every colour, so it sees texture and not brightness; absolute value; mean over a 2x2 grid;
+    - 128 random filters: 32 filters 3x3, stride 2, on the 16 maps above; ReLU; mean over a 2x2
+      grid.
 
-    Weights are ``fixed_uniform(seed) * sqrt(6 / fan_in)``, seeds 20240601 and 20240602, no biases, no padding (frames
-    of at least 16x16). A row is made of the pair (t, t + gap): group one is f(x_{t+gap}), group two is
-    f(x_{t+gap}) - f(x_t). Grids are ``adaptive_avg_pool2d``. Blur, noise, wrong colours, frozen and jittering motion
-    all move it; it does not know what a scene is. It was chosen by hand and is no substitute for I3D.
+    Weights are ``fixed_uniform(seed) * sqrt(6 / fan_in)``, seeds 20240601 and 20240602, no biases,
+    no padding (frames of at least 16x16). A row is made of the pair (t, t + gap): group one is
+    f(x_{t+gap}), group two is f(x_{t+gap}) - f(x_t). Grids are ``adaptive_avg_pool2d``. Blur,
+    noise, wrong colours, frozen and jittering motion all move it; it does not know what a scene is.
+    It was chosen by hand and is no substitute for I3D.
     """
 
     def __init__(self, gap: int = 1, batch: int = 256) -> None:
-        """``gap``: pixel frames between the two frames of a pair; ``batch``: frames per forward pass."""
+        """``gap``: pixel frames between the two frames of a pair; ``batch``: frames per forward
+        pass."""
         if gap < 1:
             raise UserError(f"TextureMotion: gap is {gap}; it must be at least 1")
         self.gap = gap
@@ -153,16 +170,24 @@ class TextureMotion:
             luma = (chunk * self.luma.to(chunk.device)).sum(1, keepdim=True)
             padded = functional.pad(luma, (2, 2, 2, 2), mode="replicate")
             contrast = (luma - functional.avg_pool2d(padded, 5, stride=1)).abs()
-            maps = functional.conv2d((chunk - 0.5) / 0.25, self.first.to(chunk.device), stride=2).abs()
+            maps = functional.conv2d(
+                (chunk - 0.5) / 0.25, self.first.to(chunk.device), stride=2
+            ).abs()
             deep = functional.conv2d(maps, self.second.to(chunk.device), stride=2).relu()
             pooled = [(chunk, 4), (contrast, 4), (maps, 2), (deep, 2)]
-            rows.append(torch.cat([functional.adaptive_avg_pool2d(x, size).flatten(1) for x, size in pooled], 1))
+            rows.append(
+                torch.cat(
+                    [functional.adaptive_avg_pool2d(x, size).flatten(1) for x, size in pooled], 1
+                )
+            )
         return torch.cat(rows).double()
 
     def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
         count, frames = videos.shape[:2]
         if frames <= self.gap:
-            raise UserError(f"TextureMotion: videos have {frames} frames; pairs {self.gap} apart need more")
+            raise UserError(
+                f"TextureMotion: videos have {frames} frames; pairs {self.gap} apart need more"
+            )
         features = self.frame_features(videos.flatten(0, 1)).view(count, frames, -1)
         later, earlier = features[:, self.gap :], features[:, : -self.gap]
         return later, later - earlier
@@ -178,12 +203,15 @@ class Projection:
 
     @classmethod
     def fit(cls, rows: Tensor, components: int) -> Projection:
-        """rows (N, D) fp64. Features that do not vary on the reference get scale 1, so that they cannot explode."""
+        """rows (N, D) fp64. Features that do not vary on the reference get scale 1, so that they
+        cannot explode."""
         mean, std = rows.mean(0), rows.std(0)
         scale = torch.where(std > 1e-6, std, torch.ones_like(std))
         available = min(rows.shape[0] - 1, rows.shape[1])
         if components > available:
-            raise UserError(f"Frechet reference: {components} components of {available} available; give more videos")
+            raise UserError(
+                f"Frechet reference: {components} components of {available} available; give more videos"
+            )
         _, vectors = torch.linalg.eigh(_covariance((rows - mean) / scale))
         return cls(mean, scale, vectors.flip(1)[:, :components])
 
@@ -193,10 +221,14 @@ class Projection:
 
 
 class VideoFrechet:
-    """A fitted Frechet distance: the basis and the Gaussian come from the reference, every row of a table uses both."""
+    """A fitted Frechet distance: the basis and the Gaussian come from the reference, every row of a
+    table uses both."""
 
     def __init__(
-        self, extractor: FeatureExtractor, projections: tuple[Projection | None, ...], reference: Tensor
+        self,
+        extractor: FeatureExtractor,
+        projections: tuple[Projection | None, ...],
+        reference: Tensor,
     ) -> None:
         """Use :meth:`fit`. ``reference``: projected reference rows (V, R, D)."""
         self.extractor = extractor
@@ -205,7 +237,8 @@ class VideoFrechet:
 
     @classmethod
     def fit(cls, reference: Tensor, extractor: FeatureExtractor | None = None) -> VideoFrechet:
-        """Fit on reference videos (V, F, 3, H, W) in [0, 1]; ``extractor`` None = ``TextureMotion()``."""
+        """Fit on reference videos (V, F, 3, H, W) in [0, 1]; ``extractor`` None =
+        ``TextureMotion()``."""
         check_videos(reference, "Frechet reference")
         chosen: FeatureExtractor = TextureMotion() if extractor is None else extractor
         groups = chosen(reference)
@@ -225,20 +258,29 @@ class VideoFrechet:
         return self.distance_of(self.features(videos))
 
     def distance_of(self, features: Tensor) -> float:
-        """The same from rows (V, R, D) that :meth:`features` returned, so that they are computed once."""
+        """The same from rows (V, R, D) that :meth:`features` returned, so that they are computed
+        once."""
         return frechet_distance(features.flatten(0, 1), self.reference.flatten(0, 1))
 
     def bootstrap(self, features: Tensor, *, resamples: int = 20, seed: int = 0) -> Spread:
-        """Spread of the distance when the scored videos are drawn again with replacement (the reference stays)."""
+        """Spread of the distance when the scored videos are drawn again with replacement (the
+        reference stays)."""
         return bootstrap(
-            lambda index: self.distance_of(features[index]), features.shape[0], resamples=resamples, seed=seed
+            lambda index: self.distance_of(features[index]),
+            features.shape[0],
+            resamples=resamples,
+            seed=seed,
         )
 
-    def distance_by_label(self, features: Tensor, labels: Sequence[str], reference_labels: Sequence[str]) -> float:
-        """Mean over labels of the distance between the videos and the reference videos of that label.
+    def distance_by_label(
+        self, features: Tensor, labels: Sequence[str], reference_labels: Sequence[str]
+    ) -> float:
+        """Mean over labels of the distance between the videos and the reference videos of that
+        label.
 
-        The plain distance compares whole sets: real clips put under the wrong prompts score as well as under the
-        right ones. This one does not forgive that. It is higher than the plain one (small groups), for every row alike.
+        The plain distance compares whole sets: real clips put under the wrong prompts score as well
+        as under the right ones. This one does not forgive that. It is higher than the plain one
+        (small groups), for every row alike.
         """
         if len(labels) != features.shape[0] or len(reference_labels) != self.reference.shape[0]:
             raise UserError(
@@ -248,12 +290,16 @@ class VideoFrechet:
         names = sorted(set(labels))
         missing = sorted(set(names) - set(reference_labels))
         if missing:
-            raise UserError(f"Frechet by label: no reference video has label '{missing[0]}'; add some")
+            raise UserError(
+                f"Frechet by label: no reference video has label '{missing[0]}'; add some"
+            )
         total = 0.0
         for name in names:
             mine = torch.tensor([label == name for label in labels])
             theirs = torch.tensor([label == name for label in reference_labels])
-            total += frechet_distance(features[mine].flatten(0, 1), self.reference[theirs].flatten(0, 1))
+            total += frechet_distance(
+                features[mine].flatten(0, 1), self.reference[theirs].flatten(0, 1)
+            )
         return total / len(names)
 
 

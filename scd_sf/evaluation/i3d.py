@@ -1,10 +1,12 @@
-"""I3D on Kinetics-400, the network of FVD: its 400 logits, averaged over time, are the features of a video.
+"""I3D on Kinetics-400, the network of FVD: its 400 logits, averaged over time, are the features of
+a video.
 
-The architecture is the Inception-v1 I3D of "Quo Vadis, Action Recognition?" (arXiv 1705.07750), RGB, with TensorFlow's
-SAME padding; batch normalisation (no scale, eps 1e-3) is folded into the convolutions when weights are placed.
-Weights: ours (``scd weights metrics``: those behind tfhub's i3d-kinetics-400/1), a state dict of VideoGPT or TATS
-(``i3d_pretrained_400.pt``), or StyleGAN-V's TorchScript program (``i3d_torchscript.pt``).
-Every class here is a ``FeatureExtractor`` of one group that is used as it is. Letters: V videos, F frames, H W pixels.
+The architecture is the Inception-v1 I3D of "Quo Vadis, Action Recognition?" (arXiv 1705.07750),
+RGB, with TensorFlow's SAME padding; batch normalisation (no scale, eps 1e-3) is folded into the
+convolutions when weights are placed. Weights: ours (``scd weights metrics``: those behind tfhub's
+i3d-kinetics-400/1), a state dict of VideoGPT or TATS (``i3d_pretrained_400.pt``), or StyleGAN-V's
+TorchScript program (``i3d_torchscript.pt``). Every class here is a ``FeatureExtractor`` of one
+group that is used as it is. Letters: V videos, F frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -45,29 +47,36 @@ MIXED: dict[str, Widths] = {  # channels of b0, b1a, b1b, b2a, b2b, b3b
 
 
 def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME padding before and after: ceil(size / stride) outputs; the odd one goes behind."""
+    """TensorFlow's SAME padding before and after: ceil(size / stride) outputs; the odd one goes
+    behind."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
 def _pad_same(x: Tensor, kernel: Triple, stride: Triple, value: float) -> Tensor:
-    """x (B, C, T, H, W), padded with ``value`` for a convolution or pool without padding of its own."""
+    """x (B, C, T, H, W), padded with ``value`` for a convolution or pool without padding of its
+    own."""
     pads = [_same(size, k, s) for size, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
     flat = [side for pair in reversed(pads) for side in pair]
     return F.pad(x, flat, value=value) if any(flat) else x
 
 
 class _Unit(nn.Module):
-    """A convolution with bias (into which the normalisation is folded), SAME padding, and a ReLU."""
+    """A convolution with bias (into which the normalisation is folded), SAME padding, and a
+    ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, *, relu: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, *, relu: bool = True
+    ) -> None:
         super().__init__()
         self.kernel, self.stride, self.relu = (kernel,) * 3, (stride,) * 3, relu
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *self.kernel), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.conv3d(_pad_same(x, self.kernel, self.stride, 0.0), self.weight, self.bias, self.stride)
+        x = F.conv3d(
+            _pad_same(x, self.kernel, self.stride, 0.0), self.weight, self.bias, self.stride
+        )
         return x.relu_() if self.relu else x
 
 
@@ -79,7 +88,9 @@ class _Pool(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool3d(_pad_same(x, self.kernel, self.stride, -torch.inf), self.kernel, self.stride)
+        return F.max_pool3d(
+            _pad_same(x, self.kernel, self.stride, -torch.inf), self.kernel, self.stride
+        )
 
 
 class _Mixed(nn.Module):
@@ -93,11 +104,14 @@ class _Mixed(nn.Module):
         self.b3a, self.b3b = _Pool((3, 3, 3), (1, 1, 1)), _Unit(inputs, widths[5])
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], dim=1)
+        return torch.cat(
+            [self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], dim=1
+        )
 
 
 class InceptionI3d(nn.Module):
-    """x (B, 3, F, 224, 224) in [-1, 1], F >= 9 -> logits (B, 400), averaged over time, before the softmax."""
+    """x (B, 3, F, 224, 224) in [-1, 1], F >= 9 -> logits (B, 400), averaged over time, before the
+    softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,18 +136,24 @@ class InceptionI3d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
             x = layer(x)
-        return self.logits(F.avg_pool3d(x, (2, SIDE // 32, SIDE // 32), stride=1)).mean(dim=(2, 3, 4))
+        return self.logits(F.avg_pool3d(x, (2, SIDE // 32, SIDE // 32), stride=1)).mean(
+            dim=(2, 3, 4)
+        )
 
 
 def place_i3d(state: Mapping[str, Tensor], where: str) -> InceptionI3d:
-    """The network with the tensors of ``state`` (names: ``Mixed_3b.b1a.conv3d.weight``, ``.bn.running_mean``, ..).
+    """The network with the tensors of ``state`` (names: ``Mixed_3b.b1a.conv3d.weight``,
+    ``.bn.running_mean``, ..).
 
-    y = (conv(x) - mean) / sqrt(var + eps) * scale + bias is folded into weight and bias in fp64; ``bn.weight`` may be
-    absent (the original has none). Every tensor is placed: UserError (naming ``where``) for missing or further ones.
+    y = (conv(x) - mean) / sqrt(var + eps) * scale + bias is folded into weight and bias in fp64;
+    ``bn.weight`` may be absent (the original has none). Every tensor is placed: UserError (naming
+    ``where``) for missing or further ones.
     """
     with torch.device("meta"):
         network = InceptionI3d()
-    left = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    left = {
+        name: value for name, value in state.items() if not name.endswith("num_batches_tracked")
+    }
     placed: State = {}
     for name, unit in network.named_modules():
         if not isinstance(unit, _Unit):
@@ -142,12 +162,18 @@ def place_i3d(state: Mapping[str, Tensor], where: str) -> InceptionI3d:
         try:
             weight, bias = _fold(left, key)
         except KeyError as error:
-            raise UserError(f"{where}: tensor {error.args[0]} is missing; these are not the weights of I3D") from error
+            raise UserError(
+                f"{where}: tensor {error.args[0]} is missing; these are not the weights of I3D"
+            ) from error
         if weight.shape != unit.weight.shape or bias.shape != unit.bias.shape:
-            raise UserError(f"{where}: {key} has shape {tuple(weight.shape)}, not {tuple(unit.weight.shape)}")
+            raise UserError(
+                f"{where}: {key} has shape {tuple(weight.shape)}, not {tuple(unit.weight.shape)}"
+            )
         placed |= {f"{name}.weight": weight, f"{name}.bias": bias}
     if left:
-        raise UserError(f"{where}: tensor {sorted(left)[0]} has no place in I3D; these are other weights")
+        raise UserError(
+            f"{where}: tensor {sorted(left)[0]} has no place in I3D; these are other weights"
+        )
     network.load_state_dict(placed, assign=True)
     return network.requires_grad_(False)
 
@@ -158,7 +184,10 @@ def _fold(left: State, key: str) -> tuple[Tensor, Tensor]:
     if f"{key}.conv3d.bias" in left:  # the logits: no normalisation
         return weight.float(), left.pop(f"{key}.conv3d.bias").float()
     mean, var = (left.pop(f"{key}.bn.{name}").double() for name in ("running_mean", "running_var"))
-    shift, scale = left.pop(f"{key}.bn.bias").double(), left.pop(f"{key}.bn.weight", torch.ones_like(var)).double()
+    shift, scale = (
+        left.pop(f"{key}.bn.bias").double(),
+        left.pop(f"{key}.bn.weight", torch.ones_like(var)).double(),
+    )
     factor = scale / torch.sqrt(var + EPS)
     return (weight * factor.view(-1, 1, 1, 1, 1)).float(), (shift - mean * factor).float()
 
@@ -171,7 +200,8 @@ def _check_clip(videos: Tensor) -> None:
 
 
 class I3dFeatures:
-    """400 logits of each video, by our network; plugs into ``VideoFrechet``. ``sha256`` names the weights."""
+    """400 logits of each video, by our network; plugs into ``VideoFrechet``. ``sha256`` names the
+    weights."""
 
     components: tuple[int | None, ...] = (None,)
 
@@ -188,26 +218,34 @@ class I3dFeatures:
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> tuple[Tensor, ...]:
-        """Float (V, F, 3, H, W) in [0, 1] -> one group (V, 1, 400) fp64, on the CPU. One video at a time.
+        """Float (V, F, 3, H, W) in [0, 1] -> one group (V, 1, 400) fp64, on the CPU. One video at a
+        time.
 
-        Resized to 224x224 (bilinear, corners not aligned), then mapped to [-1, 1]. UserError below 9 frames.
+        Resized to 224x224 (bilinear, corners not aligned), then mapped to [-1, 1]. UserError below
+        9 frames.
         """
         _check_clip(videos)
         rows = []
         for video in videos:
-            frames = F.interpolate(on_device(video, self.device).float(), size=(SIDE, SIDE), mode="bilinear")
+            frames = F.interpolate(
+                on_device(video, self.device).float(), size=(SIDE, SIDE), mode="bilinear"
+            )
             rows.append(self.network((frames * 2 - 1).transpose(0, 1).unsqueeze(0)).double().cpu())
         return (torch.stack(rows),)
 
 
 class TorchscriptFeatures:
-    """StyleGAN-V's detector (FAR, SCD's release and ExtDM use it): a TorchScript program, which resizes by itself."""
+    """StyleGAN-V's detector (FAR, SCD's release and ExtDM use it): a TorchScript program, which
+    resizes by itself."""
 
     components: tuple[int | None, ...] = (None,)
 
-    def __init__(self, path: Path, sha256: str = TORCHSCRIPT_SHA256, device: torch.device | str = "cpu") -> None:
-        """A TorchScript file is a program of others: it runs only when its hash is ``sha256`` (the known file's, unless
-        the caller trusts another). Raises UserError, with the file's hash, before anything of it is run."""
+    def __init__(
+        self, path: Path, sha256: str = TORCHSCRIPT_SHA256, device: torch.device | str = "cpu"
+    ) -> None:
+        """A TorchScript file is a program of others: it runs only when its hash is ``sha256`` (the
+        known file's, unless the caller trusts another). Raises UserError, with the file's hash,
+        before anything of it is run."""
         data = read_bytes(path, "give StyleGAN-V's i3d_torchscript.pt", TORCHSCRIPT_BYTES)
         self.sha256 = sha256_bytes(data)
         if self.sha256 != sha256:
@@ -216,7 +254,10 @@ class TorchscriptFeatures:
                 "name this hash, too, if you know where the file is from"
             )
         self.device = torch.device(device)
-        with foreign(path, "not a TorchScript file of I3D; fetch it again"), warnings.catch_warnings():
+        with (
+            foreign(path, "not a TorchScript file of I3D; fetch it again"),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript is old; so is this file
             self.program = torch.jit.load(io.BytesIO(data), map_location=self.device).eval()
             tensors = self.program.state_dict()
@@ -232,5 +273,9 @@ class TorchscriptFeatures:
         for video in videos:
             clip = (on_device(video, self.device).float() * 2 - 1).transpose(0, 1).unsqueeze(0)
             with foreign(self.path, "not StyleGAN-V's I3D; fetch i3d_torchscript.pt again"):
-                rows.append(self.program(clip, rescale=False, resize=True, return_features=True).double().cpu())
+                rows.append(
+                    self.program(clip, rescale=False, resize=True, return_features=True)
+                    .double()
+                    .cpu()
+                )
         return (torch.stack(rows),)

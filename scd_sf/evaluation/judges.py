@@ -1,14 +1,18 @@
-"""Does a video show the place and the motion its prompt names? Small nets, fitted on real clips, look at latents.
+"""Does a video show the place and the motion its prompt names? Small nets, fitted on real clips,
+look at latents.
 
-Latents (V, F, C, H, W) are what the VAE encodes (real clips) or what a sampler returns (generated ones): the judges
-see what the VAE can represent and no more, so soft reconstructions are not held against a model.
+Latents (V, F, C, H, W) are what the VAE encodes (real clips) or what a sampler returns (generated
+ones): the judges see what the VAE can represent and no more, so soft reconstructions are not held
+against a model.
 
 - *place*: each latent frame -> place logits, averaged over the clip;
-- *motion*: inverse dynamics: each pair of consecutive latent frames -> motion logits, averaged over the clip.
+- *motion*: inverse dynamics: each pair of consecutive latent frames -> motion logits, averaged over
+  the clip.
 
-A judged figure means nothing alone. Quote it with the judges' own accuracy on real clips they were not fitted on (the
-ceiling, :func:`adherence` on those clips) and with :func:`shuffled_floor` (the same videos under permuted prompts).
-Label names come from the data; a motion whose name holds "left" and the one named the same with "right" are opposites.
+A judged figure means nothing alone. Quote it with the judges' own accuracy on real clips they were
+not fitted on (the ceiling, :func:`adherence` on those clips) and with :func:`shuffled_floor` (the
+same videos under permuted prompts). Label names come from the data; a motion whose name holds
+"left" and the one named the same with "right" are opposites.
 """
 
 from __future__ import annotations
@@ -60,12 +64,15 @@ class JudgeNet(nn.Module):
 
 
 class Judges(nn.Module):
-    """A place net and a motion net with their label names and the latent statistics they were fitted under."""
+    """A place net and a motion net with their label names and the latent statistics they were
+    fitted under."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, places: Sequence[str], motions: Sequence[str], width: int = 48) -> None:
+    def __init__(
+        self, channels: int, places: Sequence[str], motions: Sequence[str], width: int = 48
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.width = width
@@ -77,7 +84,8 @@ class Judges(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def standardised(self, latents: Tensor) -> Tensor:
-        """Latents (V, F, C, H, W) per channel at mean 0, std 1 of the clips the judges were fitted on."""
+        """Latents (V, F, C, H, W) per channel at mean 0, std 1 of the clips the judges were fitted
+        on."""
         if latents.ndim != LATENT_DIMENSIONS or latents.shape[2] != self.channels:
             raise UserError(
                 f"judges: latents have shape {tuple(latents.shape)}; not (videos, frames, {self.channels}, h, w)"
@@ -91,9 +99,12 @@ class Judges(nn.Module):
         return logits.view(count, frames, -1).mean(1)
 
     def motion_logits(self, standardised: Tensor) -> Tensor:
-        """(V, F >= 2, C, H, W) -> (V, motions), the mean over pairs of consecutive frames [mean, difference]."""
+        """(V, F >= 2, C, H, W) -> (V, motions), the mean over pairs of consecutive frames [mean,
+        difference]."""
         if standardised.shape[1] < PAIR:
-            raise UserError("judges: one latent frame shows no motion; judge clips of at least 2 latent frames")
+            raise UserError(
+                "judges: one latent frame shows no motion; judge clips of at least 2 latent frames"
+            )
         earlier, later = standardised[:, :-1], standardised[:, 1:]
         pairs = torch.cat([(later + earlier) / 2, later - earlier], dim=2)
         count, steps = pairs.shape[:2]
@@ -114,7 +125,9 @@ class Judges(nn.Module):
     def judge(self, latents: Tensor) -> tuple[list[str], list[str]]:
         """The place and the motion each video shows, by name."""
         place, motion = self.logits(latents)
-        return [self.places[i] for i in place.argmax(1)], [self.motions[i] for i in motion.argmax(1)]
+        return [self.places[i] for i in place.argmax(1)], [
+            self.motions[i] for i in motion.argmax(1)
+        ]
 
 
 @dataclass(frozen=True)
@@ -145,15 +158,24 @@ class JudgesConfig:
 
 
 def fit_judges(
-    latents: Tensor, places: Sequence[str], motions: Sequence[str], *, seed: int, config: JudgesConfig | None = None
+    latents: Tensor,
+    places: Sequence[str],
+    motions: Sequence[str],
+    *,
+    seed: int,
+    config: JudgesConfig | None = None,
 ) -> Judges:
-    """Fit both nets on real clips: latents (V, F, C, H, W), one place name and one motion name per clip.
+    """Fit both nets on real clips: latents (V, F, C, H, W), one place name and one motion name per
+    clip.
 
-    Global random state is left as it was found. Raises UserError for labels that do not match the clips.
+    Global random state is left as it was found. Raises UserError for labels that do not match the
+    clips.
     """
     cfg = JudgesConfig() if config is None else config
     if len(places) != latents.shape[0] or len(motions) != latents.shape[0]:
-        raise UserError(f"judges: {latents.shape[0]} clips but {len(places)} places and {len(motions)} motions given")
+        raise UserError(
+            f"judges: {latents.shape[0]} clips but {len(places)} places and {len(motions)} motions given"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judges = Judges(latents.shape[2], sorted(set(places)), sorted(set(motions)), cfg.width)
@@ -166,10 +188,15 @@ def fit_judges(
     return judges.eval()
 
 
-def _fit(judges: Judges, latents: Tensor, place_ids: Tensor, motion_ids: Tensor, cfg: JudgesConfig) -> None:
-    """Cross-entropy on logits averaged over a random contiguous half of the clip (the place: every second step)."""
+def _fit(
+    judges: Judges, latents: Tensor, place_ids: Tensor, motion_ids: Tensor, cfg: JudgesConfig
+) -> None:
+    """Cross-entropy on logits averaged over a random contiguous half of the clip (the place: every
+    second step)."""
     optimizer = torch.optim.AdamW(judges.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, total_steps=cfg.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, cfg.lr, total_steps=cfg.steps, pct_start=0.1
+    )
     frames = latents.shape[1]
     window = max(2, (frames + 1) // 2)
     judges.train()
@@ -193,11 +220,14 @@ def opposites(motions: Sequence[str]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs if right in motions]
 
 
-def adherence(judges: Judges, latents: Tensor, places: Sequence[str], motions: Sequence[str]) -> Adherence:
+def adherence(
+    judges: Judges, latents: Tensor, places: Sequence[str], motions: Sequence[str]
+) -> Adherence:
     """Share of videos judged to show their prompt's place and motion.
 
-    ``left_right``: among videos prompted with one of two opposite motions, the share where the prompted one of the
-    two has the larger logit (the other motions are not asked); None when the prompts hold no such motion.
+    ``left_right``: among videos prompted with one of two opposite motions, the share where the
+    prompted one of the two has the larger logit (the other motions are not asked); None when the
+    prompts hold no such motion.
     """
     return _adherence(judges, judges.logits(latents), places, motions)
 
@@ -211,13 +241,16 @@ def shuffled_floor(
     permutations: int = 200,
     seed: int,
 ) -> Adherence:
-    """Mean adherence of the same videos under randomly permuted prompts: the score of a model deaf to its prompt."""
+    """Mean adherence of the same videos under randomly permuted prompts: the score of a model deaf
+    to its prompt."""
     logits = judges.logits(latents)
     generator = torch.Generator().manual_seed(seed)
     draws: list[Adherence] = []
     for _ in range(permutations):
         order = torch.randperm(len(places), generator=generator).tolist()
-        draws.append(_adherence(judges, logits, [places[i] for i in order], [motions[i] for i in order]))
+        draws.append(
+            _adherence(judges, logits, [places[i] for i in order], [motions[i] for i in order])
+        )
     sides = [draw.left_right for draw in draws if draw.left_right is not None]
     return Adherence(
         sum(draw.place for draw in draws) / permutations,
@@ -230,18 +263,29 @@ def _adherence(
     judges: Judges, logits: tuple[Tensor, Tensor], places: Sequence[str], motions: Sequence[str]
 ) -> Adherence:
     place, motion = logits
-    for kind, names, known in (("place", places, judges.places), ("motion", motions, judges.motions)):
+    for kind, names, known in (
+        ("place", places, judges.places),
+        ("motion", motions, judges.motions),
+    ):
         if len(names) != place.shape[0] or not names:
-            raise UserError(f"adherence: {len(names)} {kind} labels for {place.shape[0]} videos; give one per video")
+            raise UserError(
+                f"adherence: {len(names)} {kind} labels for {place.shape[0]} videos; give one per video"
+            )
         unknown = sorted(set(names) - set(known))
         if unknown:
-            raise UserError(f"adherence: the judges never saw {kind} '{unknown[0]}'; they know {', '.join(known)}")
+            raise UserError(
+                f"adherence: the judges never saw {kind} '{unknown[0]}'; they know {', '.join(known)}"
+            )
     place_ids = torch.tensor([judges.places.index(name) for name in places])
     motion_ids = torch.tensor([judges.motions.index(name) for name in motions])
     hits: list[bool] = []
     for left, right in opposites(judges.motions):
         side = motion[:, judges.motions.index(left)] > motion[:, judges.motions.index(right)]
-        hits += [bool(side[i]) == (name == left) for i, name in enumerate(motions) if name in (left, right)]
+        hits += [
+            bool(side[i]) == (name == left)
+            for i, name in enumerate(motions)
+            if name in (left, right)
+        ]
     return Adherence(
         float((place.argmax(1).cpu() == place_ids).double().mean()),
         float((motion.argmax(1).cpu() == motion_ids).double().mean()),
@@ -251,7 +295,12 @@ def _adherence(
 
 def save_judges(judges: Judges, path: Path) -> None:
     """One safetensors file; label names and sizes are in its metadata."""
-    facts = {"places": judges.places, "motions": judges.motions, "channels": judges.channels, "width": judges.width}
+    facts = {
+        "places": judges.places,
+        "motions": judges.motions,
+        "channels": judges.channels,
+        "width": judges.width,
+    }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in judges.state_dict().items()}
     write_tensors(path, tensors, {"format": FORMAT, "judges": json.dumps(facts)})
 

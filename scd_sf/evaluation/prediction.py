@@ -1,4 +1,5 @@
-"""Video prediction with a model trained from scratch: the first frames of a clip in, the next ones out.
+"""Video prediction with a model trained from scratch: the first frames of a clip in, the next ones
+out.
 
 Letters: B batch, F frames, C channels, H W latent height and width.
 """
@@ -45,7 +46,9 @@ class PredictionGuidance:
 
     def of_decoder(self) -> SampleGuidance:
         """The same for generate()."""
-        return SampleGuidance(GuidanceConfig(self.actions), "decoder", self.corruption, self.context_noise)
+        return SampleGuidance(
+            GuidanceConfig(self.actions), "decoder", self.corruption, self.context_noise
+        )
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,23 @@ class PredictionPreviewConfig:
 
 
 class PredictionPreview:
-    """The same clips with the same noise every time: truth (as the tokenizer decodes it) above prediction, in
-    ``RUN/videos/STEP.mp4``."""
+    """The same clips with the same noise every time: truth (as the tokenizer decodes it) above
+    prediction, in ``RUN/videos/STEP.mp4``."""
 
     def __init__(self, cfg: PredictionPreviewConfig, clips: FrameClips, sampler: Sampler) -> None:
-        """UserError before any training: a tokenizer of another size, or clips that are too short."""
+        """UserError before any training: a tokenizer of another size, or clips that are too
+        short."""
         self.cfg, self.sampler, self.fps = cfg, sampler, clips.info.fps
         self.tokenizer = load_tokenizer(Path(cfg.tokenizer)) if cfg.tokenizer else None
         if self.tokenizer is None:
             return
-        if (self.tokenizer.channels, self.tokenizer.spatial) != (clips.info.channels, clips.info.spatial):
-            raise UserError(f"preview.tokenizer {cfg.tokenizer}: not the one that {clips.root} was encoded with")
+        if (self.tokenizer.channels, self.tokenizer.spatial) != (
+            clips.info.channels,
+            clips.info.spatial,
+        ):
+            raise UserError(
+                f"preview.tokenizer {cfg.tokenizer}: not the one that {clips.root} was encoded with"
+            )
         length = cfg.context + cfg.frames
         chosen = clips.at_least(length)[: cfg.clips]
         self.batch = clips.batch(chosen, [0] * len(chosen), length)
@@ -113,8 +122,12 @@ class PredictionPreview:
         finally:
             model.to("cpu")
         made = torch.cat([context, *future], 1)
-        pixels = [self.tokenizer.decode(latents.float().cpu()) for latents in (self.batch.latents_BFCHW, made)]
-        rows = torch.cat([torch.cat(list(video), dim=-1) for video in pixels], dim=-2)  # truth above prediction
+        pixels = [
+            self.tokenizer.decode(latents.float().cpu())
+            for latents in (self.batch.latents_BFCHW, made)
+        ]
+        # truth above prediction
+        rows = torch.cat([torch.cat(list(video), dim=-1) for video in pixels], dim=-2)
         frames = as_uint8((rows.clamp(-1, 1) + 1) / 2)
         file = run.dir / "videos" / f"{step:08d}.mp4"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -140,10 +153,11 @@ def predict(
     seeds: Sequence[int],
     cfg: PredictionConfig | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the ``frames`` latents after the context (which may have none), chunk by chunk, (B, n, C, H, W) each.
+    """Yield the ``frames`` latents after the context (which may have none), chunk by chunk, (B, n,
+    C, H, W) each.
 
-    ``cond`` tells of all frames, the context's too. A row's result depends on its seed alone. UserError: too few
-    actions, or numbers that chunks do not divide.
+    ``cond`` tells of all frames, the context's too. A row's result depends on its seed alone.
+    UserError: too few actions, or numbers that chunks do not divide.
     """
     cfg = cfg or PredictionConfig()
     _, known, *shape = context_BFCHW.shape

@@ -1,4 +1,5 @@
-"""Scoring a video prediction model clip by clip: PSNR, SSIM, LPIPS, MSE per frame, and FVD, under a stated protocol.
+"""Scoring a video prediction model clip by clip: PSNR, SSIM, LPIPS, MSE per frame, and FVD, under a
+stated protocol.
 
     scorer = PredictionScorer(named_protocol("ucf101"), MetricNetworks.load(device="cuda"))
     done = scorer.resume(folder)                               # clips that an earlier run left in ``folder``
@@ -6,8 +7,8 @@
         scorer.save(scorer.add(clip, reference, (generate(clip, seed) for seed in scorer.protocol.seeds)), folder)
     scorer.result().write(path)
 
-Videos go in as float tensors in [0, 1] and are not kept: a clip leaves its figures per frame and its features behind.
-Letters: F frames, H W pixels, T trajectories, N clips, D features.
+Videos go in as float tensors in [0, 1] and are not kept: a clip leaves its figures per frame and
+its features behind. Letters: F frames, H W pixels, T trajectories, N clips, D features.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from scd_sf.data.clips import read_video, write_video
-from scd_sf.evaluation.frames import SsimWindow, bootstrap, check_videos, mse_frames, spread, ssim_frames
+from scd_sf.evaluation.frames import (
+    SsimWindow,
+    bootstrap,
+    check_videos,
+    mse_frames,
+    spread,
+    ssim_frames,
+)
 from scd_sf.evaluation.fvd import FeatureExtractor, KeptFeatures, frechet_distance
 from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256, I3dFeatures, TorchscriptFeatures
 from scd_sf.evaluation.lpips import Lpips, Trunk
@@ -41,8 +49,9 @@ FAR_FPS, FAR_CRF = 8, 25  # imageio's default quality for libx264
 
 @dataclass(frozen=True)
 class MetricNetworks:
-    """What measures beside arithmetic. None: that figure is not taken. ``weights``: name -> sha256, kept in results.
-    ``real``: gives the features of true clips, which may be kept; None: ``features`` does."""
+    """What measures beside arithmetic. None: that figure is not taken. ``weights``: name -> sha256,
+    kept in results. ``real``: gives the features of true clips, which may be kept; None:
+    ``features`` does."""
 
     lpips: Lpips | None = None
     features: FeatureExtractor | None = None
@@ -65,8 +74,9 @@ class MetricNetworks:
         torchscript: Path | None = None,
         sha256: str = TORCHSCRIPT_SHA256,
     ) -> MetricNetworks:
-        """LPIPS (the papers use Alex) and I3D of ``scd weights metrics``; with ``torchscript`` the I3D of that file, a
-        program, which must have the hash ``sha256``. UserError when they are not there."""
+        """LPIPS (the papers use Alex) and I3D of ``scd weights metrics``; with ``torchscript`` the
+        I3D of that file, a program, which must have the hash ``sha256``. UserError when they are
+        not there."""
         i3d: I3dFeatures | TorchscriptFeatures
         if torchscript is None:
             name, i3d = "i3d", I3dFeatures.load(folder, device)
@@ -78,8 +88,9 @@ class MetricNetworks:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """What is kept of one clip. ``frames``: measure -> (T, F) fp64 of the generated frames; ``fake`` (T, D) and
-    ``real`` (1, D), or (T, D) when the reference went through a codec, too; None without a feature network."""
+    """What is kept of one clip. ``frames``: measure -> (T, F) fp64 of the generated frames;
+    ``fake`` (T, D) and ``real`` (1, D), or (T, D) when the reference went through a codec, too;
+    None without a feature network."""
 
     clip: int
     frames: dict[str, Tensor]
@@ -91,7 +102,8 @@ class ClipScore:
 
 @dataclass(frozen=True)
 class SavedScore:
-    """What a clip's file says of itself: ``key`` of the scorer, seconds of generating and of measuring."""
+    """What a clip's file says of itself: ``key`` of the scorer, seconds of generating and of
+    measuring."""
 
     clip: int
     key: str
@@ -101,14 +113,19 @@ class SavedScore:
 class PredictionScorer:
     """Takes clips one at a time, in any order, and sums them up under ``protocol``."""
 
-    def __init__(self, protocol: PredictionProtocol, networks: MetricNetworks, *, far_compat: bool = False) -> None:
-        """``far_compat``: measured the way FAR and SCD's release do, for comparison with their tables only: sample and
-        reference side by side through an H.264 file at 8 frames a second, and LPIPS fed [0, 1]. Close to theirs, not
-        bit-equal: encoder version and preset differ, theirs joins the trajectories in one file, and may draw a red
-        border around context frames. SSIM counts padded borders, as theirs. Their FVD is of StyleGAN-V's TorchScript
-        file: with another I3D the result warns that its FVD does not compare."""
+    def __init__(
+        self, protocol: PredictionProtocol, networks: MetricNetworks, *, far_compat: bool = False
+    ) -> None:
+        """``far_compat``: measured the way FAR and SCD's release do, for comparison with their
+        tables only: sample and reference side by side through an H.264 file at 8 frames a second,
+        and LPIPS fed [0, 1]. Close to theirs, not bit-equal: encoder version and preset differ,
+        theirs joins the trajectories in one file, and may draw a red border around context frames.
+        SSIM counts padded borders, as theirs. Their FVD is of StyleGAN-V's TorchScript file: with
+        another I3D the result warns that its FVD does not compare."""
         if networks.features is not None and protocol.clips < 2:
-            raise UserError(f"protocol {protocol.name}: FVD needs 2 clips; give networks without features for 1")
+            raise UserError(
+                f"protocol {protocol.name}: FVD needs 2 clips; give networks without features for 1"
+            )
         self.protocol = protocol
         self.networks = networks
         self.far_compat = far_compat
@@ -118,11 +135,13 @@ class PredictionScorer:
 
     @torch.no_grad()
     def add(self, clip: int, reference: Tensor, samples: Iterable[Tensor]) -> ClipScore:
-        """Score one clip: ``reference`` (context + generated, 3, H, W), and for each of the protocol's seeds, in their
-        order, a sample (generated, 3, H, W) without the context. Float in [0, 1]; sums run on the reference's device.
+        """Score one clip: ``reference`` (context + generated, 3, H, W), and for each of the
+        protocol's seeds, in their order, a sample (generated, 3, H, W) without the context. Float
+        in [0, 1]; sums run on the reference's device.
 
-        ``samples`` may be a generator that makes them on demand; waiting for it is counted as generation.
-        Raises UserError for a clip that is there already or beyond the protocol, wrong sizes, counts or values.
+        ``samples`` may be a generator that makes them on demand; waiting for it is counted as
+        generation. Raises UserError for a clip that is there already or beyond the protocol, wrong
+        sizes, counts or values.
         """
         self._check_new(clip)
         self._check_video(reference, self.protocol.frames, f"clip {clip}: the reference")
@@ -132,13 +151,19 @@ class PredictionScorer:
         for sample in samples:
             ready = time.perf_counter()
             if len(rows) == len(self.protocol.seeds):
-                raise UserError(f"clip {clip}: more than {len(rows)} samples; give one for each seed of the protocol")
-            self._check_video(sample, self.protocol.generated, f"clip {clip}, trajectory {len(rows)}: the sample")
+                raise UserError(
+                    f"clip {clip}: more than {len(rows)} samples; give one for each seed of the protocol"
+                )
+            self._check_video(
+                sample, self.protocol.generated, f"clip {clip}, trajectory {len(rows)}: the sample"
+            )
             rows.append(self._measure(reference, sample, first=not rows))
             waited, measured = waited + ready - start, measured + time.perf_counter() - ready
             start = time.perf_counter()
         if len(rows) != len(self.protocol.seeds):
-            raise UserError(f"clip {clip}: {len(rows)} samples; the protocol has {len(self.protocol.seeds)} seeds")
+            raise UserError(
+                f"clip {clip}: {len(rows)} samples; the protocol has {len(self.protocol.seeds)} seeds"
+            )
         joined = {name: torch.stack([row[name] for row in rows if name in row]) for name in rows[0]}
         fake, real = joined.pop("fake", None), joined.pop("real", None)
         score = ClipScore(clip, joined, fake, real, waited, measured)
@@ -146,7 +171,8 @@ class PredictionScorer:
         return score
 
     def add_score(self, score: ClipScore) -> None:
-        """Take a clip's score as it is (from another rank, say). UserError when it is there, or not finite."""
+        """Take a clip's score as it is (from another rank, say). UserError when it is there, or not
+        finite."""
         self._check_new(score.clip)
         for name, values in (*score.frames.items(), ("fake", score.fake), ("real", score.real)):
             if values is not None and not bool(torch.isfinite(values).all()):
@@ -163,18 +189,28 @@ class PredictionScorer:
         check_videos(video.unsqueeze(0), what)
         wanted = (frames, 3, self.protocol.resolution, self.protocol.resolution)
         if video.shape != wanted:
-            hint = "; leave the context out" if video.shape[0] == self.protocol.frames != frames else ""
-            raise UserError(f"{what} has shape {tuple(video.shape)}, the protocol's is {wanted}{hint}")
+            hint = (
+                "; leave the context out"
+                if video.shape[0] == self.protocol.frames != frames
+                else ""
+            )
+            raise UserError(
+                f"{what} has shape {tuple(video.shape)}, the protocol's is {wanted}{hint}"
+            )
 
     def _measure(self, reference: Tensor, sample: Tensor, *, first: bool) -> dict[str, Tensor]:
-        """Figures (F,) of one trajectory, ``fake`` (D,), and ``real`` (D,) where it is not that of the first."""
+        """Figures (F,) of one trajectory, ``fake`` (D,), and ``real`` (D,) where it is not that of
+        the first."""
         reference = reference.float()
         context = reference[: self.protocol.context]
         whole = torch.cat([context, sample.to(reference)])
         if self.far_compat:
             whole, reference = through_h264(whole, reference)
         one, other = whole[None, len(context) :], reference[None, len(context) :]
-        found = {"mse": mse_frames(one, other)[0].cpu(), "ssim": ssim_frames(one, other, self.ssim)[0]}
+        found = {
+            "mse": mse_frames(one, other)[0].cpu(),
+            "ssim": ssim_frames(one, other, self.ssim)[0],
+        }
         found["psnr"] = (-10 * torch.log10(found["mse"])).clamp_max(CEILING)
         if self.networks.lpips is not None:
             found["lpips"] = self.networks.lpips(one, other, unscaled=self.far_compat)[0]
@@ -182,29 +218,48 @@ class PredictionScorer:
             seen = slice(None) if self.protocol.fvd_context else slice(len(context), None)
             found["fake"] = _features(self.networks.features, whole[seen])
             if first or self.far_compat:
-                kept = None if self.far_compat else self.networks.real  # there the codec saw the sample, too
+                # there the codec saw the sample, too
+                kept = None if self.far_compat else self.networks.real
                 found["real"] = _features(kept or self.networks.features, reference[seen])
         return found
 
     def save(self, score: ClipScore, folder: Path) -> None:
-        """Write a clip's score (kilobytes) to ``folder``, whole or not at all, for :meth:`resume`."""
+        """Write a clip's score (kilobytes) to ``folder``, whole or not at all, for
+        :meth:`resume`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"frames.{name}": value for name, value in score.frames.items()}
-        tensors |= {name: value for name, value in (("fake", score.fake), ("real", score.real)) if value is not None}
-        about = {"clip": score.clip, "key": self.key, "seconds": [score.generation_seconds, score.metric_seconds]}
-        write_tensors(folder / f"clip-{score.clip:05d}.safetensors", tensors, {"score": json.dumps(about)})
+        tensors |= {
+            name: value
+            for name, value in (("fake", score.fake), ("real", score.real))
+            if value is not None
+        }
+        about = {
+            "clip": score.clip,
+            "key": self.key,
+            "seconds": [score.generation_seconds, score.metric_seconds],
+        }
+        write_tensors(
+            folder / f"clip-{score.clip:05d}.safetensors", tensors, {"score": json.dumps(about)}
+        )
 
     def resume(self, folder: Path) -> set[int]:
-        """Add every score in ``folder``; which clips are there now. A missing folder is an empty one.
+        """Add every score in ``folder``; which clips are there now. A missing folder is an empty
+        one.
 
-        Raises UserError for a damaged file, or one of another protocol, other weights or another ``far_compat``.
+        Raises UserError for a damaged file, or one of another protocol, other weights or another
+        ``far_compat``.
         """
         for path in sorted(folder.glob("clip-*.safetensors")):
-            with foreign(path, "not a clip's score; delete it"), safe_open(path, framework="pt") as file:
+            with (
+                foreign(path, "not a clip's score; delete it"),
+                safe_open(path, framework="pt") as file,
+            ):
                 about = typed(json.loads(file.metadata()["score"]), SavedScore, path, "delete it")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.key != self.key:
-                raise UserError(f"{path}: scored under another protocol, weights or codec; use another folder")
+                raise UserError(
+                    f"{path}: scored under another protocol, weights or codec; use another folder"
+                )
             if about.clip in self.scores:
                 continue
             fake, real = tensors.pop("fake", None), tensors.pop("real", None)
@@ -213,7 +268,8 @@ class PredictionScorer:
         return set(self.scores)
 
     def result(self) -> PredictionResult:
-        """Figures of the clips so far. UserError without any, or with one where FVD is asked for."""
+        """Figures of the clips so far. UserError without any, or with one where FVD is asked
+        for."""
         scores = [self.scores[clip] for clip in sorted(self.scores)]
         if not scores or (self.networks.features is not None and len(scores) < 2):
             raise UserError(f"protocol {self.protocol.name}: {len(scores)} clips scored; add more")
@@ -224,8 +280,10 @@ class PredictionScorer:
             values = torch.stack([score.frames[name] for score in scores])
             figures[name], curves[name] = frame_figure(self.protocol, name, values)
         if scores[0].fake is not None:
-            fake, real = (torch.stack([torch.as_tensor(rows) for rows in side])
-                          for side in ([s.fake for s in scores], [s.real for s in scores]))  # fmt: skip
+            fake, real = (
+                torch.stack([torch.as_tensor(rows) for rows in side])
+                for side in ([s.fake for s in scores], [s.real for s in scores])
+            )
             figures["fvd"] = video_figure(fake, real)
             warnings = self._fvd_warnings(len(scores), fake.shape[-1])
         psnr = torch.stack([score.frames["psnr"] for score in scores])
@@ -258,11 +316,14 @@ class PredictionScorer:
         return tuple(found)
 
 
-def frame_figure(protocol: PredictionProtocol, name: str, values: Tensor) -> tuple[PredictionFigure, tuple[float, ...]]:
+def frame_figure(
+    protocol: PredictionProtocol, name: str, values: Tensor
+) -> tuple[PredictionFigure, tuple[float, ...]]:
     """The figure and the drift curve (F,) of one measure, ``values`` (N, T, F).
 
-    Best: for each clip the trajectory with the highest (PSNR, SSIM) or lowest (LPIPS, MSE) mean over frames. (The
-    public code takes the highest MSE, the worst.) Spread: over seeds for the mean of several, else over resamples.
+    Best: for each clip the trajectory with the highest (PSNR, SSIM) or lowest (LPIPS, MSE) mean
+    over frames. (The public code takes the highest MSE, the worst.) Spread: over seeds for the mean
+    of several, else over resamples.
     """
     per_trajectory = values.mean(dim=2)
     seeds = values.shape[1]
@@ -280,7 +341,8 @@ def frame_figure(protocol: PredictionProtocol, name: str, values: Tensor) -> tup
 
 
 def video_figure(fake: Tensor, real: Tensor) -> PredictionFigure:
-    """FVD from features (N, T, D) and (N, T or 1, D): per trajectory over all clips, then the mean over trajectories.
+    """FVD from features (N, T, D) and (N, T or 1, D): per trajectory over all clips, then the mean
+    over trajectories.
 
     Spread: over trajectories, or for a single one over resampled clips (the reference stays).
     """
@@ -294,7 +356,9 @@ def video_figure(fake: Tensor, real: Tensor) -> PredictionFigure:
 
 
 def _resampled(statistic: Callable[[Tensor], float], clips: int) -> tuple[float, str]:
-    return bootstrap(statistic, clips, resamples=RESAMPLES).std, f"{RESAMPLES} resamples of {clips} clips"
+    return bootstrap(
+        statistic, clips, resamples=RESAMPLES
+    ).std, f"{RESAMPLES} resamples of {clips} clips"
 
 
 def _features(extractor: FeatureExtractor, video: Tensor) -> Tensor:
@@ -308,7 +372,8 @@ def _features(extractor: FeatureExtractor, video: Tensor) -> Tensor:
 def through_h264(sample: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Both (F, 3, H, W), side by side in one H.264 file, written and read again, as FAR does.
 
-    Values are cut, not rounded, to 8 bits; 4:2:0 chroma; crf 25. On the CPU. Raises UserError for an odd height.
+    Values are cut, not rounded, to 8 bits; 4:2:0 chroma; crf 25. On the CPU. Raises UserError for
+    an odd height.
     """
     both = (torch.cat([sample, reference], dim=3).clamp(0, 1) * 255).to(torch.uint8).cpu()
     with tempfile.TemporaryDirectory(prefix="scd-sf-h264-") as folder:

@@ -1,8 +1,10 @@
-"""How a video prediction model is scored: which clips, how much context, how many trajectories, how they are reduced.
+"""How a video prediction model is scored: which clips, how much context, how many trajectories, how
+they are reduced.
 
-A figure of video prediction means nothing without these, so they are data with a name and a version, and every result
-carries them. Sources: SCD, FAR, TECO and MCVD, as collected in docs/results/metrics.md; the figures of two
-protocols, or of two versions of one, are never compared.
+A figure of video prediction means nothing without these, so they are data with a name and a
+version, and every result carries them. Sources: SCD, FAR, TECO and MCVD, as collected in
+docs/results/metrics.md; the figures of two protocols, or of two versions of one, are never
+compared.
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ VERSION = "2"  # of all protocols below
 
 @dataclass(frozen=True)
 class PredictionProtocol:
-    """One protocol. Frames are pixel frames at the data's own rate; ``resolution`` is the side of the square picture.
+    """One protocol. Frames are pixel frames at the data's own rate; ``resolution`` is the side of
+    the square picture.
 
-    ``context`` frames are given, ``generated`` follow; frame figures are taken of the latter. ``seeds``: one trajectory
-    of every clip for each. Per clip and trajectory a frame figure is averaged over frames; then ``reduce`` is ``best``
-    (the best trajectory of each clip, for each figure by itself) or ``mean`` (of all), then the mean over clips.
-    FVD is always taken per trajectory, over all clips, and averaged. ``fvd_context``: FVD sees the context frames, too
-    (true ones on both sides). ``first_frame`` of the source clip is where the context starts; ``selection`` says in
-    words which clips are taken, which only the caller can obey. ``ssim``: which pixels it counts (``ssim_frames``; all
-    protocols count those of TECO; scoring FAR's way counts FAR's).
+    ``context`` frames are given, ``generated`` follow; frame figures are taken of the latter.
+    ``seeds``: one trajectory of every clip for each. Per clip and trajectory a frame figure is
+    averaged over frames; then ``reduce`` is ``best`` (the best trajectory of each clip, for each
+    figure by itself) or ``mean`` (of all), then the mean over clips. FVD is always taken per
+    trajectory, over all clips, and averaged. ``fvd_context``: FVD sees the context frames, too
+    (true ones on both sides). ``first_frame`` of the source clip is where the context starts;
+    ``selection`` says in words which clips are taken, which only the caller can obey. ``ssim``:
+    which pixels it counts (``ssim_frames``; all protocols count those of TECO; scoring FAR's way
+    counts FAR's).
 
     Version 2: SSIM counts the valid window; version 1 counted padded borders.
     """
@@ -56,24 +61,42 @@ class PredictionProtocol:
             ("seeds", len(self.seeds), 1),
         ):
             if value < least:
-                raise UserError(f"protocol {self.name}: {name} is {value}; at least {least} is needed")
+                raise UserError(
+                    f"protocol {self.name}: {name} is {value}; at least {least} is needed"
+                )
         check_within(
-            self, {"context": (0, 10**6), "generated": (1, 10**6), "resolution": (1, 2**15)}, f"protocol {self.name}: "
+            self,
+            {"context": (0, 10**6), "generated": (1, 10**6), "resolution": (1, 2**15)},
+            f"protocol {self.name}: ",
         )
         if self.seeds and min(self.seeds) < 0:
-            raise UserError(f"protocol {self.name}: seeds is {list(self.seeds)}; they must be 0 or more")
+            raise UserError(
+                f"protocol {self.name}: seeds is {list(self.seeds)}; they must be 0 or more"
+            )
         if len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"protocol {self.name}: a seed is there twice in {self.seeds}; its trajectories are equal")
+            raise UserError(
+                f"protocol {self.name}: a seed is there twice in {self.seeds}; its trajectories are equal"
+            )
         if self.reduce not in ("best", "mean"):
-            raise UserError(f"protocol {self.name}: reduce is {self.reduce!r}; use 'best' or 'mean'")
+            raise UserError(
+                f"protocol {self.name}: reduce is {self.reduce!r}; use 'best' or 'mean'"
+            )
         check_ssim_window(self.ssim)
 
     @classmethod
     def custom(
-        cls, *, context: int, generated: int, clips: int, resolution: int, seeds: tuple[int, ...] = (0,),
-        reduce: Reduction = "mean", ssim: SsimWindow = "valid",
-    ) -> PredictionProtocol:  # fmt: skip
-        """A protocol of one's own, for smaller machines and tests; its name says that nobody else has used it."""
+        cls,
+        *,
+        context: int,
+        generated: int,
+        clips: int,
+        resolution: int,
+        seeds: tuple[int, ...] = (0,),
+        reduce: Reduction = "mean",
+        ssim: SsimWindow = "valid",
+    ) -> PredictionProtocol:
+        """A protocol of one's own, for smaller machines and tests; its name says that nobody else
+        has used it."""
         return cls(CUSTOM, VERSION, context, generated, clips, resolution, seeds, reduce, ssim=ssim)
 
     @property
@@ -84,8 +107,12 @@ class PredictionProtocol:
     @property
     def title(self) -> str:
         """For people: name, version and what they stand for."""
-        trajectories = f"{self.reduce} of {len(self.seeds)}" if len(self.seeds) > 1 else "1 trajectory"
-        sizes = f"{self.context} -> {self.generated} frames of {self.resolution} px, {self.clips} clips"
+        trajectories = (
+            f"{self.reduce} of {len(self.seeds)}" if len(self.seeds) > 1 else "1 trajectory"
+        )
+        sizes = (
+            f"{self.context} -> {self.generated} frames of {self.resolution} px, {self.clips} clips"
+        )
         padded = ", SSIM with padded borders" if self.ssim == "padded" else ""
         return f"{self.name} v{self.version}: {sizes}, {trajectories}{padded}"
 
@@ -96,12 +123,24 @@ _RE10K = "RealEstate10K test clips without cameras; their number, trajectories a
 _FAR_SEEDS = (0, 2, 4, 6)
 
 _NAMED = (
-    PredictionProtocol("minecraft-fvd", VERSION, 36, 264, 256, 128, (0,), "mean", selection=_MINECRAFT),
-    PredictionProtocol("minecraft-frames", VERSION, 144, 156, 256, 128, (0,), "mean", selection=_MINECRAFT),
-    PredictionProtocol("minecraft-scd", VERSION, 144, 156, 256, 128, tuple(range(4)), "best", selection=_MINECRAFT),
-    PredictionProtocol("far-minecraft", VERSION, 144, 156, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT),
-    PredictionProtocol("far-minecraft-fvd", VERSION, 36, 264, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT),
-    PredictionProtocol("ucf101", VERSION, 4, 12, 256, 64, tuple(range(100)), "best", selection=_UCF),
+    PredictionProtocol(
+        "minecraft-fvd", VERSION, 36, 264, 256, 128, (0,), "mean", selection=_MINECRAFT
+    ),
+    PredictionProtocol(
+        "minecraft-frames", VERSION, 144, 156, 256, 128, (0,), "mean", selection=_MINECRAFT
+    ),
+    PredictionProtocol(
+        "minecraft-scd", VERSION, 144, 156, 256, 128, tuple(range(4)), "best", selection=_MINECRAFT
+    ),
+    PredictionProtocol(
+        "far-minecraft", VERSION, 144, 156, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT
+    ),
+    PredictionProtocol(
+        "far-minecraft-fvd", VERSION, 36, 264, 256, 128, _FAR_SEEDS, "mean", selection=_MINECRAFT
+    ),
+    PredictionProtocol(
+        "ucf101", VERSION, 4, 12, 256, 64, tuple(range(100)), "best", selection=_UCF
+    ),
     PredictionProtocol("realestate10k", VERSION, 16, 48, 256, 256, (0,), "mean", selection=_RE10K),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _NAMED}

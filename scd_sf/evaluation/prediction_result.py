@@ -1,4 +1,5 @@
-"""The outcome of scoring a video prediction model: figures with their spread, drift curves, and what they stand on."""
+"""The outcome of scoring a video prediction model: figures with their spread, drift curves, and
+what they stand on."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ MEASURES = {  # unit, and whether higher is better
     "fvd": ("", False),
 }
 FAR_COMPATIBLE = (
-    "FAR-compatible: both sides through H.264, LPIPS fed [0, 1], SSIM with padded borders; not comparable with tensors"
+    "FAR-compatible: both sides through H.264, LPIPS fed [0, 1], SSIM with padded borders; "
+    "not comparable with tensors"
 )
 
 
 @dataclass(frozen=True)
 class PredictionFigure:
-    """One figure; ``std``: its standard deviation over what ``spread_over`` says ("4 seeds", "20 resamples of ..")."""
+    """One figure; ``std``: its standard deviation over what ``spread_over`` says ("4 seeds", "20
+    resamples of ..")."""
 
     value: float
     std: float
@@ -37,12 +40,14 @@ class PredictionFigure:
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """Figures (psnr, ssim, lpips, mse, fvd; those that were measured) of one model under one protocol.
+    """Figures (psnr, ssim, lpips, mse, fvd; those that were measured) of one model under one
+    protocol.
 
-    ``clips`` were scored (fewer than the protocol's: not comparable). ``warnings``: what a reader of the figures must
-    know. ``curves``: per generated frame, the mean over clips of the trajectories that the figure is of; their mean is
-    the figure. ``weights``: sha256 of each network's file. ``equal_frames``: generated frames without any error, which
-    count as 100 dB. Seconds are sums over clips and trajectories: of waiting for the generator, and of measuring.
+    ``clips`` were scored (fewer than the protocol's: not comparable). ``warnings``: what a reader
+    of the figures must know. ``curves``: per generated frame, the mean over clips of the
+    trajectories that the figure is of; their mean is the figure. ``weights``: sha256 of each
+    network's file. ``equal_frames``: generated frames without any error, which count as 100 dB.
+    Seconds are sums over clips and trajectories: of waiting for the generator, and of measuring.
     """
 
     protocol: PredictionProtocol
@@ -66,12 +71,17 @@ class PredictionResult:
 
     @property
     def seconds_per_frame(self) -> float:
-        """Generation seconds per generated frame (the papers' Sec/F, when the generator was lazy)."""
-        return self.generation_seconds / (self.clips * len(self.protocol.seeds) * self.protocol.generated)
+        """Generation seconds per generated frame (the papers' Sec/F, when the generator was
+        lazy)."""
+        return self.generation_seconds / (
+            self.clips * len(self.protocol.seeds) * self.protocol.generated
+        )
 
     def to_json(self) -> str:
         """Indented JSON. Raises UserError when a figure is NaN or infinite."""
-        return finite_json({"schema": SCHEMA, **asdict(self)}, "prediction result", "look at the videos first")
+        return finite_json(
+            {"schema": SCHEMA, **asdict(self)}, "prediction result", "look at the videos first"
+        )
 
     def write(self, path: Path) -> None:
         """:meth:`to_json` into a file, whole or not at all."""
@@ -94,15 +104,24 @@ class PredictionResult:
 
 
 def prediction_table(results: Mapping[str, PredictionResult]) -> Table:
-    """Models side by side (name -> result), for ``rich``. UserError when they are not of one protocol and setting.
+    """Models side by side (name -> result), for ``rich``. UserError when they are not of one
+    protocol and setting.
 
-    Titles differ when clips are missing or FAR's ways were taken, so such results never share a table either.
+    Titles differ when clips are missing or FAR's ways were taken, so such results never share a
+    table either.
     """
     titles = sorted({result.title for result in results.values()})
-    if len(titles) != 1 or len({json.dumps(asdict(result.protocol)) for result in results.values()}) != 1:
-        raise UserError(f"results of different protocols do not share a table: {' | '.join(titles) or 'none given'}")
+    if (
+        len(titles) != 1
+        or len({json.dumps(asdict(result.protocol)) for result in results.values()}) != 1
+    ):
+        raise UserError(
+            f"results of different protocols do not share a table: {' | '.join(titles) or 'none given'}"
+        )
     if len({json.dumps(result.weights, sort_keys=True) for result in results.values()}) != 1:
-        raise UserError("results by different metric networks do not share a table; score all with the same weights")
+        raise UserError(
+            "results by different metric networks do not share a table; score all with the same weights"
+        )
     warnings = dict.fromkeys(warning for result in results.values() for warning in result.warnings)
     notes = "\n".join(f"Note: {warning}." for warning in warnings)
     table = Table(
@@ -112,7 +131,9 @@ def prediction_table(results: Mapping[str, PredictionResult]) -> Table:
         caption_justify="left",
     )
     table.add_column("model")
-    shown = [name for name in MEASURES if any(name in result.figures for result in results.values())]
+    shown = [
+        name for name in MEASURES if any(name in result.figures for result in results.values())
+    ]
     for name in shown:
         unit, higher = MEASURES[name]
         better = "higher" if higher else "lower"

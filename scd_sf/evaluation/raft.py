@@ -1,6 +1,8 @@
-"""Optical flow by RAFT from a local weights file: torchvision's ``raft_large``, or the original ``raft-things.pth``.
+"""Optical flow by RAFT from a local weights file: torchvision's ``raft_large``, or the original
+``raft-things.pth``.
 
-The original's tensors are renamed into torchvision's network, which computes the same. Nothing is downloaded.
+The original's tensors are renamed into torchvision's network, which computes the same. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ _TO_TORCHVISION = (
 
 
 def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The original RAFT's tensors under torchvision's names; norm3 of a block is its downsample.1 a second time."""
+    """The original RAFT's tensors under torchvision's names; norm3 of a block is its downsample.1 a
+    second time."""
     found = {}
     for name, value in state.items():
         name = name.removeprefix("module.")
@@ -52,7 +55,8 @@ def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_raft(path: Path) -> nn.Module:
-    """RAFT with the weights of ``path``. UserError names the file and where weights are to be had."""
+    """RAFT with the weights of ``path``. UserError names the file and where weights are to be
+    had."""
     from torchvision.models.optical_flow import raft_large
 
     state = read_tensors(path, f"it must be {WHERE}")
@@ -63,19 +67,24 @@ def load_raft(path: Path) -> nn.Module:
     try:
         model.load_state_dict(torchvision_names(state) if original else state)
     except RuntimeError as error:
-        raise UserError(f"raft {path}: these are not the weights of the large RAFT; it must be {WHERE}") from error
+        raise UserError(
+            f"raft {path}: these are not the weights of the large RAFT; it must be {WHERE}"
+        ) from error
     return model.eval()
 
 
 @torch.no_grad()
 def optical_flow(model: nn.Module, first: Tensor, second: Tensor, updates: int = 20) -> Tensor:
-    """Flow in pixels, float (B, 2, H', W'), between frames (B, 3, H, W) in 0..255; H', W' are padded to multiples of 8.
+    """Flow in pixels, float (B, 2, H', W'), between frames (B, 3, H, W) in 0..255; H', W' are
+    padded to multiples of 8.
 
     Padded by repeating the border, half on each side, as the original's ``InputPadder`` does.
     """
     height, width = first.shape[-2:]
     if min(height, width) < SMALLEST:
-        raise UserError(f"optical flow: frames of {width}x{height}; RAFT needs at least {SMALLEST} pixels a side")
+        raise UserError(
+            f"optical flow: frames of {width}x{height}; RAFT needs at least {SMALLEST} pixels a side"
+        )
     rows, columns = -height % 8, -width % 8
     pad = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
     pair = [F.pad(x.float() / 255 * 2 - 1, pad, mode="replicate") for x in (first, second)]

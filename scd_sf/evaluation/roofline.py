@@ -1,8 +1,9 @@
-"""How far a computation is from its own matmuls: the floor that no arrangement of the same calls can beat.
+"""How far a computation is from its own matmuls: the floor that no arrangement of the same calls
+can beat.
 
-The floor is the sum over every matmul, convolution and attention call actually made (backward ones too), each timed
-alone, at its best, in the same process. A ratio near 1 says that there is little overhead; it does not say that the
-calls were needed.
+The floor is the sum over every matmul, convolution and attention call actually made (backward ones
+too), each timed alone, at its best, in the same process. A ratio near 1 says that there is little
+overhead; it does not say that the calls were needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class TensorSpec:
         return storage.as_strided(self.shape, self.stride)
 
 
-Call = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operator, arguments, keyword arguments
+# operator, arguments, keyword arguments
+Call = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 class HeavyCalls(TorchDispatchMode):
@@ -77,7 +79,9 @@ def _given(spec: Any) -> Any:
 def _alone(call: Call, repeats: int) -> float:
     func, specs, keywords = call
     given, named = [_given(spec) for spec in specs], {key: _given(spec) for key, spec in keywords}
-    device = next((spec.device for spec in specs if isinstance(spec, TensorSpec)), torch.device("cpu"))
+    device = next(
+        (spec.device for spec in specs if isinstance(spec, TensorSpec)), torch.device("cpu")
+    )
     if device.type == "cuda":
         func(*given, **named)  # the library chooses its kernel
     best = float("inf")
@@ -98,8 +102,8 @@ def synchronize(device: torch.device) -> None:
 
 
 class Peak:
-    """Most bytes that tensors took on a GPU at once since the last :meth:`reset`; of a CPU, the most that the process
-    ever had resident."""
+    """Most bytes that tensors took on a GPU at once since the last :meth:`reset`; of a CPU, the
+    most that the process ever had resident."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -122,5 +126,9 @@ def peak_gib(reset: bool = False) -> float:
     """Peak resident memory of this process since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 2**20

@@ -1,7 +1,9 @@
-"""What one row of a results table is, how it is stored and printed, and how block passes are counted.
+"""What one row of a results table is, how it is stored and printed, and how block passes are
+counted.
 
-Seconds are measured in timing.py. All costs are per *latent* frame at batch 1: one latent frame is what a causal model
-generates at a time (the Wan VAE makes four pixel frames of each, one of the first).
+Seconds are measured in timing.py. All costs are per *latent* frame at batch 1: one latent frame is
+what a causal model generates at a time (the Wan VAE makes four pixel frames of each, one of the
+first).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Adherence:
-    """Share of videos that the judges find to obey their prompt, in [0, 1]; ``left_right`` None = no such motions."""
+    """Share of videos that the judges find to obey their prompt, in [0, 1]; ``left_right`` None =
+    no such motions."""
 
     place: float
     motion: float
@@ -33,10 +36,12 @@ class Adherence:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One model, sampler and step count, measured. None = does not apply (a control has no block passes).
+    """One model, sampler and step count, measured. None = does not apply (a control has no block
+    passes).
 
-    ``*_std`` is a standard deviation over seeds or resampled videos; ``spread_over`` says which and how many
-    ("3 seeds", "20 resamples"). ``seed`` is the sampling seed of the quoted figures, ``clips`` how many were scored.
+    ``*_std`` is a standard deviation over seeds or resampled videos; ``spread_over`` says which and
+    how many ("3 seeds", "20 resamples"). ``seed`` is the sampling seed of the quoted figures,
+    ``clips`` how many were scored.
     """
 
     name: str
@@ -61,7 +66,8 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class Column:
-    """A column for people: heading, unit ('' = a pure number), what it says in plain words, and the cell's text."""
+    """A column for people: heading, unit ('' = a pure number), what it says in plain words, and the
+    cell's text."""
 
     title: str
     unit: str
@@ -85,9 +91,13 @@ def _milliseconds(value: float | None) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     Column("model", "", "What made the videos.", lambda row: row.name),
-    Column("family", "", "The architecture, or a control that is no model.", lambda row: row.family),
+    Column(
+        "family", "", "The architecture, or a control that is no model.", lambda row: row.family
+    ),
     Column("stage", "", "How far along the chain the weights are.", lambda row: row.stage),
-    Column("steps", "", "Denoising steps per frame.", lambda row: str(row.steps) if row.steps else "-"),
+    Column(
+        "steps", "", "Denoising steps per frame.", lambda row: str(row.steps) if row.steps else "-"
+    ),
     Column("sampler", "", "How a step goes from noisier to cleaner.", lambda row: row.sampler),
     Column(
         "video Frechet",
@@ -159,7 +169,8 @@ class Results:
 
 
 def write_rows(path: Path, rows: Sequence[ResultRow], context: Mapping[str, object]) -> None:
-    """Write ``{"schema", "context", "rows"}`` as JSON, whole or not at all. ``context``: machine, date, seeds, goals.
+    """Write ``{"schema", "context", "rows"}`` as JSON, whole or not at all. ``context``: machine,
+    date, seeds, goals.
 
     NaN and infinity are refused (they are not JSON, and a table should not hide them).
     """
@@ -172,31 +183,40 @@ def read_rows(path: Path) -> tuple[list[ResultRow], dict[str, object]]:
     remedy = "run the evaluation again"
     document = read_json(path, remedy)
     if document.get("schema") != SCHEMA:
-        raise UserError(f"{path}: field 'schema' is not {SCHEMA}; run the evaluation again with this version")
+        raise UserError(
+            f"{path}: field 'schema' is not {SCHEMA}; run the evaluation again with this version"
+        )
     found = typed(document, Results, path, remedy)
     return found.rows, found.context
 
 
 def result_table(rows: Sequence[ResultRow], title: str, notes: Sequence[str] = ()) -> Table:
-    """The rows as a table for ``rich.console.Console``, without what a row's name already says; ``notes`` below it."""
+    """The rows as a table for ``rich.console.Console``, without what a row's name already says;
+    ``notes`` below it."""
     columns = [column for column in COLUMNS if column.title not in IN_THE_NAME]
     result = Table(
-        title=title, title_justify="left", caption=as_cell("\n".join(notes)) if notes else None, caption_justify="left"
+        title=title,
+        title_justify="left",
+        caption=as_cell("\n".join(notes)) if notes else None,
+        caption_justify="left",
     )
     for column in columns:
         heading = f"{column.title}\n({column.unit})" if column.unit else column.title
         name = column.title in LEFT_ALIGNED
-        result.add_column(heading, justify="left" if name else "right", overflow="fold", no_wrap=name)
+        result.add_column(
+            heading, justify="left" if name else "right", overflow="fold", no_wrap=name
+        )
     for row in rows:
         result.add_row(*(as_cell(column.text(row)) for column in columns))
     return result
 
 
 class BlockPassCounter:
-    """Counts the forward passes of chosen submodules while the ``with`` body runs, through forward hooks.
+    """Counts the forward passes of chosen submodules while the ``with`` body runs, through forward
+    hooks.
 
-    ``calls`` counts invocations; ``samples`` adds up the leading (batch) dimension of what the blocks return, so that
-    a prompted and an unprompted branch in one batch of two count as two.
+    ``calls`` counts invocations; ``samples`` adds up the leading (batch) dimension of what the
+    blocks return, so that a prompted and an unprompted branch in one batch of two count as two.
     """
 
     def __init__(
@@ -204,23 +224,33 @@ class BlockPassCounter:
         module: nn.Module,
         is_block: type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool],
     ) -> None:
-        """``is_block``: a class or several (subclasses count too), or a predicate on (qualified name, submodule)."""
+        """``is_block``: a class or several (subclasses count too), or a predicate on (qualified
+        name, submodule)."""
         self.calls = 0
         self.samples = 0
         self._handles: list[RemovableHandle] = []
         self._blocks: list[nn.Module] = []
         for name, child in module.named_modules():
-            if isinstance(child, is_block) if isinstance(is_block, type | tuple) else is_block(name, child):
+            if (
+                isinstance(child, is_block)
+                if isinstance(is_block, type | tuple)
+                else is_block(name, child)
+            ):
                 self._blocks.append(child)
         if not self._blocks:
-            raise UserError("block passes: no submodule matches; give the class of the transformer blocks")
+            raise UserError(
+                "block passes: no submodule matches; give the class of the transformer blocks"
+            )
 
     def __enter__(self) -> Self:
         self._handles = [block.register_forward_hook(self._count) for block in self._blocks]
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for handle in self._handles:
             handle.remove()
@@ -230,23 +260,30 @@ class BlockPassCounter:
         self.calls += 1
         first = output[0] if isinstance(output, tuple) else output
         if not isinstance(first, Tensor) or first.ndim == 0:
-            raise TypeError(f"block passes: {type(block).__name__} returned {type(first).__name__}, not a batch")
+            raise TypeError(
+                f"block passes: {type(block).__name__} returned {type(first).__name__}, not a batch"
+            )
         self.samples += first.shape[0]
 
     def per_frame(self, frames: int, *, batch: int = 1, frames_per_pass: int = 1) -> float:
-        """Passes per generated frame. ``frames_per_pass``: a bidirectional pass carries every frame of the clip, so
-        its passes count once for each of them; a causal chunk of 3 frames counts as 3."""
+        """Passes per generated frame. ``frames_per_pass``: a bidirectional pass carries every frame
+        of the clip, so its passes count once for each of them; a causal chunk of 3 frames counts as
+        3."""
         return self.samples * frames_per_pass / (batch * frames)
 
 
 def split_reference(total: int, count: int, where: str) -> tuple[list[int], list[int]]:
-    """Two disjoint sets of ``count`` of ``total`` clips, the same places and motions in turn: reference and control.
+    """Two disjoint sets of ``count`` of ``total`` clips, the same places and motions in turn:
+    reference and control.
 
-    Neighbours are clips of one place and motion, so even and odd ones make the halves. UserError: too few clips.
+    Neighbours are clips of one place and motion, so even and odd ones make the halves. UserError:
+    too few clips.
     """
     order = sorted(range(total), key=lambda i: (i % 2, i))
     half = total // 2
     if count > half:
         raise UserError(f"clips is {count}, but {where} has only {total}: use at most {half}")
-    first, second = ([part[int(i * half / count)] for i in range(count)] for part in (order[:half], order[half:]))
+    first, second = (
+        [part[int(i * half / count)] for i in range(count)] for part in (order[:half], order[half:])
+    )
     return first, second

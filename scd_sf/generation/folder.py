@@ -1,7 +1,9 @@
-"""A folder of samples: what is finished, who makes the rest, and the manifest. Videos come from generation/sampling.py.
+"""A folder of samples: what is finished, who makes the rest, and the manifest. Videos come from
+generation/sampling.py.
 
-``out/manifest.json`` holds the settings and, at the end, every video's prompt, seed and hash. ``out/.done`` has a
-record of each finished video, written by whichever rank made it: so ranks share a folder, and the same command goes on.
+``out/manifest.json`` holds the settings and, at the end, every video's prompt, seed and hash.
+``out/.done`` has a record of each finished video, written by whichever rank made it: so ranks share
+a folder, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from scd_sf.config import present_names
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
-from scd_sf.generation.sampling import SampleConfig, Studio, VideoRequest, open_studio, wanted_videos
+from scd_sf.generation.sampling import (
+    SampleConfig,
+    Studio,
+    VideoRequest,
+    open_studio,
+    wanted_videos,
+)
 from scd_sf.types import UserError, say
 
 INDEX = "manifest.json"
@@ -24,8 +32,8 @@ DONE = ".done"
 
 
 def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
-    """Make the folder, or check that it holds videos of the same settings. UserError where another run's, or
-    somebody's, files would be overwritten."""
+    """Make the folder, or check that it holds videos of the same settings. UserError where another
+    run's, or somebody's, files would be overwritten."""
     file = out / INDEX
     if file.is_file():
         old = read_json(file, "use another out=").get("settings")
@@ -42,7 +50,9 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
         return
     try:
         if others_in(out):
-            raise UserError(f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out=")
+            raise UserError(
+                f"{out}: holds files but no {INDEX}; nothing is overwritten: use another out="
+            )
         write_json(file, {"settings": settings, "videos": {}})
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}); use another out=") from error
@@ -64,7 +74,9 @@ def waiting(out: Path, videos: Sequence[VideoRequest]) -> list[VideoRequest]:
         entry = read_json(record, "delete it to make the video again")
         told = video.record()
         if {name: entry.get(name) for name in told} != told:
-            raise UserError(f"{out / video.file}: made for prompt {entry.get('prompt')!r}; use another out=")
+            raise UserError(
+                f"{out / video.file}: made for prompt {entry.get('prompt')!r}; use another out="
+            )
         if not (out / video.file).is_file() or sha256_file(out / video.file) != entry.get("sha256"):
             left.append(video)
     return left
@@ -74,7 +86,10 @@ def finished_videos(out: Path) -> dict[str, dict[str, object]]:
     """The records of all finished videos by file name."""
     files = sorted((out / DONE).rglob("*.json"))
     names = [file.relative_to(out / DONE).as_posix().removesuffix(".json") for file in files]
-    return {name: read_json(file, "make the video again") for name, file in zip(names, files, strict=True)}
+    return {
+        name: read_json(file, "make the video again")
+        for name, file in zip(names, files, strict=True)
+    }
 
 
 def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest]]:
@@ -92,15 +107,21 @@ def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest
 def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
     """One batch: frames go to the files as they come; a record is written when a file is whole."""
     cfg = studio.cfg
-    for folder in {path.parent for video in videos for path in (out / video.file, record_file(out, video))}:
+    for folder in {
+        path.parent for video in videos for path in (out / video.file, record_file(out, video))
+    }:
         folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
-        writers = [files.enter_context(video_writer(out / v.file, cfg.fps, crf=cfg.crf)) for v in videos]
+        writers = [
+            files.enter_context(video_writer(out / v.file, cfg.fps, crf=cfg.crf)) for v in videos
+        ]
         for part in studio.frames(videos):
             for write, frames in zip(writers, part.cpu(), strict=True):
                 write(frames)
     for video in videos:
-        write_json(record_file(out, video), video.record() | {"sha256": sha256_file(out / video.file)})
+        write_json(
+            record_file(out, video), video.record() | {"sha256": sha256_file(out / video.file)}
+        )
 
 
 def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
@@ -115,12 +136,15 @@ def make_videos(
     fixed: Mapping[str, object],
     about: Mapping[str, object],
 ) -> None:
-    """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever the folder is used
-    again; ``about``: what else the manifest says, each time anew."""
+    """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever
+    the folder is used again; ``about``: what else the manifest says, each time anew."""
     out = Path(cfg.out)
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     studio, settings = open_studio(cfg, ranks.device, checkpoint)
-    settings |= {"checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)), **fixed}
+    settings |= {
+        "checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)),
+        **fixed,
+    }
     with ExitStack() as held:
         ranks.on_main(lambda: require_own_folder(out, [INDEX]))
         ranks.on_main(lambda: held.enter_context(locked(out, "samples")))
@@ -131,7 +155,8 @@ def make_videos(
 
 
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]) -> None:
-    """This rank's share of the videos that are not there whole; returns when all ranks have made theirs."""
+    """This rank's share of the videos that are not there whole; returns when all ranks have made
+    theirs."""
     left = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
     todo = left[ranks.rank :: ranks.world]
@@ -144,5 +169,7 @@ def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video
         seconds = (time.monotonic() - started) / made
         rest = round(seconds * (len(todo) - made))
         if ranks.is_main:
-            say(f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}")
+            say(
+                f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}"
+            )
     ranks.barrier()

@@ -1,11 +1,13 @@
 """The one way from conditions and seeds to latents and frames.
 
-A video depends on its checkpoint, its conditions and its seed, and on nothing else: not on the batch, the rank, the
-order or the length of the clip. The noise of a latent frame is a function of (seed, frame), so a short clip is the
-beginning of a long one, and every sampler starts from the same noise. Text states are rounded to float16 first, the
-type in which encoded prompts are stored: a prompt that was just encoded and one from a folder give the same video.
+A video depends on its checkpoint, its conditions and its seed, and on nothing else: not on the
+batch, the rank, the order or the length of the clip. The noise of a latent frame is a function of
+(seed, frame), so a short clip is the beginning of a long one, and every sampler starts from the
+same noise. Text states are rounded to float16 first, the type in which encoded prompts are stored:
+a prompt that was just encoded and one from a folder give the same video.
 
-Letters: B batch, F latent frames, n frames of a chunk, C channels, H W latent height and width, L tokens, E width.
+Letters: B batch, F latent frames, n frames of a chunk, C channels, H W latent height and width, L
+tokens, E width.
 """
 
 from __future__ import annotations
@@ -48,12 +50,13 @@ def generate(
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
 ) -> Iterator[Tensor]:
-    """Pixels (B, m, 3, H, W) in [0, 1], as they are made: one frame for the first latent frame, ``temporal`` for each
-    later one.
+    """Pixels (B, m, 3, H, W) in [0, 1], as they are made: one frame for the first latent frame,
+    ``temporal`` for each later one.
 
-    ``shape``: of the whole clip. ``start``: pixels (B, F', 3, H, W) in [0, 1] that the clip begins with, F' = 1 +
-    temporal*k; they come first, as the VAE gives them back. ``changes``: other prompts from a pixel frame on.
-    Other arguments as for :func:`generate_latents`. Raises UserError for samples that are not finite.
+    ``shape``: of the whole clip. ``start``: pixels (B, F', 3, H, W) in [0, 1] that the clip begins
+    with, F' = 1 + temporal*k; they come first, as the VAE gives them back. ``changes``: other
+    prompts from a pixel frame on. Other arguments as for :func:`generate_latents`. Raises UserError
+    for samples that are not finite.
     """
     decoder, history, known = VaeStream(vae), None, 0
     if start is not None:
@@ -61,7 +64,8 @@ def generate(
         known = history.shape[1]
         yield _pixels(decoder, history)
     prompts = {
-        first_chunk(frame, shape.temporal, student.chunk, known): new for frame, new in sorted((changes or {}).items())
+        first_chunk(frame, shape.temporal, student.chunk, known): new
+        for frame, new in sorted((changes or {}).items())
     }
     for latents in generate_latents(
         student,
@@ -96,16 +100,19 @@ def generate_latents(
 ) -> Iterator[Tensor]:
     """Chunks of latents (B, n, C, H, W) as they are made, on the device of ``cond``.
 
-    ``cond``: B rows; ``seeds``: one per row. ``shape``: (F, C, H, W) of the whole clip, ``history`` included.
-    ``window``, ``sink``: latent frames that the cache keeps (0: all). ``history``: latents (B, F', C, H, W) that the
-    clip begins with; they are not yielded. ``changes``: other conditions from the n-th yielded chunk on. ``guidance``
-    with ``null``: away from this condition (one row). Raises UserError: rows without a seed, frames that chunks do not
-    divide, samples that are not finite.
+    ``cond``: B rows; ``seeds``: one per row. ``shape``: (F, C, H, W) of the whole clip, ``history``
+    included. ``window``, ``sink``: latent frames that the cache keeps (0: all). ``history``:
+    latents (B, F', C, H, W) that the clip begins with; they are not yielded. ``changes``: other
+    conditions from the n-th yielded chunk on. ``guidance`` with ``null``: away from this condition
+    (one row). Raises UserError: rows without a seed, frames that chunks do not divide, samples that
+    are not finite.
     """
     if len(seeds) != cond.batch:
         raise UserError(f"{cond.batch} conditions but {len(seeds)} seeds; give one seed for each")
     if window and window < student.chunk:
-        raise UserError(f"window is {window}, but the model makes {student.chunk} latent frames at a time; use no less")
+        raise UserError(
+            f"window is {window}, but the model makes {student.chunk} latent frames at a time; use no less"
+        )
     frames, *size = shape
     known = 0 if history is None else history.shape[1]
     noise = ClipNoise(seeds, cond.text_BLE.device)
@@ -113,7 +120,9 @@ def generate_latents(
     if guidance is not None and guidance.on:
         if null is None:
             raise UserError("guidance needs the condition that it leads away from; give null")
-        streamer = under_guidance(student, guidance, as_stored(null), noise.role("corruption", once=True))
+        streamer = under_guidance(
+            student, guidance, as_stored(null), noise.role("corruption", once=True)
+        )
     chunks = stream_rollout(
         streamer,
         noise.chunks((size[0], size[1], size[2]), student.chunk, known, frames),
@@ -127,7 +136,9 @@ def generate_latents(
     )
     for latents in chunks:
         if not latents.isfinite().all():
-            raise NotFinite("samples are not finite; the weights are broken or the sampler is not theirs")
+            raise NotFinite(
+                "samples are not finite; the weights are broken or the sampler is not theirs"
+            )
         yield latents
 
 
@@ -137,7 +148,8 @@ def clips_of(chunks: Iterable[Tensor]) -> Tensor:
 
 
 def decode(vae: Vae, latents: Tensor, batch: int = 16) -> Tensor:
-    """Whole clips of latents (B, F, C, H, W) -> pixels (B, F', 3, H, W) in [0, 1], as :func:`generate` decodes them."""
+    """Whole clips of latents (B, F, C, H, W) -> pixels (B, F', 3, H, W) in [0, 1], as
+    :func:`generate` decodes them."""
     return torch.cat([_pixels(VaeStream(vae), part) for part in latents.split(batch)])
 
 
@@ -149,7 +161,8 @@ def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
 
 
 def first_chunk(pixel_frame: int, temporal: int, chunk: int, known: int = 0) -> int:
-    """The first chunk after ``known`` latent frames that has no pixel frame (counted from 0) before ``pixel_frame``.
+    """The first chunk after ``known`` latent frames that has no pixel frame (counted from 0) before
+    ``pixel_frame``.
 
     The first latent frame is pixel frame 0, each later one is ``temporal`` of them.
     """
@@ -158,22 +171,26 @@ def first_chunk(pixel_frame: int, temporal: int, chunk: int, known: int = 0) -> 
 
 
 def as_stored(cond: Conditioning) -> Conditioning:
-    """The same with text states rounded to float16, in the type they have. States beyond its range stay as they are."""
+    """The same with text states rounded to float16, in the type they have. States beyond its range
+    stay as they are."""
     text = cond.text_BLE
     half = text.half()
     return replace(cond, text_BLE=half.to(text.dtype)) if half.isfinite().all() else cond
 
 
 class ClipNoise:
-    """Standard normal noise of B clips. What is drawn for row b and latent frame f depends on (seeds[b], f), on what it
-    is for and on how often that was asked for in its chunk."""
+    """Standard normal noise of B clips. What is drawn for row b and latent frame f depends on
+    (seeds[b], f), on what it is for and on how often that was asked for in its chunk."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str) -> None:
         self.seeds, self.device = list(seeds), device
         self._frame, self._draws = 0, dict[str, int]()
 
-    def chunks(self, size: tuple[int, int, int], chunk: int, first: int, frames: int) -> Iterator[Tensor]:
-        """Initial noise (B, n, C, H, W) of the chunks from latent frame ``first`` to ``frames``, one at a time.
+    def chunks(
+        self, size: tuple[int, int, int], chunk: int, first: int, frames: int
+    ) -> Iterator[Tensor]:
+        """Initial noise (B, n, C, H, W) of the chunks from latent frame ``first`` to ``frames``,
+        one at a time.
 
         What the roles draw belongs to the chunk that was taken last.
         """
@@ -183,7 +200,8 @@ class ClipNoise:
             yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
 
     def role(self, name: str, *, once: bool = False) -> Noise:
-        """Noise like x for one use of it; each call within a chunk is a new draw, with ``once`` the same one.
+        """Noise like x for one use of it; each call within a chunk is a new draw, with ``once`` the
+        same one.
 
         x is (B, n, C, H, W), each frame with noise of its own, or (B, L, E)."""
 
@@ -203,7 +221,8 @@ class ClipNoise:
 
 
 def as_uint8(frames: Tensor) -> Tensor:
-    """Frames for a video file: float in [0, 1] is rounded to uint8 (values outside are clipped), uint8 passes as is."""
+    """Frames for a video file: float in [0, 1] is rounded to uint8 (values outside are clipped),
+    uint8 passes as is."""
     if frames.dtype == torch.uint8:
         return frames
     if not frames.is_floating_point():

@@ -1,8 +1,10 @@
-"""A student under guidance while sampling: itself a :class:`~scd_sf.models.interface.FrameStreamer`.
+"""A student under guidance while sampling: itself a
+:class:`~scd_sf.models.interface.FrameStreamer`.
 
-Text guidance (CFG): ``uncond + w (cond - uncond)`` with the null prompt. ``scope`` "all": the whole student runs on
-both prompts, as it was trained; "decoder": only SCD's decoder does, and the encoder is not doubled. Corruption
-guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c with noise of strength context_noise, drawn once a chunk.
+Text guidance (CFG): ``uncond + w (cond - uncond)`` with the null prompt. ``scope`` "all": the whole
+student runs on both prompts, as it was trained; "decoder": only SCD's decoder does, and the encoder
+is not doubled. Corruption guidance (supplement C.3, Table 5): ``v(c~) + s (v(c) - v(c~))``, c~ = c
+with noise of strength context_noise, drawn once a chunk.
 """
 
 from __future__ import annotations
@@ -48,16 +50,22 @@ class SampleGuidance:
         return self.text.w != 1.0 or self.corruption != 1.0
 
 
-def under_guidance(student: Student, guidance: SampleGuidance, null: Conditioning, noise_like: Noise) -> FrameStreamer:
-    """``student`` under ``guidance``: :class:`Guided`, or :class:`GuidedDecoder` where that is enough.
+def under_guidance(
+    student: Student, guidance: SampleGuidance, null: Conditioning, noise_like: Noise
+) -> FrameStreamer:
+    """``student`` under ``guidance``: :class:`Guided`, or :class:`GuidedDecoder` where that is
+    enough.
 
-    ``null``: the prompt that text guidance leads away from, one row. ``noise_like``: draws the corruption of
-    contexts, the same at every call within a chunk. UserError: the causal baseline has no decoder of its own.
+    ``null``: the prompt that text guidance leads away from, one row. ``noise_like``: draws the
+    corruption of contexts, the same at every call within a chunk. UserError: the causal baseline
+    has no decoder of its own.
     """
     if guidance.corruption == 1.0 and guidance.scope == "all":
         return Guided(student, guidance, null)
     if not isinstance(student, Scd):
-        raise UserError("guidance by corruption or of the decoder alone needs an SCD student; use text with scope all")
+        raise UserError(
+            "guidance by corruption or of the decoder alone needs an SCD student; use text with scope all"
+        )
     return GuidedDecoder(student, guidance, null, noise_like)
 
 
@@ -73,7 +81,9 @@ class Guided:
     def chunk(self) -> int:
         return self.student.chunk
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Stream:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> Stream:
         """As the student's, of 2B rows: B under ``cond``, then B under ``null``."""
         return self.student.start(both_prompts(cond, self.null), latent, cache)
 
@@ -113,7 +123,9 @@ class GuidedDecoder:
         """Whether a corrupted context guides; otherwise the null prompt does."""
         return self.guidance.corruption != 1.0
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Stream:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> Stream:
         """As the student's, whose decoder has 2B rows."""
         return self._decoder_rows(self.student.start(cond, latent, cache), cond)
 

@@ -1,11 +1,13 @@
-"""A student as a diffusers pipeline: ``pipe(prompt)`` for whole clips, ``pipe.stream(prompt)`` for frames as they come.
+"""A student as a diffusers pipeline: ``pipe(prompt)`` for whole clips, ``pipe.stream(prompt)`` for
+frames as they come.
 
-    pipe = SCDWanPipeline.from_pretrained("exported")          # made by `scd export RUN exported --layout pipeline`
-    frames = pipe("a red car in the rain", seed=1).frames[0]   # (F, 3, H, W) in [0, 1]
-    for frames in pipe.stream("a red car in the rain"): ...
+    pipe = SCDWanPipeline.from_pretrained("exported")          # made by `scd export RUN exported
+    --layout pipeline` frames = pipe("a red car in the rain", seed=1).frames[0]   # (F, 3, H, W) in
+    [0, 1] for frames in pipe.stream("a red car in the rain"): ...
 
-The directory has diffusers' layout (model_index.json, vae/, text_encoder/ and tokenizer/ or a text_encoder.json that
-names them) with the student in ``transformer/model.safetensors``, whose metadata say what it is. No code comes with it.
+The directory has diffusers' layout (model_index.json, vae/, text_encoder/ and tokenizer/ or a
+text_encoder.json that names them) with the student in ``transformer/model.safetensors``, whose
+metadata say what it is. No code comes with it.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ STUDENT = Path("transformer") / "model.safetensors"
 def choose_sampler(
     own: SamplerConfig, asked: SamplerConfig | None, where: str, *, force: bool = False
 ) -> SamplerConfig:
-    """The checkpoint's sampler with the times it was trained at, or another one. A distilled student gives noise with
-    one it was not trained for: UserError unless ``force``."""
+    """The checkpoint's sampler with the times it was trained at, or another one. A distilled
+    student gives noise with one it was not trained for: UserError unless ``force``."""
     chosen = own if asked is None or asked == replace(own, times=()) else asked
     if chosen != own and own.name == "renoise" and not force:
         raise UserError(
@@ -62,17 +64,28 @@ def choose_sampler(
 
 
 # Pixels and frames that may be asked for; 0: as trained.
-SIZES_ASKED: dict[str, tuple[float, float]] = {"frames": (0, 10**6), "height": (0, 2**15), "width": (0, 2**15)}
+SIZES_ASKED: dict[str, tuple[float, float]] = {
+    "frames": (0, 10**6),
+    "height": (0, 2**15),
+    "width": (0, 2**15),
+}
 
 
 def choose_shape(
-    asked: Mapping[str, int | None], origin: Mapping[str, object], student: Student, vae: VaeGeometry, where: str
+    asked: Mapping[str, int | None],
+    origin: Mapping[str, object],
+    student: Student,
+    vae: VaeGeometry,
+    where: str,
 ) -> VideoShape:
-    """The clip's shape: pixel sizes ``asked`` for (frames, height, width), else those of the training videos that
-    ``origin`` tells of. UserError: a size that nobody knows or that does not fit the VAE, the patches or the chunk."""
+    """The clip's shape: pixel sizes ``asked`` for (frames, height, width), else those of the
+    training videos that ``origin`` tells of. UserError: a size that nobody knows or that does not
+    fit the VAE, the patches or the chunk."""
     trained = origin.get("video")
     known = trained if isinstance(trained, dict) else {}
-    size = {name: int(asked.get(name) or known.get(name) or 0) for name in ("frames", "height", "width")}
+    size = {
+        name: int(asked.get(name) or known.get(name) or 0) for name in ("frames", "height", "width")
+    }
     if missing := [f"{name}=" for name, value in size.items() if not value]:
         raise UserError(f"{where}: does not say what it was trained on; set {', '.join(missing)}")
     shape = vae.shape(size["frames"], size["height"], size["width"])
@@ -87,8 +100,8 @@ def choose_shape(
 
 @dataclass(frozen=True)
 class Description:
-    """What the student's file and the directory say: how text is encoded, model and sampler, provenance, and where the
-    VAE and the text encoder were read from."""
+    """What the student's file and the directory say: how text is encoded, model and sampler,
+    provenance, and where the VAE and the text encoder were read from."""
 
     text: TextEncoderConfig
     checkpoint: CheckpointConfig
@@ -97,8 +110,9 @@ class Description:
 
 
 class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
-    """Text to video, frame by frame. Components: ``transformer`` (the student), ``vae``, ``text_encoder``,
-    ``tokenizer``. The sampler, its steps and the video size are the checkpoint's own unless asked otherwise."""
+    """Text to video, frame by frame. Components: ``transformer`` (the student), ``vae``,
+    ``text_encoder``, ``tokenizer``. The sampler, its steps and the video size are the checkpoint's
+    own unless asked otherwise."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
@@ -113,17 +127,24 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         super().__init__()
         if description is None:
             raise UserError("SCDWanPipeline: has no description; make it with from_pretrained")
-        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(
+            transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
         self.description = description
         self._vae = Vae(vae)
         self._text = TransformersTextEncoder(text_encoder, tokenizer, description.text)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> SCDWanPipeline:
-        """Read a directory of :meth:`save_pretrained` or ``scd export``. Local files only; UserError names what is
-        missing. ``dtype`` is the student's and the text encoder's; the VAE computes in fp32."""
+        """Read a directory of :meth:`save_pretrained` or ``scd export``. Local files only;
+        UserError names what is missing. ``dtype`` is the student's and the text encoder's; the VAE
+        computes in fp32."""
         root, device = Path(path), device_of(device)
         config, origin = read_single(root / STUDENT)
         student, _ = load_student(root / STUDENT)
@@ -133,15 +154,21 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         return cls(student.to(device, dtype), vae.model, text.model, text.tokenizer, description)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """The same directory anew: the student in its present dtype, everything else as it was read."""
+        """The same directory anew: the student in its present dtype, everything else as it was
+        read."""
         told = self.description
         dtype = next(self.transformer.parameters()).dtype
-        write_pipeline(Path(path), self.transformer, told.checkpoint, told.origin, told.source, dtype)
+        write_pipeline(
+            Path(path), self.transformer, told.checkpoint, told.origin, told.source, dtype
+        )
 
     def shape(self, frames: int | None, height: int | None, width: int | None) -> VideoShape:
-        """Latent shape of a clip of these pixel sizes; None: as in training. UserError: sizes that do not divide."""
+        """Latent shape of a clip of these pixel sizes; None: as in training. UserError: sizes that
+        do not divide."""
         told, asked = self.description, {"frames": frames, "height": height, "width": width}
-        return choose_shape(asked, told.origin, self.transformer, self._vae.geometry, str(told.source))
+        return choose_shape(
+            asked, told.origin, self.transformer, self._vae.geometry, str(told.source)
+        )
 
     @torch.no_grad()
     def stream(
@@ -155,17 +182,22 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         sampler: SamplerConfig | None = None,
         force: bool = False,
     ) -> Iterator[Tensor]:
-        """Yield (B, n, 3, H, W) in [0, 1] as latent frames are generated and decoded: first one frame, then four each.
+        """Yield (B, n, 3, H, W) in [0, 1] as latent frames are generated and decoded: first one
+        frame, then four each.
 
-        ``seed``: one for all prompts, or one per prompt. A clip depends on its prompt and seed alone: ``scd sample``
-        makes the same one of them.
+        ``seed``: one for all prompts, or one per prompt. A clip depends on its prompt and seed
+        alone: ``scd sample`` makes the same one of them.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if not prompts or len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt")
+            raise UserError(
+                f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt"
+            )
         shape, told = self.shape(frames, height, width), self.description
-        steps = choose_sampler(told.checkpoint.sampler, sampler, str(told.source), force=force).build()
+        steps = choose_sampler(
+            told.checkpoint.sampler, sampler, str(told.source), force=force
+        ).build()
         student: Student = self.transformer
         device = next(student.parameters()).device
         cond = self._text.encode(prompts).to(device)
@@ -177,31 +209,51 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
 
 
 def write_pipeline(
-    out: Path, student: Student, config: CheckpointConfig, origin: dict[str, object], base: Path, dtype: torch.dtype
+    out: Path,
+    student: Student,
+    config: CheckpointConfig,
+    origin: dict[str, object],
+    base: Path,
+    dtype: torch.dtype,
 ) -> Student:
-    """A pipeline directory: the student, and VAE and text encoder copied from ``base`` (a Wan directory).
+    """A pipeline directory: the student, and VAE and text encoder copied from ``base`` (a Wan
+    directory).
 
-    Returns the student as it is read again from there; nothing stands at ``out`` before that. UserError also for a
-    file of ``base`` that cannot be read as what it should be.
+    Returns the student as it is read again from there; nothing stands at ``out`` before that.
+    UserError also for a file of ``base`` that cannot be read as what it should be.
     """
     if not (base / "vae").is_dir():
-        raise UserError(f"{base}: has no vae/; give the Wan directory in diffusers layout that the student came from")
+        raise UserError(
+            f"{base}: has no vae/; give the Wan directory in diffusers layout that the student came from"
+        )
     must_be_new(out, base)
     with new_folder(out, "choose another place") as part:
         write_single(part / STUDENT, student, config, origin, dtype)
         copy_components(base, part)
-        entries = {"transformer": ["scd_sf", family_of(student)], "vae": ["diffusers", "AutoencoderKLWan"]}
+        entries = {
+            "transformer": ["scd_sf", family_of(student)],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+        }
         entries |= {
             name: ["transformers", kind]
-            for name, kind in (("text_encoder", "AutoModelForTextEncoding"), ("tokenizer", "AutoTokenizer"))
+            for name, kind in (
+                ("text_encoder", "AutoModelForTextEncoding"),
+                ("tokenizer", "AutoTokenizer"),
+            )
         }
-        index = {"_class_name": "SCDWanPipeline", "_diffusers_version": diffusers_version, **entries}
+        index = {
+            "_class_name": "SCDWanPipeline",
+            "_diffusers_version": diffusers_version,
+            **entries,
+        }
         write_json(part / "model_index.json", index)
         again: Student = SCDWanPipeline.from_pretrained(part).transformer
     return again
 
 
-def export_pipeline(checkpoint: Path, out: Path, weights: str = "ema", dtype: str = "bf16", base: str = "") -> float:
+def export_pipeline(
+    checkpoint: Path, out: Path, weights: str = "ema", dtype: str = "bf16", base: str = ""
+) -> float:
     """A checkpoint as a pipeline directory; the largest output difference after reading it again.
 
     ``base``: the Wan directory with VAE and text encoder (empty: the one the checkpoint names).

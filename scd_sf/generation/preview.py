@@ -1,5 +1,6 @@
-"""Validation videos: a few prompts sampled with the current weights, decoded, written and measured while training goes
-on. The measures need no network but CLIP's, where its weights are configured (data/clip_statistics.py)."""
+"""Validation videos: a few prompts sampled with the current weights, decoded, written and measured
+while training goes on. The measures need no network but CLIP's, where its weights are configured
+(data/clip_statistics.py)."""
 
 from __future__ import annotations
 
@@ -40,9 +41,10 @@ class PreviewConfig:
 class Preview:
     """The prompts of ``cond``, the i-th with seed i, side by side in ``folder/<step>.mp4``.
 
-    ``base`` is the model directory whose VAE decodes. When it is not on this machine, that is said once and no videos
-    are made: training does not depend on it. ``texts``: the same prompts in words, for CLIP as ``cfg`` says. Every rank
-    builds one, so that all refuse what is wrong; rank 0 uses it.
+    ``base`` is the model directory whose VAE decodes. When it is not on this machine, that is said
+    once and no videos are made: training does not depend on it. ``texts``: the same prompts in
+    words, for CLIP as ``cfg`` says. Every rank builds one, so that all refuse what is wrong; rank 0
+    uses it.
     """
 
     def __init__(
@@ -57,24 +59,43 @@ class Preview:
         texts: Sequence[str] = (),
         cfg: PreviewConfig | None = None,
     ) -> None:
-        self.cond, self.shape, self.sampler, self.folder, self.fps = cond, shape, sampler, folder, fps
+        self.cond, self.shape, self.sampler, self.folder, self.fps = (
+            cond,
+            shape,
+            sampler,
+            folder,
+            fps,
+        )
         self.texts = list(texts)
-        self.clip = ClipScorer(cfg.clip_model, cfg.clip_weights) if cfg is not None and cfg.clip_weights else None
-        found = bool(base) and any((Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL))
+        self.clip = (
+            ClipScorer(cfg.clip_model, cfg.clip_weights)
+            if cfg is not None and cfg.clip_weights
+            else None
+        )
+        found = bool(base) and any(
+            (Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL)
+        )
         self.vae = load_vae(base) if found else None
         if not found:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
-    def sample(self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded: the rest is 0; and
-        which (B,) were made, as uint8.
+    def sample(
+        self, model: Student, rows: Sequence[int], device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """uint8 videos (B, F, 3, H, W) of all prompts, where only ``rows`` are sampled and decoded:
+        the rest is 0; and which (B,) were made, as uint8.
 
-        Samples that are not finite are said, stay black and are not measured: a diverging training ends by its own
-        rules."""
+        Samples that are not finite are said, stay black and are not measured: a diverging training
+        ends by its own rules."""
         assert self.vae is not None, "no VAE: ask for preview.vae first"
         shape = self.shape
         videos = torch.zeros(
-            self.cond.batch, shape.pixel_frames, 3, shape.pixel_height, shape.pixel_width, dtype=torch.uint8
+            self.cond.batch,
+            shape.pixel_frames,
+            3,
+            shape.pixel_height,
+            shape.pixel_width,
+            dtype=torch.uint8,
         )
         made = torch.zeros(self.cond.batch, dtype=torch.uint8)
         if len(rows) == 0:
@@ -90,7 +111,8 @@ class Preview:
         return videos, made
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
-        """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and where it is."""
+        """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and
+        where it is."""
         from scd_sf.data.clips import write_video  # PyAV: not needed where no video is made
 
         frames = torch.cat(list(videos), dim=-1)
@@ -100,13 +122,18 @@ class Preview:
         return frames.permute(0, 2, 3, 1), file
 
     def measure(self, videos: Tensor, made: Tensor) -> Logs:
-        """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that were ``made`` (B,), and CLIP's
-        similarity to the prompts; ``quick/not_finite``: how many were not, where one was not."""
+        """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that were ``made``
+        (B,), and CLIP's similarity to the prompts; ``quick/not_finite``: how many were not, where
+        one was not."""
         rows = made.nonzero().flatten().tolist()
-        logs: Logs = {} if len(rows) == len(made) else {"quick/not_finite": float(len(made) - len(rows))}
+        logs: Logs = (
+            {} if len(rows) == len(made) else {"quick/not_finite": float(len(made) - len(rows))}
+        )
         if not rows:
             return logs
         logs |= statistics(videos[rows])
         if self.clip is not None:
-            logs["quick/clip"] = float(self.clip.similarity(videos[rows], [self.texts[row] for row in rows]).mean())
+            logs["quick/clip"] = float(
+                self.clip.similarity(videos[rows], [self.texts[row] for row in rows]).mean()
+            )
         return logs

@@ -1,4 +1,5 @@
-"""The one autoregressive loop: stage 3 and generation/ run it, and it cannot tell the families apart."""
+"""The one autoregressive loop: stage 3 and generation/ run it, and it cannot tell the families
+apart."""
 
 from __future__ import annotations
 
@@ -28,15 +29,17 @@ def stream_rollout(
     history: Tensor | None = None,
     prompts: Mapping[int, Conditioning] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its chunks as they come.
+    """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its
+    chunks as they come.
 
-    The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's noise tells the
-    decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004). ``query_noise`` draws it (None:
-    ``noise_like``, which draws what the sampler adds). With ``exit_step`` every chunk stops
-    there and carries gradients of that step only; history is detached.
+    The encoder's query gets noise of its own, as in training: an encoder that has seen the chunk's
+    noise tells the decoder how to undo it, and sampling falls back to the blurred mean (ADR 0004).
+    ``query_noise`` draws it (None: ``noise_like``, which draws what the sampler adds). With
+    ``exit_step`` every chunk stops there and carries gradients of that step only; history is
+    detached.
 
-    ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue); they are not yielded.
-    The query beside them is not read, so no noise is drawn for it.
+    ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue);
+    they are not yielded. The query beside them is not read, so no noise is drawn for it.
     ``prompts``: another prompt from the n-th yielded chunk on.
     """
     chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
@@ -82,7 +85,9 @@ def rollout(
     cache: CacheConfig | None = None,
 ) -> Tensor:
     """The whole clip, (B, F, C, H, W)."""
-    chunks = stream_rollout(generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache)
+    chunks = stream_rollout(
+        generator, noise, cond, sampler, noise_like, exit_step=exit_step, cache=cache
+    )
     return torch.cat(list(chunks), dim=1)
 
 
@@ -95,7 +100,8 @@ def sample_bidirectional(
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Latents (B, F, C, H, W) of a bidirectional model, one clip per prompt and seed: all frames denoised together.
+    """Latents (B, F, C, H, W) of a bidirectional model, one clip per prompt and seed: all frames
+    denoised together.
 
     ``shape`` is (F, C, H, W). Students are sampled by generation/generate.py."""
     noise_like = row_noise(seeds)

@@ -1,4 +1,5 @@
-"""From prompts to frames, as ``recipes/sample.py`` and ``scd sample`` make them (files: generation/folder.py).
+"""From prompts to frames, as ``recipes/sample.py`` and ``scd sample`` make them (files:
+generation/folder.py).
 
 The frames come from generation/generate.py as they are decoded: memory does not grow with length.
 """
@@ -23,7 +24,14 @@ from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.models.blocks import BlocksConfig
-from scd_sf.models.build import CheckpointConfig, SamplerConfig, Student, base_of, describe_checkpoint, load_student
+from scd_sf.models.build import (
+    CheckpointConfig,
+    SamplerConfig,
+    Student,
+    base_of,
+    describe_checkpoint,
+    load_student,
+)
 from scd_sf.models.wan.text import TextEncoder, wan_negative
 from scd_sf.models.wan.text_cache import open_text_encoder
 from scd_sf.models.wan.vae import Vae, load_vae
@@ -98,15 +106,21 @@ class SampleConfig:
         if min(self.samples, self.batch, self.fps) < 1:
             raise UserError("samples, batch and fps must be at least 1")
         if self.fps > FPS or self.seed < 0:
-            raise UserError(f"fps is {self.fps}, it must be at most {FPS}; seed is {self.seed}, it must be 0 or more")
+            raise UserError(
+                f"fps is {self.fps}, it must be at most {FPS}; seed is {self.seed}, it must be 0 or more"
+            )
         CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
         check_within(self, SIZES_ASKED)
         if self.negative_prompt and self.guidance.text.w == 1:
-            raise UserError("negative_prompt is what guidance.text leads away from: set guidance.text.scale too")
+            raise UserError(
+                "negative_prompt is what guidance.text leads away from: set guidance.text.scale too"
+            )
         if self.force and self.sampler is None:
-            raise UserError("force is for another sampler than the checkpoint's own: set sampler, or drop it")
+            raise UserError(
+                "force is for another sampler than the checkpoint's own: set sampler, or drop it"
+            )
         self.negative_prompt = wan_negative(self.negative_prompt)
         dtype_of(self.dtype)
 
@@ -119,7 +133,8 @@ def start_sha256(path: str) -> str:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """One video to make: ``file`` (posix, inside the output folder) of the ``sample``-th video of a prompt.
+    """One video to make: ``file`` (posix, inside the output folder) of the ``sample``-th video of a
+    prompt.
 
     ``title``: the prompt that a benchmark knows it by, where it is sampled from another wording.
     """
@@ -149,22 +164,26 @@ class VideoRequest:
 
 
 def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
-    """All videos of a run, in the order of its prompts. A prompt's n-th video has its own seed, or else the run's, plus
-    n: it does not depend on the prompt's place in the list."""
+    """All videos of a run, in the order of its prompts. A prompt's n-th video has its own seed, or
+    else the run's, plus n: it does not depend on the prompt's place in the list."""
     if bool(cfg.prompts) == bool(cfg.prompt_file):
         raise UserError("set either prompts or prompt_file")
     rows = [PromptRow(prompt) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
     if len(rows) * cfg.samples > VIDEOS:
-        raise UserError(f"samples is {cfg.samples} of {len(rows)} prompts, more than {VIDEOS:,} videos; share them out")
+        raise UserError(
+            f"samples is {cfg.samples} of {len(rows)} prompts, more than {VIDEOS:,} videos; share them out"
+        )
     if cfg.start:
         rows = [replace(row, start=row.start or cfg.start) for row in rows]
     for row in rows:
         if row.start and not Path(row.start).is_file():
             raise UserError(f"start {row.start}: no such file; check the path")
     return [
-        VideoRequest(f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n)
+        VideoRequest(
+            f"{p:04d}-{n:02d}.mp4", row, p, n, (cfg.seed if row.seed is None else row.seed) + n
+        )
         for p, row in enumerate(rows)
         for n in range(cfg.samples)
     ]
@@ -172,7 +191,8 @@ def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
 
 @dataclass
 class Studio:
-    """What makes videos: the student, how it is sampled, the decoder, the text encoder, and the size."""
+    """What makes videos: the student, how it is sampled, the decoder, the text encoder, and the
+    size."""
 
     cfg: SampleConfig
     student: Student
@@ -188,12 +208,15 @@ class Studio:
         return self.text.encode([self.cfg.negative_prompt]).to(self.device)
 
     def start(self, videos: Sequence[VideoRequest]) -> Tensor | None:
-        """Pixels (B, F, 3, H, W) in [0, 1] of the videos' start files, which are equally long within a batch."""
+        """Pixels (B, F, 3, H, W) in [0, 1] of the videos' start files, which are equally long
+        within a batch."""
         if not videos[0].row.start:
             return None
         size = (self.shape.pixel_height, self.shape.pixel_width)
         starts = [Path(video.row.start) for video in videos]
-        pixels = torch.stack([read_start(start, size, self.shape.temporal, self.cfg.fps) for start in starts])
+        pixels = torch.stack(
+            [read_start(start, size, self.shape.temporal, self.cfg.fps) for start in starts]
+        )
         latent_frames = 1 + (pixels.shape[1] - 1) // self.shape.temporal
         check_start(latent_frames, self.student.chunk, self.shape, videos[0].row.start)
         return pixels
@@ -208,7 +231,8 @@ class Studio:
         return encoded
 
     def frames(self, videos: Sequence[VideoRequest]) -> Iterator[Tensor]:
-        """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE gives them back."""
+        """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE
+        gives them back."""
         cond = self.text.encode([video.row.prompt for video in videos]).to(self.device)
         for pixels in generate(
             self.student,
@@ -227,9 +251,11 @@ class Studio:
             yield as_uint8(pixels)
 
 
-def open_studio(cfg: SampleConfig, device: torch.device, path: Path | None = None) -> tuple[Studio, dict[str, object]]:
-    """Load and check everything; also the settings that all videos of a manifest share. ``path``: the checkpoint,
-    where it has been looked up."""
+def open_studio(
+    cfg: SampleConfig, device: torch.device, path: Path | None = None
+) -> tuple[Studio, dict[str, object]]:
+    """Load and check everything; also the settings that all videos of a manifest share. ``path``:
+    the checkpoint, where it has been looked up."""
     path = path or Path(cfg.checkpoint)
     description, origin = describe_checkpoint(path, cfg.weights)
     own = description.sampler
@@ -248,7 +274,9 @@ def open_studio(cfg: SampleConfig, device: torch.device, path: Path | None = Non
         "dtype": cfg.dtype,
         "blocks": None if cfg.blocks is None else asdict(cfg.blocks),
         "sampler": asdict(chosen) | {"times": list(chosen.times)},  # as JSON has it
-        "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt} if cfg.guidance.on else None,
+        "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt}
+        if cfg.guidance.on
+        else None,
         "window": [cfg.window, cfg.sink] if cfg.window else None,
         "size": [shape.pixel_frames, shape.pixel_height, shape.pixel_width],
         "fps": cfg.fps,
@@ -263,4 +291,6 @@ def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Pat
     """UserError if the text encoder is not the one the student was trained with."""
     width = description.model.wan.text_dim
     if text.width != width:
-        raise UserError(f"{base}: text states are {text.width} wide, the checkpoint takes {width}; set its base=")
+        raise UserError(
+            f"{base}: text states are {text.width} wide, the checkpoint takes {width}; set its base="
+        )

@@ -1,6 +1,8 @@
-"""What is seen of the averaged weights while a training goes on: validation loss and videos, shared over the ranks.
+"""What is seen of the averaged weights while a training goes on: validation loss and videos, shared
+over the ranks.
 
-All ranks call these together, each with its own whole copy of the model, which is on the device only meanwhile.
+All ranks call these together, each with its own whole copy of the model, which is on the device
+only meanwhile.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ VideoRecord = Callable[[int, str, Tensor, Path], None]
 
 
 @torch.no_grad()
-def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit: int, ranks: Ranks) -> Logs:
-    """:func:`validation_loss` of ``limit`` clips at fixed noise, one at a time. The same on every rank."""
+def validate(
+    model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit: int, ranks: Ranks
+) -> Logs:
+    """:func:`validation_loss` of ``limit`` clips at fixed noise, one at a time. The same on every
+    rank."""
     indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
     total = 0.0
     with _placed(model, ranks.device):
@@ -36,13 +41,18 @@ def validate(model: Student, clips: LatentClips, loss: FlowMatchingConfig, limit
     return {"val/loss": ranks.mean({"sum": total})["sum"] * ranks.world / len(indices)}
 
 
-def show_previews(preview: Preview, model: Student, step: int, ranks: Ranks, record: VideoRecord) -> Logs:
-    """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures them and
-    hands (step, "samples", uint8 frames, file) to ``record``. None where one rank has no VAE."""
+def show_previews(
+    preview: Preview, model: Student, step: int, ranks: Ranks, record: VideoRecord
+) -> Logs:
+    """The validation videos, each sampled and decoded by another rank; rank 0 writes and measures
+    them and hands (step, "samples", uint8 frames, file) to ``record``. None where one rank has no
+    VAE."""
     if ranks.any(preview.vae is None):
         return {}
     with _placed(model, ranks.device):
-        mine, made = preview.sample(model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device)
+        mine, made = preview.sample(
+            model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device
+        )
     videos, made = (ranks.sum(on_device(part, ranks.device)).cpu() for part in (mine, made))
     if not ranks.is_main:
         return {}

@@ -1,7 +1,9 @@
-"""Distribution matching distillation (DMD) as in Self-Forcing: supplement Table 7; docs/deviations.md.
+"""Distribution matching distillation (DMD) as in Self-Forcing: supplement Table 7;
+docs/deviations.md.
 
-``gradient = (fake - real) / mean|x - real|`` with x_0 estimates of the critic (fake) and the guided teacher (real) at
-one noise level per clip. Everything except the networks is fp32; sigma is exact; no ``nan_to_num``.
+``gradient = (fake - real) / mean|x - real|`` with x_0 estimates of the critic (fake) and the guided
+teacher (real) at one noise level per clip. Everything except the networks is fp32; sigma is exact;
+no ``nan_to_num``.
 """
 
 from __future__ import annotations
@@ -54,10 +56,11 @@ def dmd_loss(
     cfg: DmdConfig,
     rng: torch.Generator,
 ) -> tuple[Tensor, Logs]:
-    """x (B, F, C, H, W): the student's rollout, with its graph -> (loss whose gradient in x is the DMD gradient, logs).
+    """x (B, F, C, H, W): the student's rollout, with its graph -> (loss whose gradient in x is the
+    DMD gradient, logs).
 
-    The loss value is half the mean square of that gradient: a bookkeeping number, not a measure of progress. Watch
-    ``dmd/fake_real`` (mean |x0_fake - x0_real|) and ``rollout/std`` instead.
+    The loss value is half the mean square of that gradient: a bookkeeping number, not a measure of
+    progress. Watch ``dmd/fake_real`` (mean |x0_fake - x0_real|) and ``rollout/std`` instead.
     """
     clean = x.detach().float()
     with torch.no_grad():
@@ -65,7 +68,9 @@ def dmd_loss(
         eps = cpu_noise(rng)(clean)
         x_t = add_noise(clean, eps, t)
         fake = x_0_from_velocity(x_t, critic(x_t, t, cond).float(), t)
-        real = x_0_from_velocity(x_t, guided(teacher, uncond, cfg.guidance.w)(x_t, t, cond).float(), t)
+        real = x_0_from_velocity(
+            x_t, guided(teacher, uncond, cfg.guidance.w)(x_t, t, cond).float(), t
+        )
         scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
         gradient = (fake - real) / scale
     loss = 0.5 * (x.float() - (clean - gradient)).pow(2).mean()
@@ -81,7 +86,8 @@ def dmd_loss(
 def critic_loss(
     critic: Denoiser, x: Tensor, cond: Conditioning, cfg: DmdConfig, rng: torch.Generator
 ) -> tuple[Tensor, Logs]:
-    """The critic's flow loss on the student's own samples x (B, F, C, H, W), detached; no prompt dropout, no CFG."""
+    """The critic's flow loss on the student's own samples x (B, F, C, H, W), detached; no prompt
+    dropout, no CFG."""
     t = on_device(cfg.times(x.shape[0], rng), x.device)
     loss = denoiser_flow_loss(critic, x.detach().float(), cond, t, rng)
     return loss, {"critic/loss": float(loss.detach())}

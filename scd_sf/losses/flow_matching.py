@@ -1,7 +1,9 @@
-"""Teacher-forced flow matching: stage 2 of SCD and the causal baseline, and pretraining of the bidirectional model.
+"""Teacher-forced flow matching: stage 2 of SCD and the causal baseline, and pretraining of the
+bidirectional model.
 
-Paper Eq. 1 and Algorithm 1, supplement Table 6. The loss is the fp32 mean square of the raw velocity error, weight 1.
-Letters: B batch, K noisy samples per encoder pass, F latent frames, C H W latent axes.
+Paper Eq. 1 and Algorithm 1, supplement Table 6. The loss is the fp32 mean square of the raw
+velocity error, weight 1. Letters: B batch, K noisy samples per encoder pass, F latent frames, C H W
+latent axes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.flow import add_noise, shift_time, shifted_logit_normal, shifted_uniform, velocity_target
+from scd_sf.diffusion.flow import (
+    add_noise,
+    shift_time,
+    shifted_logit_normal,
+    shifted_uniform,
+    velocity_target,
+)
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.models.interface import FrameGenerator, Query, check_chunks, pick_chunks
 from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, on_device
@@ -60,21 +68,33 @@ class FlowMatchingConfig:
             raise UserError(
                 f"loss.query_pure is {self.query_pure} (0..1) and loss.noise_samples {self.noise_samples} (>= 1)"
             )
-        check_within(self, {"shift": (1e-3, 1e3), "noise_samples": (1, 1000), "context_noise": (0, 100)}, "loss.")
+        check_within(
+            self,
+            {"shift": (1e-3, 1e3), "noise_samples": (1, 1000), "context_noise": (0, 100)},
+            "loss.",
+        )
         if self.target_chunks is not None and self.target_chunks < 1:
-            raise UserError(f"loss.target_chunks is {self.target_chunks}; use a number of chunks >= 1, or null for all")
+            raise UserError(
+                f"loss.target_chunks is {self.target_chunks}; use a number of chunks >= 1, or null for all"
+            )
 
 
-def drop_text(cond: Conditioning, null: Conditioning, rate: float, rng: torch.Generator) -> Conditioning:
-    """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free guidance)."""
+def drop_text(
+    cond: Conditioning, null: Conditioning, rate: float, rng: torch.Generator
+) -> Conditioning:
+    """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free
+    guidance)."""
     dropped = torch.rand(cond.batch, generator=rng) < rate
     text = cond.text_BLE
     keep = on_device(~dropped, text.device).reshape(-1, 1, 1)
-    return replace(cond, text_BLE=torch.where(keep, text, on_device(null.text_BLE, text.device, text.dtype)))
+    return replace(
+        cond, text_BLE=torch.where(keep, text, on_device(null.text_BLE, text.device, text.dtype))
+    )
 
 
 def drop_signals(cond: Conditioning, cfg: FlowMatchingConfig, rng: torch.Generator) -> Conditioning:
-    """Actions and labels replaced by the null ones; the decoder's actions by draws of their own. Without any: none."""
+    """Actions and labels replaced by the null ones; the decoder's actions by draws of their own.
+    Without any: none."""
 
     def dropped(x: Tensor, rate: float) -> Tensor:
         return x.masked_fill(on_device(torch.rand(x.shape, generator=rng) < rate, x.device), -1)
@@ -88,7 +108,8 @@ def drop_signals(cond: Conditioning, cfg: FlowMatchingConfig, rng: torch.Generat
 
 
 def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Generator) -> Tensor:
-    """The encoder query's noise level: exactly 1 with probability ``query_pure``, else u in [query_from, 1] shifted."""
+    """The encoder query's noise level: exactly 1 with probability ``query_pure``, else u in
+    [query_from, 1] shifted."""
     u = cfg.query_from + (1 - cfg.query_from) * torch.rand(shape, generator=rng)
     pure = torch.rand(shape, generator=rng) < cfg.query_pure
     return torch.where(pure, torch.ones(()), shift_time(u, cfg.shift))
@@ -96,8 +117,8 @@ def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Gene
 
 @dataclass(frozen=True)
 class _Noisy:
-    """What a clip is trained on: conditions with dropout, K noisy samples x_t (K, B, F, C, H, W) at t (K, B, F), the
-    velocity to predict, and the encoder's query frames."""
+    """What a clip is trained on: conditions with dropout, K noisy samples x_t (K, B, F, C, H, W) at
+    t (K, B, F), the velocity to predict, and the encoder's query frames."""
 
     cond: Conditioning
     x_t: Tensor
@@ -126,14 +147,21 @@ def _noisy(
     query = Query(context_noise=cfg.context_noise, rng=rng)
     if generator.needs_query:
         t_query = per_frame(query_times((batch, num_chunks), cfg, rng))
-        query_eps = cpu_noise(rng)(x_0)  # never eps: the decoder would read the answer off the context
+        # never eps: the decoder would read the answer off the context
+        query_eps = cpu_noise(rng)(x_0)
         query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.context_noise, rng)
-    return _Noisy(cond, add_noise(x_0.unsqueeze(0), eps, t), t, velocity_target(x_0.unsqueeze(0), eps), query)
+    return _Noisy(
+        cond, add_noise(x_0.unsqueeze(0), eps, t), t, velocity_target(x_0.unsqueeze(0), eps), query
+    )
 
 
-def _errors(generator: FrameGenerator, x_0: Tensor, noisy: _Noisy, targets: Sequence[int]) -> Tensor:
+def _errors(
+    generator: FrameGenerator, x_0: Tensor, noisy: _Noisy, targets: Sequence[int]
+) -> Tensor:
     """Squared errors of the target chunks' velocities, (K, B, M * n, C, H, W), fp32."""
-    velocity = generator.teacher_forced(noisy.x_t, noisy.t, x_0, noisy.cond, query=noisy.query, targets=targets)
+    velocity = generator.teacher_forced(
+        noisy.x_t, noisy.t, x_0, noisy.cond, query=noisy.query, targets=targets
+    )
     target = pick_chunks(noisy.velocity, targets, generator.chunk, 2)
     return (velocity.float() - target.float()).pow(2)
 
@@ -146,9 +174,11 @@ def flow_matching_loss(
     cfg: FlowMatchingConfig,
     rng: torch.Generator,
 ) -> tuple[Tensor, Logs]:
-    """x_0 (B, F, C, H, W) clean latents -> (scalar fp32 loss, logs). One time per chunk and noisy sample.
+    """x_0 (B, F, C, H, W) clean latents -> (scalar fp32 loss, logs). One time per chunk and noisy
+    sample.
 
-    The logs are the loss, and sums by time for :func:`loss_by_time`, so that micro-batches and ranks may be added up.
+    The logs are the loss, and sums by time for :func:`loss_by_time`, so that micro-batches and
+    ranks may be added up.
     """
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
     targets = list(range(num_chunks))
@@ -158,7 +188,10 @@ def flow_matching_loss(
     squares = _errors(generator, x_0, noisy, targets)
     loss = squares.mean()
     with torch.no_grad():
-        errors, times = squares.mean(dim=(-3, -2, -1)), pick_chunks(noisy.t, targets, generator.chunk, 2)
+        errors, times = (
+            squares.mean(dim=(-3, -2, -1)),
+            pick_chunks(noisy.t, targets, generator.chunk, 2),
+        )
     return loss, {"loss": float(loss.detach()), **_by_time(errors, times)}
 
 
@@ -171,16 +204,27 @@ def validation_loss(
     cfg: FlowMatchingConfig,
     rng: torch.Generator,
 ) -> Tensor:
-    """The loss of all chunks of x_0 (B, F, C, H, W), scalar fp32: ``cfg.target_chunks`` of them at a time, so that no
-    sequence is longer than in training. Query of pure noise as in sampling; no dropout, no corruption, K = 2."""
+    """The loss of all chunks of x_0 (B, F, C, H, W), scalar fp32: ``cfg.target_chunks`` of them at
+    a time, so that no sequence is longer than in training. Query of pure noise as in sampling; no
+    dropout, no corruption, K = 2."""
     fixed = replace(
-        cfg, noise_samples=2, context_noise=0.0, query_pure=1.0, text_dropout=0.0, action_dropout=0.0, label_dropout=0.0
+        cfg,
+        noise_samples=2,
+        context_noise=0.0,
+        query_pure=1.0,
+        text_dropout=0.0,
+        action_dropout=0.0,
+        label_dropout=0.0,
     )
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
-    noisy, size = _noisy(generator, x_0, cond, null, fixed, rng), min(cfg.target_chunks or num_chunks, num_chunks)
+    noisy, size = (
+        _noisy(generator, x_0, cond, null, fixed, rng),
+        min(cfg.target_chunks or num_chunks, num_chunks),
+    )
     parts = []
     for first in range(0, num_chunks, size):
-        start = min(first, num_chunks - size)  # the last group is as large: what it has twice is left out
+        # the last group is as large: what it has twice is left out
+        start = min(first, num_chunks - size)
         squares = _errors(generator, x_0, noisy, range(start, start + size))
         parts.append(squares[:, :, (first - start) * generator.chunk :])
     return torch.cat(parts, 2).mean()
@@ -193,20 +237,28 @@ def _by_time(errors: Tensor, t: Tensor) -> Logs:
     table[0].index_add_(0, index, errors.flatten().double())
     table[1].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
     sums, counts = table.tolist()
-    return {f"{_SUM}{i}": sums[i] for i in range(TIME_BINS)} | {f"{_COUNT}{i}": counts[i] for i in range(TIME_BINS)}
+    return {f"{_SUM}{i}": sums[i] for i in range(TIME_BINS)} | {
+        f"{_COUNT}{i}": counts[i] for i in range(TIME_BINS)
+    }
 
 
 def loss_by_time(logs: Logs) -> Logs:
-    """The logs of one update, added up or averaged, with mean losses by time ("loss/t0.8-1.0") in place of the sums."""
+    """The logs of one update, added up or averaged, with mean losses by time ("loss/t0.8-1.0") in
+    place of the sums."""
     means = {name: value for name, value in logs.items() if not name.startswith((_SUM, _COUNT))}
     for i in range(TIME_BINS):
         if logs[f"{_COUNT}{i}"]:
-            means[f"loss/t{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}"] = logs[f"{_SUM}{i}"] / logs[f"{_COUNT}{i}"]
+            means[f"loss/t{i / TIME_BINS:.1f}-{(i + 1) / TIME_BINS:.1f}"] = (
+                logs[f"{_SUM}{i}"] / logs[f"{_COUNT}{i}"]
+            )
     return means
 
 
-def denoiser_flow_loss(denoiser: Denoiser, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator) -> Tensor:
-    """Flow loss of a bidirectional model (teacher pretraining, critic): one t (B,) per clip. Scalar fp32."""
+def denoiser_flow_loss(
+    denoiser: Denoiser, x_0: Tensor, cond: Conditioning, t: Tensor, rng: torch.Generator
+) -> Tensor:
+    """Flow loss of a bidirectional model (teacher pretraining, critic): one t (B,) per clip. Scalar
+    fp32."""
     eps = cpu_noise(rng)(x_0)
     velocity = denoiser(add_noise(x_0, eps, t), t, cond)
     return (velocity.float() - velocity_target(x_0, eps).float()).pow(2).mean()

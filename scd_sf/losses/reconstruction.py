@@ -47,7 +47,9 @@ class ReconstructionConfig:
         if self.scales < 1:
             raise ValueError(f"scales is {self.scales}; it must be at least 1")
         if not 0 < self.anchor_floor <= 1:
-            raise ValueError(f"anchor_floor is {self.anchor_floor}; it must be more than 0, at most 1")
+            raise ValueError(
+                f"anchor_floor is {self.anchor_floor}; it must be more than 0, at most 1"
+            )
         if self.l1 + self.mse <= 0:
             raise ValueError("l1 and mse are both 0: nothing says what the pixels should be")
 
@@ -73,9 +75,13 @@ class GanConfig:
 
 
 def pixel_loss(
-    made_N3HW: Tensor, real_N3HW: Tensor, cfg: ReconstructionConfig, perceptual: Distance | None = None
+    made_N3HW: Tensor,
+    real_N3HW: Tensor,
+    cfg: ReconstructionConfig,
+    perceptual: Distance | None = None,
 ) -> tuple[Tensor, Logs]:
-    """Everything but anchor and GAN, weighted and summed; the logs hold the unweighted parts that have a weight."""
+    """Everything but anchor and GAN, weighted and summed; the logs hold the unweighted parts that
+    have a weight."""
     error = made_N3HW - real_N3HW
     parts: dict[str, tuple[float, Tensor]] = {}
     if cfg.l1:
@@ -91,8 +97,8 @@ def pixel_loss(
 
 
 def gradient_error(error_N3HW: Tensor, scales: int) -> Tensor:
-    """Mean |dx| + mean |dy| of an error, averaged over the picture at full size, half, ...; too small ones are left
-    out. Differences are linear: this is the L1 distance of the gradients."""
+    """Mean |dx| + mean |dy| of an error, averaged over the picture at full size, half, ...; too
+    small ones are left out. Differences are linear: this is the L1 distance of the gradients."""
     values = []
     for _ in range(scales):
         values.append(error_N3HW.diff(dim=2).abs().mean() + error_N3HW.diff(dim=3).abs().mean())
@@ -109,20 +115,27 @@ def generator_loss(logits_of_made: Tensor) -> Tensor:
 
 def discriminator_loss(logits_of_real: Tensor, logits_of_made: Tensor) -> Tensor:
     """Hinge loss, halved."""
-    return 0.5 * (functional.relu(1 - logits_of_real).mean() + functional.relu(1 + logits_of_made).mean())
+    return 0.5 * (
+        functional.relu(1 - logits_of_real).mean() + functional.relu(1 + logits_of_made).mean()
+    )
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """By how much the adversarial loss is to be multiplied so that both pull equally at the kernel ``last`` (VQGAN,
-    arXiv:2012.09841, equation 7): the ratio of the norms of their gradients there, at most 1e4, without gradient."""
-    ours, theirs = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (reconstruction, adversarial))
+    """By how much the adversarial loss is to be multiplied so that both pull equally at the kernel
+    ``last`` (VQGAN, arXiv:2012.09841, equation 7): the ratio of the norms of their gradients there,
+    at most 1e4, without gradient."""
+    ours, theirs = (
+        torch.autograd.grad(loss, last, retain_graph=True)[0]
+        for loss in (reconstruction, adversarial)
+    )
     return (ours.float().norm() / (theirs.float().norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 class TokenizerObjective:
     """The loss of one micro-batch, for :class:`scd_sf.train.base.StepModule`.
 
-    ``components``: what the anchor holds latents to. ``discriminator``: only asked, never trained, by this loss.
+    ``components``: what the anchor holds latents to. ``discriminator``: only asked, never trained,
+    by this loss.
     """
 
     def __init__(
@@ -139,8 +152,8 @@ class TokenizerObjective:
     def __call__(
         self, model: AutoencoderDC, pixels_N3HW: Tensor, noise_NCHW: Tensor, adversarial: bool
     ) -> tuple[Tensor, Tensor, Logs]:
-        """Pixels in [-1, 1], standard normal noise in the shape of the latents -> (loss, pictures without gradient,
-        logs of the parts)."""
+        """Pixels in [-1, 1], standard normal noise in the shape of the latents -> (loss, pictures
+        without gradient, logs of the parts)."""
         frozen_encoder = adversarial and self.gan.freeze_encoder
         weight = last_weight(model)
         x = pixels_N3HW.to(weight.dtype).contiguous(memory_format=torch.channels_last)

@@ -1,10 +1,10 @@
-"""Two ways to run a whole model with fewer blocks, or with blocks that see less: the paper's probes of what
-a model can do without (section 4.2, supplement D.1; P5 and P6 of docs/results/probes.md). Its parameters stay
-what they are.
+"""Two ways to run a whole model with fewer blocks, or with blocks that see less: the paper's probes
+of what a model can do without (section 4.2, supplement D.1; P5 and P6 of docs/results/probes.md).
+Its parameters stay what they are.
 
-A checkpoint says how it is run (``model.blocks`` of its config.yaml). So what runs it so is here, where every
-reader of checkpoints finds it; what measures it is in probes/skip_layer.py and probes/frame_diagonal.py.
-Letters: B batch, F frames, L tokens, E width.
+A checkpoint says how it is run (``model.blocks`` of its config.yaml). So what runs it so is here,
+where every reader of checkpoints finds it; what measures it is in probes/skip_layer.py and
+probes/frame_diagonal.py. Letters: B batch, F frames, L tokens, E width.
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ class SkipConfig:
                 f"{self.shift} > 0"
             )
         if not 0 <= self.full_steps <= self.steps:
-            raise UserError(f"skip.full_steps is {self.full_steps}; it must lie in 0..{self.steps} (skip.steps)")
+            raise UserError(
+                f"skip.full_steps is {self.full_steps}; it must lie in 0..{self.steps} (skip.steps)"
+            )
 
     @property
     def above(self) -> float:
         """All blocks run at noise levels above this one.
 
-        It lies halfway between the last whole step and the first short one, before the shift, so that no
-        rounding of a step's time matters.
+        It lies halfway between the last whole step and the first short one, before the shift, so
+        that no rounding of a step's time matters.
         """
         return shift_time(1 - (self.full_steps - 0.5) / self.steps, self.shift)
 
@@ -74,8 +76,8 @@ class SkipConfig:
     def full(self, t_BF: Tensor, clean_time: float) -> Tensor:
         """True for the frames at ``t`` that every block runs on, (B, F).
 
-        They are the noisy ones above the level, and the finished ones: the first steps of later frames
-        read their keys and values in every block.
+        They are the noisy ones above the level, and the finished ones: the first steps of later
+        frames read their keys and values in every block.
         """
         return (t_BF > self.above) | (t_BF <= clean_time)
 
@@ -98,13 +100,19 @@ class BlocksConfig:
         """UserError where a model of this family and depth cannot run so."""
         diagonal, skip = self.frame_diagonal, self.skip
         if not 0 <= diagonal <= num_layers:
-            raise UserError(f"blocks.frame_diagonal is {diagonal}; the model has {num_layers} blocks, choose 0..that")
+            raise UserError(
+                f"blocks.frame_diagonal is {diagonal}; the model has {num_layers} blocks, choose 0..that"
+            )
         if diagonal and family != "causal":
-            raise UserError(f"blocks.frame_diagonal is {diagonal}: only the causal baseline has it, this is '{family}'")
+            raise UserError(
+                f"blocks.frame_diagonal is {diagonal}: only the causal baseline has it, this is '{family}'"
+            )
         if skip is None:
             return
         if family == "scd":
-            raise UserError("blocks.skip: SCD's decoder is short already; skip layers of family causal or wan")
+            raise UserError(
+                "blocks.skip: SCD's decoder is short already; skip layers of family causal or wan"
+            )
         if not skip.middle(num_layers):
             raise UserError(
                 f"blocks.skip: prefix {skip.prefix} and suffix {skip.suffix} leave nothing of {num_layers} blocks to "
@@ -121,9 +129,9 @@ class BlocksConfig:
 class Skipping:
     """In the place of :func:`~scd_sf.models.trunk.run_all`: the blocks by the schedule ``skip``.
 
-    A frame sees none that is noised otherwise than itself. So to let the middle run on all frames and to
-    keep the outputs of some is to run it on those. Under autograd it always runs: every rank has to reach
-    the same parameters.
+    A frame sees none that is noised otherwise than itself. So to let the middle run on all frames
+    and to keep the outputs of some is to run it on those. Under autograd it always runs: every rank
+    has to reach the same parameters.
     """
 
     skip: SkipConfig
@@ -150,13 +158,17 @@ class Skipping:
         full_BF = self.skip.full(times.t, trunk.cfg.clean_time)
         some, every = True, False
         if not torch.is_grad_enabled():
-            some, every = torch.stack([full_BF.any(), full_BF.all()]).tolist()  # one read of the device
+            # one read of the device
+            some, every = torch.stack([full_BF.any(), full_BF.all()]).tolist()
         if every:
             return run(x_BLE, 0, indices.stop)
         x_BLE = run(x_BLE, 0, middle.start)
         if some:
             frames = (full_BF.shape[1], -1)
-            deep, short = run(x_BLE, middle.start, middle.stop).unflatten(1, frames), x_BLE.unflatten(1, frames)
+            deep, short = (
+                run(x_BLE, middle.start, middle.stop).unflatten(1, frames),
+                x_BLE.unflatten(1, frames),
+            )
             x_BLE = torch.where(full_BF[:, :, None, None], deep, short).flatten(1, 2)
         return run(x_BLE, middle.stop, indices.stop)
 

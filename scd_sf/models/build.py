@@ -1,4 +1,5 @@
-"""From a checkpoint's own words to a model: the ``model`` section of its config.yaml decides the family."""
+"""From a checkpoint's own words to a model: the ``model`` section of its config.yaml decides the
+family."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import PROVENANCE, absolute, checked_origin, find, read_provenance, weights_file
+from scd_sf.checkpoint import (
+    PROVENANCE,
+    absolute,
+    checked_origin,
+    find,
+    read_provenance,
+    weights_file,
+)
 from scd_sf.config import from_yaml, to_yaml
 from scd_sf.diffusion.solvers import Sampler, build_sampler
 from scd_sf.files import Json, parse_json, write_tensors
@@ -58,9 +66,13 @@ class ModelConfig:
         if self.family not in ("scd", "causal", "wan"):
             raise UserError(f"model.family is '{self.family}'; use scd, causal or wan")
         if self.backbone not in ("wan", "dit") or (self.family, self.backbone) == ("wan", "dit"):
-            raise UserError(f"model.backbone is '{self.backbone}'; use wan, or dit with family scd or causal")
+            raise UserError(
+                f"model.backbone is '{self.backbone}'; use wan, or dit with family scd or causal"
+            )
         if not 1 <= self.chunk <= MOST_CHUNK:
-            raise UserError(f"model.chunk is {self.chunk}; it must be at least 1 and at most {MOST_CHUNK}")
+            raise UserError(
+                f"model.chunk is {self.chunk}; it must be at least 1 and at most {MOST_CHUNK}"
+            )
         if self.family == "scd":
             self.scd.check(self.transformer.num_layers)
         self.blocks.check(self.family, self.transformer.num_layers)
@@ -71,7 +83,8 @@ class ModelConfig:
         return self.wan if self.backbone == "wan" else self.dit
 
     def with_blocks(self, blocks: BlocksConfig | None) -> ModelConfig:
-        """The same parameters run otherwise; None: as before. UserError where this model cannot run so."""
+        """The same parameters run otherwise; None: as before. UserError where this model cannot run
+        so."""
         return self if blocks is None else replace(self, blocks=blocks)
 
 
@@ -151,24 +164,29 @@ def _check_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin
 
 
 def _read_model(config: ModelConfig, file: Path, description: Path) -> Student | Wan:
-    """The model of ``description`` with the weights of ``file``, in fp32; allocated once the two are known to fit."""
+    """The model of ``description`` with the weights of ``file``, in fp32; allocated once the two
+    are known to fit."""
     stored = open_tensors(file, "use another checkpoint")
     outline = skeleton(lambda: build_model(config), stored, description, APART)
     _check_state(outline, {name: tensor.shape for name, tensor in stored.items()}, file)
     model = build_model(config)
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in read_all(stored).items()})
+    model.load_state_dict(
+        {name: tensor.to(torch.float32) for name, tensor in read_all(stored).items()}
+    )
     return model
 
 
 def load_checkpoint_model(
     path: Path, weights: str = "ema", blocks: BlocksConfig | None = None
 ) -> tuple[Student | Wan, CheckpointConfig]:
-    """Build a checkpoint's model in fp32. ``path``: a step directory (verified), a run directory (newest verified), or
-    an exported file (:func:`write_single`; it has one set of weights, ``weights`` does not matter).
+    """Build a checkpoint's model in fp32. ``path``: a step directory (verified), a run directory
+    (newest verified), or an exported file (:func:`write_single`; it has one set of weights,
+    ``weights`` does not matter).
 
-    ``blocks``: how its blocks are run (None: as its config says); the config that is returned says the same.
-    ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has only "model" and says so by
-    holding no ema.safetensors: "ema" then means the transplanted weights.
+    ``blocks``: how its blocks are run (None: as its config says); the config that is returned says
+    the same. ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has
+    only "model" and says so by holding no ema.safetensors: "ema" then means the transplanted
+    weights.
     """
     if path.is_file():
         config = _run_so(read_single(path)[0], blocks)
@@ -185,24 +203,34 @@ def _run_so(config: CheckpointConfig, blocks: BlocksConfig | None) -> Checkpoint
 def load_student(
     path: Path, weights: str = "ema", blocks: BlocksConfig | None = None
 ) -> tuple[Student, CheckpointConfig]:
-    """As :func:`load_checkpoint_model`, refusing a bidirectional model, and one trained from scratch."""
+    """As :func:`load_checkpoint_model`, refusing a bidirectional model, and one trained from
+    scratch."""
     model, config = load_checkpoint_model(path, weights, blocks)
     require_wan(config.model, path)
     if isinstance(model, Wan):
-        raise UserError(f"{path}: holds a bidirectional Wan; this needs an SCD or causal student (run stage 1 first)")
+        raise UserError(
+            f"{path}: holds a bidirectional Wan; this needs an SCD or causal student (run stage 1 first)"
+        )
     return model, config
 
 
 def require_wan(config: ModelConfig, where: Path) -> None:
     """UserError for a model trained from scratch, where prompts or Wan's own layouts are needed."""
     if config.backbone != "wan":
-        raise UserError(f"{where}: trained from scratch, it knows no prompts; use recipes/evaluate_prediction.py")
+        raise UserError(
+            f"{where}: trained from scratch, it knows no prompts; use recipes/evaluate_prediction.py"
+        )
 
 
 def write_single(
-    path: Path, model: Student | Wan, config: CheckpointConfig, origin: Mapping[str, object], dtype: torch.dtype
+    path: Path,
+    model: Student | Wan,
+    config: CheckpointConfig,
+    origin: Mapping[str, object],
+    dtype: torch.dtype,
 ) -> None:
-    """One safetensors file that explains itself: weights in ``dtype``; model, sampler and origin in its metadata.
+    """One safetensors file that explains itself: weights in ``dtype``; model, sampler and origin in
+    its metadata.
 
     ``origin`` is the checkpoint's provenance. UserError if the file exists.
     """
@@ -218,13 +246,17 @@ def write_single(
         "sampler": json.dumps(asdict(config.sampler)),
         "licence": str(origin.get("licence", LICENCE)),
     }
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, metadata)
 
 
 def base_of(recorded: str, other: str, where: Path | str) -> Path:
-    """The Wan directory with VAE and text encoder: ``other``, else the one that the checkpoint ``where`` records.
+    """The Wan directory with VAE and text encoder: ``other``, else the one that the checkpoint
+    ``where`` records.
 
     UserError when it is not there.
     """
@@ -234,34 +266,47 @@ def base_of(recorded: str, other: str, where: Path | str) -> Path:
     if not Path(base).is_dir():
         whose = "base" if other else f"{where}: its base"
         here = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"
-        raise UserError(f"{whose} is {base}{here}, and no such directory is there; set base= to the Wan directory")
+        raise UserError(
+            f"{whose} is {base}{here}, and no such directory is there; set base= to the Wan directory"
+        )
     return Path(base)
 
 
 def is_single(path: Path) -> bool:
     """Whether a path is a file of :func:`write_single`."""
-    return path.is_file() and path.suffix == ".safetensors" and read_metadata(path).get("format") == SINGLE
+    return (
+        path.is_file()
+        and path.suffix == ".safetensors"
+        and read_metadata(path).get("format") == SINGLE
+    )
 
 
 def read_single(path: Path) -> tuple[CheckpointConfig, Json]:
-    """What :func:`write_single` said about a file: its configuration and its provenance. UserError: another file."""
+    """What :func:`write_single` said about a file: its configuration and its provenance. UserError:
+    another file."""
     metadata = read_metadata(path)
     if metadata.get("format") != SINGLE:
-        raise UserError(f"{path}: not a file of 'scd export'; for weights of others use 'scd transplant' first")
+        raise UserError(
+            f"{path}: not a file of 'scd export'; for weights of others use 'scd transplant' first"
+        )
     for part in ("provenance", "config"):
         if part not in metadata:
-            raise UserError(f"{path}: its description is unreadable (it lacks '{part}'); export it again")
+            raise UserError(
+                f"{path}: its description is unreadable (it lacks '{part}'); export it again"
+            )
     origin = parse_json(metadata["provenance"], f"{path}: provenance", "export it again")
     try:
         config = from_yaml(CheckpointConfig, metadata["config"])
     except UserError as error:
-        raise UserError(f"{path}: its description is unreadable ({error}); export it again") from error
+        raise UserError(
+            f"{path}: its description is unreadable ({error}); export it again"
+        ) from error
     return config, checked_origin(origin, f"{path}: provenance")
 
 
 def describe_checkpoint(path: Path, weights: str = "ema") -> tuple[CheckpointConfig, Json]:
-    """Configuration and provenance of what :func:`load_checkpoint_model` reads: a checkpoint directory, a run
-    directory, or an exported file."""
+    """Configuration and provenance of what :func:`load_checkpoint_model` reads: a checkpoint
+    directory, a run directory, or an exported file."""
     if path.is_file():
         return read_single(path)
     path = find(path, weights)
@@ -271,7 +316,8 @@ def describe_checkpoint(path: Path, weights: str = "ema") -> tuple[CheckpointCon
 
 @torch.no_grad()
 def probe_output(model: Student | Wan) -> Tensor:
-    """The model's output on a small fixed input, to compare a model with its copy: a student's second chunk."""
+    """The model's output on a small fixed input, to compare a model with its copy: a student's
+    second chunk."""
     cfg: TrunkConfig = model.cfg
     rng = torch.Generator().manual_seed(0)
     size = (2 * cfg.patch_height, 2 * cfg.patch_width)
@@ -286,7 +332,9 @@ def probe_output(model: Student | Wan) -> Tensor:
         cond = Conditioning(cond.text_BLE, actions, actions[:, 0])
     if isinstance(model, Wan):
         velocity: Tensor = model(
-            normal(1, 2, cfg.in_channels, *size), torch.full((1,), 0.7, device=reference.device), cond
+            normal(1, 2, cfg.in_channels, *size),
+            torch.full((1,), 0.7, device=reference.device),
+            cond,
         )
         return velocity
     student: FrameGenerator = model

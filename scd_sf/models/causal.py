@@ -1,8 +1,10 @@
-"""The causal baseline: a whole model under a frame-causal mask. On Wan's layers it is Self-Forcing's generator, on DiT
-blocks (dit.py) the paper's Causal DiT, without FAR's long and short context.
+"""The causal baseline: a whole model under a frame-causal mask. On Wan's layers it is
+Self-Forcing's generator, on DiT blocks (dit.py) the paper's Causal DiT, without FAR's long and
+short context.
 
-Every denoising step runs the whole trunk; a finished chunk is written to the cache by one more pass at t = 0.
-Letters: B batch, K noisy samples, F latent frames, M target chunks, C H W latent axes, L tokens, E width.
+Every denoising step runs the whole trunk; a finished chunk is written to the cache by one more pass
+at t = 0. Letters: B batch, K noisy samples, F latent frames, M target chunks, C H W latent axes, L
+tokens, E width.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from scd_sf.types import Conditioning
 
 @dataclass(frozen=True)
 class CausalStream:
-    """One video in the making: the prompt's K/V, embedded actions and labels, the history, the size (H, W)
-    of a latent frame, and the index of the coming chunk."""
+    """One video in the making: the prompt's K/V, embedded actions and labels, the history, the size
+    (H, W) of a latent frame, and the index of the coming chunk."""
 
     text: Text
     signal: Tensor | None
@@ -36,11 +38,13 @@ class CausalStream:
 
 
 class Causal(nn.Module):
-    """A :class:`~scd_sf.models.interface.FrameGenerator` with exactly the parameters of the bidirectional model.
+    """A :class:`~scd_sf.models.interface.FrameGenerator` with exactly the parameters of the
+    bidirectional model.
 
-    ``frame_diagonal``: its last so many blocks see their own chunk alone (paper, section 4.2). Nothing reads
-    their keys and values of finished frames, so those are never made: teacher forcing drops the clean frames
-    before these blocks, and the cache does not have them. ``run_blocks``: how the others are run.
+    ``frame_diagonal``: its last so many blocks see their own chunk alone (paper, section 4.2).
+    Nothing reads their keys and values of finished frames, so those are never made: teacher forcing
+    drops the clean frames before these blocks, and the cache does not have them. ``run_blocks``:
+    how the others are run.
     """
 
     def __init__(self, cfg: TrunkConfig, chunk: int = 1) -> None:
@@ -90,7 +94,10 @@ class Causal(nn.Module):
         positions = [*range(frames), *(chunk_frames(targets, self.chunk) * samples)]
         clean_t = trunk.clean_times((len(x_clean), frames), noisy_t)
         signal = pick_frames(trunk.signal(cond), positions)
-        times, text = trunk.times(torch.cat([clean_t, noisy_t], 1), signal), trunk.text(cond.text_BLE)
+        times, text = (
+            trunk.times(torch.cat([clean_t, noisy_t], 1), signal),
+            trunk.text(cond.text_BLE),
+        )
         rotary = trunk.rope(positions, height, width, sequence)
 
         def attend(history: int) -> FullSequence:
@@ -99,10 +106,14 @@ class Causal(nn.Module):
             return FullSequence(teacher_forcing_mask(layout, sequence.device))
 
         temporal, own = slice(0, self._temporal), slice(self._temporal, None)
-        out = self.run_blocks(trunk, sequence, times, text, rotary, attend(num_chunks - 1), temporal)
+        out = self.run_blocks(
+            trunk, sequence, times, text, rotary, attend(num_chunks - 1), temporal
+        )
         out = out[:, frames * tokens :]
         if self.frame_diagonal:
-            out = trunk.run(out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), own)
+            out = trunk.run(
+                out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), own
+            )
         velocity = trunk.velocity(out, times.temb[:, frames:], height, width)
         return velocity.unflatten(1, (samples, -1)).transpose(0, 1)
 
@@ -121,7 +132,9 @@ class Causal(nn.Module):
         tokens = self.run_blocks(trunk, tokens, times, text, rotary, attend, slice(None))
         return trunk.velocity(tokens, times.temb, *x_t.shape[-2:])
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> CausalStream:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> CausalStream:
         history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 1)
         return self.switch(CausalStream((), None, history, latent), cond)
 
@@ -132,14 +145,19 @@ class Causal(nn.Module):
         text = run_step(self.replay, "text", (), step, cond.text_BLE)
         return replace(stream, text=text, signal=self.trunk.signal(cond))
 
-    def advance(self, stream: CausalStream, x_0: Tensor | None, query_noise: Tensor) -> CausalStream:
-        """One clean pass of the blocks that see the history writes the K/V of x_0; ``query_noise`` is not read."""
+    def advance(
+        self, stream: CausalStream, x_0: Tensor | None, query_noise: Tensor
+    ) -> CausalStream:
+        """One clean pass of the blocks that see the history writes the K/V of x_0; ``query_noise``
+        is not read."""
         stream = replace(stream, index=stream.index + 1)
         if x_0 is None:
             return stream
         tokens = x_0.shape[1] * self.cfg.tokens(*stream.latent)
 
-        def write(x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None) -> Mapping[int, KV]:
+        def write(
+            x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
+        ) -> Mapping[int, KV]:
             attend, temporal = Streaming(stream.cache, (tokens,), write=1), slice(0, self._temporal)
             self.trunk(x, t_BF, text, rotary, attend, temporal, keep=0, signal_BFE=signal)
             return stream.cache.write(attend.take())
@@ -154,7 +172,9 @@ class Causal(nn.Module):
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The whole trunk on the noisy chunk, reading the history where the cache has one."""
 
-        def step(x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None) -> Tensor:
+        def step(
+            x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
+        ) -> Tensor:
             attend = Streaming(stream.cache, (x.shape[1] * self.cfg.tokens(*stream.latent),))
             velocity: Tensor = self(x, t_BF, text, rotary, attend, signal)
             return velocity

@@ -1,10 +1,11 @@
-"""The diffusion transformer of the models trained from scratch: Causal DiT and SCD, sizes B and M (paper C.1, Table 2).
+"""The diffusion transformer of the models trained from scratch: Causal DiT and SCD, sizes B and M
+(paper C.1, Table 2).
 
-What differs from Wan: adaLN-zero projections in every block, q and k normalised per head, FLUX's three-axis RoPE (a
-quarter of a head for time), actions and labels added to the time's embedding, no text. Finished frames are marked by
-a timestep of about -1. The models are :class:`~scd_sf.models.causal.Causal` and
-:class:`~scd_sf.models.scd.scratch.ScdScratch`.
-Letters: B batch, F frames, L tokens, E width, R decoder rows, n frames of a row.
+What differs from Wan: adaLN-zero projections in every block, q and k normalised per head, FLUX's
+three-axis RoPE (a quarter of a head for time), actions and labels added to the time's embedding, no
+text. Finished frames are marked by a timestep of about -1. The models are
+:class:`~scd_sf.models.causal.Causal` and :class:`~scd_sf.models.scd.scratch.ScdScratch`. Letters: B
+batch, F frames, L tokens, E width, R decoder rows, n frames of a row.
 """
 
 from __future__ import annotations
@@ -54,14 +55,22 @@ class DitConfig:
     """Added to variances in the norms."""
 
     def __post_init__(self) -> None:
-        small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels") if getattr(self, n) < 1]
+        small = [
+            n
+            for n in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels")
+            if getattr(self, n) < 1
+        ]
         if small:
             raise UserError(f"dit.{small[0]} is {getattr(self, small[0])}; it must be at least 1")
         check_within(self, {**SIZES, "num_actions": (0, 2**20), "num_labels": (0, 2**20)}, "dit.")
         if self.attention_head_dim % 16:
-            raise UserError(f"dit.attention_head_dim is {self.attention_head_dim}; its RoPE needs a multiple of 16")
+            raise UserError(
+                f"dit.attention_head_dim is {self.attention_head_dim}; its RoPE needs a multiple of 16"
+            )
         if self.in_channels != self.out_channels:
-            raise UserError(f"dit.out_channels is {self.out_channels}; it must be in_channels, {self.in_channels}")
+            raise UserError(
+                f"dit.out_channels is {self.out_channels}; it must be in_channels, {self.in_channels}"
+            )
         if min(self.num_actions, self.num_labels) < 0:
             raise UserError("dit.num_actions and dit.num_labels must be at least 0")
 
@@ -81,7 +90,8 @@ class DitConfig:
 
     @property
     def clean_time(self) -> float:
-        """Timestep -0.98 of 1000: the released code's -1, as a number that is exact in every dtype."""
+        """Timestep -0.98 of 1000: the released code's -1, as a number that is exact in every
+        dtype."""
         return -(2.0**-10)
 
     def tokens(self, height: int, width: int) -> int:
@@ -109,8 +119,12 @@ class DitConditioner(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.time_embedder = TwoLinears(cfg.freq_dim, cfg.width)
-        self.action_embedding = nn.Embedding(cfg.num_actions + 1, cfg.width) if cfg.num_actions else None
-        self.label_embedding = nn.Embedding(cfg.num_labels + 1, cfg.width) if cfg.num_labels else None
+        self.action_embedding = (
+            nn.Embedding(cfg.num_actions + 1, cfg.width) if cfg.num_actions else None
+        )
+        self.label_embedding = (
+            nn.Embedding(cfg.num_labels + 1, cfg.width) if cfg.num_labels else None
+        )
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -131,19 +145,26 @@ class DitConditioner(nn.Module):
         return text_BLE
 
     def signal(self, cond: Conditioning, decoder: bool) -> Tensor | None:
-        """Embedded actions (B, F, E) plus labels (B, 1, E); -1 is the null action or label. UserError: missing ones."""
+        """Embedded actions (B, F, E) plus labels (B, 1, E); -1 is the null action or label.
+        UserError: missing ones."""
         actions = cond.actions_BF
         if decoder and cond.decoder_actions_BF is not None:
             actions = cond.decoder_actions_BF
         parts = []
         for name, table, indices in (
             ("action", self.action_embedding, actions),
-            ("label", self.label_embedding, None if cond.labels_B is None else cond.labels_B.unsqueeze(1)),
+            (
+                "label",
+                self.label_embedding,
+                None if cond.labels_B is None else cond.labels_B.unsqueeze(1),
+            ),
         ):
             if table is None:
                 continue
             if indices is None:
-                raise UserError(f"the model is told {name}s and none were given; use -1 for the null {name}")
+                raise UserError(
+                    f"the model is told {name}s and none were given; use -1 for the null {name}"
+                )
             null = table.num_embeddings - 1
             parts.append(table(torch.where(indices < 0, null, indices)))
         return sum(parts[1:], parts[0]) if parts else None
@@ -165,4 +186,6 @@ class DitHead(nn.Module):
         """-> velocity (B, F, C, H, W), at least fp32."""
         shift, scale = upcast(self.adaln(F.silu(temb_BFE))).unsqueeze(2).chunk(2, -1)
         x = modulate(self.norm_out(x_BLE), scale, shift, temb_BFE.shape[1])
-        return unpatchify(upcast(self.proj_out(x.to(x_BLE.dtype))), self.patch, self.channels, height, width)
+        return unpatchify(
+            upcast(self.proj_out(x.to(x_BLE.dtype))), self.patch, self.channels, height, width
+        )

@@ -1,6 +1,8 @@
-"""Weights for others: a checkpoint as one file or in Wan's own layouts, and any Wan from one layout to the other.
+"""Weights for others: a checkpoint as one file or in Wan's own layouts, and any Wan from one layout
+to the other.
 
-Everything written is read again and run beside its source; the largest difference of the outputs is reported.
+Everything written is read again and run beside its source; the largest difference of the outputs is
+reported.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ _STEP = re.compile(r"step_\d+")
 
 
 def must_be_new(out: Path, *inputs: Path) -> None:
-    """UserError if there is anything at ``out`` (exports never overwrite), or if it lies in a folder that is read:
-    one of ``inputs``, or any checkpoint's. Links are followed first."""
+    """UserError if there is anything at ``out`` (exports never overwrite), or if it lies in a
+    folder that is read: one of ``inputs``, or any checkpoint's. Links are followed first."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: exists already, nothing is overwritten; choose another place")
     place = out.resolve()
@@ -49,15 +51,21 @@ def must_be_new(out: Path, *inputs: Path) -> None:
             raise UserError(f"{out}: lies in {folder}, which is read for it; choose another place")
 
 
-def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema", dtype: str = "bf16") -> float:
-    """Write a checkpoint's model as ``layout`` "single", "diffusers" or "original"; the largest output difference.
+def export_weights(
+    checkpoint: Path, out: Path, layout: str, weights: str = "ema", dtype: str = "bf16"
+) -> float:
+    """Write a checkpoint's model as ``layout`` "single", "diffusers" or "original"; the largest
+    output difference.
 
-    The last two are Wan's own and hold a bidirectional Wan or the causal baseline, not SCD. UserError otherwise.
+    The last two are Wan's own and hold a bidirectional Wan or the causal baseline, not SCD.
+    UserError otherwise.
     """
     must_be_new(out)
     kind = dtype_of(dtype)
     if layout not in ("single", "diffusers", "original"):
-        raise UserError(f"layout '{layout}' is unknown; use single, pipeline, diffusers or original")
+        raise UserError(
+            f"layout '{layout}' is unknown; use single, pipeline, diffusers or original"
+        )
     model, config = load_checkpoint_model(checkpoint, weights)
     before = probe_output(model)
     largest(before, before)
@@ -70,7 +78,9 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
             return largest(before, probe_output(again))
     require_wan(config.model, checkpoint)
     if isinstance(model, Scd):
-        raise UserError(f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline")
+        raise UserError(
+            f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline"
+        )
     wanted: Layout = "original" if layout == "original" else "diffusers"
     with new_folder(out, AGAIN) as part:
         save_wan(model.state_dict(), config.model.wan, part, kind, layout=wanted)
@@ -80,12 +90,19 @@ def export_weights(checkpoint: Path, out: Path, layout: str, weights: str = "ema
 
 
 def convert_wan(
-    source: Path, out: Path, layout: Layout, *, section: str = "", heads: int = 0, max_shard: int | str = "10GB"
+    source: Path,
+    out: Path,
+    layout: Layout,
+    *,
+    section: str = "",
+    heads: int = 0,
+    max_shard: int | str = "10GB",
 ) -> tuple[WanFiles, float]:
-    """A Wan transformer in any readable layout -> ``layout``; (what was read, largest output difference).
+    """A Wan transformer in any readable layout -> ``layout``; (what was read, largest output
+    difference).
 
-    Every tensor is read again and must be the same bits. One shard is in memory at a time while writing; the
-    comparison of outputs then loads each side once, one after the other.
+    Every tensor is read again and must be the same bits. One shard is in memory at a time while
+    writing; the comparison of outputs then loads each side once, one after the other.
     """
     must_be_new(out, source)
     size = shard_size(max_shard)

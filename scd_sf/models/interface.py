@@ -1,9 +1,11 @@
-"""The one thing to read first: :class:`FrameGenerator`, what losses and the rollout know of a student.
+"""The one thing to read first: :class:`FrameGenerator`, what losses and the rollout know of a
+student.
 
-Both SCD models and the causal baseline are one. A clip is made of *chunks* of ``chunk`` latent frames,
-denoised together. There are two ways through a student, and tests hold them equal:
+Both SCD models and the causal baseline are one. A clip is made of *chunks* of ``chunk`` latent
+frames, denoised together. There are two ways through a student, and tests hold them equal:
 
-- Training on whole clips: :meth:`~FrameGenerator.teacher_forced`, one pass over all chunks under a mask.
+- Training on whole clips: :meth:`~FrameGenerator.teacher_forced`, one pass over all chunks under a
+  mask.
 - Rollout (sampling, stage 3), chunk by chunk, with a cache in the mask's place:
 
       stream = generator.start(cond, latent)
@@ -11,16 +13,17 @@ denoised together. There are two ways through a student, and tests hold them equ
           stream = generator.advance(stream, x_0 of the chunk before, query_noise)   # once per chunk
           x_0 = sampler(x_t -> generator.denoise(stream, x_t, t))                    # S calls per chunk
 
-SCD puts its encoder into ``advance`` and its light decoder into ``denoise``. The causal baseline writes the
-history in ``advance`` and runs the whole model in ``denoise``.
+SCD puts its encoder into ``advance`` and its light decoder into ``denoise``. The causal baseline
+writes the history in ``advance`` and runs the whole model in ``denoise``.
 
-Gradients: the history is detached, and x_0 is detached by ``advance``, so no gradient crosses chunks. Within
-a chunk they flow through ``denoise`` into what ``advance`` computed, which is SCD's encoder: ``advance``
-must run with gradients for the chunks that train. Nothing that a stream holds is written in place, except
-the preallocated history of sampling, which refuses to be written under autograd.
+Gradients: the history is detached, and x_0 is detached by ``advance``, so no gradient crosses
+chunks. Within a chunk they flow through ``denoise`` into what ``advance`` computed, which is SCD's
+encoder: ``advance`` must run with gradients for the chunks that train. Nothing that a stream holds
+is written in place, except the preallocated history of sampling, which refuses to be written under
+autograd.
 
-Letters: B clips, K noisy samples per frame, F latent frames, M target chunks, C channels, H W height and
-width of a latent frame, L tokens of a chunk, E width of the model.
+Letters: B clips, K noisy samples per frame, F latent frames, M target chunks, C channels, H W
+height and width of a latent frame, L tokens of a chunk, E width of the model.
 """
 
 from __future__ import annotations
@@ -42,9 +45,10 @@ Stream = Any  # one video in the making; opaque to callers, each student has its
 class Query:
     """What SCD's encoder is given beside clean frames in training.
 
-    ``x`` (B, F, C, H, W) at times ``t`` (B, F): the noisy query frames on Wan (paper, section 4), with noise
-    of their own. None for models trained from scratch, whose encoder has no query. ``context_noise``: strength of the
-    context's corruption (Eq. 7); its noise comes from ``rng`` (CPU), independently per noisy sample.
+    ``x`` (B, F, C, H, W) at times ``t`` (B, F): the noisy query frames on Wan (paper, section 4),
+    with noise of their own. None for models trained from scratch, whose encoder has no query.
+    ``context_noise``: strength of the context's corruption (Eq. 7); its noise comes from ``rng``
+    (CPU), independently per noisy sample.
     """
 
     x: Tensor | None = None
@@ -61,7 +65,9 @@ class FrameStreamer(Protocol):
         """Latent frames generated together."""
         ...
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Stream:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> Stream:
         """A new stream of B videos: ``cond`` has B rows, latent frames are ``latent`` = (H, W).
 
         ``cache``: how much history is kept, and where (None: all of it, for training).
@@ -73,28 +79,34 @@ class FrameStreamer(Protocol):
         ...
 
     def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
-        """Once per chunk: x_0 (B, chunk, C, H, W), the finished chunk before, joins the history (None before
-        the first chunk), and the coming chunk's context is made.
+        """Once per chunk: x_0 (B, chunk, C, H, W), the finished chunk before, joins the history
+        (None before the first chunk), and the coming chunk's context is made.
 
-        ``query_noise``: pure noise of the coming chunk's shape, not the noise it starts from (ADR 0004). SCD
-        on Wan encodes it; the others read its shape and dtype alone.
+        ``query_noise``: pure noise of the coming chunk's shape, not the noise it starts from (ADR
+        0004). SCD on Wan encodes it; the others read its shape and dtype alone.
         """
         ...
 
     def denoise(self, stream: Stream, x_t: Tensor, t: Tensor) -> Tensor:
-        """S times per chunk: x_t (B, chunk, C, H, W) at t (B,) -> velocity of the same shape. Changes nothing."""
+        """S times per chunk: x_t (B, chunk, C, H, W) at t (B,) -> velocity of the same shape.
+        Changes nothing."""
         ...
 
 
 class SeparableStreamer(FrameStreamer, Protocol):
-    """A student whose encoder and decoder can be driven apart: SCD. Guidance of the decoder needs it."""
+    """A student whose encoder and decoder can be driven apart: SCD. Guidance of the decoder needs
+    it."""
 
-    def encode_next(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> tuple[Stream, Tensor]:
-        """The encoder's part of :meth:`advance`: the stream, and the coming chunk's context (B, L, E)."""
+    def encode_next(
+        self, stream: Stream, x_0: Tensor | None, query_noise: Tensor
+    ) -> tuple[Stream, Tensor]:
+        """The encoder's part of :meth:`advance`: the stream, and the coming chunk's context (B, L,
+        E)."""
         ...
 
     def with_context(self, stream: Stream, c_RLE: Tensor, query_noise: Tensor) -> Stream:
-        """The decoder's part of :meth:`advance`: contexts of R rows, one per row of its conditions."""
+        """The decoder's part of :meth:`advance`: contexts of R rows, one per row of its
+        conditions."""
         ...
 
     def switch_decoder(self, stream: Stream, cond: Conditioning) -> Stream:
@@ -122,9 +134,10 @@ class FrameGenerator(FrameStreamer, Protocol):
     ) -> Tensor:
         """The velocities of the target chunks, each given the clean chunks before it.
 
-        x_t (K, B, F, C, H, W) at t (K, B, F), constant within a chunk; x_clean (B, F, C, H, W) -> (K, B, M*chunk,
-        C, H, W). ``targets``: indices of the M chunks (None: all). ``query``: :class:`Query`; the causal baseline
-        ignores it. UserError: chunks do not divide F, or SCD on Wan has no query.
+        x_t (K, B, F, C, H, W) at t (K, B, F), constant within a chunk; x_clean (B, F, C, H, W) ->
+        (K, B, M*chunk, C, H, W). ``targets``: indices of the M chunks (None: all). ``query``:
+        :class:`Query`; the causal baseline ignores it. UserError: chunks do not divide F, or SCD on
+        Wan has no query.
         """
         ...
 
@@ -132,7 +145,9 @@ class FrameGenerator(FrameStreamer, Protocol):
 def check_chunks(frames: int, chunk: int) -> int:
     """Number of chunks in a clip; UserError if they do not divide."""
     if frames % chunk:
-        raise UserError(f"chunk is {chunk}, which does not divide the clip's {frames} latent frames: choose a divisor")
+        raise UserError(
+            f"chunk is {chunk}, which does not divide the clip's {frames} latent frames: choose a divisor"
+        )
     return frames // chunk
 
 
@@ -150,7 +165,8 @@ def chunk_frames(chunks: Sequence[int], chunk: int) -> list[int]:
 
 
 def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | None:
-    """Of a signal (B, F, E) the vectors of these frames; one vector (a clip's label) serves all frames.
+    """Of a signal (B, F, E) the vectors of these frames; one vector (a clip's label) serves all
+    frames.
 
     UserError: a frame that the signal does not reach.
     """
@@ -161,7 +177,9 @@ def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | No
         return signal_BFE.expand(-1, count, -1)
     last = max(frames, default=0)
     if last >= num_frames:
-        raise UserError(f"actions are given for {num_frames} frames, frame {last} needs one too: give one per frame")
+        raise UserError(
+            f"actions are given for {num_frames} frames, frame {last} needs one too: give one per frame"
+        )
     first = frames[0] if frames else 0
     if list(frames) == list(range(first, first + count)):
         return signal_BFE[:, first : first + count]

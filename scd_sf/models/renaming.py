@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from functools import cache
 
 Table = Mapping[str, str]
-"""Module of one layout -> module of the other. ``N`` stands for a number, which is the same on both sides."""
+"""Module of one layout -> module of the other. ``N`` stands for a number, which is the same on both
+sides."""
 
 
 def renamed(name: str, table: Table) -> str | None:
-    """A tensor's name by ``table``; its ending (``.weight``, ``.bias`` or none) stays. None if no module fits."""
+    """A tensor's name by ``table``; its ending (``.weight``, ``.bias`` or none) stays. None if no
+    module fits."""
     for module, other in table.items():
         if (match := _pattern(module).fullmatch(name)) is not None:
             *numbers, ending = match.groups("")

@@ -1,9 +1,11 @@
-"""Steps of a model recorded once and replayed: a CUDA graph launches all of a step's kernels at the price of one.
+"""Steps of a model recorded once and replayed: a CUDA graph launches all of a step's kernels at the
+price of one.
 
-For sampling. Addresses and Python numbers are baked into a recording, so inputs are copied into places of their own
-(skipped where the same tensor was given last time), and whatever else decides a step is part of its key: a step that
-reads the history has one recording for each of its lengths, a few dozen for a window; they share their scratch memory.
-A step may be run more often than it counts: it writes where no step reads yet (``RingKVCache.write``).
+For sampling. Addresses and Python numbers are baked into a recording, so inputs are copied into
+places of their own (skipped where the same tensor was given last time), and whatever else decides a
+step is part of its key: a step that reads the history has one recording for each of its lengths, a
+few dozen for a window; they share their scratch memory. A step may be run more often than it
+counts: it writes where no step reads yet (``RingKVCache.write``).
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ MOST = 128  # recordings of one step
 
 
 def cuda_recorder(device: torch.device) -> Record[Any]:
-    """Records on ``device``, whichever is the current one: a stream of another would record nothing. The step runs
-    twice before: kernels are built and loaded there. All on one stream: libraries keep a workspace for each."""
+    """Records on ``device``, whichever is the current one: a stream of another would record
+    nothing. The step runs twice before: kernels are built and loaded there. All on one stream:
+    libraries keep a workspace for each."""
     with torch.cuda.device(device):
         pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -40,7 +43,9 @@ def cuda_recorder(device: torch.device) -> Record[Any]:
                 for _ in range(2):
                     step()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                ):
                     out = step()
             here.wait_stream(side)
         return graph.replay, out
@@ -50,7 +55,8 @@ def cuda_recorder(device: torch.device) -> Record[Any]:
 
 @dataclass
 class _Place:
-    """Where an input lies for a recording, and what was copied there last: ``source``, at its ``version``."""
+    """Where an input lies for a recording, and what was copied there last: ``source``, at its
+    ``version``."""
 
     tensor: Tensor
     source: Tensor
@@ -67,8 +73,9 @@ class _History:
 
 
 class Replayed:
-    """Calls of steps, replayed. ``record`` runs a step once and returns (replay, what the step returned): on a GPU
-    :func:`cuda_recorder`. A copy of a model has none of its recordings: they are of the original's weights."""
+    """Calls of steps, replayed. ``record`` runs a step once and returns (replay, what the step
+    returned): on a GPU :func:`cuda_recorder`. A copy of a model has none of its recordings: they
+    are of the original's weights."""
 
     def __init__(self, record: Record[Any]) -> None:
         self._record, self._numbers, self._weights = record, itertools.count(), tuple[int, ...]()
@@ -80,9 +87,11 @@ class Replayed:
         return Replayed(self._record)
 
     def __call__(self, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
-        """``step(*inputs)``. ``name`` and ``key`` say all that decides it but the inputs' values; inputs are tensors
-        in tuples, mappings and dataclasses. What is returned are copies."""
-        assert not torch.is_grad_enabled(), "recorded steps have no gradient: sampling only, under torch.no_grad()"
+        """``step(*inputs)``. ``name`` and ``key`` say all that decides it but the inputs' values;
+        inputs are tensors in tuples, mappings and dataclasses. What is returned are copies."""
+        assert not torch.is_grad_enabled(), (
+            "recorded steps have no gradient: sampling only, under torch.no_grad()"
+        )
         described: list[Hashable] = []
 
         def place(tensor: Tensor) -> Tensor:
@@ -101,7 +110,9 @@ class Replayed:
     def _placed(self, key: Hashable, tensor: Tensor) -> Tensor:
         if key not in self._places:
             with torch.inference_mode(False):  # others will write there outside of it
-                self._places[key] = _Place(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), tensor)
+                self._places[key] = _Place(
+                    torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device), tensor
+                )
         place = self._places[key]
         version = -1 if tensor.is_inference() else tensor._version
         if place.source is not tensor or place.version != version or version < 0:
@@ -110,23 +121,30 @@ class Replayed:
         return place.tensor
 
     def lend_buffers(self, cache: Cache, key: Hashable, lengths: int, model: nn.Module) -> None:
-        """Give a new history the buffers that recordings know: those of a video that is gone, or new ones.
+        """Give a new history the buffers that recordings know: those of a video that is gone, or
+        new ones.
 
-        ``key``: what decides their shapes; ``lengths``: how many lengths the history can have. If ``model`` has
-        other tensors now than what was recorded read (values may change in place), everything is recorded again.
-        UserError: more lengths than are recorded.
+        ``key``: what decides their shapes; ``lengths``: how many lengths the history can have. If
+        ``model`` has other tensors now than what was recorded read (values may change in place),
+        everything is recorded again. UserError: more lengths than are recorded.
         """
-        assert isinstance(cache, RingKVCache), "recorded steps need a preallocated history (CacheConfig.sampling)"
+        assert isinstance(cache, RingKVCache), (
+            "recorded steps need a preallocated history (CacheConfig.sampling)"
+        )
         if lengths > MOST:
             raise UserError(
                 f"compile.cuda_graphs records a step once per length of the history, here {lengths}; at most {MOST}: "
                 "set a window"
             )
-        weights = tuple(tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers()))
+        weights = tuple(
+            tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())
+        )
         if weights != self._weights:
             self._weights, self._recorded, self._places, self._histories = weights, {}, {}, {}
         histories = self._histories.setdefault(key, [])
-        unused = [history for history in histories if history.owner is None or history.owner() is None]
+        unused = [
+            history for history in histories if history.owner is None or history.owner() is None
+        ]
         if unused:
             history = unused[0]
         else:
@@ -136,7 +154,9 @@ class Replayed:
         cache.use(history.buffers, (key, history.number))
 
 
-def run_step(replay: Replayed | None, name: str, key: Hashable, step: Callable[..., T], *inputs: Any) -> T:
+def run_step(
+    replay: Replayed | None, name: str, key: Hashable, step: Callable[..., T], *inputs: Any
+) -> T:
     """The step, replayed where a model has recordings."""
     return step(*inputs) if replay is None else replay(name, key, step, *inputs)
 
@@ -151,7 +171,8 @@ def new_history(
     chunk: int,
     chunks: int,
 ) -> Cache:
-    """An empty history of ``batch`` videos with latent frames of (H, W), in buffers that recordings know.
+    """An empty history of ``batch`` videos with latent frames of (H, W), in buffers that recordings
+    know.
 
     A forward reads it with up to ``chunks`` chunks of ``chunk`` new frames.
     """
@@ -175,6 +196,9 @@ def _walk(value: Any, change: Callable[[Tensor], Tensor], described: list[Hashab
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if is_dataclass(value) and not isinstance(value, type):
         described.append(type(value))
-        return replace(value, **{f.name: _walk(getattr(value, f.name), change, described) for f in fields(value)})
+        return replace(
+            value,
+            **{f.name: _walk(getattr(value, f.name), change, described) for f in fields(value)},
+        )
     described.append(value)
     return value

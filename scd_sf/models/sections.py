@@ -1,7 +1,8 @@
-"""Which weights of a file that holds several: a training's generator, its average, a critic, an optimizer's states.
+"""Which weights of a file that holds several: a training's generator, its average, a critic, an
+optimizer's states.
 
-Names are the same in a flat file (``generator_ema.model.blocks.0..``) and in a pickle's tables: everything before the
-first part that a model's own names begin with is the section.
+Names are the same in a flat file (``generator_ema.model.blocks.0..``) and in a pickle's tables:
+everything before the first part that a model's own names begin with is the section.
 """
 
 from __future__ import annotations
@@ -21,19 +22,36 @@ GENERATOR = "generator"
 PLAIN = "plain"  # as a section: the weights whose names have none
 AVERAGE = {"ema", "average", "averaged", "avg", "shadow", "swa"}
 # Words that say nothing about which model of a training this is.
-NEUTRAL = {"model", "state", "dict", "net", "network", "diffusion", "params", "weights", "transformer", "dit", "pipe"}
+NEUTRAL = {
+    "model",
+    "state",
+    "dict",
+    "net",
+    "network",
+    "diffusion",
+    "params",
+    "weights",
+    "transformer",
+    "dit",
+    "pipe",
+}
 
 
-def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section: str, where: str) -> dict[str, Lazy]:
+def choose_section(
+    tensors: Mapping[str, Lazy], roots: Collection[str], section: str, where: str
+) -> dict[str, Lazy]:
     """The tensors of one section, by names without it and without what wraps models in trainings.
 
-    ``roots``: what the model's own names begin with. ``section`` decides, :data:`PLAIN` are those without one; else the
-    generator's before another model's, and the moving average before the last weights: a warning says which of several
-    was taken. UserError naming the sections where that leaves several, as for plain tensors beside a generator's.
+    ``roots``: what the model's own names begin with. ``section`` decides, :data:`PLAIN` are those
+    without one; else the generator's before another model's, and the moving average before the last
+    weights: a warning says which of several was taken. UserError naming the sections where that
+    leaves several, as for plain tensors beside a generator's.
     """
     names = {name: without_wrappers(name) for name in tensors}
     labels = {name: _label(bare, roots) for name, bare in names.items()}
-    known = sorted({label for label in labels.values() if label is not None}, key=lambda label: -len(label))
+    known = sorted(
+        {label for label in labels.values() if label is not None}, key=lambda label: -len(label)
+    )
     if not known and section:
         raise UserError(f"{where}: no weights '{section}' in it (it has none); use another file")
     chosen = _chosen(sorted(known), section, where)
@@ -43,7 +61,9 @@ def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section:
         if label is None:  # not one of the model's names: where it stands decides
             if any(part.startswith("optim") for part in bare.split(".")):
                 continue
-            label = next((other for other in known if not other or bare.startswith(f"{other}.")), "")
+            label = next(
+                (other for other in known if not other or bare.startswith(f"{other}.")), ""
+            )
         if label != chosen:
             continue
         own = bare[len(label) + 1 :] if label else bare
@@ -52,7 +72,9 @@ def choose_section(tensors: Mapping[str, Lazy], roots: Collection[str], section:
                 f"{where}: holds tensor '{own}' twice, once as '{name}'; use a file that says which is right"
             )
         if tensors[name].odd:
-            raise UserError(f"{where}: entry '{name}' is not a tensor; use a file of the model's weights alone")
+            raise UserError(
+                f"{where}: entry '{name}' is not a tensor; use a file of the model's weights alone"
+            )
         result[own] = replace(tensors[name])
     return result
 
@@ -67,7 +89,11 @@ def _label(name: str, roots: Collection[str]) -> str | None:
 def _chosen(labels: list[str], section: str, where: str) -> str:
     if section:
         wanted = [label for label in labels if label == ("" if section == PLAIN else section)]
-        wanted = wanted or [label for label in labels if label.startswith(f"{section}.") or section in label.split(".")]
+        wanted = wanted or [
+            label
+            for label in labels
+            if label.startswith(f"{section}.") or section in label.split(".")
+        ]
         if not wanted:
             names = ", ".join(map(_shown, labels))
             raise UserError(f"{where}: no weights '{section}' in it (it has {names}); set section")
@@ -81,10 +107,14 @@ def _chosen(labels: list[str], section: str, where: str) -> str:
         rest = [label for label in rest if _words(label) & AVERAGE] or rest
     if len(rest) != 1:
         names = ", ".join(map(_shown, rest))
-        raise UserError(f"{where}: holds several sets of weights ({names}); say which with section=")
+        raise UserError(
+            f"{where}: holds several sets of weights ({names}); say which with section="
+        )
     if len(labels) > 1:
         names = ", ".join(map(_shown, labels))
-        log.warning("%s: holds several sets of weights (%s); took %s", where, names, _shown(rest[0]))
+        log.warning(
+            "%s: holds several sets of weights (%s); took %s", where, names, _shown(rest[0])
+        )
     return rest[0]
 
 
@@ -93,12 +123,16 @@ def _words(label: str) -> set[str]:
 
 
 def _family(label: str) -> str:
-    """Which model of a training: a label without the words for its average and without neutral ones."""
-    return "_".join(sorted(word for word in _words(label) - AVERAGE - NEUTRAL if not word.isdecimal()))
+    """Which model of a training: a label without the words for its average and without neutral
+    ones."""
+    return "_".join(
+        sorted(word for word in _words(label) - AVERAGE - NEUTRAL if not word.isdecimal())
+    )
 
 
 def _shown(label: str) -> str:
-    """A label for people: ``generator.model`` is the generator; the weights without a section are :data:`PLAIN`."""
+    """A label for people: ``generator.model`` is the generator; the weights without a section are
+    :data:`PLAIN`."""
     parts = label.split(".")
     while len(parts) > 1 and parts[-1] in NEUTRAL:
         parts.pop()

@@ -1,7 +1,8 @@
 """What every model shares: patches, conditioning, the stack of blocks, the velocity head.
 
-A config makes the parts: ``WanConfig`` (wan/transformer.py), or ``DitConfig`` (dit.py) for the models trained from
-scratch. Letters: B batch, F latent frames, C channels, H W latent height and width, L tokens, E width.
+A config makes the parts: ``WanConfig`` (wan/transformer.py), or ``DitConfig`` (dit.py) for the
+models trained from scratch. Letters: B batch, F latent frames, C channels, H W latent height and
+width, L tokens, E width.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ class Conditioner(Protocol):
     """Embeddings of time, text, actions and labels."""
 
     def time(self, t_BF: Tensor, signal_BFE: Tensor | None) -> tuple[Tensor, Tensor]:
-        """t in [0, 1] (or the config's ``clean_time``) -> (embedding (B, F, E), what the blocks are modulated by)."""
+        """t in [0, 1] (or the config's ``clean_time``) -> (embedding (B, F, E), what the blocks are
+        modulated by)."""
         ...
 
     def text(self, text_BLE: Tensor) -> Tensor: ...
 
     def signal(self, cond: Conditioning, decoder: bool) -> Tensor | None:
-        """Actions and labels, (B, F, E) or (B, 1, E) to be added to the time's embedding; None: there are none."""
+        """Actions and labels, (B, F, E) or (B, 1, E) to be added to the time's embedding; None:
+        there are none."""
         ...
 
 
@@ -73,7 +76,9 @@ class TrunkConfig(Protocol):
 
 # Of every transformer: more than any published one has, and little enough for sizes to be computed.
 SIZES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("num_attention_heads", "num_layers", "patch_height", "patch_width"), (1, 2**12)),
+    **dict.fromkeys(
+        ("num_attention_heads", "num_layers", "patch_height", "patch_width"), (1, 2**12)
+    ),
     **dict.fromkeys(("attention_head_dim", "in_channels", "out_channels", "freq_dim"), (1, 2**16)),
     "ffn_dim": (1, 2**20),
     "eps": (0, 1),
@@ -91,7 +96,8 @@ def patches(height: int, width: int, patch_height: int, patch_width: int) -> int
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping 1 x ph x pw patches -> width; the weight has diffusers' Conv3d shape (E, C, 1, ph, pw)."""
+    """Non-overlapping 1 x ph x pw patches -> width; the weight has diffusers' Conv3d shape (E, C,
+    1, ph, pw)."""
 
     def __init__(self, cfg: TrunkConfig) -> None:
         super().__init__()
@@ -103,7 +109,11 @@ class PatchEmbedding(nn.Module):
         """-> (B, F * tokens per frame, E)."""
         ph, pw = self.patch
         b, f, c, h, w = x_BFCHW.shape
-        x = x_BFCHW.reshape(b, f, c, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6).reshape(b, -1, c * ph * pw)
+        x = (
+            x_BFCHW.reshape(b, f, c, h // ph, ph, w // pw, pw)
+            .permute(0, 1, 3, 5, 2, 4, 6)
+            .reshape(b, -1, c * ph * pw)
+        )
         return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
@@ -117,14 +127,19 @@ class TwoLinears(nn.Module):
 
 
 def sinusoid(t_BF: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """cos and sin of 1000 t at ``dim`` / 2 frequencies, computed in at least fp32: (B, F) -> (B, F, dim)."""
+    """cos and sin of 1000 t at ``dim`` / 2 frequencies, computed in at least fp32: (B, F) -> (B, F,
+    dim)."""
     half, t = dim // 2, upcast(t_BF)
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / half
+    )
     angles = (1000 * t).unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
 
-def unpatchify(out_BLP: Tensor, patch: tuple[int, int], channels: int, height: int, width: int) -> Tensor:
+def unpatchify(
+    out_BLP: Tensor, patch: tuple[int, int], channels: int, height: int, width: int
+) -> Tensor:
     """Patches, channels fastest, of frames of height x width -> (B, F, C, H, W)."""
     ph, pw = patch
     out = out_BLP.unflatten(-1, (ph, pw, channels)).unflatten(1, (-1, height // ph, width // pw))
@@ -132,8 +147,9 @@ def unpatchify(out_BLP: Tensor, patch: tuple[int, int], channels: int, height: i
 
 
 class Times(NamedTuple):
-    """Per-frame conditioning: the times t (B, F), their embedding temb (B, F, E) for the head, and what
-    modulates the blocks: (B, F, 6, E) for Wan's, (B, F, E) for blocks with projections of their own."""
+    """Per-frame conditioning: the times t (B, F), their embedding temb (B, F, E) for the head, and
+    what modulates the blocks: (B, F, 6, E) for Wan's, (B, F, E) for blocks with projections of
+    their own."""
 
     t: Tensor
     temb: Tensor
@@ -141,14 +157,21 @@ class Times(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """A stack of blocks with its own embeddings. ``layers`` are the layers of the base model its blocks come from.
+    """A stack of blocks with its own embeddings. ``layers`` are the layers of the base model its
+    blocks come from.
 
-    ``checkpointing`` keeps of each block its input alone and computes the rest again for the backward pass; without
-    ``recompute_attention`` attention outputs are kept too (SDPA's; FlexAttention is computed again all the same).
+    ``checkpointing`` keeps of each block its input alone and computes the rest again for the
+    backward pass; without ``recompute_attention`` attention outputs are kept too (SDPA's;
+    FlexAttention is computed again all the same).
     """
 
     def __init__(
-        self, cfg: TrunkConfig, layers: Sequence[int], *, with_text: bool = True, with_head: bool = True
+        self,
+        cfg: TrunkConfig,
+        layers: Sequence[int],
+        *,
+        with_text: bool = True,
+        with_head: bool = True,
     ) -> None:
         super().__init__()
         self.cfg, self.layers = cfg, tuple(layers)
@@ -168,7 +191,8 @@ class Trunk(nn.Module):
         return self.condition_embedder  # type: ignore[return-value]  # a module that the config made
 
     def times(self, t_BF: Tensor, signal_BFE: Tensor | None = None) -> Times:
-        """Of frames at t in [0, 1] (or the config's ``clean_time``); ``signal``: :meth:`signal` of these frames."""
+        """Of frames at t in [0, 1] (or the config's ``clean_time``); ``signal``: :meth:`signal` of
+        these frames."""
         return Times(t_BF, *self.conditioner.time(t_BF, signal_BFE))
 
     def clean_times(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -185,8 +209,11 @@ class Trunk(nn.Module):
         return self.conditioner.text(text_BLE)
 
     def text_kv(self, embedded_BLE: Tensor) -> Text:
-        """Cross-attention K/V of every block, once per prompt; without such blocks the (empty) text itself."""
-        kv = tuple(block.attn2.kv(embedded_BLE) for block in self.blocks if isinstance(block, WanBlock))
+        """Cross-attention K/V of every block, once per prompt; without such blocks the (empty) text
+        itself."""
+        kv = tuple(
+            block.attn2.kv(embedded_BLE) for block in self.blocks if isinstance(block, WanBlock)
+        )
         return kv or embedded_BLE
 
     def rope(self, frames: Sequence[int], height: int, width: int, like: Tensor) -> Rotary:
@@ -207,8 +234,9 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """Tokens through the blocks of ``span`` in order -> tokens.
 
-        ``mod``: :class:`Times`. ``text``: the embedded prompt, or the K/V of all blocks. ``keep``: return the
-        last ``keep`` frames (of mod's F) alone; the last block computes no more than that needs.
+        ``mod``: :class:`Times`. ``text``: the embedded prompt, or the K/V of all blocks. ``keep``:
+        return the last ``keep`` frames (of mod's F) alone; the last block computes no more than
+        that needs.
         """
         indices = range(len(self.blocks))[span]
         context = noop_context_fn if self.recompute_attention else _keep_attention
@@ -217,7 +245,9 @@ class Trunk(nn.Module):
             block_keep = keep if index == indices[-1] else None
             arguments = (x_BLE, mod_BF6E, block_text, rotary, attend, index, block_keep)
             if self.checkpointing and torch.is_grad_enabled():
-                x_BLE = checkpoint(self.blocks[index], *arguments, use_reentrant=False, context_fn=context)
+                x_BLE = checkpoint(
+                    self.blocks[index], *arguments, use_reentrant=False, context_fn=context
+                )
             else:
                 x_BLE = self.blocks[index](*arguments)
         return x_BLE
@@ -233,7 +263,8 @@ class Trunk(nn.Module):
         keep: int | None = None,
         signal_BFE: Tensor | None = None,
     ) -> Tensor:
-        """Latents at their times through the blocks -> tokens: :meth:`embed`, :meth:`times` and :meth:`run`."""
+        """Latents at their times through the blocks -> tokens: :meth:`embed`, :meth:`times` and
+        :meth:`run`."""
         mod = self.times(t_BF, signal_BFE).mod
         return self.run(self.embed(x_BFCHW), mod, text, rotary, attend, span, keep)
 
@@ -245,7 +276,8 @@ class Trunk(nn.Module):
 
 
 class RunBlocks(Protocol):
-    """How a whole model runs the blocks of its trunk: :func:`run_all`, or by a schedule (blocks.py)."""
+    """How a whole model runs the blocks of its trunk: :func:`run_all`, or by a schedule
+    (blocks.py)."""
 
     def __call__(
         self,

@@ -1,1 +1,2 @@
-"""Tensors in, tensors out: attention contexts, KV caches, masks, rotary positions and the Wan block. Knows no model."""
+"""Tensors in, tensors out: attention contexts, KV caches, masks, rotary positions and the Wan
+block. Knows no model."""

@@ -1,7 +1,7 @@
 """The seam: a model's forward is the same everywhere, and how its tokens attend is an argument.
 
-Training, teacher, critic and decoder pass :class:`FullSequence`; the rollout passes :class:`Streaming`.
-Letters: B batch, N heads, L tokens, D head dim.
+Training, teacher, critic and decoder pass :class:`FullSequence`; the rollout passes
+:class:`Streaming`. Letters: B batch, N heads, L tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ROWS = 1024  # queries at a time
 
 
 class AttentionContext(Protocol):
-    """How the tokens of one forward attend in layer ``layer``: q, k, v (B, N, L, D), rotated -> like q.
+    """How the tokens of one forward attend in layer ``layer``: q, k, v (B, N, L, D), rotated ->
+    like q.
 
     q may be of the last tokens alone (only they go on), where the context allows it.
     """
@@ -31,9 +32,9 @@ class AttentionContext(Protocol):
 
 
 def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot product attention. On the meta device (``scd plan`` counts there) FlashAttention's own operator: the
-    general one would lay out the whole table of scores. On a CPU bf16 is trained in fp32: the bf16 backward pass takes
-    ten times as long (docs/results/scratch_speed.md)."""
+    """Scaled dot product attention. On the meta device (``scd plan`` counts there) FlashAttention's
+    own operator: the general one would lay out the whole table of scores. On a CPU bf16 is trained
+    in fp32: the bf16 backward pass takes ten times as long (docs/results/scratch_speed.md)."""
     if q_BNLD.is_meta and mask is None:
         out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q_BNLD, k_BNLD, v_BNLD)[0]
         return out
@@ -45,15 +46,19 @@ def attention(q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor, mask: Tensor | Non
 
 @lru_cache(maxsize=2)
 def compiled_flex(backend: str | Callable[..., object] = "inductor") -> Callable[..., Tensor]:
-    """FlexAttention, fused. ``fullgraph``: a shape too many (torch's limit is 8) is an error; otherwise the unfused
-    operator would run, whose table of scores is 34 GB and more at Wan's size."""
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
+    """FlexAttention, fused. ``fullgraph``: a shape too many (torch's limit is 8) is an error;
+    otherwise the unfused operator would run, whose table of scores is 34 GB and more at Wan's
+    size."""
+    compiled: Callable[..., Tensor] = torch.compile(
+        flex_attention, dynamic=False, fullgraph=True, backend=backend
+    )
     return compiled
 
 
 class FullSequence:
-    """All tokens are here. ``mask``: None (everything sees everything), dense boolean (L, L), a BlockMask, or a layout
-    of groups (long sequences on a CPU: attention runs on ``ROWS`` queries at a time, and nothing is as large as L x L).
+    """All tokens are here. ``mask``: None (everything sees everything), dense boolean (L, L), a
+    BlockMask, or a layout of groups (long sequences on a CPU: attention runs on ``ROWS`` queries at
+    a time, and nothing is as large as L x L).
     """
 
     def __init__(self, mask: Tensor | BlockMask | Layout | None = None) -> None:
@@ -90,11 +95,12 @@ def _picked(x_BNLD: Tensor, runs: Sequence[slice]) -> Tensor:
 
 
 class Streaming:
-    """New tokens in consecutive groups; group g sees the past and groups 0..g (block-causal, without any mask).
+    """New tokens in consecutive groups; group g sees the past and groups 0..g (block-causal,
+    without any mask).
 
-    ``groups`` are token counts. The K/V of the first ``write`` groups are *staged*, nothing is mutated: the caller runs
-    ``cache.write(context.take())`` after the forward. Under activation checkpointing the recomputation stages
-    nothing new.
+    ``groups`` are token counts. The K/V of the first ``write`` groups are *staged*, nothing is
+    mutated: the caller runs ``cache.write(context.take())`` after the forward. Under activation
+    checkpointing the recomputation stages nothing new.
     """
 
     def __init__(self, past: Past, groups: tuple[int, ...], write: int = 0) -> None:
@@ -102,7 +108,8 @@ class Streaming:
         self.staged: dict[int, KV] = {}
 
     def take(self) -> dict[int, KV]:
-        """What was staged, once: checkpoints keep this object until backward, and would keep its tensors with it."""
+        """What was staged, once: checkpoints keep this object until backward, and would keep its
+        tensors with it."""
         staged, self.staged, self.write = self.staged, {}, 0
         return staged
 
@@ -119,7 +126,11 @@ class Streaming:
             end = start + group
             if end > 0:
                 visible = k_BNLD.shape[2] - (queries - end)
-                q, k, v = q_BNLD[:, :, max(start, 0) : end], k_BNLD[:, :, :visible], v_BNLD[:, :, :visible]
+                q, k, v = (
+                    q_BNLD[:, :, max(start, 0) : end],
+                    k_BNLD[:, :, :visible],
+                    v_BNLD[:, :, :visible],
+                )
                 outputs.append(attention(q, k, v))
             start = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -1,12 +1,14 @@
-"""Key/value caches of the streaming path. Keys are stored rotated; lengths are Python integers (no ``.item()``).
+"""Key/value caches of the streaming path. Keys are stored rotated; lengths are Python integers (no
+``.item()``).
 
 ``KVCache`` is immutable and detached: training's rollout uses it, so no gradient can cross frames.
-(Written in place, K/V would leak gradients between chunks.) ``RingKVCache`` is preallocated and written
-in place: inference only. Letters: B batch, N heads, L tokens, D head dim.
+(Written in place, K/V would leak gradients between chunks.) ``RingKVCache`` is preallocated and
+written in place: inference only. Letters: B batch, N heads, L tokens, D head dim.
 
-A window with a sink (the first frames, kept for ever) would let the distance to the sink grow past anything trained. So
-the sink's keys are turned along: they always stand right before the recent frames (rotations add up, so a key rotated
-again is the key of the later position). Recent frames need nothing: rotary attention sees only differences.
+A window with a sink (the first frames, kept for ever) would let the distance to the sink grow past
+anything trained. So the sink's keys are turned along: they always stand right before the recent
+frames (rotations add up, so a key rotated again is the key of the later position). Recent frames
+need nothing: rotary attention sees only differences.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ Buffers = dict[int, KV]  # by layer
 
 
 class Past(Protocol):
-    """What attention reads of the past: per layer, keys and values (B, N, L, D), or None when there are none."""
+    """What attention reads of the past: per layer, keys and values (B, N, L, D), or None when there
+    are none."""
 
     def layer(self, index: int) -> KV | None: ...
 
@@ -36,8 +39,8 @@ class Past(Protocol):
 
 
 class Cache(Past, Protocol):
-    """A past that can grow by what one forward staged, in two parts: what happens on the device, and what Python knows
-    of it (a recording replays the first alone, models/replay.py)."""
+    """A past that can grow by what one forward staged, in two parts: what happens on the device,
+    and what Python knows of it (a recording replays the first alone, models/replay.py)."""
 
     @property
     def place(self) -> Hashable:
@@ -57,8 +60,8 @@ class Cache(Past, Protocol):
 class Window:
     """Which past tokens stay visible: the first ``sink`` and the last ``recent`` (None = all).
 
-    ``per_frame`` tokens make a frame whose sink keys, split over the rotary ``axes``, are turned along; 0: they keep
-    their positions.
+    ``per_frame`` tokens make a frame whose sink keys, split over the rotary ``axes``, are turned
+    along; 0: they keep their positions.
     """
 
     recent: int | None = None
@@ -96,10 +99,12 @@ class CacheConfig:
 
     @classmethod
     def sampling(cls, window: int, sink: int, frames: int) -> CacheConfig:
-        """A preallocated history: of all ``frames`` (``window`` 0, or none shorter than they), or of the
-        first ``sink`` and last ``window``."""
+        """A preallocated history: of all ``frames`` (``window`` 0, or none shorter than they), or
+        of the first ``sink`` and last ``window``."""
         if window < 0 or sink < 0 or (sink and not window):
-            raise UserError(f"window {window} and sink {sink} must be >= 0, and a sink needs a window")
+            raise UserError(
+                f"window {window} and sink {sink} must be >= 0, and a sink needs a window"
+            )
         if not window or window + sink >= frames:
             return cls(preallocate=frames)
         return cls(window, sink, preallocate=window + sink)
@@ -116,7 +121,8 @@ class CacheConfig:
 
 
 def turned(k_BNLD: Tensor, frames: int, axes: Axes) -> Tensor:
-    """Rotated keys as they would be ``frames`` later: rotations add up, and place (0, 0) adds none in space."""
+    """Rotated keys as they would be ``frames`` later: rotations add up, and place (0, 0) adds none
+    in space."""
     if frames == 0:
         return k_BNLD
     dtype = torch.float64 if k_BNLD.dtype == torch.float64 else torch.float32
@@ -142,7 +148,8 @@ def _joined(pieces: tuple[KV, ...]) -> KV:
 
 @dataclass(frozen=True)
 class LivePast:
-    """K/V of one pass with their graph: the decoder's cached prefix, where gradients must reach the encoder."""
+    """K/V of one pass with their graph: the decoder's cached prefix, where gradients must reach the
+    encoder."""
 
     layers: Mapping[int, KV]
 
@@ -155,10 +162,12 @@ class LivePast:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Append-only and functional: :meth:`extended` returns a new cache, tensors are detached and never written.
+    """Append-only and functional: :meth:`extended` returns a new cache, tensors are detached and
+    never written.
 
-    A layer's past is kept in the pieces it came in and joined where attention reads it. A rollout's graph keeps the
-    cache of every chunk: they share their pieces, where joined pasts would take the square of the length in memory.
+    A layer's past is kept in the pieces it came in and joined where attention reads it. A rollout's
+    graph keeps the cache of every chunk: they share their pieces, where joined pasts would take the
+    square of the length in memory.
     """
 
     layers: Mapping[int, tuple[KV, ...]]
@@ -170,7 +179,8 @@ class KVCache:
         return cls({}, 0, window or Window())
 
     def layer(self, index: int) -> KV | None:
-        """The past that a layer may see, joined: (k, v), each (B, N, L, D); None before the first frame."""
+        """The past that a layer may see, joined: (k, v), each (B, N, L, D); None before the first
+        frame."""
         pieces = self.layers.get(index)
         if pieces is None:
             return None
@@ -179,7 +189,9 @@ class KVCache:
         if recent is None or self.length <= recent + sink:
             return k, v
         near = turned(k[:, :, :sink], self.window.shift(self.length), self.window.axes)
-        return torch.cat([near, k[:, :, -recent:]], dim=2), torch.cat([v[:, :, :sink], v[:, :, -recent:]], dim=2)
+        return torch.cat([near, k[:, :, -recent:]], dim=2), torch.cat(
+            [v[:, :, :sink], v[:, :, -recent:]], dim=2
+        )
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
         if self.window.recent is None:
@@ -201,13 +213,16 @@ class KVCache:
 class RingKVCache:
     """Allocated once, written in place, constant memory: for sampling under ``torch.no_grad`` only.
 
-    ``capacity`` tokens per layer, and room for ``new`` ones that a forward attends to together with them. When full,
-    the oldest tokens after the first ``sink`` are overwritten; order does not matter to attention, because keys carry
-    their positions. Without room for a request it raises, so that a video longer than the cache is never silently
-    truncated: pass a window (``wrap=True``) to allow it.
+    ``capacity`` tokens per layer, and room for ``new`` ones that a forward attends to together with
+    them. When full, the oldest tokens after the first ``sink`` are overwritten; order does not
+    matter to attention, because keys carry their positions. Without room for a request it raises,
+    so that a video longer than the cache is never silently truncated: pass a window (``wrap=True``)
+    to allow it.
     """
 
-    def __init__(self, capacity: int, new: int, *, wrap: bool = False, window: Window | None = None) -> None:
+    def __init__(
+        self, capacity: int, new: int, *, wrap: bool = False, window: Window | None = None
+    ) -> None:
         """``window``: says how large the sink is and whether it turns."""
         window = window or Window()
         self.capacity, self.new, self.sink, self.wrap = capacity, new, window.sink, wrap
@@ -224,7 +239,8 @@ class RingKVCache:
         return buffers[0][:, :, : self.filled], buffers[1][:, :, : self.filled]
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
-        """Views: the new tokens are written behind the past, into room that the next call uses again."""
+        """Views: the new tokens are written behind the past, into room that the next call uses
+        again."""
         buffers = self._buffers.get(index)
         if buffers is None:
             return k_BNLD, v_BNLD
@@ -234,7 +250,8 @@ class RingKVCache:
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def use(self, buffers: Buffers, name: Hashable) -> None:
-        """Before the first token: keep them in ``buffers``, which others have used and which ``name`` tells apart."""
+        """Before the first token: keep them in ``buffers``, which others have used and which
+        ``name`` tells apart."""
         self._buffers, self._name = buffers, name
 
     @property
@@ -242,8 +259,11 @@ class RingKVCache:
         return self._name, self.filled
 
     def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
-        """Behind the past, where no step reads it yet: a step that is run twice has the same result."""
-        assert not torch.is_grad_enabled(), "RingKVCache is written in place: sampling only, under torch.no_grad()"
+        """Behind the past, where no step reads it yet: a step that is run twice has the same
+        result."""
+        assert not torch.is_grad_enabled(), (
+            "RingKVCache is written in place: sampling only, under torch.no_grad()"
+        )
         for index, (k, v) in staged.items():
             self._runs(k.shape[2])  # whether there is room
             for buffer, new in zip(self._room(index, k), (k, v), strict=True):
@@ -253,7 +273,10 @@ class RingKVCache:
     def grown(self, written: Mapping[int, KV], tokens: int) -> RingKVCache:
         """Itself, after the new tokens have replaced the oldest where it was full."""
         for slot, first, count in self._runs(tokens):
-            start, buffers = self.filled + first, [buffer for kv in self._buffers.values() for buffer in kv]
+            start, buffers = (
+                self.filled + first,
+                [buffer for kv in self._buffers.values() for buffer in kv],
+            )
             if slot != start and buffers:
                 old, new = ([b[:, :, at : at + count] for b in buffers] for at in (slot, start))
                 torch._foreach_copy_(old, new)
@@ -266,26 +289,32 @@ class RingKVCache:
         return self
 
     def _room(self, index: int, like: Tensor) -> KV:
-        """The layer's buffers, allocated at the first call. One token is spare, so that no view is ever the whole
-        buffer: compilers take that for another case and compile again."""
+        """The layer's buffers, allocated at the first call. One token is spare, so that no view is
+        ever the whole buffer: compilers take that for another case and compile again."""
         if index not in self._buffers:
             shape = (like.shape[0], like.shape[1], self.capacity + self.new + 1, like.shape[3])
-            with torch.inference_mode(False):  # kept for other videos (use), made in that mode or not
+            # kept for other videos (use), made in that mode or not
+            with torch.inference_mode(False):
                 k, v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
             self._buffers[index] = k, v
         return self._buffers[index]
 
     def _runs(self, added: int) -> list[tuple[int, int, int]]:
-        """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as there can be."""
+        """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as
+        there can be."""
         end = self.length + added
         ring = self.capacity - self.sink
         if end > self.capacity and not self.wrap:
-            raise UserError(f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window")
+            raise UserError(
+                f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window"
+            )
         if end > self.capacity and added > ring:
             raise UserError(f"the KV window holds {ring} tokens, fewer than one chunk ({added})")
         runs, position = [], self.length
         while position < end:
-            slot = position if position < self.capacity else self.sink + (position - self.sink) % ring
+            slot = (
+                position if position < self.capacity else self.sink + (position - self.sink) % ring
+            )
             count = min(end - position, self.capacity - slot)
             runs.append((slot, position - self.length, count))
             position += count
@@ -293,7 +322,8 @@ class RingKVCache:
 
 
 def new_cache(config: CacheConfig | None, tokens: int, axes: Axes, new_frames: int) -> Cache:
-    """An empty history for ``tokens`` tokens per latent frame, read by forwards of up to ``new_frames`` frames.
+    """An empty history for ``tokens`` tokens per latent frame, read by forwards of up to
+    ``new_frames`` frames.
 
     ``axes``: the rotary positions of its keys.
     """

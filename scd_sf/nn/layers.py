@@ -1,8 +1,9 @@
-"""The two transformer blocks: Wan 2.1's, with parameter names equal to diffusers' ``WanTransformerBlock``, and the
-adaLN block of the models trained from scratch.
+"""The two transformer blocks: Wan 2.1's, with parameter names equal to diffusers'
+``WanTransformerBlock``, and the adaLN block of the models trained from scratch.
 
-Modulation is per frame and broadcast to the frame's tokens, never computed per token. Norms, modulation and residual
-sums run in at least fp32. Letters: B batch, F frames, L tokens, E width, N heads, D head dim.
+Modulation is per frame and broadcast to the frame's tokens, never computed per token. Norms,
+modulation and residual sums run in at least fp32. Letters: B batch, F frames, L tokens, E width, N
+heads, D head dim.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.rope import Rotary, rotate
 
 M = TypeVar("M", bound=nn.Module)
-MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
+# by dimensions of a convolution's weight
+MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -44,7 +46,8 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention: q and k are RMS-normalised across all heads (Wan's qk norm), or ``per_head``."""
+    """Projections of one attention: q and k are RMS-normalised across all heads (Wan's qk norm), or
+    ``per_head``."""
 
     def __init__(self, width: int, num_heads: int, eps: float, per_head: bool = False) -> None:
         super().__init__()
@@ -53,7 +56,9 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.norm_q, self.norm_k = (nn.RMSNorm(width // num_heads if per_head else width, eps=eps) for _ in range(2))
+        self.norm_q, self.norm_k = (
+            nn.RMSNorm(width // num_heads if per_head else width, eps=eps) for _ in range(2)
+        )
 
     def heads(self, x_BLE: Tensor) -> Tensor:
         """(B, L, E) -> (B, N, L, D)."""
@@ -105,7 +110,9 @@ def _last(x: Tensor, count: int, dim: int) -> Tensor:
 class WanBlock(nn.Module):
     """Self-attention (modulated), text cross-attention, feed-forward (modulated)."""
 
-    def __init__(self, width: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
+    def __init__(
+        self, width: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float
+    ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width, eps, affine=False)
         self.attn1 = Attention(width, num_heads, eps)
@@ -125,11 +132,13 @@ class WanBlock(nn.Module):
         layer: int,
         keep: int | None = None,
     ) -> Tensor:
-        """x (B, L, E) with L = F * tokens per frame; mod (B, F, 6, E), F may be 1 for the whole sequence.
+        """x (B, L, E) with L = F * tokens per frame; mod (B, F, 6, E), F may be 1 for the whole
+        sequence.
 
-        ``text``: embedded prompt (Bt, Lt, E), or its K/V of this block. B may be a multiple of Bt: rows b*r..(b+1)*r-1
-        then share prompt b, without any copy. ``keep``: only the last ``keep`` frames are returned, and of the others
-        only keys and values are made (the last block of a stack whose earlier frames are not read).
+        ``text``: embedded prompt (Bt, Lt, E), or its K/V of this block. B may be a multiple of Bt:
+        rows b*r..(b+1)*r-1 then share prompt b, without any copy. ``keep``: only the last ``keep``
+        frames are returned, and of the others only keys and values are made (the last block of a
+        stack whose earlier frames are not read).
         """
         frames = mod_BF6E.shape[1]
         table = (upcast(self.scale_shift_table) + upcast(mod_BF6E)).unsqueeze(3)
@@ -140,8 +149,14 @@ class WanBlock(nn.Module):
         k, query_rotary = rotate(k, rotary), rotary
         if keep is not None and keep < frames:
             tokens, frames = keep * (x_BLE.shape[1] // frames), keep
-            x_BLE, h, query_rotary = _last(x_BLE, tokens, 1), _last(h, tokens, 1), rotary.last(tokens)
-            gate_a, scale_f, shift_f, gate_f = (_last(m, keep, 1) for m in (gate_a, scale_f, shift_f, gate_f))
+            x_BLE, h, query_rotary = (
+                _last(x_BLE, tokens, 1),
+                _last(h, tokens, 1),
+                rotary.last(tokens),
+            )
+            gate_a, scale_f, shift_f, gate_f = (
+                _last(m, keep, 1) for m in (gate_a, scale_f, shift_f, gate_f)
+            )
         attended = attend(layer, rotate(self.attn1.query(h), query_rotary), k, v)
         if frames == 0:
             return x_BLE
@@ -161,10 +176,11 @@ class WanBlock(nn.Module):
 
 
 class DitBlock(nn.Module):
-    """Self-attention and feed-forward, each with an adaLN-zero projection of its own (supplement B.2).
+    """Self-attention and feed-forward, each with an adaLN-zero projection of its own (supplement
+    B.2).
 
-    The projection runs on one vector per frame: on every token, as in the released code (P9), it would be a third of
-    the block. ``18 D^2 + 15 D`` parameters and two norms.
+    The projection runs on one vector per frame: on every token, as in the released code (P9), it
+    would be a third of the block. ``18 D^2 + 15 D`` parameters and two norms.
     """
 
     def __init__(self, width: int, ffn_dim: int, num_heads: int, eps: float) -> None:
@@ -192,7 +208,8 @@ class DitBlock(nn.Module):
         layer: int,
         keep: int | None = None,
     ) -> Tensor:
-        """As :meth:`WanBlock.forward`; mod (B, F, E) is the activated embedding, and there is no text."""
+        """As :meth:`WanBlock.forward`; mod (B, F, E) is the activated embedding, and there is no
+        text."""
         frames = mod_BFE.shape[1]
         shift_a, scale_a, gate_a = upcast(self.adaln1(mod_BFE)).unsqueeze(2).chunk(3, -1)
         h = modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)
@@ -200,7 +217,11 @@ class DitBlock(nn.Module):
         k, query_rotary = rotate(k, rotary), rotary
         if keep is not None and keep < frames:
             tokens, frames = keep * (x_BLE.shape[1] // frames), keep
-            x_BLE, h, query_rotary = _last(x_BLE, tokens, 1), _last(h, tokens, 1), rotary.last(tokens)
+            x_BLE, h, query_rotary = (
+                _last(x_BLE, tokens, 1),
+                _last(h, tokens, 1),
+                rotary.last(tokens),
+            )
             gate_a, mod_BFE = _last(gate_a, keep, 1), _last(mod_BFE, keep, 1)
         attended = attend(layer, rotate(self.attn.query(h), query_rotary), k, v)
         if frames == 0:

@@ -1,8 +1,10 @@
-"""The teacher-forcing mask: one predicate, from which the dense mask (CPU, tests) and FlexAttention's BlockMask come.
+"""The teacher-forcing mask: one predicate, from which the dense mask (CPU, tests) and
+FlexAttention's BlockMask come.
 
-A token is described by two integers: ``kind`` (0 = clean history, 1.. = noisy or query sample number k) and ``chunk``
-(which frames it belongs to). Clean tokens see clean chunks <= their own and nothing noisy; noisy tokens see clean
-chunks < their own, and their own chunk of their own sample (supplement Algorithm 1; Self-Forcing's mask).
+A token is described by two integers: ``kind`` (0 = clean history, 1.. = noisy or query sample
+number k) and ``chunk`` (which frames it belongs to). Clean tokens see clean chunks <= their own and
+nothing noisy; noisy tokens see clean chunks < their own, and their own chunk of their own sample
+(supplement Algorithm 1; Self-Forcing's mask).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ DENSE_LIMIT = 4096  # tokens; a dense mask of more is not made
 
 
 def teacher_forcing(kind_q: Tensor, chunk_q: Tensor, kind_k: Tensor, chunk_k: Tensor) -> Tensor:
-    """True where a query token (kind_q, chunk_q) may look at a key token (kind_k, chunk_k); broadcasts."""
+    """True where a query token (kind_q, chunk_q) may look at a key token (kind_k, chunk_k);
+    broadcasts."""
     history = (kind_k == CLEAN) & (chunk_k < chunk_q)
     own = (kind_k == kind_q) & (chunk_k == chunk_q)
     return history | own
@@ -32,15 +35,19 @@ def teacher_forcing(kind_q: Tensor, chunk_q: Tensor, kind_k: Tensor, chunk_k: Te
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens stand where: per group of tokens its kind, its chunk and how many tokens it has."""
+    """Which tokens stand where: per group of tokens its kind, its chunk and how many tokens it
+    has."""
 
     kinds: tuple[int, ...]
     chunks: tuple[int, ...]
     tokens: int
 
     @classmethod
-    def teacher_forced(cls, num_chunks: int, targets: Sequence[int], samples: int, tokens: int) -> Layout:
-        """``[clean 0..num_chunks-1 | targets of sample 1 | .. | targets of sample K]``, ``tokens`` per chunk."""
+    def teacher_forced(
+        cls, num_chunks: int, targets: Sequence[int], samples: int, tokens: int
+    ) -> Layout:
+        """``[clean 0..num_chunks-1 | targets of sample 1 | .. | targets of sample K]``, ``tokens``
+        per chunk."""
         kinds = [CLEAN] * num_chunks
         chunks = list(range(num_chunks))
         for sample in range(1, samples + 1):
@@ -68,13 +75,25 @@ def dense_mask(layout: Layout, device: torch.device) -> Tensor:
     """(L, L) boolean, True = may attend."""
     with torch.inference_mode(False):  # cached: see rope.py
         tokens = layout.tokens
-        return on_device(layout.visible(), device).repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        return (
+            on_device(layout.visible(), device)
+            .repeat_interleave(tokens, 0)
+            .repeat_interleave(tokens, 1)
+        )
 
 
 def _block_bytes(mask: BlockMask) -> int:
     """Of its tables forwards and backwards, and of what its predicate reads."""
-    tables = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
-              mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)  # fmt: skip
+    tables = (
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        mask.q_num_blocks,
+        mask.q_indices,
+        mask.full_q_num_blocks,
+        mask.full_q_indices,
+    )
     return tensor_bytes(*tables) + 16 * mask.seq_lengths[0]
 
 
@@ -82,8 +101,9 @@ def _block_bytes(mask: BlockMask) -> int:
 def block_mask(layout: Layout, device: torch.device) -> BlockMask:
     """The same predicate as FlexAttention's sparse block mask.
 
-    Made from groups, never from L x L pairs (which would be 4 GB at Wan's 480p with one noisy sample): visible pairs of
-    groups, summed over the groups that a block touches, say whether a block is empty, partly or wholly visible.
+    Made from groups, never from L x L pairs (which would be 4 GB at Wan's 480p with one noisy
+    sample): visible pairs of groups, summed over the groups that a block touches, say whether a
+    block is empty, partly or wholly visible.
     """
     with torch.inference_mode(False):
         kinds, chunks = layout.per_token(device)
@@ -110,7 +130,8 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
 
 
 def _block_table(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(1, 1, rows) how many of a row's blocks are set, (1, 1, rows, columns) their indices before the rest."""
+    """(1, 1, rows) how many of a row's blocks are set, (1, 1, rows, columns) their indices before
+    the rest."""
     counts = blocks.sum(1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=1, descending=True, stable=True).int()
     return on_device(counts[None, None], device), on_device(indices[None, None], device)
@@ -122,8 +143,9 @@ def _row_bytes(rows: tuple[Tensor | None, tuple[slice, ...]]) -> int:
 
 @kept_within(_row_bytes)
 def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, tuple[slice, ...]]:
-    """What the tokens ``start`` .. ``stop`` - 1 see: the runs of tokens that any of them sees, and a mask (rows, tokens
-    of all runs), None where all see all of those. Never as large as tokens x tokens."""
+    """What the tokens ``start`` .. ``stop`` - 1 see: the runs of tokens that any of them sees, and
+    a mask (rows, tokens of all runs), None where all see all of those. Never as large as tokens x
+    tokens."""
     tokens, groups = layout.tokens, slice(start // layout.tokens, (stop - 1) // layout.tokens + 1)
     visible = _visible(layout)[groups]
     columns = visible.any(0).nonzero().flatten().tolist()
@@ -149,9 +171,13 @@ def _visible(layout: Layout) -> Tensor:
 
 
 def teacher_forcing_mask(layout: Layout, device: torch.device) -> Tensor | BlockMask | Layout:
-    """BlockMask on CUDA. On CPU, where FlexAttention has no backward, dense; of a long sequence the layout itself, of
-    which attention takes rows block by block. Tensors on the meta device get a BlockMask too, whose own tables are
-    real: ``scd plan`` reads from it how much is visible."""
+    """BlockMask on CUDA. On CPU, where FlexAttention has no backward, dense; of a long sequence the
+    layout itself, of which attention takes rows block by block. Tensors on the meta device get a
+    BlockMask too, whose own tables are real: ``scd plan`` reads from it how much is visible."""
     if device.type == "cpu":
-        return layout if len(layout.kinds) * layout.tokens > DENSE_LIMIT else dense_mask(layout, device)
+        return (
+            layout
+            if len(layout.kinds) * layout.tokens > DENSE_LIMIT
+            else dense_mask(layout, device)
+        )
     return block_mask(layout, torch.device("cpu") if device.type == "meta" else device)

@@ -1,7 +1,9 @@
-"""Three-axis rotary positions (time, height, width). Positions are arguments: Python integers, never floats.
+"""Three-axis rotary positions (time, height, width). Positions are arguments: Python integers,
+never floats.
 
-Angles are computed in float64 and stored in float32, so frame 1,000 is as exact as frame 1 whatever the model's dtype
-(released SCD and FAR code keep ids in bf16, where 257 == 256: spec B3). Letters: L tokens, D head dim.
+Angles are computed in float64 and stored in float32, so frame 1,000 is as exact as frame 1 whatever
+the model's dtype (released SCD and FAR code keep ids in bf16, where 257 == 256: spec B3). Letters:
+L tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ Axes = tuple[int, int, int]  # how many of a head's dimensions turn with (time, 
 
 
 class Rotary(NamedTuple):
-    """A rotation per token, for interleaved pairs: cos and sin of the angles, (L, D/2) each; ``turn`` = cos + i sin."""
+    """A rotation per token, for interleaved pairs: cos and sin of the angles, (L, D/2) each;
+    ``turn`` = cos + i sin."""
 
     cos: Tensor
     sin: Tensor
@@ -65,12 +68,14 @@ def rope_table(
     dtype: torch.dtype = torch.float32,
     theta: float = 10000.0,
 ) -> Rotary:
-    """The table of ``len(frames) * height * width`` tokens, time slowest; ``frames`` are absolute frame indices and
-    ``axes`` says how a head is split.
+    """The table of ``len(frames) * height * width`` tokens, time slowest; ``frames`` are absolute
+    frame indices and ``axes`` says how a head is split.
 
-    Only the small tables of the three axes are computed on the host and moved; the whole is laid out on ``device``.
+    Only the small tables of the three axes are computed on the host and moved; the whole is laid
+    out on ``device``.
     """
-    with torch.inference_mode(False):  # cached: a table first needed while sampling must also serve training
+    # cached: a table first needed while sampling must also serve training
+    with torch.inference_mode(False):
         t_dim, h_dim, w_dim = axes
         t = _axis(frames, t_dim, theta, device, dtype)
         h = _axis(tuple(range(height)), h_dim, theta, device, dtype)
@@ -90,10 +95,11 @@ def join(*tables: Rotary) -> Rotary:
 
 
 def rotate(x_BNLD: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate interleaved pairs of the last axis; computed in at least fp32, returned in the input's dtype.
+    """Rotate interleaved pairs of the last axis; computed in at least fp32, returned in the input's
+    dtype.
 
-    One complex product instead of four real ones and a copy: 5x faster forward + backward on CPU. Compilers cannot fuse
-    complex numbers, and get the real ones.
+    One complex product instead of four real ones and a copy: 5x faster forward + backward on CPU.
+    Compilers cannot fuse complex numbers, and get the real ones.
     """
     pairs = x_BNLD.to(rotary.cos.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():

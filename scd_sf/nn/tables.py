@@ -1,5 +1,5 @@
-"""Tables that many steps share (rotary positions, masks), kept within a number of bytes: random sets of targets would
-fill a cache that counts entries with gigabytes of them."""
+"""Tables that many steps share (rotary positions, masks), kept within a number of bytes: random
+sets of targets would fill a cache that counts entries with gigabytes of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ LIMIT = 128 * 2**20  # bytes of each kind of table; `scd plan` counts the kinds 
 
 
 class Kept(Generic[P, T]):
-    """``make``, remembering what it returned: the latest calls, while all of it (``size`` in bytes) stays within
-    ``limit``; the latest is always kept. Arguments are hashable; an entry counts for a KiB at least."""
+    """``make``, remembering what it returned: the latest calls, while all of it (``size`` in bytes)
+    stays within ``limit``; the latest is always kept. Arguments are hashable; an entry counts for a
+    KiB at least."""
 
     def __init__(self, make: Callable[P, T], size: Callable[[T], int], limit: int) -> None:
         functools.update_wrapper(self, make)
@@ -42,7 +43,9 @@ class Kept(Generic[P, T]):
         return value
 
 
-def kept_within(size: Callable[[T], int], limit: int = LIMIT) -> Callable[[Callable[P, T]], Kept[P, T]]:
+def kept_within(
+    size: Callable[[T], int], limit: int = LIMIT
+) -> Callable[[Callable[P, T]], Kept[P, T]]:
     """Decorator: see :class:`Kept`."""
     return lambda make: Kept(make, size, limit)
 

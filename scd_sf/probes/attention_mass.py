@@ -1,11 +1,13 @@
 """P4: where attention goes in time (paper Figure 4, supplement Figure 4).
 
-The softmax mass that queries of frame i put on the keys of a frame j, by distance d = \\|i - j\\|, per block, head and
-step, averaged over queries, clips and the frames i that have a past; beside it what uniform attention over the visible
-tokens would put there. Logits are made for a few queries at a time: nothing is as large as tokens x tokens. Models of
-several frames per chunk see within it too, so that their mass on earlier chunks is told apart (supplement Figure 4).
+The softmax mass that queries of frame i put on the keys of a frame j, by distance d = \\|i - j\\|,
+per block, head and step, averaged over queries, clips and the frames i that have a past; beside it
+what uniform attention over the visible tokens would put there. Logits are made for a few queries at
+a time: nothing is as large as tokens x tokens. Models of several frames per chunk see within it
+too, so that their mass on earlier chunks is told apart (supplement Figure 4).
 
-A bidirectional model sees frames on both sides. SCD's encoder runs once per chunk, not at steps. Letters as watch.py.
+A bidirectional model sees frames on both sides. SCD's encoder runs once per chunk, not at steps.
+Letters as watch.py.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class AttentionProbe:
         subject.check_whole()
         frames = subject.shape.frames
         if frames < 2:
-            raise UserError(f"{subject.name}: attention needs clips of two latent frames and more; give frames=")
+            raise UserError(
+                f"{subject.name}: attention needs clips of two latent frames and more; give frames="
+            )
         if not 0 <= self.first_frame < frames:
             raise UserError(
                 f"attention.first_frame is {self.first_frame}: the clip has latent frames 0..{frames - 1}; make it "
@@ -51,7 +55,8 @@ class AttentionProbe:
 
 
 def frame_mass(q_BNLD: Tensor, k_BNLD: Tensor, tokens: int, rows: int = 64) -> Tensor:
-    """Softmax mass of every query on every frame of the keys, fp32 (B, N, L, frames), ``rows`` queries at a time."""
+    """Softmax mass of every query on every frame of the keys, fp32 (B, N, L, frames), ``rows``
+    queries at a time."""
     parts = []
     keys = k_BNLD.float().transpose(-1, -2) * k_BNLD.shape[-1] ** -0.5
     for q in q_BNLD.float().split(rows, dim=2):
@@ -60,15 +65,19 @@ def frame_mass(q_BNLD: Tensor, k_BNLD: Tensor, tokens: int, rows: int = 64) -> T
 
 
 class Mass:
-    """Sums of mass by (block, head, step, distance), and of what goes to earlier chunks by (block, head, step)."""
+    """Sums of mass by (block, head, step, distance), and of what goes to earlier chunks by (block,
+    head, step)."""
 
     def __init__(self, subject: Subject, cfg: AttentionProbe) -> None:
         self.subject, self.cfg, self.steps = subject, cfg, 1
         if subject.history_blocks[0] is subject.step_blocks[0]:
             self.steps = subject.sampler.steps
-        self.picked = on_device(torch.tensor(evenly_spaced(subject.tokens, cfg.queries)), subject.device)
+        self.picked = on_device(
+            torch.tensor(evenly_spaced(subject.tokens, cfg.queries)), subject.device
+        )
         self.frames = range(cfg.first_frame, subject.shape.frames)
-        self.later = [frame for frame in self.frames if frame >= subject.chunk]  # these have an earlier chunk
+        # these have an earlier chunk
+        self.later = [frame for frame in self.frames if frame >= subject.chunk]
         blocks, heads = len(subject.history_blocks), subject.model.cfg.num_attention_heads
         shape = (blocks, heads, self.steps, subject.shape.frames)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=subject.device)
@@ -84,20 +93,25 @@ class Mass:
         offsets = on_device(torch.tensor(asking), q_BNLD.device)
         queries = q_BNLD.shape[2] - (chunk - offsets[:, None]) * tokens + self.picked
         mass = frame_mass(q_BNLD[:, :, queries.flatten()], k_BNLD, tokens)
-        mass = mass.unflatten(2, queries.shape).double().mean((0, 3))  # (heads, asking frames, visible)
+        # (heads, asking frames, visible)
+        mass = mass.unflatten(2, queries.shape).double().mean((0, 3))
         keys = torch.arange(visible, device=q_BNLD.device)
         distance = (keys - (visible - chunk + offsets[:, None])).abs()
         self.sums[block, :, step].index_add_(1, distance.flatten(), mass.flatten(1))
         self.earlier[block, :, step] += mass[..., : visible - chunk].sum((1, 2))
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """Mass by (block, head, step, distance), which adds up to 1, and mass on earlier chunks of the frames that have
-        some, by (block, head, step)."""
+        """Mass by (block, head, step, distance), which adds up to 1, and mass on earlier chunks of
+        the frames that have some, by (block, head, step)."""
         return self.sums.cpu() / len(self.frames), self.earlier.cpu() / max(1, len(self.later))
 
     def uniform(self) -> tuple[Tensor, float]:
         """The same of uniform attention over all frames of earlier chunks and the own one."""
-        chunk, by_distance, earlier = self.subject.chunk, torch.zeros(self.subject.shape.frames).double(), 0.0
+        chunk, by_distance, earlier = (
+            self.subject.chunk,
+            torch.zeros(self.subject.shape.frames).double(),
+            0.0,
+        )
         for frame in self.frames:
             start = frame // chunk * chunk
             visible = torch.arange(start + chunk)
@@ -108,8 +122,8 @@ class Mass:
 
 
 def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
-    """Mass by block, head, step and distance, with its means, beside uniform attention's. UserError: nothing to look
-    at in so short a clip."""
+    """Mass by block, head, step and distance, with its means, beside uniform attention's.
+    UserError: nothing to look at in so short a clip."""
     cfg.check(subject)
     mass = Mass(subject, cfg)
     watch_attention(subject, mass.add)
@@ -119,26 +133,44 @@ def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
     lines = {"other frames": other.mean((1, 2)).tolist()}
     baseline = {"other frames": float(1 - uniform[0])}
     if 1 < subject.chunk < subject.shape.frames:
-        lines["earlier chunks"], baseline["earlier chunks"] = earlier.mean((1, 2)).tolist(), uniform_earlier
+        lines["earlier chunks"], baseline["earlier chunks"] = (
+            earlier.mean((1, 2)).tolist(),
+            uniform_earlier,
+        )
     data: dict[str, object] = {
-        "steps": mass.steps, "queries": len(mass.picked), "first_frame": cfg.first_frame,
-        "uniform_by_distance": rounded(uniform), "by_distance": rounded(found.mean((1, 2))),
-        "other_frames": rounded(other.mean((1, 2))), "other_frames_by_step": rounded(other.mean(1)),
-        "other_frames_by_head": rounded(other.mean(2)), "earlier_chunks": rounded(earlier.mean((1, 2))),
-        "uniform_earlier_chunks": uniform_earlier, "by_block_head_step_distance": rounded(found, 4),
-    }  # fmt: skip
-    maps = {"by distance": (found.mean((1, 2)), "latent frames"), "other frames, by head": (other.mean(2), "head")}
+        "steps": mass.steps,
+        "queries": len(mass.picked),
+        "first_frame": cfg.first_frame,
+        "uniform_by_distance": rounded(uniform),
+        "by_distance": rounded(found.mean((1, 2))),
+        "other_frames": rounded(other.mean((1, 2))),
+        "other_frames_by_step": rounded(other.mean(1)),
+        "other_frames_by_head": rounded(other.mean(2)),
+        "earlier_chunks": rounded(earlier.mean((1, 2))),
+        "uniform_earlier_chunks": uniform_earlier,
+        "by_block_head_step_distance": rounded(found, 4),
+    }
+    maps = {
+        "by distance": (found.mean((1, 2)), "latent frames"),
+        "other frames, by head": (other.mean(2), "head"),
+    }
     if mass.steps > 1:
         maps["other frames, by step"] = (other.mean(1), "step")
     figures = {
         "blocks": partial(
-            panels_figure, panels={f"mass on {name}": {"model": line} for name, line in lines.items()}, x="block",
+            panels_figure,
+            panels={f"mass on {name}": {"model": line} for name, line in lines.items()},
+            x="block",
             baseline={f"mass on {name}": height for name, height in baseline.items()},
         ),
         "maps": partial(map_figure, maps=maps, y="block"),
-    }  # fmt: skip
-    text = " ".join(described(name, line, baseline[name], mass.steps) for name, line in lines.items())
-    return ProbeResult("attention", "Attention to other frames (P4)", text + seen_from(subject), data, figures)
+    }
+    text = " ".join(
+        described(name, line, baseline[name], mass.steps) for name, line in lines.items()
+    )
+    return ProbeResult(
+        "attention", "Attention to other frames (P4)", text + seen_from(subject), data, figures
+    )
 
 
 def described(name: str, line: list[float], baseline: float, steps: int) -> str:

@@ -1,4 +1,5 @@
-"""The probes' figures: matrices over steps, measures over blocks, pictures (matplotlib, extra ``eval``)."""
+"""The probes' figures: matrices over steps, measures over blocks, pictures (matplotlib, extra
+``eval``)."""
 
 from __future__ import annotations
 
@@ -10,15 +11,22 @@ from torch import Tensor
 from scd_sf.evaluation.curves import pyplot, save
 
 
-def matrices_figure(path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], both: str) -> Path:
-    """A row of matrices per measure, a column per name; every row has one colour scale. ``both``: what the axes are."""
+def matrices_figure(
+    path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], both: str
+) -> Path:
+    """A row of matrices per measure, a column per name; every row has one colour scale. ``both``:
+    what the axes are."""
     plt = pyplot()
     size = (1.9 * len(names) + 1.2, 2.0 * len(rows))
-    figure, panels = plt.subplots(len(rows), len(names), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        len(rows), len(names), figsize=size, layout="constrained", squeeze=False
+    )
     for line, (measure, matrices) in zip(panels, rows.items(), strict=True):
         low, high = min(float(m.min()) for m in matrices), max(float(m.max()) for m in matrices)
         for axes, matrix, name in zip(line, matrices, names, strict=True):
-            shown = axes.imshow(matrix.numpy(), vmin=low, vmax=high if high > low else low + 1e-9, cmap="viridis")
+            shown = axes.imshow(
+                matrix.numpy(), vmin=low, vmax=high if high > low else low + 1e-9, cmap="viridis"
+            )
             axes.set_title(name, fontsize=8)
             axes.tick_params(labelsize=6)
         line[0].set_ylabel(measure)
@@ -28,9 +36,13 @@ def matrices_figure(path: Path, rows: Mapping[str, Sequence[Tensor]], names: Seq
 
 
 def panels_figure(
-    path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: str, baseline: Mapping[str, float] | None = None
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    x: str,
+    baseline: Mapping[str, float] | None = None,
 ) -> Path:
-    """A panel per title, in it a line per name over 0, 1, 2 ..; ``baseline``: title -> a dashed height."""
+    """A panel per title, in it a line per name over 0, 1, 2 ..; ``baseline``: title -> a dashed
+    height."""
     plt = pyplot()
     size = (3.6 * len(panels), 3.2)
     figure, found = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
@@ -48,7 +60,8 @@ def panels_figure(
 
 
 def map_figure(path: Path, maps: Mapping[str, tuple[Tensor, str]], y: str) -> Path:
-    """Matrices side by side, each with its own colours and the name of its columns; rows along ``y``."""
+    """Matrices side by side, each with its own colours and the name of its columns; rows along
+    ``y``."""
     plt = pyplot()
     size = (4.0 * len(maps), 3.6)
     figure, panels = plt.subplots(1, len(maps), figsize=size, layout="constrained", squeeze=False)
@@ -67,7 +80,9 @@ def pictures_figure(
     """RGB pictures (H, W, 3) in [0, 1] as a table."""
     plt = pyplot()
     size = (1.3 * len(columns) + 0.8, 1.3 * len(rows) + 0.3)
-    figure, panels = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        len(rows), len(columns), figsize=size, layout="constrained", squeeze=False
+    )
     for line, name, shown in zip(panels, rows, pictures, strict=True):
         for axes, picture in zip(line, shown, strict=True):
             axes.imshow(picture.numpy())

@@ -1,8 +1,9 @@
 """P6: do the last blocks need other frames? (paper 4.2)
 
-The last n blocks of the causal baseline are made frame-diagonal (models/blocks.py), without any training: what the flow
-loss says of it, and how far the videos move. Whether a short fine-tune brings the quality back, as in the paper, says
-stage 2 with ``blocks: {frame_diagonal: n}`` and recipes/evaluate.py.
+The last n blocks of the causal baseline are made frame-diagonal (models/blocks.py), without any
+training: what the flow loss says of it, and how far the videos move. Whether a short fine-tune
+brings the quality back, as in the paper, says stage 2 with ``blocks: {frame_diagonal: n}`` and
+recipes/evaluate.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from functools import partial
 
 from scd_sf.models.blocks import blocks_of, running_as
 from scd_sf.models.causal import Causal
-from scd_sf.probes.paired import Change, FlowLosses, LossConfig, changes_figure, increase, increases, moved
+from scd_sf.probes.paired import (
+    Change,
+    FlowLosses,
+    LossConfig,
+    changes_figure,
+    increase,
+    increases,
+    moved,
+)
 from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.subject import Subject
 from scd_sf.types import UserError
@@ -49,9 +58,9 @@ class DiagonalProbe:
 
 @dataclass(frozen=True)
 class DiagonalRow:
-    """The last ``blocks`` blocks see their own chunk alone. ``loss``: relative increase over all levels, and at each
-    (without clips none); ``moved``: how far the videos lie from those without such blocks, same noise; ``cache``: the
-    part of the K/V cache that is left."""
+    """The last ``blocks`` blocks see their own chunk alone. ``loss``: relative increase over all
+    levels, and at each (without clips none); ``moved``: how far the videos lie from those without
+    such blocks, same noise; ``cache``: the part of the K/V cache that is left."""
 
     blocks: int
     loss: Change | None
@@ -60,8 +69,11 @@ class DiagonalRow:
     cache: float
 
 
-def diagonal_rows(subject: Subject, counts: tuple[int, ...], losses: FlowLosses | None) -> list[DiagonalRow]:
-    """A row for each of ``counts``; the model is run as before afterwards. UserError: as :class:`DiagonalProbe`."""
+def diagonal_rows(
+    subject: Subject, counts: tuple[int, ...], losses: FlowLosses | None
+) -> list[DiagonalRow]:
+    """A row for each of ``counts``; the model is run as before afterwards. UserError: as
+    :class:`DiagonalProbe`."""
     DiagonalProbe(counts).check(subject)
     model = subject.model
     depth, whole = model.cfg.num_layers, replace(blocks_of(model), frame_diagonal=0)
@@ -77,12 +89,17 @@ def diagonal_rows(subject: Subject, counts: tuple[int, ...], losses: FlowLosses 
             if losses is not None and base_TB is not None:
                 changed_TB = losses.measure(model)
                 overall, each = increase(base_TB, changed_TB), increases(base_TB, changed_TB)
-        rows.append(DiagonalRow(way.frame_diagonal, overall, each, distance, (depth - way.frame_diagonal) / depth))
+        rows.append(
+            DiagonalRow(
+                way.frame_diagonal, overall, each, distance, (depth - way.frame_diagonal) / depth
+            )
+        )
     return rows
 
 
 def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
-    """The last blocks without context, by their number. The flow loss is taken where the subject has clips."""
+    """The last blocks without context, by their number. The flow loss is taken where the subject
+    has clips."""
     cfg.check(subject)
     depth, counts = subject.model.cfg.num_layers, cfg.chosen(subject)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
@@ -99,10 +116,14 @@ def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
     flow_losses = [row.loss for row in rows if row.loss is not None]
     if flow_losses:
         lines["flow loss"] = flow_losses
-    draw = partial(changes_figure, lines=lines, across=counts, x="last blocks that see their own chunk alone")
+    draw = partial(
+        changes_figure, lines=lines, across=counts, x="last blocks that see their own chunk alone"
+    )
     data: dict[str, object] = {
         "levels": list(losses.levels) if losses else [],
         "clips": len(losses.x_0) if losses else 0,
         "rows": [asdict(row) for row in rows],
     }
-    return ProbeResult("frame_diagonal", "Last blocks without context (P6)", text.strip(), data, {"changes": draw})
+    return ProbeResult(
+        "frame_diagonal", "Last blocks without context (P6)", text.strip(), data, {"changes": draw}
+    )

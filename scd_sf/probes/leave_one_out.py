@@ -1,8 +1,8 @@
-"""P7: what the flow loss says of a block that is left out, and where to cut a model by it (paper Figure 7, supplement
-E.1).
+"""P7: what the flow loss says of a block that is left out, and where to cut a model by it (paper
+Figure 7, supplement E.1).
 
-A block is left out by a forward hook that hands its input on, the identity on the residual; when the hook is removed
-the model is what it was. Levels are taken from the training density.
+A block is left out by a forward hook that hands its input on, the identity on the residual; when
+the hook is removed the model is what it was. Levels are taken from the training density.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _identity(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> T
 
 @contextmanager
 def left_out(block: nn.Module) -> Iterator[None]:
-    """Inside, the block is the identity on the residual path; afterwards the model is bit for bit what it was."""
+    """Inside, the block is the identity on the residual path; afterwards the model is bit for bit
+    what it was."""
     handle = block.register_forward_hook(_identity)
     try:
         yield
@@ -43,12 +44,17 @@ def left_out(block: nn.Module) -> Iterator[None]:
 
 
 def named_blocks(model: Student | Wan) -> dict[str, nn.Module]:
-    """The blocks in the order they run: "0", "1", ..; of SCD "encoder 0", .., "decoder 0", .. (positions in each)."""
+    """The blocks in the order they run: "0", "1", ..; of SCD "encoder 0", .., "decoder 0", ..
+    (positions in each)."""
     if isinstance(model, Scd):
         stacks = {"encoder ": model.encoder, "decoder ": model.decoder.trunk}
     else:
         stacks = {"": model.trunk}
-    return {f"{stack}{i}": block for stack, trunk in stacks.items() for i, block in enumerate(trunk.blocks)}
+    return {
+        f"{stack}{i}": block
+        for stack, trunk in stacks.items()
+        for i, block in enumerate(trunk.blocks)
+    }
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class LeaveOneOut:
         check_within(self, {"decoder_blocks": (0, 2**12)}, "leave_one_out.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no proposal)."""
+        """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no
+        proposal)."""
         if not isinstance(subject.model, Scd):
             decoder_size(len(subject.step_blocks), self.decoder_blocks)
         FlowLosses.chosen(subject, self.loss)
@@ -72,7 +79,8 @@ class LeaveOneOut:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What leaving one block out costs: relative increase of the flow loss over all levels, and at each."""
+    """What leaving one block out costs: relative increase of the flow loss over all levels, and at
+    each."""
 
     block: str
     overall: Change
@@ -80,8 +88,8 @@ class BlockCost:
 
 
 def block_costs(model: Student | Wan, losses: FlowLosses) -> tuple[Tensor, list[BlockCost]]:
-    """The whole model's losses (T, B), and the cost of every block in the order they run, left out one at a time:
-    (blocks + 1) x levels x seeds passes over the clips."""
+    """The whole model's losses (T, B), and the cost of every block in the order they run, left out
+    one at a time: (blocks + 1) x levels x seeds passes over the clips."""
     base_TB, costs = losses.measure(model), []
     for name, block in named_blocks(model).items():
         with left_out(block):
@@ -92,7 +100,8 @@ def block_costs(model: Student | Wan, losses: FlowLosses) -> tuple[Tensor, list[
 
 @dataclass(frozen=True)
 class Split:
-    """Layers for stage 1. ``held``: the share of all blocks' cost that those of the decoder carry."""
+    """Layers for stage 1. ``held``: the share of all blocks' cost that those of the decoder
+    carry."""
 
     encoder_layers: tuple[int, ...]
     decoder_layers: tuple[int, ...]
@@ -105,20 +114,24 @@ class Split:
 
 
 def decoder_size(count: int, decoder_blocks: int = 0) -> int:
-    """How many of ``count`` blocks the decoder gets (0: a third). UserError: none are left for it or the encoder."""
+    """How many of ``count`` blocks the decoder gets (0: a third). UserError: none are left for it
+    or the encoder."""
     size = decoder_blocks or max(1, round(count / DECODER_SHARE))
     if not 1 <= size < count:
-        raise UserError(f"decoder_blocks is {size}; of {count} blocks the decoder needs 1..{count - 1}")
+        raise UserError(
+            f"decoder_blocks is {size}; of {count} blocks the decoder needs 1..{count - 1}"
+        )
     return size
 
 
 def propose_split(costs: Sequence[Change], decoder_blocks: int = 0) -> Split:
     """Where to cut a stack whose block l costs ``costs[l]`` when it is left out.
 
-    As in the paper the decoder is a run of the first and a run of the last blocks, the encoder all blocks before that
-    last run (the first ones stand in both). Of all ways to part ``decoder_blocks`` (0: a third of the stack, the
-    paper's share) between the two runs, the last at least 1, this takes the one whose blocks cost most together. Ways
-    that come within one standard error of it count as equal, and the most even of those is taken: where both ends are
+    As in the paper the decoder is a run of the first and a run of the last blocks, the encoder all
+    blocks before that last run (the first ones stand in both). Of all ways to part
+    ``decoder_blocks`` (0: a third of the stack, the paper's share) between the two runs, the last
+    at least 1, this takes the one whose blocks cost most together. Ways that come within one
+    standard error of it count as equal, and the most even of those is taken: where both ends are
     well inside, the middle's noise would decide. UserError: no room for a decoder.
     """
     count, size = len(costs), decoder_size(len(costs), decoder_blocks)
@@ -136,7 +149,9 @@ def propose_split(costs: Sequence[Change], decoder_blocks: int = 0) -> Split:
         error = math.hypot(*(costs[block].error for block in blocks ^ best))
         return held(best) - held(blocks) <= error
 
-    early = min((e for e in ways if as_good(ways[e])), key=lambda e: (abs(size - 2 * e), -held(ways[e])))
+    early = min(
+        (e for e in ways if as_good(ways[e])), key=lambda e: (abs(size - 2 * e), -held(ways[e]))
+    )
     total = sum(max(cost.mean, 0.0) for cost in costs)
     share = sum(max(costs[block].mean, 0.0) for block in ways[early]) / total if total > 0 else 0.0
     encoder = tuple(range(count - size + early))
@@ -161,7 +176,8 @@ class _Stage1Part:
 
 
 def stage1_yaml(split: Split, model: str) -> str:
-    """A configuration for ``recipes/stage1_transplant.py --config``; ``model``: what was probed, for the comment."""
+    """A configuration for ``recipes/stage1_transplant.py --config``; ``model``: what was probed,
+    for the comment."""
     part = _Stage1Part("scd", _ScdPart(split.encoder_layers, _DecoderPart(split.decoder_layers)))
     head = (
         f"# Proposed by leaving single blocks out (probe P7) of {' '.join(model.split())}: the decoder's layers carry "
@@ -171,8 +187,8 @@ def stage1_yaml(split: Split, model: str) -> str:
 
 
 def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:
-    """Every block's cost, and (but for SCD, which is split already) a split, as a configuration of stage 1 in
-    ``leave_one_out-stage1.yaml``. UserError: no clips, or no room for such a decoder."""
+    """Every block's cost, and (but for SCD, which is split already) a split, as a configuration of
+    stage 1 in ``leave_one_out-stage1.yaml``. UserError: no clips, or no room for such a decoder."""
     cfg.check(subject)
     whole_stack = not isinstance(subject.model, Scd)
     losses = FlowLosses.of(subject, cfg.loss)
@@ -203,7 +219,18 @@ def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:
         data["proposed_split"] = asdict(split)
         files["stage1.yaml"] = stage1_yaml(split, subject.name)
     lines = {"all levels": [cost.overall for cost in costs]}
-    lines |= {f"t = {level:.2f}": [cost.by_level[i] for cost in costs] for i, level in enumerate(losses.levels)}
+    lines |= {
+        f"t = {level:.2f}": [cost.by_level[i] for cost in costs]
+        for i, level in enumerate(losses.levels)
+    }
     title = "block left out" if whole_stack else "block left out (encoder's, then decoder's)"
-    draw = partial(changes_figure, lines=lines, across=range(len(costs)), x=title, y="increase of the flow loss, %")
-    return ProbeResult("leave_one_out", "Single blocks left out (P7)", text.strip(), data, {"costs": draw}, files)
+    draw = partial(
+        changes_figure,
+        lines=lines,
+        across=range(len(costs)),
+        x=title,
+        y="increase of the flow loss, %",
+    )
+    return ProbeResult(
+        "leave_one_out", "Single blocks left out (P7)", text.strip(), data, {"costs": draw}, files
+    )

@@ -1,7 +1,9 @@
-"""The same clips under the same noise, before and after something is changed in a model: flow losses and videos.
+"""The same clips under the same noise, before and after something is changed in a model: flow
+losses and videos.
 
-Every clip's noise depends on its number and the seed alone: what two measurements differ by is the change, and error
-bars are those of the difference. Letters: B clips, F latent frames, C H W latent axes, T noise levels.
+Every clip's noise depends on its number and the seed alone: what two measurements differ by is the
+change, and error bars are those of the difference. Letters: B clips, F latent frames, C H W latent
+axes, T noise levels.
 """
 
 from __future__ import annotations
@@ -45,13 +47,15 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if min(self.levels, len(self.seeds), self.batch) < 1 or self.clips < 2:
-            raise UserError("loss: levels, seeds and batch must be at least 1, clips 2 (error bars are over clips)")
+            raise UserError(
+                "loss: levels, seeds and batch must be at least 1, clips 2 (error bars are over clips)"
+            )
         check_within(self, {"levels": (1, 10_000), "shift": (1e-3, 1e3)}, "loss.")
 
 
 def training_levels(count: int, shift: float) -> tuple[float, ...]:
-    """Noise levels at the middle of ``count`` equal parts of the training density, t = shifted u, u uniform. Levels
-    outside it say nothing."""
+    """Noise levels at the middle of ``count`` equal parts of the training density, t = shifted u, u
+    uniform. Levels outside it say nothing."""
     return tuple(shift_time((index + 0.5) / count, shift) for index in range(count))
 
 
@@ -67,22 +71,28 @@ class FlowLosses:
 
     @staticmethod
     def chosen(subject: Subject, cfg: LossConfig) -> tuple[LatentClips | FrameClips, list[int]]:
-        """The subject's clips and those that are used, spread over all that are long enough. UserError: none are given,
-        or fewer than 2."""
+        """The subject's clips and those that are used, spread over all that are long enough.
+        UserError: none are given, or fewer than 2."""
         clips, frames = subject.clips, subject.shape.frames
         if clips is None:
-            raise UserError(f"{subject.name}: a flow loss needs encoded clips; give them with data=")
+            raise UserError(
+                f"{subject.name}: a flow loss needs encoded clips; give them with data="
+            )
         usable = clips.at_least(frames) if isinstance(clips, FrameClips) else range(len(clips))
         count = min(cfg.clips, len(usable))
         if count < 2:
-            raise UserError(f"{clips.root}: {count} clips of {frames} latent frames; error bars need at least 2")
+            raise UserError(
+                f"{clips.root}: {count} clips of {frames} latent frames; error bars need at least 2"
+            )
         return clips, [usable[index * len(usable) // count] for index in range(count)]
 
     @classmethod
     def of(cls, subject: Subject, cfg: LossConfig) -> FlowLosses:
         """Clips spread over all of the subject's. UserError: none are given, or fewer than 2."""
         clips, indices = cls.chosen(subject, cfg)
-        levels = training_levels(cfg.levels, subject.training_shift if cfg.shift is None else cfg.shift)
+        levels = training_levels(
+            cfg.levels, subject.training_shift if cfg.shift is None else cfg.shift
+        )
         if isinstance(clips, FrameClips):
             frames = clips.batch(indices, [0] * len(indices), subject.shape.frames)
             return cls(frames.latents_BFCHW, frames.cond, levels, cfg.seeds, cfg.batch)
@@ -93,8 +103,8 @@ class FlowLosses:
     def measure(self, model: Student | Wan) -> Tensor:
         """Flow loss of every clip at every level, mean over seeds: (T, B), fp64 on the CPU.
 
-        A bidirectional model denoises whole clips; a student is teacher-forced, with a query of pure noise as in
-        sampling and no corruption of its context.
+        A bidirectional model denoises whole clips; a student is teacher-forced, with a query of
+        pure noise as in sampling and no corruption of its context.
         """
         table = torch.zeros(len(self.levels), len(self.x_0), dtype=torch.float64)
         for seed in self.seeds:
@@ -106,7 +116,9 @@ class FlowLosses:
     def _of_rows(self, model: Student | Wan, rows: slice, seed: int) -> Tensor:
         device, errors = next(model.parameters()).device, []
         x_0, cond = on_device(self.x_0[rows], device), self.cond.rows(rows).to(device)
-        noise_like = row_noise([SEED_STRIDE * seed + number for number in range(rows.start, rows.stop)])
+        noise_like = row_noise(
+            [SEED_STRIDE * seed + number for number in range(rows.start, rows.stop)]
+        )
         eps, query = noise_like(x_0), noise_like(x_0)
         for level in self.levels:
             t = torch.full(x_0.shape[:2], level, device=device)
@@ -137,8 +149,8 @@ NONE = Change(0.0, 0.0)
 
 
 def increase(base_TB: Tensor, changed_TB: Tensor) -> Change:
-    """Of the mean over levels and clips, mean(changed) / mean(base) - 1. The error is that of this ratio of means over
-    paired clips (delta method): what all clips share falls out."""
+    """Of the mean over levels and clips, mean(changed) / mean(base) - 1. The error is that of this
+    ratio of means over paired clips (delta method): what all clips share falls out."""
     base, changed = base_TB.mean(0), changed_TB.mean(0)
     ratio = changed.mean() / base.mean()
     error = (changed - ratio * base).std() / (len(base) ** 0.5 * base.mean())
@@ -151,18 +163,25 @@ def increases(base_TB: Tensor, changed_TB: Tensor) -> tuple[Change, ...]:
 
 
 def moved(base: Tensor, other: Tensor) -> Change:
-    """How far the clips ``other`` (B, ...) lie from ``base``: |other - base| / |base| of each, its mean and error.
-    UserError: fewer than 2 clips."""
+    """How far the clips ``other`` (B, ...) lie from ``base``: |other - base| / |base| of each, its
+    mean and error. UserError: fewer than 2 clips."""
     if len(base) < 2:
         raise UserError("how far videos move has error bars over videos: give at least 2 prompts")
-    distances = (other - base).flatten(1).double().norm(dim=1) / base.flatten(1).double().norm(dim=1)
+    distances = (other - base).flatten(1).double().norm(dim=1) / base.flatten(1).double().norm(
+        dim=1
+    )
     return Change(float(distances.mean()), float(distances.std() / len(distances) ** 0.5))
 
 
 def changes_figure(
-    path: Path, lines: Mapping[str, Sequence[Change]], across: Sequence[float], x: str, y: str = "relative change, %"
+    path: Path,
+    lines: Mapping[str, Sequence[Change]],
+    across: Sequence[float],
+    x: str,
+    y: str = "relative change, %",
 ) -> Path:
-    """Changes in percent with their error bars, against ``across``; ``x`` and ``y`` are the axes' titles."""
+    """Changes in percent with their error bars, against ``across``; ``x`` and ``y`` are the axes'
+    titles."""
     drawn: dict[str, Line] = {
         name: (across, [100 * each.mean for each in found], [100 * each.error for each in found])
         for name, found in lines.items()

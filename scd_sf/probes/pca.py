@@ -1,7 +1,8 @@
 """P3: what a block's tokens show at every step, as colours (paper Figure 2b, supplement Figure 3b).
 
-The three principal components of one frame's tokens, of ONE basis per block fitted on all steps together, so that equal
-colours mean equal features at any step. Components become red, green and blue between their 1st and 99th percentile.
+The three principal components of one frame's tokens, of ONE basis per block fitted on all steps
+together, so that equal colours mean equal features at any step. Components become red, green and
+blue between their 1st and 99th percentile.
 """
 
 from __future__ import annotations
@@ -35,25 +36,35 @@ class PcaProbe:
         check_within(self, {"steps": (1, 1000)}, "pca.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: a frame or blocks that are not there, or blocks that do not run at every step."""
+        """UserError: a frame or blocks that are not there, or blocks that do not run at every
+        step."""
         subject.check_whole()
         chosen_frames((self.frame,), subject.shape.frames)
         check_blocks("pca.blocks", self.blocks, subject)
 
 
 def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
-    """Pictures of the chosen blocks and steps, and how much of the variance the three components hold."""
+    """Pictures of the chosen blocks and steps, and how much of the variance the three components
+    hold."""
     cfg.check(subject)
     subject, frames = subject.first(1), chosen_frames((cfg.frame,), subject.shape.frames)
     blocks = list(cfg.blocks) or evenly_spaced(len(subject.step_blocks), 4)
     steps = subject.sampler.steps
     columns = evenly_spaced(steps, cfg.steps)
     cfg_model = subject.model.cfg
-    grid = (subject.shape.height // cfg_model.patch_height, subject.shape.width // cfg_model.patch_width)
+    grid = (
+        subject.shape.height // cfg_model.patch_height,
+        subject.shape.width // cfg_model.patch_width,
+    )
     with collected(subject, blocks, frames, list(range(subject.tokens))) as store:
         fitted = {block: components(store, block, frames[0]) for block in blocks}
-        drawn = {b: component_pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid) for b in blocks}
-    shares = {str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks}
+        drawn = {
+            b: component_pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid)
+            for b in blocks
+        }
+    shares = {
+        str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks
+    }
     moved = {
         str(b): round(float((drawn[b][0] - drawn[b][-1]).abs().mean()), 6) for b in blocks
     }  # of colours in [0, 1], first against last step
@@ -75,14 +86,17 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
         )
     }
     data: dict[str, object] = {
-        "frame": frames[0], "steps": steps, "variance_share": shares, "first_to_last": moved,
-    }  # fmt: skip
+        "frame": frames[0],
+        "steps": steps,
+        "variance_share": shares,
+        "first_to_last": moved,
+    }
     return ProbeResult("pca", "Principal components over all steps (P3)", text, data, figures)
 
 
 def components(store: FeatureStore, block: int, frame: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean (E,), basis (E, 3), shares of the variance (3,)) of the first clip's tokens at all steps; the largest entry
-    of a component is positive."""
+    """(mean (E,), basis (E, 3), shares of the variance (3,)) of the first clip's tokens at all
+    steps; the largest entry of a component is positive."""
     total = square = None
     count = 0
     for part in store.tokens(block, frame):
@@ -103,7 +117,9 @@ def component_pictures(
     store: FeatureStore, block: int, frame: int, mean: Tensor, basis: Tensor, grid: tuple[int, int]
 ) -> list[Tensor]:
     """(h, w, 3) in [0, 1] per step, on one scale for all steps."""
-    points = torch.stack([(store.step(block, frame, step)[0] - mean) @ basis for step in range(store.steps)])
+    points = torch.stack(
+        [(store.step(block, frame, step)[0] - mean) @ basis for step in range(store.steps)]
+    )
     low, high = (torch.quantile(points.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
     scaled = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return [picture.reshape(*grid, -1).float() for picture in scaled]

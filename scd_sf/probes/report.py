@@ -1,4 +1,5 @@
-"""One page of all probes in a folder: text and figures inside the file, so that it can be sent around."""
+"""One page of all probes in a folder: text and figures inside the file, so that it can be sent
+around."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class _Result:
 
 
 def write_probe_report(folder: Path, title: str, facts: Mapping[str, object]) -> Path:
-    """``folder``/report.html from the probes' JSON and PNG files beside it. UserError: a file is damaged."""
+    """``folder``/report.html from the probes' JSON and PNG files beside it. UserError: a file is
+    damaged."""
     results = []
     for path in sorted(folder.glob("*.json")):
         remedy = "run the probe again"
@@ -37,14 +39,28 @@ def write_probe_report(folder: Path, title: str, facts: Mapping[str, object]) ->
         pictures = []
         for name in result.figures:
             picture = safe_path(folder, name, f"{path}: a figure")
-            pictures.append((picture.stem, base64.b64encode(read_bytes(picture, remedy, PICTURE_BYTES)).decode()))
-        texts = {"title": printable(result.title), "text": printable(result.text), "file": path.name}
+            pictures.append(
+                (
+                    picture.stem,
+                    base64.b64encode(read_bytes(picture, remedy, PICTURE_BYTES)).decode(),
+                )
+            )
+        texts = {
+            "title": printable(result.title),
+            "text": printable(result.text),
+            "file": path.name,
+        }
         results.append({**texts, "pictures": pictures})
     results.sort(key=lambda result: str(result["title"]).partition("(P")[2])  # P1 first
     environment = Environment(
-        loader=PackageLoader("scd_sf.probes", package_path=""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("report.html.j2").render(title=title, facts=facts, results=results)
+        loader=PackageLoader("scd_sf.probes", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title, facts=facts, results=results
+    )
     write_text(folder / PAGE, page)
     return folder / PAGE

@@ -1,4 +1,5 @@
-"""What a probe found: numbers as JSON, figures as PNG, a paragraph for people; each probe writes the three alike."""
+"""What a probe found: numbers as JSON, figures as PNG, a paragraph for people; each probe writes
+the three alike."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ NUMBERS = re.compile(r"\[\n\s+([-+.,\de\s]+?)\s+\]")  # a list of numbers that i
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """``name``: the stem of its files. ``text``: what was measured and what came out, plain sentences. ``data``: finite
-    numbers, lists and objects of them. ``figures``: name -> draws a PNG at a path and returns it. ``files``: name ->
-    text of another file, such as a configuration."""
+    """``name``: the stem of its files. ``text``: what was measured and what came out, plain
+    sentences. ``data``: finite numbers, lists and objects of them. ``figures``: name -> draws a PNG
+    at a path and returns it. ``files``: name -> text of another file, such as a configuration."""
 
     name: str
     title: str
@@ -29,10 +30,12 @@ class ProbeResult:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> list[Path]:
-        """NAME.json, NAME-FIGURE.png for every figure, and NAME-FILE for every file; the PNG files. UserError: a number
-        is not finite."""
+        """NAME.json, NAME-FIGURE.png for every figure, and NAME-FILE for every file; the PNG files.
+        UserError: a number is not finite."""
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = [draw(folder / f"{self.name}-{figure}.png") for figure, draw in self.figures.items()]
+        drawn = [
+            draw(folder / f"{self.name}-{figure}.png") for figure, draw in self.figures.items()
+        ]
         for file, text in self.files.items():
             write_text(folder / f"{self.name}-{file}", text)
         about = {"title": self.title, "text": self.text, "figures": [path.name for path in drawn]}

@@ -1,9 +1,11 @@
-"""``scd probe``: open a model, run the probes that were asked for on it, write JSON, PNG and one page.
+"""``scd probe``: open a model, run the probes that were asked for on it, write JSON, PNG and one
+page.
 
     scd probe checkpoint=runs/stage2 prompts='["a red fox in snow"]' out=probes
     scd probe checkpoint=assets/wan_doom data=DIR probes='[similarity,attention]' out=probes
 
-``checkpoint``: any of ours (bidirectional, causal, SCD, distilled, from scratch), or a Wan directory of diffusers.
+``checkpoint``: any of ours (bidirectional, causal, SCD, distilled, from scratch), or a Wan
+directory of diffusers.
 """
 
 from __future__ import annotations
@@ -130,7 +132,13 @@ def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[
     path = Path(cfg.checkpoint)
     if is_wan_directory(path):
         wan = load_wan(path)
-        return wan, CheckpointConfig(ModelConfig(family="wan", wan=wan.cfg), cfg.sampler or SamplerConfig()), {}
+        return (
+            wan,
+            CheckpointConfig(
+                ModelConfig(family="wan", wan=wan.cfg), cfg.sampler or SamplerConfig()
+            ),
+            {},
+        )
     model, config = load_checkpoint_model(path, cfg.weights, BlocksConfig() if cfg.whole else None)
     return model, config, describe_checkpoint(path)[1]
 
@@ -142,12 +150,16 @@ def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
     base = Path(cfg.base or config.base or (cfg.checkpoint if isinstance(model, Wan) else ""))
     clips, cond, shape = told(cfg, config, base, origin)
     if shape.channels != model.cfg.in_channels:
-        raise UserError(f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}")
+        raise UserError(
+            f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}"
+        )
     seeds = tuple(cfg.seed + number for number in range(cond.batch))
     model.requires_grad_(False).to(device)
     own = config.sampler
     shifts = ((cfg.sampler or own).shift, own.shift)
-    return Subject(Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device, *shifts)
+    return Subject(
+        Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device, *shifts
+    )
 
 
 def told(
@@ -156,14 +168,20 @@ def told(
     """Clips, conditions and the size: from ``data``, or from prompts."""
     if config.model.backbone == "dit":
         if not cfg.data:
-            raise UserError(f"{cfg.checkpoint}: was trained on encoded frames; set data= to such a directory")
+            raise UserError(
+                f"{cfg.checkpoint}: was trained on encoded frames; set data= to such a directory"
+            )
         frames = FrameClips(cfg.data)
         trained = origin.get("latent")
         number = cfg.frames or (int(trained[0]) if isinstance(trained, list) else 0)
         if not number:
             raise UserError(f"{cfg.checkpoint}: does not say what it was trained on; set frames=")
         usable = frames.at_least(number)[: cfg.clips]
-        return frames, frames.batch(usable, [0] * len(usable), number).cond, frames.info.shape(number)
+        return (
+            frames,
+            frames.batch(usable, [0] * len(usable), number).cond,
+            frames.info.shape(number),
+        )
     prompts = list(cfg.prompts)
     if cfg.prompt_file:
         prompts += [row.prompt for row in read_prompt_file(Path(cfg.prompt_file), "prompt")]
@@ -171,7 +189,9 @@ def told(
     if clips is not None and not prompts:
         return clips, clips.batch(list(range(min(cfg.clips, len(clips))))).text, clips.shape
     if not prompts or not base.name:
-        raise UserError("set data= to encoded clips, or prompts= (or prompt_file=) and base= to encode them with")
+        raise UserError(
+            "set data= to encoded clips, or prompts= (or prompt_file=) and base= to encode them with"
+        )
     base = base_of(str(base), cfg.base, cfg.checkpoint)
     cond = open_text_encoder(base, "").encode(prompts)
     return clips, cond, clips.shape if clips is not None else sized(cfg, base, origin)
@@ -184,7 +204,9 @@ def sized(cfg: ProbeConfig, base: Path, origin: dict[str, object]) -> VideoShape
     asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
     size = {name: int(value or known.get(name) or 0) for name, value in asked.items()}
     if missing := [f"{name}=" for name, value in size.items() if not value]:
-        raise UserError(f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(missing)}, or data=")
+        raise UserError(
+            f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(missing)}, or data="
+        )
     return load_vae(base).geometry.shape(size["frames"], size["height"], size["width"])
 
 
@@ -196,7 +218,11 @@ def unfit(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
     if not isinstance(model, Causal):
         why["diagonal"] = "is for the causal baseline"
     if len(subject.seeds) < 2:
-        why |= {name: "compares videos of at least two prompts" for name in ("skip", "diagonal") if name not in why}
+        why |= {
+            name: "compares videos of at least two prompts"
+            for name in ("skip", "diagonal")
+            if name not in why
+        }
     if subject.clips is None:
         why["leave_one_out"] = "needs encoded clips; give them with data="
     if subject.shape.frames < 2:
@@ -209,14 +235,16 @@ def unfit(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
 
 
 def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
-    """The probes asked for; without a choice those that this model and data allow, saying why not the others.
-    UserError: one that was asked for cannot run, or not with these settings."""
+    """The probes asked for; without a choice those that this model and data allow, saying why not
+    the others. UserError: one that was asked for cannot run, or not with these settings."""
     why = unfit(cfg, subject)
     if wrong := [f"{name}: {why[name]}" for name in cfg.probes if name in why]:
         raise UserError(f"{cfg.checkpoint}: {'; '.join(wrong)}")
     names = list(cfg.probes) or [name for name in PROBES if name not in why]
     if not names:
-        raise UserError(f"{cfg.checkpoint}: no probe fits: {'; '.join(f'{name}: {why[name]}' for name in why)}")
+        raise UserError(
+            f"{cfg.checkpoint}: no probe fits: {'; '.join(f'{name}: {why[name]}' for name in why)}"
+        )
     for name in names:
         settings: Settings = getattr(cfg, name)
         settings.check(subject)
@@ -227,14 +255,17 @@ def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
 
 
 def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
-    """All files into ``out``, beside those of earlier probes of the same; returns the page, made anew after each."""
+    """All files into ``out``, beside those of earlier probes of the same; returns the page, made
+    anew after each."""
     subject, out = open_subject(cfg, device), Path(cfg.out)
     names = runnable(cfg, subject)
     facts: dict[str, object] = {
         "checkpoint": cfg.checkpoint,
         "family": family_of(subject.model),
         "weights": cfg.weights,
-        "blocks": "whole" if blocks_of(subject.model) == BlocksConfig() else str(blocks_of(subject.model)),
+        "blocks": "whole"
+        if blocks_of(subject.model) == BlocksConfig()
+        else str(blocks_of(subject.model)),
         "prompts": "; ".join(cfg.prompts) or cfg.prompt_file or f"those of {cfg.data}",
         "clips": len(subject.seeds),
         "latent": list(subject.shape.latent(len(subject.seeds))),
@@ -247,8 +278,12 @@ def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
         if about.is_file():
             before = read_json(about, "choose another out=")
             if changed := [name for name, value in facts.items() if before.get(name) != value]:
-                raise UserError(f"{out}: holds probes of another {', '.join(changed)}; choose another out=")
-        write_json(about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()})
+                raise UserError(
+                    f"{out}: holds probes of another {', '.join(changed)}; choose another out="
+                )
+        write_json(
+            about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()}
+        )
         for number, name in enumerate(names, 1):
             result = PROBES[name](subject, getattr(cfg, name))
             result.write(out)

@@ -1,5 +1,5 @@
-"""P1, P2: how alike a block's features of one frame are at different denoising steps (paper Figure 2a, supplement
-Figures 2a, 2b, 3a).
+"""P1, P2: how alike a block's features of one frame are at different denoising steps (paper Figure
+2a, supplement Figures 2a, 2b, 3a).
 
 For steps s and s', f the features of a frame (tokens x width), and means over the frame's tokens and the clips:
   cosine      of f_s and f_s' per token
@@ -52,7 +52,8 @@ class SimilarityProbe:
         check_within(self, {"tokens": (0, 2**24)}, "similarity.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: frames or blocks that are not there, or blocks that do not run at every step."""
+        """UserError: frames or blocks that are not there, or blocks that do not run at every
+        step."""
         subject.check_whole()
         chosen_frames(self.frames, subject.shape.frames)
         check_blocks("similarity.shown", self.shown, subject)
@@ -62,7 +63,9 @@ def chosen_frames(frames: tuple[int, ...], total: int) -> list[int]:
     """Indices from 0. UserError: one that is not there."""
     wrong = [frame for frame in frames if not -total <= frame < total]
     if wrong or not frames:
-        raise UserError(f"frames is {list(frames)}: the clip has latent frames 0..{total - 1}; choose some of them")
+        raise UserError(
+            f"frames is {list(frames)}: the clip has latent frames 0..{total - 1}; choose some of them"
+        )
     return sorted({frame % total for frame in frames})
 
 
@@ -81,20 +84,30 @@ def check_blocks(field: str, blocks: Sequence[int], subject: Subject) -> None:
 
 
 def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
-    """Matrices S x S of every step block, averaged over clips and frames, and their means by block."""
+    """Matrices S x S of every step block, averaged over clips and frames, and their means by
+    block."""
     cfg.check(subject)
-    frames, blocks = chosen_frames(cfg.frames, subject.shape.frames), list(range(len(subject.step_blocks)))
+    frames, blocks = (
+        chosen_frames(cfg.frames, subject.shape.frames),
+        list(range(len(subject.step_blocks))),
+    )
     tokens = evenly_spaced(subject.tokens, cfg.tokens)
     shown = cfg.shown or evenly_spaced(len(blocks), 7)
     with collected(subject, blocks, frames, tokens) as store:
         found = {block: step_matrices(store, block, frames) for block in blocks}
-    times = {measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES}
+    times = {
+        measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES
+    }
     common = [round(float(found[block]["common"]), 6) for block in blocks]
     data: dict[str, object] = {
-        "steps": subject.sampler.steps, "frames": frames, "tokens": len(tokens), "clips": len(subject.seeds),
-        "mean": times, "common_share": common,
+        "steps": subject.sampler.steps,
+        "frames": frames,
+        "tokens": len(tokens),
+        "clips": len(subject.seeds),
+        "mean": times,
+        "common_share": common,
         "matrices": {str(b): {m: rounded(found[b][m]) for m in MEASURES} for b in blocks},
-    }  # fmt: skip
+    }
     low = min(range(len(blocks)), key=lambda b: times["relative"][b])
     high = max(range(len(blocks)), key=lambda b: times["relative"][b])
     text = (
@@ -112,14 +125,21 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
             names=[f"block {b}" for b in shown],
             both="denoising step against denoising step, 0: from pure noise",
         ),
-        "mean": partial(panels_figure, panels={m: {"mean over pairs of steps": times[m]} for m in MEASURES}, x="block"),
+        "mean": partial(
+            panels_figure,
+            panels={m: {"mean over pairs of steps": times[m]} for m in MEASURES},
+            x="block",
+        ),
     }
     return ProbeResult("similarity", "Step-step similarity (P1, P2)", text, data, figures)
 
 
 @contextmanager
-def collected(subject: Subject, blocks: list[int], frames: list[int], tokens: list[int]) -> Iterator[FeatureStore]:
-    """The features of one rollout, on disk until the end of the context. UserError: there is no room for them."""
+def collected(
+    subject: Subject, blocks: list[int], frames: list[int], tokens: list[int]
+) -> Iterator[FeatureStore]:
+    """The features of one rollout, on disk until the end of the context. UserError: there is no
+    room for them."""
     steps, width = subject.sampler.steps, subject.model.cfg.width
     room = len(blocks) * len(frames) * steps * len(subject.seeds) * len(tokens) * width * FLOAT
     with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
@@ -144,13 +164,19 @@ def collect_features(
         for frame in frames:
             if frame // subject.chunk == place.chunk:
                 start = frame % subject.chunk * per_frame
-                store.write(block, frame, place.step, x_BLE[:, start : start + per_frame].index_select(1, chosen))
+                store.write(
+                    block,
+                    frame,
+                    place.step,
+                    x_BLE[:, start : start + per_frame].index_select(1, chosen),
+                )
 
     watch_features(subject, blocks, keep)
 
 
 def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[str, Tensor]:
-    """The four measures as fp64 (S, S), and ``common``: the share of the mean token in the mean square."""
+    """The four measures as fp64 (S, S), and ``common``: the share of the mean token in the mean
+    square."""
     sums: dict[str, Tensor] = {}
     for frame in frames:
         mean = store.means[block, frame].unsqueeze(2)  # (clips, S, 1, E)
@@ -164,7 +190,11 @@ def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[st
         count, power = len(mean) * tokens, product.diagonal()
         pairs = (power.unsqueeze(0) + power.unsqueeze(1)) / 2
         square = (2 * (pairs - product)).clamp(min=0)
-        found = {"cosine": cosine / count, "centred": centred / count, "mse": square / (count * width)}
+        found = {
+            "cosine": cosine / count,
+            "centred": centred / count,
+            "mse": square / (count * width),
+        }
         found["relative"] = (square / pairs.clamp(min=1e-300)).sqrt()
         found["common"] = mean.square().sum() * tokens / power.sum().clamp(min=1e-300)
         for name, value in found.items():

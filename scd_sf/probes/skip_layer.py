@@ -1,8 +1,10 @@
-"""P5: denoising steps after the first few bypass the middle of the model (paper Figure 3, supplement D.1).
+"""P5: denoising steps after the first few bypass the middle of the model (paper Figure 3,
+supplement D.1).
 
-The schedule itself is a way to run a model (models/blocks.py). Here it is tried on a model as it is: what it saves, how
-far its videos move, what it does to the flow loss at the levels it touches. How good the videos are, before and after
-a fine-tune by the same schedule, says recipes/evaluate.py, whose rows take ``blocks``.
+The schedule itself is a way to run a model (models/blocks.py). Here it is tried on a model as it
+is: what it saves, how far its videos move, what it does to the flow loss at the levels it touches.
+How good the videos are, before and after a fine-tune by the same schedule, says
+recipes/evaluate.py, whose rows take ``blocks``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from scd_sf.generation.generate import generate_latents
 from scd_sf.models.blocks import BlocksConfig, SkipConfig, blocks_of, running_as
 from scd_sf.models.build import Scd
 from scd_sf.models.wan.transformer import Wan
-from scd_sf.probes.paired import NONE, Change, FlowLosses, LossConfig, changes_figure, increase, moved
+from scd_sf.probes.paired import (
+    NONE,
+    Change,
+    FlowLosses,
+    LossConfig,
+    changes_figure,
+    increase,
+    moved,
+)
 from scd_sf.probes.result import ProbeResult
 from scd_sf.probes.subject import Subject
 from scd_sf.types import UserError, check_within
@@ -47,21 +57,32 @@ class SkipProbe:
 
     def __post_init__(self) -> None:
         if not self.whole or not all(0 <= part <= 1 for part in self.whole):
-            raise UserError(f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]")
+            raise UserError(
+                f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]"
+            )
         check_within(
             self,
-            {"prefix": (0, 2**12), "suffix": (0, 2**12), "shift": (1e-3, 1e3), "timing_seconds": (0, 1e5)},
+            {
+                "prefix": (0, 2**12),
+                "suffix": (0, 2**12),
+                "shift": (1e-3, 1e3),
+                "timing_seconds": (0, 1e5),
+            },
             "skip.",
         )
 
     def check(self, subject: Subject) -> None:
         """UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
-        family, depth = "scd" if isinstance(subject.model, Scd) else "causal", subject.model.cfg.num_layers
+        family, depth = (
+            "scd" if isinstance(subject.model, Scd) else "causal",
+            subject.model.cfg.num_layers,
+        )
         for way in self.schedules(depth, subject.sampler.steps, subject.sampler_shift):
             BlocksConfig(skip=way).check(family, depth)
 
     def schedules(self, depth: int, steps: int, shift: float = 5.0) -> tuple[SkipConfig, ...]:
-        """For a model of ``depth`` blocks and a sampler of ``steps`` steps; parts are rounded up to whole steps."""
+        """For a model of ``depth`` blocks and a sampler of ``steps`` steps; parts are rounded up to
+        whole steps."""
         shift = shift if self.shift is None else self.shift
         prefix = max(1, depth // PREFIX_SHARE) if self.prefix is None else self.prefix
         suffix = max(1, depth // SUFFIX_SHARE) if self.suffix is None else self.suffix
@@ -71,9 +92,9 @@ class SkipProbe:
 
 @dataclass(frozen=True)
 class SkipRow:
-    """One schedule; None: every block always runs. ``moved``: how far its videos lie from those of the whole model,
-    same noise. ``loss``: increase at ``loss_levels``, those at which blocks are bypassed (without clips none). Costs
-    are per latent frame at batch 1."""
+    """One schedule; None: every block always runs. ``moved``: how far its videos lie from those of
+    the whole model, same noise. ``loss``: increase at ``loss_levels``, those at which blocks are
+    bypassed (without clips none). Costs are per latent frame at batch 1."""
 
     skip: SkipConfig | None
     moved: Change
@@ -83,9 +104,11 @@ class SkipRow:
     seconds_per_frame: float = 0.0
 
 
-def skip_rows(subject: Subject, ways: tuple[SkipConfig, ...], losses: FlowLosses | None) -> list[SkipRow]:
-    """The model whole, then by each schedule, without costs; it is run as before afterwards. UserError: a schedule that
-    the model cannot run."""
+def skip_rows(
+    subject: Subject, ways: tuple[SkipConfig, ...], losses: FlowLosses | None
+) -> list[SkipRow]:
+    """The model whole, then by each schedule, without costs; it is run as before afterwards.
+    UserError: a schedule that the model cannot run."""
     model, as_it_is = subject.model, replace(blocks_of(subject.model), skip=None)
     with running_as(model, as_it_is):
         base_TB = None if losses is None else losses.measure(model)
@@ -109,7 +132,10 @@ def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[Sk
     model, as_it_is = subject.model, blocks_of(subject.model)
     assert not isinstance(model, Scd)
     block, per_pass = type(model.trunk.blocks[0]), subject.chunk
-    costs = [Cost(_one_clip(subject, replace(as_it_is, skip=row.skip)), model, block, per_pass) for row in rows]
+    costs = [
+        Cost(_one_clip(subject, replace(as_it_is, skip=row.skip)), model, block, per_pass)
+        for row in rows
+    ]
     time_in_rounds(costs, 5, seconds)
     return [
         replace(
@@ -131,14 +157,16 @@ def _one_clip(subject: Subject, blocks: BlocksConfig) -> Callable[[], Iterator[T
             if isinstance(model, Wan):
                 yield one.sample()
                 return
-            yield from generate_latents(model, one.cond.to(one.device), one.seeds, one.shape.latent(1)[1:], one.sampler)
+            yield from generate_latents(
+                model, one.cond.to(one.device), one.seeds, one.shape.latent(1)[1:], one.sampler
+            )
 
     return stream
 
 
 def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
-    """The schedule with different numbers of whole steps. The flow loss is taken where the subject has clips.
-    UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
+    """The schedule with different numbers of whole steps. The flow loss is taken where the subject
+    has clips. UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
     depth, steps = subject.model.cfg.num_layers, subject.sampler.steps
     cfg.check(subject)
     ways = cfg.schedules(depth, steps, subject.sampler_shift)
@@ -159,6 +187,13 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
     flow_losses = [row.loss for row in rows if row.loss is not None]
     if flow_losses:
         lines["flow loss of short steps"] = flow_losses
-    draw = partial(changes_figure, lines=lines, across=[way.full_steps for way in ways], x=f"whole steps of {steps}")
+    draw = partial(
+        changes_figure,
+        lines=lines,
+        across=[way.full_steps for way in ways],
+        x=f"whole steps of {steps}",
+    )
     data: dict[str, object] = {"steps": steps, "rows": [asdict(row) for row in (whole, *rows)]}
-    return ProbeResult("skip_layer", "Steps that bypass the middle (P5)", text.strip(), data, {"changes": draw})
+    return ProbeResult(
+        "skip_layer", "Steps that bypass the middle (P5)", text.strip(), data, {"changes": draw}
+    )

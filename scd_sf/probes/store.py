@@ -18,8 +18,9 @@ FLOAT = 4  # bytes
 
 
 class FeatureStore:
-    """fp32 (S, clips, T, E) per block and frame in a file of ``folder``; steps come in any order, and are read by
-    slices of tokens, none larger than one step's features. A context manager: the files are closed at its end.
+    """fp32 (S, clips, T, E) per block and frame in a file of ``folder``; steps come in any order,
+    and are read by slices of tokens, none larger than one step's features. A context manager: the
+    files are closed at its end.
 
     ``means``: of the tokens, fp64 (clips, S, E) per block and frame.
     """
@@ -34,7 +35,10 @@ class FeatureStore:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for file in self._files.values():
             file.close()
@@ -60,7 +64,11 @@ class FeatureStore:
         file = self._read(block, frame)
         width = max(1, file.shape[2] // self.steps)
         for start in range(0, file.shape[2], width):
-            yield torch.from_numpy(np.array(file[:, :, start : start + width])).double().transpose(0, 1)
+            yield (
+                torch.from_numpy(np.array(file[:, :, start : start + width]))
+                .double()
+                .transpose(0, 1)
+            )
 
     def step(self, block: int, frame: int, step: int) -> Tensor:
         """fp64 (clips, T, E)."""
@@ -68,7 +76,9 @@ class FeatureStore:
 
     def _read(self, block: int, frame: int) -> np.ndarray:
         self._files[block, frame].flush()
-        return np.memmap(self._path(block, frame), np.float32, "r", shape=self._shapes[block, frame])
+        return np.memmap(
+            self._path(block, frame), np.float32, "r", shape=self._shapes[block, frame]
+        )
 
     def _path(self, block: int, frame: int) -> Path:
         return self.folder / f"block_{block:03d}_frame_{frame:03d}.f32"

@@ -24,8 +24,9 @@ from scd_sf.types import Conditioning, UserError, VideoShape
 
 @dataclass(frozen=True)
 class Subject:
-    """``cond``: B prompts (actions, labels), ``seeds``: one per clip. ``clips``: encoded clips for what needs true
-    frames (None: none were given). Timestep shifts: of the sampler's times, and of those it was trained with."""
+    """``cond``: B prompts (actions, labels), ``seeds``: one per clip. ``clips``: encoded clips for
+    what needs true frames (None: none were given). Timestep shifts: of the sampler's times, and of
+    those it was trained with."""
 
     name: str
     model: Student | Wan
@@ -56,13 +57,15 @@ class Subject:
 
     @property
     def history_blocks(self) -> list[nn.Module]:
-        """The blocks that see other frames, in order: all, or SCD's encoder (which runs once per chunk)."""
+        """The blocks that see other frames, in order: all, or SCD's encoder (which runs once per
+        chunk)."""
         trunk = self.model.encoder if isinstance(self.model, Scd) else self.model.trunk
         return list(trunk.blocks)
 
     @property
     def bypassed(self) -> range:
-        """Blocks that a skip-layer schedule (P5) leaves out of some steps: there they have no features."""
+        """Blocks that a skip-layer schedule (P5) leaves out of some steps: there they have no
+        features."""
         skip = blocks_of(self.model).skip
         return range(0) if skip is None else skip.middle(len(self.step_blocks))
 
@@ -87,6 +90,8 @@ class Subject:
         size = (self.shape.frames, self.shape.channels, self.shape.height, self.shape.width)
         cond = self.cond.to(self.device)
         if isinstance(self.model, Wan):
-            return sample_bidirectional(self.model, cond, size, self.sampler, self.seeds, self.device)
+            return sample_bidirectional(
+                self.model, cond, size, self.sampler, self.seeds, self.device
+            )
         assert isinstance(self.model, Causal | Scd)
         return clips_of(generate_latents(self.model, cond, self.seeds, size, self.sampler))

@@ -1,7 +1,8 @@
-"""Look into a rollout while it runs: block outputs at every denoising step, and queries and keys of attention.
+"""Look into a rollout while it runs: block outputs at every denoising step, and queries and keys of
+attention.
 
-Ordinary forward hooks on the model's blocks and a sampler that counts its steps; both are gone afterwards.
-Letters: B clips, N heads, L tokens, D head dim, E width.
+Ordinary forward hooks on the model's blocks and a sampler that counts its steps; both are gone
+afterwards. Letters: B clips, N heads, L tokens, D head dim, E width.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ ATTEND = 4  # which argument of a block's forward says how its tokens attend
 
 @dataclass
 class Place:
-    """Where a rollout is: the chunk, the denoising step and its time in [0, 1]; step None: between the steps, where
-    finished frames are read in."""
+    """Where a rollout is: the chunk, the denoising step and its time in [0, 1]; step None: between
+    the steps, where finished frames are read in."""
 
     chunk: int = 0
     step: int | None = None
@@ -46,7 +47,9 @@ class CountingSampler:
     def steps(self) -> int:
         return self.inner.steps
 
-    def __call__(self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None) -> Tensor:
+    def __call__(
+        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+    ) -> Tensor:
         done = 0
 
         def counted(x_t: Tensor, t: float) -> Tensor:
@@ -76,7 +79,11 @@ class _Watched:
 
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
         out = self.inner(layer, q_BNLD, k_BNLD, v_BNLD)
-        keys = self.inner.past.joined(layer, k_BNLD, v_BNLD)[0] if isinstance(self.inner, Streaming) else k_BNLD
+        keys = (
+            self.inner.past.joined(layer, k_BNLD, v_BNLD)[0]
+            if isinstance(self.inner, Streaming)
+            else k_BNLD
+        )
         self.show(q_BNLD, keys)
         return out
 
@@ -92,10 +99,14 @@ def _hooked(blocks: list[nn.Module], add: Callable[[int, nn.Module], Any]) -> It
 
 
 def watch_features(subject: Subject, blocks: list[int], show: Features) -> Tensor:
-    """Run the subject's rollout; ``show`` gets the output of the chosen step blocks at every step, tokens of the chunk
-    alone. Returns the rollout's latents, which are those of a plain run. UserError: a block that is bypassed."""
+    """Run the subject's rollout; ``show`` gets the output of the chosen step blocks at every step,
+    tokens of the chunk alone. Returns the rollout's latents, which are those of a plain run.
+    UserError: a block that is bypassed."""
     subject.check_whole()
-    sampler, chosen = CountingSampler(subject.sampler), [subject.step_blocks[index] for index in blocks]
+    sampler, chosen = (
+        CountingSampler(subject.sampler),
+        [subject.step_blocks[index] for index in blocks],
+    )
     length = subject.chunk * subject.tokens
 
     def add(index: int, block: nn.Module) -> Any:
@@ -110,8 +121,9 @@ def watch_features(subject: Subject, blocks: list[int], show: Features) -> Tenso
 
 
 def watch_attention(subject: Subject, show: QueriesAndKeys) -> Tensor:
-    """Run the subject's rollout; ``show`` gets queries and keys of every history block: at every step, or (SCD's
-    encoder) once per chunk. Returns the rollout's latents. UserError: a block that is bypassed."""
+    """Run the subject's rollout; ``show`` gets queries and keys of every history block: at every
+    step, or (SCD's encoder) once per chunk. Returns the rollout's latents. UserError: a block that
+    is bypassed."""
     subject.check_whole()
     sampler, blocks = CountingSampler(subject.sampler), subject.history_blocks
     at_steps = blocks[0] is subject.step_blocks[0]

@@ -1,4 +1,5 @@
-"""The steps of the demo's chain: ``make demo`` runs them as they are; comparisons and ``make gpu`` change one thing."""
+"""The steps of the demo's chain: ``make demo`` runs them as they are; comparisons and ``make gpu``
+change one thing."""
 
 from __future__ import annotations
 
@@ -18,21 +19,37 @@ CONFIGS = "recipes/configs"
 
 
 def clips_and_latents(run: Path, teacher: Path, latents: Path, train: int) -> list[Group]:
-    """The data: ``train`` clips per place and motion rendered to ``run/clips`` and encoded to ``latents``."""
+    """The data: ``train`` clips per place and motion rendered to ``run/clips`` and encoded to
+    ``latents``."""
     clips = run / "clips"
     render = python_command(
-        "data_prep/make_doom_clips.py", str(clips), "--seed", "1", "--train", str(train), "--val", "4"
+        "data_prep/make_doom_clips.py",
+        str(clips),
+        "--seed",
+        "1",
+        "--train",
+        str(train),
+        "--val",
+        "4",
     )
-    encode = python_command("data_prep/encode_latents.py", "--clips", str(clips), "--model", str(teacher))
-    encode += ["--negative-prompt", "", "--out", str(latents)]  # the toy teacher knows the empty prompt as its null
-    return [[Step("clips", render, 27, outputs=[clips])], [Step("latents", encode, 55, outputs=[latents])]]
+    encode = python_command(
+        "data_prep/encode_latents.py", "--clips", str(clips), "--model", str(teacher)
+    )
+    # the toy teacher knows the empty prompt as its null
+    encode += ["--negative-prompt", "", "--out", str(latents)]
+    return [
+        [Step("clips", render, 27, outputs=[clips])],
+        [Step("latents", encode, 55, outputs=[latents])],
+    ]
 
 
 def transplant_step(
     base: Path, out: Path, *overrides: str, name: str = "", family: str = "scd", seconds: float = 12
 ) -> Step:
     """Stage 1. ``name``: of the step, else that of ``out``."""
-    command = _recipe("stage1_transplant", f"demo_stage1_{family}", f"base={base}", f"out={out}", *overrides)
+    command = _recipe(
+        "stage1_transplant", f"demo_stage1_{family}", f"base={base}", f"out={out}", *overrides
+    )
     return Step(name or out.name, command, seconds, ONE_THREAD, [out / "step_00000000"])
 
 
@@ -48,7 +65,9 @@ def tuning_step(
 ) -> Step:
     """Stage 2."""
     data = [f"init={init}", f"data={latents}/train", f"val={latents}/val"]
-    command = _recipe("stage2_flow_matching", f"demo_stage2_{family}", *data, *_place(run, seed), *overrides)
+    command = _recipe(
+        "stage2_flow_matching", f"demo_stage2_{family}", *data, *_place(run, seed), *overrides
+    )
     return Step(name or run.name, command, seconds, ONE_THREAD, _trained(run))
 
 
@@ -63,20 +82,32 @@ def distilling_step(
 ) -> Step:
     """Stage 3."""
     models = [f"init={init}", f"teacher={teacher}", f"critic={teacher}", f"prompts={latents}/train"]
-    _, *command = _recipe("stage3_self_forcing", "demo_stage3", *models, *_place(run, seed), *overrides)
+    _, *command = _recipe(
+        "stage3_self_forcing", "demo_stage3", *models, *_place(run, seed), *overrides
+    )
     return Step(run.name, [*launcher, *command], 470, ONE_THREAD, _trained(run))
 
 
-def evaluation(base: Path, latents: Path, root: Path, out: Path, *options: str, config: str = "") -> list[str]:
+def evaluation(
+    base: Path, latents: Path, root: Path, out: Path, *options: str, config: str = ""
+) -> list[str]:
     """The command that scores what was trained under ``root``."""
     given = ["--config", f"{CONFIGS}/{config}.yaml"] if config else []
-    data = [f"base={base}", f"train={latents}/train", f"val={latents}/val", f"root={root}", f"out={out}"]
+    data = [
+        f"base={base}",
+        f"train={latents}/train",
+        f"val={latents}/val",
+        f"root={root}",
+        f"out={out}",
+    ]
     return python_command("recipes/evaluate.py", *given, *data, *options)
 
 
-def last_validation_loss(run: Path, step: int | None = None, remedy: str = "train it again") -> float:
-    """The last that stage 2 logged, of ``step`` if given: of its averaged weights, on held-out clips at fixed noise.
-    UserError: there is none."""
+def last_validation_loss(
+    run: Path, step: int | None = None, remedy: str = "train it again"
+) -> float:
+    """The last that stage 2 logged, of ``step`` if given: of its averaged weights, on held-out
+    clips at fixed noise. UserError: there is none."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{file}: does not exist; {remedy}")
@@ -100,7 +131,9 @@ def say_if_busy(context: dict[str, object]) -> None:
 
 
 def _recipe(script: str, config: str, *arguments: str) -> list[str]:
-    return python_command(f"recipes/{script}.py", "--config", f"{CONFIGS}/{config}.yaml", *arguments)
+    return python_command(
+        f"recipes/{script}.py", "--config", f"{CONFIGS}/{config}.yaml", *arguments
+    )
 
 
 def _place(run: Path, seed: int) -> list[str]:

@@ -1,4 +1,5 @@
-"""What the two training stages are configured by: the recipes run it, ``scd plan`` counts what it would cost."""
+"""What the two training stages are configured by: the recipes run it, ``scd plan`` counts what it
+would cost."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ class VideoConfig:
     """Pixels (832 in the paper)."""
 
     def __post_init__(self) -> None:
-        check_within(self, {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15)}, "video.")
+        check_within(
+            self, {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15)}, "video."
+        )
 
     def shape(self, channels: int) -> VideoShape:
         """In latents. UserError for sizes that the VAE does not make."""
@@ -123,9 +126,13 @@ class Stage3Config:
     newest healthy EMA is the checkpoint's ``best``."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches, checkpoints; steps are updates of the student."""
-    student_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99)))
+    student_engine: EngineConfig = field(
+        default_factory=lambda: EngineConfig(lr=2e-6, betas=(0.0, 0.99))
+    )
     """Optimiser and precision of the student."""
-    critic_engine: EngineConfig = field(default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99)))
+    critic_engine: EngineConfig = field(
+        default_factory=lambda: EngineConfig(lr=4e-7, betas=(0.0, 0.99))
+    )
     """Optimiser and precision of the critic."""
     teacher_engine: EngineConfig = field(default_factory=EngineConfig)
     """Where the frozen teacher lies, and its precision."""
@@ -139,14 +146,22 @@ class Stage3Config:
 
     def __post_init__(self) -> None:
         if min(self.ratio, self.reuse) < 1 or self.critic_warmup < 0:
-            raise UserError(f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0")
-        check_within(self, {"data_std": (1e-6, 1e6), "healthy_within": (1, 1e6), "step_shift": (1e-3, 1e3)})
+            raise UserError(
+                f"ratio {self.ratio} and reuse {self.reuse} must be >= 1, critic_warmup >= 0"
+            )
+        check_within(
+            self, {"data_std": (1e-6, 1e6), "healthy_within": (1, 1e6), "step_shift": (1e-3, 1e3)}
+        )
         if self.reuse > 1 and self.critic_data == "student" and not self.critic_warmup:
-            raise UserError(f"reuse is {self.reuse}, but critic_data=student has its own rollouts: leave it out")
+            raise UserError(
+                f"reuse is {self.reuse}, but critic_data=student has its own rollouts: leave it out"
+            )
         plain = EngineConfig()
         for name in TRAINING:
             if getattr(self.teacher_engine, name) != getattr(plain, name):
-                raise UserError(f"teacher_engine.{name} is set, but the teacher is not trained: remove it")
+                raise UserError(
+                    f"teacher_engine.{name} is set, but the teacher is not trained: remove it"
+                )
         self.sampler.build()
 
     @property

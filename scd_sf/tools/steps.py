@@ -1,7 +1,9 @@
-"""Run a chain of commands as one resumable job: what is finished is not run again, and the time left is shown.
+"""Run a chain of commands as one resumable job: what is finished is not run again, and the time
+left is shown.
 
-A step is finished when its marker under ``<run>/.done`` holds exactly the command it was run with, and every file that
-it left is still there. What a step prints goes to ``<run>/logs/<step>.log``. Steps of one group run at the same time.
+A step is finished when its marker under ``<run>/.done`` holds exactly the command it was run with,
+and every file that it left is still there. What a step prints goes to ``<run>/logs/<step>.log``.
+Steps of one group run at the same time.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this ti
 
 @dataclass(frozen=True)
 class Step:
-    """``seconds``: how long it took when last measured, for the time left. ``env``: added to the environment.
-    ``outputs``: files and folders that it leaves; when one of their files is gone later, the step runs again."""
+    """``seconds``: how long it took when last measured, for the time left. ``env``: added to the
+    environment. ``outputs``: files and folders that it leaves; when one of their files is gone
+    later, the step runs again."""
 
     name: str
     command: Sequence[str]
@@ -41,11 +44,18 @@ class Step:
     outputs: Sequence[Path] = ()
 
     def files(self) -> list[str]:
-        """The files in ``outputs`` now, hidden ones apart. UserError: one of ``outputs`` is not there."""
+        """The files in ``outputs`` now, hidden ones apart. UserError: one of ``outputs`` is not
+        there."""
         for place in self.outputs:
             if not place.exists():
-                raise UserError(f"step '{self.name}' ended without {place}; look at its log, and run it again")
-        places = [path for place in self.outputs for path in (files_below(place) if place.is_dir() else [place])]
+                raise UserError(
+                    f"step '{self.name}' ended without {place}; look at its log, and run it again"
+                )
+        places = [
+            path
+            for place in self.outputs
+            for path in (files_below(place) if place.is_dir() else [place])
+        ]
         return [str(path) for path in places if not path.name.startswith(".")]
 
 
@@ -54,11 +64,12 @@ Group = Sequence[Step]
 
 @contextmanager
 def chain(run: Path) -> Iterator[None]:
-    """Hold the run directory of a chain. UserError: another chain is at work in it, or it holds files of others and no
-    ``.done`` of a chain."""
+    """Hold the run directory of a chain. UserError: another chain is at work in it, or it holds
+    files of others and no ``.done`` of a chain."""
     require_own_folder(run, (MARKERS,), AGAIN)
     with locked(run, "this chain"):
-        (run / MARKERS).mkdir(exist_ok=True)  # before anything else: what a killed chain leaves is known as ours
+        # before anything else: what a killed chain leaves is known as ours
+        (run / MARKERS).mkdir(exist_ok=True)
         try:
             yield
         except UserError:
@@ -68,8 +79,8 @@ def chain(run: Path) -> Iterator[None]:
 
 
 def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str, float]:
-    """Run all groups in order, within :func:`chain`; returns seconds per step (from its marker if it was finished
-    before).
+    """Run all groups in order, within :func:`chain`; returns seconds per step (from its marker if
+    it was finished before).
 
     ``at_once``: of a larger group, so many steps run at a time; the next starts when one ends.
 
@@ -97,7 +108,10 @@ def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str,
             expected = _expected(group, at_once)
             title = f"{number}/{len(groups)} {', '.join(step.name for step in group)}"
             bar.update(task, description=escape(title), completed=before)
-            _say(console, f"[{title}] about {_clock(expected)}, then about {_clock(total - before - expected)} more")
+            _say(
+                console,
+                f"[{title}] about {_clock(expected)}, then about {_clock(total - before - expected)} more",
+            )
 
             def tick(seconds: float, base: float = before, most: float = expected) -> None:
                 bar.update(task, completed=base + min(seconds, most))
@@ -109,7 +123,8 @@ def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str,
 
 
 class _Running:
-    """A step in progress: its process, and a thread that copies its output until the process closes it."""
+    """A step in progress: its process, and a thread that copies its output until the process closes
+    it."""
 
     def __init__(self, run: Path, step: Step, console: Console) -> None:
         self.step, self.console = step, console
@@ -126,7 +141,9 @@ class _Running:
                 stderr=subprocess.STDOUT,
             )
         except OSError as error:
-            raise UserError(f"step '{step.name}': cannot start '{step.command[0]}' ({error.strerror})") from error
+            raise UserError(
+                f"step '{step.name}': cannot start '{step.command[0]}' ({error.strerror})"
+            ) from error
         assert self.process.stdout is not None
         self._reader = threading.Thread(target=self._copy, args=(self.process.stdout,), daemon=True)
         self._reader.start()
@@ -153,13 +170,18 @@ class _Running:
 
 def _expected(group: Group, at_once: int) -> float:
     """Seconds that a group takes, about."""
-    return max(*(step.seconds for step in group), sum(step.seconds for step in group) / min(at_once, len(group)))
+    return max(
+        *(step.seconds for step in group),
+        sum(step.seconds for step in group) / min(at_once, len(group)),
+    )
 
 
 def _run_group(
     run: Path, group: Group, at_once: int, console: Console, tick: Callable[[float], None]
 ) -> dict[str, float]:
-    taken = {step.name: seconds for step in group if (seconds := finished_seconds(run, step)) is not None}
+    taken = {
+        step.name: seconds for step in group if (seconds := finished_seconds(run, step)) is not None
+    }
     for name in taken:
         _say(console, f"  {name}: finished before")
     waiting = [step for step in group if step.name not in taken]
@@ -178,7 +200,11 @@ def _run_group(
                     failed.append(item)
                     continue
                 taken[item.step.name] = item.seconds
-                about = {"command": list(item.step.command), "seconds": item.seconds, "files": item.step.files()}
+                about = {
+                    "command": list(item.step.command),
+                    "seconds": item.seconds,
+                    "files": item.step.files(),
+                }
                 write_json(_marker(run, item.step), about)
     except BaseException:
         for item in running:
@@ -208,8 +234,9 @@ class _Marker:
 
 
 def finished_seconds(run: Path, step: Step) -> float | None:
-    """Seconds the step took when this very command finished; None where it has to run: it never finished, its marker is
-    damaged, or a file that it left is gone (markers of older versions name no files)."""
+    """Seconds the step took when this very command finished; None where it has to run: it never
+    finished, its marker is damaged, or a file that it left is gone (markers of older versions name
+    no files)."""
     try:
         saved = read_typed(_marker(run, step), _Marker, "")
     except UserError:

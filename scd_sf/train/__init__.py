@@ -1,1 +1,2 @@
-"""Training machinery: engines, averaging, schedules and the run directory. Knows no model and no loss."""
+"""Training machinery: engines, averaging, schedules and the run directory. Knows no model and no
+loss."""

@@ -1,4 +1,5 @@
-"""What every engine shares: config, step report, protocol, and the module that makes a whole rollout one call."""
+"""What every engine shares: config, step report, protocol, and the module that makes a whole
+rollout one call."""
 
 from __future__ import annotations
 
@@ -62,7 +63,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
-        if self.backend == "deepspeed" and self.zero_stage == 0 and (self.dtype == "bf16" or self.offload):
+        if (
+            self.backend == "deepspeed"
+            and self.zero_stage == 0
+            and (self.dtype == "bf16" or self.offload)
+        ):
             raise ValueError(
                 "zero_stage 0 is for fp32 without offload: there DeepSpeed keeps no fp32 masters beside bf16 weights "
                 "and nothing is partitioned; use zero_stage=1, or backend=torch"
@@ -74,19 +79,25 @@ class EngineConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas are {tuple(self.betas)}; each must be in [0, 1)")
         if not 0.0 <= self.anneal_from <= 1.0:
-            raise ValueError(f"anneal_from is {self.anneal_from}; it is a fraction of all updates, 0 to 1")
+            raise ValueError(
+                f"anneal_from is {self.anneal_from}; it is a fraction of all updates, 0 to 1"
+            )
         check_within(self, {"eps": (1e-30, 1), "weight_decay": (0, 1e3)})
         if self.backend == "torch" and self.offload:
-            raise UserError("offload is for backend=deepspeed; a local engine keeps everything where it computes")
+            raise UserError(
+                "offload is for backend=deepspeed; a local engine keeps everything where it computes"
+            )
         if self.bucket < 1 or self.max_skips < 1:
             raise ValueError("bucket and max_skips must be at least 1")
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What ``Engine.step`` did. ``stepped``: weights changed. ``grad_norm``: before clipping (0 between updates).
+    """What ``Engine.step`` did. ``stepped``: weights changed. ``grad_norm``: before clipping (0
+    between updates).
 
-    ``finite`` False: some rank saw a non-finite loss or gradient, so all ranks skipped; keep the batch for inspection.
+    ``finite`` False: some rank saw a non-finite loss or gradient, so all ranks skipped; keep the
+    batch for inspection.
     """
 
     stepped: bool
@@ -96,7 +107,8 @@ class StepInfo:
 
 
 class Engine(Protocol):
-    """A model and its optimizer. One update: ``micro_batches`` x (call, ``backward``), then ``step``, all ranks."""
+    """A model and its optimizer. One update: ``micro_batches`` x (call, ``backward``), then
+    ``step``, all ranks."""
 
     module: nn.Module
     micro_batches: int
@@ -116,27 +128,29 @@ class Engine(Protocol):
         ...
 
     def step(self) -> StepInfo:
-        """Apply the update when ``micro_batches`` backward calls are in; otherwise report and do nothing."""
+        """Apply the update when ``micro_batches`` backward calls are in; otherwise report and do
+        nothing."""
         ...
 
     def state(self) -> EngineState:
-        """Everything an exact resume needs, as this rank's copies on the CPU; each rank writes its own into one
-        directory that is the engine's alone. All ranks call it."""
+        """Everything an exact resume needs, as this rank's copies on the CPU; each rank writes its
+        own into one directory that is the engine's alone. All ranks call it."""
         ...
 
     def load(self, path: Path) -> None:
-        """Continue from what :meth:`state` of all ranks wrote: of any engine of this model, of other kind, ZeRO stage,
-        dtype or number of ranks too.
+        """Continue from what :meth:`state` of all ranks wrote: of any engine of this model, of
+        other kind, ZeRO stage, dtype or number of ranks too.
 
         Raises UserError when the directory does not fit this model.
         """
         ...
 
     def owned(self) -> Iterator[Shard]:
-        """This rank's part of every parameter's fp32 master, in one order on all ranks. Not to be modified.
+        """This rank's part of every parameter's fp32 master, in one order on all ranks. Not to be
+        modified.
 
-        The parts of all ranks cover each parameter once. No communication for parameters that are trained; all ranks
-        walk it to the end, because frozen ones may be partitioned.
+        The parts of all ranks cover each parameter once. No communication for parameters that are
+        trained; all ranks walk it to the end, because frozen ones may be partitioned.
         """
         ...
 
@@ -154,7 +168,9 @@ class StepModule(nn.Module):
     def __init__(self, model: nn.Module, fn: Callable[..., Any]) -> None:
         super().__init__()
         if isinstance(fn, nn.Module):
-            raise TypeError("StepModule: fn must be a function, or its parameters would be trained as well")
+            raise TypeError(
+                "StepModule: fn must be a function, or its parameters would be trained as well"
+            )
         self.model = model
         self.fn = fn
 
@@ -169,13 +185,18 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def whole_fp32_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
     """What :meth:`Engine.masters` returns; one tensor at a time is whole on the device."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in gathered(engine.owned(), ranks)}
+    return {
+        name: value.detach().to("cpu", copy=True) for name, value in gathered(engine.owned(), ranks)
+    }
 
 
 def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
-    """Micro-batches per update. Raises UserError unless world * micro_batch divides global_batch."""
+    """Micro-batches per update. Raises UserError unless world * micro_batch divides
+    global_batch."""
     if min(global_batch, micro_batch, world) < 1:
-        raise UserError(f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1")
+        raise UserError(
+            f"global_batch {global_batch} and micro_batch {micro_batch} must be at least 1"
+        )
     if global_batch % (micro_batch * world):
         raise UserError(
             f"global_batch is {global_batch}, not a multiple of {world} processes x micro_batch "
@@ -186,7 +207,8 @@ def accumulation(global_batch: int, micro_batch: int, world: int) -> int:
 
 
 class Diverged(UserError):
-    """Too many updates in a row had a non-finite loss or gradient. Every rank raises it at the same update."""
+    """Too many updates in a row had a non-finite loss or gradient. Every rank raises it at the same
+    update."""
 
 
 class SkipCounter:
@@ -196,7 +218,8 @@ class SkipCounter:
         self.limit, self.total, self.in_row = limit, 0, 0
 
     def record(self, finite: bool, update: int) -> None:
-        """Raises Diverged at the ``limit``-th non-finite update in a row (all ranks agree on ``finite``)."""
+        """Raises Diverged at the ``limit``-th non-finite update in a row (all ranks agree on
+        ``finite``)."""
         self.in_row = 0 if finite else self.in_row + 1
         self.total += not finite
         if not finite:
@@ -217,9 +240,12 @@ def first_skip_flag(loss: Tensor) -> Tensor:
     return (~torch.isfinite(loss.detach())).float().reshape(())
 
 
-def engine_state(engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]) -> EngineState:
+def engine_state(
+    engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]
+) -> EngineState:
     """All that a resume needs: this rank's ``parts(kind)``, the counts and the buffers."""
-    kinds = (MASTER, *MOMENTS) if engine.updates else (MASTER,)  # no moments before the first update
+    # no moments before the first update
+    kinds = (MASTER, *MOMENTS) if engine.updates else (MASTER,)
     counters = {"updates": engine.updates, "skipped": engine.skipped, "files": ranks.world}
     buffers = dict(engine.module.named_buffers())
     return EngineState.copied(ranks.rank, {kind: parts(kind) for kind in kinds}, buffers, counters)
@@ -237,7 +263,9 @@ class Counters:
 def read_counters(path: Path) -> Counters:
     """Raises UserError when there is no such state."""
     remedy = "check the checkpoint, or start a new run from its model.safetensors"
-    counters = read_typed(path / "engine.json", Counters, f"no engine state to resume from: {remedy}")
+    counters = read_typed(
+        path / "engine.json", Counters, f"no engine state to resume from: {remedy}"
+    )
     if not (counters.updates >= 0 and counters.skipped >= 0 and 1 <= counters.files <= MOST_RANKS):
         raise UserError(
             f"{path / 'engine.json'}: counts {counters.updates}, {counters.skipped}, {counters.files}; {remedy}"

@@ -1,7 +1,8 @@
 """How long a training is, and which samples a step uses.
 
-Data order and random numbers are pure functions of (seed, step, micro-batch), so a resumed run repeats an
-uninterrupted one bit for bit on CPU, and the same global batch on other numbers of processes sees the same samples.
+Data order and random numbers are pure functions of (seed, step, micro-batch), so a resumed run
+repeats an uninterrupted one bit for bit on CPU, and the same global batch on other numbers of
+processes sees the same samples.
 """
 
 from __future__ import annotations
@@ -61,7 +62,14 @@ class TrainConfig:
     """The average of the weights."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "save_every", "validate_every", "keep"):
+        for name in (
+            "steps",
+            "global_batch",
+            "micro_batch",
+            "save_every",
+            "validate_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("keep_every", "max_rollbacks", "prefetch"):
@@ -69,7 +77,9 @@ class TrainConfig:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 0")
 
 
-def micro_batches(cfg: TrainConfig, seed: int, ranks: Ranks, step: int, size: int) -> list[tuple[int, list[int]]]:
+def micro_batches(
+    cfg: TrainConfig, seed: int, ranks: Ranks, step: int, size: int
+) -> list[tuple[int, list[int]]]:
     """This rank's micro-batches of one update: (global micro-batch number, sample indices) each."""
     order = epoch_order(seed, step, cfg.global_batch, size)
     count = cfg.global_batch // (cfg.micro_batch * ranks.world)

@@ -1,9 +1,9 @@
 """Saving and loading a training: engines, averages and a small record, by all ranks.
 
-A checkpoint is written in a thread, which the training waits for or goes on beside. Every rank writes its own part of
-the training state. When the main rank has seen the others' marks, it writes the rest and commits. The thread uses no
-collective; marks are files in the checkpoint's own directory, which all ranks must see. ``latest`` moves after the
-commit, never before.
+A checkpoint is written in a thread, which the training waits for or goes on beside. Every rank
+writes its own part of the training state. When the main rank has seen the others' marks, it writes
+the rest and commits. The thread uses no collective; marks are files in the checkpoint's own
+directory, which all ranks must see. ``latest`` moves after the commit, never before.
 """
 
 from __future__ import annotations
@@ -37,22 +37,24 @@ _log = logging.getLogger(__name__)
 
 
 class Origin(Protocol):
-    """Gives ``provenance.json`` of a step: :func:`scd_sf.checkpoint.provenance` with all but the step set."""
+    """Gives ``provenance.json`` of a step: :func:`scd_sf.checkpoint.provenance` with all but the
+    step set."""
 
     def __call__(self, *, step: int) -> Mapping[str, object]: ...
 
 
 def pixel_shape(shape: VideoShape) -> dict[str, int]:
-    """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its default."""
+    """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its
+    default."""
     return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
 
 
 class Checkpointer:
     """Saves and loads everything that a run needs to go on.
 
-    ``engines["model"]`` is the engine whose weights are the checkpoint. ``record`` holds small numbers, and ``extra``
-    further averages, that must survive a restart (stage 3's best EMA). ``config_yaml`` becomes the checkpoint's
-    config.yaml.
+    ``engines["model"]`` is the engine whose weights are the checkpoint. ``record`` holds small
+    numbers, and ``extra`` further averages, that must survive a restart (stage 3's best EMA).
+    ``config_yaml`` becomes the checkpoint's config.yaml.
     """
 
     def __init__(
@@ -71,15 +73,18 @@ class Checkpointer:
         self.extra: dict[str, Ema] = {}
         self._saving: Saving | None = None
         self._sizes = {
-            name: sum(math.prod(shard.shape) for shard in engine.owned()) for name, engine in engines.items()
+            name: sum(math.prod(shard.shape) for shard in engine.owned())
+            for name, engine in engines.items()
         }
 
-    # ------------------------------------------------------------------------------- loading
+    # -------------------------------------------------------------------------------------- loading
 
     def resume(self) -> int:
-        """Load the newest verified step and open the metric writers there; returns the number of finished updates.
+        """Load the newest verified step and open the metric writers there; returns the number of
+        finished updates.
 
-        UserError: the checkpoint was trained on other data, or the disk has no room for one checkpoint.
+        UserError: the checkpoint was trained on other data, or the disk has no room for one
+        checkpoint.
         """
         path = self.run.resume_from()
         if path is not None:
@@ -101,9 +106,13 @@ class Checkpointer:
     def _check_space(self) -> None:
         problem = ""
         if self.ranks.is_main:
-            problem = problem_of(lambda: self.checkpoints.require_space(self._bytes(), "one checkpoint"))
+            problem = problem_of(
+                lambda: self.checkpoints.require_space(self._bytes(), "one checkpoint")
+            )
         if self.ranks.any(bool(problem)):
-            raise UserError(problem or f"{self.run.dir}: rank 0 has no room for a checkpoint; see its message")
+            raise UserError(
+                problem or f"{self.run.dir}: rank 0 has no room for a checkpoint; see its message"
+            )
 
     def _load(self, path: Path) -> int:
         saved = read_typed(path / STATE / "recipe.json", _Saved, "resume from another step")
@@ -118,22 +127,29 @@ class Checkpointer:
             ema.restore(read_shards(file, masters), saved.ema_updates)
         return saved.step
 
-    # -------------------------------------------------------------------------------- saving
+    # --------------------------------------------------------------------------------------- saving
 
     def save(self, step: int, *, required: bool) -> None:
-        """Write ``step`` (number of finished updates); all ranks call it. A step that is there already is kept.
+        """Write ``step`` (number of finished updates); all ranks call it. A step that is there
+        already is kept.
 
-        Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again. With
-        ``train.async_save`` it is then written while the training goes on.
+        Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again.
+        With ``train.async_save`` it is then written while the training goes on.
         """
         self.settle()
         if self.ranks.on_main(lambda: self.checkpoints.has(step)):
             return
-        problem = problem_of(lambda: self.checkpoints.prepare(step, self._bytes())) if self.ranks.is_main else ""
+        problem = (
+            problem_of(lambda: self.checkpoints.prepare(step, self._bytes()))
+            if self.ranks.is_main
+            else ""
+        )
         if self.ranks.any(bool(problem)):
             self._failed(step, problem, required)
             return
-        self._saving = Saving(self.checkpoints, self.ranks, step, self._state_writer(step), self._committer(step))
+        self._saving = Saving(
+            self.checkpoints, self.ranks, step, self._state_writer(step), self._committer(step)
+        )
         if required or not self.train.async_save:
             self.settle(required=required)
 
@@ -145,7 +161,9 @@ class Checkpointer:
         problem = saving.wait()
         if self.ranks.any(bool(problem)):
             if self.ranks.is_main:
-                shutil.rmtree(self.checkpoints.path(saving.step).with_suffix(".tmp"), ignore_errors=True)
+                shutil.rmtree(
+                    self.checkpoints.path(saving.step).with_suffix(".tmp"), ignore_errors=True
+                )
             self._failed(saving.step, problem, required)
         elif self.ranks.is_main:
             best = [int(self.record["best_saved"])] if "best_saved" in self.record else []
@@ -153,18 +171,22 @@ class Checkpointer:
         self.ranks.barrier()
 
     def note_best(self, step: int, value: float) -> None:
-        """``value`` (smaller is better) of ``step``, the same on all ranks: the smallest one's checkpoint is kept."""
+        """``value`` (smaller is better) of ``step``, the same on all ranks: the smallest one's
+        checkpoint is kept."""
         if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
             self.record |= {"best_value": value, "best_saved": float(step)}
 
     def _failed(self, step: int, problem: str, required: bool) -> None:
-        error = SaveFailed(self.checkpoints.not_saved(step, problem or "Another process failed and says why."))
+        error = SaveFailed(
+            self.checkpoints.not_saved(step, problem or "Another process failed and says why.")
+        )
         if required:
             raise error
         _log.error("ALARM: %s The training goes on and tries again at the next checkpoint.", error)
 
     def _bytes(self) -> int:
-        """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of every engine."""
+        """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of
+        every engine."""
         return 4 * (self._sizes["model"] * (2 + len(self.extra)) + 3 * sum(self._sizes.values()))
 
     def _state_writer(self, step: int) -> Callable[[Path], None]:
@@ -173,7 +195,9 @@ class Checkpointer:
         record = {
             "step": step,
             "ema_updates": self.ema.updates,
-            "record": {key: value if math.isfinite(value) else None for key, value in self.record.items()},
+            "record": {
+                key: value if math.isfinite(value) else None for key, value in self.record.items()
+            },
             "extra": sorted(self.extra),
         }
 
@@ -188,18 +212,26 @@ class Checkpointer:
     def _committer(self, step: int) -> Callable[[], None]:
         """The main rank's part, gathered by all and copied now."""
         files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
-        files |= {name: self._on_main(ema.whole()) for name, ema in {"ema": self.ema, **self.extra}.items()}
+        files |= {
+            name: self._on_main(ema.whole())
+            for name, ema in {"ema": self.ema, **self.extra}.items()
+        }
         origin = self.origin(step=step)
         return lambda: self.checkpoints.commit(step, files, self.config_yaml, origin)
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Walked by all ranks, kept by the main one, on the CPU."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in tensors if self.ranks.is_main}
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in tensors
+            if self.ranks.is_main
+        }
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """``recipe.json`` of a checkpoint. In ``record`` null stands for a number that was not finite."""
+    """``recipe.json`` of a checkpoint. In ``record`` null stands for a number that was not
+    finite."""
 
     step: int
     ema_updates: int
@@ -210,17 +242,24 @@ class _Saved:
         """``record``. UserError when a number that decides something is not there."""
         kept = {key: value for key, value in self.record.items() if not key.startswith(_WITHIN)}
         if len(kept) < len(self.record):
-            _log.warning("%s: an earlier version saved it within step %d, which is made again", path, self.step + 1)
+            _log.warning(
+                "%s: an earlier version saved it within step %d, which is made again",
+                path,
+                self.step + 1,
+            )
         numbers: dict[str, float] = {}
         for key, value in kept.items():
             if value is None:
-                raise UserError(f"{path / STATE}/recipe.json: record.{key} is no number; resume from another step")
+                raise UserError(
+                    f"{path / STATE}/recipe.json: record.{key} is no number; resume from another step"
+                )
             numbers[key] = value
         return numbers
 
 
 class Saving:
-    """Writes ``step`` from now on. ``write_state(dir)`` is this rank's part, ``commit`` the main rank's end of it."""
+    """Writes ``step`` from now on. ``write_state(dir)`` is this rank's part, ``commit`` the main
+    rank's end of it."""
 
     def __init__(
         self,
@@ -238,10 +277,11 @@ class Saving:
         self._thread.start()
 
     def wait(self) -> str:
-        """Until the checkpoint is on the disk, on every rank: what went wrong on this one, or nothing.
+        """Until the checkpoint is on the disk, on every rank: what went wrong on this one, or
+        nothing.
 
-        All ranks call it. They agree before the main rank is waited for: a rank that is gone is noticed, and one whose
-        disk is too full to leave a mark is not waited for.
+        All ranks call it. They agree before the main rank is waited for: a rank that is gone is
+        noticed, and one whose disk is too full to leave a mark is not waited for.
         """
         self._part_done.wait()
         if self._ranks.any(bool(self.problem)):
@@ -260,7 +300,8 @@ class Saving:
         if not self._ranks.is_main:  # whose commit brings the whole tree onto the disk
             problem = problem or problem_of(lambda: fsync_tree(self._folder / STATE))
             mark = self._mark(self._ranks.rank)
-            begun = mark.with_name(mark.name + ".begun")  # else the main rank could read it before its words are in it
+            # else the main rank could read it before its words are in it
+            begun = mark.with_name(mark.name + ".begun")
             begun.write_text(problem)
             begun.rename(mark)
         if problem:
@@ -277,7 +318,9 @@ class Saving:
             if self._given_up.is_set():
                 raise UserError("another process could not write its part and says why")
             if time.monotonic() > until:
-                raise UserError(f"{mark}: rank {rank} has not written its part in {_PATIENCE:.0f} s; see its output")
+                raise UserError(
+                    f"{mark}: rank {rank} has not written its part in {_PATIENCE:.0f} s; see its output"
+                )
             time.sleep(0.01)
         if said := mark.read_text():
             raise UserError(f"rank {rank}: {said}")

@@ -12,13 +12,18 @@ from scd_sf.types import UserError, VideoShape
 
 
 def check_batches(cfg: TrainConfig, ranks: Ranks, size: int, root: Path) -> None:
-    """UserError before anything is written if ``size`` samples and these processes do not give whole batches."""
+    """UserError before anything is written if ``size`` samples and these processes do not give
+    whole batches."""
     accumulation(cfg.global_batch, cfg.micro_batch, ranks.world)
     if size < cfg.global_batch:
-        raise UserError(f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}: lower it")
+        raise UserError(
+            f"{root}: {size} samples, fewer than train.global_batch={cfg.global_batch}: lower it"
+        )
 
 
-def check_shape(shape: VideoShape, where: Path | str, channels: int, patch: tuple[int, int], chunk: int) -> None:
+def check_shape(
+    shape: VideoShape, where: Path | str, channels: int, patch: tuple[int, int], chunk: int
+) -> None:
     """UserError before any training if clips of this latent shape do not fit the model."""
     if shape.channels != channels:
         raise UserError(
@@ -31,11 +36,14 @@ def check_shape(shape: VideoShape, where: Path | str, channels: int, patch: tupl
             f"height and width in pixels must be multiples of {shape.spatial * patch[0]} and {shape.spatial * patch[1]}"
         )
     if shape.frames % chunk:
-        raise UserError(f"{where}: clips have {shape.frames} latent frames, which chunk={chunk} does not divide")
+        raise UserError(
+            f"{where}: clips have {shape.frames} latent frames, which chunk={chunk} does not divide"
+        )
 
 
 def check_same_size(train: VideoShape, val: VideoShape, train_root: Path, val_root: Path) -> None:
-    """UserError before any training if validation clips are of another size than the training clips."""
+    """UserError before any training if validation clips are of another size than the training
+    clips."""
     sizes = [f"{shape.pixel_height}x{shape.pixel_width}" for shape in (train, val)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -45,7 +53,8 @@ def check_same_size(train: VideoShape, val: VideoShape, train_root: Path, val_ro
 
 
 def check_text(prompts: PromptTable | Prompts, width: int) -> None:
-    """UserError before any training if the prompts are encoded by another text encoder than the model's."""
+    """UserError before any training if the prompts are encoded by another text encoder than the
+    model's."""
     if prompts.width != width:
         raise UserError(
             f"{prompts.where}: text states are {prompts.width} wide, the model takes {width}: encode the prompts with "

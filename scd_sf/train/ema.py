@@ -1,8 +1,8 @@
 """Exponential moving average of the fp32 master weights, counted in optimizer updates.
 
-At bf16 and small learning rates most bf16 weights do not change in one update although every master does, so the
-average is taken over masters. Warm-up: decay_n = min(decay, (n + 1) / (n + 10)) at update n, so that the first updates
-are not dominated by the initial weights.
+At bf16 and small learning rates most bf16 weights do not change in one update although every master
+does, so the average is taken over masters. Warm-up: decay_n = min(decay, (n + 1) / (n + 10)) at
+update n, so that the first updates are not dominated by the initial weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class EmaConfig:
 
 
 class Ema:
-    """The average by parameter name, fp32: every rank keeps and updates the parts it owns, without communication."""
+    """The average by parameter name, fp32: every rank keeps and updates the parts it owns, without
+    communication."""
 
     def __init__(self, cfg: EmaConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
@@ -52,7 +53,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, owned: Iterable[Shard]) -> None:
-        """Call once after each applied update, with this rank's parts of all masters (``Engine.owned``)."""
+        """Call once after each applied update, with this rank's parts of all masters
+        (``Engine.owned``)."""
         decay, first = self.decay_at(self.updates), not self._average
         for shard in owned:
             if first:
@@ -60,12 +62,15 @@ class Ema:
                 continue
             mine = self._average[shard.name]
             if (mine.start, mine.stop) != (shard.start, shard.stop):
-                raise ValueError(f"ema: {shard.name!r} is cut differently than before; restore() with the new parts")
+                raise ValueError(
+                    f"ema: {shard.name!r} is cut differently than before; restore() with the new parts"
+                )
             mine.values.lerp_(shard.values.float(), 1.0 - decay)
         self.updates += 1
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, averaged weight) one at a time, not to be modified; all ranks walk it to the end."""
+        """(name, averaged weight) one at a time, not to be modified; all ranks walk it to the
+        end."""
         return gathered(self._average.values(), self.ranks)
 
     def copy(self) -> Ema:
@@ -75,20 +80,24 @@ class Ema:
         return other
 
     def restore(self, owned: Iterable[Shard], updates: int) -> None:
-        """Continue from a checkpoint: this rank's parts of the average, and the number of updates in it."""
+        """Continue from a checkpoint: this rank's parts of the average, and the number of updates
+        in it."""
         self._average = {shard.name: shard.holding(shard.values.float().clone()) for shard in owned}
         self.updates = updates
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Write the average into a module with the same parameter names, on every rank; all ranks call it.
+        """Write the average into a module with the same parameter names, on every rank; all ranks
+        call it.
 
         Raises UserError on a missing name, on all ranks alike.
         """
         parameters = dict(module.named_parameters())
         missing = next((name for name in parameters if name not in self._average), None)
         if missing is not None:
-            raise UserError(f"ema: no average for parameter {missing!r}; the checkpoint is of another model")
+            raise UserError(
+                f"ema: no average for parameter {missing!r}; the checkpoint is of another model"
+            )
         for name, value in self.whole():
             if name in parameters:
                 parameters[name].copy_(value)

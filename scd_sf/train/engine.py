@@ -1,12 +1,15 @@
-"""Engines: build one for a trainable model or a frozen teacher. The only module that imports deepspeed.
+"""Engines: build one for a trainable model or a frozen teacher. The only module that imports
+deepspeed.
 
-Several engines live in one process (student and critic ZeRO-2, teacher ZeRO-3 without optimizer), each with its own
-config and save directory. DeepSpeed is imported when the first engine of that kind is built. Rules kept here:
+Several engines live in one process (student and critic ZeRO-2, teacher ZeRO-3 without optimizer),
+each with its own config and save directory. DeepSpeed is imported when the first engine of that
+kind is built. Rules kept here:
 
-- always ``engine.backward`` and DeepSpeed's own ``gradient_accumulation_steps``: hand-made accumulation silently drops
-  gradients on ZeRO-1/2;
-- a non-finite loss anywhere turns the last micro-batch's gradient into NaN on every rank, so that DeepSpeed's global
-  norm check discards the update everywhere: no rank skips alone and no optimizer state is touched;
+- always ``engine.backward`` and DeepSpeed's own ``gradient_accumulation_steps``: hand-made
+  accumulation silently drops gradients on ZeRO-1/2;
+- a non-finite loss anywhere turns the last micro-batch's gradient into NaN on every rank, so that
+  DeepSpeed's global norm check discards the update everywhere: no rank skips alone and no optimizer
+  state is touched;
 - masters start from the fp32 weights given, not from their bf16 rounding.
 """
 
@@ -56,40 +59,50 @@ def build_engine(
     total_updates: int,
     schedule: LearningRate | None = None,
 ) -> Engine:
-    """An engine for a trainable module. Raises UserError when world * micro_batch does not divide global_batch.
+    """An engine for a trainable module. Raises UserError when world * micro_batch does not divide
+    global_batch.
 
-    ``total_updates`` of this engine's optimizer places the learning rate decay (``cfg.anneal_from``). ``schedule``
-    replaces what ``cfg`` says of the learning rate.
+    ``total_updates`` of this engine's optimizer places the learning rate decay
+    (``cfg.anneal_from``). ``schedule`` replaces what ``cfg`` says of the learning rate.
     """
     micro_batches = accumulation(global_batch, micro_batch, ranks.world)
     schedule = schedule or Schedule(cfg.lr, cfg.warmup, cfg.anneal_from, total_updates)
     if cfg.backend == "torch":
         return LocalEngine(module, cfg, ranks, micro_batches=micro_batches, schedule=schedule)
-    return DeepSpeedEngine(module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule)
+    return DeepSpeedEngine(
+        module, cfg, ranks, micro_batch=micro_batch, micro_batches=micro_batches, schedule=schedule
+    )
 
 
 def frozen_engine(
-    build: Callable[[], nn.Module], read: Mapping[str, Callable[[], Tensor]], cfg: EngineConfig, ranks: Ranks
+    build: Callable[[], nn.Module],
+    read: Mapping[str, Callable[[], Tensor]],
+    cfg: EngineConfig,
+    ranks: Ranks,
 ) -> nn.Module:
-    """A teacher: called like the module, never trained. kind deepspeed: ZeRO-3 without optimizer, else plain torch.
+    """A teacher: called like the module, never trained. kind deepspeed: ZeRO-3 without optimizer,
+    else plain torch.
 
-    ``build`` makes the module, ``read`` its parameters by name from wherever they are. Under ZeRO-3 every module is
-    partitioned as it is built, and rank 0 alone reads, one parameter at a time: nobody ever holds the whole (28 GB for
-    Wan 14B in bf16). All ranks must call the teacher equally often (ZeRO-3 gathers weights together). ``cfg.offload``
-    keeps weights on the CPU.
+    ``build`` makes the module, ``read`` its parameters by name from wherever they are. Under ZeRO-3
+    every module is partitioned as it is built, and rank 0 alone reads, one parameter at a time:
+    nobody ever holds the whole (28 GB for Wan 14B in bf16). All ranks must call the teacher equally
+    often (ZeRO-3 gathers weights together). ``cfg.offload`` keeps weights on the CPU.
     """
     dtype = dtype_of(cfg.dtype)
     if cfg.backend == "torch":
         with torch.device("meta"):
             module = build()
-        module.load_state_dict({name: tensor().to(ranks.device, dtype) for name, tensor in read.items()}, assign=True)
+        module.load_state_dict(
+            {name: tensor().to(ranks.device, dtype) for name, tensor in read.items()}, assign=True
+        )
         return module.requires_grad_(False)
     zero: dict[str, Any] = {"stage": 3, **_stage3_buckets(cfg)}
     if cfg.offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
     config = {**_common(cfg), "train_batch_size": ranks.world, "zero_optimization": zero}
     deepspeed = _import_deepspeed(ranks)
-    with deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False):  # its dtype= means bf16 on a CPU
+    # its dtype= means bf16 on a CPU
+    with deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False):
         module = build().requires_grad_(False)
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
@@ -119,7 +132,9 @@ class DeepSpeedEngine:
         self._bad = torch.zeros((), device=ranks.device)
         originals: dict[str, Tensor] = {}
         if cfg.dtype == "bf16":
-            originals = {n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad}
+            originals = {
+                n: p.detach().cpu().clone() for n, p in named_parameters(module) if p.requires_grad
+            }
         config = _training_config(cfg, ranks, micro_batch, micro_batches)
         groups = param_groups(named_parameters(module), cfg.weight_decay, cfg.lr_scale)
         self._engine = _initialize(module, config, ranks, groups)
@@ -136,7 +151,9 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         if self._micro == self.micro_batches:
-            raise RuntimeError(f"backward called more than micro_batches={self.micro_batches} times without step")
+            raise RuntimeError(
+                f"backward called more than micro_batches={self.micro_batches} times without step"
+            )
         self._bad = torch.maximum(self._bad, first_skip_flag(loss))
         self._micro += 1
         if self._micro == self.micro_batches:
@@ -166,9 +183,12 @@ class DeepSpeedEngine:
         return StepInfo(stepped=finite, grad_norm=norm, finite=finite, lr=lr)
 
     def _clip_replicated(self) -> float:
-        """The gradient norm, and clipping, at stage 0. DeepSpeed reports no norm there and applies whatever it gets, so
-        gradients that are not finite are dropped: AdamW leaves a parameter without gradient alone."""
-        trained = [parameter for _, parameter in named_parameters(self.module) if parameter.requires_grad]
+        """The gradient norm, and clipping, at stage 0. DeepSpeed reports no norm there and applies
+        whatever it gets, so gradients that are not finite are dropped: AdamW leaves a parameter
+        without gradient alone."""
+        trained = [
+            parameter for _, parameter in named_parameters(self.module) if parameter.requires_grad
+        ]
         norm = float(nn.utils.clip_grad_norm_(trained, self.cfg.grad_clip or math.inf))
         if not math.isfinite(norm):
             self._engine.zero_grad()
@@ -193,17 +213,28 @@ class DeepSpeedEngine:
         """What this rank owns of the masters or of a moment."""
         for shard in self._stored(kind):
             replicated = self.cfg.zero_stage == 0
-            yield share(shard.name, shard.values.view(shard.shape), self.ranks) if replicated else shard
+            yield (
+                share(shard.name, shard.values.view(shard.shape), self.ranks)
+                if replicated
+                else shard
+            )
 
     def _stored(self, kind: str) -> Iterator[Shard]:
-        """Masters or a moment of the trained parameters as this rank stores them: views into DeepSpeed's flat tensors.
+        """Masters or a moment of the trained parameters as this rank stores them: views into
+        DeepSpeed's flat tensors.
 
-        The one place that reads DeepSpeed's own bookkeeping: its public functions gather whole tensors at stages 1 and
-        2, and give no position at stage 3 (0.19.8).
+        The one place that reads DeepSpeed's own bookkeeping: its public functions gather whole
+        tensors at stages 1 and 2, and give no position at stage 3 (0.19.8).
         """
-        zero, stage, state = self._engine.optimizer, self.cfg.zero_stage, self._engine.basic_optimizer.state
+        zero, stage, state = (
+            self._engine.optimizer,
+            self.cfg.zero_stage,
+            self._engine.basic_optimizer.state,
+        )
         flats = self._flats()
-        trained: list[tuple[str, Any]] = [(n, p) for n, p in named_parameters(self.module) if p.requires_grad]
+        trained: list[tuple[str, Any]] = [
+            (n, p) for n, p in named_parameters(self.module) if p.requires_grad
+        ]
         for name, parameter in trained:
             offset, start, length, shape = 0, 0, parameter.numel(), parameter.shape
             if stage == 0:
@@ -219,13 +250,20 @@ class DeepSpeedEngine:
                 flat, offset = flats[found.param_group_index], found.hp_fragment_address.start
                 start, length = found.lp_fragment_address.start, found.lp_fragment_address.numel
             values = flat if kind == MASTER else state[flat][kind]
-            yield Shard(name, values.detach().view(-1).narrow(0, offset, length), start, tuple(shape))
+            yield Shard(
+                name, values.detach().view(-1).narrow(0, offset, length), start, tuple(shape)
+            )
 
     def _flats(self) -> list[Tensor]:
-        """The fp32 tensors that DeepSpeed's AdamW updates: one per group, at stage 3 one per sub-group."""
+        """The fp32 tensors that DeepSpeed's AdamW updates: one per group, at stage 3 one per
+        sub-group."""
         if self.cfg.zero_stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [tensor for group in self._engine.basic_optimizer.param_groups for tensor in group["params"]]
+        return [
+            tensor
+            for group in self._engine.basic_optimizer.param_groups
+            for tensor in group["params"]
+        ]
 
     def state(self) -> EngineState:
         if self._micro:
@@ -267,13 +305,18 @@ class DeepSpeedEngine:
             shard.values.copy_(shard.of(value))
 
 
-def _initialize(module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None) -> Any:
-    engine, *_ = _import_deepspeed(ranks).initialize(model=module, model_parameters=groups, config=config)
+def _initialize(
+    module: nn.Module, config: dict[str, Any], ranks: Ranks, groups: list[dict[str, Any]] | None
+) -> Any:
+    engine, *_ = _import_deepspeed(ranks).initialize(
+        model=module, model_parameters=groups, config=config
+    )
     return engine
 
 
 def _import_deepspeed(ranks: Ranks) -> Any:
-    """The library, with a process group already there, so that it looks for neither MPI nor a launcher."""
+    """The library, with a process group already there, so that it looks for neither MPI nor a
+    launcher."""
     if ranks.device.type == "cpu":
         _prepare_cpu_collectives(ranks)
     ensure_process_group(ranks)
@@ -285,32 +328,48 @@ def _import_deepspeed(ranks: Ranks) -> Any:
 
 
 def _prepare_cpu_collectives(ranks: Ranks) -> None:
-    """DeepSpeed compiles its CPU collectives with ninja and g++; without them it uses gloo's, and we say so."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # pip's ninja
-    missing = [tool for tool in ("ninja", os.environ.get("CXX", "g++")) if shutil.which(tool) is None]
+    """DeepSpeed compiles its CPU collectives with ninja and g++; without them it uses gloo's, and
+    we say so."""
+    # pip's ninja
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    missing = [
+        tool for tool in ("ninja", os.environ.get("CXX", "g++")) if shutil.which(tool) is None
+    ]
     if missing:
         from deepspeed import ops
 
-        ops.__compatible_ops__.update({"deepspeed_shm_comm": False})  # the table its own build reports fill
+        # the table its own build reports fill
+        ops.__compatible_ops__.update({"deepspeed_shm_comm": False})
         if ranks.is_main:
-            _log.warning("%s not found: DeepSpeed uses gloo's collectives (slower; same numbers)", missing[0])
+            _log.warning(
+                "%s not found: DeepSpeed uses gloo's collectives (slower; same numbers)", missing[0]
+            )
     elif ranks.is_main:
         _explain_compilation()
 
 
 def _explain_compilation() -> None:
-    """Say why the first start on a CPU is slow: DeepSpeed compiles its collectives, once per machine."""
+    """Say why the first start on a CPU is slow: DeepSpeed compiles its collectives, once per
+    machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
     if not list(root.glob("**/deepspeed_shm_comm/*.so")):
-        _log.warning("compiling DeepSpeed's CPU collectives, once per machine: half a minute, more when it is busy")
+        _log.warning(
+            "compiling DeepSpeed's CPU collectives, once per machine: half a minute, more when it is busy"
+        )
 
 
 def _common(cfg: EngineConfig) -> dict[str, Any]:
-    return {"bf16": {"enabled": cfg.dtype == "bf16"}, "steps_per_print": None, "wall_clock_breakdown": False}
+    return {
+        "bf16": {"enabled": cfg.dtype == "bf16"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
 
 
-def _training_config(cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_batches: int) -> dict[str, Any]:
+def _training_config(
+    cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_batches: int
+) -> dict[str, Any]:
     on_gpu = ranks.device.type == "cuda"
     zero: dict[str, Any] = {
         "stage": cfg.zero_stage,
@@ -323,7 +382,12 @@ def _training_config(cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_ba
         zero.update(_stage3_buckets(cfg))
     if cfg.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    adam = {"lr": cfg.lr, "betas": list(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    adam = {
+        "lr": cfg.lr,
+        "betas": list(cfg.betas),
+        "eps": cfg.eps,
+        "weight_decay": cfg.weight_decay,
+    }
     config = {
         **_common(cfg),
         "train_batch_size": micro_batch * micro_batches * ranks.world,
@@ -340,10 +404,12 @@ def _training_config(cfg: EngineConfig, ranks: Ranks, micro_batch: int, micro_ba
 
 
 def _stage3_buckets(cfg: EngineConfig) -> dict[str, Any]:
-    """Without ``memory_efficient_linear``, by which one ZeRO-3 engine replaces F.linear for the whole process."""
+    """Without ``memory_efficient_linear``, by which one ZeRO-3 engine replaces F.linear for the
+    whole process."""
     return {
         "memory_efficient_linear": False,
         "stage3_prefetch_bucket_size": cfg.bucket,
         "stage3_max_live_parameters": 2 * cfg.bucket,
-        "stage3_param_persistence_threshold": cfg.bucket // 500,  # smaller ones stay whole; DeepSpeed's 1e5 by default
+        # smaller ones stay whole; DeepSpeed's 1e5 by default
+        "stage3_param_persistence_threshold": cfg.bucket // 500,
     }

@@ -1,7 +1,8 @@
-"""LocalEngine: plain torch, the readable twin of the DeepSpeed engine. Same clipping, same AdamW, same skip rule.
+"""LocalEngine: plain torch, the readable twin of the DeepSpeed engine. Same clipping, same AdamW,
+same skip rule.
 
-Weights are fp32 masters; with dtype bf16 the module holds bf16 copies, refreshed after each update. With several
-processes every rank keeps everything and gradients are averaged in fp32.
+Weights are fp32 masters; with dtype bf16 the module holds bf16 copies, refreshed after each update.
+With several processes every rank keeps everything and gradients are averaged in fp32.
 """
 
 from __future__ import annotations
@@ -33,13 +34,26 @@ class LocalEngine:
     """See :class:`scd_sf.train.base.Engine`."""
 
     def __init__(
-        self, module: nn.Module, cfg: EngineConfig, ranks: Ranks, *, micro_batches: int, schedule: LearningRate
+        self,
+        module: nn.Module,
+        cfg: EngineConfig,
+        ranks: Ranks,
+        *,
+        micro_batches: int,
+        schedule: LearningRate,
     ) -> None:
-        self.module, self.cfg, self.ranks, self.micro_batches = module.to(ranks.device), cfg, ranks, micro_batches
+        self.module, self.cfg, self.ranks, self.micro_batches = (
+            module.to(ranks.device),
+            cfg,
+            ranks,
+            micro_batches,
+        )
         self.updates = 0
         self._schedule, self._skips = schedule, SkipCounter(cfg.max_skips)
         self._broadcast()
-        originals = {name: p.detach().clone() for name, p in named_parameters(module) if p.requires_grad}
+        originals = {
+            name: p.detach().clone() for name, p in named_parameters(module) if p.requires_grad
+        }
         if cfg.dtype == "bf16":
             module.to(torch.bfloat16)
         self._live = {name: p for name, p in named_parameters(module) if p.requires_grad}
@@ -50,7 +64,9 @@ class LocalEngine:
         self._micro = 0
         self._bad = torch.zeros((), device=ranks.device)
         groups = param_groups(self._masters.items(), cfg.weight_decay, cfg.lr_scale)
-        self._optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True
+        )
 
     @property
     def skipped(self) -> int:
@@ -61,13 +77,17 @@ class LocalEngine:
 
     def backward(self, loss: Tensor) -> None:
         if self._micro == self.micro_batches:
-            raise RuntimeError(f"backward called more than micro_batches={self.micro_batches} times without step")
+            raise RuntimeError(
+                f"backward called more than micro_batches={self.micro_batches} times without step"
+            )
         self._bad = torch.maximum(self._bad, first_skip_flag(loss))
         (loss / self.micro_batches).backward()
         for name, parameter in self._live.items():
             if parameter.grad is not None:
                 gradient = parameter.grad.float()
-                self._gradients[name] = self._gradients[name] + gradient if name in self._gradients else gradient
+                self._gradients[name] = (
+                    self._gradients[name] + gradient if name in self._gradients else gradient
+                )
                 parameter.grad = None
         self._micro += 1
 
@@ -76,7 +96,9 @@ class LocalEngine:
         if self._micro < self.micro_batches:
             return StepInfo(stepped=False, grad_norm=0.0, finite=True, lr=lr)
         gradients = self._averaged_gradients()
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        norm = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])
+        )
         finite = not self.ranks.any(bool(self._bad.item()) or not bool(torch.isfinite(norm)))
         if finite:
             self._apply(gradients, norm, lr)
@@ -100,7 +122,9 @@ class LocalEngine:
 
     def _parts(self, kind: str) -> Iterator[Shard]:
         for name, master in self._masters.items():
-            yield share(name, master if kind == MASTER else self._optimizer.state[master][kind], self.ranks)
+            yield share(
+                name, master if kind == MASTER else self._optimizer.state[master][kind], self.ranks
+            )
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -112,9 +136,12 @@ class LocalEngine:
             master.copy_(files.read(MASTER, whole).view_as(master))
             self._live[name].copy_(master)
             if saved.updates:
-                # In the master's memory order (convolutions may be channels-last): the fused AdamW walks all in step.
+                # In the master's memory order (convolutions may be channels-last): the fused AdamW
+                # walks all in step.
                 moments = {kind: files.read(kind, whole).view_as(master) for kind in MOMENTS}
-                state = {kind: torch.empty_like(master).copy_(value) for kind, value in moments.items()}
+                state = {
+                    kind: torch.empty_like(master).copy_(value) for kind, value in moments.items()
+                }
                 step = torch.tensor(float(saved.updates), device=master.device)
                 self._optimizer.state[master] = {"step": step, **state}
         for name, value in self.module.named_buffers():
@@ -128,8 +155,11 @@ class LocalEngine:
                 dist.broadcast(tensor.detach(), src=0)
 
     def _averaged_gradients(self) -> dict[str, Tensor]:
-        """Mean gradient over ranks by name, fp32, reduced in buckets; a parameter without gradient counts as zero."""
-        gradients = {n: self._gradients.get(n, torch.zeros_like(m)) for n, m in self._masters.items()}
+        """Mean gradient over ranks by name, fp32, reduced in buckets; a parameter without gradient
+        counts as zero."""
+        gradients = {
+            n: self._gradients.get(n, torch.zeros_like(m)) for n, m in self._masters.items()
+        }
         if self.ranks.world == 1:
             return gradients
         bucket: list[Tensor] = []
@@ -140,7 +170,9 @@ class LocalEngine:
                 flat = torch.cat([t.reshape(-1) for t in bucket])
                 dist.all_reduce(flat)
                 flat /= self.ranks.world
-                for target, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                for target, part in zip(
+                    bucket, flat.split([t.numel() for t in bucket]), strict=True
+                ):
                     target.copy_(part.view_as(target))
                 bucket = []
         return gradients

@@ -20,24 +20,34 @@ from typing import NoReturn, Self
 from scd_sf.train.base import Diverged
 from scd_sf.train.checkpointing import Checkpointer
 from scd_sf.train.run import Run, rank_zero_print
-from scd_sf.train.skipped import ROLLBACKS, Rollback, left_out_ranges, position, read_rollbacks, write_rollback
+from scd_sf.train.skipped import (
+    ROLLBACKS,
+    Rollback,
+    left_out_ranges,
+    position,
+    read_rollbacks,
+    write_rollback,
+)
 from scd_sf.train.stop import EXIT_AGAIN, Control, Request, leave
 from scd_sf.types import UserError
 
 
 class Loop:
-    """The steps ``start`` + 1 .. ``train.steps`` of a run, with progress and heartbeat, and how they end.
+    """The steps ``start`` + 1 .. ``train.steps`` of a run, with progress and heartbeat, and how
+    they end.
 
-    It listens to signals and to ``RUN/save`` and ``RUN/stop`` (``train/stop.py``). ``status.json`` says how the loop
-    ended. An error because another rank is gone becomes one that names it. A run that diverged notes what it leaves out
-    and ends with exit code 75.
+    It listens to signals and to ``RUN/save`` and ``RUN/stop`` (``train/stop.py``). ``status.json``
+    says how the loop ended. An error because another rank is gone becomes one that names it. A run
+    that diverged notes what it leaves out and ends with exit code 75.
     """
 
     def __init__(self, run: Run, checkpointer: Checkpointer, start: int) -> None:
         self.run, self.ranks, self.start, self.train = run, run.ranks, start, checkpointer.train
         self._checkpointer, self._step = checkpointer, start
         self._control = Control(run.dir, run.ranks, run.cfg.heartbeat_seconds)
-        rows = run.ranks.on_main(lambda: [(row.at_step, row.back_to, row.left_out) for row in read_rollbacks(run.dir)])
+        rows = run.ranks.on_main(
+            lambda: [(row.at_step, row.back_to, row.left_out) for row in read_rollbacks(run.dir)]
+        )
         self._rollbacks = [Rollback(*row) for row in rows]
         self._left_out = left_out_ranges(self._rollbacks)
         if self.position(start) - start != checkpointer.record.get("left_out", 0.0):
@@ -51,7 +61,10 @@ class Loop:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         try:
             if error is None:
@@ -76,11 +89,13 @@ class Loop:
             self._control.fulfilled()
 
     def position(self, step: int) -> int:
-        """Where ``step`` stands in the order of data and random numbers: further on after the run diverged."""
+        """Where ``step`` stands in the order of data and random numbers: further on after the run
+        diverged."""
         return position(step, self._left_out)
 
     def request(self) -> Request:
-        """What anybody asked any rank for since the step before; the same on all ranks, which all call it."""
+        """What anybody asked any rank for since the step before; the same on all ranks, which all
+        call it."""
         return self._control.request()
 
     def leave(self, step: int) -> NoReturn:
@@ -98,7 +113,9 @@ class Loop:
             no_more = f"{self.train.max_rollbacks} rollbacks did not help"
             why = "no checkpoint to go back to" if path is None else no_more
             self._control.say("failed", f"{error}; {why}")
-            raise UserError(f"{error}; {why}; the batches are listed in {self.run.dir / 'skipped.jsonl'}") from error
+            raise UserError(
+                f"{error}; {why}; the batches are listed in {self.run.dir / 'skipped.jsonl'}"
+            ) from error
         newest = int(path.name.removeprefix("step_"))
         rollback = Rollback(self._step, newest, self.position(self._step) - newest)
         self.ranks.on_main(lambda: write_rollback(self.run.dir, rollback))

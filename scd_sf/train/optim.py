@@ -1,4 +1,5 @@
-"""What AdamW is given: parameter groups, and the learning rate as a pure function of the update number."""
+"""What AdamW is given: parameter groups, and the learning rate as a pure function of the update
+number."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class LearningRate(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up over ``warmup`` updates, constant, then linear to zero from ``anneal_from`` (a fraction of ``total``).
+    """Warm-up over ``warmup`` updates, constant, then linear to zero from ``anneal_from`` (a
+    fraction of ``total``).
 
     ``anneal_from`` 1.0 means no decay. ``total`` counts optimizer updates.
     """
@@ -45,32 +47,42 @@ class Schedule:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices and kernels: not for biases, gains, norms, modulation tables or learned tokens."""
+    """Weight decay is for matrices and kernels: not for biases, gains, norms, modulation tables or
+    learned tokens."""
     return parameter.ndim >= 2 and not any(word in name.lower() for word in NO_DECAY_WORDS)
 
 
 def param_groups(
-    named: Iterable[tuple[str, Tensor]], weight_decay: float, scales: Mapping[str, float] | None = None
+    named: Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """AdamW groups of the parameters that require grad: with decay, then without; an empty group is left out.
+    """AdamW groups of the parameters that require grad: with decay, then without; an empty group is
+    left out.
 
-    ``scales``: the learning rate of parameters whose name starts so is a multiple of the others'; each group's is in
-    its ``lr_scale``. UserError: a prefix that no parameter has.
+    ``scales``: the learning rate of parameters whose name starts so is a multiple of the others';
+    each group's is in its ``lr_scale``. UserError: a prefix that no parameter has.
     """
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     for prefix in scales or {}:
         if not any(name.startswith(prefix) for name, _ in trained):
-            raise UserError(f"lr_scale.{prefix}: no parameter's name starts so; they start with {_heads(trained)}")
+            raise UserError(
+                f"lr_scale.{prefix}: no parameter's name starts so; they start with {_heads(trained)}"
+            )
 
     def scale(name: str) -> float:
-        return next((value for prefix, value in (scales or {}).items() if name.startswith(prefix)), 1.0)
+        return next(
+            (value for prefix, value in (scales or {}).items() if name.startswith(prefix)), 1.0
+        )
 
     groups: list[dict[str, Any]] = []
     for factor in sorted({scale(name) for name, _ in trained}):
         for decay in (True, False):
             chosen = [p for n, p in trained if scale(n) == factor and decays(n, p) == decay]
             if chosen:
-                groups.append({"params": chosen, "weight_decay": weight_decay * decay, "lr_scale": factor})
+                groups.append(
+                    {"params": chosen, "weight_decay": weight_decay * decay, "lr_scale": factor}
+                )
     return groups
 
 

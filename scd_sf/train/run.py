@@ -5,10 +5,10 @@
         run.log(step, {"loss": 0.1})
     run.finish()
 
-The directory holds ``config.yaml``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``. Metrics always go to
-JSONL and TensorBoard; wandb is optional, offline when no key is configured. Only rank 0 writes. Starting the same
-command again continues in the same directory; a different configuration there is refused, and so is a folder that
-holds anything and is no run.
+The directory holds ``config.yaml``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``.
+Metrics always go to JSONL and TensorBoard; wandb is optional, offline when no key is configured.
+Only rank 0 writes. Starting the same command again continues in the same directory; a different
+configuration there is refused, and so is a folder that holds anything and is no run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,26 @@ from typing import Any, Literal, TextIO
 import numpy
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from scd_sf.checkpoint import Checkpoints, problem_of
 from scd_sf.config import differences, plain_yaml, to_yaml
 from scd_sf.distributed import Ranks
-from scd_sf.files import locked, parse_json, read_bytes, require_own_folder, sha256_bytes, write_text
+from scd_sf.files import (
+    locked,
+    parse_json,
+    read_bytes,
+    require_own_folder,
+    sha256_bytes,
+    write_text,
+)
 from scd_sf.types import Logs, UserError, say
 
 YEAR_MINUTES = 525_600.0
@@ -68,23 +82,36 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.dir.strip():
-            raise ValueError("dir is empty, which would be the current folder; name a new one, as run.dir=runs/mine")
+            raise ValueError(
+                "dir is empty, which would be the current folder; name a new one, as run.dir=runs/mine"
+            )
         if self.log_every < 1:
             raise ValueError(f"log_every is {self.log_every}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
-        for name, least, most in (("heartbeat_seconds", 0.01, 3600.0), ("timeout_minutes", 0.01, YEAR_MINUTES)):
+        for name, least, most in (
+            ("heartbeat_seconds", 0.01, 3600.0),
+            ("timeout_minutes", 0.01, YEAR_MINUTES),
+        ):
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between {least:g} and {most:g}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be between {least:g} and {most:g}"
+                )
         if not 0 <= self.peak_tflops <= 1e9:
-            raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be 0 (no MFU) or more, and at most 1e9")
+            raise ValueError(
+                f"peak_tflops is {self.peak_tflops}; it must be 0 (no MFU) or more, and at most 1e9"
+            )
 
 
 class Run:
-    """A run directory in use. Build it on every rank, before anything slow; raises UserError when it cannot be used."""
+    """A run directory in use. Build it on every rank, before anything slow; raises UserError when
+    it cannot be used."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks, *, config: object, may_change: Sequence[str] = ()) -> None:
-        """``config``: the whole recipe config; ``may_change``: dotted prefixes that may differ on resume."""
+    def __init__(
+        self, cfg: RunConfig, ranks: Ranks, *, config: object, may_change: Sequence[str] = ()
+    ) -> None:
+        """``config``: the whole recipe config; ``may_change``: dotted prefixes that may differ on
+        resume."""
         self.cfg, self.ranks, self.dir = cfg, ranks, Path(cfg.dir)
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
         self._metrics: TextIO | None = None
@@ -99,18 +126,26 @@ class Run:
             problem = problem_of(lambda: self._claim(config, ("run", *may_change)))
         if ranks.any(bool(problem)):
             self._held.close()
-            raise UserError(problem or f"{self.dir}: rank 0 could not use the run directory; see its message")
+            raise UserError(
+                problem or f"{self.dir}: rank 0 could not use the run directory; see its message"
+            )
         seed_everything(cfg.seed)
 
     def resume_from(self) -> Path | None:
-        """The verified checkpoint to continue from, or None for a fresh start. Raises UserError as ``resume`` says."""
-        newest = self.ranks.on_main(lambda: self.checkpoints.newest(required=self.cfg.resume == "must"))
+        """The verified checkpoint to continue from, or None for a fresh start. Raises UserError as
+        ``resume`` says."""
+        newest = self.ranks.on_main(
+            lambda: self.checkpoints.newest(required=self.cfg.resume == "must")
+        )
         if newest is not None and self.cfg.resume == "never":
-            raise UserError(f"{self.dir}: resume is 'never' but {newest.name} is there; use a new run.dir")
+            raise UserError(
+                f"{self.dir}: resume is 'never' but {newest.name} is there; use a new run.dir"
+            )
         return newest
 
     def start(self, step: int = 0) -> None:
-        """Open the metric writers at ``step``; records of later steps, from before a crash, are dropped."""
+        """Open the metric writers at ``step``; records of later steps, from before a crash, are
+        dropped."""
         if not self.ranks.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -122,7 +157,8 @@ class Run:
             self._wandb = _start_wandb(self.cfg, self.dir)
 
     def log(self, step: int, logs: Logs) -> None:
-        """Record scalars of one step (rank 0), and what it took. Non-finite values are written as null: valid JSON."""
+        """Record scalars of one step (rank 0), and what it took. Non-finite values are written as
+        null: valid JSON."""
         if not self.ranks.is_main:
             return
         if self._metrics is None:
@@ -130,7 +166,9 @@ class Run:
         assert self._metrics is not None
         every = {**logs, **self._performance()}
         values = {name: value if math.isfinite(value) else None for name, value in every.items()}
-        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._metrics.write(
+            json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
+        )
         for name, value in every.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -139,9 +177,9 @@ class Run:
             self._bar.show(step, logs)
 
     def _performance(self) -> Logs:
-        """Seconds since the step before (from the second one of this process on), latent tokens per second of all ranks
-        and model FLOP utilisation (``tokens_per_step`` and ``flops_per_step``, set by the recipe), and rank 0's peak
-        memory: the GPU's, else the process's."""
+        """Seconds since the step before (from the second one of this process on), latent tokens per
+        second of all ranks and model FLOP utilisation (``tokens_per_step`` and ``flops_per_step``,
+        set by the recipe), and rank 0's peak memory: the GPU's, else the process's."""
         now = time.monotonic()
         seconds, self._logged = now - self._logged, now
         if self.ranks.device.type == "cuda":
@@ -159,7 +197,8 @@ class Run:
         return found
 
     def progress(self, total: int, start: int = 0) -> Iterator[int]:
-        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per ``log_every`` steps."""
+        """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per
+        ``log_every`` steps."""
         steps = range(start + 1, total + 1)
         if not self.ranks.is_main:
             yield from steps
@@ -177,7 +216,9 @@ class Run:
         """A uint8 clip for TensorBoard, and the mp4 ``file`` of it for wandb."""
         if not self.ranks.is_main or self._tensorboard is None:
             return
-        self._tensorboard.add_images(name, frames_FHWC[:: max(1, len(frames_FHWC) // 8)], step, dataformats="NHWC")
+        self._tensorboard.add_images(
+            name, frames_FHWC[:: max(1, len(frames_FHWC) // 8)], step, dataformats="NHWC"
+        )
         if self._wandb is not None:
             import wandb
 
@@ -195,7 +236,8 @@ class Run:
         self._held.close()
 
     def _claim(self, config: object, may_change: Sequence[str]) -> None:
-        """Make the directory, or check that it holds this configuration. UserError: it cannot be used."""
+        """Make the directory, or check that it holds this configuration. UserError: it cannot be
+        used."""
         file = self.dir / "config.yaml"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -204,10 +246,14 @@ class Run:
             self._held.enter_context(locked(self.dir, "this training"))
         except OSError as error:
             remedy = "set run.dir to a writable place"
-            raise UserError(f"{self.dir}: cannot write the run directory ({error.strerror}); {remedy}") from error
+            raise UserError(
+                f"{self.dir}: cannot write the run directory ({error.strerror}); {remedy}"
+            ) from error
         changed = {
             key: values
-            for key, values in (differences(plain_yaml(file, type(config)), config) if file.is_file() else {}).items()
+            for key, values in (
+                differences(plain_yaml(file, type(config)), config) if file.is_file() else {}
+            ).items()
             if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
         }
         if changed:
@@ -263,7 +309,8 @@ class _Bar:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators, equally on all ranks. Steps draw from ``diffusion.noise.generator`` instead."""
+    """Seed the global generators, equally on all ranks. Steps draw from
+    ``diffusion.noise.generator`` instead."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -280,7 +327,9 @@ def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("run.wandb: wandb is not installed; 'pip install wandb' or set run.wandb=off") from error
+        raise UserError(
+            "run.wandb: wandb is not installed; 'pip install wandb' or set run.wandb=off"
+        ) from error
     online = cfg.wandb == "online" and wandb.api.api_key is not None
     if cfg.wandb == "online" and not online:
         say(
@@ -303,10 +352,15 @@ def _run_id(directory: Path) -> str:
 
 
 def _drop_after(file: Path, step: int) -> None:
-    """Remove records of steps after ``step``, and lines that are no records (cut short by a crash), atomically."""
+    """Remove records of steps after ``step``, and lines that are no records (cut short by a crash),
+    atomically."""
     if not file.exists():
         return
-    lines = [line for line in read_bytes(file, "move it away", METRICS_BYTES).split(b"\n") if line.strip()]
+    lines = [
+        line
+        for line in read_bytes(file, "move it away", METRICS_BYTES).split(b"\n")
+        if line.strip()
+    ]
     steps = [_step_of(line) for line in lines]
     if odd := steps.count(None):
         _log.warning("%s: %d lines are no records and are left out", file, odd)

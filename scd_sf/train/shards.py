@@ -1,6 +1,8 @@
-"""Which part of each parameter a rank owns, how parts become whole, and engine state on disk for any number of ranks.
+"""Which part of each parameter a rank owns, how parts become whole, and engine state on disk for
+any number of ranks.
 
-State on disk is one file of parts per rank. A part says where it belongs, so other ranks, cut otherwise, find theirs.
+State on disk is one file of parts per rank. A part says where it belongs, so other ranks, cut
+otherwise, find theirs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Shard:
-    """``values`` (1-d, perhaps empty): elements ``start`` .. of the flattened parameter ``name`` of this ``shape``."""
+    """``values`` (1-d, perhaps empty): elements ``start`` .. of the flattened parameter ``name`` of
+    this ``shape``."""
 
     name: str
     values: Tensor
@@ -54,7 +57,8 @@ def share(name: str, whole: Tensor, ranks: Ranks) -> Shard:
 def gathered(shards: Iterable[Shard], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 tensor) one at a time, on every rank; all ranks walk it to the end.
 
-    Over the ranks the shards of one parameter must cover it once. With one rank the tensors are views.
+    Over the ranks the shards of one parameter must cover it once. With one rank the tensors are
+    views.
     """
     for shard in shards:
         whole = shard.values.float()
@@ -76,15 +80,20 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
             for shard in like:
                 whole = check_finite(tensors.get_tensor(shard.name), shard.name, str(file))
                 if tuple(whole.shape) != shard.shape:
-                    raise UserError(f"{file}: {shard.name} is {tuple(whole.shape)} there, {shard.shape} in the model")
+                    raise UserError(
+                        f"{file}: {shard.name} is {tuple(whole.shape)} there, {shard.shape} in the model"
+                    )
                 yield shard.holding(shard.of(whole).to(shard.values.device))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as this model's weights ({error}); use another checkpoint") from error
+        raise UserError(
+            f"{file}: cannot be read as this model's weights ({error}); use another checkpoint"
+        ) from error
 
 
 @dataclass(frozen=True)
 class EngineState:
-    """What one rank must write of an engine: copies on the CPU, and the main rank's ``counters``."""
+    """What one rank must write of an engine: copies on the CPU, and the main rank's
+    ``counters``."""
 
     rank: int
     tensors: Mapping[str, Tensor]
@@ -92,9 +101,14 @@ class EngineState:
 
     @classmethod
     def copied(
-        cls, rank: int, parts: Mapping[str, Iterable[Shard]], whole: Mapping[str, Tensor], counters: Mapping[str, int]
+        cls,
+        rank: int,
+        parts: Mapping[str, Iterable[Shard]],
+        whole: Mapping[str, Tensor],
+        counters: Mapping[str, int],
     ) -> EngineState:
-        """``parts`` of the masters and the moments by kind; the main rank's also has ``whole`` and ``counters``."""
+        """``parts`` of the masters and the moments by kind; the main rank's also has ``whole`` and
+        ``counters``."""
         tensors = {
             f"{kind}/{shard.name}@{shard.start}": shard.values
             for kind, shards in parts.items()
@@ -103,7 +117,9 @@ class EngineState:
         }
         if rank == 0:
             tensors |= {f"buffer/{name}": value for name, value in whole.items()}
-        copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        copies = {
+            key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()
+        }
         return cls(rank, copies, counters)
 
     def write(self, path: Path) -> None:
@@ -120,7 +136,8 @@ def write_counters(path: Path, counters: Mapping[str, int]) -> None:
 
 
 class StateFiles:
-    """What ``count`` ranks wrote as :class:`EngineState`. Raises UserError when a file is missing or damaged."""
+    """What ``count`` ranks wrote as :class:`EngineState`. Raises UserError when a file is missing
+    or damaged."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path
@@ -136,13 +153,15 @@ class StateFiles:
                     if "@" in key:
                         name, _, start = key.rpartition("@")
                         (length,) = opened.get_slice(key).get_shape()
-                        self._parts.setdefault(name, []).append((int(start), int(start) + length, key))
+                        self._parts.setdefault(name, []).append(
+                            (int(start), int(start) + length, key)
+                        )
 
     def read(self, kind: str, like: Shard) -> Tensor:
         """The elements that ``like`` covers, 1-d on the CPU, put together from the parts.
 
-        Raises UserError, the same on all ranks, when the checkpoint's tensor is missing or of another size, and on the
-        ranks whose elements are not finite.
+        Raises UserError, the same on all ranks, when the checkpoint's tensor is missing or of
+        another size, and on the ranks whose elements are not finite.
         """
         parts = sorted(self._parts.get(f"{kind}/{like.name}", []))
         ends = [0, *(stop for _, stop, _ in parts)]
@@ -152,7 +171,9 @@ class StateFiles:
                 "checkpoint's own configuration"
             )
         found = [
-            self._where[key].get_slice(key)[max(start, like.start) - start : min(stop, like.stop) - start]
+            self._where[key].get_slice(key)[
+                max(start, like.start) - start : min(stop, like.stop) - start
+            ]
             for start, stop, key in parts
             if max(start, like.start) < min(stop, like.stop)
         ]
@@ -160,7 +181,8 @@ class StateFiles:
         return check_finite(elements, f"{kind}/{like.name}", str(self.path))
 
     def whole(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of the main rank's ``whole``, of the shape of ``like``. Raises UserError when there is none."""
+        """A tensor of the main rank's ``whole``, of the shape of ``like``. Raises UserError when
+        there is none."""
         key = f"buffer/{name}"
         value = self._where[key].get_tensor(key) if key in self._where else None
         if value is None or value.shape != like.shape:

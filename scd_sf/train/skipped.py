@@ -1,10 +1,12 @@
-"""What is kept of an update that was skipped because a loss or gradient was not finite, and what is left out then.
+"""What is kept of an update that was skipped because a loss or gradient was not finite, and what is
+left out then.
 
-``RUN/skipped.jsonl`` names the samples of the global batch; ``RUN/nan_dump/step_N_ENGINE_rank_R.safetensors`` holds
-what rank R computed on: tensors as ``MICROBATCH/NAME``, the rest as JSON in the metadata.
+``RUN/skipped.jsonl`` names the samples of the global batch;
+``RUN/nan_dump/step_N_ENGINE_rank_R.safetensors`` holds what rank R computed on: tensors as
+``MICROBATCH/NAME``, the rest as JSON in the metadata.
 
-After too many in a row the run has diverged. It goes on from its last checkpoint with the data that comes next:
-``RUN/rollbacks.jsonl`` says what is left out, one :class:`Rollback` per line.
+After too many in a row the run has diverged. It goes on from its last checkpoint with the data that
+comes next: ``RUN/rollbacks.jsonl`` says what is left out, one :class:`Rollback` per line.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class MicroBatch:
 def keeping(
     run: Run, step: int, engine: Engine, samples: Sequence[int], who: str = "model"
 ) -> Iterator[list[MicroBatch]]:
-    """One update of ``engine``: give it every micro-batch before the step. They are written only if it was skipped.
+    """One update of ``engine``: give it every micro-batch before the step. They are written only if
+    it was skipped.
 
     ``samples``: of the global batch. All ranks skip together, and so each writes its share.
     """
@@ -57,18 +60,29 @@ def keeping(
             try:
                 _write(run, step, who, samples, batch)
             except OSError as error:  # a full disk must not stop one rank alone
-                _log.warning("the batch of the skipped update %d could not be kept: %s", step, error)
+                _log.warning(
+                    "the batch of the skipped update %d could not be kept: %s", step, error
+                )
 
 
-def _write(run: Run, step: int, who: str, samples: Sequence[int], batch: Sequence[MicroBatch]) -> None:
+def _write(
+    run: Run, step: int, who: str, samples: Sequence[int], batch: Sequence[MicroBatch]
+) -> None:
     if run.ranks.is_main:
         with (run.dir / "skipped.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "engine": who, "samples": list(samples)}) + "\n")
     folder = run.dir / "nan_dump"
     folder.mkdir(exist_ok=True)
-    tensors = {f"{part.number}/{name}": tensor for part in batch for name, tensor in part.tensors.items()}
+    tensors = {
+        f"{part.number}/{name}": tensor for part in batch for name, tensor in part.tensors.items()
+    }
     rows = [
-        {"number": part.number, "indices": part.indices, "prompts": part.prompts, "loss": str(float(part.loss))}
+        {
+            "number": part.number,
+            "indices": part.indices,
+            "prompts": part.prompts,
+            "loss": str(float(part.loss)),
+        }
         for part in batch
     ]
     write_tensors(
@@ -78,15 +92,15 @@ def _write(run: Run, step: int, who: str, samples: Sequence[int], batch: Sequenc
     )
 
 
-# ------------------------------------------------------------------- what a run that diverged leaves out
+# -------------------------------------------------------------- what a run that diverged leaves out
 
 
 @dataclass(frozen=True)
 class Rollback:
     """At step ``at_step`` the run diverged, and goes on from step ``back_to`` with other data.
 
-    From there on, ``left_out`` positions of the data in all lie between a step and its place in the order. ``time``:
-    unix seconds.
+    From there on, ``left_out`` positions of the data in all lie between a step and its place in the
+    order. ``time``: unix seconds.
     """
 
     at_step: int
@@ -107,18 +121,23 @@ def position(step: int, left_out: Ranges) -> int:
 
 
 def left_out_ranges(rollbacks: Sequence[Rollback]) -> list[tuple[int, int]]:
-    """The positions that the steps after ``back_to``, up to ``at_step``, had taken before each rollback."""
+    """The positions that the steps after ``back_to``, up to ``at_step``, had taken before each
+    rollback."""
     ranges: list[tuple[int, int]] = []
     for rollback in rollbacks:
         first, last = position(rollback.back_to, ranges) + 1, rollback.back_to + rollback.left_out
         last = max([last, *(end for start, end in ranges if first <= start <= last)])
-        ranges = [*((start, end) for start, end in ranges if not first <= start <= last), (first, last)]
+        ranges = [
+            *((start, end) for start, end in ranges if not first <= start <= last),
+            (first, last),
+        ]
         ranges.sort()
     return ranges
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """In the order in which they happened; none where the file is not there. UserError: it is damaged."""
+    """In the order in which they happened; none where the file is not there. UserError: it is
+    damaged."""
     file = run_dir / ROLLBACKS
     if not file.exists():
         return []

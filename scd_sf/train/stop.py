@@ -5,10 +5,11 @@
                                  finish the step, save, leave with exit code 75: "run me again"
     kill -USR2 PID               append that process's stacks to RUN/heartbeat/rank_NNNNN.stacks
 
-A request is an empty regular file, as ``touch`` makes it; anything else of that name is somebody's and stays. Rank 0
-alone looks at the files, and all ranks agree after each step, so none leaves alone. Every rank rewrites
-``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread: a time that stands still means a process that
-is gone or frozen, a step that stands still one that is stuck. ``RUN/status.json`` says how the job stands or ended.
+A request is an empty regular file, as ``touch`` makes it; anything else of that name is somebody's
+and stays. Rank 0 alone looks at the files, and all ranks agree after each step, so none leaves
+alone. Every rank rewrites ``RUN/heartbeat/rank_NNNNN.json`` (time, step, pid, host) from a thread:
+a time that stands still means a process that is gone or frozen, a step that stands still one that
+is stuck. ``RUN/status.json`` says how the job stands or ended.
 """
 
 from __future__ import annotations
@@ -82,23 +83,38 @@ class Control:
     def beat(self, step: int) -> None:
         """This rank begins ``step``."""
         self._step = step
-        record = {"time": round(time.time(), 3), "step": step, "pid": os.getpid(), "host": socket.gethostname()}
+        record = {
+            "time": round(time.time(), 3),
+            "step": step,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
         write_json(self._file("json"), record, durable=False)
 
     def say(self, state: str, reason: str = "") -> None:
-        """``status.json``: running, finished, interrupted (run it again) or failed, and why (rank 0)."""
+        """``status.json``: running, finished, interrupted (run it again) or failed, and why (rank
+        0)."""
         if self.ranks.is_main:
-            record = {"state": state, "reason": reason, "step": self._step, "total": self.total, "time": time.time()}
+            record = {
+                "state": state,
+                "reason": reason,
+                "step": self._step,
+                "total": self.total,
+                "time": time.time(),
+            }
             write_json(self.dir / "status.json", record, durable=False)
 
     def request(self) -> Request:
-        """What anybody asked any rank for since the last call; the same on all ranks, which all call it."""
+        """What anybody asked any rank for since the last call; the same on all ranks, which all
+        call it."""
         own = Request.STOP if self.reason else Request.NONE
         if self.ranks.is_main:
             for name, meaning in (("save", Request.SAVE), ("stop", Request.STOP)):
                 if _is_request(self.dir / name):
                     own = max(own, meaning)
-                    self.reason = self.reason or (f"{self.dir / name}" if meaning is Request.STOP else "")
+                    self.reason = self.reason or (
+                        f"{self.dir / name}" if meaning is Request.STOP else ""
+                    )
         return Request(self.ranks.max(own))
 
     def fulfilled(self) -> None:
@@ -109,10 +125,12 @@ class Control:
                     (self.dir / name).unlink(missing_ok=True)
 
     def blame(self, error: BaseException, patience: float = 5.0) -> UserError | None:
-        """An error that names the rank that is gone, when one is; None when all live and ``error`` is our own.
+        """An error that names the rank that is gone, when one is; None when all live and ``error``
+        is our own.
 
-        On this host a rank is gone when its process is; elsewhere, when its heartbeat is three intervals old. The
-        others learn of a death by a broken connection, a moment before it shows here: look for ``patience`` seconds.
+        On this host a rank is gone when its process is; elsewhere, when its heartbeat is three
+        intervals old. The others learn of a death by a broken connection, a moment before it shows
+        here: look for ``patience`` seconds.
         """
         if self.ranks.world == 1:
             return None
@@ -168,11 +186,16 @@ class Control:
         return found
 
     def _file(self, suffix: str, rank: int | None = None) -> Path:
-        return self.dir / "heartbeat" / f"rank_{self.ranks.rank if rank is None else rank:05d}.{suffix}"
+        return (
+            self.dir
+            / "heartbeat"
+            / f"rank_{self.ranks.rank if rank is None else rank:05d}.{suffix}"
+        )
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now with this exit code: interpreters that unload gloo's threads sometimes abort instead."""
+    """End this process now with this exit code: interpreters that unload gloo's threads sometimes
+    abort instead."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,5 @@
-"""What scd-sf 0.1.0 left on disk is read: checkpoints give the numbers that they gave, folders are whole, runs go on.
+"""What scd-sf 0.1.0 left on disk is read: checkpoints give the numbers that they gave, folders are
+whole, runs go on.
 
 ``scd-sf-0.1.0.tar.xz`` was made by revision 352ad44 on random weights: ``wan`` (diffusers layout),
 ``train`` and ``val`` (latents), ``clips`` (generate_clips), ``prompts`` (encode_prompts),
@@ -34,9 +35,14 @@ from scd_sf.types import Conditioning
 ARCHIVE = Path(__file__).with_name("scd-sf-0.1.0.tar.xz")
 STUDENTS = ("stage1", "stage2", "stage3", "causal", "skip")
 STAGE2 = [
-    "init=stage1", "data=train", "val=./val", "run.dir=stage2", "run.log_every=1", "engine={kind: local, lr: 1e-2}",
+    "init=stage1",
+    "data=train",
+    "val=./val",
+    "run.dir=stage2",
+    "run.log_every=1",
+    "engine={kind: local, lr: 1e-2}",
     "sampler={name: euler, steps: 2}",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +82,13 @@ def test_checkpoints_give_the_numbers_that_they_gave(before: Path) -> None:
     for name in STUDENTS:
         model, _ = load_student(before / name)
         for way in (teacher_forced, streamed):
-            torch.testing.assert_close(way(model, prompt), expected[f"{name}.{way.__name__}"], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                way(model, prompt), expected[f"{name}.{way.__name__}"], atol=1e-5, rtol=1e-4
+            )
     exported, _ = load_student(before / "single.safetensors")
-    torch.testing.assert_close(streamed(exported, prompt), expected["stage3.streamed"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        streamed(exported, prompt), expected["stage3.streamed"], atol=1e-5, rtol=1e-4
+    )
     model, config = load_predictor(before / "scratch")
     actions = Conditioning(torch.zeros(1, 0, 0), actions_BF=torch.tensor([[0, 1, 2]]))
     found = teacher_forced(model, actions)
@@ -92,20 +102,33 @@ def test_folders_are_whole(before: Path) -> None:
     clips = LatentClips(before / "clips")
     assert len(clips) == 2 and clips.batch([0]).latents_BFCHW.shape == (1, 3, 4, 4, 4)
     assert FrameClips(before / "frames" / "train").info.num_actions == 3
-    assert {row.prompt for row in PromptSet(before / "prompts").rows} == {"left in meadow", "still in hall"}
+    assert {row.prompt for row in PromptSet(before / "prompts").rows} == {
+        "left in meadow",
+        "still in hall",
+    }
 
 
 def test_runs_and_folders_go_on(before: Path) -> None:
     """Stage 2 resumes at its step 4; a finished folder of samples has nothing left to make."""
     train = "train={steps: 5, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 3, keep: 1}"
     run(before, "recipes/stage2_flow_matching.py", *STAGE2, train)
-    steps = [json.loads(line)["step"] for line in (before / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (before / "stage2" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps[-2:] == [4, 5] and find(before / "stage2").name == "step_00000005"
     manifest = before / "samples" / "manifest.json"  # the folder was made at another place
     manifest.write_text(manifest.read_text().replace("/tmp/scd-sf-0.1.0", str(before)))
     video = before / "samples" / "0000-00.mp4"
     written = video.stat().st_mtime_ns
-    sample = ["checkpoint=stage3", "out=samples", 'prompts=["left in meadow"]', "crf=0", "base=wan", "text_cache=off"]
+    sample = [
+        "checkpoint=stage3",
+        "out=samples",
+        'prompts=["left in meadow"]',
+        "crf=0",
+        "base=wan",
+        "text_cache=off",
+    ]
     run(before, "recipes/sample.py", *sample)
     assert video.stat().st_mtime_ns == written
 

@@ -35,7 +35,10 @@ def test_the_oldest_go_first(tmp_path: Path) -> None:
     fill(root, range(11, 12), size=1001)
     assert "011.bin" not in sizes(root) and len(sizes(root)) == 9
     fill(root, range(12, 13), limit=450)  # a smaller budget than the last time
-    assert sorted(sizes(root)) == ["008.bin", "009.bin", "010.bin", "012.bin"] and (root / "note.txt").exists()
+    assert (
+        sorted(sizes(root)) == ["008.bin", "009.bin", "010.bin", "012.bin"]
+        and (root / "note.txt").exists()
+    )
 
 
 def test_many_writers_keep_the_budget(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""One file per clip: atomic writing, checked headers, the index, and LatentClips and Prefetch over them."""
+"""One file per clip: atomic writing, checked headers, the index, and LatentClips and Prefetch over
+them."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ def clip(number: int) -> tuple[torch.Tensor, torch.Tensor, About]:
     rng = torch.Generator().manual_seed(number)
     latents = torch.randn(SHAPE.latent(1)[1:], generator=rng).bfloat16()
     text = torch.randn(1 + number, WIDTH, generator=rng).bfloat16()
-    return latents, text, About(f"{number:02x}".ljust(32, "a"), f"prompt {number} é", seed=number, uuid=f"u{number}")
+    return (
+        latents,
+        text,
+        About(f"{number:02x}".ljust(32, "a"), f"prompt {number} é", seed=number, uuid=f"u{number}"),
+    )
 
 
 def build(root: Path) -> Path:
@@ -48,7 +53,10 @@ def build(root: Path) -> Path:
     for number in range(CLIPS):
         write_clip(root, *clip(number))
     write_fixed_prompts(
-        root, lambda texts: [torch.full((2, WIDTH), float(len(t))) for t in texts], "bad", torch.bfloat16
+        root,
+        lambda texts: [torch.full((2, WIDTH), float(len(t))) for t in texts],
+        "bad",
+        torch.bfloat16,
     )
     assert index_clips(root) == CLIPS
     return root
@@ -59,17 +67,30 @@ def test_the_same_class_reads_the_folder(tmp_path: Path) -> None:
     assert len(clips) == CLIPS and clips.texts([3]) == ["prompt 3 é"]
     order = [4, 1, 1]
     batch, stored = clips.batch(order), clips.stored(order)
-    assert batch.latents_BFCHW.dtype == torch.float32 and batch.text.text_BLE.shape == (3, LENGTH, WIDTH)
+    assert batch.latents_BFCHW.dtype == torch.float32 and batch.text.text_BLE.shape == (
+        3,
+        LENGTH,
+        WIDTH,
+    )
     for row, states, number in zip(batch.latents_BFCHW, batch.text.text_BLE, order, strict=True):
         latents, text, _ = clip(number)
         assert torch.equal(row, latents.float()) and torch.equal(states[: 1 + number], text.float())
         assert states[1 + number :].eq(0).all()
-    assert stored.latents_BFCHW.dtype == torch.bfloat16 and stored.text.text_BLE.shape == (3, 5, WIDTH)
+    assert stored.latents_BFCHW.dtype == torch.bfloat16 and stored.text.text_BLE.shape == (
+        3,
+        5,
+        WIDTH,
+    )
     moved = stored.to("cpu")
     assert torch.equal(moved.latents_BFCHW, batch.latents_BFCHW)
     assert torch.equal(moved.text.text_BLE, batch.text.text_BLE)
-    assert clips.null.text_BLE.shape == (1, LENGTH, WIDTH) and clips.prompts.negative.text_BLE[0, 0, 0] == 3
-    assert torch.equal(PromptSet(tmp_path).conditioning([2]).text_BLE, clips.batch([2]).text.text_BLE)
+    assert (
+        clips.null.text_BLE.shape == (1, LENGTH, WIDTH)
+        and clips.prompts.negative.text_BLE[0, 0, 0] == 3
+    )
+    assert torch.equal(
+        PromptSet(tmp_path).conditioning([2]).text_BLE, clips.batch([2]).text.text_BLE
+    )
     clips.verify()
     with pytest.raises(UserError, match="clips without held_out_prompt"):
         clips.batch([0], held_out=True)
@@ -78,12 +99,15 @@ def test_the_same_class_reads_the_folder(tmp_path: Path) -> None:
 def test_files_are_safetensors_and_their_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
     path = clip_path(build(tmp_path), clip(2)[2].id)
     with safe_open(path, framework="pt") as file:
-        assert torch.equal(file.get_tensor("latents"), clip(2)[0]) and torch.equal(file.get_tensor("text"), clip(2)[1])
+        assert torch.equal(file.get_tensor("latents"), clip(2)[0]) and torch.equal(
+            file.get_tensor("text"), clip(2)[1]
+        )
         assert json.loads(file.metadata()["clip"])["uuid"] == "u2"
     fixed = torch.arange(96.0).view(SHAPE.latent(1)[1:]).bfloat16(), torch.ones(2, WIDTH).bfloat16()
     write_clip(tmp_path, *fixed, About("f" * 32, "prompt", uuid="u", tags={"b": "1", "a": "2"}))
     digest = hashlib.sha256(clip_path(tmp_path, "f" * 32).read_bytes()).hexdigest()
-    assert digest == "bcdcd55be58489f407597f26e57b95ebf2ed5670ffb08b917495e541ef06f71d"  # as another process wrote it
+    # as another process wrote it
+    assert digest == "bcdcd55be58489f407597f26e57b95ebf2ed5670ffb08b917495e541ef06f71d"
 
 
 def test_writing_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:
@@ -149,17 +173,26 @@ def _other_dtype(path: Path) -> None:
         (_other_dtype, r"latents .* torch.float32 instead of"),
         (lambda path: path.write_bytes(b""), "0 bytes, cut or not safetensors"),
         (
-            lambda path: path.write_bytes(save({"latents": clip(1)[0], "text": clip(1)[1]}, {"clip": "[]"})),
+            lambda path: path.write_bytes(
+                save({"latents": clip(1)[0], "text": clip(1)[1]}, {"clip": "[]"})
+            ),
             "not an object",
         ),
         (
-            lambda path: path.write_bytes(save({"latents": clip(1)[0], "text": clip(1)[1]}, {"clip": "{}"})),
+            lambda path: path.write_bytes(
+                save({"latents": clip(1)[0], "text": clip(1)[1]}, {"clip": "{}"})
+            ),
             "is not scd-sf",
         ),
-        (lambda path: path.write_bytes(clip_path(path.parents[1], clip(2)[2].id).read_bytes()), "says it is clip 02"),
+        (
+            lambda path: path.write_bytes(clip_path(path.parents[1], clip(2)[2].id).read_bytes()),
+            "says it is clip 02",
+        ),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_files_are_named(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     path = clip_path(build(tmp_path), clip(1)[2].id)
     damage(path)
     assert str(path) in fault_of(path, COMMON)
@@ -203,7 +236,10 @@ def test_headers_longer_than_the_first_read(tmp_path: Path) -> None:
     latents, text, _ = clip(0)
     write_clip(tmp_path, latents, text, About("0" * 32, "word " * 20_000))
     with ClipFile(clip_paths(tmp_path)[0]) as file:
-        assert torch.equal(file.tensor("latents"), latents) and len(file.header.about.prompt) == 100_000
+        assert (
+            torch.equal(file.tensor("latents"), latents)
+            and len(file.header.about.prompt) == 100_000
+        )
     assert read_header(clip_paths(tmp_path)[0]).about.id == "0" * 32
 
 
@@ -218,7 +254,8 @@ def test_reading_ahead_changes_nothing_but_when(tmp_path: Path, depth: int) -> N
         assert torch.equal(reads.batch(indices).latents_BFCHW, clips.stored(indices).latents_BFCHW)
     reads.expect([[4, 4], [3, 3]])
     reads.expect([[2, 2]])  # as after going back to a checkpoint
-    assert torch.equal(reads.batch([1, 1]).latents_BFCHW, clips.stored([1, 1]).latents_BFCHW)  # nobody expected it
+    # nobody expected it
+    assert torch.equal(reads.batch([1, 1]).latents_BFCHW, clips.stored([1, 1]).latents_BFCHW)
     assert torch.equal(reads.batch([2, 2]).latents_BFCHW, clips.stored([2, 2]).latents_BFCHW)
     clip_path(tmp_path, clip(3)[2].id).unlink()
     reads.expect([[0, 0], [3, 3]])

@@ -10,7 +10,14 @@ import open_clip
 import pytest
 import torch
 
-from scd_sf.data.clip_statistics import ClipScorer, flicker, motion, saturation, statistics, temporal_flickering
+from scd_sf.data.clip_statistics import (
+    ClipScorer,
+    flicker,
+    motion,
+    saturation,
+    statistics,
+    temporal_flickering,
+)
 from scd_sf.data.clips import read_video
 from scd_sf.diffusion.solvers import FewStepSampler
 from scd_sf.generation.preview import Preview, PreviewConfig
@@ -30,9 +37,13 @@ def videos(count: int = 3, frames: int = 5) -> torch.Tensor:
 
 
 def test_temporal_flickering_is_vbenchs() -> None:
-    """The value that VBench's own function gives for the same file (make_golden.py), and the formula."""
+    """The value that VBench's own function gives for the same file (make_golden.py), and the
+    formula."""
     golden = json.loads((VBENCH / "golden.json").read_text())["flickering"]
-    assert abs(float(temporal_flickering(read_video(VBENCH / "flickering.mp4")[None])[0]) - golden) < 1e-6
+    assert (
+        abs(float(temporal_flickering(read_video(VBENCH / "flickering.mp4")[None])[0]) - golden)
+        < 1e-6
+    )
     x = videos().double().numpy()
     formula = (255 - np.abs(np.diff(x, axis=1)).mean(axis=(2, 3, 4)).mean(axis=1)) / 255
     np.testing.assert_allclose(temporal_flickering(videos()).numpy(), formula, atol=1e-6)
@@ -52,7 +63,11 @@ def test_what_the_figures_tell() -> None:
     assert saturation(colours).tolist() == [0.0, 1.0, 0.5]
     assert set(statistics(videos(1, 1))) == {"quick/saturation"}
     assert set(statistics(videos())) == {"quick/saturation", "quick/motion", "quick/flicker"}
-    for bad, words in ((videos()[0], "not uint8"), (videos().float(), "not uint8"), (videos(1, 1), "at least 2")):
+    for bad, words in (
+        (videos()[0], "not uint8"),
+        (videos().float(), "not uint8"),
+        (videos(1, 1), "at least 2"),
+    ):
         with pytest.raises(UserError, match=words):
             temporal_flickering(bad)
 
@@ -75,13 +90,18 @@ def test_clip_with_random_weights(tmp_path: Path) -> None:
     assert torch.allclose(found.float(), expected, atol=1e-5) and found[0] != found[1]
     assert clip.pixels(shown[0]).shape == (3, 3, 32, 32)
     preview = Preview(
-        "", Conditioning(torch.zeros(2, 1, 4)), VideoShape(1, 4, 2, 2), FewStepSampler(), tmp_path,
-        texts=["a red car", "a dog in the snow"], cfg=PreviewConfig("scd-tiny-clip", str(tmp_path / "tiny.pt")),
-    )  # fmt: skip
-    logs = preview.measure(shown, torch.ones(2))
-    assert logs["quick/clip"] == pytest.approx(float(found.mean())) and logs["quick/motion"] == float(
-        motion(shown).mean()
+        "",
+        Conditioning(torch.zeros(2, 1, 4)),
+        VideoShape(1, 4, 2, 2),
+        FewStepSampler(),
+        tmp_path,
+        texts=["a red car", "a dog in the snow"],
+        cfg=PreviewConfig("scd-tiny-clip", str(tmp_path / "tiny.pt")),
     )
+    logs = preview.measure(shown, torch.ones(2))
+    assert logs["quick/clip"] == pytest.approx(float(found.mean())) and logs[
+        "quick/motion"
+    ] == float(motion(shown).mean())
     with pytest.raises(UserError, match="no such file; give a checkpoint"):
         PreviewConfig(clip_weights=str(tmp_path / "none.pt"))
     torch.save({"other": torch.zeros(2)}, tmp_path / "other.pt")

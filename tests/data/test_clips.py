@@ -1,4 +1,5 @@
-"""Clips on disk: what is written comes back, and what is damaged is refused with the file's name and a remedy."""
+"""Clips on disk: what is written comes back, and what is damaged is refused with the file's name
+and a remedy."""
 
 from __future__ import annotations
 
@@ -22,23 +23,38 @@ def moving_square(start: int) -> Tensor:
     video = torch.full((5, 3, 32, 48), 90, dtype=torch.uint8)
     for frame in range(5):
         left = start + 4 * frame
-        video[frame, :, 8:20, left : left + 12] = torch.tensor([200, 40, 60], dtype=torch.uint8)[:, None, None]
+        video[frame, :, 8:20, left : left + 12] = torch.tensor([200, 40, 60], dtype=torch.uint8)[
+            :, None, None
+        ]
     return video
 
 
 def a_clip(root: Path, number: int, split: str, path: str | None = None) -> Clip:
     file = root / f"clips/{number}.mp4"
     return Clip(
-        f"c{number}", split, "hall", "still", ("still",) * 5, 0.0, "still: a hall", "still, a room", 0, 1,
-        path or f"clips/{number}.mp4", file.stat().st_size, sha256_file(file),
-    )  # fmt: skip
+        f"c{number}",
+        split,
+        "hall",
+        "still",
+        ("still",) * 5,
+        0.0,
+        "still: a hall",
+        "still, a room",
+        0,
+        1,
+        path or f"clips/{number}.mp4",
+        file.stat().st_size,
+        sha256_file(file),
+    )
 
 
 @pytest.fixture
 def clip_dir(tmp_path: Path) -> Path:
     (tmp_path / "clips").mkdir()
     for number in range(3):
-        write_video(tmp_path / f"clips/{number}.mp4", moving_square(number * 4), 35, crf=4, chroma="yuv444p")
+        write_video(
+            tmp_path / f"clips/{number}.mp4", moving_square(number * 4), 35, crf=4, chroma="yuv444p"
+        )
     clips = [a_clip(tmp_path, number, "val" if number == 2 else "train") for number in range(3)]
     write_clips(tmp_path, clips, SHAPE, {"made_by": "a test"})
     return tmp_path
@@ -133,12 +149,18 @@ def test_damage_is_named(clip_dir: Path, damage: Callable[[Path], object], messa
     damage(clip_dir)
     with pytest.raises(UserError, match=message) as error:
         ClipSet(clip_dir)
-    assert "again" in str(error.value) or "first" in str(error.value) or "release" in str(error.value)
+    assert (
+        "again" in str(error.value) or "first" in str(error.value) or "release" in str(error.value)
+    )
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["../outside.mp4", "/etc/hostname", "clips/../../outside.mp4", "link.mp4"])
-def test_no_path_leaves_the_directory(clip_dir: Path, tmp_path_factory: pytest.TempPathFactory, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["../outside.mp4", "/etc/hostname", "clips/../../outside.mp4", "link.mp4"]
+)
+def test_no_path_leaves_the_directory(
+    clip_dir: Path, tmp_path_factory: pytest.TempPathFactory, path: str
+) -> None:
     outside = tmp_path_factory.mktemp("elsewhere") / "outside.mp4"
     write_video(outside, moving_square(0), 35)
     (clip_dir / "link.mp4").symlink_to(outside)

@@ -1,4 +1,5 @@
-"""Foreign bytes at the readers of data: every mutation ends in success or in one line; bombs are not unpacked."""
+"""Foreign bytes at the readers of data: every mutation ends in success or in one line; bombs are
+not unpacked."""
 
 from __future__ import annotations
 
@@ -29,7 +30,22 @@ from scd_sf.data.sources.teco import Teco
 from scd_sf.types import UserError, VideoShape, printable
 
 SHAPE = VideoShape(2, 4, 4, 4)
-ODD = (None, True, -1, 2**70, 1e308, "", "\ud800", "\x1b[2J", "a" * 5000, [], {}, [[]] * 3, {"a": None}, 0)
+ODD = (
+    None,
+    True,
+    -1,
+    2**70,
+    1e308,
+    "",
+    "\ud800",
+    "\x1b[2J",
+    "a" * 5000,
+    [],
+    {},
+    [[]] * 3,
+    {"a": None},
+    0,
+)
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -78,7 +94,9 @@ def clips(root: Path) -> Path:
     open_job(root, Common(SHAPE, "float16", 8, 6, {"made": "here"}))
     for number in range(3):
         about = About(f"{number:02x}".ljust(32, "b"), f"prompt {number}", tags={"place": "hall"})
-        write_clip(root, torch.rand(SHAPE.latent(1)[1:]).half(), torch.rand(2 + number, 8).half(), about)
+        write_clip(
+            root, torch.rand(SHAPE.latent(1)[1:]).half(), torch.rand(2 + number, 8).half(), about
+        )
     write_fixed_prompts(root, lambda texts: [torch.ones(1, 8) for _ in texts], "bad", torch.float16)
     index_clips(root)
     return root
@@ -105,7 +123,8 @@ def read_frames(root: Path) -> None:
 
 @pytest.mark.parametrize("make", [clips, frames])
 def test_mutated_descriptors_of_data_folders(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    """Values of manifest.json, job.json and clips.jsonl, and bytes of the files: hashes are not needed to be read."""
+    """Values of manifest.json, job.json and clips.jsonl, and bytes of the files: hashes are not
+    needed to be read."""
     rng, root = random.Random(0), make(tmp_path / "data")
     read = read_clips if make is clips else read_frames
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock"]
@@ -169,7 +188,9 @@ def test_mutated_archives_arrays_and_tensors(tmp_path: Path) -> None:
 
         def read_all() -> None:
             source = FarLatents(tar, None)
-            assert all(printable(bad.name + bad.reason) == bad.name + bad.reason for bad in source.refused)
+            assert all(
+                printable(bad.name + bad.reason) == bad.name + bad.reason for bad in source.refused
+            )
             for index in range(len(source)):
                 source.read(index)
 
@@ -179,7 +200,9 @@ def test_mutated_archives_arrays_and_tensors(tmp_path: Path) -> None:
 
 def test_mutated_lists(tmp_path: Path) -> None:
     rng, path = random.Random(2), tmp_path / "list.json"
-    rows = [{"video_path": f"a/{number}.mp4", "action_path": f"a/{number}.npz"} for number in range(4)]
+    rows = [
+        {"video_path": f"a/{number}.mp4", "action_path": f"a/{number}.npz"} for number in range(4)
+    ]
     for number in range(200):
         path.write_text(json.dumps(mutated_json(rows, rng)))
         holds(lambda: read_far_list(path, "video_path"), number)
@@ -194,7 +217,10 @@ def test_an_empty_pt_and_tensors_without_numbers() -> None:
     for data, message in (
         (b"", "not a file of torch.save"),
         (saved(torch.zeros(1).expand(2**20, 2**12)), "more than"),
-        (saved(torch.zeros(3, dtype=torch.int8)), "holds a Tensor, not one tensor of floating point"),
+        (
+            saved(torch.zeros(3, dtype=torch.int8)),
+            "holds a Tensor, not one tensor of floating point",
+        ),
         (saved(torch.rand(3, 3).to_sparse()), "has no numbers in memory"),
         (saved(torch.zeros(3, device="meta")), "has no numbers in memory"),
     ):
@@ -213,7 +239,10 @@ def test_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         arrays_of(file.getvalue(), ("actions",), "x.npz")
     plain, packed = io.BytesIO(), io.BytesIO()
     torch.save(torch.zeros(2**20), plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacked"))
@@ -222,7 +251,8 @@ def test_bombs_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_that_are_no_text_and_what_is_no_file(tmp_path: Path) -> None:
-    """Refused and named, printably; a pipe is not waited for; a link out of the folder is not read."""
+    """Refused and named, printably; a pipe is not waited for; a link out of the folder is not
+    read."""
     folder = tmp_path / "data" / "train" / "x"
     folder.mkdir(parents=True)
     good = io.BytesIO()

@@ -1,4 +1,5 @@
-"""The store of encoded frames: what is written is read, a begun one goes on, and nothing wrong gets in."""
+"""The store of encoded frames: what is written is read, a begun one goes on, and nothing wrong gets
+in."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def test_windows_are_what_was_written(tmp_path: Path) -> None:
     batch = clips.batch([2, 0], [3, 1], 6)
     for row, (number, start) in enumerate([(2, 3), (0, 1)]):
         _, latents, actions, label = clip(number, [7, 5, 9][number])
-        torch.testing.assert_close(batch.latents_BFCHW[row], latents[start : start + 6].half().float())
+        torch.testing.assert_close(
+            batch.latents_BFCHW[row], latents[start : start + 6].half().float()
+        )
         assert batch.cond.actions_BF is not None and batch.cond.labels_B is not None
         assert batch.cond.actions_BF[row].tolist() == actions[start : start + 6].tolist()
         assert batch.cond.labels_B[row] == label
@@ -60,7 +63,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> 
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == names
     for name in names:
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (tmp_path / "parts" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), name
     assert write(tmp_path / "parts", lengths).finished
     with pytest.raises(UserError, match="other inputs"):
         FrameWriter(tmp_path / "parts", {"source": "y"}, INFO)
@@ -91,6 +96,8 @@ def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
         FrameClips(tmp_path)
     path.write_text(path.read_text().replace('"frames": 5', '"frames": true'))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "clips_sha256": sha256_file(path)}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**manifest, "clips_sha256": sha256_file(path)})
+    )
     with pytest.raises(UserError, match=r"Expected `int`, got `bool` - at `\$\.frames`"):
         FrameClips(tmp_path)

@@ -1,4 +1,5 @@
-"""Latent directories: lazy batches, resumable writing, data order, and what damaged or foreign data says."""
+"""Latent directories: lazy batches, resumable writing, data order, and what damaged or foreign data
+says."""
 
 from __future__ import annotations
 
@@ -27,11 +28,16 @@ def fake(texts: Sequence[str]) -> list[Tensor]:
 
 
 def latents() -> Tensor:
-    return torch.randn(SHAPE.latent(CLIPS), generator=torch.Generator().manual_seed(0)).half().float()
+    return (
+        torch.randn(SHAPE.latent(CLIPS), generator=torch.Generator().manual_seed(0)).half().float()
+    )
 
 
 def rows() -> list[LatentClip]:
-    return [LatentClip(f"c{i}", i % 2, 2 if i % 2 == 0 else None, {"place": "meadow"}) for i in range(CLIPS)]
+    return [
+        LatentClip(f"c{i}", i % 2, 2 if i % 2 == 0 else None, {"place": "meadow"})
+        for i in range(CLIPS)
+    ]
 
 
 def build(root: Path) -> Path:
@@ -87,7 +93,9 @@ def test_writing_resumes_with_complete_shards(tmp_path: Path) -> None:
 
 def test_writer_refuses_other_shapes_nan_and_missing_clips(tmp_path: Path) -> None:
     writer = LatentWriter(ShardWriter(tmp_path, {}), SHAPE)
-    with pytest.raises(UserError, match=r"clip 0: latents \(5, 2, 2, 4, 4\) instead of \(5, 3, 2, 4, 4\)"):
+    with pytest.raises(
+        UserError, match=r"clip 0: latents \(5, 2, 2, 4, 4\) instead of \(5, 3, 2, 4, 4\)"
+    ):
         writer.append(latents()[:, :2])
     with pytest.raises(UserError, match="latents of clip 0 and on: not finite"):
         writer.append(latents() * float("nan"))
@@ -98,7 +106,9 @@ def test_writer_refuses_other_shapes_nan_and_missing_clips(tmp_path: Path) -> No
 
 def test_other_shape_than_the_model_is_named(tmp_path: Path) -> None:
     build(tmp_path)
-    with pytest.raises(UserError, match=r"latents have frames 3, the configuration asks for 21; set it to 3"):
+    with pytest.raises(
+        UserError, match=r"latents have frames 3, the configuration asks for 21; set it to 3"
+    ):
         LatentClips(tmp_path, expected=replace(SHAPE, frames=21))
     with pytest.raises(UserError, match="latents have spatial 8, the configuration asks for 16"):
         LatentClips(tmp_path, expected=replace(SHAPE, spatial=16))
@@ -111,7 +121,9 @@ def test_damaged_shards_are_named_when_opened(tmp_path: Path, damage: str) -> No
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"latents-00001\.safetensors: .*; copy it again, or delete"):
+    with pytest.raises(
+        UserError, match=r"latents-00001\.safetensors: .*; copy it again, or delete"
+    ):
         LatentClips(tmp_path)
 
 
@@ -125,11 +137,16 @@ def _with_size(root: Path, number: int) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"latents": torch.zeros(2, 2, 2, 4, 4)}, r"latents \(2, 2, 2, 4, 4\) instead of \(2, 3, 2, 4, 4\)"),
+        (
+            {"latents": torch.zeros(2, 2, 2, 4, 4)},
+            r"latents \(2, 2, 2, 4, 4\) instead of \(2, 3, 2, 4, 4\)",
+        ),
         ({"other": torch.zeros(200)}, "tensor 'latents' cannot be read"),
     ],
 )
-def test_foreign_shards_are_named_when_read(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+def test_foreign_shards_are_named_when_read(
+    tmp_path: Path, tensors: dict[str, Tensor], message: str
+) -> None:
     save_file(tensors, build(tmp_path) / "latents-00001.safetensors")
     _with_size(tmp_path, 1)
     clips = LatentClips(tmp_path)
@@ -143,7 +160,9 @@ def test_foreign_shards_are_named_when_read(tmp_path: Path, tensors: dict[str, T
 def test_garbage_bytes_are_named(tmp_path: Path) -> None:
     path = build(tmp_path) / "latents-00000.safetensors"
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(UserError, match=r"latents-00000\.safetensors: tensor 'latents' cannot be read"):
+    with pytest.raises(
+        UserError, match=r"latents-00000\.safetensors: tensor 'latents' cannot be read"
+    ):
         LatentClips(tmp_path).batch([0])
 
 
@@ -183,9 +202,13 @@ def test_bad_manifests(tmp_path: Path, change: Callable[[Json], None], message: 
 
 
 @pytest.mark.parametrize(
-    ("size", "words"), [(4096, "do not fit into latents-00000"), (10**18, "it must be 1 .. 4,096")], ids=str
+    ("size", "words"),
+    [(4096, "do not fit into latents-00000"), (10**18, "it must be 1 .. 4,096")],
+    ids=str,
 )
-def test_a_shape_that_the_files_cannot_hold_allocates_nothing(tmp_path: Path, size: int, words: str) -> None:
+def test_a_shape_that_the_files_cannot_hold_allocates_nothing(
+    tmp_path: Path, size: int, words: str
+) -> None:
     path = build(tmp_path) / "manifest.json"
     manifest = read_json(path, "")
     manifest["latents"]["shape"]["height"] = size  # type: ignore[index]
@@ -195,7 +218,9 @@ def test_a_shape_that_the_files_cannot_hold_allocates_nothing(tmp_path: Path, si
 
 
 def test_changed_rows_prompts_only_and_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"manifest\.json: no such file; make it with generate_clips.py"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: no such file; make it with generate_clips.py"
+    ):
         LatentClips(tmp_path / "none")
     writer = ShardWriter(tmp_path / "prompts", {})
     finish_prompts(writer, encode_prompts(writer, PROMPTS, fake, max_length=6))

@@ -1,4 +1,5 @@
-"""The one reader of manifests and index files: format and version, hashes of rows or bytes, exact fields."""
+"""The one reader of manifests and index files: format and version, hashes of rows or bytes, exact
+fields."""
 
 from __future__ import annotations
 
@@ -55,6 +56,9 @@ def test_an_index_is_the_one_of_its_manifest(tmp_path: Path) -> None:
 
 
 def test_short_and_long_names_of_types() -> None:
-    assert dtype_of("bf16") is dtype_of("bfloat16") is torch.bfloat16 and dtype_name(torch.bfloat16) == "bfloat16"
+    assert (
+        dtype_of("bf16") is dtype_of("bfloat16") is torch.bfloat16
+        and dtype_name(torch.bfloat16) == "bfloat16"
+    )
     with pytest.raises(UserError, match="store 'half' is unknown; use one of fp32, bf16, fp16"):
         dtype_of("half", "store")

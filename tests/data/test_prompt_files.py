@@ -18,7 +18,11 @@ def test_a_row_may_name_its_seed(tmp_path: Path) -> None:
     jsonl.write_text('{"prompt": "a", "seed": 7}\n{"prompt": "b"}\n{"prompt": "c", "seed": 0}\n')
     table.write_text("prompt,seed\na,7\nb,\nc,0\n")
     for file in (jsonl, table):
-        assert read_prompt_file(file) == [PromptRow("a", seed=7), PromptRow("b"), PromptRow("c", seed=0)]
+        assert read_prompt_file(file) == [
+            PromptRow("a", seed=7),
+            PromptRow("b"),
+            PromptRow("c", seed=0),
+        ]
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "true", '"x"', str(2**63), "[1]", "1" * 19 + "0"])
@@ -33,7 +37,8 @@ LINES = ["a cat\u2028walks", "a\u0085dog \x0b runs", "rain"]
 
 
 def forms(folder: Path) -> list[Path]:
-    """The same three prompts as text, csv and jsonl, with a byte order mark and both ends of lines."""
+    """The same three prompts as text, csv and jsonl, with a byte order mark and both ends of
+    lines."""
     texts = {
         "p.txt": "\r\n\n".join(LINES) + "\r\n",
         "p.csv": "prompt,other\r\n" + "".join(f'"{line}",1\n' for line in LINES),
@@ -54,12 +59,16 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
 
 def test_rows_are_found_again_by_their_offsets(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text(
-        'x,prompt,seed\n\n1,"two\nlines, ""quoted""",3\n2,plain\n,"",\n'.replace(',"",\n', ",last,\n")
+        'x,prompt,seed\n\n1,"two\nlines, ""quoted""",3\n2,plain\n,"",\n'.replace(
+            ',"",\n', ",last,\n"
+        )
     )
     for file in [*forms(tmp_path), tmp_path / "q.csv"]:
         table = PromptFile(file)
         rows = list(table.rows())
-        assert [table.row(offset) for offset, _ in reversed(rows)] == [row for _, row in reversed(rows)]
+        assert [table.row(offset) for offset, _ in reversed(rows)] == [
+            row for _, row in reversed(rows)
+        ]
         assert table.sha256 == sha256_file(file)
     assert [row for _, row in rows] == [
         PromptRow('two\nlines, "quoted"', seed=3),
@@ -72,7 +81,10 @@ def test_rows_are_found_again_by_their_offsets(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "negative.jsonl": ('{"prompt": "a", "negative": "b"}', r"line 1: unknown key 'negative'; a row may have prompt, "),
+    "negative.jsonl": (
+        '{"prompt": "a", "negative": "b"}',
+        r"line 1: unknown key 'negative'; a row may have prompt, ",
+    ),
     "frames.csv": ("prompt,frames\na,3\n", r"column 'frames' is not read"),
     "Seed.csv": ("prompt, Seed\na,3\n", r"column ' Seed' is not read"),
     "commas.csv": (
@@ -88,8 +100,14 @@ REFUSED = {
     "field.csv": ("prompt\n" + "a" * 200_000, r"line 2: field larger than field limit"),
     "long.txt": ("ok\n" + "a" * (LINE_BYTES + 1), r"line 2 has more than 1,048,576 bytes"),
     "list.json": ('[{"prompt": "a"}]', r"\.json is no list of prompts; use \.txt"),
-    "pointer.txt": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"a Git LFS pointer"),
-    "pointer.csv": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"a Git LFS pointer"),
+    "pointer.txt": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        r"a Git LFS pointer",
+    ),
+    "pointer.csv": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        r"a Git LFS pointer",
+    ),
     "held.jsonl": ('{"prompt": "a", "held_out": "no"}', r"'held_out' is 'no'"),
 }
 
@@ -122,13 +140,24 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_what_tools_and_collections_say_beside_a_prompt_is_passed_over(tmp_path: Path) -> None:
-    row = {"uuid": "u", "prompt": "a", "original": None, "time": "", "scores": {"toxicity": 0.0}, "extended": True}
-    (tmp_path / "p.jsonl").write_text(json.dumps(row | {"refused": [], "id": "x", "held_out": True, "tags": {}}))
+    row = {
+        "uuid": "u",
+        "prompt": "a",
+        "original": None,
+        "time": "",
+        "scores": {"toxicity": 0.0},
+        "extended": True,
+    }
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps(row | {"refused": [], "id": "x", "held_out": True, "tags": {}})
+    )
     assert read_prompt_file(tmp_path / "p.jsonl") == [PromptRow("a", uuid="u", held_out=True)]
     (tmp_path / "p.csv").write_text("uuid,prompt,time,toxicity,part,anything\nu,a,now,0.1,,1\n")
     assert read_prompt_file(tmp_path / "p.csv") == [PromptRow("a", uuid="u")]
 
 
 def test_a_header_of_many_columns_is_quick(tmp_path: Path) -> None:
-    (tmp_path / "p.csv").write_text(",".join(["prompt", *(f"c{n}" for n in range(40_000))]) + "\na\n")
+    (tmp_path / "p.csv").write_text(
+        ",".join(["prompt", *(f"c{n}" for n in range(40_000))]) + "\na\n"
+    )
     assert read_prompt_file(tmp_path / "p.csv") == [PromptRow("a")]

@@ -22,16 +22,24 @@ TEXTS = ("left", "a b c", "right now", "still", "forward on")
 
 def fake(texts: Sequence[str]) -> list[Tensor]:
     """One state per word and one more at the end; values tell the words apart."""
-    return [torch.stack([torch.full((WIDTH,), float(len(word) + 1)) for word in f"{text} .".split()]) for text in texts]
+    return [
+        torch.stack([torch.full((WIDTH,), float(len(word) + 1)) for word in f"{text} .".split()])
+        for text in texts
+    ]
 
 
 def prompts() -> list[Prompt]:
-    return [Prompt(f"p{i}", text, held_out=i >= 3, tags={"motion": text[0]}) for i, text in enumerate(TEXTS)]
+    return [
+        Prompt(f"p{i}", text, held_out=i >= 3, tags={"motion": text[0]})
+        for i, text in enumerate(TEXTS)
+    ]
 
 
 def build(root: Path, per_shard: int = 2, negative: str = "") -> Path:
     writer = ShardWriter(root, {"source": "test"})
-    text = encode_prompts(writer, prompts(), fake, max_length=LENGTH, per_shard=per_shard, negative=negative)
+    text = encode_prompts(
+        writer, prompts(), fake, max_length=LENGTH, per_shard=per_shard, negative=negative
+    )
     finish_prompts(writer, text)
     return root
 
@@ -50,10 +58,16 @@ def test_round_trip_is_padded_with_zeros(tmp_path: Path) -> None:
 
 
 def test_the_negative_prompt_is_the_empty_one_unless_encoded(tmp_path: Path) -> None:
-    plain, table = PromptSet(build(tmp_path / "a")), PromptSet(build(tmp_path / "b", negative="ugly and grey"))
+    plain, table = (
+        PromptSet(build(tmp_path / "a")),
+        PromptSet(build(tmp_path / "b", negative="ugly and grey")),
+    )
     assert plain.negative is plain.null and torch.equal(table.null.text_BLE, plain.null.text_BLE)
     wanted = fake(["ugly and grey"])[0]
-    assert torch.equal(table.negative.text_BLE[0, :4], wanted) and table.negative.text_BLE[0, 4:].eq(0).all()
+    assert (
+        torch.equal(table.negative.text_BLE[0, :4], wanted)
+        and table.negative.text_BLE[0, 4:].eq(0).all()
+    )
     assert table.hash != plain.hash
     (tmp_path / "b" / "negative.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"negative\.safetensors: missing or changed"):
@@ -64,13 +78,18 @@ def test_training_and_held_out_prompts_are_apart(tmp_path: Path) -> None:
     build(tmp_path)
     train, held = PromptSet(tmp_path), PromptSet(tmp_path, held_out=True)
     assert [row.prompt for row in train.rows] == list(TEXTS[:3]) and len(train) == 3
-    assert [row.prompt for row in held.rows] == list(TEXTS[3:]) and held.rows[0].tags == {"motion": "s"}
+    assert [row.prompt for row in held.rows] == list(TEXTS[3:]) and held.rows[0].tags == {
+        "motion": "s"
+    }
     assert torch.equal(held.conditioning([1]).text_BLE, held.table.conditioning([4]).text_BLE)
     assert train.hash != held.hash
 
 
 def test_hash_depends_on_contents_only(tmp_path: Path) -> None:
-    one, two, three = (PromptSet(build(tmp_path / name, shard)).hash for name, shard in (("a", 2), ("b", 2), ("c", 5)))
+    one, two, three = (
+        PromptSet(build(tmp_path / name, shard)).hash
+        for name, shard in (("a", 2), ("b", 2), ("c", 5))
+    )
     assert one == two and one != three
 
 
@@ -86,7 +105,9 @@ def test_interrupted_encoding_goes_on_after_the_last_shard(tmp_path: Path) -> No
     writer = ShardWriter(tmp_path, {"source": "test"})
     with pytest.raises(KeyboardInterrupt):
         encode_prompts(writer, prompts(), breaks, max_length=LENGTH, per_shard=2)
-    with pytest.raises(UserError, match=r"encoding was not finished; run the same encoding command again"):
+    with pytest.raises(
+        UserError, match=r"encoding was not finished; run the same encoding command again"
+    ):
         PromptSet(tmp_path)
     assert ShardWriter(tmp_path, {"source": "test"}).count("text") == 2
     build(tmp_path)
@@ -96,7 +117,9 @@ def test_interrupted_encoding_goes_on_after_the_last_shard(tmp_path: Path) -> No
 
 def test_other_inputs_are_refused(tmp_path: Path) -> None:
     build(tmp_path)
-    with pytest.raises(UserError, match=r"made from other inputs \(source differ\); choose another"):
+    with pytest.raises(
+        UserError, match=r"made from other inputs \(source differ\); choose another"
+    ):
         ShardWriter(tmp_path, {"source": "else"})
 
 
@@ -110,7 +133,9 @@ def test_a_folder_in_which_nothing_is_made_yet_takes_other_inputs(tmp_path: Path
     assert ShardWriter(tmp_path, {"source": "whole"}).count("text") == len(prompts())
 
 
-@pytest.mark.parametrize("file", ["text-00001.safetensors", "null.safetensors", "prompts.jsonl", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["text-00001.safetensors", "null.safetensors", "prompts.jsonl", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_missing_and_cut_files_are_named(tmp_path: Path, file: str, damage: str) -> None:
     path = build(tmp_path) / file
@@ -135,10 +160,18 @@ def test_lengths_that_do_not_fit_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"width": 10**15}, {"width": "4"}, {"max_length": 0}, {"max_length": True}, {"negative": 3},
-        {"negative": {"sha256": 5}}, {"null_sha256": None}, {"prompts_sha256": []}, {"shards": {}}, {"clips": None},
+        {"width": 10**15},
+        {"width": "4"},
+        {"max_length": 0},
+        {"max_length": True},
+        {"negative": 3},
+        {"negative": {"sha256": 5}},
+        {"null_sha256": None},
+        {"prompts_sha256": []},
+        {"shards": {}},
+        {"clips": None},
     ],
-)  # fmt: skip
+)
 def test_a_manifest_of_others_is_one_line(tmp_path: Path, change: dict[str, object]) -> None:
     build(tmp_path)
     manifest = read_json(tmp_path / "manifest.json", "")
@@ -183,7 +216,9 @@ def test_links_out_of_the_directory_are_refused(tmp_path: Path) -> None:
 def test_non_finite_states_are_refused(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, {})
     with pytest.raises(UserError, match=r"not finite in torch\.float16; store as bfloat16"):
-        encode_prompts(writer, prompts(), lambda texts: [s * 1e6 for s in fake(texts)], max_length=LENGTH)
+        encode_prompts(
+            writer, prompts(), lambda texts: [s * 1e6 for s in fake(texts)], max_length=LENGTH
+        )
 
 
 def test_json_errors_name_the_line(tmp_path: Path) -> None:

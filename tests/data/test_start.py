@@ -1,4 +1,5 @@
-"""Start files: images of every depth and orientation, videos at the sample's rate, and what is refused."""
+"""Start files: images of every depth and orientation, videos at the sample's rate, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -74,7 +75,10 @@ def test_what_a_video_cannot_show_is_said(tmp_path: Path) -> None:
     for name in ("rgba.png", "rgba.webp", "la.png", "p.png"):
         with pytest.raises(UserError, match=r"has transparent parts \(alpha\).*flatten it"):
             shown(tmp_path / name)
-    for name, values in (("negative.tif", -SHORT.astype(np.int32)), ("bright.tif", PART.astype(np.float32) * 9)):
+    for name, values in (
+        ("negative.tif", -SHORT.astype(np.int32)),
+        ("bright.tif", PART.astype(np.float32) * 9),
+    ):
         with pytest.raises(UserError, match=f"{name}: its values, .* have no known scale"):
             shown(save(tmp_path / name, values))
 
@@ -82,13 +86,19 @@ def test_what_a_video_cannot_show_is_said(tmp_path: Path) -> None:
 def test_what_pillow_reads_wrongly_is_refused(tmp_path: Path) -> None:
     """Signed bytes of a TIFF, a transparent colour of 16 bits, a pointer of Git LFS."""
     signed = save(tmp_path / "signed.tif", np.full(SIZE, 51, np.uint8), tiffinfo={339: 2})
-    with pytest.raises(UserError, match=r"signed.tif: signed numbers of 8 bits have no known scale"):
+    with pytest.raises(
+        UserError, match=r"signed.tif: signed numbers of 8 bits have no known scale"
+    ):
         shown(signed)
     rows = b"".join(b"\0" + np.full((48, 3), 30000, ">u2").tobytes() for _ in range(32))
-    head, clear = struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0), struct.pack(">3H", 30000, 30000, 30000)
+    head, clear = (
+        struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0),
+        struct.pack(">3H", 30000, 30000, 30000),
+    )
     parts = ((b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     png = b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
     )
     (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
     with pytest.raises(UserError, match=r"deep.png: has transparent parts \(alpha\)"):
@@ -101,15 +111,24 @@ def test_what_pillow_reads_wrongly_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
 def test_orientation_of_plain_tiffs(tmp_path: Path, dtype: type[np.generic]) -> None:
-    """Every quarter turn and mirror, for numbers that Pillow maps into memory where it opens the path itself."""
-    left, right = {np.uint8: (51, 204), np.uint16: (2**14, 2**15), np.int32: (2**29, 2**30)}.get(dtype, (0.2, 0.8))
+    """Every quarter turn and mirror, for numbers that Pillow maps into memory where it opens the
+    path itself."""
+    left, right = {np.uint8: (51, 204), np.uint16: (2**14, 2**15), np.int32: (2**29, 2**30)}.get(
+        dtype, (0.2, 0.8)
+    )
     values = np.full(SIZE, right, dtype)
     values[:, :24] = left
     values[:16] = left
     turned = {
-        1: values, 2: values[:, ::-1], 3: values[::-1, ::-1], 4: values[::-1], 5: values.T, 6: np.rot90(values, -1),
-        7: values[::-1, ::-1].T, 8: np.rot90(values),
-    }  # fmt: skip
+        1: values,
+        2: values[:, ::-1],
+        3: values[::-1, ::-1],
+        4: values[::-1],
+        5: values.T,
+        6: np.rot90(values, -1),
+        7: values[::-1, ::-1].T,
+        8: np.rot90(values),
+    }
     for orientation, wanted in turned.items():
         path = save(tmp_path / f"{orientation}.tif", values, tiffinfo={274: orientation})
         grey = read_picture(path, "still")[0].numpy()
@@ -128,7 +147,9 @@ def test_orientation_of_stills(tmp_path: Path) -> None:
 
 def test_a_video_is_turned_and_resampled(tmp_path: Path) -> None:
     """The last 1 + 4k frames at 16 per second of a phone's clip of 32 per second."""
-    path = write(tmp_path / "a.mp4", [grey(10 * n) for n in range(22)], rate=32, matrix=(0, 1, -1, 0))
+    path = write(
+        tmp_path / "a.mp4", [grey(10 * n) for n in range(22)], rate=32, matrix=(0, 1, -1, 0)
+    )
     pixels = read_start(path, (48, 32), 4, 16)
     assert pixels.shape == (9, 3, 48, 32)
     assert [round(level / 10) for level in levels(pixels * 255)] == list(range(4, 22, 2))
@@ -142,7 +163,12 @@ def test_other_formats_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     gs = tmp_path / "gs"
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     gs.chmod(0o755)
-    save(tmp_path / "b.png", np.zeros((8, 8), np.uint8), append_images=[Image.new("L", (8, 8), 9)], save_all=True)
+    save(
+        tmp_path / "b.png",
+        np.zeros((8, 8), np.uint8),
+        append_images=[Image.new("L", (8, 8), 9)],
+        save_all=True,
+    )
     (tmp_path / "c.png").write_bytes(b"png")
     for name, message in (
         ("a.png", "neither a video nor a readable image"),
@@ -155,7 +181,9 @@ def test_other_formats_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "started").exists()
     path = save(tmp_path / "d.png", np.zeros((64, 65), np.uint8))
     monkeypatch.setattr(start, "LARGEST_PICTURE", 64 * 64)
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded before its size was compared"))
+    monkeypatch.setattr(
+        Image.Image, "load", lambda self: pytest.fail("decoded before its size was compared")
+    )
     with pytest.raises(UserError, match=r"65x64 is too large, 4,096 pixels"):
         shown(path)
     monkeypatch.undo()

@@ -1,4 +1,5 @@
-"""The demo's world: balanced by construction, the same bytes whatever the workers, resumable, clear about errors."""
+"""The demo's world: balanced by construction, the same bytes whatever the workers, resumable, clear
+about errors."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def test_captions_begin_with_their_motion(script: ModuleType) -> None:
     word = {"forward": "forward", "turn_left": "left", "turn_right": "right", "still": "still"}
     for place in script.PLACES:
         for motion in script.MOTIONS:
-            pairs = [script.captions(place, motion, np.random.default_rng(seed)) for seed in range(60)]
+            pairs = [
+                script.captions(place, motion, np.random.default_rng(seed)) for seed in range(60)
+            ]
             assert pairs[0] == script.captions(place, motion, np.random.default_rng(0))
             assert all(caption.startswith(word[motion]) for pair in pairs for caption in pair)
             training, held_out = {pair[0] for pair in pairs}, {pair[1] for pair in pairs}
@@ -77,7 +80,11 @@ def test_chunks_are_balanced(script: ModuleType) -> None:
     ],
 )
 def test_bad_options(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+    script: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         script.cli([str(tmp_path / "out"), *options])
@@ -96,7 +103,9 @@ def test_a_directory_that_cannot_be_written(
     assert "Not a directory" in capsys.readouterr().err
 
 
-def test_a_directory_with_other_things(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_with_other_things(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "photo.jpg").write_text("mine")
     with pytest.raises(SystemExit) as stop:
         script.cli([str(tmp_path)])
@@ -108,7 +117,8 @@ def test_a_directory_with_other_things(script: ModuleType, tmp_path: Path, capsy
 def test_a_directory_is_ours_from_the_first_file(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed before it, the same command goes on; while another has not come further, that is what is said."""
+    """Killed before it, the same command goes on; while another has not come further, that is what
+    is said."""
     (tmp_path / "out" / "work").mkdir(parents=True)
     assert not script.prepare(tmp_path / "out", script.Request(0, 9, 1, 1))
     with locked(tmp_path / "new", "another"):
@@ -124,7 +134,10 @@ def test_a_small_set(small: Path, script: ModuleType) -> None:
     clips.verify()
     assert (clips.frames, clips.height, clips.width, clips.fps) == (9, 64, 64, 35)
     assert Counter((clip.split, clip.place, clip.motion) for clip in clips.clips) == {
-        (split, place, motion): 1 for split in script.SPLITS for place in script.PLACES for motion in script.MOTIONS
+        (split, place, motion): 1
+        for split in script.SPLITS
+        for place in script.PLACES
+        for motion in script.MOTIONS
     }
     for index, clip in enumerate(clips.clips):
         video = clips.video(index).float()
@@ -148,7 +161,10 @@ def test_turns_move_the_picture_the_right_way(small: Path) -> None:
         if clip.motion in shifts:
             gray = clips.video(index).float().mean(1)
             errors = {
-                shift: (gray[1:, :, 8 + shift : 56 + shift] - gray[:-1, :, 8:56]).abs().mean().item()
+                shift: (gray[1:, :, 8 + shift : 56 + shift] - gray[:-1, :, 8:56])
+                .abs()
+                .mean()
+                .item()
                 for shift in range(-6, 7)
             }
             shifts[clip.motion].append(min(errors, key=lambda shift, errors=errors: errors[shift]))
@@ -160,9 +176,11 @@ def test_turns_move_the_picture_the_right_way(small: Path) -> None:
 def test_resumed_by_one_worker_gives_the_same_clips(
     small: Path, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half the parts of an interrupted run are there, one with its clip gone: one worker makes the rest.
+    """Half the parts of an interrupted run are there, one with its clip gone: one worker makes the
+    rest.
 
-    On a busy machine the game draws some frames a few grey levels apart: pictures are compared, not bytes.
+    On a busy machine the game draws some frames a few grey levels apart: pictures are compared, not
+    bytes.
     """
     request = script.Request(seed=0, frames=9, train=1, val=1)
     assert not script.prepare(tmp_path / "again", request)
@@ -177,10 +195,14 @@ def test_resumed_by_one_worker_gives_the_same_clips(
     monkeypatch.chdir(tmp_path)
     done = run(tmp_path / "again", "--train", "1", "--val", "1", "--frames", "9", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["again"], "the engine left its _vizdoom.ini where we stand"
+    assert [path.name for path in tmp_path.iterdir()] == ["again"], (
+        "the engine left its _vizdoom.ini where we stand"
+    )
     one, two = ClipSet(small), ClipSet(tmp_path / "again")
     two.verify()
-    assert [replace(c, bytes=0, sha256="") for c in one.clips] == [replace(c, bytes=0, sha256="") for c in two.clips]
+    assert [replace(c, bytes=0, sha256="") for c in one.clips] == [
+        replace(c, bytes=0, sha256="") for c in two.clips
+    ]
     for index in range(len(one.clips)):
         difference = (one.video(index).float() - two.video(index).float()).abs()
         assert difference.mean() < 2 and difference.max() < 64, one.clips[index].id

@@ -29,19 +29,29 @@ def script() -> ModuleType:
 
 
 def shifts(path: Path) -> np.ndarray:
-    """Of every frame but the first: by how many pixels the middle of the picture moved to the right."""
+    """Of every frame but the first: by how many pixels the middle of the picture moved to the
+    right."""
     gray = read_video(path).float().mean(1)[:, 16:48]
     found = []
     for before, after in itertools.pairwise(gray):
-        errors = [(after[:, 12 + s : 52 + s] - before[:, 12:52]).abs().mean().item() for s in range(-11, 12)]
+        errors = [
+            (after[:, 12 + s : 52 + s] - before[:, 12:52]).abs().mean().item()
+            for s in range(-11, 12)
+        ]
         found.append(int(np.argmin(errors)) - 11)
     return np.asarray(found)
 
 
 def test_a_small_set(doom_actions: Path) -> None:
-    names = sorted(path.relative_to(doom_actions).as_posix() for path in doom_actions.rglob("*.*") if path.name != LOCK)
+    names = sorted(
+        path.relative_to(doom_actions).as_posix()
+        for path in doom_actions.rglob("*.*")
+        if path.name != LOCK
+    )
     stems = ["test/my_way_home/00000", *(f"train/my_way_home/{number:05d}" for number in range(4))]
-    assert names == sorted(["manifest.json", *(stem + end for stem in stems for end in (".mp4", ".npz"))])
+    assert names == sorted(
+        ["manifest.json", *(stem + end for stem in stems for end in (".mp4", ".npz"))]
+    )
     manifest = json.loads((doom_actions / "manifest.json").read_text())
     assert manifest["actions"] == ["turn_left", "turn_right", "move_forward"]
     assert "BSD" in manifest["sources"]["freedoom"] and "MIT" in manifest["sources"]["vizdoom"]
@@ -51,12 +61,15 @@ def test_a_small_set(doom_actions: Path) -> None:
             actions = stored["actions"]
         assert actions.dtype == np.int64 and actions.shape == (40,) and set(actions) <= {0, 1, 2}
         assert video.shape == (40, 3, 64, 64)
-        assert (video[1:].float() - video[:-1].float()).abs().mean((1, 2, 3)).min() > 0.5, "the walker stands still"
+        assert (video[1:].float() - video[:-1].float()).abs().mean((1, 2, 3)).min() > 0.5, (
+            "the walker stands still"
+        )
     assert all((videos[0].float() - other.float()).abs().mean() > 5 for other in videos[1:])
 
 
 def test_a_turn_moves_the_picture_in_its_own_frame(doom_actions: Path) -> None:
-    """Left turns move the picture to the right in the very frames that they are stored with, not a frame beside."""
+    """Left turns move the picture to the right in the very frames that they are stored with, not a
+    frame beside."""
     right = {-1: [], 0: [], 1: []}  # type: dict[int, list[float]]
     for path in sorted(doom_actions.rglob("*.mp4")):
         moved = np.sign(shifts(path)[1:-1])
@@ -73,7 +86,14 @@ def test_a_turn_moves_the_picture_in_its_own_frame(doom_actions: Path) -> None:
 def test_distances_to_walls(script: ModuleType) -> None:
     """In a room of 200 x 100: rays end at the first wall, and where they start aside counts."""
     walls = np.array(
-        [[0, 0, 200, 0], [200, 0, 200, 100], [200, 100, 0, 100], [0, 100, 0, 0], [150, 40, 150, 60]], float
+        [
+            [0, 0, 200, 0],
+            [200, 0, 200, 100],
+            [200, 100, 0, 100],
+            [0, 100, 0, 0],
+            [150, 40, 150, 60],
+        ],
+        float,
     )
     degrees = np.array([0.0, 90.0, 180.0, -90.0, 0.0, 45.0])
     aside = np.array([0.0, 0.0, 0.0, 0.0, 20.0, 0.0])
@@ -81,7 +101,9 @@ def test_distances_to_walls(script: ModuleType) -> None:
     np.testing.assert_allclose(far, [100, 50, 50, 50, 150, 50 * 2**0.5])
     walker = script.Walker(walls, np.random.default_rng(0))
     assert walker.next(130.0, 50.0, 0.0, 10.0) != script.FORWARD, "a wall is 20 units ahead"
-    assert script.Walker(walls, np.random.default_rng(0)).next(20.0, 80.0, 0.0, 10.0) == script.FORWARD
+    assert (
+        script.Walker(walls, np.random.default_rng(0)).next(20.0, 80.0, 0.0, 10.0) == script.FORWARD
+    )
     stuck = script.Walker(walls, np.random.default_rng(0))
     assert stuck.next(20.0, 80.0, 0.0, 0.0) != script.FORWARD and stuck.stuck == 1
 
@@ -90,8 +112,8 @@ def test_distances_to_walls(script: ModuleType) -> None:
 def test_an_interrupted_run_goes_on(
     doom_actions: Path, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of five clips are there; two workers make the rest: the same actions, pictures alike (a busy machine draws
-    some frames a few grey levels apart)."""
+    """Two of five clips are there; two workers make the rest: the same actions, pictures alike (a
+    busy machine draws some frames a few grey levels apart)."""
     again = tmp_path / "set"
     request = script.Request(0, 40, 64, ("my_way_home",), 4, 1)
     script.begin(again, script.asdict(request), [f"{split}/my_way_home" for split in script.SPLITS])
@@ -102,12 +124,17 @@ def test_an_interrupted_run_goes_on(
     options = ("--train", "4", "--test", "1", "--frames", "40", "--size", "64")
     monkeypatch.chdir(tmp_path)
     done = make_doom(again, *options, "--workers", "2")
-    assert [path.name for path in tmp_path.iterdir()] == ["set"], "the engine left its _vizdoom.ini where we stand"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"], (
+        "the engine left its _vizdoom.ini where we stand"
+    )
     assert done.returncode == 0, done.stderr
     for path in doom_actions.rglob("*.npz"):
         other = again / path.relative_to(doom_actions)
         assert other.read_bytes() == path.read_bytes()
-        one, two = read_video(path.with_suffix(".mp4")).float(), read_video(other.with_suffix(".mp4")).float()
+        one, two = (
+            read_video(path.with_suffix(".mp4")).float(),
+            read_video(other.with_suffix(".mp4")).float(),
+        )
         assert (one - two).abs().mean() < 2
     assert "already complete" in make_doom(again, *options).stdout
 
@@ -124,7 +151,11 @@ def test_an_interrupted_run_goes_on(
     ],
 )
 def test_bad_options(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+    script: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         script.cli([str(tmp_path / "out"), *options])

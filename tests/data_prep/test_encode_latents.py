@@ -1,4 +1,5 @@
-"""encode_latents.py end to end on your own videos: a tiny VAE in Wan's layout and a tiny text encoder by reference."""
+"""encode_latents.py end to end on your own videos: a tiny VAE in Wan's layout and a tiny text
+encoder by reference."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from scd_sf.data.clips import ClipSet, write_video
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
 from scd_sf.files import locked
-from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT, TextEncoderConfig, load_text_encoder, write_reference
+from scd_sf.models.wan.text import (
+    WAN_NEGATIVE_PROMPT,
+    TextEncoderConfig,
+    load_text_encoder,
+    write_reference,
+)
 from scd_sf.models.wan.vae import load_vae
 from scd_sf.types import UserError, VideoShape
 
@@ -63,18 +69,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=16,
     )
     BertModel(config).save_pretrained(root / "words")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="[PAD] $A", special_tokens=[("[PAD]", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        root / "words"
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
     )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="[PAD] $A", special_tokens=[("[PAD]", 0)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(root / "words")
     write_reference(root, TextEncoderConfig(path="words", max_length=8, hidden_layer=0))
     return root
 
 
 def videos(root: Path) -> Path:
-    """Three training clips (two share a caption) and one for validation; returns the captions file."""
+    """Three training clips (two share a caption) and one for validation; returns the captions
+    file."""
     root.mkdir()
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -83,7 +94,9 @@ def videos(root: Path) -> Path:
     ):
         pixels = torch.randint(0, 256, (FRAMES, 3, SIZE, SIZE), generator=generator).to(torch.uint8)
         write_video(root / f"{number}.mp4", pixels, 16)
-        rows.append({"file": f"{number}.mp4", "caption": caption, "split": split, "motion": caption})
+        rows.append(
+            {"file": f"{number}.mp4", "caption": caption, "split": split, "motion": caption}
+        )
         if caption == "left turn":
             rows[-1]["held_out_caption"] = "turn left"
     captions = root / "captions.jsonl"
@@ -91,8 +104,18 @@ def videos(root: Path) -> Path:
     return captions
 
 
-def encode(script: ModuleType, clips: Path, model: Path, out: Path, captions: Path | None = None) -> None:
-    script.main(clips=clips, model=model, out=out, batch=2, captions=captions, device="cpu", store_latents="float32")
+def encode(
+    script: ModuleType, clips: Path, model: Path, out: Path, captions: Path | None = None
+) -> None:
+    script.main(
+        clips=clips,
+        model=model,
+        out=out,
+        batch=2,
+        captions=captions,
+        device="cpu",
+        store_latents="float32",
+    )
 
 
 def test_own_videos_to_latents(
@@ -103,7 +126,9 @@ def test_own_videos_to_latents(
     data = LatentClips(tmp_path / "out" / "train", expected=VideoShape(2, 2, 2, 2))
     clips = ClipSet(tmp_path / "clips", "train")
     pixels = clips.videos(range(3)).float() / 127.5 - 1
-    torch.testing.assert_close(data.latents(range(3)), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        data.latents(range(3)), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5
+    )
     assert [row.prompt for row in data.rows] == [0, 1, 0] and data.rows[1].held_out_prompt is None
     assert data.rows[0].tags == {"motion": "left turn"}
     assert [row.prompt for row in PromptSet(data.root).rows] == ["left turn", "right turn"]
@@ -130,7 +155,10 @@ def test_an_interrupted_run_goes_on(script: ModuleType, model: Path, tmp_path: P
     with pytest.raises(UserError, match="encoding was not finished"):
         LatentClips(tmp_path / "out" / "train")
     encode(script, tmp_path / "clips", model, tmp_path / "out")
-    assert LatentClips(tmp_path / "out" / "train").hash == LatentClips(tmp_path / "whole" / "train").hash
+    assert (
+        LatentClips(tmp_path / "out" / "train").hash
+        == LatentClips(tmp_path / "whole" / "train").hash
+    )
 
 
 def test_cached_and_negative_prompts(script: ModuleType, model: Path, tmp_path: Path) -> None:
@@ -138,17 +166,28 @@ def test_cached_and_negative_prompts(script: ModuleType, model: Path, tmp_path: 
     script.index_folder(tmp_path / "clips", tmp_path / "clips" / "captions.jsonl", 16)
 
     def made(name: str, **more: str) -> LatentClips:
-        script.main(clips=tmp_path / "clips", model=model, out=tmp_path / name, batch=2, device="cpu", **more)
+        script.main(
+            clips=tmp_path / "clips",
+            model=model,
+            out=tmp_path / name,
+            batch=2,
+            device="cpu",
+            **more,
+        )
         return LatentClips(tmp_path / name / "train")
 
     cache = tmp_path / "cache"
     first = made("a", text_cache=str(cache))
-    assert first.prompts.negative_prompt == WAN_NEGATIVE_PROMPT  # unless told otherwise, as every tool that encodes
-    assert len(list(cache.rglob("*.safetensors"))) == 6  # four captions, the empty prompt, Wan's negative one
+    # unless told otherwise, as every tool that encodes
+    assert first.prompts.negative_prompt == WAN_NEGATIVE_PROMPT
+    # four captions, the empty prompt, Wan's negative one
+    assert len(list(cache.rglob("*.safetensors"))) == 6
     wanted = load_text_encoder(model).encode([WAN_NEGATIVE_PROMPT]).text_BLE
     torch.testing.assert_close(first.prompts.negative.text_BLE, wanted, rtol=1e-3, atol=1e-4)
     plain = made("b", negative_prompt="")
-    torch.testing.assert_close(first.batch([0]).text.text_BLE, plain.batch([0]).text.text_BLE, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        first.batch([0]).text.text_BLE, plain.batch([0]).text.text_BLE, rtol=1e-3, atol=1e-4
+    )
     assert plain.prompts.negative is plain.prompts.null and plain.prompts.negative_prompt == ""
     with pytest.raises(UserError, match=r"made from other inputs \(negative_prompt differ\)"):
         made("b", negative_prompt="wan")
@@ -205,7 +244,11 @@ def _split(rows: list[dict[str, object]]) -> None:
     ],
 )
 def test_bad_captions(
-    script: ModuleType, model: Path, tmp_path: Path, change: Callable[[list[dict[str, object]]], None], message: str
+    script: ModuleType,
+    model: Path,
+    tmp_path: Path,
+    change: Callable[[list[dict[str, object]]], None],
+    message: str,
 ) -> None:
     captions = videos(tmp_path / "clips")
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
@@ -217,11 +260,14 @@ def test_bad_captions(
 
 
 def test_nothing_of_others_is_overwritten(script: ModuleType, tmp_path: Path) -> None:
-    """A manifest.json of another program, the captions file as clips.jsonl, an index of other clips."""
+    """A manifest.json of another program, the captions file as clips.jsonl, an index of other
+    clips."""
     captions = videos(tmp_path / "clips")
     manifest, index = tmp_path / "clips" / "manifest.json", tmp_path / "clips" / "clips.jsonl"
     manifest.write_text('{"name": "mine"}')
-    with pytest.raises(UserError, match=r"manifest\.json: is not of this command; nothing of others is overwritten"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: is not of this command; nothing of others is overwritten"
+    ):
         script.index_folder(tmp_path / "clips", captions, 16)
     assert manifest.read_text() == '{"name": "mine"}' and not index.exists()
     manifest.unlink()
@@ -242,7 +288,8 @@ def test_nothing_of_others_is_overwritten(script: ModuleType, tmp_path: Path) ->
 
 
 def test_phones_clips_and_another_rate(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    """9 frames of 32 per second, stored lying, are 5 of 16, upright; at another rate the output is another."""
+    """9 frames of 32 per second, stored lying, are 5 of 16, upright; at another rate the output is
+    another."""
     root = tmp_path / "clips"
     root.mkdir()
     raw_videos.write(root / "a.mp4", [raw_videos.corners()] * 9, rate=32, matrix=(0, 1, -1, 0))
@@ -250,24 +297,37 @@ def test_phones_clips_and_another_rate(script: ModuleType, model: Path, tmp_path
     captions.write_text('{"file": "a.mp4", "caption": "left\u2028turn"}\n')
     encode(script, root, model, tmp_path / "out", captions)
     clips = ClipSet(root)
-    assert (clips.frames, clips.height, clips.width) == (5, 48, 32) and clips[0].caption == "left\u2028turn"
+    assert (clips.frames, clips.height, clips.width) == (5, 48, 32) and clips[
+        0
+    ].caption == "left\u2028turn"
     pixels = clips.videos([0]).float() / 127.5 - 1
-    assert pixels[0, 0, :, 4, 28].tolist() == pytest.approx([1, -1, -1], abs=0.1), "red: upper right"
+    assert pixels[0, 0, :, 4, 28].tolist() == pytest.approx([1, -1, -1], abs=0.1), (
+        "red: upper right"
+    )
     data = LatentClips(tmp_path / "out" / "train")
-    torch.testing.assert_close(data.latents([0]), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        data.latents([0]), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(UserError, match=r"--fps differ\); delete it and manifest.json"):
         script.index_folder(root, captions, 24)
     (root / "clips.jsonl").unlink()
     with pytest.raises(UserError, match=r"made from other inputs \(clips_sha256, fps"):
-        script.main(clips=root, model=model, out=tmp_path / "out", captions=captions, fps=32, device="cpu")
-    with pytest.raises(UserError, match=r"is at work in it"), locked(tmp_path / "out" / "train", "another job"):
+        script.main(
+            clips=root, model=model, out=tmp_path / "out", captions=captions, fps=32, device="cpu"
+        )
+    with (
+        pytest.raises(UserError, match=r"is at work in it"),
+        locked(tmp_path / "out" / "train", "another job"),
+    ):
         encode(script, root, model, tmp_path / "out")
 
 
 def test_many_captions_are_read_in_linear_time(script: ModuleType, tmp_path: Path) -> None:
     """40,000 lines took 23 s where each looked through all."""
     path = tmp_path / "captions.jsonl"
-    path.write_text("".join(json.dumps({"file": f"{n}.mp4", "caption": "x"}) + "\n" for n in range(40_000)))
+    path.write_text(
+        "".join(json.dumps({"file": f"{n}.mp4", "caption": "x"}) + "\n" for n in range(40_000))
+    )
     began = time.process_time()
     assert len(script.read_captions(path)) == 40_000
     assert time.process_time() - began < 10

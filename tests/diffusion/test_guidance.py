@@ -26,7 +26,11 @@ class Recorder:
 def test_additive_3_is_standard_4() -> None:
     additive, standard = GuidanceConfig(3.0, "additive"), GuidanceConfig(4.0)
     assert additive.w == standard.w == 4.0
-    assert additive.logs() == standard.logs() == {"guidance/standard_w": 4.0, "guidance/additive_s": 3.0}
+    assert (
+        additive.logs()
+        == standard.logs()
+        == {"guidance/standard_w": 4.0, "guidance/additive_s": 3.0}
+    )
     cond, uncond = torch.randn(2, 7, generator=tiny.generator(0), dtype=torch.float64)
     assert torch.allclose(guide(cond, uncond, additive.w), cond + 3.0 * (cond - uncond))
 
@@ -49,9 +53,13 @@ def test_both_branches_run_in_one_batch(per_frame: bool, null_batch: int) -> Non
     out = guided(plain, null, 4.0)(x_t, t, cond)
     assert plain.batches == [6]
     negative = plain(x_t, t, null if null_batch == 3 else null.expand(3))
-    assert torch.allclose(out, negative + 4.0 * (plain(x_t, t, cond) - negative), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        out, negative + 4.0 * (plain(x_t, t, cond) - negative), rtol=0, atol=1e-12
+    )
 
 
 def test_unknown_form_is_named() -> None:
-    with pytest.raises(UserError, match=r"guidance.form is 'offset'; use 'standard' \(w\) or 'additive'"):
+    with pytest.raises(
+        UserError, match=r"guidance.form is 'offset'; use 'standard' \(w\) or 'additive'"
+    ):
         GuidanceConfig(3.0, "offset")

@@ -9,14 +9,22 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import Euler, FewStepSampler, UniPC, build_sampler, few_step_times, many_step_times
+from scd_sf.diffusion.solvers import (
+    Euler,
+    FewStepSampler,
+    UniPC,
+    build_sampler,
+    few_step_times,
+    many_step_times,
+)
 from scd_sf.types import UserError
 
 STD = 0.5
 
 
 def gaussian(x_t: Tensor, t: float) -> Tensor:
-    """E[eps - x_0 | x_t] for x_0 ~ N(0, STD^2): the exact velocity of a Gaussian; its ODE maps x_T to STD * x_T."""
+    """E[eps - x_0 | x_t] for x_0 ~ N(0, STD^2): the exact velocity of a Gaussian; its ODE maps x_T
+    to STD * x_T."""
     variance = (1 - t) ** 2 * STD**2 + t**2
     return (t - (1 - t) * STD**2) / variance * x_t
 
@@ -40,7 +48,10 @@ def test_many_step_times_fall_from_one_to_exactly_zero() -> None:
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_euler_converges_to_the_analytic_map_at_first_order(shift: float) -> None:
     x_T = torch.randn(64, generator=tiny.generator(0), dtype=torch.float64)
-    errors = [float((Euler(steps, shift)(gaussian, x_T, zeros) - STD * x_T).abs().max()) for steps in (50, 200, 800)]
+    errors = [
+        float((Euler(steps, shift)(gaussian, x_T, zeros) - STD * x_T).abs().max())
+        for steps in (50, 200, 800)
+    ]
     assert errors[2] < 1e-2
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.25)
     assert errors[1] / errors[2] == pytest.approx(4, rel=0.25)
@@ -64,7 +75,9 @@ def test_unipc_needs_fewer_steps_than_euler(shift: float) -> None:
 
 def test_euler_is_exact_where_the_path_is_straight() -> None:
     x_T = torch.randn(5, generator=tiny.generator(0), dtype=torch.float64)
-    assert torch.allclose(Euler(3, 5.0)(lambda x, t: x_T - 2.0, x_T, zeros), torch.full_like(x_T, 2.0))
+    assert torch.allclose(
+        Euler(3, 5.0)(lambda x, t: x_T - 2.0, x_T, zeros), torch.full_like(x_T, 2.0)
+    )
 
 
 def test_renoise_predicts_then_adds_fresh_noise_at_the_next_time() -> None:
@@ -75,7 +88,9 @@ def test_renoise_predicts_then_adds_fresh_noise_at_the_next_time() -> None:
         seen.append((t, x))
         return x + t
 
-    out = FewStepSampler((1.0, 0.6, 0.3))(velocity, torch.tensor([4.0]), lambda _: noises[len(seen) - 1])
+    out = FewStepSampler((1.0, 0.6, 0.3))(
+        velocity, torch.tensor([4.0]), lambda _: noises[len(seen) - 1]
+    )
     x_0 = 4.0 - 1.0 * (4.0 + 1.0)
     x_1 = 0.4 * x_0 + 0.6 * 1.0
     x_0 = x_1 - 0.6 * (x_1 + 0.6)
@@ -86,15 +101,22 @@ def test_renoise_predicts_then_adds_fresh_noise_at_the_next_time() -> None:
 
 
 def test_renoise_on_the_exact_gaussian_keeps_mean_and_never_widens() -> None:
-    """One step from pure noise predicts the mean; further steps bring variance back towards the data's."""
+    """One step from pure noise predicts the mean; further steps bring variance back towards the
+    data's."""
     x_T = torch.randn(20000, generator=tiny.generator(0), dtype=torch.float64)
     rng = tiny.generator(1)
 
     def fresh(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=rng, dtype=x.dtype)
 
-    stds = [float(FewStepSampler(few_step_times(1.0, tuple(1 - i / n for i in range(n))))(gaussian, x_T, fresh).std())
-            for n in (1, 4, 16)]  # fmt: skip
+    stds = [
+        float(
+            FewStepSampler(few_step_times(1.0, tuple(1 - i / n for i in range(n))))(
+                gaussian, x_T, fresh
+            ).std()
+        )
+        for n in (1, 4, 16)
+    ]
     assert stds[0] == pytest.approx(0.0, abs=1e-12)
     assert stds[0] < stds[1] < stds[2] < STD + 0.02
 
@@ -126,7 +148,9 @@ def test_exit_step_must_exist(exit_step: int) -> None:
         FewStepSampler()(gaussian, torch.zeros(1), zeros, exit_step)
 
 
-@pytest.mark.parametrize("times", [(), (0.9, 0.5), (1.0, 1.0), (1.0, 0.5, 0.7), (1.0, 0.0), (1.0, -0.5)])
+@pytest.mark.parametrize(
+    "times", [(), (0.9, 0.5), (1.0, 1.0), (1.0, 0.5, 0.7), (1.0, 0.0), (1.0, -0.5)]
+)
 def test_bad_renoise_times_are_refused(times: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match=r"they must fall from 1\.0 and stay above 0"):
         FewStepSampler(times)
@@ -135,15 +159,21 @@ def test_bad_renoise_times_are_refused(times: tuple[float, ...]) -> None:
 def test_build_sampler() -> None:
     four = build_sampler("renoise", 4, 5.0)
     assert (four.name, four.steps) == ("renoise", 4)
-    assert isinstance(four, FewStepSampler) and four.times == pytest.approx((1, 0.9375, 5 / 6, 0.625))
+    assert isinstance(four, FewStepSampler) and four.times == pytest.approx(
+        (1, 0.9375, 5 / 6, 0.625)
+    )
     fifty = build_sampler("euler", 50, 5.0)
     assert (fifty.name, fifty.steps, fifty) == ("euler", 50, Euler(50, 5.0))
     with pytest.raises(UserError, match=r"sampler.steps is 0; it must be at least 1"):
         build_sampler("euler", 0, 5.0)
-    with pytest.raises(UserError, match=r"sampler.steps is 1000000000000; it must be at most 10,000"):
+    with pytest.raises(
+        UserError, match=r"sampler.steps is 1000000000000; it must be at most 10,000"
+    ):
         build_sampler("euler", 10**12, 5.0)
     assert build_sampler("unipc", 20, 3.0) == UniPC(20, 3.0)
-    with pytest.raises(UserError, match=r"sampler.name is 'ddim'; use 'euler', 'unipc' or 'renoise'"):
+    with pytest.raises(
+        UserError, match=r"sampler.name is 'ddim'; use 'euler', 'unipc' or 'renoise'"
+    ):
         build_sampler("ddim", 4, 5.0)
     with pytest.raises(UserError, match=r"sampler.shift is 0.0; it must be between 0.001 and 1000"):
         build_sampler("renoise", 4, 0.0)

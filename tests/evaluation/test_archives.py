@@ -1,4 +1,5 @@
-"""Archives are data: pip fetches them without running their code, tars are read in place, pickles hold arrays only."""
+"""Archives are data: pip fetches them without running their code, tars are read in place, pickles
+hold arrays only."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def test_pip_fetches_an_archive_and_runs_nothing_of_it(tmp_path: Path) -> None:
         altered.path_in(out)
     with pytest.raises(UserError, match=r"no-such-package==1.*no_such-1\.tar\.gz elsewhere"):
         download([Archive("no-such-package", "1", "no_such-1.tar.gz", "0" * 64)], out, local)
-    with pytest.raises(UserError, match=r"no such file; it is the source archive of trap-package==0\.1"):
+    with pytest.raises(
+        UserError, match=r"no such file; it is the source archive of trap-package==0\.1"
+    ):
         archive.path_in(tmp_path)
     assert not marker.exists()
 
@@ -72,10 +75,16 @@ class Trap:
         return (print, ("code of a pickle was run",))
 
 
-@pytest.mark.parametrize(("protocol", "refused"), [(2, "_codecs.encode"), (3, ""), (4, ""), (5, "_frombuffer")])
+@pytest.mark.parametrize(
+    ("protocol", "refused"), [(2, "_codecs.encode"), (3, ""), (4, ""), (5, "_frombuffer")]
+)
 def test_arrays_come_out_of_pickles(protocol: int, refused: str) -> None:
-    """Of the ways NumPy pickles, the one that needs no further functions, which is that of the two archives."""
-    given = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.array([1, 2], dtype=np.int64)}
+    """Of the ways NumPy pickles, the one that needs no further functions, which is that of the two
+    archives."""
+    given = {
+        "a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "b": np.array([1, 2], dtype=np.int64),
+    }
     if refused:
         with pytest.raises(UserError, match=refused):
             read_arrays(pickle.dumps(given, protocol=protocol), "x.ckpt")
@@ -98,7 +107,9 @@ def test_arrays_come_out_of_pickles(protocol: int, refused: str) -> None:
         ({"a": np.array([None], dtype=object)}, "array of object"),
     ],
 )
-def test_other_pickles_are_refused(value: object, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_pickles_are_refused(
+    value: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=message):
         read_arrays(pickle.dumps(value, protocol=4), "x.ckpt")
     assert not capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""`scd bench`: the whole tuple is there, counts are exact, figures follow from the seconds measured."""
+"""`scd bench`: the whole tuple is there, counts are exact, figures follow from the seconds
+measured."""
 
 from __future__ import annotations
 
@@ -48,16 +49,26 @@ def test_the_document_holds_what_reviewers_ask_for() -> None:
     assert said == ["ours: warm", "theirs: warm", "round 1/2", "round 2/2"]
     ours, theirs = document["rows"]
     assert (ours["family"], ours["fusion"], theirs["family"]) == ("Scd", "delta", "Causal")
-    # encoder 3 and the decoder's early block once, decoder 2 times 4 steps; causal: 4 layers times 4 steps, and a clean
-    # pass for all frames but the last
+    # encoder 3 and the decoder's early block once, decoder 2 times 4 steps; causal: 4 layers times
+    # 4 steps, and a clean pass for all frames but the last
     assert ours["block_passes_per_latent_frame"] == 3 + 1 + 2 * 4
     assert theirs["block_passes_per_latent_frame"] == (4 * 4 * 4 + 3 * 4) / 4
     assert ours["compile"] == {"enabled": False, "cuda_graphs": False}
-    assert ours["attention"] and ours["time_over_first_row"] == 1.0 and theirs["time_over_first_row"] > 0
+    assert (
+        ours["attention"]
+        and ours["time_over_first_row"] == 1.0
+        and theirs["time_over_first_row"] > 0
+    )
     for row in (ours, theirs):
         first = row["first_frame_seconds"]
-        assert 0 < first["dit"] < first["dit_vae"] < first["text_dit_vae"] and first["dit"] < first["text_dit"]
-        assert 0 < row["fps_dit_vae"] < row["fps_dit"] and 0 < row["steady_fps_dit_vae"] < row["steady_fps_dit"]
+        assert (
+            0 < first["dit"] < first["dit_vae"] < first["text_dit_vae"]
+            and first["dit"] < first["text_dit"]
+        )
+        assert (
+            0 < row["fps_dit_vae"] < row["fps_dit"]
+            and 0 < row["steady_fps_dit_vae"] < row["steady_fps_dit"]
+        )
         assert row["floor_seconds"] > 0 and row["dit_over_floor"] > 0.5
         assert row["peak_memory_alone_gib"] <= row["peak_memory_gib"]
         assert 0 < row["chunk_ms_p50"] <= row["chunk_ms_p95"] and len(row["seconds_per_round"]) == 2
@@ -68,7 +79,8 @@ def test_the_document_holds_what_reviewers_ask_for() -> None:
 
 
 def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs keep their histories: 4 GiB of the first model, 7 of the second, 1 GiB while a clip is made."""
+    """CUDA graphs keep their histories: 4 GiB of the first model, 7 of the second, 1 GiB while a
+    clip is made."""
     gib, memory = 2**30, {"held": 0, "most": 0}
     left = {"ours": 4 * gib, "theirs": 7 * gib}
 
@@ -101,7 +113,11 @@ def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPat
 
 def test_figures_follow_from_the_seconds() -> None:
     clip = ClipSeconds(0.5, (2.0, 1.0, 1.0), (1.0, 3.0, 3.0), (1, 4, 4))
-    assert clip.fps(vae=False) == 9 / 4 and clip.fps(vae=True) == 9 / 11 and clip.fps(vae=True, first=1) == 8 / 8
+    assert (
+        clip.fps(vae=False) == 9 / 4
+        and clip.fps(vae=True) == 9 / 11
+        and clip.fps(vae=True, first=1) == 8 / 8
+    )
     slow = ClipSeconds(0.5, (4.0, 2.0, 2.0), (2.0, 6.0, 6.0), (1, 4, 4))
     bench, entries = open_bench(config(frames=9))
     one, two = (
@@ -135,23 +151,33 @@ def test_bad_settings(more: dict[str, Any], line: str) -> None:
 def test_bad_models() -> None:
     with pytest.raises(UserError, match="'a' needs either checkpoint or model"):
         BenchModel("a")
-    wide = BenchModel("wide", model=ModelConfig("causal", wan=WanConfig(2, 12, ffn_dim=32, num_layers=1)))
+    wide = BenchModel(
+        "wide", model=ModelConfig("causal", wan=WanConfig(2, 12, ffn_dim=32, num_layers=1))
+    )
     sizes: Any = {"frames": 5, "height": 32, "width": 32, "base": str(BASE)}
     with pytest.raises(UserError, match="'wide' takes text states 4096 wide"):
         open_bench(BenchConfig(models=[wide], **sizes))
     both = BenchModel("both", model=ModelConfig("wan", wan=WAN))
     with pytest.raises(UserError, match="'both' is bidirectional"):
         open_bench(BenchConfig(models=[both], **sizes))
-    with pytest.raises(UserError, match="ours: does not say what it was trained on; set frames=, height=, width="):
+    with pytest.raises(
+        UserError, match="ours: does not say what it was trained on; set frames=, height=, width="
+    ):
         open_bench(BenchConfig(models=[BenchModel("ours", model=SCD)], base=str(BASE)))
 
 
 def test_the_shipped_config_compares_at_wans_size() -> None:
-    cfg = load_config(BenchConfig, Path(__file__).parents[2] / "recipes" / "configs" / "bench_wan_1.3b.yaml", [])
+    cfg = load_config(
+        BenchConfig, Path(__file__).parents[2] / "recipes" / "configs" / "bench_wan_1.3b.yaml", []
+    )
     assert [row.name for row in cfg.models] == [
-        "SCD, fusion delta", "SCD, fusion paper", "Self-Forcing, frame-wise", "SCD, fusion delta, chunks of 3",
-        "SCD, fusion paper, chunks of 3", "Self-Forcing, chunk-wise",
-    ]  # fmt: skip
+        "SCD, fusion delta",
+        "SCD, fusion paper",
+        "Self-Forcing, frame-wise",
+        "SCD, fusion delta, chunks of 3",
+        "SCD, fusion paper, chunks of 3",
+        "Self-Forcing, chunk-wise",
+    ]
     for row in cfg.models:
         assert row.model is not None
         assert row.model.family == "causal" or f"fusion {row.model.scd.decoder.fusion}" in row.name
@@ -164,8 +190,16 @@ def test_command_line_writes_the_document(tmp_path: Path) -> None:
         "models: [{name: tiny, sampler: {name: euler, steps: 2}, model: {family: causal, wan: {num_attention_heads: 2, "
         "attention_head_dim: 12, text_dim: 384, freq_dim: 16, ffn_dim: 32, num_layers: 1}}}]\n"
     )
-    arguments = ["bench", "--config", str(tmp_path / "bench.yaml"), f"base={BASE}", f"out={tmp_path / 'bench.json'}"]
-    result = CliRunner().invoke(app, [*arguments, "frames=5", "height=16", "width=16", "rounds=1", "warmup=0"])
+    arguments = [
+        "bench",
+        "--config",
+        str(tmp_path / "bench.yaml"),
+        f"base={BASE}",
+        f"out={tmp_path / 'bench.json'}",
+    ]
+    result = CliRunner().invoke(
+        app, [*arguments, "frames=5", "height=16", "width=16", "rounds=1", "warmup=0"]
+    )
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "bench.json").read_text())
     assert document["rows"][0]["sampler"] == "euler" and document["rows"][0]["steps"] == 2

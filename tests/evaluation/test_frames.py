@@ -91,7 +91,9 @@ def test_bootstrap_of_a_mean_matches_its_standard_error_and_repeats_by_seed() ->
     result = bootstrap(lambda index: float(values[index].mean()), 400, resamples=400, seed=1)
     assert result.mean == pytest.approx(float(values.mean()), abs=0.02)
     assert result.std == pytest.approx(float(values.std()) / 20, rel=0.2)
-    assert bootstrap(lambda index: float(values[index].mean()), 400, resamples=400, seed=1) == result
+    assert (
+        bootstrap(lambda index: float(values[index].mean()), 400, resamples=400, seed=1) == result
+    )
 
 
 def test_frame_figures_are_torchmetrics_and_formulas() -> None:
@@ -100,12 +102,16 @@ def test_frame_figures_are_torchmetrics_and_formulas() -> None:
     one, other = videos(1, (3, 4, 3, 20, 24)), videos(2, (3, 4, 3, 20, 24))
     found = psnr_frames(one, other)
     assert found.shape == (3, 4)
-    wanted = peak_signal_noise_ratio(one.flatten(0, 1), other.flatten(0, 1), 1.0, reduction="none", dim=(1, 2, 3))
+    wanted = peak_signal_noise_ratio(
+        one.flatten(0, 1), other.flatten(0, 1), 1.0, reduction="none", dim=(1, 2, 3)
+    )
     torch.testing.assert_close(found.flatten().float(), wanted)
     assert float(psnr_frames(one, other).mean()) == pytest.approx(float(wanted.mean()))
     theirs = float(peak_signal_noise_ratio(one, other, 1.0, dim=(2, 3, 4)))
     assert float(psnr_frames(one, other).mean()) == pytest.approx(theirs, rel=1e-5)
-    assert float(psnr_frames(torch.full((1, 1, 3, 2, 2), 0.1), torch.zeros(1, 1, 3, 2, 2))) == pytest.approx(20)
+    assert float(
+        psnr_frames(torch.full((1, 1, 3, 2, 2), 0.1), torch.zeros(1, 1, 3, 2, 2))
+    ) == pytest.approx(20)
     torch.testing.assert_close(mse_frames(one, other), 10 ** (-found / 10))
     assert bool(psnr_frames(one, one).isinf().all())
 
@@ -117,28 +123,40 @@ def test_frame_figures_are_torchmetrics_and_formulas() -> None:
 
 
 def naive_ssim(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Wang et al.'s formula on (H, W) planes in NumPy fp64: every place where the 11x11 window fits whole."""
+    """Wang et al.'s formula on (H, W) planes in NumPy fp64: every place where the 11x11 window fits
+    whole."""
     offsets = np.arange(11) - 5
     row = np.exp(-(offsets**2) / (2 * 1.5**2))
     weights = np.outer(row, row) / row.sum() ** 2
-    a, b = (np.lib.stride_tricks.sliding_window_view(plane.double().numpy(), (11, 11)) for plane in (one, other))
+    a, b = (
+        np.lib.stride_tricks.sliding_window_view(plane.double().numpy(), (11, 11))
+        for plane in (one, other)
+    )
 
     def mean(x: np.ndarray) -> np.ndarray:
         return np.asarray((x * weights).sum(axis=(2, 3)))
 
     mean_a, mean_b = mean(a), mean(b)
-    var_a, var_b, cov = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
+    var_a, var_b, cov = (
+        mean(a * a) - mean_a**2,
+        mean(b * b) - mean_b**2,
+        mean(a * b) - mean_a * mean_b,
+    )
     c1, c2 = 0.01**2, 0.03**2
-    upper, lower = (2 * mean_a * mean_b + c1) * (2 * cov + c2), (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    upper, lower = (
+        (2 * mean_a * mean_b + c1) * (2 * cov + c2),
+        (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2),
+    )
     return float((upper / lower).mean())
 
 
 def test_ssim_counts_the_valid_window_of_real_frames() -> None:
-    """Against the formula itself, between frames of a film 4 apart; the padded form is torchmetrics' own mean, and
-    higher by what it adds at the borders."""
+    """Against the formula itself, between frames of a film 4 apart; the padded form is
+    torchmetrics' own mean, and higher by what it adds at the borders."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    film = bikes().float()[100:112:4, :, :, 368:] / 255  # (3, 3, 272, 272): the square with the cyclist
+    # (3, 3, 272, 272): the square with the cyclist
+    film = bikes().float()[100:112:4, :, :, 368:] / 255
     for side, least in ((64, 0.015), (128, 0.004)):
         frames = functional.interpolate(film, size=(side, side), mode="bilinear", antialias=True)
         one, other = frames[:-1][None], frames[1:][None]
@@ -150,7 +168,9 @@ def test_ssim_counts_the_valid_window_of_real_frames() -> None:
         assert found.shape == (1, 2) and found.dtype == torch.float64
         assert found[0].tolist() == pytest.approx(wanted, abs=2e-5)
         padded = ssim_frames(one, other, "padded")
-        theirs = structural_similarity_index_measure(one[0], other[0], data_range=1.0, reduction="none")
+        theirs = structural_similarity_index_measure(
+            one[0], other[0], data_range=1.0, reduction="none"
+        )
         assert padded[0].tolist() == pytest.approx(torch.as_tensor(theirs).tolist(), abs=1e-6)
         assert float((padded - found).mean()) > least
     smallest = torch.rand(1, 1, 3, 11, 11), torch.rand(1, 1, 3, 11, 11)

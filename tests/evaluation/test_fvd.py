@@ -1,4 +1,5 @@
-"""The Frechet distance against closed forms and scipy, and what the demo's features must and must not react to."""
+"""The Frechet distance against closed forms and scipy, and what the demo's features must and must
+not react to."""
 
 from __future__ import annotations
 
@@ -11,12 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scd_sf.evaluation.fvd import FeatureExtractor, TextureMotion, VideoFrechet, fixed_uniform, frechet_distance
+from scd_sf.evaluation.fvd import (
+    FeatureExtractor,
+    TextureMotion,
+    VideoFrechet,
+    fixed_uniform,
+    frechet_distance,
+)
 from scd_sf.types import UserError
 
 
 def rows(seed: int, count: int, dims: int) -> Tensor:
-    return torch.randn(count, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def exact(mean: Tensor, covariance: Tensor, count: int = 400) -> Tensor:
@@ -28,7 +37,10 @@ def exact(mean: Tensor, covariance: Tensor, count: int = 400) -> Tensor:
 
 
 def test_closed_form_of_commuting_gaussians() -> None:
-    a = exact(torch.zeros(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)))
+    a = exact(
+        torch.zeros(3, dtype=torch.float64),
+        torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)),
+    )
     b = exact(
         torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64),
         torch.diag(torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64)),
@@ -79,7 +91,10 @@ def world(seed: int, count: int = 24, frames: int = 9) -> Tensor:
     wide = functional.interpolate(coarse, size=(32, 64), mode="bicubic").clamp(0, 1)
     speed = torch.randint(1, 4, (count,), generator=generator).tolist()
     return torch.stack(
-        [torch.stack([wide[i, :, :, f * speed[i] : f * speed[i] + 32] for f in range(frames)]) for i in range(count)]
+        [
+            torch.stack([wide[i, :, :, f * speed[i] : f * speed[i] + 32] for f in range(frames)])
+            for i in range(count)
+        ]
     )
 
 
@@ -103,14 +118,21 @@ def test_every_kind_of_damage_raises_the_distance(fitted: VideoFrechet) -> None:
     frozen = fresh[:, :1].expand_as(fresh)
     shuffled = fresh[:, [4, 0, 7, 2, 8, 1, 6, 3, 5]]
     tinted = fresh * torch.tensor([1.0, 0.6, 0.6]).view(3, 1, 1)
-    for name, damaged in {"blurred": blurred, "frozen": frozen, "shuffled": shuffled, "tinted": tinted}.items():
+    for name, damaged in {
+        "blurred": blurred,
+        "frozen": frozen,
+        "shuffled": shuffled,
+        "tinted": tinted,
+    }.items():
         assert fitted.distance(damaged) > 1.2 * base, name
 
 
 def test_grows_with_noise_and_ignores_the_order_of_videos(fitted: VideoFrechet) -> None:
     fresh = world(1, count=24)
     noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(0))
-    levels = [fitted.distance((fresh + sigma * noise).clamp(0, 1)) for sigma in (0.0, 0.1, 0.2, 0.3)]
+    levels = [
+        fitted.distance((fresh + sigma * noise).clamp(0, 1)) for sigma in (0.0, 0.1, 0.2, 0.3)
+    ]
     assert levels == sorted(levels)
     assert fitted.distance(fresh.flip(0)) == pytest.approx(levels[0], rel=1e-9)
 
@@ -150,7 +172,9 @@ def test_the_extractor_is_an_argument() -> None:
     extractor: FeatureExtractor = MeanColour()
     reference, videos = world(6), world(7)
     fitted = VideoFrechet.fit(reference, extractor)
-    wanted = frechet_distance(videos.double().mean(dim=(1, 3, 4)), reference.double().mean(dim=(1, 3, 4)))
+    wanted = frechet_distance(
+        videos.double().mean(dim=(1, 3, 4)), reference.double().mean(dim=(1, 3, 4))
+    )
     assert fitted.distance(videos) == pytest.approx(wanted)
 
 
@@ -165,7 +189,8 @@ def test_too_few_reference_videos_or_frames() -> None:
 
 @pytest.mark.parametrize("count", [24, 200])
 def test_equals_scipy_sqrtm_with_fewer_rows_than_dimensions_too(count: int) -> None:
-    """FAR and others take the real part of scipy's square root of a product that may be singular."""
+    """FAR and others take the real part of scipy's square root of a product that may be
+    singular."""
     mix = rows(1, 60, 60)
     a, b = rows(2, count, 60) @ mix, (rows(3, count, 60) @ mix) * 1.2 + 0.5
     cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)

@@ -1,4 +1,5 @@
-"""The judges on a toy world whose place and motion are known: accuracy, floor, determinism, files."""
+"""The judges on a toy world whose place and motion are known: accuracy, floor, determinism,
+files."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ QUICK = JudgesConfig(steps=80, batch=16, width=16)
 
 
 def toy(seed: int, count: int) -> tuple[Tensor, list[str], list[str]]:
-    """Latents (count, 5, 4, 8, 8): a random texture that shifts by one column a frame; the place tints channel 0."""
+    """Latents (count, 5, 4, 8, 8): a random texture that shifts by one column a frame; the place
+    tints channel 0."""
     generator = torch.Generator().manual_seed(seed)
     clips, places, motions = [], [], []
     for index in range(count):
@@ -71,7 +73,9 @@ def test_same_seed_same_judges_and_global_random_state_is_left_alone() -> None:
     before = torch.get_rng_state()
     first, second = (fit_judges(latents, places, motions, seed=5, config=short) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert not first.training
 
 
@@ -115,14 +119,23 @@ def test_bad_input_is_named(judges: Judges) -> None:
 
 
 def test_opposites_come_from_the_names() -> None:
-    assert opposites(["forward", "turn_right", "turn_left", "strafe_left"]) == [("turn_left", "turn_right")]
+    assert opposites(["forward", "turn_right", "turn_left", "strafe_left"]) == [
+        ("turn_left", "turn_right")
+    ]
     assert opposites(["forward"]) == []
 
 
 def test_without_opposites_left_right_is_none() -> None:
     latents, places, _ = toy(0, 12)
     plain = fit_judges(
-        latents, places, ["still", "forward"] * 6, seed=0, config=JudgesConfig(steps=2, batch=4, width=8)
+        latents,
+        places,
+        ["still", "forward"] * 6,
+        seed=0,
+        config=JudgesConfig(steps=2, batch=4, width=8),
     )
     assert adherence(plain, latents, places, ["still"] * 12).left_right is None
-    assert shuffled_floor(plain, latents, places, ["still"] * 12, permutations=3, seed=0).left_right is None
+    assert (
+        shuffled_floor(plain, latents, places, ["still"] * 12, permutations=3, seed=0).left_right
+        is None
+    )

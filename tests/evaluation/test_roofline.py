@@ -1,4 +1,5 @@
-"""The floor of a computation is made of its own heavy calls, forward and backward, and lies below its time."""
+"""The floor of a computation is made of its own heavy calls, forward and backward, and lies below
+its time."""
 
 from __future__ import annotations
 
@@ -53,4 +54,6 @@ def test_convolutions_of_the_decoder_are_no_part_of_the_students_floor() -> None
         with heavy:
             torch.mm(a, a)
         F.conv2d(image, torch.randn(3, 3, 3, 3))
-    assert [(func.overloadpacket.__name__, count) for (func, *_), count in heavy.calls.items()] == [("mm", 2)]
+    assert [(func.overloadpacket.__name__, count) for (func, *_), count in heavy.calls.items()] == [
+        ("mm", 2)
+    ]

@@ -53,9 +53,18 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     assert context == {"machine": "2 cores", "seeds": [1, 2]}
     assert [item.name for item in tmp_path.iterdir()] == ["results.json"]
     assert set(json.loads(path.read_text())["rows"][0]) >= {
-        "name", "family", "stage", "steps", "sampler", "video_frechet", "sharpness", "adherence",
-        "block_passes_per_frame", "seconds_per_frame", "seconds_to_first_frame",
-    }  # fmt: skip
+        "name",
+        "family",
+        "stage",
+        "steps",
+        "sampler",
+        "video_frechet",
+        "sharpness",
+        "adherence",
+        "block_passes_per_frame",
+        "seconds_per_frame",
+        "seconds_to_first_frame",
+    }
 
 
 def test_a_nan_is_refused_and_leaves_the_old_file(tmp_path: Path) -> None:
@@ -102,10 +111,25 @@ def test_table_prints_figures_units_and_dashes() -> None:
     console.print(result_table([FULL, CONTROL], "Results", ["a note on all"]))
     text = console.export_text()
     assert text.rstrip().endswith("a note on all")
-    for piece in ("12.3 ± 1.5", "0.99 ± 0.01", "100", "90", "50", "26.0", "12.3", "50.0", "ms per latent frame"):
+    for piece in (
+        "12.3 ± 1.5",
+        "0.99 ± 0.01",
+        "100",
+        "90",
+        "50",
+        "26.0",
+        "12.3",
+        "50.0",
+        "ms per latent frame",
+    ):
         assert piece in text
     shown = {column.title: column.title.split()[0] in text for column in COLUMNS}
-    assert {title for title, there in shown.items() if not there} == {"family", "stage", "steps", "sampler"}
+    assert {title for title, there in shown.items() if not there} == {
+        "family",
+        "stage",
+        "steps",
+        "sampler",
+    }
     assert "-" in text.splitlines()[-3]
 
 

@@ -1,4 +1,5 @@
-"""Rounds, their least and medians, and when a machine counts as busy: on clocks that the tests turn themselves."""
+"""Rounds, their least and medians, and when a machine counts as busy: on clocks that the tests turn
+themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.evaluation.table import ResultRow
-from scd_sf.evaluation.timing import Cost, Machine, machine_seconds, time_in_rounds, time_stream, timings, unrest
+from scd_sf.evaluation.timing import (
+    Cost,
+    Machine,
+    machine_seconds,
+    time_in_rounds,
+    time_stream,
+    timings,
+    unrest,
+)
 from scd_sf.types import UserError
 
 
@@ -19,14 +28,17 @@ class Fake:
     def __init__(self) -> None:
         self.now = self.cpu = self.rest = 0.0
         self.order: list[str] = []
-        self.machine = Machine(lambda: self.now, lambda: self.cpu, lambda: self.cpu + self.rest, cores=2)
+        self.machine = Machine(
+            lambda: self.now, lambda: self.cpu, lambda: self.cpu + self.rest, cores=2
+        )
 
     def work(self, wall: float, own: float, others: float) -> None:
         self.now, self.cpu, self.rest = self.now + wall, self.cpu + own, self.rest + others
 
     def cost(self, name: str, walls: list[float], own: float = 1.0, others: float = 0.0) -> Cost:
-        """A model that makes two frames, the first in a quarter of the time; ``walls``: seconds of its runs in turn, of
-        which it computes the share ``own``, while others use ``others`` cores."""
+        """A model that makes two frames, the first in a quarter of the time; ``walls``: seconds of
+        its runs in turn, of which it computes the share ``own``, while others use ``others``
+        cores."""
         left, block = iter(walls), nn.Identity()
 
         def stream() -> Iterator[Tensor]:
@@ -45,7 +57,11 @@ def test_rounds_take_turns_and_the_least_counts() -> None:
     time_in_rounds(list(costs.values()), 3, 100.0, fake.machine)
     assert fake.order == ["a", "b"] * 3
     row = costs["a"].fill(ResultRow("a", "scd", "2", 4, "euler", 1.0, 1.0, None))
-    assert (row.seconds_per_frame, row.seconds_to_first_frame, row.block_passes_per_frame) == (1.0, 0.5, 1.0)
+    assert (row.seconds_per_frame, row.seconds_to_first_frame, row.block_passes_per_frame) == (
+        1.0,
+        0.5,
+        1.0,
+    )
     told = timings(costs, fake.machine)
     assert told["seconds_per_frame_by_round"] == {"a": [2.0, 1.0, 1.5], "b": [0.5, 0.5, 4.5]}
 
@@ -60,7 +76,9 @@ def test_rounds_take_turns_and_the_least_counts() -> None:
         ([2.0] * 9, 2, 3.0, 2),
     ],
 )
-def test_how_often_a_model_is_run(walls: list[float], rounds: int, seconds: float, runs: int) -> None:
+def test_how_often_a_model_is_run(
+    walls: list[float], rounds: int, seconds: float, runs: int
+) -> None:
     fake = Fake()
     cost = fake.cost("a", walls)
     time_in_rounds([cost], rounds, seconds, fake.machine)
@@ -77,9 +95,18 @@ def test_a_quiet_machine_has_nothing_to_say() -> None:
 @pytest.mark.parametrize(
     ("make", "signs"),
     [
-        (lambda fake: fake.cost("a", [1.0] * 3, others=0.8), ["other processes used 0.8 of 2 cores"]),
-        (lambda fake: fake.cost("a", [1.0] * 3, own=0.6), ["the models waited 40 % of their time for a core"]),
-        (lambda fake: fake.cost("a", [2.0, 1.0, 1.6]), ["a: its rounds differ, the median is 1.60x the least"]),
+        (
+            lambda fake: fake.cost("a", [1.0] * 3, others=0.8),
+            ["other processes used 0.8 of 2 cores"],
+        ),
+        (
+            lambda fake: fake.cost("a", [1.0] * 3, own=0.6),
+            ["the models waited 40 % of their time for a core"],
+        ),
+        (
+            lambda fake: fake.cost("a", [2.0, 1.0, 1.6]),
+            ["a: its rounds differ, the median is 1.60x the least"],
+        ),
         (lambda fake: fake.cost("a", [50.0]), ["a: time for 1 of 3 rounds only"]),
     ],
 )

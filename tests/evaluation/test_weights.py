@@ -1,4 +1,5 @@
-"""Names and layouts of the converted weights, and a folder of them that is missing, incomplete or changed."""
+"""Names and layouts of the converted weights, and a folder of them that is missing, incomplete or
+changed."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scd_sf.evaluation.weights import ARCHIVES, i3d_names, load_weights, lpips_names, metrics_folder, prepare_weights
+from scd_sf.evaluation.weights import (
+    ARCHIVES,
+    i3d_names,
+    load_weights,
+    lpips_names,
+    metrics_folder,
+    prepare_weights,
+)
 from scd_sf.files import sha256_file
 from scd_sf.types import UserError
 
@@ -29,11 +37,20 @@ def test_lpips_arrays_get_the_package_s_names_and_torch_s_layout() -> None:
             ("NetLinLayer_4", "Conv_0", "kernel"): numbers(1, 1, 6, 1),
         }
     )
-    assert list(state) == ["net.slice1.0.weight", "net.slice4.8.bias", "net.slice5.28.bias", "lin4.model.1.weight"]
+    assert list(state) == [
+        "net.slice1.0.weight",
+        "net.slice4.8.bias",
+        "net.slice5.28.bias",
+        "lin4.model.1.weight",
+    ]
     assert state["net.slice1.0.weight"].shape == (4, 3, 11, 5)
     assert float(state["net.slice1.0.weight"][1, 2, 7, 3]) == kernel[7, 3, 2, 1]
     assert state["lin4.model.1.weight"].shape == (1, 6, 1, 1)
-    for path in (("AlexNet_0", "Conv_5", "kernel"), ("VGG16_0", "Conv_0"), ("Other", "Conv_0", "bias")):
+    for path in (
+        ("AlexNet_0", "Conv_5", "kernel"),
+        ("VGG16_0", "Conv_0"),
+        ("Other", "Conv_0", "bias"),
+    ):
         with pytest.raises(UserError, match=f"array {'/'.join(path)} is not one of"):
             lpips_names({path: numbers(1)})
 
@@ -45,15 +62,24 @@ def test_i3d_arrays_get_the_ports_names() -> None:
             ("params", "Conv3d_1a_7x7", "Conv_0", "kernel"): kernel,
             ("params", "Mixed_3b", "Branch_1/Conv3d_0b_3x3", "BatchNorm_0", "bias"): numbers(2),
             ("params", "Logits/Conv3d_0c_1x1", "Conv_0", "bias"): numbers(3),
-            ("batch_stats", "Mixed_5c", "Branch_3/Conv3d_0b_1x1", "BatchNorm_0", "var"): numbers(1, 1, 1, 1, 7),
+            ("batch_stats", "Mixed_5c", "Branch_3/Conv3d_0b_1x1", "BatchNorm_0", "var"): numbers(
+                1, 1, 1, 1, 7
+            ),
         }
     )
     assert list(state) == [
-        "Conv3d_1a_7x7.conv3d.weight", "Mixed_3b.b1b.bn.bias", "logits.conv3d.bias", "Mixed_5c.b3b.bn.running_var",
-    ]  # fmt: skip
+        "Conv3d_1a_7x7.conv3d.weight",
+        "Mixed_3b.b1b.bn.bias",
+        "logits.conv3d.bias",
+        "Mixed_5c.b3b.bn.running_var",
+    ]
     assert float(state["Conv3d_1a_7x7.conv3d.weight"][4, 3, 2, 0, 1]) == kernel[2, 0, 1, 3, 4]
     assert state["Mixed_5c.b3b.bn.running_var"].shape == (7,)
-    for path in (("params",), ("opt", "A", "Conv_0", "kernel"), ("params", "A", "Branch_9/x", "Conv_0", "kernel")):
+    for path in (
+        ("params",),
+        ("opt", "A", "Conv_0", "kernel"),
+        ("params", "A", "Branch_9/x", "Conv_0", "kernel"),
+    ):
         with pytest.raises(UserError, match="is not one of I3D"):
             i3d_names({path: numbers(1)})
 
@@ -62,7 +88,9 @@ def test_where_the_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("SCD_METRICS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert metrics_folder() == tmp_path / "scd-sf" / "metrics"
-    with pytest.raises(UserError, match=r"i3d\.safetensors: the metrics' weights are not there; run: scd weights"):
+    with pytest.raises(
+        UserError, match=r"i3d\.safetensors: the metrics' weights are not there; run: scd weights"
+    ):
         load_weights("i3d")
     monkeypatch.setenv("SCD_METRICS", str(tmp_path / "mine"))
     assert metrics_folder() == tmp_path / "mine"

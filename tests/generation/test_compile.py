@@ -1,5 +1,5 @@
-"""A frame's cost: compiled steps are single graphs and equal eager; calls and blocks do not grow; nothing waits for
-the device; the history is allocated once."""
+"""A frame's cost: compiled steps are single graphs and equal eager; calls and blocks do not grow;
+nothing waits for the device; the history is allocated once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def video(student: Student, device: torch.device = CPU) -> Tensor:
     """Six chunks by four steps, through a window that fills and wraps, as it is sampled."""
     cond = tiny.prompts(1, dtype=torch.float32).to(device)
     return clips_of(
-        generate_latents(student, cond, [1], (6 * student.chunk, *SHAPE), FewStepSampler(), window=3, sink=1)
+        generate_latents(
+            student, cond, [1], (6 * student.chunk, *SHAPE), FewStepSampler(), window=3, sink=1
+        )
     )
 
 
@@ -92,7 +94,11 @@ def small(name: str) -> Student:
     model: Student = Causal(cfg, variant.chunk)
     if variant.family == "scd":
         decoder = DecoderConfig(
-            (0, 1), variant.fusion, variant.rope, variant.prefix, None if variant.fusion == "paper" else 1
+            (0, 1),
+            variant.fusion,
+            variant.rope,
+            variant.prefix,
+            None if variant.fusion == "paper" else 1,
         )
         model = ScdWan(cfg, ScdConfig((0, 1), decoder, variant.chunk))
     tiny.redraw(model, 0, torch.float32)
@@ -113,14 +119,18 @@ def compare(name: str, backend: str, breaks: Counter[str]) -> None:
 
 
 def test_compiled_steps_are_whole_graphs_and_equal_eager(compiler: Counter[str]) -> None:
-    """Two students in one process share their code, and more graphs than torch's limit of one code."""
+    """Two students in one process share their code, and more graphs than torch's limit of one
+    code."""
     for name in ("scd-chunk1-delta", "causal-chunk1"):
         compare(name, "eager", compiler)
 
 
 def test_graphs_beyond_the_limit_are_an_error(compiler: Counter[str]) -> None:
     compile_steps(student := small("causal-chunk1"), CompileConfig(enabled=True), CPU, "eager")
-    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
+    ):
         video(student)
 
 
@@ -163,14 +173,19 @@ def test_compile_says_what_it_cannot_do() -> None:
         ("causal-chunk1", (6, 6), 308, 316),
     ],
 )
-def test_a_frames_calls_and_blocks_do_not_grow(name: str, blocks: tuple[int, int], encode: int, decode: int) -> None:
-    """Block passes and working aten calls (CPU) of one chunk in steady state: window full, sink turning."""
+def test_a_frames_calls_and_blocks_do_not_grow(
+    name: str, blocks: tuple[int, int], encode: int, decode: int
+) -> None:
+    """Block passes and working aten calls (CPU) of one chunk in steady state: window full, sink
+    turning."""
     rope.rope_table.clear()  # tables that other tests left would be calls saved
     rope._axis.cache_clear()
     student = tiny.student(BY_NAME[name], dtype=torch.float32)
     x, t = tiny.latents(1, 1, dtype=torch.float32), torch.ones(1)
     with torch.no_grad():
-        stream = student.advance(student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x)
+        stream = student.advance(
+            student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x
+        )
         counted = []
         for _ in range(9):
             with Calls() as once, BlockPassCounter(student, WanBlock) as encoder:
@@ -185,17 +200,24 @@ def test_a_frames_calls_and_blocks_do_not_grow(name: str, blocks: tuple[int, int
 
 @pytest.mark.parametrize(
     ("name", "encode", "decode"),
-    [("scd-chunk1-delta", 57, 9), ("scd-chunk1-paper-identical-full", 59, 11), ("causal-chunk1", 28, 17)],
+    [
+        ("scd-chunk1-delta", 57, 9),
+        ("scd-chunk1-paper-identical-full", 59, 11),
+        ("causal-chunk1", 28, 17),
+    ],
 )
 def test_what_is_left_to_launch_beside_recordings(name: str, encode: int, decode: int) -> None:
-    """Inputs that changed, copies of results, the cache's turn; per chunk and per step, whatever the depth."""
+    """Inputs that changed, copies of results, the cache's turn; per chunk and per step, whatever
+    the depth."""
     rope.rope_table.clear()
     rope._axis.cache_clear()
     student = tiny.student(BY_NAME[name], dtype=torch.float32)
     student.replay = Replayed(lambda step: (lambda: None, step()))
     x, t = tiny.latents(1, 1, dtype=torch.float32), torch.ones(1)
     with torch.no_grad():
-        stream = student.advance(student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x)
+        stream = student.advance(
+            student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x
+        )
         for _ in range(9):
             with Calls() as once:
                 stream = student.advance(stream, x, x)
@@ -208,7 +230,9 @@ def test_the_history_is_allocated_once() -> None:
     student = tiny.student(BY_NAME["scd-chunk1-delta"], dtype=torch.float32)
     x = tiny.latents(1, 1, dtype=torch.float32)
     with torch.no_grad():
-        stream = student.advance(student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x)
+        stream = student.advance(
+            student.start(tiny.prompts(1, dtype=torch.float32), SHAPE[1:], WINDOW), None, x
+        )
         places = set()
         for _ in range(9):
             stream = student.advance(stream, x, x)
@@ -225,10 +249,15 @@ def test_no_step_waits_for_the_device(variant: tiny.Variant) -> None:
         torch.zeros(1, device="meta").item()
     student = tiny.student(variant, dtype=torch.float32).to("meta")
     cond = tiny.prompts(1, dtype=torch.float32).to("meta")
-    noise, cache = torch.empty(1, 3 * student.chunk, *SHAPE, device="meta"), CacheConfig(1, sink=1, preallocate=2)
+    noise, cache = (
+        torch.empty(1, 3 * student.chunk, *SHAPE, device="meta"),
+        CacheConfig(1, sink=1, preallocate=2),
+    )
     if student.chunk > 1:
         cache = CacheConfig(preallocate=3 * student.chunk)
     with torch.no_grad():
         rng = cpu_noise(tiny.generator(0))
-        frames = list(stream_rollout(student, noise, cond, FewStepSampler((1.0, 0.5)), rng, cache=cache))
+        frames = list(
+            stream_rollout(student, noise, cond, FewStepSampler((1.0, 0.5)), rng, cache=cache)
+        )
     assert len(frames) == 3 and all(frame.is_meta for frame in frames)

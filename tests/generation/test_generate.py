@@ -1,4 +1,5 @@
-"""One way from conditions and seeds to latents: a clip depends on these alone, and is the beginning of longer ones."""
+"""One way from conditions and seeds to latents: a clip depends on these alone, and is the beginning
+of longer ones."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def made(
 ) -> Tensor:
     model = tiny.student(variant, dtype=torch.float32)
     shape = (chunks * variant.chunk, *SHAPE)
-    return clips_of(generate_latents(model, cond, seeds, shape, sampler or FewStepSampler(), **more))  # type: ignore[arg-type]
+    return clips_of(
+        generate_latents(model, cond, seeds, shape, sampler or FewStepSampler(), **more)
+    )  # type: ignore[arg-type]
 
 
 @families
@@ -71,7 +74,8 @@ def test_guidance_by_corruption_keeps_to_its_row() -> None:
 
 
 def test_noise_is_a_function_of_seed_and_frame() -> None:
-    """Whatever the sampler drew before, however frames are grouped into chunks, and wherever a clip goes on."""
+    """Whatever the sampler drew before, however frames are grouped into chunks, and wherever a clip
+    goes on."""
 
     def initial(chunk: int, first: int, draws: int) -> Tensor:
         noise, parts = ClipNoise([5], "cpu"), []
@@ -87,14 +91,25 @@ def test_noise_is_a_function_of_seed_and_frame() -> None:
     assert len({float(frame.sum()) for frame in whole[0]}) == 6
     noise = ClipNoise([5], "cpu")
     x = next(noise.chunks(SHAPE, 1, 0, 1))
-    draws = [x, noise.role("step")(x), noise.role("step")(x), noise.role("query")(x), noise.role("corruption")(x)]
+    draws = [
+        x,
+        noise.role("step")(x),
+        noise.role("step")(x),
+        noise.role("query")(x),
+        noise.role("corruption")(x),
+    ]
     assert len({float(draw.sum()) for draw in draws}) == len(draws)
 
 
 @families
 def test_history_and_other_prompts(variant: tiny.Variant) -> None:
-    """A clip that goes on from its own first chunk is the clip itself, but for sums; a switch changes what follows."""
-    cond, other, n = tiny.prompts(1, dtype=torch.float32), tiny.prompts(1, 5, dtype=torch.float32), variant.chunk
+    """A clip that goes on from its own first chunk is the clip itself, but for sums; a switch
+    changes what follows."""
+    cond, other, n = (
+        tiny.prompts(1, dtype=torch.float32),
+        tiny.prompts(1, 5, dtype=torch.float32),
+        variant.chunk,
+    )
     whole = made(variant, cond, [3], 4, Euler(2))
     rest = made(variant, cond, [3], 4, Euler(2), history=whole[:, :n])
     torch.testing.assert_close(rest, whole[:, n:], **CLOSE)
@@ -104,7 +119,8 @@ def test_history_and_other_prompts(variant: tiny.Variant) -> None:
 
 
 def test_text_states_are_those_that_are_stored() -> None:
-    """Fresh fp32 states and those from a float16 file give one clip; states beyond its range stay as they are."""
+    """Fresh fp32 states and those from a float16 file give one clip; states beyond its range stay
+    as they are."""
     variant, cond = tiny.Variant("scd", 1, "delta"), tiny.prompts(1, dtype=torch.float32)
     stored = Conditioning(cond.text_BLE.half().float(), cond.actions_BF, cond.labels_B)
     assert not torch.equal(stored.text_BLE, cond.text_BLE)
@@ -121,10 +137,15 @@ def test_where_a_prompt_changes() -> None:
 
 
 def test_nobody_else_assembles_a_rollout() -> None:
-    """The loop itself is called by generate() alone, and with gradients by what trains or counts training."""
+    """The loop itself is called by generate() alone, and with gradients by what trains or counts
+    training."""
     root = Path(__file__).resolve().parents[2]
     folders = ("scd_sf", "recipes", "data_prep", "vbench_eval", "benchmarks")
-    texts = {path.relative_to(root).as_posix(): path.read_text() for f in folders for path in (root / f).rglob("*.py")}
+    texts = {
+        path.relative_to(root).as_posix(): path.read_text()
+        for f in folders
+        for path in (root / f).rglob("*.py")
+    }
     callers = {name for name, text in texts.items() if re.search(r"\bstream_rollout\(", text)}
     assert callers == {"scd_sf/generation/generate.py", "scd_sf/generation/rollout.py"}
     training = {name for name, text in texts.items() if re.search(r"(?<![.\w])rollout\(", text)}
@@ -143,7 +164,9 @@ def test_refusals() -> None:
     variant, cond = tiny.Variant("causal", 3), tiny.prompts(2, dtype=torch.float32)
     with pytest.raises(UserError, match="2 conditions but 1 seeds"):
         made(variant, cond, [1])
-    with pytest.raises(UserError, match="window is 2, but the model makes 3 latent frames at a time"):
+    with pytest.raises(
+        UserError, match="window is 2, but the model makes 3 latent frames at a time"
+    ):
         made(variant, cond, [1, 2], window=2)
     model = tiny.student(variant, dtype=torch.float32)
     with pytest.raises(UserError, match="chunk is 3"):

@@ -1,4 +1,5 @@
-"""Guidance while sampling: against its formulas written out with plain students, and what it does not double."""
+"""Guidance while sampling: against its formulas written out with plain students, and what it does
+not double."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def test_text_guidance_of_the_whole_student(variant: tiny.Variant) -> None:
     assert torch.allclose(got, null + 3.0 * (plain - null), rtol=0, atol=1e-11)
     assert float((got - plain).abs().max()) > 1e-4
     additive = SampleGuidance(GuidanceConfig(2.0, "additive"))
-    assert torch.allclose(second_chunk(under_guidance(model, additive, NULL, zeros), cond, n), got, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        second_chunk(under_guidance(model, additive, NULL, zeros), cond, n), got, rtol=0, atol=1e-12
+    )
 
 
 @scd_only
@@ -78,7 +81,11 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
     """v(c~) + s (v(c) - v(c~)); one noise per chunk for all steps; no noise, no effect."""
     model, cond, n = tiny.student(variant), tiny.prompts(2), variant.chunk
     assert isinstance(model, Scd)
-    got = second_chunk(under_guidance(model, SampleGuidance(corruption=1.5, context_noise=0.1), NULL, ones), cond, n)
+    got = second_chunk(
+        under_guidance(model, SampleGuidance(corruption=1.5, context_noise=0.1), NULL, ones),
+        cond,
+        n,
+    )
     query, x_t, t = tiny.latents(2, n, 2), tiny.latents(2, n, 3), torch.full((2,), 0.6)
     stream = model.advance(model.start(cond, LATENT), None, query)
     stream, c = model.encode_next(stream, tiny.latents(2, n, 1), query)
@@ -86,7 +93,9 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
     dirty = c + 0.1 * c.pow(2).mean(-1, keepdim=True).sqrt()
     corrupted = model.denoise(model.with_context(stream, dirty, query), x_t, t)
     assert torch.allclose(got, corrupted + 1.5 * (plain - corrupted), rtol=0, atol=1e-11)
-    silent = second_chunk(under_guidance(model, SampleGuidance(corruption=1.5), NULL, zeros), cond, n)
+    silent = second_chunk(
+        under_guidance(model, SampleGuidance(corruption=1.5), NULL, zeros), cond, n
+    )
     assert torch.allclose(silent, plain, rtol=0, atol=1e-11)
 
 
@@ -94,7 +103,9 @@ def test_guidance_by_corruption(variant: tiny.Variant) -> None:
 @torch.no_grad()
 def test_rollout_cannot_tell_it_apart(variant: tiny.Variant) -> None:
     model, noise = tiny.student(variant), tiny.latents(2, 3 * variant.chunk, 5)
-    guided = rollout(under_guidance(model, TEXT, NULL, zeros), noise, tiny.prompts(2), Euler(2), zeros)
+    guided = rollout(
+        under_guidance(model, TEXT, NULL, zeros), noise, tiny.prompts(2), Euler(2), zeros
+    )
     plain = rollout(model, noise, tiny.prompts(2), Euler(2), zeros)
     assert guided.shape == plain.shape and float((guided - plain).abs().max()) > 1e-4
 

@@ -1,4 +1,5 @@
-"""The one autoregressive loop: what it calls how often, with which gradients, and families it cannot tell apart."""
+"""The one autoregressive loop: what it calls how often, with which gradients, and families it
+cannot tell apart."""
 
 from __future__ import annotations
 
@@ -44,12 +45,20 @@ class Spy:
         return self.model.chunk
 
     def teacher_forced(
-        self, x_t: Tensor, t: Tensor, x_clean: Tensor, cond: Conditioning, *,
-        query: Query | None = None, targets: Sequence[int] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        x_clean: Tensor,
+        cond: Conditioning,
+        *,
+        query: Query | None = None,
+        targets: Sequence[int] | None = None,
+    ) -> Tensor:
         return self.model.teacher_forced(x_t, t, x_clean, cond, query=query, targets=targets)
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> Any:
         self.calls.append(("start", 0.0, torch.is_grad_enabled()))
         return self.model.start(cond, latent, cache)
 
@@ -67,24 +76,36 @@ def noise_for(model: Student, chunks: int = 3, dtype: torch.dtype = torch.float6
     return tiny.latents(2, chunks * model.chunk, seed=7, dtype=dtype)
 
 
-def roll(model: Student | Spy, noise: Tensor, sampler: Sampler | None = None, **options: Any) -> Tensor:
+def roll(
+    model: Student | Spy, noise: Tensor, sampler: Sampler | None = None, **options: Any
+) -> Tensor:
     cond = tiny.prompts(noise.shape[0], dtype=noise.dtype)
-    return rollout(model, noise, cond, sampler or FewStepSampler(), cpu_noise(tiny.generator(3)), **options)
+    return rollout(
+        model, noise, cond, sampler or FewStepSampler(), cpu_noise(tiny.generator(3)), **options
+    )
 
 
 def block_passes(model: Student, chunks: int, steps: int) -> Counter[str]:
     """Transformer block forwards of one rollout, by part of the model."""
     counted: Counter[str] = Counter()
-    trunks = {"encoder": model.encoder, "decoder": model.decoder.trunk} if isinstance(model, Scd) else {
-        "trunk": model.trunk
-    }  # fmt: skip
+    trunks = (
+        {"encoder": model.encoder, "decoder": model.decoder.trunk}
+        if isinstance(model, Scd)
+        else {"trunk": model.trunk}
+    )
     for name, trunk in trunks.items():
         for block in trunk.blocks:
             block.register_forward_hook(lambda *_, name=name: counted.update([name]))
     with torch.no_grad():
         noise = torch.randn(1, chunks * model.chunk, 4, 4, 4, generator=tiny.generator(0))
         times = tuple(1 - i / steps for i in range(steps))
-        rollout(model, noise, tiny.prompts(1, dtype=torch.float32), FewStepSampler(times), cpu_noise(tiny.generator(0)))
+        rollout(
+            model,
+            noise,
+            tiny.prompts(1, dtype=torch.float32),
+            FewStepSampler(times),
+            cpu_noise(tiny.generator(0)),
+        )
     return counted
 
 
@@ -92,14 +113,19 @@ def block_passes(model: Student, chunks: int, steps: int) -> Counter[str]:
 def test_scd_10_plus_4_with_4_steps_is_26_block_passes_per_chunk(chunk: int) -> None:
     """Encoder once per chunk, decoder S times: 10 + 4 * 4 = 26 (paper, Table 2 law)."""
     decoder = DecoderConfig((0, 1, 12, 13), "junction")
-    counted = block_passes(ScdWan(FLAT, ScdConfig(tuple(range(10)), decoder, chunk)), chunks=3, steps=4)
+    counted = block_passes(
+        ScdWan(FLAT, ScdConfig(tuple(range(10)), decoder, chunk)), chunks=3, steps=4
+    )
     assert counted == {"encoder": 3 * 10, "decoder": 3 * 4 * 4}
     assert counted.total() == 3 * 26
 
 
-@pytest.mark.parametrize(("fusion", "prefix", "once"), [("junction", "cached", 2), ("delta", "full", 2)])
+@pytest.mark.parametrize(
+    ("fusion", "prefix", "once"), [("junction", "cached", 2), ("delta", "full", 2)]
+)
 def test_what_the_context_costs_once_per_chunk(fusion: str, prefix: str, once: int) -> None:
-    """A cached prefix runs c once through the late blocks; delta runs the query once through the early blocks."""
+    """A cached prefix runs c once through the late blocks; delta runs the query once through the
+    early blocks."""
     config = ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 12, 13), fusion, prefix=prefix))
     counted = block_passes(ScdWan(FLAT, config), chunks=3, steps=4)
     assert counted == {"encoder": 3 * 10, "decoder": 3 * (once + 4 * 4)}
@@ -107,11 +133,12 @@ def test_what_the_context_costs_once_per_chunk(fusion: str, prefix: str, once: i
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_causal_12_with_4_steps_is_60_block_passes_per_chunk_but_the_last(chunk: int) -> None:
-    """Four steps of 12 and one cache pass of 12: 60. The cache pass belongs to the next chunk's ``advance``, so the
-    last chunk of a clip never pays for it: 3 chunks are 3 * 48 + 2 * 12."""
+    """Four steps of 12 and one cache pass of 12: 60. The cache pass belongs to the next chunk's
+    ``advance``, so the last chunk of a clip never pays for it: 3 chunks are 3 * 48 + 2 * 12."""
     model = Causal(WanConfig(1, 6, 4, 4, 8, 16, 8, 12), chunk)
     assert block_passes(model, chunks=3, steps=4).total() == 3 * 48 + 2 * 12
-    per_chunk = block_passes(model, chunks=4, steps=4).total()  # hooks of the first count are still there, harmless
+    # hooks of the first count are still there, harmless
+    per_chunk = block_passes(model, chunks=4, steps=4).total()
     assert per_chunk == 4 * 48 + 3 * 12
     assert per_chunk - (3 * 48 + 2 * 12) == 60
 
@@ -133,8 +160,8 @@ def test_order_of_calls_and_times(variant: tiny.Variant) -> None:
 @some_students
 @torch.no_grad()
 def test_rollout_follows_the_teacher_forced_model(variant: tiny.Variant) -> None:
-    """No drift between sampling and training: the last step's x_0 is the teacher-forced prediction from the same x_t,
-    given the clip the rollout itself produced as clean history."""
+    """No drift between sampling and training: the last step's x_0 is the teacher-forced prediction
+    from the same x_t, given the clip the rollout itself produced as clean history."""
     model = tiny.student(variant)
     noise = noise_for(model)
     out = roll(model, noise, FewStepSampler((1.0,)))
@@ -187,7 +214,8 @@ def test_exit_at_the_last_step_is_the_plain_rollout(variant: tiny.Variant) -> No
 
 @some_students
 def test_exit_gradient_reaches_every_parameter(variant: tiny.Variant) -> None:
-    """In SCD the encoder runs only in ``advance``: it must train there, all of it, and so must the decoder."""
+    """In SCD the encoder runs only in ``advance``: it must train there, all of it, and so must the
+    decoder."""
     model = tiny.student(variant)
     roll(model, noise_for(model, chunks=2), exit_step=1).pow(2).mean().backward()
     silent = [n for n, g in tiny.gradients(model).items() if g is None or float(g.abs().max()) == 0]
@@ -196,7 +224,8 @@ def test_exit_gradient_reaches_every_parameter(variant: tiny.Variant) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_frozen_encoder_under_no_grad_would_get_nothing(chunk: int) -> None:
-    """Why ``advance`` runs with gradients: under no_grad the same rollout leaves the encoder silent."""
+    """Why ``advance`` runs with gradients: under no_grad the same rollout leaves the encoder
+    silent."""
 
     class Blind(Spy):
         def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
@@ -205,18 +234,28 @@ def test_frozen_encoder_under_no_grad_would_get_nothing(chunk: int) -> None:
 
     model = tiny.student(tiny.Variant("scd", chunk, "junction"))
     roll(Blind(model), noise_for(model, chunks=2), exit_step=1).pow(2).mean().backward()
-    reached = {n for n, g in tiny.gradients(model).items() if n.startswith("encoder.blocks") and g is not None}
+    reached = {
+        n
+        for n, g in tiny.gradients(model).items()
+        if n.startswith("encoder.blocks") and g is not None
+    }
     assert not reached
 
 
 @a_few
 def test_no_gradient_leaks_between_chunks(variant: tiny.Variant) -> None:
-    """Chunk j's exit gradient in the parameters is what it is when the earlier chunks are constants."""
+    """Chunk j's exit gradient in the parameters is what it is when the earlier chunks are
+    constants."""
     model = tiny.student(variant)
     noise = noise_for(model).requires_grad_()
     chunks = list(
         stream_rollout(
-            model, noise, tiny.prompts(2), FewStepSampler((1.0, 0.5)), cpu_noise(tiny.generator(3)), exit_step=0
+            model,
+            noise,
+            tiny.prompts(2),
+            FewStepSampler((1.0, 0.5)),
+            cpu_noise(tiny.generator(3)),
+            exit_step=0,
         )
     )
     for j, x_0 in enumerate(chunks):
@@ -284,7 +323,9 @@ def test_one_prompt_serves_a_whole_batch() -> None:
     noise, cond = noise_for(model), tiny.prompts(1)
     with torch.no_grad():
         shared = rollout(model, noise, cond, FewStepSampler((1.0,)), cpu_noise(tiny.generator(3)))
-        spread = rollout(model, noise, cond.repeat(2), FewStepSampler((1.0,)), cpu_noise(tiny.generator(3)))
+        spread = rollout(
+            model, noise, cond.repeat(2), FewStepSampler((1.0,)), cpu_noise(tiny.generator(3))
+        )
     assert torch.allclose(shared, spread, rtol=0, atol=1e-11)
 
 

@@ -1,4 +1,5 @@
-"""What a rollout can be given beside a prompt: frames that are there already, other prompts later, endless noise."""
+"""What a rollout can be given beside a prompt: frames that are there already, other prompts later,
+endless noise."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def test_history_continues_where_a_rollout_stopped(variant: tiny.Variant) -> Non
     whole = rollout(model, noise, cond, Euler(2), zeros)
     for given in (1, 3):
         cut = given * n
-        chunks = stream_rollout(model, noise[:, cut:], cond, Euler(2), zeros, history=whole[:, :cut])
+        chunks = stream_rollout(
+            model, noise[:, cut:], cond, Euler(2), zeros, history=whole[:, :cut]
+        )
         assert torch.allclose(torch.cat(list(chunks), 1), whole[:, cut:], rtol=0, atol=1e-11)
 
 
@@ -38,7 +41,9 @@ def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
     first, second, noise = tiny.prompts(2, 0), tiny.prompts(2, 1), tiny.latents(2, 4 * n, 5)
 
     def roll(prompts: dict[int, object] | None) -> Tensor:
-        return torch.cat(list(stream_rollout(model, noise, first, Euler(2), zeros, prompts=prompts)), 1)  # type: ignore[arg-type]
+        return torch.cat(
+            list(stream_rollout(model, noise, first, Euler(2), zeros, prompts=prompts)), 1
+        )  # type: ignore[arg-type]
 
     plain, switched = roll(None), roll({2: second})
     assert torch.equal(switched[:, : 2 * n], plain[:, : 2 * n])
@@ -49,11 +54,14 @@ def test_another_prompt_from_a_chunk_on(variant: tiny.Variant) -> None:
 
 @torch.no_grad()
 def test_memory_of_a_long_video_is_constant() -> None:
-    """300 frames under a window of 3 and a sink of 1: the cache's storage stops growing, the frames stay finite."""
+    """300 frames under a window of 3 and a sink of 1: the cache's storage stops growing, the frames
+    stay finite."""
     model = tiny.student(tiny.FEW[1], dtype=torch.float32)
     n, shape = model.chunk, (tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
     stream = model.start(
-        tiny.prompts(1, dtype=torch.float32), shape[1:], CacheConfig(window=3 * n, sink=n, preallocate=1)
+        tiny.prompts(1, dtype=torch.float32),
+        shape[1:],
+        CacheConfig(window=3 * n, sink=n, preallocate=1),
     )
     x, sizes = torch.randn(1, n, *shape, generator=tiny.generator(0)), set()
     previous: Tensor | None = None

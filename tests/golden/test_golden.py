@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `tiny`, when this file is run as a script
+# `tiny`, when this file is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny
 import torch
@@ -39,10 +40,15 @@ VARIANTS = [
 
 
 def student_values(variant: tiny.Variant) -> dict[str, float]:
-    """Stage 2 loss and gradient norm, the mean square of a few-step and of an Euler rollout, stage 3 loss."""
+    """Stage 2 loss and gradient norm, the mean square of a few-step and of an Euler rollout, stage
+    3 loss."""
     model, x_0 = tiny.student(variant, seed=11), tiny.latents(2, 3 * variant.chunk, seed=12)
-    cond, null = (Conditioning(tiny.prompts(batch, seed=seed).text_BLE) for batch, seed in ((2, 13), (1, 14)))
-    loss, _ = flow_matching_loss(model, x_0, cond, null, FlowMatchingConfig(target_chunks=2), tiny.generator(15))
+    cond, null = (
+        Conditioning(tiny.prompts(batch, seed=seed).text_BLE) for batch, seed in ((2, 13), (1, 14))
+    )
+    loss, _ = flow_matching_loss(
+        model, x_0, cond, null, FlowMatchingConfig(target_chunks=2), tiny.generator(15)
+    )
     loss.backward()
     norms = [g.norm() for g in tiny.gradients(model).values() if g is not None]
     values = {"flow": float(loss.detach()), "flow_grad_norm": float(torch.stack(norms).norm())}
@@ -68,5 +74,7 @@ def test_values_are_the_recorded_ones(variant: tiny.Variant) -> None:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({str(variant): student_values(variant) for variant in VARIANTS}, indent=1) + "\n")
+    FILE.write_text(
+        json.dumps({str(variant): student_values(variant) for variant in VARIANTS}, indent=1) + "\n"
+    )
     print(f"wrote {FILE}")

@@ -31,10 +31,15 @@ def clips() -> tuple[Tensor, Tensor, Tensor]:
 
 def gradient_of(x: Tensor, teacher: Denoiser, critic: Denoiser, cfg: DmdConfig) -> Tensor:
     x = x.clone().requires_grad_()
-    cond, uncond = tiny.prompts(2, dtype=torch.float32), tiny.prompts(1, seed=5, dtype=torch.float32)
+    cond, uncond = (
+        tiny.prompts(2, dtype=torch.float32),
+        tiny.prompts(1, seed=5, dtype=torch.float32),
+    )
     loss, _ = dmd_loss(x, teacher, critic, cond, uncond, cfg, tiny.generator(0))
     (gradient,) = torch.autograd.grad(loss, x)
-    assert float(loss.detach()) == pytest.approx(0.5 * float((gradient * x.numel()).pow(2).mean()), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(
+        0.5 * float((gradient * x.numel()).pow(2).mean()), rel=1e-5
+    )
     return gradient
 
 
@@ -49,7 +54,10 @@ def test_gradient_is_fake_minus_real_over_the_normaliser_over_numel() -> None:
 def test_gradient_with_guidance_uses_the_guided_teacher() -> None:
     """A teacher whose estimate is the clip plus the prompt's mean: w = 4 extrapolates it."""
     x, fake, real = clips()
-    cond, uncond = tiny.prompts(2, dtype=torch.float32), tiny.prompts(1, seed=5, dtype=torch.float32)
+    cond, uncond = (
+        tiny.prompts(2, dtype=torch.float32),
+        tiny.prompts(1, seed=5, dtype=torch.float32),
+    )
 
     def mean(cond: Conditioning) -> Tensor:
         return cond.text_BLE.mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
@@ -60,7 +68,9 @@ def test_gradient_with_guidance_uses_the_guided_teacher() -> None:
     gradient = gradient_of(x, teacher, predicting(fake), DmdConfig())
     guided_real = real + mean(uncond) + 4.0 * (mean(cond) - mean(uncond))
     normaliser = (x - guided_real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    assert torch.allclose(gradient, (fake - guided_real) / normaliser / x.numel(), rtol=5e-3, atol=1e-6)
+    assert torch.allclose(
+        gradient, (fake - guided_real) / normaliser / x.numel(), rtol=5e-3, atol=1e-6
+    )
 
 
 def test_gradient_is_zero_when_teacher_is_critic_without_guidance() -> None:
@@ -71,7 +81,11 @@ def test_gradient_is_zero_when_teacher_is_critic_without_guidance() -> None:
 
 
 def test_no_network_gets_a_gradient_but_the_students() -> None:
-    teacher, critic, x = tiny.wan(0, torch.float32), tiny.wan(1, torch.float32), clips()[0].requires_grad_()
+    teacher, critic, x = (
+        tiny.wan(0, torch.float32),
+        tiny.wan(1, torch.float32),
+        clips()[0].requires_grad_(),
+    )
     cond, uncond = tiny.prompts(2, dtype=torch.float32), tiny.prompts(1, dtype=torch.float32)
     loss, logs = dmd_loss(x * 2, teacher, critic, cond, uncond, DmdConfig(), tiny.generator(0))
     loss.backward()

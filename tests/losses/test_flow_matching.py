@@ -1,4 +1,5 @@
-"""The stage 2 loss against its definition, sample by sample, with a generator that writes down what it was given."""
+"""The stage 2 loss against its definition, sample by sample, with a generator that writes down what
+it was given."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ PLAIN = FlowMatchingConfig(context_noise=0.0, text_dropout=0.0)
 
 @dataclass
 class Recorder:
-    """A FrameGenerator whose velocity is zero, so that the loss is the mean square of the target."""
+    """A FrameGenerator whose velocity is zero, so that the loss is the mean square of the
+    target."""
 
     chunk: int = 1
     dtype: torch.dtype = torch.float32
@@ -39,13 +41,30 @@ class Recorder:
     seen: dict[str, Any] = field(default_factory=dict)
 
     def teacher_forced(
-        self, x_t: Tensor, t: Tensor, x_clean: Tensor, cond: Conditioning, *,
-        query: Query | None = None, targets: Sequence[int] | None = None,
-    ) -> Tensor:  # fmt: skip
-        self.seen = {"x_t": x_t, "t": t, "x_clean": x_clean, "cond": cond, "query": query, "targets": targets}
-        return torch.zeros_like(pick_chunks(x_t, list(targets or []), self.chunk, 2), dtype=self.dtype)
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        x_clean: Tensor,
+        cond: Conditioning,
+        *,
+        query: Query | None = None,
+        targets: Sequence[int] | None = None,
+    ) -> Tensor:
+        self.seen = {
+            "x_t": x_t,
+            "t": t,
+            "x_clean": x_clean,
+            "cond": cond,
+            "query": query,
+            "targets": targets,
+        }
+        return torch.zeros_like(
+            pick_chunks(x_t, list(targets or []), self.chunk, 2), dtype=self.dtype
+        )
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> Any:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> Any:
         raise AssertionError("stage 2 does not stream")
 
     def advance(self, stream: Any, x_0: Tensor | None, query_noise: Tensor) -> Any:
@@ -55,7 +74,9 @@ class Recorder:
         raise AssertionError("stage 2 does not stream")
 
 
-def record(cfg: FlowMatchingConfig, chunk: int = 1, frames: int = 6, seed: int = 0) -> tuple[Recorder, Tensor, Tensor]:
+def record(
+    cfg: FlowMatchingConfig, chunk: int = 1, frames: int = 6, seed: int = 0
+) -> tuple[Recorder, Tensor, Tensor]:
     model, x_0 = Recorder(chunk), tiny.latents(2, frames, dtype=torch.float32)
     cond, null = tiny.prompts(2, dtype=torch.float32), tiny.prompts(1, seed=5, dtype=torch.float32)
     loss, logs = flow_matching_loss(model, x_0, cond, null, cfg, tiny.generator(seed))
@@ -69,14 +90,20 @@ def assert_times_add_up(logs: Logs, model: Recorder) -> None:
     t = pick_chunks(model.seen["t"], model.seen["targets"], model.chunk, 2)
     found = {name: value for name, value in loss_by_time(logs).items() if name != "loss"}
     bounds = {name: [float(x) for x in name.removeprefix("loss/t").split("-")] for name in found}
-    counts = {name: int(((t >= low) & ((t < high) | (high == 1.0))).sum()) for name, (low, high) in bounds.items()}
+    counts = {
+        name: int(((t >= low) & ((t < high) | (high == 1.0))).sum())
+        for name, (low, high) in bounds.items()
+    }
     assert sum(counts.values()) == t.numel() and min(counts.values()) > 0
-    assert sum(found[name] * counts[name] for name in found) / t.numel() == pytest.approx(logs["loss"], rel=1e-5)
+    assert sum(found[name] * counts[name] for name in found) / t.numel() == pytest.approx(
+        logs["loss"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_noise_times_and_targets_belong_together(chunk: int) -> None:
-    """From x_t, t and x_0 the noise can be solved for; the loss is then the mean square of eps - x_0."""
+    """From x_t, t and x_0 the noise can be solved for; the loss is then the mean square of eps -
+    x_0."""
     model, x_0, loss = record(replace(PLAIN, noise_samples=3), chunk)
     x_t, t = model.seen["x_t"], model.seen["t"]
     assert x_t.shape == (3, *x_0.shape) and t.shape == (3, 2, 6)
@@ -91,7 +118,8 @@ def test_noise_times_and_targets_belong_together(chunk: int) -> None:
 
 
 def test_loss_is_fp32_on_the_raw_velocity() -> None:
-    """A bf16 velocity is compared in fp32, with no time weight: the mean over all elements, no more."""
+    """A bf16 velocity is compared in fp32, with no time weight: the mean over all elements, no
+    more."""
     coarse = Recorder(dtype=torch.bfloat16)
     x_0, cond = tiny.latents(2, 3, dtype=torch.float32), tiny.prompts(2, dtype=torch.float32)
     loss, _ = flow_matching_loss(coarse, x_0, cond, tiny.prompts(1), PLAIN, tiny.generator(0))
@@ -100,7 +128,8 @@ def test_loss_is_fp32_on_the_raw_velocity() -> None:
 
 
 def test_the_query_has_noise_of_its_own() -> None:
-    """An encoder that saw the decoder's noise would give the answer away: v = (eps - x_t) / (1 - t) (ADR 0004)."""
+    """An encoder that saw the decoder's noise would give the answer away: v = (eps - x_t) / (1 - t)
+    (ADR 0004)."""
     model, x_0, _ = record(replace(PLAIN, noise_samples=3))
     query, x_t, t = model.seen["query"], model.seen["x_t"], model.seen["t"]
     for k in range(3):
@@ -126,12 +155,15 @@ def test_a_subset_of_targets(chunk: int) -> None:
 
 @pytest.mark.parametrize("variant", tiny.FEW, ids=str)
 def test_a_subset_has_the_loss_of_those_chunks(variant: tiny.Variant) -> None:
-    """With every chunk as target, and with some: the same model, noise and times give the same per-chunk errors."""
+    """With every chunk as target, and with some: the same model, noise and times give the same
+    per-chunk errors."""
     model, x_0 = tiny.student(variant), tiny.latents(2, 3 * variant.chunk)
     cond, null = tiny.prompts(2), tiny.prompts(1, seed=5)
     losses = [
         float(
-            flow_matching_loss(model, x_0, cond, null, replace(PLAIN, target_chunks=n), tiny.generator(3))[0].detach()
+            flow_matching_loss(
+                model, x_0, cond, null, replace(PLAIN, target_chunks=n), tiny.generator(3)
+            )[0].detach()
         )
         for n in (1, 2, None)
     ]
@@ -143,14 +175,18 @@ def test_a_subset_has_the_loss_of_those_chunks(variant: tiny.Variant) -> None:
 def test_validation_takes_as_many_targets_at_a_time_as_training(
     variant: tiny.Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever that number, it is the loss of all chunks; and every sequence has the length of a training step's."""
+    """Whatever that number, it is the loss of all chunks; and every sequence has the length of a
+    training step's."""
     model, x_0 = tiny.student(variant), tiny.latents(1, 3 * variant.chunk)
     cond, null = tiny.prompts(1), tiny.prompts(1, seed=5)
     lengths: list[int] = []
     for module in ("scd.wan", "scd.scratch", "causal"):
         monkeypatch.setattr(
             f"scd_sf.models.{module}.teacher_forcing_mask",
-            lambda layout, device: (lengths.append(len(layout.kinds)), teacher_forcing_mask(layout, device))[1],
+            lambda layout, device: (
+                lengths.append(len(layout.kinds)),
+                teacher_forcing_mask(layout, device),
+            )[1],
         )
 
     def seen(targets: int | None) -> tuple[float, set[int]]:
@@ -163,7 +199,9 @@ def test_validation_takes_as_many_targets_at_a_time_as_training(
     for targets, there in ((1, single), (2, double)):
         lengths.clear()
         for seed in range(6):
-            flow_matching_loss(model, x_0, cond, null, replace(PLAIN, target_chunks=targets), tiny.generator(seed))
+            flow_matching_loss(
+                model, x_0, cond, null, replace(PLAIN, target_chunks=targets), tiny.generator(seed)
+            )
         assert set(lengths) == there, "drawn targets change the length"
 
 
@@ -175,7 +213,9 @@ def test_text_dropout_replaces_whole_prompts_at_the_rate() -> None:
     assert bool((is_null ^ is_own).all())
     assert float(is_null.double().mean()) == pytest.approx(0.1, abs=0.015)
     assert torch.equal(drop_text(cond, null, 0.0, tiny.generator(0)).text_BLE, cond.text_BLE)
-    assert torch.equal(drop_text(cond, null, 1.0, tiny.generator(0)).text_BLE, null.text_BLE.expand(4000, -1, -1))
+    assert torch.equal(
+        drop_text(cond, null, 1.0, tiny.generator(0)).text_BLE, null.text_BLE.expand(4000, -1, -1)
+    )
 
 
 def test_query_times_law() -> None:
@@ -189,18 +229,30 @@ def test_query_times_law() -> None:
     assert float(rest.min()) >= low - 1e-6 and float(rest.max()) <= 1.0
     levels = torch.tensor([0.1, 0.5, 0.9])
     assert torch.allclose(rest.quantile(levels), shift_time(0.8 + 0.2 * levels, 5.0), atol=2e-3)
-    assert bool((query_times((50,), FlowMatchingConfig(query_pure=1.0), tiny.generator(0)) == 1).all())
+    assert bool(
+        (query_times((50,), FlowMatchingConfig(query_pure=1.0), tiny.generator(0)) == 1).all()
+    )
 
 
 def test_everything_follows_from_the_generator() -> None:
-    (_, _, first), (_, _, again), (_, _, other) = record(PLAIN), record(PLAIN), record(PLAIN, seed=1)
+    (_, _, first), (_, _, again), (_, _, other) = (
+        record(PLAIN),
+        record(PLAIN),
+        record(PLAIN, seed=1),
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_denoiser_flow_loss_is_its_definition() -> None:
-    x_0, cond, t = tiny.latents(2, 3, dtype=torch.float32), tiny.prompts(2), torch.tensor([0.2, 0.9])
+    x_0, cond, t = (
+        tiny.latents(2, 3, dtype=torch.float32),
+        tiny.prompts(2),
+        torch.tensor([0.2, 0.9]),
+    )
     eps = torch.randn(x_0.shape, generator=tiny.generator(4))
-    loss = denoiser_flow_loss(lambda x_t, t, cond: (2 * x_t).bfloat16().float(), x_0, cond, t, tiny.generator(4))
+    loss = denoiser_flow_loss(
+        lambda x_t, t, cond: (2 * x_t).bfloat16().float(), x_0, cond, t, tiny.generator(4)
+    )
     expected = ((2 * add_noise(x_0, eps, t)).bfloat16().float() - (eps - x_0)).pow(2).mean()
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
 

@@ -41,11 +41,15 @@ def test_pixel_loss_is_the_weighted_sum_of_its_parts() -> None:
     for a, b in ((made, real), (functional.avg_pool2d(made, 2), functional.avg_pool2d(real, 2))):
         across, down = a[..., 1:] - a[..., :-1], a[:, :, 1:] - a[:, :, :-1]
         other_across, other_down = b[..., 1:] - b[..., :-1], b[:, :, 1:] - b[:, :, :-1]
-        edges.append(functional.l1_loss(across, other_across) + functional.l1_loss(down, other_down))
+        edges.append(
+            functional.l1_loss(across, other_across) + functional.l1_loss(down, other_down)
+        )
     parts = {
-        "l1": functional.l1_loss(made, real), "mse": functional.mse_loss(made, real),
-        "gradient": (edges[0] + edges[1]) / 2, "perceptual": (made - real).abs().max(),
-    }  # fmt: skip
+        "l1": functional.l1_loss(made, real),
+        "mse": functional.mse_loss(made, real),
+        "gradient": (edges[0] + edges[1]) / 2,
+        "perceptual": (made - real).abs().max(),
+    }
     assert logs == pytest.approx({name: float(value) for name, value in parts.items()}, rel=1e-5)
     weighted = 2 * parts["l1"] + 3 * parts["mse"] + 5 * parts["gradient"] + 7 * parts["perceptual"]
     torch.testing.assert_close(total, weighted)
@@ -74,10 +78,14 @@ def test_adaptive_weight_makes_both_pull_equally() -> None:
     assert last.grad is None
 
 
-def objective(adversarial: bool, *, freeze: bool = True) -> tuple[dict[str, float], dict[str, bool], bool]:
+def objective(
+    adversarial: bool, *, freeze: bool = True
+) -> tuple[dict[str, float], dict[str, bool], bool]:
     """Logs, which parameters of the model got a gradient, and whether the discriminator did."""
     model, critic = build_tokenizer(CFG, 0), build_discriminator(DiscriminatorConfig(8, 1), 0)
-    components = Components(torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(2)), torch.zeros(8))
+    components = Components(
+        torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(2)), torch.zeros(8)
+    )
     cfg, gan = ReconstructionConfig(anchor=0.5, noise=0.1), GanConfig(0.5, 0, freeze)
     loss, made, logs = TokenizerObjective(cfg, gan, components, None, critic)(
         model, images(0), torch.zeros(2, 8, 8, 8), adversarial
@@ -86,7 +94,10 @@ def objective(adversarial: bool, *, freeze: bool = True) -> tuple[dict[str, floa
     assert made.shape == (2, 3, 16, 16) and not made.requires_grad
     if not adversarial:
         assert float(loss.detach()) == pytest.approx(logs["l1"] + 0.5 * logs["anchor"], rel=1e-5)
-    got = {name: p.grad is not None and bool(p.grad.abs().sum() > 0) for name, p in model.named_parameters()}
+    got = {
+        name: p.grad is not None and bool(p.grad.abs().sum() > 0)
+        for name, p in model.named_parameters()
+    }
     return logs, got, any(p.grad is not None for p in critic.parameters())
 
 
@@ -104,7 +115,9 @@ def test_noise_reaches_the_decoder_and_not_the_anchor() -> None:
     model = build_tokenizer(CFG, 0)
     components = Components(torch.zeros(8, 3, 2, 2), torch.zeros(8))
     ask = TokenizerObjective(ReconstructionConfig(anchor=1.0, noise=0.5), GanConfig(), components)
-    plain, noisy = (ask(model, images(0), scale * torch.ones(2, 8, 8, 8), False)[2] for scale in (0.0, 1.0))
+    plain, noisy = (
+        ask(model, images(0), scale * torch.ones(2, 8, 8, 8), False)[2] for scale in (0.0, 1.0)
+    )
     assert plain["anchor"] == noisy["anchor"] and plain["l1"] != noisy["l1"]
     with torch.no_grad():
         made = model.decoder(model.encoder(images(0)) + 0.5)
@@ -130,9 +143,13 @@ def test_when_the_gan_begins() -> None:
 
 @pytest.mark.parametrize(
     ("values", "said"),
-    [({"l1": -1.0}, "l1 is -1"), ({"scales": 0}, "scales is 0"), ({"anchor_floor": 0.0}, "anchor_floor is 0"),
-     ({"l1": 0.0}, "both 0")],
-)  # fmt: skip
+    [
+        ({"l1": -1.0}, "l1 is -1"),
+        ({"scales": 0}, "scales is 0"),
+        ({"anchor_floor": 0.0}, "anchor_floor is 0"),
+        ({"l1": 0.0}, "both 0"),
+    ],
+)
 def test_weights_that_make_no_sense(values: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         ReconstructionConfig(**values)  # type: ignore[arg-type]

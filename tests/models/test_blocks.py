@@ -1,4 +1,5 @@
-"""Probes P5 and P6 as ways to run a model: against models with the blocks cut out, and against masks written out."""
+"""Probes P5 and P6 as ways to run a model: against models with the blocks cut out, and against
+masks written out."""
 
 from __future__ import annotations
 
@@ -29,17 +30,22 @@ def without(model: Causal | Wan, indices: range) -> Causal | Wan:
     """A model that does not have these blocks."""
     cut = Causal(model.cfg, model.chunk) if isinstance(model, Causal) else Wan(model.cfg)
     cut.double().load_state_dict(model.state_dict())
-    cut.trunk.blocks = nn.ModuleList(block for i, block in enumerate(cut.trunk.blocks) if i not in indices)
+    cut.trunk.blocks = nn.ModuleList(
+        block for i, block in enumerate(cut.trunk.blocks) if i not in indices
+    )
     return cut
 
 
 @torch.no_grad()
 def test_below_the_level_the_middle_is_not_there_and_above_it_nothing_is_missing() -> None:
-    """Rows of one batch on either side of it; a middle that is replaced by noise must not matter below."""
+    """Rows of one batch on either side of it; a middle that is replaced by noise must not matter
+    below."""
     wan, data = tiny.wan(), tiny.clip(1, samples=1)
     short = without(wan, tiny.SKIP.middle(6))
     low, high = (torch.full((2,), t, dtype=torch.float64) for t in (0.62, 0.63))
-    expected = torch.stack([short(data.x_t[0], low, data.cond)[0], wan(data.x_t[0], high, data.cond)[1]])
+    expected = torch.stack(
+        [short(data.x_t[0], low, data.cond)[0], wan(data.x_t[0], high, data.cond)[1]]
+    )
     set_blocks(wan, BlocksConfig(skip=tiny.SKIP))
     with BlockPassCounter(wan, WanBlock) as counter:
         both = wan(data.x_t[0], torch.stack([low[0], high[1]]), data.cond)
@@ -53,9 +59,13 @@ def test_below_the_level_the_middle_is_not_there_and_above_it_nothing_is_missing
 
 @torch.no_grad()
 def test_the_first_steps_of_a_sampler_are_whole() -> None:
-    """Whole, then short, in an Euler rollout: its frames are those of a loop that changes the model by hand."""
+    """Whole, then short, in an Euler rollout: its frames are those of a loop that changes the model
+    by hand."""
     skip = SkipConfig(prefix=2, suffix=2, full_steps=2, steps=5, shift=5.0)
-    causal, wan = tiny.student(tiny.Variant("causal", 1), dtype=torch.float32), tiny.wan(dtype=torch.float32)
+    causal, wan = (
+        tiny.student(tiny.Variant("causal", 1), dtype=torch.float32),
+        tiny.wan(dtype=torch.float32),
+    )
     cond, sampler = tiny.prompts(1, dtype=torch.float32), build_sampler("euler", 5, 5.0)
     assert isinstance(causal, Causal)
     plain = clips_of(generate_latents(causal, cond, [0], SHAPE, sampler))
@@ -63,7 +73,9 @@ def test_the_first_steps_of_a_sampler_are_whole() -> None:
         set_blocks(model, BlocksConfig(skip=skip))
     with BlockPassCounter(causal, WanBlock) as counter:
         skipped = clips_of(generate_latents(causal, cond, [0], SHAPE, sampler))
-    assert counter.calls == 3 * (2 * 6 + 3 * 4) + 2 * 6, "and the clean pass of a finished frame is whole"
+    assert counter.calls == 3 * (2 * 6 + 3 * 4) + 2 * 6, (
+        "and the clean pass of a finished frame is whole"
+    )
     assert not torch.allclose(skipped, plain, atol=1e-3)
 
     calls: list[int] = []
@@ -77,7 +89,9 @@ def test_the_first_steps_of_a_sampler_are_whole() -> None:
         return velocity
 
     expected = sample_bidirectional(by_hand, cond, SHAPE, sampler, [0])
-    assert torch.allclose(sample_bidirectional(wan, cond, SHAPE, sampler, [0]), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(
+        sample_bidirectional(wan, cond, SHAPE, sampler, [0]), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("steps", [4, 50])
@@ -87,18 +101,27 @@ def test_the_level_lies_between_two_steps(steps: int, shift: float) -> None:
     for first in range(steps + 1):
         full = SkipConfig(full_steps=first, steps=steps, shift=shift).full(times, 0.0)
         assert full.tolist() == [True] * first + [False] * (steps - first)
-    assert SkipConfig().full(torch.tensor([0.0]), 0.0).all(), "finished frames run through all blocks"
+    assert SkipConfig().full(torch.tensor([0.0]), 0.0).all(), (
+        "finished frames run through all blocks"
+    )
 
 
 def test_gradients_of_what_was_bypassed() -> None:
-    """The middle learns from the steps that it runs in and from finished frames; without any its gradient is zero, but
-    there."""
+    """The middle learns from the steps that it runs in and from finished frames; without any its
+    gradient is zero, but there."""
     model, data = tiny.student(tiny.SKIPPING), tiny.clip(1)
     for level, targets, learns in ((0.5, [0], False), (0.9, [0], True), (0.5, [0, 1], True)):
         data.t = torch.full_like(data.t, level)
         tiny.teacher_forced(model, data, targets).pow(2).mean().backward()
-        norms = {name: None if g is None else float(g.norm()) for name, g in tiny.gradients(model).items()}
-        middle = [norm for name, norm in norms.items() if name.startswith(("trunk.blocks.2.", "trunk.blocks.3."))]
+        norms = {
+            name: None if g is None else float(g.norm())
+            for name, g in tiny.gradients(model).items()
+        }
+        middle = [
+            norm
+            for name, norm in norms.items()
+            if name.startswith(("trunk.blocks.2.", "trunk.blocks.3."))
+        ]
         assert None not in norms.values(), "every rank reaches the same parameters"
         assert any(norm and norm > 0 for norm in middle) == learns
         assert (norms["trunk.blocks.1.ffn.net.2.weight"] or 0) > 0
@@ -120,14 +143,20 @@ def test_frame_diagonal_blocks_are_the_masks_written_out(chunk: int) -> None:
     variant = tiny.Variant("causal", chunk, blocks=BlocksConfig(2))
     model, data = tiny.student(variant), tiny.clip(chunk)
     assert isinstance(model, Causal)
-    layout = Layout.teacher_forced(2, [0, 1, 2], 2, chunk * model.cfg.tokens(tiny.HEIGHT, tiny.WIDTH))
+    layout = Layout.teacher_forced(
+        2, [0, 1, 2], 2, chunk * model.cfg.tokens(tiny.HEIGHT, tiny.WIDTH)
+    )
     causal = dense_mask(layout, torch.device("cpu"))
     kinds, chunks = layout.per_token(torch.device("cpu"))
     own = (kinds[:, None] == kinds) & (chunks[:, None] == chunks)
     trunk, frames = model.trunk, 2 * chunk
     noisy = data.x_t.transpose(0, 1).flatten(1, 2)
-    t = torch.cat([torch.zeros(2, frames, dtype=torch.float64), data.t.transpose(0, 1).flatten(1)], 1)
-    rotary = trunk.rope([*range(frames), *range(3 * chunk), *range(3 * chunk)], tiny.HEIGHT, tiny.WIDTH, noisy)
+    t = torch.cat(
+        [torch.zeros(2, frames, dtype=torch.float64), data.t.transpose(0, 1).flatten(1)], 1
+    )
+    rotary = trunk.rope(
+        [*range(frames), *range(3 * chunk), *range(3 * chunk)], tiny.HEIGHT, tiny.WIDTH, noisy
+    )
     x, text = torch.cat([data.x[:, :frames], noisy], 1), trunk.text(data.cond.text_BLE)
     tokens = trunk(x, t, text, rotary, PerLayer([causal] * 4 + [own] * 2))
     out = trunk.velocity(tokens, trunk.times(t).temb, tiny.HEIGHT, tiny.WIDTH)[:, frames:]
@@ -138,7 +167,9 @@ def test_frame_diagonal_blocks_are_the_masks_written_out(chunk: int) -> None:
 
 
 @torch.no_grad()
-def test_a_frame_diagonal_block_keeps_no_history_and_a_finished_frame_does_not_run_through_it() -> None:
+def test_a_frame_diagonal_block_keeps_no_history_and_a_finished_frame_does_not_run_through_it() -> (
+    None
+):
     for diagonal in (2, 6):
         model = tiny.student(tiny.Variant("causal", 1, blocks=BlocksConfig(diagonal)))
         x, cond = tiny.latents(2, 1), tiny.prompts(2)
@@ -147,12 +178,18 @@ def test_a_frame_diagonal_block_keeps_no_history_and_a_finished_frame_does_not_r
             stream = model.advance(stream, x, x) if diagonal < 6 else stream
             assert counter.calls == 6 - diagonal
         assert sorted(stream.cache.layers) == list(range(6 - diagonal))
-        now, other = (model.denoise(model.advance(stream, past, x), x, torch.ones(2)) for past in (x, x + 1))
-        assert torch.allclose(now, other, rtol=0, atol=1e-12) == (diagonal == 6), "then no block sees a past"
+        now, other = (
+            model.denoise(model.advance(stream, past, x), x, torch.ones(2)) for past in (x, x + 1)
+        )
+        assert torch.allclose(now, other, rtol=0, atol=1e-12) == (diagonal == 6), (
+            "then no block sees a past"
+        )
 
 
 def test_a_checkpoint_says_how_it_is_run() -> None:
-    config = CheckpointConfig(ModelConfig("causal", wan=tiny.CFG, blocks=BlocksConfig(2, tiny.SKIP)))
+    config = CheckpointConfig(
+        ModelConfig("causal", wan=tiny.CFG, blocks=BlocksConfig(2, tiny.SKIP))
+    )
     read = from_yaml(CheckpointConfig, to_yaml(config))
     assert read == config
     model = build_model(read.model)
@@ -164,20 +201,30 @@ def test_a_checkpoint_says_how_it_is_run() -> None:
         compile_steps(model, CompileConfig(enabled=True), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("family", "blocks", "words"), [
-    ("scd", BlocksConfig(1), "only the causal baseline has it"),
-    ("wan", BlocksConfig(1), "only the causal baseline has it"),
-    ("causal", BlocksConfig(7), "the model has 6 blocks"),
-    ("scd", BlocksConfig(skip=tiny.SKIP), "SCD's decoder is short already"),
-    ("causal", BlocksConfig(skip=SkipConfig(prefix=3, suffix=3)), "leave nothing of 6 blocks"),
-    ("causal", BlocksConfig(3, tiny.SKIP), "make the suffix at least as long"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "blocks", "words"),
+    [
+        ("scd", BlocksConfig(1), "only the causal baseline has it"),
+        ("wan", BlocksConfig(1), "only the causal baseline has it"),
+        ("causal", BlocksConfig(7), "the model has 6 blocks"),
+        ("scd", BlocksConfig(skip=tiny.SKIP), "SCD's decoder is short already"),
+        ("causal", BlocksConfig(skip=SkipConfig(prefix=3, suffix=3)), "leave nothing of 6 blocks"),
+        ("causal", BlocksConfig(3, tiny.SKIP), "make the suffix at least as long"),
+    ],
+)
 def test_what_a_model_cannot_do(family: str, blocks: BlocksConfig, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        ModelConfig(family, wan=tiny.CFG, scd=tiny.scd_config(tiny.Variant("scd", 1, "delta")), blocks=blocks)
+        ModelConfig(
+            family,
+            wan=tiny.CFG,
+            scd=tiny.scd_config(tiny.Variant("scd", 1, "delta")),
+            blocks=blocks,
+        )
 
 
-@pytest.mark.parametrize("wrong", [{"prefix": -1}, {"full_steps": 51}, {"steps": 0}, {"shift": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"prefix": -1}, {"full_steps": 51}, {"steps": 0}, {"shift": 0.0}]
+)
 def test_schedules_that_make_no_sense(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"skip\."):
         SkipConfig(**wrong)  # type: ignore[arg-type]

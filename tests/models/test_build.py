@@ -29,14 +29,18 @@ from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.types import UserError
 
-SCD = ModelConfig("scd", 1, tiny.CFG, tiny.scd_config(tiny.Variant("scd", 3, "paper", "temporal", "cached")))
+SCD = ModelConfig(
+    "scd", 1, tiny.CFG, tiny.scd_config(tiny.Variant("scd", 3, "paper", "temporal", "cached"))
+)
 CAUSAL = ModelConfig("causal", 3, tiny.CFG, SCD.scd)
 WAN = ModelConfig("wan", 1, tiny.CFG, SCD.scd)
 
 
 def save(root: Path, config: ModelConfig, files: dict[str, dict[str, Tensor]]) -> Path:
     saved = CheckpointConfig(config, SamplerConfig("renoise", 4, 5.0), "somewhere")
-    return Checkpoints(root).write(1, files, to_yaml(saved), provenance(stage="test", step=1, seed=0))
+    return Checkpoints(root).write(
+        1, files, to_yaml(saved), provenance(stage="test", step=1, seed=0)
+    )
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -44,7 +48,9 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("config", "family"), [(SCD, ScdWan), (CAUSAL, Causal), (WAN, Wan)])
-def test_the_family_and_every_weight_come_back(tmp_path: Path, config: ModelConfig, family: type) -> None:
+def test_the_family_and_every_weight_come_back(
+    tmp_path: Path, config: ModelConfig, family: type
+) -> None:
     model = build_model(config)
     tiny.redraw(model, 1, torch.float32)
     path = save(tmp_path, config, {"model": state(model.bfloat16()), "ema": state(model.float())})
@@ -52,7 +58,9 @@ def test_the_family_and_every_weight_come_back(tmp_path: Path, config: ModelConf
     assert type(loaded) is family
     assert saved == CheckpointConfig(config, SamplerConfig("renoise", 4, 5.0), "somewhere")
     for name, parameter in loaded.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, model.get_parameter(name))
+        assert parameter.dtype == torch.float32 and torch.equal(
+            parameter, model.get_parameter(name)
+        )
     if isinstance(loaded, Scd):
         assert (loaded.chunk, loaded.decoder.config) == (3, config.scd.decoder)
     if isinstance(loaded, Causal):
@@ -71,7 +79,9 @@ def test_ema_is_preferred_and_the_plain_weights_can_be_asked_for(tmp_path: Path)
     path = save(tmp_path / "both", CAUSAL, {"model": state(model), "ema": state(ema)})
     for weights, expected in (("ema", ema), ("model", model)):
         loaded, _ = load_student(path, weights)
-        assert all(torch.equal(p, expected.get_parameter(name)) for name, p in loaded.named_parameters())
+        assert all(
+            torch.equal(p, expected.get_parameter(name)) for name, p in loaded.named_parameters()
+        )
     only, _ = load_student(save(tmp_path / "one", CAUSAL, {"model": state(model)}))
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in only.named_parameters())
 
@@ -84,7 +94,9 @@ def test_weights_are_ema_or_model(tmp_path: Path) -> None:
 
 def test_a_bidirectional_checkpoint_is_no_student(tmp_path: Path) -> None:
     path = save(tmp_path, WAN, {"model": state(build_model(WAN))})
-    with pytest.raises(UserError, match=r"step_00000001: holds a bidirectional Wan.*run stage 1 first"):
+    with pytest.raises(
+        UserError, match=r"step_00000001: holds a bidirectional Wan.*run stage 1 first"
+    ):
         load_student(path)
 
 
@@ -93,12 +105,17 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     name = "trunk.blocks.2.attn1.to_k.weight"
     broken: dict[str, dict[str, Tensor]] = {
         name: {**weights, name: weights[name][:-1].clone()},
-        "trunk.patch_embedding.bias": {k: v for k, v in weights.items() if k != "trunk.patch_embedding.bias"},
+        "trunk.patch_embedding.bias": {
+            k: v for k, v in weights.items() if k != "trunk.patch_embedding.bias"
+        },
         "trunk.extra": {**weights, "trunk.extra": torch.zeros(1)},
     }
     for culprit, tensors in broken.items():
         path = save(tmp_path / culprit, CAUSAL, {"model": tensors})
-        with pytest.raises(UserError, match=rf"model\.safetensors: tensor '{culprit}' does not fit its config\.yaml"):
+        with pytest.raises(
+            UserError,
+            match=rf"model\.safetensors: tensor '{culprit}' does not fit its config\.yaml",
+        ):
             load_student(path)
 
 
@@ -149,7 +166,8 @@ NAMES = {
 
 
 def test_parameters_keep_the_names_and_shapes_that_checkpoints_have() -> None:
-    """Digests of revision fef1105, when SCD was one class: checkpoints written then are read now."""
+    """Digests of revision fef1105, when SCD was one class: checkpoints written then are read
+    now."""
     for variant in tiny.SOME:
         if str(variant) in NAMES:
             state = tiny.student(variant).state_dict()

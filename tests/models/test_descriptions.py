@@ -1,4 +1,5 @@
-"""Descriptions of models by others, each with any field changed: the model is read, or one line says why not."""
+"""Descriptions of models by others, each with any field changed: the model is read, or one line
+says why not."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ VALUES = st.recursive(
     | st.integers(-3, 40)
     | st.sampled_from([10**5, 10**12, -(10**18), 1e308, 0.5, "", "\0", "\ud800", "x" * 300])
     | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 Target = tuple[Path, Callable[[], object]]
@@ -42,16 +45,32 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     torch.manual_seed(0)
     kinds = ("ResBlock", "ResBlock")
     tokenizer = AutoencoderDC(
-        latent_channels=4, attention_head_dim=8, encoder_block_types=kinds, decoder_block_types=kinds,
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
-    )  # fmt: skip
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+    )
     save_tokenizer(tokenizer, Normalisation((0.0,) * 4, (1.0,) * 4), root / "tokenizer")
     return {
         "vae": (wan / "vae" / "config.json", lambda: load_vae(wan)),
-        "text": (wan / "text_encoder" / "config.json", lambda: load_text_encoder(wan).encode(["in"])),
-        "words": (wan / "tokenizer" / "tokenizer_config.json", lambda: load_text_encoder(wan).encode(["in"])),
-        "tokenizer": (root / "tokenizer" / "config.json", lambda: load_tokenizer(root / "tokenizer")),
+        "text": (
+            wan / "text_encoder" / "config.json",
+            lambda: load_text_encoder(wan).encode(["in"]),
+        ),
+        "words": (
+            wan / "tokenizer" / "tokenizer_config.json",
+            lambda: load_text_encoder(wan).encode(["in"]),
+        ),
+        "tokenizer": (
+            root / "tokenizer" / "config.json",
+            lambda: load_tokenizer(root / "tokenizer"),
+        ),
     }
 
 
@@ -84,7 +103,13 @@ def test_any_field_changed(targets: dict[str, Target], name: str) -> None:
 
 def test_any_metadata_of_an_exported_file(tmp_path: Path) -> None:
     good = tmp_path / "good.safetensors"
-    write_single(good, Wan(tiny_run.WAN), CheckpointConfig(), {"stage": "x", "video": {"frames": 9}}, torch.float32)
+    write_single(
+        good,
+        Wan(tiny_run.WAN),
+        CheckpointConfig(),
+        {"stage": "x", "video": {"frames": 9}},
+        torch.float32,
+    )
     tensors = {name: tensor[:0] for name, tensor in load_file(good).items()}
     described = describe_checkpoint(good)[1]
 

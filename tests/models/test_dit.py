@@ -1,7 +1,9 @@
-"""Models trained from scratch: sizes and costs of Table 2, and the defects of the public code that must not come back.
+"""Models trained from scratch: sizes and costs of Table 2, and the defects of the public code that
+must not come back.
 
-The invariants that all students share (mask == cache, batched K == looped K, causality, guidance) are held for these
-models by test_interface.py, test_scd.py, test_guided.py and test_rollout.py. Letters: see scd_sf/models/dit.py.
+The invariants that all students share (mask == cache, batched K == looped K, causality, guidance)
+are held for these models by test_interface.py, test_scd.py, test_guided.py and test_rollout.py.
+Letters: see scd_sf/models/dit.py.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from scd_sf.types import Conditioning, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 SCD = tiny.Variant("scd", 1, "paper", "temporal", "full", "dit")
-# Name: millions of parameters in the supplement's Table 2, in our own count, and block passes a frame at S = 50.
+# Name: millions of parameters in the supplement's Table 2, in our own count, and block passes a
+# frame at S = 50.
 TABLE_2 = {
     "causal_b": (131, 129.6, 600),
     "scd_b": (132, 131.6, 208),
@@ -55,7 +58,8 @@ def from_file(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_parameters_and_block_passes_are_table_2s(name: str) -> None:
-    """Within 1 % of the paper; its M rows leave out the second net's embeddings, which make up to 1.6 %."""
+    """Within 1 % of the paper; its M rows leave out the second net's embeddings, which make up to
+    1.6 %."""
     paper, counted, passes = TABLE_2[name]
     config = from_file(name)
     with torch.device("meta"):
@@ -72,7 +76,8 @@ def test_parameters_and_block_passes_are_table_2s(name: str) -> None:
             rollout(model, noise, cond, Euler(steps, 1.0), lambda x: x)
         counts.append(counter.samples)
     once = 2 * counts[0] - counts[1]  # what does not depend on the steps
-    clean = 12 if name.startswith("causal") else 0  # the causal baseline's K/V of the first frame, on top of 600
+    # the causal baseline's K/V of the first frame, on top of 600
+    clean = 12 if name.startswith("causal") else 0
     assert once - clean + 50 * (counts[1] - counts[0]) == 2 * passes
 
 
@@ -83,11 +88,14 @@ def test_rope_is_flux_split_and_quarter_is_time() -> None:
 
 
 def test_the_encoder_never_sees_noise() -> None:
-    """B1: the released configuration trains it on noisy frames. Here noise changes no context, whatever its level."""
+    """B1: the released configuration trains it on noisy frames. Here noise changes no context,
+    whatever its level."""
     model, data = tiny.student(SCD), tiny.clip(1)
     assert isinstance(model, Scd)
     seen: list[Tensor] = []
-    handle = model.encoder.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    handle = model.encoder.blocks[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone())
+    )
     for x_t, t in ((data.x_t, data.t), (torch.randn_like(data.x_t), torch.rand_like(data.t))):
         model.teacher_forced(x_t, t, data.x, data.cond)
     handle.remove()
@@ -98,8 +106,8 @@ def test_the_encoder_never_sees_noise() -> None:
 
 
 def test_actions_lead_to_their_own_frame() -> None:
-    """B2: frame i is told a_i in both nets, in training and in sampling: a_i changes frame i and later ones, and the
-    decoder's own action changes its frame alone."""
+    """B2: frame i is told a_i in both nets, in training and in sampling: a_i changes frame i and
+    later ones, and the decoder's own action changes its frame alone."""
     model, data = tiny.student(SCD), tiny.clip(1, chunks=4, samples=1)
     actions = data.cond.actions_BF
     assert actions is not None
@@ -122,13 +130,16 @@ def test_contexts_carry_no_frame_of_their_own_or_later() -> None:
     other = data.x.clone()
     other[:, 2] += 1.0
     with torch.no_grad():
-        first, second = (model.teacher_forced(data.x_t, data.t, x, data.cond) for x in (data.x, other))
+        first, second = (
+            model.teacher_forced(data.x_t, data.t, x, data.cond) for x in (data.x, other)
+        )
     moved = [float((first - second)[:, :, i].abs().max()) > 1e-9 for i in range(4)]
     assert moved == [False, False, False, True]
 
 
 def test_modulation_is_per_frame() -> None:
-    """P9: the adaLN projections run on one vector per frame; the head (P7) on the noisy frame's tokens alone."""
+    """P9: the adaLN projections run on one vector per frame; the head (P7) on the noisy frame's
+    tokens alone."""
     model, data = tiny.student(SCD), tiny.clip(1, chunks=3, samples=2)
     shapes: list[tuple[str, tuple[int, ...]]] = []
 
@@ -150,14 +161,17 @@ def test_modulation_is_per_frame() -> None:
 
 
 def test_corruption_is_new_for_every_noisy_sample_and_leaves_the_history_alone() -> None:
-    """B5: one draw per encoder pass is not enough. Eq. 7 at unit variance: the norm comes before the noise."""
+    """B5: one draw per encoder pass is not enough. Eq. 7 at unit variance: the norm comes before
+    the noise."""
     model, data = tiny.student(SCD), tiny.clip(1, samples=3, batch=1)
     same = Query(context_noise=0.5, rng=tiny.generator(0))
     x_t, t = data.x_t[:1].expand(3, -1, -1, -1, -1, -1), data.t[:1].expand(3, -1, -1)
     with torch.no_grad():
         plain = model.teacher_forced(x_t, t, data.x, data.cond)
         out = model.teacher_forced(x_t, t, data.x, data.cond, query=same)
-        stream = model.advance(model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.x[:, :1])
+        stream = model.advance(
+            model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.x[:, :1]
+        )
         _, c = model.encode_next(stream, data.x[:, :1], data.x[:, :1])  # type: ignore[operator]
     assert torch.equal(plain[0], plain[1]) and len({float(o.sum()) for o in out}) == 3
     assert torch.allclose(c.mean(-1), torch.zeros(()).double(), atol=1e-6)
@@ -176,7 +190,8 @@ def test_samples_in_turn_give_the_gradients_of_one_batch() -> None:
         results.append((out.detach(), tiny.gradients(model), (counter.calls, counter.samples)))
     assert torch.allclose(results[0][0], results[1][0], rtol=0, atol=1e-12)
     tiny.assert_same_gradients(results[0][1], results[1][1], 1e-12)
-    rows = 3 * 2 * 3  # K samples of 3 frames of 2 clips, in two blocks; in turn they are computed twice
+    # K samples of 3 frames of 2 clips, in two blocks; in turn they are computed twice
+    rows = 3 * 2 * 3
     assert results[0][2] == (2, 2 * rows) and results[1][2] == (2 * 3 * 2, 2 * 2 * rows)
 
 
@@ -202,7 +217,9 @@ def test_the_first_frame_is_generated_and_labels_or_nothing_do_too() -> None:
 def test_what_is_missing_is_named() -> None:
     model, data = tiny.student(SCD), tiny.clip(1)
     with pytest.raises(UserError, match="told actions and none were given"):
-        model.teacher_forced(data.x_t, data.t, data.x, dataclasses.replace(data.cond, actions_BF=None))
+        model.teacher_forced(
+            data.x_t, data.t, data.x, dataclasses.replace(data.cond, actions_BF=None)
+        )
     with pytest.raises(UserError, match="given for 2 frames"):
         short = dataclasses.replace(data.cond, actions_BF=torch.zeros(2, 2, dtype=torch.long))
         model.teacher_forced(data.x_t, data.t, data.x, short)
@@ -221,7 +238,9 @@ def test_dropout_of_actions_is_per_frame_and_independent_in_both_nets() -> None:
     for dropped in (encoder, decoder):
         assert float(dropped.double().mean()) == pytest.approx(0.1, abs=0.01)
     assert float((encoder & decoder).double().mean()) == pytest.approx(0.01, abs=0.003)
-    dropped_labels = drop_signals(Conditioning.of_frames(4000, None, labels), cfg, tiny.generator(0)).labels_B
+    dropped_labels = drop_signals(
+        Conditioning.of_frames(4000, None, labels), cfg, tiny.generator(0)
+    ).labels_B
     assert dropped_labels is not None
     assert float((dropped_labels == -1).double().mean()) == pytest.approx(0.25, abs=0.03)
 

@@ -1,4 +1,5 @@
-"""Weights for others: single files that explain themselves, Wan's own layouts, conversions; each read again."""
+"""Weights for others: single files that explain themselves, Wan's own layouts, conversions; each
+read again."""
 
 from __future__ import annotations
 
@@ -39,9 +40,12 @@ def checkpoint(root: Path, family: str) -> Path:
     config = CheckpointConfig(ModelConfig(family, 1, tiny.CFG, SCD), RENOISE, base="wan")
     variant = tiny.Variant(family, 1, "delta" if family == "scd" else "")
     states = {
-        name: tiny.student(variant, seed, torch.float32).state_dict() for seed, name in enumerate(("model", "ema"))
+        name: tiny.student(variant, seed, torch.float32).state_dict()
+        for seed, name in enumerate(("model", "ema"))
     }
-    record = provenance(stage="stage3_self_forcing", step=600, seed=0, extra={"video": {"frames": 9}})
+    record = provenance(
+        stage="stage3_self_forcing", step=600, seed=0, extra={"video": {"frames": 9}}
+    )
     return Checkpoints(root).write(600, states, to_yaml(config), record)
 
 
@@ -54,17 +58,27 @@ def test_a_single_file_says_what_it_is_and_loads(tmp_path: Path, family: str, we
         metadata = handle.metadata()
     assert metadata["format"] == "scd_sf.model.1" and metadata["licence"] == "Apache-2.0"
     assert (metadata["stage"], metadata["step"]) == ("stage3_self_forcing", "600")
-    assert json.loads(metadata["sampler"]) == {"name": "renoise", "steps": 4, "shift": 5.0, "times": []}
+    assert json.loads(metadata["sampler"]) == {
+        "name": "renoise",
+        "steps": 4,
+        "shift": 5.0,
+        "times": [],
+    }
     config, origin = describe_checkpoint(file)
     assert config == describe_checkpoint(source)[0] and origin["weights"] == weights
     first, second = load_student(source, weights)[0], load_student(file)[0]
     assert all(torch.equal(p, second.get_parameter(name)) for name, p in first.named_parameters())
-    assert is_single(file) and export_weights(file, tmp_path / "again.safetensors", "single", dtype="fp32") < SAME
+    assert (
+        is_single(file)
+        and export_weights(file, tmp_path / "again.safetensors", "single", dtype="fp32") < SAME
+    )
 
 
 def test_smaller_types_differ_by_what_is_reported(tmp_path: Path) -> None:
     checkpoint(tmp_path / "run", "scd")
-    difference = export_weights(tmp_path / "run", tmp_path / "a.safetensors", "single", dtype="bf16")
+    difference = export_weights(
+        tmp_path / "run", tmp_path / "a.safetensors", "single", dtype="bf16"
+    )
     assert 0 < difference < 0.2
     again = load_student(tmp_path / "a.safetensors")[0]
     assert difference == pytest.approx(
@@ -72,8 +86,11 @@ def test_smaller_types_differ_by_what_is_reported(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_is_there_before_it_was_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while it compares, or another export came first: no unchecked file, and none of others is replaced."""
+def test_nothing_is_there_before_it_was_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it compares, or another export came first: no unchecked file, and none of others
+    is replaced."""
     checkpoint(tmp_path / "run", "scd")
     file, largest = tmp_path / "out" / "a.safetensors", export.largest
 
@@ -86,7 +103,9 @@ def test_nothing_is_there_before_it_was_read_again(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(export, "largest", other_first)
     with pytest.raises(UserError, match="exists already, nothing is overwritten"):
         export_weights(tmp_path / "run", file, "single")
-    assert file.read_text() == "another's" and [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.read_text() == "another's" and [path.name for path in file.parent.iterdir()] == [
+        file.name
+    ]
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -95,7 +114,10 @@ def test_the_causal_baseline_fits_wans_own_layouts(tmp_path: Path, layout: str) 
     assert export_weights(tmp_path / "run", tmp_path / "out", layout, dtype="fp32") < SAME
     assert open_wan(tmp_path / "out").layout == layout
     expected = load_student(tmp_path / "run")[0].state_dict()
-    assert all(torch.equal(t, expected[name]) for name, t in load_wan(tmp_path / "out").state_dict().items())
+    assert all(
+        torch.equal(t, expected[name])
+        for name, t in load_wan(tmp_path / "out").state_dict().items()
+    )
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
@@ -121,7 +143,10 @@ def test_other_files_are_not_taken_for_exports(tmp_path: Path) -> None:
         load_student(file)
     for metadata, words in (
         ({"format": "scd_sf.model.1"}, "description is unreadable"),
-        ({"format": "scd_sf.model.1", "provenance": "{}", "config": "modle: 3"}, "unknown key 'modle'"),
+        (
+            {"format": "scd_sf.model.1", "provenance": "{}", "config": "modle: 3"},
+            "unknown key 'modle'",
+        ),
     ):
         save_file({"a": torch.zeros(1)}, file, metadata)
         with pytest.raises(UserError, match=rf"a\.safetensors.*{words}"):
@@ -144,10 +169,18 @@ def test_conversion_there_and_back(tmp_path: Path) -> None:
 
 
 def test_stage_1_from_a_generator(tmp_path: Path) -> None:
-    """A Self-Forcing file becomes the causal baseline with its own sampler; heads come from the base."""
-    save_wan(tiny.wan(0, torch.float32).state_dict(), tiny.CFG, tmp_path / "base" / "transformer", torch.float32)
+    """A Self-Forcing file becomes the causal baseline with its own sampler; heads come from the
+    base."""
+    save_wan(
+        tiny.wan(0, torch.float32).state_dict(),
+        tiny.CFG,
+        tmp_path / "base" / "transformer",
+        torch.float32,
+    )
     generator = tiny.wan(5, torch.float32)
-    save_wan(generator.state_dict(), tiny.CFG, tmp_path / "original", torch.float32, layout="original")
+    save_wan(
+        generator.state_dict(), tiny.CFG, tmp_path / "original", torch.float32, layout="original"
+    )
     tensors = {f"model.{name}": t for name, t in safe_tensors(tmp_path / "original").items()}
     torch.save({"generator_ema": tensors}, tmp_path / "self_forcing_dmd.pt")
     cfg = TransplantConfig(
@@ -161,8 +194,12 @@ def test_stage_1_from_a_generator(tmp_path: Path) -> None:
     assert "copied bit for bit, 0 new" in run_transplant(cfg)
     student, config = load_student(tmp_path / "out")
     assert student.chunk == 3 and config.sampler == RENOISE
-    assert all(torch.equal(p, generator.get_parameter(name)) for name, p in student.named_parameters())
-    assert describe_checkpoint(tmp_path / "out")[1]["weights"] == str(tmp_path / "self_forcing_dmd.pt")
+    assert all(
+        torch.equal(p, generator.get_parameter(name)) for name, p in student.named_parameters()
+    )
+    assert describe_checkpoint(tmp_path / "out")[1]["weights"] == str(
+        tmp_path / "self_forcing_dmd.pt"
+    )
 
 
 def safe_tensors(folder: Path) -> dict[str, torch.Tensor]:

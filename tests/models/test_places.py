@@ -1,4 +1,5 @@
-"""Where exports, conversions and transplants write: beside their place, never inside what they read; what is copied."""
+"""Where exports, conversions and transplants write: beside their place, never inside what they
+read; what is copied."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from scd_sf.checkpoint import Checkpoints, provenance, verify
 from scd_sf.config import to_yaml
 from scd_sf.generation.pipeline import export_pipeline
-from scd_sf.models.build import CheckpointConfig, ModelConfig, SamplerConfig, base_of, describe_checkpoint
+from scd_sf.models.build import (
+    CheckpointConfig,
+    ModelConfig,
+    SamplerConfig,
+    base_of,
+    describe_checkpoint,
+)
 from scd_sf.models.export import convert_wan, export_weights
 from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 from scd_sf.models.wan.components import copy_components
@@ -34,10 +41,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole tiny Wan in ``wan`` and a causal student of it in ``run``."""
     root = tmp_path_factory.mktemp("places")
     tiny_run.write_wan(root / "wan")
-    config = CheckpointConfig(ModelConfig("causal", 1, tiny_run.WAN), RENOISE, base=str(root / "wan"))
+    config = CheckpointConfig(
+        ModelConfig("causal", 1, tiny_run.WAN), RENOISE, base=str(root / "wan")
+    )
     torch.manual_seed(0)
     states = {"model": tiny_wan_state()}
-    record = provenance(stage="stage3_self_forcing", step=600, seed=0, extra={"video": {"frames": 9}})
+    record = provenance(
+        stage="stage3_self_forcing", step=600, seed=0, extra={"video": {"frames": 9}}
+    )
     Checkpoints(root / "run").write(600, states, to_yaml(config), record)
     return root
 
@@ -60,7 +71,9 @@ def test_nothing_is_written_inside_what_is_read(world: Path, tmp_path: Path) -> 
         lambda: export_pipeline(world / "run", tmp_path / "base" / "out"),
         lambda: convert_wan(world / "wan", world / "wan" / "transformer" / "out", "original"),
         lambda: convert_wan(tmp_path / "base", world / "wan" / "out", "original"),
-        lambda: run_transplant(TransplantConfig(str(world / "wan"), str(tmp_path / "base" / "out"), family="causal")),
+        lambda: run_transplant(
+            TransplantConfig(str(world / "wan"), str(tmp_path / "base" / "out"), family="causal")
+        ),
     ]
     for attempt in tried:
         with pytest.raises(UserError, match=r"lies in .*choose another place"):
@@ -74,20 +87,28 @@ def test_nothing_is_written_inside_what_is_read(world: Path, tmp_path: Path) -> 
     ]
 
 
-def test_a_failure_leaves_nothing(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
     commands = {
-        "scd_sf.generation.pipeline.largest": lambda: export_pipeline(world / "run", tmp_path / "pipeline"),
-        "scd_sf.models.export.largest": lambda: convert_wan(world / "wan", tmp_path / "converted", "original"),
+        "scd_sf.generation.pipeline.largest": lambda: export_pipeline(
+            world / "run", tmp_path / "pipeline"
+        ),
+        "scd_sf.models.export.largest": lambda: convert_wan(
+            world / "wan", tmp_path / "converted", "original"
+        ),
         "scd_sf.models.scd.transplant.write_text": lambda: run_transplant(
             TransplantConfig(str(world / "wan"), str(tmp_path / "stage1"), family="causal")
         ),
     }
     for point, command in commands.items():
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(point if "pipeline" not in point else "scd_sf.generation.pipeline.write_json", stop)
+            patch.setattr(
+                point if "pipeline" not in point else "scd_sf.generation.pipeline.write_json", stop
+            )
             command()
         assert not list(tmp_path.iterdir()), point
     for command in commands.values():
@@ -140,19 +161,28 @@ for name, command in COMMANDS.items():
 
 
 def test_killed_and_run_again(world: Path, tmp_path: Path) -> None:
-    """A kill at any flush to the disk: the same command then works, and what the dead process made is gone."""
+    """A kill at any flush to the disk: the same command then works, and what the dead process made
+    is gone."""
     script = tmp_path / "kill.py"
     script.write_text(KILLED)
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, str(script), str(world), str(out)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     lines = done.stdout.splitlines()
-    ends = {name: [line.split()[-1] for line in lines if line.startswith(f"{name} ")] for name in
-            ("pipeline", "single", "converted", "stage1")}  # fmt: skip
-    assert all(codes[0] == "9" and codes[-1] == "0" and set(codes) == {"9", "0"} for codes in ends.values()), done
+    ends = {
+        name: [line.split()[-1] for line in lines if line.startswith(f"{name} ")]
+        for name in ("pipeline", "single", "converted", "stage1")
+    }
+    assert all(
+        codes[0] == "9" and codes[-1] == "0" and set(codes) == {"9", "0"} for codes in ends.values()
+    ), done
     assert not list(out.rglob(".part-*")) and not list(out.rglob("*.tmp"))
     assert sorted(path.name for path in out.iterdir()) == sorted(ends)
 
@@ -162,11 +192,19 @@ def test_only_named_files_are_copied_and_no_link_leaves(world: Path, tmp_path: P
     copy_components(world / "wan", make(base))
     secret = tmp_path / "id_rsa"
     secret.write_text("PRIVATE KEY")
-    for name in ("vae/evil.py", "vae/model.pt", "text_encoder/notes.txt", "tokenizer/.hidden", "vae/diffusion.ckpt"):
+    for name in (
+        "vae/evil.py",
+        "vae/model.pt",
+        "text_encoder/notes.txt",
+        "tokenizer/.hidden",
+        "vae/diffusion.ckpt",
+    ):
         (base / name).write_text("x")
     (base / "vae" / "readme.txt").symlink_to(secret)
     copy_components(base, make(tmp_path / "out"))
-    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    names = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")
+    )
     assert names == [
         "text_encoder/config.json",
         "text_encoder/model.safetensors",
@@ -177,7 +215,9 @@ def test_only_named_files_are_copied_and_no_link_leaves(world: Path, tmp_path: P
     ]
     link = base / "tokenizer" / "added_tokens.json"
     link.symlink_to(secret)
-    with pytest.raises(UserError, match=r"added_tokens\.json: leads to .*id_rsa, which is no file of"):
+    with pytest.raises(
+        UserError, match=r"added_tokens\.json: leads to .*id_rsa, which is no file of"
+    ):
         copy_components(base, make(tmp_path / "second"))
     link.unlink()
     (base / "vae").rename(tmp_path / "elsewhere")
@@ -198,7 +238,9 @@ def test_links_of_a_hub_cache_are_the_models_own(world: Path, tmp_path: Path) ->
     copy_components(snapshot, make(tmp_path / "out"))
     for file in (tmp_path / "out").rglob("*.*"):
         assert not file.is_symlink()
-        assert file.read_bytes() == (world / "wan" / file.relative_to(tmp_path / "out")).read_bytes()
+        assert (
+            file.read_bytes() == (world / "wan" / file.relative_to(tmp_path / "out")).read_bytes()
+        )
 
 
 def test_a_reference_stays_one(world: Path, tmp_path: Path) -> None:
@@ -211,7 +253,9 @@ def test_a_reference_stays_one(world: Path, tmp_path: Path) -> None:
     write_reference(base, TextEncoderConfig(path="words", max_length=8))
     copy_components(base, make(tmp_path / "out"))
     assert (tmp_path / "out" / REFERENCE).is_file() and not (tmp_path / "out" / "words").exists()
-    assert text_config(tmp_path / "out") == TextEncoderConfig(path=str(base / "words"), max_length=8)
+    assert text_config(tmp_path / "out") == TextEncoderConfig(
+        path=str(base / "words"), max_length=8
+    )
 
 
 def make(folder: Path) -> Path:
@@ -230,42 +274,64 @@ def test_broken_weights_are_not_passed_on(world: Path, tmp_path: Path) -> None:
         export_pipeline(world / "run", tmp_path / "out", base=str(base))
     state = tiny_wan_state()
     state["trunk.blocks.1.ffn.net.2.weight"][0, 0] = float("inf")
-    config = CheckpointConfig(ModelConfig("causal", 1, tiny_run.WAN), RENOISE, base=str(world / "wan"))
-    Checkpoints(tmp_path / "run").write(1, {"model": state}, to_yaml(config), provenance(stage="x", step=1, seed=0))
+    config = CheckpointConfig(
+        ModelConfig("causal", 1, tiny_run.WAN), RENOISE, base=str(world / "wan")
+    )
+    Checkpoints(tmp_path / "run").write(
+        1, {"model": state}, to_yaml(config), provenance(stage="x", step=1, seed=0)
+    )
     save_wan(state, tiny_run.WAN, tmp_path / "wan", torch.float32)
     for attempt in (
         lambda: export_weights(tmp_path / "run", tmp_path / "x.safetensors", "single"),
         lambda: export_weights(tmp_path / "run", tmp_path / "x", "diffusers"),
         lambda: export_pipeline(tmp_path / "run", tmp_path / "x"),
         lambda: convert_wan(tmp_path / "wan", tmp_path / "x", "original"),
-        lambda: run_transplant(TransplantConfig(str(tmp_path / "wan"), str(tmp_path / "x"), family="causal")),
+        lambda: run_transplant(
+            TransplantConfig(str(tmp_path / "wan"), str(tmp_path / "x"), family="causal")
+        ),
     ):
-        with pytest.raises(UserError, match=r"blocks\.1\.ffn\.net\.2\.weight' holds NaN or infinity"):
+        with pytest.raises(
+            UserError, match=r"blocks\.1\.ffn\.net\.2\.weight' holds NaN or infinity"
+        ):
             attempt()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run", "wan"]
 
 
-def test_the_base_is_found_from_every_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_is_found_from_every_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(world)
     run_transplant(TransplantConfig("wan", str(tmp_path / "stage1"), family="causal"))
     assert describe_checkpoint(tmp_path / "stage1")[0].base == str(world / "wan")
     relative = CheckpointConfig(ModelConfig("causal", 1, tiny_run.WAN), base="wan")
-    Checkpoints(tmp_path / "old").write(1, {"model": tiny_wan_state()}, to_yaml(relative), {"stage": "x"})
+    Checkpoints(tmp_path / "old").write(
+        1, {"model": tiny_wan_state()}, to_yaml(relative), {"stage": "x"}
+    )
     export_weights(tmp_path / "old", tmp_path / "x.safetensors", "single")
     assert describe_checkpoint(tmp_path / "x.safetensors")[0].base == str(world / "wan")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"old: its base is wan \(seen from .*\), and no such .*; set base= to the Wan"):
+    with pytest.raises(
+        UserError,
+        match=r"old: its base is wan \(seen from .*\), and no such .*; set base= to the Wan",
+    ):
         export_pipeline(tmp_path / "old", tmp_path / "out")
     with pytest.raises(UserError, match="does not name its Wan directory; set base="):
         base_of("", "", tmp_path)
     export_pipeline(tmp_path / "old", tmp_path / "out", base=str(world / "wan"))
 
 
-@pytest.mark.parametrize("text", ["0", "", "-1", "10 apples", "GB", "1e9", "nan", "0.0001B", 0, -5, "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["0", "", "-1", "10 apples", "GB", "1e9", "nan", "0.0001B", 0, -5, "9" * 400]
+)
 def test_sizes_that_are_none(text: str | int) -> None:
     with pytest.raises(UserError, match="max_shard is"):
         shard_size(text)
-    assert (shard_size("10GB"), shard_size("1.5 kb"), shard_size(7), shard_size("7")) == (10**10, 1500, 7, 7)
+    assert (shard_size("10GB"), shard_size("1.5 kb"), shard_size(7), shard_size("7")) == (
+        10**10,
+        1500,
+        7,
+        7,
+    )
 
 
 def test_descriptions_of_others(world: Path, tmp_path: Path) -> None:
@@ -283,7 +349,13 @@ def test_descriptions_of_others(world: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             export_weights(run, tmp_path / "x.safetensors", "single")
     for number, record in enumerate(
-        ({"video": {"frames": "x"}}, {"video": [9]}, {"video": {"frames": -1}}, {"stage": 3}, {"parents": "x"})
+        (
+            {"video": {"frames": "x"}},
+            {"video": [9]},
+            {"video": {"frames": -1}},
+            {"stage": 3},
+            {"parents": "x"},
+        )
     ):
         run = tmp_path / f"record{number}"
         Checkpoints(run).write(1, {"model": tiny_wan_state()}, to_yaml(config), record)
@@ -291,9 +363,17 @@ def test_descriptions_of_others(world: Path, tmp_path: Path) -> None:
             describe_checkpoint(run)
         assert next(iter(record)) in str(caught.value)
     file = tmp_path / "single.safetensors"
-    save_file({"a": torch.zeros(1)}, file, {"format": "scd_sf.model.1", "config": "", "provenance": "[" * 5000})
+    save_file(
+        {"a": torch.zeros(1)},
+        file,
+        {"format": "scd_sf.model.1", "config": "", "provenance": "[" * 5000},
+    )
     with pytest.raises(UserError, match=r"single\.safetensors: provenance: not JSON"):
         describe_checkpoint(file)
-    save_file({"a": torch.zeros(1)}, file, {"format": "scd_sf.model.1", "config": "", "provenance": json.dumps([1])})
+    save_file(
+        {"a": torch.zeros(1)},
+        file,
+        {"format": "scd_sf.model.1", "config": "", "provenance": json.dumps([1])},
+    )
     with pytest.raises(UserError, match=r"single\.safetensors: provenance: Expected `object`"):
         describe_checkpoint(file)

@@ -1,7 +1,9 @@
-"""Recorded steps give the same videos as steps that are run, for every history, prompt, guidance and interleaving.
+"""Recorded steps give the same videos as steps that are run, for every history, prompt, guidance
+and interleaving.
 
-A tape stands for the CUDA graph: it notes every operator with the very tensors it read and wrote, and runs them again.
-Python is not run again, so numbers that Python counts are baked in as a graph bakes them.
+A tape stands for the CUDA graph: it notes every operator with the very tensors it read and wrote,
+and runs them again. Python is not run again, so numbers that Python counts are baked in as a graph
+bakes them.
 """
 
 from __future__ import annotations
@@ -51,9 +53,14 @@ class Tape(TorchDispatchMode):
             returned = func._schema.returns
             if func._schema.is_mutable:
                 func(*args, **kwargs)
-            elif all(part.alias_info is None for part in returned):  # views of what is recorded need nothing
+            # views of what is recorded need nothing
+            elif all(part.alias_info is None for part in returned):
                 again = func(*args, **kwargs)
-                pairs = zip(out, again, strict=True) if isinstance(out, (tuple, list)) else [(out, again)]
+                pairs = (
+                    zip(out, again, strict=True)
+                    if isinstance(out, (tuple, list))
+                    else [(out, again)]
+                )
                 for old, new in pairs:
                     if isinstance(old, Tensor):
                         old.copy_(new)
@@ -73,8 +80,8 @@ def chunks(student: Student, told: Conditioning, seed: int, **options: Any) -> I
 
 @pytest.mark.parametrize("variant", REPLAYED, ids=str)
 def test_videos_are_the_same(variant: tiny.Variant) -> None:
-    """Windows that fill and wrap, sinks that turn, other prompts and seeds on the same recordings, prompts that change,
-    two videos at once, one that is left unfinished."""
+    """Windows that fill and wrap, sinks that turn, other prompts and seeds on the same recordings,
+    prompts that change, two videos at once, one that is left unfinished."""
     student = tiny.student(variant, dtype=torch.float32)
     first, second = (tiny.prompts(1, seed=number, dtype=torch.float32) for number in (1, 2))
     changed = {"changes": {2: second}}
@@ -128,7 +135,10 @@ def test_what_did_not_change_is_not_copied_and_a_history_too_long_is_refused() -
         assert replayed("step", (), step, x, torch.full((2,), 3.0)).tolist() == [4.0, 4.0]
         x += 1  # the same tensor, changed
         assert replayed("step", (), step, x, y).tolist() == [3.0, 3.0]
-    assert [place.tensor._version - before for place, before in zip(places.values(), copied, strict=True)] == [1, 2]
+    assert [
+        place.tensor._version - before
+        for place, before in zip(places.values(), copied, strict=True)
+    ] == [1, 2]
     student.replay = replayed
     with pytest.raises(UserError, match=r"compile\.cuda_graphs .* set a window"):
         shape = (MOST, *SHAPE)
@@ -147,8 +157,8 @@ def test_places_made_in_inference_mode_serve_outside_of_it() -> None:
 
 
 def test_other_weights_and_copies() -> None:
-    """A model whose weights were replaced is recorded again, and a stream that began before goes on; a copy has its own
-    recordings; a gradient is refused."""
+    """A model whose weights were replaced is recorded again, and a stream that began before goes
+    on; a copy has its own recordings; a gradient is refused."""
     variant = next(v for v in tiny.FEW if v.family == "scd" and v.chunk == 1)
     student, told = tiny.student(variant, dtype=torch.float32), tiny.prompts(1, dtype=torch.float32)
     before = clips_of(chunks(student, told, 1))
@@ -174,7 +184,8 @@ def test_other_weights_and_copies() -> None:
 
 
 class Gpus:
-    """Stands in for torch.cuda: which device is current, and on which stream of which device what happened."""
+    """Stands in for torch.cuda: which device is current, and on which stream of which device what
+    happened."""
 
     def __init__(self) -> None:
         self.device, self.streams, self.seen = 0, [0], list[object]()
@@ -196,7 +207,9 @@ class Gpus:
             self.streams.pop()
 
     @contextmanager
-    def graph(self, graph: object, *, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def graph(
+        self, graph: object, *, pool: object, stream: Any, capture_error_mode: str
+    ) -> Iterator[None]:
         self.seen.append(("graph", pool, capture_error_mode))
         with self.on_stream(stream):
             yield
@@ -215,10 +228,16 @@ def test_recorded_on_the_models_own_gpu_and_one_stream(monkeypatch: pytest.Monke
 
     graph = SimpleNamespace(replay=lambda: None)
     stand_ins = {
-        "device": gpus.on_device, "stream": gpus.on_stream, "graph": gpus.graph, "Stream": Stream,
-        "CUDAGraph": lambda: graph, "graph_pool_handle": lambda: ("pool", gpus.device),
-        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: gpus.seen.append("is waited for")),
-    }  # fmt: skip
+        "device": gpus.on_device,
+        "stream": gpus.on_stream,
+        "graph": gpus.graph,
+        "Stream": Stream,
+        "CUDAGraph": lambda: graph,
+        "graph_pool_handle": lambda: ("pool", gpus.device),
+        "current_stream": lambda: SimpleNamespace(
+            wait_stream=lambda other: gpus.seen.append("is waited for")
+        ),
+    }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     recorder = cuda_recorder(torch.device("cuda", 3))
@@ -238,11 +257,15 @@ def test_recorded_on_the_models_own_gpu_and_one_stream(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("variant", REPLAYED, ids=str)
 def test_on_a_gpu(variant: tiny.Variant) -> None:
     student, cuda = tiny.student(variant, dtype=torch.float32).to("cuda"), torch.device("cuda")
-    first, second = (tiny.prompts(1, seed=number, dtype=torch.float32).to(cuda) for number in (1, 2))
+    first, second = (
+        tiny.prompts(1, seed=number, dtype=torch.float32).to(cuda) for number in (1, 2)
+    )
     wanted = [clips_of(chunks(student, *given)) for given in ((first, 1), (second, 2), (first, 3))]
     student.replay = Replayed(cuda_recorder(cuda))
     for given, video in zip(((first, 1), (second, 2), (first, 3)), wanted, strict=True):
         torch.testing.assert_close(clips_of(chunks(student, *given)), video, rtol=0, atol=1e-5)
     both = list(zip(chunks(student, first, 1), chunks(student, second, 2), strict=True))
     for number in range(2):
-        torch.testing.assert_close(torch.cat([pair[number] for pair in both], 1), wanted[number], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.cat([pair[number] for pair in both], 1), wanted[number], rtol=0, atol=1e-5
+        )

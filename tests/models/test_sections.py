@@ -1,4 +1,5 @@
-"""Which weights of a file with several are read: as asked, else the generator's average, else an error with names."""
+"""Which weights of a file with several are read: as asked, else the generator's average, else an
+error with names."""
 
 from __future__ import annotations
 
@@ -38,14 +39,24 @@ def read(file: Path, section: str = "") -> float:
 
 
 def write(tmp_path: Path, sections: Mapping[str, float]) -> list[Path]:
-    """Files in which each section holds one tensor: flat safetensors, a flat pickle, tables in a pickle."""
-    flat = {f"{section}.{NAME}" if section else NAME: torch.full((2,), value) for section, value in sections.items()}
+    """Files in which each section holds one tensor: flat safetensors, a flat pickle, tables in a
+    pickle."""
+    flat = {
+        f"{section}.{NAME}" if section else NAME: torch.full((2,), value)
+        for section, value in sections.items()
+    }
     save_file(flat, tmp_path / "flat.safetensors")
     torch.save(flat, tmp_path / "flat.pt")
     files = [tmp_path / "flat.safetensors", tmp_path / "flat.pt"]
     if "" not in sections:
-        torch.save({**nested(flat), "step": 600, "optimizer": {"state": {0: {"exp_avg": torch.ones(1), "step": 3}}}},
-                   tmp_path / "nested.pt")  # fmt: skip
+        torch.save(
+            {
+                **nested(flat),
+                "step": 600,
+                "optimizer": {"state": {0: {"exp_avg": torch.ones(1), "step": 3}}},
+            },
+            tmp_path / "nested.pt",
+        )
         files.append(tmp_path / "nested.pt")
     return files
 
@@ -55,7 +66,14 @@ def write(tmp_path: Path, sections: Mapping[str, float]) -> list[Path]:
     [
         ({"generator.model": 1, "generator_ema.model": 2}, 2),
         ({"generator_ema.model": 2, "generator.model": 1}, 2),
-        ({"generator.model._fsdp_wrapped_module": 1, "generator_ema.model.module": 2, "critic.model": 3}, 2),
+        (
+            {
+                "generator.model._fsdp_wrapped_module": 1,
+                "generator_ema.model.module": 2,
+                "critic.model": 3,
+            },
+            2,
+        ),
         ({"generator": 1, "critic": 3}, 1),
         ({"generator": 1, "critic_ema": 3}, 1),
         ({"model": 1, "ema": 2}, 2),
@@ -69,22 +87,34 @@ def write(tmp_path: Path, sections: Mapping[str, float]) -> list[Path]:
         ({"model": 1, "model_optimizer": 2}, 1),
     ],
 )
-def test_the_average_of_the_generator(tmp_path: Path, sections: dict[str, float], expected: float) -> None:
+def test_the_average_of_the_generator(
+    tmp_path: Path, sections: dict[str, float], expected: float
+) -> None:
     for file in write(tmp_path, sections):
         assert read(file) == expected, file.name
 
 
 def test_section_decides(tmp_path: Path) -> None:
-    for file in write(tmp_path, {"generator.model": 1, "generator_ema.model": 2, "critic.model": 3}):
-        chosen = {name: read(file, name) for name in ("generator", "generator_ema", "critic", "generator.model")}
+    for file in write(
+        tmp_path, {"generator.model": 1, "generator_ema.model": 2, "critic.model": 3}
+    ):
+        chosen = {
+            name: read(file, name)
+            for name in ("generator", "generator_ema", "critic", "generator.model")
+        }
         assert list(chosen.values()) == [1, 2, 3, 1], file.name
-        with pytest.raises(UserError, match=r"no weights 'student' in it \(it has critic, generator, generator_ema\)"):
+        with pytest.raises(
+            UserError,
+            match=r"no weights 'student' in it \(it has critic, generator, generator_ema\)",
+        ):
             read(file, "student")
     for file in write(tmp_path, {"": 1, "generator": 2}):
         assert [read(file, "plain"), read(file, "generator")] == [1, 2], file.name
 
 
-def test_what_was_taken_of_several_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_taken_of_several_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for file in write(tmp_path, {"generator": 1, "generator_ema": 2, "critic": 3}):
         caplog.clear()
         read(file, "generator")
@@ -110,14 +140,19 @@ def test_what_was_taken_of_several_is_said(tmp_path: Path, caplog: pytest.LogCap
         ({"model": 1, "generator.model": 2}, "generator, model"),
     ],
 )
-def test_several_and_no_way_to_decide(tmp_path: Path, sections: dict[str, float], names: str) -> None:
+def test_several_and_no_way_to_decide(
+    tmp_path: Path, sections: dict[str, float], names: str
+) -> None:
     for file in write(tmp_path, sections):
-        with pytest.raises(UserError, match=rf"{file.name}: holds several sets of weights \({names}\); say which"):
+        with pytest.raises(
+            UserError, match=rf"{file.name}: holds several sets of weights \({names}\); say which"
+        ):
             read(file)
 
 
 def test_what_deepspeed_writes(tmp_path: Path) -> None:
-    """The model is in 'module', which wraps its names; the optimizer's tensors beside it are no weights."""
+    """The model is in 'module', which wraps its names; the optimizer's tensors beside it are no
+    weights."""
     file = tmp_path / "mp_rank_00_model_states.pt"
     optimizer = {"state": {0: {"exp_avg": torch.ones(1)}}}
     torch.save({"module": {NAME: torch.ones(2)}, "optimizer": optimizer, "lr": 0.1}, file)
@@ -142,6 +177,10 @@ def test_whole_models(tmp_path: Path) -> None:
     save_file(flat, file)
     for section, model in (("generator", first), ("generator_ema", second), ("", second)):
         read_back = load_wan(file, section=section, heads=2)
-        assert all(torch.equal(p, model.get_parameter(name)) for name, p in read_back.named_parameters())
-    with pytest.raises(UserError, match=r"two\.safetensors: no weights 'critic' in it \(it has generator"):
+        assert all(
+            torch.equal(p, model.get_parameter(name)) for name, p in read_back.named_parameters()
+        )
+    with pytest.raises(
+        UserError, match=r"two\.safetensors: no weights 'critic' in it \(it has generator"
+    ):
         load_wan(file, section="critic", heads=2)

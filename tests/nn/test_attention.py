@@ -16,7 +16,9 @@ HEADS, DIM = 2, 4
 
 def qkv(length: int, seed: int = 0) -> list[Tensor]:
     rng = tiny.generator(seed)
-    return [torch.randn(2, HEADS, length, DIM, generator=rng, dtype=torch.float64) for _ in range(3)]
+    return [
+        torch.randn(2, HEADS, length, DIM, generator=rng, dtype=torch.float64) for _ in range(3)
+    ]
 
 
 def block_causal(groups: tuple[int, ...]) -> Tensor:
@@ -28,7 +30,9 @@ def block_causal(groups: tuple[int, ...]) -> Tensor:
 def test_groups_are_block_causal(groups: tuple[int, ...]) -> None:
     q, k, v = qkv(sum(groups))
     streamed = Streaming(KVCache.empty(), groups)(0, q, k, v)
-    assert torch.allclose(streamed, FullSequence(block_causal(groups))(0, q, k, v), rtol=0, atol=1e-14)
+    assert torch.allclose(
+        streamed, FullSequence(block_causal(groups))(0, q, k, v), rtol=0, atol=1e-14
+    )
 
 
 def test_calls_over_a_growing_cache_equal_one_masked_call() -> None:
@@ -50,7 +54,9 @@ def test_only_the_first_groups_are_staged_and_only_when_asked() -> None:
     attend = Streaming(KVCache.empty(), (3, 2), write=1)
     attend(4, q, k, v)
     assert list(attend.staged) == [4]
-    assert torch.equal(attend.staged[4][0], k[:, :, :3]) and torch.equal(attend.staged[4][1], v[:, :, :3])
+    assert torch.equal(attend.staged[4][0], k[:, :, :3]) and torch.equal(
+        attend.staged[4][1], v[:, :, :3]
+    )
     silent = Streaming(KVCache.empty(), (5,))
     silent(0, q, k, v)
     assert not silent.staged

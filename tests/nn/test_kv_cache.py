@@ -62,9 +62,11 @@ def test_window_and_sink_are_slices_and_the_ring_agrees(recent: int, sink: int) 
         cache, ring = extended(cache, piece), extended(ring, piece)
         everything = torch.cat([everything, piece[0][0]], 2)
         length = everything.shape[2]
-        kept = everything if length <= recent + sink else torch.cat(
-            [everything[:, :, :sink], everything[:, :, length - recent :]], 2
-        )  # fmt: skip
+        kept = (
+            everything
+            if length <= recent + sink
+            else torch.cat([everything[:, :, :sink], everything[:, :, length - recent :]], 2)
+        )
         got = cache.layer(0)
         assert got is not None and torch.equal(got[0], kept)
         for layer in (0, 1):
@@ -102,7 +104,10 @@ def test_ring_keeps_its_memory() -> None:
 @torch.no_grad()
 def test_a_ring_smaller_than_one_chunk_is_refused() -> None:
     with pytest.raises(UserError, match=r"window holds 2 tokens, fewer than one chunk \(3\)"):
-        extended(extended(RingKVCache(4, 4, wrap=True, window=Window(sink=2)), pieces([2])[0]), pieces([3])[0])
+        extended(
+            extended(RingKVCache(4, 4, wrap=True, window=Window(sink=2)), pieces([2])[0]),
+            pieces([3])[0],
+        )
 
 
 def test_ring_refuses_training() -> None:
@@ -122,8 +127,11 @@ def rotated(raw: Tensor, frames: list[int]) -> Tensor:
 @pytest.mark.parametrize("ring", [False, True])
 @torch.no_grad()
 def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
-    """200 frames, window 3, sink 2: what is read equals the un-rotated keys rotated at consecutive positions."""
-    raw = torch.randn(200, 1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(0), dtype=torch.float64)
+    """200 frames, window 3, sink 2: what is read equals the un-rotated keys rotated at consecutive
+    positions."""
+    raw = torch.randn(
+        200, 1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(0), dtype=torch.float64
+    )
     window = Window(3 * PER_FRAME, 2 * PER_FRAME, PER_FRAME, AXES)
     cache: KVCache | RingKVCache = KVCache.empty(window)
     if ring:
@@ -144,7 +152,9 @@ def test_the_sink_always_stands_right_before_the_window(ring: bool) -> None:
 @torch.no_grad()
 def test_a_turned_sink_does_not_drift_in_bf16() -> None:
     """It is turned from the first keys each time: after 2,000 frames as exact as bf16 is."""
-    ring = RingKVCache(2 * PER_FRAME, PER_FRAME, wrap=True, window=Window(None, PER_FRAME, PER_FRAME, AXES))
+    ring = RingKVCache(
+        2 * PER_FRAME, PER_FRAME, wrap=True, window=Window(None, PER_FRAME, PER_FRAME, AXES)
+    )
     raw = torch.randn(1, 2, PER_FRAME, HEAD_DIM, generator=tiny.generator(1), dtype=torch.float64)
     for frame in range(2000):
         key = rotated(raw, [frame]).bfloat16()

@@ -1,4 +1,5 @@
-"""The block: modulation per frame equals modulation per token, prompts are shared by rows, text K/V may be cached."""
+"""The block: modulation per frame equals modulation per token, prompts are shared by rows, text K/V
+may be cached."""
 
 from __future__ import annotations
 
@@ -29,7 +30,14 @@ def inputs(rows: int = 2) -> tuple[Tensor, Tensor, Tensor, Rotary]:
         x,
         mod,
         text,
-        rope_table(tuple(range(FRAMES)), 2, 2, axis_dims(WIDTH // HEADS), torch.device("cpu"), torch.float64),
+        rope_table(
+            tuple(range(FRAMES)),
+            2,
+            2,
+            axis_dims(WIDTH // HEADS),
+            torch.device("cpu"),
+            torch.float64,
+        ),
     )
 
 
@@ -41,7 +49,9 @@ def test_modulation_per_frame_equals_per_token(cross_attn_norm: bool) -> None:
     per_token = made(x, mod.repeat_interleave(TOKENS, 1), text, rotary, FullSequence(), 0)
     assert torch.allclose(per_frame, per_token, rtol=0, atol=1e-13)
     one = made(x, mod[:, :1], text, rotary, FullSequence(), 0)
-    assert torch.allclose(one, made(x, mod[:, :1].expand_as(mod), text, rotary, FullSequence(), 0), rtol=0, atol=1e-13)
+    assert torch.allclose(
+        one, made(x, mod[:, :1].expand_as(mod), text, rotary, FullSequence(), 0), rtol=0, atol=1e-13
+    )
 
 
 @torch.no_grad()

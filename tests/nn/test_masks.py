@@ -1,4 +1,5 @@
-"""One predicate, two forms: the dense mask against its rule in words, the BlockMask against the dense mask."""
+"""One predicate, two forms: the dense mask against its rule in words, the BlockMask against the
+dense mask."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ LAYOUTS = [
     Layout.teacher_forced(1, [0], 3, 5),
     Layout.teacher_forced(5, [4, 0, 2], 1, 60),
 ]
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=[f"{len(x.kinds)}x{x.tokens}" for x in LAYOUTS])
+layouts = pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=[f"{len(x.kinds)}x{x.tokens}" for x in LAYOUTS]
+)
 
 
 @layouts
@@ -31,13 +34,17 @@ def test_dense_mask_says_what_the_docstring_says(layout: Layout) -> None:
             if kind_q == 0:
                 visible = kind_k == 0 and chunk_k <= chunk_q
             else:
-                visible = (kind_k == 0 and chunk_k < chunk_q) or (kind_k, chunk_k) == (kind_q, chunk_q)
+                visible = (kind_k == 0 and chunk_k < chunk_q) or (kind_k, chunk_k) == (
+                    kind_q,
+                    chunk_q,
+                )
             block = mask[i * tokens : (i + 1) * tokens, j * tokens : (j + 1) * tokens]
             assert bool(block.all()) == bool(block.any()) == visible, (i, j)
 
 
 def same_blocks(layout: Layout) -> BlockMask:
-    """Our BlockMask after comparing every table with the one torch makes from all pairs of tokens."""
+    """Our BlockMask after comparing every table with the one torch makes from all pairs of
+    tokens."""
     ours = block_mask(layout, CPU)
     length = len(layout.kinds) * layout.tokens
     theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu")
@@ -58,7 +65,8 @@ def same_blocks(layout: Layout) -> BlockMask:
 
 @layouts
 def test_block_mask_is_the_dense_mask(layout: Layout) -> None:
-    """Its predicate, evaluated everywhere, and its tables of blocks, partly and wholly visible, for both passes."""
+    """Its predicate, evaluated everywhere, and its tables of blocks, partly and wholly visible, for
+    both passes."""
     dense, sparse = dense_mask(layout, CPU), same_blocks(layout)
     index = torch.arange(len(dense))
     zero = torch.zeros((), dtype=torch.long)
@@ -66,7 +74,8 @@ def test_block_mask_is_the_dense_mask(layout: Layout) -> None:
 
 
 def test_block_mask_of_whole_and_ragged_blocks() -> None:
-    """Groups that are blocks, that cross blocks, that end inside one; and Wan's size without a pair of tokens."""
+    """Groups that are blocks, that cross blocks, that end inside one; and Wan's size without a pair
+    of tokens."""
     for tokens in (128, 256, 100, 390, 31):
         same_blocks(Layout.teacher_forced(4, [3, 1], 2, tokens))
     big = block_mask(Layout.teacher_forced(21, list(range(21)), 1, 1560), CPU)
@@ -84,7 +93,8 @@ def test_layout_order_and_tokens() -> None:
 
 @layouts
 def test_rows_of_the_mask_are_the_dense_masks(layout: Layout) -> None:
-    """Block by block, over the keys that some row sees; a block that sees all of them needs no mask."""
+    """Block by block, over the keys that some row sees; a block that sees all of them needs no
+    mask."""
     dense = dense_mask(layout, CPU)
     for start in range(0, len(dense), 5):
         stop = min(start + 5, len(dense))
@@ -96,10 +106,13 @@ def test_rows_of_the_mask_are_the_dense_masks(layout: Layout) -> None:
 
 
 def test_long_sequences_make_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention by rows is attention under the dense mask, forward and backward, and for the last tokens alone."""
+    """Attention by rows is attention under the dense mask, forward and backward, and for the last
+    tokens alone."""
     layout = Layout.teacher_forced(6, range(6), 2, 4)
     length = len(layout.kinds) * layout.tokens
-    q, k, v = (torch.randn(2, 2, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 2, length, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
     dense = FullSequence(dense_mask(layout, CPU))(0, q, k, v)
     expected = torch.autograd.grad(dense.pow(2).sum(), (q, k, v))
     monkeypatch.setattr("scd_sf.nn.masks.DENSE_LIMIT", 8)
@@ -113,9 +126,12 @@ def test_long_sequences_make_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(lazy(0, q[:, :, -20:], k, v), dense[:, :, -20:], rtol=0, atol=1e-12)
 
 
-def test_drawn_targets_compile_once_and_a_length_too_many_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stage 2 draws other targets in every micro-batch. torch gives up after 8 shapes, and what then ran unfused would
-    take a table of all pairs: here 200 sets are one shape, and the ninth shape raises."""
+def test_drawn_targets_compile_once_and_a_length_too_many_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stage 2 draws other targets in every micro-batch. torch gives up after 8 shapes, and what
+    then ran unfused would take a table of all pairs: here 200 sets are one shape, and the ninth
+    shape raises."""
     counter = CompileCounter()
     torch._dynamo.reset()
     compiled = compiled_flex(counter)
@@ -146,8 +162,13 @@ def test_cpu_gets_the_dense_mask_and_masks_are_kept() -> None:
 
 
 def test_masks_made_under_inference_mode_are_ordinary_tensors() -> None:
-    """They are kept: a validation sample under inference mode must not leave tensors that training cannot save."""
+    """They are kept: a validation sample under inference mode must not leave tensors that training
+    cannot save."""
     layout = Layout.teacher_forced(2, [0], 1, 7)
     with torch.inference_mode():
         dense, sparse = dense_mask(layout, CPU), block_mask(layout, CPU)
-    assert not dense.is_inference() and not sparse.kv_indices.is_inference() and not sparse.kv_num_blocks.is_inference()
+    assert (
+        not dense.is_inference()
+        and not sparse.kv_indices.is_inference()
+        and not sparse.kv_num_blocks.is_inference()
+    )

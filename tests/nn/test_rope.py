@@ -1,4 +1,5 @@
-"""Positions: Wan's split of the head, distinct over 1,000 frames, relative, and joined group by group."""
+"""Positions: Wan's split of the head, distinct over 1,000 frames, relative, and joined group by
+group."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def test_axis_dims_are_wans(head_dim: int, dims: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("head_dim", [12, 128])
 def test_a_thousand_frames_are_distinct_in_bf16_runs(head_dim: int) -> None:
-    """Positions are integers and angles fp32 whatever the model's dtype: in bf16 ids, 257 would be 256."""
+    """Positions are integers and angles fp32 whatever the model's dtype: in bf16 ids, 257 would be
+    256."""
     table = rope_table(tuple(range(1000)), 1, 1, axis_dims(head_dim), CPU)
     assert table.cos.dtype == torch.float32
     rows = torch.cat([table.cos, table.sin], -1)
@@ -55,6 +57,8 @@ def test_every_token_of_the_grid_has_its_own_position_time_slowest() -> None:
 
 
 def test_join_is_the_table_of_both_groups() -> None:
-    joined = join(rope_table((2,), 2, 2, axis_dims(12), CPU), rope_table((0, 1), 2, 2, axis_dims(12), CPU))
+    joined = join(
+        rope_table((2,), 2, 2, axis_dims(12), CPU), rope_table((0, 1), 2, 2, axis_dims(12), CPU)
+    )
     whole = rope_table((2, 0, 1), 2, 2, axis_dims(12), CPU)
     assert torch.equal(joined.cos, whole.cos) and torch.equal(joined.sin, whole.sin)

@@ -1,4 +1,5 @@
-"""The teacher in assets/wan_doom: small, in Wan 2.1's own layout, and read alike by diffusers and by us."""
+"""The teacher in assets/wan_doom: small, in Wan 2.1's own layout, and read alike by diffusers and
+by us."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def test_small_enough_and_only_safetensors_and_words() -> None:
 
 def test_transformer_equals_diffusers() -> None:
     ours = load_wan(TEACHER)
-    theirs = WanTransformer3DModel.from_pretrained(TEACHER, subfolder="transformer", torch_dtype=torch.float32)
+    theirs = WanTransformer3DModel.from_pretrained(
+        TEACHER, subfolder="transformer", torch_dtype=torch.float32
+    )
     rng = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 9, 16, 8, 8, generator=rng), torch.tensor([0.3, 0.9])
     text = torch.randn(2, 24, 384, generator=rng)
@@ -40,10 +43,14 @@ def test_transformer_equals_diffusers() -> None:
 
 
 def test_stock_pipeline_runs() -> None:
-    pipeline = WanPipeline.from_pretrained(TEACHER, text_encoder=None, tokenizer=None, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(
+        TEACHER, text_encoder=None, tokenizer=None, torch_dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     encoder = load_text_encoder(TEACHER)
-    prompt = encoder.encode(["left turn: the camera turns left in a round arena with tan walls"]).text_BLE
+    prompt = encoder.encode(
+        ["left turn: the camera turns left in a round arena with tan walls"]
+    ).text_BLE
     null = encoder.encode([""]).text_BLE
     frames = pipeline(
         prompt_embeds=prompt,
@@ -61,21 +68,29 @@ def test_stock_pipeline_runs() -> None:
 
 def test_vae_round_trip_and_validation_video(tmp_path: Path) -> None:
     vae = load_vae(TEACHER)
-    scene = vae.decode(torch.zeros(1, 3, 16, 8, 8)).clamp(-1, 1)  # the mean clip: flat tests are not its world
+    # the mean clip: flat tests are not its world
+    scene = vae.decode(torch.zeros(1, 3, 16, 8, 8)).clamp(-1, 1)
     assert (vae.decode(vae.encode(scene)) - scene).abs().mean() < 0.05
-    scd, _ = transplant_scd(load_wan(TEACHER), ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11))))
+    scd, _ = transplant_scd(
+        load_wan(TEACHER), ScdConfig(tuple(range(10)), DecoderConfig((0, 1, 10, 11)))
+    )
     cond = load_text_encoder(TEACHER).encode(["still picture", "forward walk"])
-    preview = Preview(str(TEACHER), cond, VideoShape(3, 16, 8, 8), FewStepSampler((1.0, 0.8)), tmp_path)
+    preview = Preview(
+        str(TEACHER), cond, VideoShape(3, 16, 8, 8), FewStepSampler((1.0, 0.8)), tmp_path
+    )
     videos, _ = preview.sample(scd, [0, 1])
     frames, _ = preview.write(videos, 7)
     assert tuple(frames.shape) == (9, 64, 128, 3)
     assert tuple(read_video(tmp_path / "00000007.mp4").shape) == (9, 3, 64, 128)
     assert torch.equal(videos, preview.sample(scd, [0, 1])[0])
-    shared = preview.sample(scd, [0])[0].int() + preview.sample(scd, [1])[0].int()  # as by two ranks
+    # as by two ranks
+    shared = preview.sample(scd, [0])[0].int() + preview.sample(scd, [1])[0].int()
     assert (shared - videos.int()).abs().max() <= 1 and not preview.sample(scd, [])[0].any()
 
 
 def test_without_a_vae_there_are_no_videos(tmp_path: Path) -> None:
     cond = Conditioning(torch.zeros(1, 2, 384))
-    preview = Preview(str(tmp_path / "nowhere"), cond, VideoShape(3, 16, 8, 8), FewStepSampler(), tmp_path)
+    preview = Preview(
+        str(tmp_path / "nowhere"), cond, VideoShape(3, 16, 8, 8), FewStepSampler(), tmp_path
+    )
     assert preview.vae is None

@@ -1,7 +1,9 @@
-"""Ours against two references: diffusers' WanTransformer3DModel and outputs of the original Wan 2.1 code.
+"""Ours against two references: diffusers' WanTransformer3DModel and outputs of the original Wan 2.1
+code.
 
-``wan_original_tiny.safetensors`` holds a tiny Wan 2.1 with random weights (original names, ``w.*``) and three cases of
-inputs and velocities computed by the original ``WanModel`` (attention by SDPA, fp32); its metadata holds the config.
+``wan_original_tiny.safetensors`` holds a tiny Wan 2.1 with random weights (original names, ``w.*``)
+and three cases of inputs and velocities computed by the original ``WanModel`` (attention by SDPA,
+fp32); its metadata holds the config.
 """
 
 from __future__ import annotations
@@ -61,7 +63,11 @@ def reference(cfg: WanConfig) -> WanTransformer3DModel:
 def batch(cfg: WanConfig, seed: int) -> tuple[Tensor, Tensor, Conditioning]:
     pick, rng = random.Random(100 + seed), tiny.generator(seed)
     rows, frames = pick.choice([1, 2]), pick.choice([1, 2, 5])
-    height, width, length = pick.choice([2, 6, 10]), pick.choice([4, 8, 14]), pick.choice([1, 5, 24])
+    height, width, length = (
+        pick.choice([2, 6, 10]),
+        pick.choice([4, 8, 14]),
+        pick.choice([1, 5, 24]),
+    )
     x = torch.randn(rows, frames, cfg.in_channels, height, width, generator=rng)
     text = torch.randn(rows, length, cfg.text_dim, generator=rng)
     return x, torch.rand(rows, generator=rng), Conditioning(text)
@@ -81,7 +87,9 @@ def test_equals_diffusers_on_random_configurations(seed: int) -> None:
     cfg = random_config(seed)
     theirs, ours = reference(cfg), Wan(cfg)
     tiny.redraw(theirs, seed, torch.float32)
-    ours.load_state_dict({to_ours(name): tensor for name, tensor in theirs.state_dict().items()}, strict=True)
+    ours.load_state_dict(
+        {to_ours(name): tensor for name, tensor in theirs.state_dict().items()}, strict=True
+    )
     assert difference(theirs, ours, seed) < 2e-5
 
 
@@ -123,12 +131,16 @@ def test_equals_the_original_wan_on_recorded_outputs() -> None:
         num_layers=raw["num_layers"],
         cross_attn_norm=raw["cross_attn_norm"],
     )
-    weights = {name.removeprefix("w."): tensor for name, tensor in tensors.items() if name.startswith("w.")}
+    weights = {
+        name.removeprefix("w."): tensor for name, tensor in tensors.items() if name.startswith("w.")
+    }
     model = Wan(cfg)
     renamed = convert_wan_transformer_to_diffusers(weights)
     model.load_state_dict({to_ours(name): tensor for name, tensor in renamed.items()}, strict=True)
     for case in range(3):
-        x, t, text, expected = (tensors[f"case{case}.{part}"] for part in ("x", "t", "text", "velocity"))
+        x, t, text, expected = (
+            tensors[f"case{case}.{part}"] for part in ("x", "t", "text", "velocity")
+        )
         padded = torch.zeros(1, raw["text_len"], raw["text_dim"])
         padded[0, : len(text)] = text
         level = t if float(t) <= 1 else t / 1000

@@ -21,7 +21,9 @@ from scd_sf.types import UserError
 def test_rows_of_frame_diagonal_blocks() -> None:
     """Beside a skip-layer schedule, which stays."""
     model = tiny.student(tiny.SKIPPING, dtype=torch.float32)
-    losses = FlowLosses(tiny.latents(3, 3, dtype=torch.float32), tiny.prompts(3, dtype=torch.float32), (0.4, 0.9))
+    losses = FlowLosses(
+        tiny.latents(3, 3, dtype=torch.float32), tiny.prompts(3, dtype=torch.float32), (0.4, 0.9)
+    )
     subject = probed.subject(model, None)
     nothing, two = diagonal_rows(subject, (0, 2), losses)
     assert nothing.loss == nothing.moved == NONE and nothing.cache == 1.0
@@ -30,7 +32,9 @@ def test_rows_of_frame_diagonal_blocks() -> None:
     base, video = losses.measure(model), subject.sample()
     set_blocks(model, BlocksConfig(2, tiny.SKIP))
     changed = losses.measure(model)
-    assert two.loss == increase(base, changed) and two.loss_by_level[1] == increase(base[1:], changed[1:])
+    assert two.loss == increase(base, changed) and two.loss_by_level[1] == increase(
+        base[1:], changed[1:]
+    )
     assert two.moved == moved(video, subject.sample())
 
 

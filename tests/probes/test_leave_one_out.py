@@ -1,4 +1,5 @@
-"""P7: a block left out is a block that is not there, its cost has honest error bars, and a split comes of it."""
+"""P7: a block left out is a block that is not there, its cost has honest error bars, and a split
+comes of it."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ class Nothing(nn.Module):
 
     def forward(self, x_BLE: Tensor, mod_BF6E: Tensor, *arguments: object) -> Tensor:
         keep, frames = arguments[-1], mod_BF6E.shape[1]
-        return x_BLE if not isinstance(keep, int) else x_BLE[:, (frames - keep) * (x_BLE.shape[1] // frames) :]
+        return (
+            x_BLE
+            if not isinstance(keep, int)
+            else x_BLE[:, (frames - keep) * (x_BLE.shape[1] // frames) :]
+        )
 
 
 def models() -> list[Student | Wan]:
@@ -51,8 +56,13 @@ def models() -> list[Student | Wan]:
 @torch.no_grad()
 def test_a_block_left_out_is_not_there_and_comes_back_bit_for_bit(model: Student | Wan) -> None:
     data = tiny.clip(model.chunk if not isinstance(model, Wan) else 1, chunks=2)
-    losses = FlowLosses(data.x, Conditioning(data.cond.text_BLE, data.cond.actions_BF, data.cond.labels_B), LEVELS)
-    before, weights = losses.measure(model), {name: value.clone() for name, value in model.state_dict().items()}
+    losses = FlowLosses(
+        data.x, Conditioning(data.cond.text_BLE, data.cond.actions_BF, data.cond.labels_B), LEVELS
+    )
+    before, weights = (
+        losses.measure(model),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     stacks = [model.encoder, model.decoder.trunk] if isinstance(model, Scd) else [model.trunk]
     places = [(stack.blocks, i) for stack in stacks for i in range(len(stack.blocks))]
     assert [id(b) for b in named_blocks(model).values()] == [id(blocks[i]) for blocks, i in places]
@@ -75,12 +85,16 @@ def test_a_block_left_out_is_not_there_and_comes_back_bit_for_bit(model: Student
 def test_losses_are_the_velocity_errors_and_do_not_depend_on_the_batch() -> None:
     wan, x, cond = tiny.wan(), tiny.latents(5, 2), tiny.prompts(5)
     found = FlowLosses(x, cond, LEVELS, (3,), batch=2).measure(wan)
-    assert found.shape == (2, 5) and torch.allclose(found, FlowLosses(x, cond, LEVELS, (3,), batch=5).measure(wan))
+    assert found.shape == (2, 5) and torch.allclose(
+        found, FlowLosses(x, cond, LEVELS, (3,), batch=5).measure(wan)
+    )
     rng = torch.Generator().manual_seed(1_000_003 * 3 + 4)
     eps = torch.randn(x.shape[1:], generator=rng).double()
     x_t = 0.2 * x[4:] + 0.8 * eps
     velocity = wan(x_t, torch.tensor([0.8]), cond.rows(slice(4, 5)))
-    assert float(found[1, 4]) == pytest.approx(float((velocity - (eps - x[4:])).pow(2).mean()), rel=1e-6)
+    assert float(found[1, 4]) == pytest.approx(
+        float((velocity - (eps - x[4:])).pow(2).mean()), rel=1e-6
+    )
     other = FlowLosses(x, cond, LEVELS, (4,)).measure(wan)
     assert torch.allclose(FlowLosses(x, cond, LEVELS, (3, 4)).measure(wan), (found + other) / 2)
 
@@ -94,7 +108,9 @@ def test_costs_of_blocks() -> None:
         layer.weight.zero_()
         layer.bias.zero_()
     base, found = block_costs(wan, losses)
-    assert [cost.block for cost in found] == [str(i) for i in range(6)] and torch.equal(base, losses.measure(wan))
+    assert [cost.block for cost in found] == [str(i) for i in range(6)] and torch.equal(
+        base, losses.measure(wan)
+    )
     assert found[2].overall == NONE and found[2].by_level == (NONE, NONE)
     with left_out(wan.trunk.blocks[5]):
         without = losses.measure(wan)
@@ -103,7 +119,8 @@ def test_costs_of_blocks() -> None:
 
 
 def test_the_probe_and_its_files(tmp_path: Path) -> None:
-    """A split for a whole stack and none for SCD; what cannot be measured is refused before anything is."""
+    """A split for a whole stack and none for SCD; what cannot be measured is refused before
+    anything is."""
     clips = probed.write_clips(tmp_path / "clips")
     cfg = LeaveOneOut(LossConfig(clips=4, levels=2), decoder_blocks=3)
     wan = probed.subject(tiny.wan(dtype=torch.float32), clips)
@@ -113,14 +130,23 @@ def test_the_probe_and_its_files(tmp_path: Path) -> None:
     assert written["clips"] == 4 and len(written["levels"]) == len(written["base"]) == 2
     split = propose_split([Change(**block["overall"]) for block in written["blocks"]], 3)
     assert written["proposed_split"]["decoder_layers"] == list(split.decoder_layers)
-    config = load_config(TransplantConfig, tmp_path / "out" / "leave_one_out-stage1.yaml", ["base=x", "out=y"])
-    assert config.scd.decoder.layers == split.decoder_layers and str(list(split.decoder_layers)) in result.text
+    config = load_config(
+        TransplantConfig, tmp_path / "out" / "leave_one_out-stage1.yaml", ["base=x", "out=y"]
+    )
+    assert (
+        config.scd.decoder.layers == split.decoder_layers
+        and str(list(split.decoder_layers)) in result.text
+    )
     again = leave_one_out(wan, cfg)
     assert again.data == result.data and again.text == result.text
 
     scd = tiny.student(tiny.Variant("scd", 1, "delta"), dtype=torch.float32)
     of_scd = leave_one_out(probed.subject(scd, clips), cfg)
-    assert of_scd.data["proposed_split"] is None and not of_scd.files and "block decoder" in of_scd.text
+    assert (
+        of_scd.data["proposed_split"] is None
+        and not of_scd.files
+        and "block decoder" in of_scd.text
+    )
     with pytest.raises(UserError, match="data="):
         leave_one_out(probed.subject(wan.model, None), cfg)
     with pytest.raises(UserError, match=r"needs 1\.\.5"):
@@ -159,18 +185,25 @@ def test_the_papers_curve_gives_the_papers_split() -> None:
     """A U over 30 layers: encoder 0-24, decoder 0-4 and 25-29 (paper 4.3)."""
     curve = costs(*[0.9, 0.5, 0.2, 0.1, 0.05], *[0.01] * 20, *[0.05, 0.1, 0.2, 0.5, 0.9])
     split = propose_split(curve)
-    assert split.encoder_layers == tuple(range(25)) and split.decoder_layers == (*range(5), *range(25, 30))
+    assert split.encoder_layers == tuple(range(25)) and split.decoder_layers == (
+        *range(5),
+        *range(25, 30),
+    )
     assert split.early == 5 and split.held == pytest.approx(3.5 / 3.7)
 
 
-@pytest.mark.parametrize(("means", "size", "decoder"), [
-    ([0.0, 0.0, 0.0, 0.0, 0.5, 0.9], 2, (4, 5)),  # all at the end: a plain late decoder
-    ([0.9, 0.5, 0.4, 0.0, 0.0, 0.1], 3, (0, 1, 5)),  # the last block is always the decoder's
-    ([0.9, 0.0, 0.0, 0.2, 0.3, 0.4], 4, (0, 3, 4, 5)),
-    ([0.9, 0.0, 0.0, 0.0, 0.0, 0.9], 4, (0, 1, 4, 5)),  # what is equally good is cut evenly
-    ([0.9, 0.0005, -0.0005, 0.0, 0.0004, 0.9], 4, (0, 1, 4, 5)),  # and so is what the error bars cannot tell apart
-    ([0.9, 0.01, 0.0, 0.0, 0.0, 0.9], 3, (0, 1, 5)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("means", "size", "decoder"),
+    [
+        ([0.0, 0.0, 0.0, 0.0, 0.5, 0.9], 2, (4, 5)),  # all at the end: a plain late decoder
+        ([0.9, 0.5, 0.4, 0.0, 0.0, 0.1], 3, (0, 1, 5)),  # the last block is always the decoder's
+        ([0.9, 0.0, 0.0, 0.2, 0.3, 0.4], 4, (0, 3, 4, 5)),
+        ([0.9, 0.0, 0.0, 0.0, 0.0, 0.9], 4, (0, 1, 4, 5)),  # what is equally good is cut evenly
+        # and so is what the error bars cannot tell apart
+        ([0.9, 0.0005, -0.0005, 0.0, 0.0004, 0.9], 4, (0, 1, 4, 5)),
+        ([0.9, 0.01, 0.0, 0.0, 0.0, 0.9], 3, (0, 1, 5)),
+    ],
+)
 def test_splits(means: list[float], size: int, decoder: tuple[int, ...]) -> None:
     split = propose_split(costs(*means), size)
     assert split.decoder_layers == decoder
@@ -185,9 +218,12 @@ def test_a_decoder_must_fit(size: int) -> None:
 
 
 def test_stage_1_takes_the_proposal(tmp_path: Path) -> None:
-    """The file that the probe writes makes a checkpoint with these layers, and a comment cannot break it."""
+    """The file that the probe writes makes a checkpoint with these layers, and a comment cannot
+    break it."""
     wan = tiny_run.write_wan(tmp_path / "wan")
-    for number, (means, size) in enumerate([([0.5, 0.1, 0.0, 0.0, 0.1, 0.5], 4), ([0.0, 0.0, 0.0, 0.0, 0.1, 0.5], 2)]):
+    for number, (means, size) in enumerate(
+        [([0.5, 0.1, 0.0, 0.0, 0.1, 0.5], 4), ([0.0, 0.0, 0.0, 0.0, 0.1, 0.5], 2)]
+    ):
         split = propose_split(costs(*means), size)
         file = tmp_path / f"stage1-{number}.yaml"
         file.write_text(stage1_yaml(split, "a model\nfamily: causal"))
@@ -199,4 +235,7 @@ def test_stage_1_takes_the_proposal(tmp_path: Path) -> None:
         student, _ = load_student(find(out))
         assert isinstance(student, Scd)
         assert student.encoder.layers == split.encoder_layers
-        assert student.decoder.trunk.layers == split.decoder_layers and student.decoder.split == split.early
+        assert (
+            student.decoder.trunk.layers == split.decoder_layers
+            and student.decoder.split == split.early
+        )

@@ -1,4 +1,5 @@
-"""Similarity, components and attention mass against naive formulas, on every family; a probe leaves no trace."""
+"""Similarity, components and attention mass against naive formulas, on every family; a probe leaves
+no trace."""
 
 from __future__ import annotations
 
@@ -28,12 +29,15 @@ from scd_sf.types import Conditioning, UserError, VideoShape
 
 FRAMES, STEPS = 6, 4
 VARIANTS = {
-    "causal": tiny.Variant("causal", 1), "causal-3": tiny.Variant("causal", 3), "diagonal": tiny.DIAGONAL,
-    "scd": tiny.Variant("scd", 1, "paper", "temporal"), "scd-delta": tiny.Variant("scd", 1, "delta"),
+    "causal": tiny.Variant("causal", 1),
+    "causal-3": tiny.Variant("causal", 3),
+    "diagonal": tiny.DIAGONAL,
+    "scd": tiny.Variant("scd", 1, "paper", "temporal"),
+    "scd-delta": tiny.Variant("scd", 1, "delta"),
     "scd-3": tiny.Variant("scd", 3, "junction", "identical", "cached"),
     "dit": tiny.Variant("causal", 1, backbone="dit"),
     "dit-scd": tiny.Variant("scd", 1, "paper", "temporal", "full", "dit"),
-}  # fmt: skip
+}
 FAMILIES = ["wan", *VARIANTS]
 
 
@@ -46,7 +50,9 @@ def subject(family: str, steps: int = STEPS, clips: int = 2) -> Subject:
     text = torch.randn(clips, tiny.TEXT_LENGTH, tiny.TEXT, generator=tiny.generator(1))
     cond = Conditioning(text)
     if family.startswith("dit"):
-        cond = Conditioning.of_frames(clips, torch.zeros(clips, FRAMES, dtype=torch.long), torch.zeros(clips).long())
+        cond = Conditioning.of_frames(
+            clips, torch.zeros(clips, FRAMES, dtype=torch.long), torch.zeros(clips).long()
+        )
     shape = VideoShape(FRAMES, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
     return Subject(family, model, shape, cond, Euler(steps, 5.0), tuple(range(clips)))  # type: ignore[arg-type]
 
@@ -69,7 +75,8 @@ def hooks(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_probe_leaves_no_trace(family: str) -> None:
-    """The probed rollout is the plain one, and the model is what it was; also when the probe fails half-way."""
+    """The probed rollout is the plain one, and the model is what it was; also when the probe fails
+    half-way."""
     one = subject(family)
     before, weights = one.sample(), {k: v.clone() for k, v in one.model.state_dict().items()}
     assert torch.equal(watch_features(one, [0], lambda *_: None), before)
@@ -93,7 +100,8 @@ def test_matrices_are_those_of_the_formulas(family: str) -> None:
     chunk, at = divmod(frame, one.chunk)
     span = slice(at * one.tokens, (at + 1) * one.tokens)
     for block in range(len(one.step_blocks)):
-        f = torch.stack([kept[chunk, step, block][:, span] for step in range(STEPS)])  # (S, B, T, E)
+        # (S, B, T, E)
+        f = torch.stack([kept[chunk, step, block][:, span] for step in range(STEPS)])
         g = f - f.mean(2, keepdim=True)
         for s in range(STEPS):
             for r in range(STEPS):
@@ -101,11 +109,17 @@ def test_matrices_are_those_of_the_formulas(family: str) -> None:
                     "cosine": torch.cosine_similarity(f[s], f[r], dim=-1).mean(),
                     "centred": torch.cosine_similarity(g[s], g[r], dim=-1).mean(),
                     "mse": (f[s] - f[r]).square().mean(),
-                    "relative": (f[s] - f[r]).norm() / ((f[s].square().sum() + f[r].square().sum()) / 2).sqrt(),
+                    "relative": (f[s] - f[r]).norm()
+                    / ((f[s].square().sum() + f[r].square().sum()) / 2).sqrt(),
                 }
                 for measure in MEASURES:
                     got = found["matrices"][str(block)][measure][s][r]  # type: ignore[index]
-                    assert got == pytest.approx(float(wanted[measure]), rel=2e-6, abs=1e-6), (block, s, r, measure)
+                    assert got == pytest.approx(float(wanted[measure]), rel=2e-6, abs=1e-6), (
+                        block,
+                        s,
+                        r,
+                        measure,
+                    )
         share = float(f.mean(2).square().sum() * one.tokens / f.square().sum())
         assert found["common_share"][block] == pytest.approx(share, abs=1e-5)  # type: ignore[index]
 
@@ -118,7 +132,11 @@ def test_fewer_tokens_and_more_frames_are_averages() -> None:
         wanted = [(a + b) / 2 for a, b in zip(each[0][measure], each[1][measure], strict=True)]  # type: ignore[index]
         assert both[measure] == pytest.approx(wanted, abs=2e-6)  # type: ignore[index]
     assert similarity(one, SimilarityProbe(tokens=2)).data["tokens"] == 2
-    assert evenly_spaced(10, 3) == [0, 4, 9] and evenly_spaced(3, 7) == [0, 1, 2] and evenly_spaced(5, 1) == [0]
+    assert (
+        evenly_spaced(10, 3) == [0, 4, 9]
+        and evenly_spaced(3, 7) == [0, 1, 2]
+        and evenly_spaced(5, 1) == [0]
+    )
 
 
 def test_memory_of_the_store(tmp_path: Path) -> None:
@@ -135,7 +153,9 @@ def test_memory_of_the_store(tmp_path: Path) -> None:
 
 def test_one_basis_over_all_steps(tmp_path: Path) -> None:
     """Against an SVD of all rows; signs are fixed; equal features have equal colours."""
-    x = torch.randn(3, 1, 40, 6, generator=tiny.generator(0)) * torch.tensor([9.0, 4.0, 2.0, 0.3, 0.2, 0.1])
+    x = torch.randn(3, 1, 40, 6, generator=tiny.generator(0)) * torch.tensor(
+        [9.0, 4.0, 2.0, 0.3, 0.2, 0.1]
+    )
     x[2] = x[0]
     with FeatureStore(tmp_path, 3) as store:
         for step in range(3):
@@ -144,7 +164,9 @@ def test_one_basis_over_all_steps(tmp_path: Path) -> None:
     rows = x[:, 0].reshape(-1, 6).double()
     torch.testing.assert_close(mean, rows.mean(0))
     _, values, right = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    torch.testing.assert_close((basis.T @ right[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        (basis.T @ right[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-9, rtol=0
+    )
     torch.testing.assert_close(shares, values[:3].square() / values.square().sum())
     assert all(basis[basis[:, i].abs().argmax(), i] > 0 for i in range(3))
     found = pca(subject("wan"), PcaProbe(blocks=(1, 4)))
@@ -160,7 +182,8 @@ def test_mass_by_frame() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_uniform_attention_is_the_baseline(family: str) -> None:
-    """With queries of zero every visible token gets the same; what is visible is what the family says."""
+    """With queries of zero every visible token gets the same; what is visible is what the family
+    says."""
     one = subject(family)
     seen: dict[int, int] = {}
     for block in one.history_blocks:
@@ -191,7 +214,8 @@ def test_uniform_attention_is_the_baseline(family: str) -> None:
 
 
 def test_mass_of_a_rollout_is_that_of_its_own_softmax() -> None:
-    """Causal, block by block and step by step, distance by distance, without the code under test."""
+    """Causal, block by block and step by step, distance by distance, without the code under
+    test."""
     one = subject("causal", clips=1)
     sums = torch.zeros(len(one.history_blocks), 2, STEPS, FRAMES)
 
@@ -205,11 +229,19 @@ def test_mass_of_a_rollout_is_that_of_its_own_softmax() -> None:
 
     watch_attention(one, add)
     found = attention_mass(one, AttentionProbe(queries=0, first_frame=2)).data
-    torch.testing.assert_close(torch.tensor(found["by_distance"]), sums.mean((1, 2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(found["by_distance"]), sums.mean((1, 2)), atol=1e-5, rtol=1e-4
+    )
     other = 1 - sums[..., 0]
-    torch.testing.assert_close(torch.tensor(found["other_frames_by_step"]), other.mean(1), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(torch.tensor(found["other_frames_by_head"]), other.mean(2), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(torch.tensor(found["by_block_head_step_distance"]), sums, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(found["other_frames_by_step"]), other.mean(1), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        torch.tensor(found["other_frames_by_head"]), other.mean(2), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        torch.tensor(found["by_block_head_step_distance"]), sums, atol=1e-4, rtol=1e-3
+    )
     assert found["earlier_chunks"] == found["other_frames"]
 
 
@@ -227,8 +259,13 @@ def test_mass_within_a_chunk_is_not_the_past() -> None:
     watch_attention(one, add)
     result = attention_mass(one, AttentionProbe(queries=0))
     found: Any = result.data
-    torch.testing.assert_close(torch.tensor(found["earlier_chunks"]), sums.mean(1), atol=1e-5, rtol=1e-4)
-    assert "Mass on earlier chunks" in result.text and found["earlier_chunks"][0] < found["other_frames"][0]
+    torch.testing.assert_close(
+        torch.tensor(found["earlier_chunks"]), sums.mean(1), atol=1e-5, rtol=1e-4
+    )
+    assert (
+        "Mass on earlier chunks" in result.text
+        and found["earlier_chunks"][0] < found["other_frames"][0]
+    )
 
 
 def test_blocks_that_do_not_run_at_every_step_are_refused() -> None:
@@ -236,9 +273,11 @@ def test_blocks_that_do_not_run_at_every_step_are_refused() -> None:
     model = tiny.student(tiny.SKIPPING, dtype=torch.float32)
     one = replace(subject("causal"), model=model)
     ways: list[Callable[[], object]] = [
-        lambda: similarity(one, SimilarityProbe()), lambda: pca(one, PcaProbe()),
-        lambda: attention_mass(one, AttentionProbe()), lambda: watch_features(one, [0], lambda *_: None),
-    ]  # fmt: skip
+        lambda: similarity(one, SimilarityProbe()),
+        lambda: pca(one, PcaProbe()),
+        lambda: attention_mass(one, AttentionProbe()),
+        lambda: watch_features(one, [0], lambda *_: None),
+    ]
     for way in ways:
         with pytest.raises(UserError, match=r"blocks 2\.\.3 do not run at every step.*whole=true"):
             way()
@@ -257,13 +296,17 @@ def test_files_and_errors(tmp_path: Path) -> None:
     """A few-step student too; figures are pictures; wrong choices are named."""
     one = subject("scd").with_sampler(FewStepSampler())
     for result in (
-        similarity(one, SimilarityProbe()), pca(one, PcaProbe(steps=2)), attention_mass(one, AttentionProbe())
-    ):  # fmt: skip
+        similarity(one, SimilarityProbe()),
+        pca(one, PcaProbe(steps=2)),
+        attention_mass(one, AttentionProbe()),
+    ):
         drawn = result.write(tmp_path)
         assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in drawn) and drawn
         written = json.loads((tmp_path / f"{result.name}.json").read_text())
         assert written["figures"] == [path.name for path in drawn]
-        assert all(written[name] == json.loads(json.dumps(value)) for name, value in result.data.items())
+        assert all(
+            written[name] == json.loads(json.dumps(value)) for name, value in result.data.items()
+        )
     row = torch.tensor([[0.1, 1 / 3], [2e-7, -5.0]])
     ProbeResult("rows", "", "", {"rows": rounded(row), "text": "[ 1, 2 ]"}).write(tmp_path)
     text = (tmp_path / "rows.json").read_text()
@@ -279,4 +322,7 @@ def test_files_and_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="NaN or infinite"):
         ProbeResult("x", "", "", {"a": [float("nan")]}).write(tmp_path)
     with pytest.raises(UserError, match="two latent frames"):
-        attention_mass(replace(one, shape=VideoShape(1, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)), AttentionProbe())
+        attention_mass(
+            replace(one, shape=VideoShape(1, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)),
+            AttentionProbe(),
+        )

@@ -30,13 +30,17 @@ def causal() -> Causal:
 @pytest.mark.parametrize("model", [causal(), tiny.wan(dtype=torch.float32)], ids=["causal", "wan"])
 @torch.no_grad()
 def test_rows_of_schedules(model: Causal | Wan) -> None:
-    losses = FlowLosses(tiny.latents(3, 3, dtype=torch.float32), tiny.prompts(3, dtype=torch.float32), LEVELS)
+    losses = FlowLosses(
+        tiny.latents(3, 3, dtype=torch.float32), tiny.prompts(3, dtype=torch.float32), LEVELS
+    )
     subject, ways = probed.subject(model, None), SkipProbe(2, 2, (1.0, 0.25, 0.0)).schedules(6, 4)
     found = with_costs(subject, skip_rows(subject, ways, losses), 0.1)
     assert [None if row.skip is None else row.skip.full_steps for row in found] == [None, 4, 1, 0]
     whole, every, one, none = found
     clean = 0 if isinstance(model, Wan) else 6 * 2 / 3  # the passes of two finished frames
-    assert [row.block_passes_per_frame - clean for row in found] == pytest.approx([24, 24, 6 + 12, 16])
+    assert [row.block_passes_per_frame - clean for row in found] == pytest.approx(
+        [24, 24, 6 + 12, 16]
+    )
     assert whole.moved == every.moved == whole.loss == NONE
     assert every.loss_levels == (0.4,), "lower than any step of this sampler"
     assert one.moved.mean > 0.01 and one.moved.error > 0 and none.moved.mean > 0.01
@@ -57,9 +61,14 @@ def test_the_probe_and_its_files(tmp_path: Path) -> None:
     cfg = SkipProbe(loss=LossConfig(clips=3, levels=2), timing_seconds=0.1)
     result = skip_layer(subject, cfg)
     rows: Any = result.data["rows"]
-    assert [row["skip"] and row["skip"]["full_steps"] for row in rows] == [None, 1, 2], "parts of 4 steps, rounded up"
+    assert [row["skip"] and row["skip"]["full_steps"] for row in rows] == [None, 1, 2], (
+        "parts of 4 steps, rounded up"
+    )
     assert "first 1 and the last 2 of 6" in result.text and "2 whole steps" in result.text
-    assert result.write(tmp_path / "out")[0].is_file() and (tmp_path / "out" / "skip_layer.json").is_file()
+    assert (
+        result.write(tmp_path / "out")[0].is_file()
+        and (tmp_path / "out" / "skip_layer.json").is_file()
+    )
     without = skip_layer(replace(subject, clips=None), cfg)
     assert "flow loss" not in without.text
     assert [row["moved"] for row in without.data["rows"]] == [row["moved"] for row in rows]  # type: ignore[attr-defined]

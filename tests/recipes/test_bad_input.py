@@ -1,4 +1,5 @@
-"""Bad input by the real scripts: exit code 2, one ``error:`` line with problem and remedy, nothing written."""
+"""Bad input by the real scripts: exit code 2, one ``error:`` line with problem and remedy, nothing
+written."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ from scd_sf.config import to_yaml
 from scd_sf.models.build import CheckpointConfig, ModelConfig, build_model
 
 STAGE1, STAGE2, STAGE3 = (
-    f"recipes/{name}.py" for name in ("stage1_transplant", "stage2_flow_matching", "stage3_self_forcing")
+    f"recipes/{name}.py"
+    for name in ("stage1_transplant", "stage2_flow_matching", "stage3_self_forcing")
 )
 DECODER = "scd.decoder.layers=[0, 30]"
 
 
 @dataclass(frozen=True)
 class Case:
-    """``make(chain, folder)`` gives arguments (the run directory is ``folder/run``); ``words`` stand in the error."""
+    """``make(chain, folder)`` gives arguments (the run directory is ``folder/run``); ``words``
+    stand in the error."""
 
     script: str
     make: Callable[[Chain, Path], list[str]]
@@ -52,7 +55,9 @@ def truncated_checkpoint(chain: Chain, folder: Path) -> list[str]:
 
 
 def other_size(chain: Chain, folder: Path) -> list[str]:
-    tiny_run.write_latents(folder / "val", shape=replace(tiny_run.SHAPE, height=2 * tiny_run.SHAPE.height))
+    tiny_run.write_latents(
+        folder / "val", shape=replace(tiny_run.SHAPE, height=2 * tiny_run.SHAPE.height)
+    )
     return [*chain.stage2(folder / "run"), f"val={folder}/val"]
 
 
@@ -73,7 +78,9 @@ def truncated_teacher(chain: Chain, folder: Path) -> list[str]:
 def bidirectional(chain: Chain, folder: Path) -> list[str]:
     config = ModelConfig("wan", wan=tiny_run.WAN)
     state = build_model(config).state_dict()
-    Checkpoints(folder / "wan").write(0, {"model": state}, to_yaml(CheckpointConfig(config)), {"stage": "pretrain"})
+    Checkpoints(folder / "wan").write(
+        0, {"model": state}, to_yaml(CheckpointConfig(config)), {"stage": "pretrain"}
+    )
     return [*chain.stage3(folder / "run"), f"init={folder}/wan"]
 
 
@@ -88,7 +95,9 @@ def other_text(chain: Chain, folder: Path) -> list[str]:
 
 
 def chunks_of_two(chain: Chain, folder: Path) -> list[str]:
-    out = recipe_runner.succeed(STAGE1, f"base={chain.wan}", f"out={folder}/chunks", "family=causal", "chunk=2")
+    out = recipe_runner.succeed(
+        STAGE1, f"base={chain.wan}", f"out={folder}/chunks", "family=causal", "chunk=2"
+    )
     assert "causal" in out.out
     return [*chain.stage3(folder / "run"), f"init={folder}/chunks"]
 
@@ -104,36 +113,73 @@ def below_a_file(chain: Chain, folder: Path) -> list[str]:
 
 
 CASES = {
-    "unknown-key": Case(STAGE2, stage2("train.step=3"), ("'train.step'", "did you mean 'train.steps'?")),
-    "unknown-key-in-file": Case(STAGE2, config_file, ("mine.yaml", "'engine.lrr'", "did you mean 'engine.lr'?")),
+    "unknown-key": Case(
+        STAGE2, stage2("train.step=3"), ("'train.step'", "did you mean 'train.steps'?")
+    ),
+    "unknown-key-in-file": Case(
+        STAGE2, config_file, ("mine.yaml", "'engine.lrr'", "did you mean 'engine.lr'?")
+    ),
     "wrong-type": Case(STAGE2, stage2("train.steps=many"), ("train.steps", "int")),
-    "missing-checkpoint": Case(STAGE2, stage2("init=FOLDER/nowhere"), ("nowhere", "no such folder", "give")),
-    "validation-of-another-size": Case(STAGE2, other_size, ("validation clips are 64x32", "are 32x32", "at one size")),
-    "truncated-checkpoint": Case(STAGE2, truncated_checkpoint, ("model.safetensors", "truncated", "copy this one")),
+    "missing-checkpoint": Case(
+        STAGE2, stage2("init=FOLDER/nowhere"), ("nowhere", "no such folder", "give")
+    ),
+    "validation-of-another-size": Case(
+        STAGE2, other_size, ("validation clips are 64x32", "are 32x32", "at one size")
+    ),
+    "truncated-checkpoint": Case(
+        STAGE2, truncated_checkpoint, ("model.safetensors", "truncated", "copy this one")
+    ),
     "truncated-latents": Case(STAGE2, truncated_latents, ("latents-00001.safetensors",)),
-    "truncated-base": Case(STAGE1, truncated_teacher, ("diffusion_pytorch_model.safetensors", "copy")),
+    "truncated-base": Case(
+        STAGE1, truncated_teacher, ("diffusion_pytorch_model.safetensors", "copy")
+    ),
     "layer-the-base-lacks": Case(
         STAGE1,
-        lambda chain, folder: [f"base={chain.wan}", f"out={folder}/run", "scd.encoder_layers=[0]", DECODER],
+        lambda chain, folder: [
+            f"base={chain.wan}",
+            f"out={folder}/run",
+            "scd.encoder_layers=[0]",
+            DECODER,
+        ],
         ("decoder.layers", "30", "0..5"),
     ),
     "stage1-output-is-taken": Case(
-        STAGE1, lambda chain, _: [f"base={chain.wan}", f"out={chain.stage1}"], ("stage1", "never overwritten", "out=")
+        STAGE1,
+        lambda chain, _: [f"base={chain.wan}", f"out={chain.stage1}"],
+        ("stage1", "never overwritten", "out="),
     ),
     "frames": Case(STAGE3, stage3("video.frames=10"), ("frames is 10", "use 9")),
-    "odd-latent-size": Case(STAGE3, stage3("video.height=24"), ("patches of 2x2", "multiples of 16")),
+    "odd-latent-size": Case(
+        STAGE3, stage3("video.height=24"), ("patches of 2x2", "multiples of 16")
+    ),
     "chunk-does-not-divide": Case(STAGE3, chunks_of_two, ("3 latent frames", "chunk=2")),
-    "batch-stage2": Case(STAGE2, stage2("train.global_batch=3"), ("global_batch is 3", "micro_batch", "use")),
-    "batch-stage3": Case(STAGE3, stage3("train={global_batch: 3, micro_batch: 2}"), ("global_batch is 3", "use")),
-    "batch-larger-than-data": Case(STAGE2, stage2("train.global_batch=32"), ("16 samples", "global_batch=32", "lower")),
-    "unwritable-run": Case(STAGE2, below_a_file, ("run/below", "cannot write the run directory", "run.dir")),
+    "batch-stage2": Case(
+        STAGE2, stage2("train.global_batch=3"), ("global_batch is 3", "micro_batch", "use")
+    ),
+    "batch-stage3": Case(
+        STAGE3, stage3("train={global_batch: 3, micro_batch: 2}"), ("global_batch is 3", "use")
+    ),
+    "batch-larger-than-data": Case(
+        STAGE2, stage2("train.global_batch=32"), ("16 samples", "global_batch=32", "lower")
+    ),
+    "unwritable-run": Case(
+        STAGE2, below_a_file, ("run/below", "cannot write the run directory", "run.dir")
+    ),
     "bidirectional-init": Case(STAGE3, bidirectional, ("bidirectional Wan", "stage 1")),
-    "missing-teacher": Case(STAGE3, stage3("teacher=FOLDER/nowhere"), ("nowhere", "no such file or folder")),
+    "missing-teacher": Case(
+        STAGE3, stage3("teacher=FOLDER/nowhere"), ("nowhere", "no such file or folder")
+    ),
     "other-channels": Case(STAGE2, other_channels, ("data", "3 channels", "takes 4", "VAE")),
     "other-text-encoder": Case(STAGE3, other_text, ("6 wide", "takes 8", "text encoder")),
-    "missing-latents": Case(STAGE2, stage2("data=FOLDER/nowhere"), ("nowhere/manifest.json", "encode")),
-    "missing-prompts": Case(STAGE3, stage3("prompts=FOLDER/nowhere"), ("nowhere/manifest.json", "encode")),
-    "nothing-to-resume": Case(STAGE2, stage2("run.resume=must"), ("resume was asked for", "latest")),
+    "missing-latents": Case(
+        STAGE2, stage2("data=FOLDER/nowhere"), ("nowhere/manifest.json", "encode")
+    ),
+    "missing-prompts": Case(
+        STAGE3, stage3("prompts=FOLDER/nowhere"), ("nowhere/manifest.json", "encode")
+    ),
+    "nothing-to-resume": Case(
+        STAGE2, stage2("run.resume=must"), ("resume was asked for", "latest")
+    ),
 }
 
 
@@ -174,11 +220,15 @@ def test_changed_configuration_of_a_finished_run_is_refused(chain: Chain) -> Non
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_samples(chain: Chain, tmp_path: Path) -> None:
-    """Updates are skipped, counted and noted; after max_skips in a row the run stops; its checkpoints stay finite."""
+    """Updates are skipped, counted and noted; after max_skips in a row the run stops; its
+    checkpoints stay finite."""
     run = tmp_path / "run"
     poison = ["engine={lr: 1e30, max_skips: 3, backend: torch}", "train.save_every=100"]
     line = error_line(recipe_runner.run(STAGE2, *chain.stage2(run), *poison))
-    assert "3 updates in a row had a non-finite loss" in line and "resume from the last checkpoint" in line
+    assert (
+        "3 updates in a row had a non-finite loss" in line
+        and "resume from the last checkpoint" in line
+    )
     skipped = (run / "skipped.jsonl").read_text().splitlines()
     assert len(skipped) == 3 and '"step": 2' in skipped[0] and '"samples": [' in skipped[0]
     assert [row["step"] for row in tiny_run.metrics(run)] == [1, 2, 3]

@@ -1,4 +1,5 @@
-"""The comparison of fusions: its commands, what it collects, and once the whole of it at the smallest size."""
+"""The comparison of fusions: its commands, what it collects, and once the whole of it at the
+smallest size."""
 
 from __future__ import annotations
 
@@ -20,31 +21,54 @@ compare: Any = recipe_runner.load_script(SCRIPT)
 
 
 def plan(run: Path) -> Any:
-    return compare.Plan(run, Path("assets/wan_doom"), run / "latents", tuple(compare.FUSIONS), (0, 1), 4)
+    return compare.Plan(
+        run, Path("assets/wan_doom"), run / "latents", tuple(compare.FUSIONS), (0, 1), 4
+    )
 
 
 def test_every_fusion_is_trained_as_the_demo_trains_its_own(tmp_path: Path) -> None:
-    """Configs, budgets and layers are the demo's; the fusion is all that differs, and one training runs at a time."""
+    """Configs, budgets and layers are the demo's; the fusion is all that differs, and one training
+    runs at a time."""
     ours, demo = plan(tmp_path), recipe_runner.load_script("recipes/demo.py")
     assert all(len(group) == 1 for group in ours.training())
     steps = [group[0] for group in ours.training()]
     assert len({step.name for step in steps}) == len(steps) == 4 + 2 * 4 * 2
     assert [step.name for step in steps[4:6]] == ["stage2-delta-s0", "stage3-delta-s0"]
-    schemas: dict[str, type[Any]] = {"stage1": TransplantConfig, "stage2": Stage2Config, "stage3": Stage3Config}
-    own = load_config(TransplantConfig, recipe_runner.ROOT / "recipes/configs/demo_stage1_scd.yaml", ["base=", "out="])
+    schemas: dict[str, type[Any]] = {
+        "stage1": TransplantConfig,
+        "stage2": Stage2Config,
+        "stage3": Stage3Config,
+    }
+    own = load_config(
+        TransplantConfig,
+        recipe_runner.ROOT / "recipes/configs/demo_stage1_scd.yaml",
+        ["base=", "out="],
+    )
     decoders = []
     for step in steps:
         stage = step.name.split("-")[0]
-        cfg: Any = load_config(schemas[stage], recipe_runner.ROOT / step.command[3], list(step.command[4:]))
+        cfg: Any = load_config(
+            schemas[stage], recipe_runner.ROOT / step.command[3], list(step.command[4:])
+        )
         assert all(str(place).startswith(str(tmp_path)) for place in step.outputs)
         if stage == "stage1":
             assert cfg.scd.encoder_layers == own.scd.encoder_layers
             assert cfg.scd.decoder.layers == own.scd.decoder.layers
-            decoders.append((cfg.scd.decoder.fusion, cfg.scd.decoder.prefix_rope, cfg.scd.decoder.prefix))
-    assert decoders[0] == ("delta", "identical", "full") == (own.scd.decoder.fusion, "identical", "full")
-    assert decoders[2] == ("paper", "temporal", "full") and [row[0] for row in decoders] == list(compare.FUSIONS)
+            decoders.append(
+                (cfg.scd.decoder.fusion, cfg.scd.decoder.prefix_rope, cfg.scd.decoder.prefix)
+            )
+    assert (
+        decoders[0]
+        == ("delta", "identical", "full")
+        == (own.scd.decoder.fusion, "identical", "full")
+    )
+    assert decoders[2] == ("paper", "temporal", "full") and [row[0] for row in decoders] == list(
+        compare.FUSIONS
+    )
     theirs = demo.training_steps(tmp_path, Path("assets/wan_doom"), 0)[1][0].command
-    assert list(theirs) == [word.replace("-delta-s0", "-scd").replace("-delta", "-scd") for word in steps[4].command]
+    assert list(theirs) == [
+        word.replace("-delta-s0", "-scd").replace("-delta", "-scd") for word in steps[4].command
+    ]
 
 
 def test_rows_name_every_training_and_sampler(tmp_path: Path) -> None:
@@ -67,13 +91,31 @@ def test_what_is_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         for seed in ours.seeds:
             folder = ours.place(2, fusion, seed)
             folder.mkdir(parents=True)
-            lines = [{"step": 4, "val/loss": 9.0}, {"step": 8, "val/loss": number}, {"step": 8, "loss": 1.0}]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines = [
+                {"step": 4, "val/loss": 9.0},
+                {"step": 8, "val/loss": number},
+                {"step": 8, "loss": 1.0},
+            ]
+            (folder / "metrics.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
             for way in compare.SAMPLINGS:
                 number += 1
                 name, said = compare.row_name(fusion, seed, way), Adherence(0.5, 0.25 * seed)
                 rows.append(
-                    ResultRow(name, "scd", str(way.stage), way.steps, way.sampler, number, 1.0, said, 28.0, 0.1, 0.1)
+                    ResultRow(
+                        name,
+                        "scd",
+                        str(way.stage),
+                        way.steps,
+                        way.sampler,
+                        number,
+                        1.0,
+                        said,
+                        28.0,
+                        0.1,
+                        0.1,
+                    )
                 )
     (tmp_path / "scores").mkdir()
     write_rows(tmp_path / "scores" / "results.json", rows, {})
@@ -92,4 +134,8 @@ def test_refusals(tmp_path: Path) -> None:
     result = recipe_runner.run(SCRIPT, "--run", tmp_path / "run", "--updates", "0")
     assert result.code == 2 and "--updates must be at least 1" in result.err
     result = recipe_runner.run(SCRIPT, "--run", tmp_path / "run", "--part", "score")
-    assert result.code == 2 and "run --part train first" in result.err and not (tmp_path / "run").exists()
+    assert (
+        result.code == 2
+        and "run --part train first" in result.err
+        and not (tmp_path / "run").exists()
+    )

@@ -1,4 +1,5 @@
-"""Every shipped configuration, and every command of the chains, fits the schema of the script that takes it."""
+"""Every shipped configuration, and every command of the chains, fits the schema of the script that
+takes it."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from scd_sf.train.base import TRAINING, EngineConfig, accumulation
 from scd_sf.types import UserError
 
 CONFIGS = recipe_runner.ROOT / "recipes" / "configs"
-# Which script (or module, for what only ``scd`` runs) and schema a configuration is for, by what its name holds.
+# Which script (or module, for what only ``scd`` runs) and schema a configuration is for, by what
+# its name holds.
 SCHEMAS = {
     "bench": ("scd_sf.evaluation.bench", "BenchConfig"),
     "evaluate": ("evaluate", "EvaluateConfig"),
@@ -48,7 +50,11 @@ def schema_of(config: Path) -> type[object]:
     found = [entry for word, entry in SCHEMAS.items() if word in config.stem]
     assert len(found) == 1, f"{config}: say in SCHEMAS which script it is for"
     script, name = found[0]
-    module = importlib.import_module(script) if "." in script else recipe_runner.load_script(f"recipes/{script}.py")
+    module = (
+        importlib.import_module(script)
+        if "." in script
+        else recipe_runner.load_script(f"recipes/{script}.py")
+    )
     schema: type[object] = vars(module)[name]
     return schema
 
@@ -93,9 +99,14 @@ def numbers(schema: Any, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=".".join)
 def test_no_number_means_nothing(command: tuple[str, str]) -> None:
-    """A number that nothing can be is refused where the configuration is read, in a line that names the field."""
+    """A number that nothing can be is refused where the configuration is read, in a line that names
+    the field."""
     script, name = command
-    module = importlib.import_module(script) if "." in script else recipe_runner.load_script(f"recipes/{script}.py")
+    module = (
+        importlib.import_module(script)
+        if "." in script
+        else recipe_runner.load_script(f"recipes/{script}.py")
+    )
     schema: Any = vars(module)[name]
     given = [*mandatory(schema), *COMMANDS[command]]
     load_config(schema, None, given)
@@ -118,7 +129,11 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
             ["heads=2"],
             "section and heads are of the file weights=",
         ),
-        (("scd_sf.models.scd.transplant", "TransplantConfig"), ["section=ema"], "section and heads are of the file"),
+        (
+            ("scd_sf.models.scd.transplant", "TransplantConfig"),
+            ["section=ema"],
+            "section and heads are of the file",
+        ),
         (
             ("scd_sf.models.scd.transplant", "TransplantConfig"),
             ["scd.decoder={fusion: delta, prefix_rope: temporal}"],
@@ -135,8 +150,16 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
             ["engine={backend: torch, offload: true}"],
             "offload is for backend=deepspeed",
         ),
-        (("scd_sf.tools.stages", "Stage2Config"), ["loss.action_dropout=0.5"], "loss.action_dropout is set, but clips"),
-        (("scd_sf.tools.stages", "Stage3Config"), ["teacher_engine.lr=1"], "teacher_engine.lr is set, but the teacher"),
+        (
+            ("scd_sf.tools.stages", "Stage2Config"),
+            ["loss.action_dropout=0.5"],
+            "loss.action_dropout is set, but clips",
+        ),
+        (
+            ("scd_sf.tools.stages", "Stage3Config"),
+            ["teacher_engine.lr=1"],
+            "teacher_engine.lr is set, but the teacher",
+        ),
         (
             ("scd_sf.tools.stages", "Stage3Config"),
             ["critic_data=student", "reuse=2"],
@@ -147,7 +170,11 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
             ["negative_prompt=ugly"],
             "negative_prompt is what guidance.text leads",
         ),
-        (("scd_sf.generation.sampling", "SampleConfig"), ["force=true"], "force is for another sampler"),
+        (
+            ("scd_sf.generation.sampling", "SampleConfig"),
+            ["force=true"],
+            "force is for another sampler",
+        ),
         (
             ("scd_sf.generation.sampling", "SampleConfig"),
             ["guidance.text.scale=-1"],
@@ -170,9 +197,15 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
         ),
     ],
 )
-def test_what_would_have_no_effect_is_refused(command: tuple[str, str], given: list[str], words: str) -> None:
+def test_what_would_have_no_effect_is_refused(
+    command: tuple[str, str], given: list[str], words: str
+) -> None:
     script, name = command
-    module = importlib.import_module(script) if "." in script else recipe_runner.load_script(f"recipes/{script}.py")
+    module = (
+        importlib.import_module(script)
+        if "." in script
+        else recipe_runner.load_script(f"recipes/{script}.py")
+    )
     schema: Any = vars(module)[name]
     with pytest.raises(UserError, match=re.escape(words)):
         load_config(schema, None, [*mandatory(schema), *given])
@@ -188,7 +221,9 @@ def test_configuration_fits_its_schema(config: Path) -> None:
         require_block_style(printed)
     assert text.startswith("# ") and max(map(len, text.splitlines())) <= 100
     if config.stem != "bench_wan_1.3b" and "evaluate" not in config.stem:
-        assert not missing_fields(cfg, yaml.safe_load(text), ""), f"{config}: write out every field of its sections"
+        assert not missing_fields(cfg, yaml.safe_load(text), ""), (
+            f"{config}: write out every field of its sections"
+        )
 
 
 def require_block_style(text: str) -> None:
@@ -201,9 +236,31 @@ def require_block_style(text: str) -> None:
             assert isinstance(below, yaml.ScalarEvent | yaml.SequenceEndEvent), event.start_mark
 
 
-# What a file may leave out: where a run lies and what it reads, what is kept of it, how it is watched.
-ELSEWHERE = {"init", "teacher", "critic", "prompts", "data", "val", "base", "out", "weights", "section", "heads"}
-ELSEWHERE |= {"run", "text", "preview", "keep", "keep_every", "max_rollbacks", "async_save", "prefetch"}
+# What a file may leave out: where a run lies and what it reads, what is kept of it, how it is
+# watched.
+ELSEWHERE = {
+    "init",
+    "teacher",
+    "critic",
+    "prompts",
+    "data",
+    "val",
+    "base",
+    "out",
+    "weights",
+    "section",
+    "heads",
+}
+ELSEWHERE |= {
+    "run",
+    "text",
+    "preview",
+    "keep",
+    "keep_every",
+    "max_rollbacks",
+    "async_save",
+    "prefetch",
+}
 ELSEWHERE |= {"bucket", "max_skips"}
 
 
@@ -211,14 +268,21 @@ def unread_fields(cfg: Any, tree: dict[str, Any], key: str) -> set[str]:
     """Fields of a section that mean nothing beside the others."""
     match cfg:
         case ModelConfig():
-            return {"blocks", "dit" if cfg.backbone == "wan" else "wan", "chunk" if cfg.family == "scd" else "scd"}
+            return {
+                "blocks",
+                "dit" if cfg.backbone == "wan" else "wan",
+                "chunk" if cfg.family == "scd" else "scd",
+            }
         case EngineConfig():
             local = {"zero_stage", "offload"} if cfg.backend == "torch" else set()
             return local | (set(TRAINING) if key == "teacher_engine." else set())
         case DecoderConfig(fusion="delta"):
             return {"prefix", "prefix_rope", "prefix_time"}
         case FlowMatchingConfig():
-            text, signals = {"text_dropout", "query_from", "query_pure"}, {"action_dropout", "label_dropout"}
+            text, signals = (
+                {"text_dropout", "query_from", "query_pure"},
+                {"action_dropout", "label_dropout"},
+            )
             return signals if text & tree.keys() else text
         case TransplantConfig(family="causal"):
             return {"scd"}
@@ -233,7 +297,9 @@ def unread_fields(cfg: Any, tree: dict[str, Any], key: str) -> set[str]:
 
 def missing_fields(cfg: Any, tree: dict[str, Any], key: str) -> list[str]:
     """Fields that a file does not name and that mean something beside the others."""
-    fields = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.init}
+    fields = {
+        field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg) if field.init
+    }
     unread = ELSEWHERE | unread_fields(cfg, tree, key)
     missing = [f"{key}{name}" for name in fields if name not in unread and name not in tree]
     for name, value in fields.items():
@@ -245,8 +311,13 @@ def missing_fields(cfg: Any, tree: dict[str, Any], key: str) -> list[str]:
 def chain_steps() -> list[Step]:
     """Every step of the demo and of the teacher's chain."""
     run, teacher = Path("runs/x"), Path("assets/wan_doom")
-    demo, make = (recipe_runner.load_script(f"recipes/{name}.py") for name in ("demo", "make_teacher"))
-    groups = [*clips_and_latents(run, teacher, run / "latents", 60), *demo.training_steps(run, teacher, 1)]
+    demo, make = (
+        recipe_runner.load_script(f"recipes/{name}.py") for name in ("demo", "make_teacher")
+    )
+    groups = [
+        *clips_and_latents(run, teacher, run / "latents", 60),
+        *demo.training_steps(run, teacher, 1),
+    ]
     groups += [
         [Step("evaluate", demo.scoring(run, teacher), 1)],
         *make.data_steps(run, {}),
@@ -261,9 +332,15 @@ def test_commands_of_the_chains_fit_their_scripts() -> None:
     assert len(steps) >= 7
     for step in steps:
         at = list(step.command).index("--config")
-        script, config, overrides = step.command[at - 1], step.command[at + 1], step.command[at + 2 :]
+        script, config, overrides = (
+            step.command[at - 1],
+            step.command[at + 1],
+            step.command[at + 2 :],
+        )
         assert (recipe_runner.ROOT / script).is_file()
-        load_config(schema_of(recipe_runner.ROOT / config), recipe_runner.ROOT / config, list(overrides))
+        load_config(
+            schema_of(recipe_runner.ROOT / config), recipe_runner.ROOT / config, list(overrides)
+        )
 
 
 def test_commands_of_the_experiments_fit_their_scripts() -> None:
@@ -276,7 +353,10 @@ def test_commands_of_the_experiments_fit_their_scripts() -> None:
     assert {trial for names in script.TABLES.values() for trial in names} == set(script.TRIALS)
     schemas = {
         f"recipes/{name}.py": vars(recipe_runner.load_script(f"recipes/{name}.py"))[schema]
-        for name, schema in (("pretrain", "PretrainConfig"), ("evaluate_prediction", "EvaluatePredictionConfig"))
+        for name, schema in (
+            ("pretrain", "PretrainConfig"),
+            ("evaluate_prediction", "EvaluatePredictionConfig"),
+        )
     }
     for step in steps:
         given = list(step.command)[2:]
@@ -287,37 +367,63 @@ def test_commands_of_the_experiments_fit_their_scripts() -> None:
 
 def test_training_from_scratch_has_the_published_numbers() -> None:
     """Supplement Table 2 and the released configuration; the rest is marked in the files."""
-    for data, frames, actions in (("minecraft", 300, 3), ("ucf101", 16, 0), ("realestate10k", 64, 0)):
+    for data, frames, actions in (
+        ("minecraft", 300, 3),
+        ("ucf101", 16, 0),
+        ("realestate10k", 64, 0),
+    ):
         cfg: Any = configured("pretrain", f"pretrain_{data}")
         assert (cfg.frames, cfg.model.dit.num_actions, cfg.sampler.steps) == (frames, actions, 50)
-        assert (cfg.engine.lr, cfg.engine.lr_scale, cfg.engine.weight_decay) == (1e-4, {"decoder": 2.0}, 0.0)
-        assert cfg.train.ema.decay == 0.9999 and cfg.engine.grad_clip == 1.0 and cfg.loss.context_noise == 0.05
+        assert (cfg.engine.lr, cfg.engine.lr_scale, cfg.engine.weight_decay) == (
+            1e-4,
+            {"decoder": 2.0},
+            0.0,
+        )
+        assert (
+            cfg.train.ema.decay == 0.9999
+            and cfg.engine.grad_clip == 1.0
+            and cfg.loss.context_noise == 0.05
+        )
         assert cfg.train.steps == (200_000 if data == "ucf101" else 400_000)
         assert (cfg.model.dit.width, len(cfg.model.scd.encoder_layers)) == (768, 8)
     cfg = configured("pretrain", "pretrain_minecraft")
-    assert cfg.train.global_batch == 16 and cfg.loss.noise_samples == 2 and cfg.engine.warmup == 10_000
+    assert (
+        cfg.train.global_batch == 16 and cfg.loss.noise_samples == 2 and cfg.engine.warmup == 10_000
+    )
 
 
 # Supplement Table 2: encoder layers, decoder layers, width, heads.
 TABLE_2 = {
-    "causal_b": (0, 12, 768, 12), "scd_b": (8, 4, 768, 12), "scd_b_e": (12, 4, 768, 12), "scd_b_d": (8, 12, 768, 12),
-    "causal_m": (0, 12, 1024, 16), "scd_m": (8, 4, 1024, 16), "scd_m_e": (12, 4, 1024, 16),
+    "causal_b": (0, 12, 768, 12),
+    "scd_b": (8, 4, 768, 12),
+    "scd_b_e": (12, 4, 768, 12),
+    "scd_b_d": (8, 12, 768, 12),
+    "causal_m": (0, 12, 1024, 16),
+    "scd_m": (8, 4, 1024, 16),
+    "scd_m_e": (12, 4, 1024, 16),
     "scd_m_d": (8, 12, 1024, 16),
-}  # fmt: skip
+}
 
 
 def test_table_2() -> None:
     """The files of one data set have the sizes of Table 2 and differ in nothing else."""
     dit = {f"model.dit.{name}" for name in ("num_attention_heads", "ffn_dim", "num_layers")}
     scd = {"model.scd.encoder_layers", "model.scd.decoder.layers"}
-    causal = scd | {f"model.scd.decoder.{name}" for name in ("fusion", "prefix_rope", "prefix_time")}
+    causal = scd | {
+        f"model.scd.decoder.{name}" for name in ("fusion", "prefix_rope", "prefix_time")
+    }
     causal |= {"model.family", "engine.lr_scale", "engine.lr_scale.decoder"}
-    first: dict[str, Any] = {data: configured("pretrain", f"pretrain_{data}") for data in ("ucf101", "realestate10k")}
+    first: dict[str, Any] = {
+        data: configured("pretrain", f"pretrain_{data}") for data in ("ucf101", "realestate10k")
+    }
     first["minecraft"] = configured("pretrain", "pretrain_scd_b")
     assert differences(first["minecraft"], configured("pretrain", "pretrain_minecraft")) == {}
     found = 0
     for file in CONFIGS.glob("pretrain_*.yaml"):
-        size = next((size for size in sorted(TABLE_2, key=len, reverse=True) if file.stem.endswith(size)), None)
+        size = next(
+            (size for size in sorted(TABLE_2, key=len, reverse=True) if file.stem.endswith(size)),
+            None,
+        )
         if size is None:
             continue
         found += 1
@@ -326,9 +432,15 @@ def test_table_2() -> None:
         cfg: Any = configured("pretrain", file.stem)
         assert set(differences(first[data], cfg)) <= dit | (scd if encoder else causal), file
         model = cfg.model
-        assert (model.dit.width, model.dit.num_attention_heads, model.dit.ffn_dim) == (width, heads, 4 * width)
+        assert (model.dit.width, model.dit.num_attention_heads, model.dit.ffn_dim) == (
+            width,
+            heads,
+            4 * width,
+        )
         assert model.dit.num_layers == encoder + decoder
-        assert (model.family, cfg.engine.lr_scale) == (("scd", {"decoder": 2.0}) if encoder else ("causal", {}))
+        assert (model.family, cfg.engine.lr_scale) == (
+            ("scd", {"decoder": 2.0}) if encoder else ("causal", {})
+        )
         if encoder:
             assert model.scd.encoder_layers == tuple(range(encoder))
             assert model.scd.decoder.layers == tuple(range(encoder, encoder + decoder))
@@ -364,29 +476,46 @@ def configured(stage: str, *files: str) -> object:
 
 
 def test_table_6() -> None:
-    """Every figure of the supplement's fine-tuning table (resolution and clip length are the data's)."""
+    """Every figure of the supplement's fine-tuning table (resolution and clip length are the
+    data's)."""
     cfg: Any = configured("stage2", "stage2_wan_1.3b")
     assert cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
-    assert (cfg.engine.lr, cfg.engine.weight_decay, tuple(cfg.engine.betas)) == (2e-5, 0.01, (0.9, 0.99))
+    assert (cfg.engine.lr, cfg.engine.weight_decay, tuple(cfg.engine.betas)) == (
+        2e-5,
+        0.01,
+        (0.9, 0.99),
+    )
     t = shift_time(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), cfg.loss.shift)
-    assert torch.allclose(t, torch.tensor([5 * u / (1 + 4 * u) for u in (0.1, 0.5, 0.9)], dtype=torch.float64))
+    assert torch.allclose(
+        t, torch.tensor([5 * u / (1 + 4 * u) for u in (0.1, 0.5, 0.9)], dtype=torch.float64)
+    )
 
 
 def test_table_7() -> None:
-    """Every figure of the supplement's rollout table; the critic's and teacher's sizes are what the README passes."""
+    """Every figure of the supplement's rollout table; the critic's and teacher's sizes are what the
+    README passes."""
     cfg: Any = configured("stage3", "stage3_wan_1.3b")
     assert (cfg.video.width, cfg.video.height, cfg.video.frames) == (832, 480, 81)
-    assert (cfg.loss.guidance.scale, cfg.loss.guidance.form, cfg.loss.guidance.w) == (3.0, "additive", 4.0)
+    assert (cfg.loss.guidance.scale, cfg.loss.guidance.form, cfg.loss.guidance.w) == (
+        3.0,
+        "additive",
+        4.0,
+    )
     assert cfg.loss.guidance.logs() == {"guidance/standard_w": 4.0, "guidance/additive_s": 3.0}
     assert cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
     assert cfg.ratio == 5 and cfg.loss.shift == 5.0 and cfg.critic_data == "own" and cfg.reuse == 1
     for engine, lr in ((cfg.student_engine, 2e-6), (cfg.critic_engine, 4e-7)):
         assert (engine.lr, engine.weight_decay, tuple(engine.betas)) == (lr, 0.01, (0.0, 0.99))
-    assert (cfg.student_engine.zero_stage, cfg.critic_engine.zero_stage, cfg.teacher_engine.zero_stage) == (2, 2, 3)
+    assert (
+        cfg.student_engine.zero_stage,
+        cfg.critic_engine.zero_stage,
+        cfg.teacher_engine.zero_stage,
+    ) == (2, 2, 3)
 
 
 def test_layers_and_fusions_of_stage_1() -> None:
-    """The paper's cut in all; the fusion is written out in each file, ours (the default) and the paper's."""
+    """The paper's cut in all; the fusion is written out in each file, ours (the default) and the
+    paper's."""
     ours, theirs = ("delta", "identical", "full"), ("paper", "temporal", "full")
     for name, chunk, fusion in (
         ("stage1_wan_1.3b", 1, ours),
@@ -394,22 +523,41 @@ def test_layers_and_fusions_of_stage_1() -> None:
         ("stage1_wan_1.3b_paper", 1, theirs),
     ):
         cfg: Any = configured("stage1", name)
-        assert cfg.scd.encoder_layers == tuple(range(25)) and cfg.chunk == chunk and cfg.family == "scd"
+        assert (
+            cfg.scd.encoder_layers == tuple(range(25))
+            and cfg.chunk == chunk
+            and cfg.family == "scd"
+        )
         decoder = cfg.scd.decoder
         assert decoder.layers == (*range(5), *range(25, 30))
         assert (decoder.fusion, decoder.prefix_rope, decoder.prefix) == fusion
     cfg = configured("stage1", "stage1_causal_chunk3")
     assert (cfg.family, cfg.chunk) == ("causal", 3)
-    for file in [*CONFIGS.glob("*stage1*.yaml"), *CONFIGS.glob("pretrain_*scd*.yaml"), CONFIGS / "bench_wan_1.3b.yaml"]:
+    for file in [
+        *CONFIGS.glob("*stage1*.yaml"),
+        *CONFIGS.glob("pretrain_*scd*.yaml"),
+        CONFIGS / "bench_wan_1.3b.yaml",
+    ]:
         text = re.sub(r"#.*", "", file.read_text())
-        assert text.count("family: scd") == text.count("fusion: "), f"{file}: name the fusion of every SCD"
+        assert text.count("family: scd") == text.count("fusion: "), (
+            f"{file}: name the fusion of every SCD"
+        )
 
 
 def test_self_forcings_own_settings() -> None:
     cfg: Any = configured("stage3", "stage3_self_forcing")
-    assert cfg.train.steps * cfg.ratio == 600 and cfg.train.global_batch == 64 and cfg.train.ema.decay == 0.99
+    assert (
+        cfg.train.steps * cfg.ratio == 600
+        and cfg.train.global_batch == 64
+        and cfg.train.ema.decay == 0.99
+    )
     for engine, lr in ((cfg.student_engine, 2e-6), (cfg.critic_engine, 4e-7)):
-        assert (engine.lr, tuple(engine.betas), engine.grad_clip, engine.weight_decay) == (lr, (0.0, 0.999), 10.0, 0.01)
+        assert (engine.lr, tuple(engine.betas), engine.grad_clip, engine.weight_decay) == (
+            lr,
+            (0.0, 0.999),
+            10.0,
+            0.01,
+        )
     assert (cfg.loss.guidance.scale, cfg.loss.shift, cfg.ratio) == (3.0, 5.0, 5)
 
 
@@ -420,5 +568,9 @@ def test_the_global_batch_is_64_on_any_number_of_gpus(world: int) -> None:
         cfg: Any = configured(stage, f"{stage}_1gpu" if world == 1 else f"{stage}_wan_1.3b")
         batches = accumulation(cfg.train.global_batch, cfg.train.micro_batch, world)
         assert batches * cfg.train.micro_batch * world == 64
-        engines = [cfg.engine] if stage == "stage2" else [cfg.student_engine, cfg.critic_engine, cfg.teacher_engine]
+        engines = (
+            [cfg.engine]
+            if stage == "stage2"
+            else [cfg.student_engine, cfg.critic_engine, cfg.teacher_engine]
+        )
         assert all(engine.offload == (world == 1) for engine in engines)

@@ -1,4 +1,5 @@
-"""What the demo says of its results: every goal, the line for people, and a machine that was too busy to tell."""
+"""What the demo says of its results: every goal, the line for people, and a machine that was too
+busy to tell."""
 
 from __future__ import annotations
 
@@ -16,8 +17,22 @@ from scd_sf.types import UserError
 demo: Any = recipe_runner.load_script("recipes/demo.py")
 
 
-def row(name: str, family: str, stage: str, steps: int, distance: float, right: float = 1.0) -> ResultRow:
-    return ResultRow(name, family, stage, steps, "euler", distance, 1.0, Adherence(right, right), 28.0, 0.001, 0.001)
+def row(
+    name: str, family: str, stage: str, steps: int, distance: float, right: float = 1.0
+) -> ResultRow:
+    return ResultRow(
+        name,
+        family,
+        stage,
+        steps,
+        "euler",
+        distance,
+        1.0,
+        Adherence(right, right),
+        28.0,
+        0.001,
+        0.001,
+    )
 
 
 ROWS = [
@@ -29,7 +44,12 @@ ROWS = [
     row("scd 4 renoise", "scd", "2", 4, 200.0),
     row("distilled", "scd", "3", 4, 100.0, 0.85),
 ]
-ROUNDS = {"causal 50": [9.0, 5.0, 5.2], "scd 50": [2.5, 2.0, 8.0], "causal 4": [0.4] * 3, "scd 4": [0.25, 0.2, 0.3]}
+ROUNDS = {
+    "causal 50": [9.0, 5.0, 5.2],
+    "scd 50": [2.5, 2.0, 8.0],
+    "causal 4": [0.4] * 3,
+    "scd 4": [0.25, 0.2, 0.3],
+}
 
 
 def test_goals_of_a_quiet_machine() -> None:
@@ -44,9 +64,14 @@ def test_goals_of_a_quiet_machine() -> None:
         ("2.08x", True),
     ]
     lines = [goal.line(name) for name, goal in found.items()]
-    assert lines[0] == "met     distance below the better undistilled 4-step sampler: 50.0 % (goal >= 15 %)"
+    assert (
+        lines[0]
+        == "met     distance below the better undistilled 4-step sampler: 50.0 % (goal >= 15 %)"
+    )
     assert lines[4] == "MISSED  SCD faster than causal per frame, 4 steps: 1.60x (goal >= 1.7x)"
-    better = demo.goals([*ROWS[:-1], row("distilled", "scd", "3", 4, 180.0)], demo.Timing([], ROUNDS))
+    better = demo.goals(
+        [*ROWS[:-1], row("distilled", "scd", "3", 4, 180.0)], demo.Timing([], ROUNDS)
+    )
     assert [goal.met for goal in better.values()][:4] == [False, True, True, True]
 
 
@@ -55,13 +80,21 @@ def test_a_busy_machine_gets_no_verdict_on_speed_and_keeps_the_others() -> None:
     for timing, why in (
         (demo.Timing([sign, "and more"], ROUNDS), f"{sign}; and more"),
         (demo.Timing([], {**ROUNDS, "scd 4": [], "scd 50": []}), "no rounds of scd 4"),
-        (typed({"date": "2026-11-28"}, demo.Timing, "results.json", ""), "timed in one pass, by an older version"),
+        (
+            typed({"date": "2026-11-28"}, demo.Timing, "results.json", ""),
+            "timed in one pass, by an older version",
+        ),
     ):
         found = list(demo.goals(ROWS, timing).values())
         assert [goal.met for goal in found] == [True, True, False, False, None, None]
-        assert {goal.measured for goal in found[4:]} == {"not measured: machine busy"} and found[4].note == why
+        assert {goal.measured for goal in found[4:]} == {"not measured: machine busy"} and found[
+            4
+        ].note == why
         line = found[4].line("SCD faster")
-        assert line == f"not measured: machine busy  SCD faster: {why} (goal >= 1.7x)" and "MISSED" not in line
+        assert (
+            line == f"not measured: machine busy  SCD faster: {why} (goal >= 1.7x)"
+            and "MISSED" not in line
+        )
 
 
 def test_rows_that_are_missing_or_not_scored_are_named() -> None:
@@ -73,7 +106,8 @@ def test_rows_that_are_missing_or_not_scored_are_named() -> None:
 def test_what_the_demo_writes_and_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From an evaluation's files alone (no log is needed): the table, a line per goal, results.json, the gallery."""
+    """From an evaluation's files alone (no log is needed): the table, a line per goal,
+    results.json, the gallery."""
     run, busy = tmp_path / "run", "other processes used 1.9 of 2 cores"
     (run / "results").mkdir(parents=True)
     (run / ".done").mkdir()
@@ -88,7 +122,13 @@ def test_what_the_demo_writes_and_prints(
         assert "distilled" in said and verdict in said and f"open {run}/gallery.html" in said
         assert (f"remove {run}/results/results.json" in said.replace("\n", " ")) == bool(signs)
         rows, about = read_rows(run / "results.json")
-        assert rows == ROWS and about["step_seconds"] == {"clips": 1.0} and about["machine_busy"] == signs
+        assert (
+            rows == ROWS
+            and about["step_seconds"] == {"clips": 1.0}
+            and about["machine_busy"] == signs
+        )
         goals: Any = about["goals"]
-        assert goals["SCD faster than causal per frame, 4 steps"]["met"] is (None if signs else False)
+        assert goals["SCD faster than causal per frame, 4 steps"]["met"] is (
+            None if signs else False
+        )
     assert (run / "gallery.html").read_text() == "<html>"

@@ -1,4 +1,5 @@
-"""Scoring by the real script: the table's rows, what is drawn again and what is not, and refusals."""
+"""Scoring by the real script: the table's rows, what is drawn again and what is not, and
+refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ ROWS = [
 
 
 def arguments(chain: Chain, data: Path, out: Path, rows: list[dict[str, object]]) -> list[str]:
-    settings = ["clips=6", "batch=4", "timing_repeats=2", "timing_seconds=60", f"rows={json.dumps(rows)}"]
+    settings = [
+        "clips=6",
+        "batch=4",
+        "timing_repeats=2",
+        "timing_seconds=60",
+        f"rows={json.dumps(rows)}",
+    ]
     return [
         f"base={chain.wan}",
         f"train={data}/train",
@@ -53,7 +60,9 @@ def test_rows_and_what_a_second_run_draws_again(chain: Chain, data: Path) -> Non
     drawn = {file.name: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
     assert sorted(drawn) == ["student.safetensors", "teacher.safetensors"]
     said = recipe_runner.succeed(SCRIPT, *arguments(chain, data, out, ROWS)).out
-    assert "scored 3/3 distilled" in said and "shuffled prompts" in said, "the table is not folded in a log"
+    assert "scored 3/3 distilled" in said and "shuffled prompts" in said, (
+        "the table is not folded in a log"
+    )
     rows, context = read_rows(out / "results.json")
     by_name = {row.name: row for row in rows}
     assert list(by_name) == [r["name"] for r in ROWS] + [
@@ -61,19 +70,31 @@ def test_rows_and_what_a_second_run_draws_again(chain: Chain, data: Path) -> Non
         "other real clips",
         "shuffled prompts",
     ]
-    assert [by_name[name].family for name in ("teacher", "student", "distilled")] == ["bidirectional", "scd", "scd"]
+    assert [by_name[name].family for name in ("teacher", "student", "distilled")] == [
+        "bidirectional",
+        "scd",
+        "scd",
+    ]
     # 6 layers x 3 steps x 2 (CFG); encoder 3 + early 1 + decoder 2 x steps
-    assert [by_name[n].block_passes_per_frame for n in ("teacher", "student", "distilled")] == [36.0, 10.0, 12.0]
+    assert [by_name[n].block_passes_per_frame for n in ("teacher", "student", "distilled")] == [
+        36.0,
+        10.0,
+        12.0,
+    ]
     assert by_name["teacher"].spread_over is None and by_name["student"].spread_over == "2 seeds"
     assert context["clips"] == 6 and (out / "gallery.html").is_file()
 
     before = {file.name: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
     assert sorted(before) == ["distilled.safetensors", "student.safetensors", "teacher.safetensors"]
-    assert {name: before[name] for name in drawn} == drawn, "what was drawn early is not drawn again"
+    assert {name: before[name] for name in drawn} == drawn, (
+        "what was drawn early is not drawn again"
+    )
     changed = [*ROWS[:2], {**ROWS[2], "weights": "model"}]
     recipe_runner.succeed(SCRIPT, *arguments(chain, data, out, changed))
     after = {file.name: file.stat().st_mtime_ns for file in (out / "samples").iterdir()}
-    assert [name for name in sorted(before) if before[name] != after[name]] == ["distilled.safetensors"]
+    assert [name for name in sorted(before) if before[name] != after[name]] == [
+        "distilled.safetensors"
+    ]
 
 
 def test_nothing_to_score_or_too_many_clips(chain: Chain, data: Path) -> None:
@@ -81,7 +102,9 @@ def test_nothing_to_score_or_too_many_clips(chain: Chain, data: Path) -> None:
     assert result.code == 2 and "rows" in result.err
     result = recipe_runner.run(SCRIPT, *arguments(chain, data, data / "none", ROWS), "clips=7")
     assert result.code == 2 and "at most 6" in result.err
-    result = recipe_runner.run(SCRIPT, *arguments(chain, data, data / "none", ROWS), "sample_stages=[4]")
+    result = recipe_runner.run(
+        SCRIPT, *arguments(chain, data, data / "none", ROWS), "sample_stages=[4]"
+    )
     assert result.code == 2 and "sample_stages" in result.err
 
 

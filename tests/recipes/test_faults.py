@@ -1,6 +1,8 @@
-"""Kill -9 at write boundaries of a checkpoint and at random moments: the resumed run is the unbroken one, bit for bit.
+"""Kill -9 at write boundaries of a checkpoint and at random moments: the resumed run is the
+unbroken one, bit for bit.
 
-    make test T=tests/recipes/test_faults.py SLOW=1 ARGS="--kill-points 15 --tally docs/results/faults.json"
+    make test T=tests/recipes/test_faults.py SLOW=1 ARGS="--kill-points 15 --tally
+    docs/results/faults.json"
 
 takes that many points per case, spread evenly over all boundaries of the case's run.
 """
@@ -34,12 +36,14 @@ CASES = [
 
 def arguments(chain: Chain, stage: str, world: int, more: str, run: Path) -> list[str]:
     given = chain.stage2(run) if stage == "stage2" else chain.stage3(run)
-    steady = "run.heartbeat_seconds=3600"  # else the number of writes depends on how long the run takes
+    # else the number of writes depends on how long the run takes
+    steady = "run.heartbeat_seconds=3600"
     return [*given, "train.micro_batch=1", steady, *([more] if more else [])]
 
 
 def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Every logged number, and every tensor of the last checkpoint: weights, averages, optimizers."""
+    """Every logged number, and every tensor of the last checkpoint: weights, averages,
+    optimizers."""
     newest = find(run)
     tensors = {}
     for file in sorted(newest.rglob("*.safetensors")):
@@ -50,15 +54,23 @@ def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 
 def same(left: Path, right: Path) -> bool:
     (rows, tensors), (others, other) = outcome(left), outcome(right)
-    return rows == others and tensors.keys() == other.keys() and all(torch.equal(tensors[n], other[n]) for n in tensors)
+    return (
+        rows == others
+        and tensors.keys() == other.keys()
+        and all(torch.equal(tensors[n], other[n]) for n in tensors)
+    )
 
 
 def points(total: int, count: int) -> list[int]:
     """``count`` of the numbers 1..total, spread evenly, the first and the last among them."""
-    return sorted({1 + round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))})
+    return sorted(
+        {1 + round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))}
+    )
 
 
-def kill_and_resume(given: list[str], stage: str, world: int, run: Path, at: At, victim: int) -> bool:
+def kill_and_resume(
+    given: list[str], stage: str, world: int, run: Path, at: At, victim: int
+) -> bool:
     killed = recipe_runner.run_ranks(SCRIPTS[stage], *given, world=world, at={victim: at})
     assert killed[victim].code == -signal.SIGKILL, f"{at}: {killed[victim].err}"
     resumed = recipe_runner.run_ranks(SCRIPTS[stage], *given, world=world)
@@ -94,7 +106,9 @@ def test_kill_points(
         run = tmp_path / f"run{number}"
         given = arguments(chain, stage, world, more, run)
         exact.append(kill_and_resume(given, stage, world, run, at, victim))
-    write_tally(pytestconfig.getoption("--tally"), f"{stage}, {world} ranks {more}".strip(), plan, exact)
+    write_tally(
+        pytestconfig.getoption("--tally"), f"{stage}, {world} ranks {more}".strip(), plan, exact
+    )
     assert all(exact), [plan[i] for i, ok in enumerate(exact) if not ok]
 
 
@@ -105,5 +119,7 @@ def write_tally(file: str | None, case: str, plan: list[tuple[At, int]], exact: 
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     kinds = [at.target == WRITES for at, _ in plan]
     cases[case] = {"kill_points": len(plan), "at_writes": sum(kinds), "bit_exact": sum(exact)}
-    total = {key: sum(entry[key] for entry in cases.values()) for key in ("kill_points", "bit_exact")}
+    total = {
+        key: sum(entry[key] for entry in cases.values()) for key in ("kill_points", "bit_exact")
+    }
     path.write_text(json.dumps({**total, "cases": cases}, indent=1) + "\n")

@@ -1,4 +1,5 @@
-"""Stopped, out of disk, diverged, or left by a rank: what a training does then, by its real scripts."""
+"""Stopped, out of disk, diverged, or left by a rank: what a training does then, by its real
+scripts."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from scd_sf.train.stop import EXIT_AGAIN
 
 
 def steps(run: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in run.glob("checkpoints/step_*") if path.suffix != ".tmp")
+    return sorted(
+        int(path.name[5:]) for path in run.glob("checkpoints/step_*") if path.suffix != ".tmp"
+    )
 
 
 def status(run: Path) -> dict[str, object]:
@@ -28,8 +31,11 @@ def status(run: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("stage", "call"), [("stage2", 5), ("stage3", 14)])
-def test_a_signal_saves_and_asks_to_be_run_again(chain: Chain, tmp_path: Path, stage: str, call: int) -> None:
-    """In the middle of step 3: it is finished and saved, and the same command gives the run that never stopped."""
+def test_a_signal_saves_and_asks_to_be_run_again(
+    chain: Chain, tmp_path: Path, stage: str, call: int
+) -> None:
+    """In the middle of step 3: it is finished and saved, and the same command gives the run that
+    never stopped."""
     run = tmp_path / "run"
     arguments = chain.stage2(run) if stage == "stage2" else chain.stage3(run)
     stopped = recipe_runner.run(SCRIPTS[stage], *arguments, at=At(BACKWARD, call, signal.SIGTERM))
@@ -43,7 +49,9 @@ def test_a_signal_saves_and_asks_to_be_run_again(chain: Chain, tmp_path: Path, s
 
 def test_a_signal_in_the_last_step_comes_too_late(chain: Chain, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run), at=At(BACKWARD, 12, signal.SIGUSR1))
+    recipe_runner.succeed(
+        SCRIPTS["stage2"], *chain.stage2(run), at=At(BACKWARD, 12, signal.SIGUSR1)
+    )
     assert status(run)["state"] == "finished"
     same_as_uninterrupted(chain, "stage2", run)
 
@@ -53,14 +61,20 @@ def test_a_full_disk_is_an_alarm_and_the_training_goes_on(chain: Chain, tmp_path
     full = At("scd_sf.checkpoint:_write_contents", 2, 0)
     result = recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run), at=full)
     assert result.code == 0, result.err
-    assert "ALARM" in result.err and "step 4 is not saved" in result.err and "No space left" in result.err
+    assert (
+        "ALARM" in result.err
+        and "step 4 is not saved" in result.err
+        and "No space left" in result.err
+    )
     assert steps(run) == [2, 6] and not list(run.glob("checkpoints/*.tmp"))
     same_as_uninterrupted(chain, "stage2", run)
 
 
 def test_saving_beside_the_training_changes_nothing(chain: Chain, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe_runner.succeed(SCRIPTS["stage3"], *chain.stage3(run), "train.async_save=true", "train.save_every=1")
+    recipe_runner.succeed(
+        SCRIPTS["stage3"], *chain.stage3(run), "train.async_save=true", "train.save_every=1"
+    )
     assert steps(run) == [3, 4]
     same_as_uninterrupted(chain, "stage3", run)
 
@@ -76,10 +90,15 @@ def test_the_last_checkpoint_must_be_written(chain: Chain, tmp_path: Path) -> No
 
 
 def test_a_diverged_run_ends_and_goes_on_without_the_data(chain: Chain, tmp_path: Path) -> None:
-    """One clip's huge latents overflow the loss on one rank. It comes at step 4: both ranks end together, and the same
-    command makes steps 3 and 4 again, from later data; also when it is killed before its next checkpoint."""
+    """One clip's huge latents overflow the loss on one rank. It comes at step 4: both ranks end
+    together, and the same command makes steps 3 and 4 again, from later data; also when it is
+    killed before its next checkpoint."""
     run = tmp_path / "run"
-    arguments = [*chain.stage2(run), f"data={poisoned(tmp_path / 'data', step=4)}", "engine.max_skips=1"]
+    arguments = [
+        *chain.stage2(run),
+        f"data={poisoned(tmp_path / 'data', step=4)}",
+        "engine.max_skips=1",
+    ]
     both = recipe_runner.run_ranks(SCRIPTS["stage2"], *arguments, world=2)
     assert [result.code for result in both] == [EXIT_AGAIN] * 2, both[0].err + both[1].err
     said = "back to step 2, leaving out the data of the 2 steps since"
@@ -91,7 +110,9 @@ def test_a_diverged_run_ends_and_goes_on_without_the_data(chain: Chain, tmp_path
     assert killed.code == -signal.SIGKILL and steps(run) == [2]
     recipe_runner.succeed(SCRIPTS["stage2"], *arguments)
     rows = tiny_run.metrics(run)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(row["loss"] is not None for row in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and all(
+        row["loss"] is not None for row in rows
+    )
     for name in ("skipped", "rollbacks"):
         assert len((run / f"{name}.jsonl").read_text().splitlines()) == 1
     (run / "rollbacks.jsonl").unlink()  # as when checkpoints are copied without it
@@ -105,7 +126,11 @@ def test_a_diverged_run_gives_up_with_a_report(chain: Chain, tmp_path: Path) -> 
     data = poisoned(tmp_path / "data", step=4)
     arguments = [*chain.stage2(run), f"data={data}", "engine.max_skips=1", "train.max_rollbacks=0"]
     result = recipe_runner.run(SCRIPTS["stage2"], *arguments)
-    assert result.code == 2 and "0 rollbacks did not help" in result.err and "skipped.jsonl" in result.err
+    assert (
+        result.code == 2
+        and "0 rollbacks did not help" in result.err
+        and "skipped.jsonl" in result.err
+    )
     assert steps(run) == [2] and status(run)["state"] == "failed"
 
 
@@ -134,13 +159,18 @@ def test_one_directory_one_job(chain: Chain, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dead_rank_is_named(chain: Chain, tmp_path: Path) -> None:
-    """Rank 1 is killed in its third step; rank 0 ends soon, names it, and two ranks resume to the end."""
+    """Rank 1 is killed in its third step; rank 0 ends soon, names it, and two ranks resume to the
+    end."""
     run = tmp_path / "run"
     started = time.monotonic()
-    both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2, at={1: At(BACKWARD, 3)})
+    both = recipe_runner.run_ranks(
+        SCRIPTS["stage2"], *chain.stage2(run), world=2, at={1: At(BACKWARD, 3)}
+    )
     assert time.monotonic() - started < 120
     assert both[1].code == -signal.SIGKILL and both[0].code == 2, both[0].err
-    assert "rank 1 (process" in both[0].err and "run the same command again to resume" in both[0].err
+    assert (
+        "rank 1 (process" in both[0].err and "run the same command again to resume" in both[0].err
+    )
     assert steps(run) == [2]
     both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2)
     assert [result.code for result in both] == [0, 0] and steps(run)[-1] == 6
@@ -153,6 +183,7 @@ def test_two_ranks_stop_together(chain: Chain, tmp_path: Path) -> None:
     at = {1: At(BACKWARD, 3, signal.SIGUSR1)}
     both = recipe_runner.run_ranks(SCRIPTS["stage2"], *chain.stage2(run), world=2, at=at)
     assert [result.code for result in both] == [EXIT_AGAIN] * 2, both[0].err + both[1].err
-    assert steps(run)[-1] == 3 and "stopped after step 3" in both[0].out  # of one micro-batch a rank
+    # of one micro-batch a rank
+    assert steps(run)[-1] == 3 and "stopped after step 3" in both[0].out
     assert all((run / "heartbeat" / f"rank_0000{rank}.json").is_file() for rank in range(2))
     assert os.listdir(run / "checkpoints").count("latest") == 1

@@ -1,4 +1,5 @@
-"""One checkpoint, prompt and seed is one video: in `scd sample`, pipeline, validation video, row of an evaluation."""
+"""One checkpoint, prompt and seed is one video: in `scd sample`, pipeline, validation video, row of
+an evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ def sampled(chain: Chain, *more: str, batch: int = 1) -> list[Tensor]:
     """Frames (F, 3, H, W) uint8 of every video that `scd sample` would make."""
     given = [f"checkpoint={chain.root}/stage3", "out=x", f"batch={batch}", *more]
     studio, _ = open_studio(load_config(SampleConfig, None, given), torch.device("cpu"))
-    return [video for part in batches(wanted_videos(studio.cfg), batch) for video in clips_of(studio.frames(part))]
+    return [
+        video
+        for part in batches(wanted_videos(studio.cfg), batch)
+        for video in clips_of(studio.frames(part))
+    ]
 
 
 def same(left: Tensor, right: Tensor) -> None:
@@ -68,25 +73,37 @@ def test_two_prompts_and_two_seeds_are_the_four_single_runs(
     order = [(PROMPTS[0], 7), (PROMPTS[0], 8), (PROMPTS[1], 7), (PROMPTS[1], 8)]
     for batch in (1, 3, 4):
         for key, video in zip(
-            order, sampled(chain, f"prompts={json.dumps(PROMPTS)}", "samples=2", "seed=7", batch=batch), strict=True
+            order,
+            sampled(chain, f"prompts={json.dumps(PROMPTS)}", "samples=2", "seed=7", batch=batch),
+            strict=True,
         ):
             same(video, single[key])
             assert batch > 1 or torch.equal(video, single[key])
     rows = [{"prompt": prompt, "seed": seed} for prompt, seed in reversed(order)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for key, video in zip(reversed(order), sampled(chain, f"prompt_file={tmp_path}/p.jsonl"), strict=True):
+    for key, video in zip(
+        reversed(order), sampled(chain, f"prompt_file={tmp_path}/p.jsonl"), strict=True
+    ):
         assert torch.equal(video, single[key])
 
 
 def test_the_script_the_pipeline_and_its_stream(
     chain: Chain, pipe: SCDWanPipeline, single: dict[tuple[str, int], Tensor], tmp_path: Path
 ) -> None:
-    """The very files: lossless ones of equal pixels have equal bytes. A short clip is the beginning of a long one."""
+    """The very files: lossless ones of equal pixels have equal bytes. A short clip is the beginning
+    of a long one."""
     wanted = single[PROMPTS[1], 7]
-    given = [f"checkpoint={chain.root}/stage3", f"prompts={json.dumps(PROMPTS[1:])}", "crf=0", "seed=7"]
+    given = [
+        f"checkpoint={chain.root}/stage3",
+        f"prompts={json.dumps(PROMPTS[1:])}",
+        "crf=0",
+        "seed=7",
+    ]
     recipe_runner.succeed("recipes/sample.py", *given, f"out={tmp_path}/out")
     write_video(tmp_path / "own.mp4", wanted, 16, crf=0)
-    assert torch.equal(read_video(tmp_path / "out" / "0000-00.mp4"), read_video(tmp_path / "own.mp4"))
+    assert torch.equal(
+        read_video(tmp_path / "out" / "0000-00.mp4"), read_video(tmp_path / "own.mp4")
+    )
     assert torch.equal(as_uint8(pipe(PROMPTS[1], seed=7).frames)[0], wanted)
     assert torch.equal(as_uint8(clips_of(pipe.stream(PROMPTS[1], seed=7)))[0], wanted)
     both = as_uint8(pipe(PROMPTS, seed=[8, 7]).frames)
@@ -96,8 +113,11 @@ def test_the_script_the_pipeline_and_its_stream(
     assert torch.equal(sampled(chain, *given[1:2], "seed=7", "frames=25")[0], long)
 
 
-def test_a_validation_video(chain: Chain, single: dict[tuple[str, int], Tensor], tmp_path: Path) -> None:
-    """Its prompts come from a folder of encoded ones, in float16; the i-th has seed i; each rank makes some."""
+def test_a_validation_video(
+    chain: Chain, single: dict[tuple[str, int], Tensor], tmp_path: Path
+) -> None:
+    """Its prompts come from a folder of encoded ones, in float16; the i-th has seed i; each rank
+    makes some."""
     student, config = load_student(chain.root / "stage3")
     states = load_text_encoder(chain.wan).encode(PROMPTS).text_BLE
     cond = Conditioning(states.half().float())
@@ -108,25 +128,39 @@ def test_a_validation_video(chain: Chain, single: dict[tuple[str, int], Tensor],
         alone = sampled(chain, f"prompts={json.dumps([PROMPTS[rank]])}", f"seed={rank}")[0]
         same(both[rank], alone)
         one, made = preview.sample(student, [rank])
-        assert torch.equal(one[rank], alone) and made.tolist() == [rank == 0, rank == 1], "as with two ranks"
+        assert torch.equal(one[rank], alone) and made.tolist() == [rank == 0, rank == 1], (
+            "as with two ranks"
+        )
     states[1] = float("nan")
     preview.cond = Conditioning(states)
     parts = [preview.sample(student, [rank]) for rank in (0, 1)]
     videos, made = (sum(part) for part in zip(*parts, strict=True))
     found = preview.measure(videos, made)
-    assert found.pop("quick/not_finite") == 1 and found == preview.measure(both[:1], torch.ones(1)), (
-        "the whole one alone"
-    )
+    assert found.pop("quick/not_finite") == 1 and found == preview.measure(
+        both[:1], torch.ones(1)
+    ), "the whole one alone"
     assert preview.measure(videos, torch.zeros(2)) == {"quick/not_finite": 2}, "black is no measure"
 
 
 def test_a_row_of_an_evaluation(chain: Chain, tmp_path: Path) -> None:
-    """Its latents are those of generate() for the prompt and seed of each clip, and so are its pixels."""
+    """Its latents are those of generate() for the prompt and seed of each clip, and so are its
+    pixels."""
     tiny_run.write_latents(tmp_path / "train", 24, held_out=True)
     tiny_run.write_latents(tmp_path / "val", 12, 1, held_out=True)
     rows = [{"name": "s", "checkpoint": "stage3", "stage": "3", "sampler": "renoise", "steps": 4}]
-    given = [f"base={chain.wan}", f"train={tmp_path}/train", f"val={tmp_path}/val", f"root={chain.root}"]
-    given += [f"out={tmp_path}/out", "clips=4", "batch=3", f"rows={json.dumps(rows)}", "sample_stages=['3']"]
+    given = [
+        f"base={chain.wan}",
+        f"train={tmp_path}/train",
+        f"val={tmp_path}/val",
+        f"root={chain.root}",
+    ]
+    given += [
+        f"out={tmp_path}/out",
+        "clips=4",
+        "batch=3",
+        f"rows={json.dumps(rows)}",
+        "sample_stages=['3']",
+    ]
     recipe_runner.succeed("recipes/evaluate.py", *given)
     latents = load_file(tmp_path / "out" / "samples" / "s.safetensors")["latents"]
     student, config = load_student(chain.root / "stage3")

@@ -1,4 +1,5 @@
-"""The exported pipeline: read without code of its own, equal to the rollout it wraps, streamed frame by frame."""
+"""The exported pipeline: read without code of its own, equal to the rollout it wraps, streamed
+frame by frame."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def test_it_is_the_rollout_and_the_decoder(chain: Chain, folder: Path) -> None:
     assert set(pipe.components) == {"transformer", "vae", "text_encoder", "tokenizer"}
     student, config = load_student(chain.root / "stage3")
     cond = load_text_encoder(chain.wan).encode(PROMPTS)
-    latents = clips_of(generate_latents(student, cond, [7, 8], (3, 4, 4, 4), config.sampler.build()))
+    latents = clips_of(
+        generate_latents(student, cond, [7, 8], (3, 4, 4, 4), config.sampler.build())
+    )
     expected = decode(load_vae(chain.wan), latents)
     got = pipe(PROMPTS, seed=[7, 8]).frames
     assert got.shape == (2, 9, 3, 32, 32) and float((got - expected).abs().max()) < 1e-4
@@ -57,7 +60,9 @@ def test_saved_again_and_in_bf16(folder: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "again")
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert names == {
-        str(file.relative_to(tmp_path / "again")) for file in (tmp_path / "again").rglob("*") if file.is_file()
+        str(file.relative_to(tmp_path / "again"))
+        for file in (tmp_path / "again").rglob("*")
+        if file.is_file()
     }
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "SCDWanPipeline"
     first, second = load_file(folder / STUDENT), load_file(tmp_path / "again" / STUDENT)
@@ -71,7 +76,9 @@ def test_saved_again_and_in_bf16(folder: Path, tmp_path: Path) -> None:
 
 def test_a_distilled_student_keeps_its_sampler(folder: Path) -> None:
     pipe, euler = SCDWanPipeline.from_pretrained(folder), SamplerConfig("euler", 8, 5.0)
-    with pytest.raises(UserError, match=r"distilled for sampler .*renoise.* not for .*euler.*force"):
+    with pytest.raises(
+        UserError, match=r"distilled for sampler .*renoise.* not for .*euler.*force"
+    ):
         pipe(PROMPTS[0], sampler=euler)
     forced = pipe(PROMPTS[0], sampler=euler, force=True).frames
     assert forced.isfinite().all() and not torch.equal(forced, pipe(PROMPTS[0]).frames)
@@ -88,14 +95,18 @@ def test_bad_input(chain: Chain, folder: Path, tmp_path: Path) -> None:
             pipe(PROMPTS[0], **arguments)
     with pytest.raises(UserError, match=r"model\.safetensors: missing"):
         SCDWanPipeline.from_pretrained(chain.wan)
-    with pytest.raises(UserError, match=r"base is .*nowhere, and no such directory is there; set base="):
+    with pytest.raises(
+        UserError, match=r"base is .*nowhere, and no such directory is there; set base="
+    ):
         export_pipeline(chain.root / "stage3", tmp_path / "x", base=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"has no vae/"):
         export_pipeline(chain.root / "stage3", tmp_path / "x", base=str(tmp_path))
     assert not (tmp_path / "x").exists()
 
 
-def scd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+def scd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str]:
     """The exit code and what ``scd ARGUMENTS`` printed."""
     monkeypatch.setattr(sys, "argv", ["scd", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -105,20 +116,41 @@ def scd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 
 
 def test_the_commands(
-    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    chain: Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """transplant, export, convert and inspect, one after the other."""
     layers = ["scd.encoder_layers=[0, 1, 2]", "scd.decoder.layers=[0, 5]"]
-    code, said = scd(monkeypatch, capsys, "transplant", f"base={chain.wan}", f"out={tmp_path}/s1", *layers)
+    code, said = scd(
+        monkeypatch, capsys, "transplant", f"base={chain.wan}", f"out={tmp_path}/s1", *layers
+    )
     assert code == 0 and "copied bit for bit" in said
-    code, said = scd(monkeypatch, capsys, "export", tmp_path / "s1", tmp_path / "one.safetensors", "--dtype", "fp32")
+    code, said = scd(
+        monkeypatch,
+        capsys,
+        "export",
+        tmp_path / "s1",
+        tmp_path / "one.safetensors",
+        "--dtype",
+        "fp32",
+    )
     assert code == 0 and "differs by at most" in said
     code, said = scd(monkeypatch, capsys, "inspect", tmp_path / "one.safetensors")
     assert code == 0 and "exported by scd" in said and "stage: stage1_transplant" in said
-    code, said = scd(monkeypatch, capsys, "export", tmp_path / "s1", tmp_path / "pipe", "--layout", "pipeline")
+    code, said = scd(
+        monkeypatch, capsys, "export", tmp_path / "s1", tmp_path / "pipe", "--layout", "pipeline"
+    )
     assert code == 0 and (tmp_path / "pipe" / "model_index.json").is_file()
-    code, said = scd(monkeypatch, capsys, "convert", chain.wan, tmp_path / "original", "--layout", "original")
-    assert code == 0 and "original layout, from diffusers" in said and "every tensor bit for bit" in said
+    code, said = scd(
+        monkeypatch, capsys, "convert", chain.wan, tmp_path / "original", "--layout", "original"
+    )
+    assert (
+        code == 0
+        and "original layout, from diffusers" in said
+        and "every tensor bit for bit" in said
+    )
     code, said = scd(monkeypatch, capsys, "inspect", tmp_path / "original")
     assert code == 0 and "original layout, all tensors there" in said and "num_layers: 6" in said
     bare = tmp_path / "original" / "diffusion_pytorch_model.safetensors"
@@ -129,7 +161,9 @@ def test_the_commands(
     code, said = scd(monkeypatch, capsys, "convert", bare, tmp_path / "x")
     assert code == 2 and "does not say how many attention heads it has" in said
     for size in ("0", "none"):
-        code, said = scd(monkeypatch, capsys, "convert", chain.wan, tmp_path / "x", "--max-shard", size)
+        code, said = scd(
+            monkeypatch, capsys, "convert", chain.wan, tmp_path / "x", "--max-shard", size
+        )
         assert code == 2 and f"max_shard is '{size}'" in said
     code, said = scd(monkeypatch, capsys, "convert", chain.wan, tmp_path / "x", "--layout", "onnx")
     assert code == 2 and "layout 'onnx' is unknown" in said

@@ -1,4 +1,5 @@
-"""From TECO's layout to a score: encode, train SCD from scratch, predict, measure; and what is refused on the way."""
+"""From TECO's layout to a score: encode, train SCD from scratch, predict, measure; and what is
+refused on the way."""
 
 from __future__ import annotations
 
@@ -34,11 +35,18 @@ def write_tokenizer(folder: Path) -> Path:
     torch.manual_seed(0)
     blocks = ("ResBlock",) * 5
     model = AutoencoderDC(
-        latent_channels=4, attention_head_dim=8, encoder_block_types=blocks, decoder_block_types=blocks,
-        encoder_block_out_channels=(8,) * 5, decoder_block_out_channels=(8,) * 5,
-        encoder_layers_per_block=(0, 1, 1, 1, 1), decoder_layers_per_block=(0, 1, 1, 1, 1),
-        encoder_qkv_multiscales=((),) * 5, decoder_qkv_multiscales=((),) * 5, scaling_factor=1.0,
-    )  # fmt: skip
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8,) * 5,
+        decoder_block_out_channels=(8,) * 5,
+        encoder_layers_per_block=(0, 1, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 1, 1, 1),
+        encoder_qkv_multiscales=((),) * 5,
+        decoder_qkv_multiscales=((),) * 5,
+        scaling_factor=1.0,
+    )
     save_tokenizer(model, Normalisation((0.0,) * 4, (1.0,) * 4), folder)
     return folder
 
@@ -50,37 +58,74 @@ def chain(doom_actions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(root / "tokenizer")
     for split in ("train", "test"):
         recipe_runner.succeed(
-            "data_prep/teco_minecraft.py", "--root", doom_actions, "--split", split, "--tokenizer", root / "tokenizer",
-            "--out", root / split,
-        )  # fmt: skip
+            "data_prep/teco_minecraft.py",
+            "--root",
+            doom_actions,
+            "--split",
+            split,
+            "--tokenizer",
+            root / "tokenizer",
+            "--out",
+            root / split,
+        )
     recipe_runner.succeed(
-        "recipes/pretrain.py", f"data={root / 'train'}", f"val={root / 'test'}", f"run.dir={root / 'run'}", "frames=12",
-        f"model={{dit: {DIT}, scd: {SCD}}}", "engine={backend: torch}", "validation_clips=1",
-        f"preview={{tokenizer: {root / 'tokenizer'}, clips: 1, context: 2, frames: 3}}", "sampler.steps=2",
+        "recipes/pretrain.py",
+        f"data={root / 'train'}",
+        f"val={root / 'test'}",
+        f"run.dir={root / 'run'}",
+        "frames=12",
+        f"model={{dit: {DIT}, scd: {SCD}}}",
+        "engine={backend: torch}",
+        "validation_clips=1",
+        f"preview={{tokenizer: {root / 'tokenizer'}, clips: 1, context: 2, frames: 3}}",
+        "sampler.steps=2",
         "train={steps: 2, global_batch: 2, micro_batch: 1, save_every: 2, validate_every: 2}",
-    )  # fmt: skip
+    )
     return root
 
 
 def evaluation(chain: Path, data: Path, out: Path, *more: str) -> list[str]:
     custom = "custom={context: 4, generated: 6, clips: 3, resolution: 64, seeds: [0, 1]}"
-    given = [f"checkpoint={chain / 'run'}", f"tokenizer={chain / 'tokenizer'}", f"out={out}", f"pixels.root={data}"]
-    return [*given, custom, "networks=false", "batch=2", "sampler.steps=2", "videos=1", "timed=3", *more]
+    given = [
+        f"checkpoint={chain / 'run'}",
+        f"tokenizer={chain / 'tokenizer'}",
+        f"out={out}",
+        f"pixels.root={data}",
+    ]
+    return [
+        *given,
+        custom,
+        "networks=false",
+        "batch=2",
+        "sampler.steps=2",
+        "videos=1",
+        "timed=3",
+        *more,
+    ]
 
 
 def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> None:
     assert FrameClips(chain / "train").info.num_actions == 3
     shown = read_video(chain / "run" / "videos" / "00000002.mp4")
     assert shown.shape == (5, 3, 128, 64)  # truth above prediction
-    assert sorted(path.name for path in (chain / "run" / "videos").iterdir()) == ["00000000.mp4", "00000002.mp4"]
+    assert sorted(path.name for path in (chain / "run" / "videos").iterdir()) == [
+        "00000000.mp4",
+        "00000002.mp4",
+    ]
     for out, more in ((tmp_path / "a", "batch=2"), (tmp_path / "b", "batch=3")):
         recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, out, more))
     result, other = (PredictionResult.read(tmp_path / name / "result.json") for name in "ab")
-    assert result.clips == 3 and "custom" in result.title and set(result.figures) == {"psnr", "ssim", "mse"}
-    assert result.curves["psnr"] == pytest.approx(other.curves["psnr"], abs=1e-3)  # a clip's noise is its own
+    assert (
+        result.clips == 3
+        and "custom" in result.title
+        and set(result.figures) == {"psnr", "ssim", "mse"}
+    )
+    # a clip's noise is its own
+    assert result.curves["psnr"] == pytest.approx(other.curves["psnr"], abs=1e-3)
     assert result.figures["psnr"].value > 3.0 and len(result.curves["ssim"]) == 6
     cost = json.loads((tmp_path / "a" / "cost.json").read_text())
-    assert cost["block_passes_per_frame"] == 2 + 2 * 1 and cost["seconds_per_frame"] > 0  # encoder once, decoder twice
+    # encoder once, decoder twice
+    assert cost["block_passes_per_frame"] == 2 + 2 * 1 and cost["seconds_per_frame"] > 0
     assert all(len(row) == 3 and min(row) > 0 for row in cost["by_frame"].values())
     assert len(list((tmp_path / "a" / "videos").glob("*.mp4"))) == 1
 
@@ -94,14 +139,17 @@ def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> Non
 
     scores = {}
     for name in ("reconstruction", "repeat"):
-        recipe_runner.succeed(EVALUATE, *evaluation(chain, doom_actions, tmp_path / name, f"checkpoint={name}"))
+        recipe_runner.succeed(
+            EVALUATE, *evaluation(chain, doom_actions, tmp_path / name, f"checkpoint={name}")
+        )
         scores[name] = PredictionResult.read(tmp_path / name / "result.json").figures["psnr"].value
     assert scores["repeat"] > scores["reconstruction"]  # a random tokenizer reconstructs nothing
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 def test_ssim_and_fvd_s_network_can_be_chosen(tmp_path: Path) -> None:
-    """Named protocols too; a TorchScript file runs only when its hash is named; nothing is chosen in vain."""
+    """Named protocols too; a TorchScript file runs only when its hash is named; nothing is chosen
+    in vain."""
     script = recipe_runner.load_script(EVALUATE)
     given = ["checkpoint=repeat", "tokenizer=x", "out=x", "pixels.root=x"]
 
@@ -110,7 +158,9 @@ def test_ssim_and_fvd_s_network_can_be_chosen(tmp_path: Path) -> None:
 
     assert configured("protocol=minecraft-scd").rules() == named_protocol("minecraft-scd")
     assert configured("protocol=minecraft-scd", "ssim=padded").rules().ssim == "padded"
-    assert configured("ssim=padded").rules().ssim == "padded" and configured().rules().ssim == "valid"
+    assert (
+        configured("ssim=padded").rules().ssim == "padded" and configured().rules().ssim == "valid"
+    )
     with pytest.raises(UserError, match="ssim"):
         configured("ssim=same")
     with pytest.raises(UserError, match="i3d_torchscript is for FVD"):
@@ -120,8 +170,11 @@ def test_ssim_and_fvd_s_network_can_be_chosen(tmp_path: Path) -> None:
     own = sha256_file(file)
     with pytest.raises(UserError, match=f"sha256 is {own}, not bec6519"):
         configured(f"i3d_torchscript={file}").metric_networks(device)
-    with pytest.raises(UserError, match="lpips_alex"):  # accepted; the weights of the other network are not there
-        configured(f"i3d_torchscript={file}", f"i3d_sha256={own}", f"metrics={tmp_path}").metric_networks(device)
+    # accepted; the weights of the other network are not there
+    with pytest.raises(UserError, match="lpips_alex"):
+        configured(
+            f"i3d_torchscript={file}", f"i3d_sha256={own}", f"metrics={tmp_path}"
+        ).metric_networks(device)
 
 
 def test_what_does_not_fit_is_refused(chain: Path, doom_actions: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Training from scratch: learns, resumes bit for bit, on two ranks as on one, and refuses what does not fit."""
+"""Training from scratch: learns, resumes bit for bit, on two ranks as on one, and refuses what does
+not fit."""
 
 from __future__ import annotations
 
@@ -46,13 +47,22 @@ def arguments(root: Path, run: Path, *more: str) -> list[str]:
     model = f"model={{{DIT.replace('=', ': ')}, {SCD.replace('=', ': ')}}}"
     train = "train={steps: 6, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 3, ema: {decay: 0.5}}"
     engine = "engine={backend: torch, lr: 1.0e-2, lr_scale: {decoder: 2.0}}"
-    given = [f"data={root / 'train'}", f"val={root / 'val'}", f"run.dir={run}", "frames=5", "validation_clips=4"]
+    given = [
+        f"data={root / 'train'}",
+        f"val={root / 'val'}",
+        f"run.dir={run}",
+        "frames=5",
+        "validation_clips=4",
+    ]
     return [*given, model, train, engine, *more]
 
 
 def outcome(run: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k.startswith(("loss", "val/", "grad_norm", "lr", "step"))} for row in rows]
+    kept = [
+        {k: v for k, v in row.items() if k.startswith(("loss", "val/", "grad_norm", "lr", "step"))}
+        for row in rows
+    ]
     return kept, read_tensors(find(run) / "ema.safetensors")
 
 
@@ -67,7 +77,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_resumed_it_is_the_unbroken_run(data: Path, tmp_path: Path) -> None:
     recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "whole"))
     killed = recipe_runner.run(
-        SCRIPT, *arguments(data, tmp_path / "parts"), at=At("scd_sf.train.local:LocalEngine.backward", 8)
+        SCRIPT,
+        *arguments(data, tmp_path / "parts"),
+        at=At("scd_sf.train.local:LocalEngine.backward", 8),
     )
     assert killed.code == -9
     recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "parts"))
@@ -83,16 +95,23 @@ def test_killed_and_resumed_it_is_the_unbroken_run(data: Path, tmp_path: Path) -
 def test_two_ranks_under_zero_are_one_process(data: Path, tmp_path: Path) -> None:
     """The encoder's rate and the decoder's under DeepSpeed too; K samples in turn."""
     recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "one"))
-    zero = ["engine={backend: deepspeed, zero_stage: 2, lr: 1.0e-2, lr_scale: {decoder: 2.0}}", "samples_in_turn=true"]
+    zero = [
+        "engine={backend: deepspeed, zero_stage: 2, lr: 1.0e-2, lr_scale: {decoder: 2.0}}",
+        "samples_in_turn=true",
+    ]
     results = recipe_runner.run_ranks(SCRIPT, *arguments(data, tmp_path / "two", *zero), world=2)
     assert [result.code for result in results] == [0, 0], results[0].err[-3000:]
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
-    assert [row["loss"] for row in one[0]] == pytest.approx([row["loss"] for row in two[0]], rel=1e-4)
+    assert [row["loss"] for row in one[0]] == pytest.approx(
+        [row["loss"] for row in two[0]], rel=1e-4
+    )
     for name, tensor in one[1].items():
         torch.testing.assert_close(tensor, two[1][name], rtol=1e-3, atol=2e-4)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    data: Path, tmp_path: Path
+) -> None:
     write_frames(tmp_path / "silent", info=FrameSetInfo(4, 4, 4, 16))
     for more, message in (
         ("frames=9", "no clip has 9 frames"),
@@ -111,18 +130,35 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(data: Path, tmp
 def test_fields_that_contradict_or_are_not_read_are_refused() -> None:
     """Each would be written into the checkpoint without having been trained."""
     schema = vars(recipe_runner.load_script(SCRIPT))["PretrainConfig"]
-    doom, doom_scd = (recipe_runner.ROOT / "recipes/configs" / f"pretrain_{name}.yaml" for name in ("doom", "doom_scd"))
+    doom, doom_scd = (
+        recipe_runner.ROOT / "recipes/configs" / f"pretrain_{name}.yaml"
+        for name in ("doom", "doom_scd")
+    )
 
     def configured(*more: str, scd: bool = True) -> Any:
-        return load_config(schema, [doom, doom_scd] if scd else [doom], ["data=x", "val=x", "run.dir=x", *more])
+        return load_config(
+            schema, [doom, doom_scd] if scd else [doom], ["data=x", "val=x", "run.dir=x", *more]
+        )
 
     layers = "set them together"
     for scd, more, message in (
-        (True, ["model.dit.num_layers=8"], f"num_layers is 8, but model.scd has 4 encoder_layers and 2 .*{layers}"),
-        (True, ["model.scd.encoder_layers=[0, 1, 2]"], f"num_layers is 6, .*3 encoder_layers.*{layers}"),
+        (
+            True,
+            ["model.dit.num_layers=8"],
+            f"num_layers is 8, but model.scd has 4 encoder_layers and 2 .*{layers}",
+        ),
+        (
+            True,
+            ["model.scd.encoder_layers=[0, 1, 2]"],
+            f"num_layers is 6, .*3 encoder_layers.*{layers}",
+        ),
         (True, ["model.scd.decoder.layers=[4]"], layers),
         (True, ["model.chunk=2"], r"model.chunk is set, .*\(SCD's is model.scd.chunk\): remove it"),
-        (True, ["model.wan.num_layers=2"], "model.wan is set, but family scd from scratch does not read it"),
+        (
+            True,
+            ["model.wan.num_layers=2"],
+            "model.wan is set, but family scd from scratch does not read it",
+        ),
         (False, ["model.scd.chunk=2"], "model.scd is set, but family causal"),
         (False, ["model.scd.decoder.fusion=channel"], "model.scd is set, but family causal"),
         (False, ["model.wan.ffn_dim=2"], "model.wan is set"),

@@ -1,4 +1,5 @@
-"""The small VAE's two runs: one part of the batch a rank, resumed bit for bit, and a VAE that loads at the end."""
+"""The small VAE's two runs: one part of the batch a rank, resumed bit for bit, and a VAE that loads
+at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from scd_sf.tensor_files import read_tensors
 
 SCRIPT = "recipes/pretrain_vae.py"
 MODEL = "model={base_dim: 4, decoder_base_dim: 4, channels: 4, dim_mult: [1, 2, 2]}"
-STAGES = ["distil={steps: 3, batch: 4, warmup: 2}", "video={steps: 3, batch: 2, frames: [5], warmup: 1, lr: 1e-2}"]
+STAGES = [
+    "distil={steps: 3, batch: 4, warmup: 2}",
+    "video={steps: 3, batch: 2, frames: [5], warmup: 1, lr: 1e-2}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +36,42 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = root / f"clips/{number}.mp4"
         video = torch.randint(256, (5, 3, 16, 16), generator=rng, dtype=torch.uint8)
         write_video(file, video, 16, crf=0, chroma="yuv444p")
-        about = (f"c{number}", split, "hall", "still", ("still",) * 5, 0.0, "a hall", "a room", 0, 1)
+        about = (
+            f"c{number}",
+            split,
+            "hall",
+            "still",
+            ("still",) * 5,
+            0.0,
+            "a hall",
+            "a room",
+            0,
+            1,
+        )
         rows.append(Clip(*about, f"clips/{number}.mp4", file.stat().st_size, sha256_file(file)))
-    write_clips(root, rows, {"frames": 5, "height": 16, "width": 16, "fps": 16}, {"made_by": "a test"})
+    write_clips(
+        root, rows, {"frames": 5, "height": 16, "width": 16, "fps": 16}, {"made_by": "a test"}
+    )
     return root
 
 
 def arguments(clips: Path, out: Path) -> list[str]:
-    return [f"data={clips}", f"out={out}", MODEL, *STAGES, "eval_every=2", "save_every=2", "eval_clips=1"]
+    return [
+        f"data={clips}",
+        f"out={out}",
+        MODEL,
+        *STAGES,
+        "eval_every=2",
+        "save_every=2",
+        "eval_clips=1",
+    ]
 
 
 def outcome(out: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Every logged number of both runs, and the weights at the end."""
-    return [*tiny_run.metrics(out / "distil"), *tiny_run.metrics(out / "video")], read_tensors(out / "vae" / WEIGHTS)
+    return [*tiny_run.metrics(out / "distil"), *tiny_run.metrics(out / "video")], read_tensors(
+        out / "vae" / WEIGHTS
+    )
 
 
 def test_killed_in_either_run_and_on_two_ranks(clips: Path, tmp_path: Path) -> None:
@@ -58,7 +85,8 @@ def test_killed_in_either_run_and_on_two_ranks(clips: Path, tmp_path: Path) -> N
     assert report["steps"] == 6 and report["clips"] == 1
     assert load_vae(whole / "vae").geometry.channels == 4
 
-    for call in (3, 4):  # in the third step of the first run, then, resumed from its second, of the second run
+    # in the third step of the first run, then, resumed from its second, of the second run
+    for call in (3, 4):
         result = recipe_runner.run(SCRIPT, *arguments(clips, killed), at=At(BACKWARD, call))
         assert result.code == -signal.SIGKILL, result.err
     recipe_runner.succeed(SCRIPT, *arguments(clips, killed))
@@ -71,7 +99,9 @@ def test_killed_in_either_run_and_on_two_ranks(clips: Path, tmp_path: Path) -> N
         assert row == pytest.approx(other, rel=1e-3), "each rank took its part of the same batch"
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_trained(clips: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_before_anything_is_trained(
+    clips: Path, tmp_path: Path
+) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").touch()
     (tmp_path / "old" / "state.pt").touch()
@@ -82,5 +112,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(clips: Path, tm
         result = recipe_runner.run(SCRIPT, *arguments(clips, tmp_path / out), more)
         assert result.code == 2 and words in result.err
         assert not (tmp_path / out / "distil").exists()
-    both = recipe_runner.run_ranks(SCRIPT, *arguments(clips, tmp_path / "odd"), "distil.batch=3", world=2)
-    assert all(r.code == 2 and "distil.batch is 3; it must be a multiple of the 2 processes" in r.err for r in both)
+    both = recipe_runner.run_ranks(
+        SCRIPT, *arguments(clips, tmp_path / "odd"), "distil.batch=3", world=2
+    )
+    assert all(
+        r.code == 2 and "distil.batch is 3; it must be a multiple of the 2 processes" in r.err
+        for r in both
+    )

@@ -1,4 +1,5 @@
-"""``scd probe`` on a chain's checkpoints and a Wan directory: files, one page, refusals before anything runs."""
+"""``scd probe`` on a chain's checkpoints and a Wan directory: files, one page, refusals before
+anything runs."""
 
 from __future__ import annotations
 
@@ -34,14 +35,21 @@ def config(chain: Chain, out: Path, *more: str) -> ProbeConfig:
 
 def test_all_probes_of_a_bidirectional_model(chain: Chain, tmp_path: Path) -> None:
     """A diffusers directory with encoded clips; the command itself."""
-    given = [f"checkpoint={chain.wan}", f"data={chain.train}", "sampler={name: euler, steps: 3}", "clips=2"]
+    given = [
+        f"checkpoint={chain.wan}",
+        f"data={chain.train}",
+        "sampler={name: euler, steps: 3}",
+        "clips=2",
+    ]
     chosen = ["probes=[similarity,pca,attention,leave_one_out]", f"out={tmp_path}"]
     result = CliRunner().invoke(app, ["probe", *given, *chosen])
     assert result.exit_code == 0, result.output
     page = (tmp_path / "report.html").read_text()
     for name in ("similarity", "pca", "attention", "leave_one_out"):
         found = json.loads((tmp_path / f"{name}.json").read_text())
-        assert found["figures"] and all((tmp_path / figure).is_file() for figure in found["figures"]), name
+        assert found["figures"] and all(
+            (tmp_path / figure).is_file() for figure in found["figures"]
+        ), name
         assert f"{name}.json" in page
     assert page.count("data:image/png;base64,") >= 5 and "http" not in page.split("</head>")[1]
     about = json.loads((tmp_path / "probe.json").read_text())
@@ -49,12 +57,18 @@ def test_all_probes_of_a_bidirectional_model(chain: Chain, tmp_path: Path) -> No
 
 
 def test_a_student_and_its_own_size(chain: Chain, tmp_path: Path) -> None:
-    """Prompts alone: the size of the training videos, the checkpoint's own sampler; what cannot run is said."""
+    """Prompts alone: the size of the training videos, the checkpoint's own sampler; what cannot run
+    is said."""
     cfg = config(chain, tmp_path, 'prompts=["left in meadow"]')
     subject = open_subject(cfg, CPU)
     assert subject.shape == SHAPE and subject.sampler.steps == 2 and subject.cond.batch == 1
     assert run_probes(cfg, CPU).is_file()
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"similarity", "pca", "attention", "probe"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {
+        "similarity",
+        "pca",
+        "attention",
+        "probe",
+    }
 
 
 def test_refusals(chain: Chain, tmp_path: Path) -> None:
@@ -65,25 +79,40 @@ def test_refusals(chain: Chain, tmp_path: Path) -> None:
         ([f"checkpoint={tmp_path}", f"data={chain.train}"], "no checkpoint"),
         ([f"data={chain.train}", "similarity.frames=[7]"], r"frames is \[7\]"),
         ([f"data={chain.train}", "probes=[diagonal]"], "diagonal: is for the causal baseline"),
-        (['prompts=["a"]', "probes=[similarity,leave_one_out]"], "leave_one_out: needs encoded clips.*data="),
-        ([f"data={chain.train}", "probes=[similarity,pca]", "pca.blocks=[77]"], r"pca.blocks: \[77\]"),
+        (
+            ['prompts=["a"]', "probes=[similarity,leave_one_out]"],
+            "leave_one_out: needs encoded clips.*data=",
+        ),
+        (
+            [f"data={chain.train}", "probes=[similarity,pca]", "pca.blocks=[77]"],
+            r"pca.blocks: \[77\]",
+        ),
         ([f"data={chain.train}", "attention.first_frame=50"], "first_frame is 50"),
     ):
         with pytest.raises(UserError, match=said):
             run_probes(config(chain, tmp_path / "out", *more), CPU)
         assert not (tmp_path / "out").exists(), "refused before anything ran"
-    distilled = [f"checkpoint={chain.root}/stage3", f"data={chain.train}", "sampler={name: euler, steps: 2}"]
+    distilled = [
+        f"checkpoint={chain.root}/stage3",
+        f"data={chain.train}",
+        "sampler={name: euler, steps: 2}",
+    ]
     with pytest.raises(UserError, match="distilled for sampler"):
         open_subject(config(chain, tmp_path, *distilled), CPU)
-    assert open_subject(config(chain, tmp_path, *distilled, "force=true"), CPU).sampler.name == "euler"
+    assert (
+        open_subject(config(chain, tmp_path, *distilled, "force=true"), CPU).sampler.name == "euler"
+    )
 
 
 def test_a_skip_layer_checkpoint(tmp_path: Path) -> None:
-    """What compares steps is left out of it, unless it is run whole; nothing is mixed with probes of another model."""
+    """What compares steps is left out of it, unless it is run whole; nothing is mixed with probes
+    of another model."""
     model = tiny.student(tiny.SKIPPING, dtype=torch.float32)
     one, cfg = probed.subject(model, None), ProbeConfig("x", "y")
     assert set(runnable(cfg, one)) == {"skip"}
-    with pytest.raises(UserError, match=r"similarity: blocks 2..3 do not run at every step; whole=true"):
+    with pytest.raises(
+        UserError, match=r"similarity: blocks 2..3 do not run at every step; whole=true"
+    ):
         runnable(replace(cfg, probes=("similarity",)), one)
     with pytest.raises(UserError, match="no probe fits"):
         runnable(cfg, probed.subject(model, None, prompts=1))
@@ -93,7 +122,8 @@ def test_a_skip_layer_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["causal", "scd"])
 def test_a_model_from_scratch(family: str, tmp_path: Path) -> None:
-    """On encoded frames with actions, at the noise levels of its own training, which was without a shift."""
+    """On encoded frames with actions, at the noise levels of its own training, which was without a
+    shift."""
     fusion = ("paper", "temporal") if family == "scd" else ()
     model = tiny.student(tiny.Variant(family, 1, *fusion, backbone="dit"), dtype=torch.float32)
     info = FrameSetInfo(tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH, 8, tiny.DIT.num_actions, ("a", "b"))
@@ -109,8 +139,17 @@ def test_a_model_from_scratch(family: str, tmp_path: Path) -> None:
     about = CheckpointConfig(kind, SamplerConfig(steps=4, shift=1.0))
     write_single(tmp_path / "model.safetensors", model, about, {"latent": [3]}, torch.float32)
 
-    given = ["leave_one_out.loss.clips=3", "leave_one_out.loss.levels=2", "skip.whole=[0.5]", "skip.timing_seconds=0.1"]
-    paths = [f"checkpoint={tmp_path}/model.safetensors", f"data={tmp_path}/data", f"out={tmp_path}/out"]
+    given = [
+        "leave_one_out.loss.clips=3",
+        "leave_one_out.loss.levels=2",
+        "skip.whole=[0.5]",
+        "skip.timing_seconds=0.1",
+    ]
+    paths = [
+        f"checkpoint={tmp_path}/model.safetensors",
+        f"data={tmp_path}/data",
+        f"out={tmp_path}/out",
+    ]
     cfg = load_config(ProbeConfig, None, [*paths, *given])
     subject = open_subject(cfg, CPU)
     run_probes(cfg, CPU)
@@ -119,11 +158,15 @@ def test_a_model_from_scratch(family: str, tmp_path: Path) -> None:
     frames = FrameClips(tmp_path / "data").batch([1, 2, 3], [0, 0, 0], 3)
     losses = FlowLosses(frames.latents_BFCHW, frames.cond, (0.25, 0.75))
     assert found["base"] == pytest.approx(losses.measure(subject.model).mean(1).tolist())
-    assert (tmp_path / "out" / "similarity.json").is_file() and (tmp_path / "out" / "attention.json").is_file()
+    assert (tmp_path / "out" / "similarity.json").is_file() and (
+        tmp_path / "out" / "attention.json"
+    ).is_file()
     if family == "causal":
         rows = json.loads((tmp_path / "out" / "skip_layer.json").read_text())["rows"]
         clean = 6 * 2 / 3  # passes of finished frames
-        assert rows[1]["block_passes_per_frame"] - clean == 2 * 6 + 2 * 3, "2 whole steps of 4, by its own times"
+        assert rows[1]["block_passes_per_frame"] - clean == 2 * 6 + 2 * 3, (
+            "2 whole steps of 4, by its own times"
+        )
 
 
 def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
@@ -134,9 +177,18 @@ def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
-        run_probes(replace(config(chain, tmp_path, *given, "probes=[pca]"), out=str(tmp_path / "mine")), CPU)
-    with locked(tmp_path / "held", "these probes"), pytest.raises(UserError, match="is at work in it"):
-        run_probes(replace(config(chain, tmp_path, *given, "probes=[pca]"), out=str(tmp_path / "held")), CPU)
+        run_probes(
+            replace(config(chain, tmp_path, *given, "probes=[pca]"), out=str(tmp_path / "mine")),
+            CPU,
+        )
+    with (
+        locked(tmp_path / "held", "these probes"),
+        pytest.raises(UserError, match="is at work in it"),
+    ):
+        run_probes(
+            replace(config(chain, tmp_path, *given, "probes=[pca]"), out=str(tmp_path / "held")),
+            CPU,
+        )
     assert "similarity.json" in page and "pca.json" in page
     with pytest.raises(UserError, match="holds probes of another seed; choose another out="):
         run_probes(config(chain, tmp_path, *given, "probes=[pca]", "seed=1"), CPU)
@@ -144,10 +196,16 @@ def test_one_folder_is_of_one_model(chain: Chain, tmp_path: Path) -> None:
 
 def test_a_page_of_hostile_names(tmp_path: Path) -> None:
     """Titles and facts are text, pictures come from the folder alone."""
-    (tmp_path / "x.json").write_text(json.dumps({"title": "<script>x</script>", "text": "a & b", "figures": []}))
-    page = write_probe_report(tmp_path, "</title><script>", {"prompt": '"><img src=x onerror=alert(1)>'}).read_text()
+    (tmp_path / "x.json").write_text(
+        json.dumps({"title": "<script>x</script>", "text": "a & b", "figures": []})
+    )
+    page = write_probe_report(
+        tmp_path, "</title><script>", {"prompt": '"><img src=x onerror=alert(1)>'}
+    ).read_text()
     assert "<script" not in page and "<img" not in page and "a &amp; b" in page
-    (tmp_path / "x.json").write_text(json.dumps({"title": "", "text": "", "figures": ["../../etc/passwd"]}))
+    (tmp_path / "x.json").write_text(
+        json.dumps({"title": "", "text": "", "figures": ["../../etc/passwd"]})
+    )
     with pytest.raises(UserError, match="which leaves"):
         write_probe_report(tmp_path, "", {})
     (tmp_path / "x.json").write_text("{")

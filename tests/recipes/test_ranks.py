@@ -1,4 +1,5 @@
-"""Two ranks under the real scripts: the same run as one rank, also when their number changes; none goes its own way."""
+"""Two ranks under the real scripts: the same run as one rank, also when their number changes; none
+goes its own way."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def ranks(script: str, *arguments: object, world: int) -> list[Result]:
 
 
 def assert_same_run(one: Path, two: Path, tolerance: float) -> None:
-    """Losses, norms, validation and weights. ``train.steps`` decides where a run validates and from when it has a best
-    step: of that only what both say is compared."""
+    """Losses, norms, validation and weights. ``train.steps`` decides where a run validates and from
+    when it has a best step: of that only what both say is compared."""
     rows = list(zip(tiny_run.metrics(one), tiny_run.metrics(two), strict=True))
     for left, right in rows:
         both = (left.keys() & right.keys()) - {"monitor/best_step"}
@@ -49,10 +50,17 @@ def assert_same_run(one: Path, two: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize("engine", ["backend: torch", "backend: deepspeed, zero_stage: 2"])
 def test_one_rank_two_ranks_one_rank(chain: Chain, tmp_path: Path, engine: str) -> None:
-    """Growing and shrinking: the same samples, noise and global batch as the run of one rank that never stopped."""
+    """Growing and shrinking: the same samples, noise and global batch as the run of one rank that
+    never stopped."""
     run = tmp_path / "run"
     for steps, world in ((2, 1), (4, 2), (6, 1)):
-        ranks(STAGE2, *chain.stage2(run), f"engine={{{engine}, lr: 1e-2}}", f"train.steps={steps}", world=world)
+        ranks(
+            STAGE2,
+            *chain.stage2(run),
+            f"engine={{{engine}, lr: 1e-2}}",
+            f"train.steps={steps}",
+            world=world,
+        )
     assert_same_run(run, chain.root / "stage2", 1e-5)
 
 
@@ -69,26 +77,39 @@ def test_a_batch_that_spans_two_epochs(chain: Chain, tmp_path: Path) -> None:
     assert all(sorted(order[start : start + 16]) == list(range(16)) for start in (0, 16, 32))
     for world in (1, 2):
         run = tmp_path / str(world)
-        ranks(STAGE2, *chain.stage2(run), "train.global_batch=6", "train.micro_batch=1", world=world)
+        ranks(
+            STAGE2, *chain.stage2(run), "train.global_batch=6", "train.micro_batch=1", world=world
+        )
     assert_same_run(tmp_path / "1", tmp_path / "2", 1e-5)
 
 
 def test_a_sample_that_is_not_finite_on_one_rank(chain: Chain, tmp_path: Path) -> None:
     """All ranks skip that update, count it and write their share of the batch; the run goes on."""
     order = epoch_order(0, 2, 4, 24)
-    data, run = tiny_run.write_latents(tmp_path / "data", 24, seed=1, huge=order[3]), tmp_path / "run"
+    data, run = (
+        tiny_run.write_latents(tmp_path / "data", 24, seed=1, huge=order[3]),
+        tmp_path / "run",
+    )
     ranks(STAGE2, *chain.stage2(run), f"data={data}", "train.steps=4", world=2)
     assert [row["step"] for row in tiny_run.metrics(run) if row["loss"] is None] == [3]
     (line,) = (run / "skipped.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 3, "engine": "model", "samples": order}
     assert json.loads((find(run) / "state" / "model" / "engine.json").read_text())["skipped"] == 1
-    assert all(tensor.isfinite().all() for tensor in read_tensors(find(run) / "model.safetensors").values())
+    assert all(
+        tensor.isfinite().all() for tensor in read_tensors(find(run) / "model.safetensors").values()
+    )
     clips = LatentClips(data)
     for rank, finite in ((0, True), (1, False)):
-        with safe_open(run / "nan_dump" / f"step_00000003_model_rank_{rank}.safetensors", framework="pt") as dump:
+        with safe_open(
+            run / "nan_dump" / f"step_00000003_model_rank_{rank}.safetensors", framework="pt"
+        ) as dump:
             (row,) = json.loads(dump.metadata()["micro_batches"])
             mine = order[2 * rank : 2 * rank + 2]
-            assert (row["number"], row["indices"], row["prompts"]) == (rank, mine, clips.texts(mine))
+            assert (row["number"], row["indices"], row["prompts"]) == (
+                rank,
+                mine,
+                clips.texts(mine),
+            )
             assert math.isfinite(float(row["loss"])) == finite
             read = clips.batch(mine)
             assert torch.equal(dump.get_tensor(f"{rank}/latents"), read.latents_BFCHW)
@@ -96,7 +117,8 @@ def test_a_sample_that_is_not_finite_on_one_rank(chain: Chain, tmp_path: Path) -
 
 
 def test_a_critic_that_is_not_finite_on_one_rank(chain: Chain, tmp_path: Path) -> None:
-    """Stage 3 with a text state that overflows: whichever engine meets the prompt skips, on all ranks, and is named."""
+    """Stage 3 with a text state that overflows: whichever engine meets the prompt skips, on all
+    ranks, and is named."""
     prompts, run = tmp_path / "prompts", tmp_path / "run"
     shutil.copytree(chain.train, prompts)
     file = prompts / "text-00000.safetensors"
@@ -111,8 +133,14 @@ def test_a_critic_that_is_not_finite_on_one_rank(chain: Chain, tmp_path: Path) -
     for name, key in (("model", "model"), ("critic", "critic")):
         skipped = json.loads((find(run) / "state" / name / "engine.json").read_text())["skipped"]
         assert skipped == sum(line["engine"].startswith(key) for line in lines)
-    assert all(tensor.isfinite().all() for tensor in read_tensors(find(run) / "ema.safetensors").values())
-    assert all(row["monitor/fake_real"] is not None for row in tiny_run.metrics(run) if "monitor/fake_real" in row)
+    assert all(
+        tensor.isfinite().all() for tensor in read_tensors(find(run) / "ema.safetensors").values()
+    )
+    assert all(
+        row["monitor/fake_real"] is not None
+        for row in tiny_run.metrics(run)
+        if "monitor/fake_real" in row
+    )
 
 
 def test_fewer_prompts_than_the_batch_of_all_ranks(chain: Chain, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def scd(*arguments: object) -> tuple[int, str]:
 
 
 def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
-    """The unbroken run's exported curve is a reference that a killed run falls short of, and meets once resumed."""
+    """The unbroken run's exported curve is a reference that a killed run falls short of, and meets
+    once resumed."""
     assert find_runs(chain.root) == [chain.root / "stage2", chain.root / "stage3"]
     for stage, steps in (("stage2", [3, 6]), ("stage3", [2, 4])):  # validation videos are measured
         rows = [row for row in metrics(chain.root / stage) if "quick/motion" in row]
@@ -30,7 +31,9 @@ def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
         )
     run, reference = tmp_path / "run", tmp_path / "reference.jsonl"
     assert scd("export", chain.root / "stage2", reference)[0] == 0
-    assert [row["step"] for row in map(json.loads, reference.read_text().splitlines())] == list(range(1, STEPS2 + 1))
+    assert [row["step"] for row in map(json.loads, reference.read_text().splitlines())] == list(
+        range(1, STEPS2 + 1)
+    )
     assert "time" not in reference.read_text()
 
     recipe_runner.run(SCRIPTS["stage2"], *chain.stage2(run), at=At(BACKWARD, 10))
@@ -40,10 +43,18 @@ def test_finished_killed_and_resumed(chain: Chain, tmp_path: Path) -> None:
     recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run))
     view = read_run(run, time.time() + 3600)
     assert (view.state, view.curve.last, view.total, [s.intact for s in view.checkpoints]) == (
-        "finished", STEPS2, STEPS2, [True, True],
-    )  # fmt: skip
+        "finished",
+        STEPS2,
+        STEPS2,
+        [True, True],
+    )
 
     code, out = scd("compare", reference, run, chain.root / "stage2", "--tolerance", "0")
     assert code == 0 and out.count("same bits, 6 steps") >= 6 and "val/loss" in out
     code, out = scd("show", chain.root / "stage3")
-    assert code == 0 and "stage3_self_forcing" in out and str(chain.root / "stage2") in out and "critic/loss" in out
+    assert (
+        code == 0
+        and "stage3_self_forcing" in out
+        and str(chain.root / "stage2") in out
+        and "critic/loss" in out
+    )

@@ -1,4 +1,5 @@
-"""Sampling by the real script: files, seeds, resuming, the checkpoint's own sampler and size, and refusals."""
+"""Sampling by the real script: files, seeds, resuming, the checkpoint's own sampler and size, and
+refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ PROMPTS = ["left in meadow", "still in hall"]
 
 
 def arguments(chain: Chain, out: Path, stage: str = "stage3") -> list[str]:
-    """Lossless files: a lossy encoder turns the last bit of a sum (batch, threads) into grey levels."""
+    """Lossless files: a lossy encoder turns the last bit of a sum (batch, threads) into grey
+    levels."""
     return [
         f"checkpoint={chain.root}/{stage}",
         f"out={out}",
@@ -45,7 +47,9 @@ def arguments(chain: Chain, out: Path, stage: str = "stage3") -> list[str]:
 
 
 def manifest(out: Path) -> dict[str, dict[str, dict[str, object]]]:
-    content: dict[str, dict[str, dict[str, object]]] = json.loads((out / "manifest.json").read_text())
+    content: dict[str, dict[str, dict[str, object]]] = json.loads(
+        (out / "manifest.json").read_text()
+    )
     return content
 
 
@@ -59,7 +63,12 @@ def made(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_and_manifest(made: Path) -> None:
     names = ["0000-00.mp4", "0000-01.mp4", "0001-00.mp4", "0001-01.mp4"]
-    assert sorted(file.name for file in made.iterdir()) == [".done", ".lock", *names, "manifest.json"]
+    assert sorted(file.name for file in made.iterdir()) == [
+        ".done",
+        ".lock",
+        *names,
+        "manifest.json",
+    ]
     content = manifest(made)
     assert list(content["videos"]) == names
     for name, entry in content["videos"].items():
@@ -70,7 +79,12 @@ def test_files_and_manifest(made: Path) -> None:
     assert len({entry["sha256"] for entry in content["videos"].values()}) == 4
     sampler = content["settings"]["sampler"]
     times = pytest.approx([1.0, 0.9375, 0.8333333, 0.625])
-    assert (sampler["name"], sampler["steps"], sampler["shift"], sampler["times"]) == ("renoise", 4, 5.0, times)
+    assert (sampler["name"], sampler["steps"], sampler["shift"], sampler["times"]) == (
+        "renoise",
+        4,
+        5.0,
+        times,
+    )
 
 
 def test_a_second_run_makes_only_what_is_missing(chain: Chain, made: Path) -> None:
@@ -89,10 +103,17 @@ def test_a_second_run_makes_only_what_is_missing(chain: Chain, made: Path) -> No
     assert changed == ["0001-00.mp4"]
 
 
-def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(chain: Chain, made: Path, tmp_path: Path) -> None:
-    """A run for one sample per prompt, killed before its second video and resumed, makes the same files."""
+def test_seeds_do_not_depend_on_batch_or_on_the_other_videos(
+    chain: Chain, made: Path, tmp_path: Path
+) -> None:
+    """A run for one sample per prompt, killed before its second video and resumed, makes the same
+    files."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    few = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompt_file={tmp_path}/prompts.txt"]
+    few = [
+        f"checkpoint={chain.root}/stage3",
+        f"out={tmp_path}/out",
+        f"prompt_file={tmp_path}/prompts.txt",
+    ]
     few += ["batch=1", "crf=0"]
     killed = recipe_runner.run(SCRIPT, *few, at=At("scd_sf.generation.folder:make", 2))
     assert killed.code == -9 and len(list((tmp_path / "out" / ".done").iterdir())) == 1
@@ -120,21 +141,39 @@ def test_other_sampler_of_a_distilled_checkpoint(chain: Chain, tmp_path: Path) -
     assert manifest(tmp_path / "out")["settings"]["sampler"]["name"] == "euler"
 
 
-def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(chain: Chain, tmp_path: Path) -> None:
-    given = [*arguments(chain, tmp_path / "out", "stage2"), "sampler={name: renoise, steps: 2}", "frames=5"]
+def test_other_sampler_and_size_of_a_checkpoint_that_is_not_distilled(
+    chain: Chain, tmp_path: Path
+) -> None:
+    given = [
+        *arguments(chain, tmp_path / "out", "stage2"),
+        "sampler={name: renoise, steps: 2}",
+        "frames=5",
+    ]
     assert "dtype 'fp8' is unknown" in refused(*given, "dtype=fp8")
-    assert "compile.cuda_graphs: the device is cpu" in refused(*given, "compile={enabled: true, cuda_graphs: true}")
+    assert "compile.cuda_graphs: the device is cpu" in refused(
+        *given, "compile={enabled: true, cuda_graphs: true}"
+    )
     recipe_runner.succeed(SCRIPT, *given, "samples=1", "dtype=bf16")
     assert read_video(tmp_path / "out" / "0000-00.mp4").shape == (5, 3, 32, 32)
     assert manifest(tmp_path / "out")["settings"]["dtype"] == "bf16"
 
 
 def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_path: Path) -> None:
-    """A second command is refused while a first one is at work; what a killed one left is no obstacle, and is gone."""
-    given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/out", f"prompts={json.dumps(PROMPTS[:1])}", "frames=5"]
+    """A second command is refused while a first one is at work; what a killed one left is no
+    obstacle, and is gone."""
+    given = [
+        f"checkpoint={chain.root}/stage3",
+        f"out={tmp_path}/out",
+        f"prompts={json.dumps(PROMPTS[:1])}",
+        "frames=5",
+    ]
     with locked(tmp_path / "out", "samples"):
         assert f"process {os.getpid()}" in refused(*given)
-    for target in ("scd_sf.generation.folder:write_json", "scd_sf.generation.sampling:Studio.frames", "os:replace"):
+    for target in (
+        "scd_sf.generation.folder:write_json",
+        "scd_sf.generation.sampling:Studio.frames",
+        "os:replace",
+    ):
         assert recipe_runner.run(SCRIPT, *given, at=At(target, 1)).code == -9
     recipe_runner.succeed(SCRIPT, *given)
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
@@ -144,21 +183,31 @@ def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_
 
 
 def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> None:
-    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK}
+    before = {
+        file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK
+    }
     assert "seed is 0 there but 1 now" in refused(*arguments(chain, made), "seed=1")
     other = shutil.copytree(chain.wan, tmp_path / "other")
-    assert f"base is '{chain.wan}' there but '{other}' now" in refused(*arguments(chain, made), f"base={other}")
+    assert f"base is '{chain.wan}' there but '{other}' now" in refused(
+        *arguments(chain, made), f"base={other}"
+    )
     other = [argument for argument in arguments(chain, made) if not argument.startswith("prompts=")]
     assert "made for prompt 'left in meadow'" in refused(*other, 'prompts=["right in hall"]')
     (tmp_path / "mine.txt").write_text("mine")
     assert "no manifest.json" in refused(*arguments(chain, tmp_path))
-    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK} == before
+    assert {
+        file: file.read_bytes() for file in made.rglob("*") if file.is_file() and file.name != LOCK
+    } == before
 
 
-def test_prompts_from_csv_and_jsonl_and_an_exported_file(chain: Chain, made: Path, tmp_path: Path) -> None:
+def test_prompts_from_csv_and_jsonl_and_an_exported_file(
+    chain: Chain, made: Path, tmp_path: Path
+) -> None:
     """The same prompts by other files give the same seeds; a single file samples like its run."""
     (tmp_path / "p.csv").write_text("id,caption\n1,left in meadow\n2,still in hall\n")
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"caption": prompt}) + "\n\n" for prompt in PROMPTS))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"caption": prompt}) + "\n\n" for prompt in PROMPTS)
+    )
     export_weights(chain.root / "stage3", tmp_path / "student.safetensors", "single", dtype="fp32")
     for name in ("p.csv", "p.jsonl"):
         out, single = tmp_path / f"from-{name}", tmp_path / "student.safetensors"
@@ -197,34 +246,56 @@ def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Pa
     assert "fills all 9 frames" in refused(*base, f"out={tmp_path}/x", f"start={made}/0001-00.mp4")
     assert "no such file" in refused(*base, f"out={tmp_path}/x", f"start={tmp_path}/none.png")
     (tmp_path / "broken.png").write_bytes(b"png")
-    assert "neither a video nor a readable image" in refused(*base, f"out={tmp_path}/x", f"start={tmp_path}/broken.png")
+    assert "neither a video nor a readable image" in refused(
+        *base, f"out={tmp_path}/x", f"start={tmp_path}/broken.png"
+    )
 
 
-def test_guidance_other_prompts_and_videos_longer_than_training(chain: Chain, made: Path, tmp_path: Path) -> None:
+def test_guidance_other_prompts_and_videos_longer_than_training(
+    chain: Chain, made: Path, tmp_path: Path
+) -> None:
     base = [f"checkpoint={chain.root}/stage2", "sampler={name: unipc, steps: 2}"]
     rows = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0], "then": [[10, PROMPTS[1]]]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "plain": [],
         "text": ["guidance.text.scale=3"],
-        "decoder": ["guidance.text.scale=3", "guidance.scope=decoder", "negative_prompt=still in hall"],
+        "decoder": [
+            "guidance.text.scale=3",
+            "guidance.scope=decoder",
+            "negative_prompt=still in hall",
+        ],
         "corruption": ["guidance.corruption=1.5"],
     }
     first: dict[str, torch.Tensor] = {}
     for name, more in settings.items():
         long = ["frames=25", "window=3", "sink=1"]
         out = tmp_path / name
-        recipe_runner.succeed(SCRIPT, *base, f"out={out}", f"prompt_file={tmp_path}/p.jsonl", *long, *more, "batch=1")
+        recipe_runner.succeed(
+            SCRIPT, *base, f"out={out}", f"prompt_file={tmp_path}/p.jsonl", *long, *more, "batch=1"
+        )
         first[name] = read_video(out / "0000-00.mp4")
         assert first[name].shape == (25, 3, 32, 32)
         assert manifest(out)["videos"]["0001-00.mp4"]["then"] == [[10, PROMPTS[1]]]
     assert len({sha256_file(tmp_path / name / "0000-00.mp4") for name in settings}) == len(settings)
 
 
-def test_known_prompts_need_no_text_encoder(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches with Wan's negative prompt: each text is encoded once, and not at all by the next run."""
-    given = [argument for argument in arguments(chain, tmp_path / "out", "stage2") if "batch" not in argument]
-    more = ["guidance.text.scale=3", "negative_prompt=wan", f"text_cache={tmp_path}/cache", "sampler.name=euler"]
+def test_known_prompts_need_no_text_encoder(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches with Wan's negative prompt: each text is encoded once, and not at all by the next
+    run."""
+    given = [
+        argument
+        for argument in arguments(chain, tmp_path / "out", "stage2")
+        if "batch" not in argument
+    ]
+    more = [
+        "guidance.text.scale=3",
+        "negative_prompt=wan",
+        f"text_cache={tmp_path}/cache",
+        "sampler.name=euler",
+    ]
     cfg = load_config(SampleConfig, None, [*given, *more, "sampler.steps=2"])
     assert cfg.negative_prompt == WAN_NEGATIVE_PROMPT
     seen: list[str] = []
@@ -233,11 +304,18 @@ def test_known_prompts_need_no_text_encoder(chain: Chain, tmp_path: Path, monkey
         studio, settings = open_studio(cfg, torch.device("cpu"))
         assert settings["guidance"]["negative_prompt"] == WAN_NEGATIVE_PROMPT  # type: ignore[index]
         encode = studio.text.encode
-        monkeypatch.setattr(studio.text, "encode", lambda prompts: [seen.extend(prompts), encode(prompts)][1])
-        return torch.cat([torch.cat(list(studio.frames(part)), 1) for part in batches(wanted_videos(cfg), 2)])
+        monkeypatch.setattr(
+            studio.text, "encode", lambda prompts: [seen.extend(prompts), encode(prompts)][1]
+        )
+        return torch.cat(
+            [torch.cat(list(studio.frames(part)), 1) for part in batches(wanted_videos(cfg), 2)]
+        )
 
     first = made()
-    assert seen.count(WAN_NEGATIVE_PROMPT) == 1 and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
+    assert (
+        seen.count(WAN_NEGATIVE_PROMPT) == 1
+        and len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3
+    )
     monkeypatch.setattr(text_cache, "load_text_encoder", None)
     assert torch.equal(made(), first)
 
@@ -245,8 +323,19 @@ def test_known_prompts_need_no_text_encoder(chain: Chain, tmp_path: Path, monkey
 @pytest.mark.slow
 def test_ranks_share_the_videos(chain: Chain, made: Path, tmp_path: Path) -> None:
     given = arguments(chain, tmp_path / "out")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, *given]
-    done = subprocess.run(command, cwd=recipe_runner.ROOT, capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        SCRIPT,
+        *given,
+    ]
+    done = subprocess.run(
+        command, cwd=recipe_runner.ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = manifest(tmp_path / "out")["videos"], manifest(made)["videos"]
     assert {n: e["seed"] for n, e in ours.items()} == {n: e["seed"] for n, e in theirs.items()}
@@ -279,6 +368,8 @@ def test_bad_input(chain: Chain, tmp_path: Path) -> None:
     stage1 = arguments(chain, out, "stage1")
     assert "set frames=, height=, width=" in refused(*stage1)
     assert "use 9" in refused(*arguments(chain, out), "frames=10")
-    assert "neither config.json nor vae/config.json" in refused(*arguments(chain, out), f"base={tmp_path}")
+    assert "neither config.json nor vae/config.json" in refused(
+        *arguments(chain, out), f"base={tmp_path}"
+    )
     assert "either prompts or prompt_file" in refused(*arguments(chain, out), "prompt_file=x")
     assert not out.exists()

@@ -28,7 +28,8 @@ def config(**more: object) -> Stage3Config:
 
 
 def test_a_checkpoint_carries_its_times(chain: Chain, tmp_path: Path) -> None:
-    """Trained at three uneven times with a shift of their own, apart from that of DMD's noise levels."""
+    """Trained at three uneven times with a shift of their own, apart from that of DMD's noise
+    levels."""
     given = [f"linear_times={list(LINEAR)}", "step_shift=3", "loss.shift=5", "train.steps=1"]
     recipe_runner.succeed("recipes/stage3_self_forcing.py", *chain.stage3(tmp_path / "run"), *given)
     times = few_step_times(3.0, LINEAR)
@@ -37,26 +38,38 @@ def test_a_checkpoint_carries_its_times(chain: Chain, tmp_path: Path) -> None:
     export_weights(tmp_path / "run", tmp_path / "one.safetensors", "single")
     for checkpoint in (tmp_path / "run", tmp_path / "one.safetensors"):
         for sampler in ([], ["sampler={name: renoise, steps: 3, shift: 3.0}"]):
-            arguments = [f"checkpoint={checkpoint}", "out=x", f"prompts={json.dumps(['left in hall'])}", *sampler]
-            studio, settings = open_studio(load_config(SampleConfig, None, arguments), torch.device("cpu"))
+            arguments = [
+                f"checkpoint={checkpoint}",
+                "out=x",
+                f"prompts={json.dumps(['left in hall'])}",
+                *sampler,
+            ]
+            studio, settings = open_studio(
+                load_config(SampleConfig, None, arguments), torch.device("cpu")
+            )
             assert studio.sampler == FewStepSampler(times)
             assert settings["sampler"]["times"] == list(times)  # type: ignore[index]
 
 
 def test_which_sampler_a_student_gets() -> None:
-    """Its own for the same name, steps and shift; another one of a distilled student is refused unless forced."""
+    """Its own for the same name, steps and shift; another one of a distilled student is refused
+    unless forced."""
     own = SamplerConfig("renoise", 3, 5.0, few_step_times(5.0, LINEAR))
     plain = SamplerConfig("renoise", 3, 5.0)
     assert choose_sampler(own, None, "x") is own and choose_sampler(own, plain, "x") is own
     with pytest.raises(UserError, match="distilled for sampler"):
         choose_sampler(own, SamplerConfig("renoise", 4, 5.0), "x")
-    assert choose_sampler(own, SamplerConfig("euler", 4, 5.0), "x", force=True).build().name == "euler"
+    assert (
+        choose_sampler(own, SamplerConfig("euler", 4, 5.0), "x", force=True).build().name == "euler"
+    )
     old = SamplerConfig("renoise", 4, 5.0)  # a checkpoint from before times were written down
     assert old.build() == FewStepSampler(few_step_times())
 
 
 def test_the_steps_and_the_noise_law_are_two_settings() -> None:
-    assert config().sampler.times == few_step_times(5.0) and config(step_shift=1.0).sampler.times == (
+    assert config().sampler.times == few_step_times(5.0) and config(
+        step_shift=1.0
+    ).sampler.times == (
         1,
         0.75,
         0.5,

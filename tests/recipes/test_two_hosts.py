@@ -1,4 +1,5 @@
-"""Two hosts, rehearsed on this one: two torchrun launchers of one rank each that meet on the loopback address."""
+"""Two hosts, rehearsed on this one: two torchrun launchers of one rank each that meet on the
+loopback address."""
 
 from __future__ import annotations
 
@@ -25,17 +26,36 @@ def start(chain: Chain, run: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
     """The command of docs/multi_node.md once for every host; what each prints goes to ``logs``."""
     train = f"train={{steps: {STEPS}, global_batch: 4, micro_batch: 2, save_every: {SAVE_EVERY}, validate_every: 20}}"
     arguments = [text for text in chain.stage2(run) if not text.startswith(("train=", "engine="))]
-    recipe = ["recipes/stage2_flow_matching.py", *arguments, train, "engine={backend: deepspeed, lr: 1e-2}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    recipe = [
+        "recipes/stage2_flow_matching.py",
+        *arguments,
+        train,
+        "engine={backend: deepspeed, lr: 1e-2}",
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+    ]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", recipe_runner.free_port()]
     programs = str(Path(sys.executable).parent)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }
     logs.mkdir()
     hosts = []
     for rank in range(2):
         with (logs / f"host{rank}.txt").open("wb") as out:
             command = [*launcher, "--node_rank", str(rank), *recipe]
-            hosts.append(subprocess.Popen(command, cwd=recipe_runner.ROOT, env=env, stdout=out, stderr=out))
+            hosts.append(
+                subprocess.Popen(command, cwd=recipe_runner.ROOT, env=env, stdout=out, stderr=out)
+            )
     return hosts
 
 
@@ -45,10 +65,15 @@ def finish(hosts: list[subprocess.Popen[bytes]], logs: Path) -> None:
     assert codes == [0, 0], said
 
 
-def lose(host: int, hosts: list[subprocess.Popen[bytes]], run: Path, after: int, logs: Path) -> None:
-    """SIGKILL to one launcher and its rank after ``after`` steps; the other must end by itself, not with 0."""
+def lose(
+    host: int, hosts: list[subprocess.Popen[bytes]], run: Path, after: int, logs: Path
+) -> None:
+    """SIGKILL to one launcher and its rank after ``after`` steps; the other must end by itself, not
+    with 0."""
     while read_tail(run / "metrics.jsonl").last < after:
-        assert [process.poll() for process in hosts] == [None, None], (logs / "host0.txt").read_text()[-3000:]
+        assert [process.poll() for process in hosts] == [None, None], (
+            logs / "host0.txt"
+        ).read_text()[-3000:]
         time.sleep(0.02)
     launcher = psutil.Process(hosts[host].pid)
     for process in (*launcher.children(recursive=True), launcher):
@@ -61,8 +86,11 @@ def lose(host: int, hosts: list[subprocess.Popen[bytes]], run: Path, after: int,
 
 
 @pytest.mark.slow
-def test_a_lost_host_ends_the_other_and_the_same_commands_go_on(chain: Chain, tmp_path: Path) -> None:
-    """Host 1 is lost, then, after a resume, host 0 with rank 0; the metrics are those of the unbroken run."""
+def test_a_lost_host_ends_the_other_and_the_same_commands_go_on(
+    chain: Chain, tmp_path: Path
+) -> None:
+    """Host 1 is lost, then, after a resume, host 0 with rank 0; the metrics are those of the
+    unbroken run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(start(chain, whole, tmp_path / "0"), tmp_path / "0")
     lose(1, start(chain, run, tmp_path / "1"), run, 7, tmp_path / "1")

@@ -11,7 +11,10 @@ import recipe_runner
 def best_steps(distances: list[float], stds: list[float] | None = None) -> list[float]:
     stage3 = recipe_runner.load_script("recipes/stage3_self_forcing.py")
     cfg = SimpleNamespace(
-        data_std=1.0, std_range=(0.75, 1.33), healthy_within=1.3, train=SimpleNamespace(steps=len(distances))
+        data_std=1.0,
+        std_range=(0.75, 1.33),
+        healthy_within=1.3,
+        train=SimpleNamespace(steps=len(distances)),
     )
     record: dict[str, float] = {}
     found = []

@@ -1,4 +1,5 @@
-"""How often the host waits for the device: the table of docs/gpu.md, which the rehearsal holds the code to."""
+"""How often the host waits for the device: the table of docs/gpu.md, which the rehearsal holds the
+code to."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ ROW = re.compile(r"^\| ([^|]+) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 
 
 class Budget(NamedTuple):
-    """``reads`` of the device by the host, ``copies`` from host to device, and ``blocking`` ones among these."""
+    """``reads`` of the device by the host, ``copies`` from host to device, and ``blocking`` ones
+    among these."""
 
     reads: int
     copies: int

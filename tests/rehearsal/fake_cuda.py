@@ -1,10 +1,12 @@
-"""A CUDA device without a GPU: tensors on it carry shapes, types and devices, those on the CPU stay real.
+"""A CUDA device without a GPU: tensors on it carry shapes, types and devices, those on the CPU stay
+real.
 
-Under :class:`FakeCuda` the real code runs at real sizes in seconds. What a GPU would refuse raises :class:`Mix` (a
-tensor of another device or type, a generator of another device); what makes the host wait is counted by the line of
-the project that asked: reads of the device (``.item()``, ``bool()``, ``.cpu()``, ``nonzero``), copies to it, and among
-those the ones that block (memory that is not pinned, or without ``non_blocking``). Data-dependent reads are answered
-with ones. Kernels, memory, speed and the backward pass are not shown.
+Under :class:`FakeCuda` the real code runs at real sizes in seconds. What a GPU would refuse raises
+:class:`Mix` (a tensor of another device or type, a generator of another device); what makes the
+host wait is counted by the line of the project that asked: reads of the device (``.item()``,
+``bool()``, ``.cpu()``, ``nonzero``), copies to it, and among those the ones that block (memory that
+is not pinned, or without ``non_blocking``). Data-dependent reads are answered with ones. Kernels,
+memory, speed and the backward pass are not shown.
 """
 
 from __future__ import annotations
@@ -33,12 +35,25 @@ ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = tuple(str(ROOT / folder) for folder in ("scd_sf", "recipes"))
 MOVES = str(ROOT / "scd_sf" / "types.py")  # on_device, for others
 DEVICE = torch.device("cuda", 0)
-LARGE = 10_000_000  # elements that are laid out when a tensor comes back to the host; of more, one that is expanded
+# elements that are laid out when a tensor comes back to the host; of more, one that is expanded
+LARGE = 10_000_000
 _ATEN = torch.ops.aten
-_SAME_TYPE = {_ATEN.mm, _ATEN.bmm, _ATEN.addmm, _ATEN.baddbmm, _ATEN.convolution, _ATEN.native_group_norm,
-              _ATEN._fused_rms_norm, _ATEN.index_put, _ATEN.index_put_, _ATEN.index_add_, _ATEN.scatter_,
-              _ATEN.linalg_solve, _ATEN._scaled_dot_product_flash_attention,
-              _ATEN._scaled_dot_product_efficient_attention}  # fmt: skip
+_SAME_TYPE = {
+    _ATEN.mm,
+    _ATEN.bmm,
+    _ATEN.addmm,
+    _ATEN.baddbmm,
+    _ATEN.convolution,
+    _ATEN.native_group_norm,
+    _ATEN._fused_rms_norm,
+    _ATEN.index_put,
+    _ATEN.index_put_,
+    _ATEN.index_add_,
+    _ATEN.scatter_,
+    _ATEN.linalg_solve,
+    _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_efficient_attention,
+}
 
 
 class Mix(RuntimeError):
@@ -57,7 +72,12 @@ class FakeTensor(Tensor):
     @staticmethod
     def __new__(cls, shape: _Shape, requires_grad: bool = False) -> FakeTensor:
         made: FakeTensor = Tensor._make_wrapper_subclass(
-            cls, shape.shape, shape.stride, dtype=shape.dtype, device=DEVICE, requires_grad=requires_grad
+            cls,
+            shape.shape,
+            shape.stride,
+            dtype=shape.dtype,
+            device=DEVICE,
+            requires_grad=requires_grad,
         )
         return made
 
@@ -86,8 +106,13 @@ class Counts:
 
     def __str__(self) -> str:
         parts = [
-            f"{name}: " + (", ".join(f"{place} x{times}" for place, times in sorted(found.items())) or "none")
-            for name, found in (("host reads", self.reads), ("copies", self.copies), ("blocking", self.blocking))
+            f"{name}: "
+            + (", ".join(f"{place} x{times}" for place, times in sorted(found.items())) or "none")
+            for name, found in (
+                ("host reads", self.reads),
+                ("copies", self.copies),
+                ("blocking", self.blocking),
+            )
         ]
         return "; ".join(parts)
 
@@ -107,15 +132,21 @@ class FakeCuda(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard against it costs more than an operator
+        # nothing is compiled here, and the guard against it costs more than an operator
+        return False
 
     def __enter__(self) -> FakeCuda:
         torch._C._ensureCUDADeviceGuardSet()
         lifted = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(.., device=): made on the host, then copied
+        # torch.tensor(.., device=): made on the host, then copied
+        torch._C._set_only_lift_cpu_tensors(True)
         self._patches.callback(torch._C._set_only_lift_cpu_tensors, lifted)
-        future, overwrite = torch.__future__, torch.__future__.get_overwrite_module_params_on_conversion()
-        future.set_overwrite_module_params_on_conversion(True)  # module.to(): new parameters, not other data in the old
+        future, overwrite = (
+            torch.__future__,
+            torch.__future__.get_overwrite_module_params_on_conversion(),
+        )
+        # module.to(): new parameters, not other data in the old
+        future.set_overwrite_module_params_on_conversion(True)
         self._patches.callback(future.set_overwrite_module_params_on_conversion, overwrite)
         for where, name, stand_in in (
             (torch.cuda, "_lazy_init", _nothing),
@@ -184,13 +215,17 @@ class FakeCuda(TorchDispatchMode):
             key = storage._cdata
             self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
             return copy
-        if (generator := kwargs.get("generator")) is not None and generator._cdata in self._generators:
+        if (
+            generator := kwargs.get("generator")
+        ) is not None and generator._cdata in self._generators:
             raise Mix(f"{func}: a CUDA generator for a CPU tensor, at {_place()}")
         return func(*args, **kwargs)
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         """Mix: what the GPU would refuse."""
-        if (generator := kwargs.get("generator")) is not None and generator._cdata not in self._generators:
+        if (
+            generator := kwargs.get("generator")
+        ) is not None and generator._cdata not in self._generators:
             raise Mix(f"{func}: a CPU generator for a CUDA tensor, at {_place()}")
         if torch.Tag.inplace_view in func.tags:
             raise NotImplementedError(f"the rehearsal has no {func}")
@@ -198,25 +233,41 @@ class FakeCuda(TorchDispatchMode):
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):
                 continue
-            scalar = tensor.ndim == 0 and tensor.device.type == "cpu" and torch.Tag.pointwise in func.tags
+            scalar = (
+                tensor.ndim == 0
+                and tensor.device.type == "cpu"
+                and torch.Tag.pointwise in func.tags
+            )
             if not scalar or (func._schema.is_mutable and tensor is args[0]):
-                raise Mix(f"{func}: cuda:0 and {tensor.device}, shapes {_shapes(tensors)}, at {_place()}")
+                raise Mix(
+                    f"{func}: cuda:0 and {tensor.device}, shapes {_shapes(tensors)}, at {_place()}"
+                )
         if func.overloadpacket in _SAME_TYPE:
             found = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
             if len(found) > 1:
-                raise Mix(f"{func}: {', '.join(sorted(map(str, found)))}, shapes {_shapes(tensors)}, at {_place()}")
+                raise Mix(
+                    f"{func}: {', '.join(sorted(map(str, found)))}, shapes {_shapes(tensors)}, at {_place()}"
+                )
         if func is _ATEN.native_layer_norm.default and args[0].dtype == torch.float32:
             if any(part is not None and part.dtype != torch.float32 for part in args[2:4]):
                 raise Mix(f"{func}: torch.float32 by weights of another type, at {_place()}")
 
     def _shaped(self, func: Any, args: Any, kwargs: Any, *, check: bool = True) -> Any:
-        """What the operator makes of these shapes; from the second time on it is known, and known to be allowed."""
-        key = (func, _described(args), tuple([(name, self._option(value)) for name, value in kwargs.items()]))
+        """What the operator makes of these shapes; from the second time on it is known, and known
+        to be allowed."""
+        key = (
+            func,
+            _described(args),
+            tuple([(name, self._option(value)) for name, value in kwargs.items()]),
+        )
         described = self._made.get(key)
         if described is None:
             if check:
                 self._check(func, args, kwargs)
-            moved = {name: "meta" if name == "device" else _to_meta(value) for name, value in kwargs.items()}
+            moved = {
+                name: "meta" if name == "device" else _to_meta(value)
+                for name, value in kwargs.items()
+            }
             if "generator" in moved:
                 moved["generator"] = None
             if moved.get("pin_memory"):
@@ -237,11 +288,19 @@ class FakeCuda(TorchDispatchMode):
             return None
         parts = list(made) if isinstance(made, tuple) else [made]
         for number, argument in changed:
-            parts[number] = args[argument] if isinstance(argument, int) and argument < len(args) else kwargs[argument]
+            parts[number] = (
+                args[argument]
+                if isinstance(argument, int) and argument < len(args)
+                else kwargs[argument]
+            )
         return parts[0] if len(parts) == 1 else tuple(parts)
 
     def _option(self, value: Any) -> Hashable:
-        return value._cdata in self._generators if isinstance(value, torch._C.Generator) else _described(value)
+        return (
+            value._cdata in self._generators
+            if isinstance(value, torch._C.Generator)
+            else _described(value)
+        )
 
     def _generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         made = torch._C.Generator()
@@ -251,18 +310,27 @@ class FakeCuda(TorchDispatchMode):
 
     def _attention(self, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def attend(
-            query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-        ) -> Tensor:  # fmt: skip
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            enable_gqa: bool = False,
+        ) -> Tensor:
             parts = [part for part in (query, key, value, attn_mask) if part is not None]
             if not any(isinstance(part, FakeTensor) for part in parts):
-                return real(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa=enable_gqa)
+                return real(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa=enable_gqa
+                )
             return self._attended(query, key, value, attn_mask)
 
         return attend
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """A fused operator's shapes: FlashAttention, or the memory-efficient one for fp32 and masks."""
+        """A fused operator's shapes: FlashAttention, or the memory-efficient one for fp32 and
+        masks."""
         parts = [query, key, value] + ([] if mask is None else [mask])
         if any(part.device != DEVICE for part in parts):
             raise Mix(f"attention on {[str(part.device) for part in parts]}, at {_place()}")
@@ -288,10 +356,16 @@ class FakeCuda(TorchDispatchMode):
         """FlexAttention's shapes; its tables and what its predicate reads must be on the device."""
         tables = [part for part in block_mask.as_tuple() if isinstance(part, Tensor)]
         if any(part.device != DEVICE for part in tables):
-            raise Mix(f"FlexAttention: a block mask on {[str(part.device) for part in tables]}, at {_place()}")
+            raise Mix(
+                f"FlexAttention: a block mask on {[str(part.device) for part in tables]}, at {_place()}"
+            )
         if block_mask.seq_lengths != (query.shape[2], key.shape[2]):
-            raise Mix(f"FlexAttention: {_shapes([query, key])} under a mask of {block_mask.seq_lengths}, at {_place()}")
-        seen = block_mask.mask_mod(*(torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in range(4)))
+            raise Mix(
+                f"FlexAttention: {_shapes([query, key])} under a mask of {block_mask.seq_lengths}, at {_place()}"
+            )
+        seen = block_mask.mask_mod(
+            *(torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in range(4))
+        )
         assert seen.dtype == torch.bool and seen.device == DEVICE
         return self._attended(query, key, value, None)
 
@@ -323,7 +397,9 @@ class _Outcome(NamedTuple):
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif not isinstance(value, str | int | float | None) and isinstance(value, tuple | list | type({}.values())):
+    elif not isinstance(value, str | int | float | None) and isinstance(
+        value, tuple | list | type({}.values())
+    ):
         for part in value:
             yield from _tensors(part)
 
@@ -350,7 +426,8 @@ def _to_meta(value: Any) -> Any:
 
 @cache
 def _changed(func: Any) -> list[tuple[int, int | str]] | None:
-    """Which returns are arguments that were written to: (number of the return, argument); None: none."""
+    """Which returns are arguments that were written to: (number of the return, argument); None:
+    none."""
     if not func._schema.is_mutable:
         return None
     found: list[tuple[int, int | str]] = []
@@ -358,7 +435,10 @@ def _changed(func: Any) -> list[tuple[int, int | str]] | None:
         if returned.alias_info is None or not returned.alias_info.is_write:
             continue
         for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.before_set & returned.alias_info.before_set:
+            if (
+                argument.alias_info is not None
+                and argument.alias_info.before_set & returned.alias_info.before_set
+            ):
                 found.append((number, argument.name if argument.kwarg_only else position))
     return found
 
@@ -386,7 +466,11 @@ def _value(dtype: torch.dtype) -> bool | int | float:
 
 def _ones(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """On the host."""
-    return torch.ones(shape, dtype=dtype) if math.prod(shape) <= LARGE else torch.ones((), dtype=dtype).expand(shape)
+    return (
+        torch.ones(shape, dtype=dtype)
+        if math.prod(shape) <= LARGE
+        else torch.ones((), dtype=dtype).expand(shape)
+    )
 
 
 def _scalar(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
@@ -453,18 +537,26 @@ def _indexed(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
             count = math.prod(shape)
             indices += [FakeTensor(_Shape((count,), (1,), torch.int64)) for _ in shape]
         else:
-            indices.append(FakeTensor(_Shape(shape, tuple(torch.empty(shape, device="meta").stride()), dtype)))
+            indices.append(
+                FakeTensor(_Shape(shape, tuple(torch.empty(shape, device="meta").stride()), dtype))
+            )
     args = (args[0], indices, *args[2:])
     return cuda._shaped(func, args, kwargs)
 
 
 def _repeated(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """By counts on the device: their sum is read, unless it is given."""
-    return NotImplemented if kwargs.get("output_size") is not None else _unknown_shape(cuda, func, args, kwargs)
+    return (
+        NotImplemented
+        if kwargs.get("output_size") is not None
+        else _unknown_shape(cuda, func, args, kwargs)
+    )
 
 
 def _unknown_shape(cuda: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    raise NotImplementedError(f"{func}: it depends on values, and the rehearsal has no answer; at {_place()}")
+    raise NotImplementedError(
+        f"{func}: it depends on values, and the rehearsal has no answer; at {_place()}"
+    )
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {

@@ -39,15 +39,19 @@ MIXES: dict[str, Callable[[], object]] = {
     "looked up": lambda: F.embedding(torch.tensor([1]), on((4, 8))),
     "types of a product": lambda: on((3, 4)) @ on((4, 3), torch.float32),
     "types of a layer": lambda: F.linear(on((3, 4), torch.float32), on((5, 4)), on((5,))),
-    "types of a convolution": lambda: F.conv3d(on((1, 3, 2, 4, 4), torch.float32), on((5, 3, 1, 1, 1))),
+    "types of a convolution": lambda: F.conv3d(
+        on((1, 3, 2, 4, 4), torch.float32), on((5, 3, 1, 1, 1))
+    ),
     "types of a norm": lambda: F.layer_norm(on((3, 4), torch.float32), (4,), on((4,)), on((4,))),
     "types of attention": lambda: attended(torch.half, torch.bfloat16, torch.half),
-    "a mask on the host": lambda: attended(*[torch.half] * 3, mask=torch.ones(8, 8, dtype=torch.bool)),
+    "a mask on the host": lambda: attended(
+        *[torch.half] * 3, mask=torch.ones(8, 8, dtype=torch.bool)
+    ),
     "a block mask on the host": lambda: FullSequence(TABLES)(0, *[on((1, 1, 256, 8))] * 3),
     "the host's generator": lambda: torch.randn(3, generator=torch.Generator(), device="cuda"),
     "the device's generator": lambda: torch.randn(3, generator=torch.Generator("cuda")),
     "shapes": lambda: on((3, 4)) @ on((3, 4)),
-}  # fmt: skip
+}
 
 
 def test_mixes_are_refused(cuda: FakeCuda) -> None:
@@ -70,12 +74,18 @@ def test_what_a_gpu_takes(cuda: FakeCuda) -> None:
 
 COUNTED: dict[str, tuple[Callable[[], object], Budget]] = {
     "item": (lambda: on(()).item(), Budget(1, 0)),
-    "float, bool, int": (lambda: [float(on(())), bool(on(()) > 0), int(on((), torch.int64))], Budget(3, 0)),
+    "float, bool, int": (
+        lambda: [float(on(())), bool(on(()) > 0), int(on((), torch.int64))],
+        Budget(3, 0),
+    ),
     "tolist": (lambda: on((3,)).tolist(), Budget(1, 0)),
     "cpu": (lambda: on((3,)).cpu(), Budget(1, 0)),
     "into the host's": (lambda: torch.zeros(3).copy_(on((3,))), Budget(1, 0)),
     "nonzero": (lambda: on((3,)).nonzero(), Budget(1, 0)),
-    "solved": (lambda: torch.linalg.solve(on((2, 2), torch.float32), on((2,), torch.float32)), Budget(1, 0)),
+    "solved": (
+        lambda: torch.linalg.solve(on((2, 2), torch.float32), on((2,), torch.float32)),
+        Budget(1, 0),
+    ),
     "equal": (lambda: torch.equal(on((3,)), on((3,))), Budget(1, 0)),
     "by a mask": (lambda: on((3, 4))[on((3,), torch.bool)], Budget(1, 0)),
     "by a list": (lambda: on((3, 4))[[0, 2]], Budget(0, 1, 1)),
@@ -111,5 +121,7 @@ def test_the_documents_list() -> None:
     texts = [file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py")]
     asked = re.findall(r'BUDGETS\[f?"([^"]+)"\]', "".join(texts))
     patterns = [re.compile(re.sub(r"\\{.*?\\}", ".+", re.escape(name))) for name in asked]
-    assert len(BUDGETS) > 40 and not [name for name in BUDGETS if not any(p.fullmatch(name) for p in patterns)]
+    assert len(BUDGETS) > 40 and not [
+        name for name in BUDGETS if not any(p.fullmatch(name) for p in patterns)
+    ]
     assert not [p for p in patterns if not any(p.fullmatch(name) for name in BUDGETS)]

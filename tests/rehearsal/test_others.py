@@ -46,8 +46,15 @@ def tokens(texts: Sequence[str], **kwargs: Any) -> BatchEncoding:
 
 def test_text_encoder(cuda: FakeCuda) -> None:
     """umT5-XXL in bf16: two prompts at once, and one as it is encoded while a training goes on."""
-    config = UMT5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=256384,
-                        feed_forward_proj="gated-gelu")  # fmt: skip
+    config = UMT5Config(
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        vocab_size=256384,
+        feed_forward_proj="gated-gelu",
+    )
     with DEVICE:
         model = UMT5EncoderModel(config)
     tokenizer: Any = tokens
@@ -83,9 +90,18 @@ def test_probes(cuda: FakeCuda, name: str, tmp_path: Path) -> None:
 
 
 def test_clips_of_the_teacher(cuda: FakeCuda, tmp_path: Path) -> None:
-    """generate_clips from a directory of weights to files, with a small teacher, encoder and VAE, all as loaded."""
+    """generate_clips from a directory of weights to files, with a small teacher, encoder and VAE,
+    all as loaded."""
     model = tiny_run.write_wan(tmp_path / "model")
-    size = ["frames=9", "height=32", "width=32", "sampler.steps=2", "samples=2", "batch=2", "videos=true"]
+    size = [
+        "frames=9",
+        "height=32",
+        "width=32",
+        "sampler.steps=2",
+        "samples=2",
+        "batch=2",
+        "videos=true",
+    ]
     kinds = [
         "engine.backend=torch",
         "engine.dtype=bf16",
@@ -110,7 +126,11 @@ def test_validation_videos(cuda: FakeCuda, tmp_path: Path) -> None:
     with DEVICE:
         student = Causal(tiny_run.WAN)
     preview = Preview(
-        str(model), world.prompts(2, tiny_run.WAN.text_dim, 5), tiny_run.SHAPE, FewStepSampler(), tmp_path
+        str(model),
+        world.prompts(2, tiny_run.WAN.text_dim, 5),
+        tiny_run.SHAPE,
+        FewStepSampler(),
+        tmp_path,
     )
     with cuda.budget(BUDGETS["two small validation videos"]):
         videos, _ = preview.sample(student, [0, 1], DEVICE)

@@ -1,5 +1,5 @@
-"""Streamed sampling at 832x480 on the rehearsal's device: samplers, windows, guidance, start frames, other prompts, the
-VAE. Budgets are of a chunk: the first one, and any later one."""
+"""Streamed sampling at 832x480 on the rehearsal's device: samplers, windows, guidance, start
+frames, other prompts, the VAE. Budgets are of a chunk: the first one, and any later one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def vae() -> Vae:
 
 
 def run(cuda: FakeCuda, name: str, chunks: Iterator[Tensor]) -> Tensor:
-    """All chunks: the first and the last by their own budgets; those between read and block as the last does."""
+    """All chunks: the first and the last by their own budgets; those between read and block as the
+    last does."""
     made, found = [], []
     while True:
         with cuda.counted() as counts:
@@ -57,15 +58,27 @@ def run(cuda: FakeCuda, name: str, chunks: Iterator[Tensor]) -> Tensor:
         found.append(counts)
     for which, counts in (("the first", found[0]), ("a later", found[-1])):
         allowed = BUDGETS[f"sampling, {name}, {which} chunk"]
-        assert counts.totals == allowed, f"{which} chunk: {counts.totals}, the list allows {allowed}; {counts}"
-    assert {counts.totals[::2] for counts in found[1:]} == {found[-1].totals[::2]}, "; ".join(map(str, found))
+        assert counts.totals == allowed, (
+            f"{which} chunk: {counts.totals}, the list allows {allowed}; {counts}"
+        )
+    assert {counts.totals[::2] for counts in found[1:]} == {found[-1].totals[::2]}, "; ".join(
+        map(str, found)
+    )
     return clips_of(made)
 
 
-@pytest.mark.parametrize("sampler", [FewStepSampler(), Euler(4), UniPC(4)], ids=lambda sampler: sampler.name)
+@pytest.mark.parametrize(
+    "sampler", [FewStepSampler(), Euler(4), UniPC(4)], ids=lambda sampler: sampler.name
+)
 def test_samplers(cuda: FakeCuda, sampler: Sampler) -> None:
-    made = run(cuda, sampler.name, generate_latents(world.student(), told(), [0], CLIP.latent(1)[1:], sampler))
-    assert made.shape == CLIP.latent(1) and made.device == cuda.device and made.dtype == torch.float32
+    made = run(
+        cuda,
+        sampler.name,
+        generate_latents(world.student(), told(), [0], CLIP.latent(1)[1:], sampler),
+    )
+    assert (
+        made.shape == CLIP.latent(1) and made.device == cuda.device and made.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
@@ -91,14 +104,28 @@ def test_the_baseline(cuda: FakeCuda, name: str) -> None:
     student, shape = world.student(CAUSAL), replace(CLIP, frames=9)
     blocks = BlocksConfig(skip=SkipConfig()) if "skipped" in name else BlocksConfig()
     with running_as(student, blocks):
-        run(cuda, name, generate_latents(student, told(), [0], shape.latent(1)[1:], FewStepSampler()))
+        run(
+            cuda,
+            name,
+            generate_latents(student, told(), [0], shape.latent(1)[1:], FewStepSampler()),
+        )
 
 
 def test_from_start_frames_to_pixels(cuda: FakeCuda) -> None:
-    """A clip that begins with five frames, under another prompt from its tenth on, decoded as it comes."""
+    """A clip that begins with five frames, under another prompt from its tenth on, decoded as it
+    comes."""
     start = torch.zeros(1, 5, 3, CLIP.pixel_height, CLIP.pixel_width, device=cuda.device)
     frames = generate(
-        world.student(), vae(), told(), [0], CLIP, FewStepSampler(), window=2, sink=1, start=start, changes={9: told()}
+        world.student(),
+        vae(),
+        told(),
+        [0],
+        CLIP,
+        FewStepSampler(),
+        window=2,
+        sink=1,
+        start=start,
+        changes={9: told()},
     )
     with cuda.budget(BUDGETS["start frames, encoded and decoded"]):
         first = next(frames)
@@ -110,7 +137,9 @@ def test_whole_clips(cuda: FakeCuda) -> None:
     """The teacher's own sampling, and a clip decoded at once."""
     teacher, cond, decoder = world.wan(), told(), vae()
     with cuda.budget(BUDGETS["a clip of the teacher, 4 steps"]):
-        latents = sample_bidirectional(teacher, cond, CLIP.latent(1)[1:], Euler(4), [0], cuda.device)
+        latents = sample_bidirectional(
+            teacher, cond, CLIP.latent(1)[1:], Euler(4), [0], cuda.device
+        )
     with cuda.budget(BUDGETS["a clip decoded"]):
         pixels = decode(decoder, latents)
     assert pixels.shape == (1, CLIP.pixel_frames, 3, CLIP.pixel_height, CLIP.pixel_width)

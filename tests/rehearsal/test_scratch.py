@@ -1,5 +1,6 @@
-"""The models trained from scratch (SCD-B, Causal DiT-B; TECO-Minecraft's 300 frames, UCF-101's labels) and the image
-tokenizer, on the rehearsal's device: a micro-batch of training, prediction, the tokenizer both ways."""
+"""The models trained from scratch (SCD-B, Causal DiT-B; TECO-Minecraft's 300 frames, UCF-101's
+labels) and the image tokenizer, on the rehearsal's device: a micro-batch of training, prediction,
+the tokenizer both ways."""
 
 from __future__ import annotations
 
@@ -59,7 +60,11 @@ class Clips:
 CASES = {
     "SCD-B, actions": ("scd_b",),
     "Causal DiT-B, actions": ("causal_b",),
-    "SCD-B, labels, sample by sample": ("ucf101", "model.dit.num_labels=101", "samples_in_turn=true"),
+    "SCD-B, labels, sample by sample": (
+        "ucf101",
+        "model.dit.num_labels=101",
+        "samples_in_turn=true",
+    ),
 }
 
 
@@ -72,7 +77,9 @@ def test_a_micro_batch(cuda: FakeCuda, name: str) -> None:
     if isinstance(model, Scd):
         model.samples_in_turn = cfg.samples_in_turn
 
-    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss_fn(
+        model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator
+    ) -> tuple[Tensor, Logs]:
         return flow_matching_loss(model, x_0, cond, Conditioning.of_frames(1), cfg.loss, rng)
 
     run, engine = SimpleNamespace(ranks=world.RANKS), world.Forward(StepModule(model, loss_fn))
@@ -106,7 +113,11 @@ def test_tokenizer(cuda: FakeCuda) -> None:
     with cuda.budget(BUDGETS["frames of the host through the tokenizer"]):
         latents = ours.encode(frames)
         pixels = ours.decode(latents)
-    assert latents.shape == (2, 4, 32, 8, 8) and pixels.shape == frames.shape and pixels.device == cuda.device
+    assert (
+        latents.shape == (2, 4, 32, 8, 8)
+        and pixels.shape == frames.shape
+        and pixels.device == cuda.device
+    )
 
 
 def test_training_a_tokenizer(cuda: FakeCuda) -> None:
@@ -121,7 +132,9 @@ def test_training_a_tokenizer(cuda: FakeCuda) -> None:
         "train.global_batch=4",
         "train.micro_batch=4",
     ]
-    cfg = load_config(script.PretrainTokenizerConfig, world.CONFIGS / "tokenizer_minecraft.yaml", blanks)
+    cfg = load_config(
+        script.PretrainTokenizerConfig, world.CONFIGS / "tokenizer_minecraft.yaml", blanks
+    )
     model = tokenizer().model.requires_grad_(True)
     training = object.__new__(script.Training)
     training.cfg, training.run, training.frames = cfg, SimpleNamespace(ranks=world.RANKS), range(8)

@@ -1,4 +1,5 @@
-"""Stage 2 of the paper (Wan 1.3B, 832x480, 81 frames) on the rehearsal's device: every fusion, and the baseline."""
+"""Stage 2 of the paper (Wan 1.3B, 832x480, 81 frames) on the rehearsal's device: every fusion, and
+the baseline."""
 
 from __future__ import annotations
 
@@ -44,16 +45,21 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 def config(*names: str) -> Stage2Config:
     files = [world.CONFIGS / f"{name}.yaml" for name in ("stage2_wan_1.3b", *names)]
-    return load_config(Stage2Config, files, ["init=x", "data=x", "val=x", "run.dir=x", "train.global_batch=1"])
+    return load_config(
+        Stage2Config, files, ["init=x", "data=x", "val=x", "run.dir=x", "train.global_batch=1"]
+    )
 
 
 def update(cuda: FakeCuda, cfg: Stage2Config, student: Student, budget: Budget) -> Logs:
-    """The recipe's own, of one micro-batch of a clip as it is stored: in 16 bits, its text without padding."""
+    """The recipe's own, of one micro-batch of a clip as it is stored: in 16 bits, its text without
+    padding."""
     script: Any = recipe_runner.load_script("recipes/stage2_flow_matching.py")
     null, stored = world.prompts(), torch.zeros(world.CLIP.latent(1), dtype=torch.bfloat16)
     batch = LatentBatch(stored, world.prompts(length=77), world.TEXT)
 
-    def loss_fn(model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    def loss_fn(
+        model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator
+    ) -> tuple[Tensor, Logs]:
         return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)
 
     for trunk in student.trunks():
@@ -70,7 +76,10 @@ def update(cuda: FakeCuda, cfg: Stage2Config, student: Student, budget: Budget) 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_micro_batch(cuda: FakeCuda, name: str) -> None:
-    assert update(cuda, config(), world.student(*PRESETS[name]), BUDGETS[f"stage 2, {name}"])["loss"] == 1.0
+    assert (
+        update(cuda, config(), world.student(*PRESETS[name]), BUDGETS[f"stage 2, {name}"])["loss"]
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("name", ["frame_diagonal", "skip_layer"])

@@ -1,4 +1,5 @@
-"""Stage 3 of the paper (Wan 1.3B student and critic, 14B teacher, 832x480, 81 frames) on the rehearsal's device."""
+"""Stage 3 of the paper (Wan 1.3B student and critic, 14B teacher, 832x480, 81 frames) on the
+rehearsal's device."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def distillation(student: Student, *changes: str) -> Iterator[Any]:
     cfg = load_config(Stage3Config, world.CONFIGS / "stage3_wan_1.3b.yaml", [*blanks, *changes])
     sampler, critic = FewStepSampler(cfg.sampler.times), world.wan(WanConfig())
 
-    def self_rollout(model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
+    def self_rollout(
+        model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator
+    ) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
 
     for trunk in (*student.trunks(), critic.trunk):
@@ -44,15 +47,17 @@ def distillation(student: Student, *changes: str) -> Iterator[Any]:
     engines: list[Any] = [world.Forward(StepModule(student, self_rollout)), world.Forward(critic)]
     teacher, run = world.wan().requires_grad_(False), Any
     shape = cfg.video.shape(16).latent(1)[1:]
-    yield script.Distillation(cfg, run, world.RANKS, prompts, reads, sampler, shape, *engines, teacher)
+    yield script.Distillation(
+        cfg, run, world.RANKS, prompts, reads, sampler, shape, *engines, teacher
+    )
     reads.close()
     for trunk in student.trunks():
         trunk.checkpointing = False
 
 
 def test_a_cycle_at_the_papers_size(cuda: FakeCuda) -> None:
-    """A critic update on a rollout of its own, one on the same rollout again, and the student's. Checkpointing is for
-    the short clips: it makes the rehearsal slow."""
+    """A critic update on a rollout of its own, one on the same rollout again, and the student's.
+    Checkpointing is for the short clips: it makes the rehearsal slow."""
     with distillation(world.student(), "checkpointing=false") as parts:
         with cuda.budget(BUDGETS["stage 3, critic on a rollout of its own"]):
             rollouts = parts.roll_out(1, 0)

@@ -1,4 +1,5 @@
-"""Models of the real sizes on the rehearsal's device, built once; the clip is Wan's at 832x480, 81 frames."""
+"""Models of the real sizes on the rehearsal's device, built once; the clip is Wan's at 832x480, 81
+frames."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def forget_tables() -> None:
-    """What steps share, so that no count depends on what ran before, and no other test meets a tensor of here."""
+    """What steps share, so that no count depends on what ran before, and no other test meets a
+    tensor of here."""
     for kept in (rope.rope_table, masks.block_mask, masks.dense_mask, masks.row_mask):
         kept.clear()
     rope._axis.cache_clear()
@@ -40,14 +42,17 @@ def forget_tables() -> None:
 
 @cache
 def student(config: str = "stage1_wan_1.3b", *changes: str) -> Student:
-    """Wan 1.3B's student of a stage-1 configuration in bf16, as its engine runs it. Built inside the rehearsal."""
+    """Wan 1.3B's student of a stage-1 configuration in bf16, as its engine runs it. Built inside
+    the rehearsal."""
     with DEVICE:
         return in_bf16(build_student(model_config(config, *changes)))
 
 
 def model_config(config: str = "stage1_wan_1.3b", *changes: str) -> ModelConfig:
     read = load_config(TransplantConfig, CONFIGS / f"{config}.yaml", ["base=x", "out=x", *changes])
-    return ModelConfig(family=read.family, chunk=read.chunk, scd=replace(read.scd, chunk=read.chunk))
+    return ModelConfig(
+        family=read.family, chunk=read.chunk, scd=replace(read.scd, chunk=read.chunk)
+    )
 
 
 @cache
@@ -66,7 +71,9 @@ def in_bf16(model: M) -> M:
 
 def prompts(batch: int = 1, width: int = 4096, length: int = TEXT) -> Conditioning:
     """On the host, as they are read."""
-    return Conditioning(torch.randn(batch, 1, width, generator=generator(batch)).expand(batch, length, width))
+    return Conditioning(
+        torch.randn(batch, 1, width, generator=generator(batch)).expand(batch, length, width)
+    )
 
 
 def clips(batch: int = 1, shape: VideoShape = CLIP) -> Tensor:

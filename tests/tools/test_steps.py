@@ -1,4 +1,5 @@
-"""The step runner: finished steps stay finished, a changed command runs again, a failure is named, groups overlap."""
+"""The step runner: finished steps stay finished, a changed command runs again, a failure is named,
+groups overlap."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def shell(text: str) -> list[str]:
     return ["/bin/sh", "-c", text]
 
 
-def test_finished_steps_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_steps_are_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     groups = [[Step("count", shell(f"echo once >> {tmp_path}/count; echo done"), 1)]]
     first = run_steps(tmp_path / "run", groups)
     second = run_steps(tmp_path / "run", groups)
@@ -36,18 +39,27 @@ def test_changed_command_runs_again(tmp_path: Path) -> None:
 
 
 def test_environment_is_added(tmp_path: Path) -> None:
-    run_steps(tmp_path, [[Step("env", shell('echo "$WORD $PYTHONUNBUFFERED"'), 1, {"WORD": "meadow"})]])
+    run_steps(
+        tmp_path, [[Step("env", shell('echo "$WORD $PYTHONUNBUFFERED"'), 1, {"WORD": "meadow"})]]
+    )
     assert (tmp_path / "logs" / "env.log").read_text() == "meadow 1\n"
 
 
 def test_failure_names_step_and_log_and_stops(tmp_path: Path) -> None:
     """What is after it does not run; after the repair only it and what is after it run."""
     bad = Step("second", shell(f"echo broken cable; test -e {tmp_path}/repaired"), 1)
-    groups = [[Step("first", shell(f"echo x >> {tmp_path}/first"), 1)], [bad], [Step("third", shell("true"), 1)]]
+    groups = [
+        [Step("first", shell(f"echo x >> {tmp_path}/first"), 1)],
+        [bad],
+        [Step("third", shell("true"), 1)],
+    ]
     with pytest.raises(UserError) as caught:
         run_steps(tmp_path, groups)
     text = str(caught.value)
-    assert "step 'second' failed (exit 1): broken cable" in text and f"{tmp_path}/logs/second.log" in text
+    assert (
+        "step 'second' failed (exit 1): broken cable" in text
+        and f"{tmp_path}/logs/second.log" in text
+    )
     assert "\n" not in text and not (tmp_path / ".done" / "third.json").exists()
     (tmp_path / "repaired").touch()
     assert run_steps(tmp_path, groups).keys() == {"first", "second", "third"}
@@ -70,12 +82,16 @@ def test_steps_of_a_group_run_at_the_same_time(tmp_path: Path) -> None:
     """Each waits for the other's file: one after another would never end."""
     meet = "touch {0}; while ! test -e {1}; do sleep 0.01; done"
     names = (f"{tmp_path}/a", f"{tmp_path}/b")
-    group = [Step("left", shell(meet.format(*names)), 1), Step("right", shell(meet.format(*reversed(names))), 1)]
+    group = [
+        Step("left", shell(meet.format(*names)), 1),
+        Step("right", shell(meet.format(*reversed(names))), 1),
+    ]
     assert run_steps(tmp_path / "run", [group]).keys() == {"left", "right"}
 
 
 def test_no_more_than_asked_run_at_once(tmp_path: Path) -> None:
-    """Five steps, two at a time: each says how many it sees running; the third starts before the slowest has ended."""
+    """Five steps, two at a time: each says how many it sees running; the third starts before the
+    slowest has ended."""
     count = "touch {0}/on.{1}; ls {0} | grep -c on. >> {0}/seen; sleep {2}; rm {0}/on.{1}; echo {1} >> {0}/order"
     seconds = (0.8, 0.1, 0.1, 0.1, 0.1)
     group = [Step(f"s{i}", shell(count.format(tmp_path, i, s)), s) for i, s in enumerate(seconds)]
@@ -112,10 +128,16 @@ def test_damaged_marker_means_not_finished(tmp_path: Path) -> None:
 
 
 def test_a_step_whose_outputs_are_gone_runs_again(tmp_path: Path) -> None:
-    """The whole folder, one file of it, or a single file; not what it never promised. Steps that kept theirs stay."""
+    """The whole folder, one file of it, or a single file; not what it never promised. Steps that
+    kept theirs stay."""
     run, folder, file = tmp_path / "run", tmp_path / "made", tmp_path / "one.json"
     make = f"echo x >> {tmp_path}/count; mkdir -p {folder}/deep; touch {folder}/deep/a {folder}/b {folder}/.lock {file}"
-    other = Step("other", shell(f"echo x >> {tmp_path}/other; touch {tmp_path}/kept"), 1, outputs=[tmp_path / "kept"])
+    other = Step(
+        "other",
+        shell(f"echo x >> {tmp_path}/other; touch {tmp_path}/kept"),
+        1,
+        outputs=[tmp_path / "kept"],
+    )
     groups = [[Step("make", shell(make), 1, outputs=[folder, file]), other]]
 
     def times() -> int:
@@ -139,19 +161,25 @@ def test_a_step_whose_outputs_are_gone_runs_again(tmp_path: Path) -> None:
 
 def test_a_step_that_leaves_less_than_it_promised_is_no_success(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"'idle' ended without {tmp_path}/nothing"):
-        run_steps(tmp_path / "run", [[Step("idle", shell("true"), 1, outputs=[tmp_path / "nothing"])]])
+        run_steps(
+            tmp_path / "run", [[Step("idle", shell("true"), 1, outputs=[tmp_path / "nothing"])]]
+        )
     assert not (tmp_path / "run" / ".done" / "idle.json").exists()
 
 
 CHAINS = {
-    "demo": [], "compare_fusions": [], "sweep_split": [], "scratch_experiments": ["data"],
+    "demo": [],
+    "compare_fusions": [],
+    "sweep_split": [],
+    "scratch_experiments": ["data"],
     "make_teacher": ["--rehearsal", "--out", "{}/teacher"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_holds_its_run_directory(tmp_path: Path, name: str) -> None:
-    """A second one is told so, a folder of others is left alone; nothing is rendered or written before."""
+    """A second one is told so, a folder of others is left alone; nothing is rendered or written
+    before."""
     script, more = f"recipes/{name}.py", [word.format(tmp_path) for word in CHAINS[name]]
     with chain(tmp_path / "run"):
         second = recipe_runner.run(script, *more, "--run", tmp_path / "run")
@@ -164,5 +192,9 @@ def test_a_chain_holds_its_run_directory(tmp_path: Path, name: str) -> None:
     assert found.code == 2 and "nothing of others is touched: choose another --run" in found.err
     if name == "make_teacher":
         found = recipe_runner.run(script, "--rehearsal", "--out", others, "--run", tmp_path / "new")
-        assert found.code == 2 and "give another --out" in found.err and not (tmp_path / "new").exists()
+        assert (
+            found.code == 2
+            and "give another --out" in found.err
+            and not (tmp_path / "new").exists()
+        )
     assert [path.name for path in others.iterdir()] == ["results.json"]

@@ -1,7 +1,9 @@
-"""Three alternating cycles of distillation, and a stage-2 update, on tiny real models: plain torch beside every engine.
+"""Three alternating cycles of distillation, and a stage-2 update, on tiny real models: plain torch
+beside every engine.
 
-The reference is torch alone, in one process: ``AdamW``, ``clip_grad_norm_``, sums over micro-batches. A micro-batch is
-one prompt with a number of its own; its noise and exit step follow from that number, so the ranks share the same work.
+The reference is torch alone, in one process: ``AdamW``, ``clip_grad_norm_``, sums over
+micro-batches. A micro-batch is one prompt with a number of its own; its noise and exit step follow
+from that number, so the ranks share the same work.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ CYCLES, CRITIC_TURNS, GLOBAL, FRAMES = 3, 2, 4, 2
 CLIP, LR, SMALL_LR, BUCKET = 0.05, 1e-3, 2e-6, 20_000
 SAMPLER = FewStepSampler()
 LATENT = (FRAMES, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-WAN = dataclasses.replace(tiny.CFG, num_layers=3, attention_head_dim=16)  # FlexAttention's least on a GPU
+# FlexAttention's least on a GPU
+WAN = dataclasses.replace(tiny.CFG, num_layers=3, attention_head_dim=16)
 SCD = ScdConfig((0, 1), DecoderConfig((0, 2), "junction", "temporal", "full"), chunk=1)
 Update = dict[str, float]
 
@@ -68,8 +71,11 @@ class Plain:
     def __post_init__(self) -> None:
         model = self.module.model if isinstance(self.module, StepModule) else self.module
         self.named = dict(model.named_parameters())
-        # Keys' biases have no gradient but rounding noise; eps keeps Adam from dividing noise by noise.
-        self.optimizer = torch.optim.AdamW(self.named.values(), self.lr, (0.0, 0.99), 1e-5, weight_decay=0.0)
+        # Keys' biases have no gradient but rounding noise; eps keeps Adam from dividing noise by
+        # noise.
+        self.optimizer = torch.optim.AdamW(
+            self.named.values(), self.lr, (0.0, 0.99), 1e-5, weight_decay=0.0
+        )
 
     def __call__(self, *args: Any) -> Any:
         return self.module(*args)
@@ -111,18 +117,33 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"student{self.student}", f"critic{self.critic}", self.dtype]
-        flags = {"offload": self.offload_teacher, "checkpointing": self.checkpointing, "stage2": self.stage2}
+        flags = {
+            "offload": self.offload_teacher,
+            "checkpointing": self.checkpointing,
+            "stage2": self.stage2,
+        }
         flags |= {"optimizer_offload": self.offload}
         return "-".join([*parts, *(name for name, on in flags.items() if on)])
 
     def engine(self, stage: int | str) -> EngineConfig:
         backend: Any = "torch" if stage == "local" else "deepspeed"
-        options: dict[str, Any] = {} if stage == "local" else {"zero_stage": stage, "offload": self.offload}
-        optimizer: dict[str, Any] = {"lr": self.lr, "betas": (0.0, 0.99), "eps": 1e-5, "weight_decay": 0.0}
-        return EngineConfig(backend, dtype=self.dtype, grad_clip=CLIP, bucket=BUCKET, **optimizer, **options)
+        options: dict[str, Any] = (
+            {} if stage == "local" else {"zero_stage": stage, "offload": self.offload}
+        )
+        optimizer: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": (0.0, 0.99),
+            "eps": 1e-5,
+            "weight_decay": 0.0,
+        }
+        return EngineConfig(
+            backend, dtype=self.dtype, grad_clip=CLIP, bucket=BUCKET, **optimizer, **options
+        )
 
     def trainer(self, module: nn.Module, stage: int | str, ranks: Ranks) -> Trainer:
-        return build_engine(module, self.engine(stage), ranks, global_batch=GLOBAL, micro_batch=1, total_updates=100)
+        return build_engine(
+            module, self.engine(stage), ranks, global_batch=GLOBAL, micro_batch=1, total_updates=100
+        )
 
 
 def students(checkpointing: bool) -> nn.Module:
@@ -132,7 +153,9 @@ def students(checkpointing: bool) -> nn.Module:
     return model
 
 
-def self_rollout(model: Any, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator) -> Tensor:
+def self_rollout(
+    model: Any, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator
+) -> Tensor:
     return rollout(model, noise, cond, SAMPLER, cpu_noise(rng), exit_step=exit_step)
 
 
@@ -152,8 +175,11 @@ def numbers(trainer: Trainer, ranks: Ranks) -> Iterator[int]:
     return (index * ranks.world + ranks.rank for index in range(trainer.micro_batches))
 
 
-def one_rollout(student: Trainer, seed: int, number: int, device: torch.device) -> tuple[Tensor, Conditioning]:
-    """Micro-batches 0, 1 leave at one step, 2, 3 at another: ranks in lockstep, and two exits in each accumulation."""
+def one_rollout(
+    student: Trainer, seed: int, number: int, device: torch.device
+) -> tuple[Tensor, Conditioning]:
+    """Micro-batches 0, 1 leave at one step, 2, 3 at another: ranks in lockstep, and two exits in
+    each accumulation."""
     cond = tiny.prompts(1, 10 * seed + number, torch.float32).to(device)
     rng = tiny.generator(1000 * seed + number)
     noise = torch.randn((1, *LATENT), generator=rng).to(device)
@@ -181,13 +207,17 @@ def cycles(student: Trainer, critic: Trainer, teacher: nn.Module, ranks: Ranks) 
             def of_critic(number: int, seed: int = seed) -> Tensor:
                 with torch.no_grad():
                     x, cond = one_rollout(student, seed, number, device)
-                return critic_loss(critic, x, cond, cfg, tiny.generator(5000 + 10 * seed + number))[0]
+                return critic_loss(critic, x, cond, cfg, tiny.generator(5000 + 10 * seed + number))[
+                    0
+                ]
 
             history.append(update(critic, ranks, of_critic))
 
         def of_student(number: int, seed: int = 10 * cycle + 7) -> Tensor:
             x, cond = one_rollout(student, seed, number, device)
-            return dmd_loss(x, teacher, critic, cond, negative, cfg, tiny.generator(7000 + 10 * seed + number))[0]
+            return dmd_loss(
+                x, teacher, critic, cond, negative, cfg, tiny.generator(7000 + 10 * seed + number)
+            )[0]
 
         history.append(update(student, ranks, of_student))
     return history
@@ -195,10 +225,18 @@ def cycles(student: Trainer, critic: Trainer, teacher: nn.Module, ranks: Ranks) 
 
 def stage2(student: Trainer, ranks: Ranks) -> list[Update]:
     def of_student(number: int, step: int) -> Tensor:
-        x, cond = tiny.latents(1, FRAMES, 20 * step + number, torch.float32), tiny.prompts(1, number, torch.float32)
-        return student(x.to(ranks.device), cond.to(ranks.device), tiny.generator(900 + 10 * step + number))
+        x, cond = (
+            tiny.latents(1, FRAMES, 20 * step + number, torch.float32),
+            tiny.prompts(1, number, torch.float32),
+        )
+        return student(
+            x.to(ranks.device), cond.to(ranks.device), tiny.generator(900 + 10 * step + number)
+        )
 
-    return [update(student, ranks, lambda number, step=step: of_student(number, step)) for step in range(CYCLES)]
+    return [
+        update(student, ranks, lambda number, step=step: of_student(number, step))
+        for step in range(CYCLES)
+    ]
 
 
 Tensors = dict[str, Tensor]
@@ -206,7 +244,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Outcome:
-    """``history`` per update, the fp32 masters at the end, and how far they went; ``changed``: shares of elements."""
+    """``history`` per update, the fp32 masters at the end, and how far they went; ``changed``:
+    shares of elements."""
 
     history: list[Update]
     masters: Tensors
@@ -214,17 +253,30 @@ class Outcome:
     changed: dict[str, float]
 
     @classmethod
-    def of(cls, history: list[Update], trainers: dict[str, Trainer], starts: dict[str, Tensors]) -> Outcome:
+    def of(
+        cls, history: list[Update], trainers: dict[str, Trainer], starts: dict[str, Tensors]
+    ) -> Outcome:
         masters, way, changed = {}, [], {}
         for who, trainer in trainers.items():
             now, before = trainer.fp32_masters(), starts[who]
             masters |= {f"{who}.{name}": tensor for name, tensor in now.items()}
             way += [(now[name] - before[name]).flatten() for name in sorted(now)]
-            model = trainer.module.model if isinstance(trainer.module, StepModule) else trainer.module
-            live = {name: p.detach().cpu() for name, p in model.named_parameters() if p.shape == before[name].shape}
+            model = (
+                trainer.module.model if isinstance(trainer.module, StepModule) else trainer.module
+            )
+            live = {
+                name: p.detach().cpu()
+                for name, p in model.named_parameters()
+                if p.shape == before[name].shape
+            }
             for kind, values in (("masters", now), ("weights", live)):
-                differ = [(value != before[name].to(value.dtype)).flatten() for name, value in values.items()]
-                changed[f"{who}.{kind}"] = float(torch.cat(differ).float().mean()) if differ else 0.0
+                differ = [
+                    (value != before[name].to(value.dtype)).flatten()
+                    for name, value in values.items()
+                ]
+                changed[f"{who}.{kind}"] = (
+                    float(torch.cat(differ).float().mean()) if differ else 0.0
+                )
         return cls(history, masters, torch.cat(way), changed)
 
 
@@ -234,7 +286,11 @@ def whole(module: nn.Module) -> Tensors:
 
 def reference(lr: float = LR, stage2_only: bool = False, context_noise: float = 0.05) -> Outcome:
     """Plain torch in one process, fp32, without activation checkpointing."""
-    alone, model, wan = Ranks(0, 1, 0, torch.device("cpu")), students(False), tiny.wan(1, torch.float32, WAN)
+    alone, model, wan = (
+        Ranks(0, 1, 0, torch.device("cpu")),
+        students(False),
+        tiny.wan(1, torch.float32, WAN),
+    )
     starts = {"student": whole(model), "critic": whole(wan)}
     if stage2_only:
         student = Plain(StepModule(model, stage2_loss(context_noise)), lr)
@@ -249,14 +305,23 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     tiny.set_checkpointing(wan, case.checkpointing)
     starts = {"student": whole(model), "critic": whole(wan)}
     if case.stage2:
-        student = case.trainer(StepModule(model, stage2_loss(case.context_noise)), case.student, ranks)
+        student = case.trainer(
+            StepModule(model, stage2_loss(case.context_noise)), case.student, ranks
+        )
         return Outcome.of(stage2(student, ranks), {"student": student}, starts)
     student = case.trainer(StepModule(model, self_rollout), case.student, ranks)
     critic = case.trainer(wan, case.critic, ranks)
-    weights = {name: lambda value=value: value for name, value in tiny.wan(2, torch.float32, WAN).state_dict().items()}
-    teacher_cfg = EngineConfig("deepspeed", dtype=case.dtype, offload=case.offload_teacher, bucket=BUCKET)
+    weights = {
+        name: lambda value=value: value
+        for name, value in tiny.wan(2, torch.float32, WAN).state_dict().items()
+    }
+    teacher_cfg = EngineConfig(
+        "deepspeed", dtype=case.dtype, offload=case.offload_teacher, bucket=BUCKET
+    )
     teacher = frozen_engine(lambda: Wan(WAN), weights, teacher_cfg, ranks)
-    return Outcome.of(cycles(student, critic, teacher, ranks), {"student": student, "critic": critic}, starts)
+    return Outcome.of(
+        cycles(student, critic, teacher, ranks), {"student": student, "critic": critic}, starts
+    )
 
 
 def worst(values: Iterable[float]) -> float:
@@ -265,10 +330,13 @@ def worst(values: Iterable[float]) -> float:
 
 
 def compared(outcome: Outcome, expected: Outcome) -> dict[str, float]:
-    """Largest absolute differences, the angle between both ways, and what :class:`Outcome` says of the first."""
+    """Largest absolute differences, the angle between both ways, and what :class:`Outcome` says of
+    the first."""
     pairs = list(zip(outcome.history, expected.history, strict=True))
     result = {key: worst(abs(a[key] - b[key]) for a, b in pairs) for key in ("loss", "norm")}
     names = expected.masters.keys() | outcome.masters.keys()
-    result["masters"] = worst(float((outcome.masters[n] - expected.masters[n]).abs().max()) for n in names)
+    result["masters"] = worst(
+        float((outcome.masters[n] - expected.masters[n]).abs().max()) for n in names
+    )
     result["cosine"] = float(torch.cosine_similarity(outcome.way, expected.way, dim=0))
     return result | outcome.changed | {"least_norm": min(row["norm"] for row in outcome.history)}

@@ -1,4 +1,5 @@
-"""A checkpoint by several ranks: the main rank commits after the others' parts, and waits for none that cannot come."""
+"""A checkpoint by several ranks: the main rank commits after the others' parts, and waits for none
+that cannot come."""
 
 from __future__ import annotations
 
@@ -17,13 +18,21 @@ from scd_sf.types import UserError
 
 
 class Agreed(Ranks):
-    """Two ranks whose answer to ``any`` is known: ``local_rank`` 1 stands for a failure somewhere."""
+    """Two ranks whose answer to ``any`` is known: ``local_rank`` 1 stands for a failure
+    somewhere."""
 
     def any(self, flag: bool) -> bool:
         return flag or self.local_rank == 1
 
 
-def saving(root: Path, rank: int, committed: list[int], *, fails_elsewhere: bool = False, full: bool = False) -> Saving:
+def saving(
+    root: Path,
+    rank: int,
+    committed: list[int],
+    *,
+    fails_elsewhere: bool = False,
+    full: bool = False,
+) -> Saving:
     ranks = Agreed(rank, 2, int(fails_elsewhere), torch.device("cpu"))
 
     def write_state(folder: Path) -> None:
@@ -83,8 +92,11 @@ def test_a_mark_is_never_seen_without_its_words(root: Path) -> None:
     assert seen and all("No space left" in said for said in seen)
 
 
-def test_a_record_of_an_earlier_version_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It may have been saved within a step, which is made again and said so; what else is no number is refused."""
+def test_a_record_of_an_earlier_version_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have been saved within a step, which is made again and said so; what else is no number
+    is refused."""
     saved = _Saved(3, 3, {"left_out": 2.0, "begun/turns": 1.0, "begun/critic/loss": None}, [])
     assert saved.numbers(tmp_path) == {"left_out": 2.0}
     assert "within step 4, which is made again" in caplog.text

@@ -1,4 +1,5 @@
-"""Distillation and a stage-2 update on two ranks equal plain torch, whatever the ZeRO stages (see distillation.py).
+"""Distillation and a stage-2 update on two ranks equal plain torch, whatever the ZeRO stages (see
+distillation.py).
 
 Tolerances are absolute: masters after three cycles, losses and gradient norms of every update.
 """
@@ -20,13 +21,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Every pair of (student stage, critic stage), (student, offload), (critic, offload).
 MATRIX = [
-    Case(student, critic, offload_teacher=(student + critic) % 2 == 0) for student in (0, 1, 2, 3) for critic in (1, 2)
+    Case(student, critic, offload_teacher=(student + critic) % 2 == 0)
+    for student in (0, 1, 2, 3)
+    for critic in (1, 2)
 ]
 STAGE2 = [Case(stage, 2, stage2=True) for stage in (1, 2, 3)]
-WITHOUT_CHECKPOINTING = [Case(2, 2, checkpointing=False), Case(2, 2, checkpointing=False, stage2=True)]
+WITHOUT_CHECKPOINTING = [
+    Case(2, 2, checkpointing=False),
+    Case(2, 2, checkpointing=False, stage2=True),
+]
 PLAIN = [Case("local", "local"), Case("local", "local", stage2=True)]
 FP32 = [*MATRIX, *STAGE2, *WITHOUT_CHECKPOINTING, *PLAIN]
-BF16 = [Case(student, critic, dtype="bf16") for student, critic in (("local", "local"), (1, 2), (2, 1), (3, 2))]
+BF16 = [
+    Case(student, critic, dtype="bf16")
+    for student, critic in (("local", "local"), (1, 2), (2, 1), (3, 2))
+]
 Results = list[dict[str, dict[str, float]]]
 
 
@@ -37,8 +46,14 @@ def body(ranks: Ranks, out: Path) -> dict[str, Any]:
     found = {}
     for case in FP32 + BF16:
         began = time.monotonic()
-        found[str(case)] = distillation.compared(distillation.run(case, ranks), expected[case.lr, case.stage2])
-        print(f"[{ranks.rank}] {case} {time.monotonic() - began:.1f} s {found[str(case)]}", file=sys.stderr, flush=True)
+        found[str(case)] = distillation.compared(
+            distillation.run(case, ranks), expected[case.lr, case.stage2]
+        )
+        print(
+            f"[{ranks.rank}] {case} {time.monotonic() - began:.1f} s {found[str(case)]}",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 

@@ -1,6 +1,8 @@
-"""The same body on the plain-torch engine and on DeepSpeed ZeRO-0/1/2/3, on one and two ranks (see workers.py).
+"""The same body on the plain-torch engine and on DeepSpeed ZeRO-0/1/2/3, on one and two ranks (see
+workers.py).
 
-The first DeepSpeed start on a machine compiles its CPU collectives (30 s idle, minutes when busy); later ones do not.
+The first DeepSpeed start on a machine compiles its CPU collectives (30 s idle, minutes when busy);
+later ones do not.
 """
 
 from __future__ import annotations
@@ -19,11 +21,35 @@ from scd_sf.types import UserError
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 Results = dict[str, Any]
-LOCAL = ["train", "ema", "one_micro", "nan", "resume", "skips", "three", "bf16_train", "bf16_nan", "bf16_resume"]
-LEGS = [["local"], ["zero2", "zero3", "local", "zero1", "zero0"], ["zero2", "local"]]  # on 1, 2, 1 ranks
+LOCAL = [
+    "train",
+    "ema",
+    "one_micro",
+    "nan",
+    "resume",
+    "skips",
+    "three",
+    "bf16_train",
+    "bf16_nan",
+    "bf16_resume",
+]
+# on 1, 2, 1 ranks
+LEGS = [["local"], ["zero2", "zero3", "local", "zero1", "zero0"], ["zero2", "local"]]
 ONE = ["train-zero2", "ema-zero2", "one_micro-zero2", "three-zero2", "bf16_train-zero2"]
-TWO = [f"{check}-{kind}" for kind in ("local", "zero2", "zero3") for check in ("train", "nan", "resume")]
-TWO += ["ema-local", "ema-zero1", "ema-zero2", "ema-zero3", "bf16_ema-zero1", "bf16_ema-zero2", "bf16_ema-zero3"]
+TWO = [
+    f"{check}-{kind}"
+    for kind in ("local", "zero2", "zero3")
+    for check in ("train", "nan", "resume")
+]
+TWO += [
+    "ema-local",
+    "ema-zero1",
+    "ema-zero2",
+    "ema-zero3",
+    "bf16_ema-zero1",
+    "bf16_ema-zero2",
+    "bf16_ema-zero3",
+]
 TWO += ["train-zero0", "nan-zero0", "resume-zero0"]
 TWO += [
     "train-zero1",
@@ -37,7 +63,8 @@ TWO += [
 
 
 def slow(test: Any) -> Any:
-    """Several processes that wait for each other: seconds on an idle machine, many minutes on a crowded one."""
+    """Several processes that wait for each other: seconds on an idle machine, many minutes on a
+    crowded one."""
     return pytest.mark.slow(pytest.mark.timeout(1800)(test))
 
 
@@ -58,7 +85,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, local: Results) -> list[Resul
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory, pair: list[Results]) -> Results:
-    return workers.spawn(1, tmp_path_factory.mktemp("one"), workers.run_checks, [*ONE, migrate(2)])[0]
+    return workers.spawn(1, tmp_path_factory.mktemp("one"), workers.run_checks, [*ONE, migrate(2)])[
+        0
+    ]
 
 
 @slow
@@ -67,7 +96,10 @@ def test_rank_0_verifies_for_all(pair: list[Results]) -> None:
     main, other = (result["verified-local"] for result in pair)
     assert main["same"] and other["same"]
     assert main["place"] == other["place"] and "Not a directory" in main["place"]
-    assert main["hashed"] == ["config.yaml", "model.safetensors", "provenance.json"] and other["hashed"] == []
+    assert (
+        main["hashed"] == ["config.yaml", "model.safetensors", "provenance.json"]
+        and other["hashed"] == []
+    )
     assert "none of its 1 steps is intact" in main["error"] and other["error"] == main["error"]
 
 
@@ -90,29 +122,40 @@ def assert_exact_resume(result: Results) -> None:
     assert result["went_on"] == result["resumed"] and result["updates"] == [4, 4]
 
 
-# ---------------------------------------------------------------------------------------------------- one plain process
+# -------------------------------------------------------------------------------- one plain process
 
 
 def test_local_trains_with_clean_names(local: Results) -> None:
     result = local["train-local"]
     assert result["names"] == [name for name, _ in workers.Tiny(0).named_parameters()]
     losses = [row[0] for row in result["history"]]
-    assert losses[-1] < losses[0] and all(row[2] and row[3] and row[4] == 1e-2 for row in result["history"])
+    assert losses[-1] < losses[0] and all(
+        row[2] and row[3] and row[4] == 1e-2 for row in result["history"]
+    )
 
 
 def test_local_matches_adamw_written_by_hand(local: Results) -> None:
     """Clip to the global norm, then decoupled decay and bias-corrected moments, in float64."""
     model = workers.Tiny(0).double()
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()
+    }
     for step in range(workers.STEPS):
         x = workers.data(step).double()
         y = model(x).double()
-        loss = ((y - torch.sin(x)) ** 2).mean() + 0.5 * ((model(y.detach()).double() - y.detach()) ** 2).mean()
+        loss = ((y - torch.sin(x)) ** 2).mean() + 0.5 * (
+            (model(y.detach()).double() - y.detach()) ** 2
+        ).mean()
         model.zero_grad()
         loss.backward()
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+        gradients = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad
+            for n, p in model.named_parameters()
+        }
         norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
-        assert float(norm.detach()) == pytest.approx(local["train-local"]["history"][step][1], rel=1e-4)
+        assert float(norm.detach()) == pytest.approx(
+            local["train-local"]["history"][step][1], rel=1e-4
+        )
         with torch.no_grad():
             for name, p in model.named_parameters():
                 g = gradients[name] / max(1.0, float(norm) / 0.5)
@@ -142,11 +185,15 @@ def test_local_bf16_follows_fp32(local: Results) -> None:
 
 
 def test_too_many_skips_say_what_to_do(local: Results) -> None:
-    assert "2 updates in a row" in local["skips-local"] and "resume from the last checkpoint" in local["skips-local"]
+    assert (
+        "2 updates in a row" in local["skips-local"]
+        and "resume from the last checkpoint" in local["skips-local"]
+    )
 
 
 def test_resume_keeps_the_memory_order(tmp_path: Path) -> None:
-    """Channels-last weights go on exactly: the fused AdamW takes weights and moments in the order of memory."""
+    """Channels-last weights go on exactly: the fused AdamW takes weights and moments in the order
+    of memory."""
 
     def engine() -> Engine:
         torch.manual_seed(0)
@@ -191,7 +238,7 @@ def test_misuse_is_an_error(tmp_path: Path) -> None:
         engine.load(tmp_path / "nothing")
 
 
-# ------------------------------------------------------------------------------------------------------------ DeepSpeed
+# ---------------------------------------------------------------------------------------- DeepSpeed
 
 
 @slow
@@ -230,8 +277,11 @@ def test_resume_is_exact(pair: list[Results], kind: str) -> None:
 
 
 @slow
-def test_state_moves_between_kinds_and_numbers_of_ranks(local: Results, pair: list[Results], alone: Results) -> None:
-    """1 rank, 2, 1: every update goes on from what another kind of engine saved, and the run is the unbroken one."""
+def test_state_moves_between_kinds_and_numbers_of_ranks(
+    local: Results, pair: list[Results], alone: Results
+) -> None:
+    """1 rank, 2, 1: every update goes on from what another kind of engine saved, and the run is the
+    unbroken one."""
     legs = [results["migrate"] for results in (local, pair[0], alone)]
     history = [row for leg in legs for row in leg["history"]]
     unbroken = workers.train(workers.config("torch"), ALONE, 2, steps=len(history))
@@ -248,31 +298,47 @@ def test_bf16_on_two_ranks(pair: list[Results]) -> None:
 
 
 @slow
-def test_sharded_average_is_the_unsharded_one(local: Results, alone: Results, pair: list[Results]) -> None:
+def test_sharded_average_is_the_unsharded_one(
+    local: Results, alone: Results, pair: list[Results]
+) -> None:
     """Bit for bit, and the ranks share the memory."""
     total = sum(parameter.numel() for parameter in workers.Tiny(0).parameters())
     for world, results in ((1, [local]), (1, [alone]), (2, pair)):
         for name in (name for name in results[0] if "ema-" in name):
             ranks = [rank[name] for rank in results]
-            assert all(all(rank["equal"]) and rank["copied"] and rank["moved"] for rank in ranks), name
-            assert len(ranks[0]["equal"]) == len(ranks[0]["names"]) == len(dict(workers.Tiny(0).named_parameters()))
+            assert all(all(rank["equal"]) and rank["copied"] and rank["moved"] for rank in ranks), (
+                name
+            )
+            assert (
+                len(ranks[0]["equal"])
+                == len(ranks[0]["names"])
+                == len(dict(workers.Tiny(0).named_parameters()))
+            )
             assert sum(rank["held"] for rank in ranks) == total, name
             assert all(abs(rank["held"] - total / world) <= 16 for rank in ranks), name
 
 
 @slow
-def test_student_critic_and_teacher_in_one_process(local: Results, alone: Results, pair: list[Results]) -> None:
+def test_student_critic_and_teacher_in_one_process(
+    local: Results, alone: Results, pair: list[Results]
+) -> None:
     for results in (alone, *pair):
         result = results["three-zero2"]
         assert not result["trainable"]
         assert not result["patched"], "a ZeRO-3 engine replaced F.linear for the whole process"
         assert result["masters"] == pytest.approx(local["three-local"]["masters"], abs=1e-5)
         flat = [value for row in result["losses"] for value in row]
-        assert flat == pytest.approx([v for row in local["three-local"]["losses"] for v in row], rel=1e-4)
+        assert flat == pytest.approx(
+            [v for row in local["three-local"]["losses"] for v in row], rel=1e-4
+        )
     names, whole = alone["three-zero2"]["reads"], local["three-local"]["held"]
     assert len(names) == len(set(names)) > 1 and local["three-local"]["reads"] == names
-    assert [results["three-zero2"]["reads"] for results in pair] == [names, []], "rank 0 alone reads, every tensor once"
-    assert all(whole / 2 <= results["three-zero2"]["held"] < 0.6 * whole for results in pair), "nobody holds the whole"
+    assert [results["three-zero2"]["reads"] for results in pair] == [names, []], (
+        "rank 0 alone reads, every tensor once"
+    )
+    assert all(whole / 2 <= results["three-zero2"]["held"] < 0.6 * whole for results in pair), (
+        "nobody holds the whole"
+    )
 
 
 @slow

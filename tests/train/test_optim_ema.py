@@ -33,7 +33,8 @@ def test_no_decay_on_biases_norms_and_tables() -> None:
     assert decayed["weight_decay"] == 0.1 and decayed["params"] == [net.proj.weight]
     assert plain["weight_decay"] == 0.0
     assert {id(p) for p in plain["params"]} == {
-        id(p) for p in (net.proj.bias, net.norm_out.weight, net.norm_out.bias, net.scale_shift_table)
+        id(p)
+        for p in (net.proj.bias, net.norm_out.weight, net.norm_out.bias, net.scale_shift_table)
     }
 
 
@@ -66,8 +67,12 @@ def followed(cfg: EmaConfig, *values: float) -> list[float]:
 def test_ema_follows_the_recurrence_in_fp32() -> None:
     d1, d2 = 2 / 11, 3 / 12
     after_one = d1 * 1.0 + (1 - d1) * 2.0
-    assert followed(EmaConfig(decay=0.5), 1.0, 2.0, 4.0)[-1] == pytest.approx(d2 * after_one + (1 - d2) * 4.0)
-    assert [Ema(EmaConfig(decay=0.5), ALONE).decay_at(n) for n in (0, 8, 100)] == pytest.approx([0.1, 0.5, 0.5])
+    assert followed(EmaConfig(decay=0.5), 1.0, 2.0, 4.0)[-1] == pytest.approx(
+        d2 * after_one + (1 - d2) * 4.0
+    )
+    assert [Ema(EmaConfig(decay=0.5), ALONE).decay_at(n) for n in (0, 8, 100)] == pytest.approx(
+        [0.1, 0.5, 0.5]
+    )
 
 
 def test_ema_before_start_is_the_weights_themselves() -> None:
@@ -76,7 +81,8 @@ def test_ema_before_start_is_the_weights_themselves() -> None:
 
 
 def test_ema_restores_exactly_and_never_aliases_the_weights(tmp_path: Path) -> None:
-    """Through a file and into other parts: ranks of three hold together what one rank holds alone."""
+    """Through a file and into other parts: ranks of three hold together what one rank holds
+    alone."""
     weights = {"w": torch.randn(5, 3), "bias": torch.randn(2), "scalar": torch.randn(())}
     ema = Ema(EmaConfig(), ALONE)
     ema.update(shards(weights))
@@ -95,7 +101,10 @@ def test_ema_restores_exactly_and_never_aliases_the_weights(tmp_path: Path) -> N
     for (name, whole), *pieces in zip(ema.whole(), *parts, strict=True):
         assert {piece.name for piece in pieces} == {name}
         assert torch.equal(torch.cat([piece.values for piece in pieces]), whole.flatten())
-    assert not torch.equal(dict(snapshot.whole())["w"], dict(ema.whole())["w"]) and snapshot.updates == 1
+    assert (
+        not torch.equal(dict(snapshot.whole())["w"], dict(ema.whole())["w"])
+        and snapshot.updates == 1
+    )
     with pytest.raises(ValueError, match="cut differently"):
         ema.update(shards(weights, Ranks(0, 2, 0, torch.device("cpu"))))
     with pytest.raises(UserError, match=r"ema.safetensors.*use another checkpoint"):
@@ -108,10 +117,13 @@ def test_ema_restores_exactly_and_never_aliases_the_weights(tmp_path: Path) -> N
 
 
 def test_broken_training_state_is_named(tmp_path: Path) -> None:
-    """NaN in the master weights or in a buffer, and a pointer of Git LFS for a rank's file or the average."""
+    """NaN in the master weights or in a buffer, and a pointer of Git LFS for a rank's file or the
+    average."""
     (like,) = shards({"w": torch.ones(2)})
     broken = torch.tensor([1.0, float("nan")])
-    EngineState(0, {"master/w@0": broken, "exp_avg/w@0": torch.ones(2), "buffer/b": broken.clone()}, {}).write(tmp_path)
+    EngineState(
+        0, {"master/w@0": broken, "exp_avg/w@0": torch.ones(2), "buffer/b": broken.clone()}, {}
+    ).write(tmp_path)
     files = StateFiles(tmp_path, 1)
     assert torch.equal(files.read("exp_avg", like), torch.ones(2))
     with pytest.raises(UserError, match=r"tensor 'master/w' holds NaN"):
@@ -154,5 +166,8 @@ def test_parts_of_a_model_learn_at_their_own_rate() -> None:
     optimizer = torch.optim.AdamW(groups, lr=1.0)
     set_learning_rate(optimizer.param_groups, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 0.5, 0.5]
-    with pytest.raises(UserError, match=r"lr_scale\.head: no parameter's name starts so; they start with decoder, enc"):
+    with pytest.raises(
+        UserError,
+        match=r"lr_scale\.head: no parameter's name starts so; they start with decoder, enc",
+    ):
         param_groups(net.named_parameters(), 0.1, {"head": 2.0})

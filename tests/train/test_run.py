@@ -39,7 +39,9 @@ def open_run(path: Path, steps: int = 10, width: int = 8, **changes: object) -> 
 
 
 def save(run: Run, step: int) -> None:
-    run.checkpoints.write(step, {"model": {"w": torch.ones(1)}}, "", provenance(stage="t", step=step, seed=0))
+    run.checkpoints.write(
+        step, {"model": {"w": torch.ones(1)}}, "", provenance(stage="t", step=step, seed=0)
+    )
 
 
 def test_metrics_config_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +51,9 @@ def test_metrics_config_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[
         run.log(step, {"loss": 1.0 / step, "odd": float("nan")})
     run.finish()
     records = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["loss"], r["odd"]) for r in records] == [(s, 1.0 / s, None) for s in range(1, 6)]
+    assert [(r["step"], r["loss"], r["odd"]) for r in records] == [
+        (s, 1.0 / s, None) for s in range(1, 6)
+    ]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/5", "2/5", "4/5", "5/5"]
     assert "loss 0.5" in lines[1] and "s/step" in lines[1] and "left 0:00:0" in lines[1]
@@ -72,8 +76,12 @@ def test_resume_drops_later_records_and_a_cut_line(tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in records] == [(1, 0.0), (2, 0.0), (3, 9.0)]
 
 
-@pytest.mark.parametrize("odd", ["[]", "7", '{"loss": 1}', '{"step": "1"}', '{"step": 1e0}', "[" * 10000, "\udcff"])
-def test_an_odd_line_of_the_metrics_forbids_nothing(tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "odd", ["[]", "7", '{"loss": 1}', '{"step": "1"}', '{"step": 1e0}', "[" * 10000, "\udcff"]
+)
+def test_an_odd_line_of_the_metrics_forbids_nothing(
+    tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run = open_run(tmp_path)
     run.log(1, {"loss": 0.5})
     run.finish()
@@ -89,12 +97,15 @@ def test_an_odd_line_of_the_metrics_forbids_nothing(tmp_path: Path, odd: str, ca
 
 @pytest.mark.parametrize("name", ["notes.txt", "save", ".git", "config.yaml", "checkpoints"])
 def test_a_folder_of_others_is_no_run_directory(tmp_path: Path, name: str) -> None:
-    """Nothing is written into it, not even the lock; what a run left that did not come to begin is no stranger's."""
+    """Nothing is written into it, not even the lock; what a run left that did not come to begin is
+    no stranger's."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("other: 1\n")
     with pytest.raises(UserError, match=r"holds other files|is 1 there but"):
         open_run(tmp_path / "mine")
-    left = {path.name for path in (tmp_path / "mine").iterdir()} - ({".lock"} if name == "config.yaml" else set())
+    left = {path.name for path in (tmp_path / "mine").iterdir()} - (
+        {".lock"} if name == "config.yaml" else set()
+    )
     assert left == {name} and (tmp_path / "mine" / name).read_text() == "other: 1\n"
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / ".lock").write_text("process 1 of here\n")
@@ -136,7 +147,9 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     open_run(tmp_path)
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(UserError, match=r"config\.yaml: width is 8 there but 9 now; nothing is overwritten"):
+    with pytest.raises(
+        UserError, match=r"config\.yaml: width is 8 there but 9 now; nothing is overwritten"
+    ):
         open_run(tmp_path, width=9)
     assert (tmp_path / "config.yaml").read_text() == before
     open_run(tmp_path, steps=20, seed=3)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from scd_sf.train.skipped import ROLLBACKS, Rollback, left_out_ranges, position, read_rollbacks, write_rollback
+from scd_sf.train.skipped import (
+    ROLLBACKS,
+    Rollback,
+    left_out_ranges,
+    position,
+    read_rollbacks,
+    write_rollback,
+)
 from scd_sf.types import UserError
 
 
@@ -20,7 +27,8 @@ def test_nothing_is_left_out_of_a_run_that_never_diverged(tmp_path: Path) -> Non
 
 
 def test_steps_after_a_rollback_take_the_data_that_comes_next(tmp_path: Path) -> None:
-    """At step 4 back to 2; then at step 5, which took the 7th batch, back to 4; then further back than before."""
+    """At step 4 back to 2; then at step 5, which took the 7th batch, back to 4; then further back
+    than before."""
     write_rollback(tmp_path, Rollback(4, 2, 2))
     assert positions(read_rollbacks(tmp_path), 6) == [1, 2, 5, 6, 7, 8]
     write_rollback(tmp_path, Rollback(5, 4, 3))
@@ -33,7 +41,8 @@ def test_steps_after_a_rollback_take_the_data_that_comes_next(tmp_path: Path) ->
 
 
 def test_a_line_that_came_twice_counts_once() -> None:
-    """An earlier version, killed before its next checkpoint, met the same data and noted it again."""
+    """An earlier version, killed before its next checkpoint, met the same data and noted it
+    again."""
     assert positions([Rollback(4, 2, 2)] * 2, 4) == positions([Rollback(4, 2, 2)], 4)
 
 

@@ -104,13 +104,24 @@ def test_blames_who_is_gone_and_nobody_else(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "pid": child.pid}))
     assert control.blame(RuntimeError("shapes differ"), patience=0.0) is None
     child.kill()
-    error = control.blame(RuntimeError("Connection closed by peer\nmore"))  # a zombie by now: nobody has waited for it
-    assert error is not None and f"rank 1 (process {child.pid}" in str(error) and "last seen at step 6" in str(error)
+    # a zombie by now: nobody has waited for it
+    error = control.blame(RuntimeError("Connection closed by peer\nmore"))
+    assert (
+        error is not None
+        and f"rank 1 (process {child.pid}" in str(error)
+        and "last seen at step 6" in str(error)
+    )
     assert "Connection closed by peer" in str(error) and "run the same command again" in str(error)
     child.wait()
     elsewhere = {"time": time.time() - 1000, "step": 6, "pid": 1, "host": "another"}
     file.write_text(json.dumps(elsewhere))
     assert "on another) is gone" in str(control.blame(RuntimeError("timeout"), patience=0.0))
-    for harmless in ({**elsewhere, "time": time.time()}, {}, [1], {**elsewhere, "time": "now"}, {"pid": 2**70}):
+    for harmless in (
+        {**elsewhere, "time": time.time()},
+        {},
+        [1],
+        {**elsewhere, "time": "now"},
+        {"pid": 2**70},
+    ):
         file.write_text(json.dumps(harmless))
         assert control.blame(RuntimeError("timeout"), patience=0.0) is None

@@ -1,4 +1,5 @@
-"""The body that runs on both engine kinds, 1 or 2 ranks: checks that write their numbers as JSON for the tests.
+"""The body that runs on both engine kinds, 1 or 2 ranks: checks that write their numbers as JSON
+for the tests.
 
 One spawn does many checks, because importing torch and deepspeed costs seconds per process.
 """
@@ -32,7 +33,8 @@ LINEAR = nn.functional.linear
 
 
 class Tiny(nn.Module):
-    """Two layers, a norm, a table, and a parameter that never gets a gradient; the same weights everywhere."""
+    """Two layers, a norm, a table, and a parameter that never gets a gradient; the same weights
+    everywhere."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -61,7 +63,13 @@ def data(update: int) -> Tensor:
 
 
 def config(backend: Any, **changes: Any) -> EngineConfig:
-    base: dict[str, Any] = {"backend": backend, "lr": 1e-2, "betas": (0.0, 0.99), "weight_decay": 0.1, "grad_clip": 0.5}
+    base: dict[str, Any] = {
+        "backend": backend,
+        "lr": 1e-2,
+        "betas": (0.0, 0.99),
+        "weight_decay": 0.1,
+        "grad_clip": 0.5,
+    }
     return EngineConfig(**{**base, **changes})
 
 
@@ -73,17 +81,24 @@ def kind_config(kind: str, dtype: str = "fp32") -> EngineConfig:
 
 def make(cfg: EngineConfig, ranks: Ranks, micro_batch: int, seed: int = 0) -> Engine:
     module = StepModule(Tiny(seed), rollout_loss)
-    return build_engine(module, cfg, ranks, global_batch=GLOBAL, micro_batch=micro_batch, total_updates=20)
+    return build_engine(
+        module, cfg, ranks, global_batch=GLOBAL, micro_batch=micro_batch, total_updates=20
+    )
 
 
 def micro_batches(engine: Engine, ranks: Ranks, update: int) -> Iterator[Tensor]:
-    """This rank's share of the global batch, cut into micro-batches: the same samples however it is cut."""
+    """This rank's share of the global batch, cut into micro-batches: the same samples however it is
+    cut."""
     mine = data(update).chunk(ranks.world)[ranks.rank]
     yield from mine.chunk(engine.micro_batches)
 
 
 def update(
-    engine: Engine, ranks: Ranks, number: int, bad: tuple[int, int] | None = None, value: float = 1.0
+    engine: Engine,
+    ranks: Ranks,
+    number: int,
+    bad: tuple[int, int] | None = None,
+    value: float = 1.0,
 ) -> list[Any]:
     """One update; ``bad`` = (rank, micro-batch) whose loss is scaled by ``value``."""
     losses = []
@@ -100,7 +115,9 @@ def update(
 
 
 def flat(engine: Engine) -> list[float]:
-    return [value for tensor in engine.fp32_masters().values() for value in tensor.reshape(-1).tolist()]
+    return [
+        value for tensor in engine.fp32_masters().values() for value in tensor.reshape(-1).tolist()
+    ]
 
 
 def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int, steps: int = STEPS) -> dict[str, Any]:
@@ -115,7 +132,8 @@ def train(cfg: EngineConfig, ranks: Ranks, micro_batch: int, steps: int = STEPS)
 
 
 def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    """The sharded average of a short training, with warm-up, beside one of the whole masters on every rank."""
+    """The sharded average of a short training, with warm-up, beside one of the whole masters on
+    every rank."""
     engine, alone = make(cfg, ranks, 2), replace(ranks, rank=0, world=1)
     sharded, whole = Ema(EmaConfig(decay=0.6), ranks), Ema(EmaConfig(decay=0.6), alone)
     for number in range(STEPS):
@@ -128,7 +146,10 @@ def average(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     return {
         "equal": [torch.equal(tensor, expected[name]) for name, tensor in sharded.whole()],
         "copied": all(torch.equal(p, expected[name]) for name, p in copied.named_parameters()),
-        "moved": any(not torch.equal(tensor, expected[name]) for name, tensor in engine.fp32_masters().items()),
+        "moved": any(
+            not torch.equal(tensor, expected[name])
+            for name, tensor in engine.fp32_masters().items()
+        ),
         "held": sum(shard.values.numel() for shard in sharded._average.values()),
         "names": list(expected),
     }
@@ -140,7 +161,8 @@ def save(engine: Engine, ranks: Ranks, path: Path) -> None:
 
 
 def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
-    """Two engines side by side; save, two more updates; load into fresh engines, the same two updates."""
+    """Two engines side by side; save, two more updates; load into fresh engines, the same two
+    updates."""
     pair = [make(cfg, ranks, 2), make(cfg, ranks, 2, seed=1)]
     for number in range(2):
         for engine in pair:
@@ -156,7 +178,8 @@ def resume(cfg: EngineConfig, ranks: Ranks, path: Path) -> dict[str, Any]:
 
 
 def migrate(kinds: Sequence[str], ranks: Ranks, path: Path) -> dict[str, Any]:
-    """One update, saved; then each of ``kinds`` in turn loads what the one before it saved, and goes on."""
+    """One update, saved; then each of ``kinds`` in turn loads what the one before it saved, and
+    goes on."""
     path.mkdir(exist_ok=True)
     history, engine = [], make(config("torch"), ranks, 2)
     for number, kind in enumerate(kinds):
@@ -173,12 +196,16 @@ def migrate(kinds: Sequence[str], ranks: Ranks, path: Path) -> dict[str, Any]:
 
 
 def nan_batch(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    """A bad loss on the last rank's first micro-batch, amid good updates, against a run without it."""
+    """A bad loss on the last rank's first micro-batch, amid good updates, against a run without
+    it."""
     clean, dirty = make(cfg, ranks, 2), make(cfg, ranks, 2)
     for engine in (clean, dirty):
         update(engine, ranks, 0)
     before = flat(dirty)
-    bad = [update(dirty, ranks, 9, bad=(ranks.world - 1, 0), value=v) for v in (float("nan"), float("inf"))]
+    bad = [
+        update(dirty, ranks, 9, bad=(ranks.world - 1, 0), value=v)
+        for v in (float("nan"), float("inf"))
+    ]
     after = flat(dirty)
     same = [update(clean, ranks, n) for n in (1, 2)], [update(dirty, ranks, n) for n in (1, 2)]
     return {
@@ -236,8 +263,8 @@ def three_engines(cfg: EngineConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
-    """What each rank hashes of a checkpoint that both read, then what each hears of a damaged one, and
-    of a place that rank 0 cannot write."""
+    """What each rank hashes of a checkpoint that both read, then what each hears of a damaged one,
+    and of a place that rank 0 cannot write."""
     hashed: list[str] = []
     plain = checkpoint.sha256_file
 
@@ -246,7 +273,9 @@ def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
         return plain(file)
 
     root = out.parent / "verified"
-    path = ranks.on_main(lambda: Checkpoints(root).write(1, {"model": {"x": torch.ones(2)}}, "{}", {"a": 1}))
+    path = ranks.on_main(
+        lambda: Checkpoints(root).write(1, {"model": {"x": torch.ones(2)}}, "{}", {"a": 1})
+    )
     checkpoint.sha256_file = counting  # type: ignore[assignment]
     try:
         same = ranks.checkpoint(root, "ema") == path == checkpoint.find(root, "ema")
@@ -269,8 +298,8 @@ def verified_once(ranks: Ranks, out: Path) -> dict[str, Any]:
 
 
 def run_checks(ranks: Ranks, out: Path, checks: Sequence[str]) -> dict[str, Any]:
-    """Checks by name: <check>-<kind>, kind "local" or "zero0" .. "zero3", a "bf16_" prefix changes the dtype; and
-    migrate-<kind>+<kind>.., whose files lie beside ``out``."""
+    """Checks by name: <check>-<kind>, kind "local" or "zero0" .. "zero3", a "bf16_" prefix changes
+    the dtype; and migrate-<kind>+<kind>.., whose files lie beside ``out``."""
     results: dict[str, Any] = {}
     for name in checks:
         check, kind = name.removeprefix("bf16_").split("-")
@@ -297,11 +326,14 @@ Body = Callable[..., dict[str, Any]]
 
 
 def spawn(world: int, out: Path, body: Body, *args: Any) -> list[dict[str, Any]]:
-    """``body(ranks, out, *args)`` in ``world`` new processes; every rank's results, through JSON."""
+    """``body(ranks, out, *args)`` in ``world`` new processes; every rank's results, through
+    JSON."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(main, args=(world, port, out, body, args), nprocs=world, start_method="spawn")
+    mp.start_processes(
+        main, args=(world, port, out, body, args), nprocs=world, start_method="spawn"
+    )
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 

@@ -1,1 +1,2 @@
-"""Clips of pixels in the layouts of others: TECO, FAR, UCF-101, RealEstate10K; files are read in place."""
+"""Clips of pixels in the layouts of others: TECO, FAR, UCF-101, RealEstate10K; files are read in
+place."""

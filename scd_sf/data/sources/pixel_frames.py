@@ -1,4 +1,5 @@
-"""Single frames of pixel clips for training an image tokenizer: which ones a step sees, and where they are kept.
+"""Single frames of pixel clips for training an image tokenizer: which ones a step sees, and where
+they are kept.
 
 Letters: N frames, H W pixel height and width; frames are uint8 (N, 3, H, W), RGB.
 """
@@ -17,15 +18,19 @@ from scd_sf.types import UserError
 
 
 class PixelFrames:
-    """The frames of a source, by clip. ``every`` > 0: each ``every``-th frame of every clip is decoded once and kept in
-    memory; 0: a clip is decoded whenever it is asked for (its frames are then all there).
+    """The frames of a source, by clip. ``every`` > 0: each ``every``-th frame of every clip is
+    decoded once and kept in memory; 0: a clip is decoded whenever it is asked for (its frames are
+    then all there).
 
-    ``hash`` says which frames these are: their contents where they are kept, the clips' ids where they are not.
+    ``hash`` says which frames these are: their contents where they are kept, the clips' ids where
+    they are not.
     """
 
-    def __init__(self, clips: PixelClips, name: str, spatial: int, *, every: int = 0, limit: int = 0) -> None:
-        """``limit``: so many clips at most, spread evenly (0: all). UserError: sizes that differ or are no multiple of
-        ``spatial``."""
+    def __init__(
+        self, clips: PixelClips, name: str, spatial: int, *, every: int = 0, limit: int = 0
+    ) -> None:
+        """``limit``: so many clips at most, spread evenly (0: all). UserError: sizes that differ or
+        are no multiple of ``spatial``."""
         count = min(limit or len(clips), len(clips))
         self.clips, self.name, self.every = clips, name, every
         self.indices = [index * len(clips) // count for index in range(count)]
@@ -48,9 +53,13 @@ class PixelFrames:
         height, width = frames.shape[2:]
         self._size = self._size or (height, width)
         if (height, width) != self._size:
-            raise UserError(f"{where}: {width}x{height} where other clips are {self._size[1]}x{self._size[0]}; resize")
+            raise UserError(
+                f"{where}: {width}x{height} where other clips are {self._size[1]}x{self._size[0]}; resize"
+            )
         if height % spatial or width % spatial:
-            raise UserError(f"{where}: {width}x{height}; both must be multiples of the tokenizer's {spatial}: resize")
+            raise UserError(
+                f"{where}: {width}x{height}; both must be multiples of the tokenizer's {spatial}: resize"
+            )
         return frames
 
     def frames(self, clip: int) -> Tensor:
@@ -58,21 +67,26 @@ class PixelFrames:
         return self._kept[clip] if self.every else self._read(self.indices[clip])
 
     def batch(self, clips: Sequence[int], per_clip: int, step: int, rng: torch.Generator) -> Tensor:
-        """(N, 3, H, W): ``per_clip`` frames of each clip, ``step`` apart (among kept ones), from a random place."""
+        """(N, 3, H, W): ``per_clip`` frames of each clip, ``step`` apart (among kept ones), from a
+        random place."""
         parts = []
         for clip in clips:
             frames = self.frames(clip)
             last = len(frames) - 1 - (per_clip - 1) * step
             if last < 0:
                 have, need = len(frames), 1 + (per_clip - 1) * step
-                raise UserError(f"{self.name}: a clip has {have} frames, {need} are needed; lower per_clip or step")
+                raise UserError(
+                    f"{self.name}: a clip has {have} frames, {need} are needed; lower per_clip or step"
+                )
             first = int(torch.randint(last + 1, (), generator=rng))
             parts.append(frames[first : first + 1 + (per_clip - 1) * step : step])
         return torch.cat(parts)
 
     def spread(self, count: int) -> Tensor:
         """About ``count`` frames, at most ``count``, evenly over clips and time: (N, 3, H, W)."""
-        clips = [index * len(self) // min(count, len(self)) for index in range(min(count, len(self)))]
+        clips = [
+            index * len(self) // min(count, len(self)) for index in range(min(count, len(self)))
+        ]
         per_clip = max(1, count // len(clips))
         parts = []
         for clip in clips:

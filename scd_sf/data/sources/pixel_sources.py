@@ -20,8 +20,8 @@ FPS = {"teco": 20.0, "far": 0.0, "ucf101": 25.0, "realestate10k": 30.0}
 
 @dataclass(frozen=True)
 class PixelsConfig:
-    """Which clips. FAR's and MCVD's evaluation on UCF-101 is ``kind=ucf101 split=test fold=3 every=10 first=256
-    as_coded=true``; TECO-Minecraft's is ``kind=teco split=test first=256``."""
+    """Which clips. FAR's and MCVD's evaluation on UCF-101 is ``kind=ucf101 split=test fold=3
+    every=10 first=256 as_coded=true``; TECO-Minecraft's is ``kind=teco split=test first=256``."""
 
     kind: Kind = "teco"
     """Which data set, and so which layout on disk."""
@@ -36,10 +36,11 @@ class PixelsConfig:
     num_actions: int = 3
     """kind=teco, far: actions are 0..num_actions-1; checked in every clip."""
     size: int = 0
-    """Pixels along a side; 0: the data set's own (UCF-101: 64, RealEstate10K: 256, others as they are stored)."""
+    """Pixels along a side; 0: the data set's own (UCF-101: 64, RealEstate10K: 256, others as they
+    are stored)."""
     fps: float = 0.0
-    """Frames per second; 0: the data set's own (Minecraft, DMLab: 20, UCF-101: 25, RealEstate10K: 30). Videos of
-    another rate are resampled; with an action per frame they are malformed."""
+    """Frames per second; 0: the data set's own (Minecraft, DMLab: 20, UCF-101: 25, RealEstate10K:
+    30). Videos of another rate are resampled; with an action per frame they are malformed."""
     as_coded: bool = False
     """Take the frames of videos one by one, whatever their timestamps say (as FAR and MCVD do)."""
     frames: int = 0
@@ -63,10 +64,13 @@ class PixelsConfig:
 
 
 def open_pixels(config: PixelsConfig) -> SourceClips:
-    """The clips that a config names. UserError: they are not there (see the sources' own modules)."""
+    """The clips that a config names. UserError: they are not there (see the sources' own
+    modules)."""
     if not config.root:
         raise UserError("pixels: 'root' is empty; give the folder of the data set")
-    clips = _open(config, Path(config.root), config.size or SIZES[config.kind], config.fps or FPS[config.kind])
+    clips = _open(
+        config, Path(config.root), config.size or SIZES[config.kind], config.fps or FPS[config.kind]
+    )
     indices = range(0, len(clips), config.every)[: config.first or None]
     return clips if len(indices) == len(clips) else Subset(clips, indices)
 
@@ -74,15 +78,25 @@ def open_pixels(config: PixelsConfig) -> SourceClips:
 def _open(config: PixelsConfig, root: Path, size: int, fps: float) -> SourceClips:
     coded = config.as_coded
     if config.kind == "teco":
-        return Teco(root, config.split, num_actions=config.num_actions, fps=fps, size=size, as_coded=coded)
+        return Teco(
+            root, config.split, num_actions=config.num_actions, fps=fps, size=size, as_coded=coded
+        )
     if config.kind == "ucf101":
         return Ucf101(root, config.split, fold=config.fold, size=size, fps=fps, as_coded=coded)
     if config.kind == "realestate10k":
-        return RealEstate10K(root, config.split, size=size, frames=config.frames, cameras=config.cameras, fps=fps)
+        return RealEstate10K(
+            root, config.split, size=size, frames=config.frames, cameras=config.cameras, fps=fps
+        )
     if not config.list:
         raise UserError("pixels: kind 'far' needs 'list', FAR's JSON list of clips; give it")
     file = root / config.list  # an absolute path stays itself
     file = file if file.is_file() else Path(config.list)
     return Far(
-        root, file, prefix=config.list_prefix, num_actions=config.num_actions, size=size, fps=fps, as_coded=coded
+        root,
+        file,
+        prefix=config.list_prefix,
+        num_actions=config.num_actions,
+        size=size,
+        fps=fps,
+        as_coded=coded,
     )

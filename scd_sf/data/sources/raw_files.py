@@ -1,7 +1,9 @@
-"""Files of data sets that others made: in a folder, or inside tars that are read in place, never extracted.
+"""Files of data sets that others made: in a folder, or inside tars that are read in place, never
+extracted.
 
-What could lead elsewhere (absolute paths, ``..``, links) or is of no known kind is refused and named. Arrays are read
-without running code: no pickles, no sizes but those that the file itself has.
+What could lead elsewhere (absolute paths, ``..``, links) or is of no known kind is refused and
+named. Arrays are read without running code: no pickles, no sizes but those that the file itself
+has.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from scd_sf.types import UserError, printable
 
 LARGEST = 2**30  # bytes of a member, or of a tensor
 LARGEST_ARRAY = 2**28  # bytes of an array, unpacked: 300 frames of 512x512
-PARTS = re.compile(r"^(.*\.tar)\.?(?:part)?([a-z]{2}|\d+)$")  # minecraft.tar.partaa, x.tar.000, x.taraa
+# minecraft.tar.partaa, x.tar.000, x.taraa
+PARTS = re.compile(r"^(.*\.tar)\.?(?:part)?([a-z]{2}|\d+)$")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COPY = "copy it again"
 
@@ -95,10 +98,12 @@ class RawFolder:
 
 
 class RawTars:
-    """The regular members of tars, found once when opened and then read where they lie. Any thread may read."""
+    """The regular members of tars, found once when opened and then read where they lie. Any thread
+    may read."""
 
     def __init__(self, archives: Sequence[Sequence[Path]], suffixes: Sequence[str]) -> None:
-        """``archives``: each is one tar, whole or in parts (``minecraft.tar.partaa`` ..) that follow one another."""
+        """``archives``: each is one tar, whole or in parts (``minecraft.tar.partaa`` ..) that
+        follow one another."""
         self.refused: list[Refused] = []
         self._members: dict[str, tuple[_Parts, int, int]] = {}
         for parts in archives:
@@ -114,7 +119,9 @@ class RawTars:
         parts, offset, size = self._members[name]
         data = parts.at(offset, size)
         if len(data) != size:
-            raise UserError(f"{self.where(name)}: {len(data)} bytes instead of {size}: the tar is cut; {COPY}")
+            raise UserError(
+                f"{self.where(name)}: {len(data)} bytes instead of {size}: the tar is cut; {COPY}"
+            )
         return data
 
     def _index(self, parts: _Parts, suffixes: tuple[str, ...]) -> None:
@@ -126,18 +133,25 @@ class RawTars:
                     if entry.isdir():
                         continue
                     name = PurePosixPath(entry.name).as_posix()
-                    fault = tar_refusal(entry, suffixes) or ("a second member of this name" * (name in self._members))
+                    fault = tar_refusal(entry, suffixes) or (
+                        "a second member of this name" * (name in self._members)
+                    )
                     if fault:
-                        self.refused.append(Refused(printable(f"{parts.name}[{entry.name}]"), fault))
+                        self.refused.append(
+                            Refused(printable(f"{parts.name}[{entry.name}]"), fault)
+                        )
                     else:
                         self._members[name] = (parts, entry.offset_data, entry.size)
                     tar.members = []  # type: ignore[attr-defined]  # else every header stays in memory
                 end = parts.at(tar.offset, tarfile.BLOCKSIZE)
-                if end != bytes(tarfile.BLOCKSIZE):  # tarfile stops in silence at a broken header that is not the first
+                # tarfile stops in silence at a broken header that is not the first
+                if end != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end mark where the members end")
         except UserError as error:
             why = reason(error.__cause__ or error)
-            self.refused.append(Refused(parts.name, f"the tar is damaged or cut ({why}); what came before is taken"))
+            self.refused.append(
+                Refused(parts.name, f"the tar is damaged or cut ({why}); what came before is taken")
+            )
 
 
 def tar_refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
@@ -163,7 +177,9 @@ class _Parts(io.RawIOBase):
             self._files = [os.open(path, os.O_RDONLY) for path in paths]
             sizes = [os.fstat(file).st_size for file in self._files]
         except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {COPY}") from error
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); {COPY}"
+            ) from error
         self._ends, self._place = list(accumulate(sizes)), 0
 
     def __del__(self) -> None:
@@ -172,15 +188,19 @@ class _Parts(io.RawIOBase):
         self._files = []
 
     def close(self) -> None:
-        """tarfile closes what it reads; the members are read later, so the files stay open with this object."""
+        """tarfile closes what it reads; the members are read later, so the files stay open with
+        this object."""
 
     def at(self, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``offset`` on; no state, so threads do not disturb each other."""
+        """Up to ``size`` bytes from ``offset`` on; no state, so threads do not disturb each
+        other."""
         pieces = []
         while size > 0 and offset < self._ends[-1]:
             part = bisect_right(self._ends, offset)
             begin = self._ends[part - 1] if part else 0
-            piece = os.pread(self._files[part], min(size, self._ends[part] - offset), offset - begin)
+            piece = os.pread(
+                self._files[part], min(size, self._ends[part] - offset), offset - begin
+            )
             if not piece:
                 break
             pieces.append(piece)
@@ -208,7 +228,8 @@ class _Parts(io.RawIOBase):
 
 
 def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
-    """A folder's files, or a tar's, or those of all tars in a folder that holds tars (or parts of them).
+    """A folder's files, or a tar's, or those of all tars in a folder that holds tars (or parts of
+    them).
 
     UserError: nothing there, or a compressed tar.
     """
@@ -218,18 +239,30 @@ def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
         raise UserError(f"{root}: no such file or folder; check the path")
     inside = sorted(path for path in root.iterdir() if path.is_file())
     if packed := [path for path in inside if path.name.endswith(PACKED)]:
-        raise UserError(f"{packed[0]}: members of a compressed tar cannot be read in place; decompress it to a .tar")
-    archives: dict[str, list[Path]] = {path.name: [path] for path in inside if path.suffix == ".tar"}
+        raise UserError(
+            f"{packed[0]}: members of a compressed tar cannot be read in place; decompress it to a .tar"
+        )
+    archives: dict[str, list[Path]] = {
+        path.name: [path] for path in inside if path.suffix == ".tar"
+    }
     for path in inside:
         if match := PARTS.match(path.name):
             archives.setdefault(match[1], []).append(path)
-    return RawTars([archives[name] for name in sorted(archives)], suffixes) if archives else RawFolder(root, suffixes)
+    return (
+        RawTars([archives[name] for name in sorted(archives)], suffixes)
+        if archives
+        else RawFolder(root, suffixes)
+    )
 
 
 def arrays_of(data: bytes, names: Sequence[str], where: str) -> dict[str, np.ndarray]:
-    """Those of ``names`` that a .npz has. UserError: no .npz, a pickle, or an array whose size is not its header's."""
+    """Those of ``names`` that a .npz has. UserError: no .npz, a pickle, or an array whose size is
+    not its header's."""
     arrays = {}
-    with foreign(f"{where}: not a .npz of plain arrays", COPY), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with (
+        foreign(f"{where}: not a .npz of plain arrays", COPY),
+        zipfile.ZipFile(io.BytesIO(data)) as archive,
+    ):
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
         for name in names:
             if (size := sizes.get(f"{name}.npy")) is None:
@@ -242,9 +275,13 @@ def arrays_of(data: bytes, names: Sequence[str], where: str) -> dict[str, np.nda
 
 
 def _check_array(file: IO[bytes], size: int, name: str) -> None:
-    """ValueError unless the header of a .npy of ``size`` bytes says as many, of numbers, and not too many."""
+    """ValueError unless the header of a .npy of ``size`` bytes says as many, of numbers, and not
+    too many."""
     version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in read:
         raise ValueError(f"an array of format {version}")
     shape, _, dtype = read[version](file)
@@ -259,11 +296,14 @@ def _check_array(file: IO[bytes], size: int, name: str) -> None:
 
 
 def actions_of(array: np.ndarray | None, frames: int, num_actions: int, where: str) -> Tensor:
-    """(F,) int64 of a stored array of actions. UserError: none, not one whole number per frame, or one too large."""
+    """(F,) int64 of a stored array of actions. UserError: none, not one whole number per frame, or
+    one too large."""
     if array is None:
         raise UserError(f"{where}: has no 'actions'; {COPY}")
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"{where}: 'actions' has shape {array.shape} of {array.dtype}, not whole numbers (F,); {COPY}")
+        raise UserError(
+            f"{where}: 'actions' has shape {array.shape} of {array.dtype}, not whole numbers (F,); {COPY}"
+        )
     if len(array) != frames:
         raise UserError(f"{where}: {len(array)} actions for {frames} frames; {COPY}")
     if len(array) and not 0 <= int(array.min()) <= int(array.max()) < num_actions:
@@ -275,7 +315,8 @@ def actions_of(array: np.ndarray | None, frames: int, num_actions: int, where: s
 
 
 def tensor_file(data: bytes, where: str) -> object:
-    """What a ``torch.save`` file holds. UserError for anything that is not plain data; code in a pickle is not run.
+    """What a ``torch.save`` file holds. UserError for anything that is not plain data; code in a
+    pickle is not run.
 
     ``torch.save`` does not compress, so what the file holds is not larger than the file.
     """
@@ -293,12 +334,19 @@ def tensor_file(data: bytes, where: str) -> object:
 
 
 def one_tensor(data: bytes, where: str) -> Tensor:
-    """The one tensor of floating point numbers that a ``torch.save`` file holds. UserError for anything else."""
+    """The one tensor of floating point numbers that a ``torch.save`` file holds. UserError for
+    anything else."""
     value = tensor_file(data, where)
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise UserError(f"{where}: holds a {type(value).__name__}, not one tensor of floating point numbers; {COPY}")
+        raise UserError(
+            f"{where}: holds a {type(value).__name__}, not one tensor of floating point numbers; {COPY}"
+        )
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise UserError(f"{where}: its tensor has no numbers in memory ({value.layout}, {value.device}); {COPY}")
+        raise UserError(
+            f"{where}: its tensor has no numbers in memory ({value.layout}, {value.device}); {COPY}"
+        )
     if value.numel() * value.itemsize > LARGEST:  # an expanded view of few bytes
-        raise UserError(f"{where}: a tensor of shape {tuple(value.shape)}, more than {LARGEST} bytes; {COPY}")
+        raise UserError(
+            f"{where}: a tensor of shape {tuple(value.shape)}, more than {LARGEST} bytes; {COPY}"
+        )
     return value.detach()

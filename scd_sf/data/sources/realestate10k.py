@@ -1,9 +1,10 @@
 """RealEstate10K: pixelSplat's chunks of JPEG frames, and the original camera files.
 
-``{train,test}/000000.torch`` are lists of dictionaries (``key``, ``url``, ``timestamps`` (N,), ``cameras`` (N, 18),
-``images``: N JPEG files as uint8 (bytes,)); ``index.json`` says which key lies in which chunk. A camera row is
-``fx fy cx cy 0 0`` (as shares of the picture) and the 3x4 world-to-camera matrix, row after row; a line of a camera
-file has the timestamp (microseconds) before it: 19 numbers, after a first line with the video's address.
+``{train,test}/000000.torch`` are lists of dictionaries (``key``, ``url``, ``timestamps`` (N,),
+``cameras`` (N, 18), ``images``: N JPEG files as uint8 (bytes,)); ``index.json`` says which key lies
+in which chunk. A camera row is ``fx fy cx cy 0 0`` (as shares of the picture) and the 3x4
+world-to-camera matrix, row after row; a line of a camera file has the timestamp (microseconds)
+before it: 19 numbers, after a first line with the video's address.
 """
 
 from __future__ import annotations
@@ -35,19 +36,35 @@ class RealEstate10K:
     num_actions = 0
 
     def __init__(
-        self, root: Path, split: str, *, size: int = 256, frames: int = 64, cameras: bool = False, fps: float = 30.0
+        self,
+        root: Path,
+        split: str,
+        *,
+        size: int = 256,
+        frames: int = 64,
+        cameras: bool = False,
+        fps: float = 30.0,
     ) -> None:
-        """``frames``: the first so many of a clip (shorter clips are malformed); 0: all. ``cameras``: check them when a
-        clip is read. UserError: no index, or one that does not fit the files."""
+        """``frames``: the first so many of a clip (shorter clips are malformed); 0: all.
+        ``cameras``: check them when a clip is read. UserError: no index, or one that does not fit
+        the files."""
         self.root, self.size, self.frames, self.fps = root / split, size, frames, fps
         self._check_cameras = cameras
         where = self.root / "index.json"
-        index = read_json(where, "give the folder that holds train/ and test/ of pixelSplat's chunks")
+        index = read_json(
+            where, "give the folder that holds train/ and test/ of pixelSplat's chunks"
+        )
         if not index or any(not isinstance(file, str) for file in index.values()):
             raise UserError(f"{where}: must be {{key: file}} with at least one clip; {COPY}")
-        chunks = {str(file): safe_path(self.root, str(file), f"{where}: a file") for file in index.values()}
+        chunks = {
+            str(file): safe_path(self.root, str(file), f"{where}: a file")
+            for file in index.values()
+        }
         missing = {name for name, path in chunks.items() if not path.is_file()}
-        self.refused = [Refused(str(chunks[name]), "listed in index.json but missing") for name in sorted(missing)]
+        self.refused = [
+            Refused(str(chunks[name]), "listed in index.json but missing")
+            for name in sorted(missing)
+        ]
         found = {key: str(file) for key, file in index.items() if file not in missing}
         self._chunk_of = dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
         self.ids = list(self._chunk_of)
@@ -64,12 +81,16 @@ class RealEstate10K:
         images = item.get("images")
         if not isinstance(images, list) or len(images) < max(1, self.frames):
             count = len(images) if isinstance(images, list) else "no"
-            raise UserError(f"{where}: {count} images, {max(1, self.frames)} are needed; ask for fewer frames")
+            raise UserError(
+                f"{where}: {count} images, {max(1, self.frames)} are needed; ask for fewer frames"
+            )
         if self._check_cameras:
             _check_cameras(item, len(images), where)
         kept = enumerate(images[: self.frames or None])
         pictures = [_picture(image, self.size, where, number) for number, image in kept]
-        return PixelClip(self.ids[index], torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous())
+        return PixelClip(
+            self.ids[index], torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        )
 
     def _item(self, index: int) -> tuple[str, dict[str, object]]:
         key = self.ids[index]
@@ -92,13 +113,18 @@ class RealEstate10K:
 def _check_cameras(item: dict[str, object], images: int, where: str) -> None:
     """UserError unless a clip's cameras are (images, 18) and finite, with as many timestamps."""
     rows, times = item.get("cameras"), item.get("timestamps")
-    good = isinstance(rows, Tensor) and rows.shape == (images, COLUMNS) and bool(rows.isfinite().all())
+    good = (
+        isinstance(rows, Tensor) and rows.shape == (images, COLUMNS) and bool(rows.isfinite().all())
+    )
     if not good or not isinstance(times, Tensor) or times.shape != (images,):
-        raise UserError(f"{where}: 'cameras' must be finite ({images}, {COLUMNS}) with 'timestamps'; {COPY}")
+        raise UserError(
+            f"{where}: 'cameras' must be finite ({images}, {COLUMNS}) with 'timestamps'; {COPY}"
+        )
 
 
 def _chunk(path: Path) -> dict[str, dict[str, object]] | UserError:
-    """A chunk's clips by key, or what is wrong with it: an error of every clip in it, found once."""
+    """A chunk's clips by key, or what is wrong with it: an error of every clip in it, found
+    once."""
     try:
         return _read_chunk(path)
     except UserError as error:
@@ -107,7 +133,9 @@ def _chunk(path: Path) -> dict[str, dict[str, object]] | UserError:
 
 def _read_chunk(path: Path) -> dict[str, dict[str, object]]:
     rows = tensor_file(read_bytes(path, COPY, 4 * LARGEST), str(path))
-    if not isinstance(rows, list) or any(not isinstance(row, dict) or "key" not in row for row in rows):
+    if not isinstance(rows, list) or any(
+        not isinstance(row, dict) or "key" not in row for row in rows
+    ):
         raise UserError(f"{path}: not a list of clips with 'key'; {COPY}")
     return {str(row["key"]): row for row in rows}
 

@@ -1,8 +1,10 @@
-"""The project's only reader of video files: upright frames of square pixels, at the rate that the caller needs.
+"""The project's only reader of video files: upright frames of square pixels, at the rate that the
+caller needs.
 
-Files are untrusted. Only regular files (or bytes) are opened, only as the containers of :data:`FORMATS`, and nothing
-that they point to. Sizes are compared with :data:`LARGEST_FRAME` before a frame is decoded, and whoever needs small
-frames never holds the large ones. Letters: F frames, H W pixel height and width; videos are uint8 (F, 3, H, W), RGB.
+Files are untrusted. Only regular files (or bytes) are opened, only as the containers of
+:data:`FORMATS`, and nothing that they point to. Sizes are compared with :data:`LARGEST_FRAME`
+before a frame is decoded, and whoever needs small frames never holds the large ones. Letters: F
+frames, H W pixel height and width; videos are uint8 (F, 3, H, W), RGB.
 """
 
 from __future__ import annotations
@@ -32,20 +34,24 @@ FORMATS = "mp4, mov, mkv, webm, avi, ts"
 DEMUXERS = "mov,matroska,avi,mpegts"  # ffmpeg's names of them
 LARGEST_FRAME = 4096 * 4096  # pixels: a header can ask for any amount of memory
 LARGEST_VIDEO = 2**31  # bytes of all frames as they are returned: 345 frames of 1920x1080
-WHOLE = 0.9  # of the frames that the header promises; some writers count a few that they do not write
+# of the frames that the header promises; some writers count a few that they do not write
+WHOLE = 0.9
 SAME_RATE = 0.01  # 29.97 frames per second pass for 30
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
 AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
-# Titles that are not UTF-8 do not matter here: av 19 takes them as they are, an older one is told to.
-LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+# Titles that are not UTF-8 do not matter here: av 19 takes them as they are, an older one is told
+# to.
+LENIENT: dict[str, Any] = (
+    {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
+)
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
 WIDE = {ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One frame as it is shown: ``pixels`` uint8 (H, W, 3); ``start`` and ``length`` in seconds, as the file has them
-    (None: it has none)."""
+    """One frame as it is shown: ``pixels`` uint8 (H, W, 3); ``start`` and ``length`` in seconds, as
+    the file has them (None: it has none)."""
 
     pixels: np.ndarray
     start: Fraction | None
@@ -54,7 +60,8 @@ class Picture:
 
 @contextmanager
 def _opened(source: Path | bytes, where: str, remedy: str) -> Iterator[av.container.InputContainer]:
-    """The container, sniffed among ``FORMATS``; a file is opened by Python, so that no name is taken for a URL."""
+    """The container, sniffed among ``FORMATS``; a file is opened by Python, so that no name is
+    taken for a URL."""
     if isinstance(source, Path) and not source.is_file():
         raise UserError(f"{where}: no such file; {remedy}")
     if isinstance(source, Path):
@@ -67,23 +74,28 @@ def _opened(source: Path | bytes, where: str, remedy: str) -> Iterator[av.contai
 
 
 def _stream_of(container: av.container.InputContainer) -> av.VideoStream:
-    """The video's stream, not that of a cover picture. ValueError: none, of an unknown codec, or too large."""
+    """The video's stream, not that of a cover picture. ValueError: none, of an unknown codec, or
+    too large."""
     stream = container.streams.best("video")
     if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
         raise ValueError("it has no video, or its codec is unknown")
     _check_size(stream.codec_context.width, stream.codec_context.height)
-    stream.codec_context.options = {"max_pixels": str(2 * LARGEST_FRAME)}  # the codec pads its frames
+    # the codec pads its frames
+    stream.codec_context.options = {"max_pixels": str(2 * LARGEST_FRAME)}
     stream.codec_context.thread_count = 1
     return stream
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > LARGEST_FRAME:
-        raise ValueError(f"frames of {width}x{height} are too large, {LARGEST_FRAME:,} pixels are read at most")
+        raise ValueError(
+            f"frames of {width}x{height} are too large, {LARGEST_FRAME:,} pixels are read at most"
+        )
 
 
 def frame_count(source: Path, where: str, remedy: str = "copy it again") -> int:
-    """How many frames the header promises, at least 1; the first one is decoded. UserError as :func:`read_frames`."""
+    """How many frames the header promises, at least 1; the first one is decoded. UserError as
+    :func:`read_frames`."""
     with _opened(source, where, remedy) as container:
         stream = _stream_of(container)
         if next(container.decode(stream), None) is None:
@@ -92,7 +104,8 @@ def frame_count(source: Path, where: str, remedy: str = "copy it again") -> int:
 
 
 def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") -> Iterator[Picture]:
-    """The frames as they are coded, upright, with square pixels, in the colours of an ordinary screen (BT.709).
+    """The frames as they are coded, upright, with square pixels, in the colours of an ordinary
+    screen (BT.709).
 
     UserError as :func:`read_frames`.
     """
@@ -102,10 +115,13 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
         reformatter = VideoReformatter()
         count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
         for frame in container.decode(stream):
-            if not count:  # to ask every frame for its matrix would keep it until the garbage collector comes
+            # to ask every frame for its matrix would keep it until the garbage collector comes
+            if not count:
                 size, matrix, angle = (frame.width, frame.height), _matrix(frame), frame.rotation
             if (frame.width, frame.height) != size:
-                raise ValueError(f"frame {count} is {frame.width}x{frame.height}, those before {size[0]}x{size[1]}")
+                raise ValueError(
+                    f"frame {count} is {frame.width}x{frame.height}, those before {size[0]}x{size[1]}"
+                )
             if frame.rotation != angle:
                 raise ValueError(f"frame {count} is turned otherwise than those before")
             if frame.is_corrupt:
@@ -114,16 +130,20 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             base = frame.time_base
             known = frame.pts is not None and base is not None
             pixels = _turned(_rgb(frame, reformatter, aspect), matrix)
-            yield Picture(pixels, frame.pts * base if known else None, frame.duration * base if base else None)
+            yield Picture(
+                pixels, frame.pts * base if known else None, frame.duration * base if base else None
+            )
         if not count:
             raise ValueError("it holds no frame")
         if count < WHOLE * promised:
             raise ValueError(f"{count} frames of {promised} can be decoded")
 
 
-def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, aspect: Fraction | None) -> np.ndarray:
-    """uint8 (H, W, 3) with square pixels: the side that is stretched grows. One thread: the default's thread pool costs
-    five times the work at this size."""
+def _rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, aspect: Fraction | None
+) -> np.ndarray:
+    """uint8 (H, W, 3) with square pixels: the side that is stretched grows. One thread: the
+    default's thread pool costs five times the work at this size."""
     width, height = frame.width, frame.height
     if aspect and aspect > 1:
         width = round(width * aspect)
@@ -133,14 +153,20 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, aspect: Fraction |
     how = Interpolation.BICUBIC if (width, height) != (frame.width, frame.height) else None
     wide = frame.color_trc in HDR or frame.color_primaries in WIDE
     return reformatter.reformat(
-        frame, width, height, "rgb24", interpolation=how, threads=1,
+        frame,
+        width,
+        height,
+        "rgb24",
+        interpolation=how,
+        threads=1,
         dst_color_trc=ColorTrc.BT709 if wide else None,
         dst_color_primaries=ColorPrimaries.BT709 if wide else None,
-    ).to_ndarray()  # fmt: skip
+    ).to_ndarray()
 
 
 def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """a, b, c, d of the display matrix: what is coded at (x, y) is shown at (a x + c y, b x + d y)."""
+    """a, b, c, d of the display matrix: what is coded at (x, y) is shown at (a x + c y, b x + d
+    y)."""
     data = frame.side_data.get(Type.DISPLAYMATRIX)
     if data is None:
         return 1, 0, 0, 1
@@ -149,7 +175,8 @@ def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _turned(picture_HW3: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """The picture turned and mirrored as a display matrix says. ValueError: by an angle that is no quarter."""
+    """The picture turned and mirrored as a display matrix says. ValueError: by an angle that is no
+    quarter."""
     a, b, c, d = matrix
     small = max(map(abs, matrix)) / 100
     if max(abs(b), abs(c)) <= small:
@@ -161,19 +188,24 @@ def _turned(picture_HW3: np.ndarray, matrix: tuple[int, int, int, int]) -> np.nd
     return picture_HW3[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
 
 
-def resampled(frames: Iterable[Picture], fps: float, *, exact: bool = False) -> Iterator[np.ndarray]:
-    """(H, W, 3) as they are on the screen every ``1 / fps`` seconds, from the first frame to the end of the last.
+def resampled(
+    frames: Iterable[Picture], fps: float, *, exact: bool = False
+) -> Iterator[np.ndarray]:
+    """(H, W, 3) as they are on the screen every ``1 / fps`` seconds, from the first frame to the
+    end of the last.
 
-    As ffmpeg's ``fps`` filter: each frame goes to the nearest place, the last one for a place is taken, and a place
-    without any repeats the one before. ``exact``: nothing is repeated or left out; ValueError for a file of another
-    rate or of uneven timestamps.
+    As ffmpeg's ``fps`` filter: each frame goes to the nearest place, the last one for a place is
+    taken, and a place without any repeats the one before. ``exact``: nothing is repeated or left
+    out; ValueError for a file of another rate or of uneven timestamps.
     """
     shown: np.ndarray | None = None
     starts: list[Fraction] = []
     count, end = 0, Fraction(0)
     for picture in frames:
         if picture.start is None or (starts and picture.start < starts[-1]):
-            raise ValueError(f"frame {len(starts)} has no timestamp, or one before the last frame's")
+            raise ValueError(
+                f"frame {len(starts)} has no timestamp, or one before the last frame's"
+            )
         starts.append(picture.start)
         if exact:
             yield picture.pixels
@@ -211,7 +243,12 @@ def _check_rate(starts: list[Fraction], fps: float) -> None:
 
 
 def frames_of(
-    source: Path | bytes, where: str, *, fps: float, exact: bool = False, remedy: str = "copy it again"
+    source: Path | bytes,
+    where: str,
+    *,
+    fps: float,
+    exact: bool = False,
+    remedy: str = "copy it again",
 ) -> Iterator[np.ndarray]:
     """uint8 (H, W, 3), one after another; see :func:`read_frames`."""
     coded = pictures(source, where, remedy)
@@ -231,30 +268,36 @@ def read_frames(
     size: int = 0,
     remedy: str = "copy it again",
 ) -> Tensor:
-    """All frames of a video, uint8 (F, 3, H, W): upright, with square pixels, at most :data:`LARGEST_VIDEO` bytes.
+    """All frames of a video, uint8 (F, 3, H, W): upright, with square pixels, at most
+    :data:`LARGEST_VIDEO` bytes.
 
-    ``fps``: resampled by timestamps to so many frames per second, as :func:`resampled` says (``exact``: a file of
-    another rate is refused); :data:`AS_CODED`: frame after frame. ``size``: each is resized and cropped to a square of
-    so many pixels; 0: as it is. ``where`` names the source in errors. Raises UserError (with ``remedy``) when it is
-    missing, cut, damaged, empty or too large, or its frames change their size.
+    ``fps``: resampled by timestamps to so many frames per second, as :func:`resampled` says
+    (``exact``: a file of another rate is refused); :data:`AS_CODED`: frame after frame. ``size``:
+    each is resized and cropped to a square of so many pixels; 0: as it is. ``where`` names the
+    source in errors. Raises UserError (with ``remedy``) when it is missing, cut, damaged, empty or
+    too large, or its frames change their size.
     """
     frames = frames_of(source, where, fps=fps, exact=exact, remedy=remedy)
     return stacked((resize_crop(frame, size) if size else frame for frame in frames), where, remedy)
 
 
 def stacked(frames: Iterable[np.ndarray], where: str, remedy: str) -> Tensor:
-    """uint8 (F, 3, H, W) of pictures (H, W, 3) of one size. UserError: more than ``LARGEST_VIDEO`` bytes."""
+    """uint8 (F, 3, H, W) of pictures (H, W, 3) of one size. UserError: more than ``LARGEST_VIDEO``
+    bytes."""
     data, height, width = bytearray(), 0, 0
     for frame in frames:
         height, width = frame.shape[:2]
         data += frame.transpose(2, 0, 1).tobytes()
         if len(data) > LARGEST_VIDEO:
-            raise UserError(f"{where}: more than {LARGEST_VIDEO:,} bytes of frames, which is too large; {remedy}")
+            raise UserError(
+                f"{where}: more than {LARGEST_VIDEO:,} bytes of frames, which is too large; {remedy}"
+            )
     return torch.frombuffer(data, dtype=torch.uint8).view(-1, 3, height, width)
 
 
 def resize_crop(picture_HW3: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (H, W, 3) -> (size, size, 3): short side to ``size`` (bilinear, antialiased), then the middle square."""
+    """uint8 (H, W, 3) -> (size, size, 3): short side to ``size`` (bilinear, antialiased), then the
+    middle square."""
     height, width = picture_HW3.shape[:2]
     short = min(height, width)
     picture = picture_HW3

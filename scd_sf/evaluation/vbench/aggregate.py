@@ -1,7 +1,9 @@
-"""From 16 dimensions to Quality, Semantic and Total, as VBench's ``cal_final_score.py``: a missing one is refused.
+"""From 16 dimensions to Quality, Semantic and Total, as VBench's ``cal_final_score.py``: a missing
+one is refused.
 
-A dimension is normalised, ``(x - min) / (max - min)``, not clipped. Quality: weighted mean of 7 (dynamic degree counts
-half); Semantic: mean of 9; Total: (4 Quality + Semantic) / 5. Scores are fractions; totals here are points (percent).
+A dimension is normalised, ``(x - min) / (max - min)``, not clipped. Quality: weighted mean of 7
+(dynamic degree counts half); Semantic: mean of 9; Total: (4 Quality + Semantic) / 5. Scores are
+fractions; totals here are points (percent).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _VIDEOS = 5
 
 @dataclass(frozen=True)
 class Scores:
-    """What a file says: fractions by dimension; ``reduced``: why totals of it are not comparable with others'."""
+    """What a file says: fractions by dimension; ``reduced``: why totals of it are not comparable
+    with others'."""
 
     fractions: dict[str, float]
     reduced: tuple[str, ...] = ()
@@ -39,7 +42,8 @@ class Totals:
 
 
 def aggregate(fractions: Mapping[str, float], where: str = "scores") -> Totals:
-    """Totals of all 16 dimensions. UserError (naming ``where``) for a missing one, or a value that is no fraction."""
+    """Totals of all 16 dimensions. UserError (naming ``where``) for a missing one, or a value that
+    is no fraction."""
     known = {dimension.name for dimension in dimensions()}
     check_fractions(fractions, where)
     absent = [name for name in sorted(known - fractions.keys())]
@@ -52,9 +56,13 @@ def aggregate(fractions: Mapping[str, float], where: str = "scores") -> Totals:
     means = {}
     for group in ("quality", "semantic"):
         chosen = [d for d in dimensions() if d.group == group]
-        means[group] = math.fsum(d.weight * normalised[d.name] for d in chosen) / math.fsum(d.weight for d in chosen)
+        means[group] = math.fsum(d.weight * normalised[d.name] for d in chosen) / math.fsum(
+            d.weight for d in chosen
+        )
     constants = packaged("constants.json")
-    quality, semantic = (float(str(constants[f"{group}_weight"])) for group in ("quality", "semantic"))
+    quality, semantic = (
+        float(str(constants[f"{group}_weight"])) for group in ("quality", "semantic")
+    )
     total = (quality * means["quality"] + semantic * means["semantic"]) / (quality + semantic)
     points = {name: 100 * value for name, value in normalised.items()}
     return Totals(100 * means["quality"], 100 * means["semantic"], 100 * total, points)
@@ -65,16 +73,23 @@ def check_fractions(fractions: Mapping[str, float], where: str) -> None:
     known = [dimension.name for dimension in dimensions()]
     for name, value in fractions.items():
         if name not in known:
-            raise UserError(f"{where}: '{name}' is none of VBench's dimensions; they are {', '.join(known)}")
+            raise UserError(
+                f"{where}: '{name}' is none of VBench's dimensions; they are {', '.join(known)}"
+            )
         if not math.isfinite(value):
             raise UserError(f"{where}: {name} is {value}; score the dimension again")
         if not 0 <= value <= 1:
-            hint = f"write {value / 100:.4g} for {value:g} percent" if 1 < value <= 100 else "score it again"
+            hint = (
+                f"write {value / 100:.4g} for {value:g} percent"
+                if 1 < value <= 100
+                else "score it again"
+            )
             raise UserError(f"{where}: {name} is {value:g}; it must be a fraction in 0..1: {hint}")
 
 
 def read_scores(path: Path) -> Scores:
-    """A map dimension -> fraction, VBench's own ``*_eval_results.json``, or ``summary.json`` of vbench_eval/score.py.
+    """A map dimension -> fraction, VBench's own ``*_eval_results.json``, or ``summary.json`` of
+    vbench_eval/score.py.
 
     Names may have blanks or underscores. UserError names file, field and remedy.
     """
@@ -113,8 +128,11 @@ class _Summary:
 
 
 def _too_few(name: str, value: list[object]) -> list[str]:
-    """A reason if VBench's list of videos is shorter than the suite; color leaves out videos without the object."""
-    expected = {dimension.name: _VIDEOS * dimension.prompts for dimension in dimensions()}.get(name, 0)
+    """A reason if VBench's list of videos is shorter than the suite; color leaves out videos
+    without the object."""
+    expected = {dimension.name: _VIDEOS * dimension.prompts for dimension in dimensions()}.get(
+        name, 0
+    )
     count = len(value[1]) if len(value) > 1 and isinstance(value[1], list) else expected
     return [f"{name}: {count} of {expected} videos"] if count < expected and name != "color" else []
 

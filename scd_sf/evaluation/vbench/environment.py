@@ -1,4 +1,5 @@
-"""VBench's own Python environment: its pins (numpy below 2, transformers 4.33) do not go with this project's."""
+"""VBench's own Python environment: its pins (numpy below 2, transformers 4.33) do not go with this
+project's."""
 
 from __future__ import annotations
 
@@ -14,8 +15,16 @@ from scd_sf.files import parse_json, read_json, require_own_folder, typed, write
 from scd_sf.types import UserError, say
 
 VERSION = "0.1.5"
-# setuptools 81 has no pkg_resources any more, which openai-clip imports: without it 7 dimensions do not load (2026-11).
-PINS = (f"vbench=={VERSION}", "numpy<2", "transformers==4.33.2", "timm>=0.9,<=1.0.12", "torchvision", "setuptools<81")
+# setuptools 81 has no pkg_resources any more, which openai-clip imports: without it 7 dimensions do
+# not load (2026-11).
+PINS = (
+    f"vbench=={VERSION}",
+    "numpy<2",
+    "transformers==4.33.2",
+    "timm>=0.9,<=1.0.12",
+    "torchvision",
+    "setuptools<81",
+)
 READY = ".scd-sf-ready.json"  # what the environment was built from; {} while it is being built
 _PROBE = """
 import importlib.metadata as m, importlib.util as u, json, sys
@@ -30,7 +39,8 @@ print(json.dumps({"detectron2": u.find_spec("detectron2") is not None,
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python that has VBench: VBench's ``folder`` there, versions of packages, and whether detectron2 is there."""
+    """A Python that has VBench: VBench's ``folder`` there, versions of packages, and whether
+    detectron2 is there."""
 
     folder: str
     versions: dict[str, str]
@@ -44,10 +54,12 @@ def default_folder() -> Path:
 
 
 def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
-    """A virtual environment with VBench in ``folder``; returns its python. Kept if it is there for the same pins.
+    """A virtual environment with VBench in ``folder``; returns its python. Kept if it is there for
+    the same pins.
 
-    Every command is printed. ``torch``: a requirement, e.g. "torch==2.5.1" for an older GPU driver; ``detectron2``:
-    its requirement, installed last (it is compiled and needs torch). UserError naming the command that failed.
+    Every command is printed. ``torch``: a requirement, e.g. "torch==2.5.1" for an older GPU driver;
+    ``detectron2``: its requirement, installed last (it is compiled and needs torch). UserError
+    naming the command that failed.
     """
     pins: dict[str, object] = {"pins": [*PINS, torch], "detectron2": detectron2}
     folder = folder.resolve()
@@ -75,18 +87,29 @@ def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
 
 
 def examine(python: Path) -> Environment:
-    """What this Python has. UserError unless VBench is there in the version that this project knows, with numpy 1."""
+    """What this Python has. UserError unless VBench is there in the version that this project
+    knows, with numpy 1."""
     try:
-        done = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            [python, "-I", "-c", _PROBE], capture_output=True, text=True, check=False, timeout=120
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"python {python}: cannot be run ({error}); give the python of VBench's environment") from error
+        raise UserError(
+            f"python {python}: cannot be run ({error}); give the python of VBench's environment"
+        ) from error
     last = (done.stderr or done.stdout).strip().splitlines()[-1:]
     answer = f"python {python}: not a Python that answers ({last})"
-    environment = typed(parse_json(done.stdout, answer, "check the path"), Environment, answer, "check the path")
+    environment = typed(
+        parse_json(done.stdout, answer, "check the path"), Environment, answer, "check the path"
+    )
     vbench, numpy = environment.versions.get("vbench", ""), environment.versions.get("numpy", "")
     if vbench != VERSION:
         has = f"vbench {vbench}" if vbench else "no vbench"
-        raise UserError(f"python {python}: has {has}; it must be {VERSION}: leave python empty to build an environment")
+        raise UserError(
+            f"python {python}: has {has}; it must be {VERSION}: leave python empty to build an environment"
+        )
     if not numpy.startswith("1."):
-        raise UserError(f"python {python}: has numpy {numpy}; VBench {VERSION} needs numpy<2: install that")
+        raise UserError(
+            f"python {python}: has numpy {numpy}; VBench {VERSION} needs numpy<2: install that"
+        )
     return environment

@@ -1,6 +1,8 @@
-"""VBench's prompts: its 946 entries (944 distinct), extended wordings by line, and the names that videos must have.
+"""VBench's prompts: its 946 entries (944 distinct), extended wordings by line, and the names that
+videos must have.
 
-VBench finds a video by its prompt: ``{prompt}-{i}.mp4``. So extended prompts are sampled under the original's name.
+VBench finds a video by its prompt: ``{prompt}-{i}.mp4``. So extended prompts are sampled under the
+original's name.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class VBenchPrompt:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One of the 16: its group (quality or semantic), what its score is normalised by, and how many prompts it has."""
+    """One of the 16: its group (quality or semantic), what its score is normalised by, and how many
+    prompts it has."""
 
     name: str
     group: str
@@ -45,7 +48,9 @@ class Dimension:
 
 def packaged(name: str) -> dict[str, object]:
     """One of this package's JSON files."""
-    return json.loads(resources.files("scd_sf.evaluation.vbench").joinpath(name).read_text(encoding="utf-8"))
+    return json.loads(
+        resources.files("scd_sf.evaluation.vbench").joinpath(name).read_text(encoding="utf-8")
+    )
 
 
 @cache
@@ -57,7 +62,8 @@ def dimensions() -> tuple[Dimension, ...]:
 
 
 def chosen_dimensions(names: Sequence[str]) -> list[str]:
-    """These dimensions in VBench's order (all if none is named), blanks as underscores. UserError for others."""
+    """These dimensions in VBench's order (all if none is named), blanks as underscores. UserError
+    for others."""
     known = [dimension.name for dimension in dimensions()]
     wanted = [name.strip().replace(" ", "_") for name in names]
     for name in wanted:
@@ -67,11 +73,14 @@ def chosen_dimensions(names: Sequence[str]) -> list[str]:
 
 
 def load_entries(full_info: str = "") -> list[VBenchPrompt]:
-    """VBench's list as shipped here, or from another ``VBench_full_info.json``. UserError names file, entry, remedy."""
+    """VBench's list as shipped here, or from another ``VBench_full_info.json``. UserError names
+    file, entry, remedy."""
     if not full_info:
         groups = packaged("prompts.json")["groups"]
         assert isinstance(groups, list)
-        pairs = [(prompt, tuple(group["dimensions"])) for group in groups for prompt in group["prompts"]]
+        pairs = [
+            (prompt, tuple(group["dimensions"])) for group in groups for prompt in group["prompts"]
+        ]
     else:
         pairs = _read_full_info(Path(full_info))
     return [VBenchPrompt(line, prompt, dims) for line, (prompt, dims) in enumerate(pairs)]
@@ -92,9 +101,13 @@ def _read_full_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     known = {dimension.name for dimension in dimensions()}
     pairs = []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        entry = typed(row, _Row, f"{where}: entry {number} has no prompt_en and known dimension list", remedy)
+        entry = typed(
+            row, _Row, f"{where}: entry {number} has no prompt_en and known dimension list", remedy
+        )
         if not entry.dimension or not set(entry.dimension) <= known:
-            raise UserError(f"{where}: entry {number} has no prompt_en and known dimension list; {remedy}")
+            raise UserError(
+                f"{where}: entry {number} has no prompt_en and known dimension list; {remedy}"
+            )
         pairs.append((entry.prompt_en, tuple(entry.dimension)))
     if not pairs:
         raise UserError(f"full_info {path}: no entry; {remedy}")
@@ -116,9 +129,11 @@ def prompts_hash(entries: Iterable[VBenchPrompt]) -> str:
 
 
 def read_extended(path: Path, entries: Sequence[VBenchPrompt]) -> list[str]:
-    """The wording to sample line k with, from line k of an extended-prompt file (``all_dimension_extended.txt``).
+    """The wording to sample line k with, from line k of an extended-prompt file
+    (``all_dimension_extended.txt``).
 
-    UserError unless there is exactly one line that says something for each entry. Only \\n ends a line.
+    UserError unless there is exactly one line that says something for each entry. Only \\n ends a
+    line.
     """
     lines = [line.strip() for line in lines_of(read_text(path, "check the path"))]
     if len(lines) != len(entries):
@@ -137,10 +152,14 @@ def read_extended(path: Path, entries: Sequence[VBenchPrompt]) -> list[str]:
 def video_name(prompt: str, number: int) -> str:
     """``{prompt}-{number}.mp4``. UserError where that is no name of a file in its own folder."""
     name = f"{prompt}-{number}.mp4"
-    bad = [sign for sign in prompt if sign in _FORBIDDEN or unicodedata.category(sign) in ("Cc", "Cs")]
+    bad = [
+        sign for sign in prompt if sign in _FORBIDDEN or unicodedata.category(sign) in ("Cc", "Cs")
+    ]
     if bad or not prompt.strip() or prompt.startswith(".") or ".." in Path(prompt).parts:
         why = f"it holds {bad[0]!r}" if bad else "it is empty, or starts with a dot"
-        raise UserError(f"prompt {prompt[:80]!r} cannot be a file's name: {why}; correct the list of prompts")
+        raise UserError(
+            f"prompt {prompt[:80]!r} cannot be a file's name: {why}; correct the list of prompts"
+        )
     if len(name.encode()) > _NAME_BYTES:
         raise UserError(
             f"prompt {prompt[:80]!r}: its file name has {len(name.encode())} bytes of {_NAME_BYTES}; shorten it"
@@ -149,7 +168,8 @@ def video_name(prompt: str, number: int) -> str:
 
 
 def is_case_blind(folder: Path) -> bool:
-    """Whether the disk under ``folder`` (or its nearest parent that exists) takes ``a`` and ``A`` for one file."""
+    """Whether the disk under ``folder`` (or its nearest parent that exists) takes ``a`` and ``A``
+    for one file."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
         with tempfile.NamedTemporaryFile(prefix="scd-case-", suffix=".probe", dir=place) as probe:
@@ -160,7 +180,8 @@ def is_case_blind(folder: Path) -> bool:
 
 
 def check_collisions(names: Iterable[str], folder: Path, *, case_blind: bool) -> None:
-    """UserError if two videos would be one file: equal names, or on a case-blind disk names that differ by case."""
+    """UserError if two videos would be one file: equal names, or on a case-blind disk names that
+    differ by case."""
     seen: dict[str, str] = {}
     for name in names:
         key = unicodedata.normalize("NFC", name)

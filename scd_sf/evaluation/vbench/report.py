@@ -1,7 +1,9 @@
-"""A scored run beside published rows: JSON, Markdown, and an HTML page with the videos. Works offline, from disk.
+"""A scored run beside published rows: JSON, Markdown, and an HTML page with the videos. Works
+offline, from disk.
 
-Totals of different laboratories are not comparable (prompts, seeds, decoding differ): score a baseline yourself and
-give it as a further file. All text is escaped; videos are linked relative to the page and loaded when they are near.
+Totals of different laboratories are not comparable (prompts, seeds, decoding differ): score a
+baseline yourself and give it as a further file. All text is escaped; videos are linked relative to
+the page and loaded when they are near.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ NOTE = "Totals of different laboratories are not comparable; compare with a base
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, in points. ``totals`` empty where dimensions are missing; ``percent``: raw, not
-    normalised."""
+    """One line of the table, in points. ``totals`` empty where dimensions are missing; ``percent``:
+    raw, not normalised."""
 
     name: str
     source: str
@@ -44,7 +46,9 @@ def own_row(name: str, scores: Scores) -> Row:
     percent = {key: 100 * value for key, value in scores.fractions.items()}
     absent = [d.name for d in dimensions() if d.name not in percent]
     if absent:
-        note = "; ".join(filter(None, [f"no totals: {len(absent)} of 16 dimensions missing", label(scores)]))
+        note = "; ".join(
+            filter(None, [f"no totals: {len(absent)} of 16 dimensions missing", label(scores)])
+        )
         return Row(name, "this run", {}, percent, note)
     found = aggregate(scores.fractions, name)
     totals = {"total": found.total, "quality": found.quality, "semantic": found.semantic}
@@ -56,19 +60,31 @@ def published_rows() -> list[Row]:
     rows = packaged("published.json")["rows"]
     assert isinstance(rows, list)
     return [
-        Row(r["model"], r["source"], {k: r[k] for k in ("total", "quality", "semantic")}, r["percent"]) for r in rows
+        Row(
+            r["model"],
+            r["source"],
+            {k: r[k] for k in ("total", "quality", "semantic")},
+            r["percent"],
+        )
+        for r in rows
     ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """A GitHub table; names are escaped."""
     names = ["total", "quality", "semantic", *(d.name for d in dimensions())]
-    head = "| model | source | " + " | ".join(name.replace("_", " ") for name in names) + " | note |"
+    head = (
+        "| model | source | " + " | ".join(name.replace("_", " ") for name in names) + " | note |"
+    )
     lines = [head, "|---|---|" + "---|" * (len(names) + 1)]
     for row in rows:
         values = {**row.percent, **row.totals}
         cells = [f"{values[name]:.2f}" if name in values else "-" for name in names]
-        lines.append("| " + " | ".join([_plain(row.name), _plain(row.source), *cells, _plain(row.note) or "-"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([_plain(row.name), _plain(row.source), *cells, _plain(row.note) or "-"])
+            + " |"
+        )
     return "\n".join([*lines, "", NOTE, ""])
 
 
@@ -77,7 +93,8 @@ def _plain(text: str) -> str:
 
 
 def find_videos(root: Path, limit: int) -> list[tuple[str, list[Path]]]:
-    """(prompt, its videos) of a sample folder or a plain one, ``limit`` prompts at most, evenly spaced."""
+    """(prompt, its videos) of a sample folder or a plain one, ``limit`` prompts at most, evenly
+    spaced."""
     folders = [root / name for name in (VIDEOS, STATIC) if (root / name).is_dir()] or [root]
     found: dict[str, list[Path]] = {}
     for folder in folders:
@@ -90,18 +107,32 @@ def find_videos(root: Path, limit: int) -> list[tuple[str, list[Path]]]:
     return [(prompt, found[prompt]) for prompt in prompts[::step]]
 
 
-def html(rows: Sequence[Row], cards: Iterable[tuple[str, list[Path]]], page: Path, facts: Mapping[str, object]) -> str:
+def html(
+    rows: Sequence[Row],
+    cards: Iterable[tuple[str, list[Path]]],
+    page: Path,
+    facts: Mapping[str, object],
+) -> str:
     """The page: table, how the first row was made, videos."""
     environment = Environment(
-        loader=PackageLoader("scd_sf.evaluation.vbench", package_path=""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("scd_sf.evaluation.vbench", package_path=""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     linked = [
-        (printable(prompt), [quote(os.path.relpath(file, page.parent).replace(os.sep, "/")) for file in files])
+        (
+            printable(prompt),
+            [quote(os.path.relpath(file, page.parent).replace(os.sep, "/")) for file in files],
+        )
         for prompt, files in cards
     ]
     return environment.get_template("report.html.j2").render(
-        rows=[Row(printable(r.name), printable(r.source), r.totals, r.percent, printable(r.note)) for r in rows],
+        rows=[
+            Row(printable(r.name), printable(r.source), r.totals, r.percent, printable(r.note))
+            for r in rows
+        ],
         totals=["total", "quality", "semantic"],
         dimensions=[d.name for d in dimensions()],
         cards=linked,
@@ -110,10 +141,14 @@ def html(rows: Sequence[Row], cards: Iterable[tuple[str, list[Path]]], page: Pat
     )
 
 
-def write_report(files: Mapping[str, Path], out: Path, videos: Path | None, limit: int = 60) -> list[Row]:
-    """``out/report.json``, ``.md`` and ``.html`` of the runs ``files`` (name -> scores) beside the published rows.
+def write_report(
+    files: Mapping[str, Path], out: Path, videos: Path | None, limit: int = 60
+) -> list[Row]:
+    """``out/report.json``, ``.md`` and ``.html`` of the runs ``files`` (name -> scores) beside the
+    published rows.
 
-    ``videos``: the first run's; their page shows up to ``limit`` prompts. UserError before anything is written.
+    ``videos``: the first run's; their page shows up to ``limit`` prompts. UserError before anything
+    is written.
     """
     scores = {name: read_scores(path) for name, path in files.items()}
     rows = [*(own_row(name, found) for name, found in scores.items()), *published_rows()]
@@ -124,7 +159,10 @@ def write_report(files: Mapping[str, Path], out: Path, videos: Path | None, limi
     for name in ("report.json", "report.md", "report.html"):
         require_own_file(out / name, NOTE, "use another out=")
     with locked(out, "this report"):
-        write_json(out / "report.json", {"note": NOTE, "rows": [asdict(row) for row in rows], "protocol": facts})
+        write_json(
+            out / "report.json",
+            {"note": NOTE, "rows": [asdict(row) for row in rows], "protocol": facts},
+        )
         write_text(out / "report.md", markdown(rows))
         write_text(page, text)
     return rows

@@ -1,7 +1,9 @@
-"""Score a folder of videos with VBench in an environment of its own: one dimension after another, each resumable.
+"""Score a folder of videos with VBench in an environment of its own: one dimension after another,
+each resumable.
 
-A dimension's videos are shared by VBench's ranks (one per GPU). Its result, ``OUT/<dimension>.json``, is kept as long
-as its videos and VBench are the same. ``OUT/summary.json`` is what aggregate and report read.
+A dimension's videos are shared by VBench's ranks (one per GPU). Its result,
+``OUT/<dimension>.json``, is kept as long as its videos and VBench are the same.
+``OUT/summary.json`` is what aggregate and report read.
 """
 
 from __future__ import annotations
@@ -82,12 +84,15 @@ class ScoreConfig:
         if not 1 <= self.samples <= SAMPLES:
             raise UserError(f"samples is {self.samples}; it must be 1..{SAMPLES}")
         if self.gpus < -1:
-            raise UserError(f"gpus is {self.gpus}; it must be the number of GPUs, 0 for the CPU, or -1 for all")
+            raise UserError(
+                f"gpus is {self.gpus}; it must be the number of GPUs, 0 for the CPU, or -1 for all"
+            )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One dimension: its entries of VBench's list with their videos, and why it is not the whole of it."""
+    """One dimension: its entries of VBench's list with their videos, and why it is not the whole of
+    it."""
 
     dimension: str
     videos: dict[int, list[Path]]
@@ -99,7 +104,8 @@ class Job:
 
 
 def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreConfig) -> Job:
-    """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would not count as 0."""
+    """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would
+    not count as 0."""
     chosen = [entry for entry in entries if name in entry.dimensions]
     sampled = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
     folder, reduced = root / VIDEOS if sampled else root, list[str]()
@@ -111,12 +117,16 @@ def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreCo
         reduced.append("temporal flickering without the static filter")
     elif name == FLICKERING and sampled:
         folder = root / STATIC
-        counts = {entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen}
+        counts = {
+            entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen
+        }
         short = sum(count < cfg.samples for count in counts.values())
         if short:
             found = f"{short} of {len(chosen)} prompts have fewer than {cfg.samples} static videos"
             reduced.append(f"temporal flickering: {found}")
-    videos = {e.line: [folder / video_name(e.prompt, n) for n in range(counts[e.line])] for e in chosen}
+    videos = {
+        e.line: [folder / video_name(e.prompt, n) for n in range(counts[e.line])] for e in chosen
+    }
     absent = [file for files in videos.values() for file in files if not file.is_file()]
     if absent:
         raise UserError(
@@ -124,21 +134,33 @@ def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreCo
             "samples= to what is there of every prompt, or name other dimensions"
         )
     if not any(videos.values()):
-        raise UserError(f"{folder}: no video of {name} stands still by VBench's filter; unfiltered=true takes any")
+        raise UserError(
+            f"{folder}: no video of {name} stands still by VBench's filter; unfiltered=true takes any"
+        )
     return Job(name, videos, reduced)
 
 
 def run_score(cfg: ScoreConfig) -> dict[str, float]:
-    """Everything; returns the scores of all dimensions that the folder has by now. UserError before any work for
-    missing videos, weights or packages."""
-    root, names, entries = Path(cfg.videos).absolute(), chosen_dimensions(cfg.dimensions), load_entries()
+    """Everything; returns the scores of all dimensions that the folder has by now. UserError before
+    any work for missing videos, weights or packages."""
+    root, names, entries = (
+        Path(cfg.videos).absolute(),
+        chosen_dimensions(cfg.dimensions),
+        load_entries(),
+    )
     if not root.is_dir():
         raise UserError(f"videos {root}: no such folder; sample with vbench_eval/sample.py")
     jobs = [collect(root, name, entries, cfg) for name in names]
-    cache = Path(cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench").absolute()
+    cache = Path(
+        cfg.cache or os.environ.get("VBENCH_CACHE_DIR") or Path.home() / ".cache" / "vbench"
+    ).absolute()
     if not cfg.download:
         weights.require_weights(names, cache)
-    built = None if cfg.python else build(Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2)
+    built = (
+        None
+        if cfg.python
+        else build(Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2)
+    )
     python = (built or Path(cfg.python)).absolute()
     environment = examine(python)
     needs = [name for name in names if name in weights.DETECTRON2]
@@ -162,7 +184,8 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
 
 
 def _full_info(folder: Path, entries: Sequence[VBenchPrompt]) -> list[Json]:
-    """VBench's own list, which has what some dimensions look for in a video; it must be the list that we know."""
+    """VBench's own list, which has what some dimensions look for in a video; it must be the list
+    that we know."""
     file, remedy = folder / "VBench_full_info.json", "install VBench again"
     if prompts_hash(load_entries(str(file))) != prompts_hash(entries):
         raise UserError(f"{file}: not the prompts of the release; {remedy}")
@@ -176,9 +199,16 @@ def _score(job: Job, vbench: VBench, out: Path, place: str) -> None:
     if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
         say(f"[{place}] finished before")
         return
-    say(f"[{place}] {len(job.files)} videos on {f'{vbench.gpus} GPUs' if vbench.gpus else 'the CPU'}")
+    say(
+        f"[{place}] {len(job.files)} videos on {f'{vbench.gpus} GPUs' if vbench.gpus else 'the CPU'}"
+    )
     score, videos = vbench.compute(job, out / "work")
-    record: Json = {"dimension": job.dimension, "score": score, "count": len(job.files), "videos": videos}
+    record: Json = {
+        "dimension": job.dimension,
+        "score": score,
+        "count": len(job.files),
+        "videos": videos,
+    }
     write_json(result, {**record, "reduced": job.reduced, "inputs": inputs})
     say(f"[{place}] {score:.6f}")
 
@@ -194,7 +224,8 @@ def stamp(file: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class VBench:
-    """VBench in its own ``python``: on ``gpus`` (0: the CPU), with weights in ``cache``; ``info``: its list."""
+    """VBench in its own ``python``: on ``gpus`` (0: the CPU), with weights in ``cache``; ``info``:
+    its list."""
 
     python: Path
     cache: Path
@@ -203,12 +234,18 @@ class VBench:
     info: Sequence[Json]
 
     def compute(self, job: Job, work: Path) -> tuple[float, list[Json]]:
-        """The score and each video's. UserError for a failure, and where VBench left out what it cannot read.
+        """The score and each video's. UserError for a failure, and where VBench left out what it
+        cannot read.
 
         color leaves out videos in which the object is not seen, and may.
         """
-        videos_list, raw, log = (work / f"{job.dimension}{end}" for end in ("-list.json", "-raw.json", ".log"))
-        rows = [{**self.info[line], "video_list": [str(f) for f in files]} for line, files in job.videos.items()]
+        videos_list, raw, log = (
+            work / f"{job.dimension}{end}" for end in ("-list.json", "-raw.json", ".log")
+        )
+        rows = [
+            {**self.info[line], "video_list": [str(f) for f in files]}
+            for line, files in job.videos.items()
+        ]
         write_text(videos_list, json.dumps(rows))
         raw.unlink(missing_ok=True)
         self._run(job.dimension, [str(videos_list), str(raw)], log)
@@ -220,21 +257,43 @@ class VBench:
             raise UserError(
                 f"{job.dimension}: VBench could not read {len(absent)} videos, such as {absent[0]}; see {log}"
             )
-        return answer.score, [{**row, "video_path": Path(str(row["video_path"])).name} for row in answer.videos]
+        return answer.score, [
+            {**row, "video_path": Path(str(row["video_path"])).name} for row in answer.videos
+        ]
 
     def _run(self, name: str, files: list[str], log: Path) -> None:
-        """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is a folder."""
-        command = [str(self.python), "-I", str(_WORKER), name, "cuda" if self.gpus else "cpu", *files]
+        """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is
+        a folder."""
+        command = [
+            str(self.python),
+            "-I",
+            str(_WORKER),
+            name,
+            "cuda" if self.gpus else "cpu",
+            *files,
+        ]
         if self.gpus > 1:
             ranks = ["--standalone", "--nproc_per_node", str(self.gpus), "--no-python"]
             command = [str(self.python), "-I", "-m", "torch.distributed.run", *ranks, *command]
-        environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
-        environ |= {"VBENCH_CACHE_DIR": str(self.cache), "TORCH_HOME": str(self.cache / "torch_home")}
+        environ = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
+        }
+        environ |= {
+            "VBENCH_CACHE_DIR": str(self.cache),
+            "TORCH_HOME": str(self.cache / "torch_home"),
+        }
         if not self.download:
             environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(
-                command, cwd=self.cache, env=environ, stdout=file, stderr=subprocess.STDOUT, check=False
+                command,
+                cwd=self.cache,
+                env=environ,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
             ).returncode
         if code:
             text = log.read_text(encoding="utf-8", errors="replace")
@@ -269,16 +328,20 @@ class _Protocol:
 
 
 def _summarise(root: Path, out: Path, versions: dict[str, str]) -> dict[str, float]:
-    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored here and whose
-    videos are still the same."""
+    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored
+    here and whose videos are still the same."""
     results: dict[str, _Result] = {}
     for name in chosen_dimensions([]):
         if (out / f"{name}.json").is_file():
             result = read_typed(out / f"{name}.json", _Result, "score it again")
-            if result.inputs and all(stamp(Path(file)) == then for file, then in result.inputs.items()):
+            if result.inputs and all(
+                stamp(Path(file)) == then for file, then in result.inputs.items()
+            ):
                 results[name] = result
             else:
-                say(f"{name}: left out of the summary, its videos have changed since; score it again")
+                say(
+                    f"{name}: left out of the summary, its videos have changed since; score it again"
+                )
     scores = {name: result.score for name, result in results.items()}
     check_fractions(scores, str(out))
     why = [line for result in results.values() for line in result.reduced]
@@ -296,5 +359,7 @@ def _summarise(root: Path, out: Path, versions: dict[str, str]) -> dict[str, flo
         "environment": versions,
     }
     write_json(out / "summary.json", summary)
-    write_json(out / "vbench_eval_results.json", {n: [scores[n], results[n].videos] for n in scores})
+    write_json(
+        out / "vbench_eval_results.json", {n: [scores[n], results[n].videos] for n in scores}
+    )
     return scores

@@ -1,8 +1,10 @@
-"""VBench's static filter: of the candidates of temporal flickering, the first five whose camera and scene stand still.
+"""VBench's static filter: of the candidates of temporal flickering, the first five whose camera and
+scene stand still.
 
-The rule is VBench's ``cli/static_filter.py``: RAFT's flow between neighbouring frames and between first and last, the
-mean of its largest 2 %, against thresholds that grow with size and number of frames. Candidates come in the order of
-their names as text (0, 1, 10, 11, .., 2, ..), as VBench takes them, and the search ends at the fifth.
+The rule is VBench's ``cli/static_filter.py``: RAFT's flow between neighbouring frames and between
+first and last, the mean of its largest 2 %, against thresholds that grow with size and number of
+frames. Candidates come in the order of their names as text (0, 1, 10, 11, .., 2, ..), as VBench
+takes them, and the search ends at the fifth.
 """
 
 from __future__ import annotations
@@ -29,19 +31,27 @@ Flow = Callable[[Tensor, Tensor], Tensor]
 
 
 def flow_scores(frames_F3HW: Tensor, flow: Flow) -> list[float]:
-    """Mean length of the longest 2 % of flow, in pixels: each pair of neighbours, then first-last and last-first."""
+    """Mean length of the longest 2 % of flow, in pixels: each pair of neighbours, then first-last
+    and last-first."""
     count = len(frames_F3HW)
     pairs = [*((i, i + 1) for i in range(count - 1)), (0, count - 1), (count - 1, 0)]
     scores = []
     for one, two in pairs:
-        lengths = flow(frames_F3HW[one : one + 1], frames_F3HW[two : two + 1])[0].float().square().sum(0).sqrt()
+        lengths = (
+            flow(frames_F3HW[one : one + 1], frames_F3HW[two : two + 1])[0]
+            .float()
+            .square()
+            .sum(0)
+            .sqrt()
+        )
         longest = int(lengths.numel() * 0.02)
         scores.append(float(lengths.flatten().topk(longest).values.mean()))
     return scores
 
 
 def is_static(scores: Sequence[float], size: tuple[int, int], frames: int) -> bool:
-    """VBench's rule. ``size``: height and width of the frames; ``frames``: how many; ``scores``: one more than that."""
+    """VBench's rule. ``size``: height and width of the frames; ``frames``: how many; ``scores``:
+    one more than that."""
     threshold, allowed = 3.0 * (min(size) / 256.0), round(2 * (frames / 16.0))
     if sum(score > threshold for score in scores[:-2]) > allowed:
         return False
@@ -50,7 +60,8 @@ def is_static(scores: Sequence[float], size: tuple[int, int], frames: int) -> bo
 
 @dataclass
 class StaticFilter:
-    """RAFT of ``weights`` on ``device``. Built before anything else is done, so that missing weights are said first."""
+    """RAFT of ``weights`` on ``device``. Built before anything else is done, so that missing
+    weights are said first."""
 
     weights: Path
     device: torch.device
@@ -79,10 +90,17 @@ class StaticFilter:
         hashes = {name: sha256_file(folder / name) for name in names}
         inputs: Json = {"prompt": prompt, "raft_sha256": self.sha256, "candidates": hashes}
         record = _record(out, prompt)
-        earlier = read_json(record, "delete it to filter the prompt again") if record.is_file() else {}
+        earlier = (
+            read_json(record, "delete it to filter the prompt again") if record.is_file() else {}
+        )
         judged: dict[str, bool] = {}
         if {name: earlier.get(name) for name in inputs} == inputs:
-            judged = typed(earlier.get("judged"), dict[str, bool], record, "delete it to filter the prompt again")
+            judged = typed(
+                earlier.get("judged"),
+                dict[str, bool],
+                record,
+                "delete it to filter the prompt again",
+            )
         else:
             record.unlink(missing_ok=True)
             for name in names:
@@ -104,7 +122,8 @@ def _record(out: Path, prompt: str) -> Path:
 
 
 def _place(source: Path, target: Path) -> None:
-    """``target`` becomes ``source``: a hard link where the disk has them, else a copy; whole or not there."""
+    """``target`` becomes ``source``: a hard link where the disk has them, else a copy; whole or not
+    there."""
     with new_file(target) as part:
         try:
             os.link(source, part)
@@ -112,8 +131,11 @@ def _place(source: Path, target: Path) -> None:
             shutil.copyfile(source, part)
 
 
-def run_static_filter(out: Path, prompts: Sequence[str], count: int, static: StaticFilter, ranks: Ranks) -> None:
-    """Filter every prompt's candidates, shared among the ranks. Prompts with fewer than five are named at the end."""
+def run_static_filter(
+    out: Path, prompts: Sequence[str], count: int, static: StaticFilter, ranks: Ranks
+) -> None:
+    """Filter every prompt's candidates, shared among the ranks. Prompts with fewer than five are
+    named at the end."""
     for folder in (STATIC, RECORDS):
         (out / folder).mkdir(parents=True, exist_ok=True)
     todo = list(prompts)[ranks.rank :: ranks.world]
@@ -122,9 +144,15 @@ def run_static_filter(out: Path, prompts: Sequence[str], count: int, static: Sta
         if ranks.is_main:
             say(f"static filter: {number}/{len(todo)} prompts")
     ranks.barrier()
-    short = [f"'{prompt}' ({found})" for prompt in prompts if (found := len(chosen_of(out, prompt))) < WANTED]
+    short = [
+        f"'{prompt}' ({found})"
+        for prompt in prompts
+        if (found := len(chosen_of(out, prompt))) < WANTED
+    ]
     if ranks.is_main and short:
-        say(f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}")
+        say(
+            f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}"
+        )
 
 
 def chosen_of(out: Path, prompt: str) -> list[str]:

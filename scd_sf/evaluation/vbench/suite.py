@@ -1,8 +1,9 @@
-"""The videos that VBench asks for, as one sample folder: ``videos/`` five per prompt, ``flickering/`` the candidates of
-temporal flickering, ``static/`` those of them that its filter keeps.
+"""The videos that VBench asks for, as one sample folder: ``videos/`` five per prompt,
+``flickering/`` the candidates of temporal flickering, ``static/`` those of them that its filter
+keeps.
 
-Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.generation.folder`'s. ``manifest.json`` says how it was
-done.
+Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.generation.folder`'s.
+``manifest.json`` says how it was done.
 """
 
 from __future__ import annotations
@@ -73,20 +74,30 @@ class SuiteConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.samples <= SAMPLES or self.flicker_samples < 1:
-            raise UserError(f"samples is {self.samples}, must be 1..{SAMPLES}; flicker_samples must be at least 1")
+            raise UserError(
+                f"samples is {self.samples}, must be 1..{SAMPLES}; flicker_samples must be at least 1"
+            )
         given = self.sampling
         for name, is_set in (
-            ("prompts", given.prompts), ("prompt_file", given.prompt_file), ("start", given.start),
-            ("samples", given.samples != 1), ("seed", given.seed and self.seeds == "vbench"),
-        ):  # fmt: skip
+            ("prompts", given.prompts),
+            ("prompt_file", given.prompt_file),
+            ("start", given.start),
+            ("samples", given.samples != 1),
+            ("seed", given.seed and self.seeds == "vbench"),
+        ):
             if is_set:
                 raise UserError(f"sampling.{name} is set, but the suite decides it; leave it out")
 
 
 def suite_videos(cfg: SuiteConfig, entries: list[VBenchPrompt]) -> list[VideoRequest]:
-    """Every video of the chosen dimensions, each prompt once. Their names are checked, also for collisions."""
+    """Every video of the chosen dimensions, each prompt once. Their names are checked, also for
+    collisions."""
     names = chosen_dimensions(cfg.dimensions)
-    words = read_extended(Path(cfg.extended), entries) if cfg.extended else [entry.prompt for entry in entries]
+    words = (
+        read_extended(Path(cfg.extended), entries)
+        if cfg.extended
+        else [entry.prompt for entry in entries]
+    )
     plain = select(entries, [name for name in names if name != FLICKERING])
     parts = [(VIDEOS, plain, cfg.samples)]
     if FLICKERING in names:
@@ -95,16 +106,23 @@ def suite_videos(cfg: SuiteConfig, entries: list[VBenchPrompt]) -> list[VideoReq
     for folder, chosen, count in parts:
         for entry in chosen:
             for number in range(count):
-                seed = number + (100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed)
+                seed = number + (
+                    100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed
+                )
                 file = f"{folder}/{video_name(entry.prompt, number)}"
-                videos.append(VideoRequest(file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt))
+                videos.append(
+                    VideoRequest(
+                        file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt
+                    )
+                )
     out = Path(cfg.sampling.out)
     check_collisions([video.file for video in videos], out, case_blind=is_case_blind(out))
     return videos
 
 
 def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
-    """Everything: checks, the videos, the static filter. All ranks call it; the same command goes on."""
+    """Everything: checks, the videos, the static filter. All ranks call it; the same command goes
+    on."""
     entries = load_entries(cfg.full_info)
     videos = suite_videos(cfg, entries)
     candidates = [entry.prompt for entry in select(entries, [FLICKERING])]
@@ -128,14 +146,19 @@ def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
 
 
 def protocol(cfg: SuiteConfig) -> dict[str, object]:
-    """What a reader must know to compare: beside ``settings`` (sampler, steps, shift, size, fps, crf, prompt hash)."""
+    """What a reader must know to compare: beside ``settings`` (sampler, steps, shift, size, fps,
+    crf, prompt hash)."""
     w = cfg.sampling.guidance.text.w
     return {
         "dimensions": chosen_dimensions(cfg.dimensions),
         "samples_per_prompt": cfg.samples,
         "flickering_candidates": cfg.flicker_samples,
         "extended_prompts": Path(cfg.extended).name if cfg.extended else None,
-        "guidance": {"standard_w": w, "additive_s": w - 1.0, "corruption": cfg.sampling.guidance.corruption},
+        "guidance": {
+            "standard_w": w,
+            "additive_s": w - 1.0,
+            "corruption": cfg.sampling.guidance.corruption,
+        },
         "static_filter": cfg.filter,
         "versions": versions() | {"av": av.__version__},
         "git_revision": git_revision(),

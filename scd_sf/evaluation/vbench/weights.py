@@ -1,4 +1,5 @@
-"""The files of VBench's networks: where it looks for each in its cache, and where each comes from (weights.json)."""
+"""The files of VBench's networks: where it looks for each in its cache, and where each comes from
+(weights.json)."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from scd_sf.types import UserError, say
 
 _DINO_FILE = "dino_vitbase16_pretrain.pth"
 DETECTRON2 = ("object_class", "multiple_objects", "color", "spatial_relationship")
-"""These dimensions import detectron2, which no package index has: it is installed from its repository."""
+"""These dimensions import detectron2, which no package index has: it is installed from its
+repository."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """``path`` inside the cache, its ``url``, the ``dimensions`` that need it; ``how``: if not by plain download."""
+    """``path`` inside the cache, its ``url``, the ``dimensions`` that need it; ``how``: if not by
+    plain download."""
 
     path: str
     url: str
@@ -40,7 +43,8 @@ def needed(dimensions: Sequence[str]) -> list[Weight]:
 
 
 def require_weights(dimensions: Sequence[str], folder: Path) -> None:
-    """UserError, after a line for each on stdout, if a file is missing, and if one is a pointer of Git LFS."""
+    """UserError, after a line for each on stdout, if a file is missing, and if one is a pointer of
+    Git LFS."""
     absent = [weight for weight in needed(dimensions) if not (folder / weight.path).is_file()]
     for weight in absent:
         first = next(name for name in dimensions if name in weight.dimensions)
@@ -56,7 +60,8 @@ def require_weights(dimensions: Sequence[str], folder: Path) -> None:
 
 
 def link_dino(folder: Path) -> None:
-    """DINO's own code looks under TORCH_HOME (``folder/torch_home`` for us), not where VBench puts the weights."""
+    """DINO's own code looks under TORCH_HOME (``folder/torch_home`` for us), not where VBench puts
+    the weights."""
     source = folder / "dino_model" / _DINO_FILE
     target = folder / "torch_home" / "hub" / "checkpoints" / _DINO_FILE
     if source.is_file() and not target.exists():

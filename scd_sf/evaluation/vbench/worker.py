@@ -1,9 +1,10 @@
-"""Run by VBench's own Python, as a file: one dimension by VBench's own functions, the result as JSON.
+"""Run by VBench's own Python, as a file: one dimension by VBench's own functions, the result as
+JSON.
 
     python -I worker.py DIMENSION DEVICE LIST.json RESULT.json
 
-LIST: VBench's entries with their ``video_list``. Under torchrun the videos are shared by VBench's own ranks, which need
-GPUs. Imports nothing of scd_sf.
+LIST: VBench's entries with their ``video_list``. Under torchrun the videos are shared by VBench's
+own ranks, which need GPUs. Imports nothing of scd_sf.
 """
 
 from __future__ import annotations

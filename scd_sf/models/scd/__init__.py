@@ -1,1 +1,2 @@
-"""Separable Causal Diffusion: the causal encoder, the frame-wise decoder, the transplant from Wan."""
+"""Separable Causal Diffusion: the causal encoder, the frame-wise decoder, the transplant from
+Wan."""

@@ -21,7 +21,10 @@ class ScdConfig:
 
     def check(self, num_layers: int) -> None:
         """UserError unless every layer exists in a model of ``num_layers``."""
-        for name, layers in (("encoder_layers", self.encoder_layers), ("decoder.layers", self.decoder.layers)):
+        for name, layers in (
+            ("encoder_layers", self.encoder_layers),
+            ("decoder.layers", self.decoder.layers),
+        ):
             bad = [layer for layer in layers if not 0 <= layer < num_layers]
             if bad or not layers:
                 raise UserError(

@@ -1,6 +1,8 @@
-"""SCD's light frame-wise decoder: velocity of one noisy chunk, given its context c_i (paper, Table 3).
+"""SCD's light frame-wise decoder: velocity of one noisy chunk, given its context c_i (paper, Table
+3).
 
-It runs S times per chunk and sees no other chunk. How c_i enters is ``fusion``, of which all is in this file.
+It runs S times per chunk and sees no other chunk. How c_i enters is ``fusion``, of which all is in
+this file.
 
 Presets of ``fusion`` (paper, Table 3 and supplement; docs/adr/0003):
   paper     prefix [adapter(c); x] in front of all decoder blocks (Table 3, "frame concat").
@@ -14,8 +16,8 @@ itself, so its K/V are computed once per chunk.
 ``prefix_time``: c's time is that of the encoder's "query", or (as in the released code) that of
 the "step" x is at.
 
-Letters: B clips, K noisy samples, M target chunks, R = B*K*M rows in this order, n frames per chunk,
-C H W latent axes, L tokens of a chunk, E width.
+Letters: B clips, K noisy samples, M target chunks, R = B*K*M rows in this order, n frames per
+chunk, C H W latent axes, L tokens of a chunk, E width.
 """
 
 from __future__ import annotations
@@ -68,20 +70,28 @@ class DecoderConfig:
             if value not in choices:
                 raise UserError(f"decoder.{name} is '{value}'; use one of {', '.join(choices)}")
         if self.prefix == "cached" and self.prefix_time == "step":
-            raise UserError("decoder.prefix=cached computes c once per chunk: it needs decoder.prefix_time=query")
+            raise UserError(
+                "decoder.prefix=cached computes c once per chunk: it needs decoder.prefix_time=query"
+            )
         if self.split is not None and not 0 <= self.split <= len(self.layers):
-            raise UserError(f"decoder.split is {self.split}; it must lie in 0..{len(self.layers)} (number of layers)")
+            raise UserError(
+                f"decoder.split is {self.split}; it must lie in 0..{len(self.layers)} (number of layers)"
+            )
 
     def unread(self, *defaults: DecoderConfig) -> str:
-        """What differs from all ``defaults`` and has no effect, as the message of an error; '' for nothing."""
+        """What differs from all ``defaults`` and has no effect, as the message of an error; '' for
+        nothing."""
         for name in ("prefix_rope", "prefix", "prefix_time"):
             value = getattr(self, name)
-            if self.fusion in ("delta", "channel") and value not in [getattr(plain, name) for plain in defaults]:
+            if self.fusion in ("delta", "channel") and value not in [
+                getattr(plain, name) for plain in defaults
+            ]:
                 return f"decoder.{name} is {value}, but fusion {self.fusion} has no prefix: leave it out"
         return ""
 
     def junction(self, encoder_layers: Sequence[int]) -> int:
-        """Number of early blocks, which see the noisy chunk alone ('paper' and 'channel' have none)."""
+        """Number of early blocks, which see the noisy chunk alone ('paper' and 'channel' have
+        none)."""
         if self.fusion in ("paper", "channel"):
             if self.split not in (None, 0):
                 raise UserError(
@@ -100,12 +110,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """What the S steps of one chunk share: positions, the signal of its frames, and what its fusion needs.
+    """What the S steps of one chunk share: positions, the signal of its frames, and what its fusion
+    needs.
 
-    ``rotary_x``, ``rotary_c``: positions of chunk and context. ``signal`` (R, n, E): embedded actions
-    and labels (None: the model has none). One of the others is set, as the fusion says: ``prefix``
-    (R, L, E) with its modulation ``prefix_mod`` (None: that of the step), the ``past`` of a cached
-    prefix, the ``residual`` D of delta, or ``channels`` (R, L, E).
+    ``rotary_x``, ``rotary_c``: positions of chunk and context. ``signal`` (R, n, E): embedded
+    actions and labels (None: the model has none). One of the others is set, as the fusion says:
+    ``prefix`` (R, L, E) with its modulation ``prefix_mod`` (None: that of the step), the ``past``
+    of a cached prefix, the ``residual`` D of delta, or ``channels`` (R, L, E).
     """
 
     rotary_x: Rotary
@@ -129,7 +140,8 @@ class Decoder(nn.Module):
         *,
         normed: bool = False,
     ) -> None:
-        """``normed``: the context arrives normalised and modulated, as from scratch (scratch.py)."""
+        """``normed``: the context arrives normalised and modulated, as from scratch
+        (scratch.py)."""
         super().__init__()
         self.cfg, self.config, self.normed = cfg, config, normed
         self.split = config.junction(encoder_layers)
@@ -143,7 +155,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """paper: identity after a LayerNorm. channel: x + LayerNorm(c), the [I|I] of the released code."""
+        """paper: identity after a LayerNorm. channel: x + LayerNorm(c), the [I|I] of the released
+        code."""
         if self.adapter is not None:
             eye = torch.eye(self.cfg.width)
             start = eye if self.config.fusion == "paper" else torch.cat([eye, eye], dim=1)
@@ -194,7 +207,8 @@ class Decoder(nn.Module):
         return Context(rotary_x, rotary_c, signal, past=LivePast(attend.staged))
 
     def forward(self, context: Context, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
-        """One denoising step: x_t (R, n, C, H, W) at times t (R, n) -> velocity of the same shape."""
+        """One denoising step: x_t (R, n, C, H, W) at times t (R, n) -> velocity of the same
+        shape."""
         trunk = self.trunk
         times, rotary_x = trunk.times(t, context.signal), context.rotary_x
         late = slice(self.split, None)
@@ -228,13 +242,15 @@ class Decoder(nn.Module):
 
 
 def corrupt(c_RLE: Tensor, context_noise: float, noise_like: Noise) -> Tensor:
-    """c + context_noise * rms(c) * noise: the corruption of Eq. 7 at c's own scale; every row has its own noise."""
+    """c + context_noise * rms(c) * noise: the corruption of Eq. 7 at c's own scale; every row has
+    its own noise."""
     rms = c_RLE.detach().pow(2).mean(-1, keepdim=True).sqrt()
     return c_RLE + context_noise * rms * noise_like(c_RLE)
 
 
 def rows_per_chunk(x_BKF: Tensor, chunk: int) -> Tensor:
-    """(B, K, M*n, ...) -> (B*K*M, n, ...): by clip first, so that rows of one clip share its prompt."""
+    """(B, K, M*n, ...) -> (B*K*M, n, ...): by clip first, so that rows of one clip share its
+    prompt."""
     return x_BKF.unflatten(2, (-1, chunk)).flatten(0, 2)
 
 
@@ -243,7 +259,8 @@ def contexts_per_sample(
 ) -> Tensor:
     """Contexts (B, M*L, E) of M = ``chunks`` chunks -> (B*K*M, L, E) for K noisy samples.
 
-    Each sample gets its own corruption of strength ``context_noise`` (Eq. 7), drawn from ``rng``; 0: none.
+    Each sample gets its own corruption of strength ``context_noise`` (Eq. 7), drawn from ``rng``;
+    0: none.
     """
     c_RLE = c_BLE.unflatten(1, (1, chunks, -1)).expand(-1, samples, -1, -1, -1).flatten(0, 2)
     if context_noise == 0.0:
@@ -267,8 +284,8 @@ def decode_samples(
 ) -> Tensor:
     """Training's use of the decoder: K noisy samples of M chunks of B clips -> velocity like x_t.
 
-    ``c`` (B*K*M, L, E): :func:`contexts_per_sample`. ``query`` (B, M*n, C, H, W) at ``t_query``
-    (B, M*n): the encoder's. ``x_t`` (K, B, M*n, C, H, W), ``t`` (K, B, M*n). ``signal``: (B, M*n, E).
+    ``c`` (B*K*M, L, E): :func:`contexts_per_sample`. ``query`` (B, M*n, C, H, W) at ``t_query`` (B,
+    M*n): the encoder's. ``x_t`` (K, B, M*n, C, H, W), ``t`` (K, B, M*n). ``signal``: (B, M*n, E).
     ``in_turn``: the samples one after the other, each computed again for the backward pass, so that
     memory does not grow with K.
     """
@@ -304,7 +321,8 @@ def denoise_chunk(
     t_B: Tensor,
     text: Text,
 ) -> Tensor:
-    """Sampling's use of the decoder: the coming chunk x_t (B, n, C, H, W) at times t (B,) -> velocity."""
+    """Sampling's use of the decoder: the coming chunk x_t (B, n, C, H, W) at times t (B,) ->
+    velocity."""
     assert context is not None, "advance() comes before denoise()"
     t_Bn = t_B.unsqueeze(1).expand(-1, x_t.shape[1])
     velocity: Tensor = run_step(replay, "denoise", (), decoder, context, x_t, t_Bn, text)

@@ -2,8 +2,9 @@
 
 Slot i of the encoder holds the frame x_{i-1} and the action a_i, and its output is the context c_i.
 A learned start token stands before the first frame. The last block is followed by a norm without
-parameters (Eq. 7 corrupts its output) and by adaLN. Finished frames are marked by a time of their own
-(``DitConfig.clean_time``). No pass of clean frames is needed beside this one: it writes the history.
+parameters (Eq. 7 corrupts its output) and by adaLN. Finished frames are marked by a time of their
+own (``DitConfig.clean_time``). No pass of clean frames is needed beside this one: it writes the
+history.
 
 Letters: B clips, K noisy samples, F latent frames, M target chunks, n frames per chunk,
 C H W latent axes, L tokens of a chunk, E width, R rows.
@@ -46,7 +47,8 @@ from scd_sf.types import Conditioning
 
 
 class ContextNorm(nn.Module):
-    """The end of the encoder: a norm without parameters, which the corruption of Eq. 7 follows, then adaLN."""
+    """The end of the encoder: a norm without parameters, which the corruption of Eq. 7 follows,
+    then adaLN."""
 
     def __init__(self, cfg: DitConfig) -> None:
         super().__init__()
@@ -61,16 +63,18 @@ class ContextNorm(nn.Module):
         return normed.to(x_BLE.dtype)
 
     def modulated(self, c_RLE: Tensor, temb_RnE: Tensor) -> Tensor:
-        """The (perhaps corrupted) context as the decoder reads it; ``temb``: the encoder's, of these frames."""
+        """The (perhaps corrupted) context as the decoder reads it; ``temb``: the encoder's, of
+        these frames."""
         shift, scale = upcast(self.adaln(F.silu(temb_RnE))).unsqueeze(2).chunk(2, -1)
         return modulate(upcast(c_RLE), scale, shift, temb_RnE.shape[1]).to(c_RLE.dtype)
 
 
 @dataclass(frozen=True)
 class ScratchStream:
-    """One video in the making: embedded actions and labels for both nets, the encoder's history, the size
-    (H, W) of a latent frame, the index of the coming chunk, the time embedding of the encoder's last pass
-    and the coming chunk's context. ``text``: (B, 0, 0), for blocks take a prompt and these ignore it."""
+    """One video in the making: embedded actions and labels for both nets, the encoder's history,
+    the size (H, W) of a latent frame, the index of the coming chunk, the time embedding of the
+    encoder's last pass and the coming chunk's context. ``text``: (B, 0, 0), for blocks take a
+    prompt and these ignore it."""
 
     text: Tensor
     encoder_signal: Tensor | None
@@ -85,8 +89,8 @@ class ScratchStream:
 class ScdScratch(nn.Module):
     """A :class:`~scd_sf.models.interface.FrameGenerator`.
 
-    ``samples_in_turn``: teacher forcing decodes the K noisy samples one after the other and computes
-    each again for the backward pass, so that memory does not grow with K.
+    ``samples_in_turn``: teacher forcing decodes the K noisy samples one after the other and
+    computes each again for the backward pass, so that memory does not grow with K.
     """
 
     def __init__(self, cfg: DitConfig, scd: ScdConfig) -> None:
@@ -123,7 +127,8 @@ class ScdScratch(nn.Module):
         query: Query | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
-        """Encoder once; decoder once on all K samples of all target chunks (``samples_in_turn``: K times).
+        """Encoder once; decoder once on all K samples of all target chunks (``samples_in_turn``: K
+        times).
 
         Of ``query`` only the corruption of the context is read.
         """
@@ -152,8 +157,11 @@ class ScdScratch(nn.Module):
             in_turn=self.samples_in_turn,
         )
 
-    def encode(self, x_clean: Tensor, text: Tensor, cond: Conditioning, targets: Sequence[int]) -> Tensor:
-        """Normalised contexts (B, M*L, E) of the target chunks, from one causal pass over x_clean (B, F, C, H, W)."""
+    def encode(
+        self, x_clean: Tensor, text: Tensor, cond: Conditioning, targets: Sequence[int]
+    ) -> Tensor:
+        """Normalised contexts (B, M*L, E) of the target chunks, from one causal pass over x_clean
+        (B, F, C, H, W)."""
         num_chunks, n = check_chunks(x_clean.shape[1], self.chunk), self.chunk
         batch, height, width = len(x_clean), *x_clean.shape[-2:]
         length, positions = n * self.cfg.tokens(height, width), range(num_chunks * n)
@@ -176,7 +184,8 @@ class ScdScratch(nn.Module):
         attend: AttentionContext,
         signal_BFE: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """One encoder pass: tokens of the frames before -> normalised contexts, and the time embedding (B, F, E)."""
+        """One encoder pass: tokens of the frames before -> normalised contexts, and the time
+        embedding (B, F, E)."""
         times = self.encoder.times(t_BF, signal_BFE)
         c_BLE: Tensor = self.encoder.run(tokens_BLE, times.mod, text, rotary, attend)
         return self.context_norm(c_BLE), times.temb
@@ -185,7 +194,9 @@ class ScdScratch(nn.Module):
         """The learned token in place of the frames before the first."""
         return self.start_token.expand(batch, length, -1)
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> ScratchStream:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> ScratchStream:
         history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 2)
         return self.switch(ScratchStream(cond.text_BLE, None, None, history, latent), cond)
 
@@ -194,11 +205,14 @@ class ScdScratch(nn.Module):
         return self.switch_decoder(replace(stream, encoder_signal=signal), cond)
 
     def switch_decoder(self, stream: ScratchStream, cond: Conditioning) -> ScratchStream:
-        """The decoder's conditions alone; they may be of more rows than the encoder's (guidance)."""
+        """The decoder's conditions alone; they may be of more rows than the encoder's
+        (guidance)."""
         signal = self.decoder.trunk.signal(cond, True)
         return replace(stream, text=cond.text_BLE, decoder_signal=signal)
 
-    def advance(self, stream: ScratchStream, x_0: Tensor | None, query_noise: Tensor) -> ScratchStream:
+    def advance(
+        self, stream: ScratchStream, x_0: Tensor | None, query_noise: Tensor
+    ) -> ScratchStream:
         """ONE encoder pass over x_0 or, before the first chunk, the start token."""
         stream, c_BLE = self.encode_next(stream, x_0, query_noise)
         return self.with_context(stream, c_BLE, query_noise)
@@ -206,7 +220,8 @@ class ScdScratch(nn.Module):
     def encode_next(
         self, stream: ScratchStream, x_0: Tensor | None, query_noise: Tensor
     ) -> tuple[ScratchStream, Tensor]:
-        """The encoder's part of :meth:`advance`: x_0 joins the history; the next chunk's c (B, L, E).
+        """The encoder's part of :meth:`advance`: x_0 joins the history; the next chunk's c (B, L,
+        E).
 
         Of ``query_noise`` (B, n, C, H, W) only shape and dtype are read.
         """
@@ -230,8 +245,11 @@ class ScdScratch(nn.Module):
         cache = stream.cache.grown(written, length)
         return replace(stream, cache=cache, index=stream.index + 1, context=None, temb=temb), c_BLE
 
-    def with_context(self, stream: ScratchStream, c_RLE: Tensor, query_noise: Tensor) -> ScratchStream:
-        """The decoder's part of :meth:`advance`: contexts c (R, L, E), one per row of its conditions."""
+    def with_context(
+        self, stream: ScratchStream, c_RLE: Tensor, query_noise: Tensor
+    ) -> ScratchStream:
+        """The decoder's part of :meth:`advance`: contexts c (R, L, E), one per row of its
+        conditions."""
         assert stream.temb is not None, "encode_next() comes before with_context()"
         temb = stream.temb.repeat(len(c_RLE) // len(stream.temb), 1, 1)
         c_RLE = self.context_norm.modulated(c_RLE, temb)

@@ -1,7 +1,9 @@
-"""Stage 1: Wan's weights -> SCD (or the causal baseline), with a report of every source -> destination tensor.
+"""Stage 1: Wan's weights -> SCD (or the causal baseline), with a report of every source ->
+destination tensor.
 
-The encoder takes Wan's layers ``encoder_layers``; the decoder copies ``decoder.layers`` and gets its own copies of the
-patch embedding, time embedding and head (the paper does not say). Copies share no storage with each other.
+The encoder takes Wan's layers ``encoder_layers``; the decoder copies ``decoder.layers`` and gets
+its own copies of the patch embedding, time embedding and head (the paper does not say). Copies
+share no storage with each other.
 """
 
 from __future__ import annotations
@@ -61,23 +63,35 @@ class TransplantConfig:
 
     def __post_init__(self) -> None:
         if self.scd.chunk not in (1, self.chunk):
-            raise UserError(f"scd.chunk is {self.scd.chunk} and chunk {self.chunk}; set chunk= alone")
+            raise UserError(
+                f"scd.chunk is {self.scd.chunk} and chunk {self.chunk}; set chunk= alone"
+            )
         if self.family not in ("scd", "causal"):
             raise UserError(f"family is '{self.family}'; use scd or causal")
         check_within(
-            self, {"chunk": (1, MOST_CHUNK), "heads": (0, SIZES["num_attention_heads"][1]), "seed": (0, 2**63 - 1)}
+            self,
+            {
+                "chunk": (1, MOST_CHUNK),
+                "heads": (0, SIZES["num_attention_heads"][1]),
+                "seed": (0, 2**63 - 1),
+            },
         )
         if not self.weights and (self.section or self.heads):
-            raise UserError("section and heads are of the file weights=, which is empty: name it, or leave them out")
+            raise UserError(
+                "section and heads are of the file weights=, which is empty: name it, or leave them out"
+            )
         if self.family == "causal" and self.scd != ScdConfig():
-            raise UserError("scd says how SCD is cut, and family is causal: leave it out, or set family=scd")
+            raise UserError(
+                "scd says how SCD is cut, and family is causal: leave it out, or set family=scd"
+            )
         if unread := self.scd.decoder.unread(DecoderConfig()):
             raise UserError(f"scd.{unread}")
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One line of the report: destination tensor and the Wan tensor it was copied from (None: newly initialised)."""
+    """One line of the report: destination tensor and the Wan tensor it was copied from (None: newly
+    initialised)."""
 
     destination: str
     source: str | None
@@ -102,7 +116,9 @@ def _pairs(scd: Scd) -> Iterator[tuple[str, str | None]]:
             yield f"decoder.{name}", None
 
 
-def _copy(destination: nn.Module, source: Wan, pairs: Iterator[tuple[str, str | None]]) -> list[Transfer]:
+def _copy(
+    destination: nn.Module, source: Wan, pairs: Iterator[tuple[str, str | None]]
+) -> list[Transfer]:
     source_state = dict(source.named_parameters())
     target_state = dict(destination.named_parameters())
     report: list[Transfer] = []
@@ -132,13 +148,18 @@ def transplant_causal(wan: Wan, chunk: int) -> tuple[Causal, list[Transfer]]:
 
 
 def verify_transplant(model: nn.Module, wan: Wan, report: list[Transfer]) -> None:
-    """Every copied tensor is bit-equal to its source, and no two tensors share storage. AssertionError otherwise."""
+    """Every copied tensor is bit-equal to its source, and no two tensors share storage.
+    AssertionError otherwise."""
     source: dict[str, Tensor] = dict(wan.named_parameters(remove_duplicate=False))
     state = dict(model.named_parameters(remove_duplicate=False))
     for line in report:
         if line.source is not None:
-            assert torch.equal(state[line.destination], source[line.source]), f"{line.destination} != {line.source}"
-    storages = [p.untyped_storage().data_ptr() for p in [*state.values(), *source.values()] if p.numel()]
+            assert torch.equal(state[line.destination], source[line.source]), (
+                f"{line.destination} != {line.source}"
+            )
+    storages = [
+        p.untyped_storage().data_ptr() for p in [*state.values(), *source.values()] if p.numel()
+    ]
     assert len(set(storages)) == len(storages), "two tensors share storage"
 
 
@@ -151,7 +172,9 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
     """The transformer to start from, and the provenance of its files."""
     base = Path(cfg.base)
     if not cfg.weights:
-        return load_wan(base), {"base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")}
+        return load_wan(base), {
+            "base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")
+        }
     file = Path(cfg.weights)
     own = any((folder / "config.json").is_file() for folder in (base / "transformer", base))
     like = read_wan_config(base) if own else None  # without one: VAE and text encoder alone
@@ -161,15 +184,20 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
 
 
 def run_transplant(cfg: TransplantConfig) -> str:
-    """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one line for people."""
+    """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one
+    line for people."""
     if not cfg.out:
         raise UserError("out is empty; name a new folder for the checkpoint")
     out = Path(cfg.out)
     if Checkpoints(out).newest() is not None:
-        raise UserError(f"{out}: already holds a checkpoint, which is never overwritten; choose another out=")
+        raise UserError(
+            f"{out}: already holds a checkpoint, which is never overwritten; choose another out="
+        )
     must_be_new(out, Path(cfg.base), Path(cfg.weights or cfg.base))
     wan, origin = source_wan(cfg)
-    config = ModelConfig(cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk))
+    config = ModelConfig(
+        cfg.family, cfg.chunk, wan.cfg, dataclasses.replace(cfg.scd, chunk=cfg.chunk)
+    )
     student: Scd | Causal
     if cfg.family == "scd":
         student, report = transplant_scd(wan, config.scd)
@@ -177,7 +205,9 @@ def run_transplant(cfg: TransplantConfig) -> str:
         student, report = transplant_causal(wan, cfg.chunk)
     verify_transplant(student, wan, report)
     base = absolute(cfg.base)
-    record = provenance(stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": base, **origin})
+    record = provenance(
+        stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": base, **origin}
+    )
     description = to_yaml(CheckpointConfig(config, cfg.sampler, base=base))
     with new_folder(out, "choose another out=") as part:
         path = Checkpoints(part).write(0, {"model": student.state_dict()}, description, record)

@@ -1,4 +1,5 @@
-"""SCD on Wan 2.1: a causal encoder once per chunk, a light decoder S times per chunk (paper, section 4).
+"""SCD on Wan 2.1: a causal encoder once per chunk, a light decoder S times per chunk (paper,
+section 4).
 
 Wan expects a noisy current frame at its input. So the encoder's input is reparameterised
 (supplement E.1): the clean frames of the history, at t = 0, provide keys and values; one query
@@ -39,8 +40,8 @@ from scd_sf.types import Conditioning, UserError
 
 @dataclass(frozen=True)
 class WanStream:
-    """One video in the making: the prompt's K/V for both nets, the encoder's history, the size (H, W)
-    of a latent frame, the index of the coming chunk and its context."""
+    """One video in the making: the prompt's K/V for both nets, the encoder's history, the size (H,
+    W) of a latent frame, the index of the coming chunk and its context."""
 
     encoder_text: Text
     decoder_text: Text
@@ -53,8 +54,8 @@ class WanStream:
 class ScdWan(nn.Module):
     """A :class:`~scd_sf.models.interface.FrameGenerator`.
 
-    ``samples_in_turn``: teacher forcing decodes the K noisy samples one after the other and computes
-    each again for the backward pass, so that memory does not grow with K.
+    ``samples_in_turn``: teacher forcing decodes the K noisy samples one after the other and
+    computes each again for the backward pass, so that memory does not grow with K.
     """
 
     def __init__(self, cfg: WanConfig, scd: ScdConfig) -> None:
@@ -89,7 +90,8 @@ class ScdWan(nn.Module):
         query: Query | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
-        """Encoder once; decoder once on all K samples of all target chunks (``samples_in_turn``: K times)."""
+        """Encoder once; decoder once on all K samples of all target chunks (``samples_in_turn``: K
+        times)."""
         if query is None or query.x is None or query.t is None:
             raise UserError("SCD's teacher_forced on Wan needs the encoder's query frames")
         num_chunks = check_chunks(x_t.shape[2], self.chunk)
@@ -110,7 +112,14 @@ class ScdWan(nn.Module):
             in_turn=self.samples_in_turn,
         )
 
-    def encode(self, x_clean: Tensor, x_query: Tensor, t_query: Tensor, text: Tensor, targets: Sequence[int]) -> Tensor:
+    def encode(
+        self,
+        x_clean: Tensor,
+        x_query: Tensor,
+        t_query: Tensor,
+        text: Tensor,
+        targets: Sequence[int],
+    ) -> Tensor:
         """Contexts (B, M*L, E) of the target chunks, from one pass under the teacher-forcing mask.
 
         x_clean (B, F, C, H, W); x_query (B, M*n, C, H, W) at times t_query (B, M*n); embedded text.
@@ -128,7 +137,9 @@ class ScdWan(nn.Module):
         out: Tensor = self.encoder(x, t, text, rotary, attend)
         return out[:, frames * tokens :]
 
-    def start(self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None) -> WanStream:
+    def start(
+        self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
+    ) -> WanStream:
         history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 2)
         return self.switch(WanStream((), (), history, latent), cond)
 
@@ -152,8 +163,11 @@ class ScdWan(nn.Module):
         stream, c_BLE = self.encode_next(stream, x_0, query_noise)
         return self.with_context(stream, c_BLE, query_noise)
 
-    def encode_next(self, stream: WanStream, x_0: Tensor | None, query_noise: Tensor) -> tuple[WanStream, Tensor]:
-        """The encoder's part of :meth:`advance`: x_0 joins the history; the next chunk's c (B, L, E)."""
+    def encode_next(
+        self, stream: WanStream, x_0: Tensor | None, query_noise: Tensor
+    ) -> tuple[WanStream, Tensor]:
+        """The encoder's part of :meth:`advance`: x_0 joins the history; the next chunk's c (B, L,
+        E)."""
         index, n = stream.index + 1, query_noise.shape[1]
         length = n * self.cfg.tokens(*stream.latent)
         ones = query_noise.new_ones(query_noise.shape[:2])
@@ -164,7 +178,9 @@ class ScdWan(nn.Module):
             t = torch.cat([torch.zeros_like(ones), ones], 1)
             positions, groups = range((index - 1) * n, (index + 1) * n), [length, length]
 
-        def step(x: Tensor, t: Tensor, text: Text, rotary: Rotary) -> tuple[Tensor, Mapping[int, KV]]:
+        def step(
+            x: Tensor, t: Tensor, text: Text, rotary: Rotary
+        ) -> tuple[Tensor, Mapping[int, KV]]:
             attend = Streaming(stream.cache, tuple(groups), write=len(groups) - 1)
             c_BLE: Tensor = self.encoder(x, t, text, rotary, attend, keep=n)
             return c_BLE, stream.cache.write(attend.take())
@@ -175,7 +191,8 @@ class ScdWan(nn.Module):
         return replace(stream, cache=cache, index=index, context=None), c_BLE
 
     def with_context(self, stream: WanStream, c_RLE: Tensor, query_noise: Tensor) -> WanStream:
-        """The decoder's part of :meth:`advance`: contexts c (R, L, E), one per row of its prompts."""
+        """The decoder's part of :meth:`advance`: contexts c (R, L, E), one per row of its
+        prompts."""
         t = query_noise.new_ones(query_noise.shape[:2])
         inputs = c_RLE, query_noise, t, stream.decoder_text
         context = run_step(self.replay, "context", (), self.decoder.context, *inputs)

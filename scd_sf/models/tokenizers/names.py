@@ -1,12 +1,14 @@
 """Names of tensors in public image tokenizers, turned into those of diffusers' classes.
 
-- **DC-AE** as its authors publish it (mit-han-lab/efficientvit, ``encoder.stages.1.op_list.0.main.conv1.conv.weight``)
-  to ``AutoencoderDC``. FAR's checkpoints need no map: FAR trains a class with diffusers' names and saves its state.
-- **LDM's KL autoencoder** (CompVis/latent-diffusion, ``encoder.down.0.block.0.conv1.weight``; VA-VAE and E2E-VAE use
-  it) to ``AutoencoderKL``, whose decoder counts levels from the latent up where LDM counts from the pixels down.
+- **DC-AE** as its authors publish it (mit-han-lab/efficientvit,
+  ``encoder.stages.1.op_list.0.main.conv1.conv.weight``) to ``AutoencoderDC``. FAR's checkpoints
+  need no map: FAR trains a class with diffusers' names and saves its state.
+- **LDM's KL autoencoder** (CompVis/latent-diffusion, ``encoder.down.0.block.0.conv1.weight``;
+  VA-VAE and E2E-VAE use it) to ``AutoencoderKL``, whose decoder counts levels from the latent up
+  where LDM counts from the pixels down.
 
-Values change in two ways only: 1x1 convolutions of attention become matrices, and DC-AE's one kernel for query, key and
-value is cut in three.
+Values change in two ways only: 1x1 convolutions of attention become matrices, and DC-AE's one
+kernel for query, key and value is cut in three.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from torch import Tensor
 from scd_sf.models.renaming import renamed
 from scd_sf.types import UserError
 
-# Parts of a training that public LDM checkpoints carry beside the autoencoder: losses, VA-VAE's vision model.
+# Parts of a training that public LDM checkpoints carry beside the autoencoder: losses, VA-VAE's
+# vision model.
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")
 _ONE_BY_ONE = 4  # dimensions of a 1x1 convolution's kernel
 
-# efficientvit puts each convolution into a layer of its own with the members conv and norm; diffusers does not.
+# efficientvit puts each convolution into a layer of its own with the members conv and norm;
+# diffusers does not.
 _DC_BLOCK = {
     "main.conv1.conv": "conv1",
     "main.conv2.conv": "conv2",
@@ -42,10 +46,17 @@ _DC_BLOCK = {
     "local_module.main.point_conv.norm": "conv_out.norm",
 }
 DC_FROM_EFFICIENTVIT = {
-    **{f"encoder.stages.N.op_list.N.{a}": f"encoder.down_blocks.N.N.{b}" for a, b in _DC_BLOCK.items()},
-    **{f"decoder.stages.N.op_list.N.{a}": f"decoder.up_blocks.N.N.{b}" for a, b in _DC_BLOCK.items()},
+    **{
+        f"encoder.stages.N.op_list.N.{a}": f"encoder.down_blocks.N.N.{b}"
+        for a, b in _DC_BLOCK.items()
+    },
+    **{
+        f"decoder.stages.N.op_list.N.{a}": f"decoder.up_blocks.N.N.{b}"
+        for a, b in _DC_BLOCK.items()
+    },
     "encoder.project_in.conv": "encoder.conv_in",
-    "encoder.project_in.conv.conv": "encoder.conv_in.conv",  # a first stage without blocks: it also changes the size
+    # a first stage without blocks: it also changes the size
+    "encoder.project_in.conv.conv": "encoder.conv_in.conv",
     "encoder.project_out.main.op_list.0.conv": "encoder.conv_out",
     "decoder.project_in.main.conv": "decoder.conv_in",
     "decoder.project_out.op_list.0": "decoder.norm_out",
@@ -53,8 +64,16 @@ DC_FROM_EFFICIENTVIT = {
     "decoder.project_out.op_list.2.conv.conv": "decoder.conv_out.conv",
 }
 
-_KL_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
-_KL_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_KL_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {
+    "nin_shortcut": "conv_shortcut"
+}
+_KL_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 _KL_PARTS = {
     **{f"block.N.{a}": f"resnets.N.{b}" for a, b in _KL_RESNET.items()},
     **{f"attn.N.{a}": f"attentions.N.{b}" for a, b in _KL_ATTENTION.items()},
@@ -62,14 +81,24 @@ _KL_PARTS = {
     "upsample.conv": "upsamplers.0.conv",
 }
 _KL_MIDDLE = {  # counts from 1, with an underscore
-    a.replace(".N.", f"_{number + 1}."): b.replace("N", str(number)) for a, b in _KL_PARTS.items() for number in (0, 1)
+    a.replace(".N.", f"_{number + 1}."): b.replace("N", str(number))
+    for a, b in _KL_PARTS.items()
+    for number in (0, 1)
 }
 KL_FROM_LDM = {
     **{f"encoder.down.N.{a}": f"encoder.down_blocks.N.{b}" for a, b in _KL_PARTS.items()},
     **{f"decoder.up.N.{a}": f"decoder.up_blocks.N.{b}" for a, b in _KL_PARTS.items()},
-    **{f"{side}.mid.{a}": f"{side}.mid_block.{b}" for a, b in _KL_MIDDLE.items() for side in ("encoder", "decoder")},
+    **{
+        f"{side}.mid.{a}": f"{side}.mid_block.{b}"
+        for a, b in _KL_MIDDLE.items()
+        for side in ("encoder", "decoder")
+    },
     **{name: name for name in ("quant_conv", "post_quant_conv")},
-    **{f"{side}.{end}": f"{side}.{end}" for side in ("encoder", "decoder") for end in ("conv_in", "conv_out")},
+    **{
+        f"{side}.{end}": f"{side}.{end}"
+        for side in ("encoder", "decoder")
+        for end in ("conv_in", "conv_out")
+    },
     **{f"{side}.norm_out": f"{side}.conv_norm_out" for side in ("encoder", "decoder")},
 }
 _KL_LEVEL = re.compile(r"(?<=decoder\.up\.)\d+|(?<=encoder\.down\.)\d+")
@@ -86,48 +115,64 @@ def is_ldm(names: Mapping[str, object]) -> bool:
 
 
 def dc_from_efficientvit(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """DC-AE's own tensors under ``AutoencoderDC``'s names. UserError naming the first tensor that has no place."""
+    """DC-AE's own tensors under ``AutoencoderDC``'s names. UserError naming the first tensor that
+    has no place."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         theirs = renamed(name, DC_FROM_EFFICIENTVIT)
         if theirs is None:
-            raise UserError(f"{where}: tensor '{name}' is not one of DC-AE; use the autoencoder's own weights")
+            raise UserError(
+                f"{where}: tensor '{name}' is not one of DC-AE; use the autoencoder's own weights"
+            )
         if theirs.endswith(".qkv.weight"):
             parts = zip(("to_q", "to_k", "to_v"), tensor.flatten(1).chunk(3), strict=True)
-            found |= {f"{theirs.removesuffix('qkv.weight')}{part}.weight": value.contiguous() for part, value in parts}
+            found |= {
+                f"{theirs.removesuffix('qkv.weight')}{part}.weight": value.contiguous()
+                for part, value in parts
+            }
         else:
             found[theirs] = _matrix(tensor) if ".to_out." in theirs else tensor
     return found
 
 
 def kl_from_ldm(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """LDM's tensors under ``AutoencoderKL``'s names, without :data:`TRAINING_ONLY`. UserError as above."""
-    levels = 1 + max((int(m[0]) for m in map(_KL_LEVEL.search, tensors) if m is not None), default=0)
+    """LDM's tensors under ``AutoencoderKL``'s names, without :data:`TRAINING_ONLY`. UserError as
+    above."""
+    levels = 1 + max(
+        (int(m[0]) for m in map(_KL_LEVEL.search, tensors) if m is not None), default=0
+    )
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(TRAINING_ONLY):
             continue
         theirs = renamed(_from_the_latent(name, levels), KL_FROM_LDM)
         if theirs is None:
-            raise UserError(f"{where}: tensor '{name}' is not one of LDM's KL autoencoder; use its own weights")
+            raise UserError(
+                f"{where}: tensor '{name}' is not one of LDM's KL autoencoder; use its own weights"
+            )
         found[theirs] = _matrix(tensor) if ".attentions." in theirs else tensor
     return found
 
 
 def kl_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, object]:
-    """The fields of ``AutoencoderKL`` that LDM's tensors (its names) imply; LDM has 32 norm groups, always.
+    """The fields of ``AutoencoderKL`` that LDM's tensors (its names) imply; LDM has 32 norm groups,
+    always.
 
     UserError naming the tensor that is missing.
     """
 
     def size(name: str, dimension: int = 0) -> int:
         if name not in tensors or tensors[name].ndim <= dimension:
-            raise UserError(f"{where}: tensor '{name}' is missing or no kernel; copy the weights again")
+            raise UserError(
+                f"{where}: tensor '{name}' is missing or no kernel; copy the weights again"
+            )
         return tensors[name].shape[dimension]
 
     def present(part: str) -> int:
         """How many numbered members ``part`` has: 0, 1, ..."""
-        return len({m[1] for name in tensors if (m := re.match(re.escape(part) + r"\.(\d+)\.", name))})
+        return len(
+            {m[1] for name in tensors if (m := re.match(re.escape(part) + r"\.(\d+)\.", name))}
+        )
 
     levels = present("encoder.down")
     kinds = ["Attn" if present(f"encoder.down.{level}.attn") else "" for level in range(levels)]
@@ -135,7 +180,9 @@ def kl_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, object]:
         "_class_name": "AutoencoderKL",
         "in_channels": size("encoder.conv_in.weight", 1),
         "out_channels": size("decoder.conv_out.weight"),
-        "block_out_channels": [size(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)],
+        "block_out_channels": [
+            size(f"encoder.down.{level}.block.0.conv1.weight") for level in range(levels)
+        ],
         "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
         "layers_per_block": present("encoder.down.0.block"),

@@ -1,16 +1,18 @@
-"""Where a small tokenizer's training starts: as the linear autoencoder that its architecture can hold.
+"""Where a small tokenizer's training starts: as the linear autoencoder that its architecture can
+hold.
 
-Trained from random weights such a network spends most of a short training on what principal components of patches do
-from the first step. :func:`linear_start` sets the weights of an ``AutoencoderDC`` so that its latents are those
-components and its pictures their reconstruction, nearly: blocks between the resolutions start as the identity, each
-convolution that changes the resolution keeps the strongest directions (encoder) or is the least-squares map to the
-components of the next smaller patches (decoder), the shortcuts taken into account. Training goes on from there.
+Trained from random weights such a network spends most of a short training on what principal
+components of patches do from the first step. :func:`linear_start` sets the weights of an
+``AutoencoderDC`` so that its latents are those components and its pictures their reconstruction,
+nearly: blocks between the resolutions start as the identity, each convolution that changes the
+resolution keeps the strongest directions (encoder) or is the least-squares map to the components of
+the next smaller patches (decoder), the shortcuts taken into account. Training goes on from there.
 
-The decoder's end is a norm and a ReLU. A large constant channel keeps the norm near linear; pixels pass the ReLU as a
-positive and a negative part.
+The decoder's end is a norm and a ReLU. A large constant channel keeps the norm near linear; pixels
+pass the ReLU as a positive and a negative part.
 
-The latents of such a training stay near the components, in falling order: :func:`first_channels` makes a narrower
-tokenizer of a trained one.
+The latents of such a training stay near the components, in falling order: :func:`first_channels`
+makes a narrower tokenizer of a trained one.
 
 Letters: N images, C channels, H W height and width; P pixels along a patch.
 """
@@ -35,12 +37,16 @@ MOST_ROWS = 100_000  # places that a least-squares fit looks at
 
 @torch.no_grad()
 def linear_start(model: AutoencoderDC, pixels_N3HW: Tensor, floor: float) -> Components:
-    """Set ``model``'s weights as above, from fp32 pixels in [-1, 1]; some hundred varied frames are enough.
+    """Set ``model``'s weights as above, from fp32 pixels in [-1, 1]; some hundred varied frames are
+    enough.
 
-    Returns the components, each divided by its deviation, at least ``floor`` times the largest one. ValueError: the
-    last features are too narrow for the pixels they hold, twice, and the constant.
+    Returns the components, each divided by its deviation, at least ``floor`` times the largest one.
+    ValueError: the last features are too narrow for the pixels they hold, twice, and the constant.
     """
-    channels, patch = int(model.config["latent_channels"]), 2 ** (len(model.config["encoder_block_out_channels"]) - 1)
+    channels, patch = (
+        int(model.config["latent_channels"]),
+        2 ** (len(model.config["encoder_block_out_channels"]) - 1),
+    )
     components = Components(**patch_components(pixels_N3HW, channels, floor, patch))
     for side in (model.encoder, model.decoder):
         for name, parameter in side.named_parameters():
@@ -53,10 +59,12 @@ def linear_start(model: AutoencoderDC, pixels_N3HW: Tensor, floor: float) -> Com
 
 @torch.no_grad()
 def first_channels(model: AutoencoderDC, count: int, mean: Sequence[float]) -> dict[str, Tensor]:
-    """Weights of ``model`` without shortcuts at the latents, and with ``count`` of its channels alone.
+    """Weights of ``model`` without shortcuts at the latents, and with ``count`` of its channels
+    alone.
 
-    The encoder gives its first ``count`` latents; the decoder gives what it makes of them with the others at their
-    ``mean`` (length C, in the network's own units). Exact but for the picture's border.
+    The encoder gives its first ``count`` latents; the decoder gives what it makes of them with the
+    others at their ``mean`` (length C, in the network's own units). Exact but for the picture's
+    border.
     """
     tensors, encoder, decoder = dict(model.state_dict()), model.encoder, model.decoder
     end, start = encoder.conv_out.weight.clone(), decoder.conv_in.weight.clone()
@@ -108,15 +116,24 @@ def _decoder(decoder: Any, latents: Tensor, pixels: Tensor, patch: int) -> None:
                 block.conv.weight.zero_()
                 block.conv.bias.zero_()
                 shortcut = block(x)
-                channels, last = shortcut.shape[1], pixels.shape[-1] // patch == _last_width(decoder, pixels)
-                wanted = _halves(pixels, patch, channels) if last else _strongest(pixels, patch, channels)
+                channels, last = (
+                    shortcut.shape[1],
+                    pixels.shape[-1] // patch == _last_width(decoder, pixels),
+                )
+                wanted = (
+                    _halves(pixels, patch, channels)
+                    if last
+                    else _strongest(pixels, patch, channels)
+                )
                 _fit(block.conv, x, F.pixel_unshuffle(wanted - shortcut, 2))
             x = block(x)
     decoder.norm_out.weight.fill_(CONSTANT / x.shape[1] ** 0.5)
     decoder.norm_out.bias.zero_()
     x = decoder.conv_act(decoder.norm_out(x.movedim(1, -1)).movedim(-1, 1))
     _fit(
-        _conv(decoder.conv_out), x, pixels if isinstance(decoder.conv_out, nn.Conv2d) else F.pixel_unshuffle(pixels, 2)
+        _conv(decoder.conv_out),
+        x,
+        pixels if isinstance(decoder.conv_out, nn.Conv2d) else F.pixel_unshuffle(pixels, 2),
     )
 
 
@@ -139,8 +156,11 @@ def _directions(x_NCHW: Tensor) -> Tensor:
 
 
 def _strongest(pixels: Tensor, patch: int, channels: int) -> Tensor:
-    """(N, channels, H / P, W / P): as many components of PxP patches as there are and fit, zeros after them."""
-    found = Components(**patch_components(pixels, min(channels, 3 * patch * patch), 1.0, patch))(pixels)
+    """(N, channels, H / P, W / P): as many components of PxP patches as there are and fit, zeros
+    after them."""
+    found = Components(**patch_components(pixels, min(channels, 3 * patch * patch), 1.0, patch))(
+        pixels
+    )
     return F.pad(found, (0, 0, 0, 0, 0, channels - found.shape[1]))
 
 
@@ -149,7 +169,9 @@ def _halves(pixels: Tensor, patch: int, channels: int) -> Tensor:
     parts = F.pixel_unshuffle(pixels, patch) if patch > 1 else pixels
     parts = parts - parts.mean((0, 2, 3), keepdim=True)
     if 2 * parts.shape[1] + 1 > channels:
-        raise ValueError(f"a linear start needs {2 * parts.shape[1] + 1} channels before the last convolution")
+        raise ValueError(
+            f"a linear start needs {2 * parts.shape[1] + 1} channels before the last convolution"
+        )
     constant = torch.full_like(parts[:, :1], CONSTANT)
     found = torch.cat([parts, -parts, constant], dim=1)
     return F.pad(found, (0, 0, 0, 0, 0, channels - found.shape[1]))
@@ -162,7 +184,8 @@ def _rows(x_NCHW: Tensor) -> Tensor:
 
 
 def _fit(conv: nn.Conv2d, x_NCHW: Tensor, wanted_NCHW: Tensor) -> None:
-    """The middle tap and bias of a 3x3 convolution from ``x`` to ``wanted``: least squares, slightly ridged."""
+    """The middle tap and bias of a 3x3 convolution from ``x`` to ``wanted``: least squares,
+    slightly ridged."""
     inputs, outputs = _rows(x_NCHW), _rows(wanted_NCHW)
     inputs = F.pad(inputs, (0, 1), value=1.0)
     gram = inputs.T @ inputs

@@ -1,7 +1,9 @@
-"""What training an image tokenizer needs of its networks: an ``AutoencoderDC`` of any size, and a discriminator.
+"""What training an image tokenizer needs of its networks: an ``AutoencoderDC`` of any size, and a
+discriminator.
 
-No batch norms, in either: what a frame becomes does not depend on the frames beside it, on the number of processes, or
-on a module's mode. (FAR's DC-AE has batch norms in the decoder's convolutional stages; ours has RMS norms there.)
+No batch norms, in either: what a frame becomes does not depend on the frames beside it, on the
+number of processes, or on a module's mode. (FAR's DC-AE has batch norms in the decoder's
+convolutional stages; ours has RMS norms there.)
 
 Letters: N images, C latent channels, H W height and width.
 """
@@ -46,9 +48,14 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_within(self, {"channels": (1, 2**12), "head_dim": (1, 2**12)})
         stages = len(self.widths)
-        for name, layers in (("encoder_layers", self.encoder_layers), ("decoder_layers", self.decoder_layers)):
+        for name, layers in (
+            ("encoder_layers", self.encoder_layers),
+            ("decoder_layers", self.decoder_layers),
+        ):
             if len(layers) != stages or min(layers[1:], default=1) < 1 or layers[0] < 0:
-                raise ValueError(f"{name} is {layers}; it must have {stages} entries, all but the first at least 1")
+                raise ValueError(
+                    f"{name} is {layers}; it must have {stages} entries, all but the first at least 1"
+                )
         if not 0 <= self.res_stages <= stages:
             raise ValueError(f"res_stages is {self.res_stages}; it must be 0 to {stages}")
         if self.channels < 1 or (self.shortcuts and self.widths[-1] % self.channels):
@@ -57,9 +64,15 @@ class TokenizerConfig:
             )
         for small, large in pairwise(self.widths):
             if large % 4 or 4 * small % large or large % small:
-                raise ValueError(f"widths {small}, {large}: the next must be the same, twice or four times, and 4k")
-        if self.res_stages < stages and any(width % self.head_dim for width in self.widths[self.res_stages :]):
-            raise ValueError(f"head_dim is {self.head_dim}; it must divide the widths after stage {self.res_stages}")
+                raise ValueError(
+                    f"widths {small}, {large}: the next must be the same, twice or four times, and 4k"
+                )
+        if self.res_stages < stages and any(
+            width % self.head_dim for width in self.widths[self.res_stages :]
+        ):
+            raise ValueError(
+                f"head_dim is {self.head_dim}; it must divide the widths after stage {self.res_stages}"
+            )
 
     @property
     def spatial(self) -> int:
@@ -73,17 +86,24 @@ def build_tokenizer(cfg: TokenizerConfig, seed: int) -> AutoencoderDC:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoencoderDC(
-            latent_channels=cfg.channels, attention_head_dim=cfg.head_dim,
-            encoder_block_types=tuple(types), decoder_block_types=tuple(types),
-            encoder_block_out_channels=tuple(cfg.widths), decoder_block_out_channels=tuple(cfg.widths),
-            encoder_layers_per_block=tuple(cfg.encoder_layers), decoder_layers_per_block=tuple(cfg.decoder_layers),
-            encoder_qkv_multiscales=((),) * stages, decoder_qkv_multiscales=((),) * stages,
-            encoder_out_shortcut=cfg.shortcuts, decoder_in_shortcut=cfg.shortcuts,
-        )  # fmt: skip
+            latent_channels=cfg.channels,
+            attention_head_dim=cfg.head_dim,
+            encoder_block_types=tuple(types),
+            decoder_block_types=tuple(types),
+            encoder_block_out_channels=tuple(cfg.widths),
+            decoder_block_out_channels=tuple(cfg.widths),
+            encoder_layers_per_block=tuple(cfg.encoder_layers),
+            decoder_layers_per_block=tuple(cfg.decoder_layers),
+            encoder_qkv_multiscales=((),) * stages,
+            decoder_qkv_multiscales=((),) * stages,
+            encoder_out_shortcut=cfg.shortcuts,
+            decoder_in_shortcut=cfg.shortcuts,
+        )
 
 
 def last_weight(model: AutoencoderDC) -> Tensor:
-    """The kernel that makes the pixels: where the pulls of two losses on the decoder are compared."""
+    """The kernel that makes the pixels: where the pulls of two losses on the decoder are
+    compared."""
     end = model.decoder.conv_out
     weight: Tensor = (end if isinstance(end, nn.Conv2d) else end.conv).weight
     return weight
@@ -100,11 +120,14 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         if self.width < 8 or self.width % 8 or self.layers < 1:
-            raise ValueError(f"width is {self.width}, layers {self.layers}: a multiple of 8, and at least 1")
+            raise ValueError(
+                f"width is {self.width}, layers {self.layers}: a multiple of 8, and at least 1"
+            )
 
 
 class Discriminator(nn.Module):
-    """Pixels (N, 3, H, W) in [-1, 1] -> logits (N, 1, H', W'), one per overlapping patch (70 pixels by default)."""
+    """Pixels (N, 3, H, W) in [-1, 1] -> logits (N, 1, H', W'), one per overlapping patch (70 pixels
+    by default)."""
 
     def __init__(self, cfg: DiscriminatorConfig) -> None:
         super().__init__()
@@ -112,7 +135,11 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for index, (before, after) in enumerate(pairwise(widths)):
             stride = 2 if index < cfg.layers - 1 else 1
-            layers += [nn.Conv2d(before, after, 4, stride, 1, bias=False), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(before, after, 4, stride, 1, bias=False),
+                nn.GroupNorm(8, after),
+                nn.LeakyReLU(0.2),
+            ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
@@ -135,11 +162,14 @@ def frozen(discriminator: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Components:
-    """Principal components of patches as a convolution that stands still: weight (C, 3, P, P), bias (C,)."""
+    """Principal components of patches as a convolution that stands still: weight (C, 3, P, P), bias
+    (C,)."""
 
     weight: Tensor
     bias: Tensor
 
     def __call__(self, pixels_N3HW: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H / P, W / P)."""
-        return nn.functional.conv2d(pixels_N3HW, self.weight, self.bias, stride=self.weight.shape[-1])
+        return nn.functional.conv2d(
+            pixels_N3HW, self.weight, self.bias, stride=self.weight.shape[-1]
+        )

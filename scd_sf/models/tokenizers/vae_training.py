@@ -1,9 +1,10 @@
-"""What training needs of an ``AutoencoderKLWan``: a differentiable forward over the whole sequence, and two starts.
+"""What training needs of an ``AutoencoderKLWan``: a differentiable forward over the whole sequence,
+and two starts.
 
-:func:`whole_encode` and :func:`whole_decode` are the network on all frames at once, without diffusers' frame cache and
-without its final clamp; they equal ``encode()`` / ``decode()`` to rounding (tested for Wan 2.1's flat layout and for
-the residual one). :func:`patch_components` and :func:`inflate` are the two starts: with plain reconstruction losses a
-small network stops at fog.
+:func:`whole_encode` and :func:`whole_decode` are the network on all frames at once, without
+diffusers' frame cache and without its final clamp; they equal ``encode()`` / ``decode()`` to
+rounding (tested for Wan 2.1's flat layout and for the residual one). :func:`patch_components` and
+:func:`inflate` are the two starts: with plain reconstruction losses a small network stops at fog.
 
 Letters: B batch, T frames, C channels, H W height and width; modules work on (B, C, T, H, W).
 """
@@ -60,16 +61,28 @@ class SmallVaeConfig:
         sizes = ("base_dim", "decoder_base_dim", "channels", "num_res_blocks")
         check_within(self, dict.fromkeys(sizes, (1, 2**12)), "model.")
         if len(self.dim_mult) != 3 or self.dim_mult[1] != self.dim_mult[2]:
-            raise ValueError(f"dim_mult is {self.dim_mult}; it needs three entries, the last two equal")
+            raise ValueError(
+                f"dim_mult is {self.dim_mult}; it needs three entries, the last two equal"
+            )
 
 
 def build_vae(cfg: SmallVaeConfig) -> AutoencoderKLWan:
-    """A fresh network, weights in the memory order that makes CPU convolutions fast; the variance head is constant."""
+    """A fresh network, weights in the memory order that makes CPU convolutions fast; the variance
+    head is constant."""
     model = AutoencoderKLWan(
-        base_dim=cfg.base_dim, decoder_base_dim=cfg.decoder_base_dim, z_dim=cfg.channels, dim_mult=list(cfg.dim_mult),
-        num_res_blocks=cfg.num_res_blocks, temperal_downsample=[True, True], is_residual=True, patch_size=2,
-        in_channels=12, out_channels=12, latents_mean=[0.0] * cfg.channels, latents_std=[1.0] * cfg.channels,
-    )  # fmt: skip
+        base_dim=cfg.base_dim,
+        decoder_base_dim=cfg.decoder_base_dim,
+        z_dim=cfg.channels,
+        dim_mult=list(cfg.dim_mult),
+        num_res_blocks=cfg.num_res_blocks,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        latents_mean=[0.0] * cfg.channels,
+        latents_std=[1.0] * cfg.channels,
+    )
     nn.init.zeros_(model.quant_conv.weight.data[cfg.channels :])
     nn.init.constant_(model.quant_conv.bias.data[cfg.channels :], -6.0)
     return channels_last(model)
@@ -77,7 +90,8 @@ def build_vae(cfg: SmallVaeConfig) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def inflate(model: AutoencoderKLWan) -> None:
-    """From a network of single frames to one of clips: every output frame copies what its newest frame would give."""
+    """From a network of single frames to one of clips: every output frame copies what its newest
+    frame would give."""
     for module in model.modules():
         if isinstance(module, WanCausalConv3d) and module.kernel_size == (3, 3, 3):
             module.weight[:, :, :2] = 0.0
@@ -90,16 +104,22 @@ def inflate(model: AutoencoderKLWan) -> None:
 
 
 @torch.no_grad()
-def patch_components(pixels_N3HW: Tensor, count: int, floor: float, patch: int = PATCH) -> dict[str, Tensor]:
-    """Principal components of PxP patches of pixels (N, 3, H, W), as a stride-P convolution: weight (C, 3, P, P), bias.
+def patch_components(
+    pixels_N3HW: Tensor, count: int, floor: float, patch: int = PATCH
+) -> dict[str, Tensor]:
+    """Principal components of PxP patches of pixels (N, 3, H, W), as a stride-P convolution: weight
+    (C, 3, P, P), bias.
 
-    Each is divided by its standard deviation, at least ``floor`` times the largest, so weak ones stay weak.
+    Each is divided by its standard deviation, at least ``floor`` times the largest, so weak ones
+    stay weak.
     """
     patches = F.unfold(pixels_N3HW, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     deviation = values.flip(0)[:count].clamp_min(0).sqrt()
-    rows = vectors.flip(1)[:, :count].T / deviation.clamp_min(floor * float(deviation[0])).unsqueeze(1)
+    rows = vectors.flip(1)[:, :count].T / deviation.clamp_min(
+        floor * float(deviation[0])
+    ).unsqueeze(1)
     return {"weight": rows.reshape(count, 3, patch, patch).contiguous(), "bias": -(rows @ mean)}
 
 
@@ -109,31 +129,39 @@ def psnr_of_error(squared_error: Tensor) -> float:
 
 
 def reconstruction(real_BFCHW: Tensor, made_BFCHW: Tensor) -> dict[str, object]:
-    """How well clips survive, pixels in [-1, 1]: PSNR in dB (all frames, first, by place in the group of four).
+    """How well clips survive, pixels in [-1, 1]: PSNR in dB (all frames, first, by place in the
+    group of four).
 
-    ``sharpness`` and ``change_over_time`` are mean absolute differences between neighbours (in width, in time) over
-    those of the real clips: 1 keeps all detail and motion, 0 is a flat or a frozen picture, None: the real one is.
+    ``sharpness`` and ``change_over_time`` are mean absolute differences between neighbours (in
+    width, in time) over those of the real clips: 1 keeps all detail and motion, 0 is a flat or a
+    frozen picture, None: the real one is.
     """
     error = (real_BFCHW - made_BFCHW).square()
 
     def kept(dim: int) -> float | None:
         real = float(real_BFCHW.diff(dim=dim).abs().mean())
-        return round(float(made_BFCHW.diff(dim=dim).abs().mean()) / real, 4) if real > STILL else None
+        return (
+            round(float(made_BFCHW.diff(dim=dim).abs().mean()) / real, 4) if real > STILL else None
+        )
 
     return {
         "psnr": round(psnr_of_error(error), 3),
         "psnr_first_frame": round(psnr_of_error(error[:, 0]), 3),
-        "psnr_by_phase": [round(psnr_of_error(error[:, 1 + phase :: FRAME_GROUP]), 3) for phase in range(FRAME_GROUP)],
+        "psnr_by_phase": [
+            round(psnr_of_error(error[:, 1 + phase :: FRAME_GROUP]), 3)
+            for phase in range(FRAME_GROUP)
+        ],
         "sharpness": kept(4),
         "change_over_time": kept(1),
     }
 
 
-# ------------------------------------------------------------------------------------------ the whole sequence at once
+# ----------------------------------------------------------------------- the whole sequence at once
 
 
 def whole_encode(model: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
-    """Posterior mean (B, C, 1+k, H', W') of pixels (B, 3, 1+4k, H, W), as ``model.encode()`` (not normalised)."""
+    """Posterior mean (B, C, 1+k, H', W') of pixels (B, 3, 1+4k, H, W), as ``model.encode()`` (not
+    normalised)."""
     patch = model.config["patch_size"]
     x = patchify(pixels_BCTHW, patch) if patch else pixels_BCTHW
     encoder = model.encoder
@@ -146,7 +174,8 @@ def whole_encode(model: AutoencoderKLWan, pixels_BCTHW: Tensor) -> Tensor:
 
 
 def whole_decode(model: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """Pixels (B, 3, 1+4k, H, W) of latents (B, C, 1+k, H', W'); ``model.decode()`` before its clamp to [-1, 1]."""
+    """Pixels (B, 3, 1+4k, H, W) of latents (B, C, 1+k, H', W'); ``model.decode()`` before its clamp
+    to [-1, 1]."""
     decoder = model.decoder
     x = _conv(decoder.conv_in, _conv(model.post_quant_conv, latents_BCTHW))
     x = _mid(decoder.mid_block, x)
@@ -158,7 +187,8 @@ def whole_decode(model: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
 
 
 def _block(block: nn.Module, x: Tensor) -> Tensor:
-    """One entry of ``down_blocks`` or ``up_blocks``: a layer of Wan 2.1's flat list, or a residual-layout block."""
+    """One entry of ``down_blocks`` or ``up_blocks``: a layer of Wan 2.1's flat list, or a
+    residual-layout block."""
     if isinstance(block, WanResidualBlock):
         return _residual(block, x)
     if isinstance(block, WanResample):
@@ -172,7 +202,9 @@ def _block(block: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(block, WanResidualUpBlock):
         raise TypeError(f"no whole-sequence form for {type(block).__name__}")
     y = _layers(block.resnets, block.upsampler, x)
-    shortcut: Tensor | float = 0.0 if block.avg_shortcut is None else block.avg_shortcut(x, first_chunk=True)
+    shortcut: Tensor | float = (
+        0.0 if block.avg_shortcut is None else block.avg_shortcut(x, first_chunk=True)
+    )
     return y + shortcut
 
 
@@ -200,17 +232,25 @@ def _norm(norm: WanRMS_norm, x: Tensor) -> Tensor:
 
 
 def _conv(conv: WanCausalConv3d, x: Tensor) -> Tensor:
-    """Causal convolution; a single frame meets only the last temporal tap, which is an ordinary 2-D convolution."""
+    """Causal convolution; a single frame meets only the last temporal tap, which is an ordinary 2-D
+    convolution."""
     if x.shape[2] == 1 and conv.stride[0] == 1:
         pad = (conv._padding[2], conv._padding[0])
         return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, padding=pad).unsqueeze(2)
     if conv._padding[4]:
         x = F.pad(x, (0, 0, 0, 0, conv._padding[4], 0))
-    return F.conv3d(x, conv.weight, conv.bias, stride=conv.stride, padding=(0, conv._padding[2], conv._padding[0]))
+    return F.conv3d(
+        x,
+        conv.weight,
+        conv.bias,
+        stride=conv.stride,
+        padding=(0, conv._padding[2], conv._padding[0]),
+    )
 
 
 def _resample(layer: WanResample, x: Tensor) -> Tensor:
-    """Space for every frame; time for all but the first, which passes alone (as the chunk loop does)."""
+    """Space for every frame; time for all but the first, which passes alone (as the chunk loop
+    does)."""
     if layer.mode == "upsample3d" and x.shape[2] > 1:
         B, C, T, H, W = x.shape
         later = _conv(layer.time_conv, x[:, :, 1:]).view(B, 2, C, T - 1, H, W)

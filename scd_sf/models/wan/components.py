@@ -1,8 +1,9 @@
-"""VAE, text encoder and tokenizer of a Wan directory, copied: the files that a pipeline reads, by name, and no others.
+"""VAE, text encoder and tokenizer of a Wan directory, copied: the files that a pipeline reads, by
+name, and no others.
 
-A link is followed where it stays in the directory, or in the same model's ``blobs`` of a Hugging Face cache, where
-``snapshots/REVISION`` is made of such links. Any other link to a file that is read is refused: what it points to is not
-the model's. Code (``.py``) and pickles are never copied.
+A link is followed where it stays in the directory, or in the same model's ``blobs`` of a Hugging
+Face cache, where ``snapshots/REVISION`` is made of such links. Any other link to a file that is
+read is refused: what it points to is not the model's. Code (``.py``) and pickles are never copied.
 """
 
 from __future__ import annotations
@@ -19,21 +20,31 @@ from scd_sf.types import UserError
 
 _SHARD = r"(-\d{5}-of-\d{5})?"
 _TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-    "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 READ = {
-    "vae": re.compile(rf"config\.json|diffusion_pytorch_model{_SHARD}\.safetensors(\.index\.json)?"),
+    "vae": re.compile(
+        rf"config\.json|diffusion_pytorch_model{_SHARD}\.safetensors(\.index\.json)?"
+    ),
     "text_encoder": re.compile(rf"config\.json|model{_SHARD}\.safetensors(\.index\.json)?"),
     "tokenizer": re.compile("|".join(map(re.escape, _TOKENIZER))),
 }
 
 
 def copy_components(base: Path, out: Path) -> None:
-    """Copy what :data:`READ` names of ``base`` below ``out``, and the reference to a text encoder if there is one.
+    """Copy what :data:`READ` names of ``base`` below ``out``, and the reference to a text encoder
+    if there is one.
 
-    UserError for a link that leaves ``base``, for anything but files, for pointers of Git LFS, and for weights that are
-    not finite.
+    UserError for a link that leaves ``base``, for anything but files, for pointers of Git LFS, and
+    for weights that are not finite.
     """
     for folder, names in READ.items():
         for file in sorted((base / folder).iterdir()) if (base / folder).is_dir() else ():
@@ -44,7 +55,9 @@ def copy_components(base: Path, out: Path) -> None:
     if (base / REFERENCE).is_file() and not own:
         _inside(base / REFERENCE, base)
         config = text_config(base)
-        write_reference(out, replace(config, path=str(Path(config.path).resolve()) if config.path else ""))
+        write_reference(
+            out, replace(config, path=str(Path(config.path).resolve()) if config.path else "")
+        )
 
 
 def _copy(file: Path, base: Path, place: Path) -> None:

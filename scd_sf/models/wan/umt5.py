@@ -1,6 +1,8 @@
-"""Wan's original text encoder file, ``models_t5_umt5-xxl-enc-bf16.pth``, as transformers' ``UMT5EncoderModel``.
+"""Wan's original text encoder file, ``models_t5_umt5-xxl-enc-bf16.pth``, as transformers'
+``UMT5EncoderModel``.
 
-The two agree tensor by tensor; the geometry follows from the shapes. The tokenizer lies beside it in its own folder.
+The two agree tensor by tensor; the geometry follows from the shapes. The tokenizer lies beside it
+in its own folder.
 """
 
 from __future__ import annotations
@@ -66,13 +68,16 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
     for name in needed:
         if name not in tensors or len(tensors[name].shape) != 2 or not all(tensors[name].shape):
             raise UserError(f"{file}: tensor for '{name}' is missing or not a matrix; {AGAIN}")
-    (words, width), (inner, _), (buckets, heads), (hidden, _) = (tensors[name].shape for name in needed)
+    (words, width), (inner, _), (buckets, heads), (hidden, _) = (
+        tensors[name].shape for name in needed
+    )
     config = UMT5Config(
         vocab_size=words,
         d_model=width,
         d_kv=inner // heads,
         d_ff=hidden,
-        num_layers=1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.block.")),
+        num_layers=1
+        + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.block.")),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
     )
@@ -80,7 +85,8 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
 
 
 def load_umt5(file: Path, dtype: torch.dtype) -> UMT5EncoderModel:
-    """The encoder of Wan's original file in ``dtype``. UserError as :func:`open_umt5`, or shapes that do not fit."""
+    """The encoder of Wan's original file in ``dtype``. UserError as :func:`open_umt5`, or shapes
+    that do not fit."""
     config, tensors = open_umt5(file)
     model = skeleton(lambda: UMT5EncoderModel(config), tensors, file, AGAIN)
     twin = tensors[_EMBEDDING]

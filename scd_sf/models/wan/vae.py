@@ -1,9 +1,10 @@
-"""The video autoencoder: diffusers' ``AutoencoderKLWan`` behind two calls, :meth:`Vae.encode` and :meth:`Vae.decode`.
+"""The video autoencoder: diffusers' ``AutoencoderKLWan`` behind two calls, :meth:`Vae.encode` and
+:meth:`Vae.decode`.
 
-One code path serves Wan 2.1's VAE and the small one of the embedded demo: geometry, channels, ``latents_mean`` and
-``latents_std`` come from the directory's ``config.json`` (diffusers layout); Wan's original file has no config and is
-always Wan 2.1's. The temporal layout is Wan's: the first frame alone, then groups of ``temporal``; 1 + temporal*k pixel
-frames become 1 + k latent frames.
+One code path serves Wan 2.1's VAE and the small one of the embedded demo: geometry, channels,
+``latents_mean`` and ``latents_std`` come from the directory's ``config.json`` (diffusers layout);
+Wan's original file has no config and is always Wan 2.1's. The temporal layout is Wan's: the first
+frame alone, then groups of ``temporal``; 1 + temporal*k pixel frames become 1 + k latent frames.
 
 Letters: B batch, F frames, C latent channels, H W height and width.
 """
@@ -17,7 +18,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResample,
+    unpatchify,
+)
 from torch import Tensor
 
 from scd_sf.files import foreign, read_json, typed, write_tensors
@@ -36,27 +41,38 @@ FRAME_GROUP = 4  # AutoencoderKLWan's own chunk loop is written for groups of fo
 
 @dataclass(frozen=True)
 class VaeGeometry:
-    """``channels`` latent channels; ``temporal`` frames and ``spatial`` x ``spatial`` pixels per latent position."""
+    """``channels`` latent channels; ``temporal`` frames and ``spatial`` x ``spatial`` pixels per
+    latent position."""
 
     channels: int
     temporal: int
     spatial: int
 
     def shape(self, frames: int, height: int, width: int) -> VideoShape:
-        """Latent shape of a pixel clip. Raises UserError unless frames = 1 + temporal*k and the sizes divide."""
+        """Latent shape of a pixel clip. Raises UserError unless frames = 1 + temporal*k and the
+        sizes divide."""
         return VideoShape.from_pixels(
-            frames, height, width, channels=self.channels, temporal=self.temporal, spatial=self.spatial
+            frames,
+            height,
+            width,
+            channels=self.channels,
+            temporal=self.temporal,
+            spatial=self.spatial,
         )
 
 
 class Vae:
-    """A frozen ``AutoencoderKLWan``: pixels (B, F, 3, H, W) in [-1, 1] <-> normalised latents (B, F', C, H', W').
+    """A frozen ``AutoencoderKLWan``: pixels (B, F, 3, H, W) in [-1, 1] <-> normalised latents (B,
+    F', C, H', W').
 
-    Normalised means ``(z - latents_mean) / latents_std`` per channel, z the posterior mean (so encoding is
-    deterministic). Work runs in slices of ``slice_size`` clips, which bounds memory; results do not depend on it.
+    Normalised means ``(z - latents_mean) / latents_std`` per channel, z the posterior mean (so
+    encoding is deterministic). Work runs in slices of ``slice_size`` clips, which bounds memory;
+    results do not depend on it.
     """
 
-    def __init__(self, model: AutoencoderKLWan, *, slice_size: int = 8, where: str = "vae config.json") -> None:
+    def __init__(
+        self, model: AutoencoderKLWan, *, slice_size: int = 8, where: str = "vae config.json"
+    ) -> None:
         """``where``: the description that errors name."""
         if slice_size < 1:
             raise UserError(f"vae: slice_size is {slice_size}; it must be at least 1")
@@ -65,8 +81,12 @@ class Vae:
         self.slice_size = slice_size
         view = (1, self.geometry.channels, 1, 1, 1)
         weight = model.quant_conv.weight
-        self._mean = on_device(torch.tensor(model.config["latents_mean"]).float().view(view), weight.device)
-        self._std = on_device(torch.tensor(model.config["latents_std"]).float().view(view), weight.device)
+        self._mean = on_device(
+            torch.tensor(model.config["latents_mean"]).float().view(view), weight.device
+        )
+        self._std = on_device(
+            torch.tensor(model.config["latents_std"]).float().view(view), weight.device
+        )
 
     @property
     def device(self) -> torch.device:
@@ -87,9 +107,12 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, video_BFCHW: Tensor) -> Tensor:
-        """Pixels (B, F, 3, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W'), fp32. UserError: bad shape."""
+        """Pixels (B, F, 3, H, W) in [-1, 1] -> normalised latents (B, F', C, H', W'), fp32.
+        UserError: bad shape."""
         if video_BFCHW.ndim != 5 or video_BFCHW.shape[2] != 3:
-            raise UserError(f"vae.encode: video has shape {tuple(video_BFCHW.shape)}; it must be (B, F, 3, H, W)")
+            raise UserError(
+                f"vae.encode: video has shape {tuple(video_BFCHW.shape)}; it must be (B, F, 3, H, W)"
+            )
         self.geometry.shape(video_BFCHW.shape[1], video_BFCHW.shape[3], video_BFCHW.shape[4])
         parts = []
         for part in video_BFCHW.split(self.slice_size):
@@ -104,10 +127,13 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        """Normalised latents (B, F', C, H', W') -> pixels (B, F, 3, H, W) in [-1, 1], fp32. UserError: bad shape."""
+        """Normalised latents (B, F', C, H', W') -> pixels (B, F, 3, H, W) in [-1, 1], fp32.
+        UserError: bad shape."""
         if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != self.geometry.channels:
             wanted = f"(B, F, {self.geometry.channels}, H, W)"
-            raise UserError(f"vae.decode: latents have shape {tuple(latents_BFCHW.shape)}; they must be {wanted}")
+            raise UserError(
+                f"vae.decode: latents have shape {tuple(latents_BFCHW.shape)}; they must be {wanted}"
+            )
         parts = []
         for part in latents_BFCHW.split(self.slice_size):
             pixels = self.model.decode(self.raw(part.transpose(1, 2)), return_dict=False)[0]
@@ -116,10 +142,11 @@ class Vae:
 
 
 class VaeStream:
-    """One batch of videos decoded as their latent frames arrive: equal to :meth:`Vae.decode` of the whole clip.
+    """One batch of videos decoded as their latent frames arrive: equal to :meth:`Vae.decode` of the
+    whole clip.
 
-    The first latent frame gives one pixel frame, each later one ``geometry.temporal``. Memory does not grow: what is
-    kept of the past is the last frames that the causal convolutions look back at.
+    The first latent frame gives one pixel frame, each later one ``geometry.temporal``. Memory does
+    not grow: what is kept of the past is the last frames that the causal convolutions look back at.
     """
 
     def __init__(self, vae: Vae) -> None:
@@ -130,12 +157,15 @@ class VaeStream:
 
     @torch.no_grad()
     def push(self, latents_BFCHW: Tensor) -> Tensor:
-        """The next normalised latents (B, F', C, H', W') -> their pixels (B, F, 3, H, W) in [-1, 1], fp32."""
+        """The next normalised latents (B, F', C, H', W') -> their pixels (B, F, 3, H, W) in [-1,
+        1], fp32."""
         vae, parts = self._vae, []
         hidden = vae.model.post_quant_conv(vae.raw(latents_BFCHW.transpose(1, 2)))
         for frame in hidden.split(1, dim=2):
             first = not self._started
-            parts.append(vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
+            parts.append(
+                vae.model.decoder(frame, feat_cache=self._cache, feat_idx=[0], first_chunk=first)
+            )
             self._started = True
         pixels = torch.cat(parts, dim=2)
         if (patch := vae.model.config["patch_size"]) is not None:
@@ -143,10 +173,14 @@ class VaeStream:
         return pixels.clamp(-1, 1).float().transpose(1, 2)
 
 
-def load_vae(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae:
-    """The VAE of a model directory (diffusers' layout or Wan's original one), of a ``vae/`` folder, or of Wan's file.
+def load_vae(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Vae:
+    """The VAE of a model directory (diffusers' layout or Wan's original one), of a ``vae/`` folder,
+    or of Wan's file.
 
-    Raises UserError: nothing there, a damaged or foreign config, missing, truncated or foreign weights.
+    Raises UserError: nothing there, a damaged or foreign config, missing, truncated or foreign
+    weights.
     """
     source = vae_source(Path(path))
     model = _read_original(source) if source.is_file() else _read_folder(source)
@@ -160,41 +194,56 @@ def save_vae(model: AutoencoderKLWan, folder: Path) -> None:
     """Write what :func:`load_vae` and diffusers read: config.json, and the weights as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def vae_source(path: Path) -> Path:
-    """Where the VAE of ``path`` lies: a folder with config.json and weights, or Wan's original file.
+    """Where the VAE of ``path`` lies: a folder with config.json and weights, or Wan's original
+    file.
 
     Raises UserError where there is neither.
     """
     if path.is_file():
         return path
-    if (path / ORIGINAL).is_file() and not (path / "vae").is_dir():  # config.json beside it is the transformer's
+    # config.json beside it is the transformer's
+    if (path / ORIGINAL).is_file() and not (path / "vae").is_dir():
         return path / ORIGINAL
     for folder in (path, path / "vae"):
         config = folder / "config.json"
-        if config.is_file() and (folder == path / "vae" or (folder / WEIGHTS).is_file() or not (path / "vae").is_dir()):
+        if config.is_file() and (
+            folder == path / "vae" or (folder / WEIGHTS).is_file() or not (path / "vae").is_dir()
+        ):
             return folder
-    raise UserError(f"{path}: holds neither config.json nor vae/config.json nor {ORIGINAL}; use a directory with a VAE")
+    raise UserError(
+        f"{path}: holds neither config.json nor vae/config.json nor {ORIGINAL}; use a directory with a VAE"
+    )
 
 
 def _read_folder(folder: Path) -> AutoencoderKLWan:
     config = _read_config(folder / "config.json")
     tensors = open_tensors(folder / WEIGHTS, AGAIN)
-    model = skeleton(lambda: AutoencoderKLWan.from_config(config), tensors, folder / "config.json", AGAIN)
+    model = skeleton(
+        lambda: AutoencoderKLWan.from_config(config), tensors, folder / "config.json", AGAIN
+    )
     check_fit(model, tensors, folder / WEIGHTS, "config.json", AGAIN)
-    model.load_state_dict({name: tensor.float() for name, tensor in read_all(tensors).items()}, assign=True)
+    model.load_state_dict(
+        {name: tensor.float() for name, tensor in read_all(tensors).items()}, assign=True
+    )
     return model
 
 
 def _read_original(file: Path) -> AutoencoderKLWan:
-    """Only the width is taken from the tensors: everything else of Wan 2.1's VAE is the class's default."""
+    """Only the width is taken from the tensors: everything else of Wan 2.1's VAE is the class's
+    default."""
     stored = choose_section(open_tensors(file), ROOTS, "", str(file))
     first = stored.get("encoder.conv1.weight")
     if first is None or not first.shape:
-        raise UserError(f"{file}: has no tensor 'encoder.conv1.weight', so it is not Wan 2.1's VAE; use {ORIGINAL}")
+        raise UserError(
+            f"{file}: has no tensor 'encoder.conv1.weight', so it is not Wan 2.1's VAE; use {ORIGINAL}"
+        )
     with foreign(file, f"use {ORIGINAL}"):
         read = convert_wan_vae_to_diffusers(read_all(stored))
     model = skeleton(lambda: AutoencoderKLWan(base_dim=first.shape[0]), read, file, AGAIN)
@@ -230,26 +279,44 @@ def _read_config(path: Path) -> dict[str, object]:
     config = read_json(path, "copy the VAE's config.json again")
     name = config.get("_class_name")
     if name != "AutoencoderKLWan":
-        raise UserError(f"{path}: '_class_name' is {repr(name)[:80]}; only 'AutoencoderKLWan' can be loaded")
+        raise UserError(
+            f"{path}: '_class_name' is {repr(name)[:80]}; only 'AutoencoderKLWan' can be loaded"
+        )
     typed(config, _Json, path, AGAIN)
     return config
 
 
 def _geometry(model: AutoencoderKLWan, where: str) -> VaeGeometry:
-    """Factors and channels of the config, checked against the network's own layers. Raises UserError."""
+    """Factors and channels of the config, checked against the network's own layers. Raises
+    UserError."""
     config = model.config
     channels: int = config["z_dim"]
     down = 2 ** sum(1 for module in model.encoder.modules() if isinstance(module, WanResample))
-    temporal = 2 ** sum(1 for m in model.encoder.modules() if isinstance(m, WanResample) and m.mode == "downsample3d")
-    real = {"scale_factor_spatial": down * (config["patch_size"] or 1), "scale_factor_temporal": temporal}
+    temporal = 2 ** sum(
+        1
+        for m in model.encoder.modules()
+        if isinstance(m, WanResample) and m.mode == "downsample3d"
+    )
+    real = {
+        "scale_factor_spatial": down * (config["patch_size"] or 1),
+        "scale_factor_temporal": temporal,
+    }
     for name, value in real.items():
         if config[name] != value:
-            raise UserError(f"{where}: '{name}' is {config[name]}, the network's is {value}; correct it")
+            raise UserError(
+                f"{where}: '{name}' is {config[name]}, the network's is {value}; correct it"
+            )
     if temporal != FRAME_GROUP:
-        raise UserError(f"{where}: the network groups {temporal} frames, not {FRAME_GROUP}; use another VAE")
+        raise UserError(
+            f"{where}: the network groups {temporal} frames, not {FRAME_GROUP}; use another VAE"
+        )
     for name in ("latents_mean", "latents_std"):
         if len(config[name]) != channels:
-            raise UserError(f"{where}: '{name}' has {len(config[name])} entries, not z_dim = {channels}")
+            raise UserError(
+                f"{where}: '{name}' has {len(config[name])} entries, not z_dim = {channels}"
+            )
     if not all(0 < value < math.inf for value in config["latents_std"]):
-        raise UserError(f"{where}: 'latents_std' must be positive in every channel; copy the file again")
+        raise UserError(
+            f"{where}: 'latents_std' must be positive in every channel; copy the file again"
+        )
     return VaeGeometry(channels, temporal, real["scale_factor_spatial"])

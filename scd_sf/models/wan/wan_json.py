@@ -1,4 +1,5 @@
-"""The geometry of a Wan 2.1 transformer in config.json of both layouts, or seen in tensor shapes."""
+"""The geometry of a Wan 2.1 transformer in config.json of both layouts, or seen in tensor
+shapes."""
 
 from __future__ import annotations
 
@@ -16,20 +17,27 @@ from scd_sf.tensor_files import AGAIN
 from scd_sf.types import UserError
 
 HeadsFrom = Literal["stated", "like", "assumed", "unknown"]
-RELEASED_HEADS = {1536: 12, 3072: 24, 5120: 40}  # width -> heads of the released models; tensors do not say it
+# width -> heads of the released models; tensors do not say it
+RELEASED_HEADS = {1536: 12, 3072: 24, 5120: 40}
 SMALLEST_HEAD = 6  # the rotary positions have three axes
-MOST_LAYERS = 1000  # what a config.json may say, as Size: a hundred times what any released model has
+# what a config.json may say, as Size: a hundred times what any released model has
+MOST_LAYERS = 1000
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 # Fields that a config.json may leave out -> Wan 2.1's values, the usual one first.
 SUPPORTED: dict[Layout, dict[str, tuple[object, ...]]] = {
-    "diffusers": {"image_dim": (None, 0), "added_kv_proj_dim": (None, 0), "qk_norm": ("rms_norm_across_heads",)},
+    "diffusers": {
+        "image_dim": (None, 0),
+        "added_kv_proj_dim": (None, 0),
+        "qk_norm": ("rms_norm_across_heads",),
+    },
     "original": {"model_type": ("t2v",), "qk_norm": (True,)},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Shared:
-    """What both layouts call alike. Fields that a published config.json leaves out have Wan 2.1's values."""
+    """What both layouts call alike. Fields that a published config.json leaves out have Wan 2.1's
+    values."""
 
     num_layers: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
     ffn_dim: Size
@@ -57,7 +65,8 @@ class _Original(_Shared):
 
 
 def read_config(file: Path) -> tuple[WanConfig, Layout]:
-    """The geometry in a config.json and whose layout it is. UserError for other architectures and image-to-video."""
+    """The geometry in a config.json and whose layout it is. UserError for other architectures and
+    image-to-video."""
     raw = read_json(file, AGAIN)
     name = raw.get("_class_name")
     if name not in ("WanTransformer3DModel", "WanModel", "CausalModel"):
@@ -68,7 +77,9 @@ def read_config(file: Path) -> tuple[WanConfig, Layout]:
     for field, values in SUPPORTED[layout].items():
         if raw.get(field, values[0]) not in values:
             shown = repr(raw[field])[:80]
-            raise UserError(f"{file}: {field} is {shown}; only {values[0]!r} (Wan 2.1 text-to-video) is supported")
+            raise UserError(
+                f"{file}: {field} is {shown}; only {values[0]!r} (Wan 2.1 text-to-video) is supported"
+            )
     shared: _Shared
     if layout == "diffusers":
         shared = own = typed(raw, _Diffusers, file, AGAIN)
@@ -79,9 +90,13 @@ def read_config(file: Path) -> tuple[WanConfig, Layout]:
         heads, head_dim = theirs.num_heads, theirs.dim // theirs.num_heads
         channels, out_channels = theirs.in_dim, theirs.out_dim
         if theirs.dim % heads:
-            raise UserError(f"{file}: dim {theirs.dim} is not divisible by num_heads {heads}; {AGAIN}")
+            raise UserError(
+                f"{file}: dim {theirs.dim} is not divisible by num_heads {heads}; {AGAIN}"
+            )
     if head_dim % 2 or head_dim < SMALLEST_HEAD:
-        raise UserError(f"{file}: heads of {head_dim} numbers; it must be even and at least {SMALLEST_HEAD}: {AGAIN}")
+        raise UserError(
+            f"{file}: heads of {head_dim} numbers; it must be even and at least {SMALLEST_HEAD}: {AGAIN}"
+        )
     _, patch_height, patch_width = shared.patch_size
     config = WanConfig(
         num_attention_heads=heads,
@@ -103,17 +118,20 @@ def read_config(file: Path) -> tuple[WanConfig, Layout]:
 def config_from_shapes(
     shapes: Mapping[str, tuple[int, ...]], heads: int, file: Path, like: WanConfig | None = None
 ) -> tuple[WanConfig, HeadsFrom]:
-    """The geometry that tensors of these shapes (by diffusers' names) have, and how the number of heads is known.
+    """The geometry that tensors of these shapes (by diffusers' names) have, and how the number of
+    heads is known.
 
-    ``heads`` 0: that of ``like`` if it is as wide, or of the released model of this width; else "unknown", and the
-    geometry says 1. UserError when a tensor it needs is missing or has the wrong number of axes, or the heads do not
-    divide the width.
+    ``heads`` 0: that of ``like`` if it is as wide, or of the released model of this width; else
+    "unknown", and the geometry says 1. UserError when a tensor it needs is missing or has the wrong
+    number of axes, or the heads do not divide the width.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         size = shapes.get(name, ())
         if len(size) != axes or not all(size):
-            raise UserError(f"{file}: tensor for '{name}' is missing or has shape {list(size)}; {AGAIN}")
+            raise UserError(
+                f"{file}: tensor for '{name}' is missing or has shape {list(size)}; {AGAIN}"
+            )
         return size
 
     width, channels, _, patch_height, patch_width = shape("patch_embedding.weight", 5)
@@ -138,7 +156,8 @@ def config_from_shapes(
 
 
 def _is_index(text: str) -> bool:
-    """Whether a block's number is one; others are tensors that no model has, and refused as such."""
+    """Whether a block's number is one; others are tensors that no model has, and refused as
+    such."""
     return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_LAYERS))
 
 

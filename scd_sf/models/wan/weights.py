@@ -1,8 +1,10 @@
-"""Wan 2.1 transformer weights on disk, read and written in both public layouts, and read from distilled generators.
+"""Wan 2.1 transformer weights on disk, read and written in both public layouts, and read from
+distilled generators.
 
-Layouts: diffusers' (config.json with ``WanTransformer3DModel``), the original (config.json with ``WanModel``), each in
-one file or in shards with an index; or one file alone, safetensors or a pickle of tensors (``.pt``, ``.pth``), such as
-the released Self-Forcing, Causal-Forcing and CausVid generators. Names: names.py.
+Layouts: diffusers' (config.json with ``WanTransformer3DModel``), the original (config.json with
+``WanModel``), each in one file or in shards with an index; or one file alone, safetensors or a
+pickle of tensors (``.pt``, ``.pth``), such as the released Self-Forcing, Causal-Forcing and CausVid
+generators. Names: names.py.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ MAX_SHARD = "10GB"
 
 @dataclass(frozen=True)
 class WanFiles:
-    """A transformer on disk: its geometry, whose layout it has, and its tensors by our names, none read yet.
+    """A transformer on disk: its geometry, whose layout it has, and its tensors by our names, none
+    read yet.
 
     ``heads``: how the number of attention heads is known; "unknown": the config's is meaningless.
     """
@@ -55,12 +58,14 @@ class WanFiles:
 
 
 def is_wan_directory(path: Path) -> bool:
-    """Whether a transformer's config.json is there or in ``transformer/``; our own checkpoints have none."""
+    """Whether a transformer's config.json is there or in ``transformer/``; our own checkpoints have
+    none."""
     return any((folder / "config.json").is_file() for folder in (path / "transformer", path))
 
 
 def transformer_dir(path: Path) -> Path:
-    """``path`` itself or its ``transformer/`` sub-folder, whichever holds the transformer's config.json."""
+    """``path`` itself or its ``transformer/`` sub-folder, whichever holds the transformer's
+    config.json."""
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
@@ -69,25 +74,37 @@ def transformer_dir(path: Path) -> Path:
 
 
 def open_wan(
-    path: Path, *, section: str = "", heads: int = 0, like: WanConfig | None = None, any_heads: bool = False
+    path: Path,
+    *,
+    section: str = "",
+    heads: int = 0,
+    like: WanConfig | None = None,
+    any_heads: bool = False,
 ) -> WanFiles:
-    """A Wan 2.1 text-to-video transformer, every tensor's name and shape checked, none of them read yet.
+    """A Wan 2.1 text-to-video transformer, every tensor's name and shape checked, none of them read
+    yet.
 
-    ``path``: a directory in either layout, or one file. ``section`` picks a part of a training checkpoint (empty: its
-    EMA generator, else its generator; see sections.py). A file alone does not say how many attention ``heads`` it has
-    (the rest of the geometry follows from the shapes): 0 takes those of ``like`` if that is as wide, or those of the
-    released models of this width. UserError where nothing says it, unless ``any_heads``.
+    ``path``: a directory in either layout, or one file. ``section`` picks a part of a training
+    checkpoint (empty: its EMA generator, else its generator; see sections.py). A file alone does
+    not say how many attention ``heads`` it has (the rest of the geometry follows from the shapes):
+    0 takes those of ``like`` if that is as wide, or those of the released models of this width.
+    UserError where nothing says it, unless ``any_heads``.
     """
     where = path if path.is_file() else transformer_dir(path)
     stored = open_tensors(path) if path.is_file() else open_tensor_folder(where, STEM)
     tensors = choose_section(stored, ROOTS, section, str(where))
     for name, tensor in tensors.items():
         if not tensor.meta.is_floating_point():
-            raise UserError(f"{tensor.origin}: tensor '{name}' is {kind_of(tensor)}; only {', '.join(FLOATS)} are read")
+            raise UserError(
+                f"{tensor.origin}: tensor '{name}' is {kind_of(tensor)}; only {', '.join(FLOATS)} are read"
+            )
     layout = layout_of(tensors, str(where))
     known: HeadsFrom = "stated"
     if path.is_file():
-        shapes = {to_diffusers(_ours(name, layout, path)): tensor.shape for name, tensor in tensors.items()}
+        shapes = {
+            to_diffusers(_ours(name, layout, path)): tensor.shape
+            for name, tensor in tensors.items()
+        }
         config, known = config_from_shapes(shapes, heads, path, like)
         if known == "unknown" and not any_heads:
             raise UserError(
@@ -99,9 +116,15 @@ def open_wan(
     return WanFiles(where, config, layout, _fitting(tensors, config, layout, where), known)
 
 
-def _fitting(tensors: Mapping[str, Lazy], config: WanConfig, layout: Layout, where: Path) -> dict[str, Lazy]:
-    """``tensors`` by our names, in the model's order. UserError where they are not those of ``config``."""
-    description, remedy = where if where.is_file() else where / "config.json", "these files do not match"
+def _fitting(
+    tensors: Mapping[str, Lazy], config: WanConfig, layout: Layout, where: Path
+) -> dict[str, Lazy]:
+    """``tensors`` by our names, in the model's order. UserError where they are not those of
+    ``config``."""
+    description, remedy = (
+        where if where.is_file() else where / "config.json",
+        "these files do not match",
+    )
     model = skeleton(lambda: Wan(config), tensors, description, remedy)
     ours = {_ours(name, layout, where): tensor for name, tensor in tensors.items()}
     check_fit(model, ours, where, "the config", remedy, lambda name: _theirs(name, layout))
@@ -109,7 +132,8 @@ def _fitting(tensors: Mapping[str, Lazy], config: WanConfig, layout: Layout, whe
 
 
 def read_wan_config(path: Path) -> WanConfig:
-    """The geometry of a transformer in either layout. UserError for other architectures and for image-to-video."""
+    """The geometry of a transformer in either layout. UserError for other architectures and for
+    image-to-video."""
     if path.is_file():
         return open_wan(path).config
     return read_config(transformer_dir(path) / "config.json")[0]
@@ -127,17 +151,22 @@ def load_wan(
     files = open_wan(path, section=section, heads=heads, like=like)
     with torch.device("meta"):
         model = Wan(files.config)
-    model.load_state_dict({name: tensor.read().to(dtype) for name, tensor in files.tensors.items()}, assign=True)
+    model.load_state_dict(
+        {name: tensor.read().to(dtype) for name, tensor in files.tensors.items()}, assign=True
+    )
     return model
 
 
 def _ours(name: str, layout: Layout, where: Path) -> str:
-    """Our name of an unwrapped tensor, which may not be one of ours: then the caller finds it unexpected."""
+    """Our name of an unwrapped tensor, which may not be one of ours: then the caller finds it
+    unexpected."""
     if layout == "diffusers":
         return to_ours(name)
     renamed = original_to_diffusers(name)
     if renamed is None:
-        raise UserError(f"{where}: tensor '{name}' is not one of Wan 2.1 text-to-video; use its own files")
+        raise UserError(
+            f"{where}: tensor '{name}' is not one of Wan 2.1 text-to-video; use its own files"
+        )
     return to_ours(renamed)
 
 
@@ -147,12 +176,23 @@ def _theirs(name: str, layout: Layout) -> str:
 
 
 def shard_size(text: int | str) -> int:
-    """Bytes of "10GB", "500 MB" or a number. UserError for anything else and for less than one byte."""
-    match = re.fullmatch(r"(\d{1,15})(?:\.(\d{1,6}))?\s*(KB|MB|GB|TB|B)?", str(text).strip(), re.IGNORECASE | re.ASCII)
+    """Bytes of "10GB", "500 MB" or a number. UserError for anything else and for less than one
+    byte."""
+    match = re.fullmatch(
+        r"(\d{1,15})(?:\.(\d{1,6}))?\s*(KB|MB|GB|TB|B)?",
+        str(text).strip(),
+        re.IGNORECASE | re.ASCII,
+    )
     unit = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    size = 0 if match is None else int(float(f"{match[1]}.{match[2] or 0}") * unit.get((match[3] or "B").upper(), 1))
+    size = (
+        0
+        if match is None
+        else int(float(f"{match[1]}.{match[2] or 0}") * unit.get((match[3] or "B").upper(), 1))
+    )
     if size < 1:
-        raise UserError(f"max_shard is {str(text)[:80]!r}; write it as 10GB, 500MB or a number of bytes, at least 1")
+        raise UserError(
+            f"max_shard is {str(text)[:80]!r}; write it as 10GB, 500MB or a number of bytes, at least 1"
+        )
     return size
 
 
@@ -166,22 +206,42 @@ def save_wan(
     max_shard: int | str = MAX_SHARD,
 ) -> None:
     """Write a model's state (our names) in ``dtype``; see :func:`write_wan`."""
-    write_wan({name: in_memory(tensor, dtype=dtype) for name, tensor in state.items()}, cfg, folder, layout, max_shard)
+    write_wan(
+        {name: in_memory(tensor, dtype=dtype) for name, tensor in state.items()},
+        cfg,
+        folder,
+        layout,
+        max_shard,
+    )
 
 
 def write_wan(
-    tensors: Mapping[str, Lazy], cfg: WanConfig, folder: Path, layout: Layout, max_shard: int | str = MAX_SHARD
+    tensors: Mapping[str, Lazy],
+    cfg: WanConfig,
+    folder: Path,
+    layout: Layout,
+    max_shard: int | str = MAX_SHARD,
 ) -> None:
-    """Write config.json and safetensors, in shards with an index where they are large; one shard in memory at a time.
+    """Write config.json and safetensors, in shards with an index where they are large; one shard in
+    memory at a time.
 
-    ``WanTransformer3DModel.from_pretrained`` and the original code's ``WanModel.from_pretrained`` read their layout.
+    ``WanTransformer3DModel.from_pretrained`` and the original code's ``WanModel.from_pretrained``
+    read their layout.
     """
     folder.mkdir(parents=True, exist_ok=True)
     named = {_theirs(name, layout): tensor for name, tensor in tensors.items()}
     metas = {name: tensor.meta for name, tensor in named.items()}
-    plan = split_torch_state_dict_into_shards(metas, filename_pattern=SHARDS, max_shard_size=shard_size(max_shard))
+    plan = split_torch_state_dict_into_shards(
+        metas, filename_pattern=SHARDS, max_shard_size=shard_size(max_shard)
+    )
     for file, names in plan.filename_to_tensors.items():
-        write_tensors(folder / file, {name: named[name].read().contiguous() for name in names}, {"format": "pt"})
+        write_tensors(
+            folder / file,
+            {name: named[name].read().contiguous() for name in names},
+            {"format": "pt"},
+        )
     if plan.is_sharded:
-        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(
+            folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        )
     write_json(folder / "config.json", config_json(cfg, layout))

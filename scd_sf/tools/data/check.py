@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scd_sf.data.clip_files import SUFFIX, VIDEO, clip_path, files_of, is_clip, quarantine_of, read_header
+from scd_sf.data.clip_files import (
+    SUFFIX,
+    VIDEO,
+    clip_path,
+    files_of,
+    is_clip,
+    quarantine_of,
+    read_header,
+)
 from scd_sf.data.clip_index import JOB, ROWS, Common, fault_of, read_folder_job
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.manifest import MANIFEST
@@ -23,7 +31,8 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Report:
-    """``clips`` whole ones; ``damaged`` file -> what is wrong; ``stray`` temporary files; ``index`` what it misses.
+    """``clips`` whole ones; ``damaged`` file -> what is wrong; ``stray`` temporary files; ``index``
+    what it misses.
 
     ``missing``: ids that the last run wanted and that are not there.
     """
@@ -37,23 +46,30 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """One line each; nothing where all is well. Temporary files are no problem: somebody may be writing them."""
+        """One line each; nothing where all is well. Temporary files are no problem: somebody may be
+        writing them."""
         lines = [*self.damaged.values(), *self.index]
         if self.missing:
-            lines.append(f"{len(self.missing)} clips that the last run wanted are missing, first {self.missing[0]}")
+            lines.append(
+                f"{len(self.missing)} clips that the last run wanted are missing, first {self.missing[0]}"
+            )
         return lines
 
 
 def check(root: Path, *, full: bool = False, progress: Progress = lambda done: None) -> Report:
-    """Compare headers with file sizes, shapes and the index; ``full`` also reads and hashes everything.
+    """Compare headers with file sizes, shapes and the index; ``full`` also reads and hashes
+    everything.
 
-    Of a directory of shards: the checks of :class:`LatentClips`. UserError where ``root`` is neither.
+    Of a directory of shards: the checks of :class:`LatentClips`. UserError where ``root`` is
+    neither.
     """
     if not (root / JOB).is_file():
         clips = LatentClips(root)
         if full:
             clips.verify()
-        return Report(clips=len(clips), bytes=sum(file.stat().st_size for file in files_below(root)))
+        return Report(
+            clips=len(clips), bytes=sum(file.stat().st_size for file in files_below(root))
+        )
     common, report, whole = read_folder_job(root), Report(), dict[str, str]()
     for number, path in enumerate(files_of(root), 1):
         if is_part(path):
@@ -63,17 +79,22 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda done: N
         elif path.suffix != VIDEO:
             report.damaged[path] = f"{path}: not a file of a clip"
         elif not path.with_suffix(SUFFIX).is_file():
-            report.stray.append(path)  # its latents were not written, or were damaged: it is made again
+            # its latents were not written, or were damaged: it is made again
+            report.stray.append(path)
         progress(number)
     report.clips = len(whole)
     if (root / WANTED).is_file():
-        wanted = [str(row.get("id")) for row in read_jsonl(root / WANTED, "run the generation again")]
+        wanted = [
+            str(row.get("id")) for row in read_jsonl(root / WANTED, "run the generation again")
+        ]
         report.missing = sorted(set(wanted) - set(whole))
     report.index = _check_index(root, whole)
     return report
 
 
-def _check_clip(path: Path, common: Common, full: bool, report: Report, whole: dict[str, str]) -> None:
+def _check_clip(
+    path: Path, common: Common, full: bool, report: Report, whole: dict[str, str]
+) -> None:
     fault = fault_of(path, common, full=full)
     if not fault:
         header = read_header(path)
@@ -99,12 +120,15 @@ def _check_index(root: Path, whole: dict[str, str]) -> list[str]:
         return _check_fixed_prompts(root)
     gone, new = sorted(listed.keys() - whole.keys()), sorted(whole.keys() - listed.keys())
     other = sorted(name for name in listed.keys() & whole.keys() if listed[name] != whole[name])
-    counts = f"{len(gone)} listed but not whole, {len(new)} not listed, {len(other)} of other contents"
+    counts = (
+        f"{len(gone)} listed but not whole, {len(new)} not listed, {len(other)} of other contents"
+    )
     return [f"{root / ROWS}: {counts}; run 'scd data manifest {root}'"]
 
 
 def _check_fixed_prompts(root: Path) -> list[str]:
-    """What is wrong with the states of the empty and of the negative prompt, which lie beside the clips."""
+    """What is wrong with the states of the empty and of the negative prompt, which lie beside the
+    clips."""
     try:
         PromptTable(root)
     except UserError as error:
@@ -112,14 +136,18 @@ def _check_fixed_prompts(root: Path) -> list[str]:
     return []
 
 
-def repair(root: Path, *, full: bool = False, progress: Progress = lambda done: None) -> tuple[Report, int]:
+def repair(
+    root: Path, *, full: bool = False, progress: Progress = lambda done: None
+) -> tuple[Report, int]:
     """Move what is damaged to ``quarantine/``, remove old temporary files, write the index again.
 
-    Returns what was found and how many clips the index has now (0: none is left). The next run of the command that made
-    the clips makes the moved ones again. UserError for a directory of shards.
+    Returns what was found and how many clips the index has now (0: none is left). The next run of
+    the command that made the clips makes the moved ones again. UserError for a directory of shards.
     """
     if not (root / JOB).is_file():
-        raise UserError(f"{root}: has no {JOB}; only folders of one file per clip can be repaired, copy shards again")
+        raise UserError(
+            f"{root}: has no {JOB}; only folders of one file per clip can be repaired, copy shards again"
+        )
     read_folder_job(root)
     with locked(root, "scd data repair"):
         return _repair(root, full, progress)

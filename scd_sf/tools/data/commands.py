@@ -17,14 +17,17 @@ from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import say
 
 SHOWN = 20
-app = typer.Typer(help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True)
+app = typer.Typer(
+    help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True
+)
 Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or 'scd data import'.")]
 Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
 
 
 @app.command("check")
 def check_command(folder: Folder, full: Full = False) -> None:
-    """Compare headers, file sizes, shapes and the index; exit code 1 when something is wrong. Changes nothing."""
+    """Compare headers, file sizes, shapes and the index; exit code 1 when something is wrong.
+    Changes nothing."""
     with progress_of("files") as progress:
         report = check(folder, full=full, progress=progress)
     for line in report.problems[:SHOWN]:
@@ -32,13 +35,16 @@ def check_command(folder: Folder, full: Full = False) -> None:
     if len(report.problems) > SHOWN:
         say(f"... and {len(report.problems) - SHOWN} more")
     stray = f", {len(report.stray)} temporary files" if report.stray else ""
-    say(f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}")
+    say(
+        f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}"
+    )
     sys.exit(1 if report.problems else 0)
 
 
 @app.command("repair")
 def repair_command(folder: Folder, full: Full = False) -> None:
-    """Move damaged files to quarantine/, so that the next run makes them again; remove old temporary files; index."""
+    """Move damaged files to quarantine/, so that the next run makes them again; remove old
+    temporary files; index."""
     with progress_of("files") as progress:
         report, count = repair(folder, full=full, progress=progress)
     for fault in report.damaged.values():
@@ -57,7 +63,9 @@ def manifest(folder: Folder) -> None:
 @app.command("export-webdataset")
 def export_tars(
     folder: Folder,
-    out: Annotated[Path, typer.Argument(help="A new folder, or one of an export that was interrupted.")],
+    out: Annotated[
+        Path, typer.Argument(help="A new folder, or one of an export that was interrupted.")
+    ],
     per_tar: Annotated[int, typer.Option(help="Clips per tar.")] = 256,
     videos: Annotated[bool, typer.Option(help="Also the mp4 files.")] = True,
 ) -> None:
@@ -69,15 +77,27 @@ def export_tars(
 
 @app.command("import")
 def import_source(
-    source: Annotated[Path, typer.Argument(help="Tars of rCM or ours, LMDB of Self-Forcing, parquet of FastVideo.")],
-    out: Annotated[Path, typer.Argument(help="A new folder, or one of an import that was interrupted.")],
-    model: Annotated[Path, typer.Option(help="The Wan directory (VAE, text encoder) that the clips are of.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="Tars of rCM or ours, LMDB of Self-Forcing, parquet of FastVideo."),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="A new folder, or one of an import that was interrupted.")
+    ],
+    model: Annotated[
+        Path, typer.Option(help="The Wan directory (VAE, text encoder) that the clips are of.")
+    ],
     store: Annotated[str, typer.Option(help="bf16, fp16 or fp32 on disk.")] = "bf16",
-    negative_prompt: Annotated[str, typer.Option(help="Of stage 3's teacher; 'wan' is Wan's own, '' none.")] = "wan",
-    text_cache: Annotated[str, typer.Option(help="Where encoded prompts are kept; 'off': nowhere.")] = "",
+    negative_prompt: Annotated[
+        str, typer.Option(help="Of stage 3's teacher; 'wan' is Wan's own, '' none.")
+    ] = "wan",
+    text_cache: Annotated[
+        str, typer.Option(help="Where encoded prompts are kept; 'off': nowhere.")
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda, for the text encoder.")] = "cpu",
 ) -> None:
-    """Other projects' clips as a folder that stage 2 reads. Archives are read in place; pickled code is refused."""
+    """Other projects' clips as a folder that stage 2 reads. Archives are read in place; pickled
+    code is refused."""
     from scd_sf.tools.data.importer import ImportOptions, import_clips
 
     options = ImportOptions(source, out, model, store, negative_prompt, text_cache, device)

@@ -1,8 +1,10 @@
-"""From clips of pixels, or of foreign latents, to a directory of encoded frames (``scd_sf.data.frames.FrameClips``).
+"""From clips of pixels, or of foreign latents, to a directory of encoded frames
+(``scd_sf.data.frames.FrameClips``).
 
-Threads decode a few clips ahead (decoders leave Python's lock), the tokenizer takes some frames at a time. Malformed
-clips are left out and listed in ``report.json`` with the reason; more than a share of them is an error. An interrupted
-run goes on after the last complete shard. The input is only read.
+Threads decode a few clips ahead (decoders leave Python's lock), the tokenizer takes some frames at
+a time. Malformed clips are left out and listed in ``report.json`` with the reason; more than a
+share of them is an error. An interrupted run goes on after the last complete shard. The input is
+only read.
 """
 
 from __future__ import annotations
@@ -101,8 +103,9 @@ class EncodeConfig:
 
 @dataclass
 class EncodeReport:
-    """What became of a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run, ``before``: done by an
-    earlier run; ``bad``: what is left out and why. Seconds are of this run."""
+    """What became of a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run,
+    ``before``: done by an earlier run; ``bad``: what is left out and why. Seconds are of this
+    run."""
 
     clips: int
     before: int = 0
@@ -114,7 +117,9 @@ class EncodeReport:
     def write(self, path: Path) -> None:
         """As JSON. UserError where another file has this name."""
         check_report(path)
-        bad = [{"name": printable(part.name), "reason": printable(part.reason)} for part in self.bad]
+        bad = [
+            {"name": printable(part.name), "reason": printable(part.reason)} for part in self.bad
+        ]
         rate = round(self.frames / max(self.seconds, 1e-9), 2)
         write_json(path, {**asdict(self), "bad": bad, "frames_per_second": rate})
 
@@ -140,15 +145,19 @@ def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> EncodeRepo
 def encode_pixels(
     source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: Json, config: EncodeConfig
 ) -> EncodeReport:
-    """Encode every clip of a source. ``inputs``: what else the directory is made from (the tokenizer's hash).
+    """Encode every clip of a source. ``inputs``: what else the directory is made from (the
+    tokenizer's hash).
 
-    UserError: too many malformed clips, sizes that the tokenizer cannot divide, or a directory of something else.
+    UserError: too many malformed clips, sizes that the tokenizer cannot divide, or a directory of
+    something else.
     """
 
     def shape_of(clip: PixelClip) -> Shape:
         height, width = clip.frames_F3HW.shape[2:]
         if height % tokenizer.spatial or width % tokenizer.spatial:
-            raise UserError(f"{clip.id}: {width}x{height} does not divide by {tokenizer.spatial}; choose another size")
+            raise UserError(
+                f"{clip.id}: {width}x{height} does not divide by {tokenizer.spatial}; choose another size"
+            )
         return tokenizer.channels, height // tokenizer.spatial, width // tokenizer.spatial
 
     def latents_of(clip: PixelClip) -> Tensor:
@@ -163,7 +172,8 @@ def encode_pixels(
 def import_latents(
     source: AnySource[FarLatentClip], spatial: int, out: Path, inputs: Json, config: EncodeConfig
 ) -> EncodeReport:
-    """Copy foreign latents. ``spatial``: pixels per latent along a side. Errors as in :func:`encode_pixels`."""
+    """Copy foreign latents. ``spatial``: pixels per latent along a side. Errors as in
+    :func:`encode_pixels`."""
 
     def shape_of(clip: FarLatentClip) -> Shape:
         _, channels, height, width = clip.latents_FCHW.shape
@@ -195,7 +205,9 @@ def _write(
 
         def append(clip: ClipType) -> None:
             if shape_of(clip) != shape:
-                raise UserError(f"latents would be {shape_of(clip)}, those of the first clip are {shape}")
+                raise UserError(
+                    f"latents would be {shape_of(clip)}, those of the first clip are {shape}"
+                )
             writer.append(clip.id, latents_of(clip), clip.actions_F, clip.label)
 
         done = set(writer.done)
@@ -237,7 +249,8 @@ def _read_all(
 def _ahead(
     source: AnySource[ClipType], indices: Sequence[int], workers: int
 ) -> Iterator[tuple[int, ClipType | UserError]]:
-    """(index, clip or why it is left out) in order. At most ``workers`` + 1 are read or held at a time."""
+    """(index, clip or why it is left out) in order. At most ``workers`` + 1 are read or held at a
+    time."""
 
     def read(index: int) -> tuple[int, ClipType | UserError]:
         try:
@@ -286,8 +299,8 @@ def _hold_to_budget(report: EncodeReport, config: EncodeConfig, out: Path | None
 
 @dataclass(frozen=True)
 class Task:
-    """What a script was asked for. ``tokenizer``: a directory of an image tokenizer; ``check``: only read and
-    report, to ``report`` too where it is given."""
+    """What a script was asked for. ``tokenizer``: a directory of an image tokenizer; ``check``:
+    only read and report, to ``report`` too where it is given."""
 
     out: Path | None
     tokenizer: Path | None
@@ -297,11 +310,13 @@ class Task:
 
 
 def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
-    """The whole of a script for pixels: check or encode, and print what became of it. UserError: see above, or an
-    option is missing."""
+    """The whole of a script for pixels: check or encode, and print what became of it. UserError:
+    see above, or an option is missing."""
     if not _checked(source, task):
         if task.tokenizer is None:
-            raise UserError("--tokenizer: is missing; give the directory of one, or --check to only read")
+            raise UserError(
+                "--tokenizer: is missing; give the directory of one, or --check to only read"
+            )
         from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(task.tokenizer, task.config.device)
@@ -335,5 +350,7 @@ def _checked(source: AnySource[ClipType], task: Task) -> bool:
 
 def _out(task: Task) -> Path:
     if task.out is None:
-        raise UserError("--out: is missing; give the directory for the encoded frames, or --check to only read")
+        raise UserError(
+            "--out: is missing; give the directory for the encoded frames, or --check to only read"
+        )
     return task.out

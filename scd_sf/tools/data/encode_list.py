@@ -1,7 +1,8 @@
 """A plain list of prompts -> a directory of encoded ones, shared by any number of ranks.
 
-Shard n holds the prompts n*per_shard and on, and is the work of rank n mod N. It is recorded under ``records/`` when it
-is whole; when all are, rank 0 writes the manifest. So the same command goes on after any kill, on any number of ranks.
+Shard n holds the prompts n*per_shard and on, and is the work of rank n mod N. It is recorded under
+``records/`` when it is whole; when all are, rank 0 writes the manifest. So the same command goes on
+after any kill, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class EncodeListConfig:
 
 
 def encode_list(cfg: EncodeListConfig, ranks: Ranks) -> None:
-    """Encode what is missing; a finished directory is left alone. UserError for a folder of others, or other inputs."""
+    """Encode what is missing; a finished directory is left alone. UserError for a folder of others,
+    or other inputs."""
     config, out = text_config(cfg.model), Path(cfg.out)
     width = encoder_width(config)
     prompts = read_prompt_list(Path(cfg.prompts), cfg.column)
@@ -95,13 +97,17 @@ def encode_list(cfg: EncodeListConfig, ranks: Ranks) -> None:
         ranks.barrier()
 
 
-def _begin(cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[Prompt], held: ExitStack) -> ShardWriter:
+def _begin(
+    cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[Prompt], held: ExitStack
+) -> ShardWriter:
     """The folder, locked for this job, begun or begun before with the same inputs."""
     out = Path(cfg.out)
     weights, tokens = encoder_parts(config)
     inputs = {
         "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
-        "text_weights_sha256": sha256_file(weights) if weights.is_file() else sha256_folder(weights, "*.safetensors"),
+        "text_weights_sha256": sha256_file(weights)
+        if weights.is_file()
+        else sha256_folder(weights, "*.safetensors"),
         "text_tokenizer_sha256": sha256_folder(tokens, "token*.json"),
         "text_config": config.settings,
         "negative_prompt": cfg.negative_prompt,
@@ -117,7 +123,9 @@ def _begin(cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[P
     return writer
 
 
-def _encode_mine(cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+def _encode_mine(
+    cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], ranks: Ranks
+) -> None:
     out, dtype = Path(cfg.out), dtype_of(cfg.store or cfg.dtype)
     mine = list(range(len(prompts)))[:: cfg.per_shard][ranks.rank :: ranks.world]
     with progress_of("shards of rank 0", len(mine), 0) as report:
@@ -131,16 +139,28 @@ def _encode_mine(cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[
             ):
                 rows = prompts[first : first + cfg.per_shard]
                 states = states_alone(encoder, [row.prompt for row in rows])
-                tokens = finite(torch.cat(states).to(dtype), f"text states of prompts {first} and on")
-                write_tensors(file, {"tokens": tokens, "lengths": torch.tensor([len(state) for state in states])})
-                write_json(record, asdict(ShardFile(file.name, len(rows), file.stat().st_size, sha256_file(file))))
+                tokens = finite(
+                    torch.cat(states).to(dtype), f"text states of prompts {first} and on"
+                )
+                write_tensors(
+                    file,
+                    {"tokens": tokens, "lengths": torch.tensor([len(state) for state in states])},
+                )
+                write_json(
+                    record,
+                    asdict(ShardFile(file.name, len(rows), file.stat().st_size, sha256_file(file))),
+                )
             if ranks.is_main:
                 report(number)
 
 
-def _finish(cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], writer: ShardWriter) -> None:
+def _finish(
+    cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], writer: ShardWriter
+) -> None:
     names = [f"text-{number:05d}.json" for number in range(-(-len(prompts) // cfg.per_shard))]
-    writer.shards["text"] = [read_typed(writer.root / RECORDS / name, ShardFile, AGAIN) for name in names]
+    writer.shards["text"] = [
+        read_typed(writer.root / RECORDS / name, ShardFile, AGAIN) for name in names
+    ]
     text = encode_prompts(
         writer,
         prompts,

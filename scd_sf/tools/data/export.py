@@ -1,9 +1,11 @@
-"""``scd data export-webdataset``: tar shards for object stores and for loaders that read one sample after another.
+"""``scd data export-webdataset``: tar shards for object stores and for loaders that read one sample
+after another.
 
-``shard-00000.tar`` ... hold, per clip in id order, ``ID.safetensors`` (the clip's file as it is: latents, text states,
-and all metadata in its header), ``ID.prompt.txt`` and, if kept, ``ID.mp4``. Loaders group members by the name up to the
-first dot, as webdataset and rCM's do; ``safetensors.torch.load`` decodes the first. No pickle. Tars depend on the clips
-alone (no times, no owners), appear whole, and 'scd data import' reads them back.
+``shard-00000.tar`` ... hold, per clip in id order, ``ID.safetensors`` (the clip's file as it is:
+latents, text states, and all metadata in its header), ``ID.prompt.txt`` and, if kept, ``ID.mp4``.
+Loaders group members by the name up to the first dot, as webdataset and rCM's do;
+``safetensors.torch.load`` decodes the first. No pickle. Tars depend on the clips alone (no times,
+no owners), appear whole, and 'scd data import' reads them back.
 """
 
 from __future__ import annotations
@@ -16,7 +18,17 @@ from pathlib import Path
 
 from scd_sf.data.clip_files import VIDEO, read_header
 from scd_sf.data.clip_index import ROWS
-from scd_sf.files import foreign, locked, new_file, others_in, read_json, read_jsonl, sha256_file, typed, write_json
+from scd_sf.files import (
+    foreign,
+    locked,
+    new_file,
+    others_in,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    typed,
+    write_json,
+)
 from scd_sf.tools.data.check import whole_clips
 from scd_sf.types import UserError
 
@@ -61,11 +73,18 @@ def export_webdataset(
 
 
 def _check_own(out: Path, listings: Mapping[str, Listing]) -> None:
-    """UserError where ``out`` holds what no export has written: nothing of others is overwritten."""
+    """UserError where ``out`` holds what no export has written: nothing of others is
+    overwritten."""
     taken, index = others_in(out), out / INDEX
-    own = typed(read_json(index, KEEP).get("tars"), dict[str, object], index, KEEP) if INDEX in taken else {}
+    own = (
+        typed(read_json(index, KEEP).get("tars"), dict[str, object], index, KEEP)
+        if INDEX in taken
+        else {}
+    )
     for name in taken:
-        if name == INDEX or (name in listings and (name in own or _listing(out / name) == listings[name])):
+        if name == INDEX or (
+            name in listings and (name in own or _listing(out / name) == listings[name])
+        ):
             continue
         raise UserError(f"{out}: holds {name}, which is none of these tars; {KEEP}")
 

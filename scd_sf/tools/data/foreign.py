@@ -1,10 +1,13 @@
-"""Clips in other projects' layouts, one after another. Nothing is extracted and no code of theirs can run.
+"""Clips in other projects' layouts, one after another. Nothing is extracted and no code of theirs
+can run.
 
-- rCM: tars of ``{idx:09d}.latent.pt``, ``.embed.pt``, ``.prompt.txt``; latents (C, F, H, W), normalised.
+- rCM: tars of ``{idx:09d}.latent.pt``, ``.embed.pt``, ``.prompt.txt``; latents (C, F, H, W),
+  normalised.
 - our own: tars of 'scd data export-webdataset'.
-- Self-Forcing, CausVid: LMDB (or a folder of them) with ``latents_{i}_data`` (fp16), ``prompts_{i}_data`` and the text
-  ``latents_shape``: N F C H W, or N K F C H W, whose last of K is the clean clip. Normalised. No text states.
-  (The LMDB library itself trusts the structure of its files: import such a file only from where you would run code.)
+- Self-Forcing, CausVid: LMDB (or a folder of them) with ``latents_{i}_data`` (fp16),
+  ``prompts_{i}_data`` and the text ``latents_shape``: N F C H W, or N K F C H W, whose last of K is
+  the clean clip. Normalised. No text states. (The LMDB library itself trusts the structure of its
+  files: import such a file only from where you would run code.)
 - FastVideo: parquet; latents (C, F, H, W) as the VAE gives them, not normalised.
 """
 
@@ -30,17 +33,34 @@ from scd_sf.types import UserError, printable
 SUFFIXES = (".latent.pt", ".embed.pt", ".prompt.txt", ".safetensors", ".mp4")
 RCM, OWN = {"latent.pt", "embed.pt", "prompt.txt"}, {"safetensors", "prompt.txt"}
 PARQUET = (
-    "caption", "vae_latent_bytes", "vae_latent_shape", "vae_latent_dtype",
-    "text_embedding_bytes", "text_embedding_shape", "text_embedding_dtype",
-)  # fmt: skip
-PARQUET_KNOWN = {*PARQUET, "id", "file_name", "media_type", "width", "height", "num_frames", "duration_sec", "fps"}
-ROW_GROUP = 8 * 2**30  # bytes of a row group without compression; 64 clips of 81 frames at 480x832 are 1.1e9
+    "caption",
+    "vae_latent_bytes",
+    "vae_latent_shape",
+    "vae_latent_dtype",
+    "text_embedding_bytes",
+    "text_embedding_shape",
+    "text_embedding_dtype",
+)
+PARQUET_KNOWN = {
+    *PARQUET,
+    "id",
+    "file_name",
+    "media_type",
+    "width",
+    "height",
+    "num_frames",
+    "duration_sec",
+    "fps",
+}
+# bytes of a row group without compression; 64 clips of 81 frames at 480x832 are 1.1e9
+ROW_GROUP = 8 * 2**30
 
 
 @dataclass(frozen=True)
 class ForeignClip:
-    """One clip of a source. ``latents`` (F, C, H, W), ``text`` (T, E) without padding or None; ``raw``: as the VAE
-    gives them, not normalised. ``own``: the bytes of one of our files instead, and of its mp4."""
+    """One clip of a source. ``latents`` (F, C, H, W), ``text`` (T, E) without padding or None;
+    ``raw``: as the VAE gives them, not normalised. ``own``: the bytes of one of our files instead,
+    and of its mp4."""
 
     name: str
     prompt: str = ""
@@ -114,18 +134,23 @@ def _sample(name: str, members: dict[str, bytes]) -> ForeignClip:
     if members.keys() in (OWN, OWN | {"mp4"}):
         return ForeignClip(name, own=members["safetensors"], video=members.get("mp4"))
     if members.keys() != RCM:
-        raise ValueError(f"has {', '.join(sorted(members))}; a sample needs {', '.join(sorted(RCM))}")
+        raise ValueError(
+            f"has {', '.join(sorted(members))}; a sample needs {', '.join(sorted(RCM))}"
+        )
     latents = one_tensor(members["latent.pt"], "latent.pt")
     text = one_tensor(members["embed.pt"], "embed.pt")
     if latents.ndim == 5 and len(latents) == 1:
         latents = latents[0]
     if latents.ndim != 4:
         raise ValueError(f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W)")
-    return ForeignClip(name, members["prompt.txt"].decode(), latents.transpose(0, 1), unpadded(text))
+    return ForeignClip(
+        name, members["prompt.txt"].decode(), latents.transpose(0, 1), unpadded(text)
+    )
 
 
 def unpadded(text: Tensor) -> Tensor:
-    """(T, E) of (L, E) or (1, L, E): without the zeros after the true length. ValueError for another shape, or none."""
+    """(T, E) of (L, E) or (1, L, E): without the zeros after the true length. ValueError for
+    another shape, or none."""
     rows = text[0] if text.ndim == 3 and len(text) == 1 else text
     if rows.ndim != 2:
         raise ValueError(f"text states of shape {tuple(text.shape)} instead of (L, E)")
@@ -136,17 +161,22 @@ def unpadded(text: Tensor) -> Tensor:
 
 
 def read_lmdb(path: Path) -> Iterator[Part]:
-    """The samples of an LMDB environment. Values are bytes of numbers and of text: nothing in them is executed."""
+    """The samples of an LMDB environment. Values are bytes of numbers and of text: nothing in them
+    is executed."""
     lmdb = _library("lmdb")
     with foreign(path, COPY):
-        env = lmdb.open(str(path), readonly=True, lock=False, create=False, readahead=True, max_readers=1)
+        env = lmdb.open(
+            str(path), readonly=True, lock=False, create=False, readahead=True, max_readers=1
+        )
     with env:
         with foreign(path, COPY):
             _check_lmdb(env, path)
             with env.begin() as view:
                 shape = _lmdb_shape(view.get(b"latents_shape"), path)
         if 2 * shape[0] > (entries := env.stat()["entries"]):
-            raise UserError(f"{path}: 'latents_shape' says {shape[0]} clips, it has {entries} entries; copy it again")
+            raise UserError(
+                f"{path}: 'latents_shape' says {shape[0]} clips, it has {entries} entries; copy it again"
+            )
         for number in range(shape[0]):
             try:
                 yield _lmdb_sample(env, number, shape, f"{path}[{number}]")
@@ -155,15 +185,22 @@ def read_lmdb(path: Path) -> Iterator[Part]:
 
 
 def _check_lmdb(env: Any, path: Path) -> None:
-    """ValueError where the file is shorter than its pages: to read beyond its end would kill the process."""
-    needed, size = (env.info()["last_pgno"] + 1) * env.stat()["psize"], (path / "data.mdb").stat().st_size
+    """ValueError where the file is shorter than its pages: to read beyond its end would kill the
+    process."""
+    needed, size = (
+        (env.info()["last_pgno"] + 1) * env.stat()["psize"],
+        (path / "data.mdb").stat().st_size,
+    )
     if size < needed:
         raise ValueError(f"data.mdb has {size} bytes instead of {needed} (cut?)")
 
 
 def _lmdb_sample(env: Any, number: int, shape: tuple[int, ...], name: str) -> ForeignClip:
     with foreign("damaged", COPY), env.begin() as view:
-        data, prompt = view.get(f"latents_{number}_data".encode()), view.get(f"prompts_{number}_data".encode())
+        data, prompt = (
+            view.get(f"latents_{number}_data".encode()),
+            view.get(f"prompts_{number}_data".encode()),
+        )
     if data is None or prompt is None:
         raise ValueError("has no latents or no prompt")
     latents = numbers_of(data, "float16", shape[1:])
@@ -173,12 +210,15 @@ def _lmdb_sample(env: Any, number: int, shape: tuple[int, ...], name: str) -> Fo
 def _lmdb_shape(text: bytes | None, path: Path) -> tuple[int, ...]:
     sizes = (text or b"").decode("ascii", "replace").split()
     if len(sizes) not in (5, 6) or not all(re.fullmatch("[1-9][0-9]{0,9}", size) for size in sizes):
-        raise UserError(f"{path}: 'latents_shape' is {text!r}; it must be the numbers N F C H W, or N K F C H W")
+        raise UserError(
+            f"{path}: 'latents_shape' is {text!r}; it must be the numbers N F C H W, or N K F C H W"
+        )
     return tuple(int(size) for size in sizes)
 
 
 def numbers_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Raw little-endian numbers as a tensor. ValueError where bytes, type and shape do not fit each other."""
+    """Raw little-endian numbers as a tensor. ValueError where bytes, type and shape do not fit each
+    other."""
     if dtype not in LONG_DTYPES:
         raise ValueError(f"dtype '{dtype}' is unknown; known are {', '.join(LONG_DTYPES)}")
     count = LONG_DTYPES[dtype].itemsize
@@ -190,7 +230,8 @@ def numbers_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_parquet(path: Path) -> Iterator[Part]:
-    """The rows of FastVideo's text-to-video parquet. UserError for other columns, and for row groups beyond memory.
+    """The rows of FastVideo's text-to-video parquet. UserError for other columns, and for row
+    groups beyond memory.
 
     A row group that cannot be decoded is refused from its first bad row on.
     """
@@ -210,14 +251,22 @@ def _check_columns(path: Path, columns: list[str]) -> None:
     missing = [name for name in PARQUET if name not in columns]
     unknown = sorted(set(columns) - PARQUET_KNOWN)
     if missing or unknown:
-        what = f"has no column '{missing[0]}'" if missing else f"has a column '{unknown[0]}' that is not known"
-        raise UserError(f"{path}: {what}; only FastVideo's text-to-video layout is read: {', '.join(PARQUET)}")
+        what = (
+            f"has no column '{missing[0]}'"
+            if missing
+            else f"has a column '{unknown[0]}' that is not known"
+        )
+        raise UserError(
+            f"{path}: {what}; only FastVideo's text-to-video layout is read: {', '.join(PARQUET)}"
+        )
 
 
 def _check_row_groups(path: Path, metadata: Any) -> None:
-    """UserError naming the first row group that takes more than :data:`ROW_GROUP` bytes without compression.
+    """UserError naming the first row group that takes more than :data:`ROW_GROUP` bytes without
+    compression.
 
-    The columns' own sizes are not asked for: pyarrow ends the process where a column's statistics are damaged.
+    The columns' own sizes are not asked for: pyarrow ends the process where a column's statistics
+    are damaged.
     """
     rows = 0
     for number in range(metadata.num_row_groups):
@@ -237,7 +286,9 @@ def _row_group(path: Path, file: Any, group: int) -> Iterator[Part]:
     name = f"{path}[{group}]"
     try:
         with foreign("damaged", COPY):
-            batches = file.iter_batches(1, row_groups=[group], columns=list(PARQUET), use_threads=False)
+            batches = file.iter_batches(
+                1, row_groups=[group], columns=list(PARQUET), use_threads=False
+            )
         for number in itertools.count():
             name = f"{path}[{group}:{number}]"
             with foreign("damaged", COPY):
@@ -259,12 +310,18 @@ def _parquet_sample(name: str, row: dict[str, Any]) -> ForeignClip:
     tensors = []
     for part in ("vae_latent", "text_embedding"):
         data, shape, dtype = (row[f"{part}_{field}"] for field in ("bytes", "shape", "dtype"))
-        if not isinstance(data, bytes) or not shape or not all(isinstance(size, int) for size in shape):
+        if (
+            not isinstance(data, bytes)
+            or not shape
+            or not all(isinstance(size, int) for size in shape)
+        ):
             raise ValueError(f"'{part}_bytes' or '{part}_shape' is empty or of another type")
         tensors.append(numbers_of(data, str(dtype).removeprefix("torch."), tuple(shape)))
     latents, text = tensors
     if latents.ndim != 4 or not isinstance(row["caption"], str):
-        raise ValueError(f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W), or no caption")
+        raise ValueError(
+            f"latents of shape {tuple(latents.shape)} instead of (C, F, H, W), or no caption"
+        )
     return ForeignClip(name, row["caption"], latents.transpose(0, 1), unpadded(text), raw=True)
 
 
@@ -272,4 +329,6 @@ def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this layout needs {name.partition('.')[0]}; pip install 'scd-sf[data]'") from error
+        raise UserError(
+            f"this layout needs {name.partition('.')[0]}; pip install 'scd-sf[data]'"
+        ) from error

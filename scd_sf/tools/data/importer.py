@@ -1,4 +1,5 @@
-"""``scd data import``: clips of other projects' layouts (foreign.py) as a folder of one file per clip."""
+"""``scd data import``: clips of other projects' layouts (foreign.py) as a folder of one file per
+clip."""
 
 from __future__ import annotations
 
@@ -42,8 +43,9 @@ REFUSED = "refused.jsonl"
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """``model``: a Wan directory whose VAE normalises what is not normalised, and whose text encoder encodes the empty
-    and the negative prompt, and all prompts where the source has no text states. ``store``: bf16, fp16 or fp32."""
+    """``model``: a Wan directory whose VAE normalises what is not normalised, and whose text
+    encoder encodes the empty and the negative prompt, and all prompts where the source has no text
+    states. ``store``: bf16, fp16 or fp32."""
 
     source: Path
     out: Path
@@ -55,28 +57,43 @@ class ImportOptions:
 
 
 def sources_of(path: Path) -> tuple[str, list[Path]]:
-    """("tar" | "lmdb" | "parquet", its files or environments in name order). UserError for none, or for several."""
+    """("tar" | "lmdb" | "parquet", its files or environments in name order). UserError for none, or
+    for several."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_file():
-        found = {"tar": [path] * (path.suffix == ".tar"), "parquet": [path] * (path.suffix == ".parquet"), "lmdb": []}
+        found = {
+            "tar": [path] * (path.suffix == ".tar"),
+            "parquet": [path] * (path.suffix == ".parquet"),
+            "lmdb": [],
+        }
     else:
         below = list(files_below(path))
         found = {
             "tar": [file for file in below if file.suffix == ".tar" and file.parent == path],
             "parquet": [file for file in below if file.suffix == ".parquet"],
-            "lmdb": [f.parent for f in below if f.name == "data.mdb" and path in (f.parent, f.parent.parent)],
+            "lmdb": [
+                f.parent
+                for f in below
+                if f.name == "data.mdb" and path in (f.parent, f.parent.parent)
+            ],
         }
     kinds = [kind for kind, files in found.items() if files]
     if len(kinds) != 1:
-        raise UserError(f"{path}: holds {' and '.join(kinds) or 'none'} of .tar, .parquet and data.mdb; give one kind")
+        raise UserError(
+            f"{path}: holds {' and '.join(kinds) or 'none'} of .tar, .parquet and data.mdb; give one kind"
+        )
     return kinds[0], found[kinds[0]]
 
 
-def import_clips(options: ImportOptions, progress: Callable[[int], None] = lambda done: None) -> str:
-    """Copy every clip of the source; a line that says what was done. What is there already is not written again.
+def import_clips(
+    options: ImportOptions, progress: Callable[[int], None] = lambda done: None
+) -> str:
+    """Copy every clip of the source; a line that says what was done. What is there already is not
+    written again.
 
-    UserError, after all else is imported, when something was refused: ``quarantine/refused.jsonl`` lists it.
+    UserError, after all else is imported, when something was refused: ``quarantine/refused.jsonl``
+    lists it.
     """
     dtype_of(options.store, "--store")
     kind, files = sources_of(options.source)
@@ -87,7 +104,9 @@ def import_clips(options: ImportOptions, progress: Callable[[int], None] = lambd
         return _import(options, target, _parts(kind, files), progress)
 
 
-def _import(options: ImportOptions, target: _Target, parts: Iterator[Part], progress: Callable[[int], None]) -> str:
+def _import(
+    options: ImportOptions, target: _Target, parts: Iterator[Part], progress: Callable[[int], None]
+) -> str:
     refused: list[Json] = []
     for number, part in enumerate(parts, 1):
         fault = part.reason if isinstance(part, Refused) else target.add(part)
@@ -104,7 +123,9 @@ def _import(options: ImportOptions, target: _Target, parts: Iterator[Part], prog
     count = index_clips(options.out)
     if refused:
         first = f"{refused[0]['name']}: {refused[0]['reason']}"
-        raise UserError(f"{len(refused)} parts of {options.source} were refused, {where} lists them; first {first}")
+        raise UserError(
+            f"{len(refused)} parts of {options.source} were refused, {where} lists them; first {first}"
+        )
     return f"{options.out}: {target.count} clips from {options.source} ({target.kind}), {count} in the index"
 
 
@@ -116,9 +137,17 @@ def _parts(kind: str, files: list[Path]) -> Iterator[Part]:
 class _Target:
     """The folder that is written. The first clip decides the shape of all."""
 
-    def __init__(self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae, held: ExitStack) -> None:
+    def __init__(
+        self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae, held: ExitStack
+    ) -> None:
         """``held``: keeps the folder's lock, which is taken with the first clip."""
-        self.options, self.kind, self.encoder, self.vae, self.held = options, kind, encoder, vae, held
+        self.options, self.kind, self.encoder, self.vae, self.held = (
+            options,
+            kind,
+            encoder,
+            vae,
+            held,
+        )
         self.common: Common | None = None
         self.count = 0
 
@@ -148,7 +177,9 @@ class _Target:
                 f"latents {tuple(latents.shape)} instead of {common.shape.latent(1)[1:]}, as the first clip's"
             )
         if text.shape[1] != common.width or not 0 < len(text) <= common.max_length:
-            raise ValueError(f"text {tuple(text.shape)} instead of ({common.max_length} at most, {common.width})")
+            raise ValueError(
+                f"text {tuple(text.shape)} instead of ({common.max_length} at most, {common.width})"
+            )
         digest = sha256_bytes(bytes_of(latents))
         key = json.dumps([self.kind, sample.prompt, digest], ensure_ascii=False)
         clip, shape = hashlib.blake2b(key.encode(), digest_size=16).hexdigest(), common.shape
@@ -156,12 +187,18 @@ class _Target:
         if not path.is_file() or fault_of(path, common):
             size = f"{shape.pixel_width}x{shape.pixel_height}"
             about = About(
-                clip, sample.prompt, frames=shape.pixel_frames, size=size, source=self.kind, toolkit=__version__
+                clip,
+                sample.prompt,
+                frames=shape.pixel_frames,
+                size=size,
+                source=self.kind,
+                toolkit=__version__,
             )
             write_clip(self.options.out, latents, text, about)
 
     def _add_own(self, sample: ForeignClip, data: bytes) -> None:
-        """A file of ours, byte for byte, after it was read and its checksums compared. The video goes first."""
+        """A file of ours, byte for byte, after it was read and its checksums compared. The video
+        goes first."""
         name = sample.name.removesuffix("]").rpartition("[")[2].rpartition("/")[2]
         if not ID.fullmatch(name):
             raise ValueError(f"its key is {name!r}, not a clip's id")
@@ -186,7 +223,8 @@ class _Target:
             write_bytes(path, data)
 
     def _common(self, shape: tuple[int, ...], dtype: torch.dtype) -> Common:
-        """What all clips have in common; the first one begins the folder. ValueError where the model is another's."""
+        """What all clips have in common; the first one begins the folder. ValueError where the
+        model is another's."""
         if self.common is None:
             geometry = self.vae.geometry
             if len(shape) != 4 or shape[1] != geometry.channels:
@@ -194,7 +232,10 @@ class _Target:
                     f"latents (F, C, H, W) {tuple(shape)}, but the model's VAE has C = {geometry.channels}"
                 )
             video = VideoShape(*shape, geometry.temporal, geometry.spatial)
-            settings: Json = {"imported": self.kind, "negative_prompt": wan_negative(self.options.negative_prompt)}
+            settings: Json = {
+                "imported": self.kind,
+                "negative_prompt": wan_negative(self.options.negative_prompt),
+            }
             name = str(dtype).removeprefix("torch.")
             common = Common(video, name, self.encoder.width, self.encoder.max_length, settings)
             open_job(self.options.out, common)
@@ -204,4 +245,8 @@ class _Target:
         return self.common
 
     def _normalised(self, raw_FCHW: Tensor) -> Tensor:
-        return self.vae.normalised(raw_FCHW.transpose(0, 1).unsqueeze(0).to(self.vae.device))[0].transpose(0, 1).cpu()
+        return (
+            self.vae.normalised(raw_FCHW.transpose(0, 1).unsqueeze(0).to(self.vae.device))[0]
+            .transpose(0, 1)
+            .cpu()
+        )

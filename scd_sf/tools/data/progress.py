@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from scd_sf.types import say
 
@@ -15,14 +22,22 @@ SECONDS_PER_LINE = 20.0  # without a terminal
 
 
 @contextmanager
-def progress_of(what: str, total: int | None = None, start: int = 0) -> Iterator[Callable[[int], None]]:
+def progress_of(
+    what: str, total: int | None = None, start: int = 0
+) -> Iterator[Callable[[int], None]]:
     """A function that takes how many are done: a bar on a terminal, else a line now and then.
 
     Both say the time left where ``total`` is known.
     """
     console = Console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(what, total=total, completed=start)
             yield lambda done: bar.update(task, completed=done)
@@ -38,6 +53,8 @@ def progress_of(what: str, total: int | None = None, start: int = 0) -> Iterator
         if total is None:
             say(f"{what} {done}")
         else:
-            say(f"{what} {done}/{total}, {(now - began) / max(1, done - start) * (total - done):.0f} s left")
+            say(
+                f"{what} {done}/{total}, {(now - began) / max(1, done - start) * (total - done):.0f} s left"
+            )
 
     yield line

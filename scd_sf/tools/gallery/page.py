@@ -21,7 +21,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from scd_sf.evaluation.table import COLUMNS, LEFT_ALIGNED, ResultRow
-from scd_sf.files import locked, new_file, own_file, require_own_file, require_own_folder, sha256_file
+from scd_sf.files import (
+    locked,
+    new_file,
+    own_file,
+    require_own_file,
+    require_own_folder,
+    sha256_file,
+)
 from scd_sf.types import UserError, printable
 
 INDEX, VIDEOS = "index.html", "videos"  # of a gallery that is a folder
@@ -108,12 +115,16 @@ def write_page(page: Page, out: Path) -> Path:
         with locked(out, "this gallery"):
             return _write_folder(page, out, names)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror}; the gallery cannot be written") from error
+        raise UserError(
+            f"{error.filename or out}: {error.strerror}; the gallery cannot be written"
+        ) from error
 
 
 def _write_file(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
     if (size := sum(file.stat().st_size for file in names)) > LARGEST_FILE:
-        raise UserError(f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder")
+        raise UserError(
+            f"{out}: {size / 1e9:.2f} GB of videos are too much for one file; give --out a folder"
+        )
     require_own_file(out, MARK, "give --out another name")
     with own_file(out) as part, part.open("w", encoding="utf-8") as text:
         text.writelines(render(page, names, single=True))
@@ -146,7 +157,9 @@ def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[s
     )
     style, script = (_inline(name) for name in ("page.css", "page.js"))
     videos = {name: file for file, name in names.items()} if single else {}
-    embedded = ((name, base64.b64encode(file.read_bytes()).decode("ascii")) for name, file in videos.items())
+    embedded = (
+        (name, base64.b64encode(file.read_bytes()).decode("ascii")) for name, file in videos.items()
+    )
     return environment.get_template("page.html.j2").generate(
         title=printable(page.title),
         models=list(page.models.items()),
@@ -171,7 +184,9 @@ def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[s
 
 def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[PagePrompt, list[Figure]]]:
     """The prompts with their places: model by model, one at least of each."""
-    samples: list[dict[str, list[Sample]]] = [{name: [] for name in page.models} for _ in page.prompts]
+    samples: list[dict[str, list[Sample]]] = [
+        {name: [] for name in page.models} for _ in page.prompts
+    ]
     for sample in page.samples:
         samples[sample.prompt][sample.model].append(sample)
     cards = []
@@ -180,7 +195,9 @@ def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[PagePrompt, list
         for model, (name, own) in enumerate(samples[place].items()):
             for number, sample in enumerate(own or [Sample(name, place, None, {}, "absent")], 1):
                 label = printable(name) if len(own) < 2 else f"{printable(name)}, sample {number}"
-                figures.append(Figure(sample, label, model, "" if sample.file is None else names[sample.file]))
+                figures.append(
+                    Figure(sample, label, model, "" if sample.file is None else names[sample.file])
+                )
         words = [printable(words) for words in prompt.words]
         cards.append((replace(prompt, text=printable(prompt.text), words=words), figures))
     return cards
@@ -205,7 +222,11 @@ def _policy(script: str, style: str, videos: str) -> str:
     frames or forms."""
 
     def digest(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") + "'"
+        return (
+            "'sha256-"
+            + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+            + "'"
+        )
 
     return "; ".join(
         (

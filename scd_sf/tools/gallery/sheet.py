@@ -36,7 +36,9 @@ def contact_sheet(page: Page, out: Path) -> Path:
     sheet = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, name in enumerate(names):
-        draw.text((GAP + column * (TILE + GAP), 2), printable(name)[:CHARACTERS], fill=INK, font=font)
+        draw.text(
+            (GAP + column * (TILE + GAP), 2), printable(name)[:CHARACTERS], fill=INK, font=font
+        )
     top = LINE
     for prompt, row, height in zip(prompts, rows, heights, strict=True):
         text = printable(prompt.text).replace("\n", " / ")[: CHARACTERS * len(names)]
@@ -52,7 +54,9 @@ def contact_sheet(page: Page, out: Path) -> Path:
         with own_file(out) as part:
             sheet.save(part, "PNG", pnginfo=about)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); give --sheet another place") from error
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); give --sheet another place"
+        ) from error
     return out
 
 

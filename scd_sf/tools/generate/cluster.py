@@ -1,9 +1,11 @@
-"""``data_prep/generate_clips.py launcher=ray``: one actor per GPU, work re-assigned when an actor or its node dies.
+"""``data_prep/generate_clips.py launcher=ray``: one actor per GPU, work re-assigned when an actor
+or its node dies.
 
-The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows who is alive;
-whatever a dead worker was at is given to another one. That is safe because a clip's file is named by its content and
-appears whole: done twice is done once. All nodes need this package and must see ``model``, ``out`` and ``text_cache``.
-Ray runs what anybody sends to its ports: keep a cluster in a closed network.
+The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows
+who is alive; whatever a dead worker was at is given to another one. That is safe because a clip's
+file is named by its content and appears whole: done twice is done once. All nodes need this package
+and must see ``model``, ``out`` and ``text_cache``. Ray runs what anybody sends to its ports: keep a
+cluster in a closed network.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from typing import Any
 from scd_sf.data.clip_index import read_folder_job
 from scd_sf.distributed import init_distributed
 from scd_sf.tools.data.progress import progress_of
-from scd_sf.tools.generate.maker import PROMPTS_AT_ONCE, Maker, check_problems, finish, missing, prepare
+from scd_sf.tools.generate.maker import (
+    PROMPTS_AT_ONCE,
+    Maker,
+    check_problems,
+    finish,
+    missing,
+    prepare,
+)
 from scd_sf.tools.generate.plan import GenerateConfig, Spec, units_of
 from scd_sf.types import UserError, say
 
@@ -49,7 +58,8 @@ class Worker:
 
 
 def run_on_cluster(cfg: GenerateConfig) -> None:
-    """Make all clips on the workers of a Ray cluster. UserError without Ray, or without a cluster at the address."""
+    """Make all clips on the workers of a Ray cluster. UserError without Ray, or without a cluster
+    at the address."""
     try:
         import ray
     except ImportError as error:
@@ -61,7 +71,9 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
         prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
         chunks = [prompts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(prompts), PROMPTS_AT_ONCE)]
         try:
-            ray.init(address=cfg.cluster.address or None, log_to_driver=False, include_dashboard=False)
+            ray.init(
+                address=cfg.cluster.address or None, log_to_driver=False, include_dashboard=False
+            )
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"cluster.address={cfg.cluster.address}: no Ray cluster ({error}); 'ray start' one"
@@ -84,15 +96,23 @@ class Pool:
     def __init__(self, cfg: GenerateConfig, ray: Any) -> None:
         self.cfg, self.ray = cfg, ray
         self.idle: list[Any] = []
-        self.running: dict[Any, tuple[Any, int]] = {}  # reference -> (actor, number of its task; -1: coming up)
+        # reference -> (actor, number of its task; -1: coming up)
+        self.running: dict[Any, tuple[Any, int]] = {}
         self._gpus = cfg.cluster.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
-        options = {"num_cpus": cfg.cluster.cpus, "num_gpus": self._gpus, "max_restarts": 0, "max_concurrency": 1}
+        options = {
+            "num_cpus": cfg.cluster.cpus,
+            "num_gpus": self._gpus,
+            "max_restarts": 0,
+            "max_concurrency": 1,
+        }
         self._actor = ray.remote(Worker).options(**options)
 
     def run(self, method: str, tasks: Sequence[Sequence[Any]], what: str) -> list[str]:
-        """``method`` of a :class:`Worker` with each task's arguments; what could not be done, a line each.
+        """``method`` of a :class:`Worker` with each task's arguments; what could not be done, a
+        line each.
 
-        UserError when a task's workers died more than ``cluster.retries`` times, or too much could not be done.
+        UserError when a task's workers died more than ``cluster.retries`` times, or too much could
+        not be done.
         """
         waiting, lost, problems = deque(range(len(tasks))), Counter[int](), list[str]()
         done = 0
@@ -117,7 +137,8 @@ class Pool:
         return problems
 
     def _grow(self, waiting: int) -> None:
-        """Start actors where the cluster has room: at the beginning, for a dead one, on a new node."""
+        """Start actors where the cluster has room: at the beginning, for a dead one, on a new
+        node."""
         have, limit = len(self.idle) + len(self.running), self.cfg.cluster.workers or self._room()
         for _ in range(min(limit - have, waiting - len(self.idle))):
             actor = self._actor.remote(self.cfg)
@@ -130,7 +151,8 @@ class Pool:
         return int(min(room))
 
     def _answers(self) -> list[tuple[Any, int, list[str] | str]]:
-        """(actor, task, its answer; or what Ray says of the actor's death) of what ended meanwhile."""
+        """(actor, task, its answer; or what Ray says of the actor's death) of what ended
+        meanwhile."""
         if not self.running:
             time.sleep(POLL_SECONDS)
             return []
@@ -151,7 +173,9 @@ class Pool:
 
     def _check_losses(self, number: int, lost: Counter[int], reason: str) -> None:
         limit = self.cfg.cluster.retries * (1 if number >= 0 else 1 + self._room())
-        say(f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another")
+        say(
+            f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another"
+        )
         if lost[number] > limit:
             where = f"at the same task ({number})" if number >= 0 else "while they came up"
             raise UserError(

@@ -1,4 +1,5 @@
-"""``data_prep/generate_clips.py`` under a launcher: static shares by id, no rank waits for another's clip."""
+"""``data_prep/generate_clips.py`` under a launcher: static shares by id, no rank waits for
+another's clip."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from scd_sf.types import say
 
 
 def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
-    """Every rank makes the units ``[rank::world]`` of the list in id order; rank 0 holds the folder."""
+    """Every rank makes the units ``[rank::world]`` of the list in id order; rank 0 holds the
+    folder."""
     with ExitStack() as held:
         rank_zero_first(ranks, lambda: prepare(cfg, held))
         _make(cfg, ranks)
@@ -23,7 +25,9 @@ def _make(cfg: GenerateConfig, ranks: Ranks) -> None:
     maker = Maker(cfg, ranks)
     specs = wanted_clips(cfg, maker.common)
     units = units_of(specs, cfg.batch)
-    mine = [unit for unit in units[ranks.rank :: ranks.world] if missing(maker.root, maker.common, unit)]
+    mine = [
+        unit for unit in units[ranks.rank :: ranks.world] if missing(maker.root, maker.common, unit)
+    ]
     if ranks.local_rank == 0:
         maker.tidy()
     if ranks.is_main:
@@ -37,16 +41,25 @@ def _make(cfg: GenerateConfig, ranks: Ranks) -> None:
     count = ranks.max(len(problems))
     ranks.barrier()
     if ranks.is_main:
-        hint = [f"up to {count} clips of a rank could not be made, see the ranks' output"] if count else []
+        hint = (
+            [f"up to {count} clips of a rank could not be made, see the ranks' output"]
+            if count
+            else []
+        )
         say(finish(cfg, specs, problems or hint))
 
 
 def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: Ranks) -> list[str]:
-    """This rank's units. All call a ZeRO-3 teacher equally often: who has fewer units computes one for nothing."""
+    """This rank's units. All call a ZeRO-3 teacher equally often: who has fewer units computes one
+    for nothing."""
     together = maker.cfg.engine.backend == "deepspeed"
     rounds = ranks.max(len(mine)) if together else len(mine)
     problems: list[str] = []
-    with progress_of("units of rank 0", rounds, 0) if ranks.is_main else nullcontext(lambda done: None) as progress:
+    with (
+        progress_of("units of rank 0", rounds, 0)
+        if ranks.is_main
+        else nullcontext(lambda done: None) as progress
+    ):
         for number in range(rounds):
             if number < len(mine):
                 problems += maker.make(mine[number])

@@ -1,6 +1,8 @@
-"""One worker: a rank of a launcher or a Ray actor. It encodes prompts into the cache and makes units of clips.
+"""One worker: a rank of a launcher or a Ray actor. It encodes prompts into the cache and makes
+units of clips.
 
-Everything it writes is content-addressed and atomic, the latent file last, so workers need not know of each other.
+Everything it writes is content-addressed and atomic, the latent file last, so workers need not know
+of each other.
 """
 
 from __future__ import annotations
@@ -43,20 +45,31 @@ MAX_PROBLEMS = 10  # clips of one rank or cluster that may fail; more is no acci
 
 
 def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
-    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``); the clips to make. One process calls it, and
-    holds the folder until ``held`` is closed.
+    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``); the clips to make. One
+    process calls it, and holds the folder until ``held`` is closed.
 
-    UserError for a model, a size or prompts that do not fit, for a folder of other clips, for too small a disk.
+    UserError for a model, a size or prompts that do not fit, for a folder of other clips, for too
+    small a disk.
     """
     out, model = Path(cfg.out), Path(cfg.model)
     files = open_wan(model)
     geometry = load_vae(model).geometry
     shape = geometry.shape(cfg.frames, cfg.height, cfg.width)
-    check_shape(shape, cfg.model, files.config.in_channels, (files.config.patch_height, files.config.patch_width), 1)
+    check_shape(
+        shape,
+        cfg.model,
+        files.config.in_channels,
+        (files.config.patch_height, files.config.patch_width),
+        1,
+    )
     text = CachedTextEncoder(cfg.model, Path(cfg.cache_folder), dtype=dtype_of(cfg.text_dtype))
     if text.width != files.config.text_dim:
-        raise UserError(f"{cfg.model}: text states are {text.width} wide, the teacher takes {files.config.text_dim}")
-    common = Common(shape, dtype_name(dtype_of(cfg.store)), text.width, text.max_length, settings_of(cfg, files))
+        raise UserError(
+            f"{cfg.model}: text states are {text.width} wide, the teacher takes {files.config.text_dim}"
+        )
+    common = Common(
+        shape, dtype_name(dtype_of(cfg.store)), text.width, text.max_length, settings_of(cfg, files)
+    )
     specs = wanted_clips(cfg, common)
     _check_disk(out, common, specs)
     require_own_folder(out, [JOB])
@@ -71,7 +84,9 @@ def _check_disk(out: Path, common: Common, specs: Sequence[Spec]) -> None:
     left = sum(not clip_path(out, spec.id).is_file() for spec in specs)
     needed = left * common.torch_dtype.itemsize * torch.Size(common.shape.latent(1)).numel()
     if needed > (free := shutil.disk_usage(there).free):
-        raise UserError(f"out={out}: {left} clips need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there")
+        raise UserError(
+            f"out={out}: {left} clips need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there"
+        )
 
 
 def missing(root: Path, common: Common, unit: Unit) -> list[Spec]:
@@ -93,15 +108,20 @@ class Maker:
     def _encoder(self) -> CachedTextEncoder:
         cfg = self.cfg
         folder = Path(cfg.cache_folder)
-        return CachedTextEncoder(cfg.model, folder, device=self.ranks.device, dtype=dtype_of(cfg.text_dtype))
+        return CachedTextEncoder(
+            cfg.model, folder, device=self.ranks.device, dtype=dtype_of(cfg.text_dtype)
+        )
 
     def tidy(self) -> None:
         """Once per machine: remove what killed processes left."""
         sweep_clips(self.root)
 
     def fixed_prompts(self) -> None:
-        """The empty and the negative prompt's files. One worker calls it, before any clip is made."""
-        write_fixed_prompts(self.root, self.text.states, self.cfg.negative_prompt, self.common.torch_dtype)
+        """The empty and the negative prompt's files. One worker calls it, before any clip is
+        made."""
+        write_fixed_prompts(
+            self.root, self.text.states, self.cfg.negative_prompt, self.common.torch_dtype
+        )
 
     def encode(self, prompts: Sequence[str]) -> int:
         """Encode prompts into the cache; how many."""
@@ -112,7 +132,8 @@ class Maker:
     def make(self, unit: Unit, *, write: bool = True) -> list[str]:
         """Make a unit and write what is missing of it; what could not be made, a line each.
 
-        ``write=False``: only compute, for a rank that has nothing left while others need it in ZeRO-3's gathers.
+        ``write=False``: only compute, for a rank that has nothing left while others need it in
+        ZeRO-3's gathers.
         """
         latents = self._sample(unit)
         problems, wanted = [], missing(self.root, self.common, unit) if write else []
@@ -132,7 +153,9 @@ class Maker:
         cond = Conditioning(pad_states(states, self.common.max_length)).to(self.ranks.device)
         denoiser = guided(self.teacher, self.negative, self.cfg.guidance.w)
         shape, seeds = self.common.shape.latent(1)[1:], [spec.noise_seed for spec in unit]
-        latents = sample_bidirectional(denoiser, cond, shape, self.sampler, seeds, self.ranks.device)
+        latents = sample_bidirectional(
+            denoiser, cond, shape, self.sampler, seeds, self.ranks.device
+        )
         return latents.to(self.common.torch_dtype).cpu()
 
     def _write(self, spec: Spec, latents: Tensor) -> None:
@@ -195,13 +218,18 @@ def check_problems(problems: Sequence[str]) -> None:
 
 
 def finish(cfg: GenerateConfig, specs: Sequence[Spec], problems: Sequence[str]) -> str:
-    """Write the index of what is there; a line that says so. UserError where clips could not be made."""
+    """Write the index of what is there; a line that says so. UserError where clips could not be
+    made."""
     root = Path(cfg.out)
     absent = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
     if len(absent) == len(specs):
-        raise UserError(f"{root}: no clip was made; {problems[0] if problems else 'see the messages above'}")
+        raise UserError(
+            f"{root}: no clip was made; {problems[0] if problems else 'see the messages above'}"
+        )
     count = index_clips(root)
     if absent:
         reason = f"; the first: {problems[0]}" if problems else "; run the same command again"
-        raise UserError(f"{root}: {len(absent)} of {len(specs)} clips are missing (first {absent[0]}){reason}")
+        raise UserError(
+            f"{root}: {len(absent)} of {len(specs)} clips are missing (first {absent[0]}){reason}"
+        )
     return f"{root}: all {len(specs)} clips of this run are there, {count} in the index"

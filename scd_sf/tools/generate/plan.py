@@ -1,7 +1,9 @@
-"""What ``data_prep/generate_clips.py`` is to make: its configuration, the clips' ids, and who makes which.
+"""What ``data_prep/generate_clips.py`` is to make: its configuration, the clips' ids, and who makes
+which.
 
-A clip's id is a hash of all that decides its latents (:func:`clip_id`), and its noise comes from a CPU generator seeded
-by the id. So a clip does not depend on ranks, hosts or restarts, and whoever makes it writes the same file.
+A clip's id is a hash of all that decides its latents (:func:`clip_id`), and its noise comes from a
+CPU generator seeded by the id. So a clip does not depend on ranks, hosts or restarts, and whoever
+makes it writes the same file.
 """
 
 from __future__ import annotations
@@ -46,7 +48,13 @@ class ClusterConfig:
     """How often a clip is tried again when its worker dies."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.retries < 0 or self.gpus < 0 or self.cpus < 0 or not self.gpus + self.cpus:
+        if (
+            self.workers < 0
+            or self.retries < 0
+            or self.gpus < 0
+            or self.cpus < 0
+            or not self.gpus + self.cpus
+        ):
             raise UserError(
                 "cluster: workers, retries, gpus and cpus must be at least 0, one of gpus and cpus above it"
             )
@@ -109,10 +117,18 @@ class GenerateConfig:
     """How long one rank may keep the others waiting before the job ends."""
 
     def __post_init__(self) -> None:
-        check_within(self, {"samples": (1, 2**22), "batch": (1, 2**22), "fps": (1, 1000), "seed": (0, 2**63 - 1)})
         check_within(
             self,
-            {"frames": (1, 10**6), "height": (1, 2**15), "width": (1, 2**15), "timeout_minutes": (0.01, YEAR_MINUTES)},
+            {"samples": (1, 2**22), "batch": (1, 2**22), "fps": (1, 1000), "seed": (0, 2**63 - 1)},
+        )
+        check_within(
+            self,
+            {
+                "frames": (1, 10**6),
+                "height": (1, 2**15),
+                "width": (1, 2**15),
+                "timeout_minutes": (0.01, YEAR_MINUTES),
+            },
         )
         plain = EngineConfig()
         for name in TRAINING:
@@ -126,9 +142,15 @@ class GenerateConfig:
         self.negative_prompt = wan_negative(self.negative_prompt)
         dtype_of(self.text_dtype, "text_dtype")
         if self.launcher != "ray" and self.cluster != ClusterConfig():
-            raise UserError(f"cluster is for launcher=ray, and launcher is {self.launcher}: leave one of them out")
-        if (sampler := build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)).name == "renoise":
-            raise UserError(f"sampler.name is '{sampler.name}', which is for distilled students; use unipc or euler")
+            raise UserError(
+                f"cluster is for launcher=ray, and launcher is {self.launcher}: leave one of them out"
+            )
+        if (
+            sampler := build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)
+        ).name == "renoise":
+            raise UserError(
+                f"sampler.name is '{sampler.name}', which is for distilled students; use unipc or euler"
+            )
 
     @property
     def cache_folder(self) -> str:
@@ -157,7 +179,11 @@ def settings_of(cfg: GenerateConfig, files: WanFiles) -> Json:
     """All that clips of one folder share (reads and hashes the model's files)."""
     config = text_config(cfg.model)
     weights, tokens = encoder_parts(config)
-    text = {"settings": config.settings, "dtype": cfg.text_dtype, "files": _contents(weights) | _contents(tokens)}
+    text = {
+        "settings": config.settings,
+        "dtype": cfg.text_dtype,
+        "files": _contents(weights) | _contents(tokens),
+    }
     vae = vae_source(Path(cfg.model))
     return {
         "model_sha": hash_json(_contents(files.path)),
@@ -176,13 +202,24 @@ def settings_of(cfg: GenerateConfig, files: WanFiles) -> Json:
 
 def _contents(source: Path) -> dict[str, str]:
     """Name -> sha256 of a file, or of the weights and configurations directly in a folder."""
-    files = {source} if source.is_file() else {file for part in CONTENTS for file in source.glob(part)}
+    files = (
+        {source} if source.is_file() else {file for part in CONTENTS for file in source.glob(part)}
+    )
     return {file.name: sha256_file(file) for file in sorted(files)}
 
 
 def clip_id(prompt: str, seed: int, common: Common) -> str:
     """32 hexadecimal digits of blake2b over all that decides a clip's latents."""
-    names = ("negative_prompt", "model_sha", "text_sha", "sampler", "steps", "shift", "cfg", "dtype")
+    names = (
+        "negative_prompt",
+        "model_sha",
+        "text_sha",
+        "sampler",
+        "steps",
+        "shift",
+        "cfg",
+        "dtype",
+    )
     row = {name: common.settings[name] for name in names}
     row |= {"prompt": prompt, "seed": seed, "shape": asdict(common.shape), "store": common.dtype}
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -190,13 +227,16 @@ def clip_id(prompt: str, seed: int, common: Common) -> str:
 
 
 def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
-    """Every clip of a run once, in id order. UserError for prompts that need more than a teacher."""
+    """Every clip of a run once, in id order. UserError for prompts that need more than a
+    teacher."""
     rows = [PromptRow(prompt.strip()) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
     found: dict[str, Spec] = {}
     for number, row in enumerate(rows, 1):
-        if wrong := [name for name in ("then", "start") if getattr(row, name)] or ([] if row.prompt else ["no prompt"]):
+        if wrong := [name for name in ("then", "start") if getattr(row, name)] or (
+            [] if row.prompt else ["no prompt"]
+        ):
             where = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
             raise UserError(
                 f"{where} {number} ({row.prompt[:60]!r}) has {' and '.join(wrong)}; a teacher's clip takes a prompt "
@@ -210,5 +250,6 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
 
 
 def units_of(specs: Sequence[Spec], batch: int) -> list[Unit]:
-    """Groups of ``batch`` clips, by id: the smallest parts of the work, the same for every number of ranks."""
+    """Groups of ``batch`` clips, by id: the smallest parts of the work, the same for every number
+    of ranks."""
     return [tuple(specs[first : first + batch]) for first in range(0, len(specs), batch)]

@@ -17,12 +17,27 @@ from scd_sf.evaluation.roofline import synchronize
 from scd_sf.tools.gpu.parts import Figures, GpuRow
 from scd_sf.types import UserError
 
-# Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets; the longest name that fits counts.
+# Dense bf16 with fp32 sums, TFLOP/s, from the makers' data sheets; the longest name that fits
+# counts.
 PEAKS = {
-    "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "A100": 312.0, "A800": 312.0,
-    "L40S": 362.0, "L40": 181.0, "RTX 6000 Ada": 364.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "A40": 149.7,
-    "A6000": 154.8, "RTX 3090": 71.0, "A10": 125.0, "L4": 121.0,
-}  # fmt: skip
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "A40": 149.7,
+    "A6000": 154.8,
+    "RTX 3090": 71.0,
+    "A10": 125.0,
+    "L4": 121.0,
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +59,21 @@ def open_card(device: str) -> Card:
     """The current GPU, or the CPU. UserError: there is no GPU."""
     if device == "cpu":
         torch.set_num_threads(1)
-        return Card(torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores", host_gib(), 0.0)
+        return Card(
+            torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores", host_gib(), 0.0
+        )
     if not torch.cuda.is_available():
-        raise UserError("no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size")
+        raise UserError(
+            "no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size"
+        )
     facts = torch.cuda.get_device_properties(0)
     named = sorted((name for name in PEAKS if name in facts.name), key=len)
-    return Card(torch.device("cuda", 0), facts.name, facts.total_memory / 2**30, PEAKS[named[-1]] if named else 0.0)
+    return Card(
+        torch.device("cuda", 0),
+        facts.name,
+        facts.total_memory / 2**30,
+        PEAKS[named[-1]] if named else 0.0,
+    )
 
 
 def machine(card: Card) -> Figures:
@@ -69,7 +93,10 @@ def machine(card: Card) -> Figures:
 
 def run_stamp() -> Figures:
     """When, and of which revision."""
-    return {"revision": git_revision(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    return {
+        "revision": git_revision(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def host_gib() -> float:
@@ -80,13 +107,16 @@ def host_gib() -> float:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=20).strip()
+        return subprocess.check_output(
+            command, text=True, stderr=subprocess.DEVNULL, timeout=20
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 def speed_row(card: Card) -> GpuRow:
-    """What the card reaches by itself in bf16: one large matmul, attention over Wan's tokens, copying."""
+    """What the card reaches by itself in bf16: one large matmul, attention over Wan's tokens,
+    copying."""
 
     def measure() -> Figures:
         size, tokens, copied = (256, 128, 1 << 20) if card.toy else (8192, 16384, 1 << 30)
@@ -104,7 +134,9 @@ def speed_row(card: Card) -> GpuRow:
             "copy GB/s": 2 * copied / _seconds(card, bytes_.clone) / 1e9,
         }
         line = {"of": "the card itself"}
-        return figures | {"lines": [line | {name: float(f"{value:.3g}") for name, value in figures.items()}]}
+        return figures | {
+            "lines": [line | {name: float(f"{value:.3g}") for name, value in figures.items()}]
+        }
 
     return GpuRow("the card itself", measure)
 

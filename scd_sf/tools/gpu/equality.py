@@ -1,8 +1,10 @@
-"""Part 1: every path at tiny size on the device against the CPU, by the checks of ``tests/tools/gpu/checks.py``."""
+"""Part 1: every path at tiny size on the device against the CPU, by the checks of
+``tests/tools/gpu/checks.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.tools.gpu.parts import Figures, GpuRow, failed
@@ -14,16 +16,28 @@ Compared = Callable[[str, Ranks], Differences]
 def equality_rows(names: Iterable[str], compared: Compared) -> Sequence[GpuRow]:
     """One row for each check; ``compared`` runs it."""
     ranks = init_distributed()
-    return [GpuRow(name, lambda name=name: measure_equality(name, compared(name, ranks))) for name in names]  # type: ignore[misc]
+
+    def measure(name: str) -> Figures:
+        return measure_equality(name, compared(name, ranks))
+
+    return [GpuRow(name, partial(measure, name)) for name in names]
 
 
 def measure_equality(name: str, differences: Differences) -> Figures:
     """Lines of the table, and an error that names what is beyond its limit."""
     lines = [
-        {"check": name, "what": what, "difference": value, "at most": limit, "fine": bool(value <= limit)}
+        {
+            "check": name,
+            "what": what,
+            "difference": value,
+            "at most": limit,
+            "fine": bool(value <= limit),
+        }
         for what, (value, limit) in differences.items()
     ]
     beyond = [
-        f"{line['what']} {line['difference']:g}, at most {line['at most']:g}" for line in lines if not line["fine"]
+        f"{line['what']} {line['difference']:g}, at most {line['at most']:g}"
+        for line in lines
+        if not line["fine"]
     ]
     return {"lines": lines} | (failed(f"differs: {'; '.join(beyond)}") if beyond else {})

@@ -1,9 +1,11 @@
-"""A measurement in parts, kept in one JSON document: resumable, each part in processes of its own, within its budget.
+"""A measurement in parts, kept in one JSON document: resumable, each part in processes of its own,
+within its budget.
 
-A part is a list of rows. A row that was measured is not measured again; one that failed, or was left out because the
-budget was spent, is tried by the next call. A row that kills its process (memory, a fault of the GPU) is recorded with
-the last lines of its output, and a new process goes on with the next row. Only one process writes the document at a
-time: the part's while it runs, the caller's otherwise.
+A part is a list of rows. A row that was measured is not measured again; one that failed, or was
+left out because the budget was spent, is tried by the next call. A row that kills its process
+(memory, a fault of the GPU) is recorded with the last lines of its output, and a new process goes
+on with the next row. Only one process writes the document at a time: the part's while it runs, the
+caller's otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ SCHEMA = 1
 AGAIN = 75  # the exit code of a process that leaves the next rows to a fresh one
 LINES = 15  # of its output that are kept of a row that failed
 Figures = dict[str, Any]
-SAME = ("device", "memory_gib", "driver", "cuda", "toy", "versions")  # of a machine: what one document's figures share
+# of a machine: what one document's figures share
+SAME = ("device", "memory_gib", "driver", "cuda", "toy", "versions")
 
 
 class _PartOnDisk(TypedDict):
@@ -47,7 +50,8 @@ class _Document(TypedDict):
 
 @dataclass(frozen=True)
 class GpuRow:
-    """``measure`` returns JSON values; ``lines`` among them are the row's lines in the table, by column."""
+    """``measure`` returns JSON values; ``lines`` among them are the row's lines in the table, by
+    column."""
 
     name: str
     measure: Callable[[], Figures]
@@ -55,8 +59,8 @@ class GpuRow:
 
 @dataclass(frozen=True)
 class Part:
-    """``seconds``: the budget, after which no further row begins; ``grace`` seconds later a row that still runs is
-    stopped. ``rows`` is called in the part's own process."""
+    """``seconds``: the budget, after which no further row begins; ``grace`` seconds later a row
+    that still runs is stopped. ``rows`` is called in the part's own process."""
 
     number: int
     title: str
@@ -72,7 +76,8 @@ class GpuRecord:
     path: Path
 
     def read(self) -> Figures:
-        """The whole document; an empty one where there is none yet. UserError: it is another kind of file."""
+        """The whole document; an empty one where there is none yet. UserError: it is another kind
+        of file."""
         if not self.path.exists():
             return {"schema": SCHEMA, "machine": None, "parts": {}}
         remedy = "name another file with --out"
@@ -83,11 +88,18 @@ class GpuRecord:
         return document
 
     def on(self, machine: Figures) -> None:
-        """Say which machine it is. UserError: the rows that are there are another's, or of other versions."""
+        """Say which machine it is. UserError: the rows that are there are another's, or of other
+        versions."""
         document = self.read()
         there = document["machine"]
-        differs = [name for name in SAME if there is not None and there.get(name) != machine.get(name)]
-        if there is not None and differs and any(part["rows"] for part in document["parts"].values()):
+        differs = [
+            name for name in SAME if there is not None and there.get(name) != machine.get(name)
+        ]
+        if (
+            there is not None
+            and differs
+            and any(part["rows"] for part in document["parts"].values())
+        ):
             name = differs[0]
             raise UserError(
                 f"{self.path}: holds figures of {name} '{there.get(name)}', this is '{machine.get(name)}'; "
@@ -119,23 +131,28 @@ class GpuRecord:
         self.put(part, {"rows": self.part(part)["rows"] | {name: figures}, "running": None})
 
     def begin_again(self, part: Part, everything: bool, only: str = "") -> None:
-        """Forget what a call tries again: what failed or was left out, or ``everything``, of the rows whose names
-        contain ``only``."""
+        """Forget what a call tries again: what failed or was left out, or ``everything``, of the
+        rows whose names contain ``only``."""
         there = self.part(part)
         rows = {
-            name: row for name, row in there["rows"].items() if only not in name or not (everything or "error" in row)
+            name: row
+            for name, row in there["rows"].items()
+            if only not in name or not (everything or "error" in row)
         }
         left_out = [name for name in there["left_out"] if only not in name]
         seconds = there["seconds"] if rows else 0.0
         self.put(part, self.blank(part) | {"rows": rows, "left_out": left_out, "seconds": seconds})
 
 
-def measure_rows(part: Part, record: GpuRecord, stamp: Figures, seconds: float, only: str = "") -> int:
-    """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every row; ``only``: rows
-    whose names contain it. Returns the process's exit code."""
+def measure_rows(
+    part: Part, record: GpuRecord, stamp: Figures, seconds: float, only: str = ""
+) -> int:
+    """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every
+    row; ``only``: rows whose names contain it. Returns the process's exit code."""
     started, rows, there = time.monotonic(), part.rows(), record.part(part)
     names = [row.name for row in rows]
-    done = {name: row for name, row in there["rows"].items() if name in names}  # others are no rows any more
+    # others are no rows any more
+    done = {name: row for name, row in there["rows"].items() if name in names}
     left_out = [name for name in there["left_out"] if name in names and only not in name]
     record.put(part, {"rows": done})
     for row in rows:
@@ -161,8 +178,8 @@ def measure_rows(part: Part, record: GpuRecord, stamp: Figures, seconds: float, 
 
 
 def whole(figures: Figures) -> Figures:
-    """The same, with an error where a row has no lines, or a number that is none; None in its place, as JSON has
-    none."""
+    """The same, with an error where a row has no lines, or a number that is none; None in its
+    place, as JSON has none."""
     bad: list[str] = []
 
     def finite(value: Any, name: str) -> Any:
@@ -176,7 +193,13 @@ def whole(figures: Figures) -> Figures:
         return value
 
     figures = finite(figures, "")
-    words = f"not finite: {', '.join(bad)}" if bad else "" if figures.get("lines") else "nothing was measured"
+    words = (
+        f"not finite: {', '.join(bad)}"
+        if bad
+        else ""
+        if figures.get("lines")
+        else "nothing was measured"
+    )
     return failed(words) | figures if words else figures
 
 
@@ -186,7 +209,8 @@ def failed(words: str, last_lines: Iterable[str] = ()) -> Figures:
 
 
 def failure(error: Exception) -> Figures:
-    """Of a row that raised: what, and the last lines of its traceback (an error for people needs none)."""
+    """Of a row that raised: what, and the last lines of its traceback (an error for people needs
+    none)."""
     words = printable(" ".join(str(error).split()))[:600] or type(error).__name__
     if isinstance(error, UserError):
         return failed(words)
@@ -195,14 +219,17 @@ def failure(error: Exception) -> Figures:
 
 
 def spoils_the_process(error: Exception) -> bool:
-    """Whether later rows would suffer: memory that is not given back, a CUDA context that is lost."""
+    """Whether later rows would suffer: memory that is not given back, a CUDA context that is
+    lost."""
     words = re.search("cuda|cudnn|cublas|nccl", str(error), re.IGNORECASE)
-    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and words is not None)
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and words is not None
+    )
 
 
 def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
-    """A process of a part, whose output is passed on: its exit code, and what to record of a row that it did not
-    survive. After ``limit`` seconds it is killed, with all that it started."""
+    """A process of a part, whose output is passed on: its exit code, and what to record of a row
+    that it did not survive. After ``limit`` seconds it is killed, with all that it started."""
     lines, stopped = deque[str](maxlen=LINES), threading.Event()
     process = subprocess.Popen(
         command,
@@ -239,9 +266,11 @@ def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
     return code, failed(f"its process ended: {name}", lines)
 
 
-def run_part(part: Part, record: GpuRecord, command: Sequence[str], everything: bool = False, only: str = "") -> None:
-    """From outside: processes of a part, ``command`` and the seconds left each, until all its rows are done, failed or
-    left out. ``everything``, ``only``: see :meth:`GpuRecord.begin_again`."""
+def run_part(
+    part: Part, record: GpuRecord, command: Sequence[str], everything: bool = False, only: str = ""
+) -> None:
+    """From outside: processes of a part, ``command`` and the seconds left each, until all its rows
+    are done, failed or left out. ``everything``, ``only``: see :meth:`GpuRecord.begin_again`."""
     record.begin_again(part, everything, only)
     started = time.monotonic()
     while True:
@@ -260,8 +289,8 @@ def run_part(part: Part, record: GpuRecord, command: Sequence[str], everything: 
 
 
 def end_with_the_caller() -> None:
-    """In a part's process: be killed, with all that it started, when the caller is gone (killed, or its terminal was
-    closed). The caller holds the other end of stdin and writes nothing."""
+    """In a part's process: be killed, with all that it started, when the caller is gone (killed, or
+    its terminal was closed). The caller holds the other end of stdin and writes nothing."""
 
     def watch() -> None:
         while os.read(0, 1):

@@ -27,12 +27,15 @@ def sheets(document: Figures) -> Iterator[Sheet]:
     yield in_short(document)
     for number, part in document["parts"].items():
         lines = [line for row in part["rows"].values() for line in row.get("lines", [])]
-        groups: dict[tuple[str, ...], list[list[str]]] = {}  # lines of one kind have the same columns
+        # lines of one kind have the same columns
+        groups: dict[tuple[str, ...], list[list[str]]] = {}
         for line in lines:
             groups.setdefault(tuple(line), []).append([_cell(value) for value in line.values()])
         size = ", AT TOY SIZE" if _toy(document) else ""
         title = f"Part {number}: {part['title']}{size} ({part['seconds']:.0f} s, budget {part['budget_seconds']:.0f} s)"
-        yield Sheet(title, [(list(columns), rows) for columns, rows in groups.items()], list(_notes(part)))
+        yield Sheet(
+            title, [(list(columns), rows) for columns, rows in groups.items()], list(_notes(part))
+        )
 
 
 def in_short(document: Figures) -> Sheet:
@@ -45,11 +48,15 @@ def in_short(document: Figures) -> Sheet:
         rows.append([f"{number}: {part['title']}", *map(str, counts)])
     good, failed, left_out = totals
     if failed:
-        notes = [f"{failed} FAILED: see the words FAILED and NOT RUN below. The same command tries them again."]
+        notes = [
+            f"{failed} FAILED: see the words FAILED and NOT RUN below. The same command tries them again."
+        ]
     else:
         notes = [f"Nothing failed: {good} rows are within their limits, or have none."]
     if left_out:
-        notes.append(f"{left_out} left out, as the budget was spent: the same command goes on with them.")
+        notes.append(
+            f"{left_out} left out, as the budget was spent: the same command goes on with them."
+        )
     if _toy(document):
         notes.append("TOY SIZE ON A CPU: this tries the code. It says nothing about a GPU.")
     else:
@@ -71,7 +78,10 @@ def _fastest(part: Figures) -> Iterator[str]:
     best: dict[str, Figures] = {}
     for row in part["rows"].values():
         for line in row.get("lines", []):
-            if line["steps"] == 4 and line["FPS dit+vae"] > best.get(line["model"], {"FPS dit+vae": 0})["FPS dit+vae"]:
+            if (
+                line["steps"] == 4
+                and line["FPS dit+vae"] > best.get(line["model"], {"FPS dit+vae": 0})["FPS dit+vae"]
+            ):
                 best[line["model"]] = line
     for model, line in best.items():
         first = f"first frame after {_cell(line['with vae'])} s, {_cell(line['peak GiB'])} GiB"
@@ -89,7 +99,9 @@ def _notes(part: Figures) -> Iterator[str]:
 
 
 def _last(part: Figures) -> str:
-    return next((line for line in reversed(part.get("last_lines", [])) if line.strip()), "no output")
+    return next(
+        (line for line in reversed(part.get("last_lines", [])) if line.strip()), "no output"
+    )
 
 
 def _cell(value: object) -> str:
@@ -142,7 +154,10 @@ def gpu_markdown(document: Figures) -> str:
         for columns, rows in sheet.tables:
             lines = [columns, ["---"] * len(columns), *rows]
             blocks.append(
-                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+                "\n".join(
+                    "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+                    for line in lines
+                )
             )
         if sheet.notes:
             blocks.append("\n".join(f"- {note}" for note in sheet.notes))

@@ -1,10 +1,12 @@
-"""Part 2: frames per second of SCD and of its causal baseline at Wan 1.3B's size, by `scd bench`'s own code."""
+"""Part 2: frames per second of SCD and of its causal baseline at Wan 1.3B's size, by `scd bench`'s
+own code."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,9 +39,13 @@ WHOLE_GIB, LEAST_GIB = 38.0, 20.0  # estimates: three models at 81 frames, and a
 
 
 def speed_rows(card: Card) -> Sequence[GpuRow]:
-    """One row for each chunk size, number of steps and mode; the baseline beside SCD. No CUDA graphs on a CPU."""
+    """One row for each chunk size, number of steps and mode; the baseline beside SCD. No CUDA
+    graphs on a CPU."""
     return [
-        GpuRow(f"{GROUPS[chunk]}, {steps} steps, {mode}", lambda of=(chunk, steps, mode): measure_speed(card, *of))  # type: ignore[misc]
+        GpuRow(
+            f"{GROUPS[chunk]}, {steps} steps, {mode}",
+            partial(measure_speed, card, chunk, steps, mode),
+        )
         for chunk, steps, mode in ORDER
         if not (card.toy and mode == "graphs")
     ]
@@ -51,11 +57,21 @@ def config(card: Card, chunk: int, steps: int, mode: str) -> BenchConfig:
     if card.gib < LEAST_GIB:
         overrides += ["height=240", "width=416"]
     if card.toy:
-        overrides = ["frames=9", "height=16", "width=16", "dtype=fp32", "vae_dtype=fp32", "text_tokens=5"]
+        overrides = [
+            "frames=9",
+            "height=16",
+            "width=16",
+            "dtype=fp32",
+            "vae_dtype=fp32",
+            "text_tokens=5",
+        ]
     device = [f"device={card.device.type}", "floor=true", f"rounds={1 if card.toy else 2}"]
-    device.append(f"warmup={0 if mode == 'eager' else 1}")  # the clip that is looked at first is eager
+    # the clip that is looked at first is eager
+    device.append(f"warmup={0 if mode == 'eager' else 1}")
     cfg = load_config(BenchConfig, CONFIG, [*overrides, *device])
-    models = [small(model) if card.toy else model for model in cfg.models if chunk_of(model) == chunk]
+    models = [
+        small(model) if card.toy else model for model in cfg.models if chunk_of(model) == chunk
+    ]
     return replace(cfg, models=models, sampler=SamplerConfig("renoise", steps), compile=MODES[mode])
 
 
@@ -69,14 +85,21 @@ def small(model: BenchModel) -> BenchModel:
     """The same at toy size."""
     cfg = model.model
     assert cfg is not None
-    scd = replace(cfg.scd, encoder_layers=(0, 1, 2), decoder=replace(cfg.scd.decoder, layers=(0, 3)))
+    scd = replace(
+        cfg.scd, encoder_layers=(0, 1, 2), decoder=replace(cfg.scd.decoder, layers=(0, 3))
+    )
     return replace(model, model=ModelConfig(cfg.family, cfg.chunk, TOY, scd))
 
 
 def toy_vae() -> Vae:
     """Wan 2.1's VAE, narrow."""
     return Vae(
-        AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+        AutoencoderKLWan(
+            base_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        )
     )
 
 
@@ -94,10 +117,16 @@ def measure_speed(card: Card, chunk: int, steps: int, mode: str) -> Figures:
 
 
 def line(row: Figures, video: str) -> Figures:
-    """One model of ``video`` (frames x height x width): rates over the whole clip and in its steady state, without and
-    with the VAE."""
+    """One model of ``video`` (frames x height x width): rates over the whole clip and in its steady
+    state, without and with the VAE."""
     first = row["first_frame_seconds"]
-    ran = "graphs" if row["compile"]["cuda_graphs"] else "compiled" if row["compile"]["enabled"] else "eager"
+    ran = (
+        "graphs"
+        if row["compile"]["cuda_graphs"]
+        else "compiled"
+        if row["compile"]["enabled"]
+        else "eager"
+    )
     return {
         "model": row["name"],
         "video": video,

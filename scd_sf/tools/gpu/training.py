@@ -1,4 +1,5 @@
-"""Part 3: an update of stage 2 and a cycle of stage 3 at full size on one rank, beside what `scd plan` says of them."""
+"""Part 3: an update of stage 2 and a cycle of stage 3 at full size on one rank, beside what `scd
+plan` says of them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,12 +49,15 @@ TOY_STUDENT = ModelConfig(wan=TOY, scd=ScdConfig(tuple(range(5)), DecoderConfig(
 def training_rows(card: Card) -> Sequence[GpuRow]:
     """The card itself, then both stages."""
     names = {2: "stage 2, one update of one clip", 3: "stage 3, one cycle of one clip"}
-    updates = [GpuRow(name, lambda stage=stage: measure_training(card, stage)) for stage, name in names.items()]  # type: ignore[misc]
+    updates = [
+        GpuRow(name, partial(measure_training, card, stage)) for stage, name in names.items()
+    ]
     return [speed_row(card), *updates]
 
 
 def job_of(card: Card, stage: int) -> PlanJob:
-    """The shipped configuration for one clip (81 frames at 832x480; stage 2 with K = 2 and 7 targets)."""
+    """The shipped configuration for one clip (81 frames at 832x480; stage 2 with K = 2 and 7
+    targets)."""
     files = [CONFIGS / f"stage{stage}_wan_1.3b.yaml"]
     job = replace(read_job(files, ONE_CLIP, None, 512), text_parameters=0)
     if not card.toy:
@@ -61,8 +66,11 @@ def job_of(card: Card, stage: int) -> PlanJob:
     return replace(job, model=TOY_STUDENT, shape=shape, teacher=TOY, critic=TOY, text_tokens=5)
 
 
-def fitting(job: PlanJob, card: Card, phases: list[Phase] | None = None) -> tuple[Budget, list[str]]:
-    """The plan on this card, and what had to go to the CPU's memory to fit (as overrides). ``phases``: metered before.
+def fitting(
+    job: PlanJob, card: Card, phases: list[Phase] | None = None
+) -> tuple[Budget, list[str]]:
+    """The plan on this card, and what had to go to the CPU's memory to fit (as overrides).
+    ``phases``: metered before.
 
     Raises UserError where even everything there is not enough, or the CPU's memory is not."""
     cluster = Cluster(1, 1, card.gib, card.peak_tflops or 1.0, on_gpu=not card.toy)
@@ -81,7 +89,8 @@ def fitting(job: PlanJob, card: Card, phases: list[Phase] | None = None) -> tupl
 
 
 def measure_training(card: Card, stage: int) -> Figures:
-    """Seconds of the second update (the first compiles and allocates), MFU, and memory against the plan."""
+    """Seconds of the second update (the first compiles and allocates), MFU, and memory against the
+    plan."""
     plan, changes = fitting(job_of(card, stage), card)
     ranks = init_distributed()
     update = start(plan.job, stage)
@@ -102,7 +111,8 @@ def measure_training(card: Card, stage: int) -> Figures:
 
 
 def finite_losses(losses: Sequence[Tensor]) -> None:
-    """UserError: an update of which some are not is none, and its engine may have left parts of it out."""
+    """UserError: an update of which some are not is none, and its engine may have left parts of it
+    out."""
     values = [float(loss) for loss in losses]
     if not values or not all(map(math.isfinite, values)):
         raise UserError(f"losses are not finite: {values}")
@@ -119,8 +129,11 @@ def start(job: PlanJob, stage: int) -> Callable[[bool], list[Tensor]]:
     return lambda warm: cycle(1 if warm else cfg.ratio)
 
 
-def figures(plan: Budget, changes: list[str], seconds: float, allocated: int | None, reserved: int | None) -> Figures:
-    """What was measured beside what was planned. ``allocated``, ``reserved``: bytes, None on a CPU."""
+def figures(
+    plan: Budget, changes: list[str], seconds: float, allocated: int | None, reserved: int | None
+) -> Figures:
+    """What was measured beside what was planned. ``allocated``, ``reserved``: bytes, None on a
+    CPU."""
     job, flops = plan.job, plan.job.model_flops()
     peak = plan.cluster.peak_tflops * 1e12
     ratio = None if allocated is None else allocated / plan.peak
@@ -144,5 +157,7 @@ def figures(plan: Budget, changes: list[str], seconds: float, allocated: int | N
         "reserved_gib": None if reserved is None else round(reserved / GIB, 2),
         "planned_with_context_and_slack_gib": round(plan.needed_gib, 2),
         "planned_offloaded_gib": round(plan.offloaded / GIB, 1),
-        "planned_seconds_at_45_percent": round(plan.seconds, 2) if plan.cluster.peak_tflops > 1 else None,
+        "planned_seconds_at_45_percent": round(plan.seconds, 2)
+        if plan.cluster.peak_tflops > 1
+        else None,
     }

@@ -1,4 +1,5 @@
-"""One real update of a planned job, with random weights and data: what `scd plan` counted, to be measured."""
+"""One real update of a planned job, with random weights and data: what `scd plan` counted, to be
+measured."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ def stage2_update(job: PlanJob, ranks: Ranks) -> Update:
         cond, null = _prompts(job, batch, ranks), _prompts(job, 1, ranks)
         return flow_matching_loss(model, x_0, cond, null, cfg.loss, _rng())[0]
 
-    engine, ema = _engine(StepModule(student, loss_fn), job, cfg.engine, ranks), Ema(cfg.train.ema, ranks)
+    engine, ema = (
+        _engine(StepModule(student, loss_fn), job, cfg.engine, ranks),
+        Ema(cfg.train.ema, ranks),
+    )
     del student
 
     def update() -> list[Tensor]:
@@ -55,8 +59,8 @@ def stage2_update(job: PlanJob, ranks: Ranks) -> Update:
 
 
 def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
-    """A cycle of stage 3: so many critic updates on rollouts of their own, then the student's; its averages. The
-    student leaves at the last step, the critic's rollouts at each in turn."""
+    """A cycle of stage 3: so many critic updates on rollouts of their own, then the student's; its
+    averages. The student leaves at the last step, the critic's rollouts at each in turn."""
     cfg = job.cfg
     assert isinstance(cfg, Stage3Config)
     batch, sampler = cfg.train.micro_batch, FewStepSampler(cfg.sampler.times)
@@ -66,7 +70,9 @@ def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
         return rollout(model, noise, cond, sampler, cpu_noise(_rng()), exit_step=exit_step)
 
     student = _engine(StepModule(_model(job.model, ranks), play), job, cfg.student_engine, ranks)
-    critic = _engine(_model(ModelConfig("wan", wan=job.critic), ranks), job, cfg.critic_engine, ranks)
+    critic = _engine(
+        _model(ModelConfig("wan", wan=job.critic), ranks), job, cfg.critic_engine, ranks
+    )
     teacher = _teacher(job, cfg.teacher_engine, ranks)
     ema, best = Ema(cfg.train.ema, ranks), list[object]()
 
@@ -109,10 +115,18 @@ def _engine(module: nn.Module, job: PlanJob, cfg: EngineConfig, ranks: Ranks) ->
     model = module.model if isinstance(module, StepModule) else module
     assert isinstance(model, Student | Wan)
     for trunk in [model.trunk] if isinstance(model, Wan) else model.trunks():
-        trunk.checkpointing, trunk.recompute_attention = job.cfg.checkpointing, job.cfg.recompute_attention
+        trunk.checkpointing, trunk.recompute_attention = (
+            job.cfg.checkpointing,
+            job.cfg.recompute_attention,
+        )
     train = job.cfg.train
     return build_engine(
-        module, cfg, ranks, global_batch=train.global_batch, micro_batch=train.micro_batch, total_updates=10
+        module,
+        cfg,
+        ranks,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        total_updates=10,
     )
 
 
@@ -126,11 +140,15 @@ def _teacher(job: PlanJob, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
         one = value.ndim == 1 and name.endswith("weight")
         return value.fill_(1.0) if one else value.uniform_(-0.03, 0.03, generator=rng)
 
-    return frozen_engine(lambda: Wan(job.teacher), {name: partial(weight, name) for name in parameters}, cfg, ranks)
+    return frozen_engine(
+        lambda: Wan(job.teacher), {name: partial(weight, name) for name in parameters}, cfg, ranks
+    )
 
 
 def _prompts(job: PlanJob, batch: int, ranks: Ranks) -> Conditioning:
-    return Conditioning(torch.zeros(batch, job.text_tokens, job.model.wan.text_dim, device=ranks.device))
+    return Conditioning(
+        torch.zeros(batch, job.text_tokens, job.model.wan.text_dim, device=ranks.device)
+    )
 
 
 def _rng() -> torch.Generator:

@@ -1,4 +1,5 @@
-"""Memory by role and phase, disk, FLOPs, hours on a cluster; and what to change when it does not fit.
+"""Memory by role and phase, disk, FLOPs, hours on a cluster; and what to change when it does not
+fit.
 
 Activations are metered on the meta device (phases.py), states are counted (engines.py).
 Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
@@ -10,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from scd_sf.nn.tables import LIMIT
-from scd_sf.tools.plan.engines import Held, frozen_memory, frozen_on_host, host_state, saved, trained_memory
+from scd_sf.tools.plan.engines import (
+    Held,
+    frozen_memory,
+    frozen_on_host,
+    host_state,
+    saved,
+    trained_memory,
+)
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.plan.phases import Phase
 from scd_sf.tools.stages import Stage2Config, Stage3Config
@@ -25,7 +33,8 @@ TABLES_GIB = 2 * LIMIT / GIB  # rotary positions and masks that are kept
 
 @dataclass(frozen=True)
 class Cluster:
-    """``gpu_mem`` GiB each; ``mfu``: the share of ``peak_tflops`` (dense bf16) that is expected to be used."""
+    """``gpu_mem`` GiB each; ``mfu``: the share of ``peak_tflops`` (dense bf16) that is expected to
+    be used."""
 
     nodes: int = 1
     gpus_per_node: int = 8
@@ -36,7 +45,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 1:
-            raise UserError(f"--nodes is {self.nodes}, --gpus-per-node {self.gpus_per_node}; at least 1 each")
+            raise UserError(
+                f"--nodes is {self.nodes}, --gpus-per-node {self.gpus_per_node}; at least 1 each"
+            )
         if self.gpu_mem <= 0 or self.peak_tflops <= 0 or not 0 < self.mfu <= 1:
             raise UserError("--gpu-mem and --peak-tflops must be above 0, --mfu in (0, 1]")
 
@@ -56,8 +67,8 @@ class Budget:
     phases: list[Phase]
 
     def at(self, phase: Phase) -> int:
-        """Device memory while a phase runs: all states, its gradients' sums and buffers, its activations; or its
-        optimizer's step, if that is more."""
+        """Device memory while a phase runs: all states, its gradients' sums and buffers, its
+        activations; or its optimizer's step, if that is more."""
         always = sum(held.always for held in self.held.values())
         own = self.held[phase.trains]
         running = own.accumulated + sum(held.buffers for held in self.held.values()) + phase.peak
@@ -69,13 +80,14 @@ class Budget:
 
     @property
     def validation(self) -> int:
-        """Device memory while validating: all states and the averaged student in fp32, without what sampling and the
-        VAE's decoder need."""
+        """Device memory while validating: all states and the averaged student in fp32, without what
+        sampling and the VAE's decoder need."""
         return sum(held.always for held in self.held.values()) + 4 * self.counts["student"]
 
     @property
     def needed_gib(self) -> float:
-        """With the tables that are kept, and the estimates for CUDA's context and the allocator's slack."""
+        """With the tables that are kept, and the estimates for CUDA's context and the allocator's
+        slack."""
         return self.peak / GIB * (1 + SLACK) + TABLES_GIB + CONTEXT_GIB
 
     @property
@@ -90,7 +102,9 @@ class Budget:
     @property
     def seconds(self) -> float:
         """An estimate: of one step."""
-        return self.flops / (self.cluster.world * self.cluster.peak_tflops * 1e12 * self.cluster.mfu)
+        return self.flops / (
+            self.cluster.world * self.cluster.peak_tflops * 1e12 * self.cluster.mfu
+        )
 
     @property
     def trained_roles(self) -> list[str]:
@@ -99,17 +113,28 @@ class Budget:
 
     @property
     def offloaded(self) -> int:
-        """Host memory of one process that offload keeps: optimizers' states, the teacher's weights."""
+        """Host memory of one process that offload keeps: optimizers' states, the teacher's
+        weights."""
         counts, engines, world = self.counts, self.job.engines(), self.cluster.world
-        states = sum(host_state(counts[r], engines[r], world, averages=self.job.averages) for r in self.trained_roles)
-        return states + (frozen_on_host(counts["teacher"], engines["teacher"], world) if "teacher" in counts else 0)
+        states = sum(
+            host_state(counts[r], engines[r], world, averages=self.job.averages)
+            for r in self.trained_roles
+        )
+        return states + (
+            frozen_on_host(counts["teacher"], engines["teacher"], world)
+            if "teacher" in counts
+            else 0
+        )
 
     @property
     def host(self) -> int:
-        """Host memory of one process at its peak: the student's average for validation in fp32, what offload keeps, and
-        the larger of starting (students and critics come in fp32) and saving (states are copied)."""
+        """Host memory of one process at its peak: the student's average for validation in fp32,
+        what offload keeps, and the larger of starting (students and critics come in fp32) and
+        saving (states are copied)."""
         trained_roles, student = self.trained_roles, 4 * self.counts["student"]
-        start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(self.counts[r] for r in trained_roles)
+        start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(
+            self.counts[r] for r in trained_roles
+        )
         start = max(start, student + self.held[TEXT].weights if TEXT in self.held else 0)
         shares = sum(12 * -(-self.counts[role] // self.cluster.world) for role in trained_roles)
         return student + self.offloaded + max(start, shares + (1 + self.job.averages) * student)
@@ -132,16 +157,24 @@ class Budget:
         return latents, 2 * self.job.text_tokens * self.job.model.wan.text_dim
 
     def cache_bytes(self) -> int:
-        """A whole rollout's K/V, part of a phase's peak: every layer with a history, keys and values."""
+        """A whole rollout's K/V, part of a phase's peak: every layer with a history, keys and
+        values."""
         model, shape = self.job.model, self.job.shape
         layers = len(model.scd.encoder_layers) if model.family == "scd" else model.wan.num_layers
         size = 2 if self.job.engines()["student"].dtype == "bf16" else 4
-        return 2 * layers * model.wan.clip_tokens(shape) * model.wan.width * size * self.job.cfg.train.micro_batch
+        return (
+            2
+            * layers
+            * model.wan.clip_tokens(shape)
+            * model.wan.width
+            * size
+            * self.job.cfg.train.micro_batch
+        )
 
 
 def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) -> Budget:
-    """Meter and count. ``phases``: of a job whose activations are the same. Raises UserError where processes do not
-    divide the global batch."""
+    """Meter and count. ``phases``: of a job whose activations are the same. Raises UserError where
+    processes do not divide the global batch."""
     train = job.cfg.train
     micro_batches = accumulation(train.global_batch, train.micro_batch, cluster.world)
     counts, held = job.counts(), dict[str, Held]()
@@ -164,13 +197,16 @@ def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) ->
     return Budget(job, cluster, counts, held, phases or job.phases())
 
 
-Change = tuple[str, Callable[[PlanJob], PlanJob], bool]  # how to write it, what it does, whether activations change
+# how to write it, what it does, whether activations change
+Change = tuple[str, Callable[[PlanJob], PlanJob], bool]
 
 
 def advice(found: Budget) -> list[tuple[str, Budget]]:
-    """Changes that make it fit, each with what it needs with all changes before it; empty when it fits already.
+    """Changes that make it fit, each with what it needs with all changes before it; empty when it
+    fits already.
 
-    Tried in the order of what they cost: recomputing, smaller micro-batches, partitioning, moving to the CPU.
+    Tried in the order of what they cost: recomputing, smaller micro-batches, partitioning, moving
+    to the CPU.
     """
     made: list[tuple[str, Budget]] = []
     current = found
@@ -189,11 +225,19 @@ def _changes(job: PlanJob) -> list[Change]:
     changes: list[Change] = [
         ("checkpointing=true", lambda job: _with(job, checkpointing=True), True),
         ("recompute_attention=true", lambda job: _with(job, recompute_attention=True), True),
-        ("train.micro_batch=1", lambda job: _with(job, train=replace(job.cfg.train, micro_batch=1)), True),
+        (
+            "train.micro_batch=1",
+            lambda job: _with(job, train=replace(job.cfg.train, micro_batch=1)),
+            True,
+        ),
     ]
     encode = "data_prep/encode_prompts.py first, and prompts=ITS OUTPUT (about 1 MB a prompt on the disk)"
     changes.append((encode, lambda job: replace(job, text_parameters=0), False))
-    names = {"student": "engine"} if job.stage == 2 else {"teacher": "teacher_engine", "critic": "critic_engine"}
+    names = (
+        {"student": "engine"}
+        if job.stage == 2
+        else {"teacher": "teacher_engine", "critic": "critic_engine"}
+    )
     names |= {"student": "student_engine"} if job.stage == 3 else {}
     steps: list[tuple[str, dict[str, object]]] = [
         ("backend=deepspeed", {"backend": "deepspeed", "zero_stage": 2}),
@@ -205,14 +249,18 @@ def _changes(job: PlanJob) -> list[Change]:
         for name in names.values():
             if name == "teacher_engine" and "zero_stage" in text:
                 continue
-            changes.append((f"{name}.{text}", _engine_change(name, values), "dtype" in text or "kind" in text))
+            changes.append(
+                (f"{name}.{text}", _engine_change(name, values), "dtype" in text or "kind" in text)
+            )
     return changes
 
 
 def _engine_change(name: str, values: dict[str, object]) -> Callable[[PlanJob], PlanJob]:
     def change(job: PlanJob) -> PlanJob:
         engine: EngineConfig = vars(job.cfg)[name]
-        if ("kind" in values and engine.backend == "deepspeed") or ("offload" in values and engine.backend == "torch"):
+        if ("kind" in values and engine.backend == "deepspeed") or (
+            "offload" in values and engine.backend == "torch"
+        ):
             return job
         return _with(job, **{name: replace(engine, **values)})  # type: ignore[arg-type]
 

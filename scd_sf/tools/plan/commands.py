@@ -24,14 +24,19 @@ def plan(
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs (processes) in each.")] = 8,
     gpu_mem: Annotated[float, typer.Option(help="GiB of each.")] = 80.0,
-    peak_tflops: Annotated[float, typer.Option(help="Dense bf16 peak of each; 989 is an H100's.")] = 989.0,
+    peak_tflops: Annotated[
+        float, typer.Option(help="Dense bf16 peak of each; 989 is an H100's.")
+    ] = 989.0,
     mfu: Annotated[float, typer.Option(help="Share of the peak that you expect to use.")] = 0.45,
-    student: Annotated[Path | None, typer.Option(help="Configuration of stage 1, when there is no init= yet.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="Configuration of stage 1, when there is no init= yet.")
+    ] = None,
     text_tokens: Annotated[int, typer.Option(help="Length that prompts are padded to.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Will it fit, and how long will it take? Memory by role and phase, disk, FLOPs and hours of a stage on a cluster,
-    and what to change. Nothing is allocated: the real training step runs on the meta device. Exit code 1: too big."""
+    """Will it fit, and how long will it take? Memory by role and phase, disk, FLOPs and hours of a
+    stage on a cluster, and what to change. Nothing is allocated: the real training step runs on the
+    meta device. Exit code 1: too big."""
     from scd_sf.tools.plan.budget import Cluster, advice, budget
     from scd_sf.tools.plan.job import read_job
     from scd_sf.tools.plan.report import as_json as to_json
@@ -40,9 +45,14 @@ def plan(
     if text_tokens < 1:
         raise UserError(f"--text-tokens is {text_tokens}; at least 1 (512 for Wan)")
     files = [Path(text) for text in configs if "=" not in text]
-    say("counting a step on the meta device; a full-size stage takes about half a minute", sys.stderr)
+    say(
+        "counting a step on the meta device; a full-size stage takes about half a minute",
+        sys.stderr,
+    )
     cluster = Cluster(nodes, gpus_per_node, gpu_mem, peak_tflops, mfu)
-    found = budget(read_job(files, [text for text in configs if "=" in text], student, text_tokens), cluster)
+    found = budget(
+        read_job(files, [text for text in configs if "=" in text], student, text_tokens), cluster
+    )
     advised = advice(found)
     if as_json:
         print(json.dumps(to_json(found, advised), indent=1))

@@ -1,9 +1,11 @@
-"""How much memory one model and its engine hold on one process, by engine kind and ZeRO stage: bytes.
+"""How much memory one model and its engine hold on one process, by engine kind and ZeRO stage:
+bytes.
 
-What is allocated where was read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``) and compared
-with the memory of real runs (``tests/tools/plan/test_measured.py``). P parameters, N processes. With bf16 weights:
-masters 4 P, two moments 8 P and the average 4 P are divided by N from ZeRO-1 on, gradients (bf16 while they are
-reduced, fp32 sums) from ZeRO-2 on, weights 2 P at ZeRO-3.
+What is allocated where was read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``,
+``stage3.py``) and compared with the memory of real runs (``tests/tools/plan/test_measured.py``). P
+parameters, N processes. With bf16 weights: masters 4 P, two moments 8 P and the average 4 P are
+divided by N from ZeRO-1 on, gradients (bf16 while they are reduced, fp32 sums) from ZeRO-2 on,
+weights 2 P at ZeRO-3.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from dataclasses import asdict, dataclass
 
 from scd_sf.train.base import EngineConfig
 
-_OVERLAP = 2  # DeepSpeed keeps two reduction buckets while it communicates beside the backward pass (on a GPU)
+# DeepSpeed keeps two reduction buckets while it communicates beside the backward pass (on a GPU)
+_OVERLAP = 2
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on the device. ``weights`` .. ``average`` are there all the time; ``accumulated`` while a step's
-    micro-batches add up; ``buffers`` for communication while the model runs; ``update`` while the optimizer steps,
-    instead of activations."""
+    """Bytes on the device. ``weights`` .. ``average`` are there all the time; ``accumulated`` while
+    a step's micro-batches add up; ``buffers`` for communication while the model runs; ``update``
+    while the optimizer steps, instead of activations."""
 
     weights: int
     masters: int
@@ -38,24 +41,37 @@ class Held:
 
 
 def trained_memory(
-    count: int, cfg: EngineConfig, world: int, *, micro_batches: int, averages: int, on_gpu: bool = True
+    count: int,
+    cfg: EngineConfig,
+    world: int,
+    *,
+    micro_batches: int,
+    averages: int,
+    on_gpu: bool = True,
 ) -> Held:
-    """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are kept."""
+    """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are
+    kept."""
     size = 2 if cfg.dtype == "bf16" else 4
     share = -(-count // world)
     if cfg.backend == "torch":
         masters = 4 * count if cfg.dtype == "bf16" else 0
         gradients = 4 * count  # fp32 sums; clipping makes another copy
-        return Held(size * count, masters, 8 * count, 4 * share * averages, gradients, 0, 2 * gradients)
+        return Held(
+            size * count, masters, 8 * count, 4 * share * averages, gradients, 0, 2 * gradients
+        )
     if cfg.zero_stage == 0:
-        return Held(4 * count, 0, 8 * count, 4 * share * averages, 4 * count, 4 * cfg.bucket, 4 * count)
+        return Held(
+            4 * count, 0, 8 * count, 4 * share * averages, 4 * count, 4 * cfg.bucket, 4 * count
+        )
     device = 0 if cfg.offload else 1
     full = min(cfg.bucket, count)
-    buffers = size * cfg.bucket * (_OVERLAP if on_gpu else 1) + full * (size + 4)  # buckets; a flat copy, its fp32 sum
+    # buckets; a flat copy, its fp32 sum
+    buffers = size * cfg.bucket * (_OVERLAP if on_gpu else 1) + full * (size + 4)
     parts = Held(size * count, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     gradients = 4 * (count if cfg.zero_stage == 1 else share)
     if cfg.zero_stage == 3:
-        buffers += size * min(3 * cfg.bucket, count) + 4 * full  # gathered and prefetched layers; reduce-scatter's copy
+        # gathered and prefetched layers; reduce-scatter's copy
+        buffers += size * min(3 * cfg.bucket, count) + 4 * full
         parts = Held(size * share, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     accumulated = gradients if micro_batches > 1 or cfg.zero_stage == 3 else 0
     return Held(
@@ -70,7 +86,8 @@ def trained_memory(
 
 
 def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Held:
-    """A teacher: weights alone, whole (kind local) or divided among all processes (ZeRO-3), or on the CPU (offload)."""
+    """A teacher: weights alone, whole (kind local) or divided among all processes (ZeRO-3), or on
+    the CPU (offload)."""
     size = 2 if cfg.dtype == "bf16" else 4
     if cfg.backend == "torch":
         return Held(size * count, 0, 0, 0, 0, 0, 0)
@@ -87,9 +104,14 @@ def host_state(count: int, cfg: EngineConfig, world: int, *, averages: int) -> i
 
 def frozen_on_host(count: int, cfg: EngineConfig, world: int) -> int:
     """Bytes of host memory on one process: a teacher's weights that ``offload`` keeps there."""
-    return (2 if cfg.dtype == "bf16" else 4) * -(-count // world) if cfg.offload and cfg.backend == "deepspeed" else 0
+    return (
+        (2 if cfg.dtype == "bf16" else 4) * -(-count // world)
+        if cfg.offload and cfg.backend == "deepspeed"
+        else 0
+    )
 
 
 def saved(count: int, *, averages: int) -> int:
-    """Bytes of one checkpoint: weights and averages whole in fp32, and each process's masters, moments and averages."""
+    """Bytes of one checkpoint: weights and averages whole in fp32, and each process's masters,
+    moments and averages."""
     return 4 * count * ((1 + averages) + 3 + averages)

@@ -30,8 +30,8 @@ SIZES = {"14B": WAN_14B, "1.3B": WanConfig()}
 
 @dataclass(frozen=True)
 class PlanJob:
-    """``assumed``: what was not given and is taken for granted, in words. ``text_parameters``: of the text encoder that
-    every rank holds because its prompts are a list (0: none)."""
+    """``assumed``: what was not given and is taken for granted, in words. ``text_parameters``: of
+    the text encoder that every rank holds because its prompts are a list (0: none)."""
 
     cfg: Stage2Config | Stage3Config
     model: ModelConfig
@@ -67,11 +67,13 @@ class PlanJob:
             modules: dict[str, torch.nn.Module] = {"student": build_model(self.model)}
             if self.stage == 3:
                 modules |= {"critic": Wan(self.critic), "teacher": Wan(self.teacher)}
-        return {role: sum(p.numel() for p in module.parameters()) for role, module in modules.items()}
+        return {
+            role: sum(p.numel() for p in module.parameters()) for role, module in modules.items()
+        }
 
     def model_flops(self) -> float:
-        """FLOPs of one step on all processes together, as model FLOP utilisation counts them: recomputation is no
-        work."""
+        """FLOPs of one step on all processes together, as model FLOP utilisation counts them:
+        recomputation is no work."""
         plain: Any = dataclasses.replace(self.cfg, checkpointing=False)
         phases = dataclasses.replace(self, cfg=plain).phases()
         return self.cfg.train.global_batch * sum(phase.times * phase.flops for phase in phases)
@@ -80,37 +82,58 @@ class PlanJob:
         """The metered parts of one step."""
         if isinstance(self.cfg, Stage2Config):
             return stage2_phases(self.cfg, self.model, self.shape, self.text_tokens)
-        return Stage3(self.cfg, self.model, self.teacher, self.critic, self.shape, self.text_tokens).phases()
+        return Stage3(
+            self.cfg, self.model, self.teacher, self.critic, self.shape, self.text_tokens
+        ).phases()
 
 
-def read_job(files: Sequence[Path], overrides: Sequence[str], student: Path | None, text_tokens: int) -> PlanJob:
-    """The recipe's own configuration; what it leaves open (``init=``, ``teacher=``, ``data=``) is assumed and said.
+def read_job(
+    files: Sequence[Path], overrides: Sequence[str], student: Path | None, text_tokens: int
+) -> PlanJob:
+    """The recipe's own configuration; what it leaves open (``init=``, ``teacher=``, ``data=``) is
+    assumed and said.
 
-    Models are read where they exist; a name with 1.3B or 14B in it stands for Wan 2.1 of that size. ``student``: a
-    configuration of stage 1, instead of ``init``. Raises UserError for what cannot be read.
+    Models are read where they exist; a name with 1.3B or 14B in it stands for Wan 2.1 of that size.
+    ``student``: a configuration of stage 1, instead of ``init``. Raises UserError for what cannot
+    be read.
     """
     trees = [plain_yaml(file) for file in files]
-    given = {key for tree in trees for key in tree} | {text.partition("=")[0].partition(".")[0] for text in overrides}
+    given = {key for tree in trees for key in tree} | {
+        text.partition("=")[0].partition(".")[0] for text in overrides
+    }
     schema: type[Any] = _stage(given)
     run_dir = any(isinstance(run := tree.get("run"), dict) and "dir" in run for tree in trees)
     blank = [f"{f.name}=" for f in dataclasses.fields(schema) if _open(f) and f.name not in given]
-    blank += [] if run_dir or any(text.startswith("run.dir=") for text in overrides) else ["run.dir=run"]
-    cfg = load_config(schema, list(files), [text for text in blank if text != "run="] + list(overrides))
+    blank += (
+        [] if run_dir or any(text.startswith("run.dir=") for text in overrides) else ["run.dir=run"]
+    )
+    cfg = load_config(
+        schema, list(files), [text for text in blank if text != "run="] + list(overrides)
+    )
     assumed: list[str] = []
     model = _student(cfg.init, student, assumed)
     if isinstance(cfg, Stage2Config):
         model = model.with_blocks(cfg.blocks)
         shape = _clips(cfg.data, model, assumed)
         return PlanJob(cfg, model, shape, text_tokens=text_tokens, assumed=tuple(assumed))
-    teacher, critic = _wan(cfg.teacher, "teacher", "14B", assumed), _wan(cfg.critic, "critic", "1.3B", assumed)
+    teacher, critic = (
+        _wan(cfg.teacher, "teacher", "14B", assumed),
+        _wan(cfg.critic, "critic", "1.3B", assumed),
+    )
     shape = cfg.video.shape(model.wan.in_channels)
     text = _text_encoder(cfg, assumed)
     return PlanJob(cfg, model, shape, teacher, critic, text_tokens, tuple(assumed), text)
 
 
 def _stage(given: set[str]) -> type[Any]:
-    names = {schema: {f.name for f in dataclasses.fields(schema)} for schema in (Stage2Config, Stage3Config)}
-    only2, only3 = names[Stage2Config] - names[Stage3Config], names[Stage3Config] - names[Stage2Config]
+    names = {
+        schema: {f.name for f in dataclasses.fields(schema)}
+        for schema in (Stage2Config, Stage3Config)
+    }
+    only2, only3 = (
+        names[Stage2Config] - names[Stage3Config],
+        names[Stage3Config] - names[Stage2Config],
+    )
     if given & only3 and not given & only2:
         return Stage3Config
     most = 2 * len(given & names[Stage2Config]) >= len(given)  # stage 1 has a sampler, too
@@ -134,7 +157,9 @@ def _student(init: str, file: Path | None, assumed: list[str]) -> ModelConfig:
         found = describe_checkpoint(Path(init))[0].model
         require_wan(found, Path(init))
         return found
-    assumed.append(f"student: SCD of Wan 2.1 1.3B, 25 + 10 layers ({init + ' is not here' if init else 'no init='})")
+    assumed.append(
+        f"student: SCD of Wan 2.1 1.3B, 25 + 10 layers ({init + ' is not here' if init else 'no init='})"
+    )
     return ModelConfig()
 
 
@@ -143,20 +168,27 @@ def _wan(path: str, role: str, default: str, assumed: list[str]) -> WanConfig:
         return read_wan_config(Path(path))
     size = next((size for size in SIZES if size.lower() in path.lower()), None) if path else default
     if size is None:
-        raise UserError(f"{role}={path}: not here, and its name has neither 1.3B nor 14B in it; give a Wan directory")
+        raise UserError(
+            f"{role}={path}: not here, and its name has neither 1.3B nor 14B in it; give a Wan directory"
+        )
     assumed.append(f"{role}: Wan 2.1 {size} ({path + ' is not here' if path else f'no {role}='})")
     return SIZES[size]
 
 
 def _text_encoder(cfg: Stage3Config, assumed: list[str]) -> int:
-    """Parameters of the text encoder that encodes the prompts during training; 0 where they are encoded already."""
+    """Parameters of the text encoder that encodes the prompts during training; 0 where they are
+    encoded already."""
     prompts = Path(cfg.prompts)
     if cfg.prompts and prompts.exists() and not is_list(prompts):
         return 0
     if not (cfg.prompts and prompts.exists()):
         absent = f"{cfg.prompts} is not here" if cfg.prompts else "no prompts="
         assumed.append(f"prompts: a list, encoded while it trains ({absent})")
-    sources = [source for source in (cfg.text.path, cfg.teacher, cfg.critic) if source and Path(source).is_dir()]
+    sources = [
+        source
+        for source in (cfg.text.path, cfg.teacher, cfg.critic)
+        if source and Path(source).is_dir()
+    ]
     if sources:
         return encoder_parameters(find_text_encoder(cfg.text, sources))
     assumed.append("text encoder: umT5-xxl, Wan's own (no model is here)")

@@ -1,8 +1,9 @@
-"""Runs a computation on the meta device and says what it would cost: FLOPs, and live bytes at the worst moment.
+"""Runs a computation on the meta device and says what it would cost: FLOPs, and live bytes at the
+worst moment.
 
-Nothing is computed and nothing is held: every operator reports shapes alone. The real forward, loss and ``backward`` of
-a training step run under :class:`Meter`, activation checkpointing and all, so that what is kept for the backward pass
-is what PyTorch would keep.
+Nothing is computed and nothing is held: every operator reports shapes alone. The real forward, loss
+and ``backward`` of a training step run under :class:`Meter`, activation checkpointing and all, so
+that what is kept for the backward pass is what PyTorch would keep.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _ATEN = torch.ops.aten
 
 
 class Meter(TorchDispatchMode):
-    """``with Meter() as meter: ...`` -> ``meter.flops`` and ``meter.peak`` (bytes alive at once on the meta device that
-    were made inside), ``meter.drawn`` (normal numbers that the host drew).
+    """``with Meter() as meter: ...`` -> ``meter.flops`` and ``meter.peak`` (bytes alive at once on
+    the meta device that were made inside), ``meter.drawn`` (normal numbers that the host drew).
 
-    Meta kernels are slow Python, and a model's layers are alike: what an operator makes of the same shapes is known
-    from the second time on, unless it returns its arguments or views of them.
+    Meta kernels are slow Python, and a model's layers are alike: what an operator makes of the same
+    shapes is known from the second time on, unless it returns its arguments or views of them.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,11 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
             return 1.0  # a number for a log
-        if func is _ATEN._to_copy.default and args[0].is_meta and str(kwargs.get("device", "meta")) == "cpu":
+        if (
+            func is _ATEN._to_copy.default
+            and args[0].is_meta
+            and str(kwargs.get("device", "meta")) == "cpu"
+        ):
             return torch.ones(args[0].shape)  # several
         if func.overloadpacket is _ATEN.randn and str(kwargs.get("device", "cpu")) == "cpu":
             self.drawn += math.prod(args[0])
@@ -90,7 +95,9 @@ def _makes(func: Any) -> bool:
     """Whether what an operator returns is new: no view, nothing changed in place."""
     if func is _ATEN._unsafe_view.default:
         return False
-    return not func._schema.is_mutable and all(part.alias_info is None for part in func._schema.returns)
+    return not func._schema.is_mutable and all(
+        part.alias_info is None for part in func._schema.returns
+    )
 
 
 class _Described(NamedTuple):
@@ -100,9 +107,12 @@ class _Described(NamedTuple):
 
 
 def _spec(value: Any) -> Any:
-    """A hashable description, meta tensors by their shapes; None where something else decides (a real tensor)."""
+    """A hashable description, meta tensors by their shapes; None where something else decides (a
+    real tensor)."""
     if isinstance(value, Tensor):
-        return _Described(tuple(value.shape), value.stride(), value.dtype) if value.is_meta else None
+        return (
+            _Described(tuple(value.shape), value.stride(), value.dtype) if value.is_meta else None
+        )
     if isinstance(value, (tuple, list)):
         parts = []
         for item in value:
@@ -117,7 +127,9 @@ def _spec(value: Any) -> Any:
 def _again(described: Any) -> Any:
     """New tensors as described."""
     if isinstance(described, _Described):
-        return torch.empty_strided(described.shape, described.stride, dtype=described.dtype, device="meta")
+        return torch.empty_strided(
+            described.shape, described.stride, dtype=described.dtype, device="meta"
+        )
     if described == ("none",):
         return None
     return tuple(_again(part) for part in described) if isinstance(described, tuple) else described

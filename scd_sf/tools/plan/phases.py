@@ -1,6 +1,8 @@
-"""The parts of a training step on the meta device: what each computes and keeps, for one process's micro-batch.
+"""The parts of a training step on the meta device: what each computes and keeps, for one process's
+micro-batch.
 
-These are the recipes' own losses and rollout on models of the real shapes; only the numbers are missing.
+These are the recipes' own losses and rollout on models of the real shapes; only the numbers are
+missing.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a step. ``trains``: the model that is updated. ``flops`` per clip, ``times`` it happens per step,
-    ``peak`` bytes alive at once beside the models (activations, the rollout's cache, gradients on their way), ``drawn``
-    normal numbers that the host draws for a micro-batch."""
+    """One part of a step. ``trains``: the model that is updated. ``flops`` per clip, ``times`` it
+    happens per step, ``peak`` bytes alive at once beside the models (activations, the rollout's
+    cache, gradients on their way), ``drawn`` normal numbers that the host draws for a
+    micro-batch."""
 
     name: str
     trains: str
@@ -43,25 +46,36 @@ class Phase:
     drawn: int = 0
 
 
-def student_of(model: ModelConfig, cfg: EngineConfig, *, checkpointing: bool, recompute_attention: bool) -> Student:
+def student_of(
+    model: ModelConfig, cfg: EngineConfig, *, checkpointing: bool, recompute_attention: bool
+) -> Student:
     """The student on the meta device, as its engine runs it."""
     with torch.device("meta"):
         student = build_model(model)
     if isinstance(student, Wan):
-        raise UserError("the student is a bidirectional Wan; give an SCD or causal one (--student, or init=)")
+        raise UserError(
+            "the student is a bidirectional Wan; give an SCD or causal one (--student, or init=)"
+        )
     _prepare(student.trunks(), checkpointing, recompute_attention)
     return _trainable(student, cfg)
 
 
-def stage2_phases(cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens: int) -> list[Phase]:
+def stage2_phases(
+    cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens: int
+) -> list[Phase]:
     """Forward and backward of the flow-matching loss."""
     student = student_of(
-        model, cfg.engine, checkpointing=cfg.checkpointing, recompute_attention=cfg.recompute_attention
+        model,
+        cfg.engine,
+        checkpointing=cfg.checkpointing,
+        recompute_attention=cfg.recompute_attention,
     )
     batch = cfg.train.micro_batch
     with Meter() as meter:
         x, cond = _clips(batch, shape), _prompts(batch, text_tokens, model.wan)
-        loss, _ = flow_matching_loss(student, x, cond, _prompts(1, text_tokens, model.wan), cfg.loss, _rng())
+        loss, _ = flow_matching_loss(
+            student, x, cond, _prompts(1, text_tokens, model.wan), cfg.loss, _rng()
+        )
         forward = meter.flops
         loss.backward()
     parts = {"forward": forward / batch, "backward": (meter.flops - forward) / batch}
@@ -83,7 +97,9 @@ class Stage3:
         self.cfg, self.shape, self.text_tokens = cfg, shape, text_tokens
         self.sampler = FewStepSampler(cfg.sampler.times)
         again = cfg.checkpointing, cfg.recompute_attention
-        self.student = student_of(model, cfg.student_engine, checkpointing=again[0], recompute_attention=again[1])
+        self.student = student_of(
+            model, cfg.student_engine, checkpointing=again[0], recompute_attention=again[1]
+        )
         with torch.device("meta"):
             self.teacher, self.critic = Wan(teacher).requires_grad_(False), Wan(critic)
         self.teacher = self.teacher.to(_dtype(cfg.teacher_engine))
@@ -91,11 +107,15 @@ class Stage3:
         _trainable(self.critic, cfg.critic_engine)
 
     def phases(self) -> list[Phase]:
-        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's, memory the last's."""
+        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's,
+        memory the last's."""
         batch = self.cfg.train.micro_batch
         with Meter() as meter, torch.no_grad():
             self._rollout(0)
-        return [self._critic_update(shortest := meter.flops / batch), self._student_update(shortest)]
+        return [
+            self._critic_update(shortest := meter.flops / batch),
+            self._student_update(shortest),
+        ]
 
     def _critic_update(self, shortest: float) -> Phase:
         cfg, batch = self.cfg, self.cfg.train.micro_batch
@@ -109,7 +129,15 @@ class Stage3:
         own = cfg.critic_data == "own"
         fresh = (-(-cfg.ratio // cfg.reuse) / cfg.ratio) if own else 0.0  # rollouts per update
         parts = {"rollout": fresh * rolled, "critic": (meter.flops - before) / batch}
-        return Phase("critic update", "critic", sum(parts.values()), cfg.ratio, meter.peak, parts, meter.drawn)
+        return Phase(
+            "critic update",
+            "critic",
+            sum(parts.values()),
+            cfg.ratio,
+            meter.peak,
+            parts,
+            meter.drawn,
+        )
 
     def _student_update(self, shortest: float) -> Phase:
         batch, marks = self.cfg.train.micro_batch, dict[str, float]()
@@ -132,7 +160,9 @@ class Stage3:
             before = meter.flops
             loss.backward()
         parts = {"rollout": rolled, **marks, "student's backward": (meter.flops - before) / batch}
-        return Phase("student update", "student", sum(parts.values()), 1, meter.peak, parts, meter.drawn)
+        return Phase(
+            "student update", "student", sum(parts.values()), 1, meter.peak, parts, meter.drawn
+        )
 
     def _rollout(self, exit_step: int) -> Tensor:
         batch = self.cfg.train.micro_batch
@@ -150,7 +180,8 @@ def _prepare(trunks: list[Trunk], checkpointing: bool, recompute_attention: bool
 
 
 def _trainable(module: M, cfg: EngineConfig) -> M:
-    """In the engine's type; from ZeRO-2 on, a weight's gradient is reduced and gone as soon as it is there."""
+    """In the engine's type; from ZeRO-2 on, a weight's gradient is reduced and gone as soon as it
+    is there."""
     module = module.to(_dtype(cfg))
     if cfg.backend == "deepspeed" and cfg.zero_stage > 0:
         for parameter in module.parameters():

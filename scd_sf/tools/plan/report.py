@@ -16,7 +16,9 @@ _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers"
 
 def print_budget(console: Console, found: Budget, advised: list[tuple[str, Budget]]) -> None:
     """Print it."""
-    console.print(Group(_roles(found), _phases(found), *(Text(line) for line in lines(found, advised))))
+    console.print(
+        Group(_roles(found), _phases(found), *(Text(line) for line in lines(found, advised)))
+    )
 
 
 def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
@@ -97,19 +99,25 @@ def as_json(found: Budget, advised: list[tuple[str, Budget]]) -> dict[str, objec
         "seconds_per_step_estimate": found.seconds,
         "hours_estimate": found.seconds * job.cfg.train.steps / 3600,
         "advice": [
-            {"change": change, "gib_estimate": round(then.needed_gib, 2), "fits": then.fits} for change, then in advised
+            {"change": change, "gib_estimate": round(then.needed_gib, 2), "fits": then.fits}
+            for change, then in advised
         ],
     }
 
 
 def _roles(found: Budget) -> Table:
-    table = Table(title=f"stage {found.job.stage} on {found.cluster.world} GPUs: GiB per GPU", title_justify="left")
+    table = Table(
+        title=f"stage {found.job.stage} on {found.cluster.world} GPUs: GiB per GPU",
+        title_justify="left",
+    )
     for column in ("role", "parameters", "engine", *_COLUMNS):
         table.add_column(column, justify="left" if column in ("role", "engine") else "right")
     for role, held in found.held.items():
         sizes = (f"{vars(held)[column] / GIB:.2f}" for column in _COLUMNS)
         if role == TEXT and isinstance(cfg := found.job.cfg, Stage3Config):
-            table.add_row(role, f"{found.counts[role] / 1e9:.3f} B", f"whole {cfg.text.dtype}", *sizes)
+            table.add_row(
+                role, f"{found.counts[role] / 1e9:.3f} B", f"whole {cfg.text.dtype}", *sizes
+            )
             continue
         engine = found.job.engines()[role]
         stage = 3 if role == "teacher" else engine.zero_stage
@@ -124,7 +132,9 @@ def _phases(found: Budget) -> Table:
     for column in ("part", "times", "PFLOP a clip", "of it", "activations GiB", "GiB per GPU"):
         table.add_column(column, justify="left" if column in ("part", "of it") else "right")
     for phase in found.phases:
-        shares = ", ".join(f"{name} {flops / phase.flops:.0%}" for name, flops in phase.parts.items())
+        shares = ", ".join(
+            f"{name} {flops / phase.flops:.0%}" for name, flops in phase.parts.items()
+        )
         sizes = (f"{size / GIB:.2f}" for size in (phase.peak, found.at(phase)))
         table.add_row(phase.name, str(phase.times), f"{phase.flops / 1e15:.3f}", shares, *sizes)
     return table

@@ -28,7 +28,9 @@ class Sums:
 def require(*packages: str) -> None:
     """UserError unless every named package of the extra ``data`` is installed."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise UserError(f"package {missing[0].replace('_', '-')} is missing; install it with: pip install scd-sf[data]")
+        raise UserError(
+            f"package {missing[0].replace('_', '-')} is missing; install it with: pip install scd-sf[data]"
+        )
 
 
 @contextmanager
@@ -46,7 +48,9 @@ def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
             known = begun if isinstance(begun, dict) else {}
             plain = json.loads(json.dumps(settings))  # tuples as the lists that files hold
             if other := [name for name in plain if known.get(name) != plain[name]]:
-                raise UserError(f"{file}: begun with other {other[0]}; nothing is overwritten: {REMEDY}")
+                raise UserError(
+                    f"{file}: begun with other {other[0]}; nothing is overwritten: {REMEDY}"
+                )
         yield (out / REPORT).is_file() and _is_whole(out)
 
 
@@ -59,5 +63,7 @@ def _is_whole(out: Path) -> bool:
     known = read_typed(out / REPORT, Sums, REMEDY).sha256
     there = [name for name in (PROMPTS, TEXT) if (out / name).is_file()]
     if changed := [name for name in there if sha256_file(out / name) != known.get(name)]:
-        raise UserError(f"{out / changed[0]}: was changed since {REPORT} was written; move it away, or {REMEDY}")
+        raise UserError(
+            f"{out / changed[0]}: was changed since {REPORT} was written; move it away, or {REMEDY}"
+        )
     return len(there) == 2

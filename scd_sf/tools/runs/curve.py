@@ -1,8 +1,8 @@
 """The curve of a run: ``metrics.jsonl`` as a mapping step -> values, also while it is being
 written.
 
-    curve = read_curve(Path("runs/stage2"))         # a run directory, or a reference curve FILE.jsonl
-    curve.steps[100]["loss"]
+    curve = read_curve(Path("runs/stage2"))         # a run directory, or a reference curve
+    FILE.jsonl curve.steps[100]["loss"]
 
 Files come from anywhere: a line that is not a record is counted, not trusted.
 """

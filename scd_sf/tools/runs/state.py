@@ -25,8 +25,10 @@ from scd_sf.train.stop import Beat
 from scd_sf.types import UserError
 
 State = Literal["finished", "running", "stale", "stopped"]
-SILENT_SECONDS = 120.0  # a rank whose heartbeat is older, or a run without heartbeats whose last line is
-STUCK_SECONDS = 600.0  # a run whose ranks live but whose last line is older: a validation or a save is shorter
+# a rank whose heartbeat is older, or a run without heartbeats whose last line is
+SILENT_SECONDS = 120.0
+# a run whose ranks live but whose last line is older: a validation or a save is shorter
+STUCK_SECONDS = 600.0
 SMALL = 2**20  # bytes of the JSON files that a job rewrites
 RANK = re.compile(r"[0-9]{1,9}")
 DEPTH = 4  # folders below ROOT in which `scd runs ls` looks
@@ -97,7 +99,8 @@ class RunView:
 
 def is_run(path: Path) -> bool:
     """Whether a recipe has used this directory: it has metrics, or a config and checkpoints."""
-    config, checkpoints = path / "config.yaml", path / "checkpoints"  # os.path: what may not be read is not there
+    # os.path: what may not be read is not there
+    config, checkpoints = path / "config.yaml", path / "checkpoints"
     return os.path.isfile(path / METRICS) or (os.path.isfile(config) and os.path.isdir(checkpoints))
 
 

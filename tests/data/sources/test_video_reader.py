@@ -36,7 +36,9 @@ def read(path: Path, **options: float) -> Tensor:
         ((0, -1, -1, 0), lambda p: np.rot90(p, 2).transpose(1, 0, 2)),
     ],
 )
-def test_turned_and_mirrored_videos_are_upright(tmp_path: Path, matrix: Sequence[int], shown: object) -> None:
+def test_turned_and_mirrored_videos_are_upright(
+    tmp_path: Path, matrix: Sequence[int], shown: object
+) -> None:
     picture = corners()
     video = read(write(tmp_path / "a.mp4", [picture] * 2, matrix=matrix))
     wanted = shown(picture)  # type: ignore[operator]
@@ -50,15 +52,21 @@ def test_an_angle_between_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("aspect", "size"), [(Fraction(4, 3), (32, 64)), (Fraction(1, 2), (64, 48)), (Fraction(1), (32, 48))]
+    ("aspect", "size"),
+    [(Fraction(4, 3), (32, 64)), (Fraction(1, 2), (64, 48)), (Fraction(1), (32, 48))],
 )
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_pixels_are_square(tmp_path: Path, name: str, aspect: Fraction, size: tuple[int, int]) -> None:
-    """The stretched side grows; the corners stay where they are. A turned video is stretched along its own rows."""
+def test_pixels_are_square(
+    tmp_path: Path, name: str, aspect: Fraction, size: tuple[int, int]
+) -> None:
+    """The stretched side grows; the corners stay where they are. A turned video is stretched along
+    its own rows."""
     video = read(write(tmp_path / name, [corners()] * 2, aspect=aspect))
     assert tuple(video.shape[2:]) == size
     assert (video[0, :, 4, 4] - torch.tensor(CORNERS[0])).abs().max() < 8
-    turned = read(write(tmp_path / f"turned-{name}", [corners()] * 2, aspect=aspect, matrix=(0, 1, -1, 0)))
+    turned = read(
+        write(tmp_path / f"turned-{name}", [corners()] * 2, aspect=aspect, matrix=(0, 1, -1, 0))
+    )
     assert tuple(turned.shape[2:]) == size[::-1]
 
 
@@ -72,15 +80,23 @@ def test_pixels_are_square(tmp_path: Path, name: str, aspect: Fraction, size: tu
     ],
 )
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.avi"])
-def test_resampled_by_timestamps(tmp_path: Path, name: str, rate: int, fps: int, shown: Sequence[int]) -> None:
+def test_resampled_by_timestamps(
+    tmp_path: Path, name: str, rate: int, fps: int, shown: Sequence[int]
+) -> None:
     """Matroska rounds times to milliseconds; equal rates still give every frame once."""
     codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
     pixels = "yuv420p" if codec == "mpeg4" else "yuv444p"
-    path = write(tmp_path / name, [grey(20 * n) for n in range(12)], rate=rate, codec=codec, pixels=pixels)
+    path = write(
+        tmp_path / name, [grey(20 * n) for n in range(12)], rate=rate, codec=codec, pixels=pixels
+    )
     seen = [round(level / 20) for level in levels(read(path, fps=fps))]
     assert len(seen) == round(12 * fps / rate)
-    assert all(abs(one - other) <= (rate != fps) for one, other in zip(seen, shown, strict=False)), seen
-    assert [round(level / 20) for level in levels(read(path))] == list(range(12)), "as coded: whatever the rate"
+    assert all(
+        abs(one - other) <= (rate != fps) for one, other in zip(seen, shown, strict=False)
+    ), seen
+    assert [round(level / 20) for level in levels(read(path))] == list(range(12)), (
+        "as coded: whatever the rate"
+    )
 
 
 def test_uneven_timestamps(tmp_path: Path) -> None:
@@ -89,7 +105,9 @@ def test_uneven_timestamps(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mkv", [grey(30 * n) for n in range(8)], rate=10, times=times)
     seen = [round(level / 30) for level in levels(read(path, fps=10))]
     assert seen == [0, 1, 1, 1, 1, 1, 4, 5, 6, 7]
-    with pytest.raises(UserError, match=r"a\.mkv: .*(uneven timestamps|frames per second, not the 10).*as_coded"):
+    with pytest.raises(
+        UserError, match=r"a\.mkv: .*(uneven timestamps|frames per second, not the 10).*as_coded"
+    ):
         read(path, fps=10, exact=True)
 
 
@@ -110,7 +128,9 @@ def test_where_each_frame_counts_another_rate_is_refused(tmp_path: Path) -> None
         ("yuvj420p", {"colorspace": 1, "color_range": 2}),
     ],
 )
-def test_depths_ranges_and_matrices_give_the_same_colours(tmp_path: Path, pixels: str, colours: dict[str, int]) -> None:
+def test_depths_ranges_and_matrices_give_the_same_colours(
+    tmp_path: Path, pixels: str, colours: dict[str, int]
+) -> None:
     picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     picture[:] = (200, 60, 30)
     video = read(write(tmp_path / "a.mp4", [picture] * 2, pixels=pixels, colours=colours))
@@ -119,7 +139,8 @@ def test_depths_ranges_and_matrices_give_the_same_colours(tmp_path: Path, pixels
 
 @pytest.mark.parametrize("transfer", [16, 18])  # PQ, HLG
 def test_hdr_is_brought_to_an_ordinary_screen(tmp_path: Path, transfer: int) -> None:
-    """The grey of PQ at 49 % is about 93 of 10,000 nits: light grey on a screen of 203, not middle grey."""
+    """The grey of PQ at 49 % is about 93 of 10,000 nits: light grey on a screen of 203, not middle
+    grey."""
     colours = {"colorspace": 9, "color_range": 1, "color_trc": transfer, "color_primaries": 9}
     video = read(write(tmp_path / "a.mp4", [grey(126)] * 2, pixels="yuv420p10le", colours=colours))
     assert {16: 170, 18: 135}[transfer] < levels(video)[0] < {16: 200, 18: 160}[transfer]
@@ -130,7 +151,11 @@ def test_frames_that_change_their_size_are_refused(tmp_path: Path) -> None:
     parts = []
     for number, size in enumerate(((32, 48), (48, 64))):
         pictures = [np.full((*size, 3), 100, np.uint8)] * 4
-        parts.append(write(tmp_path / f"{number}.ts", pictures, rate=25, codec="mpeg2video", pixels="yuv420p"))
+        parts.append(
+            write(
+                tmp_path / f"{number}.ts", pictures, rate=25, codec="mpeg2video", pixels="yuv420p"
+            )
+        )
     joined = tmp_path / "joined.ts"
     joined.write_bytes(b"".join(part.read_bytes() for part in parts))
     with pytest.raises(UserError, match=r"joined\.ts.* is 64x48, those before 48x32"):
@@ -174,7 +199,9 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
             frame_count(path, str(path))
 
 
-def test_sizes_are_compared_before_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_compared_before_frames_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.mp4", [grey(n) for n in range(6)])
     monkeypatch.setattr(video_reader, "LARGEST_VIDEO", 5 * HEIGHT * WIDTH * 3)
     with pytest.raises(UserError, match="bytes of frames, which is too large"):
@@ -198,7 +225,8 @@ def test_a_reader_that_stops_early_closes_the_file(tmp_path: Path) -> None:
 
 
 def test_frames_are_given_back_one_by_one(tmp_path: Path) -> None:
-    """No cycle of references keeps decoded frames until the garbage collector comes: 25 MB each at 4096x4096."""
+    """No cycle of references keeps decoded frames until the garbage collector comes: 25 MB each at
+    4096x4096."""
     path = write(tmp_path / "a.mp4", [grey(n) for n in range(12)], matrix=(0, 1, -1, 0))
     gc.collect()
     gc.disable()

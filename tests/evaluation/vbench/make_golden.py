@@ -1,4 +1,5 @@
-"""Writes ``golden.json`` beside it by VBench's own functions, in VBench's own environment; not run by the tests.
+"""Writes ``golden.json`` beside it by VBench's own functions, in VBench's own environment; not run
+by the tests.
 
     python vbench_eval/score.py ...        # builds the environment once
     VBENCH_ENV/bin/python -I tests/evaluation/vbench/make_golden.py tests/evaluation/vbench
@@ -25,7 +26,9 @@ def filled(name: str, like: torch.Tensor) -> torch.Tensor:
     """A weight that depends on its name alone."""
     if like.dtype == torch.int64:
         return torch.zeros_like(like)
-    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    drawn = torch.randn(
+        like.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    )
     return drawn.abs() + 0.5 if name.endswith("running_var") else drawn * 0.05
 
 
@@ -44,10 +47,21 @@ def main(folder: Path) -> None:
         frames = [5, 16, 33, 81][number % 4]
         size = (64 + 8 * number, 480)
         rule.set_params(torch.zeros(1, 3, *size), frames)
-        scores = torch.rand(frames + 1, generator=rng) * rule.params["thres"] * [1.05, 1.2, 0.9, 3][number // 4 % 4]
+        scores = (
+            torch.rand(frames + 1, generator=rng)
+            * rule.params["thres"]
+            * [1.05, 1.2, 0.9, 3][number // 4 % 4]
+        )
         scores[-2:] *= [1, 10, 30][number % 3]
         values = [round(float(score), 4) for score in scores]
-        cases.append({"frames": frames, "size": size, "scores": values, "static": bool(rule.check_static(values))})
+        cases.append(
+            {
+                "frames": frames,
+                "size": size,
+                "scores": values,
+                "static": bool(rule.check_static(values)),
+            }
+        )
     golden = {
         "flickering": cal_score(str(folder / "flickering.mp4")),
         "raft": {"shapes": {name: list(value.shape) for name, value in state.items()}},

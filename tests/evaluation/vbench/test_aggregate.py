@@ -50,7 +50,10 @@ def test_refusals(tmp_path: Path) -> None:
     for change, words in (
         ({"scene": None}, "1 of 16 dimensions missing (scene); score them"),
         ({"beauty": 0.5}, "'beauty' is none of VBench's dimensions"),
-        ({"scene": 56.57}, "scene is 56.57; it must be a fraction in 0..1: write 0.5657 for 56.57 percent"),
+        (
+            {"scene": 56.57},
+            "scene is 56.57; it must be a fraction in 0..1: write 0.5657 for 56.57 percent",
+        ),
         ({"scene": -0.1}, "scene is -0.1"),
         ({"scene": float("nan")}, "NaN is not a JSON number"),
         ({"scene": "0.5"}, "'scene' is '0.5', not a number"),
@@ -76,17 +79,26 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_the_script(tmp_path: Path) -> None:
     """Names with blanks, VBench's own results with too few videos (labelled), several files."""
-    (tmp_path / "plain.json").write_text(json.dumps({k.replace("_", " "): v for k, v in full().items()}))
+    (tmp_path / "plain.json").write_text(
+        json.dumps({k.replace("_", " "): v for k, v in full().items()})
+    )
     out = recipe_runner.succeed(SCRIPT, tmp_path / "plain.json").out
     assert out.splitlines()[-1].split() == ["Total", "82.24"] and "not comparable" not in out
-    own = {name: [value, [{"video_path": "x", "video_results": value}] * 3] for name, value in full().items()}
-    (tmp_path / "a_eval_results.json").write_text(json.dumps({k: v for k, v in own.items() if k != "scene"}))
+    own = {
+        name: [value, [{"video_path": "x", "video_results": value}] * 3]
+        for name, value in full().items()
+    }
+    (tmp_path / "a_eval_results.json").write_text(
+        json.dumps({k: v for k, v in own.items() if k != "scene"})
+    )
     result = recipe_runner.run(SCRIPT, tmp_path / "a_eval_results.json")
     assert result.code == 2 and "(scene)" in result.err and not result.out
     (tmp_path / "b.json").write_text(json.dumps({"scene": full()["scene"]}))
     files = [tmp_path / "a_eval_results.json", tmp_path / "b.json"]
     assert "not comparable: " in recipe_runner.succeed(SCRIPT, *files).out
     found = json.loads(recipe_runner.succeed(SCRIPT, *files, "--json").out)
-    assert abs(found["total"] - 82.24) < 0.015 and "human_action: 3 of 500 videos" in found["reduced"]
+    assert (
+        abs(found["total"] - 82.24) < 0.015 and "human_action: 3 of 500 videos" in found["reduced"]
+    )
     assert "given" not in recipe_runner.run(SCRIPT, files[1], files[1]).out
     assert "scene is in another file too" in recipe_runner.run(SCRIPT, files[1], files[1]).err

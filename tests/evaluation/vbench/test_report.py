@@ -57,13 +57,22 @@ def test_the_script_and_its_files(tmp_path: Path) -> None:
     videos.mkdir(parents=True)
     for number in range(2):
         (videos / f"a dog, 100%-{number}.mp4").write_bytes(b"video")
-    given = [f"scores={{ours: {scores(tmp_path)}}}", f"videos={tmp_path}/run", f"out={tmp_path}/report"]
+    given = [
+        f"scores={{ours: {scores(tmp_path)}}}",
+        f"videos={tmp_path}/run",
+        f"out={tmp_path}/report",
+    ]
     out = recipe_runner.succeed(SCRIPT, *given).out
     assert "ours: total 82.24 (not comparable: 1 instead of 5 videos)" in out
     table = (tmp_path / "report" / "report.md").read_text()
-    assert table.splitlines()[2].startswith("| ours | this run | 82.24 | 83.53 | 77.06 |") and "Self Forcing" in table
+    assert (
+        table.splitlines()[2].startswith("| ours | this run | 82.24 | 83.53 | 77.06 |")
+        and "Self Forcing" in table
+    )
     found = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert len(found["rows"]) == 1 + len(published_rows()) and found["rows"][0]["note"].startswith("not comparable")
+    assert len(found["rows"]) == 1 + len(published_rows()) and found["rows"][0]["note"].startswith(
+        "not comparable"
+    )
     page = Page()
     page.feed((tmp_path / "report" / "report.html").read_text())
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "video"]
@@ -92,7 +101,9 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
     assert text.count("<script") == 0 and "alert(1)" in page.text and "{{ 7*7 }}" in page.text
     assert "\u202e" not in text and "\u2066" not in text
     sources = [str(attrs["src"]) for tag, attrs in page.tags if tag == "video"]
-    assert [unquote(source) for source in sources] == [file.name for _, files in cards for file in files]
+    assert [unquote(source) for source in sources] == [
+        file.name for _, files in cards for file in files
+    ]
     table = markdown(rows)
     assert "<" not in table.replace("\\<", "") and "\\<script\\>" in table
     assert table.splitlines()[2].count(" | ") == table.splitlines()[0].count(" | ")
@@ -102,18 +113,24 @@ def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["report.json", "report.md", "report.html"])
 def test_only_reports_are_replaced(tmp_path: Path, name: str) -> None:
-    """Somebody's file or link of that name stays, and nothing is written beside it; a report of ours is renewed."""
+    """Somebody's file or link of that name stays, and nothing is written beside it; a report of
+    ours is renewed."""
     given = {"a": scores(tmp_path)}
     write_report(given, tmp_path / "ours", None)
     write_report(given, tmp_path / "ours", None)
-    for make in (lambda place: place.write_text("mine"), lambda place: place.symlink_to(tmp_path / "ours" / name)):
+    for make in (
+        lambda place: place.write_text("mine"),
+        lambda place: place.symlink_to(tmp_path / "ours" / name),
+    ):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         make(out / name)
         before = (out / name).read_text()
         with pytest.raises(UserError, match="nothing is overwritten: use another out="):
             write_report(given, out, None)
-        assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == before
+        assert [path.name for path in out.iterdir()] == [name] and (
+            out / name
+        ).read_text() == before
 
 
 def test_nothing_is_written_for_bad_scores(tmp_path: Path) -> None:

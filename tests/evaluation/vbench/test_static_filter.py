@@ -10,7 +10,13 @@ import torch
 from torchvision.models.optical_flow import raft_large
 
 from scd_sf.distributed import Ranks
-from scd_sf.evaluation.vbench.static_filter import StaticFilter, chosen_of, flow_scores, is_static, run_static_filter
+from scd_sf.evaluation.vbench.static_filter import (
+    StaticFilter,
+    chosen_of,
+    flow_scores,
+    is_static,
+    run_static_filter,
+)
 from scd_sf.types import UserError
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -31,14 +37,16 @@ def test_scores_are_the_longest_two_percent() -> None:
     def flow(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
         step = float(two[0, 0, 0, 0] - one[0, 0, 0, 0])
         field = torch.zeros(1, 2, 10, 10)
-        field[0, 0, 0, :2], field[0, 1, 0, 0] = 3 * step, 4 * step  # two of 100 pixels move: by 5 and by 3
+        # two of 100 pixels move: by 5 and by 3
+        field[0, 0, 0, :2], field[0, 1, 0, 0] = 3 * step, 4 * step
         return field
 
     assert flow_scores(frames, flow) == [4.0, 4.0, 8.0, 8.0]
 
 
 def test_candidates_are_kept_in_vbenchs_order(tmp_path: Path) -> None:
-    """The first five names as text are kept, 0, 1, 10, 11, 2; then nothing is done. (A real judge: test_sample.py.)"""
+    """The first five names as text are kept, 0, 1, 10, 11, 2; then nothing is done. (A real judge:
+    test_sample.py.)"""
     torch.save(raft_large(weights=None).state_dict(), tmp_path / "raft.pth")
     (tmp_path / "flickering").mkdir()
     for number in range(12):
@@ -51,8 +59,17 @@ def test_candidates_are_kept_in_vbenchs_order(tmp_path: Path) -> None:
 
     static.judge = still  # type: ignore[method-assign]
     run_static_filter(tmp_path, ["a wall"], 12, static, ALONE)
-    assert chosen_of(tmp_path, "a wall") == [f"a wall-{n}.mp4" for n in (0, 10, 11, 2, 3)] and len(judged) == 6
-    assert [(tmp_path / "static" / f"a wall-{n}.mp4").read_text() for n in range(5)] == ["0", "10", "11", "2", "3"]
+    assert (
+        chosen_of(tmp_path, "a wall") == [f"a wall-{n}.mp4" for n in (0, 10, 11, 2, 3)]
+        and len(judged) == 6
+    )
+    assert [(tmp_path / "static" / f"a wall-{n}.mp4").read_text() for n in range(5)] == [
+        "0",
+        "10",
+        "11",
+        "2",
+        "3",
+    ]
     run_static_filter(tmp_path, ["a wall"], 12, static, ALONE)
     assert len(judged) == 6
     (tmp_path / "static" / "a wall-3.mp4").unlink()

@@ -1,4 +1,5 @@
-"""What holds for SCD alone: the fused encoder pass, the frame-wise decoder, the presets, the corruption of c."""
+"""What holds for SCD alone: the fused encoder pass, the frame-wise decoder, the presets, the
+corruption of c."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_fused_pass_equals_a_clean_pass_and_a_query_pass(chunk: int) -> None:
     text = model.encoder.text_kv(model.encoder.text(data.cond.text_BLE))
     length = chunk * tiny.CFG.tokens(*GRID)
 
-    def run(frames: Tensor, t: float, index: int, cache: KVCache, write: int) -> tuple[Tensor, KVCache]:
+    def run(
+        frames: Tensor, t: float, index: int, cache: KVCache, write: int
+    ) -> tuple[Tensor, KVCache]:
         tokens = model.encoder.embed(frames)
         positions = model.encoder.rope(range(index * chunk, (index + 1) * chunk), *GRID, tokens)
         mod = model.encoder.times(torch.full(frames.shape[:2], t, dtype=frames.dtype)).mod
@@ -75,7 +78,9 @@ def test_fused_pass_equals_a_clean_pass_and_a_query_pass(chunk: int) -> None:
         for layer in cache.layers:
             wanted, got = cache.layer(layer), stream.cache.layer(layer)
             assert wanted is not None and got is not None
-            assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(got, wanted, strict=True))
+            assert all(
+                torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(got, wanted, strict=True)
+            )
 
 
 @torch.no_grad()
@@ -117,21 +122,29 @@ def test_decoder_rows_are_independent_given_their_contexts(variant: tiny.Variant
         others = torch.arange(chunks) != row
         c_other, x_other = c.clone(), x_t.clone()
         c_other[others], x_other[others] = 0.5, -0.5
-        assert torch.allclose(decode(slice(None), c_other, x_other)[one], together[one], rtol=0, atol=1e-12)
+        assert torch.allclose(
+            decode(slice(None), c_other, x_other)[one], together[one], rtol=0, atol=1e-12
+        )
         c_other[row] += torch.randn(c[row].shape, generator=tiny.generator(row), dtype=c.dtype)
-        assert float((decode(one, c_other, x_t) - together[one]).abs().max()) > 1e-4, "the context is ignored"
+        assert float((decode(one, c_other, x_t) - together[one]).abs().max()) > 1e-4, (
+            "the context is ignored"
+        )
 
 
 @pytest.mark.parametrize("variant", DELTA, ids=str)
 @torch.no_grad()
 def test_delta_starts_as_causal_wan_with_chunk_diagonal_late_layers(variant: tiny.Variant) -> None:
-    """At t = t_query with the same eps, transplanted 'delta' is Wan under the teacher-forcing mask up to the last
-    encoder layer and chunk by chunk after it (docs/deviations.md)."""
+    """At t = t_query with the same eps, transplanted 'delta' is Wan under the teacher-forcing mask
+    up to the last encoder layer and chunk by chunk after it (docs/deviations.md)."""
     wan, data = tiny.wan(), tiny.clip(variant.chunk, samples=1)
     with tiny.double():
         model, _ = transplant_scd(wan, tiny.scd_config(variant))
     batch, frames = data.x.shape[:2]
-    chunks, tokens, trunk = frames // variant.chunk, variant.chunk * tiny.CFG.tokens(*GRID), wan.trunk
+    chunks, tokens, trunk = (
+        frames // variant.chunk,
+        variant.chunk * tiny.CFG.tokens(*GRID),
+        wan.trunk,
+    )
     t = torch.full((batch, frames), 0.97, dtype=torch.float64)
     x_t = 0.03 * data.x + 0.97 * data.eps[0]
     query = tiny.Query(x_t, t)
@@ -142,9 +155,13 @@ def test_delta_starts_as_causal_wan_with_chunk_diagonal_late_layers(variant: tin
     mask = dense_mask(Layout.teacher_forced(chunks, range(chunks), 1, tokens), x_t.device)
     mod = trunk.times(torch.cat([torch.zeros_like(t), t], 1)).mod
     rotary = trunk.rope([*range(frames), *range(frames)], *GRID, sequence)
-    hidden = trunk.run(sequence, mod, text, rotary, FullSequence(mask), slice(0, late))[:, chunks * tokens :]
+    hidden = trunk.run(sequence, mod, text, rotary, FullSequence(mask), slice(0, late))[
+        :, chunks * tokens :
+    ]
     times = trunk.times(t)
-    diagonal = dense_mask(Layout(tuple(range(1, chunks + 1)), tuple(range(chunks)), tokens), x_t.device)
+    diagonal = dense_mask(
+        Layout(tuple(range(1, chunks + 1)), tuple(range(chunks)), tokens), x_t.device
+    )
     rotary = trunk.rope(range(frames), *GRID, sequence)
     hidden = trunk.run(hidden, times.mod, text, rotary, FullSequence(diagonal), slice(late, None))
     assert torch.allclose(ours, trunk.velocity(hidden, times.temb, *GRID), rtol=0, atol=1e-11)
@@ -160,7 +177,9 @@ def test_corruption_has_the_rms_of_each_token_and_differs_per_row() -> None:
     between = torch.corrcoef(unit) - torch.eye(6)
     assert float(between.abs().max()) < 0.1
     rows = contexts_per_sample(c, 1, 5, 0.0, None)
-    assert torch.equal(rows, c.unflatten(1, (5, -1)).flatten(0, 1)), "no strength, no noise, no generator"
+    assert torch.equal(rows, c.unflatten(1, (5, -1)).flatten(0, 1)), (
+        "no strength, no noise, no generator"
+    )
 
 
 def test_corruption_is_drawn_per_noisy_sample_and_reproducible() -> None:
@@ -181,7 +200,9 @@ def test_gradients_reach_every_parameter_of_both_nets() -> None:
     for variant in (v for v in tiny.SOME if v.family == "scd" and v.chunk == 1):
         model, data = scd(variant), tiny.clip(1, chunks=2)
         tiny.teacher_forced(model, data).pow(2).mean().backward()
-        silent = [n for n, g in tiny.gradients(model).items() if g is None or float(g.abs().max()) == 0]
+        silent = [
+            n for n, g in tiny.gradients(model).items() if g is None or float(g.abs().max()) == 0
+        ]
         assert not silent, f"{variant}: {silent}"
 
 
@@ -198,11 +219,17 @@ def test_where_the_junction_falls() -> None:
     assert DecoderConfig().junction(range(25)) == 5
     assert DecoderConfig((0, 1, 4, 5), "delta").junction((0, 1, 2)) == 2
     assert DecoderConfig((1, 1, 5), "junction", split=1).junction((0, 2, 3)) == 1
-    with pytest.raises(UserError, match="no block comes after the junction, so the context would never be read"):
+    with pytest.raises(
+        UserError, match="no block comes after the junction, so the context would never be read"
+    ):
         DecoderConfig((0, 1), "junction").junction((0, 1, 2))
     with pytest.raises(UserError, match="fusion 'paper' has no early blocks"):
         DecoderConfig((0, 5), "paper", split=1).junction((0,))
-    assert DecoderConfig((0, 5), "paper").junction((0,)) == DecoderConfig((0, 5), "channel").junction((0,)) == 0
+    assert (
+        DecoderConfig((0, 5), "paper").junction((0,))
+        == DecoderConfig((0, 5), "channel").junction((0,))
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +250,10 @@ def test_query_is_needed_and_layers_must_exist() -> None:
     model, data = scd(tiny.Variant("scd", 1, "junction")), tiny.clip(1)
     with pytest.raises(UserError, match="needs the encoder's query"):
         model.teacher_forced(data.x_t, data.t, data.x, data.cond)
-    with pytest.raises(UserError, match=r"encoder_layers is \[0, 6\]: the base model has layers 0\.\.5; remove \[6\]"):
+    with pytest.raises(
+        UserError,
+        match=r"encoder_layers is \[0, 6\]: the base model has layers 0\.\.5; remove \[6\]",
+    ):
         ScdWan(tiny.CFG, ScdConfig((0, 6), DecoderConfig(tiny.DECODER)))
     with pytest.raises(UserError, match=r"decoder.layers is \[-1\]"):
         ScdWan(tiny.CFG, ScdConfig((0,), DecoderConfig((-1,))))

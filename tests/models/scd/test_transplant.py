@@ -1,4 +1,5 @@
-"""Stage 1: every destination tensor has one line in the report, copies are bit-equal and share nothing."""
+"""Stage 1: every destination tensor has one line in the report, copies are bit-equal and share
+nothing."""
 
 from __future__ import annotations
 
@@ -35,13 +36,19 @@ def wan() -> Wan:
 
 @pytest.mark.parametrize(("encoder", "decoder"), LISTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_destination_once_and_bit_equal(encoder: tuple[int, ...], decoder: tuple[int, ...], fusion: str) -> None:
+def test_every_destination_once_and_bit_equal(
+    encoder: tuple[int, ...], decoder: tuple[int, ...], fusion: str
+) -> None:
     source = wan()
     # split 0 where junction would have no block left that could read the context
     split = 0 if all(layer in encoder for layer in decoder) else None
-    model, report = transplant_scd(source, ScdConfig(encoder, DecoderConfig(decoder, fusion, split=split)))
+    model, report = transplant_scd(
+        source, ScdConfig(encoder, DecoderConfig(decoder, fusion, split=split))
+    )
     verify_transplant(model, source, report)
-    assert Counter(line.destination for line in report) == Counter(dict(model.named_parameters()).keys())
+    assert Counter(line.destination for line in report) == Counter(
+        dict(model.named_parameters()).keys()
+    )
     given = dict(source.named_parameters())
     for line in report:
         parameter = model.get_parameter(line.destination)
@@ -56,7 +63,10 @@ def test_every_destination_once_and_bit_equal(encoder: tuple[int, ...], decoder:
             name = "attn1.to_q.weight"
             assert came_from[f"{side}.blocks.{index}.{name}"] == f"trunk.blocks.{layer}.{name}"
     assert came_from["decoder.trunk.head.proj_out.weight"] == "trunk.head.proj_out.weight"
-    assert came_from["encoder.patch_embedding.weight"] == came_from["decoder.trunk.patch_embedding.weight"]
+    assert (
+        came_from["encoder.patch_embedding.weight"]
+        == came_from["decoder.trunk.patch_embedding.weight"]
+    )
 
 
 def test_copies_share_no_storage_with_the_source_or_each_other() -> None:
@@ -79,7 +89,10 @@ def test_verification_can_fail() -> None:
     with torch.no_grad():
         kept = weight[0, 0].clone()
         weight[0, 0] += 1e-7
-    with pytest.raises(AssertionError, match=r"encoder.blocks.1.ffn.net.2.weight != trunk.blocks.1.ffn.net.2.weight"):
+    with pytest.raises(
+        AssertionError,
+        match=r"encoder.blocks.1.ffn.net.2.weight != trunk.blocks.1.ffn.net.2.weight",
+    ):
         verify_transplant(model, source, report)
     with torch.no_grad():
         weight[0, 0] = kept
@@ -126,13 +139,16 @@ def test_report_for_people() -> None:
     _, report = transplant_scd(wan(), ScdConfig((3,), DecoderConfig((5,), "paper")))
     lines = report_lines(report)
     assert len(lines) == len(report)
-    assert "encoder.blocks.0.attn1.to_q.weight <- trunk.blocks.3.attn1.to_q.weight [24, 24]" in lines
+    assert (
+        "encoder.blocks.0.attn1.to_q.weight <- trunk.blocks.3.attn1.to_q.weight [24, 24]" in lines
+    )
     assert "decoder.adapter.weight <- (new) [24, 24]" in lines
 
 
 @torch.no_grad()
 def test_transplanted_contexts_are_wans_hidden_states() -> None:
-    """Before any training, frame 0's context is Wan's own output of the last encoder layer on one pure-noise frame."""
+    """Before any training, frame 0's context is Wan's own output of the last encoder layer on one
+    pure-noise frame."""
     source, data = tiny.wan(), tiny.clip(1, chunks=1, samples=1)
     with tiny.double():
         model, _ = transplant_scd(source, tiny.scd_config(tiny.Variant("scd", 1, "junction")))
@@ -141,7 +157,9 @@ def test_transplanted_contexts_are_wans_hidden_states() -> None:
     last = source.trunk.blocks[len(tiny.ENCODER) - 1]
     last.register_forward_hook(lambda _module, _inputs, out: caught.append(out))
     source(data.query.x, data.query.t, data.cond)
-    c = model.encode(data.x, data.query.x, data.query.t, model.encoder.text(data.cond.text_BLE), [0])
+    c = model.encode(
+        data.x, data.query.x, data.query.t, model.encoder.text(data.cond.text_BLE), [0]
+    )
     assert torch.allclose(c, caught[0], rtol=0, atol=1e-12)
 
 

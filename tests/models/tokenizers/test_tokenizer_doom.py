@@ -14,11 +14,18 @@ FOLDER = recipe_runner.ROOT / "assets" / "tokenizer_doom"
 
 
 def test_shipped_tokenizer() -> None:
-    """It reads, fits its record, and draws a wall with a lit door in a dark floor's room better than a blur would."""
+    """It reads, fits its record, and draws a wall with a lit door in a dark floor's room better
+    than a blur would."""
     tokenizer = load_tokenizer(FOLDER)
-    report, origin = (json.loads((FOLDER / name).read_text()) for name in ("evaluation.json", "provenance.json"))
+    report, origin = (
+        json.loads((FOLDER / name).read_text()) for name in ("evaluation.json", "provenance.json")
+    )
     assert (tokenizer.channels, tokenizer.spatial) == (12, 16)
-    assert tokenizer.sha256 == report["sha256"] and report["psnr"] >= 27 and abs(report["latent_std"] - 1) < 0.1
+    assert (
+        tokenizer.sha256 == report["sha256"]
+        and report["psnr"] >= 27
+        and abs(report["latent_std"] - 1) < 0.1
+    )
     assert origin["licence"] == "Apache-2.0" and len(origin["data_hash"]) == 64
     assert (FOLDER / "diffusion_pytorch_model.safetensors").stat().st_size <= 4_000_000
     picture = torch.full((3, 128, 128), -0.7)
@@ -28,4 +35,6 @@ def test_shipped_tokenizer() -> None:
     latents = tokenizer.encode(picture[None, None])
     made = tokenizer.decode(latents)[0].clamp(-1, 1)
     assert latents.shape == (1, 1, 12, 8, 8) and float(latents.abs().max()) < 30
-    assert reconstruction_figures((made / 2 + 0.5).clamp(0, 1), picture[None] / 2 + 0.5)["psnr"] > 24
+    assert (
+        reconstruction_figures((made / 2 + 0.5).clamp(0, 1), picture[None] / 2 + 0.5)["psnr"] > 24
+    )

@@ -26,7 +26,13 @@ SMALL = TokenizerConfig((32, 32, 32), (0, 1, 1), (0, 1, 1), res_stages=3, channe
 
 def smooth(count: int, size: int, seed: int = 0) -> Tensor:
     """Random pictures whose patches a few components describe well."""
-    coarse = torch.rand(count, 3, size // 4 + 1, size // 4 + 1, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    coarse = (
+        torch.rand(
+            count, 3, size // 4 + 1, size // 4 + 1, generator=torch.Generator().manual_seed(seed)
+        )
+        * 2
+        - 1
+    )
     return functional.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
 
 
@@ -36,8 +42,9 @@ def mse(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_linear_start_is_the_components(first: int) -> None:
-    """On pictures it was not made from: the latents are the components and the error is near theirs, 5 dB below that
-    of random weights; in the network's own way of reading and writing pixels either way (``first``)."""
+    """On pictures it was not made from: the latents are the components and the error is near
+    theirs, 5 dB below that of random weights; in the network's own way of reading and writing
+    pixels either way (``first``)."""
     cfg = TokenizerConfig((32, 32, 32), (first, 1, 1), (first, 1, 1), res_stages=3, channels=8)
     model, pixels, fresh = build_tokenizer(cfg, 0), smooth(64, 32), smooth(8, 32, seed=1)
     with torch.no_grad():
@@ -50,7 +57,8 @@ def test_linear_start_is_the_components(first: int) -> None:
     basis = torch.linalg.pinv(exact["weight"].flatten(1))
     mean = -basis @ exact["bias"]
     patches = functional.unfold(pixels, 4, stride=4).transpose(1, 2).flatten(0, 1).mean(0)
-    rest = patches - basis @ (exact["weight"].flatten(1) @ patches)  # of the mean, outside the components
+    # of the mean, outside the components
+    rest = patches - basis @ (exact["weight"].flatten(1) @ patches)
     linear = torch.einsum("pc,nchw->nphw", basis, flat) + (mean + rest).view(1, -1, 1, 1)
     best = mse(functional.pixel_shuffle(linear, 4), fresh)
     assert mse(latents, components(fresh)) < 0.05 * float(components(fresh).var())
@@ -59,8 +67,8 @@ def test_linear_start_is_the_components(first: int) -> None:
 
 
 def test_first_channels_give_what_the_whole_gives_without_the_others() -> None:
-    """The encoder's first 5 of 8 latents; the decoder's picture with the other three at their means, but at the border,
-    where the means have no neighbours."""
+    """The encoder's first 5 of 8 latents; the decoder's picture with the other three at their
+    means, but at the border, where the means have no neighbours."""
     whole = build_tokenizer(SMALL, 0)
     narrow = build_tokenizer(replace(SMALL, channels=5, shortcuts=False), 1)
     pixels = smooth(2, 96)
@@ -74,12 +82,16 @@ def test_first_channels_give_what_the_whole_gives_without_the_others() -> None:
             inner = slice(None) if not any(mean) else slice(32, 64)
             made = narrow.decoder(latents[:, :5])
             torch.testing.assert_close(made[..., inner, inner], wanted[..., inner, inner])
-    with pytest.raises(ValueError, match="channels is 5; it must divide the last width, 32, or shortcuts be false"):
+    with pytest.raises(
+        ValueError, match="channels is 5; it must divide the last width, 32, or shortcuts be false"
+    ):
         replace(SMALL, channels=5)
 
 
 def test_linear_start_needs_room_for_the_pixels() -> None:
-    model = build_tokenizer(TokenizerConfig((16, 16, 32), (0, 1, 1), (0, 1, 1), res_stages=3, channels=8), 0)
+    model = build_tokenizer(
+        TokenizerConfig((16, 16, 32), (0, 1, 1), (0, 1, 1), res_stages=3, channels=8), 0
+    )
     with pytest.raises(ValueError, match="needs 25 channels"):
         linear_start(model, smooth(8, 32), 0.2)
 
@@ -92,7 +104,9 @@ def test_weights_follow_from_config_and_seed() -> None:
     same = [torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)]
     assert all(same) and not torch.equal(last_weight(one), last_weight(other))
     torch.manual_seed(7)
-    assert torch.equal(state, torch.random.get_rng_state()), "building must leave the global generator alone"
+    assert torch.equal(state, torch.random.get_rng_state()), (
+        "building must leave the global generator alone"
+    )
 
 
 def test_sizes() -> None:

@@ -1,4 +1,5 @@
-"""Image tokenizers from disk: ours, FAR's, DC-AE's own names, LDM's; what they compute and what they refuse."""
+"""Image tokenizers from disk: ours, FAR's, DC-AE's own names, LDM's; what they compute and what
+they refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd_sf.files import current_umask
-from scd_sf.models.tokenizers.tokenizer import FrameTokenizer, Normalisation, load_tokenizer, save_tokenizer
+from scd_sf.models.tokenizers.tokenizer import (
+    FrameTokenizer,
+    Normalisation,
+    load_tokenizer,
+    save_tokenizer,
+)
 from scd_sf.types import UserError
 
 C = 4
@@ -22,26 +28,38 @@ STATS = Normalisation((0.5, -1.0, 0.0, 2.0), (1.0, 2.0, 0.5, 4.0))
 
 
 def tiny_dc(first: int = 0, norm: str = "rms_norm") -> AutoencoderDC:
-    """f4 with a last stage of EfficientViT blocks, multi-scale in the encoder; statistics of batch norms are random."""
+    """f4 with a last stage of EfficientViT blocks, multi-scale in the encoder; statistics of batch
+    norms are random."""
     torch.manual_seed(0)
     types = ("ResBlock", "ResBlock", "EfficientViTBlock")
     model = AutoencoderDC(
-        latent_channels=C, attention_head_dim=8, encoder_block_types=types, decoder_block_types=types,
-        encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
-        encoder_layers_per_block=(first, 1, 2), decoder_layers_per_block=(first, 2, 1),
-        encoder_qkv_multiscales=((), (), (5,)), decoder_qkv_multiscales=((), (), ()),
-        decoder_norm_types=(norm, norm, "rms_norm"), decoder_act_fns=("relu", "relu", "silu"), scaling_factor=0.2889,
-    )  # fmt: skip
+        latent_channels=C,
+        attention_head_dim=8,
+        encoder_block_types=types,
+        decoder_block_types=types,
+        encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(first, 1, 2),
+        decoder_layers_per_block=(first, 2, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), ()),
+        decoder_norm_types=(norm, norm, "rms_norm"),
+        decoder_act_fns=("relu", "relu", "silu"),
+        scaling_factor=0.2889,
+    )
     return randomised(model)
 
 
 def tiny_kl() -> AutoencoderKL:
     torch.manual_seed(0)
     model = AutoencoderKL(
-        block_out_channels=(32, 32, 64), layers_per_block=2, latent_channels=C, norm_num_groups=32,
+        block_out_channels=(32, 32, 64),
+        layers_per_block=2,
+        latent_channels=C,
+        norm_num_groups=32,
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
-    )  # fmt: skip
+    )
     return randomised(model)
 
 
@@ -54,16 +72,22 @@ def randomised(model: AutoencoderDC | AutoencoderKL) -> AutoencoderDC | Autoenco
 
 
 def pixels(batch: int = 2, frames: int = 3, size: int = 16) -> Tensor:
-    return torch.rand(batch, frames, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return (
+        torch.rand(batch, frames, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    )
 
 
-def expected(model: AutoencoderDC | AutoencoderKL, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def expected(
+    model: AutoencoderDC | AutoencoderKL, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
     """Latents and pixels of :func:`pixels` by the network itself."""
     with torch.no_grad():
         z = model.encode(pixels().flatten(0, 1), return_dict=False)[0]
         z = z if isinstance(z, Tensor) else z.mode()
         made = model.decode(z, return_dict=False)[0]
-    return ((z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).unflatten(0, (2, 3)), made.unflatten(0, (2, 3))
+    return ((z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).unflatten(
+        0, (2, 3)
+    ), made.unflatten(0, (2, 3))
 
 
 def agrees(tokenizer: FrameTokenizer, wanted: tuple[Tensor, Tensor]) -> None:
@@ -74,25 +98,30 @@ def agrees(tokenizer: FrameTokenizer, wanted: tuple[Tensor, Tensor]) -> None:
 
 def config_of(model: AutoencoderDC | AutoencoderKL, folder: Path, **changes: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**json.loads(model.to_json_string()), **changes}))
+    (folder / "config.json").write_text(
+        json.dumps({**json.loads(model.to_json_string()), **changes})
+    )
 
 
-# ------------------------------------------------------------------------------------------- other people's names
+# ----------------------------------------------------------------------------- other people's names
 # Written the other way round than the library's rules: from diffusers to the foreign layout, by plain replacement.
 
 
 def to_efficientvit(model: AutoencoderDC, first: int) -> dict[str, Tensor]:
     table = [
-        ("conv1.", "main.conv1.conv."), ("conv2.", "main.conv2.conv."),
+        ("conv1.", "main.conv1.conv."),
+        ("conv2.", "main.conv2.conv."),
         ("attn.to_qkv_multiscale.0.proj_in.", "context_module.main.aggreg.0.0."),
         ("attn.to_qkv_multiscale.0.proj_out.", "context_module.main.aggreg.0.1."),
-        ("attn.to_out.", "context_module.main.proj.conv."), ("attn.norm_out.", "context_module.main.proj.norm."),
+        ("attn.to_out.", "context_module.main.proj.conv."),
+        ("attn.norm_out.", "context_module.main.proj.norm."),
         ("conv_out.conv_inverted.", "local_module.main.inverted_conv.conv."),
         ("conv_out.conv_depth.", "local_module.main.depth_conv.conv."),
         ("conv_out.conv_point.", "local_module.main.point_conv.conv."),
-        ("conv_out.norm.", "local_module.main.point_conv.norm."), ("conv.", "main.conv.conv."),
+        ("conv_out.norm.", "local_module.main.point_conv.norm."),
+        ("conv.", "main.conv.conv."),
         ("norm.", "main.conv2.norm."),
-    ]  # fmt: skip
+    ]
     wrapped = "" if first else "conv."
     ends = {
         "encoder.conv_in." + wrapped: "encoder.project_in." + wrapped + "conv.",
@@ -111,10 +140,14 @@ def to_efficientvit(model: AutoencoderDC, first: int) -> dict[str, Tensor]:
             continue
         start, rest = f"{block[1]}.stages.{block[2]}.op_list.{block[3]}.", block[4]
         if rest in ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight"):
-            queries.setdefault(f"{start}context_module.main.qkv.conv.weight", []).append(tensor[..., None, None])
+            queries.setdefault(f"{start}context_module.main.qkv.conv.weight", []).append(
+                tensor[..., None, None]
+            )
             continue
         old, new = next((old, new) for old, new in table if rest.startswith(old))
-        found[start + rest.replace(old, new, 1)] = tensor[..., None, None] if old == "attn.to_out." else tensor
+        found[start + rest.replace(old, new, 1)] = (
+            tensor[..., None, None] if old == "attn.to_out." else tensor
+        )
     return found | {name: torch.cat(parts) for name, parts in queries.items()}
 
 
@@ -124,19 +157,29 @@ def to_ldm(model: AutoencoderKL) -> dict[str, Tensor]:
         if (up := re.search(r"up_blocks\.(\d)", name)) is not None:
             name = name.replace(up[0], f"up.{2 - int(up[1])}")
         for old, new in [
-            ("down_blocks.", "down."), ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
-            ("mid_block.attentions.0", "mid.attn_1"), ("resnets.", "block."), ("attentions.", "attn."),
-            ("downsamplers.0.", "downsample."), ("upsamplers.0.", "upsample."), ("conv_shortcut", "nin_shortcut"),
-            ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+            ("down_blocks.", "down."),
+            ("mid_block.resnets.0", "mid.block_1"),
+            ("mid_block.resnets.1", "mid.block_2"),
+            ("mid_block.attentions.0", "mid.attn_1"),
+            ("resnets.", "block."),
+            ("attentions.", "attn."),
+            ("downsamplers.0.", "downsample."),
+            ("upsamplers.0.", "upsample."),
+            ("conv_shortcut", "nin_shortcut"),
+            ("group_norm", "norm"),
+            ("to_out.0", "proj_out"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
             ("conv_norm_out", "norm_out"),
-        ]:  # fmt: skip
+        ]:
             name = name.replace(old, new)
         is_kernel = "attn" in name and name.endswith("weight") and "norm" not in name
         found[name] = tensor[..., None, None] if is_kernel else tensor
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 def test_ours_round_trip_and_diffusers_reads_it(tmp_path: Path) -> None:
@@ -145,13 +188,18 @@ def test_ours_round_trip_and_diffusers_reads_it(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.channels, tokenizer.spatial, tokenizer.normalisation) == (C, 4, STATS)
     agrees(tokenizer, expected(model, torch.tensor(STATS.mean), torch.tensor(STATS.std)))
-    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors")["encoder.conv_out.weight"].dtype == torch.float16
+    assert (
+        load_file(tmp_path / "diffusion_pytorch_model.safetensors")["encoder.conv_out.weight"].dtype
+        == torch.float16
+    )
     theirs = AutoencoderDC.from_pretrained(tmp_path).float()
     assert theirs.config["scaling_factor"] == pytest.approx(4 / 7.5, abs=1e-6)
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in model.state_dict().items())
     low = load_tokenizer(tmp_path, dtype=torch.bfloat16)
     latents = low.encode(pixels())
-    assert latents.dtype == low.decode(latents).dtype == torch.float32 and low.dtype == torch.bfloat16
+    assert (
+        latents.dtype == low.decode(latents).dtype == torch.float32 and low.dtype == torch.bfloat16
+    )
     torch.testing.assert_close(latents, tokenizer.encode(pixels()), rtol=0.1, atol=0.2)
 
 
@@ -168,10 +216,13 @@ def test_the_hash_is_of_weights_and_normalisation(tmp_path: Path) -> None:
 
 def test_batches_equal_single_frames() -> None:
     model = tiny_dc()
-    whole, bounded = (FrameTokenizer(model, STATS, batch=batch) for batch in (100, 4))  # 6 frames: 4 and 2
+    # 6 frames: 4 and 2
+    whole, bounded = (FrameTokenizer(model, STATS, batch=batch) for batch in (100, 4))
     latents = whole.encode(pixels())
     assert latents.shape == (2, 3, C, 4, 4) and not latents.requires_grad
-    single = torch.stack([whole.encode(pixels()[b : b + 1, f : f + 1])[0, 0] for b in range(2) for f in range(3)])
+    single = torch.stack(
+        [whole.encode(pixels()[b : b + 1, f : f + 1])[0, 0] for b in range(2) for f in range(3)]
+    )
     torch.testing.assert_close(bounded.encode(pixels()), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(single.unflatten(0, (2, 3)), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bounded.decode(latents), whole.decode(latents), rtol=1e-5, atol=1e-5)
@@ -179,11 +230,15 @@ def test_batches_equal_single_frames() -> None:
 
 @pytest.mark.parametrize("counters", [True, False])
 def test_far(tmp_path: Path, counters: bool) -> None:
-    """A .pth of the state, as training or its average leaves it, beside FAR's config; batch norms do not see the batch
-    and ``scaling_factor`` is applied."""
+    """A .pth of the state, as training or its average leaves it, beside FAR's config; batch norms
+    do not see the batch and ``scaling_factor`` is applied."""
     model = tiny_dc(norm="batch_norm")
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if counters or not name.endswith("num_batches_tracked")}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if counters or not name.endswith("num_batches_tracked")
+    }
     config_of(model, tmp_path, _class_name="MyAutoencoderDC")
     torch.save(state, tmp_path / "DCAE_Minecraft_Res128-a5677f66.pth")
     agrees(load_tokenizer(tmp_path), expected(model, torch.zeros(C), torch.full((C,), 1 / 0.2889)))
@@ -191,7 +246,8 @@ def test_far(tmp_path: Path, counters: bool) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_dc_ae_by_its_own_names(tmp_path: Path, first: int) -> None:
-    """``first``: blocks in the first stage; without any, the outermost convolutions are of another kind."""
+    """``first``: blocks in the first stage; without any, the outermost convolutions are of another
+    kind."""
     model = tiny_dc(first)
     config_of(model, tmp_path)
     save_file(to_efficientvit(model, first), tmp_path / "model.safetensors")
@@ -200,22 +256,34 @@ def test_dc_ae_by_its_own_names(tmp_path: Path, first: int) -> None:
 
 @pytest.mark.parametrize("kind", ["va-vae", "e2e-vae", "diffusers"])
 def test_vae_with_statistics(tmp_path: Path, kind: str) -> None:
-    """LDM's names need no config; the statistics lie beside them under either project's names, or in the config."""
+    """LDM's names need no config; the statistics lie beside them under either project's names, or
+    in the config."""
     model, mean, std = tiny_kl(), torch.tensor(STATS.mean), torch.tensor(STATS.std)
     if kind == "diffusers":
         model.save_pretrained(tmp_path)
-        config_of(model, tmp_path, latents_mean=[[[[m]] for m in STATS.mean]], latents_std=list(STATS.std))
+        config_of(
+            model, tmp_path, latents_mean=[[[[m]] for m in STATS.mean]], latents_std=list(STATS.std)
+        )
     elif kind == "va-vae":
         extra = {
             "loss.logvar": torch.zeros(()),
             "foundation_model.x.weight": torch.zeros(2),
             "linear_proj.weight": mean,
         }
-        torch.save({"state_dict": to_ldm(model) | extra, "epoch": 3}, tmp_path / "vavae-imagenet256-f16d32-dinov2.pt")
-        torch.save({"mean": mean.view(1, C, 1, 1), "std": std.view(1, C, 1, 1)}, tmp_path / "latents_stats.pt")
+        torch.save(
+            {"state_dict": to_ldm(model) | extra, "epoch": 3},
+            tmp_path / "vavae-imagenet256-f16d32-dinov2.pt",
+        )
+        torch.save(
+            {"mean": mean.view(1, C, 1, 1), "std": std.view(1, C, 1, 1)},
+            tmp_path / "latents_stats.pt",
+        )
     else:
         torch.save(to_ldm(model), tmp_path / "e2e-vavae-400k.pt")
-        torch.save({"latents_scale": 1 / std, "latents_bias": mean}, tmp_path / "e2e-vavae-400k-latents-stats.pt")
+        torch.save(
+            {"latents_scale": 1 / std, "latents_bias": mean},
+            tmp_path / "e2e-vavae-400k-latents-stats.pt",
+        )
     agrees(load_tokenizer(tmp_path), expected(model, mean, std))
 
 
@@ -226,7 +294,7 @@ def test_a_kl_autoencoder_with_scaling_and_shift(tmp_path: Path) -> None:
     agrees(load_tokenizer(tmp_path), expected(model, torch.full((C,), 0.25), torch.full((C,), 2.0)))
 
 
-# -------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -238,7 +306,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 def reconfigure(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "gone"}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value != "gone"})
+    )
 
 
 def ldm_alone(folder: Path) -> None:
@@ -248,7 +318,10 @@ def ldm_alone(folder: Path) -> None:
 
 WEIGHT = "decoder.conv_in.weight"
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(), "no file of weights"),
+    "no weights": (
+        lambda d: (d / "diffusion_pytorch_model.safetensors").unlink(),
+        "no file of weights",
+    ),
     "two weights": (
         lambda d: (
             (d / "diffusion_pytorch_model.safetensors").rename(d / "a.safetensors")
@@ -257,18 +330,30 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "2 files of weights",
     ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
-    "another class": (lambda d: reconfigure(d, _class_name="AutoencoderKLWan"), "'AutoencoderKLWan'"),
-    "nonsense in the config": (lambda d: reconfigure(d, encoder_block_types=["X"] * 3), "describes no AutoencoderDC"),
+    "another class": (
+        lambda d: reconfigure(d, _class_name="AutoencoderKLWan"),
+        "'AutoencoderKLWan'",
+    ),
+    "nonsense in the config": (
+        lambda d: reconfigure(d, encoder_block_types=["X"] * 3),
+        "describes no AutoencoderDC",
+    ),
     "stages differ": (
         lambda d: reconfigure(d, decoder_block_out_channels=[8, 16]) or rewrite(d, dict.clear),
         "tensors missing",
     ),
-    "missing": (lambda d: rewrite(d, lambda t: t.pop(WEIGHT)), f"1 tensors missing, first '{WEIGHT}'"),
+    "missing": (
+        lambda d: rewrite(d, lambda t: t.pop(WEIGHT)),
+        f"1 tensors missing, first '{WEIGHT}'",
+    ),
     "foreign": (
         lambda d: rewrite(d, lambda t: t.update(blob=torch.zeros(1))),
         "config.json implies no such tensor",
     ),
-    "misshapen": (lambda d: rewrite(d, lambda t: t.update({WEIGHT: torch.zeros(2)})), f"'{WEIGHT}' has shape [2]"),
+    "misshapen": (
+        lambda d: rewrite(d, lambda t: t.update({WEIGHT: torch.zeros(2)})),
+        f"'{WEIGHT}' has shape [2]",
+    ),
     "foreign among DC-AE's": (
         lambda d: rewrite(d, lambda t: t.update({"encoder.stages.0.x": torch.zeros(1)})),
         "is not one of DC-AE",
@@ -284,13 +369,22 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: reconfigure(d, latents_mean="gone", latents_std="gone", scaling_factor="gone"),
         "no statistics",
     ),
-    "negative factor": (lambda d: reconfigure(d, latents_mean="gone", scaling_factor=-1.0), "must be positive"),
+    "negative factor": (
+        lambda d: reconfigure(d, latents_mean="gone", scaling_factor=-1.0),
+        "must be positive",
+    ),
     "odd statistics": (
-        lambda d: reconfigure(d, latents_mean="gone") or torch.save({"x": torch.ones(C)}, d / "latents_stats.pt"),
+        lambda d: (
+            reconfigure(d, latents_mean="gone")
+            or torch.save({"x": torch.ones(C)}, d / "latents_stats.pt")
+        ),
         "holds x",
     ),
     "code in a pickle": (
-        lambda d: (d / "diffusion_pytorch_model.safetensors").unlink() or torch.save({"x": Path("y")}, d / "w.pth"),
+        lambda d: (
+            (d / "diffusion_pytorch_model.safetensors").unlink()
+            or torch.save({"x": Path("y")}, d / "w.pth")
+        ),
         "more than tensors",
     ),
     "LDM without statistics": (ldm_alone, "no statistics"),
@@ -304,7 +398,11 @@ def test_refused(tmp_path: Path, case: str) -> None:
     damage(tmp_path)
     with pytest.raises(UserError) as error:
         load_tokenizer(tmp_path)
-    assert said in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        said in str(error.value)
+        and str(tmp_path) in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_refused_ldm_tensors(tmp_path: Path) -> None:
@@ -315,7 +413,9 @@ def test_refused_ldm_tensors(tmp_path: Path) -> None:
         ({"post_quant_conv.weight": None}, "'post_quant_conv.weight' is missing"),
         ({"encoder.down.2.attn.1.q.weight": torch.zeros(3)}, "has shape [3]"),
     ):
-        tensors = {name: value for name, value in (to_ldm(tiny_kl()) | change).items() if value is not None}
+        tensors = {
+            name: value for name, value in (to_ldm(tiny_kl()) | change).items() if value is not None
+        }
         torch.save(tensors, tmp_path / "vae.pt")
         with pytest.raises(UserError, match=re.escape(said)):
             load_tokenizer(tmp_path)
@@ -383,7 +483,9 @@ def test_broken_weights_are_refused(tmp_path: Path) -> None:
     save_file(tensors, file)
     whole = (tmp_path / "config.json").read_bytes()
     for part in (tmp_path / "config.json", file):
-        part.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2838276208\n")
+        part.write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2838276208\n"
+        )
         with pytest.raises(UserError, match=rf"{part.name}: a Git LFS pointer"):
             load_tokenizer(tmp_path)
         (tmp_path / "config.json").write_bytes(whole)

@@ -1,4 +1,5 @@
-"""Names of Wan 2.1's tensors: the maps against the published key lists and against diffusers' own converter."""
+"""Names of Wan 2.1's tensors: the maps against the published key lists and against diffusers' own
+converter."""
 
 from __future__ import annotations
 
@@ -28,13 +29,18 @@ SIZES = [("1.3B", WanConfig(), 825, 1_418_996_800), ("14B", WAN_14B, 1095, 14_28
 
 
 def original_keys(size: str) -> dict[str, list[int]]:
-    keys: dict[str, list[int]] = json.loads((KEYS / f"wan2.1_t2v_{size}_original_keys.json").read_text())
+    keys: dict[str, list[int]] = json.loads(
+        (KEYS / f"wan2.1_t2v_{size}_original_keys.json").read_text()
+    )
     return keys
 
 
 @pytest.mark.parametrize(("size", "config", "tensors", "parameters"), SIZES, ids=["1.3B", "14B"])
-def test_original_names_and_shapes_are_ours(size: str, config: WanConfig, tensors: int, parameters: int) -> None:
-    """Every published tensor, by name and shape, is one of our model's at full size, and the other way round."""
+def test_original_names_and_shapes_are_ours(
+    size: str, config: WanConfig, tensors: int, parameters: int
+) -> None:
+    """Every published tensor, by name and shape, is one of our model's at full size, and the other
+    way round."""
     published = original_keys(size)
     with torch.device("meta"):
         ours = {name: list(p.shape) for name, p in Wan(config).named_parameters()}
@@ -50,7 +56,9 @@ def test_original_names_and_shapes_are_ours(size: str, config: WanConfig, tensor
 
 def test_the_map_is_diffusers_own() -> None:
     names = list(original_keys("1.3B"))
-    theirs = convert_wan_transformer_to_diffusers({name: torch.full((1,), float(i)) for i, name in enumerate(names)})
+    theirs = convert_wan_transformer_to_diffusers(
+        {name: torch.full((1,), float(i)) for i, name in enumerate(names)}
+    )
     assert {name: int(value) for name, value in theirs.items()} == {
         original_to_diffusers(name): i for i, name in enumerate(names)
     }

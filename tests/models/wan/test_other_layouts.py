@@ -1,4 +1,5 @@
-"""Wan's original layout and the files of distilled generators: read, written, converted bit for bit, or refused."""
+"""Wan's original layout and the files of distilled generators: read, written, converted bit for
+bit, or refused."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from torch import Tensor
 from scd_sf.models.wan.names import diffusers_to_original, to_diffusers, to_ours
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.models.wan.wan_json import config_from_shapes
-from scd_sf.models.wan.weights import INDEX, WEIGHTS, load_wan, open_wan, read_wan_config, save_wan, write_wan
+from scd_sf.models.wan.weights import (
+    INDEX,
+    WEIGHTS,
+    load_wan,
+    open_wan,
+    read_wan_config,
+    save_wan,
+    write_wan,
+)
 from scd_sf.types import UserError
 
 BF16 = torch.bfloat16
@@ -45,7 +54,9 @@ def original_state(model: Wan) -> dict[str, Tensor]:
 
 def same(first: Wan, second: Wan) -> bool:
     theirs = dict(second.named_parameters())
-    return first.cfg == second.cfg and all(torch.equal(p, theirs[name]) for name, p in first.named_parameters())
+    return first.cfg == second.cfg and all(
+        torch.equal(p, theirs[name]) for name, p in first.named_parameters()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,8 @@ def model() -> Wan:
 
 
 def test_both_layouts_round_trip_bit_for_bit(model: Wan, tmp_path: Path) -> None:
-    """diffusers -> original -> diffusers, in shards, in bf16: the files' tensors are the first ones."""
+    """diffusers -> original -> diffusers, in shards, in bf16: the files' tensors are the first
+    ones."""
     save_wan(model.state_dict(), ONE_HEAD, tmp_path / "a", BF16)
     first = open_wan(tmp_path / "a")
     write_wan(first.tensors, first.config, tmp_path / "b", "original", max_shard=100_000)
@@ -83,8 +95,20 @@ def test_the_original_layout_is_what_diffusers_converts(model: Wan, tmp_path: Pa
 
 
 def test_the_published_config_json_leaves_fields_out(tmp_path: Path) -> None:
-    published = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960}
-    published |= {"freq_dim": 256, "in_dim": 16, "model_type": "t2v", "num_heads": 12, "num_layers": 30}
+    published = {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": 1536,
+        "eps": 1e-06,
+        "ffn_dim": 8960,
+    }
+    published |= {
+        "freq_dim": 256,
+        "in_dim": 16,
+        "model_type": "t2v",
+        "num_heads": 12,
+        "num_layers": 30,
+    }
     published |= {"out_dim": 16, "text_len": 512}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(published))
@@ -110,7 +134,8 @@ def released(state: dict[str, Tensor]) -> object:
 
 
 def training(state: dict[str, Tensor]) -> object:
-    """What a trainer saves: FSDP's and checkpointing's wrappers, another model beside it, a step count."""
+    """What a trainer saves: FSDP's and checkpointing's wrappers, another model beside it, a step
+    count."""
     wrapped = {}
     for name, tensor in state.items():
         parts = name.split(".")
@@ -122,7 +147,9 @@ def training(state: dict[str, Tensor]) -> object:
 
 
 def nested(state: dict[str, Tensor]) -> object:
-    return {"model": {"generator": {f"module.model.{name}": tensor for name, tensor in state.items()}}}
+    return {
+        "model": {"generator": {f"module.model.{name}": tensor for name, tensor in state.items()}}
+    }
 
 
 @pytest.mark.parametrize("wrap", [plain, released, training, nested])
@@ -142,16 +169,23 @@ def test_a_section_can_be_chosen(model: Wan, tmp_path: Path) -> None:
     torch.save(training(original_state(model)), file)
     chosen = load_wan(file, section="generator", heads=1)
     assert not any(bool(p.any()) for p in chosen.parameters())
-    with pytest.raises(UserError, match=r"no weights 'student' in it \(it has critic, generator, generator_ema\)"):
+    with pytest.raises(
+        UserError, match=r"no weights 'student' in it \(it has critic, generator, generator_ema\)"
+    ):
         load_wan(file, section="student")
 
 
-def test_a_directory_with_a_pickle_and_a_file_in_diffusers_names(model: Wan, tmp_path: Path) -> None:
+def test_a_directory_with_a_pickle_and_a_file_in_diffusers_names(
+    model: Wan, tmp_path: Path
+) -> None:
     save_wan(model.state_dict(), ONE_HEAD, tmp_path / "a", BF16, layout="original")
     torch.save(original_state(model), tmp_path / "a" / "diffusion_pytorch_model.pth")
     (tmp_path / "a" / WEIGHTS).unlink()
     assert same(load_wan(tmp_path / "a", BF16), model)
-    save_file({to_diffusers(name): tensor for name, tensor in model.state_dict().items()}, tmp_path / "b.safetensors")
+    save_file(
+        {to_diffusers(name): tensor for name, tensor in model.state_dict().items()},
+        tmp_path / "b.safetensors",
+    )
     assert same(load_wan(tmp_path / "b.safetensors", BF16, heads=1), model)
 
 
@@ -160,7 +194,8 @@ def test_heads_of_a_file_alone(tmp_path: Path) -> None:
     file = tmp_path / "tiny.safetensors"
     for read in (load_wan, read_wan_config):
         with pytest.raises(
-            UserError, match=r"tiny\.safetensors: a file of width 24 does not say how many attention he"
+            UserError,
+            match=r"tiny\.safetensors: a file of width 24 does not say how many attention he",
         ):
             read(file)
     with pytest.raises(UserError, match="width 24 is not divisible into 5 heads"):
@@ -203,10 +238,16 @@ def test_other_contents_are_refused(model: Wan, tmp_path: Path) -> None:
         ([1, 2], "holds a list, not a table of tensors"),
         ({**state, "epoch": 3}, "entry 'epoch' is not a tensor"),
         ({**state, "img_emb.proj.0.weight": torch.zeros(1)}, "image-to-video"),
-        ({name: t for name, t in state.items() if "blocks.1.ffn" not in name}, r"tensors missing, first 'blocks\.1"),
+        (
+            {name: t for name, t in state.items() if "blocks.1.ffn" not in name},
+            r"tensors missing, first 'blocks\.1",
+        ),
         ({**state, "blocks.1.ffn.0.weight": torch.zeros(3, 3)}, "these files do not match"),
         ({**state, "extra.weight": torch.zeros(1)}, "'extra.weight' is not one of Wan 2.1"),
-        ({name: t for name, t in state.items() if name != "patch_embedding.weight"}, "'patch_embedding.weight' is mis"),
+        (
+            {name: t for name, t in state.items() if name != "patch_embedding.weight"},
+            "'patch_embedding.weight' is mis",
+        ),
     ):
         torch.save(content, file)
         with pytest.raises(UserError, match=words):
@@ -220,5 +261,7 @@ def test_other_contents_are_refused(model: Wan, tmp_path: Path) -> None:
 def test_float8_and_other_types_are_refused(model: Wan, tmp_path: Path) -> None:
     state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in original_state(model).items()}
     save_file(state, tmp_path / "fp8.safetensors")
-    with pytest.raises(UserError, match=r"fp8\.safetensors: tensor '.*' is F8_E4M3; only F64, F32, F16, BF16"):
+    with pytest.raises(
+        UserError, match=r"fp8\.safetensors: tensor '.*' is F8_E4M3; only F64, F32, F16, BF16"
+    ):
         load_wan(tmp_path / "fp8.safetensors")

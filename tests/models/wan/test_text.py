@@ -1,4 +1,5 @@
-"""Text encoders: the same code for umT5 and BERT, Wan's cleaning and zeros, references, and what bad input says."""
+"""Text encoders: the same code for umT5 and BERT, Wan's cleaning and zeros, references, and what
+bad input says."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from scd_sf.models.wan.text import (
     REFERENCE,
@@ -27,14 +34,20 @@ from scd_sf.models.wan.text import (
 from scd_sf.types import UserError
 
 WORDS = ["<pad>", "<unk>", "</s>", "the", "camera", "turns", "left", "right", "meadow", "&"]
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 2838276208\n"
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 2838276208\n"
+)
 PROMPTS = ["the camera turns left", "right", ""]
 
 
 def save_tokenizer(folder: Path) -> None:
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
     ).save_pretrained(folder)
@@ -43,7 +56,15 @@ def save_tokenizer(folder: Path) -> None:
 def umt5(root: Path) -> UMT5EncoderModel:
     """A tiny Wan text encoder in diffusers layout."""
     torch.manual_seed(0)
-    config = UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.0)
+    config = UMT5Config(
+        vocab_size=len(WORDS),
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+    )
     model = UMT5EncoderModel(config).eval()
     model.save_pretrained(root / "text_encoder")
     save_tokenizer(root / "tokenizer")
@@ -71,14 +92,18 @@ def test_prompts_are_cleaned_as_wan_does() -> None:
     assert clean_prompt("  a &amp;amp; b\n\t c â€œdâ€\x9d ") == 'a & b c "d"'
 
 
-def test_umt5_equals_the_fully_padded_encoder_and_is_zero_after_the_true_length(tmp_path: Path) -> None:
+def test_umt5_equals_the_fully_padded_encoder_and_is_zero_after_the_true_length(
+    tmp_path: Path,
+) -> None:
     model = umt5(tmp_path)
     encoder = load_text_encoder(tmp_path)
     assert (encoder.width, encoder.max_length) == (16, 512)
     text = encoder.encode(PROMPTS).text_BLE
     tokens = encoder.tokenizer(PROMPTS, padding="max_length", max_length=512, return_tensors="pt")
     with torch.no_grad():
-        full = model(**{name: tokens[name] for name in ("input_ids", "attention_mask")}).last_hidden_state
+        full = model(
+            **{name: tokens[name] for name in ("input_ids", "attention_mask")}
+        ).last_hidden_state
     assert text.shape == (3, 512, 16) and text.dtype == torch.float32
     torch.testing.assert_close(text, full * tokens.attention_mask[..., None], rtol=1e-5, atol=1e-6)
     assert [int(row.abs().sum(1).ne(0).sum()) for row in text] == [5, 2, 1]
@@ -99,7 +124,9 @@ def test_batching_does_not_change_the_states(tmp_path: Path) -> None:
     bert(tmp_path)
     encoder = load_text_encoder(TextEncoderConfig(path=str(tmp_path), max_length=8))
     single = TransformersTextEncoder(encoder.model, encoder.tokenizer, encoder.config, batch=1)
-    torch.testing.assert_close(encoder.encode(PROMPTS).text_BLE, single.encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        encoder.encode(PROMPTS).text_BLE, single.encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6
+    )
     assert encoder.states([]) == []
 
 
@@ -118,7 +145,9 @@ def test_threads_may_load_at_once(tmp_path: Path) -> None:
     assert all(torch.equal(one, states[0]) for one in states)
 
 
-def test_reference_by_package_name_never_imports_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_by_package_name_never_imports_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "site" / "tiny_words"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
@@ -152,7 +181,10 @@ def test_directory_without_encoder_says_what_to_add(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"pakage": "x"}, "unknown field 'pakage'"),
-        ({"package": "no_such_package_here"}, "package 'no_such_package_here' is not installed; pip install"),
+        (
+            {"package": "no_such_package_here"},
+            "package 'no_such_package_here' is not installed; pip install",
+        ),
         ({"package": "../evil"}, "is not installed"),
         ({"package": "torch", "folder": "../.."}, "'folder' is '../..', which leaves"),
         ({"path": "../other"}, "'path' is '../other', which leaves"),
@@ -173,7 +205,10 @@ def test_bad_reference(tmp_path: Path, row: dict[str, object], message: str) -> 
 def test_damaged_encoders_are_named(tmp_path: Path) -> None:
     bert(tmp_path)
     config = TextEncoderConfig(path=str(tmp_path), max_length=8)
-    for bad, message in ((9, "hidden_layer is 9; this encoder has 0 to 2"), (-4, "hidden_layer is -4")):
+    for bad, message in (
+        (9, "hidden_layer is 9; this encoder has 0 to 2"),
+        (-4, "hidden_layer is -4"),
+    ):
         with pytest.raises(UserError, match=message):
             load_text_encoder(TextEncoderConfig(path=str(tmp_path), max_length=8, hidden_layer=bad))
     with pytest.raises(UserError, match="at most 20"):
@@ -195,12 +230,15 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"1 weights are missing \(encoder\.layer\.1\.output\.dense\.weight"):
+    with pytest.raises(
+        UserError, match=r"1 weights are missing \(encoder\.layer\.1\.output\.dense\.weight"
+    ):
         load_text_encoder(TextEncoderConfig(path=str(tmp_path), max_length=8))
 
 
 def test_a_config_chooses_no_code(tmp_path: Path) -> None:
-    """Attention kernels of the hub and code of a repository are not asked for; quantised weights are refused."""
+    """Attention kernels of the hub and code of a repository are not asked for; quantised weights
+    are refused."""
     bert(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
@@ -219,7 +257,8 @@ def test_a_config_chooses_no_code(tmp_path: Path) -> None:
         file.write_text(json.dumps(config | ({"text_config": settings} if inside else settings)))
         for read in (load_text_encoder, encoder_width):
             with pytest.raises(
-                UserError, match=r"config\.json: 'quantization_config' is set; quantised weights are not"
+                UserError,
+                match=r"config\.json: 'quantization_config' is set; quantised weights are not",
             ):
                 read(source)
 
@@ -257,11 +296,16 @@ def test_configs_of_others(tmp_path: Path, fields: dict[str, object]) -> None:
 
 def test_weights_that_are_nan_or_not_there(tmp_path: Path) -> None:
     bert(tmp_path)
-    source, file = TextEncoderConfig(path=str(tmp_path), max_length=8), tmp_path / "model.safetensors"
+    source, file = (
+        TextEncoderConfig(path=str(tmp_path), max_length=8),
+        tmp_path / "model.safetensors",
+    )
     tensors = load_file(file)
     tensors["encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"tensor 'encoder\.layer\.1\.output\.dense\.weight' holds NaN"):
+    with pytest.raises(
+        UserError, match=r"tensor 'encoder\.layer\.1\.output\.dense\.weight' holds NaN"
+    ):
         load_text_encoder(source)
     file.write_bytes(whole_bert(tmp_path / "other"))
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
@@ -274,7 +318,10 @@ def test_weights_that_are_nan_or_not_there(tmp_path: Path) -> None:
     wrong = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "X", "type_id": 0}}]}
     for changes in ({"model": 3}, {"post_processor": {**wrong, "pair": [], "special_tokens": {}}}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(stored | changes))
-        with pytest.raises(UserError, match=r"cannot be read as a text encoder|text encoder: its tokenizer: no entry"):
+        with pytest.raises(
+            UserError,
+            match=r"cannot be read as a text encoder|text encoder: its tokenizer: no entry",
+        ):
             load_text_encoder(source).encode(["x"])
     (tmp_path / "tokenizer.json").write_text(
         json.dumps(stored | {"added_tokens": [*stored["added_tokens"], token(999)]})

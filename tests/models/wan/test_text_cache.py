@@ -1,4 +1,5 @@
-"""Encoded prompts on disk: equal to the encoder's, keyed by all that decides them, damaged entries made again."""
+"""Encoded prompts on disk: equal to the encoder's, keyed by all that decides them, damaged entries
+made again."""
 
 from __future__ import annotations
 
@@ -48,21 +49,31 @@ def entries(cache: Path) -> list[Path]:
     return sorted(cache.rglob("*.safetensors"))
 
 
-def test_known_prompts_need_no_encoder_and_are_bit_equal(model: Path, tmp_path: Path, loads: list[object]) -> None:
+def test_known_prompts_need_no_encoder_and_are_bit_equal(
+    model: Path, tmp_path: Path, loads: list[object]
+) -> None:
     cache = tmp_path / "cache"
     first = CachedTextEncoder(model, cache)
     assert (first.width, first.max_length, loads) == (WIDTH, 512, [])
     text = first.encode([*PROMPTS, f"  {PROMPTS[0]} "]).text_BLE
     assert len(loads) == 1 and len(entries(cache)) == 3  # cleaned alike, kept once
-    torch.testing.assert_close(text[:3], load_text_encoder(model).encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        text[:3], load_text_encoder(model).encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6
+    )
     assert torch.equal(text[0], text[3])
-    assert sorted(load_file(file)["states"].shape for file in entries(cache)) == [(1, WIDTH), (2, WIDTH), (4, WIDTH)]
+    assert sorted(load_file(file)["states"].shape for file in entries(cache)) == [
+        (1, WIDTH),
+        (2, WIDTH),
+        (4, WIDTH),
+    ]
     again = CachedTextEncoder(model, cache).encode(PROMPTS[::-1]).text_BLE
     assert len(loads) == 1 and torch.equal(again, text[:3].flip(0))
     assert CachedTextEncoder(model, cache).states([]) == []
 
 
-def test_states_are_kept_in_bf16_where_that_loses_nothing(model: Path, tmp_path: Path, loads: list[object]) -> None:
+def test_states_are_kept_in_bf16_where_that_loses_nothing(
+    model: Path, tmp_path: Path, loads: list[object]
+) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         cache = tmp_path / str(dtype)
         text = CachedTextEncoder(model, cache, dtype=dtype).encode(PROMPTS).text_BLE
@@ -101,7 +112,9 @@ def test_another_encoder_in_the_same_place_is_another_one(
     old = CachedTextEncoder(model, tmp_path / "cache").encode(PROMPTS).text_BLE
     change(model)
     new = CachedTextEncoder(model, tmp_path / "cache").encode(PROMPTS).text_BLE
-    torch.testing.assert_close(new, load_text_encoder(model).encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        new, load_text_encoder(model).encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6
+    )
     assert not torch.equal(new, old)
 
 
@@ -154,7 +167,9 @@ def test_damaged_entries_are_said_and_made_again(
     assert file.read_bytes() == whole
 
 
-def test_damaged_notes_about_weights_are_not_believed(model: Path, tmp_path: Path, loads: list[object]) -> None:
+def test_damaged_notes_about_weights_are_not_believed(
+    model: Path, tmp_path: Path, loads: list[object]
+) -> None:
     cache = tmp_path / "cache"
     CachedTextEncoder(model, cache).states(PROMPTS)
     for note in (cache / "weights").iterdir():
@@ -183,15 +198,23 @@ def test_a_folder_that_cannot_be_written_is_said_once(
 ) -> None:
     (tmp_path / "file").write_text("")
     text = CachedTextEncoder(model, tmp_path / "file" / "cache").encode(PROMPTS).text_BLE
-    torch.testing.assert_close(text, load_text_encoder(model).encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        text, load_text_encoder(model).encode(PROMPTS).text_BLE, rtol=1e-5, atol=1e-6
+    )
     said = capsys.readouterr().out
-    assert "cannot be written (Not a directory); new prompts are not kept" in said and said.count("\n") == 1
+    assert (
+        "cannot be written (Not a directory); new prompts are not kept" in said
+        and said.count("\n") == 1
+    )
 
 
 def test_where_it_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert isinstance(open_text_encoder(model, "off"), TransformersTextEncoder)
-    for given, wanted in (("", tmp_path / "xdg/scd_sf/text"), (str(tmp_path / "mine"), tmp_path / "mine")):
+    for given, wanted in (
+        ("", tmp_path / "xdg/scd_sf/text"),
+        (str(tmp_path / "mine"), tmp_path / "mine"),
+    ):
         encoder = open_text_encoder(model, given)
         assert isinstance(encoder, CachedTextEncoder) and encoder.folder == wanted
 
@@ -204,7 +227,9 @@ def test_bad_encoders_are_refused_before_the_first_prompt(model: Path, tmp_path:
         CachedTextEncoder(model, tmp_path / "cache")
 
 
-def test_a_cache_with_a_budget_keeps_what_is_new(model: Path, tmp_path: Path, loads: list[object]) -> None:
+def test_a_cache_with_a_budget_keeps_what_is_new(
+    model: Path, tmp_path: Path, loads: list[object]
+) -> None:
     cache = tmp_path / "cache"
     prompts = [f"left in meadow {'still ' * n}" for n in range(12)]
     plain = CachedTextEncoder(model, tmp_path / "plain").encode(prompts).text_BLE

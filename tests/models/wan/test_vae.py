@@ -1,4 +1,5 @@
-"""The autoencoder: geometry, normalisation, the training forward against diffusers' own, and kinds of bad input."""
+"""The autoencoder: geometry, normalisation, the training forward against diffusers' own, and kinds
+of bad input."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd_sf.files import current_umask
-from scd_sf.models.tokenizers.vae_training import inflate, patch_components, whole_decode, whole_encode
+from scd_sf.models.tokenizers.vae_training import (
+    inflate,
+    patch_components,
+    whole_decode,
+    whole_encode,
+)
 from scd_sf.models.wan.vae import WEIGHTS, Vae, VaeStream, load_vae, save_vae
 from scd_sf.types import UserError
 
@@ -26,23 +32,41 @@ STD = [2.0, 2.0, 0.5, 1.0]
 def residual_model() -> AutoencoderKLWan:
     """The demo's layout: patches of 2, residual blocks, time halved at both stages."""
     return AutoencoderKLWan(
-        base_dim=4, decoder_base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, patch_size=2,
-        temperal_downsample=[True, True], is_residual=True, in_channels=12, out_channels=12,
-        latents_mean=MEAN, latents_std=STD,
-    )  # fmt: skip
+        base_dim=4,
+        decoder_base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        patch_size=2,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        latents_mean=MEAN,
+        latents_std=STD,
+    )
 
 
 def flat_model() -> AutoencoderKLWan:
     """Wan 2.1's layout, narrow: three halvings in space, the last two also in time."""
     return AutoencoderKLWan(
-        base_dim=4, z_dim=CHANNELS, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=MEAN, latents_std=STD,
-    )  # fmt: skip
+        base_dim=4,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=MEAN,
+        latents_std=STD,
+    )
 
 
 def video(frames: int, batch: int = 2, size: int = 16) -> Tensor:
     """(B, F, 3, H, W) in [-1, 1]."""
-    return torch.rand(batch, frames, 3, size, size, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+    return (
+        torch.rand(batch, frames, 3, size, size, generator=torch.Generator().manual_seed(frames))
+        * 2
+        - 1
+    )
 
 
 @pytest.fixture(params=[residual_model, flat_model], ids=["residual", "wan21"])
@@ -78,13 +102,16 @@ def test_training_forward_is_the_models_own(model: AutoencoderKLWan, frames: int
 def test_training_forward_reaches_every_weight(model: AutoencoderKLWan) -> None:
     pixels = video(9).transpose(1, 2)
     (whole_decode(model, whole_encode(model, pixels)) - pixels).square().mean().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    without = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert without == []
 
 
 @pytest.mark.parametrize("make", [residual_model, flat_model])
 def test_inflated_networks_copy_single_frames(make: Callable[[], AutoencoderKLWan]) -> None:
-    """After inflation every group of a still clip decodes to the same frame, and the encoder sees the newest frame."""
+    """After inflation every group of a still clip decodes to the same frame, and the encoder sees
+    the newest frame."""
     torch.manual_seed(0)
     made = make().eval()
     inflate(made)
@@ -93,15 +120,22 @@ def test_inflated_networks_copy_single_frames(make: Callable[[], AutoencoderKLWa
         frames = whole_decode(made, latents)
         torch.testing.assert_close(frames[:, :, 1:5], frames[:, :, 5:9])
         pixels = video(9).transpose(1, 2)
-        if make is flat_model:  # the residual layout's averaging shortcut reads every frame of a group
-            alone = torch.cat([whole_encode(made, pixels[:, :, i : i + 1]) for i in (0, 4, 8)], dim=2)
+        # the residual layout's averaging shortcut reads every frame of a group
+        if make is flat_model:
+            alone = torch.cat(
+                [whole_encode(made, pixels[:, :, i : i + 1]) for i in (0, 4, 8)], dim=2
+            )
             torch.testing.assert_close(whole_encode(made, pixels), alone)
 
 
 def test_patch_components_are_uncorrelated_and_bounded() -> None:
     frames = video(64, batch=1)[0] * torch.linspace(0.1, 1.0, 16)
     pca = patch_components(frames, CHANNELS, floor=0.5)
-    z = torch.nn.functional.conv2d(frames, pca["weight"], pca["bias"], stride=8).transpose(0, 1).flatten(1)
+    z = (
+        torch.nn.functional.conv2d(frames, pca["weight"], pca["bias"], stride=8)
+        .transpose(0, 1)
+        .flatten(1)
+    )
     covariance = z.cov()
     torch.testing.assert_close(z.mean(1), torch.zeros(CHANNELS), atol=1e-4, rtol=0)
     torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-3, rtol=0)
@@ -114,10 +148,14 @@ def test_latents_are_the_normalised_posterior_mean(model: AutoencoderKLWan) -> N
         mean = model.encode(pixels.transpose(1, 2)).latent_dist.mean.transpose(1, 2)
     view = (1, 1, CHANNELS, 1, 1)
     latents = vae.encode(pixels)
-    torch.testing.assert_close(latents * torch.tensor(STD).view(view) + torch.tensor(MEAN).view(view), mean)
+    torch.testing.assert_close(
+        latents * torch.tensor(STD).view(view) + torch.tensor(MEAN).view(view), mean
+    )
     assert torch.equal(latents, vae.encode(pixels))
     with torch.no_grad():
-        torch.testing.assert_close(vae.decode(latents).transpose(1, 2), model.decode(mean.transpose(1, 2)).sample)
+        torch.testing.assert_close(
+            vae.decode(latents).transpose(1, 2), model.decode(mean.transpose(1, 2)).sample
+        )
 
 
 def test_geometry_and_shapes(model: AutoencoderKLWan) -> None:
@@ -160,7 +198,9 @@ def test_loads_folder_or_its_parent_and_fp16_files(folder: Path) -> None:
     torch.testing.assert_close(half.encode(pixels), direct.encode(pixels), atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 3, 16, 16), (2, 5, 3, 16, 20), (2, 5, 4, 16, 16), (5, 3, 16, 16)])
+@pytest.mark.parametrize(
+    "shape", [(2, 6, 3, 16, 16), (2, 5, 3, 16, 20), (2, 5, 4, 16, 16), (5, 3, 16, 16)]
+)
 def test_wrong_pixel_shapes_are_refused(model: AutoencoderKLWan, shape: tuple[int, ...]) -> None:
     with pytest.raises(UserError):
         Vae(model).encode(torch.zeros(shape))
@@ -240,11 +280,19 @@ def test_configs_of_others(folder: Path, changes: dict[str, object]) -> None:
 def test_broken_weights_are_refused(folder: Path) -> None:
     file = folder / WEIGHTS
     tensors = load_file(file)
-    save_file({**tensors, "decoder.conv_in.bias": tensors["decoder.conv_in.bias"] * float("nan")}, file)
-    with pytest.raises(UserError, match=rf"{WEIGHTS}: tensor 'decoder\.conv_in\.bias' holds NaN or infinity"):
+    save_file(
+        {**tensors, "decoder.conv_in.bias": tensors["decoder.conv_in.bias"] * float("nan")}, file
+    )
+    with pytest.raises(
+        UserError, match=rf"{WEIGHTS}: tensor 'decoder\.conv_in\.bias' holds NaN or infinity"
+    ):
         load_vae(folder)
-    save_file({**tensors, "decoder.conv_in.bias": tensors["decoder.conv_in.bias"].to(torch.int8)}, file)
-    with pytest.raises(UserError, match=r"'decoder\.conv_in\.bias' is I8, as quantised weights are"):
+    save_file(
+        {**tensors, "decoder.conv_in.bias": tensors["decoder.conv_in.bias"].to(torch.int8)}, file
+    )
+    with pytest.raises(
+        UserError, match=r"'decoder\.conv_in\.bias' is I8, as quantised weights are"
+    ):
         load_vae(folder)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2838276208\n"
     for name in (WEIGHTS, "config.json"):
@@ -268,7 +316,8 @@ def test_damaged_config_is_refused(folder: Path) -> None:
 
 
 def test_decoded_as_a_stream_equals_decoded_whole(model: AutoencoderKLWan) -> None:
-    """In single frames and in chunks; two streams at once and a whole decode between them do not mix."""
+    """In single frames and in chunks; two streams at once and a whole decode between them do not
+    mix."""
     vae = Vae(model)
     latents = torch.randn(2, 6, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(1))
     whole, other = vae.decode(latents), vae.decode(latents.flip(0) * 2)
@@ -278,7 +327,10 @@ def test_decoded_as_a_stream_equals_decoded_whole(model: AutoencoderKLWan) -> No
             parts.append(stream.push(part))
             more.append(beside.push(part.flip(0) * 2))
             vae.decode(part)
-        assert [p.shape[1] for p in parts] == [1 + 4 * (sizes[0] - 1), *(4 * size for size in sizes[1:])]
+        assert [p.shape[1] for p in parts] == [
+            1 + 4 * (sizes[0] - 1),
+            *(4 * size for size in sizes[1:]),
+        ]
         assert float((torch.cat(parts, 1) - whole).abs().max()) < 1e-5
         assert float((torch.cat(more, 1) - other).abs().max()) < 1e-5
 
@@ -286,6 +338,14 @@ def test_decoded_as_a_stream_equals_decoded_whole(model: AutoencoderKLWan) -> No
 def test_a_stream_keeps_nothing_of_the_distant_past(model: AutoencoderKLWan) -> None:
     stream, sizes = VaeStream(Vae(model)), []
     for step in range(6):
-        stream.push(torch.randn(1, 1, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(step)))
-        sizes.append(sum(kept.untyped_storage().nbytes() for kept in stream._cache if isinstance(kept, Tensor)))
+        stream.push(
+            torch.randn(1, 1, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(step))
+        )
+        sizes.append(
+            sum(
+                kept.untyped_storage().nbytes()
+                for kept in stream._cache
+                if isinstance(kept, Tensor)
+            )
+        )
     assert sizes[2] == sizes[3] == sizes[4] == sizes[5]

@@ -1,4 +1,5 @@
-"""The bidirectional model: everything sees everything, time per frame, batch and dtype rules. Parity: tests/parity."""
+"""The bidirectional model: everything sees everything, time per frame, batch and dtype rules.
+Parity: tests/parity."""
 
 from __future__ import annotations
 
@@ -25,16 +26,29 @@ def test_one_time_per_clip_is_the_same_time_for_every_frame() -> None:
 
 @torch.no_grad()
 def test_every_frame_sees_every_frame() -> None:
-    model, x, cond, t = tiny.wan(), tiny.latents(1, 3), tiny.prompts(1), torch.full((1,), 0.5, dtype=torch.float64)
+    model, x, cond, t = (
+        tiny.wan(),
+        tiny.latents(1, 3),
+        tiny.prompts(1),
+        torch.full((1,), 0.5, dtype=torch.float64),
+    )
     before = model(x, t, cond)
     x[:, 2] += 1
-    assert all(float(change) > 1e-4 for change in (model(x, t, cond) - before).abs().amax(dim=(0, 2, 3, 4)))
+    assert all(
+        float(change) > 1e-4 for change in (model(x, t, cond) - before).abs().amax(dim=(0, 2, 3, 4))
+    )
 
 
 @torch.no_grad()
 def test_padding_is_zero_before_the_embedder_and_attended_to() -> None:
-    """As Wan: more zero padding changes the output, because zero rows embed to a constant that attention sees."""
-    model, x, cond, t = tiny.wan(), tiny.latents(1, 2), tiny.prompts(1), torch.full((1,), 0.5, dtype=torch.float64)
+    """As Wan: more zero padding changes the output, because zero rows embed to a constant that
+    attention sees."""
+    model, x, cond, t = (
+        tiny.wan(),
+        tiny.latents(1, 2),
+        tiny.prompts(1),
+        torch.full((1,), 0.5, dtype=torch.float64),
+    )
     padded = Conditioning(torch.cat([cond.text_BLE, torch.zeros_like(cond.text_BLE)], 1))
     assert float((model(x, t, padded) - model(x, t, cond)).abs().max()) > 1e-4
 
@@ -44,14 +58,24 @@ def test_output_is_at_least_fp32_and_time_is_not_rounded_to_the_models_dtype() -
     model, x = tiny.wan(dtype=torch.bfloat16), tiny.latents(1, 2, dtype=torch.float32)
     cond = tiny.prompts(1, dtype=torch.float32)
     assert model(x, torch.full((1,), 0.5), cond).dtype == torch.float32
-    embedder = ConditionEmbedder(WanConfig(2, 12, freq_dim=256, text_dim=8), with_text=False).bfloat16()
+    embedder = ConditionEmbedder(
+        WanConfig(2, 12, freq_dim=256, text_dim=8), with_text=False
+    ).bfloat16()
     near, far = embedder.time(torch.tensor([[0.999], [0.998]]))[0].unbind(0)
-    assert float((near - far).abs().max()) > 0, "t = 0.999 and 0.998 are one number in bf16, but not here"
+    assert float((near - far).abs().max()) > 0, (
+        "t = 0.999 and 0.998 are one number in bf16, but not here"
+    )
 
 
 def test_geometry_errors_say_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"latent frame 5x6 is not divisible by the patch 2x2.*multiples of 2x2"):
-        tiny.wan()(tiny.latents(1, 1)[..., :1, :].expand(-1, -1, -1, 5, -1), torch.zeros(1), tiny.prompts(1))
+    with pytest.raises(
+        UserError, match=r"latent frame 5x6 is not divisible by the patch 2x2.*multiples of 2x2"
+    ):
+        tiny.wan()(
+            tiny.latents(1, 1)[..., :1, :].expand(-1, -1, -1, 5, -1),
+            torch.zeros(1),
+            tiny.prompts(1),
+        )
     for head_dim in (7, 4):
         with pytest.raises(UserError, match=f"attention_head_dim is {head_dim}"):
             WanConfig(attention_head_dim=head_dim)

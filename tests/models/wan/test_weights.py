@@ -43,7 +43,9 @@ def shard(folder: Path, pieces: int = 3) -> list[str]:
     """Split the weights over ``pieces`` files with an index; the names of the files."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
-    names = [f"diffusion_pytorch_model-{i + 1:05d}-of-{pieces:05d}.safetensors" for i in range(pieces)]
+    names = [
+        f"diffusion_pytorch_model-{i + 1:05d}-of-{pieces:05d}.safetensors" for i in range(pieces)
+    ]
     keys = sorted(tensors)
     for i, name in enumerate(names):
         save_file({key: tensors[key] for key in keys[i::pieces]}, folder / name)
@@ -64,10 +66,14 @@ def test_round_trip_and_where_the_transformer_may_lie(folder: Path) -> None:
     assert_is_the_tiny_wan(folder)
     assert_is_the_tiny_wan(folder.parent)
     assert transformer_dir(folder.parent) == transformer_dir(folder) == folder
-    with pytest.raises(UserError, match=r"nothing: no such file or folder; give a Wan 2.1 directory"):
+    with pytest.raises(
+        UserError, match=r"nothing: no such file or folder; give a Wan 2.1 directory"
+    ):
         load_wan(folder / "nothing")
     (folder / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no transformer/config.json there; give a Wan 2.1 directory"):
+    with pytest.raises(
+        UserError, match=r"no transformer/config.json there; give a Wan 2.1 directory"
+    ):
         load_wan(folder / "empty")
 
 
@@ -87,7 +93,9 @@ def test_dtype_and_names(folder: Path) -> None:
 def test_truncated_file_is_named(folder: Path) -> None:
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"{WEIGHTS}: unreadable safetensors.*truncated or damaged"):
+    with pytest.raises(
+        UserError, match=rf"{WEIGHTS}: unreadable safetensors.*truncated or damaged"
+    ):
         load_wan(folder)
     file.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=WEIGHTS):
@@ -110,7 +118,8 @@ def test_missing_shard_and_missing_tensors_are_named(folder: Path) -> None:
 
 
 def test_shards_that_are_links(folder: Path) -> None:
-    """As in a Hugging Face cache, whose snapshots link to blobs, and on a machine whose weights lie elsewhere."""
+    """As in a Hugging Face cache, whose snapshots link to blobs, and on a machine whose weights lie
+    elsewhere."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for number, name in enumerate(shard(folder)):
@@ -123,13 +132,17 @@ def test_shards_that_are_links(folder: Path) -> None:
 def test_the_index_cannot_leave_the_directory(folder: Path, name: str) -> None:
     save_file({"a": torch.zeros(1)}, folder.parent / "outside.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UserError, match=rf"{INDEX}: shard name '.*' leaves the directory; it is not read"):
+    with pytest.raises(
+        UserError, match=rf"{INDEX}: shard name '.*' leaves the directory; it is not read"
+    ):
         load_wan(folder)
 
 
 def test_tensors_that_do_not_fit_the_config(folder: Path) -> None:
     edit(folder, ffn_dim=tiny.CFG.ffn_dim * 2)
-    with pytest.raises(UserError, match=rf"{WEIGHTS}: tensor 'blocks.*ffn.*' has shape .*these files do not match"):
+    with pytest.raises(
+        UserError, match=rf"{WEIGHTS}: tensor 'blocks.*ffn.*' has shape .*these files do not match"
+    ):
         load_wan(folder)
     edit(folder, ffn_dim=tiny.CFG.ffn_dim, num_layers=5)
     with pytest.raises(UserError, match=r"tensor 'blocks\.5.*no such tensor"):
@@ -142,7 +155,10 @@ def test_tensors_that_do_not_fit_the_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"_class_name": "LTXVideoTransformer3DModel"}, "_class_name is 'LTXVideoTransformer3DModel'"),
+        (
+            {"_class_name": "LTXVideoTransformer3DModel"},
+            "_class_name is 'LTXVideoTransformer3DModel'",
+        ),
         ({"image_dim": 1280}, "image_dim is 1280; only None .Wan 2.1 text-to-video"),
         ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim is 5120"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
@@ -153,7 +169,9 @@ def test_tensors_that_do_not_fit_the_config(folder: Path) -> None:
         ({"ffn_dim": None}, r"`int`.*`\$\.ffn_dim`"),
     ],
 )
-def test_other_architectures_are_refused(folder: Path, fields: dict[str, object], words: str) -> None:
+def test_other_architectures_are_refused(
+    folder: Path, fields: dict[str, object], words: str
+) -> None:
     edit(folder, **fields)
     with pytest.raises(UserError, match=rf"config\.json: .*{words}|config\.json: {words}"):
         load_wan(folder)
@@ -161,7 +179,11 @@ def test_other_architectures_are_refused(folder: Path, fields: dict[str, object]
 
 def test_broken_config_files_are_named(folder: Path) -> None:
     file = folder / "config.json"
-    for content, words in ((b"{", "not JSON"), (b"\xff\xfe", ".*utf-8"), (b"[]", "not a JSON object")):
+    for content, words in (
+        (b"{", "not JSON"),
+        (b"\xff\xfe", ".*utf-8"),
+        (b"[]", "not a JSON object"),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"config\.json: {words}"):
             read_wan_config(folder)
@@ -197,14 +219,17 @@ def test_configs_of_others(folder: Path, fields: dict[str, object]) -> None:
 
 
 def test_broken_weights_are_refused_as_they_are_read(folder: Path) -> None:
-    """By the model's reader, and by that of a partitioned teacher, which reads one tensor at a time."""
+    """By the model's reader, and by that of a partitioned teacher, which reads one tensor at a
+    time."""
     tensors = load_file(folder / WEIGHTS)
     name = "blocks.0.ffn.net.2.weight"
     tensors[name][0, 0] = float("nan")
     save_file(tensors, folder / WEIGHTS)
     reads = {part: tensor.read for part, tensor in open_wan(folder).tensors.items()}
     for attempt in (lambda: load_wan(folder), reads[f"trunk.{name}"]):
-        with pytest.raises(UserError, match=rf"{WEIGHTS}: tensor '{re.escape(name)}' holds NaN or infinity"):
+        with pytest.raises(
+            UserError, match=rf"{WEIGHTS}: tensor '{re.escape(name)}' holds NaN or infinity"
+        ):
             attempt()
     save_file({**tensors, name: tensors[name].nan_to_num().to(torch.int8)}, folder / WEIGHTS)
     with pytest.raises(UserError, match="is I8; only F64"):
@@ -223,7 +248,8 @@ def test_config_json_round_trip_and_defaults(folder: Path) -> None:
     minimal = {
         key: value
         for key, value in config_json(tiny.CFG, "diffusers").items()
-        if key in ("_class_name", "num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers")
+        if key
+        in ("_class_name", "num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers")
     }
     (folder / "config.json").write_text(json.dumps(minimal))
     cfg = read_wan_config(folder)

@@ -1,4 +1,5 @@
-"""scd data: check, repair, manifest, export and import; files in other projects' exact layouts, and hostile ones."""
+"""scd data: check, repair, manifest, export and import; files in other projects' exact layouts, and
+hostile ones."""
 
 from __future__ import annotations
 
@@ -43,23 +44,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def latents(number: int) -> Tensor:
-    return torch.randn(SHAPE.latent(1)[1:], generator=torch.Generator().manual_seed(number)).bfloat16()
+    return torch.randn(
+        SHAPE.latent(1)[1:], generator=torch.Generator().manual_seed(number)
+    ).bfloat16()
 
 
 def states(number: int) -> Tensor:
-    return 1 + torch.rand(2 + number, WIDTH, generator=torch.Generator().manual_seed(number)).bfloat16()
+    return (
+        1
+        + torch.rand(2 + number, WIDTH, generator=torch.Generator().manual_seed(number)).bfloat16()
+    )
 
 
 def folder(root: Path) -> Path:
     """Three clips of ours, with videos."""
     open_job(root, Common(SHAPE, "bfloat16", WIDTH, 512, {"videos": [16, 18]}))
     for number, prompt in enumerate(PROMPTS):
-        about = About(f"{number:02x}".ljust(32, "b"), prompt, video_sha256=hashlib.sha256(VIDEO_BYTES).hexdigest())
+        about = About(
+            f"{number:02x}".ljust(32, "b"),
+            prompt,
+            video_sha256=hashlib.sha256(VIDEO_BYTES).hexdigest(),
+        )
         path = clip_path(root, about.id)
         path.parent.mkdir()
         write_bytes(path.with_suffix(VIDEO), VIDEO_BYTES)
         write_clip(root, latents(number), states(number), about)
-    write_fixed_prompts(root, lambda texts: [torch.ones(1, WIDTH) for _ in texts], "bad", torch.bfloat16)
+    write_fixed_prompts(
+        root, lambda texts: [torch.ones(1, WIDTH) for _ in texts], "bad", torch.bfloat16
+    )
     index_clips(root)
     return root
 
@@ -69,19 +81,23 @@ def scd(*arguments: object) -> Result:
 
 
 def imported(source: Path, out: Path, model: Path) -> Result:
-    return scd("import", source, out, "--model", model, "--negative-prompt", "still", "--text-cache", "off")
+    return scd(
+        "import", source, out, "--model", model, "--negative-prompt", "still", "--text-cache", "off"
+    )
 
 
 def refused(out: Path) -> list[str]:
     return [str(row["reason"]) for row in read_jsonl(out / "quarantine" / "refused.jsonl", "")]
 
 
-# --------------------------------------------------------------------------------------- check, repair, manifest
+# -------------------------------------------------------------------------- check, repair, manifest
 
 
 def test_a_whole_folder_passes_and_every_damage_is_found_and_repaired(tmp_path: Path) -> None:
     root = folder(tmp_path / "clips")
-    assert scd("check", root, "--full").exit_code == 0 and "3 clips whole" in scd("check", root).stdout
+    assert (
+        scd("check", root, "--full").exit_code == 0 and "3 clips whole" in scd("check", root).stdout
+    )
     one, two, three = clip_paths(root)
     one.write_bytes(one.read_bytes()[:-2])
     two.with_suffix(VIDEO).unlink()
@@ -92,7 +108,11 @@ def test_a_whole_folder_passes_and_every_damage_is_found_and_repaired(tmp_path: 
     old.write_bytes(b"half")
     os.utime(old, (0, 0))
     quick, full = scd("check", root), scd("check", root, "--full")
-    assert quick.exit_code == 1 and "1 clips whole" in quick.stdout and "1 temporary files" in quick.stdout
+    assert (
+        quick.exit_code == 1
+        and "1 clips whole" in quick.stdout
+        and "1 temporary files" in quick.stdout
+    )
     assert (
         "cut?" in quick.stdout
         and "missing beside its latents" in quick.stdout
@@ -109,7 +129,8 @@ def test_a_whole_folder_passes_and_every_damage_is_found_and_repaired(tmp_path: 
 
 
 def test_the_states_beside_the_clips_are_checked_too(tmp_path: Path) -> None:
-    """Those of the empty and of the negative prompt, which training refuses when they are damaged."""
+    """Those of the empty and of the negative prompt, which training refuses when they are
+    damaged."""
     root = folder(tmp_path / "clips")
     for name in ("null.safetensors", "negative.safetensors"):
         whole = (root / name).read_bytes()
@@ -137,10 +158,12 @@ def test_shard_directories_are_checked_but_not_repaired(tmp_path: Path) -> None:
     assert isinstance(scd("repair", root).exception, UserError)
 
 
-# -------------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------------- export
 
 
-def test_tars_are_deterministic_go_on_and_come_back_bit_for_bit(tmp_path: Path, model: Path) -> None:
+def test_tars_are_deterministic_go_on_and_come_back_bit_for_bit(
+    tmp_path: Path, model: Path
+) -> None:
     root, out = folder(tmp_path / "clips"), tmp_path / "tars"
     assert "2 tars" in scd("export-webdataset", root, out, "--per-tar", 2).stdout
     with tarfile.open(out / "shard-00000.tar") as tar:
@@ -162,7 +185,7 @@ def test_tars_are_deterministic_go_on_and_come_back_bit_for_bit(tmp_path: Path, 
     assert scd("check", again, "--full").exit_code == 0
 
 
-# -------------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------------------- import
 
 
 def saved(value: object) -> bytes:
@@ -197,7 +220,9 @@ def tar_of(path: Path, members: dict[str, bytes], extra: Sequence[tarfile.TarInf
 def by_prompt(root: Path) -> tuple[Tensor, Tensor]:
     """Latents and text states of all clips, in the order of PROMPTS."""
     clips = LatentClips(root)
-    batch = clips.batch(sorted(range(len(clips)), key=lambda index: PROMPTS.index(clips.texts([index])[0])))
+    batch = clips.batch(
+        sorted(range(len(clips)), key=lambda index: PROMPTS.index(clips.texts([index])[0]))
+    )
     return batch.latents_BFCHW, batch.text.text_BLE
 
 
@@ -209,7 +234,10 @@ def test_rcm_tars(tmp_path: Path, model: Path) -> None:
     found, text = by_prompt(tmp_path / "out")
     for number in range(3):
         assert torch.equal(found[number], latents(number).float())
-        assert torch.equal(text[number, : 2 + number], states(number).float()) and not text[number, 2 + number :].any()
+        assert (
+            torch.equal(text[number, : 2 + number], states(number).float())
+            and not text[number, 2 + number :].any()
+        )
     names = {path.name for path in clip_paths(tmp_path / "out")}
     assert imported(tmp_path, tmp_path / "out", model).exit_code == 0
     assert {path.name for path in clip_paths(tmp_path / "out")} == names
@@ -234,8 +262,15 @@ def test_hostile_tars_are_read_past_and_listed(tmp_path: Path, model: Path) -> N
     hard.type, hard.linkname = tarfile.LNKTYPE, "../secret"
     bad = {f"/abs/{name}": data for name, data in rcm(1).items()}
     bad |= {f"../{name}": data for name, data in rcm(1).items()}
-    bad |= {"000000003.latent.pt": saved(Runs(marker)), "000000003.embed.pt": rcm(1)["000000001.embed.pt"]}
-    bad |= {"000000003.prompt.txt": b"x", "000000004.sh": b"rm", "000000005.latent.pt": b"\x80\x04cos\nmkdir\n."}
+    bad |= {
+        "000000003.latent.pt": saved(Runs(marker)),
+        "000000003.embed.pt": rcm(1)["000000001.embed.pt"],
+    }
+    bad |= {
+        "000000003.prompt.txt": b"x",
+        "000000004.sh": b"rm",
+        "000000005.latent.pt": b"\x80\x04cos\nmkdir\n.",
+    }
     bad |= {"000000005.embed.pt": saved({"a": torch.ones(1)}), "000000005.prompt.txt": b"y"}
     huge = torch.zeros(1).expand(16, 10_000, 10_000, 10)
     bad |= {
@@ -244,7 +279,9 @@ def test_hostile_tars_are_read_past_and_listed(tmp_path: Path, model: Path) -> N
         "000000006.prompt.txt": b"",
     }
     tar_of(source / "0.tar", rcm(0) | bad | rcm(2), [link, hard])
-    whole = tar_of(source / "1.tar", {name.replace("0001.", "0009."): data for name, data in rcm(1).items()})
+    whole = tar_of(
+        source / "1.tar", {name.replace("0001.", "0009."): data for name, data in rcm(1).items()}
+    )
     whole.write_bytes(whole.read_bytes()[:2000])  # a torn tail
     result = imported(source, tmp_path / "out", model)
     assert isinstance(result.exception, UserError) and "were refused" in str(result.exception)
@@ -269,14 +306,30 @@ def test_tars_of_ours_that_were_changed_are_refused(tmp_path: Path, model: Path)
     one, two, three = clip_paths(root)
     data = bytearray(two.read_bytes())
     data[-1] ^= 1
-    members = {one.name: one.read_bytes(), f"{one.stem}.prompt.txt": b"", one.with_suffix(VIDEO).name: b"other"}
-    members |= {two.name: bytes(data), f"{two.stem}.prompt.txt": b"", "x.safetensors": three.read_bytes()}
-    members |= {"x.prompt.txt": b"", three.name: three.read_bytes(), f"{three.stem}.prompt.txt": b""}
+    members = {
+        one.name: one.read_bytes(),
+        f"{one.stem}.prompt.txt": b"",
+        one.with_suffix(VIDEO).name: b"other",
+    }
+    members |= {
+        two.name: bytes(data),
+        f"{two.stem}.prompt.txt": b"",
+        "x.safetensors": three.read_bytes(),
+    }
+    members |= {
+        "x.prompt.txt": b"",
+        three.name: three.read_bytes(),
+        f"{three.stem}.prompt.txt": b"",
+    }
     tar_of(source / "0.tar", members)
     assert isinstance(imported(source, tmp_path / "out", model).exception, UserError)
     assert [path.name for path in clip_paths(tmp_path / "out")] == [three.name]
     reasons = "\n".join(refused(tmp_path / "out"))
-    assert "mp4 is not the one" in reasons and "contents changed" in reasons and "not a clip's id" in reasons
+    assert (
+        "mp4 is not the one" in reasons
+        and "contents changed" in reasons
+        and "not a clip's id" in reasons
+    )
 
 
 def write_lmdb(path: Path, values: Tensor, prompts: Sequence[str]) -> None:
@@ -304,10 +357,15 @@ def test_self_forcing_lmdb(tmp_path: Path, model: Path) -> None:
         put.put(b"latents_1_data", b"short")
         put.delete(b"prompts_2_data")
     assert isinstance(imported(tmp_path / "bad", tmp_path / "bad-out", model).exception, UserError)
-    assert refused(tmp_path / "bad-out") == ["5 bytes for shape (3, 4, 4, 4) of float16", "has no latents or no prompt"]
+    assert refused(tmp_path / "bad-out") == [
+        "5 bytes for shape (3, 4, 4, 4) of float16",
+        "has no latents or no prompt",
+    ]
     with lmdb.open(str(tmp_path / "bad"), map_size=2**24) as env, env.begin(write=True) as put:
         put.put(b"latents_shape", b"__import__('os') 1 1 1 1")
-    assert "latents_shape" in str(imported(tmp_path / "bad", tmp_path / "bad-out2", model).exception)
+    assert "latents_shape" in str(
+        imported(tmp_path / "bad", tmp_path / "bad-out2", model).exception
+    )
 
 
 def parquet_rows() -> dict[str, list[object]]:
@@ -330,7 +388,9 @@ def write_parquet(rows: dict[str, list[object]], path: Path, **options: object) 
     pyarrow.parquet.write_table(pyarrow.table(rows), path, **options)
 
 
-def test_row_groups_of_parquet_have_a_budget(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_of_parquet_have_a_budget(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before any is read, by what the footer says of each; compression does not hide it."""
     rows = parquet_rows()
     rows["text_embedding_bytes"][2] = bytes(100_000)
@@ -338,7 +398,11 @@ def test_row_groups_of_parquet_have_a_budget(tmp_path: Path, model: Path, monkey
     assert (tmp_path / "a.parquet").stat().st_size < 50_000
     monkeypatch.setattr(foreign, "ROW_GROUP", 50_000)
     said = str(imported(tmp_path / "a.parquet", tmp_path / "out", model).exception)
-    assert "a.parquet: row group 2 takes" in said and "smaller row groups" in said and not (tmp_path / "out").exists()
+    assert (
+        "a.parquet: row group 2 takes" in said
+        and "smaller row groups" in said
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_fastvideo_parquet_is_normalised_by_the_models_vae(tmp_path: Path, model: Path) -> None:
@@ -351,12 +415,20 @@ def test_fastvideo_parquet_is_normalised_by_the_models_vae(tmp_path: Path, model
     assert torch.equal(found, wanted) and torch.equal(text[1, :3], states(1).float())
     rows["vae_latent_shape"][1] = [4, 3, 4, 2**40]
     write_parquet(rows, tmp_path / "b.parquet")
-    assert isinstance(imported(tmp_path / "b.parquet", tmp_path / "out-b", model).exception, UserError)
-    assert len(LatentClips(tmp_path / "out-b")) == 2 and "bytes for shape" in refused(tmp_path / "out-b")[0]
+    assert isinstance(
+        imported(tmp_path / "b.parquet", tmp_path / "out-b", model).exception, UserError
+    )
+    assert (
+        len(LatentClips(tmp_path / "out-b")) == 2
+        and "bytes for shape" in refused(tmp_path / "out-b")[0]
+    )
     rows["clip_feature_bytes"] = [b""] * 3
     write_parquet(rows, tmp_path / "c.parquet")
     said = str(imported(tmp_path / "c.parquet", tmp_path / "out-c", model).exception)
-    assert "column 'clip_feature_bytes' that is not known" in said and not (tmp_path / "out-c").exists()
+    assert (
+        "column 'clip_feature_bytes' that is not known" in said
+        and not (tmp_path / "out-c").exists()
+    )
 
 
 def test_sources_and_models_that_do_not_fit_are_named(tmp_path: Path, model: Path) -> None:
@@ -368,17 +440,23 @@ def test_sources_and_models_that_do_not_fit_are_named(tmp_path: Path, model: Pat
     assert "holds none of" in str(imported(tmp_path / "empty", tmp_path / "out", model).exception)
     assert "no such file" in str(imported(tmp_path / "absent", tmp_path / "out", model).exception)
     (tmp_path / "junk.tar").write_bytes(b"x" * 2000)
-    assert "no clip in it could be taken" in str(imported(tmp_path / "junk.tar", tmp_path / "out", model).exception)
-    wide = {name: saved(torch.ones(5, 3, 4, 4)) if "latent" in name else data for name, data in rcm(0).items()}
+    assert "no clip in it could be taken" in str(
+        imported(tmp_path / "junk.tar", tmp_path / "out", model).exception
+    )
+    wide = {
+        name: saved(torch.ones(5, 3, 4, 4)) if "latent" in name else data
+        for name, data in rcm(0).items()
+    }
     said = str(imported(tar_of(tmp_path / "wide.tar", wide), tmp_path / "out", model).exception)
     assert "the model's VAE has C = 4" in said and not (tmp_path / "out").exists()
 
 
-# -------------------------------------------------------------------------------------- links, locks, files of others
+# -------------------------------------------------------------------- links, locks, files of others
 
 
 def test_links_are_skipped_and_nothing_leaves_the_folder(tmp_path: Path) -> None:
-    """A linked folder of someone's files, a linked video and a linked quarantine: nothing of them is moved."""
+    """A linked folder of someone's files, a linked video and a linked quarantine: nothing of them
+    is moved."""
     root, other = folder(tmp_path / "clips"), tmp_path / "other"
     (other / "cc").mkdir(parents=True)
     thesis, film = other / "cc" / "thesis.tex", other / "film.mp4"
@@ -391,7 +469,11 @@ def test_links_are_skipped_and_nothing_leaves_the_folder(tmp_path: Path) -> None
     one.with_suffix(VIDEO).unlink()
     one.with_suffix(VIDEO).symlink_to(film)
     assert scd("repair", root).exit_code == 0
-    assert thesis.read_text() == "mine" and film.read_bytes() == VIDEO_BYTES and one.with_suffix(VIDEO).is_symlink()
+    assert (
+        thesis.read_text() == "mine"
+        and film.read_bytes() == VIDEO_BYTES
+        and one.with_suffix(VIDEO).is_symlink()
+    )
     assert [file.name for file in (root / "quarantine").iterdir()] == [one.name]
     (root / "quarantine" / one.name).unlink()
     (root / "quarantine").rmdir()
@@ -401,7 +483,9 @@ def test_links_are_skipped_and_nothing_leaves_the_folder(tmp_path: Path) -> None
     assert two.is_file() and not (other / two.name).exists()
 
 
-def test_commands_hold_their_folder_and_overwrite_nothing_of_others(tmp_path: Path, model: Path) -> None:
+def test_commands_hold_their_folder_and_overwrite_nothing_of_others(
+    tmp_path: Path, model: Path
+) -> None:
     root, out = folder(tmp_path / "clips"), tmp_path / "tars"
     good = tar_of(tmp_path / "good.tar", rcm(0))
     with locked(root, "another job"), locked(out, "another job"):
@@ -412,11 +496,17 @@ def test_commands_hold_their_folder_and_overwrite_nothing_of_others(tmp_path: Pa
             imported(good, out, model),
         ):
             assert "is at work in it" in str(result.exception)
-    for name, text in (("index.json", '{"mine": 1}'), ("shard-00000.tar", "mine"), ("thesis.tex", "mine")):
+    for name, text in (
+        ("index.json", '{"mine": 1}'),
+        ("shard-00000.tar", "mine"),
+        ("thesis.tex", "mine"),
+    ):
         place = tmp_path / f"taken-{name}"
         place.mkdir()
         (place / name).write_text(text)
-        assert "nothing of others is overwritten" in str(scd("export-webdataset", root, place).exception)
+        assert "nothing of others is overwritten" in str(
+            scd("export-webdataset", root, place).exception
+        )
         assert [(file.name, file.read_text()) for file in place.iterdir()] == [(name, text)]
     (tmp_path / "mine").mkdir()
     for command in ("repair", "manifest"):
@@ -429,21 +519,30 @@ def test_names_of_others_cannot_move_the_cursor(tmp_path: Path) -> None:
     for name in ("\x1b[2Jx.txt", "a\nb.txt", "\udcff.txt"):
         (clip_paths(root)[0].parent / name).touch()
     for result in (scd("check", root), scd("repair", root)):
-        assert "x.txt" in result.stdout and "\x1b" not in result.stdout and len(result.stdout.splitlines()) == 4
+        assert (
+            "x.txt" in result.stdout
+            and "\x1b" not in result.stdout
+            and len(result.stdout.splitlines()) == 4
+        )
     assert len(list((root / "quarantine").iterdir())) == 3
 
 
-# ------------------------------------------------------------------------------------------------- damaged, and bombs
+# ------------------------------------------------------------------------------- damaged, and bombs
 
 
 def test_one_bad_item_does_not_end_the_import(tmp_path: Path, model: Path) -> None:
-    """An empty .pt, a flipped bit, captions that are no text: refused one by one, the rest is imported."""
+    """An empty .pt, a flipped bit, captions that are no text: refused one by one, the rest is
+    imported."""
     source = tmp_path / "in"
     source.mkdir()
     flipped = bytearray(rcm(1)["000000001.latent.pt"])
     flipped[len(flipped) // 2] ^= 16
-    bad = {name.replace("0001.", "0003."): data for name, data in rcm(1).items()} | {"000000003.latent.pt": b""}
-    bad |= {name.replace("0001.", "0004."): data for name, data in rcm(1).items()} | {"000000004.prompt.txt": b"\xff"}
+    bad = {name.replace("0001.", "0003."): data for name, data in rcm(1).items()} | {
+        "000000003.latent.pt": b""
+    }
+    bad |= {name.replace("0001.", "0004."): data for name, data in rcm(1).items()} | {
+        "000000004.prompt.txt": b"\xff"
+    }
     bad |= {name.replace("0001.", "0005."): data for name, data in rcm(1).items()}
     bad |= {"000000005.latent.pt": bytes(flipped)}
     tar_of(source / "0.tar", rcm(0) | bad | rcm(2))
@@ -454,7 +553,8 @@ def test_one_bad_item_does_not_end_the_import(tmp_path: Path, model: Path) -> No
 
 
 def test_damaged_lmdb_is_named_and_its_counts_are_compared(tmp_path: Path, model: Path) -> None:
-    """A file that is cut would kill the process where it is read; a count of a billion would list a billion faults."""
+    """A file that is cut would kill the process where it is read; a count of a billion would list a
+    billion faults."""
     values = torch.stack([latents(number).half() for number in range(3)])
     write_lmdb(tmp_path / "a", values, PROMPTS)
     data = (tmp_path / "a" / "data.mdb").read_bytes()
@@ -464,7 +564,9 @@ def test_damaged_lmdb_is_named_and_its_counts_are_compared(tmp_path: Path, model
     assert "data.mdb has" in said and "(cut?)" in said
     with lmdb.open(str(tmp_path / "a"), map_size=2**24) as env, env.begin(write=True) as put:
         put.put(b"latents_shape", b"999999999 3 4 4 4")
-    assert "says 999999999 clips, it has 7 entries" in str(imported(tmp_path / "a", tmp_path / "out", model).exception)
+    assert "says 999999999 clips, it has 7 entries" in str(
+        imported(tmp_path / "a", tmp_path / "out", model).exception
+    )
 
 
 def test_damaged_parquet_is_named(tmp_path: Path, model: Path) -> None:
@@ -477,7 +579,9 @@ def test_damaged_parquet_is_named(tmp_path: Path, model: Path) -> None:
         data = bytearray(good)
         for _ in range(rng.randint(1, 6)):
             data[rng.randrange(footer if number % 2 else 4, len(data) - 8)] ^= 1 << rng.randrange(8)
-        (tmp_path / "a.parquet").write_bytes(bytes(data) if number % 9 else good[: rng.randrange(len(good))])
+        (tmp_path / "a.parquet").write_bytes(
+            bytes(data) if number % 9 else good[: rng.randrange(len(good))]
+        )
         try:
             parts = list(read_parquet(tmp_path / "a.parquet"))
         except UserError as error:

@@ -1,4 +1,5 @@
-"""From clips to encoded frames: what is stored, resuming, malformed clips and their budget, the scripts."""
+"""From clips to encoded frames: what is stored, resuming, malformed clips and their budget, the
+scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ from scd_sf.data.sources.raw_files import Refused
 from scd_sf.data.sources.teco import Teco
 from scd_sf.data.sources.ucf101 import Ucf101
 from scd_sf.files import locked
-from scd_sf.tools.data.encode_frames import EncodeConfig, Task, check_clips, encode_pixels, import_latents, run_pixels
+from scd_sf.tools.data.encode_frames import (
+    EncodeConfig,
+    Task,
+    check_clips,
+    encode_pixels,
+    import_latents,
+    run_pixels,
+)
 from scd_sf.types import Tokenizer, UserError
 
 SCRIPTS = Path(__file__).parents[3] / "data_prep"
@@ -48,7 +56,9 @@ class Means:
         return avg_pool2d(frames_BF3HW.flatten(0, 1), 8).unflatten(0, frames_BF3HW.shape[:2])
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        return interpolate(latents_BFCHW.flatten(0, 1), scale_factor=8.0).unflatten(0, latents_BFCHW.shape[:2])
+        return interpolate(latents_BFCHW.flatten(0, 1), scale_factor=8.0).unflatten(
+            0, latents_BFCHW.shape[:2]
+        )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,13 +68,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_stored_latents_actions_and_labels(doom_actions: Path, tmp_path: Path) -> None:
     source, tokenizer = Teco(doom_actions, "train"), Means()
     assert isinstance(tokenizer, object) and takes_tokenizer(tokenizer)
-    report = encode_pixels(source, tokenizer, tmp_path / "out", {"a": 1}, EncodeConfig(batch=16, frames_per_shard=100))
+    report = encode_pixels(
+        source, tokenizer, tmp_path / "out", {"a": 1}, EncodeConfig(batch=16, frames_per_shard=100)
+    )
     assert (report.clips, report.good, report.frames, report.bad) == (4, 4, 160, [])
     assert tokenizer.calls == [16, 16, 8] * 4
     clips = FrameClips(tmp_path / "out")
     clips.verify()
     assert [clip.id for clip in clips.clips] == source.ids and len(clips.reader.shards) == 2
-    assert (clips.info.channels, clips.info.height, clips.info.spatial, clips.info.num_actions) == (3, 8, 8, 3)
+    assert (clips.info.channels, clips.info.height, clips.info.spatial, clips.info.num_actions) == (
+        3,
+        8,
+        8,
+        3,
+    )
     batch = clips.batch([3], [5], 20)
     clip = source.read(3)
     wanted = avg_pool2d(clip.frames_F3HW[5:25].float().div(127.5).sub(1), 8)
@@ -77,9 +94,14 @@ def test_stored_latents_actions_and_labels(doom_actions: Path, tmp_path: Path) -
         encode_pixels(source, tokenizer, tmp_path / "out", {"a": 2}, EncodeConfig())
 
     make_ucf101(tmp_path / "ucf", per_class=1)
-    encode_pixels(Ucf101(tmp_path / "ucf", "test"), Means(), tmp_path / "labels", {}, EncodeConfig())
+    encode_pixels(
+        Ucf101(tmp_path / "ucf", "test"), Means(), tmp_path / "labels", {}, EncodeConfig()
+    )
     labels = FrameClips(tmp_path / "labels")
-    assert labels.info.labels == ("ApplyEyeMakeup", "Biking", "CliffDiving") and labels.info.num_actions == 0
+    assert (
+        labels.info.labels == ("ApplyEyeMakeup", "Biking", "CliffDiving")
+        and labels.info.num_actions == 0
+    )
     assert [clip.label for clip in labels.clips] == [0, 1, 2]
 
 
@@ -87,21 +109,32 @@ def takes_tokenizer(tokenizer: Tokenizer) -> bool:
     return tokenizer.channels == 3
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(doom_actions: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    doom_actions: Path, tmp_path: Path
+) -> None:
     source, config = Teco(doom_actions, "train"), EncodeConfig(frames_per_shard=50, workers=1)
-    encode_pixels(source, Means(), tmp_path / "whole", {}, EncodeConfig(frames_per_shard=50, workers=4, batch=7))
+    encode_pixels(
+        source,
+        Means(),
+        tmp_path / "whole",
+        {},
+        EncodeConfig(frames_per_shard=50, workers=4, batch=7),
+    )
     with pytest.raises(KeyboardInterrupt):
         encode_pixels(source, Means(stop_after=4), tmp_path / "parts", {}, config)
     tokenizer = Means()
     report = encode_pixels(source, tokenizer, tmp_path / "parts", {}, config)
-    assert (report.before, report.good) == (2, 2) and len(tokenizer.calls) == 2, "the first shard is not made again"
+    assert (report.before, report.good) == (2, 2) and len(tokenizer.calls) == 2, (
+        "the first shard is not made again"
+    )
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 def test_killed_at_the_end_it_is_whole_all_the_same(
     doom_actions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report is there when the manifest is; what the manifest should have followed is cleared by the next run."""
+    """The report is there when the manifest is; what the manifest should have followed is cleared
+    by the next run."""
     source, out = Teco(doom_actions, "train"), tmp_path / "out"
     unlink, finish = Path.unlink, FrameWriter.finish
 
@@ -111,13 +144,24 @@ def test_killed_at_the_end_it_is_whole_all_the_same(
         unlink(path, missing_ok)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FrameWriter, "finish", lambda writer: patch.setattr(Path, "unlink", no_unlink) or finish(writer))
+        patch.setattr(
+            FrameWriter,
+            "finish",
+            lambda writer: patch.setattr(Path, "unlink", no_unlink) or finish(writer),
+        )
         encode_pixels(source, Means(), out, {}, EncodeConfig())
-    assert (out / "manifest.json").is_file() and (out / "building.json").is_file() and (out / "report.json").is_file()
+    assert (
+        (out / "manifest.json").is_file()
+        and (out / "building.json").is_file()
+        and (out / "report.json").is_file()
+    )
     encode_pixels(source, Means(), out, {}, EncodeConfig())
     assert {path.name for path in out.iterdir() if path.name != ".lock"} == {
-        "manifest.json", "clips.jsonl", "report.json", "frames-00000.safetensors",
-    }  # fmt: skip
+        "manifest.json",
+        "clips.jsonl",
+        "report.json",
+        "frames-00000.safetensors",
+    }
 
 
 def damaged(doom_actions: Path, root: Path) -> Path:
@@ -136,15 +180,30 @@ def test_malformed_clips_are_left_out_up_to_a_budget(doom_actions: Path, tmp_pat
     report = encode_pixels(source, Means(), tmp_path / "out", {}, EncodeConfig(max_bad=0.5))
     assert [bad.name for bad in report.bad] == source.ids[1:3] and report.good == 2
     stored = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert "cannot be decoded" in stored["bad"][0]["reason"] and "39 actions for 40" in stored["bad"][1]["reason"]
-    assert [clip.id for clip in FrameClips(tmp_path / "out").clips] == [source.ids[0], source.ids[3]]
-    with pytest.raises(UserError, match=r"2 of 4 clips are malformed, more than max_bad 0\.25 \(the last is .*00002"):
+    assert (
+        "cannot be decoded" in stored["bad"][0]["reason"]
+        and "39 actions for 40" in stored["bad"][1]["reason"]
+    )
+    assert [clip.id for clip in FrameClips(tmp_path / "out").clips] == [
+        source.ids[0],
+        source.ids[3],
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"2 of 4 clips are malformed, more than max_bad 0\.25 \(the last is .*00002",
+    ):
         encode_pixels(source, Means(), tmp_path / "strict", {}, EncodeConfig(max_bad=0.25))
     assert not (tmp_path / "strict" / "manifest.json").exists()
     assert len(json.loads((tmp_path / "strict" / "report.json").read_text())["bad"]) == 2
     checked = check_clips(source, EncodeConfig())
-    assert (checked.good, checked.frames, [bad.name for bad in checked.bad]) == (2, 80, source.ids[1:3])
-    assert {path: path.read_bytes() for path in root.rglob("*.*")} == before, "the input is only read"
+    assert (checked.good, checked.frames, [bad.name for bad in checked.bad]) == (
+        2,
+        80,
+        source.ids[1:3],
+    )
+    assert {path: path.read_bytes() for path in root.rglob("*.*")} == before, (
+        "the input is only read"
+    )
 
 
 class Made:
@@ -153,7 +212,11 @@ class Made:
     num_actions, labels, fps = 0, ("a", "b"), 20.0
 
     def __init__(self, sizes: list[int], labels: list[int] | None = None) -> None:
-        self.sizes, self.numbers, self.refused = sizes, labels or [0] * len(sizes), [Refused("x", "why")]
+        self.sizes, self.numbers, self.refused = (
+            sizes,
+            labels or [0] * len(sizes),
+            [Refused("x", "why")],
+        )
         self.ids = [f"c{number}" for number in range(len(sizes))]
         self.begun, self.lock = 0, threading.Lock()
 
@@ -185,7 +248,8 @@ def test_odd_sizes_and_bounded_memory(tmp_path: Path) -> None:
     class Watching(Means):
         def encode(self, frames_BF3HW: Tensor) -> Tensor:
             time.sleep(0.005)
-            ahead.append(many.begun - 1 - len(ahead))  # the first clip is read once more, to see its size
+            # the first clip is read once more, to see its size
+            ahead.append(many.begun - 1 - len(ahead))
             return super().encode(frames_BF3HW)
 
     encode_pixels(many, Watching(), tmp_path / "many", {}, EncodeConfig(workers=3, max_bad=0.1))
@@ -197,11 +261,20 @@ def test_foreign_latents_are_scaled(tmp_path: Path) -> None:
     torch.save(latents[1] * float("inf"), tmp_path / "latents/train/1.pt")
     source = FarLatents(tmp_path, tmp_path / "latents.json", prefix="datasets/")
     report = import_latents(source, 16, tmp_path / "out", {}, EncodeConfig(max_bad=0.5))
-    assert [bad.name for bad in report.bad] == ["latents/train/1"] and "not finite" in report.bad[0].reason
+    assert [bad.name for bad in report.bad] == ["latents/train/1"] and "not finite" in report.bad[
+        0
+    ].reason
     clips = FrameClips(tmp_path / "out")
-    assert (clips.info.channels, clips.info.height, clips.info.spatial, clips.info.num_actions) == (32, 8, 16, 3)
+    assert (clips.info.channels, clips.info.height, clips.info.spatial, clips.info.num_actions) == (
+        32,
+        8,
+        16,
+        3,
+    )
     batch = clips.batch([1], [2], 4)
-    torch.testing.assert_close(batch.latents_BFCHW[0], latents[2][2:6] * 0.2889, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        batch.latents_BFCHW[0], latents[2][2:6] * 0.2889, atol=2e-3, rtol=1e-3
+    )
     assert batch.cond.actions_BF is not None and batch.cond.actions_BF.tolist() == [[2, 0, 1, 2]]
 
 
@@ -211,7 +284,7 @@ def test_bad_numbers() -> None:
             EncodeConfig(**config)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------------- the scripts
+# -------------------------------------------------------------------------------------- the scripts
 
 
 def script(name: str) -> ModuleType:
@@ -233,29 +306,47 @@ def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tokenizer"
 
 
-def test_scripts(doom_actions: Path, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scripts(
+    doom_actions: Path, tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teco = script("teco_minecraft")
     teco.main(root=doom_actions, out=tmp_path / "mc", split="test", tokenizer=tokenizer)
-    assert len(FrameClips(tmp_path / "mc")) == 1 and "1 clips, 40 frames, 0 bad" in capsys.readouterr().out
+    assert (
+        len(FrameClips(tmp_path / "mc")) == 1
+        and "1 clips, 40 frames, 0 bad" in capsys.readouterr().out
+    )
     make_far_latents(tmp_path / "far")
     teco.main(
-        root=tmp_path / "far", out=tmp_path / "lat", data_list=tmp_path / "far" / "latents.json",
-        list_prefix="datasets/", latents=True,
-    )  # fmt: skip
+        root=tmp_path / "far",
+        out=tmp_path / "lat",
+        data_list=tmp_path / "far" / "latents.json",
+        list_prefix="datasets/",
+        latents=True,
+    )
     assert FrameClips(tmp_path / "lat").info.shape(8).channels == 32
     make_ucf101(tmp_path / "ucf")
-    script("ucf101").main(root=tmp_path / "ucf", out=tmp_path / "u", split="test", tokenizer=tokenizer, every=10)
+    script("ucf101").main(
+        root=tmp_path / "ucf", out=tmp_path / "u", split="test", tokenizer=tokenizer, every=10
+    )
     assert [clip.label for clip in FrameClips(tmp_path / "u").clips] == [0, 2]
     make_re10k(tmp_path / "re")
     script("realestate10k").main(
-        root=tmp_path / "re", out=tmp_path / "r", split="test", tokenizer=tokenizer, size=64, frames=12, max_bad=0.4,
+        root=tmp_path / "re",
+        out=tmp_path / "r",
+        split="test",
+        tokenizer=tokenizer,
+        size=64,
+        frames=12,
+        max_bad=0.4,
         cameras=True,
-    )  # fmt: skip
+    )
     assert [clip.frames for clip in FrameClips(tmp_path / "r").clips] == [12, 12]
     assert json.loads((tmp_path / "r" / "report.json").read_text())["bad"][0]["name"] == f"{1:016x}"
 
 
-def test_scripts_that_only_check(doom_actions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scripts_that_only_check(
+    doom_actions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = damaged(doom_actions, tmp_path / "raw")
     teco = script("teco_minecraft")
     with pytest.raises(UserError, match="2 of 4 clips are malformed"):
@@ -280,14 +371,18 @@ def far_list(root: Path) -> Path:
 def test_output_of_others_is_left_alone_and_held(
     doom_actions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder of other things, a file that is no report, a folder that another job holds; names are printed clean."""
+    """A folder of other things, a file that is no report, a folder that another job holds; names
+    are printed clean."""
     source = Teco(doom_actions, "train")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds manifest\.txt, but no data of ours"):
         encode_pixels(source, Means(), tmp_path / "mine", {}, EncodeConfig())
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["manifest.txt"]
-    with locked(tmp_path / "out", "another job"), pytest.raises(UserError, match="is at work in it"):
+    with (
+        locked(tmp_path / "out", "another job"),
+        pytest.raises(UserError, match="is at work in it"),
+    ):
         encode_pixels(source, Means(), tmp_path / "out", {}, EncodeConfig())
     bad = Made([16])
     bad.refused = [Refused("\x1b[2J\nx", "why\udcff")]
@@ -301,4 +396,6 @@ def test_output_of_others_is_left_alone_and_held(
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if "why" in line]
     assert len(lines) == 1 and "\x1b" not in said
-    assert json.loads(report.read_text())["bad"][0]["name"].startswith("\N{REPLACEMENT CHARACTER}[2J")
+    assert json.loads(report.read_text())["bad"][0]["name"].startswith(
+        "\N{REPLACEMENT CHARACTER}[2J"
+    )

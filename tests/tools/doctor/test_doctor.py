@@ -27,22 +27,46 @@ def test_every_check_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     code, out = doctor("--json", "--quick")
     assert "secret" not in out
     findings = {finding["name"]: finding for finding in json.loads(out)}
-    wanted = {"torch", "deepspeed", "diffusers", "python", "disk", "memory", "C++ compiler", "torch build", "attention",
-              "video", "open files", "locked memory", "disk, temporary", "disk, Hugging Face", "HF_TOKEN"}  # fmt: skip
+    wanted = {
+        "torch",
+        "deepspeed",
+        "diffusers",
+        "python",
+        "disk",
+        "memory",
+        "C++ compiler",
+        "torch build",
+        "attention",
+        "video",
+        "open files",
+        "locked memory",
+        "disk, temporary",
+        "disk, Hugging Face",
+        "HF_TOKEN",
+    }
     assert wanted <= set(findings) and not any(name.startswith("all-reduce") for name in findings)
     assert code == int(any(finding["status"] == "fail" for finding in findings.values()))
     assert all(finding["remedy"] for finding in findings.values() if finding["status"] != "ok")
     assert not any("\n" in finding["remedy"] for finding in findings.values())
-    assert "libx264 written and read" in findings["video"]["found"] and "math" in findings["attention"]["found"]
+    assert (
+        "libx264 written and read" in findings["video"]["found"]
+        and "math" in findings["attention"]["found"]
+    )
 
 
 @pytest.mark.parametrize(("status", "code"), [(OK, 0), (WARN, 0), (FAIL, 1)])
 def test_exit_code_and_remedy(monkeypatch: pytest.MonkeyPatch, status: str, code: int) -> None:
     monkeypatch.setattr(
-        cli, "examine_machine", lambda *, quick: [Finding("torch", status, f"quick={quick}", "pip install x")]
+        cli,
+        "examine_machine",
+        lambda *, quick: [Finding("torch", status, f"quick={quick}", "pip install x")],
     )
     assert doctor()[0] == doctor("--json", "--quick")[0] == code
-    assert "pip install x" in doctor()[1] and "quick=False" in doctor()[1] and "quick=True" in doctor("--quick")[1]
+    assert (
+        "pip install x" in doctor()[1]
+        and "quick=False" in doctor()[1]
+        and "quick=True" in doctor("--quick")[1]
+    )
 
 
 def test_a_check_that_breaks_is_a_failure_with_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,11 +75,17 @@ def test_a_check_that_breaks_is_a_failure_with_its_text(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(checks, "CHECKS", {"disk": broken, "python": checks.python})
     first, second = checks.examine_machine(quick=True)
-    assert (first.name, first.status, first.found) == ("disk", FAIL, "OSError: no such device") and first.remedy
+    assert (first.name, first.status, first.found) == (
+        "disk",
+        FAIL,
+        "OSError: no such device",
+    ) and first.remedy
     assert second.status == OK
 
 
-@pytest.mark.parametrize(("installed", "status"), [(None, "fail"), ("0.19.7", "fail"), ("0.19.8", "ok"), ("1.0", "ok")])
+@pytest.mark.parametrize(
+    ("installed", "status"), [(None, "fail"), ("0.19.7", "fail"), ("0.19.8", "ok"), ("1.0", "ok")]
+)
 def test_check_requirement(installed: str | None, status: str) -> None:
     finding = checks.check_requirement(Requirement("deepspeed>=0.19.8"), installed)
     assert finding.status == status
@@ -80,10 +110,23 @@ def test_little_of_everything_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(checks.shutil, "disk_usage", usage(0.0625, 0.5))
     monkeypatch.setattr(checks.resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(checks.shutil, "which", lambda _: None)
-    names = {f.name: f for check in (checks.memory, checks.limits, checks.disks, checks.compiler) for f in check()}
-    for name in ("shared memory", "open files", "disk", "disk, temporary", "disk, Hugging Face", "C++ compiler"):
+    names = {
+        f.name: f
+        for check in (checks.memory, checks.limits, checks.disks, checks.compiler)
+        for f in check()
+    }
+    for name in (
+        "shared memory",
+        "open files",
+        "disk",
+        "disk, temporary",
+        "disk, Hugging Face",
+        "C++ compiler",
+    ):
         assert names[name].status != OK and names[name].remedy, name
-    assert "--shm-size" in names["shared memory"].remedy and "0.1 GiB" in names["shared memory"].found
+    assert (
+        "--shm-size" in names["shared memory"].remedy and "0.1 GiB" in names["shared memory"].found
+    )
 
 
 @pytest.mark.slow
@@ -95,4 +138,6 @@ def test_all_reduce_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.status == FAIL and "still wait after 0 s" in finding.found and finding.remedy
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     (finding,) = checks.all_reduce()
-    assert finding.status == FAIL and "rank " in finding.found and "no-such-interface" in finding.found
+    assert (
+        finding.status == FAIL and "rank " in finding.found and "no-such-interface" in finding.found
+    )

@@ -36,8 +36,15 @@ HOSTILE = [
     "a NUL \0 and a bell \x07",
     "line one\nline two",
 ]
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SHOWN = "[...document.querySelectorAll('.card')].filter((c) => !c.hidden).length"
 TIMES = "[...document.querySelectorAll('.card video')].map((v) => v.currentTime)"
 WHERE = "document.getElementById('where').textContent"
@@ -47,7 +54,9 @@ PLAYING = "document.body.dataset.playing"
 def chromium(asked: str | None, path: str | None) -> str:
     """The program: the one asked for, else from ``path``. AssertionError that says how to install
     it."""
-    program = asked or shutil.which("chromium", path=path) or shutil.which("chromium-browser", path=path)
+    program = (
+        asked or shutil.which("chromium", path=path) or shutil.which("chromium-browser", path=path)
+    )
     assert program, "no Chromium: apt-get install -y chromium, or set CHROMIUM to the program"
     return program
 
@@ -82,7 +91,10 @@ class Visit:
         """Nothing may have been said, and nothing asked for but the page's own files and what is
         inside it."""
         own = (folder.as_uri(), "data:", "blob:")
-        assert self.complaints == [] and [url for url in self.requests if not url.startswith(own)] == []
+        assert (
+            self.complaints == []
+            and [url for url in self.requests if not url.startswith(own)] == []
+        )
         self.context.close()
 
     def until(self, script: str, seconds: float = 30.0) -> None:
@@ -124,7 +136,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         for _ in range(20):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
     page = page_of([read_folder(folder) for folder in folders], "Three models")
     write_page(page, root / "one.html")
@@ -133,7 +149,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["one.html", "many/index.html"])
-def test_it_plays_in_step_and_shows_the_frame_it_names(world: Path, browser: Browser, name: str) -> None:
+def test_it_plays_in_step_and_shows_the_frame_it_names(
+    world: Path, browser: Browser, name: str
+) -> None:
     """All videos move, together; pause, arrows and slider hold them where they belong: pixels on
     the screen against the decoded file (neighbouring frames differ by more than 40 of 255)."""
     visit = Visit(browser, world / name)
@@ -143,14 +161,17 @@ def test_it_plays_in_step_and_shows_the_frame_it_names(world: Path, browser: Bro
         times = visit.ask(TIMES)
         spreads.append(max(times) - min(times))
         visit.page.wait_for_timeout(40)
-    assert sorted(spreads)[len(spreads) // 2] < 0.15, spreads  # 1.5 frames; a wrap of the loop may fall between
+    # 1.5 frames; a wrap of the loop may fall between
+    assert sorted(spreads)[len(spreads) // 2] < 0.15, spreads
     visit.page.keyboard.press("Space")
     assert visit.ask(PLAYING) == "false"
     wanted = read_video(world / "teacher" / "0000-00.mp4").float().mean((1, 2, 3)).tolist()
     for frame in (0, 1, 7, 18, 19):
         visit.page.locator("#scrub").fill(str(frame))
         for model in range(3):
-            visit.until_painted(f".card:nth-of-type(1) figure[data-model='{model}'] .frame", wanted[frame])
+            visit.until_painted(
+                f".card:nth-of-type(1) figure[data-model='{model}'] .frame", wanted[frame]
+            )
         assert visit.ask(WHERE) == f"frame {frame + 1} of 20"
     visit.page.locator("h1").click()
     for key, frame in (("ArrowRight", 0), ("ArrowLeft", 19), ("ArrowLeft", 18)):
@@ -183,7 +204,9 @@ def test_search_filters_models_and_marks(world: Path, browser: Browser) -> None:
     visit.page.locator("#search").fill("")
     visit.page.locator("select[data-filter='0']").select_option(label="some are not there")
     assert visit.ask(SHOWN) == 1
-    faults = "[...document.querySelectorAll('.card:nth-of-type(4) .frame')].map((m) => m.textContent)"
+    faults = (
+        "[...document.querySelectorAll('.card:nth-of-type(4) .frame')].map((m) => m.textContent)"
+    )
     assert visit.ask(faults) == ["no video of this prompt", "video is damaged", "video is missing"]
     visit.page.locator("select[data-filter='0']").select_option(label="all")
     visit.page.locator(".card:nth-of-type(3)").scroll_into_view_if_needed()
@@ -191,7 +214,12 @@ def test_search_filters_models_and_marks(world: Path, browser: Browser) -> None:
     assert visit.page.locator("[data-state=broken]").inner_text() == "video cannot be played"
     visit.until(f"{TIMES}.some((t) => t > 0.3)")
     visit.page.locator("input[data-model='1']").uncheck()
-    assert visit.ask("[...document.querySelectorAll('figure')].filter((f) => f.offsetParent !== null).length") == 8
+    assert (
+        visit.ask(
+            "[...document.querySelectorAll('figure')].filter((f) => f.offsetParent !== null).length"
+        )
+        == 8
+    )
     before = visit.ask("document.querySelector('figure').offsetWidth")
     visit.page.locator("#size").select_option("small")
     assert visit.ask("document.querySelector('figure').offsetWidth") < before
@@ -219,8 +247,13 @@ def test_the_policy_forbids_what_the_page_does_not_do(world: Path, browser: Brow
           await new Promise((done) => setTimeout(done, 300));
           return said;
         })()""")
-        assert {"img-src", "connect-src", "fetch", "style-src-elem"} <= set(tried) and tried.count("TypeError") >= 1
-        assert visit.ask("window.hit") is None and visit.ask("document.querySelectorAll('.card').length") == 4
+        assert {"img-src", "connect-src", "fetch", "style-src-elem"} <= set(tried) and tried.count(
+            "TypeError"
+        ) >= 1
+        assert (
+            visit.ask("window.hit") is None
+            and visit.ask("document.querySelectorAll('.card').length") == 4
+        )
         visit.context.close()
 
 
@@ -233,20 +266,34 @@ def test_hostile_text_is_text(tmp_path: Path, browser: Browser, name: str) -> No
 
     def poison(manifest: dict[str, Any]) -> None:
         evil = HOSTILE[1]
-        manifest["settings"] |= {"checkpoint": evil, "sampler": {"name": evil, "steps": HOSTILE[0]}, evil: evil}
+        manifest["settings"] |= {
+            "checkpoint": evil,
+            "sampler": {"name": evil, "steps": HOSTILE[0]},
+            evil: evil,
+        }
         for entry in manifest["videos"].values():
             entry |= {"title": entry["prompt"], "prompt": HOSTILE[0] + evil}
         manifest["videos"]["<img src=x onerror=alert(1)>.mp4"] = {"prompt": HOSTILE[0]}
 
-    pages = [read_folder(gallery_world.change(folder, poison)), read_folder(other, '"><script>window.hit = 1</script>')]
+    pages = [
+        read_folder(gallery_world.change(folder, poison)),
+        read_folder(other, '"><script>window.hit = 1</script>'),
+    ]
     index = write_page(page_of(pages, "</title><script>window.hit = 1</script>"), tmp_path / name)
     visit = Visit(browser, index)
     visit.page.wait_for_timeout(300)
     assert visit.ask("window.hit") is None and visit.page.url == index.as_uri()
     texts = visit.ask("[...document.querySelectorAll('h3')].map((h) => h.textContent)")
     for wanted, found in zip(HOSTILE, texts, strict=True):
-        assert found == "".join("\ufffd" if c in "\0\x07\u202e\u202c\u200f\u2066" else c for c in wanted)
-    assert visit.ask("document.querySelectorAll('img, iframe, object, embed, link, base, form, a').length") == 0
+        assert found == "".join(
+            "\ufffd" if c in "\0\x07\u202e\u202c\u200f\u2066" else c for c in wanted
+        )
+    assert (
+        visit.ask(
+            "document.querySelectorAll('img, iframe, object, embed, link, base, form, a').length"
+        )
+        == 0
+    )
     assert visit.ask("document.documentElement.scrollWidth <= window.innerWidth")
     visit.page.locator("#search").fill("javascript:window")
     assert visit.ask(SHOWN) == 1
@@ -258,11 +305,16 @@ def test_a_thousand_videos(tmp_path: Path, browser: Browser, name: str) -> None:
     """250 prompts of 4 models, 100 MB: only what is near the screen is a video, wherever one
     scrolls."""
     prompts = [f"prompt number {number} of a long list" for number in range(250)]
-    folders = [gallery_world.write_folder(tmp_path / f"m{i}", prompts, size=128, padding=100_000) for i in range(4)]
+    folders = [
+        gallery_world.write_folder(tmp_path / f"m{i}", prompts, size=128, padding=100_000)
+        for i in range(4)
+    ]
     index = write_page(page_of([read_folder(f) for f in folders], "Many"), tmp_path / name)
     started = time.monotonic()
     visit = Visit(browser, index)
-    visit.until("[...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", 60)
+    visit.until(
+        "[...document.querySelectorAll('video')].some((video) => video.readyState >= 2)", 60
+    )
     visit.page.locator("#search").fill("number 24")
     assert visit.ask(SHOWN) == 13  # 24, 124, 224, 240 .. 249
     print(f"{name}: usable after {time.monotonic() - started:.2f} s")
@@ -273,5 +325,7 @@ def test_a_thousand_videos(tmp_path: Path, browser: Browser, name: str) -> None:
         visit.page.wait_for_timeout(100)
         counts.append(visit.ask("document.querySelectorAll('video').length"))
     assert 0 < max(counts) <= 40, counts  # of some 200 places that were shown
-    visit.until("[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)", 60)
+    visit.until(
+        "[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)", 60
+    )
     visit.close(tmp_path)

@@ -29,37 +29,63 @@ def test_prompts_models_and_facts(tmp_path: Path) -> None:
     page = page_of([read_folder(one), read_folder(two, "ours")], "T")
     assert [prompt.text for prompt in page.prompts] == ["a fox", "a hall", "a lake"]
     assert list(page.models) == ["teacher", "ours"] and page.models["ours"]["steps"] == "4"
-    assert page.models["ours"]["sha256"] == "ab" * 8 and page.models["ours"]["size"] == "[9, 32, 32]"
+    assert (
+        page.models["ours"]["sha256"] == "ab" * 8 and page.models["ours"]["size"] == "[9, 32, 32]"
+    )
     at = {(s.model, page.prompts[s.prompt].text): s for s in page.samples}
     assert at["ours", "a lake"].file is None and at["ours", "a lake"].fault == "missing"
     assert at["ours", "a hall"].file is not None and not at["ours", "a hall"].remark
-    assert at["teacher", "a fox"].facts["seed"] == "7000" and at["teacher", "a fox"].facts["sampler"] == "renoise"
+    assert (
+        at["teacher", "a fox"].facts["seed"] == "7000"
+        and at["teacher", "a fox"].facts["sampler"] == "renoise"
+    )
     assert at["teacher", "a fox"].brief == "4 steps · renoise · seed 7000"
     assert page.frames == 9 and page.fps == 16
-    assert [prompt.tags["videos"] for prompt in page.prompts] == ["complete", "complete", "some are not there"]
+    assert [prompt.tags["videos"] for prompt in page.prompts] == [
+        "complete",
+        "complete",
+        "some are not there",
+    ]
 
 
 def test_the_words_of_a_sample_are_all_kept(tmp_path: Path) -> None:
     """A benchmark's name groups, the prompt that was really used is told; so are changes of prompt
     and a start."""
-    one = gallery_world.write_folder(tmp_path / "one", ["a fox at length, in snow", "first", "go on"], samples=2)
+    one = gallery_world.write_folder(
+        tmp_path / "one", ["a fox at length, in snow", "first", "go on"], samples=2
+    )
     two = gallery_world.write_folder(tmp_path / "two", ["a fox otherwise", "first"])
 
     def more(manifest: dict[str, dict[str, dict[str, object]]]) -> None:
         for entry in manifest["videos"].values():
-            entry |= ({"title": "a fox"}, {"then": [[41, "second"], [81, "third"]]}, {"start": "/data/door.png"})[
-                int(str(entry["prompt_index"]))
-            ]
+            entry |= (
+                {"title": "a fox"},
+                {"then": [[41, "second"], [81, "third"]]},
+                {"start": "/data/door.png"},
+            )[int(str(entry["prompt_index"]))]
 
     page = page_of([read_folder(gallery_world.change(folder, more)) for folder in (one, two)], "T")
     changing = "first\nfrom frame 41: second\nfrom frame 81: third"
-    assert [prompt.text for prompt in page.prompts] == ["a fox", changing, "go on\ncontinues door.png"]
-    assert page.prompts[0].words == ("a fox at length, in snow", "a fox otherwise") and not page.prompts[1].words
+    assert [prompt.text for prompt in page.prompts] == [
+        "a fox",
+        changing,
+        "go on\ncontinues door.png",
+    ]
+    assert (
+        page.prompts[0].words == ("a fox at length, in snow", "a fox otherwise")
+        and not page.prompts[1].words
+    )
     own = [sample.facts["prompt"] for sample in page.samples if sample.prompt == 0]
     assert own == ["a fox at length, in snow"] * 2 + ["a fox otherwise"]
     text = write_page(page, tmp_path / "page.html").read_text()
-    assert "a fox at length, in snow" in text and "a fox otherwise" in text and "from frame 81: third" in text
-    assert 'data-name="one, sample 2"' in text and 'data-name="two"' in text, "samples are told apart"
+    assert (
+        "a fox at length, in snow" in text
+        and "a fox otherwise" in text
+        and "from frame 81: third" in text
+    )
+    assert 'data-name="one, sample 2"' in text and 'data-name="two"' in text, (
+        "samples are told apart"
+    )
 
 
 def test_order_is_by_prompt_not_by_name(tmp_path: Path) -> None:
@@ -82,7 +108,9 @@ def test_an_unfinished_run_is_shown(tmp_path: Path) -> None:
     (root / ".done").mkdir()
     (root / ".done" / "0001-00.mp4.json").write_text(json.dumps(entries["0001-00.mp4"]))
     page = page_of([read_folder(gallery_world.change(root, lambda m: m["videos"].clear()))], "T")
-    assert [prompt.text for prompt in page.prompts] == ["a hall"] and page.samples[0].facts["seed"] == "7001"
+    assert [prompt.text for prompt in page.prompts] == ["a hall"] and page.samples[0].facts[
+        "seed"
+    ] == "7001"
 
 
 def test_damaged_changed_and_disguised_videos(tmp_path: Path) -> None:
@@ -91,7 +119,9 @@ def test_damaged_changed_and_disguised_videos(tmp_path: Path) -> None:
     root = gallery_world.write_folder(tmp_path / "x", ["a", "b", "c", "d"], frames=9)
     (root / "0000-00.mp4").write_bytes(b"not a video")
     (root / "0001-00.mp4").write_bytes((root / "0001-00.mp4").read_bytes()[:200])
-    (root / "0002-00.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{root / '0003-00.mp4'}\n#EXT-X-ENDLIST\n")
+    (root / "0002-00.mp4").write_text(
+        f"#EXTM3U\n#EXTINF:1,\n{root / '0003-00.mp4'}\n#EXT-X-ENDLIST\n"
+    )
     good = gallery_world.write_folder(tmp_path / "y", ["other"], frames=7)
     (root / "0003-00.mp4").write_bytes((good / "0000-00.mp4").read_bytes())
     page = page_of([read_folder(root)], "T")
@@ -106,16 +136,27 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
         gallery_world.write_folder(tmp_path / name, ["a fox", "a hall", "a lake"])
     (tmp_path / "student" / "0000-00.mp4").unlink()
     (tmp_path / "student" / "0001-00.mp4").write_bytes(b"x")
-    (tmp_path / "student" / "0002-00.mp4").write_bytes((tmp_path / "teacher" / "0001-00.mp4").read_bytes())
+    (tmp_path / "student" / "0002-00.mp4").write_bytes(
+        (tmp_path / "teacher" / "0001-00.mp4").read_bytes()
+    )
     out = tmp_path / ("all.html" if single else "all")
-    given = [str(tmp_path / "teacher"), str(tmp_path / "student"), "--out", str(out), "--names", "Wan, SCD"]
+    given = [
+        str(tmp_path / "teacher"),
+        str(tmp_path / "student"),
+        "--out",
+        str(out),
+        "--names",
+        "Wan, SCD",
+    ]
     result = CliRunner().invoke(app, ["gallery", *given, "--sheet", str(tmp_path / "sheet.png")])
     assert result.exit_code == 0, result.output
     for said in (
-        "3 prompts, 2 models, 6 videos", "1 of the videos are missing and marked so, such as SCD/0000-00.mp4",
-        "1 of the videos are damaged and marked so, such as SCD/0001-00.mp4", "changed since they were sampled",
+        "3 prompts, 2 models, 6 videos",
+        "1 of the videos are missing and marked so, such as SCD/0000-00.mp4",
+        "1 of the videos are damaged and marked so, such as SCD/0001-00.mp4",
+        "changed since they were sampled",
         "3 of 3 prompts",
-    ):  # fmt: skip
+    ):
         assert said in result.output.replace("\n", "")
     text = (out if single else out / "index.html").read_text()
     assert text.count('data-state="missing"') == 1 and text.count('data-state="damaged"') == 1
@@ -125,20 +166,27 @@ def test_the_command(tmp_path: Path, single: bool) -> None:
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"
     result = CliRunner().invoke(app, ["gallery", *given[:-1], "only one"])
-    assert isinstance(result.exception, UserError) and "1 names for 2 folders" in str(result.exception)
+    assert isinstance(result.exception, UserError) and "1 names for 2 folders" in str(
+        result.exception
+    )
 
 
 def test_only_a_gallery_is_overwritten(tmp_path: Path) -> None:
     """Files and folders of others and links stay; a gallery of ours is renewed, also one that was
     interrupted, and old videos leave."""
-    page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox", "a hall"]))], "T")
+    page = page_of(
+        [read_folder(gallery_world.write_folder(tmp_path / "x", ["a fox", "a hall"]))], "T"
+    )
     for name, file in (("site", "index.html"), ("samples", "videos/00000.mp4")):
         place = tmp_path / name / file
         place.parent.mkdir(parents=True)
         place.write_text("mine")
         with pytest.raises(UserError, match="give --out another folder"):
             write_page(page, tmp_path / name)
-        assert place.read_text() == "mine" and len([p for p in (tmp_path / name).rglob("*") if p.is_file()]) == 1
+        assert (
+            place.read_text() == "mine"
+            and len([p for p in (tmp_path / name).rglob("*") if p.is_file()]) == 1
+        )
     for make, name in ((write_page, "page.html"), (contact_sheet, "sheet.png")):
         assert make(page, tmp_path / name) == make(page, tmp_path / name)
         other, link = tmp_path / f"other {name}", tmp_path / f"link {name}"
@@ -158,7 +206,10 @@ def test_only_a_gallery_is_overwritten(tmp_path: Path) -> None:
     write_page(fewer, out)
     names = sorted(path.name for path in (out / "videos").iterdir())
     assert len(names) == 2 and "notes.txt" in names
-    assert next(n for n in names if n != "notes.txt").removesuffix(".mp4") in (out / "index.html").read_text()
+    assert (
+        next(n for n in names if n != "notes.txt").removesuffix(".mp4")
+        in (out / "index.html").read_text()
+    )
     with locked(out, "this gallery"), pytest.raises(UserError, match="is at work in it"):
         write_page(page, out)
 

@@ -22,11 +22,22 @@ from scd_sf.types import UserError
 HOSTILE = "<script>alert(1)</script> \"double\" 'single' </section><img src=x onerror=alert(2)> {{ 7*7 }} & more"
 ROWS = [
     ResultRow(
-        "teacher <b>", "teacher", "-", 50, "Euler", 12.0, 1.0, Adherence(1.0, 0.9, 0.5), note="</p><script>x</script>"
+        "teacher <b>",
+        "teacher",
+        "-",
+        50,
+        "Euler",
+        12.0,
+        1.0,
+        Adherence(1.0, 0.9, 0.5),
+        note="</p><script>x</script>",
     ),
     ResultRow("other real clips", "control", "-", 0, "-", 30.0, 1.0, None),
 ]
-CARDS = [PromptCard(HOSTILE, 'hall" onclick="x', "still", held_out=True), PromptCard("A walk.", "meadow", "forward")]
+CARDS = [
+    PromptCard(HOSTILE, 'hall" onclick="x', "still", held_out=True),
+    PromptCard("A walk.", "meadow", "forward"),
+]
 
 
 class Tags(HTMLParser):
@@ -78,7 +89,9 @@ def test_hostile_text_is_shown_and_never_markup(page: str) -> None:
 
 def test_policy_allows_exactly_the_inline_script_and_style(page: str) -> None:
     tags = Tags(page)
-    policy = next(m["content"] for m in tags.named("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        m["content"] for m in tags.named("meta") if m.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None and policy.startswith("default-src 'none'; ")
     for kind in ("script", "style"):
         digest = base64.b64encode(hashlib.sha256(tags.texts[kind].encode()).digest()).decode()

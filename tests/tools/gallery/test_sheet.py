@@ -18,7 +18,9 @@ from scd_sf.types import UserError
 
 def test_tiles_are_frames_of_the_videos(tmp_path: Path) -> None:
     """Prompts down, models across; the second model has no video of the first prompt."""
-    folders = [gallery_world.write_folder(tmp_path / f"m{i}", ["p", "q"][i:], frames=9) for i in range(2)]
+    folders = [
+        gallery_world.write_folder(tmp_path / f"m{i}", ["p", "q"][i:], frames=9) for i in range(2)
+    ]
     page = page_of([read_folder(folder) for folder in folders], "T")
     with Image.open(sheet.contact_sheet(page, tmp_path / "new" / "sheet.png")) as image:
         pixels = np.asarray(image.convert("RGB")).astype(float)
@@ -34,8 +36,12 @@ def test_tiles_are_frames_of_the_videos(tmp_path: Path) -> None:
 
 def test_prompts_left_out_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     prompts = [f"prompt {number}" for number in range(sheet.ROWS + 2)]
-    page = page_of([read_folder(gallery_world.write_folder(tmp_path / "x", prompts, padding=8))], "T")
+    page = page_of(
+        [read_folder(gallery_world.write_folder(tmp_path / "x", prompts, padding=8))], "T"
+    )
     with Image.open(sheet.contact_sheet(page, tmp_path / "sheet.png")) as image:
-        assert np.asarray(image.convert("L"))[-sheet.LINE :, : 8 * sheet.LINE].min() < 200, "a line says how many"
+        assert np.asarray(image.convert("L"))[-sheet.LINE :, : 8 * sheet.LINE].min() < 200, (
+            "a line says how many"
+        )
     with pytest.raises(UserError, match="give --sheet another place"):
         sheet.contact_sheet(page, tmp_path / "sheet.png" / "below.png")

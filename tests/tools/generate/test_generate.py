@@ -1,4 +1,5 @@
-"""generate_clips.py: every clip once, byte for byte the same, whoever dies when and on however many processes."""
+"""generate_clips.py: every clip once, byte for byte the same, whoever dies when and on however many
+processes."""
 
 from __future__ import annotations
 
@@ -28,20 +29,27 @@ from scd_sf.types import UserError
 SCRIPT = "data_prep/generate_clips.py"
 PROMPTS = ["left in meadow", "right in hall", "still in hall", "still in meadow"]
 CLIPS = 3 * len(PROMPTS)
-PLACES_TO_DIE = (
-    "os:replace|os:fsync|scd_sf.tools.generate.maker:write_video|scd_sf.tools.generate.maker:sample_bidirectional"
-)
+MAKER = "scd_sf.tools.generate.maker"
+PLACES_TO_DIE = f"os:replace|os:fsync|{MAKER}:write_video|{MAKER}:sample_bidirectional"
 
 
 def arguments(model: Path, out: Path) -> list[str]:
     size = ["frames=9", "height=32", "width=32", "sampler.steps=2", "samples=3", "batch=2"]
-    kinds = ["engine.backend=torch", "engine.dtype=fp32", "text_dtype=fp32", "negative_prompt=still"]
+    kinds = [
+        "engine.backend=torch",
+        "engine.dtype=fp32",
+        "text_dtype=fp32",
+        "negative_prompt=still",
+    ]
     return [f"model={model}", f"out={out}", f"prompts={json.dumps(PROMPTS)}", *size, *kinds]
 
 
 def contents(root: Path) -> dict[str, bytes]:
     """All that a run leaves, but its cache."""
-    files = [*files_of(root), *(root / name for name in ("manifest.json", "clips.jsonl", "job.json", "wanted.jsonl"))]
+    files = [
+        *files_of(root),
+        *(root / name for name in ("manifest.json", "clips.jsonl", "job.json", "wanted.jsonl")),
+    ]
     return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
@@ -58,7 +66,16 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 
 def common(settings: dict[str, object] | None = None) -> Common:
-    names = ("negative_prompt", "model_sha", "text_sha", "sampler", "steps", "shift", "cfg", "dtype")
+    names = (
+        "negative_prompt",
+        "model_sha",
+        "text_sha",
+        "sampler",
+        "steps",
+        "shift",
+        "cfg",
+        "dtype",
+    )
     return Common(tiny_run.SHAPE, "bfloat16", 8, 512, dict.fromkeys(names, "x") | (settings or {}))
 
 
@@ -73,18 +90,35 @@ def test_ids_depend_on_all_that_decides_a_clip() -> None:
 
 def test_every_clip_is_wanted_once_and_groups_do_not_depend_on_ranks(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a", "uuid": "u1"}\n{"prompt": "b"}\n{"prompt": "a", "uuid": "u3"}\n')
-    specs = wanted_clips(GenerateConfig("m", "o", prompt_file=str(file), samples=2, seed=5), common())
+    file.write_text(
+        '{"prompt": "a", "uuid": "u1"}\n{"prompt": "b"}\n{"prompt": "a", "uuid": "u3"}\n'
+    )
+    specs = wanted_clips(
+        GenerateConfig("m", "o", prompt_file=str(file), samples=2, seed=5), common()
+    )
     assert sorted((spec.prompt, spec.uuid, spec.seed) for spec in specs) == [
-        ("a", "u1", 5), ("a", "u1", 6), ("b", "", 5), ("b", "", 6),
-    ]  # fmt: skip
+        ("a", "u1", 5),
+        ("a", "u1", 6),
+        ("b", "", 5),
+        ("b", "", 6),
+    ]
     assert [spec.id for spec in specs] == sorted(spec.id for spec in specs)
     assert [len(unit) for unit in units_of(specs, 3)] == [3, 1]
     file.write_text('{"prompt": "a", "seed": 3}\n{"prompt": "a"}\n')
-    specs = wanted_clips(GenerateConfig("m", "o", prompt_file=str(file), samples=2, seed=5), common())
-    assert sorted(spec.seed for spec in specs) == [3, 4, 5, 6]  # a row's own seed comes before the command's
-    (tmp_path / "report.json").write_text(json.dumps({"sha256": {"prompts.jsonl": sha256_file(file)}}))
-    assert wanted_clips(GenerateConfig("m", "o", prompt_file=str(tmp_path), samples=2, seed=5), common()) == specs
+    specs = wanted_clips(
+        GenerateConfig("m", "o", prompt_file=str(file), samples=2, seed=5), common()
+    )
+    # a row's own seed comes before the command's
+    assert sorted(spec.seed for spec in specs) == [3, 4, 5, 6]
+    (tmp_path / "report.json").write_text(
+        json.dumps({"sha256": {"prompts.jsonl": sha256_file(file)}})
+    )
+    assert (
+        wanted_clips(
+            GenerateConfig("m", "o", prompt_file=str(tmp_path), samples=2, seed=5), common()
+        )
+        == specs
+    )
     file.write_text('{"prompt": "a", "then": [[9, "b"]]}\n')
     with pytest.raises(UserError, match=r"prompts\.jsonl: row 1 \('a'\) has then; .* correct it"):
         wanted_clips(GenerateConfig("m", "o", prompt_file=str(file)), common())
@@ -107,12 +141,20 @@ def test_bad_settings_are_named(fields: dict[str, object], message: str) -> None
 
 
 def test_ctrl_c_and_two_at_once(model: Path, tmp_path: Path) -> None:
-    """One line and 130, and the same command goes on; a folder is one job's; others' files are no place for clips."""
+    """One line and 130, and the same command goes on; a folder is one job's; others' files are no
+    place for clips."""
     out = tmp_path / "out"
-    given = [*arguments(model, out), "samples=1", f"prompts={json.dumps(PROMPTS[:3])}", "videos=false"]
+    given = [
+        *arguments(model, out),
+        "samples=1",
+        f"prompts={json.dumps(PROMPTS[:3])}",
+        "videos=false",
+    ]
     moment = At("scd_sf.tools.generate.maker:sample_bidirectional", 2, signal.SIGINT)
     stopped = recipe_runner.run(SCRIPT, *given, at=moment)
-    assert stopped.code == 130 and stopped.err.splitlines()[-1].startswith("interrupted; the same command goes on")
+    assert stopped.code == 130 and stopped.err.splitlines()[-1].startswith(
+        "interrupted; the same command goes on"
+    )
     assert "Traceback" not in stopped.err
     with locked(out, "generate_clips"):
         second = recipe_runner.run(SCRIPT, *given)
@@ -122,14 +164,18 @@ def test_ctrl_c_and_two_at_once(model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "wanted.jsonl").write_text("mine")
     refused = recipe_runner.run(SCRIPT, *given, f"out={tmp_path}/mine")
     assert refused.code == 2 and "nothing of others is touched" in refused.err
-    assert [(file.name, file.read_text()) for file in (tmp_path / "mine").iterdir()] == [("wanted.jsonl", "mine")]
+    assert [(file.name, file.read_text()) for file in (tmp_path / "mine").iterdir()] == [
+        ("wanted.jsonl", "mine")
+    ]
 
 
 @pytest.mark.slow
 def test_the_folder_is_training_data_with_all_that_is_known(unbroken: Path, model: Path) -> None:
     clips = LatentClips(unbroken)
     assert (
-        len(clips) == CLIPS and clips.prompts.width == 8 and sorted(set(clips.texts(range(CLIPS)))) == sorted(PROMPTS)
+        len(clips) == CLIPS
+        and clips.prompts.width == 8
+        and sorted(set(clips.texts(range(CLIPS)))) == sorted(PROMPTS)
     )
     clips.verify()
     about = read_header(clip_paths(unbroken)[0]).about
@@ -141,8 +187,16 @@ def test_the_folder_is_training_data_with_all_that_is_known(unbroken: Path, mode
         9,
         "32x32",
     )
-    assert about.video_sha256 and about.model_sha and about.text_sha and about.vae_sha and about.toolkit
-    assert len(PromptSet(unbroken)) == CLIPS and not clips.prompts.negative.text_BLE.equal(clips.null.text_BLE)
+    assert (
+        about.video_sha256
+        and about.model_sha
+        and about.text_sha
+        and about.vae_sha
+        and about.toolkit
+    )
+    assert len(PromptSet(unbroken)) == CLIPS and not clips.prompts.negative.text_BLE.equal(
+        clips.null.text_BLE
+    )
     again = recipe_runner.succeed(SCRIPT, *arguments(model, unbroken))
     assert "rank 0 has 0 units of 2 to make" in again.out
     other = recipe_runner.run(SCRIPT, *arguments(model, unbroken), "sampler.steps=3")
@@ -184,9 +238,18 @@ def test_a_zero_3_teacher_is_called_equally_often_by_ranks_with_unequal_shares(
 @pytest.mark.slow
 def test_stage_2_trains_on_the_folder(tmp_path: Path, model: Path, unbroken: Path) -> None:
     layers = ["scd.encoder_layers=[0, 1, 2]", "scd.decoder.layers=[0, 5]"]
-    recipe_runner.succeed("recipes/stage1_transplant.py", f"base={model}", f"out={tmp_path}/stage1", *layers)
-    given = [f"init={tmp_path}/stage1", f"data={unbroken}", f"val={unbroken}", "engine={backend: torch, lr: 1e-2}"]
-    given += ["train={steps: 4, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 4, prefetch: 3}"]
+    recipe_runner.succeed(
+        "recipes/stage1_transplant.py", f"base={model}", f"out={tmp_path}/stage1", *layers
+    )
+    given = [
+        f"init={tmp_path}/stage1",
+        f"data={unbroken}",
+        f"val={unbroken}",
+        "engine={backend: torch, lr: 1e-2}",
+    ]
+    given += [
+        "train={steps: 4, global_batch: 4, micro_batch: 2, save_every: 2, validate_every: 4, prefetch: 3}"
+    ]
     given += ["sampler={name: euler, steps: 2}", "run.log_every=1", f"run.dir={tmp_path}/run"]
     recipe_runner.succeed(tiny_run.SCRIPTS["stage2"], *given)
     losses = [row["loss"] for row in tiny_run.metrics(tmp_path / "run") if "loss" in row]
@@ -206,12 +269,22 @@ def test_a_ray_cluster_gives_a_dead_workers_and_a_dead_nodes_work_to_others(
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     out = tmp_path / "clips"
-    command = [sys.executable, SCRIPT, *arguments(model, out), "launcher=ray", f"cluster.address={cluster.address}"]
+    command = [
+        sys.executable,
+        SCRIPT,
+        *arguments(model, out),
+        "launcher=ray",
+        f"cluster.address={cluster.address}",
+    ]
     try:
         second = cluster.add_node(**small)
         with (tmp_path / "log").open("w") as log:
             driver = subprocess.Popen(command, cwd=recipe_runner.ROOT, stdout=log, stderr=log)
-        ours = [p.pid for p in psutil.Process(os.getpid()).children(recursive=True) if "raylet" in p.name()]
+        ours = [
+            p.pid
+            for p in psutil.Process(os.getpid()).children(recursive=True)
+            if "raylet" in p.name()
+        ]
 
         def until(count: int) -> None:
             while driver.poll() is None and sum(clip_path(out, i).is_file() for i in ids) < count:
@@ -220,7 +293,10 @@ def test_a_ray_cluster_gives_a_dead_workers_and_a_dead_nodes_work_to_others(
         ids = [path.stem for path in clip_paths(unbroken)]
         until(1)
         workers = [
-            p for pid in ours for p in psutil.Process(pid).children(True) if "ray::Worker" in " ".join(p.cmdline())
+            p
+            for pid in ours
+            for p in psutil.Process(pid).children(True)
+            if "ray::Worker" in " ".join(p.cmdline())
         ]
         workers[0].send_signal(signal.SIGKILL)
         until(4)

@@ -1,9 +1,11 @@
-"""Every path at tiny size on a device against the CPU. Plain functions: `make gpu` runs them where pytest is not.
+"""Every path at tiny size on a device against the CPU. Plain functions: `make gpu` runs them where
+pytest is not.
 
     python tests/tools/gpu/checks.py OUT.json cpu|cuda NAME ..
 
-A check returns what differed and by how much, and the most that it may: {what: (value, limit)}. On the CPU the device
-is compared with itself, or with a form of the same computation that the GPU does not use.
+A check returns what differed and by how much, and the most that it may: {what: (value, limit)}. On
+the CPU the device is compared with itself, or with a form of the same computation that the GPU does
+not use.
 """
 
 from __future__ import annotations
@@ -56,21 +58,28 @@ EXACT, FP32, BF16 = 0.0, 1e-4, 0.1
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference, relative to the other's largest entry where that is above 1."""
-    return float((one.cpu().float() - other.cpu().float()).abs().max() / other.abs().max().clamp(min=1).cpu())
+    """The largest absolute difference, relative to the other's largest entry where that is above
+    1."""
+    return float(
+        (one.cpu().float() - other.cpu().float()).abs().max() / other.abs().max().clamp(min=1).cpu()
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 def steps(case: Case) -> Check:
-    """Three updates of stage 2, or cycles of stage 3, through an engine, against plain torch on the CPU."""
+    """Three updates of stage 2, or cycles of stage 3, through an engine, against plain torch on the
+    CPU."""
 
     def check(ranks: Ranks) -> Differences:
         expected = distillation.reference(case.lr, case.stage2, case.context_noise)
         found = distillation.compared(distillation.run(case, ranks), expected)
         if case.dtype == "bf16":
-            return {"loss": (found["loss"], BF16), "1 - cosine of the way": (1 - found["cosine"], 0.1)}
+            return {
+                "loss": (found["loss"], BF16),
+                "1 - cosine of the way": (1 - found["cosine"], 0.1),
+            }
         return {name: (found[name], FP32) for name in ("loss", "norm", "masters")}
 
     return check
@@ -81,13 +90,17 @@ def resume(case: Case) -> Check:
 
     def check(ranks: Ranks) -> Differences:
         def engine() -> distillation.Trainer:
-            module = distillation.StepModule(distillation.students(True), distillation.stage2_loss(0.0))
+            module = distillation.StepModule(
+                distillation.students(True), distillation.stage2_loss(0.0)
+            )
             sizes = {"global_batch": distillation.GLOBAL, "micro_batch": 1, "total_updates": 100}
             return build_engine(module, case.engine(case.student), ranks, **sizes)
 
         def turn(one: distillation.Trainer, number: int) -> None:
             for micro in range(one.micro_batches):
-                x = tiny.latents(1, distillation.FRAMES, 20 * number + micro, torch.float32).to(ranks.device)
+                x = tiny.latents(1, distillation.FRAMES, 20 * number + micro, torch.float32).to(
+                    ranks.device
+                )
                 cond = tiny.prompts(1, micro, torch.float32).to(ranks.device)
                 one.backward(one(x, cond, tiny.generator(10 * number + micro)))
                 one.step()
@@ -101,7 +114,12 @@ def resume(case: Case) -> Check:
         turn(whole, 2)
         turn(fresh, 2)
         masters = fresh.fp32_masters()
-        return {"masters": (worst(distance(masters[n], value) for n, value in whole.fp32_masters().items()), EXACT)}
+        return {
+            "masters": (
+                worst(distance(masters[n], value) for n, value in whole.fp32_masters().items()),
+                EXACT,
+            )
+        }
 
     return check
 
@@ -116,15 +134,18 @@ def collectives(ranks: Ranks) -> Differences:
     dist.broadcast(total, src=0)
     dist.all_gather_into_tensor(parts, total)
     dist.barrier()
-    return {"sums": (distance(parts, x), EXACT), "another backend": (float(dist.get_backend() != backend), EXACT)}
+    return {
+        "sums": (distance(parts, x), EXACT),
+        "another backend": (float(dist.get_backend() != backend), EXACT),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def teacher_forcing(dtype: torch.dtype) -> Check:
-    """The mask of stage 2 as the device runs it (FlexAttention on CUDA, rows on a CPU) against the dense mask on the
-    CPU: outputs and gradients, groups that cross blocks and ragged ends."""
+    """The mask of stage 2 as the device runs it (FlexAttention on CUDA, rows on a CPU) against the
+    dense mask on the CPU: outputs and gradients, groups that cross blocks and ragged ends."""
 
     def check(ranks: Ranks) -> Differences:
         found: Differences = {}
@@ -134,7 +155,9 @@ def teacher_forcing(dtype: torch.dtype) -> Check:
             rng = torch.Generator().manual_seed(tokens)
             q, k, v, up = (torch.randn(1, 2, length, 64, generator=rng) for _ in range(4))
             dense = attend(FullSequence(dense_mask(layout, CPU)), q, k, v, up)
-            mask = layout if ranks.device.type == "cpu" else teacher_forcing_mask(layout, ranks.device)
+            mask = (
+                layout if ranks.device.type == "cpu" else teacher_forcing_mask(layout, ranks.device)
+            )
             own = attend(FullSequence(mask), *(x.to(ranks.device, dtype) for x in (q, k, v, up)))
             limit = FP32 if dtype == torch.float32 else 0.05
             for name, one, other in zip(("output", "dq", "dk", "dv"), own, dense, strict=True):
@@ -151,7 +174,7 @@ def attend(context: FullSequence, q: Tensor, k: Tensor, v: Tensor, up: Tensor) -
     return [out.detach(), *torch.autograd.grad(out, leaves, up)]
 
 
-# ----------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 def student(name: str) -> Student:
@@ -170,18 +193,27 @@ def video(model: Student, device: torch.device, *, window: int = 0) -> Tensor:
     """Six chunks by four steps as they are sampled; ``window``: one that fills and turns."""
     cond = tiny.prompts(1, dtype=torch.float32).to(device)
     shape = (6 * model.chunk, tiny.CHANNELS, tiny.HEIGHT, tiny.WIDTH)
-    return clips_of(generate_latents(model, cond, [1], shape, FewStepSampler(), window=window, sink=1 if window else 0))
+    return clips_of(
+        generate_latents(
+            model, cond, [1], shape, FewStepSampler(), window=window, sink=1 if window else 0
+        )
+    )
 
 
 def sampling(mode: str) -> Check:
-    """Every student, the whole history and a window, against eager on the CPU; twice, as graphs are replayed."""
+    """Every student, the whole history and a window, against eager on the CPU; twice, as graphs are
+    replayed."""
 
     def check(ranks: Ranks) -> Differences:
         found: Differences = {}
         cfg = CompileConfig(enabled=mode != "eager", cuda_graphs=mode == "graphs")
         for name in STUDENTS:
-            if mode != "eager" and (name.endswith("3") or (ranks.device.type == "cpu" and name != "SCD delta")):
-                continue  # the same code at another length; on a CPU others are tests/generation/test_compile.py's
+            if mode != "eager" and (
+                name.endswith("3") or (ranks.device.type == "cpu" and name != "SCD delta")
+            ):
+                # the same code at another length; on a CPU others are
+                # tests/generation/test_compile.py's
+                continue
             model = student(name)
             expected = {window: video(model, CPU, window=window) for window in (0, 3 * model.chunk)}
             model.to(ranks.device)
@@ -199,7 +231,8 @@ def sampling(mode: str) -> Check:
 
 @torch.no_grad()
 def nothing_waits(ranks: Ranks) -> Differences:
-    """The rollout's steps: on CUDA one that reads a value back from the device is an error (torch's debug mode)."""
+    """The rollout's steps: on CUDA one that reads a value back from the device is an error (torch's
+    debug mode)."""
     found: Differences = {}
     for name in STUDENTS:
         model = student(name)
@@ -210,7 +243,9 @@ def nothing_waits(ranks: Ranks) -> Differences:
             cond = tiny.prompts(1, dtype=torch.float32).to(device)
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            chunks = list(stream_rollout(model, noise, cond, FewStepSampler(), cpu_noise(tiny.generator(2))))
+            chunks = list(
+                stream_rollout(model, noise, cond, FewStepSampler(), cpu_noise(tiny.generator(2)))
+            )
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             return torch.cat(chunks, 1)
@@ -227,7 +262,9 @@ def vae_stream(ranks: Ranks) -> Differences:
     torch.manual_seed(0)
     kwargs = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
     zeros, ones = [0.0] * 4, [1.0] * 4
-    model = AutoencoderKLWan(**kwargs, temperal_downsample=[False, True, True], latents_mean=zeros, latents_std=ones)
+    model = AutoencoderKLWan(
+        **kwargs, temperal_downsample=[False, True, True], latents_mean=zeros, latents_std=ones
+    )
     pixels = torch.rand(1, 9, 3, 32, 32, generator=tiny.generator(1)) * 2 - 1
     vae = Vae(model)
     latents = vae.encode(pixels)
@@ -244,7 +281,8 @@ def vae_stream(ranks: Ranks) -> Differences:
 
 
 def noise(ranks: Ranks) -> Differences:
-    """What is drawn on the device depends on its place in the training alone, and is standard normal."""
+    """What is drawn on the device depends on its place in the training alone, and is standard
+    normal."""
     x = torch.empty(64, 1024, device=ranks.device)
     first, again, other = (local_noise(x, generator(0, "step", n)) for n in (1, 1, 2))
     return {
@@ -254,7 +292,7 @@ def noise(ranks: Ranks) -> Differences:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- list
+# --------------------------------------------------------------------------------------------- list
 
 STAGE3 = {
     "local": Case("local", "local", context_noise=0.0),
@@ -292,7 +330,8 @@ def compared(name: str, ranks: Ranks) -> Differences:
 
 
 def main() -> None:
-    """For the tests: checks by name, in a process of their own, because a process group and a compiler remain."""
+    """For the tests: checks by name, in a process of their own, because a process group and a
+    compiler remain."""
     out, device, *names = sys.argv[1:]
     ranks = init_distributed()
     assert ranks.device.type == device, f"asked for {device}, here is {ranks.device}"

@@ -17,7 +17,11 @@ class Without:
         self.finder, self.hidden = finder, hidden
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return None if name.partition(".")[0] in self.hidden else self.finder.find_spec(name, path, target)
+        return (
+            None
+            if name.partition(".")[0] in self.hidden
+            else self.finder.find_spec(name, path, target)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.finder, name)

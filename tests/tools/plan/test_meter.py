@@ -1,4 +1,5 @@
-"""The meter against real tensors: the same FLOPs, and the bytes that PyTorch's allocator really had."""
+"""The meter against real tensors: the same FLOPs, and the bytes that PyTorch's allocator really
+had."""
 
 from __future__ import annotations
 
@@ -67,7 +68,9 @@ def test_a_training_step_costs_what_the_real_one_does(checkpointing: bool) -> No
     attention = sum(flops for name, flops in meter.by_operator.items() if "attention" in name)
     assert 0 < attention < 0.5 * meter.flops
     counted = counter.get_flop_counts()["Global"]  # from torch 2.15 on with the CPU's attention
-    assert meter.flops - attention == sum(flops for name, flops in counted.items() if "attention" not in str(name))
+    assert meter.flops - attention == sum(
+        flops for name, flops in counted.items() if "attention" not in str(name)
+    )
     assert meter.peak == pytest.approx(most_alive(recorded), rel=0.15)
 
 

@@ -1,4 +1,5 @@
-"""The command, its sums, and its advice; the figures of the real models against independent ones."""
+"""The command, its sums, and its advice; the figures of the real models against independent
+ones."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def test_states_are_divided_as_zero_divides_them() -> None:
         engine = dataclasses.replace(cfg, zero_stage=stage, offload=offload)
         return trained_memory(count, engine, world, micro_batches=1, averages=1).always
 
-    assert [at(stage, 4) for stage in (1, 2, 3)] == [6_000_000, 6_000_000, 4_500_000]  # 2 P + 16 P / 4; 18 P / 4
+    # 2 P + 16 P / 4; 18 P / 4
+    assert [at(stage, 4) for stage in (1, 2, 3)] == [6_000_000, 6_000_000, 4_500_000]
     assert at(2, 1) == 18_000_000 and at(2, 4, offload=True) == 2_000_000
     local = trained_memory(count, EngineConfig(backend="torch"), 4, micro_batches=1, averages=2)
     assert local.always == 4_000_000 + 8_000_000 + 2 * 1_000_000 and local.accumulated == 4_000_000
@@ -56,11 +58,16 @@ def test_states_are_divided_as_zero_divides_them() -> None:
 
 
 def test_what_the_host_draws_is_counted() -> None:
-    """The noise of K samples and of the query; the corruption of the contexts is drawn on the device."""
+    """The noise of K samples and of the query; the corruption of the contexts is drawn on the
+    device."""
     clip = 3 * 4 * 4 * 4
-    assert [phase.drawn for phase in tiny_job("train.micro_batch=2").phases()] == [2 * (2 + 1) * clip]
+    assert [phase.drawn for phase in tiny_job("train.micro_batch=2").phases()] == [
+        2 * (2 + 1) * clip
+    ]
     given = ["init=", "prompts=", "teacher=", "critic=", "run.dir=x"]
-    cfg = load_config(Stage3Config, CONFIGS / "stage3_wan_1.3b.yaml", [*given, "train.micro_batch=2"])
+    cfg = load_config(
+        Stage3Config, CONFIGS / "stage3_wan_1.3b.yaml", [*given, "train.micro_batch=2"]
+    )
     job = dataclasses.replace(tiny_job(), cfg=cfg, teacher=TINY, critic=TINY)
     # of a rollout: where it starts, the encoder's query, each renoised step; then the loss's own
     assert [phase.drawn for phase in job.phases()] == [2 * (1 + 1 + 3 + 1) * clip] * 2
@@ -68,14 +75,21 @@ def test_what_the_host_draws_is_counted() -> None:
 
 def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     job = tiny_job(
-        "train.global_batch=8", "train.micro_batch=4", "checkpointing=false", "engine={backend: torch, bucket: 1000}"
+        "train.global_batch=8",
+        "train.micro_batch=4",
+        "checkpointing=false",
+        "engine={backend: torch, bucket: 1000}",
     )
     found = budget(job, Cluster(1, 2))
     assert found.fits and advice(found) == []
     needed = found.needed_gib
     small = budget(job, Cluster(1, 2, gpu_mem=needed - 1e-6), found.phases)
     advised = advice(small)
-    assert [text for text, _ in advised] == ["checkpointing=true"] and advised[0][1].fits and not small.fits
+    assert (
+        [text for text, _ in advised] == ["checkpointing=true"]
+        and advised[0][1].fits
+        and not small.fits
+    )
     hopeless = advice(budget(job, Cluster(1, 2, gpu_mem=0.1)))
     assert not hopeless[-1][1].fits and [text for text, _ in hopeless][:3] == [
         "checkpointing=true",
@@ -103,7 +117,9 @@ def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) ->
     assert listed.text_parameters == size and not any("text" in line for line in listed.assumed)
     assert plan(f"{tmp_path}/encoded").text_parameters == 0
     absent = read_job([CONFIGS / "stage3_wan_1.3b.yaml"], [], None, 512)
-    assert absent.text_parameters == 5_680_910_336 and any("umT5-xxl" in line for line in absent.assumed)
+    assert absent.text_parameters == 5_680_910_336 and any(
+        "umT5-xxl" in line for line in absent.assumed
+    )
     listed = dataclasses.replace(listed, model=tiny_job().model, shape=VideoShape(3, 4, 4, 4))
     found = budget(listed, Cluster(1, 2))
     without = budget(dataclasses.replace(listed, text_parameters=0), Cluster(1, 2), found.phases)
@@ -112,7 +128,9 @@ def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) ->
     engine = dataclasses.replace(vars(listed.cfg)["teacher_engine"], offload=True, dtype="bf16")
     cfg: Any = dataclasses.replace(listed.cfg, teacher_engine=engine)
     moved = budget(dataclasses.replace(listed, cfg=cfg), Cluster(1, 2), found.phases)
-    assert moved.host - found.host == 2 * found.counts["teacher"] / 2, "a teacher on the CPU takes the CPU's memory"
+    assert moved.host - found.host == 2 * found.counts["teacher"] / 2, (
+        "a teacher on the CPU takes the CPU's memory"
+    )
     tight = dataclasses.replace(found.cluster, gpu_mem=without.needed_gib + 1e-9)
     assert "encode_prompts.py first" in advice(budget(listed, tight, found.phases))[-1][0]
 
@@ -132,9 +150,10 @@ def test_what_cannot_be_planned() -> None:
 
 @pytest.mark.slow
 def test_the_papers_models_against_counts_made_by_hand() -> None:
-    """FLOPs of Wan's forward and of stage 2, and stage 2's memory, as a separate roofline model of this project gives
-    them: 1.54 and 2.37 PFLOP a clip at K = 1 and 4 with the paper's fusion; 19.0 and 16.0 GiB on 8 and 64 GPUs, of
-    which it took 12.5 for activations (docs/results/memory.md: metered they are more)."""
+    """FLOPs of Wan's forward and of stage 2, and stage 2's memory, as a separate roofline model of
+    this project gives them: 1.54 and 2.37 PFLOP a clip at K = 1 and 4 with the paper's fusion; 19.0
+    and 16.0 GiB on 8 and 64 GPUs, of which it took 12.5 for activations (docs/results/memory.md:
+    metered they are more)."""
     for cfg, expected in ((WanConfig(), 0.283), (WAN_14B, 1.68)):
         with torch.device("meta"):
             wan = Wan(cfg).to(torch.bfloat16)

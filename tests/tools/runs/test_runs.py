@@ -154,7 +154,7 @@ def test_show_list_and_watch(
     code, out, _ = scd(["show", run], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out
     for part in ("runs/stage1", "1 s/step, 3600 steps/h", "4 (sizes agree)", "updates: 1, the last at step 3",
-                 "no heartbeats", "train.global_batch=4", "val/[red]\ufffd[31m", "2.5"):  # fmt: skip
+                 "no heartbeats", "train.global_batch=4", "val/[red]\ufffd[31m", "2.5"):
         assert part in out
     code, out, _ = scd(["watch", run, "--once"], monkeypatch, capsys)
     assert code == 0 and "loss" in out and "6/10" in out and "stale" in out and "\x1b" not in out
@@ -256,7 +256,7 @@ def test_a_curve_is_followed_as_it_grows(
         with (run / "metrics.jsonl").open("a") as file:
             file.write(lines({"step": 5, "time": NOW + 1, "loss": 0.125}) + '{"step": 6, "lo')
         Checkpoints(run / "checkpoints").write(5, {"model": {"w": torch.ones(4)}}, "", provenance(
-            stage="stage2_flow_matching", step=5, seed=3, parents=[]))  # fmt: skip
+            stage="stage2_flow_matching", step=5, seed=3, parents=[]))
 
     monkeypatch.setattr(commands.time, "sleep", sleep)
     code, out, _ = scd(["watch", run], monkeypatch, capsys)

@@ -54,13 +54,18 @@ class Endpoint:
         import openai
 
         self._key = os.environ.get(cfg.key_env, "") if cfg.key_env else ""
-        if cfg.key_env and (not self._key or not self._key.isascii() or not self._key.isprintable()):
-            raise UserError(f"endpoint.key_env: the environment variable {cfg.key_env} holds no usable key; set it")
+        if cfg.key_env and (
+            not self._key or not self._key.isascii() or not self._key.isprintable()
+        ):
+            raise UserError(
+                f"endpoint.key_env: the environment variable {cfg.key_env} holds no usable key; set it"
+            )
         self._url = cfg.url.rstrip("/")
         self._request: dict[str, Any] = {"model": model, **sampling}
         if not self._key:
             self._request["extra_headers"] = {"Authorization": openai.Omit()}
-        direct = urllib.parse.urlsplit(cfg.url).hostname in LOOPBACK  # whatever proxy the environment names
+        # whatever proxy the environment names
+        direct = urllib.parse.urlsplit(cfg.url).hostname in LOOPBACK
         http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not direct)
         self._client = openai.OpenAI(
             base_url=self._url,

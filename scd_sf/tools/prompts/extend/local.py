@@ -43,12 +43,16 @@ class SeededChoice:
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
         self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.narrow = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
+        self.narrow = LogitsProcessorList(
+            [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+        )
 
     def __call__(self, tokens_BL: Tensor, scores_BV: Tensor) -> Tensor:
         narrowed: Tensor = self.narrow(tokens_BL, scores_BV.float())
         width = scores_BV.shape[-1]
-        noise_BV = torch.stack([torch.empty(width).exponential_(generator=stream) for stream in self.streams])
+        noise_BV = torch.stack(
+            [torch.empty(width).exponential_(generator=stream) for stream in self.streams]
+        )
         return narrowed - noise_BV.clamp_min(1e-30).log().to(scores_BV.device)
 
 
@@ -81,7 +85,9 @@ class LocalModel:
         no chat template.
         """
         if not hub and not Path(name).is_dir():
-            raise UserError(f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub")
+            raise UserError(
+                f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub"
+            )
         folder = _downloaded(name) if hub else Path(name)
         tokenizer = read_tokenizer(folder, LANGUAGE, padding_side="left")
         if not tokenizer.chat_template:
@@ -89,9 +95,13 @@ class LocalModel:
         model: Any = read_model(folder, dtype_of(dtype), LANGUAGE)
         if (folder / GENERATION).is_file():
             with foreign(folder / GENERATION, AGAIN):
-                model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+                model.generation_config = GenerationConfig.from_pretrained(
+                    str(folder), local_files_only=True
+                )
         if model.generation_config.eos_token_id is None:
-            raise UserError(f"model: {name} has no eos_token_id, so no answer ends; correct generation_config.json")
+            raise UserError(
+                f"model: {name} has no eos_token_id, so no answer ends; correct generation_config.json"
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.requires_grad_(False)
@@ -102,13 +112,19 @@ class LocalModel:
         """One answer per prompt."""
         if not prompts:
             return []
-        with foreign("model: its chat template", "give a model whose template takes a system message"):
+        with foreign(
+            "model: its chat template", "give a model whose template takes a system message"
+        ):
             chats = [
-                self.tokenizer.apply_chat_template(messages(prompt), tokenize=False, add_generation_prompt=True)
+                self.tokenizer.apply_chat_template(
+                    messages(prompt), tokenize=False, add_generation_prompt=True
+                )
                 for prompt in prompts
             ]
         asked = self.tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
-        asked = {name: asked[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        asked = {
+            name: asked[name].to(self.model.device) for name in ("input_ids", "attention_mask")
+        }
         tokens_BL = self.model.generate(
             **asked,
             do_sample=False,
@@ -117,10 +133,14 @@ class LocalModel:
             top_k=None,
             max_new_tokens=self.max_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList([SeededChoice(seeds, self.temperature, self.top_p)]),
+            logits_processor=LogitsProcessorList(
+                [SeededChoice(seeds, self.temperature, self.top_p)]
+            ),
         )
         said_BL = tokens_BL[:, asked["input_ids"].shape[1] :]
-        ends = torch.tensor(self.model.generation_config.eos_token_id, device=said_BL.device).flatten()
+        ends = torch.tensor(
+            self.model.generation_config.eos_token_id, device=said_BL.device
+        ).flatten()
         ended = torch.isin(said_BL, ends).any(dim=1).tolist()
         texts = self.tokenizer.batch_decode(said_BL, skip_special_tokens=True)
         return [Answer(text, cut=not end) for text, end in zip(texts, ended, strict=True)]
@@ -128,5 +148,7 @@ class LocalModel:
 
 def _downloaded(name: str) -> Path:
     """The folder in the hub's cache with what is read of a repository."""
-    with foreign(f"model: {name} cannot be read from the hub", "correct the name, or give a directory"):
+    with foreign(
+        f"model: {name} cannot be read from the hub", "correct the name, or give a directory"
+    ):
         return Path(snapshot_download(name, allow_patterns=READ, ignore_patterns=["*/*"]))

@@ -36,7 +36,15 @@ from scd_sf.tools.prompts.extend.endpoint import Endpoint, EndpointConfig
 from scd_sf.tools.prompts.extend.local import LocalModel
 from scd_sf.tools.prompts.extend.rules import SYSTEM, Answer, Gates, refusal, seed_of
 from scd_sf.tools.prompts.filter.table import NAMESPACE
-from scd_sf.tools.prompts.result import PROMPTS, REPORT, SETTINGS, TEXT, require, result_folder, sums
+from scd_sf.tools.prompts.result import (
+    PROMPTS,
+    REPORT,
+    SETTINGS,
+    TEXT,
+    require,
+    result_folder,
+    sums,
+)
 from scd_sf.types import UserError, say
 
 PARTS = "parts"
@@ -125,7 +133,9 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
         ranks.barrier()
         if ranks.is_main:
             report = merge(out, rows)
-            say(f"{out}: {report['extended']} extended, {report['kept original']} kept as they were")
+            say(
+                f"{out}: {report['extended']} extended, {report['kept original']} kept as they were"
+            )
 
 
 def read_prompts(file: PromptFile) -> list[Row]:
@@ -136,7 +146,9 @@ def read_prompts(file: PromptFile) -> list[Row]:
     for _, row in file.rows():
         name = row.uuid or str(uuid.uuid5(NAMESPACE, row.prompt))
         if row.start or row.then:
-            raise UserError(f"{file.what}: prompt {len(rows) + 1} has 'start' or 'then', which would be lost")
+            raise UserError(
+                f"{file.what}: prompt {len(rows) + 1} has 'start' or 'then', which would be lost"
+            )
         if seen.setdefault(name, row.prompt) != row.prompt:
             raise UserError(f"{file.what}: uuid {name} names two prompts; give each its own")
         rows.append((name, row.prompt))
@@ -146,7 +158,11 @@ def read_prompts(file: PromptFile) -> list[Row]:
 def open_writer(cfg: ExtendConfig, ranks: Ranks) -> Writer:
     """The endpoint or the model in this process."""
     if cfg.endpoint.url:
-        sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "max_tokens": cfg.max_tokens}
+        sampling = {
+            "temperature": cfg.temperature,
+            "top_p": cfg.top_p,
+            "max_tokens": cfg.max_tokens,
+        }
         return Endpoint(cfg.endpoint, cfg.model, **sampling)
     return LocalModel.open(
         cfg.model,
@@ -166,8 +182,14 @@ def _settings(cfg: ExtendConfig) -> Json:
     folder = Path(cfg.model)
     local = not cfg.endpoint.url and folder.is_dir()
     files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja")) if local else []
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))} if local else {}
-    model = hash_json([{file.name: sha256_file(file) for file in files}, sizes]) if local else cfg.model
+    sizes = (
+        {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+        if local
+        else {}
+    )
+    model = (
+        hash_json([{file.name: sha256_file(file) for file in files}, sizes]) if local else cfg.model
+    )
     dtype = "the server's" if cfg.endpoint.url else cfg.dtype
     return found | {"model": model, "dtype": dtype, "system_sha256": hash_json(SYSTEM)}
 
@@ -177,7 +199,8 @@ def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
     ``held`` is closed."""
     held.enter_context(result_folder(out, settings, "extend_prompts"))
     if not (out / SETTINGS).is_file():
-        write_json(out / SETTINGS, settings)  # first, so that what a killed run leaves is known as ours
+        # first, so that what a killed run leaves is known as ours
+        write_json(out / SETTINGS, settings)
     (out / PARTS).mkdir(exist_ok=True)
 
 
@@ -188,7 +211,10 @@ def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
     for file in sorted((out / PARTS).glob("rank-*.jsonl")):
         lines = file.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
-            where, remedy = f"{file}: line {number} is damaged", "delete the line, its prompt is done again"
+            where, remedy = (
+                f"{file}: line {number} is damaged",
+                "delete the line, its prompt is done again",
+            )
             record = typed(parse_json(line, where, remedy), Done, where, remedy)
             if record.uuid in wanted:
                 if wanted[record.uuid] != record.original:
@@ -210,7 +236,9 @@ def part_file(out: Path, rank: int) -> Iterator[IO[bytes]]:
         yield file
 
 
-def extend(cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[bytes], *, tell: bool) -> None:
+def extend(
+    cfg: ExtendConfig, writer: Writer, rows: Sequence[Row], file: IO[bytes], *, tell: bool
+) -> None:
     """Write a record for every row: the first answer that passes, else the original. Each batch is
     synced to disk."""
     waiting = deque((name, prompt, list[str]()) for name, prompt in rows)

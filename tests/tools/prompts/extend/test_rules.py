@@ -41,9 +41,20 @@ def test_limits_and_seeds() -> None:
     words = GOOD.split()
     assert refusal(Answer(" ".join(words[:40])), Gates()) == ""
     assert refusal(Answer(" ".join((words * 3)[:160])), Gates()) == ""
-    seeds = {seed_of(seed, name, attempt) for seed in (0, 1) for name in ("a", "b") for attempt in range(3)}
-    assert len(seeds) == 12 and all(0 <= seed < 2**31 for seed in seeds) and seed_of(0, "a", 1) == seed_of(0, "a", 1)
+    seeds = {
+        seed_of(seed, name, attempt)
+        for seed in (0, 1)
+        for name in ("a", "b")
+        for attempt in range(3)
+    }
+    assert (
+        len(seeds) == 12
+        and all(0 <= seed < 2**31 for seed in seeds)
+        and seed_of(0, "a", 1) == seed_of(0, "a", 1)
+    )
     assert [message["role"] for message in messages("a cat")] == ["system", "user"]
-    assert messages("a cat")[1]["content"] == "a cat" and all(f"{n}. " in SYSTEM for n in range(1, 8))
+    assert messages("a cat")[1]["content"] == "a cat" and all(
+        f"{n}. " in SYSTEM for n in range(1, 8)
+    )
     with pytest.raises(ValueError, match="min_words"):
         Gates(min_words=9, max_words=3)

@@ -44,24 +44,44 @@ LONG = " ".join(f"{word} the old green hill" for word in WORDS[:12])  # 60 words
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
-    words = ["<pad>", "<unk>", "<end>", *(f"Ġ{word}" for word in ("system", "user", "assistant", *WORDS))]
-    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()  # as Qwen2's
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+    words = [
+        "<pad>",
+        "<unk>",
+        "<end>",
+        *(f"Ġ{word}" for word in ("system", "user", "assistant", *WORDS)),
+    ]
+    tokens = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    # as Qwen2's
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
+    )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(root)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, eos_token_id=2, bos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=2,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
     network = Qwen2ForCausalLM(config)
     network.save_pretrained(root)
     return root
 
 
 def prompts(root: Path, count: int) -> Path:
-    rows = [{"uuid": f"id-{n}", "prompt": f"a cat {WORDS[n % len(WORDS)]} number {n}"} for n in range(count)]
+    rows = [
+        {"uuid": f"id-{n}", "prompt": f"a cat {WORDS[n % len(WORDS)]} number {n}"}
+        for n in range(count)
+    ]
     path = root / "in.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -69,12 +89,21 @@ def prompts(root: Path, count: int) -> Path:
 
 def result(out: Path) -> bytes:
     return (
-        (out / "prompts.jsonl").read_bytes() + (out / "prompts.txt").read_bytes() + (out / "report.json").read_bytes()
+        (out / "prompts.jsonl").read_bytes()
+        + (out / "prompts.txt").read_bytes()
+        + (out / "report.json").read_bytes()
     )
 
 
 def local(path: Path, model: Path, out: Path, batch: int = 4) -> list[str]:
-    more = ["dtype=float32", "temperature=1.0", "top_p=1.0", "max_tokens=160", "attempts=2", "gates={min_words: 10}"]
+    more = [
+        "dtype=float32",
+        "temperature=1.0",
+        "top_p=1.0",
+        "max_tokens=160",
+        "attempts=2",
+        "gates={min_words: 10}",
+    ]
     return [f"prompts={path}", f"model={model}", f"out={out}", f"batch={batch}", *more]
 
 
@@ -89,7 +118,9 @@ def test_ranks_kills_and_resuming_give_the_same_files(model: Path, tmp_path: Pat
 
     other = tmp_path / "other"
     sync = "scd_sf.tools.prompts.extend.run:append"
-    killed = recipe_runner.run_ranks(SCRIPT, *local(path, model, other, 2), world=1, at={0: At(sync, 3)})
+    killed = recipe_runner.run_ranks(
+        SCRIPT, *local(path, model, other, 2), world=1, at={0: At(sync, 3)}
+    )
     assert killed[0].code < 0 and not (other / "report.json").exists()
     part = other / "parts" / "rank-0000.jsonl"
     whole = part.read_bytes()
@@ -99,40 +130,72 @@ def test_ranks_kills_and_resuming_give_the_same_files(model: Path, tmp_path: Pat
     two = recipe_runner.run_ranks(SCRIPT, *local(path, model, other, 3), world=2)
     assert [rank.code for rank in two] == [0, 0], two[0].err + two[1].err
     assert f"14 prompts, {before} finished before" in two[0].out
-    assert part.read_bytes().startswith(whole) and (other / "parts" / "rank-0001.jsonl").stat().st_size > 0
+    assert (
+        part.read_bytes().startswith(whole)
+        and (other / "parts" / "rank-0001.jsonl").stat().st_size > 0
+    )
     assert result(other) == result(tmp_path / "one")
     merged = recipe_runner.run(
-        SCRIPT, *local(path, model, other, 3), at=At("scd_sf.tools.prompts.extend.run:write_json", 1)
+        SCRIPT,
+        *local(path, model, other, 3),
+        at=At("scd_sf.tools.prompts.extend.run:write_json", 1),
     )
     assert merged.code < 0 and not (other / "report.json").exists()
     again = recipe_runner.succeed(SCRIPT, *local(path, model, other))
-    assert "14 prompts, 14 finished before" in again.out and result(other) == result(tmp_path / "one")
+    assert "14 prompts, 14 finished before" in again.out and result(other) == result(
+        tmp_path / "one"
+    )
 
 
 def test_an_answer_does_not_depend_on_the_batch(model: Path) -> None:
-    more: dict[str, Any] = {"hub": False, "device": torch.device("cpu"), "dtype": "float32", "max_tokens": 40}
+    more: dict[str, Any] = {
+        "hub": False,
+        "device": torch.device("cpu"),
+        "dtype": "float32",
+        "max_tokens": 40,
+    }
     writer = LocalModel.open(str(model), temperature=1.0, top_p=0.9, **more)
     asked = ["a cat", "the old dog runs over green hills", "light"]
     together = writer.write(asked, [1, 2, 3])
-    assert together == [writer.write([prompt], [seed])[0] for prompt, seed in zip(asked, (1, 2, 3), strict=True)]
+    assert together == [
+        writer.write([prompt], [seed])[0] for prompt, seed in zip(asked, (1, 2, 3), strict=True)
+    ]
     assert writer.write(asked, [4, 5, 6]) != together and writer.write([], []) == []
-    assert all(answer.cut == (len(answer.text.split()) >= 40) for answer in together if "<unk>" not in answer.text)
+    assert all(
+        answer.cut == (len(answer.text.split()) >= 40)
+        for answer in together
+        if "<unk>" not in answer.text
+    )
 
 
 def test_the_draw_follows_the_models_distribution(model: Path) -> None:
-    more: dict[str, Any] = {"hub": False, "device": torch.device("cpu"), "dtype": "float32", "max_tokens": 1}
+    more: dict[str, Any] = {
+        "hub": False,
+        "device": torch.device("cpu"),
+        "dtype": "float32",
+        "max_tokens": 1,
+    }
     writer = LocalModel.open(str(model), temperature=0.5, top_p=1.0, **more)
     count = 3000
     drawn = Counter[str]()
     for first in range(0, count, 500):
-        drawn.update(answer.text for answer in writer.write(["a cat"] * 500, range(first, first + 500)))
-    text = writer.tokenizer.apply_chat_template(messages("a cat"), tokenize=False, add_generation_prompt=True)
-    logits = writer.model(**writer.tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits[0, -1]
+        drawn.update(
+            answer.text for answer in writer.write(["a cat"] * 500, range(first, first + 500))
+        )
+    text = writer.tokenizer.apply_chat_template(
+        messages("a cat"), tokenize=False, add_generation_prompt=True
+    )
+    logits = writer.model(
+        **writer.tokenizer([text], return_tensors="pt", return_token_type_ids=False)
+    ).logits[0, -1]
     chance = torch.softmax(logits / 0.5, 0)
     for index in chance.topk(5).indices.tolist():
         word = writer.tokenizer.decode([index], skip_special_tokens=True)
         if word:
-            assert abs(drawn[word] / count - chance[index].item()) < 4 * (chance[index].item() / count) ** 0.5
+            assert (
+                abs(drawn[word] / count - chance[index].item())
+                < 4 * (chance[index].item() / count) ** 0.5
+            )
 
 
 def test_an_endpoint_with_every_kind_of_answer(tmp_path: Path) -> None:
@@ -146,11 +209,18 @@ def test_an_endpoint_with_every_kind_of_answer(tmp_path: Path) -> None:
         seeds.setdefault(word, []).append(body["seed"])
         if word == "second" and len(seeds[word]) == 1:
             return completion(f"{LONG}\n{LONG}")
-        answers = {"chatty": f"Sure, {LONG}", "foreign": "una mujer por la calle bajo la lluvia " * 8}
-        return completion(answers.get(word, f"{word} {LONG}"), "length" if word == "cut" else "stop")
+        answers = {
+            "chatty": f"Sure, {LONG}",
+            "foreign": "una mujer por la calle bajo la lluvia " * 8,
+        }
+        return completion(
+            answers.get(word, f"{word} {LONG}"), "length" if word == "cut" else "stop"
+        )
 
     with serving(reply) as server:
-        cfg = ExtendConfig(str(path), str(tmp_path / "out"), "qwen", endpoint=EndpointConfig(server.url), batch=2)
+        cfg = ExtendConfig(
+            str(path), str(tmp_path / "out"), "qwen", endpoint=EndpointConfig(server.url), batch=2
+        )
         run_extend(cfg, ALONE)
         first = len(server.requests)
         run_extend(replace(cfg, batch=5), ALONE)
@@ -165,18 +235,25 @@ def test_an_endpoint_with_every_kind_of_answer(tmp_path: Path) -> None:
         assert [row.prompt for row in read_prompt_file(tmp_path / "out" / name)] == wanted
     rows = read_jsonl(tmp_path / "out" / "prompts.jsonl", "")
     assert (
-        [row["original"] for row in rows] == lines and rows[1]["refused"] == ["lines"] and rows[2]["extended"] is False
+        [row["original"] for row in rows] == lines
+        and rows[1]["refused"] == ["lines"]
+        and rows[2]["extended"] is False
     )
 
 
 def test_a_longer_list_goes_on_and_another_setting_is_refused(tmp_path: Path) -> None:
     path = prompts(tmp_path, 3)
     with serving(lambda number, body: completion(LONG)) as server:
-        cfg = ExtendConfig(str(path), str(tmp_path / "out"), "qwen", endpoint=EndpointConfig(server.url))
+        cfg = ExtendConfig(
+            str(path), str(tmp_path / "out"), "qwen", endpoint=EndpointConfig(server.url)
+        )
         run_extend(cfg, ALONE)
         prompts(tmp_path, 5)
         run_extend(cfg, ALONE)
-        assert len(server.requests) == 5 and len(read_jsonl(tmp_path / "out" / "prompts.jsonl", "")) == 5
+        assert (
+            len(server.requests) == 5
+            and len(read_jsonl(tmp_path / "out" / "prompts.jsonl", "")) == 5
+        )
         with pytest.raises(UserError, match=r"begun with other seed; nothing is overwritten"):
             run_extend(replace(cfg, seed=1), ALONE)
         with pytest.raises(UserError, match=r"begun with other model"):
@@ -188,7 +265,9 @@ def test_a_longer_list_goes_on_and_another_setting_is_refused(tmp_path: Path) ->
         part.write_text(part.read_text().replace('{"uuid"', '{"uid"', 1))
         with pytest.raises(UserError, match=r"rank-0000\.jsonl: line 1 is damaged"):
             run_extend(cfg, ALONE)
-        (tmp_path / "in.jsonl").write_text('{"uuid": "x", "prompt": "a"}\n{"uuid": "x", "prompt": "b"}\n')
+        (tmp_path / "in.jsonl").write_text(
+            '{"uuid": "x", "prompt": "a"}\n{"uuid": "x", "prompt": "b"}\n'
+        )
         with pytest.raises(UserError, match=r"uuid x names two prompts"):
             run_extend(cfg, ALONE)
         (tmp_path / "in.jsonl").write_text('{"prompt": "a", "start": "x.png"}\n')
@@ -223,11 +302,19 @@ def test_bad_models(model: Path, tmp_path: Path) -> None:
 
 def opened(folder: Path, *, hub: bool = False) -> Any:
     return LocalModel.open(
-        str(folder), hub=hub, device=torch.device("cpu"), dtype="float32", temperature=1.0, top_p=1.0, max_tokens=9
+        str(folder),
+        hub=hub,
+        device=torch.device("cpu"),
+        dtype="float32",
+        temperature=1.0,
+        top_p=1.0,
+        max_tokens=9,
     ).model
 
 
-def test_weights_that_are_broken_missing_or_stale(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_broken_missing_or_stale(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of every other model: NaN, pointers of Git LFS, a tensor that is not there; the index
     names the shard."""
     folder = tmp_path / "model"
@@ -238,20 +325,33 @@ def test_weights_that_are_broken_missing_or_stale(model: Path, tmp_path: Path, m
     save_file(broken, folder / "model.safetensors")
     with pytest.raises(UserError, match=rf"model\.safetensors: tensor '{name}' holds NaN"):
         opened(folder)
-    save_file({key: value for key, value in whole.items() if key != name}, folder / "model.safetensors")
+    save_file(
+        {key: value for key, value in whole.items() if key != name}, folder / "model.safetensors"
+    )
     with pytest.raises(UserError, match=rf"1 weights are missing \({name}"):
         opened(folder)
     save_file(whole, folder / "model.safetensors")
-    (folder / "pytorch_model.bin").write_bytes(POINTER)  # not read, so its contents need not be there
-    for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+    # not read, so its contents need not be there
+    (folder / "pytorch_model.bin").write_bytes(POINTER)
+    for file in (
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ):
         before = (folder / file).read_bytes()
         (folder / file).write_bytes(POINTER)
         with pytest.raises(UserError, match=rf"{file}: a Git LFS pointer.*run `git lfs pull`"):
             opened(folder)
         (folder / file).write_bytes(before)
     raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(UserError, match=r"'quantization_config' is set; quantised weights are not read"):
+    (folder / "config.json").write_text(
+        json.dumps(raw | {"quantization_config": {"quant_method": "awq"}})
+    )
+    with pytest.raises(
+        UserError, match=r"'quantization_config' is set; quantised weights are not read"
+    ):
         opened(folder)
     # words as both ends, as the small Qwen2.5 have them; the file leaves out the second
     (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
@@ -263,9 +363,13 @@ def test_weights_that_are_broken_missing_or_stale(model: Path, tmp_path: Path, m
         save_file({key: whole[key] for key in kept if places[key] == shard}, folder / shard)
     stale = load_file(folder / names[1]) | {name: torch.zeros_like(whole[name])}
     save_file(stale, folder / names[1])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     asked = dict[str, object]()
-    monkeypatch.setattr(local_model, "snapshot_download", lambda name, **more: asked.update(more) or str(folder))
+    monkeypatch.setattr(
+        local_model, "snapshot_download", lambda name, **more: asked.update(more) or str(folder)
+    )
     for read in (opened(folder), opened(tmp_path / "on the hub", hub=True)):
         assert torch.equal(read.get_parameter(name), whole[name])
         assert torch.equal(read.lm_head.weight, whole["model.embed_tokens.weight"])
@@ -293,13 +397,21 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
         assert not server.requests
         run_extend(cfg, ALONE)
         (out / "prompts.txt").write_text("my own words")
-        with pytest.raises(UserError, match=r"prompts\.txt: was changed since report\.json was written"):
+        with pytest.raises(
+            UserError, match=r"prompts\.txt: was changed since report\.json was written"
+        ):
             run_extend(cfg, ALONE)
         assert (out / "prompts.txt").read_text() == "my own words"
         begun = recipe_runner.run(
-            SCRIPT, f"prompts={path}", f"out={tmp_path}/begun", "model=qwen", f"endpoint.url={server.url}",
+            SCRIPT,
+            f"prompts={path}",
+            f"out={tmp_path}/begun",
+            "model=qwen",
+            f"endpoint.url={server.url}",
             at=At("scd_sf.tools.prompts.extend.run:write_json", 1),
-        )  # fmt: skip
+        )
         assert begun.code < 0
-        run_extend(replace(cfg, out=str(tmp_path / "begun")), ALONE)  # killed before its first file: still ours
-        run_extend(replace(cfg, prompts=str(out), out=str(tmp_path / "again")), ALONE)  # a result is a list
+        # killed before its first file: still ours
+        run_extend(replace(cfg, out=str(tmp_path / "begun")), ALONE)
+        # a result is a list
+        run_extend(replace(cfg, prompts=str(out), out=str(tmp_path / "again")), ALONE)

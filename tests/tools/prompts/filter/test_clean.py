@@ -22,7 +22,14 @@ CLEANED = {
     "\uff26\uff55\uff4c\uff4c width \ufb01sh\u2026": "Full width fish...",
     "  ": "",
 }
-RUNS = {"wow!!!!!!": False, "wow!!!!!!!": True, "aaaaaaa": True, "ееееееее": True, "е" * 6: False, "a  a": False}
+RUNS = {
+    "wow!!!!!!": False,
+    "wow!!!!!!!": True,
+    "aaaaaaa": True,
+    "ееееееее": True,
+    "е" * 6: False,
+    "a  a": False,
+}
 
 
 def computed(texts: list[str], expression: pl.Expr) -> list[object]:
@@ -45,5 +52,7 @@ def test_measures() -> None:
 
 
 def test_key() -> None:
-    keys = computed(["A cat, 'running'!", "a CAT -- running", "Été; naïve", "…"], clean.key(pl.col("text")))
+    keys = computed(
+        ["A cat, 'running'!", "a CAT -- running", "Été; naïve", "…"], clean.key(pl.col("text"))
+    )
     assert keys == ["a cat running", "a cat running", "été naïve", ""]

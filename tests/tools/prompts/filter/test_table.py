@@ -27,7 +27,10 @@ def write(path: Path, body: str | bytes, header: str = HEADER) -> Path:
 def test_csv_is_read_as_pythons_reader_reads_it(tmp_path: Path) -> None:
     rng = random.Random(0)
     pieces = ["a", " ", ",", '"', "\n", "\r\n", "é", "雨", "\u2028", ";", "'"]
-    rows = [["".join(rng.choices(pieces, k=rng.randint(0, 12))), f"u{i}", *["0.5"] * 6, f"t{i}"] for i in range(2000)]
+    rows = [
+        ["".join(rng.choices(pieces, k=rng.randint(0, 12))), f"u{i}", *["0.5"] * 6, f"t{i}"]
+        for i in range(2000)
+    ]
     path, bad = tmp_path / "a.csv", BadRows()
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows([["prompt", "uuid", *SCORES, "time"], *rows])
@@ -35,7 +38,9 @@ def test_csv_is_read_as_pythons_reader_reads_it(tmp_path: Path) -> None:
     with path.open(encoding="utf-8-sig", newline="") as file:
         wanted = list(csv.DictReader(file))
     assert table["prompt"].to_list() == [row["prompt"] for row in wanted] and bad.count == 0
-    assert table["uuid"].to_list() == [row["uuid"] for row in wanted] and table["row"].to_list() == [*range(1, 2001)]
+    assert table["uuid"].to_list() == [row["uuid"] for row in wanted] and table[
+        "row"
+    ].to_list() == [*range(1, 2001)]
     assert table["time"][7] == "t7" and table["threat"].sum() == 1000
     path.write_bytes(path.read_bytes() + b"too,few\r\n")  # now by Python's reader
     assert read_list(path, bad).equals(table) and bad.count == 1
@@ -44,13 +49,22 @@ def test_csv_is_read_as_pythons_reader_reads_it(tmp_path: Path) -> None:
 BAD = {
     "few columns": (GOOD + "u2,x,t,0,0\n", "row 2"),
     "many columns": (GOOD + "u2,x,t,0,0,0,0,0,0,0\n", "row 2 (line 4): 10 columns instead of 9"),
-    "a word": (GOOD + GOOD + "u2,x,t,0,0,much,0,0,0\n", "row 3 (line 6): 'identity_attack' is 'much', not a number"),
-    "nothing": (GOOD + "u2,x,t,0,0,,0,0,0\n", "row 2: 'identity_attack' is None, not a number from 0 to 1"),
+    "a word": (
+        GOOD + GOOD + "u2,x,t,0,0,much,0,0,0\n",
+        "row 3 (line 6): 'identity_attack' is 'much', not a number",
+    ),
+    "nothing": (
+        GOOD + "u2,x,t,0,0,,0,0,0\n",
+        "row 2: 'identity_attack' is None, not a number from 0 to 1",
+    ),
     "no score": (GOOD + "u2,x,t,,,,,,\n", "row 2: 'toxicity' is None, not a number from 0 to 1"),
     "nan": (GOOD + "u2,x,t,0,nan,0,0,0,0\n", "row 2: 'obscene' is nan, not a number from 0 to 1"),
     "too large": (GOOD + "u2,x,t,0,0,0,0,0,1.5\n", "row 2: 'sexual_explicit' is 1.5"),
     "no uuid": (GOOD + ",x,t,0,0,0,0,0,0\n", "row 2: 'uuid' is None, not a name"),
-    "latin-1": (GOOD.encode() + "u2,é,t,0,0,0,0,0,0\n".encode("latin-1"), "row 2 (line 4): not UTF-8"),
+    "latin-1": (
+        GOOD.encode() + "u2,é,t,0,0,0,0,0,0\n".encode("latin-1"),
+        "row 2 (line 4): not UTF-8",
+    ),
 }
 
 
@@ -93,17 +107,27 @@ def test_text_jsonl_and_csv_without_scores(tmp_path: Path) -> None:
     bad = BadRows()
     plain = read_list(write(tmp_path / "b.csv", "u1,x\n", "uuid,prompt\n"), bad)
     assert plain.row(0) == (1, "u1", "x", "", *[None] * 6)
-    text = write(tmp_path / "a.txt", "\ufeffa cat\n\n  a dog \r\na\u2028b\na cat\n".encode() + b"a \xff\n", "")
+    text = write(
+        tmp_path / "a.txt",
+        "\ufeffa cat\n\n  a dog \r\na\u2028b\na cat\n".encode() + b"a \xff\n",
+        "",
+    )
     table = read_list(text, bad)
     assert table["prompt"].to_list() == ["a cat", "a dog", "a\u2028b", "a cat"]
     assert table["uuid"][0] == table["uuid"][3] != table["uuid"][1] and len(table["uuid"][0]) == 36
     assert bad.count == 1 and "a.txt: line 6: not UTF-8" in bad.first
 
     scored = dict.fromkeys(SCORES, 0.25)
-    lines = [{"uuid": "u1", "prompt": "a\u2028cat", **scored}, {"prompt": "b", "scores": scored | {"insult": 1}}]
+    lines = [
+        {"uuid": "u1", "prompt": "a\u2028cat", **scored},
+        {"prompt": "b", "scores": scored | {"insult": 1}},
+    ]
     body = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     table = read_list(write(tmp_path / "a.jsonl", body, ""), BadRows())
-    assert table["prompt"].to_list() == ["a\u2028cat", "b"] and table["insult"].to_list() == [0.25, 1.0]
+    assert table["prompt"].to_list() == ["a\u2028cat", "b"] and table["insult"].to_list() == [
+        0.25,
+        1.0,
+    ]
     for line, message in [
         ("{", "line 3: not JSON"),
         ('["a"]', 'line 3: not {"prompt": "..."}'),
