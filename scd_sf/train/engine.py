@@ -80,7 +80,7 @@ def frozen_engine(
     cfg: EngineConfig,
     ranks: Ranks,
 ) -> nn.Module:
-    """A teacher: called like the module, never trained. kind deepspeed: ZeRO-3 without optimizer,
+    """A teacher: called like the module, never trained. backend deepspeed: ZeRO-3 without optimizer,
     else plain torch.
 
     ``build`` makes the module, ``read`` its parameters by name from wherever they are. Under ZeRO-3

@@ -107,7 +107,7 @@ class GenerateConfig:
     crf: int = 18
     """Quality of the mp4 files: 0 (best) .. 51."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(dtype="bf16"))
-    """Where the teacher lies: kind deepspeed partitions it over the ranks (ZeRO-3), with
+    """Where the teacher lies: backend deepspeed partitions it over the ranks (ZeRO-3), with
     ``offload`` on the CPU; local: a whole one per rank."""
     launcher: Literal["ranks", "ray"] = "ranks"
     """ranks (deepspeed, torchrun, plain python) or ray."""

@@ -86,7 +86,7 @@ def trained_memory(
 
 
 def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Held:
-    """A teacher: weights alone, whole (kind local) or divided among all processes (ZeRO-3), or on
+    """A teacher: weights alone, whole (backend torch) or divided among all processes (ZeRO-3), or on
     the CPU (offload)."""
     size = 2 if cfg.dtype == "bf16" else 4
     if cfg.backend == "torch":
