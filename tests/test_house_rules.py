@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import functools
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -375,3 +376,12 @@ def test_the_root_holds_no_stray_files() -> None:
         ).stdout
         names = {name.split("/")[0] for name in listed.split("\0") if name}
         assert "README.md" in names and names <= IN_THE_ROOT, sorted(names - IN_THE_ROOT)
+
+
+def test_ruff_reads_every_file() -> None:
+    """A pattern of .gitignore, which ruff follows, hides no package of ours from it."""
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "scd_sf", "tests", *SCRIPTS]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    names = {Path(line).relative_to(ROOT).as_posix() for line in listed.splitlines()}
+    hidden = {source.path for source in repository()} - names
+    assert not hidden, sorted(hidden)

@@ -26,13 +26,22 @@ from scd_sf.tools.runs.curve import METRICS, export_curve, is_portable, read_cur
 from scd_sf.tools.runs.state import RunView, Saved, State, describe_age, find_runs, read_run
 from scd_sf.types import UserError, as_cell, printable, say
 
-app = typer.Typer(no_args_is_help=True, help="What trainings wrote to disk: list, show, follow, compare, export.")
+app = typer.Typer(
+    no_args_is_help=True, help="What trainings wrote to disk: list, show, follow, compare, export."
+)
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 StaleOption = Annotated[
     float | None,
-    typer.Option("--stale", help="Seconds of silence that count as stale; default: from the run's own pace."),
+    typer.Option(
+        "--stale", help="Seconds of silence that count as stale; default: from the run's own pace."
+    ),
 ]
-STYLE: dict[State, str] = {"finished": "green", "running": "cyan", "stale": "bold red", "stopped": "yellow"}
+STYLE: dict[State, str] = {
+    "finished": "green",
+    "running": "cyan",
+    "stale": "bold red",
+    "stopped": "yellow",
+}
 SHOWN = 120  # characters of a value
 
 
@@ -43,7 +52,9 @@ def list_runs(
 ) -> None:
     """One line per run below a folder: stage, step, last loss, newest checkpoint, and whether
     anybody is at work."""
-    table = Table("run", "stage", "step", "last line", "loss", "checkpoint", "state", box=None, pad_edge=False)
+    table = Table(
+        "run", "stage", "step", "last line", "loss", "checkpoint", "state", box=None, pad_edge=False
+    )
     for path in find_runs(root):
         name = as_cell(path.relative_to(root) if path != root else path.resolve().name)
         try:
@@ -53,9 +64,19 @@ def list_runs(
             continue
         age = "-" if view.age is None else f"{describe_age(view.age)} ago"
         saved = _saved(view.checkpoints[-1]) if view.checkpoints else Text("-")
-        table.add_row(name, as_cell(view.stage), _progress(view), age, as_cell(_loss(view)), saved, _state(view))
+        table.add_row(
+            name,
+            as_cell(view.stage),
+            _progress(view),
+            age,
+            as_cell(_loss(view)),
+            saved,
+            _state(view),
+        )
     if not table.row_count:
-        raise UserError(f"{root}: no run below it (no {METRICS}); give the folder that holds your runs")
+        raise UserError(
+            f"{root}: no run below it (no {METRICS}); give the folder that holds your runs"
+        )
     _console().print(table)
 
 
@@ -101,12 +122,20 @@ def watch(
 
 @app.command(name="compare")
 def compare_runs(
-    reference: Annotated[Path, typer.Argument(metavar="A", help="The reference: a run, or a curve FILE.jsonl.")],
-    others: Annotated[list[Path], typer.Argument(metavar="B [C ..]", help="Runs or curve files to hold against it.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="A", help="The reference: a run, or a curve FILE.jsonl.")
+    ],
+    others: Annotated[
+        list[Path],
+        typer.Argument(metavar="B [C ..]", help="Runs or curve files to hold against it."),
+    ],
     tolerance: Annotated[
-        float | None, typer.Option(help="Exit code 1 when |a - b| > TOLERANCE x max(1, |a|) at any common step.")
+        float | None,
+        typer.Option(help="Exit code 1 when |a - b| > TOLERANCE x max(1, |a|) at any common step."),
     ] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="Only this metric; may be given again.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Only this metric; may be given again.")
+    ] = None,
     mean_of: Annotated[int, typer.Option("--last", min=1, help="Records in the mean.")] = MEAN_OF,
 ) -> None:
     """Runs side by side, aligned by step: last values, means, and the first step whose values are
@@ -116,13 +145,19 @@ def compare_runs(
         right = read_curve(other)
         steps = [step for step in left.steps if step in right.steps]
         if not steps:
-            raise UserError(f"{other}: no step in common with {reference} (1..{left.last} against 1..{right.last})")
+            raise UserError(
+                f"{other}: no step in common with {reference} (1..{left.last} against 1..{right.last})"
+            )
         differences = compare(left, right, metric or (), mean_of)
-        title = f"{reference} (a) and {other} (b): {len(steps)} common steps, {steps[0]} to {steps[-1]}"
+        title = (
+            f"{reference} (a) and {other} (b): {len(steps)} common steps, {steps[0]} to {steps[-1]}"
+        )
         console.print(Text(printable(title), "bold"))
         console.print(comparison_table(differences, mean_of, tolerance))
         if only := sorted(right.series().keys() - left.series().keys()):
-            console.print(as_cell(f"only in b: {', '.join(name[:60] for name in only[:MOST_METRICS])}"))
+            console.print(
+                as_cell(f"only in b: {', '.join(name[:60] for name in only[:MOST_METRICS])}")
+            )
         failed |= tolerance is not None and any(item.exceeds(tolerance) for item in differences)
     if failed:
         console.print(Text(f"different: beyond tolerance {tolerance}", "bold red"))
@@ -146,12 +181,16 @@ def _headline(view: RunView) -> Text:
         parts.append(Text(f"last line {describe_age(view.age)} ago"))
     seconds = view.curve.seconds_per_step()
     if view.state == "running" and seconds is not None and view.total is not None:
-        parts.append(Text(f"about {describe_age(max(0, view.total - view.curve.last) * seconds)} left"))
+        parts.append(
+            Text(f"about {describe_age(max(0, view.total - view.curve.last) * seconds)} left")
+        )
     return Text.assemble(Text(printable(str(view.path)), "bold"), ": ", Text(", ").join(parts))
 
 
 def _line(view: RunView) -> Text:
-    newest = {name: series[-1][1] for name, series in view.curve.series().items() if is_portable(name)}
+    newest = {
+        name: series[-1][1] for name, series in view.curve.series().items() if is_portable(name)
+    }
     metrics = (f"{printable(name[:60])} {number(value)}" for name, value in newest.items())
     return Text.assemble(_headline(view), Text("  " + "  ".join(metrics)))
 
@@ -161,20 +200,42 @@ def _facts(view: RunView) -> list[tuple[str, str | Text]]:
     parents, versions = origin.get("parents"), origin.get("versions")
     facts: list[tuple[str, str | Text]] = [("stage", view.stage)]
     if isinstance(parents, list):
-        facts += [("parent", str(parent.get("path", "?"))) for parent in parents if isinstance(parent, Mapping)]
-    facts += [(name, str(origin[name])) for name in ("data_hash", "seed", "git_revision") if name in origin]
+        facts += [
+            ("parent", str(parent.get("path", "?")))
+            for parent in parents
+            if isinstance(parent, Mapping)
+        ]
+    facts += [
+        (name, str(origin[name]))
+        for name in ("data_hash", "seed", "git_revision")
+        if name in origin
+    ]
     if isinstance(versions, Mapping):
-        facts.append(("versions", "  ".join(f"{name} {version}" for name, version in versions.items())))
+        facts.append(
+            ("versions", "  ".join(f"{name} {version}" for name, version in versions.items()))
+        )
     if seconds is not None:
-        facts.append(("speed", f"{seconds:.3g} s/step, {3600 / seconds:.4g} steps/h (median of the last 100)"))
+        facts.append(
+            (
+                "speed",
+                f"{seconds:.3g} s/step, {3600 / seconds:.4g} steps/h (median of the last 100)",
+            )
+        )
     facts += [("checkpoint", _saved(saved)) for saved in reversed(view.checkpoints)]
     last = ", ".join(str(step) for step in view.skipped[-10:])
-    facts.append(("skipped", f"updates: {len(view.skipped)}, the last at step {last}" if last else "no update"))
+    facts.append(
+        (
+            "skipped",
+            f"updates: {len(view.skipped)}, the last at step {last}" if last else "no update",
+        )
+    )
     silent = {beat.rank for beat in view.silent}
     for beat in view.heartbeats:
         line = f"rank {beat.rank}: {describe_age(beat.age)} ago, step {beat.step}, pid {beat.pid} on {beat.host[:60]}"
         is_silent = beat.rank in silent
-        facts.append(("heartbeat", Text(printable(f"{line} - STALE"), "bold red") if is_silent else line))
+        facts.append(
+            ("heartbeat", Text(printable(f"{line} - STALE"), "bold red") if is_silent else line)
+        )
     if not view.heartbeats:
         facts.append(("heartbeat", "no heartbeats"))
     if view.curve.unreadable:
@@ -187,7 +248,11 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, objec
     """Dotted keys of a nested config."""
     rows: list[tuple[str, object]] = []
     for key, value in tree.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        rows += (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else [(f"{prefix}{key}", value)]
+        )
     return rows
 
 
@@ -210,7 +275,11 @@ def _state(view: RunView) -> Text:
 
 
 def _saved(saved: Saved) -> Text:
-    return Text(f"{saved.step} (sizes agree)") if saved.intact else Text(f"{saved.step} DAMAGED", "bold red")
+    return (
+        Text(f"{saved.step} (sizes agree)")
+        if saved.intact
+        else Text(f"{saved.step} DAMAGED", "bold red")
+    )
 
 
 def _console() -> Console:

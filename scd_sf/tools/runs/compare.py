@@ -45,20 +45,30 @@ class Difference:
         return self.count == 0 or self.excess > tolerance
 
 
-def compare(left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int = MEAN_OF) -> list[Difference]:
+def compare(
+    left: Curve, right: Curve, metrics: Sequence[str] = (), mean_of: int = MEAN_OF
+) -> list[Difference]:
     """Every portable metric of ``left`` (or those named), aligned by step with ``right``; ``left``
     is the reference."""
     ours, theirs = left.series(), right.series()
     chosen = metrics or [metric for metric in ours if is_portable(metric)]
-    return [_difference(metric, ours.get(metric, []), theirs.get(metric, []), mean_of) for metric in chosen]
+    return [
+        _difference(metric, ours.get(metric, []), theirs.get(metric, []), mean_of)
+        for metric in chosen
+    ]
 
 
 def _difference(metric: str, left: Series, right: Series, mean_of: int) -> Difference:
     others = dict(right)
     common = [(step, a, others[step]) for step, a in left if step in others]
-    apart = [(step, a, b) for step, a, b in common if a != b and not (math.isnan(a) and math.isnan(b))]
+    apart = [
+        (step, a, b) for step, a, b in common if a != b and not (math.isnan(a) and math.isnan(b))
+    ]
     gaps = [(math.inf if math.isnan(a - b) else abs(a - b), step) for step, a, b in apart]
-    excess = [gap if math.isnan(a) else gap / max(1.0, abs(a)) for (gap, _), (_, a, _) in zip(gaps, apart, strict=True)]
+    excess = [
+        gap if math.isnan(a) else gap / max(1.0, abs(a))
+        for (gap, _), (_, a, _) in zip(gaps, apart, strict=True)
+    ]
     last = (left[-1][1] if left else None, right[-1][1] if right else None)
     mean = (mean_of_last(left, mean_of), mean_of_last(right, mean_of))
     if not apart:
@@ -78,18 +88,38 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def comparison_table(differences: Sequence[Difference], mean_of: int, tolerance: float | None) -> Table:
+def comparison_table(
+    differences: Sequence[Difference], mean_of: int, tolerance: float | None
+) -> Table:
     """One line per metric, those beyond the tolerance in red; of very many those that differ come
     first."""
     mean = f"mean of {mean_of}"
-    table = Table("metric", "last", "", mean, "", "difference", "largest", "first differs", box=None, pad_edge=False)
-    shown = sorted(differences, key=lambda item: item.first is None) if len(differences) > MOST_METRICS else differences
+    table = Table(
+        "metric",
+        "last",
+        "",
+        mean,
+        "",
+        "difference",
+        "largest",
+        "first differs",
+        box=None,
+        pad_edge=False,
+    )
+    shown = (
+        sorted(differences, key=lambda item: item.first is None)
+        if len(differences) > MOST_METRICS
+        else differences
+    )
     for item in shown[:MOST_METRICS]:
         a, b = item.mean
         same = f"same bits, {item.count} steps" if item.count else "never in both"
         table.add_row(
             as_cell(item.metric[:60]),
-            *(number(value) for value in (*item.last, a, b, None if a is None or b is None else b - a)),
+            *(
+                number(value)
+                for value in (*item.last, a, b, None if a is None or b is None else b - a)
+            ),
             "-" if item.worst_at is None else f"{number(item.worst)} at {item.worst_at}",
             same if item.first is None else f"step {item.first}",
             style="bold red" if tolerance is not None and item.exceeds(tolerance) else "",

@@ -23,7 +23,9 @@ from scd_sf.types import UserError
 METRICS = "metrics.jsonl"
 TAIL_BYTES = 1 << 16
 # Words of a metric's name that say "this machine, this moment": never part of a reference curve.
-_MACHINE = re.compile(r"(^|[/_])(time|seconds?|memory|gib|speed|fps|per_second|mfu|tflops|hours?)($|[/_])")
+_MACHINE = re.compile(
+    r"(^|[/_])(time|seconds?|memory|gib|speed|fps|per_second|mfu|tflops|hours?)($|[/_])"
+)
 
 
 @dataclass
@@ -127,7 +129,9 @@ def export_curve(run: Path, out: Path) -> int:
     with own_file(out, fresh=True) as part, part.open("w", encoding="utf-8") as file:
         for step, values in curve.steps.items():
             kept = {
-                name: value if math.isfinite(value) else None for name, value in values.items() if is_portable(name)
+                name: value if math.isfinite(value) else None
+                for name, value in values.items()
+                if is_portable(name)
             }
             file.write(json.dumps({"step": step, **kept}) + "\n")
     return len(curve.steps)

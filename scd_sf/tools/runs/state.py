@@ -127,7 +127,9 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
     SILENT_SECONDS). UserError: no run directory.
     """
     if not is_run(path):
-        raise UserError(f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'")
+        raise UserError(
+            f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'"
+        )
     curve, config, status = read_tail(path / METRICS), _config(path), _status(path)
     saved = Checkpoints(path / "checkpoints")
     folders = {step: saved.path(step) for step in saved.steps()}
@@ -150,20 +152,30 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
         reason="",
     )
     # The last line alone is not enough: a run that is killed while it saves is not done.
-    if view.total is not None and any(saved.intact and saved.step >= view.total for saved in checkpoints):
+    if view.total is not None and any(
+        saved.intact and saved.step >= view.total for saved in checkpoints
+    ):
         return replace(view, state="finished")
     if status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
         return replace(view, state="stopped", reason=f"{status.state}: {status.reason}")
     interval = section(config, "run").get("heartbeat_seconds")
-    patience = stale_after or max(SILENT_SECONDS, 3 * interval if isinstance(interval, float | int) else 0.0)
-    silent = sorted((beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age)
+    patience = stale_after or max(
+        SILENT_SECONDS, 3 * interval if isinstance(interval, float | int) else 0.0
+    )
+    silent = sorted(
+        (beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age
+    )
     moments = [moment for moment in (last, began) if moment is not None]
-    stuck = stale_after or max(STUCK_SECONDS if heartbeats else SILENT_SECONDS, 10 * (curve.seconds_per_step() or 0.0))
+    stuck = stale_after or max(
+        STUCK_SECONDS if heartbeats else SILENT_SECONDS, 10 * (curve.seconds_per_step() or 0.0)
+    )
     reason = _trouble(heartbeats, silent, max(0.0, now - max(moments)) if moments else None, stuck)
     return replace(view, silent=silent, state="stale" if reason else "running", reason=reason)
 
 
-def _trouble(heartbeats: list[Heartbeat], silent: list[Heartbeat], standstill: float | None, stuck: float) -> str:
+def _trouble(
+    heartbeats: list[Heartbeat], silent: list[Heartbeat], standstill: float | None, stuck: float
+) -> str:
     """Why a run that is not over counts as stale; empty when it does not."""
     if silent and len(silent) < len(heartbeats):
         beat = silent[0]
@@ -226,7 +238,9 @@ def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
         except UserError:
             continue
         if RANK.fullmatch(number) and beat.time >= began - SILENT_SECONDS:
-            beats.append(Heartbeat(int(number), max(0.0, now - beat.time), beat.step, beat.host, beat.pid))
+            beats.append(
+                Heartbeat(int(number), max(0.0, now - beat.time), beat.step, beat.host, beat.pid)
+            )
     return beats
 
 

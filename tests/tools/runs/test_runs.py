@@ -26,14 +26,28 @@ def lines(*records: dict[str, object]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def a_run(root: Path, steps: int = 5, *, total: int = 10, loss: float = 1.0, saved: tuple[int, ...] = (2, 4)) -> Path:
+def a_run(
+    root: Path,
+    steps: int = 5,
+    *,
+    total: int = 10,
+    loss: float = 1.0,
+    saved: tuple[int, ...] = (2, 4),
+) -> Path:
     """``steps`` records, one a second, the last at NOW; checkpoints after ``saved``."""
     root.mkdir(parents=True)
-    (root / "config.yaml").write_text(f"init: runs/stage1\ntrain: {{steps: {total}, global_batch: 4}}\n")
-    rows = [{"step": s, "time": NOW - steps + s, "loss": loss / s, "lr": 0.1} for s in range(1, steps + 1)]
+    (root / "config.yaml").write_text(
+        f"init: runs/stage1\ntrain: {{steps: {total}, global_batch: 4}}\n"
+    )
+    rows = [
+        {"step": s, "time": NOW - steps + s, "loss": loss / s, "lr": 0.1}
+        for s in range(1, steps + 1)
+    ]
     (root / "metrics.jsonl").write_text(lines(*rows))
     for step in saved:
-        record = provenance(stage="stage2_flow_matching", step=step, seed=3, parents=[Path("runs/stage1")])
+        record = provenance(
+            stage="stage2_flow_matching", step=step, seed=3, parents=[Path("runs/stage1")]
+        )
         Checkpoints(root / "checkpoints").write(step, {"model": {"w": torch.ones(4)}}, "", record)
     return root
 
@@ -57,14 +71,27 @@ def scd(
 
 def test_a_curve_survives_what_files_hold(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    good = [{"step": 1, "time": 5.0, "loss": 1.0}, {"step": 2, "loss": None, "note": "text", "flag": True}]
-    junk = '{"step": "3", "loss": 1}\n[1]\n7\n{"loss": 1}\n{"step": 1.5}\n\xff\n\n' + "[" * 5000 + "\n"
-    again = [{"step": 4, "loss": 4.0}, {"step": 5, "loss": 5.0}, {"step": 4, "loss": 40.0, "grad_norm": 1}]
+    good = [
+        {"step": 1, "time": 5.0, "loss": 1.0},
+        {"step": 2, "loss": None, "note": "text", "flag": True},
+    ]
+    junk = (
+        '{"step": "3", "loss": 1}\n[1]\n7\n{"loss": 1}\n{"step": 1.5}\n\xff\n\n' + "[" * 5000 + "\n"
+    )
+    again = [
+        {"step": 4, "loss": 4.0},
+        {"step": 5, "loss": 5.0},
+        {"step": 4, "loss": 40.0, "grad_norm": 1},
+    ]
     file.write_bytes((lines(*good) + junk + lines(*again) + '{"step": 5, "lo').encode("latin-1"))
     curve = read_curve(tmp_path)
     assert list(curve.steps) == [1, 2, 4]  # step 5 was before the run went on from step 3
     assert curve.steps[4] == {"loss": 40.0, "grad_norm": 1.0}
-    assert math.isnan(curve.steps[2]["loss"]) and "note" not in curve.steps[2] and "flag" not in curve.steps[2]
+    assert (
+        math.isnan(curve.steps[2]["loss"])
+        and "note" not in curve.steps[2]
+        and "flag" not in curve.steps[2]
+    )
     assert (curve.unreadable, curve.last) == (7, 4)
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 3.0}')
     assert read_curve(file).last == 2, "a whole last record counts without its line end"
@@ -75,7 +102,10 @@ def test_a_curve_survives_what_files_hold(tmp_path: Path) -> None:
 
 def test_100k_lines_are_read_quickly_and_the_tail_at_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    rows = ({"step": s, "time": NOW + s, "loss": 1 / s, "grad_norm": s / 7, "lr": 1e-4} for s in range(1, 100_001))
+    rows = (
+        {"step": s, "time": NOW + s, "loss": 1 / s, "grad_norm": s / 7, "lr": 1e-4}
+        for s in range(1, 100_001)
+    )
     file.write_text(lines(*rows))
     started = time.process_time()
     assert len(read_curve(file).steps) == 100_000
@@ -120,10 +150,16 @@ def test_ranks_that_are_silent_stuck_or_of_an_earlier_job(
     beat(run, 1, 400, host="node8\x1b[2J")
     (run / "heartbeat" / "rank_00002.json").write_text('{"ti')
     view = read_run(run, NOW)
-    assert view.state == "stale" and view.reason.startswith("rank 1 on node8") and "7 min (step 5)" in view.reason
+    assert (
+        view.state == "stale"
+        and view.reason.startswith("rank 1 on node8")
+        and "7 min (step 5)" in view.reason
+    )
     (run / "status.json").write_text(json.dumps({"state": "running", "time": NOW - 200}))
     view = read_run(run, NOW)
-    assert view.state == "running" and [b.rank for b in view.heartbeats] == [0], "this job has one rank"
+    assert view.state == "running" and [b.rank for b in view.heartbeats] == [0], (
+        "this job has one rank"
+    )
     beat(run, 0, -590)
     assert read_run(run, NOW + 595).state == "running"
     assert read_run(run, NOW + 605).reason == "ranks live, but no step for 10 min"
@@ -136,14 +172,19 @@ def test_ranks_that_are_silent_stuck_or_of_an_earlier_job(
     beat(run, 1, 1, time.time() - 3600, host="node8\x1b[2J")
     code, out, _ = scd(["show", run], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out
-    assert "rank 1: 60 min ago, step 5, pid 41 on node8\ufffd[2J - STALE" in out and "rank 0: 1 s ago" in out
+    assert (
+        "rank 1: 60 min ago, step 5, pid 41 on node8\ufffd[2J - STALE" in out
+        and "rank 0: 1 s ago" in out
+    )
 
 
 def test_show_list_and_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = a_run(tmp_path / "a" / "run\x1b]0;x\x07")
-    (run / "skipped.jsonl").write_text(lines({"step": 3, "samples": [1]}, {"step": 3, "samples": [1]}) + '{"st')
+    (run / "skipped.jsonl").write_text(
+        lines({"step": 3, "samples": [1]}, {"step": 3, "samples": [1]}) + '{"st'
+    )
     with (run / "metrics.jsonl").open("a") as file:
         file.write(lines({"step": 6, "time": NOW + 1, "val/[red]\x1b[31m": 2.5}))
     a_run(tmp_path / "finished", 3, total=3, saved=(3,))
@@ -153,19 +194,34 @@ def test_show_list_and_watch(
     assert "3/3" in out and "finished" in out and "3 (sizes agree)" in out
     code, out, _ = scd(["show", run], monkeypatch, capsys)
     assert code == 0 and "\x1b" not in out
-    for part in ("runs/stage1", "1 s/step, 3600 steps/h", "4 (sizes agree)", "updates: 1, the last at step 3",
-                 "no heartbeats", "train.global_batch=4", "val/[red]\ufffd[31m", "2.5"):
+    for part in (
+        "runs/stage1",
+        "1 s/step, 3600 steps/h",
+        "4 (sizes agree)",
+        "updates: 1, the last at step 3",
+        "no heartbeats",
+        "train.global_batch=4",
+        "val/[red]\ufffd[31m",
+        "2.5",
+    ):
         assert part in out
     code, out, _ = scd(["watch", run, "--once"], monkeypatch, capsys)
     assert code == 0 and "loss" in out and "6/10" in out and "stale" in out and "\x1b" not in out
-    assert scd(["watch", tmp_path / "finished"], monkeypatch, capsys)[0] == 0, "a finished run is not followed"
+    assert scd(["watch", tmp_path / "finished"], monkeypatch, capsys)[0] == 0, (
+        "a finished run is not followed"
+    )
     code, _, err = scd(["ls", tmp_path / "nowhere"], monkeypatch, capsys)
     assert code == 2 and err.count("\n") == 1 and "no such folder" in err
 
 
-def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, same = a_run(tmp_path / "first"), a_run(tmp_path / "same", 4)
-    rows = [{"step": s, "loss": 1.0 / s + (1e-3 if s == 3 else 0), "lr": 0.1, "more": 1.0} for s in range(1, 8)]
+    rows = [
+        {"step": s, "loss": 1.0 / s + (1e-3 if s == 3 else 0), "lr": 0.1, "more": 1.0}
+        for s in range(1, 8)
+    ]
     other = tmp_path / "other.jsonl"
     other.write_text(lines(*rows))
 
@@ -188,7 +244,10 @@ def test_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert code == 2 and "no step in common" in err
     holes = tmp_path / "holes.jsonl"
     holes.write_text(lines({"step": 1, "loss": None}, {"step": 2, "loss": None}))
-    assert compare(holes, holes, "--tolerance", "0")[0] == 0 and compare(holes, other, "--tolerance", "9")[0] == 1
+    assert (
+        compare(holes, holes, "--tolerance", "0")[0] == 0
+        and compare(holes, other, "--tolerance", "9")[0] == 1
+    )
 
 
 def test_export_keeps_no_trace_of_the_machine(
@@ -213,22 +272,37 @@ def test_export_keeps_no_trace_of_the_machine(
 
 
 HOSTILE: dict[str, tuple[str, str]] = {
-    "a rank of another script": ("heartbeat/rank_\u00b2.json", '{"time": 1.7e9, "step": 1, "pid": 1, "host": "h"}'),
-    "a beat of wrong types": ("heartbeat/rank_00000.json", '{"time": "now", "step": [], "pid": null, "host": 5}'),
+    "a rank of another script": (
+        "heartbeat/rank_\u00b2.json",
+        '{"time": 1.7e9, "step": 1, "pid": 1, "host": "h"}',
+    ),
+    "a beat of wrong types": (
+        "heartbeat/rank_00000.json",
+        '{"time": "now", "step": [], "pid": null, "host": 5}',
+    ),
     "a beat that is a list": ("heartbeat/rank_00000.json", "[1]"),
     "deep status": ("status.json", "[" * 100_000),
     "status of wrong types": ("status.json", '{"state": ["failed"], "time": {}, "reason": 3}'),
     "a long number": ("status.json", f'{{"state": "failed", "time": {"9" * 5000}}}'),
-    "endless skips": ("skipped.jsonl", '{"step": 1e999}\n{"step": null}\n' + "[" * 100_000 + "\n\udc80\n{}"),
+    "endless skips": (
+        "skipped.jsonl",
+        '{"step": 1e999}\n{"step": null}\n' + "[" * 100_000 + "\n\udc80\n{}",
+    ),
     "config that is none": ("config.yaml", "train: {steps: [1]}\nrun: {heartbeat_seconds: {}}\n"),
     "a config bomb": ("config.yaml", "a: &a [1]\nb: [*a, *a]\n"),
     "huge values": (
         "metrics.jsonl",
         '{"step": 1, "time": 1e308, "loss": 1e308}\n{"step": 2, "time": 1.1e308, "loss": 1e308}\n',
     ),
-    "huge steps": ("metrics.jsonl", f'{{"step": {"9" * 400}, "time": 1.0}}\n{{"step": 3, "loss": 1}}\n'),
+    "huge steps": (
+        "metrics.jsonl",
+        f'{{"step": {"9" * 400}, "time": 1.0}}\n{{"step": 3, "loss": 1}}\n',
+    ),
     "a manifest of wrong types": ("checkpoints/step_00000004/manifest.json", '{"files": 3}'),
-    "provenance of wrong types": ("checkpoints/step_00000004/provenance.json", '{"parents": 3, "versions": []}'),
+    "provenance of wrong types": (
+        "checkpoints/step_00000004/provenance.json",
+        '{"parents": 3, "versions": []}',
+    ),
 }
 
 
@@ -255,8 +329,12 @@ def test_a_curve_is_followed_as_it_grows(
     def sleep(seconds: float) -> None:
         with (run / "metrics.jsonl").open("a") as file:
             file.write(lines({"step": 5, "time": NOW + 1, "loss": 0.125}) + '{"step": 6, "lo')
-        Checkpoints(run / "checkpoints").write(5, {"model": {"w": torch.ones(4)}}, "", provenance(
-            stage="stage2_flow_matching", step=5, seed=3, parents=[]))
+        Checkpoints(run / "checkpoints").write(
+            5,
+            {"model": {"w": torch.ones(4)}},
+            "",
+            provenance(stage="stage2_flow_matching", step=5, seed=3, parents=[]),
+        )
 
     monkeypatch.setattr(commands.time, "sleep", sleep)
     code, out, _ = scd(["watch", run], monkeypatch, capsys)
