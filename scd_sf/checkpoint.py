@@ -120,24 +120,24 @@ class Checkpoints:
                 raise SaveFailed(self.not_saved(step, problem))
         return self.path(step)
 
-    def prepare(self, step: int, need: int) -> None:
+    def prepare(self, step: int, num_bytes: int) -> None:
         """Clear what a killed run left, set a damaged copy of this step aside, check the space for
         ``need`` bytes, make ``step_N.tmp/state``. UserError when the step is already there or space
         is short."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob("step_*.tmp"):
-            if _UNFINISHED.match(stale.name) and stale.is_dir() and not stale.is_symlink():
-                shutil.rmtree(stale)
+        for leftover in self.root.glob("step_*.tmp"):
+            if _UNFINISHED.match(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
         final = self.path(step)
         if self.has(step):
             raise UserError(
                 f"{final}: step {step} is already saved and is never overwritten; resume from it instead"
             )
         if final.exists():
-            aside = final.with_name(final.name + ".damaged.tmp")
-            os.rename(final, aside)
-            shutil.rmtree(aside)
-        self.require_space(need, f"step {step}")
+            damaged = final.with_name(final.name + ".damaged.tmp")
+            os.rename(final, damaged)
+            shutil.rmtree(damaged)
+        self.require_space(num_bytes, f"step {step}")
         (final.with_suffix(".tmp") / STATE).mkdir(parents=True)
 
     def commit(
@@ -181,47 +181,47 @@ class Checkpoints:
             return path
         latest = self.root / LATEST
         if steps or latest.exists():
-            what = (
+            problem = (
                 f"none of its {len(steps)} steps is intact"
                 if steps
                 else "it has 'latest' but no step directory"
             )
             raise UserError(
-                f"{self.root}: {what}; restore a step from a copy, or start over in a new run directory"
+                f"{self.root}: {problem}; restore a step from a copy, or start over in a new run directory"
             )
         if required:
-            what = "resume was asked for but there is no checkpoint ('latest' is missing)"
+            problem = "resume was asked for but there is no checkpoint ('latest' is missing)"
             raise UserError(
-                f"{self.root}: {what}; check the run directory, or start without resume"
+                f"{self.root}: {problem}; check the run directory, or start without resume"
             )
         return None
 
-    def prune(self, keep: int, every: int = 0, spared: Collection[int] = ()) -> list[int]:
+    def prune(self, keep: int, every: int = 0, protected: Collection[int] = ()) -> list[int]:
         """Delete all but the newest ``keep`` intact steps, multiples of ``every`` (0: none) and
         ``spared`` ones (main rank only). Returns the steps removed."""
         if keep < 1:
             raise UserError(f"keep is {keep}; at least one checkpoint must be kept")
-        intact, removed = 0, []
+        intact, removed_steps = 0, []
         for step in reversed(self.steps()):
             path = self.path(step)
             if intact >= keep:
-                if step in spared or (every and step % every == 0):
+                if step in protected or (every and step % every == 0):
                     continue
-                doomed = path.with_name(path.name + ".tmp")
-                os.rename(path, doomed)
-                shutil.rmtree(doomed)
-                removed.append(step)
+                partial = path.with_name(path.name + ".tmp")
+                os.rename(path, partial)
+                shutil.rmtree(partial)
+                removed_steps.append(step)
             elif sizes_agree(path):
                 intact += 1
-        return removed
+        return removed_steps
 
-    def require_space(self, need: int, what: str) -> None:
+    def require_space(self, num_bytes: int, what: str) -> None:
         """Raises UserError unless the disk has room for ``need`` bytes and a fifth more."""
         folder = next(parent for parent in (self.root, *self.root.parents) if parent.exists())
         free = shutil.disk_usage(folder).free
-        if free < 1.2 * need:
+        if free < 1.2 * num_bytes:
             raise UserError(
-                f"{self.root}: {free / 1e9:.1f} GB free but {what} needs {1.2 * need / 1e9:.1f} GB; "
+                f"{self.root}: {free / 1e9:.1f} GB free but {what} needs {1.2 * num_bytes / 1e9:.1f} GB; "
                 "free some space or keep fewer checkpoints (train.keep)"
             )
 
@@ -233,17 +233,17 @@ class Checkpoints:
             )
             return
         try:
-            named = read_text(
+            name = read_text(
                 latest, "it is written anew with the next checkpoint", LATEST_BYTES
             ).strip()
         except UserError as error:
             _log.warning("%s; using the newest verified step %s", error, path.name)
             return
-        if named != path.name:
+        if name != path.name:
             _log.warning(
                 "%s: 'latest' says %s; using the newest verified step %s",
                 self.root,
-                named,
+                name,
                 path.name,
             )
 
@@ -262,14 +262,16 @@ def find(path: Path, weights: str = "") -> Path:
         newest = Checkpoints(root).newest(weights=weights)
         if newest is not None:
             return newest
-    lacks = "no checkpoint here" if path.exists() else "no such folder, so no checkpoint"
-    raise UserError(f"{path}: {lacks}; give a step_N directory, or a run directory that holds some")
+    problem = "no checkpoint here" if path.exists() else "no such folder, so no checkpoint"
+    raise UserError(
+        f"{path}: {problem}; give a step_N directory, or a run directory that holds some"
+    )
 
 
 # What this process has hashed: (path, inode, bytes, mtime in ns) -> sha256; and directories that
 # rank 0 has verified.
 _digests: dict[tuple[str, int, int, int], str] = {}
-_vouched: set[Path] = set()
+_trusted: set[Path] = set()
 
 
 def verify(path: Path, weights: str = "") -> None:
@@ -280,7 +282,9 @@ def verify(path: Path, weights: str = "") -> None:
     Raises UserError naming the first missing, truncated, changed or unlisted file.
     """
     entries = _read_manifest(path)
-    wanted = set(entries) if not weights else {CONFIG, PROVENANCE, weights_file(path, weights).name}
+    hashed_names = (
+        set(entries) if not weights else {CONFIG, PROVENANCE, weights_file(path, weights).name}
+    )
     for name, (size, digest) in entries.items():
         file = path / name
         if not file.exists():
@@ -296,7 +300,11 @@ def verify(path: Path, weights: str = "") -> None:
             raise UserError(
                 f"{file}: {actual} bytes, but the manifest says {size}: truncated or changed; {_AGAIN}"
             )
-        if name in wanted and path.resolve() not in _vouched and _hashed(file) != digest:
+        if (
+            name in hashed_names
+            and path.resolve() not in _trusted
+            and _digest_of_file(file) != digest
+        ):
             raise UserError(
                 f"{file}: its sha256 differs from the manifest: the file was changed; {_AGAIN}"
             )
@@ -311,10 +319,10 @@ def verify(path: Path, weights: str = "") -> None:
 def vouch(path: Path) -> None:
     """Another process of this job has verified ``path``: from now on this one compares sizes and
     hashes nothing."""
-    _vouched.add(path.resolve())
+    _trusted.add(path.resolve())
 
 
-def _hashed(file: Path) -> str:
+def _digest_of_file(file: Path) -> str:
     status = file.stat()
     key = (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
     if key not in _digests:
@@ -399,14 +407,17 @@ def _write_contents(
 
 def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CPU, contiguous, and no two names on one storage (safetensors refuses shared memory)."""
-    seen: set[int] = set()
+    storages: set[int] = set()
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = tensor.detach().to("cpu").contiguous()
         storage = value.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != value.numel() * value.element_size():
+        if (
+            storage.data_ptr() in storages
+            or storage.nbytes() != value.numel() * value.element_size()
+        ):
             value = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
+        storages.add(value.untyped_storage().data_ptr())
         out[name] = value
     return out
 
@@ -524,13 +535,13 @@ def provenance(
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide numbers; 'absent' for one that is not
     installed."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    numbers = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("scd-sf", "deepspeed", "diffusers", "transformers", "safetensors"):
         try:
-            found[name] = importlib.metadata.version(name)
+            numbers[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            numbers[name] = "absent"
+    return numbers
 
 
 def git_revision() -> str:

@@ -120,14 +120,14 @@ def init_distributed(timeout_minutes: float = _TIMEOUT_MINUTES) -> Ranks:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(_free_port()),
         )
-    missing = [
+    missing_names = [
         k
         for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if k not in environ
     ]
-    if missing:
+    if missing_names:
         raise UserError(
-            f"environment: {', '.join(missing)} missing although RANK or WORLD_SIZE is set; "
+            f"environment: {', '.join(missing_names)} missing although RANK or WORLD_SIZE is set; "
             "start with 'torchrun' or 'deepspeed', or unset them for one process"
         )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -201,9 +201,9 @@ def keep_freed_memory() -> None:
 
 def _set_threads(processes: int) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, processes))
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    setting = os.environ.get("OMP_NUM_THREADS", "")
     torch.set_num_threads(
-        min(threads, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else threads
+        min(threads, int(setting)) if setting.isdigit() and int(setting) > 0 else threads
     )
 
 

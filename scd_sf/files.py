@@ -96,14 +96,14 @@ def safe_path(root: Path, relative: str, where: str, *, links: bool = False) -> 
     pure = PurePosixPath(relative)
     remedy = "use a relative path inside it"
     try:
-        long = any(len(part.encode()) > NAME_BYTES for part in pure.parts)
+        is_unusable = any(len(part.encode()) > NAME_BYTES for part in pure.parts)
     except UnicodeEncodeError:
-        long = True
-    if long or "\0" in relative:
+        is_unusable = True
+    if is_unusable or "\0" in relative:
         raise UserError(f"{where} is {relative[:80]!r}, which is no file name; {remedy}")
     path = root / pure
-    outside = pure.is_absolute() or ".." in pure.parts or "\\" in relative
-    if outside or not (
+    leaves_root = pure.is_absolute() or ".." in pure.parts or "\\" in relative
+    if leaves_root or not (
         links or Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
     ):
         raise UserError(f"{where} is {relative!r}, which leaves {root}; {remedy}")
@@ -179,13 +179,13 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = (
+        name = (
             os.fsdecode(error.filename)
             if isinstance(error.filename, str | bytes | os.PathLike)
             else ""
         )
         if error.errno is None or (
-            named and not any(is_part(Path(part)) for part in Path(named).parts)
+            name and not any(is_part(Path(part)) for part in Path(name).parts)
         ):
             raise
         # PyAV's own kinds let no name be set
@@ -226,9 +226,9 @@ def own_file(path: Path, *, fresh: bool = False) -> Iterator[Path]:
     ``fresh``: nothing is overwritten. UserError where something is at ``path``, also when it came
     meanwhile.
     """
-    taken = UserError(f"{path}: exists already, nothing is overwritten; choose another name")
+    exists_error = UserError(f"{path}: exists already, nothing is overwritten; choose another name")
     if fresh and os.path.lexists(path):
-        raise taken
+        raise exists_error
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     work = part_of(path)  # a folder: what is written has its own name and ending
@@ -238,24 +238,24 @@ def own_file(path: Path, *, fresh: bool = False) -> Iterator[Path]:
             part = work / path.name
             yield part
             fsync(part)
-            _publish(part, path, taken if fresh else None)
+            _publish(part, path, exists_error if fresh else None)
             fsync(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _publish(part: Path, path: Path, taken: UserError | None) -> None:
+def _publish(part: Path, path: Path, exists_error: UserError | None) -> None:
     """``part`` becomes ``path``; with ``taken``, only where nothing is."""
-    if taken is None:
+    if exists_error is None:
         part.replace(path)
         return
     try:
         os.link(part, path)
     except FileExistsError as error:
-        raise taken from error
+        raise exists_error from error
     except OSError as error:  # a file system without links
         if os.path.lexists(path):
-            raise taken from error
+            raise exists_error from error
         part.replace(path)
 
 
@@ -267,9 +267,9 @@ def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path
     Raises UserError when ``path`` is there (an empty folder is taken). What a killed run left is
     removed first.
     """
-    taken = UserError(f"{path}: is already there and is never overwritten; {remedy}")
+    exists_error = UserError(f"{path}: is already there and is never overwritten; {remedy}")
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise taken
+        raise exists_error
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     part = part_of(path)
@@ -281,7 +281,7 @@ def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path
         try:
             part.rename(path)  # replaces an empty folder, and nothing else
         except OSError as error:
-            raise taken from error
+            raise exists_error from error
         fsync(path.parent)
     finally:
         if part.is_dir():
@@ -384,21 +384,21 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         raise UserError(
             f"{folder}: is there and is {kind}; nothing is overwritten: use another place for {what}"
         )
-    made = not folder.is_dir()
+    is_new = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = not os.path.lexists(folder / LOCK)
+    is_new_lock = not os.path.lexists(folder / LOCK)
     with take_lock(folder / LOCK, what):
         for part in ("", "*/", "*/*/"):
-            for below in folder.glob(part) if part else [folder]:
-                sweep(below)
+            for subfolder in folder.glob(part) if part else [folder]:
+                sweep(subfolder)
         try:
             yield
         except BaseException:
-            if fresh:
+            if is_new_lock:
                 # while it is held: take_lock knows a lock that is gone
                 (folder / LOCK).unlink(missing_ok=True)
                 with suppress(OSError):
-                    folder.rmdir() if made else None
+                    folder.rmdir() if is_new else None
             raise
 
 
@@ -573,16 +573,16 @@ def _finite(text: str) -> float:
 
 def _check_tree(value: object) -> None:
     """ValueError for a tree that is nested too deeply or has text that UTF-8 cannot hold."""
-    waiting: list[tuple[object, int]] = [(value, 1)]
-    while waiting:
-        item, depth = waiting.pop()
+    stack: list[tuple[object, int]] = [(value, 1)]
+    while stack:
+        item, depth = stack.pop()
         if isinstance(item, str):
             item.encode()
         elif isinstance(item, dict | list):
             if depth > JSON_DEPTH:
                 raise ValueError(f"nested more than {JSON_DEPTH} deep")
             inner = item if isinstance(item, list) else [*item, *item.values()]
-            waiting += [(each, depth + 1) for each in inner if isinstance(each, str | dict | list)]
+            stack += [(child, depth + 1) for child in inner if isinstance(child, str | dict | list)]
 
 
 # ---------------------------------------------------------------------------------------- ownership
@@ -597,7 +597,7 @@ def take_lock(path: Path, what: str) -> IO[str]:
     """The open lock ``path``; whoever closes it frees it. UserError: another process has it, or it
     is no lock."""
     while True:
-        file = _opened(path)
+        file = _open_lock(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -618,23 +618,23 @@ def take_lock(path: Path, what: str) -> IO[str]:
     return file
 
 
-def _opened(path: Path) -> IO[str]:
+def _open_lock(path: Path) -> IO[str]:
     """The lock's file, made if missing. UserError where something else has its name."""
-    strange = UserError(f"{path}: not a lock of ours; move it away, or use another folder")
+    not_ours = UserError(f"{path}: not a lock of ours; move it away, or use another folder")
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         handle = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise strange from error
+            raise not_ours from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise strange
+        raise not_ours
     file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
     if file.read(len(OWNER)) not in ("", OWNER):
         file.close()
-        raise strange
+        raise not_ours
     return file
 
 
@@ -650,11 +650,11 @@ def require_own_folder(
             )
         return
     names = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
-    wanted = list(marks)
-    if names and not any((folder / mark).exists() for mark in wanted):
-        other, mark = printable(min(names))[:80], " or ".join(wanted)
+    mark_names = list(marks)
+    if names and not any((folder / mark).exists() for mark in mark_names):
+        example, mark = printable(min(names))[:80], " or ".join(mark_names)
         raise UserError(
-            f"{folder}: holds other files ({other}) and no {mark} of ours; nothing of others is touched: {remedy}"
+            f"{folder}: holds other files ({example}) and no {mark} of ours; nothing of others is touched: {remedy}"
         )
 
 

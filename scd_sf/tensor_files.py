@@ -106,9 +106,9 @@ def read_metadata(file: Path, remedy: str = AGAIN) -> dict[str, str]:
     refuse_lfs_pointer(file)
     with (
         foreign(f"{file}: not a readable safetensors file", remedy),
-        safe_open(str(file), "pt") as stored,
+        safe_open(str(file), "pt") as tensors,
     ):
-        return dict(stored.metadata() or {})
+        return dict(tensors.metadata() or {})
 
 
 def read_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
@@ -200,16 +200,16 @@ def _read(load: Callable[[], Tensor], name: str, file: Path) -> Tensor:
 def _open_pickle(file: Path, remedy: str) -> dict[str, Lazy]:
     """Tensors only (``weights_only``), in tables or tables of tables."""
     with foreign(f"{file}: unreadable", remedy):
-        zipped = zipfile.is_zipfile(file)
-        if zipped:
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip:
             with zipfile.ZipFile(file) as archive:
-                claimed = sum(item.file_size for item in archive.infolist())
-            if claimed > file.stat().st_size:
+                num_bytes = sum(item.file_size for item in archive.infolist())
+            if num_bytes > file.stat().st_size:
                 raise UserError(
-                    f"{file}: its parts claim {claimed:,} bytes, more than the file has; {remedy}"
+                    f"{file}: its parts claim {num_bytes:,} bytes, more than the file has; {remedy}"
                 )
         try:
-            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
         except UnpicklingError as error:
             raise UserError(
                 f"{file}: holds more than tensors, which is refused, or is damaged; convert it to safetensors"
@@ -247,7 +247,7 @@ def _flatten(
         elif name in into:
             raise UserError(f"{file}: holds '{name}' twice; use a file of the weights alone")
         elif isinstance(value, Tensor):
-            into[name] = _pickled(value, name, file)
+            into[name] = _lazy_of(value, name, file)
         elif holds_tensors:
             into[name] = Lazy(
                 torch.empty(0, device="meta"),
@@ -261,7 +261,7 @@ def _odd(name: str, file: Path) -> Tensor:
     raise UserError(f"{file}: entry '{name}' is not a tensor; use a file of the weights alone")
 
 
-def _pickled(tensor: Tensor, name: str, file: Path) -> Lazy:
+def _lazy_of(tensor: Tensor, name: str, file: Path) -> Lazy:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_meta or tensor.dtype not in DTYPES.values():
         kind = "meta" if tensor.is_meta else tensor.dtype if plain else type(tensor).__name__
@@ -291,16 +291,16 @@ def _open_shards(index: Path) -> dict[str, Lazy]:
     shards = {
         name: open_tensors(safe_path(index.parent, name, where, links=True)) for name in names
     }
-    unlike = f"the index and its shards do not belong together: {AGAIN}"
+    message = f"the index and its shards do not belong together: {AGAIN}"
     for file, tensors in shards.items():
         for name in tensors:
             if name not in places:
                 raise UserError(
-                    f"{index.parent / file}: has tensor '{name}', which {index.name} does not name; {unlike}"
+                    f"{index.parent / file}: has tensor '{name}', which {index.name} does not name; {message}"
                 )
     for name, file in places.items():
         if name not in shards[file]:
             raise UserError(
-                f"{index}: places tensor '{name[:80]}' in {file}, which does not have it; {unlike}"
+                f"{index}: places tensor '{name[:80]}' in {file}, which does not have it; {message}"
             )
     return {name: shards[file][name] for name, file in places.items()}

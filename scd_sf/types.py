@@ -88,7 +88,7 @@ def as_cell(text: object) -> Text:
     return Text(printable(str(text)))
 
 
-class _Cleaned(logging.Formatter):
+class _PrintableFormatter(logging.Formatter):
     """Log lines of every module, fit for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -114,7 +114,7 @@ def exit_on_user_error(main: Callable[[], None]) -> NoReturn:
     that cannot be written or read (full, read-only), or where memory does not suffice; one line and
     130 for Ctrl-C. Others keep their traceback."""
     if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_Cleaned())
+        logging.lastResort.setFormatter(_PrintableFormatter())
     try:
         main()
     except UserError as error:
@@ -180,14 +180,16 @@ def device_of(name: str | torch.device) -> torch.device:
     GPU here."""
     import torch
 
-    found = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available()
     try:
-        device = torch.device(name or ("cuda" if found else "cpu"))
+        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
     except RuntimeError as error:
         raise UserError(f"device is '{name}', which is unknown; use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device is '{name}', which nothing here was written for; use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if found else 0):
+    if device.type == "cuda" and (device.index or 0) >= (
+        torch.cuda.device_count() if has_cuda else 0
+    ):
         raise UserError(f"device is '{name}', but no such CUDA device is visible; use cpu")
     return device
 
@@ -301,9 +303,9 @@ class Conditioning:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         parts = (self.text_BLE, self.actions_BF, self.labels_B, self.decoder_actions_BF)
-        text, *others = (None if part is None else change(part) for part in parts)
+        text, *signals = (None if part is None else change(part) for part in parts)
         assert text is not None
-        return Conditioning(text, *others)
+        return Conditioning(text, *signals)
 
     def to(self, device: torch.device | str) -> Conditioning:
         return self._each(lambda part: on_device(part, device))
@@ -316,9 +318,9 @@ class Conditioning:
         """(B, ...) -> (times*B, ...), whole batch after whole batch."""
         return self._each(lambda part: part.repeat(times, *(1 for _ in part.shape[1:])))
 
-    def rows(self, chosen: slice) -> Conditioning:
+    def rows(self, indices: slice) -> Conditioning:
         """Those of some of the batch."""
-        return self._each(lambda part: part[chosen])
+        return self._each(lambda part: part[indices])
 
     def cat(self, other: Conditioning) -> Conditioning:
         """One batch after the other; both have the same kinds of conditions."""
@@ -328,15 +330,15 @@ class Conditioning:
             (getattr(self, name), getattr(other, name))
             for name in ("text_BLE", "actions_BF", "labels_B", "decoder_actions_BF")
         ]
-        if any((mine is None) != (theirs is None) for mine, theirs in pairs):
+        if any((first is None) != (second is None) for first, second in pairs):
             raise UserError(
                 "conditions of different kinds cannot be joined: give both batches the same"
             )
-        text, *others = (
-            None if mine is None else torch.cat([mine, theirs]) for mine, theirs in pairs
+        text, *signals = (
+            None if first is None else torch.cat([first, second]) for first, second in pairs
         )
         assert text is not None
-        return Conditioning(text, *others)
+        return Conditioning(text, *signals)
 
 
 class Tokenizer(Protocol):

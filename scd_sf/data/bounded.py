@@ -29,8 +29,8 @@ class BoundedFolder:
         if len(data) > self.limit:
             return
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._alone() as record:
-            total = self._recorded(record) + len(data)
+        with self._size_lock() as record:
+            total = self._recorded_size(record) + len(data)
             if total > self.limit:
                 total = self._make_room(max(0, round(KEPT * self.limit) - len(data))) + len(data)
             record.seek(0)
@@ -43,14 +43,14 @@ class BoundedFolder:
                 part.write_bytes(data)
 
     @contextmanager
-    def _alone(self) -> Iterator[IO[str]]:
+    def _size_lock(self) -> Iterator[IO[str]]:
         """No other process writes meanwhile, where the file system has locks."""
         with (self.root / ".size").open("a+", encoding="utf-8", errors="replace") as record:
             with suppress(OSError):
                 fcntl.flock(record, fcntl.LOCK_EX)
             yield record
 
-    def _recorded(self, record: IO[str]) -> int:
+    def _recorded_size(self, record: IO[str]) -> int:
         record.seek(0)
         text = record.read(20).strip()
         return int(text) if text.isascii() and text.isdigit() else self._make_room(self.limit)
@@ -59,13 +59,13 @@ class BoundedFolder:
         """Remove the oldest files until at most ``size`` bytes are left; how many are."""
         for folder in self.root.iterdir():
             sweep(folder)
-        found = []
+        entries = []
         for file in files_below(self.root):
             if file.match(self.pattern):
                 with suppress(FileNotFoundError):
-                    found.append((file.stat().st_mtime_ns, file.stat().st_size, file))
-        total = sum(length for _, length, _ in found)
-        for _, length, file in sorted(found):
+                    entries.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        total = sum(length for _, length, _ in entries)
+        for _, length, file in sorted(entries):
             if total <= size:
                 break
             file.unlink(missing_ok=True)

@@ -208,17 +208,17 @@ class ClipFile:
     def read(self, name: str, out: Tensor) -> None:
         """Tensor ``name`` into ``out`` (contiguous, of its shape): without a copy where the dtype
         is the stored one."""
-        stored = self.header.tensors[name]
-        if tuple(out.shape) != stored.shape:
+        location = self.header.tensors[name]
+        if tuple(out.shape) != location.shape:
             raise UserError(
-                f"{self.path}: {name} {stored.shape} instead of {tuple(out.shape)}; {REPAIR}"
+                f"{self.path}: {name} {location.shape} instead of {tuple(out.shape)}; {REPAIR}"
             )
-        if out.dtype != stored.dtype:
-            same = torch.empty(stored.shape, dtype=stored.dtype)
-            self.read(name, same)
-            out.copy_(same)
+        if out.dtype != location.dtype:
+            copy = torch.empty(location.shape, dtype=location.dtype)
+            self.read(name, copy)
+            out.copy_(copy)
             return
-        view, position = bytes_of(out), stored.start
+        view, position = bytes_of(out), location.start
         while view:
             count = os.preadv(self._descriptor, [view], position)
             if count <= 0:
@@ -227,8 +227,8 @@ class ClipFile:
 
     def tensor(self, name: str) -> Tensor:
         """Tensor ``name`` as stored."""
-        stored = self.header.tensors[name]
-        out = torch.empty(stored.shape, dtype=stored.dtype)
+        location = self.header.tensors[name]
+        out = torch.empty(location.shape, dtype=location.dtype)
         self.read(name, out)
         return out
 
@@ -241,27 +241,29 @@ class ClipFile:
 
     def _read_header(self) -> Header:
         size = os.fstat(self._descriptor).st_size
-        head = os.pread(self._descriptor, _FIRST_READ, 0)
-        length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else size
+        start = os.pread(self._descriptor, _FIRST_READ, 0)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
         if not 0 < length <= min(_LARGEST_HEADER, size - 8):
             raise UserError(f"{self.path}: {size} bytes, cut or not safetensors; {REPAIR}")
-        if length > len(head) - 8:
-            head = os.pread(self._descriptor, length + 8, 0)
+        if length > len(start) - 8:
+            start = os.pread(self._descriptor, length + 8, 0)
         where = f"{self.path}: its header is not a clip's"
         with foreign(where, REPAIR):
-            table: Any = parse_json(head[8 : 8 + length], where, REPAIR)
+            table: Any = parse_json(start[8 : 8 + length], where, REPAIR)
             row = parse_json(table.pop("__metadata__")["clip"], where, REPAIR)
-            tensors = {name: _stored(entry, 8 + length) for name, entry in table.items()}
-        ends = [8 + length, *sorted(t.stop for t in tensors.values())]
+            tensors = {name: _location(entry, 8 + length) for name, entry in table.items()}
+        boundaries = [8 + length, *sorted(t.stop for t in tensors.values())]
         if (
             set(tensors) != {"latents", "text"}
-            or sorted(t.start for t in tensors.values()) != ends[:-1]
+            or sorted(t.start for t in tensors.values()) != boundaries[:-1]
         ):
             raise UserError(
                 f"{self.path}: holds {', '.join(sorted(tensors))}, not latents and text; {REPAIR}"
             )
-        if ends[-1] != size:
-            raise UserError(f"{self.path}: {size} bytes instead of {ends[-1]} (cut?); {REPAIR}")
+        if boundaries[-1] != size:
+            raise UserError(
+                f"{self.path}: {size} bytes instead of {boundaries[-1]} (cut?); {REPAIR}"
+            )
         if not isinstance(row, dict):
             raise UserError(f"{self.path}: its 'clip' entry is not an object; {REPAIR}")
         return Header(tensors, About.from_json(row, str(self.path)), size)
@@ -273,7 +275,7 @@ def read_header(path: Path) -> Header:
         return file.header
 
 
-def _stored(entry: Any, base: int) -> Stored:
+def _location(entry: Any, base: int) -> Stored:
     dtype, shape = FLOATS[str(entry["dtype"])], entry["shape"]
     first, last = entry["data_offsets"]
     if not isinstance(shape, list) or any(

@@ -75,11 +75,11 @@ def open_job(root: Path, common: Common) -> None:
     if path.is_file():
         old = asdict(read_folder_job(root))
         new = asdict(common)
-        changed = [n for n in new["settings"] if old["settings"].get(n) != new["settings"][n]]
-        changed += [n for n in new if n != "settings" and old[n] != new[n]]
-        if changed or set(old["settings"]) != set(new["settings"]):
+        differences = [n for n in new["settings"] if old["settings"].get(n) != new["settings"][n]]
+        differences += [n for n in new if n != "settings" and old[n] != new[n]]
+        if differences or set(old["settings"]) != set(new["settings"]):
             raise UserError(
-                f"{path}: made with other settings ({', '.join(changed) or 'more'}); use another folder"
+                f"{path}: made with other settings ({', '.join(differences) or 'more'}); use another folder"
             )
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -95,9 +95,9 @@ def read_folder_job(root: Path) -> Common:
     path, row = root / JOB, CLIP_JOB.read(root, JOB)
     common = typed(row, Common, path, "make the folder again")
     if common.dtype not in LONG_DTYPES or min(common.width, common.max_length) < 1:
-        known = ", ".join(LONG_DTYPES)
+        dtypes = ", ".join(LONG_DTYPES)
         raise UserError(
-            f"{path}: needs width, max_length and a dtype of {known}; make the folder again"
+            f"{path}: needs width, max_length and a dtype of {dtypes}; make the folder again"
         )
     return common
 
@@ -119,11 +119,11 @@ def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") 
 def _misfit(header: Header, common: Common, clip: str) -> str:
     """How a file that is whole differs from what its folder holds; "" for not at all."""
     latents, text = header.tensors["latents"], header.tensors["text"]
-    wanted, dtype = common.shape.latent(1)[1:], common.torch_dtype
+    shape, dtype = common.shape.latent(1)[1:], common.torch_dtype
     if header.about.id != clip:
         return f"says it is clip {header.about.id}"
-    if latents.shape != wanted or latents.dtype != dtype:
-        return f"latents {latents.shape} {latents.dtype} instead of {wanted} {dtype}"
+    if latents.shape != shape or latents.dtype != dtype:
+        return f"latents {latents.shape} {latents.dtype} instead of {shape} {dtype}"
     fits = (
         len(text.shape) == 2
         and 0 < text.shape[0] <= common.max_length
@@ -177,17 +177,17 @@ class ClipFiles:
         self.root, self.common = root, read_folder_job(root)
         path = root / ROWS
         self.rows = read_index(path, ClipRow, latents.get("clips_sha256"), INDEX_AGAIN)
-        needed = math.prod(self.common.shape.latent(1)) * self.common.torch_dtype.itemsize
+        min_bytes = math.prod(self.common.shape.latent(1)) * self.common.torch_dtype.itemsize
         for number, clip in enumerate(self.rows, 1):  # before a batch of this shape is allocated
-            if needed > clip.bytes or not 0 < clip.tokens <= self.common.max_length:
+            if min_bytes > clip.bytes or not 0 < clip.tokens <= self.common.max_length:
                 raise UserError(
                     f"{path}:{number}: its file is too small for the folder's shape; {INDEX_AGAIN}"
                 )
-        there = {file.stem for file in clip_paths(root)}
-        if missing := [row.id for row in self.rows if row.id not in there]:
-            first = clip_path(root, missing[0])
+        existing_ids = {file.stem for file in clip_paths(root)}
+        if missing_ids := [row.id for row in self.rows if row.id not in existing_ids]:
+            first = clip_path(root, missing_ids[0])
             raise UserError(
-                f"{first}: listed in {path} but missing (so are {len(missing) - 1} others); {INDEX_AGAIN}"
+                f"{first}: listed in {path} but missing (so are {len(missing_ids) - 1} others); {INDEX_AGAIN}"
             )
 
     def __len__(self) -> int:

@@ -80,12 +80,12 @@ def saturation(videos: Tensor) -> Tensor:
 
 def statistics(videos: Tensor) -> Logs:
     """The means over videos; flicker only from 3 frames on."""
-    found = {"quick/saturation": float(saturation(videos).mean())}
+    means = {"quick/saturation": float(saturation(videos).mean())}
     if videos.shape[1] >= 2:
-        found["quick/motion"] = float(motion(videos).mean())
+        means["quick/motion"] = float(motion(videos).mean())
     if videos.shape[1] >= 3:
-        found["quick/flicker"] = float(flicker(videos).mean())
-    return found
+        means["quick/flicker"] = float(flicker(videos).mean())
+    return means
 
 
 class ClipScorer:
@@ -130,16 +130,18 @@ class ClipScorer:
         if len(prompts) != len(videos):
             raise UserError(f"clip: {len(videos)} videos but {len(prompts)} prompts; give one each")
         count = min(frames, videos.shape[1])
-        chosen = torch.linspace(0, videos.shape[1] - 1, count).round().long()
+        indices = torch.linspace(0, videos.shape[1] - 1, count).round().long()
         text = F.normalize(
             self.model.encode_text(on_device(self.tokenizer(list(prompts)), self.device)).double(),
             dim=-1,
         )
-        found = []
-        for video, words in zip(videos, text, strict=True):
-            seen = F.normalize(self.model.encode_image(self.pixels(video[chosen])).double(), dim=-1)
-            found.append((seen @ words).mean())
-        return torch.stack(found).cpu()
+        similarities = []
+        for video, prompt in zip(videos, text, strict=True):
+            image = F.normalize(
+                self.model.encode_image(self.pixels(video[indices])).double(), dim=-1
+            )
+            similarities.append((image @ prompt).mean())
+        return torch.stack(similarities).cpu()
 
     def pixels(self, frames: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> what the network takes: the short side resized (bicubic), the

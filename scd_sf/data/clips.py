@@ -213,15 +213,15 @@ class ClipSet:
         )
         self.captioned = bool(manifest.get("captioned"))
         index = self.root / INDEX
-        everything = read_index(index, Clip, manifest.get("clips_sha256"), AGAIN)
+        all_clips = read_index(index, Clip, manifest.get("clips_sha256"), AGAIN)
         self.hash = str(manifest.get("clips_sha256"))
-        splits = sorted({clip.split for clip in everything})
+        splits = sorted({clip.split for clip in all_clips})
         if split is not None and split not in splits:
             raise UserError(f"{index}: no split '{split}'; it holds {', '.join(splits)}")
-        self.clips = [clip for clip in everything if split in (None, clip.split)]
+        self.clips = [clip for clip in all_clips if split in (None, clip.split)]
         self.paths = [_inside(self.root, clip, f"{index}: {clip.id}") for clip in self.clips]
-        self.places = sorted({clip.place for clip in everything})
-        self.motions = sorted({clip.motion for clip in everything})
+        self.places = sorted({clip.place for clip in all_clips})
+        self.motions = sorted({clip.motion for clip in all_clips})
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -89,12 +89,12 @@ class FrameBatch:
         return FrameBatch(on_device(self.latents_BFCHW, device), self.cond.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {
+        tensors = {
             "latents": self.latents_BFCHW,
             "actions": self.cond.actions_BF,
             "labels": self.cond.labels_B,
         }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 class FrameClips:
@@ -113,9 +113,9 @@ class FrameClips:
         for number, clip in enumerate(self.clips, 1):
             if not self.info.has_label(clip.label):
                 raise UserError(f"{where}:{number}: 'label' is out of range; {AGAIN}")
-        ends = [clip.first + clip.frames for clip in self.clips]
+        stops = [clip.first + clip.frames for clip in self.clips]
         starts = [clip.first for clip in self.clips]
-        if starts != [0, *ends[:-1]] or ends[-1] != len(self.reader):
+        if starts != [0, *stops[:-1]] or stops[-1] != len(self.reader):
             raise UserError(f"{where}: its clips are not the rows of the shards; {AGAIN}")
 
     def __len__(self) -> int:
@@ -123,13 +123,13 @@ class FrameClips:
 
     def at_least(self, frames: int) -> list[int]:
         """Indices of the clips with so many frames. UserError: there is none."""
-        found = [index for index, clip in enumerate(self.clips) if clip.frames >= frames]
-        if not found:
+        indices = [index for index, clip in enumerate(self.clips) if clip.frames >= frames]
+        if not indices:
             longest = max(clip.frames for clip in self.clips)
             raise UserError(
                 f"{self.root}: no clip has {frames} frames (the longest has {longest}); use shorter windows"
             )
-        return found
+        return indices
 
     def batch(self, indices: Sequence[int], starts: Sequence[int], frames: int) -> FrameBatch:
         """Windows of ``frames`` frames, each from its start on."""
@@ -147,11 +147,11 @@ class FrameClips:
         labels = (
             torch.tensor([self.clips[index].label for index in indices]) if info.labels else None
         )
-        wanted = (frames, info.channels, info.height, info.width)
-        for index, found in zip(indices, latents, strict=True):
-            if tuple(found.shape) != wanted:
+        shape = (frames, info.channels, info.height, info.width)
+        for index, window in zip(indices, latents, strict=True):
+            if tuple(window.shape) != shape:
                 raise UserError(
-                    f"{self.root}: {self.clips[index].id} has {tuple(found.shape)}, not {wanted}; {AGAIN}"
+                    f"{self.root}: {self.clips[index].id} has {tuple(window.shape)}, not {shape}; {AGAIN}"
                 )
         cond = Conditioning.of_frames(
             len(indices), torch.stack(actions) if actions else None, labels
@@ -160,11 +160,11 @@ class FrameClips:
 
     def _actions(self, shard: int, row: int, frames: int, clip: FrameClip) -> Tensor:
         actions_F = self.reader.rows(shard, "actions", row, row + frames).long()
-        known = range(self.info.num_actions)
+        valid_actions = range(self.info.num_actions)
         if (
             actions_F.shape != (frames,)
-            or int(actions_F.min()) not in known
-            or int(actions_F.max()) not in known
+            or int(actions_F.min()) not in valid_actions
+            or int(actions_F.max()) not in valid_actions
         ):
             raise UserError(
                 f"{self.reader.paths[shard]}: {clip.id} has other actions than the manifest says; {AGAIN}"
@@ -189,9 +189,9 @@ class FrameWriter:
             root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}}
         )
         self.rows = [
-            typed(row, FrameClip, self._progress, AGAIN, exact=True) for row in self._begun()
+            typed(row, FrameClip, self._progress, AGAIN, exact=True) for row in self._rows_on_disk()
         ]
-        self._waiting: list[tuple[FrameClip, Tensor, Tensor | None]] = []
+        self._queue: list[tuple[FrameClip, Tensor, Tensor | None]] = []
 
     @property
     def _progress(self) -> Path:
@@ -220,8 +220,8 @@ class FrameWriter:
             raise UserError(
                 f"{id}: latents {tuple(latents_FCHW.shape)} do not fit {info}; check the tokenizer"
             )
-        stored = latents_FCHW.detach().to("cpu", torch.float16)
-        if not bool(stored.isfinite().all()):
+        half = latents_FCHW.detach().to("cpu", torch.float16)
+        if not bool(half.isfinite().all()):
             raise UserError(f"{id}: latents are not finite in 16 bits; check the tokenizer")
         if (actions_F is None) != (info.num_actions == 0) or (label is None) != (not info.labels):
             raise UserError(
@@ -241,9 +241,9 @@ class FrameWriter:
             raise UserError(
                 f"{id}: label {label} is outside 0..{len(info.labels) - 1}; check the source"
             )
-        first = sum(len(latents) for _, latents, _ in self._waiting) + self.writer.count(KIND)
-        self._waiting.append((FrameClip(id, first, frames, label), stored, actions_F))
-        if sum(len(latents) for _, latents, _ in self._waiting) >= self.frames_per_shard:
+        first = sum(len(latents) for _, latents, _ in self._queue) + self.writer.count(KIND)
+        self._queue.append((FrameClip(id, first, frames, label), half, actions_F))
+        if sum(len(latents) for _, latents, _ in self._queue) >= self.frames_per_shard:
             self._flush()
 
     def finish(self) -> None:
@@ -251,7 +251,7 @@ class FrameWriter:
         all."""
         if self.finished:
             return
-        if self._waiting:
+        if self._queue:
             self._flush()
         if not self.rows:
             raise UserError(f"{self.writer.root}: no clip was encoded; see the report for why")
@@ -262,7 +262,7 @@ class FrameWriter:
         self._progress.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        clips, latents, actions = zip(*self._waiting, strict=True)
+        clips, latents, actions = zip(*self._queue, strict=True)
         tensors = {"latents": torch.cat(latents)}
         if self.info.num_actions:
             tensors["actions"] = torch.cat(actions)
@@ -270,17 +270,17 @@ class FrameWriter:
         # first: rows beyond the shards are forgotten
         write_jsonl(self._progress, [asdict(row) for row in rows])
         self.writer.write(KIND, len(tensors["latents"]), tensors)
-        self.rows, self._waiting = rows, []
+        self.rows, self._queue = rows, []
 
-    def _begun(self) -> list[Json]:
+    def _rows_on_disk(self) -> list[Json]:
         if self.writer.finished:
             self._progress.unlink(missing_ok=True)  # of a run that was killed after its manifest
             return read_jsonl(self.writer.root / INDEX, AGAIN)
         if not self._progress.is_file():
             return []
-        rows, stored = read_jsonl(self._progress, AGAIN), self.writer.count(KIND)
+        rows, num_rows = read_jsonl(self._progress, AGAIN), self.writer.count(KIND)
         return [
             row
             for row in rows
-            if typed(row.get("first"), int, f"{self._progress}: 'first'", AGAIN) < stored
+            if typed(row.get("first"), int, f"{self._progress}: 'first'", AGAIN) < num_rows
         ]

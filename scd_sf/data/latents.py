@@ -104,12 +104,12 @@ class LatentClips:
     def batch(self, indices: Sequence[int], *, held_out: bool = False) -> LatentBatch:
         """Latents with their training prompts (or, for evaluation, with the held-out
         paraphrases)."""
-        chosen = [
+        prompts = [
             self.rows[index].held_out_prompt if held_out else self.rows[index].prompt
             for index in indices
         ]
-        numbers = [number for number in chosen if number is not None]
-        if len(numbers) != len(chosen):
+        numbers = [number for number in prompts if number is not None]
+        if len(numbers) != len(prompts):
             raise UserError(
                 f"{self.root / 'clips.jsonl'}: clips without held_out_prompt; encode held-out captions"
             )
@@ -169,7 +169,7 @@ class _Shards:
                     raise UserError(
                         f"{where}:{number}: prompt index outside 0..{prompts - 1}; {AGAIN}"
                     )
-        self._checked: set[int] = set()
+        self._checked_shards: set[int] = set()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,13 +177,13 @@ class _Shards:
 
     def read(self, index: int, out_FCHW: Tensor) -> None:
         shard, row = self.reader.locate(index)
-        if shard not in self._checked:
-            wanted = self.shape.latent(self.reader.shards[shard].count)
-            if (found := self.reader.shape(shard, "latents")) != wanted:
+        if shard not in self._checked_shards:
+            shape = self.shape.latent(self.reader.shards[shard].count)
+            if (file_shape := self.reader.shape(shard, "latents")) != shape:
                 raise UserError(
-                    f"{self.reader.paths[shard]}: latents {found} instead of {wanted}; {AGAIN}"
+                    f"{self.reader.paths[shard]}: latents {file_shape} instead of {shape}; {AGAIN}"
                 )
-            self._checked.add(shard)
+            self._checked_shards.add(shard)
         out_FCHW.copy_(self.reader.rows(shard, "latents", row, row + 1)[0])
 
 
@@ -213,7 +213,7 @@ class LatentWriter:
         per_shard: int = 256,
     ) -> None:
         self.writer, self.shape, self.dtype, self.per_shard = writer, shape, dtype, per_shard
-        self._waiting: list[Tensor] = []
+        self._queue: list[Tensor] = []
 
     @property
     def done(self) -> int:
@@ -223,22 +223,22 @@ class LatentWriter:
     def append(self, latents_BFCHW: Tensor) -> None:
         """Normalised latents of the next clips. Raises UserError for another shape or non-finite
         values."""
-        first = self.done + len(self._waiting)
-        if tuple(latents_BFCHW.shape) != (wanted := self.shape.latent(len(latents_BFCHW))):
+        first = self.done + len(self._queue)
+        if tuple(latents_BFCHW.shape) != (shape := self.shape.latent(len(latents_BFCHW))):
             raise UserError(
-                f"clip {first}: latents {tuple(latents_BFCHW.shape)} instead of {wanted}; check the VAE"
+                f"clip {first}: latents {tuple(latents_BFCHW.shape)} instead of {shape}; check the VAE"
             )
-        self._waiting += list(
+        self._queue += list(
             finite(latents_BFCHW.detach().to("cpu", self.dtype), f"latents of clip {first} and on")
         )
-        while len(self._waiting) >= self.per_shard:
+        while len(self._queue) >= self.per_shard:
             self._flush(self.per_shard)
 
     def finish(self, clips: Sequence[LatentClip], text: Json) -> None:
         """Write the rest, ``clips.jsonl`` and the manifest (last). ``text``: from
         :func:`encode_prompts`."""
-        if self._waiting:
-            self._flush(len(self._waiting))
+        if self._queue:
+            self._flush(len(self._queue))
         if self.done != len(clips):
             raise UserError(
                 f"{self.writer.root}: {self.done} latents for {len(clips)} clips; {AGAIN}"
@@ -252,8 +252,8 @@ class LatentWriter:
         self.writer.finish(LATENTS.sealed({"text": text, "latents": section}))
 
     def _flush(self, count: int) -> None:
-        self.writer.write("latents", count, {"latents": torch.stack(self._waiting[:count])})
-        del self._waiting[:count]
+        self.writer.write("latents", count, {"latents": torch.stack(self._queue[:count])})
+        del self._queue[:count]
 
 
 def epoch_order(seed: int, step: int, batch: int, size: int) -> list[int]:
@@ -280,11 +280,11 @@ def _permutation(seed: int, epoch: int, size: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(number))
 
 
-def _check_shape(found: VideoShape, expected: VideoShape, path: Path) -> None:
+def _check_shape(shape: VideoShape, expected: VideoShape, path: Path) -> None:
     for entry in fields(VideoShape):
-        have, want = getattr(found, entry.name), getattr(expected, entry.name)
-        if have != want:
+        value, expected_value = getattr(shape, entry.name), getattr(expected, entry.name)
+        if value != expected_value:
             raise UserError(
-                f"{path}: latents have {entry.name} {have}, the configuration asks for {want}; "
-                f"set it to {have}, or encode the clips at that size"
+                f"{path}: latents have {entry.name} {value}, the configuration asks for {expected_value}; "
+                f"set it to {value}, or encode the clips at that size"
             )

@@ -47,9 +47,9 @@ class Format:
         """``root/name``. UserError when it is missing, damaged, or of another format or version."""
         path = root / name
         if not path.is_file():
-            begun = (root / BUILDING).is_file()
-            unfinished = "encoding was not finished; run the same encoding command again"
-            raise UserError(f"{path}: {unfinished if begun else self.absent}")
+            is_unfinished = (root / BUILDING).is_file()
+            message = "encoding was not finished; run the same encoding command again"
+            raise UserError(f"{path}: {message if is_unfinished else self.absent}")
         manifest = read_json(path, self.again)
         if (manifest.get("format"), manifest.get("version")) != (self.name, self.version):
             raise UserError(

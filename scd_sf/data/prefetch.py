@@ -26,32 +26,32 @@ class Prefetch(Generic[T]):
     def __init__(self, read: Callable[[Any], T], depth: int = 2, threads: int = 2) -> None:
         self.read, self.depth = read, depth
         self._pool = ThreadPoolExecutor(max(1, min(threads, depth)), thread_name_prefix="prefetch")
-        self._begun: OrderedDict[tuple[object, ...], Future[T]] = OrderedDict()
-        self._wanted: list[tuple[object, ...]] = []
+        self._futures: OrderedDict[tuple[object, ...], Future[T]] = OrderedDict()
+        self._next_keys: list[tuple[object, ...]] = []
 
     def expect(self, keys: Iterable[Sequence[object]]) -> None:
         """The next batches, in the order in which they will be asked for; replaces what was
         expected before."""
-        self._wanted = list(dict.fromkeys(tuple(key) for key in keys))
-        for key in [key for key in self._begun if key not in self._wanted]:
-            self._begun.pop(key).cancel()
-        self._wanted = [key for key in self._wanted if key not in self._begun]
+        self._next_keys = list(dict.fromkeys(tuple(key) for key in keys))
+        for key in [key for key in self._futures if key not in self._next_keys]:
+            self._futures.pop(key).cancel()
+        self._next_keys = [key for key in self._next_keys if key not in self._futures]
         self._fill()
 
     def batch(self, key: Sequence[object]) -> T:
         """What ``read`` returns: read ahead, or now where it was not expected."""
         place = tuple(key)
-        if place in self._wanted:
-            self._wanted.remove(place)
-        begun = self._begun.pop(place, None) or self._pool.submit(self.read, place)
+        if place in self._next_keys:
+            self._next_keys.remove(place)
+        future = self._futures.pop(place, None) or self._pool.submit(self.read, place)
         self._fill()
-        return begun.result()
+        return future.result()
 
     def close(self) -> None:
         """Stop reading."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _fill(self) -> None:
-        while self._wanted and len(self._begun) < self.depth:
-            key = self._wanted.pop(0)
-            self._begun[key] = self._pool.submit(self.read, key)
+        while self._next_keys and len(self._futures) < self.depth:
+            key = self._next_keys.pop(0)
+            self._futures[key] = self._pool.submit(self.read, key)

@@ -114,19 +114,19 @@ class PromptFile:
 
     def __init__(self, path: Path, column: str = "prompt") -> None:
         self.column = column
-        self.path, self._recorded = list_in(path)
+        self.path, self._recorded_sha256 = list_in(path)
         self.what = f"prompt_file {self.path}"
         self.kind = self.path.suffix.lower()
         if self.kind in NOT_LISTS:
             raise UserError(
                 f"{self.what}: {self.kind} is no list of prompts; use .txt, .csv or .jsonl"
             )
-        with self._opened() as (file, status):
+        with self._open() as (file, status):
             if is_lfs_pointer(self.path):  # before a csv file's columns are looked for
                 raise UserError(
                     f"{self.what}: a Git LFS pointer, not the list itself; run 'git lfs pull'"
                 )
-            self.size, self._changed = status.st_size, status.st_mtime_ns
+            self.size, self._mtime_ns = status.st_size, status.st_mtime_ns
             self._names = self._columns(file) if self.kind == ".csv" else []
         self.sha256 = ""  # of the contents, known when all rows were read
 
@@ -136,12 +136,14 @@ class PromptFile:
         UserError: no row, an impossible one (with its line), a filter's or extender's result that
         was changed."""
         digest, count = hashlib.sha256(), 0
-        with self._opened() as (file, _):
-            for line, row in self._read(_lines(file, self.what, digest.update), header=True):
+        with self._open() as (file, _):
+            for line, row in self._checked_rows(
+                _lines(file, self.what, digest.update), header=True
+            ):
                 count += 1
                 yield line.offset, row
         self.sha256 = digest.hexdigest()
-        if self._recorded not in ("", self.sha256):
+        if self._recorded_sha256 not in ("", self.sha256):
             raise UserError(
                 f"{self.what}: was changed since {REPORT} was written; give a copy of the file itself"
             )
@@ -150,16 +152,16 @@ class PromptFile:
 
     def row(self, offset: int) -> PromptRow:
         """The row that begins there. UserError where the file was changed meanwhile."""
-        with self._opened() as (file, status):
-            if (status.st_size, status.st_mtime_ns) != (self.size, self._changed):
+        with self._open() as (file, status):
+            if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
                 raise UserError(
                     f"{self.what}: was changed while it was in use; put the old one back"
                 )
             file.seek(offset)
-            return next(self._read(_lines(file, self.what), header=False))[1]
+            return next(self._checked_rows(_lines(file, self.what), header=False))[1]
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[IO[bytes], os.stat_result]]:
+    def _open(self) -> Iterator[tuple[IO[bytes], os.stat_result]]:
         try:
             # a pipe must not keep us waiting
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -173,7 +175,9 @@ class PromptFile:
                 )
             yield file, status
 
-    def _read(self, lines: Iterator[Line], *, header: bool) -> Iterator[tuple[Line, PromptRow]]:
+    def _checked_rows(
+        self, lines: Iterator[Line], *, header: bool
+    ) -> Iterator[tuple[Line, PromptRow]]:
         """Rows with their first lines, each checked."""
         for line, value in self._csv(lines, header) if self.kind == ".csv" else self._values(lines):
             where = f"{self.what}: line {line.number}"
@@ -208,7 +212,7 @@ class PromptFile:
         records = _csv_records(lines, self.what)
         if header:
             next(records, None)
-        wanted = [
+        columns = [
             (name, place)
             for place, name in enumerate(self._names)
             if name in KEYS or name == self.column
@@ -219,14 +223,14 @@ class PromptFile:
                     f"{self.what}: line {line.number} has {len(fields)} columns instead of {count}; put texts that "
                     "have commas into quotes"
                 )
-            yield line, {name: fields[place] for name, place in wanted if place < len(fields)}
+            yield line, {name: fields[place] for name, place in columns if place < len(fields)}
 
     def _columns(self, file: IO[bytes]) -> list[str]:
         _, names = next(_csv_records(_lines(file, self.what), self.what), (None, list[str]()))
         if self.column not in names:
-            known = ", ".join(printable(name[:SHOWN]) for name in names[:SHOWN]) or "none"
+            column_list = ", ".join(printable(name[:SHOWN]) for name in names[:SHOWN]) or "none"
             raise UserError(
-                f"{self.what}: no column '{self.column}' (it has {known}); set prompt_column"
+                f"{self.what}: no column '{self.column}' (it has {column_list}); set prompt_column"
             )
         count = Counter(name.strip().lower() for name in names)
         for name in names:
@@ -255,14 +259,14 @@ def list_in(path: Path) -> tuple[Path, str]:
         )
     remedy = "give the list itself"
     sums = read_json(path / REPORT, remedy).get("sha256")
-    recorded = sums.get(LIST) if isinstance(sums, dict) else None
-    if not isinstance(recorded, str):
+    sha256 = sums.get(LIST) if isinstance(sums, dict) else None
+    if not isinstance(sha256, str):
         raise UserError(f"{path / REPORT}: not the report of a filter or an extender; {remedy}")
-    return path / LIST, recorded
+    return path / LIST, sha256
 
 
 def _lines(
-    file: IO[bytes], what: str, seen: Callable[[bytes], None] | None = None
+    file: IO[bytes], what: str, on_bytes: Callable[[bytes], None] | None = None
 ) -> Iterator[Line]:
     """Lines from where the file stands; ``seen`` gets their bytes."""
     offset, number = file.tell(), 0
@@ -272,8 +276,8 @@ def _lines(
             raise UserError(
                 f"{what}: line {number} has more than {LINE_BYTES:,} bytes; is it a list of prompts?"
             )
-        if seen is not None:
-            seen(raw)
+        if on_bytes is not None:
+            on_bytes(raw)
         try:
             text = raw.decode("utf-8-sig" if offset == 0 else "utf-8")
         except UnicodeDecodeError as error:
@@ -291,47 +295,49 @@ def _lines(
 def _csv_records(lines: Iterator[Line], what: str) -> Iterator[tuple[Line, list[str]]]:
     """(its first line, its fields) of every record that is not blank; a quoted field may go over
     several lines."""
-    begun: list[Line] = []  # lines of the record
+    record_lines: list[Line] = []  # lines of the record
 
     def texts() -> Iterator[str]:
         for line in lines:
-            begun.append(line)
+            record_lines.append(line)
             yield line.text
 
     reader = csv.reader(texts(), strict=True)
     while True:
-        begun.clear()
+        record_lines.clear()
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{what}: line {begun[0].number}: {error}; correct it") from error
+            raise UserError(
+                f"{what}: line {record_lines[0].number}: {error}; correct it"
+            ) from error
         if fields is None:
             return
         if fields:
-            yield begun[0], fields
+            yield record_lines[0], fields
 
 
 def _row(path: Path, where: str, row: Mapping[str, object], column: str) -> PromptRow:
     prompt, start, then = row.get(column), row.get("start") or "", row.get("then") or []
     if not isinstance(prompt, str) or not prompt.strip() or "\0" in prompt:
-        raise UserError(f"{where}: '{column}' is {_shown(prompt)}, not a prompt; correct it")
+        raise UserError(f"{where}: '{column}' is {_excerpt(prompt)}, not a prompt; correct it")
     if not isinstance(start, str) or "\0" in start:
         raise UserError(
-            f"{where}: 'start' is {_shown(start)}; it must be the path of an image or video"
+            f"{where}: 'start' is {_excerpt(start)}; it must be the path of an image or video"
         )
     changes: list[tuple[int, str]] = []
     for change in then if isinstance(then, list) else [then]:
         frame, text = change if isinstance(change, list) and len(change) == 2 else (None, None)
         if type(frame) is not int or frame < 1 or not isinstance(text, str) or not text.strip():
             raise UserError(
-                f"{where}: 'then' has {_shown(change)}; it must be [pixel frame >= 1, prompt]"
+                f"{where}: 'then' has {_excerpt(change)}; it must be [pixel frame >= 1, prompt]"
             )
         changes.append((frame, text.strip()))
     uuid, held_out = row.get("uuid") or "", row.get("held_out") or False
     if not isinstance(uuid, str):
-        raise UserError(f"{where}: 'uuid' is {_shown(uuid)}; it must be a text")
+        raise UserError(f"{where}: 'uuid' is {_excerpt(uuid)}; it must be a text")
     if not isinstance(held_out, bool):
-        raise UserError(f"{where}: 'held_out' is {_shown(held_out)}; it must be true or false")
+        raise UserError(f"{where}: 'held_out' is {_excerpt(held_out)}; it must be true or false")
     return PromptRow(
         prompt.strip(),
         tuple(sorted(changes)),
@@ -350,10 +356,10 @@ def _seed(value: object, where: str) -> int | None:
         value = int(value)
     if type(value) is not int or not 0 <= value < 2**63:
         raise UserError(
-            f"{where}: 'seed' is {_shown(value)}; it must be a whole number from 0 to 2**63 - 1"
+            f"{where}: 'seed' is {_excerpt(value)}; it must be a whole number from 0 to 2**63 - 1"
         )
     return value
 
 
-def _shown(value: object) -> str:
+def _excerpt(value: object) -> str:
     return repr(value)[: 2 * SHOWN]

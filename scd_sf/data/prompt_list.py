@@ -61,12 +61,12 @@ class PromptList:
 def _plain_rows(file: PromptFile) -> Iterator[tuple[int, PromptRow]]:
     """(offset, row) of every row. UserError for one that says more than a prompt."""
     for number, (offset, row) in enumerate(file.rows(), 1):
-        for name, is_there in (
+        for name, is_set in (
             ("start", row.start),
             ("then", row.then),
             ("seed", row.seed is not None),
         ):
-            if is_there:
+            if is_set:
                 raise UserError(
                     f"{file.path}: prompt {number} has '{name}', but here a prompt is all: remove it"
                 )

@@ -94,8 +94,8 @@ class Prompts(Protocol):
 
 def about_negative(prompt: str) -> str:
     """What the teacher's guidance leads away from, in words, one line."""
-    shown = f"'{printable(prompt[:60])}'" if prompt else "the empty prompt"
-    return f"the teacher is guided away from {shown}{' ..' if len(prompt) > 60 else ''}"
+    excerpt = f"'{printable(prompt[:60])}'" if prompt else "the empty prompt"
+    return f"the teacher is guided away from {excerpt}{' ..' if len(prompt) > 60 else ''}"
 
 
 def is_encoded(path: Path) -> bool:
@@ -125,19 +125,19 @@ class PromptTable:
         else:
             self._source = _ShardStates(root, section, text)
         self.rows = self._source.prompts
-        self.null = self._alone(root / "null.safetensors", text.null_sha256)
+        self.null = self._read_prompt(root / "null.safetensors", text.null_sha256)
         self.negative, self.negative_prompt = self.null, ""
         if text.negative is not None:
-            self.negative = self._alone(
+            self.negative = self._read_prompt(
                 root / "negative.safetensors", text.negative.get("sha256", "")
             )
             settings: Mapping[str, object] = text.negative
-            words = (
+            prompt = (
                 settings.get("prompt")
                 if self.files is None
                 else self.files.common.settings.get("negative_prompt")
             )
-            self.negative_prompt = words if isinstance(words, str) and words else "not recorded"
+            self.negative_prompt = prompt if isinstance(prompt, str) and prompt else "not recorded"
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) fp32, zero after each true length."""
@@ -147,14 +147,14 @@ class PromptTable:
         """Compare every file's sha256 with its record. Raises UserError."""
         self._source.verify()
 
-    def _alone(self, path: Path, sha256: str) -> Conditioning:
+    def _read_prompt(self, path: Path, sha256: str) -> Conditioning:
         return Conditioning(self._pad([_read_states(path, sha256, self.length, self.width)]))
 
     def _pad(self, states: Sequence[Tensor]) -> Tensor:
-        padded = torch.zeros(len(states), self.length, self.width)
-        for row, state in zip(padded, states, strict=True):
+        out = torch.zeros(len(states), self.length, self.width)
+        for row, state in zip(out, states, strict=True):
             row[: len(state)] = state
-        return padded
+        return out
 
 
 class _ShardStates:
@@ -185,8 +185,8 @@ class _ShardStates:
         """Token offsets of a shard's prompts. Raises UserError when lengths and tokens do not
         fit."""
         count = self.reader.shards[shard].count
-        stored = self.reader.rows(shard, "lengths", 0, count)
-        lengths = stored.tolist() if stored.ndim == 1 and not stored.is_floating_point() else []
+        values = self.reader.rows(shard, "lengths", 0, count)
+        lengths = values.tolist() if values.ndim == 1 and not values.is_floating_point() else []
         offsets = [0, *accumulate(lengths)]
         fits = len(lengths) == count and all(0 < length <= self.length for length in lengths)
         if not fits or self.reader.shape(shard, "tokens") != (offsets[-1], self.width):
@@ -254,7 +254,7 @@ def encode_prompts(
     dtype: torch.dtype = torch.float16,
     per_shard: int = 4096,
     negative: str = "",
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda num_done: None,
 ) -> Json:
     """Encode what is not yet in complete shards, and return the manifest's ``text`` section.
 
@@ -263,12 +263,13 @@ def encode_prompts(
     the null prompt).
     """
     null = encode([""])[0]
-    while (done := writer.count("text")) < len(prompts):
-        rows = prompts[done : done + per_shard]
+    while (num_done := writer.count("text")) < len(prompts):
+        rows = prompts[num_done : num_done + per_shard]
         states = encode([row.prompt for row in rows])
         lengths = torch.tensor([len(state) for state in states])
         tokens = finite(
-            torch.cat(states).to(dtype), f"text states of prompts {done}..{done + len(rows) - 1}"
+            torch.cat(states).to(dtype),
+            f"text states of prompts {num_done}..{num_done + len(rows) - 1}",
         )
         writer.write("text", len(rows), {"tokens": tokens, "lengths": lengths})
         progress(writer.count("text"))

@@ -62,10 +62,10 @@ def shard_files(section: Json, where: str) -> list[ShardFile]:
 
 def check_place(root: Path) -> None:
     """UserError where a directory holds files, but none that an encoding has begun."""
-    others = others_in(root)
-    if others and not {MANIFEST, BUILDING} & set(others) and others != ["report.json"]:
+    names = others_in(root)
+    if names and not {MANIFEST, BUILDING} & set(names) and names != ["report.json"]:
         raise UserError(
-            f"{root}: holds {others[0]}, but no data of ours; use another output directory"
+            f"{root}: holds {names[0]}, but no data of ours; use another output directory"
         )
 
 
@@ -91,18 +91,18 @@ class ShardReader:
                 raise UserError(
                     f"{path}: {size} bytes instead of {shard.bytes} (truncated?); {COPY}"
                 )
-        self._ends = list(accumulate(shard.count for shard in self.shards))
-        self._open: dict[int, safe_open] = {}
+        self._stops = list(accumulate(shard.count for shard in self.shards))
+        self._open_files: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._stops[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
         """Row -> (shard, row in the shard). Raises IndexError outside 0..len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        shard = bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard - 1] if shard else 0)
+        shard = bisect_right(self._stops, index)
+        return shard, index - (self._stops[shard - 1] if shard else 0)
 
     def shape(self, shard: int, name: str) -> tuple[int, ...]:
         """The stored shape of tensor ``name``. Raises UserError when the shard has no such
@@ -126,9 +126,9 @@ class ShardReader:
     def _slice(self, shard: int, name: str) -> _Slice:
         path = self.paths[shard]
         with foreign(f"{path}: tensor '{name}' cannot be read", COPY):
-            if shard not in self._open:
-                self._open[shard] = safe_open(path, framework="pt")
-            rows: _Slice = self._open[shard].get_slice(name)
+            if shard not in self._open_files:
+                self._open_files[shard] = safe_open(path, framework="pt")
+            rows: _Slice = self._open_files[shard].get_slice(name)
             return rows
 
 
@@ -159,11 +159,11 @@ class ShardWriter:
 
     def write(self, kind: str, count: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the next shard of a kind (temporary file, fsync, rename), then record it."""
-        done = self.shards.setdefault(kind, [])
-        path = self.root / f"{kind}-{len(done):05d}.safetensors"
+        shards = self.shards.setdefault(kind, [])
+        path = self.root / f"{kind}-{len(shards):05d}.safetensors"
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         write_bytes(path, data)
-        done.append(ShardFile(path.name, count, len(data), sha256_bytes(data)))
+        shards.append(ShardFile(path.name, count, len(data), sha256_bytes(data)))
         self._save()
 
     def section(self, kind: str) -> list[Json]:
@@ -188,9 +188,9 @@ class ShardWriter:
             return
         if state.inputs != self.inputs:
             keys = sorted(key for key in self.inputs if state.inputs.get(key) != self.inputs[key])
-            what = ", ".join(keys) or "fewer"
+            names = ", ".join(keys) or "fewer"
             raise UserError(
-                f"{path}: made from other inputs ({what} differ); choose another output directory"
+                f"{path}: made from other inputs ({names} differ); choose another output directory"
             )
         self.finished = path.name == MANIFEST
         if self.finished:

@@ -34,11 +34,11 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
     """
     where = f"start {path}"
     if path.suffix.lower() not in VIDEOS:
-        return _fitted(read_picture(path, where), size)[None]
+        return _fit(read_picture(path, where), size)[None]
     frames: list[Tensor] = []
     for frame in frames_of(path, where, fps=fps, remedy=REMEDY):
         pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
-        frames.append(_fitted(pixels, size))
+        frames.append(_fit(pixels, size))
         if len(frames) * frames[0].nbytes > LARGEST_VIDEO:
             raise UserError(
                 f"{where}: {len(frames)} frames are more than a start can have; cut the video"
@@ -46,16 +46,16 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
     return torch.stack(frames[-(1 + (len(frames) - 1) // temporal * temporal) :])
 
 
-def _fitted(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
+def _fit(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resized (bicubic, antialiased) so that ``size`` is just covered, then its middle."""
     height, width = pixels_3HW.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
-    resized = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-    if resized != (height, width):
-        pixels_3HW = F.interpolate(pixels_3HW[None], size=resized, mode="bicubic", antialias=True)[
+    new_size = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    if new_size != (height, width):
+        pixels_3HW = F.interpolate(pixels_3HW[None], size=new_size, mode="bicubic", antialias=True)[
             0
         ].clamp(0, 1)
-    top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    top, left = (new_size[0] - size[0]) // 2, (new_size[1] - size[1]) // 2
     return pixels_3HW[:, top : top + size[0], left : left + size[1]].clone()
 
 
@@ -90,17 +90,19 @@ def read_picture(path: Path, where: str) -> Tensor:
 
 def _values(image: Image.Image, where: str) -> np.ndarray:
     """fp32 (H, W, 3) in [0, 1]."""
-    deep = image.mode.startswith("I") or image.mode == "F"
-    clear = image.info.get("transparency")  # a colour of 16 bits is compared with none of 8
+    is_deep = image.mode.startswith("I") or image.mode == "F"
+    transparency = image.info.get("transparency")  # a colour of 16 bits is compared with none of 8
     if image.has_transparency_data and (
-        deep or (isinstance(clear, tuple) and max(clear) > 255) or _least_alpha(image) < 255
+        is_deep
+        or (isinstance(transparency, tuple) and max(transparency) > 255)
+        or _least_alpha(image) < 255
     ):
         raise UserError(
             f"{where}: has transparent parts (alpha), and a video has none; flatten it on a background"
         )
     tags = getattr(image, "tag_v2", {})
     bits, kind = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(SAMPLEFORMAT, (1,))[0]
-    if not deep:
+    if not is_deep:
         if kind == 2:
             raise UserError(
                 f"{where}: signed numbers of {bits} bits have no known scale; save it with 8 or 16 bits"

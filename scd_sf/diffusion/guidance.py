@@ -56,10 +56,10 @@ def guided(denoiser: Denoiser, uncond: Conditioning, w: float) -> Denoiser:
 
     def denoise(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         null = uncond.expand(cond.batch) if uncond.batch == 1 else uncond
-        both = denoiser(
+        velocities = denoiser(
             x_t.repeat(2, 1, 1, 1, 1), t.repeat(2, *([1] * (t.ndim - 1))), cond.cat(null)
         )
-        positive, negative = both.chunk(2)
+        positive, negative = velocities.chunk(2)
         return guide(positive, negative, w)
 
     return denoise

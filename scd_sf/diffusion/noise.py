@@ -57,5 +57,5 @@ def local_noise(x: Tensor, rng: torch.Generator) -> Tensor:
     if x.is_meta:  # only counted
         return torch.empty_like(x)
     seed = int(torch.randint(2**62, (), generator=rng))
-    own = torch.Generator(x.device).manual_seed(seed)
-    return torch.randn(x.shape, generator=own, device=x.device, dtype=x.dtype)
+    device_rng = torch.Generator(x.device).manual_seed(seed)
+    return torch.randn(x.shape, generator=device_rng, device=x.device, dtype=x.dtype)

@@ -70,8 +70,8 @@ class Euler:
             raise UserError("sampler 'euler' has no early exit: stage 3 needs sampler 'renoise'")
         x = x_T
         times = many_step_times(self.steps, self.shift)
-        for now, later in pairwise(times):
-            x = x + (later - now) * velocity(x, now)
+        for t, t_next in pairwise(times):
+            x = x + (t_next - t) * velocity(x, t)
         return x
 
 
@@ -105,13 +105,13 @@ class FewStepSampler:
             raise UserError(f"exit step {last} is outside 0..{self.steps - 1}")
         x = x_T
         for step in range(last):
-            now, later = self.times[step], self.times[step + 1]
+            t, t_next = self.times[step], self.times[step + 1]
             if exit_step is None:
-                x_0 = x - now * velocity(x, now)
+                x_0 = x - t * velocity(x, t)
             else:
                 with torch.no_grad():
-                    x_0 = x - now * velocity(x, now)
-            x = (1 - later) * x_0 + later * noise_like(x_0)
+                    x_0 = x - t * velocity(x, t)
+            x = (1 - t_next) * x_0 + t_next * noise_like(x_0)
         return x - self.times[last] * velocity(x, self.times[last])
 
 
@@ -139,10 +139,10 @@ class UniPC:
         scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
         scheduler.set_begin_index(0)
         x = x_T
-        for now, timestep in zip(
+        for t, timestep in zip(
             many_step_times(self.steps, self.shift), scheduler.timesteps, strict=False
         ):
-            x = scheduler.step(velocity(x, now).to(x.dtype), timestep, x, return_dict=False)[0]
+            x = scheduler.step(velocity(x, t).to(x.dtype), timestep, x, return_dict=False)[0]
         return x
 
 

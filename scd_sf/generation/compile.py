@@ -38,7 +38,7 @@ class CompileConfig:
 GRAPHS = 24
 
 
-def _kept_apart() -> dict[str, bool]:
+def _isolation_options() -> dict[str, bool]:
     """Encoder, decoder and other students share their code, and each has its own few shapes. torch
     2.14 keeps their graphs apart. Older ones count them together: the limit grows with every
     student. The steps are compiled whole, so graphs beyond a limit are an error, never eager."""
@@ -62,12 +62,12 @@ def compile_steps(
         student.replay = Replayed(cuda_recorder(device))
     if not cfg.enabled:
         return
-    whole: dict[str, Any] = {"fullgraph": True, "backend": backend, **_kept_apart()}
-    for module in _compiled(student):
-        module.compile(**whole)
+    options: dict[str, Any] = {"fullgraph": True, "backend": backend, **_isolation_options()}
+    for module in _step_modules(student):
+        module.compile(**options)
 
 
-def _compiled(student: Student) -> list[nn.Module]:
+def _step_modules(student: Student) -> list[nn.Module]:
     """The modules whose ``forward`` is a step, or the larger part of one."""
     if isinstance(student, Causal):
         return [student, student.trunk]  # a denoising step; the pass that writes the history

@@ -36,16 +36,16 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
     run's, or somebody's, files would be overwritten."""
     file = out / INDEX
     if file.is_file():
-        old = read_json(file, "use another out=").get("settings")
-        if not isinstance(old, dict):
+        old_settings = read_json(file, "use another out=").get("settings")
+        if not isinstance(old_settings, dict):
             raise UserError(f"{file}: not a sample manifest; use another out=")
-        old = present_names(SampleConfig, old, str(file))
-        changed = [name for name in settings if old.get(name) != settings[name]]
-        if changed:
-            name = changed[0]
+        old_settings = present_names(SampleConfig, old_settings, str(file))
+        changed_names = [name for name in settings if old_settings.get(name) != settings[name]]
+        if changed_names:
+            name = changed_names[0]
             raise UserError(
-                f"{file}: {name} is {old.get(name)!r} there but {settings[name]!r} now; nothing is overwritten: "
-                "use another out="
+                f"{file}: {name} is {old_settings.get(name)!r} there but {settings[name]!r} now; "
+                "nothing is overwritten: use another out="
             )
         return
     try:
@@ -65,21 +65,21 @@ def record_file(out: Path, video: VideoRequest) -> Path:
 
 def waiting(out: Path, videos: Sequence[VideoRequest]) -> list[VideoRequest]:
     """Videos that are not there whole. UserError for a finished one of another prompt."""
-    left = []
+    missing_videos = []
     for video in videos:
         record = record_file(out, video)
         if not record.is_file():
-            left.append(video)
+            missing_videos.append(video)
             continue
         entry = read_json(record, "delete it to make the video again")
-        told = video.record()
-        if {name: entry.get(name) for name in told} != told:
+        request = video.record()
+        if {name: entry.get(name) for name in request} != request:
             raise UserError(
                 f"{out / video.file}: made for prompt {entry.get('prompt')!r}; use another out="
             )
         if not (out / video.file).is_file() or sha256_file(out / video.file) != entry.get("sha256"):
-            left.append(video)
-    return left
+            missing_videos.append(video)
+    return missing_videos
 
 
 def finished_videos(out: Path) -> dict[str, dict[str, object]]:
@@ -94,14 +94,14 @@ def finished_videos(out: Path) -> dict[str, dict[str, object]]:
 
 def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest]]:
     """At most ``size`` videos at a time, those with a start file apart from those without."""
-    found: list[list[VideoRequest]] = []
+    groups: list[list[VideoRequest]] = []
     for video in videos:
-        last = found[-1] if found else []
+        last = groups[-1] if groups else []
         if last and len(last) < size and last[0].row.start == video.row.start:
             last.append(video)
         else:
-            found.append([video])
-    return found
+            groups.append([video])
+    return groups
 
 
 def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
@@ -133,8 +133,8 @@ def make_videos(
     cfg: SampleConfig,
     ranks: Ranks,
     videos: Sequence[VideoRequest],
-    fixed: Mapping[str, object],
-    about: Mapping[str, object],
+    extra_settings: Mapping[str, object],
+    notes: Mapping[str, object],
 ) -> None:
     """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever
     the folder is used again; ``about``: what else the manifest says, each time anew."""
@@ -143,33 +143,34 @@ def make_videos(
     studio, settings = open_studio(cfg, ranks.device, checkpoint)
     settings |= {
         "checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)),
-        **fixed,
+        **extra_settings,
     }
-    with ExitStack() as held:
+    with ExitStack() as locks:
         ranks.on_main(lambda: require_own_folder(out, [INDEX]))
-        ranks.on_main(lambda: held.enter_context(locked(out, "samples")))
+        ranks.on_main(lambda: locks.enter_context(locked(out, "samples")))
         ranks.on_main(lambda: open_sample_folder(out, settings))
         make_missing(studio, out, ranks, videos)
         if ranks.is_main:
-            write_json(out / INDEX, {"settings": settings, **about, "videos": finished_videos(out)})
+            write_json(out / INDEX, {"settings": settings, **notes, "videos": finished_videos(out)})
 
 
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]) -> None:
     """This rank's share of the videos that are not there whole; returns when all ranks have made
     theirs."""
-    left = waiting(out, videos)
+    missing_videos = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
-    todo = left[ranks.rank :: ranks.world]
+    own_videos = missing_videos[ranks.rank :: ranks.world]
     if ranks.is_main:
-        say(f"{out}: {len(videos)} videos, {len(videos) - len(left)} finished before")
-    started, made = time.monotonic(), 0
-    for part in batches(todo, studio.cfg.batch):
+        say(f"{out}: {len(videos)} videos, {len(videos) - len(missing_videos)} finished before")
+    start_time, num_made = time.monotonic(), 0
+    for part in batches(own_videos, studio.cfg.batch):
         make(studio, out, part)
-        made += len(part)
-        seconds = (time.monotonic() - started) / made
-        rest = round(seconds * (len(todo) - made))
+        num_made += len(part)
+        seconds = (time.monotonic() - start_time) / num_made
+        minutes, remaining = divmod(round(seconds * (len(own_videos) - num_made)), 60)
         if ranks.is_main:
             say(
-                f"{made}/{len(todo)} videos  {seconds:.3g} s/video  left {rest // 60}:{rest % 60:02d}"
+                f"{num_made}/{len(own_videos)} videos  {seconds:.3g} s/video  "
+                f"left {minutes}:{remaining:02d}"
             )
     ranks.barrier()

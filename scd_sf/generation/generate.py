@@ -58,13 +58,13 @@ def generate(
     prompts from a pixel frame on. Other arguments as for :func:`generate_latents`. Raises UserError
     for samples that are not finite.
     """
-    decoder, history, known = VaeStream(vae), None, 0
+    decoder, history, num_known = VaeStream(vae), None, 0
     if start is not None:
         history = on_device(vae.encode(start * 2 - 1), cond.text_BLE.device)
-        known = history.shape[1]
+        num_known = history.shape[1]
         yield _pixels(decoder, history)
     prompts = {
-        first_chunk(frame, shape.temporal, student.chunk, known): new
+        first_chunk(frame, shape.temporal, student.chunk, num_known): new
         for frame, new in sorted((changes or {}).items())
     }
     for latents in generate_latents(
@@ -114,18 +114,18 @@ def generate_latents(
             f"window is {window}, but the model makes {student.chunk} latent frames at a time; use no less"
         )
     frames, *size = shape
-    known = 0 if history is None else history.shape[1]
+    num_known = 0 if history is None else history.shape[1]
     noise = ClipNoise(seeds, cond.text_BLE.device)
     streamer: FrameStreamer = student
     if guidance is not None and guidance.on:
         if null is None:
             raise UserError("guidance needs the condition that it leads away from; give null")
         streamer = under_guidance(
-            student, guidance, as_stored(null), noise.role("corruption", once=True)
+            student, guidance, as_stored(null), noise.role("corruption", repeat=True)
         )
     chunks = stream_rollout(
         streamer,
-        noise.chunks((size[0], size[1], size[2]), student.chunk, known, frames),
+        noise.chunks((size[0], size[1], size[2]), student.chunk, num_known, frames),
         as_stored(cond),
         sampler,
         noise.role("step"),
@@ -160,14 +160,14 @@ def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
     return pixels
 
 
-def first_chunk(pixel_frame: int, temporal: int, chunk: int, known: int = 0) -> int:
+def first_chunk(pixel_frame: int, temporal: int, chunk: int, num_known: int = 0) -> int:
     """The first chunk after ``known`` latent frames that has no pixel frame (counted from 0) before
     ``pixel_frame``.
 
     The first latent frame is pixel frame 0, each later one is ``temporal`` of them.
     """
     latent = math.ceil((pixel_frame - 1) / temporal) + 1 if pixel_frame > 0 else 0
-    return max(0, math.ceil((latent - known) / chunk))
+    return max(0, math.ceil((latent - num_known) / chunk))
 
 
 def as_stored(cond: Conditioning) -> Conditioning:
@@ -199,23 +199,23 @@ class ClipNoise:
             self._frame, self._draws = first + number * chunk, {}
             yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
 
-    def role(self, name: str, *, once: bool = False) -> Noise:
+    def role(self, name: str, *, repeat: bool = False) -> Noise:
         """Noise like x for one use of it; each call within a chunk is a new draw, with ``once`` the
         same one.
 
         x is (B, n, C, H, W), each frame with noise of its own, or (B, L, E)."""
 
         def like(x: Tensor) -> Tensor:
-            draw = 0 if once else self._draws.get(name, 0)
+            draw = 0 if repeat else self._draws.get(name, 0)
             self._draws[name] = draw + 1
             frames = x.shape[1] if x.ndim == 5 else 1
             shape = x.shape[2:] if x.ndim == 5 else x.shape[1:]
-            drawn = [
+            rows = [
                 torch.randn(shape, generator=generator(seed, self._frame + frame, name, draw))
                 for seed in self.seeds
                 for frame in range(frames)
             ]
-            return on_device(torch.stack(drawn).view(x.shape), x.device, x.dtype)
+            return on_device(torch.stack(rows).view(x.shape), x.device, x.dtype)
 
         return like
 

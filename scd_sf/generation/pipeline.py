@@ -50,17 +50,25 @@ STUDENT = Path("transformer") / "model.safetensors"
 
 
 def choose_sampler(
-    own: SamplerConfig, asked: SamplerConfig | None, where: str, *, force: bool = False
+    trained_sampler: SamplerConfig,
+    requested_sampler: SamplerConfig | None,
+    where: str,
+    *,
+    force: bool = False,
 ) -> SamplerConfig:
     """The checkpoint's sampler with the times it was trained at, or another one. A distilled
     student gives noise with one it was not trained for: UserError unless ``force``."""
-    chosen = own if asked is None or asked == replace(own, times=()) else asked
-    if chosen != own and own.name == "renoise" and not force:
+    sampler = (
+        trained_sampler
+        if requested_sampler is None or requested_sampler == replace(trained_sampler, times=())
+        else requested_sampler
+    )
+    if sampler != trained_sampler and trained_sampler.name == "renoise" and not force:
         raise UserError(
-            f"{where}: distilled for sampler {asdict(own)}, not for {asdict(chosen)}; leave the sampler unset, or "
-            "force it"
+            f"{where}: distilled for sampler {asdict(trained_sampler)}, not for {asdict(sampler)}; "
+            "leave the sampler unset, or force it"
         )
-    return chosen
+    return sampler
 
 
 # Pixels and frames that may be asked for; 0: as trained.
@@ -72,7 +80,7 @@ SIZES_ASKED: dict[str, tuple[float, float]] = {
 
 
 def choose_shape(
-    asked: Mapping[str, int | None],
+    requested_size: Mapping[str, int | None],
     origin: Mapping[str, object],
     student: Student,
     vae: VaeGeometry,
@@ -81,13 +89,16 @@ def choose_shape(
     """The clip's shape: pixel sizes ``asked`` for (frames, height, width), else those of the
     training videos that ``origin`` tells of. UserError: a size that nobody knows or that does not
     fit the VAE, the patches or the chunk."""
-    trained = origin.get("video")
-    known = trained if isinstance(trained, dict) else {}
+    video = origin.get("video")
+    trained_size = video if isinstance(video, dict) else {}
     size = {
-        name: int(asked.get(name) or known.get(name) or 0) for name in ("frames", "height", "width")
+        name: int(requested_size.get(name) or trained_size.get(name) or 0)
+        for name in ("frames", "height", "width")
     }
-    if missing := [f"{name}=" for name, value in size.items() if not value]:
-        raise UserError(f"{where}: does not say what it was trained on; set {', '.join(missing)}")
+    if missing_fields := [f"{name}=" for name, value in size.items() if not value]:
+        raise UserError(
+            f"{where}: does not say what it was trained on; set {', '.join(missing_fields)}"
+        )
     shape = vae.shape(size["frames"], size["height"], size["width"])
     if shape.channels != student.cfg.in_channels:
         raise UserError(
@@ -156,18 +167,30 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
     def save_pretrained(self, path: str | Path) -> None:
         """The same directory anew: the student in its present dtype, everything else as it was
         read."""
-        told = self.description
+        description = self.description
         dtype = next(self.transformer.parameters()).dtype
         write_pipeline(
-            Path(path), self.transformer, told.checkpoint, told.origin, told.source, dtype
+            Path(path),
+            self.transformer,
+            description.checkpoint,
+            description.origin,
+            description.source,
+            dtype,
         )
 
     def shape(self, frames: int | None, height: int | None, width: int | None) -> VideoShape:
         """Latent shape of a clip of these pixel sizes; None: as in training. UserError: sizes that
         do not divide."""
-        told, asked = self.description, {"frames": frames, "height": height, "width": width}
+        description, requested_size = (
+            self.description,
+            {"frames": frames, "height": height, "width": width},
+        )
         return choose_shape(
-            asked, told.origin, self.transformer, self._vae.geometry, str(told.source)
+            requested_size,
+            description.origin,
+            self.transformer,
+            self._vae.geometry,
+            str(description.source),
         )
 
     @torch.no_grad()
@@ -194,9 +217,9 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             raise UserError(
                 f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed for each prompt"
             )
-        shape, told = self.shape(frames, height, width), self.description
+        shape, description = self.shape(frames, height, width), self.description
         steps = choose_sampler(
-            told.checkpoint.sampler, sampler, str(told.source), force=force
+            description.checkpoint.sampler, sampler, str(description.source), force=force
         ).build()
         student: Student = self.transformer
         device = next(student.parameters()).device
@@ -247,8 +270,8 @@ def write_pipeline(
             **entries,
         }
         write_json(part / "model_index.json", index)
-        again: Student = SCDWanPipeline.from_pretrained(part).transformer
-    return again
+        reloaded: Student = SCDWanPipeline.from_pretrained(part).transformer
+    return reloaded
 
 
 def export_pipeline(
@@ -263,6 +286,6 @@ def export_pipeline(
     student, config = load_student(checkpoint, weights)
     _, origin = describe_checkpoint(checkpoint)
     folder = base_of(config.base, base, checkpoint)
-    before = probe_output(student)
-    again = write_pipeline(out, student, config, {**origin, "weights": weights}, folder, kind)
-    return largest(before, probe_output(again))
+    expected_output = probe_output(student)
+    reloaded = write_pipeline(out, student, config, {**origin, "weights": weights}, folder, kind)
+    return largest(expected_output, probe_output(reloaded))

@@ -72,11 +72,11 @@ class Preview:
             if cfg is not None and cfg.clip_weights
             else None
         )
-        found = bool(base) and any(
+        has_vae = bool(base) and any(
             (Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL)
         )
-        self.vae = load_vae(base) if found else None
-        if not found:
+        self.vae = load_vae(base) if has_vae else None
+        if not has_vae:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
     def sample(
@@ -97,18 +97,18 @@ class Preview:
             shape.pixel_width,
             dtype=torch.uint8,
         )
-        made = torch.zeros(self.cond.batch, dtype=torch.uint8)
+        finite = torch.zeros(self.cond.batch, dtype=torch.uint8)
         if len(rows) == 0:
-            return videos, made
+            return videos, finite
         cond = Conditioning(self.cond.text_BLE[list(rows)]).to(device)
         self.vae.model.to(device=device)
         try:
             pixels = clips_of(generate(model, self.vae, cond, list(rows), shape, self.sampler))
-            videos[list(rows)], made[list(rows)] = as_uint8(pixels).cpu(), 1
+            videos[list(rows)], finite[list(rows)] = as_uint8(pixels).cpu(), 1
         except NotFinite as error:
             log.warning("validation videos %s are black: %s", list(rows), error)
         self.vae.model.to(device="cpu")
-        return videos, made
+        return videos, finite
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
         """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and
@@ -121,13 +121,13 @@ class Preview:
         write_video(file, frames, self.fps)
         return frames.permute(0, 2, 3, 1), file
 
-    def measure(self, videos: Tensor, made: Tensor) -> Logs:
+    def measure(self, videos: Tensor, finite: Tensor) -> Logs:
         """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that were ``made``
         (B,), and CLIP's similarity to the prompts; ``quick/not_finite``: how many were not, where
         one was not."""
-        rows = made.nonzero().flatten().tolist()
+        rows = finite.nonzero().flatten().tolist()
         logs: Logs = (
-            {} if len(rows) == len(made) else {"quick/not_finite": float(len(made) - len(rows))}
+            {} if len(rows) == len(finite) else {"quick/not_finite": float(len(finite) - len(rows))}
         )
         if not rows:
             return logs

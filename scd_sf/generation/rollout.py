@@ -48,9 +48,9 @@ def stream_rollout(
         return
     stream = generator.start(cond, (x_T.shape[-2], x_T.shape[-1]), cache)
     previous: Tensor | None = None
-    for finished in () if history is None else _chunks(history, generator.chunk):
+    for known_chunk in () if history is None else _chunks(history, generator.chunk):
         stream = generator.advance(stream, previous, x_T)
-        previous = finished
+        previous = known_chunk
     number = 0
     while x_T is not None:
         if prompts is not None and number in prompts:

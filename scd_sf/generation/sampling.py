@@ -148,18 +148,18 @@ class VideoRequest:
 
     def record(self) -> dict[str, object]:
         """What the manifest says of it."""
-        more: dict[str, object] = {"title": self.title} if self.title else {}
+        extra: dict[str, object] = {"title": self.title} if self.title else {}
         if self.row.then:
-            more["then"] = [list(change) for change in self.row.then]
+            extra["then"] = [list(change) for change in self.row.then]
         if self.row.start:
-            more |= {"start": self.row.start, "start_sha256": start_sha256(self.row.start)}
+            extra |= {"start": self.row.start, "start_sha256": start_sha256(self.row.start)}
         return {
             "file": self.file,
             "prompt_index": self.prompt_index,
             "sample": self.sample,
             "prompt": self.row.prompt,
             "seed": self.seed,
-            **more,
+            **extra,
         }
 
 
@@ -223,12 +223,12 @@ class Studio:
 
     def changes(self, videos: Sequence[VideoRequest]) -> dict[int, Conditioning]:
         """The batch's prompts from every pixel frame on where one of them changes."""
-        now, encoded = [video.row.prompt for video in videos], {}
+        prompts, conditions = [video.row.prompt for video in videos], {}
         for frame in sorted({frame for video in videos for frame, _ in video.row.then}):
             for index, video in enumerate(videos):
-                now[index] = dict(video.row.then).get(frame, now[index])
-            encoded[frame] = self.text.encode(now).to(self.device)
-        return encoded
+                prompts[index] = dict(video.row.then).get(frame, prompts[index])
+            conditions[frame] = self.text.encode(prompts).to(self.device)
+        return conditions
 
     def frames(self, videos: Sequence[VideoRequest]) -> Iterator[Tensor]:
         """(B, n, 3, H, W) uint8, as they are made; the frames of ``start`` come first, as the VAE
@@ -258,13 +258,13 @@ def open_studio(
     the checkpoint, where it has been looked up."""
     path = path or Path(cfg.checkpoint)
     description, origin = describe_checkpoint(path, cfg.weights)
-    own = description.sampler
-    chosen = choose_sampler(own, cfg.sampler, cfg.checkpoint, force=cfg.force)
+    trained_sampler = description.sampler
+    sampler = choose_sampler(trained_sampler, cfg.sampler, cfg.checkpoint, force=cfg.force)
     base = base_of(description.base, cfg.base, path)
     student, _ = load_student(path, cfg.weights, cfg.blocks)
     vae = load_vae(base, device=device)
-    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    shape = choose_shape(asked, origin, student, vae.geometry, cfg.checkpoint)
+    requested_size = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    shape = choose_shape(requested_size, origin, student, vae.geometry, cfg.checkpoint)
     text = open_text_encoder(base, cfg.text_cache, device=device, dtype=dtype_of(cfg.dtype))
     check_text_width(text, description, base)
     settings: dict[str, object] = {
@@ -273,7 +273,7 @@ def open_studio(
         "weights": cfg.weights,
         "dtype": cfg.dtype,
         "blocks": None if cfg.blocks is None else asdict(cfg.blocks),
-        "sampler": asdict(chosen) | {"times": list(chosen.times)},  # as JSON has it
+        "sampler": asdict(sampler) | {"times": list(sampler.times)},  # as JSON has it
         "guidance": asdict(cfg.guidance) | {"negative_prompt": cfg.negative_prompt}
         if cfg.guidance.on
         else None,
@@ -284,7 +284,7 @@ def open_studio(
         "seed": cfg.seed,
     }
     compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
-    return Studio(cfg, student, chosen.build(), vae, text, shape, device), settings
+    return Studio(cfg, student, sampler.build(), vae, text, shape, device), settings
 
 
 def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:

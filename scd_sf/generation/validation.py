@@ -33,7 +33,7 @@ def validate(
     rank."""
     indices = list(range(0, len(clips), max(1, len(clips) // limit)))[:limit]
     total = 0.0
-    with _placed(model, ranks.device):
+    with _on_device(model, ranks.device):
         for index in indices[ranks.rank :: ranks.world]:
             batch, null = clips.batch([index]).to(ranks.device), clips.null.to(ranks.device)
             rng = generator(0, "validation", index)
@@ -49,19 +49,21 @@ def show_previews(
     VAE."""
     if ranks.any(preview.vae is None):
         return {}
-    with _placed(model, ranks.device):
-        mine, made = preview.sample(
+    with _on_device(model, ranks.device):
+        own_videos, finite = preview.sample(
             model, range(ranks.rank, preview.cond.batch, ranks.world), ranks.device
         )
-    videos, made = (ranks.sum(on_device(part, ranks.device)).cpu() for part in (mine, made))
+    videos, finite = (
+        ranks.sum(on_device(part, ranks.device)).cpu() for part in (own_videos, finite)
+    )
     if not ranks.is_main:
         return {}
     record(step, "samples", *preview.write(videos, step))
-    return preview.measure(videos, made)
+    return preview.measure(videos, finite)
 
 
 @contextmanager
-def _placed(model: Student, device: torch.device) -> Iterator[None]:
+def _on_device(model: Student, device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return

@@ -84,9 +84,9 @@ def drop_text(
 ) -> Conditioning:
     """Replace whole prompts by the null prompt with probability ``rate`` (for classifier-free
     guidance)."""
-    dropped = torch.rand(cond.batch, generator=rng) < rate
+    is_dropped = torch.rand(cond.batch, generator=rng) < rate
     text = cond.text_BLE
-    keep = on_device(~dropped, text.device).reshape(-1, 1, 1)
+    keep = on_device(~is_dropped, text.device).reshape(-1, 1, 1)
     return replace(
         cond, text_BLE=torch.where(keep, text, on_device(null.text_BLE, text.device, text.dtype))
     )
@@ -96,13 +96,13 @@ def drop_signals(cond: Conditioning, cfg: FlowMatchingConfig, rng: torch.Generat
     """Actions and labels replaced by the null ones; the decoder's actions by draws of their own.
     Without any: none."""
 
-    def dropped(x: Tensor, rate: float) -> Tensor:
+    def with_nulls(x: Tensor, rate: float) -> Tensor:
         return x.masked_fill(on_device(torch.rand(x.shape, generator=rng) < rate, x.device), -1)
 
     if cond.labels_B is not None:
-        cond = replace(cond, labels_B=dropped(cond.labels_B, cfg.label_dropout))
+        cond = replace(cond, labels_B=with_nulls(cond.labels_B, cfg.label_dropout))
     if cond.actions_BF is not None:
-        encoder, decoder = (dropped(cond.actions_BF, cfg.action_dropout) for _ in range(2))
+        encoder, decoder = (with_nulls(cond.actions_BF, cfg.action_dropout) for _ in range(2))
         cond = replace(cond, actions_BF=encoder, decoder_actions_BF=decoder)
     return cond
 
@@ -207,7 +207,7 @@ def validation_loss(
     """The loss of all chunks of x_0 (B, F, C, H, W), scalar fp32: ``cfg.target_chunks`` of them at
     a time, so that no sequence is longer than in training. Query of pure noise as in sampling; no
     dropout, no corruption, K = 2."""
-    fixed = replace(
+    plain_cfg = replace(
         cfg,
         noise_samples=2,
         context_noise=0.0,
@@ -218,7 +218,7 @@ def validation_loss(
     )
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
     noisy, size = (
-        _noisy(generator, x_0, cond, null, fixed, rng),
+        _noisy(generator, x_0, cond, null, plain_cfg, rng),
         min(cfg.target_chunks or num_chunks, num_chunks),
     )
     parts = []

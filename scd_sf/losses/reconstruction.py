@@ -75,14 +75,14 @@ class GanConfig:
 
 
 def pixel_loss(
-    made_N3HW: Tensor,
+    decoded_N3HW: Tensor,
     real_N3HW: Tensor,
     cfg: ReconstructionConfig,
     perceptual: Distance | None = None,
 ) -> tuple[Tensor, Logs]:
     """Everything but anchor and GAN, weighted and summed; the logs hold the unweighted parts that
     have a weight."""
-    error = made_N3HW - real_N3HW
+    error = decoded_N3HW - real_N3HW
     parts: dict[str, tuple[float, Tensor]] = {}
     if cfg.l1:
         parts["l1"] = (cfg.l1, error.abs().mean())
@@ -91,7 +91,7 @@ def pixel_loss(
     if cfg.gradient:
         parts["gradient"] = (cfg.gradient, gradient_error(error, cfg.scales))
     if cfg.perceptual and perceptual is not None:
-        parts["perceptual"] = (cfg.perceptual, perceptual(made_N3HW, real_N3HW))
+        parts["perceptual"] = (cfg.perceptual, perceptual(decoded_N3HW, real_N3HW))
     total = torch.stack([weight * value for weight, value in parts.values()]).sum()
     return total, {name: float(value.detach()) for name, (_, value) in parts.items()}
 
@@ -108,27 +108,29 @@ def gradient_error(error_N3HW: Tensor, scales: int) -> Tensor:
     return torch.stack(values).mean()
 
 
-def generator_loss(logits_of_made: Tensor) -> Tensor:
+def generator_loss(fake_logits: Tensor) -> Tensor:
     """What the decoder lowers: minus the mean logit of its pictures."""
-    return -logits_of_made.mean()
+    return -fake_logits.mean()
 
 
-def discriminator_loss(logits_of_real: Tensor, logits_of_made: Tensor) -> Tensor:
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss, halved."""
-    return 0.5 * (
-        functional.relu(1 - logits_of_real).mean() + functional.relu(1 + logits_of_made).mean()
-    )
+    return 0.5 * (functional.relu(1 - real_logits).mean() + functional.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
     """By how much the adversarial loss is to be multiplied so that both pull equally at the kernel
     ``last`` (VQGAN, arXiv:2012.09841, equation 7): the ratio of the norms of their gradients there,
     at most 1e4, without gradient."""
-    ours, theirs = (
+    reconstruction_grad, adversarial_grad = (
         torch.autograd.grad(loss, last, retain_graph=True)[0]
         for loss in (reconstruction, adversarial)
     )
-    return (ours.float().norm() / (theirs.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (
+        (reconstruction_grad.float().norm() / (adversarial_grad.float().norm() + 1e-4))
+        .clamp(0, 1e4)
+        .detach()
+    )
 
 
 class TokenizerObjective:
@@ -159,22 +161,24 @@ class TokenizerObjective:
         x = pixels_N3HW.to(weight.dtype).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
             latents = model.encoder(x)
-        made = model.decoder(latents + self.cfg.noise * noise_NCHW.to(latents.dtype)).float()
-        loss, logs = pixel_loss(made, pixels_N3HW, self.cfg, self.perceptual)
+        pictures = model.decoder(latents + self.cfg.noise * noise_NCHW.to(latents.dtype)).float()
+        loss, logs = pixel_loss(pictures, pixels_N3HW, self.cfg, self.perceptual)
         if adversarial and self.discriminator is not None:
-            judged = generator_loss(frozen(self.discriminator)(made.to(weight.dtype)).float())
-            balance = adaptive_weight(loss, judged, weight)
-            loss = loss + self.gan.weight * balance * judged
-            logs |= {"gan": float(judged.detach()), "gan_balance": float(balance)}
+            adversarial_loss = generator_loss(
+                frozen(self.discriminator)(pictures.to(weight.dtype)).float()
+            )
+            balance = adaptive_weight(loss, adversarial_loss, weight)
+            loss = loss + self.gan.weight * balance * adversarial_loss
+            logs |= {"gan": float(adversarial_loss.detach()), "gan_balance": float(balance)}
         if self.cfg.anchor and self.components is not None and not frozen_encoder:
             anchor = functional.mse_loss(latents.float(), self.components(pixels_N3HW))
             loss = loss + self.cfg.anchor * anchor
             logs["anchor"] = float(anchor.detach())
-        return loss, made.detach(), logs
+        return loss, pictures.detach(), logs
 
 
-def judge(discriminator: nn.Module, real_N3HW: Tensor, made_N3HW: Tensor) -> Tensor:
+def judge(discriminator: nn.Module, real_N3HW: Tensor, decoded_N3HW: Tensor) -> Tensor:
     """The discriminator's own loss, for :class:`scd_sf.train.base.StepModule`."""
     dtype = next(discriminator.parameters()).dtype
-    logits = [discriminator(pixels.to(dtype)).float() for pixels in (real_N3HW, made_N3HW)]
+    logits = [discriminator(pixels.to(dtype)).float() for pixels in (real_N3HW, decoded_N3HW)]
     return discriminator_loss(logits[0], logits[1])

@@ -186,16 +186,16 @@ def set_blocks(model: Model, blocks: BlocksConfig) -> None:
 def blocks_of(model: Model) -> BlocksConfig:
     """How the model's blocks are run now."""
     diagonal = model.frame_diagonal if isinstance(model, Causal) else 0
-    how = model.run_blocks if isinstance(model, Causal | Wan) else run_all
-    return BlocksConfig(diagonal, how.skip if isinstance(how, Skipping) else None)
+    run_blocks = model.run_blocks if isinstance(model, Causal | Wan) else run_all
+    return BlocksConfig(diagonal, run_blocks.skip if isinstance(run_blocks, Skipping) else None)
 
 
 @contextmanager
 def running_as(model: Model, blocks: BlocksConfig) -> Iterator[None]:
     """Inside, the model's blocks are run so; afterwards as before."""
-    before = blocks_of(model)
+    old_blocks = blocks_of(model)
     set_blocks(model, blocks)
     try:
         yield
     finally:
-        set_blocks(model, before)
+        set_blocks(model, old_blocks)

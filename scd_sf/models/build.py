@@ -157,21 +157,25 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> N
 
 
 def _check_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin: Path) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wrong = [name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name)]
-    if wrong:
-        raise UserError(f"{origin}: tensor '{wrong[0]}' does not fit its config.yaml; {APART}")
+    model_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong_names = [
+        name for name in (*model_shapes, *shapes) if shapes.get(name) != model_shapes.get(name)
+    ]
+    if wrong_names:
+        raise UserError(
+            f"{origin}: tensor '{wrong_names[0]}' does not fit its config.yaml; {APART}"
+        )
 
 
 def _read_model(config: ModelConfig, file: Path, description: Path) -> Student | Wan:
     """The model of ``description`` with the weights of ``file``, in fp32; allocated once the two
     are known to fit."""
-    stored = open_tensors(file, "use another checkpoint")
-    outline = skeleton(lambda: build_model(config), stored, description, APART)
-    _check_state(outline, {name: tensor.shape for name, tensor in stored.items()}, file)
+    file_tensors = open_tensors(file, "use another checkpoint")
+    outline = skeleton(lambda: build_model(config), file_tensors, description, APART)
+    _check_state(outline, {name: tensor.shape for name, tensor in file_tensors.items()}, file)
     model = build_model(config)
     model.load_state_dict(
-        {name: tensor.to(torch.float32) for name, tensor in read_all(stored).items()}
+        {name: tensor.to(torch.float32) for name, tensor in read_all(file_tensors).items()}
     )
     return model
 
@@ -189,14 +193,14 @@ def load_checkpoint_model(
     weights.
     """
     if path.is_file():
-        config = _run_so(read_single(path)[0], blocks)
+        config = _with_blocks(read_single(path)[0], blocks)
         return _read_model(config.model, path, path), config
     path = find(path, weights)
-    config = _run_so(from_yaml(CheckpointConfig, path / "config.yaml"), blocks)
+    config = _with_blocks(from_yaml(CheckpointConfig, path / "config.yaml"), blocks)
     return _read_model(config.model, weights_file(path, weights), path / "config.yaml"), config
 
 
-def _run_so(config: CheckpointConfig, blocks: BlocksConfig | None) -> CheckpointConfig:
+def _with_blocks(config: CheckpointConfig, blocks: BlocksConfig | None) -> CheckpointConfig:
     return replace(config, model=config.model.with_blocks(blocks))
 
 
@@ -264,10 +268,10 @@ def base_of(recorded: str, other: str, where: Path | str) -> Path:
     if not base:
         raise UserError(f"{where}: does not name its Wan directory; set base=")
     if not Path(base).is_dir():
-        whose = "base" if other else f"{where}: its base"
-        here = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"
+        source = "base" if other else f"{where}: its base"
+        working_folder = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"
         raise UserError(
-            f"{whose} is {base}{here}, and no such directory is there; set base= to the Wan directory"
+            f"{source} is {base}{working_folder}, and no such directory is there; set base= to the Wan directory"
         )
     return Path(base)
 

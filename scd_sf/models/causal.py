@@ -63,7 +63,7 @@ class Causal(nn.Module):
         return False
 
     @property
-    def _temporal(self) -> int:
+    def _num_history_blocks(self) -> int:
         """How many blocks see the history."""
         return len(self.trunk.blocks) - self.frame_diagonal
 
@@ -105,14 +105,17 @@ class Causal(nn.Module):
             layout = Layout.teacher_forced(history, targets, samples, self.chunk * tokens)
             return FullSequence(teacher_forcing_mask(layout, sequence.device))
 
-        temporal, own = slice(0, self._temporal), slice(self._temporal, None)
+        history_blocks, chunk_blocks = (
+            slice(0, self._num_history_blocks),
+            slice(self._num_history_blocks, None),
+        )
         out = self.run_blocks(
-            trunk, sequence, times, text, rotary, attend(num_chunks - 1), temporal
+            trunk, sequence, times, text, rotary, attend(num_chunks - 1), history_blocks
         )
         out = out[:, frames * tokens :]
         if self.frame_diagonal:
             out = trunk.run(
-                out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), own
+                out, times.mod[:, frames:], text, rotary.last(out.shape[1]), attend(0), chunk_blocks
             )
         velocity = trunk.velocity(out, times.temb[:, frames:], height, width)
         return velocity.unflatten(1, (samples, -1)).transpose(0, 1)
@@ -158,16 +161,19 @@ class Causal(nn.Module):
         def write(
             x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
         ) -> Mapping[int, KV]:
-            attend, temporal = Streaming(stream.cache, (tokens,), write=1), slice(0, self._temporal)
-            self.trunk(x, t_BF, text, rotary, attend, temporal, keep=0, signal_BFE=signal)
+            attend, history_blocks = (
+                Streaming(stream.cache, (tokens,), write=1),
+                slice(0, self._num_history_blocks),
+            )
+            self.trunk(x, t_BF, text, rotary, attend, history_blocks, keep=0, signal_BFE=signal)
             return stream.cache.write(attend.take())
 
         with torch.no_grad():  # its output is unused and its K/V are detached
             x_0 = x_0.detach()
             clean_t = self.trunk.clean_times(x_0.shape[:2], x_0)
             inputs = self._inputs(stream, x_0, clean_t, stream.index - 1)
-            written = run_step(self.replay, "write", stream.cache.place, write, *inputs)
-        return replace(stream, cache=stream.cache.grown(written, tokens))
+            new_kv = run_step(self.replay, "write", stream.cache.place, write, *inputs)
+        return replace(stream, cache=stream.cache.grown(new_kv, tokens))
 
     def denoise(self, stream: CausalStream, x_t: Tensor, t: Tensor) -> Tensor:
         """The whole trunk on the noisy chunk, reading the history where the cache has one."""

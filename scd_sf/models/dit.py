@@ -55,13 +55,15 @@ class DitConfig:
     """Added to variances in the norms."""
 
     def __post_init__(self) -> None:
-        small = [
+        small_fields = [
             n
             for n in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels")
             if getattr(self, n) < 1
         ]
-        if small:
-            raise UserError(f"dit.{small[0]} is {getattr(self, small[0])}; it must be at least 1")
+        if small_fields:
+            raise UserError(
+                f"dit.{small_fields[0]} is {getattr(self, small_fields[0])}; it must be at least 1"
+            )
         check_within(self, {**SIZES, "num_actions": (0, 2**20), "num_labels": (0, 2**20)}, "dit.")
         if self.attention_head_dim % 16:
             raise UserError(

@@ -67,26 +67,26 @@ def export_weights(
             f"layout '{layout}' is unknown; use single, pipeline, diffusers or original"
         )
     model, config = load_checkpoint_model(checkpoint, weights)
-    before = probe_output(model)
-    largest(before, before)
+    expected_output = probe_output(model)
+    largest(expected_output, expected_output)
     if layout == "single":
         file = out if out.suffix == ".safetensors" else out / "model.safetensors"
         _, origin = describe_checkpoint(checkpoint)
         with own_file(file, fresh=True) as part:
             write_single(part, model, config, {**origin, "weights": weights}, kind)
-            again, _ = load_checkpoint_model(part)
-            return largest(before, probe_output(again))
+            reloaded, _ = load_checkpoint_model(part)
+            return largest(expected_output, probe_output(reloaded))
     require_wan(config.model, checkpoint)
     if isinstance(model, Scd):
         raise UserError(
             f"{checkpoint}: an SCD model does not fit Wan's {layout} layout; use single or pipeline"
         )
-    wanted: Layout = "original" if layout == "original" else "diffusers"
+    wan_layout: Layout = "original" if layout == "original" else "diffusers"
     with new_folder(out, AGAIN) as part:
-        save_wan(model.state_dict(), config.model.wan, part, kind, layout=wanted)
-        rebuilt: Student | Wan = build_model(config.model)
-        load_state(rebuilt, load_wan(part).state_dict(), out)
-        return largest(before, probe_output(rebuilt))
+        save_wan(model.state_dict(), config.model.wan, part, kind, layout=wan_layout)
+        wan_model: Student | Wan = build_model(config.model)
+        load_state(wan_model, load_wan(part).state_dict(), out)
+        return largest(expected_output, probe_output(wan_model))
 
 
 def convert_wan(
@@ -109,14 +109,14 @@ def convert_wan(
     files = open_wan(source, section=section, heads=heads)
     with new_folder(out, AGAIN) as part:
         write_wan(files.tensors, files.config, part, layout, size)
-        written = open_wan(part).tensors
+        written_tensors = open_wan(part).tensors
         for name, tensor in files.tensors.items():
-            if not torch.equal(tensor.read(), written[name].read()):
+            if not torch.equal(tensor.read(), written_tensors[name].read()):
                 raise UserError(
                     f"{out}: tensor '{name}' is not what was read from {source}; the disk or the memory is broken"
                 )
-        before = probe_output(load_wan(source, section=section, heads=heads))
-        return files, largest(before, probe_output(load_wan(part)))
+        expected_output = probe_output(load_wan(source, section=section, heads=heads))
+        return files, largest(expected_output, probe_output(load_wan(part)))
 
 
 def largest(first: Tensor, second: Tensor) -> float:

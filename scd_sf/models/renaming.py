@@ -14,10 +14,10 @@ sides."""
 def renamed(name: str, table: Table) -> str | None:
     """A tensor's name by ``table``; its ending (``.weight``, ``.bias`` or none) stays. None if no
     module fits."""
-    for module, other in table.items():
+    for module, new_name in table.items():
         if (match := _pattern(module).fullmatch(name)) is not None:
             *numbers, ending = match.groups("")
-            return other.replace("N", "{}").format(*numbers) + ending
+            return new_name.replace("N", "{}").format(*numbers) + ending
     return None
 
 

@@ -33,21 +33,21 @@ def cuda_recorder(device: torch.device) -> Record[Any]:
     nothing. The step runs twice before: kernels are built and loaded there. All on one stream:
     libraries keep a workspace for each."""
     with torch.cuda.device(device):
-        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, record_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(step: Callable[[], T]) -> tuple[Callable[[], None], T]:
         with torch.cuda.device(device):
-            here = torch.cuda.current_stream()
-            side.wait_stream(here)
-            with torch.cuda.stream(side):
+            caller_stream = torch.cuda.current_stream()
+            record_stream.wait_stream(caller_stream)
+            with torch.cuda.stream(record_stream):
                 for _ in range(2):
                     step()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(
-                    graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                    graph, pool=pool, stream=record_stream, capture_error_mode="thread_local"
                 ):
                     out = step()
-            here.wait_stream(side)
+            caller_stream.wait_stream(record_stream)
         return graph.replay, out
 
     return record
@@ -79,7 +79,7 @@ class Replayed:
 
     def __init__(self, record: Record[Any]) -> None:
         self._record, self._numbers, self._weights = record, itertools.count(), tuple[int, ...]()
-        self._recorded: dict[Hashable, tuple[Callable[[], None], Any]] = {}
+        self._recordings: dict[Hashable, tuple[Callable[[], None], Any]] = {}
         self._places: dict[Hashable, _Place] = {}
         self._histories: dict[Hashable, list[_History]] = {}
 
@@ -92,22 +92,22 @@ class Replayed:
         assert not torch.is_grad_enabled(), (
             "recorded steps have no gradient: sampling only, under torch.no_grad()"
         )
-        described: list[Hashable] = []
+        description: list[Hashable] = []
 
         def place(tensor: Tensor) -> Tensor:
-            described.append((tuple(tensor.shape), tensor.dtype, tensor.device))
-            return self._placed((name, len(described), described[-1]), tensor)
+            description.append((tuple(tensor.shape), tensor.dtype, tensor.device))
+            return self._copy_in((name, len(description), description[-1]), tensor)
 
-        placed = _walk(inputs, place, described)
-        whole = (name, key, tuple(described))
-        if whole not in self._recorded:
-            self._recorded[whole] = self._record(lambda: step(*placed))
-        replay, out = self._recorded[whole]
+        places = _walk(inputs, place, description)
+        full_key = (name, key, tuple(description))
+        if full_key not in self._recordings:
+            self._recordings[full_key] = self._record(lambda: step(*places))
+        replay, out = self._recordings[full_key]
         replay()
-        copied: T = _walk(out, lambda tensor: tensor.clone(), [])
-        return copied
+        copies: T = _walk(out, lambda tensor: tensor.clone(), [])
+        return copies
 
-    def _placed(self, key: Hashable, tensor: Tensor) -> Tensor:
+    def _copy_in(self, key: Hashable, tensor: Tensor) -> Tensor:
         if key not in self._places:
             with torch.inference_mode(False):  # others will write there outside of it
                 self._places[key] = _Place(
@@ -140,13 +140,13 @@ class Replayed:
             tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())
         )
         if weights != self._weights:
-            self._weights, self._recorded, self._places, self._histories = weights, {}, {}, {}
+            self._weights, self._recordings, self._places, self._histories = weights, {}, {}, {}
         histories = self._histories.setdefault(key, [])
-        unused = [
+        free_histories = [
             history for history in histories if history.owner is None or history.owner() is None
         ]
-        if unused:
-            history = unused[0]
+        if free_histories:
+            history = free_histories[0]
         else:
             history = _History(next(self._numbers))
             histories.append(history)
@@ -183,22 +183,22 @@ def new_history(
     return history
 
 
-def _walk(value: Any, change: Callable[[Tensor], Tensor], described: list[Hashable]) -> Any:
+def _walk(value: Any, change: Callable[[Tensor], Tensor], description: list[Hashable]) -> Any:
     """The same with other tensors; what is no tensor is noted in ``described``."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        described.append(tuple(value))
-        return {name: _walk(part, change, described) for name, part in value.items()}
+        description.append(tuple(value))
+        return {name: _walk(part, change, description) for name, part in value.items()}
     if isinstance(value, tuple):
-        described.append(len(value))
-        parts = [_walk(part, change, described) for part in value]
+        description.append(len(value))
+        parts = [_walk(part, change, description) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if is_dataclass(value) and not isinstance(value, type):
-        described.append(type(value))
+        description.append(type(value))
         return replace(
             value,
-            **{f.name: _walk(getattr(value, f.name), change, described) for f in fields(value)},
+            **{f.name: _walk(getattr(value, f.name), change, description) for f in fields(value)},
         )
-    described.append(value)
+    description.append(value)
     return value

@@ -49,12 +49,12 @@ def choose_section(
     """
     names = {name: without_wrappers(name) for name in tensors}
     labels = {name: _label(bare, roots) for name, bare in names.items()}
-    known = sorted(
+    known_labels = sorted(
         {label for label in labels.values() if label is not None}, key=lambda label: -len(label)
     )
-    if not known and section:
+    if not known_labels and section:
         raise UserError(f"{where}: no weights '{section}' in it (it has none); use another file")
-    chosen = _chosen(sorted(known), section, where)
+    section_label = _choose_label(sorted(known_labels), section, where)
     result: dict[str, Lazy] = {}
     for name, bare in names.items():
         label = labels[name]
@@ -62,20 +62,25 @@ def choose_section(
             if any(part.startswith("optim") for part in bare.split(".")):
                 continue
             label = next(
-                (other for other in known if not other or bare.startswith(f"{other}.")), ""
+                (
+                    known_label
+                    for known_label in known_labels
+                    if not known_label or bare.startswith(f"{known_label}.")
+                ),
+                "",
             )
-        if label != chosen:
+        if label != section_label:
             continue
-        own = bare[len(label) + 1 :] if label else bare
-        if own in result:
+        model_name = bare[len(label) + 1 :] if label else bare
+        if model_name in result:
             raise UserError(
-                f"{where}: holds tensor '{own}' twice, once as '{name}'; use a file that says which is right"
+                f"{where}: holds tensor '{model_name}' twice, once as '{name}'; use a file that says which is right"
             )
         if tensors[name].odd:
             raise UserError(
                 f"{where}: entry '{name}' is not a tensor; use a file of the model's weights alone"
             )
-        result[own] = replace(tensors[name])
+        result[model_name] = replace(tensors[name])
     return result
 
 
@@ -86,36 +91,41 @@ def _label(name: str, roots: Collection[str]) -> str | None:
     return None if first is None or "optim" in name else ".".join(parts[:first])
 
 
-def _chosen(labels: list[str], section: str, where: str) -> str:
+def _choose_label(labels: list[str], section: str, where: str) -> str:
     if section:
-        wanted = [label for label in labels if label == ("" if section == PLAIN else section)]
-        wanted = wanted or [
+        matches = [label for label in labels if label == ("" if section == PLAIN else section)]
+        matches = matches or [
             label
             for label in labels
             if label.startswith(f"{section}.") or section in label.split(".")
         ]
-        if not wanted:
-            names = ", ".join(map(_shown, labels))
+        if not matches:
+            names = ", ".join(map(_display_name, labels))
             raise UserError(f"{where}: no weights '{section}' in it (it has {names}); set section")
-        labels = wanted
+        labels = matches
     if not labels:
         return ""
     families = {_family(label) for label in labels}
-    preferred = families & {GENERATOR, ""}
-    rest = [label for label in labels if not preferred or _family(label) in preferred]
-    if len(preferred or families) == 1:
-        rest = [label for label in rest if _words(label) & AVERAGE] or rest
-    if len(rest) != 1:
-        names = ", ".join(map(_shown, rest))
+    preferred_families = families & {GENERATOR, ""}
+    candidates = [
+        label for label in labels if not preferred_families or _family(label) in preferred_families
+    ]
+    if len(preferred_families or families) == 1:
+        candidates = [label for label in candidates if _words(label) & AVERAGE] or candidates
+    if len(candidates) != 1:
+        names = ", ".join(map(_display_name, candidates))
         raise UserError(
             f"{where}: holds several sets of weights ({names}); say which with section="
         )
     if len(labels) > 1:
-        names = ", ".join(map(_shown, labels))
+        names = ", ".join(map(_display_name, labels))
         log.warning(
-            "%s: holds several sets of weights (%s); took %s", where, names, _shown(rest[0])
+            "%s: holds several sets of weights (%s); took %s",
+            where,
+            names,
+            _display_name(candidates[0]),
         )
-    return rest[0]
+    return candidates[0]
 
 
 def _words(label: str) -> set[str]:
@@ -130,7 +140,7 @@ def _family(label: str) -> str:
     )
 
 
-def _shown(label: str) -> str:
+def _display_name(label: str) -> str:
     """A label for people: ``generator.model`` is the generator; the weights without a section are
     :data:`PLAIN`."""
     parts = label.split(".")

@@ -32,12 +32,12 @@ def skeleton(
     ``where``: the description it follows. UserError when that describes no network, or one of far
     more parameters than ``tensors``, its weights file, holds.
     """
-    budget, made = PER_TENSOR * len(tensors) + SPARE, 0
+    budget, num_parameters = PER_TENSOR * len(tensors) + SPARE, 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal made
-        made += 1
-        if made > budget:
+        nonlocal num_parameters
+        num_parameters += 1
+        if num_parameters > budget:
             raise UserError(
                 f"{where}: describes more than the {len(tensors)} tensors of the weights file; {remedy}"
             )
@@ -54,9 +54,9 @@ def check_fit(
     model: nn.Module,
     tensors: Mapping[str, Lazy],
     where: Path,
-    described: str,
+    description: str,
     remedy: str,
-    shown: Callable[[str], str] = str,
+    file_name: Callable[[str], str] = str,
 ) -> None:
     """UserError unless ``tensors`` are the model's, by name and shape, and numbers of the same
     kind.
@@ -64,17 +64,19 @@ def check_fit(
     ``where``: what is read; ``described``: what says how the tensors should be; ``shown``: the
     model's name of a tensor -> the file's.
     """
-    expected = model.state_dict()
+    model_tensors = model.state_dict()
     for name, tensor in tensors.items():
-        which = f"{tensor.origin}: tensor '{shown(name)}'"
-        if name not in expected or tensor.shape != tuple(expected[name].shape):
-            implied = list(expected[name].shape) if name in expected else "no such tensor"
-            raise UserError(
-                f"{which} has shape {list(tensor.shape)}, {described} implies {implied}; {remedy}"
+        label = f"{tensor.origin}: tensor '{file_name(name)}'"
+        if name not in model_tensors or tensor.shape != tuple(model_tensors[name].shape):
+            model_shape = (
+                list(model_tensors[name].shape) if name in model_tensors else "no such tensor"
             )
-        if expected[name].is_floating_point() and not tensor.meta.is_floating_point():
-            raise UserError(f"{which} is {kind_of(tensor)}, as quantised weights are; use others")
-    if missing := [name for name in expected if name not in tensors]:
+            raise UserError(
+                f"{label} has shape {list(tensor.shape)}, {description} implies {model_shape}; {remedy}"
+            )
+        if model_tensors[name].is_floating_point() and not tensor.meta.is_floating_point():
+            raise UserError(f"{label} is {kind_of(tensor)}, as quantised weights are; use others")
+    if missing_names := [name for name in model_tensors if name not in tensors]:
         raise UserError(
-            f"{where}: {len(missing)} tensors missing, first '{shown(missing[0])}'; {remedy}"
+            f"{where}: {len(missing_names)} tensors missing, first '{file_name(missing_names[0])}'; {remedy}"
         )

@@ -82,12 +82,12 @@ class FullSequence:
             stop = min(start + step, length)
             mask, runs = row_mask(layout, start, stop)
             q = q_BNLD[:, :, start - (length - queries) : stop - (length - queries)]
-            k, v = _picked(k_BNLD, runs), _picked(v_BNLD, runs)
+            k, v = _pick_tokens(k_BNLD, runs), _pick_tokens(v_BNLD, runs)
             outputs.append(attention(q, k, v, mask))
         return torch.cat(outputs, dim=2)
 
 
-def _picked(x_BNLD: Tensor, runs: Sequence[slice]) -> Tensor:
+def _pick_tokens(x_BNLD: Tensor, runs: Sequence[slice]) -> Tensor:
     """The tokens of these runs; one run is no copy."""
     if len(runs) == 1:
         return x_BNLD[:, :, runs[0]]
@@ -110,18 +110,18 @@ class Streaming:
     def take(self) -> dict[int, KV]:
         """What was staged, once: checkpoints keep this object until backward, and would keep its
         tensors with it."""
-        staged, self.staged, self.write = self.staged, {}, 0
-        return staged
+        kv, self.staged, self.write = self.staged, {}, 0
+        return kv
 
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
         if self.write and layer not in self.staged:
-            written = sum(self.groups[: self.write])
-            self.staged[layer] = (k_BNLD[:, :, :written], v_BNLD[:, :, :written])
-        new, queries = k_BNLD.shape[2], q_BNLD.shape[2]
+            num_tokens = sum(self.groups[: self.write])
+            self.staged[layer] = (k_BNLD[:, :, :num_tokens], v_BNLD[:, :, :num_tokens])
+        num_keys, queries = k_BNLD.shape[2], q_BNLD.shape[2]
         if queries == 0:
             return q_BNLD
         k_BNLD, v_BNLD = self.past.joined(layer, k_BNLD, v_BNLD)
-        outputs, start = [], queries - new
+        outputs, start = [], queries - num_keys
         for group in self.groups:
             end = start + group
             if end > 0:

@@ -112,8 +112,8 @@ class CacheConfig:
     def tokens(self, per_frame: int, axes: Axes) -> Window:
         """In tokens, for keys whose rotary positions are split over ``axes``."""
         recent = None if self.window is None else self.window * per_frame
-        turning = per_frame if self.turn_sink and self.sink else 0
-        return Window(recent, self.sink * per_frame, turning, axes)
+        turn_step = per_frame if self.turn_sink and self.sink else 0
+        return Window(recent, self.sink * per_frame, turn_step, axes)
 
     def num_lengths(self, chunk: int) -> int:
         """How many lengths a preallocated history can have that grows by ``chunk`` frames."""
@@ -132,15 +132,15 @@ def turned(k_BNLD: Tensor, frames: int, axes: Axes) -> Tensor:
 def _append(past: KV | None, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
     if past is None:
         return k_BNLD, v_BNLD
-    return _joined((past, (k_BNLD, v_BNLD)))
+    return _join((past, (k_BNLD, v_BNLD)))
 
 
-def _own(x_BNLD: Tensor) -> Tensor:
+def _copy(x_BNLD: Tensor) -> Tensor:
     """A copy of a part: as a view it would keep the whole alive."""
     return x_BNLD.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _joined(pieces: tuple[KV, ...]) -> KV:
+def _join(pieces: tuple[KV, ...]) -> KV:
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat([k for k, _ in pieces], dim=2), torch.cat([v for _, v in pieces], dim=2)
@@ -184,7 +184,7 @@ class KVCache:
         pieces = self.layers.get(index)
         if pieces is None:
             return None
-        k, v = _joined(pieces)
+        k, v = _join(pieces)
         recent, sink = self.window.recent, self.window.sink
         if recent is None or self.length <= recent + sink:
             return k, v
@@ -195,7 +195,7 @@ class KVCache:
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
         if self.window.recent is None:
-            return _joined((*self.layers.get(index, ()), (k_BNLD, v_BNLD)))
+            return _join((*self.layers.get(index, ()), (k_BNLD, v_BNLD)))
         return _append(self.layer(index), k_BNLD, v_BNLD)
 
     @property
@@ -203,7 +203,7 @@ class KVCache:
         return self.length
 
     def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
-        return {index: (_own(k), _own(v)) for index, (k, v) in staged.items()}
+        return {index: (_copy(k), _copy(v)) for index, (k, v) in staged.items()}
 
     def grown(self, written: Mapping[int, KV], tokens: int) -> KVCache:
         layers = {index: (*self.layers.get(index, ()), kv) for index, kv in written.items()}
@@ -299,17 +299,17 @@ class RingKVCache:
             self._buffers[index] = k, v
         return self._buffers[index]
 
-    def _runs(self, added: int) -> list[tuple[int, int, int]]:
+    def _runs(self, num_new: int) -> list[tuple[int, int, int]]:
         """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as
         there can be."""
-        end = self.length + added
+        end = self.length + num_new
         ring = self.capacity - self.sink
         if end > self.capacity and not self.wrap:
             raise UserError(
                 f"the KV cache holds {self.capacity} tokens and {end} are needed: give it a window"
             )
-        if end > self.capacity and added > ring:
-            raise UserError(f"the KV window holds {ring} tokens, fewer than one chunk ({added})")
+        if end > self.capacity and num_new > ring:
+            raise UserError(f"the KV window holds {ring} tokens, fewer than one chunk ({num_new})")
         runs, position = [], self.length
         while position < end:
             slot = (

@@ -65,18 +65,18 @@ class Attention(nn.Module):
         return x_BLE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def query(self, x_BLE: Tensor) -> Tensor:
-        return self._normed(self.norm_q, self.to_q(x_BLE))
+        return self._normalise(self.norm_q, self.to_q(x_BLE))
 
     def kv(self, x_BLE: Tensor) -> KV:
-        return self._normed(self.norm_k, self.to_k(x_BLE)), self.heads(self.to_v(x_BLE))
+        return self._normalise(self.norm_k, self.to_k(x_BLE)), self.heads(self.to_v(x_BLE))
 
-    def _normed(self, norm: nn.Module, x_BLE: Tensor) -> Tensor:
-        normed: Tensor = norm(self.heads(x_BLE)) if self.per_head else self.heads(norm(x_BLE))
-        return normed
+    def _normalise(self, norm: nn.Module, x_BLE: Tensor) -> Tensor:
+        heads: Tensor = norm(self.heads(x_BLE)) if self.per_head else self.heads(norm(x_BLE))
+        return heads
 
     def out(self, x_BNLD: Tensor) -> Tensor:
-        projected: Tensor = self.to_out[0](x_BNLD.transpose(1, 2).flatten(2))
-        return projected
+        out: Tensor = self.to_out[0](x_BNLD.transpose(1, 2).flatten(2))
+        return out
 
 
 class Gelu(nn.Module):
@@ -157,15 +157,15 @@ class WanBlock(nn.Module):
             gate_a, scale_f, shift_f, gate_f = (
                 _last(m, keep, 1) for m in (gate_a, scale_f, shift_f, gate_f)
             )
-        attended = attend(layer, rotate(self.attn1.query(h), query_rotary), k, v)
+        attention_out = attend(layer, rotate(self.attn1.query(h), query_rotary), k, v)
         if frames == 0:
             return x_BLE
-        x_BLE = _gated(x_BLE, self.attn1.out(attended), gate_a, frames)
+        x_BLE = _add_gated(x_BLE, self.attn1.out(attention_out), gate_a, frames)
 
         x_BLE = x_BLE + self._cross(self.norm2(x_BLE).to(x_BLE.dtype), text)
 
         h = modulate(self.norm3(x_BLE), scale_f, shift_f, frames).to(x_BLE.dtype)
-        return _gated(x_BLE, self.ffn(h), gate_f, frames)
+        return _add_gated(x_BLE, self.ffn(h), gate_f, frames)
 
     def _cross(self, h_BLE: Tensor, text: Tensor | KV) -> Tensor:
         k, v = self.attn2.kv(text) if isinstance(text, Tensor) else text
@@ -223,14 +223,14 @@ class DitBlock(nn.Module):
                 rotary.last(tokens),
             )
             gate_a, mod_BFE = _last(gate_a, keep, 1), _last(mod_BFE, keep, 1)
-        attended = attend(layer, rotate(self.attn.query(h), query_rotary), k, v)
+        attention_out = attend(layer, rotate(self.attn.query(h), query_rotary), k, v)
         if frames == 0:
             return x_BLE
-        x_BLE = _gated(x_BLE, self.attn.out(attended), gate_a, frames)
+        x_BLE = _add_gated(x_BLE, self.attn.out(attention_out), gate_a, frames)
 
         shift_f, scale_f, gate_f = upcast(self.adaln2(mod_BFE)).unsqueeze(2).chunk(3, -1)
         h = modulate(self.norm2(x_BLE), scale_f, shift_f, frames).to(x_BLE.dtype)
-        return _gated(x_BLE, self.ffn(h), gate_f, frames)
+        return _add_gated(x_BLE, self.ffn(h), gate_f, frames)
 
 
 def modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int) -> Tensor:
@@ -238,7 +238,7 @@ def modulate(x_BLE: Tensor, scale_BF1E: Tensor, shift_BF1E: Tensor, frames: int)
     return torch.addcmul(shift_BF1E, x_BLE.unflatten(1, (frames, -1)), 1 + scale_BF1E).flatten(1, 2)
 
 
-def _gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tensor:
+def _add_gated(x_BLE: Tensor, y_BLE: Tensor, gate_BF1E: Tensor, frames: int) -> Tensor:
     x, y = upcast(x_BLE).unflatten(1, (frames, -1)), upcast(y_BLE).unflatten(1, (frames, -1))
     return torch.addcmul(x, y, gate_BF1E).flatten(1, 2).to(x_BLE.dtype)
 

@@ -29,8 +29,8 @@ def teacher_forcing(kind_q: Tensor, chunk_q: Tensor, kind_k: Tensor, chunk_k: Te
     """True where a query token (kind_q, chunk_q) may look at a key token (kind_k, chunk_k);
     broadcasts."""
     history = (kind_k == CLEAN) & (chunk_k < chunk_q)
-    own = (kind_k == kind_q) & (chunk_k == chunk_q)
-    return history | own
+    own_chunk = (kind_k == kind_q) & (chunk_k == chunk_q)
+    return history | own_chunk
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,17 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
 
         start = torch.arange(0, length, BLOCK)
         first = start // layout.tokens
-        after = (start + BLOCK - 1).clamp(max=length - 1) // layout.tokens + 1
+        stop = (start + BLOCK - 1).clamp(max=length - 1) // layout.tokens + 1
         sums = nn.functional.pad(layout.visible().long().cumsum(0).cumsum(1), (1, 0, 1, 0))
-        lower, upper = sums[first], sums[after]
-        pairs = upper[:, after] - upper[:, first] - lower[:, after] + lower[:, first]
-        inside = start + BLOCK <= length
-        whole = (pairs == (after - first)[:, None] * (after - first)) & inside[:, None] & inside
+        lower, upper = sums[first], sums[stop]
+        pairs = upper[:, stop] - upper[:, first] - lower[:, stop] + lower[:, first]
+        complete = start + BLOCK <= length
+        full_blocks = (
+            (pairs == (stop - first)[:, None] * (stop - first)) & complete[:, None] & complete
+        )
         return BlockMask.from_kv_blocks(
-            *_block_table((pairs > 0) & ~whole, device),
-            *_block_table(whole, device),
+            *_block_table((pairs > 0) & ~full_blocks, device),
+            *_block_table(full_blocks, device),
             BLOCK_SIZE=BLOCK,
             mask_mod=predicate,
             seq_lengths=(length, length),

@@ -82,11 +82,11 @@ def rope_table(
         w = _axis(tuple(range(width)), w_dim, theta, device, dtype)
         grid = (len(frames), height, width)
 
-        def whole(part: int) -> Tensor:
+        def table(part: int) -> Tensor:
             axes = (t[part][:, None, None], h[part][None, :, None], w[part][None, None, :])
             return torch.cat([axis.expand(*grid, -1) for axis in axes], dim=-1).flatten(0, 2)
 
-        return Rotary.of(whole(0), whole(1))
+        return Rotary.of(table(0), table(1))
 
 
 def join(*tables: Rotary) -> Rotary:
@@ -104,7 +104,7 @@ def rotate(x_BNLD: Tensor, rotary: Rotary) -> Tensor:
     pairs = x_BNLD.to(rotary.cos.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         even, odd = pairs.unbind(-1)
-        turned = (even * rotary.cos - odd * rotary.sin, even * rotary.sin + odd * rotary.cos)
-        return torch.stack(turned, -1).flatten(-2).to(x_BNLD.dtype)
-    rotated = torch.view_as_complex(pairs.contiguous()) * rotary.turn
-    return torch.view_as_real(rotated).flatten(-2).to(x_BNLD.dtype)
+        pair = (even * rotary.cos - odd * rotary.sin, even * rotary.sin + odd * rotary.cos)
+        return torch.stack(pair, -1).flatten(-2).to(x_BNLD.dtype)
+    products = torch.view_as_complex(pairs.contiguous()) * rotary.turn
+    return torch.view_as_real(products).flatten(-2).to(x_BNLD.dtype)

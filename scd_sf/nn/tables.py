@@ -27,19 +27,19 @@ class Kept(Generic[P, T]):
 
     def clear(self) -> None:
         """Forget all."""
-        self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
-        self._held = 0
+        self._entries: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self._total_bytes = 0
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         key = (args, tuple(sorted(kwargs.items())))
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key][0]
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
         value = self._make(*args, **kwargs)
-        self._kept[key] = value, max(1024, self._size(value))
-        self._held += self._kept[key][1]
-        while self._held > self._limit and len(self._kept) > 1:
-            self._held -= self._kept.popitem(last=False)[1][1]
+        self._entries[key] = value, max(1024, self._size(value))
+        self._total_bytes += self._entries[key][1]
+        while self._total_bytes > self._limit and len(self._entries) > 1:
+            self._total_bytes -= self._entries.popitem(last=False)[1][1]
         return value
 
 

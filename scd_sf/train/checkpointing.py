@@ -96,9 +96,9 @@ class Checkpointer:
         return step
 
     def _check_data(self, path: Path) -> None:
-        before = read_json(path / "provenance.json", "restore it").get("data_hash")
-        now = self.origin(step=0).get("data_hash")
-        if None not in (before, now) and before != now:
+        saved_hash = read_json(path / "provenance.json", "restore it").get("data_hash")
+        present_hash = self.origin(step=0).get("data_hash")
+        if None not in (saved_hash, present_hash) and saved_hash != present_hash:
             raise UserError(
                 f"{path}: was trained on other data than are there now; put those back, or use a new run.dir"
             )
@@ -145,7 +145,7 @@ class Checkpointer:
             else ""
         )
         if self.ranks.any(bool(problem)):
-            self._failed(step, problem, required)
+            self._report_failure(step, problem, required)
             return
         self._saving = Saving(
             self.checkpoints, self.ranks, step, self._state_writer(step), self._committer(step)
@@ -164,7 +164,7 @@ class Checkpointer:
                 shutil.rmtree(
                     self.checkpoints.path(saving.step).with_suffix(".tmp"), ignore_errors=True
                 )
-            self._failed(saving.step, problem, required)
+            self._report_failure(saving.step, problem, required)
         elif self.ranks.is_main:
             best = [int(self.record["best_saved"])] if "best_saved" in self.record else []
             self.checkpoints.prune(self.train.keep, self.train.keep_every, best)
@@ -176,7 +176,7 @@ class Checkpointer:
         if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
             self.record |= {"best_value": value, "best_saved": float(step)}
 
-    def _failed(self, step: int, problem: str, required: bool) -> None:
+    def _report_failure(self, step: int, problem: str, required: bool) -> None:
         error = SaveFailed(
             self.checkpoints.not_saved(step, problem or "Another process failed and says why.")
         )
@@ -240,15 +240,15 @@ class _Saved:
 
     def numbers(self, path: Path) -> dict[str, float]:
         """``record``. UserError when a number that decides something is not there."""
-        kept = {key: value for key, value in self.record.items() if not key.startswith(_WITHIN)}
-        if len(kept) < len(self.record):
+        values = {key: value for key, value in self.record.items() if not key.startswith(_WITHIN)}
+        if len(values) < len(self.record):
             _log.warning(
                 "%s: an earlier version saved it within step %d, which is made again",
                 path,
                 self.step + 1,
             )
         numbers: dict[str, float] = {}
-        for key, value in kept.items():
+        for key, value in values.items():
             if value is None:
                 raise UserError(
                     f"{path / STATE}/recipe.json: record.{key} is no number; resume from another step"
@@ -301,9 +301,9 @@ class Saving:
             problem = problem or problem_of(lambda: fsync_tree(self._folder / STATE))
             mark = self._mark(self._ranks.rank)
             # else the main rank could read it before its words are in it
-            begun = mark.with_name(mark.name + ".begun")
-            begun.write_text(problem)
-            begun.rename(mark)
+            unfinished_mark = mark.with_name(mark.name + ".begun")
+            unfinished_mark.write_text(problem)
+            unfinished_mark.rename(mark)
         if problem:
             raise UserError(problem)
 
@@ -313,17 +313,17 @@ class Saving:
         self._commit()
 
     def _await(self, rank: int) -> None:
-        mark, until = self._mark(rank), time.monotonic() + _PATIENCE
+        mark, deadline = self._mark(rank), time.monotonic() + _PATIENCE
         while not mark.exists():
             if self._given_up.is_set():
                 raise UserError("another process could not write its part and says why")
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise UserError(
                     f"{mark}: rank {rank} has not written its part in {_PATIENCE:.0f} s; see its output"
                 )
             time.sleep(0.01)
-        if said := mark.read_text():
-            raise UserError(f"rank {rank}: {said}")
+        if message := mark.read_text():
+            raise UserError(f"rank {rank}: {message}")
         mark.unlink()
 
     def _mark(self, rank: int) -> Path:

@@ -60,12 +60,12 @@ class Ema:
             if first:
                 self._average[shard.name] = shard.holding(shard.values.float().clone())
                 continue
-            mine = self._average[shard.name]
-            if (mine.start, mine.stop) != (shard.start, shard.stop):
+            average = self._average[shard.name]
+            if (average.start, average.stop) != (shard.start, shard.stop):
                 raise ValueError(
                     f"ema: {shard.name!r} is cut differently than before; restore() with the new parts"
                 )
-            mine.values.lerp_(shard.values.float(), 1.0 - decay)
+            average.values.lerp_(shard.values.float(), 1.0 - decay)
         self.updates += 1
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -75,9 +75,9 @@ class Ema:
 
     def copy(self) -> Ema:
         """The average as it is now."""
-        other = Ema(self.cfg, self.ranks)
-        other.restore(self._average.values(), self.updates)
-        return other
+        copy = Ema(self.cfg, self.ranks)
+        copy.restore(self._average.values(), self.updates)
+        return copy
 
     def restore(self, owned: Iterable[Shard], updates: int) -> None:
         """Continue from a checkpoint: this rank's parts of the average, and the number of updates
@@ -93,10 +93,10 @@ class Ema:
         Raises UserError on a missing name, on all ranks alike.
         """
         parameters = dict(module.named_parameters())
-        missing = next((name for name in parameters if name not in self._average), None)
-        if missing is not None:
+        missing_name = next((name for name in parameters if name not in self._average), None)
+        if missing_name is not None:
             raise UserError(
-                f"ema: no average for parameter {missing!r}; the checkpoint is of another model"
+                f"ema: no average for parameter {missing_name!r}; the checkpoint is of another model"
             )
         for name, value in self.whole():
             if name in parameters:

@@ -186,10 +186,10 @@ class DeepSpeedEngine:
         """The gradient norm, and clipping, at stage 0. DeepSpeed reports no norm there and applies
         whatever it gets, so gradients that are not finite are dropped: AdamW leaves a parameter
         without gradient alone."""
-        trained = [
+        parameters = [
             parameter for _, parameter in named_parameters(self.module) if parameter.requires_grad
         ]
-        norm = float(nn.utils.clip_grad_norm_(trained, self.cfg.grad_clip or math.inf))
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.cfg.grad_clip or math.inf))
         if not math.isfinite(norm):
             self._engine.zero_grad()
         return norm
@@ -200,18 +200,18 @@ class DeepSpeedEngine:
     def owned(self) -> Iterator[Shard]:
         from deepspeed.runtime.zero import GatheredParameters
 
-        trained = {shard.name: shard for shard in self._parts(MASTER)}
+        master_shards = {shard.name: shard for shard in self._parts(MASTER)}
         for name, parameter in named_parameters(self.module):
-            if name in trained:
-                yield trained[name]
+            if name in master_shards:
+                yield master_shards[name]
             else:
                 with GatheredParameters([parameter]):
-                    frozen = share(name, parameter.detach().clone(), self.ranks)
-                yield frozen
+                    shard = share(name, parameter.detach().clone(), self.ranks)
+                yield shard
 
     def _parts(self, kind: str) -> Iterator[Shard]:
         """What this rank owns of the masters or of a moment."""
-        for shard in self._stored(kind):
+        for shard in self._local_shards(kind):
             replicated = self.cfg.zero_stage == 0
             yield (
                 share(shard.name, shard.values.view(shard.shape), self.ranks)
@@ -219,7 +219,7 @@ class DeepSpeedEngine:
                 else shard
             )
 
-    def _stored(self, kind: str) -> Iterator[Shard]:
+    def _local_shards(self, kind: str) -> Iterator[Shard]:
         """Masters or a moment of the trained parameters as this rank stores them: views into
         DeepSpeed's flat tensors.
 
@@ -232,23 +232,26 @@ class DeepSpeedEngine:
             self._engine.basic_optimizer.state,
         )
         flats = self._flats()
-        trained: list[tuple[str, Any]] = [
+        trainable: list[tuple[str, Any]] = [
             (n, p) for n, p in named_parameters(self.module) if p.requires_grad
         ]
-        for name, parameter in trained:
+        for name, parameter in trainable:
             offset, start, length, shape = 0, 0, parameter.numel(), parameter.shape
             if stage == 0:
                 flat = parameter
             elif stage == 3:
-                group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-                flat, start, shape = flats[group], self.ranks.rank * padded, parameter.ds_shape
-                length = min(padded, max(0, parameter.ds_numel - start))
+                group, offset, rank_length = zero.grad_position[zero.get_param_id(parameter)]
+                flat, start, shape = flats[group], self.ranks.rank * rank_length, parameter.ds_shape
+                length = min(rank_length, max(0, parameter.ds_numel - start))
             elif parameter._hp_mapping is None:  # nothing of it here
                 flat, length = flats[0], 0
             else:
-                found = parameter._hp_mapping
-                flat, offset = flats[found.param_group_index], found.hp_fragment_address.start
-                start, length = found.lp_fragment_address.start, found.lp_fragment_address.numel
+                fragment = parameter._hp_mapping
+                flat, offset = flats[fragment.param_group_index], fragment.hp_fragment_address.start
+                start, length = (
+                    fragment.lp_fragment_address.start,
+                    fragment.lp_fragment_address.numel,
+                )
             values = flat if kind == MASTER else state[flat][kind]
             yield Shard(
                 name, values.detach().view(-1).narrow(0, offset, length), start, tuple(shape)
@@ -272,20 +275,20 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        saved = read_counters(path)
-        files, state = StateFiles(path, saved.files), self._engine.basic_optimizer.state
+        counters = read_counters(path)
+        files, state = StateFiles(path, counters.files), self._engine.basic_optimizer.state
         state.clear()
-        if saved.updates:
+        if counters.updates:
             for flat in self._flats():
-                step = torch.tensor(float(saved.updates), device=flat.device)
+                step = torch.tensor(float(counters.updates), device=flat.device)
                 state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
-        for kind in (MASTER, *MOMENTS) if saved.updates else (MASTER,):
-            for shard in self._stored(kind):
+        for kind in (MASTER, *MOMENTS) if counters.updates else (MASTER,):
+            for shard in self._local_shards(kind):
                 shard.values.copy_(files.read(kind, shard))
         for name, value in self.module.named_buffers():
             value.copy_(files.whole(name, value))
         self._refresh_weights()
-        self.updates, self._skips.total = saved.updates, saved.skipped
+        self.updates, self._skips.total = counters.updates, counters.skipped
 
     def _refresh_weights(self) -> None:
         """What the forward uses, from the masters."""
@@ -299,7 +302,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def _set_masters(self, originals: dict[str, Tensor]) -> None:
         """Masters from rank 0's fp32 weights."""
-        for shard in self._stored(MASTER):
+        for shard in self._local_shards(MASTER):
             value = originals.pop(shard.name).float().to(self.ranks.device)
             dist.broadcast(value, src=0)
             shard.values.copy_(shard.of(value))
@@ -332,17 +335,18 @@ def _prepare_cpu_collectives(ranks: Ranks) -> None:
     we say so."""
     # pip's ninja
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    missing = [
+    missing_tools = [
         tool for tool in ("ninja", os.environ.get("CXX", "g++")) if shutil.which(tool) is None
     ]
-    if missing:
+    if missing_tools:
         from deepspeed import ops
 
         # the table its own build reports fill
         ops.__compatible_ops__.update({"deepspeed_shm_comm": False})
         if ranks.is_main:
             _log.warning(
-                "%s not found: DeepSpeed uses gloo's collectives (slower; same numbers)", missing[0]
+                "%s not found: DeepSpeed uses gloo's collectives (slower; same numbers)",
+                missing_tools[0],
             )
     elif ranks.is_main:
         _explain_compilation()

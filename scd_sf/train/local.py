@@ -128,25 +128,25 @@ class LocalEngine:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        saved = read_counters(path)
-        files = StateFiles(path, saved.files)
+        counters = read_counters(path)
+        files = StateFiles(path, counters.files)
         self._optimizer.state.clear()
         for name, master in self._masters.items():
             whole = Shard(name, master.detach().reshape(-1), 0, tuple(master.shape))
             master.copy_(files.read(MASTER, whole).view_as(master))
             self._live[name].copy_(master)
-            if saved.updates:
+            if counters.updates:
                 # In the master's memory order (convolutions may be channels-last): the fused AdamW
                 # walks all in step.
                 moments = {kind: files.read(kind, whole).view_as(master) for kind in MOMENTS}
                 state = {
                     kind: torch.empty_like(master).copy_(value) for kind, value in moments.items()
                 }
-                step = torch.tensor(float(saved.updates), device=master.device)
+                step = torch.tensor(float(counters.updates), device=master.device)
                 self._optimizer.state[master] = {"step": step, **state}
         for name, value in self.module.named_buffers():
             value.copy_(files.whole(name, value))
-        self.updates, self._skips.total = saved.updates, saved.skipped
+        self.updates, self._skips.total = counters.updates, counters.skipped
 
     def _broadcast(self) -> None:
         """Every rank starts from rank 0's weights, as DeepSpeed does."""

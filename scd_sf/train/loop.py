@@ -72,10 +72,10 @@ class Loop:
             elif isinstance(error, Diverged):
                 self._leave_out(error)
             elif isinstance(error, Exception):
-                blamed = self._control.blame(error) if isinstance(error, RuntimeError) else None
-                self._control.say("failed", str(blamed or error))
-                if blamed is not None:
-                    raise blamed from error
+                rank_error = self._control.blame(error) if isinstance(error, RuntimeError) else None
+                self._control.say("failed", str(rank_error or error))
+                if rank_error is not None:
+                    raise rank_error from error
         finally:
             self._control.close()
 
@@ -110,17 +110,17 @@ class Loop:
         self._checkpointer.settle()
         path = self.ranks.on_main(self.run.checkpoints.newest)
         if path is None or len(self._rollbacks) >= self.train.max_rollbacks:
-            no_more = f"{self.train.max_rollbacks} rollbacks did not help"
-            why = "no checkpoint to go back to" if path is None else no_more
-            self._control.say("failed", f"{error}; {why}")
+            too_many = f"{self.train.max_rollbacks} rollbacks did not help"
+            cause = "no checkpoint to go back to" if path is None else too_many
+            self._control.say("failed", f"{error}; {cause}")
             raise UserError(
-                f"{error}; {why}; the batches are listed in {self.run.dir / 'skipped.jsonl'}"
+                f"{error}; {cause}; the batches are listed in {self.run.dir / 'skipped.jsonl'}"
             ) from error
         newest = int(path.name.removeprefix("step_"))
         rollback = Rollback(self._step, newest, self.position(self._step) - newest)
         self.ranks.on_main(lambda: write_rollback(self.run.dir, rollback))
-        again = f"{error}: back to step {newest}, leaving out the data of the {self._step - newest} steps since"
-        self._end(again, again)
+        message = f"{error}: back to step {newest}, leaving out the data of the {self._step - newest} steps since"
+        self._end(message, message)
 
     def _end(self, text: str, reason: str) -> NoReturn:
         self._control.fulfilled()

@@ -63,11 +63,11 @@ def param_groups(
     ``scales``: the learning rate of parameters whose name starts so is a multiple of the others';
     each group's is in its ``lr_scale``. UserError: a prefix that no parameter has.
     """
-    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     for prefix in scales or {}:
-        if not any(name.startswith(prefix) for name, _ in trained):
+        if not any(name.startswith(prefix) for name, _ in trainable):
             raise UserError(
-                f"lr_scale.{prefix}: no parameter's name starts so; they start with {_heads(trained)}"
+                f"lr_scale.{prefix}: no parameter's name starts so; they start with {_heads(trainable)}"
             )
 
     def scale(name: str) -> float:
@@ -76,12 +76,12 @@ def param_groups(
         )
 
     groups: list[dict[str, Any]] = []
-    for factor in sorted({scale(name) for name, _ in trained}):
+    for factor in sorted({scale(name) for name, _ in trainable}):
         for decay in (True, False):
-            chosen = [p for n, p in trained if scale(n) == factor and decays(n, p) == decay]
-            if chosen:
+            parameters = [p for n, p in trainable if scale(n) == factor and decays(n, p) == decay]
+            if parameters:
                 groups.append(
-                    {"params": chosen, "weight_decay": weight_decay * decay, "lr_scale": factor}
+                    {"params": parameters, "weight_decay": weight_decay * decay, "lr_scale": factor}
                 )
     return groups
 

@@ -118,14 +118,14 @@ class Run:
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._bar: _Bar | None = None
-        self._held = ExitStack()
+        self._lock = ExitStack()
         self.tokens_per_step, self.flops_per_step = 0, 0.0
-        self._logged = math.nan
+        self._last_log_time = math.nan
         problem = ""
         if ranks.is_main:
             problem = problem_of(lambda: self._claim(config, ("run", *may_change)))
         if ranks.any(bool(problem)):
-            self._held.close()
+            self._lock.close()
             raise UserError(
                 problem or f"{self.dir}: rank 0 could not use the run directory; see its message"
             )
@@ -164,15 +164,15 @@ class Run:
         if self._metrics is None:
             self.start(step)
         assert self._metrics is not None
-        every = {**logs, **self._performance()}
-        values = {name: value if math.isfinite(value) else None for name, value in every.items()}
+        all_logs = {**logs, **self._performance()}
+        values = {name: value if math.isfinite(value) else None for name, value in all_logs.items()}
         self._metrics.write(
             json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
         )
-        for name, value in every.items():
+        for name, value in all_logs.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(every, step=step)
+            self._wandb.log(all_logs, step=step)
         if self._bar is not None:
             self._bar.show(step, logs)
 
@@ -181,20 +181,20 @@ class Run:
         second of all ranks and model FLOP utilisation (``tokens_per_step`` and ``flops_per_step``,
         set by the recipe), and rank 0's peak memory: the GPU's, else the process's."""
         now = time.monotonic()
-        seconds, self._logged = now - self._logged, now
+        seconds, self._last_log_time = now - self._last_log_time, now
         if self.ranks.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        found = {"perf/peak_gib": round(peak, 3)}
+        logs = {"perf/peak_gib": round(peak, 3)}
         if math.isfinite(seconds):
-            found["perf/seconds"] = round(seconds, 4)
+            logs["perf/seconds"] = round(seconds, 4)
             if self.tokens_per_step:
-                found["perf/tokens_per_second"] = round(self.tokens_per_step / seconds, 1)
+                logs["perf/tokens_per_second"] = round(self.tokens_per_step / seconds, 1)
             if self.flops_per_step:
                 peak_flops = self.ranks.world * self.cfg.peak_tflops * 1e12
-                found["perf/mfu"] = round(self.flops_per_step / (seconds * peak_flops), 5)
-        return found
+                logs["perf/mfu"] = round(self.flops_per_step / (seconds * peak_flops), 5)
+        return logs
 
     def progress(self, total: int, start: int = 0) -> Iterator[int]:
         """Steps start+1 .. total, with a bar and the time left on a terminal, else one line per
@@ -233,7 +233,7 @@ class Run:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-        self._held.close()
+        self._lock.close()
 
     def _claim(self, config: object, may_change: Sequence[str]) -> None:
         """Make the directory, or check that it holds this configuration. UserError: it cannot be
@@ -243,21 +243,21 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
                 require_own_folder(self.dir, [file.name], "set run.dir to a new folder")
-            self._held.enter_context(locked(self.dir, "this training"))
+            self._lock.enter_context(locked(self.dir, "this training"))
         except OSError as error:
             remedy = "set run.dir to a writable place"
             raise UserError(
                 f"{self.dir}: cannot write the run directory ({error.strerror}); {remedy}"
             ) from error
-        changed = {
+        changes = {
             key: values
             for key, values in (
                 differences(plain_yaml(file, type(config)), config) if file.is_file() else {}
             ).items()
             if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
         }
-        if changed:
-            key, (old, new) = next(iter(changed.items()))
+        if changes:
+            key, (old, new) = next(iter(changes.items()))
             raise UserError(
                 f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
                 f"or {key}={old} to continue that run"
@@ -269,8 +269,8 @@ class _Bar:
     """Progress of one loop: rich on a terminal, plain lines elsewhere."""
 
     def __init__(self, total: int, start: int, every: int) -> None:
-        self.total, self.start, self.every, self.began = total, start, every, time.monotonic()
-        self._done, self._rich = start, None
+        self.total, self.start, self.every, self.start_time = total, start, every, time.monotonic()
+        self._last_step, self._rich = start, None
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (
@@ -294,7 +294,7 @@ class _Bar:
             self._rich.stop()
 
     def advance(self, step: int) -> None:
-        self._done = step
+        self._last_step = step
         if self._rich is not None:
             self._rich.update(self._task, completed=step)
 
@@ -303,9 +303,9 @@ class _Bar:
         if self._rich is not None:
             self._rich.update(self._task, description=text[:100])
         elif step % self.every == 0 or step == self.start + 1 or step == self.total:
-            seconds = (time.monotonic() - self.began) / max(1, step - self.start)
-            left = _clock(seconds * (self.total - step))
-            say(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {left}")
+            seconds = (time.monotonic() - self.start_time) / max(1, step - self.start)
+            remaining = _clock(seconds * (self.total - step))
+            say(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {remaining}")
 
 
 def seed_everything(seed: int) -> None:
@@ -362,10 +362,14 @@ def _drop_after(file: Path, step: int) -> None:
         if line.strip()
     ]
     steps = [_step_of(line) for line in lines]
-    if odd := steps.count(None):
-        _log.warning("%s: %d lines are no records and are left out", file, odd)
-    kept = [line for line, own in zip(lines, steps, strict=True) if own is not None and own <= step]
-    write_text(file, "".join(f"{line.decode()}\n" for line in kept))
+    if bad_lines := steps.count(None):
+        _log.warning("%s: %d lines are no records and are left out", file, bad_lines)
+    remaining_lines = [
+        line
+        for line, line_step in zip(lines, steps, strict=True)
+        if line_step is not None and line_step <= step
+    ]
+    write_text(file, "".join(f"{line.decode()}\n" for line in remaining_lines))
 
 
 def _step_of(line: bytes) -> int | None:
@@ -379,5 +383,5 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    minutes, remaining_seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{remaining_seconds:02d}"

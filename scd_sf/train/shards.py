@@ -141,18 +141,18 @@ class StateFiles:
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path
-        self._where: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}
         self._parts: dict[str, list[tuple[int, int, str]]] = {}
         for rank in range(count):
             file = path / f"rank{rank}.safetensors"
             with foreign(file, "use another checkpoint"):
                 refuse_lfs_pointer(file)
-                opened = safe_open(file, framework="pt")
-                for key in opened.keys():  # noqa: SIM118  # not a mapping
-                    self._where[key] = opened
+                tensors = safe_open(file, framework="pt")
+                for key in tensors.keys():  # noqa: SIM118  # not a mapping
+                    self._files[key] = tensors
                     if "@" in key:
                         name, _, start = key.rpartition("@")
-                        (length,) = opened.get_slice(key).get_shape()
+                        (length,) = tensors.get_slice(key).get_shape()
                         self._parts.setdefault(name, []).append(
                             (int(start), int(start) + length, key)
                         )
@@ -164,27 +164,29 @@ class StateFiles:
         another size, and on the ranks whose elements are not finite.
         """
         parts = sorted(self._parts.get(f"{kind}/{like.name}", []))
-        ends = [0, *(stop for _, stop, _ in parts)]
-        if [start for start, _, _ in parts] != ends[:-1] or ends[-1] != math.prod(like.shape):
+        boundaries = [0, *(stop for _, stop, _ in parts)]
+        if [start for start, _, _ in parts] != boundaries[:-1] or boundaries[-1] != math.prod(
+            like.shape
+        ):
             raise UserError(
                 f"{self.path}: no whole {kind} of parameter {like.name!r} of shape {like.shape}; resume with the "
                 "checkpoint's own configuration"
             )
-        found = [
-            self._where[key].get_slice(key)[
+        pieces = [
+            self._files[key].get_slice(key)[
                 max(start, like.start) - start : min(stop, like.stop) - start
             ]
             for start, stop, key in parts
             if max(start, like.start) < min(stop, like.stop)
         ]
-        elements = torch.cat(found) if found else torch.empty(0)
+        elements = torch.cat(pieces) if pieces else torch.empty(0)
         return check_finite(elements, f"{kind}/{like.name}", str(self.path))
 
     def whole(self, name: str, like: Tensor) -> Tensor:
         """A tensor of the main rank's ``whole``, of the shape of ``like``. Raises UserError when
         there is none."""
         key = f"buffer/{name}"
-        value = self._where[key].get_tensor(key) if key in self._where else None
+        value = self._files[key].get_tensor(key) if key in self._files else None
         if value is None or value.shape != like.shape:
             raise UserError(
                 f"{self.path}: no buffer {name!r} of shape {tuple(like.shape)}; resume with the configuration the "

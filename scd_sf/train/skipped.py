@@ -52,11 +52,11 @@ def keeping(
     ``samples``: of the global batch. All ranks skip together, and so each writes its share.
     """
     batch: list[MicroBatch] = []
-    before = engine.skipped
+    skips_before = engine.skipped
     try:
         yield batch
     finally:  # the last skip in a row ends in an error
-        if engine.skipped > before:
+        if engine.skipped > skips_before:
             try:
                 _write(run, step, who, samples, batch)
             except OSError as error:  # a full disk must not stop one rank alone

@@ -62,7 +62,7 @@ class Control:
     def __init__(self, directory: Path, ranks: Ranks, interval: float = 10.0) -> None:
         self.dir, self.ranks, self.interval = directory, ranks, interval
         self.reason = ""
-        self._step, self._old = 0, dict[signal.Signals, Any]()
+        self._step, self._old_handlers = 0, dict[signal.Signals, Any]()
         self._stacks: TextIO | None = None
         self._closed = threading.Event()
         self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
@@ -73,7 +73,7 @@ class Control:
         self.fulfilled()
         self.total = total
         for number in _STOP_SIGNALS:
-            self._old[number] = signal.signal(number, self._asked)
+            self._old_handlers[number] = signal.signal(number, self._handle_signal)
         self._stacks = self._file("stacks").open("a", encoding="utf-8")
         faulthandler.register(signal.SIGUSR2, self._stacks)
         self.beat(step)
@@ -107,15 +107,15 @@ class Control:
     def request(self) -> Request:
         """What anybody asked any rank for since the last call; the same on all ranks, which all
         call it."""
-        own = Request.STOP if self.reason else Request.NONE
+        request = Request.STOP if self.reason else Request.NONE
         if self.ranks.is_main:
             for name, meaning in (("save", Request.SAVE), ("stop", Request.STOP)):
                 if _is_request(self.dir / name):
-                    own = max(own, meaning)
+                    request = max(request, meaning)
                     self.reason = self.reason or (
                         f"{self.dir / name}" if meaning is Request.STOP else ""
                     )
-        return Request(self.ranks.max(own))
+        return Request(self.ranks.max(request))
 
     def fulfilled(self) -> None:
         """What was asked for is done: remove the files that asked (rank 0)."""
@@ -134,29 +134,29 @@ class Control:
         """
         if self.ranks.world == 1:
             return None
-        until = time.monotonic() + patience
-        while not (gone := self._gone()) and time.monotonic() < until:
+        deadline = time.monotonic() + patience
+        while not (missing_ranks := self._missing_ranks()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        if not gone:
+        if not missing_ranks:
             return None
         first = str(error).strip().splitlines()[:1]
         return UserError(
-            f"{'; '.join(gone)}: the job cannot go on without it ({type(error).__name__}: {''.join(first)}); "
+            f"{'; '.join(missing_ranks)}: the job cannot go on without it ({type(error).__name__}: {''.join(first)}); "
             "look at that process's own output, then run the same command again to resume"
         )
 
     def close(self) -> None:
         """Stop listening and beating; the signals mean again what they meant before."""
         self._closed.set()
-        for number, handler in self._old.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._old.clear()
+        self._old_handlers.clear()
         if self._stacks is not None:
             faulthandler.unregister(signal.SIGUSR2)
             self._stacks.close()
             self._stacks = None
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         """A first signal is a request; a second Ctrl-C ends the process at once."""
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -169,21 +169,21 @@ class Control:
             except OSError as error:  # a full or absent disk must not end the training by its pulse
                 _log.warning("heartbeat: %s", error)
 
-    def _gone(self) -> list[str]:
-        here, now, found = socket.gethostname(), time.time(), []
+    def _missing_ranks(self) -> list[str]:
+        hostname, now, descriptions = socket.gethostname(), time.time(), []
         for rank in range(self.ranks.world):
             try:
                 beat = read_typed(self._file("json", rank), Beat, "remove it")
             except UserError:
                 continue
             age = now - beat.time
-            alive = process_lives(beat.pid) if beat.host == here else age < 3 * self.interval
+            alive = process_lives(beat.pid) if beat.host == hostname else age < 3 * self.interval
             if not alive:
-                found.append(
+                descriptions.append(
                     f"rank {rank} (process {beat.pid} on {beat.host}) is gone, last seen at step {beat.step}, "
                     f"{age:.0f} s ago"
                 )
-        return found
+        return descriptions
 
     def _file(self, suffix: str, rank: int | None = None) -> Path:
         return (

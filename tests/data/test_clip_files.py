@@ -250,7 +250,7 @@ def test_reading_ahead_changes_nothing_but_when(tmp_path: Path, depth: int) -> N
     reads = Prefetch(clips.stored, depth)
     for number, indices in enumerate(order):
         reads.expect(order[number : number + 3])
-        assert len(reads._begun) <= depth
+        assert len(reads._futures) <= depth
         assert torch.equal(reads.batch(indices).latents_BFCHW, clips.stored(indices).latents_BFCHW)
     reads.expect([[4, 4], [3, 3]])
     reads.expect([[2, 2]])  # as after going back to a checkpoint

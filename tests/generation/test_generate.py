@@ -133,7 +133,7 @@ def test_where_a_prompt_changes() -> None:
     """Pixel frame 1 + 4k begins latent frame k + 1; a chunk changes when all of its frames do."""
     assert [first_chunk(frame, 4, 1) for frame in (0, 1, 2, 5, 6, 9)] == [0, 1, 2, 2, 3, 3]
     assert [first_chunk(frame, 4, 3) for frame in (0, 1, 9, 10)] == [0, 1, 1, 2]
-    assert [first_chunk(frame, 4, 1, known=2) for frame in (0, 5, 9)] == [0, 0, 1]
+    assert [first_chunk(frame, 4, 1, num_known=2) for frame in (0, 5, 9)] == [0, 0, 1]
 
 
 def test_nobody_else_assembles_a_rollout() -> None:

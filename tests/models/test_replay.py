@@ -89,10 +89,10 @@ def test_videos_are_the_same(variant: tiny.Variant) -> None:
     wanted.append(clips_of(chunks(student, first, 3, **changed)))
     student.replay = Replayed(record)
     assert torch.equal(clips_of(chunks(student, first, 1)), wanted[0])
-    recorded = len(student.replay._recorded)
+    count = len(student.replay._recordings)
     assert torch.equal(clips_of(chunks(student, second, 2)), wanted[1])
     assert torch.equal(clips_of(chunks(student, first, 3, **changed)), wanted[2])
-    assert len(student.replay._recorded) == recorded, "another video is recorded again"
+    assert len(student.replay._recordings) == count, "another video is recorded again"
     left = chunks(student, second, 7)
     next(left)
     both = list(zip(chunks(student, first, 1), chunks(student, second, 2), strict=True))
