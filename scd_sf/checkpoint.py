@@ -47,13 +47,11 @@ from scd_sf.files import (
 )
 from scd_sf.types import UserError
 
-MANIFEST, PROVENANCE, CONFIG, STATE, LATEST = (
-    "manifest.json",
-    "provenance.json",
-    "config.yaml",
-    "state",
-    "latest",
-)
+MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
+CONFIG = "config.yaml"
+STATE = "state"
+LATEST = "latest"
 LATEST_BYTES = 2**16
 _STEP = re.compile(r"^step_\d{8,}$")
 _UNFINISHED = re.compile(r"^step_\d{8,}(\.damaged)?\.tmp$")
@@ -122,7 +120,7 @@ class Checkpoints:
 
     def prepare(self, step: int, num_bytes: int) -> None:
         """Clear what a killed run left, set a damaged copy of this step aside, check the space for
-        ``need`` bytes, make ``step_N.tmp/state``. UserError when the step is already there or space
+        ``num_bytes``, make ``step_N.tmp/state``. UserError when the step is already there or space
         is short."""
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob("step_*.tmp"):
@@ -198,7 +196,7 @@ class Checkpoints:
 
     def prune(self, keep: int, every: int = 0, protected: Collection[int] = ()) -> list[int]:
         """Delete all but the newest ``keep`` intact steps, multiples of ``every`` (0: none) and
-        ``spared`` ones (main rank only). Returns the steps removed."""
+        ``protected`` ones (main rank only). Returns the removed steps."""
         if keep < 1:
             raise UserError(f"keep is {keep}; at least one checkpoint must be kept")
         intact, removed_steps = 0, []
@@ -216,7 +214,7 @@ class Checkpoints:
         return removed_steps
 
     def require_space(self, num_bytes: int, what: str) -> None:
-        """Raises UserError unless the disk has room for ``need`` bytes and a fifth more."""
+        """Raises UserError unless the disk has room for ``num_bytes`` and a fifth more."""
         folder = next(parent for parent in (self.root, *self.root.parents) if parent.exists())
         free = shutil.disk_usage(folder).free
         if free < 1.2 * num_bytes:

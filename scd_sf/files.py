@@ -245,7 +245,7 @@ def own_file(path: Path, *, fresh: bool = False) -> Iterator[Path]:
 
 
 def _publish(part: Path, path: Path, exists_error: UserError | None) -> None:
-    """``part`` becomes ``path``; with ``taken``, only where nothing is."""
+    """``part`` becomes ``path``; with ``exists_error``, that is raised where ``path`` exists."""
     if exists_error is None:
         part.replace(path)
         return
@@ -397,8 +397,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             if is_new_lock:
                 # while it is held: take_lock knows a lock that is gone
                 (folder / LOCK).unlink(missing_ok=True)
-                with suppress(OSError):
-                    folder.rmdir() if is_new else None
+                if is_new:
+                    with suppress(OSError):
+                        folder.rmdir()
             raise
 
 

@@ -205,12 +205,10 @@ class ClipSet:
         self.root = Path(root)
         manifest = CLIPS.read(self.root)
         shape = _shape(manifest, self.root / MANIFEST)
-        self.frames, self.height, self.width, self.fps = (
-            shape.frames,
-            shape.height,
-            shape.width,
-            shape.fps,
-        )
+        self.frames = shape.frames
+        self.height = shape.height
+        self.width = shape.width
+        self.fps = shape.fps
         self.captioned = bool(manifest.get("captioned"))
         index = self.root / INDEX
         all_clips = read_index(index, Clip, manifest.get("clips_sha256"), AGAIN)

@@ -125,10 +125,8 @@ class LatentClips:
             return LatentBatch(
                 latents, self.prompts.conditioning([self.rows[index].prompt for index in indices])
             )
-        files, longest = (
-            self._source.files,
-            max(self._source.files.rows[index].tokens for index in indices),
-        )
+        files = self._source.files
+        longest = max(self._source.files.rows[index].tokens for index in indices)
         text = torch.empty(len(indices), longest, self.prompts.width, dtype=files.dtype)
         for row, states, index in zip(latents, text, indices, strict=True):
             files.read(index, row, states)
@@ -212,7 +210,10 @@ class LatentWriter:
         dtype: torch.dtype = torch.float16,
         per_shard: int = 256,
     ) -> None:
-        self.writer, self.shape, self.dtype, self.per_shard = writer, shape, dtype, per_shard
+        self.writer = writer
+        self.shape = shape
+        self.dtype = dtype
+        self.per_shard = per_shard
         self._queue: list[Tensor] = []
 
     @property

@@ -268,7 +268,7 @@ def list_in(path: Path) -> tuple[Path, str]:
 def _lines(
     file: IO[bytes], what: str, on_bytes: Callable[[bytes], None] | None = None
 ) -> Iterator[Line]:
-    """Lines from where the file stands; ``seen`` gets their bytes."""
+    """Lines from the file's position on; ``on_bytes`` is called with the bytes of each."""
     offset, number = file.tell(), 0
     while raw := file.readline(LINE_BYTES + 1):
         number += 1

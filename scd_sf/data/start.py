@@ -113,7 +113,8 @@ def _values(image: Image.Image, where: str) -> np.ndarray:
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
     if image.mode == "I" and kind == 1:
         values %= 2.0**bits  # Pillow holds unsigned numbers of 32 bits in signed ones
-    grey = values if image.mode == "F" else values / (2.0 ** (bits - (kind == 2)) - 1)
+    value_bits = bits - 1 if kind == 2 else bits  # signed numbers have one bit for the sign
+    grey = values if image.mode == "F" else values / (2.0**value_bits - 1)
     if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
         least, most = values.min(), values.max()
         raise UserError(

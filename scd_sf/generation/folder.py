@@ -136,8 +136,8 @@ def make_videos(
     extra_settings: Mapping[str, object],
     notes: Mapping[str, object],
 ) -> None:
-    """``videos`` as :func:`run_samples` makes them. ``fixed``: further settings, the same whenever
-    the folder is used again; ``about``: what else the manifest says, each time anew."""
+    """``videos`` as :func:`run_samples` makes them. ``extra_settings``: the same whenever
+    the folder is used again; ``notes``: further entries of the manifest, written anew each time."""
     out = Path(cfg.out)
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     studio, settings = open_studio(cfg, ranks.device, checkpoint)

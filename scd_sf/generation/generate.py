@@ -161,7 +161,7 @@ def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
 
 
 def first_chunk(pixel_frame: int, temporal: int, chunk: int, num_known: int = 0) -> int:
-    """The first chunk after ``known`` latent frames that has no pixel frame (counted from 0) before
+    """The first chunk after ``num_known`` latent frames that has no pixel frame (counted from 0) before
     ``pixel_frame``.
 
     The first latent frame is pixel frame 0, each later one is ``temporal`` of them.
@@ -200,8 +200,8 @@ class ClipNoise:
             yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
 
     def role(self, name: str, *, repeat: bool = False) -> Noise:
-        """Noise like x for one use of it; each call within a chunk is a new draw, with ``once`` the
-        same one.
+        """Noise like x for the use ``name``. Each call within a chunk is a new draw; with
+        ``repeat`` all calls return the same one.
 
         x is (B, n, C, H, W), each frame with noise of its own, or (B, L, E)."""
 

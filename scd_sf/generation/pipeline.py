@@ -86,8 +86,8 @@ def choose_shape(
     vae: VaeGeometry,
     where: str,
 ) -> VideoShape:
-    """The clip's shape: pixel sizes ``asked`` for (frames, height, width), else those of the
-    training videos that ``origin`` tells of. UserError: a size that nobody knows or that does not
+    """The clip's shape from ``requested_size`` (frames, height, width in pixels), else from the
+    training videos that the provenance ``origin`` records. UserError: a size that nobody knows or that does not
     fit the VAE, the patches or the chunk."""
     video = origin.get("video")
     trained_size = video if isinstance(video, dict) else {}
@@ -181,10 +181,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
     def shape(self, frames: int | None, height: int | None, width: int | None) -> VideoShape:
         """Latent shape of a clip of these pixel sizes; None: as in training. UserError: sizes that
         do not divide."""
-        description, requested_size = (
-            self.description,
-            {"frames": frames, "height": height, "width": width},
-        )
+        description = self.description
+        requested_size = {"frames": frames, "height": height, "width": width}
         return choose_shape(
             requested_size,
             description.origin,

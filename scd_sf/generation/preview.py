@@ -59,13 +59,11 @@ class Preview:
         texts: Sequence[str] = (),
         cfg: PreviewConfig | None = None,
     ) -> None:
-        self.cond, self.shape, self.sampler, self.folder, self.fps = (
-            cond,
-            shape,
-            sampler,
-            folder,
-            fps,
-        )
+        self.cond = cond
+        self.shape = shape
+        self.sampler = sampler
+        self.folder = folder
+        self.fps = fps
         self.texts = list(texts)
         self.clip = (
             ClipScorer(cfg.clip_model, cfg.clip_weights)
@@ -122,7 +120,7 @@ class Preview:
         return frames.permute(0, 2, 3, 1), file
 
     def measure(self, videos: Tensor, finite: Tensor) -> Logs:
-        """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that were ``made``
+        """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that are ``finite``
         (B,), and CLIP's similarity to the prompts; ``quick/not_finite``: how many were not, where
         one was not."""
         rows = finite.nonzero().flatten().tolist()

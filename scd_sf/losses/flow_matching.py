@@ -188,10 +188,8 @@ def flow_matching_loss(
     squares = _errors(generator, x_0, noisy, targets)
     loss = squares.mean()
     with torch.no_grad():
-        errors, times = (
-            squares.mean(dim=(-3, -2, -1)),
-            pick_chunks(noisy.t, targets, generator.chunk, 2),
-        )
+        errors = squares.mean(dim=(-3, -2, -1))
+        times = pick_chunks(noisy.t, targets, generator.chunk, 2)
     return loss, {"loss": float(loss.detach()), **_by_time(errors, times)}
 
 
@@ -217,10 +215,8 @@ def validation_loss(
         label_dropout=0.0,
     )
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
-    noisy, size = (
-        _noisy(generator, x_0, cond, null, plain_cfg, rng),
-        min(cfg.target_chunks or num_chunks, num_chunks),
-    )
+    noisy = _noisy(generator, x_0, cond, null, plain_cfg, rng)
+    size = min(cfg.target_chunks or num_chunks, num_chunks)
     parts = []
     for first in range(0, num_chunks, size):
         # the last group is as large: what it has twice is left out

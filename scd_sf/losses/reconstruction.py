@@ -148,7 +148,10 @@ class TokenizerObjective:
         perceptual: Distance | None = None,
         discriminator: nn.Module | None = None,
     ) -> None:
-        self.cfg, self.gan, self.components, self.perceptual = cfg, gan, components, perceptual
+        self.cfg = cfg
+        self.gan = gan
+        self.components = components
+        self.perceptual = perceptual
         self.discriminator = discriminator
 
     def __call__(

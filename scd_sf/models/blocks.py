@@ -165,10 +165,8 @@ class Skipping:
         x_BLE = run(x_BLE, 0, middle.start)
         if some:
             frames = (full_BF.shape[1], -1)
-            deep, short = (
-                run(x_BLE, middle.start, middle.stop).unflatten(1, frames),
-                x_BLE.unflatten(1, frames),
-            )
+            deep = run(x_BLE, middle.start, middle.stop).unflatten(1, frames)
+            short = x_BLE.unflatten(1, frames)
             x_BLE = torch.where(full_BF[:, :, None, None], deep, short).flatten(1, 2)
         return run(x_BLE, middle.stop, indices.stop)
 

@@ -94,10 +94,8 @@ class Causal(nn.Module):
         positions = [*range(frames), *(chunk_frames(targets, self.chunk) * samples)]
         clean_t = trunk.clean_times((len(x_clean), frames), noisy_t)
         signal = pick_frames(trunk.signal(cond), positions)
-        times, text = (
-            trunk.times(torch.cat([clean_t, noisy_t], 1), signal),
-            trunk.text(cond.text_BLE),
-        )
+        times = trunk.times(torch.cat([clean_t, noisy_t], 1), signal)
+        text = trunk.text(cond.text_BLE)
         rotary = trunk.rope(positions, height, width, sequence)
 
         def attend(history: int) -> FullSequence:
@@ -105,10 +103,8 @@ class Causal(nn.Module):
             layout = Layout.teacher_forced(history, targets, samples, self.chunk * tokens)
             return FullSequence(teacher_forcing_mask(layout, sequence.device))
 
-        history_blocks, chunk_blocks = (
-            slice(0, self._num_history_blocks),
-            slice(self._num_history_blocks, None),
-        )
+        history_blocks = slice(0, self._num_history_blocks)
+        chunk_blocks = slice(self._num_history_blocks, None)
         out = self.run_blocks(
             trunk, sequence, times, text, rotary, attend(num_chunks - 1), history_blocks
         )
@@ -161,10 +157,8 @@ class Causal(nn.Module):
         def write(
             x: Tensor, t_BF: Tensor, text: Text, rotary: Rotary, signal: Tensor | None
         ) -> Mapping[int, KV]:
-            attend, history_blocks = (
-                Streaming(stream.cache, (tokens,), write=1),
-                slice(0, self._num_history_blocks),
-            )
+            attend = Streaming(stream.cache, (tokens,), write=1)
+            history_blocks = slice(0, self._num_history_blocks)
             self.trunk(x, t_BF, text, rotary, attend, history_blocks, keep=0, signal_BFE=signal)
             return stream.cache.write(attend.take())
 

@@ -7,6 +7,7 @@ reported.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -122,6 +123,6 @@ def convert_wan(
 def largest(first: Tensor, second: Tensor) -> float:
     """max |first - second|; UserError if either is not finite."""
     difference = float((first.float() - second.float()).abs().max())
-    if not difference < float("inf"):
+    if not math.isfinite(difference):
         raise UserError("the model's outputs are not finite; its weights are broken")
     return difference

@@ -140,7 +140,10 @@ class Replayed:
             tensor.data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())
         )
         if weights != self._weights:
-            self._weights, self._recordings, self._places, self._histories = weights, {}, {}, {}
+            self._weights = weights
+            self._recordings = {}
+            self._places = {}
+            self._histories = {}
         histories = self._histories.setdefault(key, [])
         free_histories = [
             history for history in histories if history.owner is None or history.owner() is None
@@ -184,7 +187,7 @@ def new_history(
 
 
 def _walk(value: Any, change: Callable[[Tensor], Tensor], description: list[Hashable]) -> Any:
-    """The same with other tensors; what is no tensor is noted in ``described``."""
+    """``value`` with ``change`` applied to every tensor; all else is appended to ``description``."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):

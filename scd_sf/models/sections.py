@@ -50,7 +50,7 @@ def choose_section(
     names = {name: without_wrappers(name) for name in tensors}
     labels = {name: _label(bare, roots) for name, bare in names.items()}
     known_labels = sorted(
-        {label for label in labels.values() if label is not None}, key=lambda label: -len(label)
+        {label for label in labels.values() if label is not None}, key=len, reverse=True
     )
     if not known_labels and section:
         raise UserError(f"{where}: no weights '{section}' in it (it has none); use another file")

@@ -61,8 +61,8 @@ def check_fit(
     """UserError unless ``tensors`` are the model's, by name and shape, and numbers of the same
     kind.
 
-    ``where``: what is read; ``described``: what says how the tensors should be; ``shown``: the
-    model's name of a tensor -> the file's.
+    ``where``: the file that is read. ``description``: how errors call the config that implies
+    the shapes. ``file_name``: the model's name of a tensor -> the file's.
     """
     model_tensors = model.state_dict()
     for name, tensor in tensors.items():

@@ -126,11 +126,9 @@ class Streaming:
             end = start + group
             if end > 0:
                 visible = k_BNLD.shape[2] - (queries - end)
-                q, k, v = (
-                    q_BNLD[:, :, max(start, 0) : end],
-                    k_BNLD[:, :, :visible],
-                    v_BNLD[:, :, :visible],
-                )
+                q = q_BNLD[:, :, max(start, 0) : end]
+                k = k_BNLD[:, :, :visible]
+                v = v_BNLD[:, :, :visible]
                 outputs.append(attention(q, k, v))
             start = end
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -225,7 +225,10 @@ class RingKVCache:
     ) -> None:
         """``window``: says how large the sink is and whether it turns."""
         window = window or Window()
-        self.capacity, self.new, self.sink, self.wrap = capacity, new, window.sink, wrap
+        self.capacity = capacity
+        self.new = new
+        self.sink = window.sink
+        self.wrap = wrap
         self.window = replace(window, recent=capacity - window.sink)
         self.length = self.filled = 0
         self._buffers: Buffers = {}
@@ -273,10 +276,8 @@ class RingKVCache:
     def grown(self, written: Mapping[int, KV], tokens: int) -> RingKVCache:
         """Itself, after the new tokens have replaced the oldest where it was full."""
         for slot, first, count in self._runs(tokens):
-            start, buffers = (
-                self.filled + first,
-                [buffer for kv in self._buffers.values() for buffer in kv],
-            )
+            start = self.filled + first
+            buffers = [buffer for kv in self._buffers.values() for buffer in kv]
             if slot != start and buffers:
                 old, new = ([b[:, :, at : at + count] for b in buffers] for at in (slot, start))
                 torch._foreach_copy_(old, new)

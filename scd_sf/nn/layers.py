@@ -149,11 +149,9 @@ class WanBlock(nn.Module):
         k, query_rotary = rotate(k, rotary), rotary
         if keep is not None and keep < frames:
             tokens, frames = keep * (x_BLE.shape[1] // frames), keep
-            x_BLE, h, query_rotary = (
-                _last(x_BLE, tokens, 1),
-                _last(h, tokens, 1),
-                rotary.last(tokens),
-            )
+            x_BLE = _last(x_BLE, tokens, 1)
+            h = _last(h, tokens, 1)
+            query_rotary = rotary.last(tokens)
             gate_a, scale_f, shift_f, gate_f = (
                 _last(m, keep, 1) for m in (gate_a, scale_f, shift_f, gate_f)
             )
@@ -217,11 +215,9 @@ class DitBlock(nn.Module):
         k, query_rotary = rotate(k, rotary), rotary
         if keep is not None and keep < frames:
             tokens, frames = keep * (x_BLE.shape[1] // frames), keep
-            x_BLE, h, query_rotary = (
-                _last(x_BLE, tokens, 1),
-                _last(h, tokens, 1),
-                rotary.last(tokens),
-            )
+            x_BLE = _last(x_BLE, tokens, 1)
+            h = _last(h, tokens, 1)
+            query_rotary = rotary.last(tokens)
             gate_a, mod_BFE = _last(gate_a, keep, 1), _last(mod_BFE, keep, 1)
         attention_out = attend(layer, rotate(self.attn.query(h), query_rotary), k, v)
         if frames == 0:

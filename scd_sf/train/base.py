@@ -220,9 +220,11 @@ class SkipCounter:
     def record(self, finite: bool, update: int) -> None:
         """Raises Diverged at the ``limit``-th non-finite update in a row (all ranks agree on
         ``finite``)."""
-        self.in_row = 0 if finite else self.in_row + 1
-        self.total += not finite
-        if not finite:
+        if finite:
+            self.in_row = 0
+        else:
+            self.in_row += 1
+            self.total += 1
             message = "update %d: non-finite loss or gradient, skipped on all ranks (%d in a row)"
             _log.warning(message, update, self.in_row)
         if self.in_row >= self.limit:

@@ -66,7 +66,10 @@ class Checkpointer:
         config_yaml: str,
         origin: Origin,
     ) -> None:
-        self.run, self.train, self.engines, self.ema = run, train, dict(engines), ema
+        self.run = run
+        self.train = train
+        self.engines = dict(engines)
+        self.ema = ema
         self.checkpoints, self.ranks = run.checkpoints, run.ranks
         self.config_yaml, self.origin = config_yaml, origin
         self.record: dict[str, float] = {}

@@ -179,7 +179,8 @@ class DeepSpeedEngine:
         self._micro = 0
         self._bad.zero_()
         self._skips.record(finite, self.updates)
-        self.updates += finite
+        if finite:
+            self.updates += 1
         return StepInfo(stepped=finite, grad_norm=norm, finite=finite, lr=lr)
 
     def _clip_replicated(self) -> float:
@@ -226,11 +227,9 @@ class DeepSpeedEngine:
         The one place that reads DeepSpeed's own bookkeeping: its public functions gather whole
         tensors at stages 1 and 2, and give no position at stage 3 (0.19.8).
         """
-        zero, stage, state = (
-            self._engine.optimizer,
-            self.cfg.zero_stage,
-            self._engine.basic_optimizer.state,
-        )
+        zero = self._engine.optimizer
+        stage = self.cfg.zero_stage
+        state = self._engine.basic_optimizer.state
         flats = self._flats()
         trainable: list[tuple[str, Any]] = [
             (n, p) for n, p in named_parameters(self.module) if p.requires_grad
@@ -248,10 +247,8 @@ class DeepSpeedEngine:
             else:
                 fragment = parameter._hp_mapping
                 flat, offset = flats[fragment.param_group_index], fragment.hp_fragment_address.start
-                start, length = (
-                    fragment.lp_fragment_address.start,
-                    fragment.lp_fragment_address.numel,
-                )
+                start = fragment.lp_fragment_address.start
+                length = fragment.lp_fragment_address.numel
             values = flat if kind == MASTER else state[flat][kind]
             yield Shard(
                 name, values.detach().view(-1).narrow(0, offset, length), start, tuple(shape)
@@ -295,9 +292,9 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero import GatheredParameters
 
         parameters = dict(named_parameters(self.module))
-        for name, whole in gathered(self._parts(MASTER), self.ranks):
+        for name, master in gathered(self._parts(MASTER), self.ranks):
             with GatheredParameters([parameters[name]], modifier_rank=0):
-                parameters[name].copy_(whole)
+                parameters[name].copy_(master)
 
     @torch.no_grad()
     def _set_masters(self, originals: dict[str, Tensor]) -> None:

@@ -42,12 +42,10 @@ class LocalEngine:
         micro_batches: int,
         schedule: LearningRate,
     ) -> None:
-        self.module, self.cfg, self.ranks, self.micro_batches = (
-            module.to(ranks.device),
-            cfg,
-            ranks,
-            micro_batches,
-        )
+        self.module = module.to(ranks.device)
+        self.cfg = cfg
+        self.ranks = ranks
+        self.micro_batches = micro_batches
         self.updates = 0
         self._schedule, self._skips = schedule, SkipCounter(cfg.max_skips)
         self._broadcast()
@@ -105,7 +103,8 @@ class LocalEngine:
         self._gradients, self._micro = {}, 0
         self._bad.zero_()
         self._skips.record(finite, self.updates)
-        self.updates += finite
+        if finite:
+            self.updates += 1
         return StepInfo(stepped=finite, grad_norm=float(norm), finite=finite, lr=lr)
 
     def fp32_masters(self) -> dict[str, Tensor]:
@@ -132,13 +131,13 @@ class LocalEngine:
         files = StateFiles(path, counters.files)
         self._optimizer.state.clear()
         for name, master in self._masters.items():
-            whole = Shard(name, master.detach().reshape(-1), 0, tuple(master.shape))
-            master.copy_(files.read(MASTER, whole).view_as(master))
+            full_shard = Shard(name, master.detach().reshape(-1), 0, tuple(master.shape))
+            master.copy_(files.read(MASTER, full_shard).view_as(master))
             self._live[name].copy_(master)
             if counters.updates:
                 # In the master's memory order (convolutions may be channels-last): the fused AdamW
                 # walks all in step.
-                moments = {kind: files.read(kind, whole).view_as(master) for kind in MOMENTS}
+                moments = {kind: files.read(kind, full_shard).view_as(master) for kind in MOMENTS}
                 state = {
                     kind: torch.empty_like(master).copy_(value) for kind, value in moments.items()
                 }

@@ -42,7 +42,10 @@ class Loop:
     """
 
     def __init__(self, run: Run, checkpointer: Checkpointer, start: int) -> None:
-        self.run, self.ranks, self.start, self.train = run, run.ranks, start, checkpointer.train
+        self.run = run
+        self.ranks = run.ranks
+        self.start = start
+        self.train = checkpointer.train
         self._checkpointer, self._step = checkpointer, start
         self._control = Control(run.dir, run.ranks, run.cfg.heartbeat_seconds)
         rows = run.ranks.on_main(

@@ -77,12 +77,13 @@ def param_groups(
 
     groups: list[dict[str, Any]] = []
     for factor in sorted({scale(name) for name, _ in trainable}):
-        for decay in (True, False):
-            parameters = [p for n, p in trainable if scale(n) == factor and decays(n, p) == decay]
+        for with_decay in (True, False):
+            decay = weight_decay if with_decay else 0.0
+            parameters = [
+                p for n, p in trainable if scale(n) == factor and decays(n, p) == with_decay
+            ]
             if parameters:
-                groups.append(
-                    {"params": parameters, "weight_decay": weight_decay * decay, "lr_scale": factor}
-                )
+                groups.append({"params": parameters, "weight_decay": decay, "lr_scale": factor})
     return groups
 
 

@@ -269,7 +269,10 @@ class _Bar:
     """Progress of one loop: rich on a terminal, plain lines elsewhere."""
 
     def __init__(self, total: int, start: int, every: int) -> None:
-        self.total, self.start, self.every, self.start_time = total, start, every, time.monotonic()
+        self.total = total
+        self.start = start
+        self.every = every
+        self.start_time = time.monotonic()
         self._last_step, self._rich = start, None
         console = Console(stderr=True)
         if console.is_terminal:

@@ -40,18 +40,18 @@ class Shard:
     def stop(self) -> int:
         return self.start + self.values.numel()
 
-    def of(self, whole: Tensor) -> Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """The same elements of another tensor of that shape."""
-        return whole.reshape(-1)[self.start : self.stop]
+        return tensor.reshape(-1)[self.start : self.stop]
 
     def holding(self, values: Tensor) -> Shard:
         return Shard(self.name, values, self.start, self.shape)
 
 
-def share(name: str, whole: Tensor, ranks: Ranks) -> Shard:
+def share(name: str, tensor: Tensor, ranks: Ranks) -> Shard:
     """This rank's even part of a tensor that every rank holds whole."""
-    first, last = (whole.numel() * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
-    return Shard(name, whole.detach().reshape(-1)[first:last], first, tuple(whole.shape))
+    first, last = (tensor.numel() * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+    return Shard(name, tensor.detach().reshape(-1)[first:last], first, tuple(tensor.shape))
 
 
 def gathered(shards: Iterable[Shard], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
@@ -61,12 +61,12 @@ def gathered(shards: Iterable[Shard], ranks: Ranks) -> Iterator[tuple[str, Tenso
     views.
     """
     for shard in shards:
-        whole = shard.values.float()
+        tensor = shard.values.float()
         if ranks.world > 1:
-            whole = torch.zeros(math.prod(shard.shape), device=ranks.device)
-            shard.of(whole).copy_(shard.values)
-            dist.all_reduce(whole)
-        yield shard.name, whole.view(shard.shape)
+            tensor = torch.zeros(math.prod(shard.shape), device=ranks.device)
+            shard.of(tensor).copy_(shard.values)
+            dist.all_reduce(tensor)
+        yield shard.name, tensor.view(shard.shape)
 
 
 def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
@@ -78,12 +78,12 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
         refuse_lfs_pointer(file)
         with safe_open(file, framework="pt") as tensors:
             for shard in like:
-                whole = check_finite(tensors.get_tensor(shard.name), shard.name, str(file))
-                if tuple(whole.shape) != shard.shape:
+                tensor = check_finite(tensors.get_tensor(shard.name), shard.name, str(file))
+                if tuple(tensor.shape) != shard.shape:
                     raise UserError(
-                        f"{file}: {shard.name} is {tuple(whole.shape)} there, {shard.shape} in the model"
+                        f"{file}: {shard.name} is {tuple(tensor.shape)} there, {shard.shape} in the model"
                     )
-                yield shard.holding(shard.of(whole).to(shard.values.device))
+                yield shard.holding(shard.of(tensor).to(shard.values.device))
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{file}: cannot be read as this model's weights ({error}); use another checkpoint"
@@ -104,10 +104,10 @@ class EngineState:
         cls,
         rank: int,
         parts: Mapping[str, Iterable[Shard]],
-        whole: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
         counters: Mapping[str, int],
     ) -> EngineState:
-        """``parts`` of the masters and the moments by kind; the main rank's also has ``whole`` and
+        """``parts`` of the masters and the moments by kind; the main rank's also has ``buffers`` and
         ``counters``."""
         tensors = {
             f"{kind}/{shard.name}@{shard.start}": shard.values
@@ -116,7 +116,7 @@ class EngineState:
             if shard.values.numel()
         }
         if rank == 0:
-            tensors |= {f"buffer/{name}": value for name, value in whole.items()}
+            tensors |= {f"buffer/{name}": value for name, value in buffers.items()}
         copies = {
             key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()
         }
@@ -183,7 +183,7 @@ class StateFiles:
         return check_finite(elements, f"{kind}/{like.name}", str(self.path))
 
     def whole(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of the main rank's ``whole``, of the shape of ``like``. Raises UserError when
+        """A tensor of the main rank's ``buffers``, of the shape of ``like``. Raises UserError when
         there is none."""
         key = f"buffer/{name}"
         value = self._files[key].get_tensor(key) if key in self._files else None

@@ -62,11 +62,11 @@ def read_far_list(file: Path, key: str, prefix: str = "") -> list[FarRow]:
 
 def _row(entry: object, key: str, prefix: str, where: str) -> FarRow:
     if not isinstance(entry, dict) or not {key} <= set(entry) <= {key, "action_path", "label"}:
-        found = (
+        keys = (
             ", ".join(sorted(map(str, entry))) if isinstance(entry, dict) else type(entry).__name__
         )
         raise UserError(
-            f"{where}: has {found}, wanted is '{key}' with 'action_path' or 'label'; {REMEDY}"
+            f"{where}: has {keys}, wanted is '{key}' with 'action_path' or 'label'; {REMEDY}"
         )
     action, label = entry.get("action_path"), entry.get("label")
     if label is not None and (type(label) is not int or not 0 <= label < 2**16):
@@ -97,10 +97,11 @@ def _labels(rows: list[FarRow]) -> tuple[str, ...]:
             folders.setdefault(row.label, set()).add(PurePosixPath(row.path).parent.name)
     if not folders:
         return ()
-    names = {label: next(iter(found)) for label, found in folders.items() if len(found) == 1}
-    own = len(names) == len(folders) == len(set(names.values())) and all(names.values())
+    names = {label: next(iter(parents)) for label, parents in folders.items() if len(parents) == 1}
+    use_names = len(names) == len(folders) == len(set(names.values())) and all(names.values())
     return tuple(
-        names.get(label, str(label)) if own else str(label) for label in range(max(folders) + 1)
+        names.get(label, str(label)) if use_names else str(label)
+        for label in range(max(folders) + 1)
     )
 
 
@@ -133,11 +134,9 @@ class Far:
         self._files = open_raw(root, SUFFIXES)
         self.refused: list[Refused] = list(self._files.refused)
         self.num_actions = num_actions if self._rows[0].action is not None else 0
-        self.labels, self.size, self.fps = (
-            _labels(self._rows),
-            size,
-            fps or (20.0 if self.num_actions else 25.0),
-        )
+        self.labels = _labels(self._rows)
+        self.size = size
+        self.fps = fps or (20.0 if self.num_actions else 25.0)
         self._rate = AS_CODED if as_coded else self.fps
         self.ids = _ids([row.path for row in self._rows], file)
 
@@ -216,11 +215,11 @@ class FarLatents:
         names = set(self._files.names)
         stems = [name.removesuffix(".pt") for name in self._files.names if name.endswith(".pt")]
         rows = [FarRow(f"{stem}.pt", f"{stem}.npz") for stem in stems if f"{stem}.npz" in names]
-        paired = {row.path for row in rows}
+        paths = {row.path for row in rows}
         self.refused += [
             Refused(self._files.where(f"{stem}.pt"), "no .npz with actions beside it")
             for stem in stems
-            if f"{stem}.pt" not in paired
+            if f"{stem}.pt" not in paths
         ]
         if not rows:
             raise UserError(f"{root}: no X.pt with an X.npz beside it; give the list of clips")
@@ -229,9 +228,9 @@ class FarLatents:
 
 def _ids(paths: list[str], where: Path) -> list[str]:
     ids = [str(PurePosixPath(path).with_suffix("")) for path in paths]
-    seen: set[str] = set()
+    known_ids: set[str] = set()
     for id in ids:
-        if id in seen:
+        if id in known_ids:
             raise UserError(f"{where}: {id} is listed twice; list every clip once")
-        seen.add(id)
+        known_ids.add(id)
     return ids

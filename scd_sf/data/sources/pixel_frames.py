@@ -35,12 +35,12 @@ class PixelFrames:
         self.clips, self.name, self.every = clips, name, every
         self.indices = [index * len(clips) // count for index in range(count)]
         self._size: tuple[int, ...] = ()
-        self._kept: list[Tensor] = []
+        self._frames: list[Tensor] = []
         digest = hashlib.sha256()
         for index in self.indices if every else self.indices[:1]:
             frames = self._read(index, spatial)[:: every or 1]
             if every:
-                self._kept.append(frames.clone())
+                self._frames.append(frames.clone())
                 digest.update(frames.contiguous().numpy().tobytes())
         ids = [clips.ids[index] for index in self.indices]
         self.hash = hash_json([ids, every, digest.hexdigest() if every else ""])
@@ -64,7 +64,7 @@ class PixelFrames:
 
     def frames(self, clip: int) -> Tensor:
         """All that is kept of a clip, uint8 (F, 3, H, W)."""
-        return self._kept[clip] if self.every else self._read(self.indices[clip])
+        return self._frames[clip] if self.every else self._read(self.indices[clip])
 
     def batch(self, clips: Sequence[int], per_clip: int, step: int, rng: torch.Generator) -> Tensor:
         """(N, 3, H, W): ``per_clip`` frames of each clip, ``step`` apart (among kept ones), from a
@@ -74,9 +74,9 @@ class PixelFrames:
             frames = self.frames(clip)
             last = len(frames) - 1 - (per_clip - 1) * step
             if last < 0:
-                have, need = len(frames), 1 + (per_clip - 1) * step
+                num_frames, num_needed = len(frames), 1 + (per_clip - 1) * step
                 raise UserError(
-                    f"{self.name}: a clip has {have} frames, {need} are needed; lower per_clip or step"
+                    f"{self.name}: a clip has {num_frames} frames, {num_needed} are needed; lower per_clip or step"
                 )
             first = int(torch.randint(last + 1, (), generator=rng))
             parts.append(frames[first : first + 1 + (per_clip - 1) * step : step])

@@ -76,13 +76,18 @@ def open_pixels(config: PixelsConfig) -> SourceClips:
 
 
 def _open(config: PixelsConfig, root: Path, size: int, fps: float) -> SourceClips:
-    coded = config.as_coded
+    as_coded = config.as_coded
     if config.kind == "teco":
         return Teco(
-            root, config.split, num_actions=config.num_actions, fps=fps, size=size, as_coded=coded
+            root,
+            config.split,
+            num_actions=config.num_actions,
+            fps=fps,
+            size=size,
+            as_coded=as_coded,
         )
     if config.kind == "ucf101":
-        return Ucf101(root, config.split, fold=config.fold, size=size, fps=fps, as_coded=coded)
+        return Ucf101(root, config.split, fold=config.fold, size=size, fps=fps, as_coded=as_coded)
     if config.kind == "realestate10k":
         return RealEstate10K(
             root, config.split, size=size, frames=config.frames, cameras=config.cameras, fps=fps
@@ -98,5 +103,5 @@ def _open(config: PixelsConfig, root: Path, size: int, fps: float) -> SourceClip
         num_actions=config.num_actions,
         size=size,
         fps=fps,
-        as_coded=coded,
+        as_coded=as_coded,
     )

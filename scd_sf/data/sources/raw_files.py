@@ -74,14 +74,14 @@ class RawFolder:
         self.root = root
         self.names: list[str] = []
         self.refused: list[Refused] = []
-        found = (
+        names = (
             (Path(folder) / file).relative_to(root).as_posix()
             for folder, _, files in os.walk(root)
             for file in files
             if file.endswith(tuple(suffixes))
         )
         home = Path(os.path.realpath(root))
-        for name in sorted(found):
+        for name in sorted(names):
             path = root / name
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
                 self.refused.append(Refused(str(path), "a link that leaves the folder"))
@@ -133,9 +133,9 @@ class RawTars:
                     if entry.isdir():
                         continue
                     name = PurePosixPath(entry.name).as_posix()
-                    fault = tar_refusal(entry, suffixes) or (
-                        "a second member of this name" * (name in self._members)
-                    )
+                    fault = tar_refusal(entry, suffixes)
+                    if not fault and name in self._members:
+                        fault = "a second member of this name"
                     if fault:
                         self.refused.append(
                             Refused(printable(f"{parts.name}[{entry.name}]"), fault)
@@ -148,9 +148,11 @@ class RawTars:
                 if end != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end mark where the members end")
         except UserError as error:
-            why = reason(error.__cause__ or error)
+            cause = reason(error.__cause__ or error)
             self.refused.append(
-                Refused(parts.name, f"the tar is damaged or cut ({why}); what came before is taken")
+                Refused(
+                    parts.name, f"the tar is damaged or cut ({cause}); what came before is taken"
+                )
             )
 
 
@@ -180,7 +182,7 @@ class _Parts(io.RawIOBase):
             raise UserError(
                 f"{error.filename}: cannot be read ({error.strerror}); {COPY}"
             ) from error
-        self._ends, self._place = list(accumulate(sizes)), 0
+        self._stops, self._place = list(accumulate(sizes)), 0
 
     def __del__(self) -> None:
         for file in self._files:
@@ -195,11 +197,11 @@ class _Parts(io.RawIOBase):
         """Up to ``size`` bytes from ``offset`` on; no state, so threads do not disturb each
         other."""
         pieces = []
-        while size > 0 and offset < self._ends[-1]:
-            part = bisect_right(self._ends, offset)
-            begin = self._ends[part - 1] if part else 0
+        while size > 0 and offset < self._stops[-1]:
+            part = bisect_right(self._stops, offset)
+            begin = self._stops[part - 1] if part else 0
             piece = os.pread(
-                self._files[part], min(size, self._ends[part] - offset), offset - begin
+                self._files[part], min(size, self._stops[part] - offset), offset - begin
             )
             if not piece:
                 break
@@ -217,12 +219,12 @@ class _Parts(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = offset + {0: 0, 1: self._place, 2: self._ends[-1]}[whence]
+        self._place = offset + {0: 0, 1: self._place, 2: self._stops[-1]}[whence]
         return self._place
 
     def read(self, size: int | None = -1) -> bytes:
-        wanted = self._ends[-1] - self._place if size is None or size < 0 else size
-        data = self.at(self._place, max(0, wanted))
+        count = self._stops[-1] - self._place if size is None or size < 0 else size
+        data = self.at(self._place, max(0, count))
         self._place += len(data)
         return data
 
@@ -237,15 +239,13 @@ def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
         return RawTars([[root]], suffixes)
     if not root.is_dir():
         raise UserError(f"{root}: no such file or folder; check the path")
-    inside = sorted(path for path in root.iterdir() if path.is_file())
-    if packed := [path for path in inside if path.name.endswith(PACKED)]:
+    files = sorted(path for path in root.iterdir() if path.is_file())
+    if compressed := [path for path in files if path.name.endswith(PACKED)]:
         raise UserError(
-            f"{packed[0]}: members of a compressed tar cannot be read in place; decompress it to a .tar"
+            f"{compressed[0]}: members of a compressed tar cannot be read in place; decompress it to a .tar"
         )
-    archives: dict[str, list[Path]] = {
-        path.name: [path] for path in inside if path.suffix == ".tar"
-    }
-    for path in inside:
+    archives: dict[str, list[Path]] = {path.name: [path] for path in files if path.suffix == ".tar"}
+    for path in files:
         if match := PARTS.match(path.name):
             archives.setdefault(match[1], []).append(path)
     return (
@@ -278,13 +278,13 @@ def _check_array(file: IO[bytes], size: int, name: str) -> None:
     """ValueError unless the header of a .npy of ``size`` bytes says as many, of numbers, and not
     too many."""
     version = np.lib.format.read_magic(file)
-    read = {
+    header_readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    if version not in read:
+    if version not in header_readers:
         raise ValueError(f"an array of format {version}")
-    shape, _, dtype = read[version](file)
+    shape, _, dtype = header_readers[version](file)
     if dtype.hasobject:
         raise ValueError("a pickle, which could run code: not loaded")
     if dtype.kind not in "biuf":
@@ -325,8 +325,8 @@ def tensor_file(data: bytes, where: str) -> object:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > len(data):
                     raise ValueError("its parts are compressed")
-                if damaged := archive.testzip():  # torch.load compares no checksum
-                    raise ValueError(f"{damaged} is damaged")
+                if damaged_name := archive.testzip():  # torch.load compares no checksum
+                    raise ValueError(f"{damaged_name} is damaged")
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except UnpicklingError as error:

@@ -48,7 +48,10 @@ class RealEstate10K:
         """``frames``: the first so many of a clip (shorter clips are malformed); 0: all.
         ``cameras``: check them when a clip is read. UserError: no index, or one that does not fit
         the files."""
-        self.root, self.size, self.frames, self.fps = root / split, size, frames, fps
+        self.root = root / split
+        self.size = size
+        self.frames = frames
+        self.fps = fps
         self._check_cameras = cameras
         where = self.root / "index.json"
         index = read_json(
@@ -60,17 +63,17 @@ class RealEstate10K:
             str(file): safe_path(self.root, str(file), f"{where}: a file")
             for file in index.values()
         }
-        missing = {name for name, path in chunks.items() if not path.is_file()}
+        missing_names = {name for name, path in chunks.items() if not path.is_file()}
         self.refused = [
             Refused(str(chunks[name]), "listed in index.json but missing")
-            for name in sorted(missing)
+            for name in sorted(missing_names)
         ]
-        found = {key: str(file) for key, file in index.items() if file not in missing}
-        self._chunk_of = dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
+        chunk_of = {key: str(file) for key, file in index.items() if file not in missing_names}
+        self._chunk_of = dict(sorted(chunk_of.items(), key=lambda item: (item[1], item[0])))
         self.ids = list(self._chunk_of)
         if not self.ids:
             raise UserError(f"{where}: none of its {len(chunks)} chunks is there; {COPY}")
-        self._held: OrderedDict[str, dict[str, dict[str, object]] | UserError] = OrderedDict()
+        self._recent: OrderedDict[str, dict[str, dict[str, object]] | UserError] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -86,8 +89,8 @@ class RealEstate10K:
             )
         if self._check_cameras:
             _check_cameras(item, len(images), where)
-        kept = enumerate(images[: self.frames or None])
-        pictures = [_picture(image, self.size, where, number) for number, image in kept]
+        clip_images = enumerate(images[: self.frames or None])
+        pictures = [_picture(image, self.size, where, number) for number, image in clip_images]
         return PixelClip(
             self.ids[index], torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
         )
@@ -96,12 +99,12 @@ class RealEstate10K:
         key = self.ids[index]
         name = self._chunk_of[key]
         with self._lock:  # threads that read neighbours wait for their common chunk
-            if name not in self._held:
-                self._held[name] = _chunk(self.root / name)
-                while len(self._held) > HELD:
-                    self._held.popitem(last=False)
-            self._held.move_to_end(name)
-            chunk = self._held[name]
+            if name not in self._recent:
+                self._recent[name] = _chunk(self.root / name)
+                while len(self._recent) > HELD:
+                    self._recent.popitem(last=False)
+            self._recent.move_to_end(name)
+            chunk = self._recent[name]
         if isinstance(chunk, UserError):
             raise chunk
         where = f"{self.root / name}[{key}]"

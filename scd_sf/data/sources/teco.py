@@ -47,19 +47,21 @@ class Teco:
         self._rate = AS_CODED if as_coded else fps
         self._files = open_raw(root, SUFFIXES)
         self.refused = list(self._files.refused)
-        named: dict[str, set[str]] = {}
+        suffixes_of: dict[str, set[str]] = {}
         for name in self._files.names:
             path = PurePosixPath(name)
             if split in path.parts[:-1]:  # a tar may hold the split inside a folder of its own
-                named.setdefault(str(path.with_suffix("")), set()).add(path.suffix)
+                suffixes_of.setdefault(str(path.with_suffix("")), set()).add(path.suffix)
         self._videos = {
-            stem: ".mp4" in found for stem, found in sorted(named.items()) if ".npz" in found
+            stem: ".mp4" in suffixes
+            for stem, suffixes in sorted(suffixes_of.items())
+            if ".npz" in suffixes
         }
         self.ids = list(self._videos)
-        lonely = sorted(stem for stem, found in named.items() if ".npz" not in found)
+        stems = sorted(stem for stem, suffixes in suffixes_of.items() if ".npz" not in suffixes)
         self.refused += [
             Refused(self._files.where(f"{stem}.mp4"), "no .npz with actions beside it")
-            for stem in lonely
+            for stem in stems
         ]
         if not self.ids:
             raise UserError(

@@ -59,7 +59,7 @@ class Picture:
 
 
 @contextmanager
-def _opened(source: Path | bytes, where: str, remedy: str) -> Iterator[av.container.InputContainer]:
+def _open(source: Path | bytes, where: str, remedy: str) -> Iterator[av.container.InputContainer]:
     """The container, sniffed among ``FORMATS``; a file is opened by Python, so that no name is
     taken for a URL."""
     if isinstance(source, Path) and not source.is_file():
@@ -96,7 +96,7 @@ def _check_size(width: int, height: int) -> None:
 def frame_count(source: Path, where: str, remedy: str = "copy it again") -> int:
     """How many frames the header promises, at least 1; the first one is decoded. UserError as
     :func:`read_frames`."""
-    with _opened(source, where, remedy) as container:
+    with _open(source, where, remedy) as container:
         stream = _stream_of(container)
         if next(container.decode(stream), None) is None:
             raise ValueError("it holds no frame")
@@ -109,9 +109,9 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
 
     UserError as :func:`read_frames`.
     """
-    with _opened(source, where, remedy) as container:
+    with _open(source, where, remedy) as container:
         stream = _stream_of(container)
-        promised, aspect = int(stream.frames), stream.sample_aspect_ratio
+        num_frames, aspect = int(stream.frames), stream.sample_aspect_ratio
         reformatter = VideoReformatter()
         count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
         for frame in container.decode(stream):
@@ -128,15 +128,17 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
                 raise ValueError(f"frame {count} is damaged")
             count += 1
             base = frame.time_base
-            known = frame.pts is not None and base is not None
-            pixels = _turned(_rgb(frame, reformatter, aspect), matrix)
+            has_time = frame.pts is not None and base is not None
+            pixels = _turn(_rgb(frame, reformatter, aspect), matrix)
             yield Picture(
-                pixels, frame.pts * base if known else None, frame.duration * base if base else None
+                pixels,
+                frame.pts * base if has_time else None,
+                frame.duration * base if base else None,
             )
         if not count:
             raise ValueError("it holds no frame")
-        if count < WHOLE * promised:
-            raise ValueError(f"{count} frames of {promised} can be decoded")
+        if count < WHOLE * num_frames:
+            raise ValueError(f"{count} frames of {num_frames} can be decoded")
 
 
 def _rgb(
@@ -150,14 +152,16 @@ def _rgb(
     elif aspect:
         height = round(height / aspect)
     _check_size(width, height)
-    how = Interpolation.BICUBIC if (width, height) != (frame.width, frame.height) else None
+    interpolation = (
+        Interpolation.BICUBIC if (width, height) != (frame.width, frame.height) else None
+    )
     wide = frame.color_trc in HDR or frame.color_primaries in WIDE
     return reformatter.reformat(
         frame,
         width,
         height,
         "rgb24",
-        interpolation=how,
+        interpolation=interpolation,
         threads=1,
         dst_color_trc=ColorTrc.BT709 if wide else None,
         dst_color_primaries=ColorPrimaries.BT709 if wide else None,
@@ -174,7 +178,7 @@ def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def _turned(picture_HW3: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+def _turn(picture_HW3: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """The picture turned and mirrored as a display matrix says. ValueError: by an angle that is no
     quarter."""
     a, b, c, d = matrix
@@ -198,7 +202,7 @@ def resampled(
     taken, and a place without any repeats the one before. ``exact``: nothing is repeated or left
     out; ValueError for a file of another rate or of uneven timestamps.
     """
-    shown: np.ndarray | None = None
+    current: np.ndarray | None = None
     starts: list[Fraction] = []
     count, end = 0, Fraction(0)
     for picture in frames:
@@ -211,17 +215,17 @@ def resampled(
             yield picture.pixels
             continue
         place = _nearest((picture.start - starts[0]) * Fraction(fps))
-        while shown is not None and count < place:
-            yield shown
+        while current is not None and count < place:
+            yield current
             count += 1
-        shown = picture.pixels
+        current = picture.pixels
         mean = (starts[-1] - starts[0]) / max(1, len(starts) - 1)
         end = picture.start - starts[0] + (picture.length or mean or 1 / Fraction(fps))
     if exact:
         _check_rate(starts, fps)
         return
-    if shown is not None:
-        yield from [shown] * max(_nearest(end * Fraction(fps)) - count, 0 if count else 1)
+    if current is not None:
+        yield from [current] * max(_nearest(end * Fraction(fps)) - count, 0 if count else 1)
 
 
 def _nearest(value: Fraction) -> int:
@@ -251,12 +255,12 @@ def frames_of(
     remedy: str = "copy it again",
 ) -> Iterator[np.ndarray]:
     """uint8 (H, W, 3), one after another; see :func:`read_frames`."""
-    coded = pictures(source, where, remedy)
+    coded_pictures = pictures(source, where, remedy)
     if fps == AS_CODED:
-        yield from (picture.pixels for picture in coded)
+        yield from (picture.pixels for picture in coded_pictures)
         return
     with foreign(where, TIMING if exact else "write it again with timestamps"):
-        yield from resampled(coded, fps, exact=exact)
+        yield from resampled(coded_pictures, fps, exact=exact)
 
 
 def read_frames(
@@ -304,7 +308,7 @@ def resize_crop(picture_HW3: np.ndarray, size: int) -> np.ndarray:
     if short != size:
         pixels = torch.from_numpy(np.ascontiguousarray(picture_HW3)).permute(2, 0, 1)[None].float()
         to = (int(size * height / short), int(size * width / short))
-        resized = interpolate(pixels, to, mode="bilinear", antialias=True).round_().clamp_(0, 255)
-        picture = resized[0].to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        pixels = interpolate(pixels, to, mode="bilinear", antialias=True).round_().clamp_(0, 255)
+        picture = pixels[0].to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     top, left = round((picture.shape[0] - size) / 2), round((picture.shape[1] - size) / 2)
     return np.ascontiguousarray(picture[top : top + size, left : left + size])

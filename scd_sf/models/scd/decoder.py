@@ -225,20 +225,20 @@ class Decoder(nn.Module):
             x = trunk.run(x, times.mod, text, rotary_x, attend, late)
         else:
             assert context.prefix is not None
-            both = torch.cat([context.prefix.to(x.dtype), x], dim=1)
+            tokens = torch.cat([context.prefix.to(x.dtype), x], dim=1)
             mod_c = times.mod if context.prefix_mod is None else context.prefix_mod
             mod = torch.cat([mod_c, times.mod], dim=1)
             positions = join(context.rotary_c, rotary_x)
-            x = trunk.run(both, mod, text, positions, FullSequence(), late, keep=x_t.shape[1])
+            x = trunk.run(tokens, mod, text, positions, FullSequence(), late, keep=x_t.shape[1])
         return trunk.velocity(x, times.temb, *x_t.shape[-2:])
 
     def _rotary(self, x: Tensor) -> tuple[Rotary, Rotary]:
         """Positions of (context, chunk). Attention is relative: constants do for every chunk."""
         frames, (height, width) = x.shape[1], x.shape[-2:]
-        own = self.trunk.rope(range(frames, 2 * frames), height, width, x)
+        rotary_x = self.trunk.rope(range(frames, 2 * frames), height, width, x)
         if self.config.prefix_rope == "identical":
-            return own, own
-        return self.trunk.rope(range(frames), height, width, x), own
+            return rotary_x, rotary_x
+        return self.trunk.rope(range(frames), height, width, x), rotary_x
 
 
 def corrupt(c_RLE: Tensor, context_noise: float, noise_like: Noise) -> Tensor:

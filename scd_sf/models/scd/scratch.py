@@ -59,8 +59,8 @@ class ContextNorm(nn.Module):
 
     def forward(self, x_BLE: Tensor) -> Tensor:
         """Encoder tokens to unit variance."""
-        normed: Tensor = self.norm(x_BLE)
-        return normed.to(x_BLE.dtype)
+        c_BLE: Tensor = self.norm(x_BLE)
+        return c_BLE.to(x_BLE.dtype)
 
     def modulated(self, c_RLE: Tensor, temb_RnE: Tensor) -> Tensor:
         """The (perhaps corrupted) context as the decoder reads it; ``temb``: the encoder's, of
@@ -165,8 +165,8 @@ class ScdScratch(nn.Module):
         num_chunks, n = check_chunks(x_clean.shape[1], self.chunk), self.chunk
         batch, height, width = len(x_clean), *x_clean.shape[-2:]
         length, positions = n * self.cfg.tokens(height, width), range(num_chunks * n)
-        shifted = self.encoder.embed(x_clean[:, : (num_chunks - 1) * n])
-        tokens = torch.cat([self._start_tokens(batch, length), shifted], 1)
+        previous = self.encoder.embed(x_clean[:, : (num_chunks - 1) * n])
+        tokens = torch.cat([self._start_tokens(batch, length), previous], 1)
         clean_t = self.encoder.clean_times((batch, num_chunks * n), x_clean)
         layout = Layout.teacher_forced(num_chunks, (), 0, length)
         attend = FullSequence(teacher_forcing_mask(layout, x_clean.device))
@@ -241,8 +241,8 @@ class ScdScratch(nn.Module):
 
         rotary = self.encoder.rope(frames, *stream.latent, query_noise)
         inputs = x, t, stream.text, rotary, pick_frames(stream.encoder_signal, frames)
-        c_BLE, temb, written = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
-        cache = stream.cache.grown(written, length)
+        c_BLE, temb, new_kv = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
+        cache = stream.cache.grown(new_kv, length)
         return replace(stream, cache=cache, index=stream.index + 1, context=None, temb=temb), c_BLE
 
     def with_context(

@@ -176,8 +176,11 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
             "base_sha256": sha256_folder(transformer_dir(base), "*.safetensors")
         }
     file = Path(cfg.weights)
-    own = any((folder / "config.json").is_file() for folder in (base / "transformer", base))
-    like = read_wan_config(base) if own else None  # without one: VAE and text encoder alone
+    has_transformer = any(
+        (folder / "config.json").is_file() for folder in (base / "transformer", base)
+    )
+    # without one, the base holds the VAE and the text encoder alone
+    like = read_wan_config(base) if has_transformer else None
     wan = load_wan(file, section=cfg.section, heads=cfg.heads, like=like)
     digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
     return wan, {"weights": absolute(file), "weights_sha256": digest, "section": cfg.section}
@@ -212,9 +215,9 @@ def run_transplant(cfg: TransplantConfig) -> str:
     with new_folder(out, "choose another out=") as part:
         path = Checkpoints(part).write(0, {"model": student.state_dict()}, description, record)
         write_text(part / "report.txt", "\n".join(report_lines(report)) + "\n")
-    copied = sum(line.source is not None for line in report)
+    num_copied = sum(line.source is not None for line in report)
     numbers = sum(p.numel() for p in student.parameters())
     return (
-        f"{out / path.name}: {cfg.family}, {numbers:,} parameters, {copied} tensors copied "
-        f"bit for bit, {len(report) - copied} new; every pair in {cfg.out}/report.txt"
+        f"{out / path.name}: {cfg.family}, {numbers:,} parameters, {num_copied} tensors copied "
+        f"bit for bit, {len(report) - num_copied} new; every pair in {cfg.out}/report.txt"
     )

@@ -186,8 +186,8 @@ class ScdWan(nn.Module):
             return c_BLE, stream.cache.write(attend.take())
 
         inputs = x, t, stream.encoder_text, self.encoder.rope(positions, *stream.latent, x)
-        c_BLE, written = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
-        cache = stream.cache.grown(written, sum(groups[:-1]))
+        c_BLE, new_kv = run_step(self.replay, "encode", stream.cache.place, step, *inputs)
+        cache = stream.cache.grown(new_kv, sum(groups[:-1]))
         return replace(stream, cache=cache, index=index, context=None), c_BLE
 
     def with_context(self, stream: WanStream, c_RLE: Tensor, query_noise: Tensor) -> WanStream:

@@ -117,22 +117,22 @@ def is_ldm(names: Mapping[str, object]) -> bool:
 def dc_from_efficientvit(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """DC-AE's own tensors under ``AutoencoderDC``'s names. UserError naming the first tensor that
     has no place."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        theirs = renamed(name, DC_FROM_EFFICIENTVIT)
-        if theirs is None:
+        new_name = renamed(name, DC_FROM_EFFICIENTVIT)
+        if new_name is None:
             raise UserError(
                 f"{where}: tensor '{name}' is not one of DC-AE; use the autoencoder's own weights"
             )
-        if theirs.endswith(".qkv.weight"):
+        if new_name.endswith(".qkv.weight"):
             parts = zip(("to_q", "to_k", "to_v"), tensor.flatten(1).chunk(3), strict=True)
-            found |= {
-                f"{theirs.removesuffix('qkv.weight')}{part}.weight": value.contiguous()
+            result |= {
+                f"{new_name.removesuffix('qkv.weight')}{part}.weight": value.contiguous()
                 for part, value in parts
             }
         else:
-            found[theirs] = _matrix(tensor) if ".to_out." in theirs else tensor
-    return found
+            result[new_name] = _matrix(tensor) if ".to_out." in new_name else tensor
+    return result
 
 
 def kl_from_ldm(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -141,17 +141,17 @@ def kl_from_ldm(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     levels = 1 + max(
         (int(m[0]) for m in map(_KL_LEVEL.search, tensors) if m is not None), default=0
     )
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(TRAINING_ONLY):
             continue
-        theirs = renamed(_from_the_latent(name, levels), KL_FROM_LDM)
-        if theirs is None:
+        new_name = renamed(_from_the_latent(name, levels), KL_FROM_LDM)
+        if new_name is None:
             raise UserError(
                 f"{where}: tensor '{name}' is not one of LDM's KL autoencoder; use its own weights"
             )
-        found[theirs] = _matrix(tensor) if ".attentions." in theirs else tensor
-    return found
+        result[new_name] = _matrix(tensor) if ".attentions." in new_name else tensor
+    return result
 
 
 def kl_config(tensors: Mapping[str, Tensor], where: str) -> dict[str, object]:

@@ -43,10 +43,8 @@ def linear_start(model: AutoencoderDC, pixels_N3HW: Tensor, floor: float) -> Com
     Returns the components, each divided by its deviation, at least ``floor`` times the largest one.
     ValueError: the last features are too narrow for the pixels they hold, twice, and the constant.
     """
-    channels, patch = (
-        int(model.config["latent_channels"]),
-        2 ** (len(model.config["encoder_block_out_channels"]) - 1),
-    )
+    channels = int(model.config["latent_channels"])
+    patch = 2 ** (len(model.config["encoder_block_out_channels"]) - 1)
     components = Components(**patch_components(pixels_N3HW, channels, floor, patch))
     for side in (model.encoder, model.decoder):
         for name, parameter in side.named_parameters():
@@ -74,15 +72,15 @@ def first_channels(model: AutoencoderDC, count: int, mean: Sequence[float]) -> d
         end[:, :, 1, 1] += copies * channels / width
     if decoder.in_shortcut:
         start[:, :, 1, 1] += copies.T
-    dropped = start[:, count:].sum((2, 3)) @ torch.tensor(mean, dtype=start.dtype)[count:]
+    constant = start[:, count:].sum((2, 3)) @ torch.tensor(mean, dtype=start.dtype)[count:]
     tensors["encoder.conv_out.weight"] = end[:count]
     tensors["encoder.conv_out.bias"] = encoder.conv_out.bias[:count]
     tensors["decoder.conv_in.weight"] = start[:, :count]
-    tensors["decoder.conv_in.bias"] = decoder.conv_in.bias + dropped
+    tensors["decoder.conv_in.bias"] = decoder.conv_in.bias + constant
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def _encoder(encoder: Any, x: Tensor, wanted: Tensor) -> Tensor:
+def _encoder(encoder: Any, x: Tensor, components: Tensor) -> Tensor:
     """Returns its latents of the pixels ``x``."""
     first = _conv(encoder.conv_in)
     first.weight.zero_()
@@ -93,15 +91,15 @@ def _encoder(encoder: Any, x: Tensor, wanted: Tensor) -> Tensor:
     for stage in encoder.down_blocks:
         for block in stage:
             if isinstance(block, DCDownBlock2d):
-                kept = min(block.conv.out_channels, x.shape[1])
+                num_channels = min(block.conv.out_channels, x.shape[1])
                 block.conv.weight.zero_()
-                block.conv.weight[:kept, :, 1, 1] = _directions(x)[:kept]
+                block.conv.weight[:num_channels, :, 1, 1] = _directions(x)[:num_channels]
                 block.conv.bias.zero_()
             x = block(x)
     shortcut = 0.0
     if encoder.out_shortcut:
         shortcut = x.unflatten(1, (-1, encoder.out_shortcut_average_group_size)).mean(2)
-    _fit(encoder.conv_out, x, wanted - shortcut)
+    _fit(encoder.conv_out, x, components - shortcut)
     return encoder.conv_out(x) + shortcut
 
 
@@ -116,16 +114,14 @@ def _decoder(decoder: Any, latents: Tensor, pixels: Tensor, patch: int) -> None:
                 block.conv.weight.zero_()
                 block.conv.bias.zero_()
                 shortcut = block(x)
-                channels, last = (
-                    shortcut.shape[1],
-                    pixels.shape[-1] // patch == _last_width(decoder, pixels),
-                )
-                wanted = (
+                channels = shortcut.shape[1]
+                last = pixels.shape[-1] // patch == _last_width(decoder, pixels)
+                target = (
                     _halves(pixels, patch, channels)
                     if last
                     else _strongest(pixels, patch, channels)
                 )
-                _fit(block.conv, x, F.pixel_unshuffle(wanted - shortcut, 2))
+                _fit(block.conv, x, F.pixel_unshuffle(target - shortcut, 2))
             x = block(x)
     decoder.norm_out.weight.fill_(CONSTANT / x.shape[1] ** 0.5)
     decoder.norm_out.bias.zero_()
@@ -144,9 +140,9 @@ def _last_width(decoder: Any, pixels: Tensor) -> int:
 
 def _conv(end: Any) -> nn.Conv2d:
     """The outermost convolution, which a first stage without blocks wraps."""
-    found = end if isinstance(end, nn.Conv2d) else end.conv
-    assert isinstance(found, nn.Conv2d)
-    return found
+    conv = end if isinstance(end, nn.Conv2d) else end.conv
+    assert isinstance(conv, nn.Conv2d)
+    return conv
 
 
 def _directions(x_NCHW: Tensor) -> Tensor:
@@ -158,10 +154,10 @@ def _directions(x_NCHW: Tensor) -> Tensor:
 def _strongest(pixels: Tensor, patch: int, channels: int) -> Tensor:
     """(N, channels, H / P, W / P): as many components of PxP patches as there are and fit, zeros
     after them."""
-    found = Components(**patch_components(pixels, min(channels, 3 * patch * patch), 1.0, patch))(
-        pixels
-    )
-    return F.pad(found, (0, 0, 0, 0, 0, channels - found.shape[1]))
+    components = Components(
+        **patch_components(pixels, min(channels, 3 * patch * patch), 1.0, patch)
+    )(pixels)
+    return F.pad(components, (0, 0, 0, 0, 0, channels - components.shape[1]))
 
 
 def _halves(pixels: Tensor, patch: int, channels: int) -> Tensor:
@@ -173,8 +169,8 @@ def _halves(pixels: Tensor, patch: int, channels: int) -> Tensor:
             f"a linear start needs {2 * parts.shape[1] + 1} channels before the last convolution"
         )
     constant = torch.full_like(parts[:, :1], CONSTANT)
-    found = torch.cat([parts, -parts, constant], dim=1)
-    return F.pad(found, (0, 0, 0, 0, 0, channels - found.shape[1]))
+    features = torch.cat([parts, -parts, constant], dim=1)
+    return F.pad(features, (0, 0, 0, 0, 0, channels - features.shape[1]))
 
 
 def _rows(x_NCHW: Tensor) -> Tensor:
@@ -183,10 +179,10 @@ def _rows(x_NCHW: Tensor) -> Tensor:
     return rows[:: 1 + len(rows) // MOST_ROWS].double()
 
 
-def _fit(conv: nn.Conv2d, x_NCHW: Tensor, wanted_NCHW: Tensor) -> None:
+def _fit(conv: nn.Conv2d, x_NCHW: Tensor, target_NCHW: Tensor) -> None:
     """The middle tap and bias of a 3x3 convolution from ``x`` to ``wanted``: least squares,
     slightly ridged."""
-    inputs, outputs = _rows(x_NCHW), _rows(wanted_NCHW)
+    inputs, outputs = _rows(x_NCHW), _rows(target_NCHW)
     inputs = F.pad(inputs, (0, 1), value=1.0)
     gram = inputs.T @ inputs
     ridge = 1e-6 * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=gram.dtype)

@@ -131,9 +131,9 @@ class FrameTokenizer:
             or frames_BF3HW.shape[2] != 3
             or not frames_BF3HW.is_floating_point()
         ):
-            what = f"{frames_BF3HW.dtype} {tuple(frames_BF3HW.shape)}"
+            description = f"{frames_BF3HW.dtype} {tuple(frames_BF3HW.shape)}"
             raise UserError(
-                f"tokenizer.encode: frames are {what}; they must be float (B, F, 3, H, W) in [-1, 1]"
+                f"tokenizer.encode: frames are {description}; they must be float (B, F, 3, H, W) in [-1, 1]"
             )
         for name, size in zip(("height", "width"), frames_BF3HW.shape[3:], strict=True):
             if size % self.spatial or not size:
@@ -149,9 +149,9 @@ class FrameTokenizer:
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
         """See the protocol. UserError: not (B, F, C, H, W)."""
         if latents_BFCHW.ndim != _PIXELS or latents_BFCHW.shape[2] != self.channels:
-            wanted = f"(B, F, {self.channels}, H, W)"
+            shape = f"(B, F, {self.channels}, H, W)"
             raise UserError(
-                f"tokenizer.decode: latents are {tuple(latents_BFCHW.shape)}; they must be {wanted}"
+                f"tokenizer.decode: latents are {tuple(latents_BFCHW.shape)}; they must be {shape}"
             )
         return self._in_batches(
             latents_BFCHW, lambda latents: self._pixels(latents * self._std + self._mean)
@@ -170,8 +170,8 @@ class FrameTokenizer:
 
     def _posterior(self, pixels_N3HW: Tensor) -> Tensor:
         x = pixels_N3HW.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        encoded = self.model.encode(x, return_dict=False)[0]
-        return (encoded if isinstance(self.model, AutoencoderDC) else encoded.mode()).float()
+        posterior = self.model.encode(x, return_dict=False)[0]
+        return (posterior if isinstance(self.model, AutoencoderDC) else posterior.mode()).float()
 
     def _pixels(self, z_NCHW: Tensor) -> Tensor:
         x = z_NCHW.to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -210,8 +210,8 @@ def load_tokenizer(
     tensors = read_all(choose_section(open_tensors(file, AGAIN), ROOTS, "", str(file)))
     config = _config(path, tensors, file)
     with foreign(file, AGAIN):
-        named = _diffusers_names(tensors, config, file)
-    model = _built(config, named, path, file)
+        named_tensors = _diffusers_names(tensors, config, file)
+    model = _build(config, named_tensors, path, file)
     normalisation = _normalisation(path, config, model)
     digest = hash_json([sha256_file(file), normalisation.mean, normalisation.std])
     model = (
@@ -241,12 +241,12 @@ def save_tokenizer(
     }
     config["scaling_factor"] = round(len(normalisation.std) / sum(normalisation.std), 6)
     config |= {"latents_mean": list(normalisation.mean), "latents_std": list(normalisation.std)}
-    halved = (
+    values = (
         tensor.to(dtype) if tensor.is_floating_point() else tensor
         for tensor in model.state_dict().values()
     )
     tensors = {
-        name: tensor.contiguous() for name, tensor in zip(model.state_dict(), halved, strict=True)
+        name: tensor.contiguous() for name, tensor in zip(model.state_dict(), values, strict=True)
     }
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, config)
@@ -286,8 +286,8 @@ def _config(folder: Path, tensors: Mapping[str, Tensor], file: Path) -> Json:
     config = read_json(path, AGAIN)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _NAMES:
-        known = " or ".join(f"'{name}'" for name in ("AutoencoderDC", "AutoencoderKL"))
-        raise UserError(f"{path}: '_class_name' is {repr(name)[:80]}; it must be {known}")
+        classes = " or ".join(f"'{name}'" for name in ("AutoencoderDC", "AutoencoderKL"))
+        raise UserError(f"{path}: '_class_name' is {repr(name)[:80]}; it must be {classes}")
     return config
 
 
@@ -297,7 +297,7 @@ def _diffusers_names(tensors: dict[str, Tensor], config: Json, file: Path) -> di
     return dc_from_efficientvit(tensors, str(file)) if is_efficientvit(tensors) else tensors
 
 
-def _built(config: Json, tensors: dict[str, Tensor], folder: Path, file: Path) -> Autoencoder:
+def _build(config: Json, tensors: dict[str, Tensor], folder: Path, file: Path) -> Autoencoder:
     cls = _NAMES[str(config["_class_name"])]
     fields = {
         name: value
@@ -306,42 +306,42 @@ def _built(config: Json, tensors: dict[str, Tensor], folder: Path, file: Path) -
     }
     where = f"{folder / CONFIG}: describes no {cls.__name__}"
     model: Autoencoder = skeleton(lambda: cls.from_config(fields), tensors, where, AGAIN)
-    found = {
+    state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
     counters = [
-        name for name in model.state_dict() if name.endswith(_COUNTERS) and name not in found
+        name for name in model.state_dict() if name.endswith(_COUNTERS) and name not in state
     ]
-    found |= dict.fromkeys(counters, torch.zeros((), dtype=torch.long))
-    lazy = {name: in_memory(tensor, str(file)) for name, tensor in found.items()}
+    state |= dict.fromkeys(counters, torch.zeros((), dtype=torch.long))
+    lazy = {name: in_memory(tensor, str(file)) for name, tensor in state.items()}
     check_fit(model, lazy, file, f"{cls.__name__} of {CONFIG}", AGAIN)
-    model.load_state_dict(found, assign=True)
+    model.load_state_dict(state, assign=True)
     return model
 
 
 def _normalisation(folder: Path, config: Json, model: Autoencoder) -> Normalisation:
     channels, where = geometry(model)[0], str(folder / CONFIG)
     files = [file for file in sorted(folder.iterdir()) if _STATISTICS_FILE.fullmatch(file.name)]
-    given = [config.get(name) for name in STATISTICS]
-    if all(isinstance(values, list) for values in given):
+    statistics = [config.get(name) for name in STATISTICS]
+    if all(isinstance(values, list) for values in statistics):
         numbers = partial(_numbers, where=where)
-        found = Normalisation(numbers(given[0]), numbers(given[1]))
+        normalisation = Normalisation(numbers(statistics[0]), numbers(statistics[1]))
     elif files:
-        found, where = _read_statistics(files[0]), str(files[0])
+        normalisation, where = _read_statistics(files[0]), str(files[0])
     elif "scaling_factor" in config:
         factor, shift = _numbers(
             [config["scaling_factor"], config.get("shift_factor") or 0.0], where
         )
         if factor <= 0:
             raise UserError(f"{where}: 'scaling_factor' is {factor}; it must be positive")
-        found = Normalisation((shift,) * channels, (1.0 / factor,) * channels)
+        normalisation = Normalisation((shift,) * channels, (1.0 / factor,) * channels)
     else:
         raise UserError(
             f"{folder}: no statistics of the latents; put latents_stats.pt (or a scaling_factor) there"
         )
-    found.check(channels, where)
-    return found
+    normalisation.check(channels, where)
+    return normalisation
 
 
 def _numbers(values: object, where: str) -> tuple[float, ...]:

@@ -133,11 +133,11 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = [cfg.width * min(2**index, 8) for index in range(cfg.layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for index, (before, after) in enumerate(pairwise(widths)):
+        for index, (inputs, outputs) in enumerate(pairwise(widths)):
             stride = 2 if index < cfg.layers - 1 else 1
             layers += [
-                nn.Conv2d(before, after, 4, stride, 1, bias=False),
-                nn.GroupNorm(8, after),
+                nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False),
+                nn.GroupNorm(8, outputs),
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
@@ -156,8 +156,8 @@ def build_discriminator(cfg: DiscriminatorConfig, seed: int) -> Discriminator:
 
 def frozen(discriminator: nn.Module) -> Callable[[Tensor], Tensor]:
     """Its function without its parameters: gradients reach the pixels and nothing else."""
-    held = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    return lambda pixels: torch.func.functional_call(discriminator, held, (pixels,))
+    constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    return lambda pixels: torch.func.functional_call(discriminator, constants, (pixels,))
 
 
 @dataclass(frozen=True)

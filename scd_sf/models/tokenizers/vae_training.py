@@ -128,7 +128,7 @@ def psnr_of_error(squared_error: Tensor) -> float:
     return 10 * math.log10(4.0 / max(1e-12, float(squared_error.mean())))
 
 
-def reconstruction(real_BFCHW: Tensor, made_BFCHW: Tensor) -> dict[str, object]:
+def reconstruction(real_BFCHW: Tensor, decoded_BFCHW: Tensor) -> dict[str, object]:
     """How well clips survive, pixels in [-1, 1]: PSNR in dB (all frames, first, by place in the
     group of four).
 
@@ -136,12 +136,14 @@ def reconstruction(real_BFCHW: Tensor, made_BFCHW: Tensor) -> dict[str, object]:
     width, in time) over those of the real clips: 1 keeps all detail and motion, 0 is a flat or a
     frozen picture, None: the real one is.
     """
-    error = (real_BFCHW - made_BFCHW).square()
+    error = (real_BFCHW - decoded_BFCHW).square()
 
-    def kept(dim: int) -> float | None:
+    def ratio(dim: int) -> float | None:
         real = float(real_BFCHW.diff(dim=dim).abs().mean())
         return (
-            round(float(made_BFCHW.diff(dim=dim).abs().mean()) / real, 4) if real > STILL else None
+            round(float(decoded_BFCHW.diff(dim=dim).abs().mean()) / real, 4)
+            if real > STILL
+            else None
         )
 
     return {
@@ -151,8 +153,8 @@ def reconstruction(real_BFCHW: Tensor, made_BFCHW: Tensor) -> dict[str, object]:
             round(psnr_of_error(error[:, 1 + phase :: FRAME_GROUP]), 3)
             for phase in range(FRAME_GROUP)
         ],
-        "sharpness": kept(4),
-        "change_over_time": kept(1),
+        "sharpness": ratio(4),
+        "change_over_time": ratio(1),
     }
 
 
@@ -253,9 +255,9 @@ def _resample(layer: WanResample, x: Tensor) -> Tensor:
     does)."""
     if layer.mode == "upsample3d" and x.shape[2] > 1:
         B, C, T, H, W = x.shape
-        later = _conv(layer.time_conv, x[:, :, 1:]).view(B, 2, C, T - 1, H, W)
-        later = torch.stack((later[:, 0], later[:, 1]), dim=3).reshape(B, C, 2 * (T - 1), H, W)
-        x = torch.cat((x[:, :, :1], later), dim=2)
+        tail = _conv(layer.time_conv, x[:, :, 1:]).view(B, 2, C, T - 1, H, W)
+        tail = torch.stack((tail[:, 0], tail[:, 1]), dim=3).reshape(B, C, 2 * (T - 1), H, W)
+        x = torch.cat((x[:, :, :1], tail), dim=2)
     B, C, T, H, W = x.shape
     frames: Tensor = layer.resample(x.transpose(1, 2).reshape(B * T, C, H, W))
     x = frames.unflatten(0, (B, T)).transpose(1, 2)

@@ -51,8 +51,8 @@ def copy_components(base: Path, out: Path) -> None:
             if names.fullmatch(file.name):
                 (out / folder).mkdir(exist_ok=True)
                 _copy(file, base, out / folder / file.name)
-    own = all((base / folder).is_dir() for folder in ("text_encoder", "tokenizer"))
-    if (base / REFERENCE).is_file() and not own:
+    has_encoder = all((base / folder).is_dir() for folder in ("text_encoder", "tokenizer"))
+    if (base / REFERENCE).is_file() and not has_encoder:
         _inside(base / REFERENCE, base)
         config = text_config(base)
         write_reference(

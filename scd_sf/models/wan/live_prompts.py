@@ -88,17 +88,17 @@ def open_prompts(
         return LivePrompts(
             PromptList(source, cfg.column), config, cfg, negative_prompt=negative, device=device
         )
-    encoded = PromptSet(source)
-    if negative_prompt is not None and wan_negative(negative_prompt) != encoded.negative_prompt:
+    prompts = PromptSet(source)
+    if negative_prompt is not None and wan_negative(negative_prompt) != prompts.negative_prompt:
         raise UserError(
             f"negative_prompt is {negative_prompt[:60]!r}, but {source} was encoded with "
-            f"{encoded.negative_prompt[:60]!r}; leave it out, or encode the prompts again"
+            f"{prompts.negative_prompt[:60]!r}; leave it out, or encode the prompts again"
         )
     if cfg != LiveTextConfig():
         raise UserError(
             f"text: {source} is encoded already, so it needs no text encoder; leave text.* out"
         )
-    return encoded
+    return prompts
 
 
 def states_alone(encoder: TextEncoder, prompts: Sequence[str]) -> list[Tensor]:
@@ -123,7 +123,10 @@ class LivePrompts:
         negative_prompt: str,
         device: torch.device,
     ) -> None:
-        self.list, self.config, self.cfg, self.device = prompts, config, cfg, device
+        self.list = prompts
+        self.config = config
+        self.cfg = cfg
+        self.device = device
         self.where, self.negative_prompt = prompts.path, negative_prompt
         self.width, self.length = encoder_width(config), config.max_length
         self.hash = hash_json([prompts.hash, config.settings, cfg.dtype, negative_prompt])
@@ -133,11 +136,11 @@ class LivePrompts:
         return len(self.list)
 
     def __str__(self) -> str:
-        apart = f" ({self.list.held_out:,} held out)" if self.list.held_out else ""
+        held_out = f" ({self.list.held_out:,} held out)" if self.list.held_out else ""
         encoder = self.config.path or self.config.package
         return (
-            f"{self.where}: {len(self):,} prompts{apart}, encoded as they are used in {self.cfg.dtype} by {encoder}; "
-            f"{about_negative(self.negative_prompt)}"
+            f"{self.where}: {len(self):,} prompts{held_out}, encoded as they are used "
+            f"in {self.cfg.dtype} by {encoder}; {about_negative(self.negative_prompt)}"
         )
 
     def texts(self, indices: Sequence[int]) -> list[str]:
@@ -146,14 +149,14 @@ class LivePrompts:
 
     def conditioning(self, indices: Sequence[int]) -> Conditioning:
         """(B, L, E) fp32, on the CPU."""
-        with self._aside():
+        with self._own_stream():
             states = states_alone(self._encoder, self.texts(indices))
         return Conditioning(pad_states(states, self.length))
 
     @cached_property
     def negative(self) -> Conditioning:
         """Encoded once."""
-        with self._aside():
+        with self._own_stream():
             return Conditioning(
                 pad_states(states_alone(self._encoder, [self.negative_prompt]), self.length)
             )
@@ -174,5 +177,5 @@ class LivePrompts:
             self.config, Path(self.cfg.cache), device=self.device, dtype=dtype, limit=limit
         )
 
-    def _aside(self) -> AbstractContextManager[Any]:
+    def _own_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()

@@ -125,10 +125,10 @@ def wan_negative(prompt: str) -> str:
 def clean_prompt(text: str) -> str:
     """Wan's prompt cleaning: repair broken unicode, unescape html twice, collapse white space,
     strip."""
-    return re.sub(r"\s+", " ", _unescaped(_unescaped(ftfy.fix_text(text)))).strip()
+    return re.sub(r"\s+", " ", _unescape(_unescape(ftfy.fix_text(text)))).strip()
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     """html.unescape, which cannot read numbers of more digits than Python converts; no character
     has such a one."""
     return html.unescape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text))
@@ -186,9 +186,9 @@ class TransformersTextEncoder:
         with foreign("text encoder: its tokenizer", "download it again"):
             lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         if max(lengths) > self.max_length:
-            cut = texts[lengths.index(max(lengths))]
+            longest = texts[lengths.index(max(lengths))]
             log.warning(
-                "prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, cut
+                "prompt of %d tokens cut to %d: %.60s...", max(lengths), self.max_length, longest
             )
         tokens = self.tokenizer(
             texts,
@@ -208,10 +208,10 @@ class TransformersTextEncoder:
         )
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        scaled = states.float() * self.config.scale
+        states = states.float() * self.config.scale
         return [
             row[:length].clone()
-            for row, length in zip(scaled, tokens.attention_mask.sum(1).tolist(), strict=True)
+            for row, length in zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)
         ]
 
 
@@ -265,13 +265,13 @@ def load_text_encoder(
     """
     config = text_config(source)
     weights, tokens = encoder_parts(config)
-    shown = transformers_logging.is_progress_bar_enabled()
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = read_tokenizer(tokens)
         model = load_umt5(weights, dtype) if weights.is_file() else read_model(weights, dtype)
     finally:
-        if shown:
+        if had_progress_bar:
             transformers_logging.enable_progress_bar()
     _check_limits(config, model.config, weights)
     return TransformersTextEncoder(model.to(device), tokenizer, config)
@@ -306,14 +306,14 @@ def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
     if not config.package and not config.path:
         raise UserError("text encoder: neither 'path' nor 'package' is set; set one")
     # False also for a name that no file can have
-    split = isdir(root / "text_encoder") and isdir(root / "tokenizer")
-    if not split and isfile(root / FILE):
+    has_folders = isdir(root / "text_encoder") and isdir(root / "tokenizer")
+    if not has_folders and isfile(root / FILE):
         if not isdir(root / TOKENIZER):
             raise UserError(
                 f"{root / TOKENIZER}: no such folder, it holds the tokenizer of {FILE}; download it too"
             )
         return root / FILE, root / TOKENIZER
-    weights, tokens = (root / "text_encoder", root / "tokenizer") if split else (root, root)
+    weights, tokens = (root / "text_encoder", root / "tokenizer") if has_folders else (root, root)
     if not isfile(weights / "config.json"):
         raise UserError(
             f"{weights}/config.json: no such file; point the text encoder at a downloaded model"
@@ -339,25 +339,27 @@ def _package_folder(config: TextEncoderConfig) -> Path:
 
 
 def _read_reference(path: Path) -> TextEncoderConfig:
-    again = "write it again or download the model again"
-    row = read_json(path, again)
-    known = [field.name for field in fields(TextEncoderConfig)]
+    remedy = "write it again or download the model again"
+    row = read_json(path, remedy)
+    field_names = [field.name for field in fields(TextEncoderConfig)]
     for key in row:
-        if key not in known:
-            raise UserError(f"{path}: unknown field '{key[:80]}'; it knows {', '.join(known)}")
-    return typed(row, TextEncoderConfig, path, again)
+        if key not in field_names:
+            raise UserError(
+                f"{path}: unknown field '{key[:80]}'; it knows {', '.join(field_names)}"
+            )
+    return typed(row, TextEncoderConfig, path, remedy)
 
 
 def _check_limits(config: TextEncoderConfig, model: object, weights: Path) -> None:
     """``model`` is the transformers configuration; layers and positions are named alike in both
     families."""
-    known = vars(model)
-    layers = known.get("num_hidden_layers", known.get("num_layers"))
+    limits = vars(model)
+    layers = limits.get("num_hidden_layers", limits.get("num_layers"))
     if isinstance(layers, int) and not -layers - 1 <= config.hidden_layer <= layers:
         raise UserError(
             f"{weights}: hidden_layer is {config.hidden_layer}; this encoder has 0 to {layers} (or -1)"
         )
-    positions = known.get("max_position_embeddings")
+    positions = limits.get("max_position_embeddings")
     if isinstance(positions, int) and config.max_length > positions:
         raise UserError(
             f"{weights}: max_length is {config.max_length}; this encoder takes at most {positions}"

@@ -80,9 +80,9 @@ class CachedTextEncoder:
         self.config = text_config(source)
         self.width = encoder_width(self.config)
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
-        self._bounded = None if limit is None else BoundedFolder(folder, limit, "*.safetensors")
+        self._budget = None if limit is None else BoundedFolder(folder, limit, "*.safetensors")
         self._writable = True
-        self._swept: set[Path] = set()
+        self._swept_folders: set[Path] = set()
 
     @property
     def max_length(self) -> int:
@@ -98,11 +98,11 @@ class CachedTextEncoder:
 
     def states(self, prompts: Sequence[str]) -> list[Tensor]:
         texts = [self.config.cleaned(prompt) for prompt in prompts]
-        known = {
+        states_of = {
             text: self._states(text, prompt)
             for text, prompt in dict(zip(texts, prompts, strict=True)).items()
         }
-        return [known[text] for text in texts]
+        return [states_of[text] for text in texts]
 
     def _states(self, text: str, prompt: str) -> Tensor:
         key = hash_json([self._identity, text])
@@ -113,7 +113,7 @@ class CachedTextEncoder:
             self._write(
                 file,
                 save({"states": _narrow(states)}, {"sha256": _checksum(key, states)}),
-                self._bounded,
+                self._budget,
             )
         return states
 
@@ -121,12 +121,12 @@ class CachedTextEncoder:
         """The states of an entry; None where there is none, or (which is said) a damaged one."""
         try:
             with safe_open(file, framework="pt") as entry:
-                stored, told = entry.get_tensor("states"), entry.metadata()
-            states = stored.float()
-            fits = stored.dtype in (torch.float32, torch.bfloat16) and states.shape[1:] == (
+                tensor, metadata = entry.get_tensor("states"), entry.metadata()
+            states = tensor.float()
+            fits = tensor.dtype in (torch.float32, torch.bfloat16) and states.shape[1:] == (
                 self.width,
             )
-            if fits and told == {"sha256": _checksum(file.stem, states)}:
+            if fits and metadata == {"sha256": _checksum(file.stem, states)}:
                 return states
             reason = "its contents do not fit its checksum"
         except FileNotFoundError:
@@ -136,18 +136,18 @@ class CachedTextEncoder:
         say(f"{file}: damaged entry of the text cache ({reason}); the prompt is encoded again")
         return None
 
-    def _write(self, file: Path, data: bytes, bounded: BoundedFolder | None = None) -> None:
+    def _write(self, file: Path, data: bytes, budget: BoundedFolder | None = None) -> None:
         """Readers see nothing or the whole file, whoever else writes it."""
         if not self._writable:
             return
         try:
-            if bounded is not None:
-                bounded.write(file, data)
+            if budget is not None:
+                budget.write(file, data)
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
-            if file.parent not in self._swept:  # what killed processes left, once
+            if file.parent not in self._swept_folders:  # what killed processes left, once
                 sweep(file.parent)
-                self._swept.add(file.parent)
+                self._swept_folders.add(file.parent)
             with new_file(file, durable=False) as part:
                 part.write_bytes(data)
         except OSError as error:
@@ -178,16 +178,16 @@ class CachedTextEncoder:
         """Of the contents, which are read once: until path, size, or a time of change differ (as
         git's index does)."""
         stat = file.stat()
-        seen = hash_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-        note = self.folder / "weights" / seen
+        key = hash_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+        note = self.folder / "weights" / key
         try:
-            known = note.read_text(encoding="ascii")
+            digest = note.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
-            known = ""
-        if len(known) != 64:
-            known = sha256_file(file)
-            self._write(note, known.encode())
-        return known
+            digest = ""
+        if len(digest) != 64:
+            digest = sha256_file(file)
+            self._write(note, digest.encode())
+        return digest
 
 
 def _narrow(states: Tensor) -> Tensor:

@@ -113,21 +113,21 @@ def read_model(folder: Path, dtype: torch.dtype, kind: Kind = ENCODER) -> PreTra
     """
     config, where = read_encoder_config(folder, kind), _unreadable(folder, kind)
     network = kind.models[type(config)]
-    stored = open_tensor_folder(folder, STEM)
+    lazy = open_tensor_folder(folder, STEM)
     with BUILDING:
-        skeleton(lambda: network(config), stored, where, AGAIN)
-    tensors = read_all(stored)
+        skeleton(lambda: network(config), lazy, where, AGAIN)
+    tensors = read_all(lazy)
     # Without a setting in its config a model attends by SDPA, or eagerly if it has none.
     with BUILDING, foreign(where, AGAIN):
         model, report = network.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
-    missing = sorted(
+    missing_names = sorted(
         key for key in report["missing_keys"] if kind is LANGUAGE or not key.startswith("pooler.")
     )
-    if missing:
+    if missing_names:
         raise UserError(
-            f"{folder}: {len(missing)} weights are missing ({missing[0]}, ...); {AGAIN}"
+            f"{folder}: {len(missing_names)} weights are missing ({missing_names[0]}, ...); {AGAIN}"
         )
     return cast("PreTrainedModel", model)
 

@@ -61,13 +61,15 @@ class WanConfig:
     """Added to variances in the norms."""
 
     def __post_init__(self) -> None:
-        small = [
+        small_fields = [
             n
             for n in ("num_attention_heads", "ffn_dim", "num_layers", "text_dim")
             if getattr(self, n) < 1
         ]
-        if small:
-            raise UserError(f"{small[0]} is {getattr(self, small[0])}; it must be at least 1")
+        if small_fields:
+            raise UserError(
+                f"{small_fields[0]} is {getattr(self, small_fields[0])}; it must be at least 1"
+            )
         check_within(self, SIZES)
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise UserError(

@@ -54,22 +54,22 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
     """
     tensors: dict[str, Lazy] = {}
     for name, tensor in open_tensors(file).items():
-        renamed = to_transformers(name)
-        if renamed is None:
+        new_name = to_transformers(name)
+        if new_name is None:
             raise UserError(f"{file}: tensor '{name}' is not one of Wan's umT5; use {FILE}")
-        tensors[renamed] = tensor
+        tensors[new_name] = tensor
     block = "encoder.block.0.layer"
-    needed = (
+    required_names = (
         _EMBEDDING,
         f"{block}.0.SelfAttention.q.weight",
         f"{block}.0.SelfAttention.relative_attention_bias.weight",
         f"{block}.1.DenseReluDense.wi_0.weight",
     )
-    for name in needed:
+    for name in required_names:
         if name not in tensors or len(tensors[name].shape) != 2 or not all(tensors[name].shape):
             raise UserError(f"{file}: tensor for '{name}' is missing or not a matrix; {AGAIN}")
     (words, width), (inner, _), (buckets, heads), (hidden, _) = (
-        tensors[name].shape for name in needed
+        tensors[name].shape for name in required_names
     )
     config = UMT5Config(
         vocab_size=words,
@@ -91,7 +91,7 @@ def load_umt5(file: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     model = skeleton(lambda: UMT5EncoderModel(config), tensors, file, AGAIN)
     twin = tensors[_EMBEDDING]
     check_fit(model, {**tensors, _EMBEDDING_AGAIN: twin}, file, "Wan's umT5", AGAIN)
-    read = {name: tensor.to(dtype) for name, tensor in read_all(tensors).items()}
-    model.load_state_dict({**read, _EMBEDDING_AGAIN: read[_EMBEDDING]}, assign=True)
+    state = {name: tensor.to(dtype) for name, tensor in read_all(tensors).items()}
+    model.load_state_dict({**state, _EMBEDDING_AGAIN: state[_EMBEDDING]}, assign=True)
     model.tie_weights()
     return model

@@ -130,9 +130,9 @@ class Vae:
         """Normalised latents (B, F', C, H', W') -> pixels (B, F, 3, H, W) in [-1, 1], fp32.
         UserError: bad shape."""
         if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != self.geometry.channels:
-            wanted = f"(B, F, {self.geometry.channels}, H, W)"
+            shape = f"(B, F, {self.geometry.channels}, H, W)"
             raise UserError(
-                f"vae.decode: latents have shape {tuple(latents_BFCHW.shape)}; they must be {wanted}"
+                f"vae.decode: latents have shape {tuple(latents_BFCHW.shape)}; they must be {shape}"
             )
         parts = []
         for part in latents_BFCHW.split(self.slice_size):
@@ -238,18 +238,18 @@ def _read_folder(folder: Path) -> AutoencoderKLWan:
 def _read_original(file: Path) -> AutoencoderKLWan:
     """Only the width is taken from the tensors: everything else of Wan 2.1's VAE is the class's
     default."""
-    stored = choose_section(open_tensors(file), ROOTS, "", str(file))
-    first = stored.get("encoder.conv1.weight")
+    lazy_tensors = choose_section(open_tensors(file), ROOTS, "", str(file))
+    first = lazy_tensors.get("encoder.conv1.weight")
     if first is None or not first.shape:
         raise UserError(
             f"{file}: has no tensor 'encoder.conv1.weight', so it is not Wan 2.1's VAE; use {ORIGINAL}"
         )
     with foreign(file, f"use {ORIGINAL}"):
-        read = convert_wan_vae_to_diffusers(read_all(stored))
-    model = skeleton(lambda: AutoencoderKLWan(base_dim=first.shape[0]), read, file, AGAIN)
-    lazy = {name: in_memory(tensor, str(file)) for name, tensor in read.items()}
+        tensors = convert_wan_vae_to_diffusers(read_all(lazy_tensors))
+    model = skeleton(lambda: AutoencoderKLWan(base_dim=first.shape[0]), tensors, file, AGAIN)
+    lazy = {name: in_memory(tensor, str(file)) for name, tensor in tensors.items()}
     check_fit(model, lazy, file, "Wan 2.1's VAE", AGAIN)
-    model.load_state_dict({name: tensor.float() for name, tensor in read.items()}, assign=True)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model
 
 

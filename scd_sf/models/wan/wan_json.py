@@ -35,7 +35,7 @@ SUPPORTED: dict[Layout, dict[str, tuple[object, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared:
+class _Common:
     """What both layouts call alike. Fields that a published config.json leaves out have Wan 2.1's
     values."""
 
@@ -49,7 +49,7 @@ class _Shared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Diffusers(_Shared):
+class _Diffusers(_Common):
     num_attention_heads: Size
     attention_head_dim: Size
     in_channels: Size = 16
@@ -57,7 +57,7 @@ class _Diffusers(_Shared):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Original(_Shared):
+class _Original(_Common):
     dim: Size
     num_heads: Size
     in_dim: Size = 16
@@ -76,41 +76,41 @@ def read_config(file: Path) -> tuple[WanConfig, Layout]:
     layout: Layout = "diffusers" if name == "WanTransformer3DModel" else "original"
     for field, values in SUPPORTED[layout].items():
         if raw.get(field, values[0]) not in values:
-            shown = repr(raw[field])[:80]
+            value = repr(raw[field])[:80]
             raise UserError(
-                f"{file}: {field} is {shown}; only {values[0]!r} (Wan 2.1 text-to-video) is supported"
+                f"{file}: {field} is {value}; only {values[0]!r} (Wan 2.1 text-to-video) is supported"
             )
-    shared: _Shared
+    common: _Common
     if layout == "diffusers":
-        shared = own = typed(raw, _Diffusers, file, AGAIN)
-        heads, head_dim = own.num_attention_heads, own.attention_head_dim
-        channels, out_channels = own.in_channels, own.out_channels
+        common = diffusers = typed(raw, _Diffusers, file, AGAIN)
+        heads, head_dim = diffusers.num_attention_heads, diffusers.attention_head_dim
+        channels, out_channels = diffusers.in_channels, diffusers.out_channels
     else:
-        shared = theirs = typed(raw, _Original, file, AGAIN)
-        heads, head_dim = theirs.num_heads, theirs.dim // theirs.num_heads
-        channels, out_channels = theirs.in_dim, theirs.out_dim
-        if theirs.dim % heads:
+        common = original = typed(raw, _Original, file, AGAIN)
+        heads, head_dim = original.num_heads, original.dim // original.num_heads
+        channels, out_channels = original.in_dim, original.out_dim
+        if original.dim % heads:
             raise UserError(
-                f"{file}: dim {theirs.dim} is not divisible by num_heads {heads}; {AGAIN}"
+                f"{file}: dim {original.dim} is not divisible by num_heads {heads}; {AGAIN}"
             )
     if head_dim % 2 or head_dim < SMALLEST_HEAD:
         raise UserError(
             f"{file}: heads of {head_dim} numbers; it must be even and at least {SMALLEST_HEAD}: {AGAIN}"
         )
-    _, patch_height, patch_width = shared.patch_size
+    _, patch_height, patch_width = common.patch_size
     config = WanConfig(
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=channels,
         out_channels=out_channels or channels,
-        text_dim=shared.text_dim,
-        freq_dim=shared.freq_dim,
-        ffn_dim=shared.ffn_dim,
-        num_layers=shared.num_layers,
+        text_dim=common.text_dim,
+        freq_dim=common.freq_dim,
+        ffn_dim=common.ffn_dim,
+        num_layers=common.num_layers,
         patch_height=patch_height,
         patch_width=patch_width,
-        cross_attn_norm=shared.cross_attn_norm,
-        eps=shared.eps,
+        cross_attn_norm=common.cross_attn_norm,
+        eps=common.eps,
     )
     return config, layout
 
@@ -135,7 +135,7 @@ def config_from_shapes(
         return size
 
     width, channels, _, patch_height, patch_width = shape("patch_embedding.weight", 5)
-    count, known = _heads(width, heads, like)
+    count, heads_from = _heads(width, heads, like)
     if count < 1 or width % count:
         raise UserError(f"{file}: width {width} is not divisible into {count} heads; correct heads")
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
@@ -152,7 +152,7 @@ def config_from_shapes(
         patch_width=patch_width,
         cross_attn_norm="blocks.0.norm2.weight" in shapes,
     )
-    return config, known
+    return config, heads_from
 
 
 def _is_index(text: str) -> bool:
@@ -173,7 +173,7 @@ def _heads(width: int, heads: int, like: WanConfig | None) -> tuple[int, HeadsFr
 
 def config_json(cfg: WanConfig, layout: Layout) -> dict[str, object]:
     """config.json of diffusers' WanTransformer3DModel, or of the original's WanModel."""
-    shared: dict[str, object] = {
+    common: dict[str, object] = {
         "num_layers": cfg.num_layers,
         "ffn_dim": cfg.ffn_dim,
         "text_dim": cfg.text_dim,
@@ -183,7 +183,7 @@ def config_json(cfg: WanConfig, layout: Layout) -> dict[str, object]:
         "eps": cfg.eps,
     }
     if layout == "original":
-        return shared | {
+        return common | {
             "_class_name": "WanModel",
             "_diffusers_version": "0.30.0",
             "model_type": "t2v",
@@ -194,7 +194,7 @@ def config_json(cfg: WanConfig, layout: Layout) -> dict[str, object]:
             "text_len": 512,
             "qk_norm": True,
         }
-    return shared | {
+    return common | {
         "_class_name": "WanTransformer3DModel",
         "_diffusers_version": "0.42.1",
         "num_attention_heads": cfg.num_attention_heads,

@@ -69,8 +69,8 @@ def transformer_dir(path: Path) -> Path:
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
-    lacks = "no transformer/config.json there" if path.exists() else "no such file or folder"
-    raise UserError(f"{path}: {lacks}; give a Wan 2.1 directory or a file of its weights")
+    problem = "no transformer/config.json there" if path.exists() else "no such file or folder"
+    raise UserError(f"{path}: {problem}; give a Wan 2.1 directory or a file of its weights")
 
 
 def open_wan(
@@ -91,44 +91,46 @@ def open_wan(
     UserError where nothing says it, unless ``any_heads``.
     """
     where = path if path.is_file() else transformer_dir(path)
-    stored = open_tensors(path) if path.is_file() else open_tensor_folder(where, STEM)
-    tensors = choose_section(stored, ROOTS, section, str(where))
+    all_tensors = open_tensors(path) if path.is_file() else open_tensor_folder(where, STEM)
+    tensors = choose_section(all_tensors, ROOTS, section, str(where))
     for name, tensor in tensors.items():
         if not tensor.meta.is_floating_point():
             raise UserError(
                 f"{tensor.origin}: tensor '{name}' is {kind_of(tensor)}; only {', '.join(FLOATS)} are read"
             )
     layout = layout_of(tensors, str(where))
-    known: HeadsFrom = "stated"
+    heads_from: HeadsFrom = "stated"
     if path.is_file():
         shapes = {
-            to_diffusers(_ours(name, layout, path)): tensor.shape
+            to_diffusers(_to_our_name(name, layout, path)): tensor.shape
             for name, tensor in tensors.items()
         }
-        config, known = config_from_shapes(shapes, heads, path, like)
-        if known == "unknown" and not any_heads:
+        config, heads_from = config_from_shapes(shapes, heads, path, like)
+        if heads_from == "unknown" and not any_heads:
             raise UserError(
                 f"{path}: a file of width {config.width} does not say how many attention heads it has; "
                 "say it with heads (a released Wan's widths are known), or give the directory with its config.json"
             )
     else:
         config, _ = read_config(where / "config.json")
-    return WanFiles(where, config, layout, _fitting(tensors, config, layout, where), known)
+    return WanFiles(
+        where, config, layout, _by_our_names(tensors, config, layout, where), heads_from
+    )
 
 
-def _fitting(
+def _by_our_names(
     tensors: Mapping[str, Lazy], config: WanConfig, layout: Layout, where: Path
 ) -> dict[str, Lazy]:
     """``tensors`` by our names, in the model's order. UserError where they are not those of
     ``config``."""
-    description, remedy = (
-        where if where.is_file() else where / "config.json",
-        "these files do not match",
-    )
+    description = where if where.is_file() else where / "config.json"
+    remedy = "these files do not match"
     model = skeleton(lambda: Wan(config), tensors, description, remedy)
-    ours = {_ours(name, layout, where): tensor for name, tensor in tensors.items()}
-    check_fit(model, ours, where, "the config", remedy, lambda name: _theirs(name, layout))
-    return {name: ours[name] for name in model.state_dict()}
+    our_tensors = {_to_our_name(name, layout, where): tensor for name, tensor in tensors.items()}
+    check_fit(
+        model, our_tensors, where, "the config", remedy, lambda name: _to_layout(name, layout)
+    )
+    return {name: our_tensors[name] for name in model.state_dict()}
 
 
 def read_wan_config(path: Path) -> WanConfig:
@@ -157,22 +159,26 @@ def load_wan(
     return model
 
 
-def _ours(name: str, layout: Layout, where: Path) -> str:
+def _to_our_name(name: str, layout: Layout, where: Path) -> str:
     """Our name of an unwrapped tensor, which may not be one of ours: then the caller finds it
     unexpected."""
     if layout == "diffusers":
         return to_ours(name)
-    renamed = original_to_diffusers(name)
-    if renamed is None:
+    diffusers_name = original_to_diffusers(name)
+    if diffusers_name is None:
         raise UserError(
             f"{where}: tensor '{name}' is not one of Wan 2.1 text-to-video; use its own files"
         )
-    return to_ours(renamed)
+    return to_ours(diffusers_name)
 
 
-def _theirs(name: str, layout: Layout) -> str:
-    diffusers = to_diffusers(name)
-    return diffusers if layout == "diffusers" else diffusers_to_original(diffusers) or diffusers
+def _to_layout(name: str, layout: Layout) -> str:
+    diffusers_name = to_diffusers(name)
+    return (
+        diffusers_name
+        if layout == "diffusers"
+        else diffusers_to_original(diffusers_name) or diffusers_name
+    )
 
 
 def shard_size(text: int | str) -> int:
@@ -229,15 +235,15 @@ def write_wan(
     read their layout.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    named = {_theirs(name, layout): tensor for name, tensor in tensors.items()}
-    metas = {name: tensor.meta for name, tensor in named.items()}
+    layout_tensors = {_to_layout(name, layout): tensor for name, tensor in tensors.items()}
+    metas = {name: tensor.meta for name, tensor in layout_tensors.items()}
     plan = split_torch_state_dict_into_shards(
         metas, filename_pattern=SHARDS, max_shard_size=shard_size(max_shard)
     )
     for file, names in plan.filename_to_tensors.items():
         write_tensors(
             folder / file,
-            {name: named[name].read().contiguous() for name in names},
+            {name: layout_tensors[name].read().contiguous() for name in names},
             {"format": "pt"},
         )
     if plan.is_sharded:
