@@ -25,18 +25,16 @@ from scd_sf.types import exit_on_user_error
 REPEATS = 20
 
 
-def measure(keep: bool) -> float:
+def measure(keep_memory: bool) -> float:
     """Milliseconds of one forward + backward: 8 clips of 144 tokens, width 128, one thread."""
     torch.set_num_threads(1)
-    if keep:
+    if keep_memory:
         keep_freed_memory()
     torch.manual_seed(0)
     block = WanBlock(128, 512, 4, True, 1e-6)
-    x, mod, text = (
-        torch.randn(8, 144, 128, requires_grad=True),
-        torch.randn(8, 1, 6, 128),
-        torch.randn(8, 24, 128),
-    )
+    x = torch.randn(8, 144, 128, requires_grad=True)
+    mod = torch.randn(8, 1, 6, 128)
+    text = torch.randn(8, 24, 128)
     rotary = rope_table(tuple(range(9)), 4, 4, axis_dims(32), torch.device("cpu"))
     times = []
     for repeat in range(REPEATS + 5):
@@ -59,18 +57,11 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, values in results.items():
             command = [sys.executable, __file__, "--child", name]
-            out = subprocess.run(command, check=True, capture_output=True, text=True)
-            values.append(float(out.stdout))
+            completed = subprocess.run(command, check=True, capture_output=True, text=True)
+            values.append(float(completed.stdout))
     medians = {name: round(statistics.median(values), 2) for name, values in results.items()}
-    print(
-        json.dumps(
-            {
-                "ms": medians,
-                "ratio": round(medians["default"] / medians["keep"], 3),
-                "rounds": args.rounds,
-            }
-        )
-    )
+    ratio = round(medians["default"] / medians["keep"], 3)
+    print(json.dumps({"ms": medians, "ratio": ratio, "rounds": args.rounds}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Which fusion of the context into the decoder is best? Flow loss zero-shot, and after a short
 budget, same seeds.
 
-    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents --out
-    runs/fusion.json
+    python benchmarks/fusion_presets.py --base assets/wan_doom --data runs/demo/latents \\
+        --out runs/fusion.json
 
 Every variant starts from the same teacher, sees the same batches, times and noise, and is validated
 at the same fixed noise (docs/adr/0003-fusion-delta.md). Resumes: finished variants in the output
@@ -34,10 +34,10 @@ from scd_sf.types import exit_on_user_error
 ENCODER, DECODER = tuple(range(10)), (0, 1, 10, 11)
 VARIANTS = [  # fusion, prefix RoPE, prefix
     *(
-        (f, r, p)
-        for f in ("junction", "paper")
-        for r in ("identical", "temporal")
-        for p in ("full", "cached")
+        (fusion, rope, prefix)
+        for fusion in ("junction", "paper")
+        for rope in ("identical", "temporal")
+        for prefix in ("full", "cached")
     ),
     ("delta", "identical", "full"),
     ("channel", "identical", "full"),
@@ -46,7 +46,8 @@ VARIANTS = [  # fusion, prefix RoPE, prefix
 
 @torch.no_grad()
 def validation_loss(model: Scd, clips: LatentClips) -> float:
-    """Flow loss with a pure-noise query: mean, with text, no dropout, no corruption."""
+    """Mean flow loss of at most 32 clips with their text and a pure-noise query, without dropout and
+    corruption."""
     cfg = FlowMatchingConfig(noise_samples=4, context_noise=0.0, text_dropout=0.0, query_pure=1.0)
     batch = clips.batch(list(range(0, len(clips), max(1, len(clips) // 32)))[:32])
     loss, _ = flow_matching_loss(
@@ -56,19 +57,17 @@ def validation_loss(model: Scd, clips: LatentClips) -> float:
 
 
 def run(variant: tuple[str, str, str], args: argparse.Namespace) -> dict[str, object]:
+    """Train one variant; returns its entry of the output file."""
     fusion, rope, prefix = variant
-    train, val, lr, steps = (
-        LatentClips(args.data / "train"),
-        LatentClips(args.data / "val"),
-        args.lr,
-        args.steps,
-    )
+    train, val = LatentClips(args.data / "train"), LatentClips(args.data / "val")
+    lr, steps = args.lr, args.steps
     model, _ = transplant_scd(
         load_wan(args.base), ScdConfig(ENCODER, DecoderConfig(DECODER, fusion, rope, prefix))
     )
     zero_shot = validation_loss(model, val)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01)
-    cfg, started = FlowMatchingConfig(), time.process_time()
+    cfg = FlowMatchingConfig()
+    started = time.process_time()
     for step in range(steps):
         batch = train.batch(epoch_order(args.seed, step, args.batch, len(train)))
         rng = generator(args.seed, "train", step)
@@ -107,17 +106,16 @@ def main() -> None:
         "--seed", type=int, default=0, help="of the order of clips, the noise and the times"
     )
     args = parser.parse_args()
-    done = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
+    rows = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []
     torch.set_num_threads(1)
     keep_freed_memory()
     for variant in VARIANTS:
-        if (*variant, args.seed) in {
-            (d["fusion"], d["prefix_rope"], d["prefix"], d["seed"]) for d in done
-        }:
+        keys = {(row["fusion"], row["prefix_rope"], row["prefix"], row["seed"]) for row in rows}
+        if (*variant, args.seed) in keys:
             continue
-        done.append(run(variant, args))
-        write_json(args.out, {"variants": done})
-        print(json.dumps(done[-1]), flush=True)
+        rows.append(run(variant, args))
+        write_json(args.out, {"variants": rows})
+        print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

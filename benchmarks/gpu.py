@@ -1,10 +1,10 @@
 """What one CUDA GPU shows of this project in about ten minutes; random weights, no network, no
 installation.
 
-    make gpu                     python benchmarks/gpu.py                 all parts, most telling
-    first make gpu PART=2              python benchmarks/gpu.py --part 2        one of them make gpu
-    ARGS='--device cpu --out /tmp/toy.json --budget 20'          the same code at toy size, without
-    a GPU
+    make gpu                 all parts, most telling first    (python benchmarks/gpu.py)
+    make gpu PART=2          one of them                      (python benchmarks/gpu.py --part 2)
+    make gpu ARGS='--device cpu --out /tmp/toy.json --budget 20'
+                             the same code at toy size, without a GPU
 
  1. every path on CUDA against the CPU at tiny size
  2. Wan 1.3B's size: frames per second of SCD and of Self-Forcing, eager, compiled, as CUDA graphs
@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "gpu.json"
 BUDGETS = {1: 120.0, 2: 180.0, 3: 200.0, 4: 100.0}
-# Module, and the package that holds it where its name is another.
+# Module: its package, where that has another name.
 NEEDED = {
     "torch": "",
     "numpy": "",
@@ -58,7 +58,7 @@ NEEDED = {
 
 
 def missing() -> list[str]:
-    """Packages that are not here."""
+    """Names of the packages that are not installed."""
     return [
         package or module
         for module, package in NEEDED.items()
@@ -67,28 +67,27 @@ def missing() -> list[str]:
 
 
 def older() -> list[str]:
-    """Packages that are older than any that the tests have run with (pyproject.toml's lower
-    bounds)."""
+    """Name, version and lower bound of each package that is older than pyproject.toml allows."""
     import tomllib
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
     texts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    wanted = {one.name: one.specifier for one in map(Requirement, texts)}
+    bounds = {requirement.name: requirement.specifier for requirement in map(Requirement, texts)}
     names = [
-        package or module for module, package in NEEDED.items() if (package or module) in wanted
+        package or module for module, package in NEEDED.items() if (package or module) in bounds
     ]
-    here = {name: metadata.version(name) for name in names}
+    versions = {name: metadata.version(name) for name in names}
     return [
-        f"{name} {here[name]} ({wanted[name]})"
+        f"{name} {versions[name]} ({bounds[name]})"
         for name in names
-        if not wanted[name].contains(here[name], True)
+        if not bounds[name].contains(versions[name], True)
     ]
 
 
 def factor(text: str) -> float:
-    """A number between 0 and 1000."""
+    """The number that ``text`` says. ArgumentTypeError: it is not between 0 and 1000."""
     value = float(text)
     if not 0 < value <= 1000:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1000")
@@ -96,11 +95,11 @@ def factor(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = list(BUDGETS)
-    made.add_argument(
+    arguments.add_argument(
         "--part",
         type=int,
         nargs="*",
@@ -109,34 +108,36 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="1 2 3 4 (all)",
     )
-    made.add_argument(
+    arguments.add_argument(
         "--out",
         type=Path,
         default=OUT,
         help="JSON; tables in Markdown beside it (default: %(default)s)",
     )
-    made.add_argument(
+    arguments.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
         help="cpu: toy size (default: %(default)s)",
     )
-    made.add_argument("--again", action="store_true", help="measure what is in the JSON again")
-    made.add_argument("--only", default="", help="rows whose name contains this text")
-    made.add_argument("--budget", type=factor, default=1.0, help="multiply all budgets by this")
-    made.add_argument(
+    arguments.add_argument("--again", action="store_true", help="measure what is in the JSON again")
+    arguments.add_argument("--only", default="", help="rows whose name contains this text")
+    arguments.add_argument(
+        "--budget", type=factor, default=1.0, help="multiply all budgets by this"
+    )
+    arguments.add_argument(
         "--latents",
         type=Path,
         default=ROOT / "runs" / "demo" / "latents",
         help="the demo's, of part 4",
     )
-    # of a part's process: the seconds it has left
-    made.add_argument("--inside", type=float, help=argparse.SUPPRESS)
-    return made
+    # for the process of one part: its seconds
+    arguments.add_argument("--inside", type=float, help=argparse.SUPPRESS)
+    return arguments
 
 
 def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
-    """A part by its number; what it needs is imported when its rows are asked for."""
+    """The part of this number; the modules that it needs are imported when its rows are made."""
     from scd_sf.tools.gpu.parts import Part
 
     def speed() -> Any:
@@ -162,25 +163,25 @@ def part_of(number: int, args: argparse.Namespace, card: Any) -> Any:
 
         return GpuChain(card, work_folder(args), args.latents).rows()
 
-    known = {
+    parts = {
         1: ("every path at tiny size, against the CPU", equality),
         2: ("Wan 1.3B's geometry: frames per second", speed),
         3: ("Wan 1.3B's size, teacher 14B: training", training),
         4: ("the demo's chain, beside the CPU's curves", chain),
     }
-    title, equality_rows = known[number]
-    return Part(number, title, args.budget * BUDGETS[number], equality_rows)
+    title, rows = parts[number]
+    return Part(number, title, args.budget * BUDGETS[number], rows)
 
 
 def work_folder(args: argparse.Namespace) -> Path:
-    """Where part 4 works; held while a call measures, so that two calls do not disturb each
-    other."""
+    """The folder that part 4 works in. It is locked during a call, so that two calls do not
+    disturb each other."""
     return ROOT / "runs" / "gpu" if args.out == OUT else Path(args.out.with_suffix(".work"))
 
 
 def inside(args: argparse.Namespace) -> None:
-    """One part, in its own process; without a part, the machine's facts (the caller itself never
-    takes the GPU)."""
+    """Measure one part, or without a part write the machine's facts; in a process of its own, as
+    the calling process never takes the GPU."""
     from scd_sf.tools.gpu.card import machine, open_card, run_stamp
     from scd_sf.tools.gpu.parts import GpuRecord, end_with_the_caller, measure_rows
 
@@ -225,7 +226,7 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace) -> Any:
-    """The document, once the parts have run."""
+    """Run the parts; returns the whole document. UserError: ``--only`` names no row."""
     from scd_sf.files import write_text
     from scd_sf.tools.gpu.parts import GpuRecord, run_part
     from scd_sf.tools.gpu.report import gpu_markdown
@@ -233,7 +234,7 @@ def measured(args: argparse.Namespace) -> Any:
     from scd_sf.types import UserError
 
     record = GpuRecord(args.out)
-    same = [
+    options = [
         "--out",
         str(args.out),
         "--device",
@@ -243,13 +244,14 @@ def measured(args: argparse.Namespace) -> Any:
         "--latents",
         str(args.latents),
     ]
-    command = [*python_command(__file__), *same, "--budget", str(args.budget)]
-    looked = subprocess.run([*command, "--inside", "0", "--part"], check=False).returncode
-    if looked:
-        sys.exit(looked)
+    command = [*python_command(__file__), *options, "--budget", str(args.budget)]
+    exit_code = subprocess.run([*command, "--inside", "0", "--part"], check=False).returncode
+    if exit_code:
+        sys.exit(exit_code)
     for number in args.part:
-        part, again = part_of(number, args, None), [*command, "--part", str(number), "--inside"]
-        run_part(part, record, again, args.again, args.only)
+        part = part_of(number, args, None)
+        part_command = [*command, "--part", str(number), "--inside"]
+        run_part(part, record, part_command, args.again, args.only)
         write_text(record.path.with_suffix(".md"), gpu_markdown(record.read()))
     parts = [record.part(part_of(number, args, None)) for number in args.part]
     if args.only and not any(
@@ -262,16 +264,17 @@ def measured(args: argparse.Namespace) -> Any:
 
 
 def begin() -> None:
-    """Before anything of ours is imported: is everything here that it imports?"""
+    """Check Python and the packages before any module of this project is imported, then run
+    ``main``."""
     sys.path.insert(0, str(ROOT))
     if sys.version_info < (3, 11):  # noqa: UP036  # a rented machine's own Python
         sys.exit(
             f"error: python is {sys.version.split()[0]}; scd-sf needs 3.11 or newer: make gpu PYTHON=python3.12"
         )
-    lacking = missing()
-    if lacking:
-        install = f"{shlex.quote(sys.executable)} -m pip install {' '.join(lacking)}"
-        sys.exit(f"error: missing {', '.join(lacking)}: {install} (without network: docs/gpu.md)")
+    packages = missing()
+    if packages:
+        install = f"{shlex.quote(sys.executable)} -m pip install {' '.join(packages)}"
+        sys.exit(f"error: missing {', '.join(packages)}: {install} (without network: docs/gpu.md)")
     from scd_sf.types import exit_on_user_error
 
     exit_on_user_error(main)

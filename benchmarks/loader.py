@@ -43,21 +43,22 @@ THREADS = (0, 1, 2, 4, 8)  # 0: no reading ahead
 
 
 def make_clips(root: Path, count: int, tokens: int) -> LatentClips:
-    """A folder of random clips; one that is there already is used again."""
+    """The clips of a folder of random ones; those that exist already are used again."""
     open_job(root, Common(SHAPE, "bfloat16", WIDTH, LENGTH, {"benchmark": tokens}))
     rng = torch.Generator().manual_seed(0)
-    there = {path.stem for path in clip_paths(root)}
-    began, written = time.perf_counter(), 0
+    existing = {path.stem for path in clip_paths(root)}
+    start = time.perf_counter()
+    new_clips = 0
     for number in range(count):
         clip = f"{number * 2654435761 % 2**32:08x}".ljust(32, "0")
-        if clip not in there:
+        if clip not in existing:
             latents = torch.randn(SHAPE.latent(1)[1:], generator=rng).bfloat16()
             text = torch.randn(tokens, WIDTH, generator=rng).bfloat16()
             write_clip(root, latents, text, About(clip, f"prompt {number}", source="benchmark"))
-            written += 1
-    if written:
+            new_clips += 1
+    if new_clips:
         print(
-            f"wrote {written} clips, {written / (time.perf_counter() - began):.3g} /s (drawing numbers included)"
+            f"wrote {new_clips} clips, {new_clips / (time.perf_counter() - start):.3g} /s (drawing numbers included)"
         )
     write_fixed_prompts(
         root, lambda prompts: [torch.ones(1, WIDTH) for _ in prompts], "", torch.bfloat16
@@ -76,20 +77,23 @@ def drop_from_cache(root: Path) -> None:
 
 
 def batches(count: int, batch: int, seed: int) -> list[list[int]]:
+    """All indices below ``count`` in random order, ``batch`` at a time."""
     order = epoch_order(seed, 0, count, count)
     return [order[first : first + batch] for first in range(0, count, batch)]
 
 
 def read_all(clips: LatentClips, threads: int, batch: int, seed: int) -> tuple[float, float]:
-    """Clips per second of one pass, and CPU milliseconds per clip (all threads); the reader does
-    nothing else."""
-    order = batches(len(clips), batch, seed)
+    """Read every clip once; returns clips per second, and CPU milliseconds per clip (all
+    threads)."""
+    queue = batches(len(clips), batch, seed)
     reads = Prefetch(clips.stored, depth=2 * threads, threads=threads)
-    began, worked = time.perf_counter(), time.process_time()
-    for number, indices in enumerate(order):
-        reads.expect(order[number : number + 1 + 2 * threads])
+    start = time.perf_counter()
+    cpu_start = time.process_time()
+    for number, indices in enumerate(queue):
+        reads.expect(queue[number : number + 1 + 2 * threads])
         reads.batch(indices)
-    seconds, cpu = time.perf_counter() - began, time.process_time() - worked
+    seconds = time.perf_counter() - start
+    cpu = time.process_time() - cpu_start
     reads.close()
     return len(clips) / seconds, 1000 * cpu / len(clips)
 
@@ -97,7 +101,8 @@ def read_all(clips: LatentClips, threads: int, batch: int, seed: int) -> tuple[f
 def measure(
     clips: LatentClips, batch: int, rounds: int
 ) -> Iterator[tuple[int, float, float, float]]:
-    """(threads, cold and warm clips per second, warm CPU milliseconds per clip), medians."""
+    """Yields (threads, cold and warm clips per second, warm CPU milliseconds per clip), medians over
+    ``rounds``."""
     for threads in THREADS:
         cold, warm, cpu = [], [], []
         for number in range(rounds):
@@ -110,7 +115,7 @@ def measure(
 
 
 def profile(clips: LatentClips, batch: int) -> None:
-    """Where one warm pass spends its time, without threads."""
+    """Print where one warm pass without threads spends its time."""
     read_all(clips, 0, batch, 0)
     profiler = cProfile.Profile()
     profiler.runcall(read_all, clips, 0, batch, 1)
@@ -145,18 +150,17 @@ def main(
     table = Table(
         "threads", "cold /s", "cold GB/s", "warm /s", "warm GB/s", "warm CPU ms/clip", title=title
     )
-    found = []
+    rates = []
     for threads, cold, warm, cpu in measure(data, batch, rounds):
-        table.add_row(
-            *(f"{n:.3g}" for n in (threads, cold, cold * size / 1e9, warm, warm * size / 1e9, cpu))
-        )
-        found.append((cold, warm, threads))
+        cells = (threads, cold, cold * size / 1e9, warm, warm * size / 1e9, cpu)
+        table.add_row(*(f"{cell:.3g}" for cell in cells))
+        rates.append((cold, warm, threads))
     Console(width=100).print(table)
     print(f"load average {os.getloadavg()[0]:.2g} of {os.cpu_count()} cores")
     if with_profile:
         profile(data, batch)
     if out is not None:
-        best_cold, best_warm = max(row[0] for row in found), max(row[1] for row in found)
+        best_cold, best_warm = max(row[0] for row in rates), max(row[1] for row in rates)
         figures = {
             "loader_cold_clips_per_s": round(best_cold, 1),
             "loader_warm_clips_per_s": round(best_warm, 1),

@@ -20,11 +20,12 @@ from scd_sf.evaluation.bench import in_rounds
 from scd_sf.evaluation.frames import ssim_frames
 from scd_sf.evaluation.fvd import frechet_distance
 from scd_sf.evaluation.i3d import I3dFeatures
-from scd_sf.evaluation.lpips import Lpips
+from scd_sf.evaluation.lpips import Lpips, Trunk
 from scd_sf.files import write_json
 from scd_sf.types import UserError, exit_on_user_error
 
 CLIPS, DIMENSIONS = 256, 400
+TRUNKS: tuple[Trunk, ...] = ("alex", "vgg")
 
 
 def main(
@@ -44,31 +45,26 @@ def main(
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     pairs = torch.rand(2, 1, batch, 3, side, side, generator=generator)
-    alex, vgg, i3d = (
-        Lpips.load("alex", weights, device),
-        Lpips.load("vgg", weights, device),
-        I3dFeatures.load(weights, device),
-    )
-    rows = torch.randn(2, CLIPS, DIMENSIONS, generator=generator, dtype=torch.float64)
+    alex, vgg = (Lpips.load(trunk, weights, device) for trunk in TRUNKS)
+    i3d = I3dFeatures.load(weights, device)
+    features = torch.randn(2, CLIPS, DIMENSIONS, generator=generator, dtype=torch.float64)
     clips = {
         frames: torch.rand(1, frames, 3, side, side, generator=generator) for frames in (16, 64)
     }
-    found = in_rounds(
+    rows = in_rounds(
         {
             "16": lambda: i3d(clips[16]),
             "64": lambda: i3d(clips[64]),
             "alex": lambda: alex(pairs[0], pairs[1]),
             "vgg": lambda: vgg(pairs[0], pairs[1]),
             "ssim": lambda: ssim_frames(pairs[0], pairs[1]),
-            "frechet": lambda: frechet_distance(rows[0], rows[1]),
+            "frechet": lambda: frechet_distance(features[0], features[1]),
         },
         rounds,
     )
-    seconds = {str(row["name"]): float(str(row["seconds"])) for row in found}
+    seconds = {str(row["name"]): float(str(row["seconds"])) for row in rows}
     figures = {f"i3d_seconds_per_{frames}_frames": seconds[str(frames)] for frames in clips}
-    figures |= {
-        f"lpips_{trunk}_pairs_per_second": batch / seconds[trunk] for trunk in ("alex", "vgg")
-    }
+    figures |= {f"lpips_{trunk}_pairs_per_second": batch / seconds[trunk] for trunk in TRUNKS}
     figures["ssim_pairs_per_second"] = batch / seconds["ssim"]
     figures[f"frechet_seconds_{CLIPS}_clips"] = seconds["frechet"]
     for name, value in figures.items():

@@ -53,17 +53,17 @@ def main(
     subject = Subject(
         "random", model, shape, Conditioning(torch.randn(1, 16, 64)), Euler(steps, 5.0), (0,)
     )
-    ways: dict[str, Callable[[], object]] = {
+    cases: dict[str, Callable[[], object]] = {
         "plain": subject.sample,
         "similarity": lambda: similarity(subject, SimilarityProbe()),
         "pca": lambda: pca(subject, PcaProbe()),
         "attention": lambda: attention_mass(subject, AttentionProbe()),
     }
-    rows = in_rounds(ways, rounds)
+    rows = in_rounds(cases, rounds)
     cpu_ratios = {str(row["name"]): row["cpu_ratio_to_first"] for row in rows[1:]}
     print(f"CPU time over the plain rollout: {cpu_ratios}")
     if out is not None:
-        about = {
+        model_facts = {
             "blocks": config.num_layers,
             "width": width,
             "tokens_per_frame": subject.tokens,
@@ -79,7 +79,7 @@ def main(
             kind: {str(row["name"]): row[kind] for row in rows}
             for kind in ("cpu_seconds", "seconds")
         }
-        write_json(out, {**about, **machine, **seconds, "ratio_to_plain": cpu_ratios})
+        write_json(out, {**model_facts, **machine, **seconds, "ratio_to_plain": cpu_ratios})
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Variant:
     prefix: str = "full"
 
     def build(self, cfg: WanConfig, decoder: tuple[int, ...], encoder: tuple[int, ...]) -> Student:
-        """On the meta device."""
+        """The variant's model on the meta device."""
         with torch.device("meta"):
             if not self.fusion:
                 return Causal(cfg, self.chunk)
@@ -84,6 +84,7 @@ VARIANTS = (
 
 
 def random_wan(cfg: WanConfig, dtype: torch.dtype) -> Wan:
+    """A Wan with random weights of ``dtype``."""
     with torch.device("meta"):
         model = Wan(cfg)
     random_weights(model, dtype)
@@ -99,12 +100,16 @@ class Row:
         self.forget()
 
     def forget(self) -> None:
-        """What the turns so far cost: a warm-up."""
-        self.seconds, self.floors = list[float](), list[float]()
-        self.frames, self.passes, self.peak = 0, 0, 0.0
+        """Set all costs to zero, as after a warm-up."""
+        self.seconds: list[float] = []
+        self.floors: list[float] = []
+        self.frames = 0
+        self.passes = 0
+        self.peak = 0.0
 
     def clip(self, frames: int) -> Iterator[None]:
-        """One turn per chunk. Every clip starts from the same noise."""
+        """Generate one clip of ``frames`` latent frames, and yield after every chunk. Every clip
+        starts from the same noise."""
         rng = torch.Generator().manual_seed(1)
         cond = Conditioning(torch.randn(1, TEXT_TOKENS, self.model.cfg.text_dim, generator=rng))
         chunks = generate_latents(self.model, cond, [1], (frames, *LATENT), FewStepSampler())
@@ -126,6 +131,7 @@ class Row:
         self.floors.append(heavy.floor(self.repeats))
 
     def result(self) -> dict[str, object]:
+        """The row's entry of the output file: seconds, block passes and GiB."""
         seconds, floor = sum(self.seconds), sum(self.floors)
         return {
             "name": self.variant.name,
@@ -149,7 +155,10 @@ def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
     for _ in range(rounds):
         clips = {row: row.clip(frames) for row in rows}
         while clips:
-            for row in reversed(list(clips)) if backwards else list(clips):
+            order = list(clips)
+            if backwards:
+                order.reverse()
+            for row in order:
                 if next(clips[row], "done") == "done":
                     del clips[row]
                 else:
@@ -160,20 +169,21 @@ def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
 def transplanted(
     wan: Wan, decoder: tuple[int, ...], encoder: tuple[int, ...]
 ) -> tuple[Scd, dict[str, float]]:
-    """The real stage 1 at size, compared bit for bit."""
+    """Stage 1 on ``wan``, compared bit for bit: the student in Wan's dtype, and figures of the
+    copy."""
     peak_gib(reset=True)
     started = time.perf_counter()
     scd, report = transplant_scd(wan, ScdConfig(encoder, DecoderConfig(decoder)))
-    copied = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     verify_transplant(scd, wan, report)
-    about = {
+    figures = {
         "layer_instances": len(encoder) + len(decoder),
         "parameters": sum(p.numel() for p in scd.parameters()),
         "tensors_bit_equal": sum(line.source is not None for line in report),
-        "seconds": round(copied, 1),
+        "seconds": round(seconds, 1),
         "peak_rss_gib": round(peak_gib(), 2),
     }
-    return scd.to(next(wan.parameters()).dtype), about  # a student is transplanted in fp32
+    return scd.to(next(wan.parameters()).dtype), figures  # a student is transplanted in fp32
 
 
 def state_of(variant: Variant, wan: Wan, scd: Scd | None, model: Student) -> dict[str, Tensor]:
@@ -198,15 +208,13 @@ def speed(rows: Sequence[Row]) -> dict[str, float]:
     """How many times faster each frame-wise SCD is than frame-wise Self-Forcing, by row name; empty
     without that row.
 
-    Whatever is said of SCD's speed names its fusion: they differ more from each other than some
-    from the baseline."""
+    Any statement about SCD's speed must name its fusion: fusions differ more from each other than
+    some of them from the baseline."""
     frame_wise = {row.variant.name: sum(row.seconds) for row in rows if row.variant.chunk == 1}
     baseline = frame_wise.pop(BASELINE, None)
-    return (
-        {}
-        if baseline is None
-        else {name: round(baseline / seconds, 3) for name, seconds in frame_wise.items()}
-    )
+    if baseline is None:
+        return {}
+    return {name: round(baseline / seconds, 3) for name, seconds in frame_wise.items()}
 
 
 def main() -> None:
@@ -227,30 +235,32 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     cfg, encoder, decoder = WanConfig(), tuple(range(25)), (*range(5), *range(25, 30))
-    wanted = [
-        v for v in VARIANTS if not args.only or v.name.startswith(tuple(args.only.split(",")))
+    variants = [
+        variant
+        for variant in VARIANTS
+        if not args.only or variant.name.startswith(tuple(args.only.split(",")))
     ]
     wan = random_wan(cfg, dtype_of(args.dtype))
-    scd, about = transplanted(wan, decoder, encoder)
-    print(json.dumps(about), flush=True)
+    scd, transplant = transplanted(wan, decoder, encoder)
+    print(json.dumps(transplant), flush=True)
     rows = []
-    for variant in wanted:
+    for variant in variants:
         model = variant.build(cfg, decoder, encoder)
         model.load_state_dict(state_of(variant, wan, scd, model), assign=True)
         rows.append(Row(variant, model, args.repeats))
-    done: dict[str, object] = {
+    document: dict[str, object] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {args.dtype}",
         "torch": str(torch.__version__),
-        "transplant": about,
+        "transplant": transplant,
     }
     next(rows[0].clip(args.frames))
     rows[0].forget()
     for _ in take_turns(rows, args.frames, args.rounds):
-        made = [row.result() for row in rows if row.frames]
+        results = [row.result() for row in rows if row.frames]
         print(json.dumps({row.variant.name: row.seconds for row in rows if row.frames}), flush=True)
-        write_json(args.out, {**done, "finished": False, "rows": made})
-    done["over_frame_wise_self_forcing"] = speed(rows)
-    write_json(args.out, {**done, "finished": True, "rows": [row.result() for row in rows]})
+        write_json(args.out, {**document, "finished": False, "rows": results})
+    document["over_frame_wise_self_forcing"] = speed(rows)
+    write_json(args.out, {**document, "finished": True, "rows": [row.result() for row in rows]})
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ LATENT, TEXT_TOKENS = (16, 12, 20), 20
 
 
 def student(config: ModelConfig, compiled: bool = False) -> Student:
+    """A model with random fp32 weights."""
     with torch.device("meta"):
         model = build_student(config)
     random_weights(model, torch.float32)
@@ -47,20 +48,21 @@ def student(config: ModelConfig, compiled: bool = False) -> Student:
 
 
 def prompt() -> Conditioning:
+    """Random text states (1, 20, text_dim)."""
     return Conditioning(
         torch.randn(1, TEXT_TOKENS, CFG.text_dim, generator=torch.Generator().manual_seed(0))
     )
 
 
 def streaming(model: Student, frames: int) -> Callable[[], Tensor]:
-    """As samples are made: the history is an in-place ring."""
+    """Generates a clip as sampling does; the history is a ring that is written in place."""
     return lambda: clips_of(
         generate_latents(model, prompt(), [1], (frames, *LATENT), FewStepSampler())
     )
 
 
 def training(model: Student, frames: int) -> Callable[[], Tensor]:
-    """As stage 3 makes them, without gradients: the history is copied as it grows."""
+    """Generates a clip as stage 3 does, without gradients; the history is copied as it grows."""
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -79,10 +81,8 @@ def bidirectional(frames: int) -> Callable[[], Tensor]:
         if not name.startswith("_")
     }
     model = WanTransformer3DModel(**config).eval().requires_grad_(False)
-    x, text = (
-        torch.randn(1, LATENT[0], frames, *LATENT[1:]),
-        torch.randn(1, TEXT_TOKENS, CFG.text_dim),
-    )
+    x = torch.randn(1, LATENT[0], frames, *LATENT[1:])
+    text = torch.randn(1, TEXT_TOKENS, CFG.text_dim)
 
     @torch.no_grad()
     def run() -> Tensor:

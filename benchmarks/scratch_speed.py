@@ -50,6 +50,7 @@ CACHED = ScdConfig(
 
 
 def model_of(family: str, scd: ScdConfig = SCD) -> Student:
+    """A model of Minecraft's shapes with random bf16 weights."""
     with torch.device("meta"):
         model = build_student(
             ModelConfig(family, backbone="dit", dit=DitConfig(num_actions=ACTIONS), scd=scd)
@@ -58,32 +59,38 @@ def model_of(family: str, scd: ScdConfig = SCD) -> Student:
     return model
 
 
-def told(frames: int) -> Conditioning:
+def random_actions(frames: int) -> Conditioning:
+    """One random action for each frame of one clip."""
     actions = torch.randint(0, ACTIONS, (1, frames), generator=torch.Generator().manual_seed(0))
     return Conditioning.of_frames(1, actions)
 
 
 class Rollout:
-    """A stream whose history is full of noise; :meth:`frame` generates the next frame, always at
-    the same place."""
+    """A stream whose history is noise; :meth:`frame` generates the frame after it, any number of
+    times."""
 
     def __init__(self, model: FrameStreamer, history: int, steps: int) -> None:
-        self.model, self.sampler = model, Euler(steps, 1.0)
+        self.model = model
+        self.sampler = Euler(steps, 1.0)
         rng = torch.Generator().manual_seed(1)
         frames = torch.randn(history, 1, 1, CHANNELS, SIDE, SIDE, generator=rng).bfloat16()
         self.like = frames[0]
-        stream = model.start(told(history + 1), (SIDE, SIDE), CacheConfig(preallocate=history + 1))
+        stream = model.start(
+            random_actions(history + 1), (SIDE, SIDE), CacheConfig(preallocate=history + 1)
+        )
         with torch.no_grad():
             previous: Tensor | None = None
             for frame in frames[:-1]:
                 stream, previous = model.advance(stream, previous, self.like), frame
-        self.stream, self.previous = stream, previous
+        self.stream = stream
+        self.previous = previous
         self.cache = stream.cache
-        self.kept = (self.cache.length, self.cache.filled)
+        self.fill = (self.cache.length, self.cache.filled)
 
     @torch.no_grad()
     def frame(self) -> Tensor:
-        self.cache.length, self.cache.filled = self.kept
+        """The frame after the history, (1, 1, C, H, W)."""
+        self.cache.length, self.cache.filled = self.fill
         stream = self.model.advance(self.stream, self.previous, self.like)
 
         def velocity(x: Tensor, t: float) -> Tensor:
@@ -93,7 +100,8 @@ class Rollout:
 
 
 def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
-    """Forward and backward of one clip, activations recomputed as in training; no optimizer."""
+    """The forward and backward pass of one clip without the optimizer; activations are recomputed
+    as in training."""
     x_0 = torch.randn(1, frames, CHANNELS, SIDE, SIDE)
     cfg = FlowMatchingConfig(shift=1.0, noise_samples=samples)
     for trunk in model.trunks():
@@ -104,7 +112,7 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
         loss, _ = flow_matching_loss(
             model,
             x_0,
-            told(frames),
+            random_actions(frames),
             Conditioning.of_frames(1),
             cfg,
             torch.Generator().manual_seed(0),
@@ -116,24 +124,25 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
 
 
 def rollouts(rounds: int) -> dict[str, dict[str, float]]:
-    """All cases in turn, so that a slow minute falls on all."""
+    """Costs of generating a frame, by case. The cases take turns, so that a slow minute of the
+    machine hits them all."""
     kinds = (("SCD-B", "scd", SCD, STEPS), ("SCD-B with cached prefix", "scd", CACHED, STEPS[1:]))
-    frames = {}
+    cases = {}
     for name, family, scd, steps in (*kinds, ("Causal DiT-B", "causal", SCD, STEPS[:1])):
         model = model_of(family, scd)
         for count in steps:
             for history in HISTORIES:
-                frames[f"{name}, S = {count}, {history} frames of history"] = Rollout(
+                cases[f"{name}, S = {count}, {history} frames of history"] = Rollout(
                     model, history, count
                 ).frame
-    return costs(frames, rounds)
+    return costs(cases, rounds)
 
 
 def costs(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds, those of the floor and their ratio, by case."""
-    kept = ("seconds", "floor_seconds", "floor_ratio")
+    """Seconds, seconds of the floor and their ratio, by case."""
+    columns = ("seconds", "floor_seconds", "floor_ratio")
     rows = in_rounds(cases, rounds, floor=True)
-    return {str(row["name"]): {name: float(str(row[name])) for name in kept} for row in rows}
+    return {str(row["name"]): {name: float(str(row[name])) for name in columns} for row in rows}
 
 
 @dataclass(frozen=True)
@@ -148,12 +157,11 @@ class TrainingStep:
     @property
     def name(self) -> str:
         model = "SCD-B" if self.family == "scd" else "Causal DiT-B"
-        return (
-            f"{model}, training step of {self.frames} frames, K = {self.samples}"
-            + " in turn" * self.in_turn
-        )
+        order = " in turn" if self.in_turn else ""
+        return f"{model}, training step of {self.frames} frames, K = {self.samples}{order}"
 
     def measured(self, threads: int) -> dict[str, float]:
+        """Seconds, floor and peak GiB of the second run, in the calling process."""
         prepare(threads)
         model = model_of(self.family)
         if isinstance(model, Scd):
@@ -167,13 +175,13 @@ class TrainingStep:
 
 
 def training_steps(lengths: list[int]) -> list[TrainingStep]:
-    found = []
+    steps = []
     for frames in lengths:
-        found += [TrainingStep("scd", frames, samples) for samples in SAMPLES]
-        found += [TrainingStep("scd", frames, max(SAMPLES), in_turn=True)]
+        steps += [TrainingStep("scd", frames, samples) for samples in SAMPLES]
+        steps += [TrainingStep("scd", frames, max(SAMPLES), in_turn=True)]
         if frames == min(lengths):
-            found += [TrainingStep("causal", frames, 1)]
-    return found
+            steps += [TrainingStep("causal", frames, 1)]
+    return steps
 
 
 def prepare(threads: int) -> None:
@@ -204,8 +212,8 @@ def main() -> None:
         write_json(args.out, document)
     for step in training_steps(args.frames):
         if step.name not in document["rows"]:
-            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-                document["rows"][step.name] = alone.submit(step.measured, args.threads).result()
+            with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+                document["rows"][step.name] = executor.submit(step.measured, args.threads).result()
             write_json(args.out, document)
     print(json.dumps(document, indent=1))
 

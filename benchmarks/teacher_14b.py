@@ -39,28 +39,29 @@ def never_read() -> Tensor:
 
 
 def build(cfg: WanConfig, world: int) -> dict[str, object]:
-    """Measurements of this process, which is rank 1 of ``world``."""
+    """Build the teacher as rank 1 of ``world``; returns counts, GiB and seconds of this
+    process."""
     # as if alone on its host
     os.environ.update(RANK="1", WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     dist.init_process_group("fake", rank=1, world_size=world, store=FakeStore())
     ranks = Ranks(1, world, 1, torch.device("cpu"))
     with torch.device("meta"):
         names = {name: never_read for name, _ in Wan(cfg).named_parameters()}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rss_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     started = time.monotonic()
     engine = frozen_engine(lambda: Wan(cfg), names, EngineConfig(dtype="bf16"), ranks)
     assert isinstance(engine.module, Wan)
     # with ZeRO-3's own attributes
     parameters: dict[str, Any] = dict(engine.module.named_parameters())
-    held = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
+    shard_bytes = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
     return {
         "world": world,
         "parameters": sum(p.ds_numel for p in parameters.values()),
         "tensors": len(parameters),
         "whole_gib": round(sum(2 * p.ds_numel for p in parameters.values()) / 2**30, 2),
-        "held_gib": round(held / 2**30, 3),
+        "held_gib": round(shard_bytes / 2**30, 3),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "rss_before_gib": round(before, 2),
+        "rss_before_gib": round(rss_before, 2),
         "seconds": round(time.monotonic() - started, 1),
     }
 

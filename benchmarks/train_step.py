@@ -50,7 +50,8 @@ COND = Conditioning(
 )
 
 
-def filled(config: ModelConfig, dtype: torch.dtype) -> Student | Wan:
+def random_model(config: ModelConfig, dtype: torch.dtype) -> Student | Wan:
+    """A model with random weights of ``dtype``."""
     with torch.device("meta"):
         model = build_model(config)
     random_weights(model, dtype)
@@ -74,11 +75,14 @@ class Parts:
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
+        """Add the seconds of the block to ``part`` of the newest run."""
         started = time.perf_counter()
         yield
         self.runs[-1][part] += time.perf_counter() - started
 
     def timed(self, part: str, model: Denoiser) -> Denoiser:
+        """``model``, its calls timed as ``part``."""
+
         def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             with self.timing(part):
                 return model(x_t, t, cond)
@@ -86,7 +90,7 @@ class Parts:
         return call
 
     def shares(self) -> dict[str, float]:
-        """Of all runs but the first, which warms up."""
+        """Each part's share of the seconds of all runs but the first, which warms up."""
         seconds = {part: sum(run[part] for run in self.runs[1:]) for part in self.runs[0]}
         return {part: round(value / sum(seconds.values()), 3) for part, value in seconds.items()}
 
@@ -94,14 +98,13 @@ class Parts:
 def stage2(
     model: Student, x: Tensor, samples: int, *, recompute: str = "nothing"
 ) -> Callable[[], None]:
-    """``recompute``: nothing, everything (activation checkpointing), or all but the attention."""
+    """The forward and backward pass of stage 2. ``recompute``: "nothing", "everything" (activation
+    checkpointing), or "all but attention"."""
 
     def run() -> None:
         for trunk in model.trunks():
-            trunk.checkpointing, trunk.recompute_attention = (
-                recompute != "nothing",
-                recompute == "everything",
-            )
+            trunk.checkpointing = recompute != "nothing"
+            trunk.recompute_attention = recompute == "everything"
         loss, _ = flow_matching_loss(
             model, x, COND, COND, FlowMatchingConfig(noise_samples=samples), rng()
         )
@@ -141,18 +144,18 @@ def cycle(
                 fake = self_rollout()
             critic_update(fake)
         with parts.timing("rollout"):
-            own = self_rollout()
+            student_clip = self_rollout()
         judges = parts.timed("teacher", teacher), parts.timed("critic", critic)
-        loss, _ = dmd_loss(own, *judges, COND, COND, cfg, rng())
+        loss, _ = dmd_loss(student_clip, *judges, COND, COND, cfg, rng())
         with parts.timing("student's backward"):
             backward(student, loss)
         for _ in range(ratio if shared else 0):
-            critic_update(own.detach())
+            critic_update(student_clip.detach())
 
     return run
 
 
-def judged(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
+def guided_teacher(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
     """The guided teacher on one clip: both branches in one batch, as ``dmd_loss`` calls it, or one
     after the other."""
     t = torch.full((1,), 0.7)
@@ -170,22 +173,20 @@ def judged(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
 def cases(
     dtype: torch.dtype, frames: int, ratio: int
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Parts]]:
-    """Steps by name, and the parts of those that have some."""
+    """Steps by name, and the timed parts of the cycles of stage 3, by the same names."""
     x = torch.randn(1, frames, *LATENT, generator=rng())
-    scd, causal = (
-        filled(ModelConfig(wan=CFG, scd=SCD), dtype),
-        filled(ModelConfig("causal", wan=CFG), dtype),
-    )
-    teacher, critic = (filled(ModelConfig("wan", wan=CFG), dtype) for _ in range(2))
+    scd = random_model(ModelConfig(wan=CFG, scd=SCD), dtype)
+    causal = random_model(ModelConfig("causal", wan=CFG), dtype)
+    teacher, critic = (random_model(ModelConfig("wan", wan=CFG), dtype) for _ in range(2))
     assert not isinstance(scd, Wan) and not isinstance(causal, Wan)
     assert isinstance(teacher, Wan) and isinstance(critic, Wan)
     teacher.requires_grad_(False)
     steps = {f"stage 2, SCD, K = {k}": stage2(scd, x, k) for k in (1, 2, 4)}
-    for kept, recompute in (
+    for label, recompute in (
         ("everything recomputed", "everything"),
         ("attention kept", "all but attention"),
     ):
-        steps[f"stage 2, SCD, K = 2, {kept}"] = stage2(scd, x, 2, recompute=recompute)
+        steps[f"stage 2, SCD, K = 2, {label}"] = stage2(scd, x, 2, recompute=recompute)
     steps["stage 2, causal, K = 1"] = stage2(causal, x, 1)
     parts = {}
     for shared in (False, True):
@@ -193,7 +194,7 @@ def cases(
         parts[name] = Parts()
         steps[name] = cycle(scd, teacher, critic, x, parts[name], ratio=ratio, shared=shared)
     for together in (True, False):
-        steps[f"guided teacher, {'one batch' if together else 'two calls'}"] = judged(
+        steps[f"guided teacher, {'one batch' if together else 'two calls'}"] = guided_teacher(
             teacher, x, together=together
         )
     return steps, parts
@@ -215,10 +216,10 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     steps, parts = cases(dtype_of(args.dtype), args.frames, args.ratio)
-    chosen = {name: step for name, step in steps.items() if args.only in name}
-    if not chosen:
+    selection = {name: step for name, step in steps.items() if args.only in name}
+    if not selection:
         parser.error(f"--only {args.only}: no case has it in its name")
-    rows = in_rounds(chosen, args.rounds, floor=True)
+    rows = in_rounds(selection, args.rounds, floor=True)
     for row in rows:
         if row["name"] in parts:
             row["shares"] = parts[str(row["name"])].shares()

@@ -98,30 +98,37 @@ FLAGS = [
     "-seed 123456",
     "-neg blurry, low quality",
 ]
-BEGAN = datetime(2023, 7, 1)
+FIRST_DAY = datetime(2023, 7, 1)
 
 
 def english(rng: random.Random) -> str:
+    """4 to 120 random words with commas."""
     words = rng.choices(ENGLISH, k=min(120, max(4, int(rng.lognormvariate(2.95, 0.65)))))
     for place in range(rng.randint(4, 12), len(words), rng.randint(6, 14)):
         words[place] += ","
     return " ".join(words)
 
 
-def nearly(text: str, rng: random.Random) -> str:
+def near_duplicate(text: str, rng: random.Random) -> str:
     """The same prompt with a word more, a word less or a word changed."""
     words = text.split(" ")
-    place, kind = rng.randrange(len(words)), rng.randrange(3)
-    words[place : place + (kind > 0)] = [rng.choice(ENGLISH)] if kind < 2 else []
+    place = rng.randrange(len(words))
+    change = ("insert", "replace", "remove")[rng.randrange(3)]
+    if change == "insert":
+        words.insert(place, rng.choice(ENGLISH))
+    elif change == "replace":
+        words[place] = rng.choice(ENGLISH)
+    else:
+        del words[place]
     return " ".join(words)
 
 
 def prompt(rng: random.Random, earlier: list[str]) -> str:
-    """One prompt; ``earlier`` holds some that came before."""
-    dice = rng.random()
+    """One prompt. ``earlier``: up to 200,000 of the English prompts before it; it is updated."""
+    share = rng.random()
     for kind in ("foreign", "repeated", "nearly repeated", "no letters", "short"):
-        dice -= SHARES[kind]
-        if dice < 0:
+        share -= SHARES[kind]
+        if share < 0:
             break
     else:
         kind = "plain"
@@ -129,7 +136,7 @@ def prompt(rng: random.Random, earlier: list[str]) -> str:
         text = " ".join(rng.choices(rng.choice(FOREIGN).split(), k=rng.randint(6, 24)))
     elif kind in ("repeated", "nearly repeated") and earlier:
         text = rng.choice(earlier)
-        text = text.title() if kind == "repeated" else nearly(text, rng)
+        text = text.title() if kind == "repeated" else near_duplicate(text, rng)
     elif kind == "no letters":
         text = " ".join(str(rng.randrange(10**6)) for _ in range(5))
     else:
@@ -143,8 +150,9 @@ def prompt(rng: random.Random, earlier: list[str]) -> str:
     return text
 
 
-def dressed(text: str, rng: random.Random) -> str:
-    """Flags, line breaks, quotes, addresses, accents."""
+def decorate(text: str, rng: random.Random) -> str:
+    """The prompt with flags, line breaks, quotes, addresses and accents, each in its share of the
+    prompts."""
     if rng.random() < SHARES["line break"]:
         text = text.replace(" ", "\n", 2)
     if rng.random() < SHARES["quotes"]:
@@ -164,42 +172,56 @@ def scores(rng: random.Random) -> list[str]:
     values = [10 ** rng.uniform(-4.5, -2.2) for _ in range(6)]
     dice = rng.random()
     if dice < 0.04:
-        low, high = (0.5, 1.0) if dice < 0.005 else (0.2, 0.5) if dice < 0.013 else (0.05, 0.2)
+        if dice < 0.005:
+            low, high = 0.5, 1.0
+        elif dice < 0.013:
+            low, high = 0.2, 0.5
+        else:
+            low, high = 0.05, 0.2
         values[rng.randrange(6)] = rng.uniform(low, high)
     return [f"{value:.8f}" for value in values]
 
 
 def write_rows(path: Path, rows: int, seed: int) -> None:
-    """The csv file, through a temporary name."""
+    """Write ``rows`` rows as VidProM's csv file; it appears under its name when it is complete."""
     rng, earlier = random.Random(seed), list[str]()  # noqa: S311
     with new_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for number in range(rows):
             name = uuid.UUID(int=rng.getrandbits(128), version=5)
-            when = (BEGAN + timedelta(seconds=7 * number)).ctime()
-            writer.writerow([name, dressed(prompt(rng, earlier), rng), when, *scores(rng)])
+            date = (FIRST_DAY + timedelta(seconds=7 * number)).ctime()
+            writer.writerow([name, decorate(prompt(rng, earlier), rng), date, *scores(rng)])
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds, peak proportional and resident GiB of a command and its children. Fails
-    if it fails."""
-    began, used = time.monotonic(), dict[psutil.Process, float]()
+    """Wall and CPU seconds, peak proportional and resident GiB of a command and its children.
+    SystemExit with the command's code where that is not 0."""
+    start = time.monotonic()
+    cpu_seconds: dict[psutil.Process, float] = {}
     peak = resident = 0.0
     process = psutil.Popen(command, cwd=ROOT)
     while process.poll() is None:
-        proportional = own = 0
-        for one in (process, *process.children(recursive=True)):
+        proportional_bytes = 0
+        resident_bytes = 0
+        for member in (process, *process.children(recursive=True)):
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended
-                memory, spent = one.memory_full_info(), one.cpu_times()
-                proportional, own = proportional + memory.pss, own + memory.rss
-                used[one] = spent.user + spent.system
-        peak, resident = max(peak, proportional / 2**30), max(resident, own / 2**30)
+                memory, times = member.memory_full_info(), member.cpu_times()
+                proportional_bytes += memory.pss
+                resident_bytes += memory.rss
+                cpu_seconds[member] = times.user + times.system
+        peak = max(peak, proportional_bytes / 2**30)
+        resident = max(resident, resident_bytes / 2**30)
         time.sleep(0.2)
     if process.returncode:
         raise SystemExit(process.returncode)
-    wall = time.monotonic() - began
-    return {"wall": wall, "cpu": sum(used.values()), "proportional": peak, "resident": resident}
+    wall = time.monotonic() - start
+    return {
+        "wall": wall,
+        "cpu": sum(cpu_seconds.values()),
+        "proportional": peak,
+        "resident": resident,
+    }
 
 
 def main() -> None:
@@ -227,7 +249,7 @@ def main() -> None:
         [sys.executable, script, f"inputs=[{rows.resolve()}]", f"out={result.resolve()}"]
     )
     report = read_json(result / "report.json", "run again")
-    found = {
+    figures = {
         "vidprom_seconds": round(cost["wall"], 1),
         "vidprom_peak_gib": round(cost["proportional"], 2),
         "vidprom": {
@@ -241,10 +263,10 @@ def main() -> None:
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         },
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(figures, indent=1))
     if args.out is not None:
-        old = read_json(args.out, "delete it") if args.out.is_file() else {}
-        write_json(args.out, old | found)
+        document = read_json(args.out, "delete it") if args.out.is_file() else {}
+        write_json(args.out, document | figures)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Encode captioned clips into training data: VAE latents and text states, one directory per split.
 
-    python data_prep/encode_latents.py --clips data/doom --model models/teacher --out
-    data/doom_latents
+    python data_prep/encode_latents.py --clips data/doom --model models/teacher \\
+        --out data/doom_latents
 
 reads a clip directory (``scd_sf.data.clips.ClipSet``), the VAE (``vae/``) and the text encoder
 (``text_encoder/`` + ``tokenizer/``, or ``text_encoder.json``) of a model directory in diffusers
@@ -75,8 +75,8 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
     """
     rows = read_captions(captions)
     index, manifest = root / "clips.jsonl", root / "manifest.json"
-    old = read_json(manifest, KEEP) if manifest.is_file() else None
-    if old is not None and old.get("format") != CLIPS.name:
+    old_manifest = read_json(manifest, KEEP) if manifest.is_file() else None
+    if old_manifest is not None and old_manifest.get("format") != CLIPS.name:
         raise UserError(f"{manifest}: is not of this command; {KEEP}")
     files = [safe_path(root, row.file, f"{captions}:{number}: 'file'") for number, row in rows]
     for (number, _), path in zip(rows, files, strict=True):
@@ -85,10 +85,11 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
     frames, _, height, width = read_video(files[0], fps).shape
     clips = [_own_clip(row, path, frames) for (_, row), path in zip(rows, files, strict=True)]
     lines = "".join(clip.to_json() + "\n" for clip in clips)
-    same = index.is_file() and sha256_file(index) == sha256_bytes(lines.encode())
-    if not same and (index.exists() or (old is not None and not old.get("captioned"))):
-        own = old is not None and old.get("captioned")
-        remedy = "delete it and manifest.json to index the folder again" if own else KEEP
+    current = index.is_file() and sha256_file(index) == sha256_bytes(lines.encode())
+    captioned = old_manifest is not None and bool(old_manifest.get("captioned"))
+    foreign = old_manifest is not None and not captioned
+    if not current and (index.exists() or foreign):
+        remedy = "delete it and manifest.json to index the folder again" if captioned else KEEP
         raise UserError(
             f"{index}: exists with other contents (clips, captions or --fps differ); {remedy}"
         )
@@ -101,29 +102,33 @@ def index_folder(root: Path, captions: Path, fps: int) -> None:
 
 
 def read_captions(captions: Path) -> list[tuple[int, Caption]]:
-    """The lines with their numbers. UserError names the line: unknown or missing fields, a file
-    listed twice."""
-    known, rows, seen = {entry.name for entry in fields(Caption)}, [], set[str]()
+    """The lines with their numbers, which count from 1.
+
+    UserError names the line: unknown or missing fields, or a file that is listed twice.
+    """
+    names = {entry.name for entry in fields(Caption)}
+    rows: list[tuple[int, Caption]] = []
+    files: set[str] = set()
     for number, line in enumerate(lines_of(read_text(captions, CAPTIONS)), 1):
         if not line.strip():
             continue
-        where = f"{captions}:{number}"
-        row = parse_json(line, where, CAPTIONS)
+        place = f"{captions}:{number}"
+        row = parse_json(line, place, CAPTIONS)
         if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object; {CAPTIONS}")
-        if unknown := sorted(set(row) - known):
+            raise UserError(f"{place}: not a JSON object; {CAPTIONS}")
+        if unknown_names := sorted(set(row) - names):
             raise UserError(
-                f"{where}: unknown field '{unknown[0]}'; it knows {', '.join(sorted(known))}"
+                f"{place}: unknown field '{unknown_names[0]}'; it knows {', '.join(sorted(names))}"
             )
-        caption = typed(row, Caption, where, CAPTIONS)
+        caption = typed(row, Caption, place, CAPTIONS)
         for name in ("file", "caption", "split"):
             if not str(row.get(name, name)).strip():
                 raise UserError(
-                    f"{where}: '{name}' must be a text that is not empty; correct the line"
+                    f"{place}: '{name}' must be a text that is not empty; correct the line"
                 )
-        if caption.file in seen:
-            raise UserError(f"{where}: 'file' {caption.file} is listed twice; list every clip once")
-        seen.add(caption.file)
+        if caption.file in files:
+            raise UserError(f"{place}: 'file' {caption.file} is listed twice; list every clip once")
+        files.add(caption.file)
         rows.append((number, caption))
     if not rows:
         raise UserError(f"{captions}: no line; {CAPTIONS}")
@@ -149,39 +154,50 @@ def _own_clip(row: Caption, path: Path, frames: int) -> Clip:
 
 
 def plan(clips: ClipSet) -> tuple[list[Prompt], list[LatentClip]]:
-    """The different prompts (training ones first) and, for each clip, which are its own."""
-    tags = [{k: v for k, v in (("place", c.place), ("motion", c.motion)) if v} for c in clips.clips]
-    wanted = [(clip.caption, False, tag) for clip, tag in zip(clips.clips, tags, strict=True)]
-    wanted += [
-        (c.held_out_caption, True, tag)
-        for c, tag in zip(clips.clips, tags, strict=True)
-        if c.held_out_caption
+    """The distinct prompts, training prompts first, and the clips with the numbers of theirs.
+
+    UserError: a held-out caption is a training caption.
+    """
+    tags: list[dict[str, str]] = []
+    for clip in clips.clips:
+        pairs = {"place": clip.place, "motion": clip.motion}
+        tags.append({name: value for name, value in pairs.items() if value})
+    captions = [(clip.caption, False, tag) for clip, tag in zip(clips.clips, tags, strict=True)]
+    captions += [
+        (clip.held_out_caption, True, tag)
+        for clip, tag in zip(clips.clips, tags, strict=True)
+        if clip.held_out_caption
     ]
     prompts: list[Prompt] = []
     numbers: dict[tuple[str, bool, tuple[str, ...]], int] = {}
-    for text, held_out, tag in wanted:
+    for text, held_out, tag in captions:
         if (key := (text, held_out, tuple(tag.values()))) not in numbers:
             numbers[key] = len(prompts)
             prompts.append(Prompt(f"p{len(prompts):06d}", text, held_out, tag))
-    both = {p.prompt for p in prompts if p.held_out} & {p.prompt for p in prompts if not p.held_out}
-    if both:
+    held_out_texts = {prompt.prompt for prompt in prompts if prompt.held_out}
+    shared_prompts = held_out_texts & {prompt.prompt for prompt in prompts if not prompt.held_out}
+    if shared_prompts:
         index = clips.root / "clips.jsonl"
-        raise UserError(f"{index}: held-out caption {min(both)!r} is a training caption; change it")
+        raise UserError(
+            f"{index}: held-out caption {min(shared_prompts)!r} is a training caption; change it"
+        )
     rows = []
     for clip, tag in zip(clips.clips, tags, strict=True):
-        held = (
+        held_out_prompt = (
             numbers[clip.held_out_caption, True, tuple(tag.values())]
             if clip.held_out_caption
             else None
         )
         rows.append(
-            LatentClip(clip.id, numbers[clip.caption, False, tuple(tag.values())], held, tag)
+            LatentClip(
+                clip.id, numbers[clip.caption, False, tuple(tag.values())], held_out_prompt, tag
+            )
         )
     return prompts, rows
 
 
 def inputs_of(clips: ClipSet, split: str, job: Job) -> dict[str, object]:
-    """What decides the contents of the output: a change in any of it is a change of the data."""
+    """Everything that the output's contents depend on, as it is stored beside them."""
     config = text_config(job.model)
     weights, tokens = encoder_parts(config)
     return {
@@ -216,7 +232,7 @@ class Job:
 
 
 def encode_clips(clips: ClipSet, vae: Vae, writer: LatentWriter, batch: int) -> None:
-    """Append the latents of every clip that is not yet in a complete shard."""
+    """Append the latents of every clip that is not in a complete shard yet."""
     with progress_of("clips", len(clips), writer.done) as report:
         for first in range(writer.done, len(clips), batch):
             indices = range(first, min(first + batch, len(clips)))
@@ -226,7 +242,7 @@ def encode_clips(clips: ClipSet, vae: Vae, writer: LatentWriter, batch: int) -> 
 
 
 def encode_split(job: Job, split: str) -> None:
-    """One split, from clips to a finished directory."""
+    """Encode one split into a directory of its own. UserError: its name is no name of a folder."""
     clips = ClipSet(job.clips, split)
     out = safe_path(job.out, split, "split")
     if out == job.out:

@@ -1,9 +1,10 @@
 """Encode a list of prompts into a directory that stage 3 reads, without clips; stage 3 takes the
 plain list as well.
 
-    python data_prep/encode_prompts.py prompts=data/prompts model=models/Wan2.1-T2V-1.3B-Diffusers
-    out=data/encoded torchrun --nproc_per_node 8 data_prep/encode_prompts.py prompts=mine.jsonl
-    model=... out=data/encoded
+    python data_prep/encode_prompts.py prompts=data/prompts \\
+        model=models/Wan2.1-T2V-1.3B-Diffusers out=data/encoded
+    torchrun --nproc_per_node 8 data_prep/encode_prompts.py prompts=mine.jsonl model=... \\
+        out=data/encoded
 
 ``prompts`` is a list (txt, csv, jsonl) or the output folder of filter_vidprom.py or
 extend_prompts.py. Each prompt takes about 1 MB with umT5-xxl (8 kB a token): a million of them need

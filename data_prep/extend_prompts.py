@@ -1,11 +1,12 @@
 """Have a language model write short prompts out at length, as Wan 2.1's own are: 80 to 100 words on
 what is seen.
 
-    python data_prep/extend_prompts.py prompts=data/prompts/prompts.jsonl
-    model=models/Qwen2.5-3B-Instruct out=data/long torchrun --nproc_per_node 8
-    data_prep/extend_prompts.py prompts=... model=... out=data/long batch=64 python
-    data_prep/extend_prompts.py prompts=... model=qwen endpoint.url=http://localhost:8000/v1
-    out=data/long
+    python data_prep/extend_prompts.py prompts=data/prompts/prompts.jsonl \\
+        model=models/Qwen2.5-3B-Instruct out=data/long
+    torchrun --nproc_per_node 8 data_prep/extend_prompts.py prompts=... model=... out=data/long \\
+        batch=64
+    python data_prep/extend_prompts.py prompts=... model=qwen out=data/long \\
+        endpoint.url=http://localhost:8000/v1
 
 An answer must have 40 to 160 words, be one line, in English, and without chatter; else the next
 seed is tried, and after ``attempts`` the original is kept. Seeds come from ``seed``, the prompt's

@@ -1,8 +1,8 @@
 """Filter users' prompts (VidProM, or any list) into clean, safe, English, different ones.
 
     python data_prep/filter_vidprom.py inputs='[VidProM_semantic_unique.csv]' out=data/prompts
-    python data_prep/filter_vidprom.py inputs='[mine.txt, more.jsonl]' out=data/mine licence='my
-    own' sample=16000
+    python data_prep/filter_vidprom.py inputs='[mine.txt, more.jsonl]' out=data/mine \\
+        licence='my own' sample=16000
 
 writes ``out/prompts.jsonl`` (uuid, prompt, original where cleaning changed it, time, scores),
 ``out/prompts.txt`` (one a line) and ``out/report.json``, ``out/report.md``: what each step dropped,

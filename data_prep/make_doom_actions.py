@@ -84,7 +84,7 @@ class Request:
     test: int
 
     def chunks(self) -> list[Chunk]:
-        """All work."""
+        """All chunks of clips, scenario by scenario."""
         return [
             Chunk(
                 self.seed, self.frames, self.size, scenario, split, first, min(first + CHUNK, count)
@@ -121,22 +121,22 @@ def make_game(scenario: str) -> vizdoom.DoomGame:
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-    for show in (
+    for set_render in (
         game.set_render_hud,
         game.set_render_weapon,
         game.set_render_crosshair,
         game.set_render_decals,
     ):
-        show(False)
-    for show in (
+        set_render(False)
+    for set_render in (
         game.set_render_particles,
         game.set_render_effects_sprites,
         game.set_render_screen_flashes,
     ):
-        show(False)
+        set_render(False)
     game.set_available_buttons([vizdoom.Button.TURN_LEFT_RIGHT_DELTA, vizdoom.Button.MOVE_FORWARD])
-    known = vizdoom.GameVariable
-    game.set_available_game_variables([known.POSITION_X, known.POSITION_Y, known.ANGLE])
+    variables = vizdoom.GameVariable
+    game.set_available_game_variables([variables.POSITION_X, variables.POSITION_Y, variables.ANGLE])
     game.set_sectors_info_enabled(True)
     game.set_doom_skill(1)
     game.set_episode_timeout(0)
@@ -156,74 +156,77 @@ def walls(game: vizdoom.DoomGame) -> np.ndarray:
 def distances(
     walls_N4: np.ndarray, x: float, y: float, degrees: np.ndarray, aside: np.ndarray
 ) -> np.ndarray:
-    """How far rays go before a wall, in map units. Rays start ``aside`` units to the left of (x,
-    y), all (R,)."""
+    """(R,) map units that each ray goes before it meets a wall; inf where it meets none. Rays have
+    headings ``degrees`` (R,) and start ``aside`` (R,) units to the left of (x, y)."""
     angle = np.radians(degrees)[:, None]
     forth_x, forth_y = np.cos(angle), np.sin(angle)
     start_x, start_y = x - aside[:, None] * forth_y, y + aside[:, None] * forth_x
     x1, y1, x2, y2 = walls_N4.T
-    along_x, along_y, to_x, to_y = x2 - x1, y2 - y1, x1 - start_x, y1 - start_y
+    along_x, along_y = x2 - x1, y2 - y1
+    to_x, to_y = x1 - start_x, y1 - start_y
     cross = forth_x * along_y - forth_y * along_x
     with np.errstate(divide="ignore", invalid="ignore"):
-        far = (to_x * along_y - to_y * along_x) / cross
-        where = (to_x * forth_y - to_y * forth_x) / cross
-    hit = (np.abs(cross) > 1e-9) & (far > 0) & (where >= 0) & (where <= 1)
-    return np.where(hit, far, np.inf).min(axis=1)
+        along_ray = (to_x * along_y - to_y * along_x) / cross
+        along_wall = (to_x * forth_y - to_y * forth_x) / cross
+    crossing = (np.abs(cross) > 1e-9) & (along_ray > 0) & (along_wall >= 0) & (along_wall <= 1)
+    return np.where(crossing, along_ray, np.inf).min(axis=1)
 
 
 class Walker:
-    """Chooses the next action from where it stands; ``stuck`` counts frames of walking that led
-    nowhere."""
+    """Chooses the next action from its place and heading; ``stuck`` counts the frames of walking
+    without progress."""
 
     def __init__(self, walls_N4: np.ndarray, rng: np.random.Generator) -> None:
         self.walls, self.rng = walls_N4, rng
-        # held for so many frames more
-        self.action, self.left = FORWARD, int(rng.integers(*STRAIGHT))
+        self.action = FORWARD
+        self.frames_left = int(rng.integers(*STRAIGHT))  # of this action
         self.stuck = 0
 
     def free(self, x: float, y: float, headings: np.ndarray) -> np.ndarray:
-        """How far the walker, as wide as it is, could go along each heading (degrees,
-        anticlockwise)."""
+        """Map units that the walker, with its width, can go along each heading (H,), in degrees,
+        anticlockwise."""
         aside = np.tile([-RADIUS, 0.0, RADIUS], len(headings))
         return distances(self.walls, x, y, np.repeat(headings, 3), aside).reshape(-1, 3).min(axis=1)
 
     def next(self, x: float, y: float, heading: float, moved: float) -> int:
-        """The action for the next frame; ``moved``: units in the last frame."""
-        blocked = self.action == FORWARD and (
-            moved < LEAST_SPEED or self.free(x, y, np.array([heading]))[0] < NEAR
-        )
-        self.stuck += self.action == FORWARD and moved < LEAST_SPEED
-        if blocked:
+        """The action for the next frame. ``moved``: map units walked in the last frame."""
+        forward = self.action == FORWARD
+        slow = forward and moved < LEAST_SPEED
+        if slow:
+            self.stuck += 1
+        if slow or (forward and self.free(x, y, np.array([heading]))[0] < NEAR):
             self._turn_away(x, y, heading)
-        elif self.left <= 0 and self.action != FORWARD:
-            self.action, self.left = FORWARD, int(self.rng.integers(*STRAIGHT, endpoint=True))
-        elif self.left <= 0:
+        elif self.frames_left <= 0 and not forward:
+            self.action = FORWARD
+            self.frames_left = int(self.rng.integers(*STRAIGHT, endpoint=True))
+        elif self.frames_left <= 0:
             self._turn_somewhere(x, y, heading)
-        self.left -= 1
+        self.frames_left -= 1
         return self.action
 
     def _turn_somewhere(self, x: float, y: float, heading: float) -> None:
-        """A random short turn to where the way is free; straight on for as long where it is not."""
+        """A random short turn if the way is free after it, else as many frames straight on."""
         steps = int(self.rng.integers(*TURN, endpoint=True))
         side = int(self.rng.choice((LEFT, RIGHT)))
-        there = heading + TURN_DEGREES * (steps if side == LEFT else -steps)
-        self.action = side if self.free(x, y, np.array([there]))[0] >= FREE else FORWARD
-        self.left = steps
+        target = heading + TURN_DEGREES * (steps if side == LEFT else -steps)
+        self.action = side if self.free(x, y, np.array([target]))[0] >= FREE else FORWARD
+        self.frames_left = steps
 
     def _turn_away(self, x: float, y: float, heading: float) -> None:
-        """Turn to one of the nearer headings where the way is free; to the freest where it is
-        nowhere."""
-        turns = np.arange(1, int(180 / TURN_DEGREES) + 1)
-        both = np.concatenate([turns, -turns])  # left is positive
-        free = self.free(x, y, heading + TURN_DEGREES * both)
-        wide = both[free >= FREE]
-        near = (
-            wide[np.abs(wide) <= np.abs(wide).min() + TURN[1]]
-            if len(wide)
-            else both[[free.argmax()]]
+        """Turn to one of the nearest headings with a free way, or to the freest if no way is
+        free."""
+        steps = np.arange(1, int(180 / TURN_DEGREES) + 1)
+        turns = np.concatenate([steps, -steps])  # left is positive
+        free = self.free(x, y, heading + TURN_DEGREES * turns)
+        free_turns = turns[free >= FREE]
+        candidates = (
+            free_turns[np.abs(free_turns) <= np.abs(free_turns).min() + TURN[1]]
+            if len(free_turns)
+            else turns[[free.argmax()]]
         )
-        chosen = int(self.rng.choice(near))
-        self.action, self.left = LEFT if chosen > 0 else RIGHT, abs(chosen)
+        turn = int(self.rng.choice(candidates))
+        self.action = LEFT if turn > 0 else RIGHT
+        self.frames_left = abs(turn)
 
 
 def film(
@@ -267,13 +270,13 @@ def film(
 def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> None:
     """Try until one clip is kept; write its mp4, then its .npz."""
     key = [chunk.seed, SCENARIOS.index(chunk.scenario), SPLITS.index(chunk.split), number]
-    why: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for tries in range(MAX_TRIES):
-        made = film(game, chunk, np.random.default_rng([*key, tries]))
-        if isinstance(made, str):
-            why[made] += 1
+        result = film(game, chunk, np.random.default_rng([*key, tries]))
+        if isinstance(result, str):
+            reasons[result] += 1
             continue
-        pictures, actions = made
+        pictures, actions = result
         path = clip_path(root, chunk, number)
         write_video(
             path, torch.from_numpy(pictures).permute(0, 3, 1, 2), FPS, crf=CRF, chroma="yuv444p"
@@ -281,7 +284,7 @@ def make_clip(game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path) -> 
         with new_file(path.with_suffix(".npz")) as part, part.open("wb") as file:
             np.savez(file, actions=actions)
         return
-    raise RuntimeError(f"{chunk}: {MAX_TRIES} tries in a row were rejected ({dict(why)})")
+    raise RuntimeError(f"{chunk}: {MAX_TRIES} tries in a row were rejected ({dict(reasons)})")
 
 
 _games: dict[str, vizdoom.DoomGame] = {}
@@ -296,7 +299,7 @@ def close_games() -> None:
 
 
 def run_chunk(chunk: Chunk, root: Path) -> None:
-    """Make those of a chunk's clips that are missing."""
+    """Make the chunk's clips that are not on disk."""
     if chunk.scenario not in _games:
         close_games()
         _games[chunk.scenario] = make_game(chunk.scenario)
@@ -307,10 +310,14 @@ def run_chunk(chunk: Chunk, root: Path) -> None:
 def finish(root: Path, request: Request) -> str:
     """Write ``manifest.json`` (last). Returns a summary."""
     paths = [
-        clip_path(root, c, number) for c in request.chunks() for number in range(c.first, c.end)
+        clip_path(root, chunk, number)
+        for chunk in request.chunks()
+        for number in range(chunk.first, chunk.end)
     ]
     files = sorted(
-        str(p.relative_to(root)) for path in paths for p in (path, path.with_suffix(".npz"))
+        str(file_path.relative_to(root))
+        for path in paths
+        for file_path in (path, path.with_suffix(".npz"))
     )
     size = sum((root / file).stat().st_size for file in files)
     manifest = {
@@ -347,10 +354,10 @@ def main(
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
 ) -> None:
     """Film walks with actions in TECO's layout. Run again to resume."""
-    least = {"train": (train, 0), "test": (test, 0), "seed": (seed, 0), "workers": (workers, 1)}
-    for name, (value, low) in (least | {"frames": (frames, 2), "size": (size, 16)}).items():
-        if value < low:
-            raise UserError(f"--{name}: {value} is too small; use {low} or more")
+    limits = {"train": (train, 0), "test": (test, 0), "seed": (seed, 0), "workers": (workers, 1)}
+    for name, (value, least) in (limits | {"frames": (frames, 2), "size": (size, 16)}).items():
+        if value < least:
+            raise UserError(f"--{name}: {value} is too small; use {least} or more")
     if train + test == 0:
         raise UserError("--train/--test: both are 0; ask for at least one clip")
     if size % 2 or size > HEIGHT:
@@ -371,13 +378,13 @@ def main(
 
 
 def make(root: Path, request: Request, workers: int) -> None:
-    """All clips that are not there, and the manifest."""
-    left = [chunk for chunk in request.chunks() if todo(root, chunk)]
+    """Make all clips that are not on disk, and the manifest."""
+    chunks = [chunk for chunk in request.chunks() if todo(root, chunk)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         total = len(request.scenarios) * (request.train + request.test)
         task = bar.add_task("clips", total=total)
-        bar.advance(task, total - sum(chunk.end - chunk.first for chunk in left))
-        for chunk in run_chunks(run_chunk, left, root, workers):
+        bar.advance(task, total - sum(chunk.end - chunk.first for chunk in chunks))
+        for chunk in run_chunks(run_chunk, chunks, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     say(finish(root, request))
 

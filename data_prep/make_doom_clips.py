@@ -53,7 +53,7 @@ DRAWS = 40  # of landmark spots, the first half of them in the first frame's vie
 IN_VIEW, LANDMARKS = 4, 14  # so many at most
 SPLITS, MOTIONS = ("train", "val"), ("forward", "turn_left", "turn_right", "still")
 PLAYER_RADIUS = 16.0
-# radius
+# name and radius in map units
 ACTORS = (
     ("TallRedColumn", 16.0),
     ("TallRedColumn", 16.0),
@@ -163,22 +163,24 @@ def make_game(place: str) -> vizdoom.DoomGame:
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
-    for show in (
+    for set_render in (
         game.set_render_hud,
         game.set_render_weapon,
         game.set_render_crosshair,
         game.set_render_decals,
     ):
-        show(False)
-    for show in (
+        set_render(False)
+    for set_render in (
         game.set_render_particles,
         game.set_render_effects_sprites,
         game.set_render_screen_flashes,
     ):
-        show(False)
+        set_render(False)
     game.set_available_buttons([vizdoom.Button.TURN_LEFT_RIGHT_DELTA, vizdoom.Button.MOVE_FORWARD])
-    known = vizdoom.GameVariable
-    game.set_available_game_variables([known.POSITION_X, known.POSITION_Y, known.POSITION_Z])
+    variables = vizdoom.GameVariable
+    game.set_available_game_variables(
+        [variables.POSITION_X, variables.POSITION_Y, variables.POSITION_Z]
+    )
     game.set_doom_skill(1)
     game.add_game_args("-nomonsters +movebob 0")
     game.init()
@@ -196,13 +198,13 @@ def furnish(game: vizdoom.DoomGame, place: str, rng: np.random.Generator) -> Non
     x, y, heading = rng.uniform(x0, x1), rng.uniform(y0, y1), rng.uniform(-180, 180)
     game.make_action([-heading, 0.0])
     forth_x, forth_y = math.cos(math.radians(heading)), math.sin(math.radians(heading))
-    placed = 0
+    count = 0
     for draw in range(DRAWS):
-        widest = 40 if draw < DRAWS // 2 else 180
-        bearing, distance = math.radians(rng.uniform(-widest, widest)), rng.uniform(110, 480)
+        limit = 40 if draw < DRAWS // 2 else 180
+        bearing, distance = math.radians(rng.uniform(-limit, limit)), rng.uniform(110, 480)
         actor, radius = ACTORS[rng.integers(len(ACTORS))]
         ahead, aside = distance * math.cos(bearing), distance * math.sin(bearing)
-        if placed >= (IN_VIEW if draw < DRAWS // 2 else LANDMARKS):
+        if count >= (IN_VIEW if draw < DRAWS // 2 else LANDMARKS):
             continue
         spot_x, spot_y = (
             x + ahead * forth_x - aside * forth_y,
@@ -219,7 +221,7 @@ def furnish(game: vizdoom.DoomGame, place: str, rng: np.random.Generator) -> Non
         game.advance_action(1, False)
         game.send_game_command(f"summon {actor}")
         game.advance_action(1, False)
-        placed += 1
+        count += 1
     game.send_game_command(f"warp {x:.1f} {y:.1f}")
     game.advance_action(SETTLE_TICS, False)
 
@@ -257,7 +259,7 @@ def film(game: vizdoom.DoomGame, motion: str, degrees: float, frames: int) -> np
 
 
 def captions(place: str, motion: str, rng: np.random.Generator) -> tuple[str, str]:
-    """(training caption, held-out caption); both begin with the motion word."""
+    """A random training caption and the held-out caption; both begin with the motion word."""
     *phrases, held_out_phrase = PHRASES[motion]
     *names, held_out_name = NAMES[place].split("|")
     return str(rng.choice(phrases)).format(rng.choice(names)), held_out_phrase.format(held_out_name)
@@ -327,14 +329,14 @@ def run_chunk(chunk: Chunk, root: Path) -> str:
     if chunk.place not in _games:
         close_games()
         _games[chunk.place] = make_game(chunk.place)
-    made = [
+    results = [
         make_clip(_games[chunk.place], chunk, number, root)
         for number in range(chunk.first, chunk.end)
     ]
-    totals = {rule: sum(rejected[rule] for _, rejected in made) for rule in REJECT}
+    totals = {rule: sum(rejected[rule] for _, rejected in results) for rule in REJECT}
     write_text(
         root / "work" / f"{chunk.name}.json",
-        json.dumps([[clip.to_json() for clip, _ in made], totals]),
+        json.dumps([[clip.to_json() for clip, _ in results], totals]),
     )
     return chunk.name
 
@@ -346,13 +348,14 @@ def prepare(root: Path, request: Request) -> bool:
 
 
 def chunk_done(root: Path, chunk: Chunk) -> bool:
-    """Whether the chunk's part file exists and all its clips are there in full size."""
+    """Whether the chunk's part file exists and all its clips are on disk in full size."""
     part = root / "work" / f"{chunk.name}.json"
     if not part.is_file():
         return False
     clips, _ = read_part(part)
     return all(
-        (root / c.path).is_file() and (root / c.path).stat().st_size == c.bytes for c in clips
+        (root / clip.path).is_file() and (root / clip.path).stat().st_size == clip.bytes
+        for clip in clips
     )
 
 
@@ -370,17 +373,17 @@ def finish(root: Path, request: Request) -> str:
     rejected = {place: Counter(dict.fromkeys(REJECT, 0)) for place in PLACES}
     for chunk in request.chunks():
         part = root / "work" / f"{chunk.name}.json"
-        made, totals = read_part(part)
-        clips += made
+        chunk_clips, totals = read_part(part)
+        clips += chunk_clips
         rejected[chunk.place].update(totals)
-    kept = Counter(clip.place for clip in clips)
-    about = {
+    counts = Counter(clip.place for clip in clips)
+    facts = {
         "counts": Counter(clip.split for clip in clips),
         "places": PLACES,
         "motions": MOTIONS,
         "request": asdict(request),
         "reject": REJECT,
-        "kept": kept,
+        "kept": counts,
         "rejected": rejected,
         "video": {
             "codec": "h264",
@@ -391,11 +394,11 @@ def finish(root: Path, request: Request) -> str:
         "sources": sources(),
     }
     write_clips(
-        root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, about
+        root, clips, {"frames": request.frames, "height": SIZE, "width": SIZE, "fps": FPS}, facts
     )
     shutil.rmtree(root / "work")
     ratios = ", ".join(
-        f"{place} {number}/{number + rejected[place].total()}" for place, number in kept.items()
+        f"{place} {number}/{number + rejected[place].total()}" for place, number in counts.items()
     )
     return f"{root}: {len(clips)} clips; kept/tried {ratios}"
 
@@ -432,13 +435,12 @@ def main(
 
 
 def make(root: Path, request: Request, workers: int) -> None:
-    """All chunks that are not done, and the index."""
+    """Make all chunks that are not on disk, and the index."""
     todo = [chunk for chunk in request.chunks() if not chunk_done(root, chunk)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
-        total, left = (
-            sum(chunk.end - chunk.first for chunk in some) for some in (request.chunks(), todo)
-        )
-        task = bar.add_task("clips", total=total, completed=total - left)
+        total = sum(chunk.end - chunk.first for chunk in request.chunks())
+        missing = sum(chunk.end - chunk.first for chunk in todo)
+        task = bar.add_task("clips", total=total, completed=total - missing)
         for chunk in run_chunks(run_chunk, todo, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     say(finish(root, request))

@@ -1,7 +1,7 @@
 """RealEstate10K in pixelSplat's chunks to a directory of encoded frames, without conditions.
 
-    python data_prep/realestate10k.py --root data/re10k --split train --tokenizer models/vavae --out
-    data/re_enc/train
+    python data_prep/realestate10k.py --root data/re10k --split train --tokenizer models/vavae \\
+        --out data/re_enc/train
 
 ``--root`` holds ``train/`` and ``test/`` with ``000000.torch`` .. and ``index.json``. Frames are
 resized (short side) and cropped to ``--size``; of every clip the first ``--frames`` are taken,

@@ -1,8 +1,8 @@
 """Minecraft (or DMLab) clips with actions, as TECO or FAR distribute them, to a directory of
 encoded frames.
 
-    python data_prep/teco_minecraft.py --root data/minecraft --split train --tokenizer models/dcae
-    --out data/mc/train
+    python data_prep/teco_minecraft.py --root data/minecraft --split train --tokenizer models/dcae \\
+        --out data/mc/train
 
 ``--root``: the folder with ``train/`` and ``test/``, a tar, or a folder of tars or of the parts of
 one (``minecraft.tar.partaa`` .., as the Internet Archive has them); nothing is extracted. With

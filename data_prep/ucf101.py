@@ -1,7 +1,7 @@
 """UCF-101 with its official lists to a directory of encoded frames with labels.
 
-    python data_prep/ucf101.py --root data/ucf101 --split train --tokenizer models/dcae --out
-    data/ucf/train
+    python data_prep/ucf101.py --root data/ucf101 --split train --tokenizer models/dcae \\
+        --out data/ucf/train
 
 ``--root`` holds ``UCF-101/<Class>/v_*.avi`` and ``ucfTrainTestlist/`` (classInd, trainlist0N,
 testlist0N). Frames are resized (short side) and cropped to ``--size``. ``--split test --every 10

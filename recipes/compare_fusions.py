@@ -1,8 +1,8 @@
 """How the context enters the decoder: every fusion through the whole demo, several training seeds
 (ADR 0003).
 
-    python recipes/compare_fusions.py --run runs/fusions          (--latents runs/demo/latents:
-    those of 'make demo')
+    python recipes/compare_fusions.py --run runs/fusions
+    python recipes/compare_fusions.py --latents runs/demo/latents    # those of 'make demo'
 
 Each fusion goes through stages 1, 2 and 3 with the demo's configs and budgets, one training at a
 time on one core. Then all are scored together: stage 2 with 50 and 4 Euler steps, stage 3 with its
@@ -67,8 +67,7 @@ SAMPLINGS = (Sampling(2, "euler", 50), Sampling(2, "euler", 4), Sampling(3, "ren
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for. ``updates``: of stages 2 and 3 (None: as many as the
-    demo's)."""
+    """The command line's values. ``updates``: of stages 2 and 3 (None: as many as the demo's)."""
 
     run: Path
     teacher: Path
@@ -79,16 +78,20 @@ class Plan:
     updates: int | None = None
 
     def place(self, stage: int, fusion: str, seed: int = 0) -> Path:
-        """Of a checkpoint; stage 1 draws nothing, so all seeds start from one."""
+        """The folder of a checkpoint. Stage 1 has no random numbers, so that all seeds share it."""
         return self.run / (f"stage1-{fusion}" if stage == 1 else f"stage{stage}-{fusion}-s{seed}")
 
     def training(self) -> list[Group]:
         """One step at a time: stage 1 of all, then stages 2 and 3 of each, seed by seed."""
-        often = {"steps": self.updates, "save_every": self.updates, "validate_every": self.updates}
-        brief = (
+        intervals = {
+            "steps": self.updates,
+            "save_every": self.updates,
+            "validate_every": self.updates,
+        }
+        overrides = (
             []
             if self.updates is None
-            else [f"train.{name}={value}" for name, value in often.items()]
+            else [f"train.{name}={value}" for name, value in intervals.items()]
         )
         steps = [
             transplant_step(
@@ -98,27 +101,27 @@ class Plan:
         ]
         for seed in self.seeds:
             for fusion in self.fusions:
-                first, second, third = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
-                steps.append(tuning_step(first, self.latents, second, seed, *brief))
+                stage1, stage2, stage3 = (self.place(stage, fusion, seed) for stage in (1, 2, 3))
+                steps.append(tuning_step(stage1, self.latents, stage2, seed, *overrides))
                 steps.append(
-                    distilling_step(second, self.teacher, self.latents, third, seed, *brief)
+                    distilling_step(stage2, self.teacher, self.latents, stage3, seed, *overrides)
                 )
         return [[step] for step in steps]
 
     def rows(self) -> list[dict[str, object]]:
-        """Of the evaluation: every training with every sampler."""
+        """Rows of the evaluation's config: every training with every sampler."""
         return [
             {
-                "name": row_name(fusion, seed, way),
-                "checkpoint": self.place(way.stage, fusion, seed).name,
-                "weights": "best" if way.stage == 3 else "ema",
-                "stage": str(way.stage),
-                "sampler": way.sampler,
-                "steps": way.steps,
+                "name": row_name(fusion, seed, sampling),
+                "checkpoint": self.place(sampling.stage, fusion, seed).name,
+                "weights": "best" if sampling.stage == 3 else "ema",
+                "stage": str(sampling.stage),
+                "sampler": sampling.sampler,
+                "steps": sampling.steps,
             }
             for fusion in self.fusions
             for seed in self.seeds
-            for way in SAMPLINGS
+            for sampling in SAMPLINGS
         ]
 
     def scoring(self) -> Step:
@@ -128,27 +131,29 @@ class Plan:
         return Step("evaluate", command, 60 + 25 * len(rows), outputs=[out / "results.json"])
 
     def losses(self, fusion: str) -> list[float]:
-        """Of stage 2, by seed."""
+        """Last validation losses of stage 2, one per seed. UserError: a seed is not trained."""
         remedy = "run --part train first"
         return [
             last_validation_loss(self.place(2, fusion, seed), remedy=remedy) for seed in self.seeds
         ]
 
 
-def row_name(fusion: str, seed: int, way: Sampling) -> str:
-    return f"{fusion}, seed {seed}, {way.name}"
+def row_name(fusion: str, seed: int, sampling: Sampling) -> str:
+    return f"{fusion}, seed {seed}, {sampling.name}"
 
 
 def collect(plan: Plan) -> dict[str, Any]:
     """Figures by fusion, as they go into fusions.json."""
-    scored = {row.name: row for row in read_rows(plan.run / "scores" / "results.json")[0]}
+    rows = {row.name: row for row in read_rows(plan.run / "scores" / "results.json")[0]}
     return {
         fusion: {
             "decoder": FUSIONS[fusion],
             "loss": plan.losses(fusion),
             "samplings": {
-                way.name: figures([scored[row_name(fusion, seed, way)] for seed in plan.seeds])
-                for way in SAMPLINGS
+                sampling.name: figures(
+                    [rows[row_name(fusion, seed, sampling)] for seed in plan.seeds]
+                )
+                for sampling in SAMPLINGS
             },
         }
         for fusion in plan.fusions
@@ -156,8 +161,8 @@ def collect(plan: Plan) -> dict[str, Any]:
 
 
 def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Of the trainings of one fusion with one sampler: every seed's quality in turn, and the median
-    cost."""
+    """Figures of the trainings of one fusion with one sampler: each seed's quality, and the median
+    costs."""
     adherence = [row.adherence for row in rows if row.adherence is not None]
 
     def median(name: str) -> float:
@@ -168,24 +173,24 @@ def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
         "video_frechet_by_prompt": [row.video_frechet_by_prompt for row in rows],
         "video_frechet_std_over_sampling_seeds": [row.video_frechet_std for row in rows],
         "sharpness": [row.sharpness for row in rows],
-        "place": [said.place for said in adherence],
-        "motion": [said.motion for said in adherence],
+        "place": [scores.place for scores in adherence],
+        "motion": [scores.motion for scores in adherence],
         "block_passes_per_frame": median("block_passes_per_frame"),
         "seconds_per_frame": median("seconds_per_frame"),
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    """The table, each quality as a mean over training seeds with every seed's value behind it."""
+def show(results: dict[str, Any]) -> None:
+    """Print the table: each quality as a mean over training seeds, and each seed's value."""
 
-    def every(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
-        each = " ".join(f"{scale * value:.{digits}f}" for value in values)
-        return f"{scale * statistics.mean(values):.{digits}f} ({each})"
+    def mean_and_values(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+        listing = " ".join(f"{scale * value:.{digits}f}" for value in values)
+        return f"{scale * statistics.mean(values):.{digits}f} ({listing})"
 
     table = Table(
         title="Fusions under the demo's budget: mean (each training seed)", title_justify="left"
     )
-    for head in (
+    for heading in (
         "fusion",
         "sampling",
         "loss",
@@ -197,17 +202,25 @@ def show(found: dict[str, Any]) -> None:
         "ms",
     ):
         table.add_column(
-            head, justify="left" if head in ("fusion", "sampling") else "right", no_wrap=True
+            heading, justify="left" if heading in ("fusion", "sampling") else "right", no_wrap=True
         )
-    for fusion, row in found.items():
-        for name, way in row["samplings"].items():
-            quality = (every(way["video_frechet"], 1), every(way["sharpness"], 2))
-            said = (every(way["place"], 0, 100), every(way["motion"], 0, 100))
-            costs = (
-                f"{way['block_passes_per_frame']:.0f}",
-                f"{1000 * way['seconds_per_frame']:.1f}",
+    for fusion, row in results.items():
+        for name, sampling in row["samplings"].items():
+            quality = (
+                mean_and_values(sampling["video_frechet"], 1),
+                mean_and_values(sampling["sharpness"], 2),
             )
-            table.add_row(fusion, name, every(row["loss"], 4), *quality, *said, *costs)
+            adherence = (
+                mean_and_values(sampling["place"], 0, 100),
+                mean_and_values(sampling["motion"], 0, 100),
+            )
+            costs = (
+                f"{sampling['block_passes_per_frame']:.0f}",
+                f"{1000 * sampling['seconds_per_frame']:.1f}",
+            )
+            table.add_row(
+                fusion, name, mean_and_values(row["loss"], 4), *quality, *adherence, *costs
+            )
     print_table(table, 160)
 
 
@@ -248,15 +261,15 @@ def main() -> None:
 
 
 def score(plan: Plan) -> None:
-    """All trainings, fusions.json and the table."""
+    """Score all trainings; write fusions.json and print the table."""
     for fusion in plan.fusions:
-        plan.losses(fusion)  # refuses what is not trained before anything is scored
+        plan.losses(fusion)  # UserError before the scoring if a training is missing
     run_steps(plan.run, [[plan.scoring()]])
-    found = collect(plan)
+    results = collect(plan)
     context = read_rows(plan.run / "scores" / "results.json")[1]
-    about = {"training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
-    write_json(plan.run / "fusions.json", {"schema": 1, "context": about, "fusions": found})
-    show(found)
+    description = {"training_seeds": list(plan.seeds), "teacher": str(plan.teacher), **context}
+    write_json(plan.run / "fusions.json", {"schema": 1, "context": description, "fusions": results})
+    show(results)
     say_if_busy(context)
     say(f"{plan.run}/fusions.json")
 

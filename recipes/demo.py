@@ -55,15 +55,15 @@ def training_steps(run: Path, teacher: Path, seed: int) -> list[Group]:
         tuning_step(run / f"stage1-{name}", latents, run / f"stage2-{name}", seed, family=name)
         for name in STUDENTS
     ]
-    alone = [launcher, "--num_accelerators", "1"]
+    one_process = [launcher, "--num_accelerators", "1"]
     third = distilling_step(
-        run / "stage2-scd", teacher, latents, run / "stage3-scd", seed, launcher=alone
+        run / "stage2-scd", teacher, latents, run / "stage3-scd", seed, launcher=one_process
     )
-    early = scoring(run, teacher, "sample_stages=[teacher,'2']")
+    samples = scoring(run, teacher, "sample_stages=[teacher,'2']")
     return [
         first,
         second,
-        [third, Step("samples", early, 250, ONE_THREAD, [run / "results" / "samples"])],
+        [third, Step("samples", samples, 250, ONE_THREAD, [run / "results" / "samples"])],
     ]
 
 
@@ -76,7 +76,7 @@ def scoring(run: Path, teacher: Path, *options: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the chain should show, what it did, and whether that is enough (None: not measured,
+    """One goal of the chain, the measured value, and whether it is met (None: not measured;
     ``note`` says why)."""
 
     goal: str
@@ -85,15 +85,16 @@ class Goal:
     note: str = ""
 
     def line(self, name: str) -> str:
-        """For people."""
-        verdict = self.measured if self.met is None else "met   " if self.met else "MISSED"
+        """The line that is printed for the goal of this name."""
+        verdict = "met   " if self.met else "MISSED"
+        if self.met is None:
+            verdict = self.measured
         return f"{verdict}  {name}: {self.note or self.measured} (goal {self.goal})"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What an evaluation's context says of its seconds; those before there were rounds say
-    nothing."""
+    """The timing fields of an evaluation's context; a context of an older version has none."""
 
     machine_busy: list[str] = field(
         default_factory=lambda: ["timed in one pass, by an older version"]
@@ -102,27 +103,29 @@ class Timing:
 
 
 def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
-    """Of an evaluation's rows. UserError: one of the demo's rows is not there, or not scored."""
+    """The demo's goals by name, checked against an evaluation's rows. UserError: one of the demo's
+    rows is missing or not scored."""
 
     def pick(family: str, stage: str, steps: int) -> list[ResultRow]:
-        named = [
+        group = [
             row for row in rows if (row.family, row.stage, row.steps) == (family, stage, steps)
         ]
-        if not named or any(
-            None in (row.video_frechet, row.sharpness, row.adherence) for row in named
+        if not group or any(
+            None in (row.video_frechet, row.sharpness, row.adherence) for row in group
         ):
             raise UserError(
                 f"results.json: no scored row of {family}, stage {stage}, {steps} steps; evaluate again"
             )
-        return named
+        return group
 
     def points(name: str) -> float:
         return 100 * float(vars(teacher.adherence)[name] - vars(student.adherence)[name])
 
     teacher, student = pick("bidirectional", "teacher", 50)[0], pick("scd", "3", 4)[0]
     undistilled = min(row.video_frechet or 0.0 for row in pick("scd", "2", 4))
-    gain, sharpness = 1 - (student.video_frechet or 0.0) / undistilled, student.sharpness or 0.0
-    found = {
+    gain = 1 - (student.video_frechet or 0.0) / undistilled
+    sharpness = student.sharpness or 0.0
+    checks = {
         "distance below the better undistilled 4-step sampler": Goal(
             ">= 15 %", f"{100 * gain:.1f} %", gain >= 0.15
         ),
@@ -131,26 +134,28 @@ def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
         ),
     }
     for name in ("place", "motion"):
-        behind = points(name)
-        found[f"{name} adherence behind the teacher"] = Goal(
-            "<= 10 points", f"{behind:.1f}", behind <= 10
+        gap = points(name)
+        checks[f"{name} adherence behind the teacher"] = Goal(
+            "<= 10 points", f"{gap:.1f}", gap <= 10
         )
-    for steps, least in SPEEDS.items():
-        pair = pick("causal", "2", steps)[0], pick("scd", "2", steps)[0]
-        found[f"SCD faster than causal per frame, {steps} steps"] = speed(*pair, least, timing)
-    return found
+    for steps, minimum in SPEEDS.items():
+        slow, fast = pick("causal", "2", steps)[0], pick("scd", "2", steps)[0]
+        check = speed(slow, fast, minimum, timing)
+        checks[f"SCD faster than causal per frame, {steps} steps"] = check
+    return checks
 
 
-def speed(slow: ResultRow, fast: ResultRow, least: float, timing: Timing) -> Goal:
-    """The ratio of the two rows' medians over the rounds; on a busy machine there is none."""
-    goal, rounds = f">= {least:g}x", timing.seconds_per_frame_by_round
-    signs = timing.machine_busy or [
+def speed(slow: ResultRow, fast: ResultRow, minimum: float, timing: Timing) -> Goal:
+    """The goal for the ratio of the rows' median seconds over the rounds; not measured on a busy
+    machine."""
+    goal, rounds = f">= {minimum:g}x", timing.seconds_per_frame_by_round
+    reasons = timing.machine_busy or [
         f"no rounds of {row.name}" for row in (slow, fast) if not rounds.get(row.name)
     ]
-    if signs:
-        return Goal(goal, "not measured: machine busy", None, "; ".join(signs))
+    if reasons:
+        return Goal(goal, "not measured: machine busy", None, "; ".join(reasons))
     ratio = statistics.median(rounds[slow.name]) / statistics.median(rounds[fast.name])
-    return Goal(goal, f"{ratio:.2f}x", ratio >= least)
+    return Goal(goal, f"{ratio:.2f}x", ratio >= minimum)
 
 
 def main() -> None:
@@ -177,7 +182,7 @@ def main() -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    """What is missing, then the table and whether the goals are met."""
+    """Run the steps that are not done; write results and gallery; print the table and the goals."""
     started = time.time()
     folder = args.run / "results"
     results = [folder / "results.json", folder / "gallery.html"]
@@ -192,15 +197,15 @@ def make(args: argparse.Namespace) -> None:
         rows,
         typed(context, Timing, folder / "results.json", "remove it and run the same command again"),
     )
-    spent = round(time.time() - started, 1)
-    about = {
+    run_seconds = round(time.time() - started, 1)
+    summary = {
         "goals": {name: asdict(check) for name, check in checks.items()},
         "training_seed": args.seed,
     }
     write_rows(
         args.run / "results.json",
         rows,
-        context | about | {"step_seconds": seconds, "this_run_seconds": spent},
+        context | summary | {"step_seconds": seconds, "this_run_seconds": run_seconds},
     )
     with new_file(args.run / "gallery.html") as part:
         shutil.copyfile(folder / "gallery.html", part)
@@ -212,7 +217,7 @@ def make(args: argparse.Namespace) -> None:
             f"To measure speeds when the machine is quiet, remove {folder}/results.json and run the same command again."
         )
     say(
-        f"{spent:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json"
+        f"{run_seconds:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json"
     )
 
 

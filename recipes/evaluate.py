@@ -41,7 +41,7 @@ from scd_sf.evaluation.judges import (
     save_judges,
     shuffled_floor,
 )
-from scd_sf.evaluation.table import ResultRow, result_table, split_reference, write_rows
+from scd_sf.evaluation.table import Adherence, ResultRow, result_table, split_reference, write_rows
 from scd_sf.evaluation.timing import Cost, time_in_rounds, timings, unrest
 from scd_sf.files import (
     foreign,
@@ -154,7 +154,7 @@ class EvaluateConfig:
 
 @dataclass
 class Bench:
-    """What every row is measured against."""
+    """The reference clips, the judges and the distance that every row is measured with."""
 
     cfg: EvaluateConfig
     clips: LatentClips
@@ -200,23 +200,23 @@ def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
 
 
 def require_tags(clips: LatentClips) -> None:
-    """UserError for clips that do not say what the judges are fitted to."""
+    """UserError for clips without the tags that the judges are fitted to."""
     for number, row in enumerate(clips.rows, 1):
-        if missing := {"place", "motion"} - row.tags.keys():
-            where = f"{clips.root / 'clips.jsonl'}:{number}: tags"
+        if missing_tags := {"place", "motion"} - row.tags.keys():
+            place = f"{clips.root / 'clips.jsonl'}:{number}: tags"
             raise UserError(
-                f"{where} lack {' and '.join(sorted(missing))}; the judges need both of every clip"
+                f"{place} lack {' and '.join(sorted(missing_tags))}; the judges need both of every clip"
             )
 
 
 def sampler_of(row: RowConfig, cfg: EvaluateConfig) -> SamplerConfig:
-    """How a row is sampled: a distilled checkpoint at the very times it was trained at. UserError
-    for another sampler of such a one."""
-    asked = SamplerConfig(row.sampler, row.steps, cfg.shift)
+    """How a row is sampled. A distilled checkpoint is sampled at its training times; UserError if
+    the row names another sampler for it."""
+    config_sampler = SamplerConfig(row.sampler, row.steps, cfg.shift)
     if not row.checkpoint:
-        return asked
-    own = describe_checkpoint(Path(cfg.root) / row.checkpoint, row.weights)[0].sampler
-    return choose_sampler(own, asked, row.name)
+        return config_sampler
+    description, _ = describe_checkpoint(Path(cfg.root) / row.checkpoint, row.weights)
+    return choose_sampler(description.sampler, config_sampler, row.name)
 
 
 def seeds_of(row: RowConfig, cfg: EvaluateConfig) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ def seeds_of(row: RowConfig, cfg: EvaluateConfig) -> tuple[int, ...]:
 
 
 def sample_key(row: RowConfig, bench: Bench) -> dict[str, str]:
-    """What samples depend on: the weights, how they are sampled, and the prompts."""
+    """Everything that a row's samples depend on: weights, data and settings."""
     cfg = bench.cfg
     path = Path(cfg.root) / row.checkpoint
     weights = (
@@ -247,20 +247,22 @@ def sample_key(row: RowConfig, bench: Bench) -> dict[str, str]:
 
 
 def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
-    """(seeds, clips, F, C, H, W): one clip per seed and reference clip, from its held-out
-    paraphrase; kept on disk."""
-    cfg, seeds, key = bench.cfg, seeds_of(row, bench.cfg), sample_key(row, bench)
+    """Latents (seeds, clips, F, C, H, W): one clip per seed and reference clip, from its held-out
+    paraphrase. They are kept in ``out/samples``. UserError: samples that are not finite."""
+    cfg = bench.cfg
+    seeds, key = seeds_of(row, cfg), sample_key(row, bench)
     file = Path(cfg.out) / "samples" / f"{slug(row.name)}.safetensors"
-    again = "remove it, and it is drawn again"
-    if file.is_file() and read_metadata(file, again) == key:
-        with foreign(file, again):
-            return read_tensors(file, again)["latents"]
-    sampler, parts = sampler_of(row, cfg).build(), []
-    wanted = [(seed, index) for seed in seeds for index in bench.indices]
-    for start in range(0, len(wanted), cfg.batch):
-        part = wanted[start : start + cfg.batch]
-        cond = bench.clips.batch([index for _, index in part], held_out=True).text
-        row_seeds = [1_000_003 * seed + index for seed, index in part]
+    remedy = "remove it, and it is drawn again"
+    if file.is_file() and read_metadata(file, remedy) == key:
+        with foreign(file, remedy):
+            return read_tensors(file, remedy)["latents"]
+    sampler = sampler_of(row, cfg).build()
+    parts: list[Tensor] = []
+    jobs = [(seed, index) for seed in seeds for index in bench.indices]
+    for start in range(0, len(jobs), cfg.batch):
+        batch_jobs = jobs[start : start + cfg.batch]
+        cond = bench.clips.batch([index for _, index in batch_jobs], held_out=True).text
+        row_seeds = [1_000_003 * seed + index for seed, index in batch_jobs]
         if isinstance(model, Wan):
             denoiser = guided(model, bench.clips.null, row.guidance.w)
             parts.append(sample_bidirectional(denoiser, cond, bench.shape, sampler, row_seeds))
@@ -277,12 +279,13 @@ def draw(model: Student | Wan, row: RowConfig, bench: Bench) -> Tensor:
 
 
 def slug(name: str) -> str:
+    """The name in lower case with dashes, for a file."""
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
 def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], Iterator[Tensor]]:
-    """Generate one clip at batch 1; yields latents as they are finished (a bidirectional model: all
-    at the end)."""
+    """A function that generates one clip at batch 1 and yields its latents chunk by chunk (a
+    bidirectional model: all at once)."""
     sampler = sampler_of(row, bench.cfg).build()
     cond = bench.clips.batch(bench.indices[:1], held_out=True).text
 
@@ -297,7 +300,7 @@ def streams(model: Student | Wan, row: RowConfig, bench: Bench) -> Callable[[], 
 
 
 def cost(row: RowConfig, bench: Bench) -> Cost:
-    """Without the VAE and the text encoder."""
+    """The row's sampling, ready to be timed; without the VAE and the text encoder."""
     model = load_model(row, bench.cfg)
     return Cost(
         streams(model, row, bench),
@@ -308,10 +311,14 @@ def cost(row: RowConfig, bench: Bench) -> Cost:
 
 
 def measure(row: RowConfig, bench: Bench) -> tuple[ResultRow, Tensor]:
-    """The row's figures but its costs, means over seeds, and the decoded videos of the first
+    """The row's figures without its costs, as means over seeds, and the decoded videos of the first
     seed."""
     model = load_model(row, bench.cfg)
-    distances, by_prompt, sharpness, scores, first = [], [], [], [], None
+    distances: list[float] = []
+    by_prompt: list[float] = []
+    sharpness: list[float] = []
+    scores: list[Adherence] = []
+    first_videos: Tensor | None = None
     for latents in draw(model, row, bench):
         videos = decode(bench.vae, latents)
         features = bench.frechet.features(videos)
@@ -319,22 +326,19 @@ def measure(row: RowConfig, bench: Bench) -> tuple[ResultRow, Tensor]:
         by_prompt.append(bench.frechet.distance_by_label(features, bench.labels, bench.labels))
         sharpness.append(sharpness_ratio(videos, bench.reference))
         scores.append(adherence(bench.judges, latents, bench.places, bench.motions))
-        first = videos if first is None else first
-    assert first is not None
-    sides = [s.left_right for s in scores if s.left_right is not None]
+        if first_videos is None:
+            first_videos = videos
+    assert first_videos is not None
+    left_right = [s.left_right for s in scores if s.left_right is not None]
     mean = replace(
         scores[0],
         place=sum(s.place for s in scores) / len(scores),
         motion=sum(s.motion for s in scores) / len(scores),
-        left_right=sum(sides) / len(sides) if sides else None,
+        left_right=sum(left_right) / len(left_right) if left_right else None,
     )
     result = ResultRow(
         name=row.name,
-        family="bidirectional"
-        if isinstance(model, Wan)
-        else "scd"
-        if isinstance(model, Scd)
-        else "causal",
+        family=family_of(model),
         stage=row.stage,
         steps=row.steps,
         sampler=row.sampler,
@@ -348,10 +352,18 @@ def measure(row: RowConfig, bench: Bench) -> tuple[ResultRow, Tensor]:
         sharpness_std=spread(sharpness).std if len(sharpness) > 1 else None,
         spread_over=f"{len(distances)} seeds" if len(distances) > 1 else None,
     )
-    return result, first
+    return result, first_videos
+
+
+def family_of(model: Student | Wan) -> str:
+    """The model's family, as the table names it."""
+    if isinstance(model, Wan):
+        return "bidirectional"
+    return "scd" if isinstance(model, Scd) else "causal"
 
 
 def load_model(row: RowConfig, cfg: EvaluateConfig) -> Student | Wan:
+    """The row's model; without a checkpoint the base model. It is loaded once."""
     if not row.checkpoint:
         return _base(Path(cfg.base), row.blocks or BlocksConfig())
     return _student(find(Path(cfg.root) / row.checkpoint, row.weights), row.weights, row.blocks)
@@ -370,7 +382,7 @@ def _student(path: Path, weights: str, blocks: BlocksConfig | None) -> Student:
 
 
 def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: str) -> ResultRow:
-    """A row without a model; ``labels`` are the prompts its videos are put under."""
+    """A row without a model. ``labels``: the prompts that the videos are compared under."""
     features = bench.frechet.features(videos)
     return ResultRow(
         name=name,
@@ -387,56 +399,59 @@ def control(name: str, videos: Tensor, labels: list[str], bench: Bench, note: st
     )
 
 
-def controls(bench: Bench, others: Sequence[int], last: Tensor) -> list[ResultRow]:
-    """A frozen real frame, other real clips (with the judges' ceiling), and shuffled prompts (with
-    their floor)."""
+def controls(bench: Bench, other_indices: Sequence[int], model_latents: Tensor) -> list[ResultRow]:
+    """Three rows without a model: a frozen real frame, other real clips (with the judges' ceiling)
+    and shuffled prompts (with their floor, on ``model_latents`` of the last model)."""
     frozen = bench.reference[:, :1].expand_as(bench.reference)
-    latents = bench.clips.latents(others)
+    latents = bench.clips.latents(other_indices)
     videos = decode(bench.vae, latents)
-    tags = [bench.clips.rows[i].tags for i in others]
+    tags = [bench.clips.rows[i].tags for i in other_indices]
     places, motions = [t["place"] for t in tags], [t["motion"] for t in tags]
     labels = [f"{place} {motion}" for place, motion in zip(places, motions, strict=True)]
     shift = len(labels) // 2 + 1
-    wrong = labels[shift:] + labels[:shift]
-    copy = control(
+    other_labels = labels[shift:] + labels[:shift]
+    frozen_copy = control(
         "copy of the last frame", frozen, bench.labels, bench, "a clip's first frame, repeated"
     )
-    real = control(
+    real_clips = control(
         "other real clips",
         videos,
         labels,
         bench,
         "the floor of the distance; adherence: the judges' ceiling",
     )
-    shuffled = control(
+    shuffled_prompts = control(
         "shuffled prompts",
         videos,
-        wrong,
+        other_labels,
         bench,
         "other real clips, and the last model, under wrong prompts",
     )
-    floor = shuffled_floor(bench.judges, last, bench.places, bench.motions, seed=0)
+    floor = shuffled_floor(bench.judges, model_latents, bench.places, bench.motions, seed=0)
     return [
-        copy,
-        replace(real, adherence=adherence(bench.judges, latents, places, motions)),
-        replace(shuffled, adherence=floor),
+        frozen_copy,
+        replace(real_clips, adherence=adherence(bench.judges, latents, places, motions)),
+        replace(shuffled_prompts, adherence=floor),
     ]
 
 
 def prepare(cfg: EvaluateConfig) -> tuple[Bench, list[int]]:
+    """The bench, and the indices of the clips of the control "other real clips"."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     clips = LatentClips(cfg.val)
     require_tags(clips)
-    indices, others = split_reference(len(clips), cfg.clips, str(clips.root))
+    indices, other_indices = split_reference(len(clips), cfg.clips, str(clips.root))
     clips.batch(indices, held_out=True)  # refuses clips without another wording
     vae = load_vae(cfg.base)
     judges = fitted_judges(cfg, out)
     reference = decode(vae, clips.latents(indices))
-    return Bench(cfg, clips, indices, vae, judges, reference, VideoFrechet.fit(reference)), others
+    frechet = VideoFrechet.fit(reference)
+    return Bench(cfg, clips, indices, vae, judges, reference, frechet), other_indices
 
 
 def context(cfg: EvaluateConfig, started: float) -> dict[str, object]:
+    """How and when it was evaluated, for results.json. ``started``: of ``time.monotonic``."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "git_revision": git_revision(),
@@ -460,7 +475,8 @@ def main() -> None:
 
 def evaluate(cfg: EvaluateConfig) -> None:
     """Samples, scores, timings, table and gallery; the same command goes on where it stopped."""
-    started, console = time.monotonic(), Console()
+    started = time.monotonic()
+    console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     keep_freed_memory()
@@ -468,32 +484,37 @@ def evaluate(cfg: EvaluateConfig) -> None:
         raise UserError(
             "rows: name at least one model to score in the config's 'rows' list, and each in its own way"
         )
-    wanted = [row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages]
-    if not wanted:
+    row_configs = [
+        row for row in cfg.rows if not cfg.sample_stages or row.stage in cfg.sample_stages
+    ]
+    if not row_configs:
         raise UserError(
             f"sample_stages {list(cfg.sample_stages)}: no row has such a stage; see the rows' 'stage'"
         )
-    for row in wanted:
+    for row in row_configs:
         sampler_of(row, cfg).build()
-    bench, others = prepare(cfg)
+    bench, other_indices = prepare(cfg)
     results: list[tuple[ResultRow, Tensor]] = []
-    for number, row in enumerate(wanted, 1):
+    for number, row in enumerate(row_configs, 1):
         if cfg.sample_stages:
             draw(load_model(row, cfg), row, bench)
         else:
             results.append(measure(row, bench))
-        spent, did = time.monotonic() - started, "sampled" if cfg.sample_stages else "scored"
-        left = spent / number * (len(wanted) - number)
-        say(f"{did} {number}/{len(wanted)} {row.name}  {spent:.0f} s, left {left:.0f} s")
+        seconds = time.monotonic() - started
+        verb = "sampled" if cfg.sample_stages else "scored"
+        seconds_left = seconds / number * (len(row_configs) - number)
+        say(
+            f"{verb} {number}/{len(row_configs)} {row.name}  {seconds:.0f} s, left {seconds_left:.0f} s"
+        )
     if cfg.sample_stages:
         return
     costs = {row.name: cost(row, bench) for row in cfg.rows}
     time_in_rounds(list(costs.values()), cfg.timing_repeats, cfg.timing_seconds)
     results = [(costs[row.name].fill(row), video) for row, video in results]
     say(f"timed  {time.monotonic() - started:.0f} s")
-    last = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
-    extra = controls(bench, others, last)
-    rows = [*(row for row, _ in results), *extra]
+    last_latents = draw(load_model(cfg.rows[-1], cfg), cfg.rows[-1], bench)[0]
+    control_rows = controls(bench, other_indices, last_latents)
+    rows = [*(row for row, _ in results), *control_rows]
     write_rows(Path(cfg.out) / "results.json", rows, context(cfg, started) | timings(costs))
     notes = [f"The machine was busy, times tell little: {sign}." for sign in unrest(costs)]
     console.print(
@@ -512,11 +533,11 @@ def write_gallery(
     rows: list[ResultRow],
     notes: list[str],
 ) -> None:
-    """Videos of all rows side by side for some of the prompts."""
+    """Write the gallery: videos of all rows side by side for ``gallery_clips`` prompts."""
     stride = max(1, len(bench.indices) // cfg.gallery_clips)
-    chosen = list(range(0, len(bench.indices), stride))[: cfg.gallery_clips]
+    positions = list(range(0, len(bench.indices), stride))[: cfg.gallery_clips]
     cards, videos = [], {}
-    for position in chosen:
+    for position in positions:
         row = bench.clips.rows[bench.indices[position]]
         assert row.held_out_prompt is not None
         text = bench.clips.prompts.rows[row.held_out_prompt].prompt
@@ -524,9 +545,9 @@ def write_gallery(
     real = ResultRow(
         "real clip", "control", "", 0, "", None, None, None, note="as the VAE reconstructs it"
     )
-    shown = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
-    for name, video in shown:
-        videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(chosen)]
+    columns = [(real.name, bench.reference), *((row.name, video) for row, video in results)]
+    for name, video in columns:
+        videos[name] = [(i, as_uint8(video[position])) for i, position in enumerate(positions)]
     build_gallery(
         Path(cfg.out) / "gallery.html", "SCD demo", [real, *rows], videos, cards, notes, fps=cfg.fps
     )

@@ -129,18 +129,18 @@ class EvaluatePredictionConfig:
     """StyleGAN-V's i3d_torchscript.pt, whose FVD is that of FAR and SCD; empty: the I3D of
     ``metrics``."""
     i3d_sha256: str = TORCHSCRIPT_SHA256
-    """The file ``i3d_torchscript`` is a program; it runs only if this is its sha256."""
+    """sha256 of the file ``i3d_torchscript``, which is a program: another file is not run."""
     far_compat: bool = False
     """Measure as the release of FAR and SCD does."""
     ssim: SsimWindow = "valid"
     """Pixels that SSIM counts: valid (TECO's way) or padded (FAR's; always with ``far_compat``)."""
     videos: int = 4
-    """So many clips are written as mp4; 0: none."""
+    """Clips that are written as mp4; 0: none."""
     timed: int = 8
     """Frames generated at batch 1 for the timing, with seconds and memory of each; 0: no timing."""
 
     def __post_init__(self) -> None:
-        self.rules()  # refuses what no protocol has
+        self.rules()  # UserError for a protocol that does not exist
         if self.protocol != "custom" and self.custom != CustomProtocol():
             raise UserError(
                 f"custom is for protocol=custom, and protocol is {self.protocol}: leave one of them out"
@@ -155,13 +155,13 @@ class EvaluatePredictionConfig:
             )
 
     def rules(self) -> PredictionProtocol:
-        """The protocol's own numbers."""
+        """The protocol that ``protocol`` names, or ``custom``. UserError: there is none."""
         if self.protocol == "custom":
             return PredictionProtocol.custom(**vars(self.custom), ssim=self.ssim)
         return dataclasses.replace(named_protocol(self.protocol), ssim=self.ssim)
 
     def metric_networks(self, device: torch.device) -> MetricNetworks:
-        """LPIPS and I3D, or none."""
+        """LPIPS and I3D on ``device``, as far as ``networks`` and ``fvd`` ask for them."""
         if not self.networks:
             return MetricNetworks()
         folder = Path(self.metrics) if self.metrics else None
@@ -174,7 +174,7 @@ class EvaluatePredictionConfig:
 
 @dataclass
 class Evaluation:
-    """What every clip is generated with. ``model`` None: a control."""
+    """The clips, the model and the sampler of an evaluation. ``model`` None: a control."""
 
     cfg: EvaluatePredictionConfig
     rules: PredictionProtocol
@@ -186,8 +186,8 @@ class Evaluation:
 
     def read(self, index: int) -> PixelClip:
         """The protocol's frames of a clip. UserError: it is shorter, or of another size."""
-        clip, first, frames = self.clips.read(index), self.rules.first_frame, self.rules.frames
-        side = self.rules.resolution
+        clip = self.clips.read(index)
+        first, frames, side = self.rules.first_frame, self.rules.frames, self.rules.resolution
         if clip.frames < first + frames or tuple(clip.frames_F3HW.shape[1:]) != (3, side, side):
             raise UserError(
                 f"{clip.id}: {tuple(clip.frames_F3HW.shape)}; the protocol needs {frames} frames of {side}x{side}: "
@@ -197,17 +197,18 @@ class Evaluation:
         return PixelClip(clip.id, clip.frames_F3HW[first : first + frames], actions, clip.label)
 
     def conditions(self, clips: Sequence[PixelClip]) -> Conditioning:
+        """Actions and labels of the clips, on the device."""
         actions = [clip.actions_F for clip in clips if clip.actions_F is not None]
         labels = [clip.label for clip in clips if clip.label is not None]
-        told = Conditioning.of_frames(
+        conditions = Conditioning.of_frames(
             len(clips),
             torch.stack(actions) if actions else None,
             torch.tensor(labels) if labels else None,
         )
-        return told.to(self.device)
+        return conditions.to(self.device)
 
     def futures(self, clips: Sequence[PixelClip], numbers: Sequence[int], seed: int) -> Tensor:
-        """(B, generated, 3, H, W) in [0, 1] of one trajectory."""
+        """Predicted frames (B, generated, 3, H, W) in [0, 1] of one trajectory."""
         pixels = torch.stack([clip.frames_F3HW for clip in clips]).float() / 127.5 - 1
         context, truth = pixels.split([self.rules.context, self.rules.generated], 1)
         if self.model is not None:
@@ -226,19 +227,26 @@ class Evaluation:
         context_BF3HW: Tensor,
         frames: int = 0,
     ) -> Iterator[Tensor]:
-        """Generated latents as they come; a trajectory's noise depends on clip and seed, not on the
-        batch."""
+        """Yields generated latents (B, 1, C, H, W), ``frames`` of them (0: the protocol's number).
+        A trajectory's noise depends on clip and seed, not on the batch."""
         assert self.model is not None
-        known = self.tokenizer.encode(context_BF3HW).to(self.device)
+        context_latents = self.tokenizer.encode(context_BF3HW).to(self.device)
         seeds = [1_000_003 * seed + number for number in numbers]
-        wanted = frames or self.rules.generated
+        count = frames or self.rules.generated
         return predict(
-            self.model, known, self.conditions(clips), wanted, self.sampler, seeds, self.cfg.rollout
+            self.model,
+            context_latents,
+            self.conditions(clips),
+            count,
+            self.sampler,
+            seeds,
+            self.cfg.rollout,
         )
 
 
 def build(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) -> Evaluation:
-    """Everything that generates. UserError: parts that do not fit."""
+    """The evaluation of a checkpoint (None: a control). UserError: clips, tokenizer and model do not
+    fit."""
     rules, clips = cfg.rules(), open_pixels(cfg.pixels)
     if rules.clips > len(clips):
         raise UserError(
@@ -252,7 +260,8 @@ def build(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) 
             cfg, rules, clips, tokenizer, None, build_sampler("euler", 1, 1.0), ranks.device
         )
     model, description = load_predictor(checkpoint, cfg.weights)
-    dit, own = description.model.dit, description.sampler
+    dit = description.model.dit
+    checkpoint_sampler = description.sampler
     if tokenizer.channels != dit.in_channels:
         raise UserError(
             f"{cfg.tokenizer}: {tokenizer.channels} channels, the model takes {dit.in_channels}; use its own"
@@ -261,61 +270,77 @@ def build(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) 
         raise UserError(
             f"{cfg.pixels.root}: {clips.num_actions} actions, the model knows {dit.num_actions}"
         )
-    asked = dataclasses.replace(
-        own, name=cfg.sampler.name or own.name, steps=cfg.sampler.steps or own.steps, times=()
+    config_sampler = dataclasses.replace(
+        checkpoint_sampler,
+        name=cfg.sampler.name or checkpoint_sampler.name,
+        steps=cfg.sampler.steps or checkpoint_sampler.steps,
+        times=(),
     )
-    sampler = choose_sampler(own, asked, cfg.checkpoint).build()
+    sampler = choose_sampler(checkpoint_sampler, config_sampler, cfg.checkpoint).build()
     return Evaluation(cfg, rules, clips, tokenizer, model.to(ranks.device), sampler, ranks.device)
 
 
 def claim(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) -> None:
-    """``out`` is for these weights and settings alone. UserError: it was begun with others."""
-    decide: Json = {
+    """Write the weights' hashes and the settings into ``out``. UserError: it was begun with
+    others."""
+    settings: Json = {
         name: value for name, value in dataclasses.asdict(cfg).items() if name not in FREE
     }
     if checkpoint is not None:
-        decide["weights_sha256"] = weights_sha256(checkpoint, cfg.weights)
-    decide["tokenizer_sha256"] = sha256_folder(Path(cfg.tokenizer))
-    path, wanted = Path(cfg.out) / "generation.json", json.loads(json.dumps(decide))
-    if path.is_file() and (found := read_json(path, "choose another out=")) != wanted:
-        names = ", ".join(sorted(name for name in wanted if found.get(name) != wanted[name]))
+        settings["weights_sha256"] = weights_sha256(checkpoint, cfg.weights)
+    settings["tokenizer_sha256"] = sha256_folder(Path(cfg.tokenizer))
+    path = Path(cfg.out) / "generation.json"
+    new_settings = json.loads(json.dumps(settings))
+    if path.is_file() and (old_settings := read_json(path, "choose another out=")) != new_settings:
+        names = ", ".join(
+            sorted(name for name in new_settings if old_settings.get(name) != new_settings[name])
+        )
         raise UserError(
             f"{path}: begun with another {names or 'configuration'}; choose another out="
         )
     ranks.barrier()
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
+        write_json(path, new_settings)
 
 
 def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
-    """This rank's share of the clips, ``batch`` at a time; every scored clip is kept on disk."""
-    cfg, rules, out = bench.cfg, bench.rules, Path(bench.cfg.out)
-    done = scorer.resume(out / "clips")
-    mine = [
-        number for number in range(rules.clips)[ranks.rank :: ranks.world] if number not in done
+    """Score this rank's share of the clips, ``batch`` at a time; every scored clip is kept on
+    disk."""
+    cfg, rules = bench.cfg, bench.rules
+    out = Path(cfg.out)
+    scored_numbers = scorer.resume(out / "clips")
+    clip_numbers = [
+        number
+        for number in range(rules.clips)[ranks.rank :: ranks.world]
+        if number not in scored_numbers
     ]
-    for start in range(0, len(mine), cfg.batch):
-        numbers, began = mine[start : start + cfg.batch], time.monotonic()
+    for start in range(0, len(clip_numbers), cfg.batch):
+        numbers = clip_numbers[start : start + cfg.batch]
+        start_time = time.monotonic()
         clips = [bench.read(number) for number in numbers]
         trajectories = [bench.futures(clips, numbers, seed) for seed in rules.seeds]
         for row, number in enumerate(numbers):
             truth = clips[row].frames_F3HW.float() / 255
             figures = scorer.add(number, truth, [videos[row] for videos in trajectories])
             if number < cfg.videos:
-                shown = torch.cat([truth[: rules.context], trajectories[0][row]])
-                pair = as_uint8(torch.cat([truth, shown], dim=-1))
+                prediction = torch.cat([truth[: rules.context], trajectories[0][row]])
+                side_by_side = as_uint8(torch.cat([truth, prediction], dim=-1))
                 (out / "videos").mkdir(parents=True, exist_ok=True)
-                write_video(out / "videos" / f"{number:05d}.mp4", pair, bench.clips.fps)
+                write_video(out / "videos" / f"{number:05d}.mp4", side_by_side, bench.clips.fps)
             scorer.save(figures, out / "clips")  # last: a clip with figures is not done again
-        left = (len(mine) - start - len(numbers)) * (time.monotonic() - began) / len(numbers)
+        seconds_left = (
+            (len(clip_numbers) - start - len(numbers))
+            * (time.monotonic() - start_time)
+            / len(numbers)
+        )
         if ranks.is_main:
-            say(f"  scored {start + len(numbers)}/{len(mine)}, left {left:.0f} s")
+            say(f"  scored {start + len(numbers)}/{len(clip_numbers)}, left {seconds_left:.0f} s")
 
 
 def cost(bench: Evaluation) -> dict[str, object]:
-    """Block passes and seconds per frame at batch 1, without tokenizer: history read first, then
-    ``timed`` frames."""
+    """Block passes and seconds per frame at batch 1, without the tokenizer, over ``timed`` frames
+    after the context. Empty for a control."""
     model, rules, frames = bench.model, bench.rules, bench.cfg.timed
     if model is None or frames == 0:
         return {}
@@ -323,21 +348,21 @@ def cost(bench: Evaluation) -> dict[str, object]:
     context = clip.frames_F3HW[None, : rules.context].float() / 127.5 - 1
     stream = partial(bench.latents, [clip], [0], 0, context, min(frames, rules.generated))
     history = Cost(partial(bench.latents, [clip], [0], 0, context, 1), model, DitBlock, 1)
-    measured = Cost(stream, model, DitBlock, 1)
-    time_in_rounds([history, measured], 3, 60.0)
-    counted = measured.runs[0].frames
-    begin, whole = (
-        min(run.seconds for run in part.runs) for part in (history, measured)
-    )  # the first frame comes after the context is read; the others cost what a frame costs
-    later = max(1, counted - 1)
+    generation = Cost(stream, model, DitBlock, 1)
+    time_in_rounds([history, generation], 3, 60.0)
+    count = generation.runs[0].frames
+    # The first frame includes the reading of the context; the later ones do not.
+    first_seconds = min(run.seconds for run in history.runs)
+    all_seconds = min(run.seconds for run in generation.runs)
+    later_frames = max(1, count - 1)
     return {
-        "frames": counted,
+        "frames": count,
         "context": rules.context,
-        "block_passes_per_frame": (measured.passes * counted - history.passes) / later,
-        "seconds_per_frame": (whole - begin) / later,
-        "seconds_to_first_frame": begin,
+        "block_passes_per_frame": (generation.passes * count - history.passes) / later_frames,
+        "seconds_per_frame": (all_seconds - first_seconds) / later_frames,
+        "seconds_to_first_frame": first_seconds,
         "by_frame": by_frame(stream, bench.device),
-        "machine_busy": unrest({"history": history, "frames": measured}),
+        "machine_busy": unrest({"history": history, "frames": generation}),
         "device": str(bench.device),
         "threads": torch.get_num_threads(),
     }
@@ -346,39 +371,42 @@ def cost(bench: Evaluation) -> dict[str, object]:
 def by_frame(
     stream: Callable[[], Iterator[Tensor]], device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each chunk of frames of one more run, and the GiB held after it: of the GPU's
-    allocator, on a CPU of the process."""
-    seconds, memory, began = [], [], time.perf_counter()
+    """Seconds of each chunk of frames of one more run, and the GiB in use after it: of the GPU's
+    allocator, or of the process on a CPU."""
+    seconds: list[float] = []
+    memory: list[float] = []
+    start = time.perf_counter()
     for _ in stream():
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(round(time.perf_counter() - began, 4))
-        held = (
+        seconds.append(round(time.perf_counter() - start, 4))
+        bytes_in_use = (
             torch.cuda.memory_allocated(device)
             if device.type == "cuda"
             else psutil.Process().memory_info().rss
         )
-        memory.append(round(held / 2**30, 4))
-        began = time.perf_counter()
+        memory.append(round(bytes_in_use / 2**30, 4))
+        start = time.perf_counter()
     return {"seconds": seconds, "memory_gib": memory}
 
 
 def write(bench: Evaluation, scorer: PredictionScorer, checkpoint: Path | None) -> None:
-    """result.json, cost.json and a table for people."""
-    cfg, out, result = bench.cfg, Path(bench.cfg.out), scorer.result()
+    """Write result.json and cost.json, and print the table."""
+    cfg, result = bench.cfg, scorer.result()
+    out = Path(cfg.out)
     result.write(out / "result.json")
-    about: dict[str, object] = {
+    description: dict[str, object] = {
         "config": dataclasses.asdict(cfg),
         "git": git_revision(),
         "versions": versions(),
     }
     if bench.model is not None:
-        about |= {
+        description |= {
             "checkpoint": str(checkpoint),
             "sampler": [bench.sampler.name, bench.sampler.steps],
         }
-        about["parameters"] = sum(p.numel() for p in bench.model.parameters())
-    write_json(out / "cost.json", {**about, **cost(bench)})
+        description["parameters"] = sum(p.numel() for p in bench.model.parameters())
+    write_json(out / "cost.json", {**description, **cost(bench)})
     Console(width=140).print(prediction_table({cfg.checkpoint: result}))
     say(f"{out / 'result.json'}, {out / 'videos'}")
 
@@ -392,16 +420,16 @@ def main() -> None:
     bench = build(cfg, ranks, checkpoint)
     networks = cfg.metric_networks(ranks.device)
     bench.read(0)  # whether the clips fit the protocol
-    with ExitStack() as held:
+    with ExitStack() as stack:
         ranks.on_main(lambda: require_own_folder(Path(cfg.out), ["generation.json"]))
-        ranks.on_main(lambda: held.enter_context(locked(Path(cfg.out), "scores")))
+        ranks.on_main(lambda: stack.enter_context(locked(Path(cfg.out), "scores")))
         claim(cfg, ranks, checkpoint)
         score(bench, PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat), ranks)
         ranks.barrier()
         if ranks.is_main:
-            everything = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
-            everything.resume(Path(cfg.out) / "clips")
-            write(bench, everything, checkpoint)
+            scorer = PredictionScorer(bench.rules, networks, far_compat=cfg.far_compat)
+            scorer.resume(Path(cfg.out) / "clips")
+            write(bench, scorer, checkpoint)
         ranks.barrier()
 
 

@@ -57,9 +57,9 @@ REHEARSAL = {
 
 
 def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
+    """Clips, then the VAE. ``extra``: more arguments by step."""
     clips = python_command("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
     vae = [*TORCHRUN, "recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"]
-    made = [run / "vae" / "vae"]
     return [
         [Step("clips", [*clips, *extra.get("clips", [])], 120, outputs=[run / "clips"])],
         [
@@ -67,13 +67,14 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
                 "vae",
                 [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])],
                 1200,
-                outputs=made,
+                outputs=[run / "vae" / "vae"],
             )
         ],
     ]
 
 
 def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
+    """Latents, then the transformer. ``extra``: more arguments by step."""
     encode = python_command(
         "data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model"
     )
@@ -84,24 +85,22 @@ def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
         "--config",
         "recipes/configs/teacher_doom.yaml",
     ]
-    where = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
-    trained = [run / "transformer" / "checkpoints"]
+    paths = [f"data={run}/latents/train", f"val={run}/latents/val", f"run.dir={run}/transformer"]
     return [
         [Step("latents", [*encode, "--out", f"{run}/latents"], 180, outputs=[run / "latents"])],
         [
             Step(
                 "transformer",
-                [*train, *where, *extra.get("transformer", [])],
+                [*train, *paths, *extra.get("transformer", [])],
                 3600,
-                outputs=trained,
+                outputs=[run / "transformer" / "checkpoints"],
             )
         ],
     ]
 
 
 def write_model(run: Path, out: Path) -> None:
-    """VAE, text encoder reference and scheduler: all that encoding needs, before there is a
-    transformer."""
+    """Write VAE, text encoder reference and scheduler, which the encoding needs."""
     shutil.copytree(run / "vae" / "vae", out / "vae", dirs_exist_ok=True)
     (out / "scheduler").mkdir(parents=True, exist_ok=True)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -110,19 +109,19 @@ def write_model(run: Path, out: Path) -> None:
 
 
 def export(run: Path, out: Path) -> None:
-    """The EMA weights in fp16, and where they come from."""
+    """Write the EMA weights in fp16 and their provenance."""
     checkpoint = find(run / "transformer")
     model, _ = load_checkpoint_model(checkpoint, "ema")
     assert isinstance(model, Wan)
     write_model(run, out)
     save_wan(model.state_dict(), model.cfg, out / "transformer", torch.float16)
-    trained = read_provenance(checkpoint)
+    parent = read_provenance(checkpoint)
     record = provenance(
         stage="teacher",
-        step=int(str(trained["step"])),
+        step=int(str(parent["step"])),
         seed=0,
         parents=[checkpoint],
-        data_hash=str(trained["data_hash"]),
+        data_hash=str(parent["data_hash"]),
     )
     clips = json.loads((run / "clips" / "manifest.json").read_text())
     record |= {"command": "make teacher", "clips": clips["request"], "sources": clips["sources"]}

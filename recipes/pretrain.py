@@ -111,22 +111,24 @@ class PretrainConfig:
 
 
 def check_consistent(model: ModelConfig) -> None:
-    """UserError for fields that contradict the others, or that nothing would read: they would stand
-    in every checkpoint and say what was not trained."""
+    """UserError for fields that contradict each other or that the model does not read; a checkpoint
+    would state them wrongly."""
     layers, scd = model.dit.num_layers, model.scd
     if model.family == "scd" and layers != len(scd.encoder_layers) + len(scd.decoder.layers):
         raise UserError(
             f"model.dit.num_layers is {layers}, but model.scd has {len(scd.encoder_layers)} encoder_layers and "
             f"{len(scd.decoder.layers)} decoder.layers: set them together"
         )
-    if model.family == "scd" and (unread := scd.decoder.unread(DecoderConfig(), SCD_B.scd.decoder)):
-        raise UserError(f"model.scd.{unread}")
-    unused: dict[str, object] = (
+    if model.family == "scd" and (
+        message := scd.decoder.unread(DecoderConfig(), SCD_B.scd.decoder)
+    ):
+        raise UserError(f"model.scd.{message}")
+    ignored_fields: dict[str, object] = (
         {"chunk": scd.chunk} if model.family == "scd" else {"scd": SCD_B.scd}
     )
-    unused |= {"wan": SCD_B.wan}
-    for name, harmless in unused.items():
-        if vars(model)[name] not in (vars(SCD_B)[name], harmless):
+    ignored_fields |= {"wan": SCD_B.wan}
+    for name, default in ignored_fields.items():
+        if vars(model)[name] not in (vars(SCD_B)[name], default):
             hint = " (SCD's is model.scd.chunk)" if name == "chunk" else ""
             raise UserError(
                 f"model.{name} is set, but family {model.family} from scratch does not read it{hint}: remove it"
@@ -134,9 +136,10 @@ def check_consistent(model: ModelConfig) -> None:
 
 
 def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
-    """The model, with its whole loss as one engine forward."""
+    """The model's engine; its forward pass is the whole loss."""
     for trunk in model.trunks():
-        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+        trunk.checkpointing = cfg.checkpointing
+        trunk.recompute_attention = cfg.recompute_attention
     if isinstance(model, Scd):
         model.samples_in_turn = cfg.samples_in_turn
 
@@ -158,9 +161,9 @@ def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
 def starts_of(
     clips: FrameClips, indices: Sequence[int], frames: int, rng: torch.Generator
 ) -> list[int]:
-    """Where each clip's window begins, uniformly."""
-    room = [clips.clips[index].frames - frames + 1 for index in indices]
-    return [int(torch.randint(places, (), generator=rng)) for places in room]
+    """The first frame of each clip's window, uniformly random."""
+    choices = [clips.clips[index].frames - frames + 1 for index in indices]
+    return [int(torch.randint(count, (), generator=rng)) for count in choices]
 
 
 def update(
@@ -168,32 +171,33 @@ def update(
     run: Run,
     engine: Engine,
     clips: FrameClips,
-    usable: Sequence[int],
+    long_clips: Sequence[int],
     position: int,
 ) -> tuple[StepInfo, Logs]:
-    """One update of all micro-batches; the mean logs of all ranks."""
+    """One update over all micro-batches, of the clips ``long_clips``; returns the mean logs of all
+    ranks."""
     sums: Logs = {}
-    samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(usable))
-    with keeping(run, position, engine, [usable[place] for place in samples]) as kept:
+    samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(long_clips))
+    with keeping(run, position, engine, [long_clips[place] for place in samples]) as records:
         for number, places in micro_batches(
-            cfg.train, cfg.run.seed, run.ranks, position - 1, len(usable)
+            cfg.train, cfg.run.seed, run.ranks, position - 1, len(long_clips)
         ):
-            indices = [usable[place] for place in places]
+            indices = [long_clips[place] for place in places]
             starts = starts_of(
                 clips, indices, cfg.frames, generator(cfg.run.seed, "window", position, number)
             )
-            read = clips.batch(indices, starts, cfg.frames)
-            batch = read.to(run.ranks.device)
+            host_batch = clips.batch(indices, starts, cfg.frames)
+            batch = host_batch.to(run.ranks.device)
             loss, logs = engine(
                 batch.latents_BFCHW, batch.cond, generator(cfg.run.seed, "loss", position, number)
             )
-            kept.append(
+            records.append(
                 MicroBatch(
                     number,
                     indices,
                     [clips.clips[i].id for i in indices],
                     loss.detach(),
-                    read.tensors(),
+                    host_batch.tensors(),
                 )
             )
             engine.backward(loss)
@@ -204,10 +208,10 @@ def update(
 
 @torch.no_grad()
 def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Ranks) -> Logs:
-    """Flow loss of the first windows at fixed noise, without dropout and corruption; shared over
-    the ranks."""
-    usable = clips.at_least(cfg.frames)
-    indices = usable[:: max(1, len(usable) // cfg.validation_clips)][: cfg.validation_clips]
+    """Mean flow loss of the clips' first windows at fixed noise, without dropout and corruption; the
+    ranks share the clips."""
+    long_clips = clips.at_least(cfg.frames)
+    indices = long_clips[:: max(1, len(long_clips) // cfg.validation_clips)][: cfg.validation_clips]
     total, null = 0.0, Conditioning.of_frames(1)
     model.to(ranks.device)
     for index in indices[ranks.rank :: ranks.world]:
@@ -219,35 +223,33 @@ def validate(model: Student, clips: FrameClips, cfg: PretrainConfig, ranks: Rank
 
 
 def checked(cfg: PretrainConfig, ranks: Ranks) -> tuple[FrameClips, FrameClips, list[int]]:
-    """Training and validation clips, and which of the first are long enough. UserError: they do not
-    fit the model."""
+    """Training clips, validation clips, and the indices of the training clips that are long enough.
+    UserError: they do not fit the model."""
     clips, val = FrameClips(cfg.data), FrameClips(cfg.val)
-    dit, chunk = (
-        cfg.model.dit,
-        cfg.model.scd.chunk if cfg.model.family == "scd" else cfg.model.chunk,
-    )
+    dit = cfg.model.dit
+    chunk = cfg.model.scd.chunk if cfg.model.family == "scd" else cfg.model.chunk
     for data in (clips, val):
         patch = (dit.patch_height, dit.patch_width)
         check_shape(data.info.shape(cfg.frames), data.root, dit.in_channels, patch, chunk)
-        for name, has, takes in (
+        for name, count, size in (
             ("actions", data.info.num_actions, dit.num_actions),
             ("labels", len(data.info.labels), dit.num_labels),
         ):
-            if takes and has != takes:
+            if size and count != size:
                 raise UserError(
-                    f"{data.root}: has {has} {name}, model.dit.num_{name} is {takes}: set it to {has}"
+                    f"{data.root}: has {count} {name}, model.dit.num_{name} is {size}: set it to {count}"
                 )
         data.at_least(cfg.frames)
     check_same_size(clips.info.shape(cfg.frames), val.info.shape(cfg.frames), clips.root, val.root)
-    usable = clips.at_least(cfg.frames)
-    check_batches(cfg.train, ranks, len(usable), clips.root)
-    return clips, val, usable
+    long_clips = clips.at_least(cfg.frames)
+    check_batches(cfg.train, ranks, len(long_clips), clips.root)
+    return clips, val, long_clips
 
 
 def main() -> None:
     cfg = from_command_line(PretrainConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
-    clips, val, usable = checked(cfg, ranks)
+    clips, val, long_clips = checked(cfg, ranks)
     preview = PredictionPreview(cfg.preview, val, cfg.sampler.build())
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "validation_clips", "preview"))
     run.tokens_per_step = cfg.train.global_batch * cfg.model.dit.clip_tokens(
@@ -261,22 +263,22 @@ def main() -> None:
     origin = partial(
         provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=extra
     )
-    ema, averaged = Ema(cfg.train.ema, ranks), build_student(cfg.model)
+    ema, ema_model = Ema(cfg.train.ema, ranks), build_student(cfg.model)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
     start = checkpointer.resume()
     if start == 0:
-        averaged.load_state_dict(engine.fp32_masters())
-        preview.show(run, averaged, 0)
+        ema_model.load_state_dict(engine.fp32_masters())
+        preview.show(run, ema_model, 0)
     with Loop(run, checkpointer, start) as loop:
         for step in loop:
-            info, logs = update(cfg, run, engine, clips, usable, loop.position(step))
+            info, logs = update(cfg, run, engine, clips, long_clips, loop.position(step))
             if info.stepped:
                 ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                ema.copy_to(averaged)
-                logs |= validate(averaged, val, cfg, ranks)
+                ema.copy_to(ema_model)
+                logs |= validate(ema_model, val, cfg, ranks)
                 checkpointer.note_best(step, logs["val/loss"])
-                preview.show(run, averaged, step)
+                preview.show(run, ema_model, step)
             run.log(step, logs)
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:

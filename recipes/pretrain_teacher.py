@@ -64,9 +64,9 @@ class PretrainConfig:
 
 @torch.no_grad()
 def validate(model: Wan, clips: LatentClips, limit: int = 48) -> Logs:
-    """Flow loss at fixed noise, mean over t = .2, .5, .8, .95: with the right prompt, the prompt of
-    the same place with another motion, and the null prompt. The gap wrong - right says how much of
-    the prompt's motion is used."""
+    """Flow losses at fixed noise, as means over t = .2, .5, .8, .95: with the right prompt, with the
+    prompt of the same place and another motion, and with the null prompt. The difference of the
+    first two shows how much the model uses the prompt's motion."""
     stride = max(1, len(clips) // limit)
     indices = list(range(0, len(clips), stride))[:limit]
     batch = clips.batch(indices)
@@ -84,38 +84,39 @@ def validate(model: Wan, clips: LatentClips, limit: int = 48) -> Logs:
 
 
 def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
-    """For each clip another clip of the same place whose motion differs, in turn over the
-    motions."""
-    others = []
+    """For each clip the index of a clip of the same place with another motion."""
+    other_clips = []
     for turn, index in enumerate(indices):
         tags = clips.rows[index].tags
         choices = [
-            i
-            for i, c in enumerate(clips.rows)
-            if c.tags["place"] == tags["place"] and c.tags["motion"] != tags["motion"]
+            other
+            for other, row in enumerate(clips.rows)
+            if row.tags["place"] == tags["place"] and row.tags["motion"] != tags["motion"]
         ]
-        others.append(choices[(turn * 7) % len(choices)])
-    return others
+        other_clips.append(choices[(turn * 7) % len(choices)])
+    return other_clips
 
 
 def update(
     cfg: PretrainConfig, run: Run, engine: Engine, clips: LatentClips, position: int
 ) -> tuple[StepInfo, Logs]:
-    """One update of all micro-batches; the mean logs of all ranks."""
+    """One update over all micro-batches; returns the mean logs of all ranks."""
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
-    with keeping(run, position, engine, samples) as kept:
+    with keeping(run, position, engine, samples) as records:
         for number, indices in micro_batches(
             cfg.train, cfg.run.seed, run.ranks, position - 1, len(clips)
         ):
             rng = generator(cfg.run.seed, "loss", position, number)
-            read = clips.batch(indices)
-            batch = read.to(run.ranks.device)
+            host_batch = clips.batch(indices)
+            batch = host_batch.to(run.ranks.device)
             cond = drop_text(batch.text, clips.null, cfg.text_dropout, rng)
             t = on_device(stratified_times(len(indices), cfg.shift, rng), run.ranks.device)
             loss = engine(batch.latents_BFCHW, cond, t, rng)
-            kept.append(
-                MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors())
+            records.append(
+                MicroBatch(
+                    number, indices, clips.texts(indices), loss.detach(), host_batch.tensors()
+                )
             )
             engine.backward(loss)
             info = engine.step()
@@ -167,9 +168,9 @@ def main() -> None:
             if info.stepped:
                 ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                averaged = Wan(cfg.wan)
-                ema.copy_to(averaged)
-                logs |= validate(averaged, val)
+                ema_model = Wan(cfg.wan)
+                ema.copy_to(ema_model)
+                logs |= validate(ema_model, val)
             run.log(step, logs)
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:

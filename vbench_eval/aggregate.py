@@ -1,8 +1,8 @@
 """Quality, Semantic and Total of 16 VBench dimensions; a missing one is refused, not counted as 0.
 
-    python vbench_eval/aggregate.py scores/summary.json python vbench_eval/aggregate.py
-    my_model_eval_results.json --json python vbench_eval/aggregate.py quality.json semantic.json
-    # dimensions in several files
+    python vbench_eval/aggregate.py scores/summary.json
+    python vbench_eval/aggregate.py my_model_eval_results.json --json
+    python vbench_eval/aggregate.py quality.json semantic.json    # dimensions in several files
 
 A file holds a map dimension -> fraction (0..1), VBench's own results, or the summary of
 vbench_eval/score.py. A run of fewer videos than the suite's is labelled: its totals are not
@@ -39,10 +39,12 @@ def main() -> None:
             )
         )
         return
-    for d in dimensions():
-        say(
-            f"{d.name:24s} {100 * scores.fractions[d.name]:7.2f} %   normalised {totals.normalised[d.name]:7.2f}"
+    for dimension in dimensions():
+        percent, normalised = (
+            100 * scores.fractions[dimension.name],
+            totals.normalised[dimension.name],
         )
+        say(f"{dimension.name:24s} {percent:7.2f} %   normalised {normalised:7.2f}")
     note = label(scores)
     for name in ("quality", "semantic", "total"):
         say(

@@ -1,9 +1,10 @@
 """VBench's prompts as sampling takes them: one line per entry, for a look or for a prompt extender.
 
-    python vbench_eval/prompts.py                                   # the 946 lines, in the order of
-    all_dimension.txt python vbench_eval/prompts.py dimensions='[scene]' lines=true   # line number,
-    dimensions and prompt, tab separated python vbench_eval/prompts.py
-    extended=all_dimension_extended.txt
+    # the 946 lines, in the order of all_dimension.txt
+    python vbench_eval/prompts.py
+    # line number, dimensions and prompt, tab separated
+    python vbench_eval/prompts.py dimensions='[scene]' lines=true
+    python vbench_eval/prompts.py extended=all_dimension_extended.txt
 
 With ``extended`` (a file with one wording per line) the lines are checked and shown in their place.
 The list is the one of the vbench 0.1.5 wheel; ``full_info=VBench_full_info.json`` takes another.
@@ -44,12 +45,12 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as head may go
     names = set(chosen_dimensions(cfg.dimensions))
     entries = load_entries(cfg.full_info)
-    words = (
+    texts = (
         read_extended(Path(cfg.extended), entries)
         if cfg.extended
         else [entry.prompt for entry in entries]
     )
-    for entry, text in zip(entries, words, strict=True):
+    for entry, text in zip(entries, texts, strict=True):
         video_name(entry.prompt, 0)
         if names & set(entry.dimensions):
             columns = [str(entry.line), ",".join(entry.dimensions), text] if cfg.lines else [text]

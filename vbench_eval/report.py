@@ -1,9 +1,10 @@
 """Scored runs beside published rows (Wan 2.1, Self-Forcing, CausVid, SCD, ..): report.json,
 report.md, report.html.
 
-    python vbench_eval/report.py scores='{ours: runs/vbench/scores/summary.json}' videos=runs/vbench
-    out=runs/report python vbench_eval/report.py scores='{ours: a/summary.json, "our Wan 2.1":
-    b/summary.json}' out=runs/report
+    python vbench_eval/report.py scores='{ours: runs/vbench/scores/summary.json}' \\
+        videos=runs/vbench out=runs/report
+    python vbench_eval/report.py scores='{ours: a/summary.json, "our Wan 2.1": b/summary.json}' \\
+        out=runs/report
 
 The page works offline and shows videos of up to ``prompts`` prompts, linked relative to it. Totals
 are shown only for all 16 dimensions; a reduced run is marked as not comparable.

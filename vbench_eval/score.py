@@ -1,9 +1,9 @@
 """Score VBench's videos, dimension by dimension, in an environment of VBench's own.
 
-    python vbench_eval/score.py videos=runs/vbench                                  # all 16, on all
-    GPUs python vbench_eval/score.py videos=runs/vbench dimensions='[temporal_flickering]' gpus=0
-    python vbench_eval/score.py videos=runs/vbench python=/envs/vbench/bin/python
-    cache=/weights/vbench
+    python vbench_eval/score.py videos=runs/vbench    # all 16, on all GPUs
+    python vbench_eval/score.py videos=runs/vbench dimensions='[temporal_flickering]' gpus=0
+    python vbench_eval/score.py videos=runs/vbench python=/envs/vbench/bin/python \\
+        cache=/weights/vbench
 
 The first call builds the environment (vbench 0.1.5, numpy below 2; every command is printed) in
 ``env``, several GB. Weights are looked for first, and each missing file is named with its place and
