@@ -329,13 +329,11 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
                 (out / "videos").mkdir(parents=True, exist_ok=True)
                 write_video(out / "videos" / f"{number:05d}.mp4", side_by_side, bench.clips.fps)
             scorer.save(figures, out / "clips")  # last: a clip with figures is not done again
-        seconds_left = (
-            (len(clip_numbers) - start - len(numbers))
-            * (time.monotonic() - start_time)
-            / len(numbers)
-        )
+        end = start + len(numbers)
+        seconds_per_clip = (time.monotonic() - start_time) / len(numbers)
+        seconds_left = (len(clip_numbers) - end) * seconds_per_clip
         if ranks.is_main:
-            say(f"  scored {start + len(numbers)}/{len(clip_numbers)}, left {seconds_left:.0f} s")
+            say(f"  scored {end}/{len(clip_numbers)}, left {seconds_left:.0f} s")
 
 
 def cost(bench: Evaluation) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Train an image tokenizer (``AutoencoderDC``) on the frames of pixel clips, and write it for
 ``load_tokenizer``.
 
-    python recipes/pretrain_tokenizer.py --config recipes/configs/tokenizer_doom.yaml data.root=data/doom_actions \
-        run.dir=runs/tokenizer
+    python recipes/pretrain_tokenizer.py --config recipes/configs/tokenizer_doom.yaml \\
+        data.root=data/doom_actions run.dir=runs/tokenizer
 
 Works under ``deepspeed`` and ``torchrun`` too. The same command goes on after an interruption. At
 the end ``RUN/tokenizer/`` holds config.json with the measured mean and deviation of the latents,
@@ -176,52 +176,55 @@ class PretrainTokenizerConfig:
 def fine_tuned(cfg: PretrainTokenizerConfig) -> AutoencoderDC:
     """A copy of the network of ``cfg.init``, or of its first channels. UserError: it is another
     architecture."""
-    model, before = build_tokenizer(cfg.tokenizer, cfg.run.seed), load_tokenizer(Path(cfg.init))
-    found = before.model.state_dict()
-    if isinstance(before.model, AutoencoderDC) and not cfg.tokenizer.shortcuts:
-        found = first_channels(before.model, cfg.tokenizer.channels, before.normalisation.mean)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if wrong := sorted(
-        wanted.items() ^ {name: tensor.shape for name, tensor in found.items()}.items()
+    model = build_tokenizer(cfg.tokenizer, cfg.run.seed)
+    parent = load_tokenizer(Path(cfg.init))
+    weights = parent.model.state_dict()
+    if isinstance(parent.model, AutoencoderDC) and not cfg.tokenizer.shortcuts:
+        weights = first_channels(parent.model, cfg.tokenizer.channels, parent.normalisation.mean)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if differences := sorted(
+        shapes.items() ^ {name: tensor.shape for name, tensor in weights.items()}.items()
     ):
         raise UserError(
-            f"{cfg.init}: its '{wrong[0][0]}' is not that of the config's tokenizer; set the same sizes"
+            f"{cfg.init}: its '{differences[0][0]}' is not that of the config's tokenizer; set the same sizes"
         )
-    model.load_state_dict(found)
+    model.load_state_dict(weights)
     return model
 
 
 def prepare(
     cfg: PretrainTokenizerConfig, frames: PixelFrames
 ) -> tuple[AutoencoderDC, Components | None]:
-    """The model before the first step, and the anchor's components; a pure function of config and
-    data."""
+    """The model before the first step, and the anchor's components (None: neither an anchor nor a
+    linear start). Both depend on config and data alone. UserError: the linear start fails."""
     model = fine_tuned(cfg) if cfg.init else build_tokenizer(cfg.tokenizer, cfg.run.seed)
     linear = cfg.start == "linear" and not cfg.init
     if not linear and not cfg.loss.anchor:
         return model, None
     pixels = to_unit(frames.spread(cfg.start_frames))
-    begun = cfg.run.resume != "never" and bool(
+    has_checkpoints = cfg.run.resume != "never" and bool(
         Checkpoints(Path(cfg.run.dir) / "checkpoints").steps()
     )
-    if linear and not begun:
+    if linear and not has_checkpoints:
         try:
             return model, linear_start(model, pixels, cfg.loss.anchor_floor)
         except ValueError as error:
             raise UserError(
                 f"start=linear: {error}; widen tokenizer.widths, or start=random"
             ) from error
-    found = patch_components(
+    components = patch_components(
         pixels, cfg.tokenizer.channels, cfg.loss.anchor_floor, cfg.tokenizer.spatial
     )
-    return model, Components(**found)
+    return model, Components(**components)
 
 
 class Training:
-    """What a step needs: frames, the engine, and with a GAN the discriminator's."""
+    """The frames, the tokenizer's engine, and with a GAN the discriminator's engine."""
 
     def __init__(self, cfg: PretrainTokenizerConfig, run: Run, frames: PixelFrames) -> None:
-        self.cfg, self.run, self.frames = cfg, run, frames
+        self.cfg = cfg
+        self.run = run
+        self.frames = frames
         ranks = run.ranks
         model, components = prepare(cfg, frames)
         if cfg.engine.backend == "torch":  # DeepSpeed wants plain memory and lays it out itself
@@ -255,61 +258,64 @@ class Training:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        return {"model": self.engine} | (
-            {} if self.discriminator is None else {"discriminator": self.discriminator}
-        )
+        """The engines by their names in checkpoints."""
+        if self.discriminator is None:
+            return {"model": self.engine}
+        return {"model": self.engine, "discriminator": self.discriminator}
 
     def micro_batches(self, position: int) -> list[MicroKey]:
-        """This rank's of one update: (position, number, clips) each."""
+        """This rank's micro-batches of one update: (position, number, clips) each."""
         cfg = self.cfg
-        found = micro_batches(
+        batches = micro_batches(
             cfg.train, cfg.run.seed, self.run.ranks, position - 1, len(self.frames)
         )
-        return [(position, number, tuple(clips)) for number, clips in found]
+        return [(position, number, tuple(clips)) for number, clips in batches]
 
     def read(self, key: MicroKey) -> Tensor:
-        """uint8 (N, 3, H, W)."""
+        """The frames of a micro-batch, uint8 (N, 3, H, W)."""
         position, number, clips = key
         rng = generator(self.cfg.run.seed, "frames", position, number)
         return self.frames.batch(clips, self.cfg.frames.per_clip, self.cfg.frames.step, rng)
 
     def update(self, step: int, position: int) -> tuple[StepInfo, Logs]:
-        """One update, and with the GAN on one of the discriminator on the same pictures; the mean
-        logs of all ranks."""
+        """One update of the tokenizer, and while the GAN is on one of the discriminator on the same
+        frames; returns the mean logs of all ranks."""
         cfg, seed, device = self.cfg, self.cfg.run.seed, self.run.ranks.device
         samples = epoch_order(seed, position - 1, cfg.train.global_batch, len(self.frames))
         sums: Logs = {}
         adversarial = cfg.gan.on(step)
-        with keeping(self.run, position, self.engine, samples) as kept:
+        with keeping(self.run, position, self.engine, samples) as records:
             keys = [*self.micro_batches(position), *self.micro_batches(position + 1)]
             self.pixels.expect(keys)
             for key in keys[: self.engine.micro_batches]:
                 _, number, clips = key
-                read = self.pixels.batch(key)
-                pixels = to_unit(on_device(read, device))
+                host_pixels = self.pixels.batch(key)
+                pixels = to_unit(on_device(host_pixels, device))
                 size = tuple(side // cfg.tokenizer.spatial for side in pixels.shape[2:])
                 rng = generator(seed, "noise", position, number)
                 noise = on_device(
                     torch.randn(len(pixels), cfg.tokenizer.channels, *size, generator=rng), device
                 )
-                loss, made, logs = self.engine(pixels, noise, adversarial)
-                kept.append(MicroBatch(number, clips, [], loss.detach(), {"pixels": read}))
+                loss, output, logs = self.engine(pixels, noise, adversarial)
+                records.append(
+                    MicroBatch(number, clips, [], loss.detach(), {"pixels": host_pixels})
+                )
                 self.engine.backward(loss)
                 info = self.engine.step()
                 logs |= {"loss": float(loss.detach())}
                 if adversarial and self.discriminator is not None:
-                    judged = self.discriminator(pixels, made)
-                    self.discriminator.backward(judged)
+                    discriminator_loss = self.discriminator(pixels, output)
+                    self.discriminator.backward(discriminator_loss)
                     self.discriminator.step()
-                    logs["discriminator"] = float(judged.detach())
+                    logs["discriminator"] = float(discriminator_loss.detach())
                 add_to(sums, logs, self.engine.micro_batches)
         return info, self.run.ranks.mean(sums) | {"grad_norm": info.grad_norm, "lr": info.lr}
 
 
 def reconstructed(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> Tensor:
-    """Through the tokenizer and back, in [0, 1]."""
-    made = tokenizer.decode(tokenizer.encode(pixels_N3HW.unsqueeze(0)))[0]
-    return (made.clamp(-1, 1) / 2 + 0.5).cpu()
+    """Frames (N, 3, H, W) in [-1, 1], encoded and decoded, in [0, 1]."""
+    output = tokenizer.decode(tokenizer.encode(pixels_N3HW.unsqueeze(0)))[0]
+    return (output.clamp(-1, 1) / 2 + 0.5).cpu()
 
 
 def as_tokenizer(
@@ -322,7 +328,7 @@ def as_tokenizer(
 
 
 def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -> Normalisation:
-    """Mean and deviation of the latents of training frames."""
+    """Mean and deviation of each latent channel, over ``statistics_frames`` training frames."""
     pixels = to_unit(frames.spread(cfg.statistics_frames))
     latents = as_tokenizer(model).encode(pixels.unsqueeze(0))[0].transpose(0, 1).flatten(1).double()
     mean = latents.mean(1, keepdim=True)  # (C, 1)
@@ -335,33 +341,35 @@ def measured(model: AutoencoderDC, cfg: EvaluationConfig, frames: PixelFrames) -
 
 
 def milliseconds(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> dict[str, float]:
-    """Per frame, the median of five batches."""
+    """Milliseconds per frame of encoding and of decoding, the medians of five batches."""
     batch = pixels_N3HW[: tokenizer.batch].unsqueeze(0)
     latents = tokenizer.encode(batch)
-    found = {}
-    for name, work, given in (
+    figures = {}
+    for name, function, argument in (
         ("encode", tokenizer.encode, batch),
         ("decode", tokenizer.decode, latents),
     ):
         times = []
         for _ in range(5):
-            began = time.perf_counter()
-            work(given).cpu()  # waits for the device
-            times.append(time.perf_counter() - began)
-        found[f"{name}_ms_per_frame"] = round(1000 * sorted(times)[2] / batch.shape[1], 3)
-    return found
+            start = time.perf_counter()
+            function(argument).cpu()  # waits for the device
+            times.append(time.perf_counter() - start)
+        figures[f"{name}_ms_per_frame"] = round(1000 * sorted(times)[2] / batch.shape[1], 3)
+    return figures
 
 
 def write(
     cfg: PretrainTokenizerConfig, model: AutoencoderDC, frames: PixelFrames, val: Tensor
 ) -> dict[str, object]:
-    """Write ``RUN/tokenizer`` and judge what was written."""
-    folder, found = Path(cfg.run.dir) / "tokenizer", cfg.evaluation
-    save_tokenizer(model, measured(model, found, frames), folder)
+    """Write ``RUN/tokenizer``, and measure the written files on the frames ``val``; returns the
+    report."""
+    folder = Path(cfg.run.dir) / "tokenizer"
+    evaluation = cfg.evaluation
+    save_tokenizer(model, measured(model, evaluation, frames), folder)
     tokenizer = load_tokenizer(folder, device=next(model.parameters()).device)
-    made, real = reconstructed(tokenizer, val), val / 2 + 0.5
+    output, real = reconstructed(tokenizer, val), val / 2 + 0.5
     report: dict[str, object] = {
-        name: round(value, 4) for name, value in reconstruction_figures(made, real).items()
+        name: round(value, 4) for name, value in reconstruction_figures(output, real).items()
     }
     latents = tokenizer.encode(val.unsqueeze(0))[0]
     report |= {
@@ -371,12 +379,11 @@ def write(
     }
     report |= milliseconds(tokenizer, val)
     report |= {"parameters": sum(p.numel() for p in model.parameters()), "sha256": tokenizer.sha256}
-    columns = min(8, found.sheet, len(val))
-    chosen = [
-        index * len(val) // max(columns, found.sheet) for index in range(max(columns, found.sheet))
-    ]
+    columns = min(8, evaluation.sheet, len(val))
+    count = max(columns, evaluation.sheet)
+    indices = [index * len(val) // count for index in range(count)]
     write_sheet(
-        Path(cfg.run.dir) / "reconstructions.png", real[chosen], made[chosen], columns=columns
+        Path(cfg.run.dir) / "reconstructions.png", real[indices], output[indices], columns=columns
     )
     origin = provenance(
         stage="tokenizer", step=cfg.train.steps, seed=cfg.run.seed, data_hash=frames.hash
@@ -393,41 +400,41 @@ def main() -> None:
     cfg = from_command_line(PretrainTokenizerConfig, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
     root, spatial = cfg.data.root, cfg.tokenizer.spatial
-    held_out = open_pixels(replace(cfg.val, root=cfg.val.root or root))
+    val_clips = open_pixels(replace(cfg.val, root=cfg.val.root or root))
     frames = PixelFrames(
         open_pixels(cfg.data), root, spatial, every=cfg.frames.keep_every, limit=cfg.frames.clips
     )
     check_batches(cfg.train, ranks, len(frames), Path(root))
-    judged = PixelFrames(
-        held_out, f"{cfg.val.root or root} ({cfg.val.split})", spatial, limit=cfg.evaluation.clips
+    val_frames = PixelFrames(
+        val_clips, f"{cfg.val.root or root} ({cfg.val.split})", spatial, limit=cfg.evaluation.clips
     )
-    val = to_unit(judged.spread(cfg.evaluation.frames))
+    val = to_unit(val_frames.spread(cfg.evaluation.frames))
     run = Run(cfg.run, ranks, config=cfg, may_change=RESUMABLE_HERE)
     training = Training(cfg, run, frames)
     origin = partial(provenance, stage="tokenizer", seed=cfg.run.seed, data_hash=frames.hash)
     ema, engine = Ema(cfg.train.ema, ranks), training.engine
     checkpointer = Checkpointer(run, cfg.train, training.engines, ema, to_yaml(cfg), origin)
-    averaged = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
+    ema_model = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
     with Loop(run, checkpointer, checkpointer.resume()) as loop:
         for step in loop:
             info, logs = training.update(step, loop.position(step))
             if info.stepped:
                 ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                ema.copy_to(averaged)
-                found = reconstruction_figures(
-                    reconstructed(as_tokenizer(averaged), val), val / 2 + 0.5
+                ema.copy_to(ema_model)
+                figures = reconstruction_figures(
+                    reconstructed(as_tokenizer(ema_model), val), val / 2 + 0.5
                 )
-                logs |= {f"val/{name}": value for name, value in found.items()}
+                logs |= {f"val/{name}": value for name, value in figures.items()}
             run.log(step, logs)
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
-    ema.copy_to(averaged)
+    ema.copy_to(ema_model)
     if ranks.is_main:
-        for name, value in write(cfg, averaged, frames, val).items():
+        for name, value in write(cfg, ema_model, frames, val).items():
             say(f"{name}: {value}")
     ranks.barrier()
     run.finish()

@@ -93,9 +93,9 @@ class StageSection:
         ``final_lr``."""
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
-        done = (update - self.warmup) / max(1, self.steps - self.warmup)
+        progress = (update - self.warmup) / max(1, self.steps - self.warmup)
         return self.final_lr + (self.lr - self.final_lr) * 0.5 * (
-            1 + math.cos(math.pi * min(1.0, done))
+            1 + math.cos(math.pi * min(1.0, progress))
         )
 
 
@@ -177,13 +177,14 @@ class Videos:
 def windows(
     video_UF3HW: Tensor, frames: int, batch: int, rng: torch.Generator
 ) -> tuple[list[int], Tensor]:
-    """Random clips, and windows of them (B, 3, T, H, W) in [-1, 1]."""
+    """The indices of ``batch`` random clips, and a random window of each, (B, 3, T, H, W) in
+    [-1, 1]."""
     clips: list[int] = torch.randint(len(video_UF3HW), (batch,), generator=rng).tolist()
     starts = torch.randint(video_UF3HW.shape[1] - frames + 1, (batch,), generator=rng).tolist()
-    cut = [
+    crops = [
         video_UF3HW[clip, start : start + frames] for clip, start in zip(clips, starts, strict=True)
     ]
-    return clips, channels_last_3d(torch.stack(cut))
+    return clips, channels_last_3d(torch.stack(crops))
 
 
 def channels_last_3d(video_BF3HW: Tensor) -> Tensor:
@@ -194,8 +195,8 @@ def channels_last_3d(video_BF3HW: Tensor) -> Tensor:
 def distil_loss(
     cfg: LossSection, model: AutoencoderKLWan, pixels: Tensor, target: Tensor, noise: Tensor
 ) -> Tensor:
-    """The encoder learns the components ``target`` (B, C, 1+k, H', W'), the decoder to read them,
-    noised."""
+    """Loss of ``distil``: the encoder learns the components ``target`` (B, C, 1+k, H', W'), and the
+    decoder learns to decode them with noise."""
     output = whole_decode(model, target + cfg.noise * noise)
     return cfg.mse * F.mse_loss(output, pixels) + F.mse_loss(whole_encode(model, pixels), target)
 
@@ -203,7 +204,8 @@ def distil_loss(
 def video_loss(
     cfg: LossSection, model: AutoencoderKLWan, pixels: Tensor, target: Tensor, noise: Tensor
 ) -> Tensor:
-    """End to end, with the components of the key frames as an anchor."""
+    """Loss of ``video``: reconstruction end to end, and the latents' distance from the components
+    of the key frames."""
     latents = whole_encode(model, pixels)
     error = whole_decode(model, latents + cfg.noise * noise) - pixels
     edges = torch.stack([error.diff(dim=dim).abs().mean() for dim in (2, 3, 4)]).sum()
@@ -212,7 +214,7 @@ def video_loss(
 
 
 def components_of(pixels_BCTHW: Tensor, components: dict[str, Tensor]) -> Tensor:
-    """(B, C, 1+k, H', W') of the key frames."""
+    """Principal components (B, C, 1+k, H', W') of the key frames."""
     keys = pixels_BCTHW[:, :, ::GROUP].transpose(1, 2).flatten(0, 1)
     flat = F.conv2d(keys, components["weight"], components["bias"], stride=PATCH)
     return flat.unflatten(0, (len(pixels_BCTHW), -1)).transpose(1, 2)
@@ -221,10 +223,11 @@ def components_of(pixels_BCTHW: Tensor, components: dict[str, Tensor]) -> Tensor
 def update(
     cfg: PretrainVae, stage: StageSection, run: Run, engine: Engine, videos: Videos, position: int
 ) -> tuple[StepInfo, Logs]:
-    """One update on this rank's part of the batch, which is a function of (seed, position); the
-    mean logs."""
-    ranks, done = run.ranks, 0 if stage is cfg.distil else cfg.distil.steps
-    rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + done + position - 1)
+    """One update on this rank's part of the batch, which depends on seed and position alone; returns
+    the mean logs of all ranks."""
+    ranks = run.ranks
+    first_update = 0 if stage is cfg.distil else cfg.distil.steps
+    rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + first_update + position - 1)
     clips, pixels = windows(
         videos.train, stage.frames[(position - 1) % len(stage.frames)], stage.batch, rng
     )
@@ -232,11 +235,11 @@ def update(
     noise = torch.randn(
         B, cfg.model.channels, 1 + (T - 1) // GROUP, H // PATCH, W // PATCH, generator=rng
     )
-    own = slice(ranks.rank * B // ranks.world, (ranks.rank + 1) * B // ranks.world)
-    pixels, noise = (on_device(part[own], ranks.device) for part in (pixels, noise))
-    with keeping(run, position, engine, clips) as kept:
+    share = slice(ranks.rank * B // ranks.world, (ranks.rank + 1) * B // ranks.world)
+    pixels, noise = (on_device(part[share], ranks.device) for part in (pixels, noise))
+    with keeping(run, position, engine, clips) as records:
         loss = engine(pixels, components_of(pixels, videos.components), noise)
-        kept.append(MicroBatch(ranks.rank, clips[own], [], loss.detach(), {"pixels": pixels}))
+        records.append(MicroBatch(ranks.rank, clips[share], [], loss.detach(), {"pixels": pixels}))
         engine.backward(loss)
         info = engine.step()
     return info, ranks.mean({"loss": float(loss.detach())}) | {
@@ -253,7 +256,8 @@ def train(
     clips: ClipSet,
     videos: Videos,
 ) -> AutoencoderKLWan:
-    """The run ``out/<name>`` from the weights of ``model``; a network with its average."""
+    """Train ``model`` in the run ``out/<name>``; returns a network with the average of its
+    weights."""
     distil = name == "distil"
     stage, loss = (cfg.distil, distil_loss) if distil else (cfg.video, video_loss)
     if stage.batch % ranks.world:
@@ -283,7 +287,7 @@ def train(
         total_updates=plan.steps,
         schedule=stage,
     )
-    ema, averaged = Ema(plan.ema, ranks), build_vae(cfg.model)
+    ema, ema_model = Ema(plan.ema, ranks), build_vae(cfg.model)
     origin = partial(provenance, stage=f"vae_{name}", seed=cfg.seed, data_hash=clips.hash)
     checkpointer = Checkpointer(run, plan, {"model": engine}, ema, to_yaml(cfg), origin)
     with Loop(run, checkpointer, checkpointer.resume()) as loop:
@@ -292,12 +296,9 @@ def train(
             if info.stepped:
                 ema.update(engine.owned())
             if step % cfg.eval_every == 0 or step in (1, stage.steps):
-                ema.copy_to(averaged)
-                logs |= (
-                    quick_psnr(averaged, cfg.eval_clips, videos.val, stills=distil)
-                    if ranks.is_main
-                    else {}
-                )
+                ema.copy_to(ema_model)
+                if ranks.is_main:
+                    logs |= quick_psnr(ema_model, cfg.eval_clips, videos.val, stills=distil)
             run.log(step, logs)
             last, request = step == stage.steps, loop.request()
             if last or request or step % cfg.save_every == 0:
@@ -305,8 +306,8 @@ def train(
             if request is Request.STOP and not last:
                 loop.leave(step)
     run.finish()
-    ema.copy_to(averaged)
-    return averaged
+    ema.copy_to(ema_model)
+    return ema_model
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -315,57 +316,58 @@ def train(
 @torch.no_grad()
 def quick_psnr(model: AutoencoderKLWan, count: int, video_UF3HW: Tensor, *, stills: bool) -> Logs:
     """PSNR in dB of ``count`` clips, or of their key frames as single frames."""
-    chosen = video_UF3HW[torch.linspace(0, len(video_UF3HW) - 1, count).long()]
+    sample = video_UF3HW[torch.linspace(0, len(video_UF3HW) - 1, count).long()]
     parts = []
-    for clips in (chosen[:, ::GROUP].flatten(0, 1).unsqueeze(1) if stills else chosen).split(4):
+    for clips in (sample[:, ::GROUP].flatten(0, 1).unsqueeze(1) if stills else sample).split(4):
         pixels = channels_last_3d(clips)
-        made = whole_decode(model, whole_encode(model, pixels)).clamp(-1, 1)
-        parts.append((made - pixels).square().mean((1, 3, 4)))
+        output = whole_decode(model, whole_encode(model, pixels)).clamp(-1, 1)
+        parts.append((output - pixels).square().mean((1, 3, 4)))
     error = torch.cat(parts)
     return {"val/psnr": psnr_of_error(error), "val/psnr_first_frame": psnr_of_error(error[:, 0])}
 
 
 @torch.no_grad()
 def evaluate(folder: Path, clips: ClipSet, video_UF3HW: Tensor) -> dict[str, object]:
-    """The written files, through :func:`load_vae`: PSNR by frame and by motion, detail and change
-    that survive."""
+    """Figures of the written VAE: PSNR by frame, motion and place, and how much detail and change
+    it keeps."""
     vae = load_vae(folder)
-    rows, began = [], time.perf_counter()
+    rows: list[tuple[Tensor, Tensor]] = []
+    start_time = time.perf_counter()
     for start in range(0, len(video_UF3HW), 8):
         real = to_unit(video_UF3HW[start : start + 8])
         rows.append((real, vae.decode(vae.encode(real))))
-    seconds = time.perf_counter() - began
-    real, made = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    report = reconstruction(real, made)
+    seconds = time.perf_counter() - start_time
+    real, output = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    report = reconstruction(real, output)
     report |= {
         "clips": len(real),
         "milliseconds_per_frame": round(1000 * seconds / (len(real) * real.shape[1]), 2),
     }
     for kind, names in (("motion", clips.motions), ("place", clips.places)):
         for name in names:
-            chosen = torch.tensor(
+            indices = torch.tensor(
                 [i for i in range(len(real)) if getattr(clips[i], kind) == name], dtype=torch.long
             )
-            if len(chosen):
-                report[f"{kind}:{name}"] = reconstruction(real[chosen], made[chosen])
+            if len(indices):
+                report[f"{kind}:{name}"] = reconstruction(real[indices], output[indices])
     return report
 
 
 @torch.no_grad()
 def export(model: AutoencoderKLWan, video_UF3HW: Tensor, folder: Path) -> None:
-    """Measure latents_mean per channel and ONE latents_std for all; write config and fp16 weights
-    in diffusers layout.
+    """Measure latents_mean per channel and one latents_std for all channels; write config and fp16
+    weights in diffusers layout.
 
-    One std keeps the strong channels strong: with a std per channel the diffusion model learns
-    texture before layout.
+    With a std per channel, the diffusion model learns texture before layout.
     """
-    chosen = video_UF3HW[torch.linspace(0, len(video_UF3HW) - 1, min(96, len(video_UF3HW))).long()]
-    means = [whole_encode(model, to_unit(part).transpose(1, 2)) for part in chosen.split(8)]
-    latents = torch.cat(means).transpose(0, 1).flatten(1)
+    sample = video_UF3HW[torch.linspace(0, len(video_UF3HW) - 1, min(96, len(video_UF3HW))).long()]
+    parts = [whole_encode(model, to_unit(part).transpose(1, 2)) for part in sample.split(8)]
+    latents = torch.cat(parts).transpose(0, 1).flatten(1)
     mean = latents.mean(1)
     std = float((latents - mean.unsqueeze(1)).square().mean().sqrt())
     model.register_to_config(
-        latents_mean=[round(float(m), 6) for m in mean], latents_std=[round(std, 6)] * len(mean)
+        latents_mean=[round(float(value), 6) for value in mean],
+        latents_std=[round(std, 6)] * len(mean),
     )
     save_vae(model.half(), folder)
 
@@ -380,8 +382,8 @@ def load_videos(clips: ClipSet, limit: int) -> Tensor:
 
 
 def claim(cfg: PretrainVae) -> None:
-    """Make ``out`` ours. UserError: it holds anything of others, or of an earlier version of this
-    script."""
+    """Make ``out`` and write its config.yaml. UserError: it holds other files, or those of an
+    earlier version of this script."""
     require_own_folder(cfg.out, ["config.yaml"], "choose another out=")
     if (cfg.out / "state.pt").exists():
         raise UserError(
@@ -400,13 +402,15 @@ def main() -> None:
             f"video.frames asks for {longest} frames; the clips in {cfg.data} have {clips['train'].frames}"
         )
     ranks.on_main(lambda: claim(cfg))
-    loaded = {split: load_videos(chosen, cfg.max_clips) for split, chosen in clips.items()}
+    splits = {
+        split: load_videos(split_clips, cfg.max_clips) for split, split_clips in clips.items()
+    }
     torch.manual_seed(cfg.seed)
     model = build_vae(cfg.model)
-    _, stills = windows(loaded["train"], 1, 1024, torch.Generator().manual_seed(cfg.seed))
+    _, stills = windows(splits["train"], 1, 1024, torch.Generator().manual_seed(cfg.seed))
     components = patch_components(stills.squeeze(2), cfg.model.channels, cfg.pca_floor)
     videos = Videos(
-        **loaded,
+        **splits,
         components={name: on_device(tensor, ranks.device) for name, tensor in components.items()},
     )
     model = train(cfg, "distil", model, ranks, clips["train"], videos)

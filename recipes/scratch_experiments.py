@@ -1,9 +1,10 @@
 """The paper's tables at a small size: SCD and Causal DiT from scratch on Doom walks with actions,
 with real metrics.
 
-    python recipes/scratch_experiments.py models --run runs/scratch    (interfaces, amortisation,
-    corruption, long, all) python recipes/scratch_experiments.py params             (and lpips
-    [--pictures]: seconds, nothing is trained)
+    # interfaces, amortisation, corruption, long or all in place of models
+    python recipes/scratch_experiments.py models --run runs/scratch
+    # params and lpips [--pictures] train nothing and take seconds
+    python recipes/scratch_experiments.py params
 
 Needs ``scd weights metrics`` once. Makes the data set (data_prep/make_doom_actions.py), encodes it
 with assets/tokenizer_doom, trains every trial of the experiment (recipes/pretrain.py), scores it
@@ -59,7 +60,7 @@ LPIPS_PICTURES = {"alex": (0.7219, 0.1376), "vgg": (0.5686, 0.4217)}
 EXPERIMENTS = ("models", "interfaces", "amortisation", "corruption", "long")
 OTHERS = ("causal", "scd_e", "scd_d")
 CONTROLS = ("reconstruction", "repeat")  # the same for every seed
-# what "scd" is among the others
+# the name of "scd" in an experiment's figure
 OWN = {"interfaces": "temporal", "amortisation": "k2", "corruption": "eta0.05"}
 GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
 
@@ -67,8 +68,8 @@ GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
 def scd(
     encoder: int, decoder: int, fusion: str = "paper", rope: str = "temporal"
 ) -> tuple[str, ...]:
-    """Overrides of an SCD of so many layers (half of the paper's); the decoder at twice the
-    learning rate, as in the released code."""
+    """Overrides for an SCD with ``encoder`` and ``decoder`` layers (half of the paper's); the decoder
+    has twice the learning rate, as in the released code."""
     layers = list(range(encoder)), list(range(encoder, encoder + decoder))
     return (
         "model.family=scd",
@@ -118,7 +119,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for."""
+    """The command line's values."""
 
     run: Path
     steps: int
@@ -131,7 +132,7 @@ class Plan:
         return self.run / "doom"
 
     def quarters(self, trial: str) -> list[int]:
-        """Every quarter of --steps, to the trial's last update."""
+        """The updates after each quarter of --steps, to the trial's last one."""
         return [self.steps * eighths // 8 for eighths in range(2, TRIALS[trial].eighths + 1, 2)]
 
     def data_steps(self) -> list[Group]:
@@ -139,12 +140,12 @@ class Plan:
             "data_prep/make_doom_actions.py", str(self.data), "--workers", "2", "--seed", "1"
         )
         count = ["--train", str(self.train), "--test", str(self.test)]
-        made = Step("clips", [*render, *count], 300, outputs=[self.data])
+        clips = Step("clips", [*render, *count], 300, outputs=[self.data])
         encode = python_command(
             "data_prep/teco_minecraft.py", "--root", str(self.data), "--tokenizer", TOKENIZER
         )
 
-        def encoded(split: str) -> Step:
+        def encode_step(split: str) -> Step:
             out = self.run / "latents" / split
             return Step(
                 f"encode-{split}",
@@ -154,17 +155,17 @@ class Plan:
                 [out],
             )
 
-        return [[made], [encoded("train"), encoded("test")]]
+        return [[clips], [encode_step("train"), encode_step("test")]]
 
     def document(self) -> dict[str, Any]:
         """What scratch.json holds so far."""
         file = self.run / "scratch.json"
-        known = (
+        content = (
             read_json(file, "remove it")
             if file.is_file()
             else {"steps": self.steps, "test_clips": self.test}
         )
-        return dict[str, Any](known)
+        return dict[str, Any](content)
 
     def folder(self, trial: str, seed: int) -> Path:
         return self.run / "trials" / f"{trial}-{seed}"
@@ -172,24 +173,30 @@ class Plan:
     def training(self, trial: Trial, seed: int) -> Step:
         latents = [f"data={self.run / 'latents' / 'train'}", f"val={self.run / 'latents' / 'test'}"]
         steps = self.steps * trial.eighths // 8
-        places = [
+        run_fields = [
             f"run.dir={self.folder(trial.name, seed)}",
             f"run.seed={seed}",
             f"train.steps={steps}",
         ]
-        often = [f"train.keep_every={self.steps // 8}", f"train.save_every={self.steps // 8}"]
+        intervals = [f"train.keep_every={self.steps // 8}", f"train.save_every={self.steps // 8}"]
         command = python_command(
-            "recipes/pretrain.py", "--config", CONFIG, *latents, *places, *often, *trial.overrides
+            "recipes/pretrain.py",
+            "--config",
+            CONFIG,
+            *latents,
+            *run_fields,
+            *intervals,
+            *trial.overrides,
         )
         seconds, folder = trial.seconds * steps / 480, self.folder(trial.name, seed)
-        left = [folder / "checkpoints", folder / "metrics.jsonl"]
-        return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD, left)
+        outputs = [folder / "checkpoints", folder / "metrics.jsonl"]
+        return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD, outputs)
 
-    def scoring(self, trial: str, seed: int, name: str, *more: str, step: int = 0) -> Step:
+    def scoring(self, trial: str, seed: int, name: str, *extra_fields: str, step: int = 0) -> Step:
         """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint
         or of ``step``."""
         checkpoint, out = self.folder(trial, seed), self.run / "scores" / f"{name}-{seed}"
-        given = [
+        fields = [
             f"checkpoint={checkpoint / 'checkpoints' / f'step_{step:08d}' if step else checkpoint}",
             f"tokenizer={TOKENIZER}",
             f"pixels={{kind: teco, root: {self.data}, split: test}}",
@@ -199,7 +206,7 @@ class Plan:
             "batch=16",
             "videos=4",
         ]
-        command = python_command("recipes/evaluate_prediction.py", *given, *more)
+        command = python_command("recipes/evaluate_prediction.py", *fields, *extra_fields)
         return Step(
             f"score-{name}-{seed}",
             command,
@@ -213,31 +220,32 @@ class Plan:
         folder = self.run / "scores" / f"{name}-{seed}"
         result = PredictionResult.read(folder / "result.json")
         cost: dict[str, Any] = read_json(folder / "cost.json", "remove it and run again")
-        found = {figure: round(value.value, 4) for figure, value in result.figures.items()}
-        kept = (
+        figures = {figure: round(value.value, 4) for figure, value in result.figures.items()}
+        columns = (
             "parameters",
             "block_passes_per_frame",
             "seconds_per_frame",
             "seconds_to_first_frame",
         )
-        timing = {key: round(cost[key], 4) for key in kept if key in cost}
+        timing = {key: round(cost[key], 4) for key in columns if key in cost}
         if name.endswith("-long"):
             timing["by_frame"] = cost["by_frame"]
         curves = {
             name: [round(value, 4) for value in curve] for name, curve in result.curves.items()
         }
-        return found | timing | {"curves": curves}
+        return figures | timing | {"curves": curves}
 
     def log(self, trial: str, seed: int) -> list[dict[str, Any]]:
-        """The training's own lines."""
+        """The lines of the training's metrics.jsonl."""
         return read_jsonl(self.folder(trial, seed) / "metrics.jsonl", "train it again")
 
     def seconds_per_update(self, trial: str, seed: int) -> float:
-        """The least logged time of an update: whatever shares the machine only adds to it."""
-        found = [row["perf/seconds"] for row in self.log(trial, seed) if "perf/seconds" in row]
-        if not found:
+        """The least logged seconds of an update, as other processes only add to it. UserError: no
+        time is logged."""
+        times = [row["perf/seconds"] for row in self.log(trial, seed) if "perf/seconds" in row]
+        if not times:
             raise UserError(f"{self.folder(trial, seed)}: no times in metrics.jsonl; train again")
-        return min(found)
+        return min(times)
 
 
 def train_and_score(plan: Plan, experiment: str) -> list[Group]:
@@ -251,21 +259,21 @@ def train_and_score(plan: Plan, experiment: str) -> list[Group]:
 
 
 def equal_time(plan: Plan) -> list[Group]:
-    """The other models once more, as they were after the training seconds that all of SCD's updates
-    took."""
-    scored: list[Step] = []
+    """Score the other models at the checkpoint nearest to the training seconds that all of SCD's
+    updates took."""
+    steps: list[Step] = []
     eighth = plan.steps // 8
     for seed in plan.seeds:
         budget = plan.steps * plan.seconds_per_update("scd", seed)
         for name in OTHERS:
             eighths = round(budget / plan.seconds_per_update(name, seed) / eighth)
             step = eighth * min(8, max(1, eighths))
-            scored.append(plan.scoring(name, seed, f"{name}-time", step=step))
-    return [scored]
+            steps.append(plan.scoring(name, seed, f"{name}-time", step=step))
+    return [steps]
 
 
 def extra(plan: Plan, experiment: str) -> list[Group]:
-    """What an experiment scores beside its trials."""
+    """Scorings of an experiment besides those of its trials at equal steps."""
     steps: list[Step] = []
     for seed in plan.seeds:
         if experiment == "corruption":
@@ -276,18 +284,18 @@ def extra(plan: Plan, experiment: str) -> list[Group]:
                 for s in GUIDANCE
             ]
         if experiment == "amortisation":
-            fewer = [f"custom.clips={min(24, plan.test)}", "fvd=false"]
+            small_protocol = [f"custom.clips={min(24, plan.test)}", "fvd=false"]
             steps += [
-                plan.scoring(name, seed, f"{name}-{step}", *fewer, step=step)
+                plan.scoring(name, seed, f"{name}-{step}", *small_protocol, step=step)
                 for name in TABLES[experiment]
                 for step in plan.quarters(name)
             ]
             steps.append(plan.scoring("k1", seed, "k1-time", step=plan.quarters("k1")[-1]))
         if experiment == "long":
             protocol = "custom={context: 36, generated: 264, clips: 8, resolution: 128}"
-            long = [protocol, "fvd=false", "rollout.window=15", "timed=264", "batch=8"]
+            long_protocol = [protocol, "fvd=false", "rollout.window=15", "timed=264", "batch=8"]
             steps += [
-                plan.scoring(name, seed, f"{name}-long", *long, step=plan.steps)
+                plan.scoring(name, seed, f"{name}-long", *long_protocol, step=plan.steps)
                 for name in TABLES[experiment]
             ]
     if experiment == "models":
@@ -307,18 +315,18 @@ def collect(plan: Plan, experiment: str) -> dict[str, Any]:
     )
     if experiment == "long":
         names = [f"{name}-long" for name in TABLES[experiment]]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in names:
         seeds = plan.seeds[:1] if name in CONTROLS else plan.seeds
-        found[name] = {str(seed): plan.result(name, seed) for seed in seeds}
+        results[name] = {str(seed): plan.result(name, seed) for seed in seeds}
     if experiment in ("amortisation", "models"):
         for name in TABLES[experiment]:
             for seed in plan.seeds:
-                row = found[name][str(seed)]
+                row = results[name][str(seed)]
                 row["seconds_per_update"] = round(plan.seconds_per_update(name, seed), 4)
                 if experiment == "amortisation":
                     row["by_time"] = by_time(plan, name, seed)
-    return found
+    return results
 
 
 def by_time(plan: Plan, name: str, seed: int) -> dict[str, list[float]]:
@@ -337,7 +345,7 @@ def by_time(plan: Plan, name: str, seed: int) -> dict[str, list[float]]:
 
 @dataclass
 class Sized:
-    """A model's own configuration file."""
+    """The fields of a model's configuration file that :func:`params` reads."""
 
     model: ModelConfig
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -346,7 +354,7 @@ class Sized:
 def params() -> dict[str, Any]:
     """Table 2's sizes, counted on the meta device, with Minecraft's three actions; block passes of
     a frame at 50 steps (Causal DiT's clean pass of the frame before it included)."""
-    found = {}
+    results = {}
     for name, (millions, passes) in SIZES.items():
         file = Path(CONFIG).with_name(f"pretrain_{name}.yaml")
         config = load_config(Sized, file, ["model.dit.num_actions=3"]).model
@@ -356,24 +364,22 @@ def params() -> dict[str, Any]:
         one, two = (
             block_passes(model, 2, steps) - block_passes(model, 1, steps) for steps in (1, 2)
         )
-        counted, at_50 = (
-            sum(parameter.numel() for parameter in model.parameters()),
-            one + 49 * (two - one),
-        )
-        found[name] = {
-            "parameters": counted,
+        parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        passes_50 = one + 49 * (two - one)
+        results[name] = {
+            "parameters": parameter_count,
             "paper_millions": millions,
-            "block_passes": at_50,
+            "block_passes": passes_50,
             "paper_passes": passes,
         }
         say(
-            f"{name}: {counted / 1e6:.1f} M (paper {millions}), {at_50} block passes (paper {passes})"
+            f"{name}: {parameter_count / 1e6:.1f} M (paper {millions}), {passes_50} block passes (paper {passes})"
         )
-    return found
+    return results
 
 
 def block_passes(model: Student, frames: int, steps: int) -> int:
-    """Block passes of so many frames, generated on the meta device."""
+    """Block passes of generating ``frames`` frames in ``steps`` steps, counted on the meta device."""
     cond = Conditioning.of_frames(1, torch.zeros(1, frames, dtype=torch.long)).to("meta")
     noise = torch.empty(1, frames, model.cfg.in_channels, 8, 8, device="meta")
     with torch.no_grad(), BlockPassCounter(model, DitBlock) as counter:
@@ -382,30 +388,34 @@ def block_passes(model: Student, frames: int, steps: int) -> int:
 
 
 def lpips(pictures: Path | None) -> dict[str, Any]:
-    """LPIPS with the real weights on seeded noise; VGG beside published values. ``pictures``: imgs/
-    of the lpips repository, which is in no package, beside its documented values."""
-    draw = np.random.RandomState(123)
-    one, other = (torch.from_numpy(draw.rand(10, 3, 100, 100)).float()[None] for _ in range(2))
-    found: dict[str, Any] = {"vgg_published": list(LPIPS_VGG)}
+    """LPIPS with the real weights on seeded noise, VGG's beside published values. ``pictures``: the
+    folder imgs/ of the lpips repository, to measure its pictures beside their documented values."""
+    rng = np.random.RandomState(123)
+    first_pictures, second_pictures = (
+        torch.from_numpy(rng.rand(10, 3, 100, 100)).float()[None] for _ in range(2)
+    )
+    results: dict[str, Any] = {"vgg_published": list(LPIPS_VGG)}
     trunks: tuple[Trunk, ...] = ("alex", "vgg")
     for trunk in trunks:
         network = Lpips.load(trunk)
-        found[trunk] = [round(value, 5) for value in network(one, other)[0].tolist()]
+        results[trunk] = [
+            round(value, 5) for value in network(first_pictures, second_pictures)[0].tolist()
+        ]
         if pictures is not None:
-            reference, *shown = (
+            reference, *distorted = (
                 picture(pictures / f"ex_{name}.png") for name in ("ref", "p0", "p1")
             )
-            found[f"{trunk}_pictures"] = values = [
-                round(float(network(each, reference)), 4) for each in shown
+            results[f"{trunk}_pictures"] = values = [
+                round(float(network(image, reference)), 4) for image in distorted
             ]
             say(
                 f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})"
             )
-    found["vgg_largest_error"] = max(
-        abs(a - b) for a, b in zip(found["vgg"], LPIPS_VGG, strict=True)
+    results["vgg_largest_error"] = max(
+        abs(a - b) for a, b in zip(results["vgg"], LPIPS_VGG, strict=True)
     )
-    say(f"LPIPS VGG: largest difference to the published values {found['vgg_largest_error']:.2g}")
-    return found
+    say(f"LPIPS VGG: largest difference to the published values {results['vgg_largest_error']:.2g}")
+    return results
 
 
 def picture(file: Path) -> Tensor:
@@ -423,25 +433,25 @@ def picture(file: Path) -> Tensor:
 QUICK = ("params", "lpips")
 
 
-def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
-    """Figures of an experiment, of its first seed."""
+def draw(plan: Plan, experiment: str, results: dict[str, Any]) -> list[Path]:
+    """Draw an experiment's figures; returns their files. Curves of "long" are of the first seed."""
     folder, seed = plan.run / "figures", str(plan.seeds[0])
-    found = {
-        OWN.get(experiment, name) if name == "scd" else name: rows for name, rows in found.items()
+    results = {
+        OWN.get(experiment, name) if name == "scd" else name: rows for name, rows in results.items()
     }
     if experiment == "long":
         files = []
-        drawn = {
+        measures = {
             "psnr": "PSNR, dB",
             "lpips": "LPIPS",
             "seconds": "seconds of the frame",
             "memory_gib": "GiB held",
         }
-        for measure, unit in drawn.items():
+        for measure, unit in measures.items():
             part = "curves" if measure in ("psnr", "lpips") else "by_frame"
             curves = {
                 name.removesuffix("-long"): rows[seed][part][measure]
-                for name, rows in found.items()
+                for name, rows in results.items()
             }
             lines = {
                 name: (list(range(1, len(curve) + 1)), curve) for name, curve in curves.items()
@@ -453,7 +463,7 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
     if experiment == "amortisation":
         runs = [
             (f"{name}, seed {number}", row)
-            for name, rows in found.items()
+            for name, rows in results.items()
             for number, row in rows.items()
         ]
         lines = {
@@ -464,7 +474,7 @@ def draw(plan: Plan, experiment: str, found: dict[str, Any]) -> list[Path]:
         return [curve_figure(folder / "amortisation.png", lines, "training seconds", "LPIPS")]
     values = {
         name: {measure: [row[measure] for row in rows.values()] for measure in ("fvd", "lpips")}
-        for name, rows in found.items()
+        for name, rows in results.items()
     }
     return [group_figure(folder / f"{experiment}.png", values)]
 
@@ -494,7 +504,7 @@ def main() -> None:
 
 
 def make(plan: Plan, args: argparse.Namespace) -> None:
-    """The experiments that were asked for, each into scratch.json when it is done."""
+    """Run the experiments of the command line; each is written into scratch.json when it is done."""
     file = plan.run / "scratch.json"
     for name in QUICK if args.experiment == "all" else {args.experiment} & set(QUICK):
         write_json(
@@ -503,14 +513,8 @@ def make(plan: Plan, args: argparse.Namespace) -> None:
     if args.experiment in QUICK:
         return
     run_steps(plan.run, plan.data_steps(), 2)
-    chosen = (
-        EXPERIMENTS
-        if args.experiment == "all"
-        else ()
-        if args.experiment == "data"
-        else (args.experiment,)
-    )
-    for experiment in chosen:
+    groups: dict[str, tuple[str, ...]] = {"all": EXPERIMENTS, "data": ()}
+    for experiment in groups.get(args.experiment, (args.experiment,)):
         run_steps(plan.run, train_and_score(plan, experiment), 2)
         if experiment == "models":
             run_steps(plan.run, equal_time(plan), 2)

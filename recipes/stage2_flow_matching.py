@@ -41,9 +41,10 @@ from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 
 def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:
-    """The student, with its whole loss as one engine forward."""
+    """The student's engine; its forward pass is the whole loss."""
     for trunk in student.trunks():
-        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+        trunk.checkpointing = cfg.checkpointing
+        trunk.recompute_attention = cfg.recompute_attention
 
     def loss_fn(
         model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator
@@ -68,23 +69,25 @@ def update(
     reads: Prefetch[LatentBatch],
     position: int,
 ) -> tuple[StepInfo, Logs]:
-    """One update of all micro-batches; the mean logs of all ranks."""
+    """One update over all micro-batches; returns the mean logs of all ranks."""
     sums: Logs = {}
     samples = epoch_order(cfg.run.seed, position - 1, cfg.train.global_batch, len(clips))
-    now, later = (
+    batches, next_batches = (
         micro_batches(cfg.train, cfg.run.seed, run.ranks, step, len(clips))
         for step in (position - 1, position)
     )
-    reads.expect(indices for _, indices in (*now, *later))
-    with keeping(run, position, engine, samples) as kept:
-        for number, indices in now:
-            read = reads.batch(indices)
-            batch = read.to(run.ranks.device)
+    reads.expect(indices for _, indices in (*batches, *next_batches))
+    with keeping(run, position, engine, samples) as records:
+        for number, indices in batches:
+            host_batch = reads.batch(indices)
+            batch = host_batch.to(run.ranks.device)
             loss, logs = engine(
                 batch.latents_BFCHW, batch.text, generator(cfg.run.seed, "loss", position, number)
             )
-            kept.append(
-                MicroBatch(number, indices, clips.texts(indices), loss.detach(), read.tensors())
+            records.append(
+                MicroBatch(
+                    number, indices, clips.texts(indices), loss.detach(), host_batch.tensors()
+                )
             )
             engine.backward(loss)
             info = engine.step()
@@ -128,33 +131,33 @@ def main() -> None:
         data_hash=clips.hash,
         extra={"video": pixel_shape(clips.shape)},
     )
-    ema, averaged = Ema(cfg.train.ema, ranks), build_student(parent.model)
+    ema, ema_model = Ema(cfg.train.ema, ranks), build_student(parent.model)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
-    seen = [0, len(val) // 2]
+    preview_clips = [0, len(val) // 2]
     preview = Preview(
         parent.base,
-        val.batch(seen).text,
+        val.batch(preview_clips).text,
         val.shape,
         cfg.sampler.build(),
         run.dir / "videos",
-        texts=val.texts(seen),
+        texts=val.texts(preview_clips),
         cfg=cfg.preview,
     )
     reads = Prefetch(clips.stored, cfg.train.prefetch)
     start = checkpointer.resume()
     if start == 0:
-        averaged.load_state_dict(engine.fp32_masters())
-        show_previews(preview, averaged, 0, ranks, run.video)
+        ema_model.load_state_dict(engine.fp32_masters())
+        show_previews(preview, ema_model, 0, ranks, run.video)
     with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = update(cfg, run, engine, clips, reads, loop.position(step))
             if info.stepped:
                 ema.update(engine.owned())
             if step % cfg.train.validate_every == 0 or step == cfg.train.steps:
-                ema.copy_to(averaged)
-                logs |= validate(averaged, val, cfg.loss, cfg.validation_clips, ranks)
+                ema.copy_to(ema_model)
+                logs |= validate(ema_model, val, cfg.loss, cfg.validation_clips, ranks)
                 checkpointer.note_best(step, logs["val/loss"])
-                logs |= show_previews(preview, averaged, step, ranks, run.video)
+                logs |= show_previews(preview, ema_model, step, ranks, run.video)
             run.log(step, logs)
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:

@@ -75,7 +75,8 @@ class Rollouts:
 
 @dataclass
 class Distillation:
-    """The two kinds of update, on this rank. ``step`` places prompts and random numbers."""
+    """The updates of student and critic on this rank. ``step`` decides their prompts and random
+    numbers."""
 
     cfg: Stage3Config
     run: Run
@@ -90,8 +91,9 @@ class Distillation:
 
     def roll_out(self, step: int, turn: int) -> Rollouts:
         """New clips of the student for the critic."""
-        seed, place, size = self.cfg.run.seed + 1, self._place(step, turn), len(self.prompts)
-        parts = []
+        seed, place = self.cfg.run.seed + 1, self._place(step, turn)
+        size = len(self.prompts)
+        parts: list[Rollout] = []
         for number, indices in micro_batches(self.cfg.train, seed, self.ranks, place, size):
             cond = self._cond(indices)
             with torch.no_grad():
@@ -103,26 +105,29 @@ class Distillation:
         return Rollouts(epoch_order(seed, place, self.cfg.train.global_batch, size), parts)
 
     def update_critic(self, step: int, turn: int, rollouts: Rollouts) -> Logs:
-        """The critic learns to denoise what the student makes, noised anew. This rank's mean
-        logs."""
-        cfg, sums = self.cfg, dict[str, float]()
-        with keeping(self.run, step, self.critic, rollouts.samples, f"critic{turn}") as kept:
+        """One update of the critic: it learns to denoise the rollouts with new noise. Returns this
+        rank's mean logs."""
+        cfg = self.cfg
+        sums: Logs = {}
+        with keeping(self.run, step, self.critic, rollouts.samples, f"critic{turn}") as records:
             for part in rollouts.parts:
                 rng = generator(cfg.run.seed, "critic", step, turn, part.number)
                 loss, logs = critic_loss(self.critic, part.x_0, part.cond, cfg.loss, rng)
-                kept.append(self._kept(part, loss))
+                records.append(self._record(part, loss))
                 self.critic.backward(loss)
                 info = self.critic.step()
                 add_to(sums, {"critic/loss": logs["critic/loss"]}, self.critic.micro_batches)
         return sums | {"critic/grad_norm": info.grad_norm}
 
     def update_student(self, step: int) -> tuple[StepInfo, Logs, Rollouts]:
-        """The student learns by distribution matching, through its whole rollout. This rank's mean
-        logs."""
-        cfg, sums, parts = self.cfg, dict[str, float](), list[Rollout]()
+        """One update of the student by distribution matching, through its whole rollout. Returns
+        this rank's mean logs and the rollouts."""
+        cfg = self.cfg
+        sums: Logs = {}
+        parts: list[Rollout] = []
         samples = epoch_order(cfg.run.seed, step - 1, cfg.train.global_batch, len(self.prompts))
         negative = self.prompts.negative.to(self.ranks.device)
-        with keeping(self.run, step, self.student, samples) as kept:
+        with keeping(self.run, step, self.student, samples) as records:
             for number, indices in micro_batches(
                 cfg.train, cfg.run.seed, self.ranks, step - 1, len(self.prompts)
             ):
@@ -131,28 +136,30 @@ class Distillation:
                 rng = generator(cfg.run.seed, "dmd", step, number)
                 loss, logs = dmd_loss(x_0, self.teacher, self.critic, cond, negative, cfg.loss, rng)
                 parts.append(Rollout(number, indices, cond, x_0.detach()))
-                kept.append(self._kept(parts[-1], loss))
+                records.append(self._record(parts[-1], loss))
                 self.student.backward(loss)
                 info = self.student.step()
                 add_to(sums, logs, self.student.micro_batches)
         return info, sums | {"grad_norm": info.grad_norm, "lr": info.lr}, Rollouts(samples, parts)
 
     def turns(self, step: int) -> tuple[range, range]:
-        """The critic's updates of a step, before and after the student's."""
+        """The numbers of the critic's updates of a step, before and after the student's update."""
         cfg = self.cfg
-        own = cfg.critic_data == "own"
-        before = (cfg.critic_warmup if step == 1 else 0) + (cfg.ratio if own else 0)
-        return range(before), range(before, before + (0 if own else cfg.ratio))
+        warmup = cfg.critic_warmup if step == 1 else 0
+        if cfg.critic_data == "own":
+            return range(warmup + cfg.ratio), range(0)
+        return range(warmup), range(warmup, warmup + cfg.ratio)
 
     def read_ahead(self, step: int, turns: range) -> None:
-        """Prompts in the order in which this step and the next ask for them; ``turns``: the
-        critic's of this step."""
+        """Begin to encode the prompts of this step and the next, in their order. ``turns``: the
+        critic's updates of this step."""
         self.reads.expect(
             self._prompts_of(step, turns) + self._prompts_of(step + 1, self.turns(step + 1)[0])
         )
 
     def _prompts_of(self, step: int, turns: range) -> list[list[int]]:
-        """The critic's in ``turns``, then the student's."""
+        """Prompt indices of every micro-batch: of the critic's updates ``turns``, then of the
+        student's update."""
         seed = self.cfg.run.seed
         places = [
             (seed + 1, self._place(step, turn)) for turn in turns if turn % self.cfg.reuse == 0
@@ -166,15 +173,15 @@ class Distillation:
         ]
 
     def _place(self, step: int, turn: int) -> int:
-        """Of a critic update in the order of its prompts."""
+        """The position of a critic's update in the order of its prompts."""
         return (step - 1) * (self.cfg.ratio + 1) + turn
 
     def _cond(self, indices: Sequence[int]) -> Conditioning:
         return self.reads.batch(indices).to(self.ranks.device)
 
     def _rollout(self, cond: Conditioning, name: str, step: int, turn: int, number: int) -> Tensor:
-        """One engine forward = one whole self-rollout. The exit step is the same on all ranks and
-        micro-batches."""
+        """Clips (B, F, C, H, W) of one self-rollout, which is one forward pass of the engine. The
+        exit step is the same on all ranks and micro-batches."""
         seed = self.cfg.run.seed
         exit_step = int(
             torch.randint(
@@ -186,51 +193,53 @@ class Distillation:
         x_0: Tensor = self.student(noise, cond, exit_step, rng)
         return x_0
 
-    def _kept(self, part: Rollout, loss: Tensor) -> MicroBatch:
+    def _record(self, part: Rollout, loss: Tensor) -> MicroBatch:
         tensors = {"rollout": part.x_0, "text": part.cond.text_BLE}
         return MicroBatch(
             part.number, part.indices, self.prompts.texts(part.indices), loss.detach(), tensors
         )
 
 
-def update(parts: Distillation, step: int, before: range, after: range) -> tuple[StepInfo, Logs]:
-    """One student update, with the critic's updates ``before`` and ``after`` it; the mean logs of
-    all ranks."""
-    parts.read_ahead(step, before)
-    for turn in before:  # the critic learns what the student makes now
-        if turn % parts.cfg.reuse == 0:
-            rollouts = parts.roll_out(step, turn)
-        critic_logs = parts.update_critic(step, turn, rollouts)
-    info, logs, rollouts = parts.update_student(step)
-    for turn in after:  # critic_data=student: it learns from the student's rollouts
-        critic_logs = parts.update_critic(step, turn, rollouts)
-    return info, parts.ranks.mean(logs | critic_logs)
+def update(
+    distillation: Distillation, step: int, turns_before: range, turns_after: range
+) -> tuple[StepInfo, Logs]:
+    """One update of the student, with the critic's updates before and after it; returns the mean
+    logs of all ranks."""
+    distillation.read_ahead(step, turns_before)
+    for turn in turns_before:
+        if turn % distillation.cfg.reuse == 0:
+            rollouts = distillation.roll_out(step, turn)
+        critic_logs = distillation.update_critic(step, turn, rollouts)
+    info, logs, rollouts = distillation.update_student(step)
+    for turn in turns_after:  # critic_data=student
+        critic_logs = distillation.update_critic(step, turn, rollouts)
+    return info, distillation.ranks.mean(logs | critic_logs)
 
 
 def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) -> Logs:
-    """Collapse monitors; keeps the smoothed |x0_fake - x0_real| and the newest healthy step in
+    """Collapse monitors; writes the smoothed |x0_fake - x0_real| and the newest healthy step into
     ``record``.
 
-    A distillation that collapses shows |fake - real| falling, then climbing several times over, and
-    the std leaving the data's. Short of that the distance only wanders with the noise levels drawn,
-    and its lowest step says nothing: a step is healthy while the distance stays within
-    ``healthy_within`` of its lowest and the std in ``std_range``. A step that was not finite says
-    nothing.
+    In a collapse |fake - real| falls, then rises to a multiple of its lowest value, and the std
+    leaves the data's range. Without a collapse the distance varies with the random noise levels, so
+    that its lowest step is not the best one. A step is healthy if the distance is at most
+    ``healthy_within`` times its lowest and the std ratio is in ``std_range``. Steps that are not
+    finite are ignored.
     """
     if not math.isfinite(logs["dmd/fake_real"] + logs["rollout/std"]):
         return {}
-    smoothed = 0.9 * record.get("fake_real", logs["dmd/fake_real"]) + 0.1 * logs["dmd/fake_real"]
-    record["fake_real"] = smoothed
-    record["lowest"] = min(smoothed, record.get("lowest", smoothed))
+    distance = 0.9 * record.get("fake_real", logs["dmd/fake_real"]) + 0.1 * logs["dmd/fake_real"]
+    record["fake_real"] = distance
+    record["lowest"] = min(distance, record.get("lowest", distance))
     ratio = logs["rollout/std"] / cfg.data_std
-    sane = (
+    healthy = (
         cfg.std_range[0] <= ratio <= cfg.std_range[1]
-        and smoothed <= cfg.healthy_within * record["lowest"]
+        and distance <= cfg.healthy_within * record["lowest"]
     )
-    if sane and step >= min(10, cfg.train.steps):
+    if healthy and step >= min(10, cfg.train.steps):
         record["best_step"] = float(step)
     return {
-        "monitor/fake_real": smoothed,
+        "monitor/fake_real": distance,
         "monitor/std_ratio": ratio,
         "monitor/best_step": record.get("best_step", 0.0),
     }
@@ -239,13 +248,13 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
 def check(
     cfg: Stage3Config, ranks: Ranks, student: Student, latent: VideoShape, prompts: Prompts
 ) -> None:
-    """Everything that can be wrong with the inputs, before anything is written: shapes, text,
-    batches, both Wans."""
+    """UserError for shapes, text states or batch sizes that do not fit the student and both Wans,
+    before anything is written."""
     for name, path in (("teacher", cfg.teacher), ("critic", cfg.critic)):
         wan = read_wan_config(Path(path))
-        where = f"video, for {name} {path}"
+        place = f"video, for {name} {path}"
         check_shape(
-            latent, where, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk
+            latent, place, wan.in_channels, (wan.patch_height, wan.patch_width), student.chunk
         )
         check_text(prompts, wan.text_dim)
     check_batches(cfg.train, ranks, len(prompts), prompts.where)
@@ -254,7 +263,7 @@ def check(
 def model_flops(
     cfg: Stage3Config, student: ModelConfig, latent: VideoShape, prompts: Prompts
 ) -> float:
-    """Of one step, all ranks together."""
+    """FLOPs of one step, of all ranks together."""
     teacher, critic = (read_wan_config(Path(path)) for path in (cfg.teacher, cfg.critic))
     return PlanJob(cfg, student, latent, teacher, critic, prompts.length).model_flops()
 
@@ -262,6 +271,7 @@ def model_flops(
 def build(
     cfg: Stage3Config, run: Run, student: Student, prompts: Prompts, latent: VideoShape
 ) -> Distillation:
+    """The three engines and the prompts, ready to train."""
     sampler, ranks = FewStepSampler(cfg.sampler.times), run.ranks
     if isinstance(prompts, LivePrompts):
         prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
@@ -275,7 +285,8 @@ def build(
 
     critic = load_wan(Path(cfg.critic))
     for trunk in (*student.trunks(), critic.trunk):
-        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+        trunk.checkpointing = cfg.checkpointing
+        trunk.recompute_attention = cfg.recompute_attention
     engine = partial(
         build_engine,
         ranks=ranks,
@@ -299,17 +310,17 @@ def build(
     )
 
 
-def preview_of(parts: Distillation, base: str, latent: VideoShape) -> Preview:
-    """Validation videos of the first and the middle prompt."""
-    seen = [0, len(parts.prompts) // 2]
+def preview_of(distillation: Distillation, base: str, latent: VideoShape) -> Preview:
+    """The preview that makes validation videos of the first and the middle prompt."""
+    indices = [0, len(distillation.prompts) // 2]
     return Preview(
         base,
-        parts.reads.batch(seen),
+        distillation.reads.batch(indices),
         latent,
-        parts.sampler,
-        parts.run.dir / "videos",
-        texts=parts.prompts.texts(seen),
-        cfg=parts.cfg.preview,
+        distillation.sampler,
+        distillation.run.dir / "videos",
+        texts=distillation.prompts.texts(indices),
+        cfg=distillation.cfg.preview,
     )
 
 
@@ -327,7 +338,7 @@ def main() -> None:
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
         run.flops_per_step = model_flops(cfg, parent.model, latent, prompts)
-    parts = build(cfg, run, student, prompts, latent)
+    distillation = build(cfg, run, student, prompts, latent)
     description = to_yaml(
         dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
     )
@@ -345,32 +356,32 @@ def main() -> None:
             **cfg.loss.guidance.logs(),
         },
     )
-    engines = {"model": parts.student, "critic": parts.critic}
-    ema, averaged = Ema(cfg.train.ema, ranks), build_student(parent.model)
+    engines = {"model": distillation.student, "critic": distillation.critic}
+    ema, ema_model = Ema(cfg.train.ema, ranks), build_student(parent.model)
     checkpointer = Checkpointer(run, cfg.train, engines, ema, description, origin)
-    preview = preview_of(parts, parent.base, latent)
+    preview = preview_of(distillation, parent.base, latent)
     start = checkpointer.resume()
     if start == 0:
-        averaged.load_state_dict(parts.student.fp32_masters())
-        show_previews(preview, averaged, 0, ranks, run.video)
+        ema_model.load_state_dict(distillation.student.fp32_masters())
+        show_previews(preview, ema_model, 0, ranks, run.video)
     with Loop(run, checkpointer, start) as loop:
         for step in loop:
-            info, logs = update(parts, loop.position(step), *parts.turns(step))
+            info, logs = update(distillation, loop.position(step), *distillation.turns(step))
             if info.stepped:
-                ema.update(parts.student.owned())
+                ema.update(distillation.student.owned())
             logs |= watch(checkpointer.record, logs, cfg, step)
             if checkpointer.record.get("best_step") == step:
                 checkpointer.extra["best"] = ema.copy()
             if step % cfg.train.validate_every == 0:
-                ema.copy_to(averaged)
-                logs |= show_previews(preview, averaged, step, ranks, run.video)
+                ema.copy_to(ema_model)
+                logs |= show_previews(preview, ema_model, step, ranks, run.video)
             run.log(step, logs)
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
-    parts.reads.close()
+    distillation.reads.close()
     run.finish()
 
 

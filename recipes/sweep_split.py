@@ -1,8 +1,8 @@
 """Where to cut: several encoder / decoder splits of one teacher under the same short budget
 (supplement E.3).
 
-    python recipes/sweep_split.py --run runs/sweep          (--latents runs/demo/latents: those of
-    'make demo')
+    python recipes/sweep_split.py --run runs/sweep
+    python recipes/sweep_split.py --latents runs/demo/latents    # those of 'make demo'
 
 Splits: both ends (the paper's), encoder-heavier, decoder-heavier, the naive cut into early and late
 layers, and what leaving single blocks out proposes (probe P7). Each goes through stages 1 and 2 and
@@ -60,20 +60,21 @@ class Cut:
 
     @property
     def overrides(self) -> list[str]:
-        """For stage 1."""
+        """Overrides for stage 1."""
         decoder = f"decoder: {{layers: {list(self.decoder)}, fusion: delta}}"
         return [f"scd={{encoder_layers: {list(self.encoder)}, {decoder}}}"]
 
     @property
     def work(self) -> float:
-        """Block passes of one training update, those of the demo's own split being 1: two frames in
-        the encoder, two noisy samples in the decoder, and the query through its early blocks."""
+        """Block passes of one training update in units of those of the demo's own split: two frames
+        in the encoder, two noisy samples in the decoder, and the query in its early blocks."""
         early = sum(layer in self.encoder for layer in self.decoder)
         return (2 * len(self.encoder) + 2 * len(self.decoder) + early) / DEMO_WORK
 
 
 def both_ends(depth: int, decoder: int) -> Cut:
-    """The decoder: copies of the first layers and, at least half of it, the last ones."""
+    """A split whose decoder has ``decoder`` layers: copies of the first layers, and as many or one
+    more of the last layers."""
     early = decoder // 2
     late = depth - (decoder - early)
     return Cut(tuple(range(late)), (*range(early), *range(late, depth)))
@@ -95,7 +96,7 @@ def cuts(depth: int, proposed: Cut) -> dict[str, Cut]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for."""
+    """The command line's values."""
 
     run: Path
     teacher: Path
@@ -107,56 +108,62 @@ class Plan:
     steps: tuple[int, ...] = (4, 50)
 
     def place(self, stage: int, cut: Cut, seed: int = 0) -> Path:
-        """Named by its layers: a split that stands in the sweep twice is trained once."""
+        """The folder of a checkpoint, named by its layers: a split with two names is trained
+        once."""
         layers = "-".join(["e", *map(str, cut.encoder), "d", *map(str, cut.decoder)])
         return self.run / f"stage{stage}" / (layers if stage == 1 else f"{layers}-s{seed}")
 
-    def training(self, chosen: dict[str, Cut]) -> list[Group]:
-        """Stages 1 and 2 of every split and seed, two at a time, one core each, the longest
-        first."""
-        first, second = [], []
-        often = f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
-        for cut, name in sorted(first_names(chosen).items(), key=lambda item: -item[0].work):
-            out, words = self.place(1, cut), name.replace(" / ", "-").replace(" ", "-")
-            first.append(
+    def training(self, splits: dict[str, Cut]) -> list[Group]:
+        """Stages 1 and 2 of every split and seed, two at a time, the longest first."""
+        stage1: list[Step] = []
+        stage2: list[Step] = []
+        schedule = (
+            f"train={{steps: {self.updates}, validate_every: {self.updates}, save_every: 100}}"
+        )
+        for cut, name in sorted(first_names(splits).items(), key=lambda item: -item[0].work):
+            out = self.place(1, cut)
+            label = name.replace(" / ", "-").replace(" ", "-")
+            stage1.append(
                 transplant_step(
-                    self.teacher, out, *cut.overrides, name=f"stage1-{words}", seconds=8
+                    self.teacher, out, *cut.overrides, name=f"stage1-{label}", seconds=8
                 )
             )
             seconds = UPDATE_SECONDS * self.updates * cut.work
             for seed in self.seeds:
-                name, tuned = f"stage2-{words}-{seed}", self.place(2, cut, seed)
-                second.append(
-                    tuning_step(out, self.latents, tuned, seed, often, name=name, seconds=seconds)
+                name, checkpoint = f"stage2-{label}-{seed}", self.place(2, cut, seed)
+                stage2.append(
+                    tuning_step(
+                        out, self.latents, checkpoint, seed, schedule, name=name, seconds=seconds
+                    )
                 )
-        return [*in_pairs(first), *in_pairs(second)]
+        return [*in_pairs(stage1), *in_pairs(stage2)]
 
-    def rows(self, chosen: dict[str, Cut]) -> list[dict[str, object]]:
-        """Of the evaluation: every training once, with every number of steps."""
+    def rows(self, splits: dict[str, Cut]) -> list[dict[str, object]]:
+        """Rows of the evaluation's config: every training with every number of steps."""
         return [
             {
                 "name": row_name(name, seed, steps),
                 "checkpoint": str(self.place(2, cut, seed).relative_to(self.run)),
                 "steps": steps,
             }
-            for cut, name in first_names(chosen).items()
+            for cut, name in first_names(splits).items()
             for seed in self.seeds
             for steps in self.steps
         ]
 
-    def scoring(self, chosen: dict[str, Cut]) -> Step:
-        rows, out = self.rows(chosen), self.run / "scores"
+    def scoring(self, splits: dict[str, Cut]) -> Step:
+        rows, out = self.rows(splits), self.run / "scores"
         options = [f"clips={self.clips}", f"rows={json.dumps(rows)}"]
         command = evaluation(self.teacher, self.latents, self.run, out, *options)
         return Step("evaluate", command, 60 + 25 * len(rows), outputs=[out / "results.json"])
 
 
-def first_names(chosen: dict[str, Cut]) -> dict[Cut, str]:
-    """Every split once, by the first of its names."""
-    found: dict[Cut, str] = {}
-    for name, cut in chosen.items():
-        found.setdefault(cut, name)
-    return found
+def first_names(splits: dict[str, Cut]) -> dict[Cut, str]:
+    """The first name of every distinct split."""
+    names: dict[Cut, str] = {}
+    for name, cut in splits.items():
+        names.setdefault(cut, name)
+    return names
 
 
 def row_name(name: str, seed: int, steps: int) -> str:
@@ -169,17 +176,19 @@ def in_pairs(steps: Sequence[Step]) -> list[Group]:
 
 
 def proposal(plan: Plan) -> Cut:
-    """What probe P7 proposes for the teacher, measured once: kept beside what it depends on."""
+    """The split that probe P7 proposes for the teacher. It is measured once and kept in
+    ``RUN/probe``, with a key of weights, data and settings."""
     folder = plan.run / "probe"
-    config, keys = folder / "leave_one_out-stage1.yaml", folder / "measured.json"
+    config, key_file = folder / "leave_one_out-stage1.yaml", folder / "measured.json"
     val, cfg = LatentClips(plan.latents / "val"), LeaveOneOut(LossConfig(clips=plan.probe_clips))
     weights = sha256_folder(transformer_dir(plan.teacher), "*.safetensors")
     key = {"weights": weights, "data": val.hash, "settings": asdict(cfg.loss)}
-    if not (
-        keys.is_file()
-        and read_json(keys, f"remove {folder}") == json.loads(json.dumps(key))
+    current = (
+        key_file.is_file()
+        and read_json(key_file, f"remove {folder}") == json.loads(json.dumps(key))
         and config.is_file()
-    ):
+    )
+    if not current:
         wan = load_wan(plan.teacher)
         say(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips")
         cond = val.prompts.conditioning([0])
@@ -187,48 +196,47 @@ def proposal(plan: Plan) -> Cut:
             Subject(str(plan.teacher), wan, val.shape, cond, Euler(), (0,), val), cfg
         )
         result.write(folder)
-        write_json(keys, key)
+        write_json(key_file, key)
         say(result.text)
     scd = load_config(TransplantConfig, config, ["base=", "out="]).scd
     return Cut(scd.encoder_layers, scd.decoder.layers)
 
 
-def collect(plan: Plan, chosen: dict[str, Cut]) -> dict[str, Any]:
+def collect(plan: Plan, splits: dict[str, Cut]) -> dict[str, Any]:
     """Figures by split, as they go into sweep.json."""
-    scored = {row.name: row for row in read_rows(plan.run / "scores" / "results.json")[0]}
-    names = first_names(chosen)
-    found: dict[str, Any] = {}
-    for name, cut in chosen.items():
+    rows_by_name = {row.name: row for row in read_rows(plan.run / "scores" / "results.json")[0]}
+    names = first_names(splits)
+    results: dict[str, Any] = {}
+    for name, cut in splits.items():
         losses = [
             last_validation_loss(plan.place(2, cut, seed), plan.updates) for seed in plan.seeds
         ]
-        sampled: dict[str, Any] = {}
+        figures_by_steps: dict[str, Any] = {}
         for steps in plan.steps:
-            rows = [scored[row_name(names[cut], seed, steps)] for seed in plan.seeds]
-            sampled[str(steps)] = figures(rows)
-        found[name] = {
+            rows = [rows_by_name[row_name(names[cut], seed, steps)] for seed in plan.seeds]
+            figures_by_steps[str(steps)] = figures(rows)
+        results[name] = {
             "encoder_layers": list(cut.encoder),
             "decoder_layers": list(cut.decoder),
             "same_as": None if names[cut] == name else names[cut],
             "loss": losses,
-            "steps": sampled,
+            "steps": figures_by_steps,
         }
-    return found
+    return results
 
 
 def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Of the trainings of one split at one number of steps: their means, and the values they are
-    the means of."""
+    """Figures of the trainings of one split at one number of steps: means over the training seeds,
+    and each seed's video Frechet distance."""
 
-    def every(name: str) -> list[float]:
-        values = [float(vars(row)[name]) for row in rows if vars(row)[name] is not None]
-        return values
+    def values_of(name: str) -> list[float]:
+        return [float(vars(row)[name]) for row in rows if vars(row)[name] is not None]
 
     def mean(values: Sequence[float]) -> float | None:
         return sum(values) / len(values) if values else None
 
     adherence = [row.adherence for row in rows if row.adherence is not None]
-    measured = (
+    columns = (
         "video_frechet",
         "video_frechet_by_prompt",
         "sharpness",
@@ -236,21 +244,21 @@ def figures(rows: Sequence[ResultRow]) -> dict[str, Any]:
         "seconds_per_frame",
     )
     return {
-        **{name: mean(every(name)) for name in (*measured, "seconds_to_first_frame")},
-        "video_frechet_std_over_sampling_seeds": mean(every("video_frechet_std")),
-        "video_frechet_by_training_seed": every("video_frechet"),
-        "place": mean([found.place for found in adherence]),
-        "motion": mean([found.motion for found in adherence]),
+        **{name: mean(values_of(name)) for name in (*columns, "seconds_to_first_frame")},
+        "video_frechet_std_over_sampling_seeds": mean(values_of("video_frechet_std")),
+        "video_frechet_by_training_seed": values_of("video_frechet"),
+        "place": mean([scores.place for scores in adherence]),
+        "motion": mean([scores.motion for scores in adherence]),
     }
 
 
-def draw(plan: Plan, found: dict[str, Any]) -> Path:
-    """Quality against latency; names of one split share a point."""
+def draw(plan: Plan, results: dict[str, Any]) -> Path:
+    """Draw quality against latency, one point for all names of a split; returns the file."""
     points = {}
-    for name, split in found.items():
+    for name, split in results.items():
         if split["same_as"] is None:
-            others = [other for other, row in found.items() if row["same_as"] == name]
-            points[" = ".join([name, *others])] = {
+            other_names = [other for other, row in results.items() if row["same_as"] == name]
+            points[" = ".join([name, *other_names])] = {
                 f"{steps} steps": (
                     1000 * row["seconds_per_frame"],
                     row["video_frechet"],
@@ -258,15 +266,16 @@ def draw(plan: Plan, found: dict[str, Any]) -> Path:
                 )
                 for steps, row in split["steps"].items()
             }
-    place = plan.run / "figures" / "sweep_split.png"
+    file = plan.run / "figures" / "sweep_split.png"
     return tradeoff_figure(
-        place, points, "ms per latent frame", "video Frechet distance (lower is better)"
+        file, points, "ms per latent frame", "video Frechet distance (lower is better)"
     )
 
 
-def show(found: dict[str, Any], updates: int) -> None:
+def show(results: dict[str, Any], updates: int) -> None:
+    """Print the table of all splits."""
     table = Table(title=f"Encoder / decoder splits after {updates} updates", title_justify="left")
-    heads = (
+    headings = (
         "split",
         "encoder",
         "decoder",
@@ -278,9 +287,9 @@ def show(found: dict[str, Any], updates: int) -> None:
         "passes",
         "ms",
     )
-    for head in heads:
-        table.add_column(head, justify="left" if head == "split" else "right", no_wrap=True)
-    for name, split in found.items():
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
+    for name, split in results.items():
         for steps, row in split["steps"].items():
             cells = [
                 f"{row['video_frechet']:.1f}",
@@ -331,7 +340,7 @@ def main() -> None:
         args.probe_clips,
     )
     depth = read_wan_config(plan.teacher).num_layers
-    cuts(depth, both_ends(depth, 1))  # refuses a small teacher before anything is made
+    cuts(depth, both_ends(depth, 1))  # UserError for a small teacher before anything is made
     with chain(plan.run):
         if args.latents is None:
             run_steps(plan.run, clips_and_latents(plan.run, plan.teacher, latents, args.train))
@@ -339,20 +348,20 @@ def main() -> None:
 
 
 def sweep(plan: Plan, depth: int) -> None:
-    """All trainings and their scores, sweep.json, figure and table."""
-    chosen = cuts(depth, proposal(plan))
-    run_steps(plan.run, [*plan.training(chosen), [plan.scoring(chosen)]])
-    found = collect(plan, chosen)
+    """Train and score all splits; write sweep.json and the figure; print the table."""
+    splits = cuts(depth, proposal(plan))
+    run_steps(plan.run, [*plan.training(splits), [plan.scoring(splits)]])
+    results = collect(plan, splits)
     context = read_rows(plan.run / "scores" / "results.json")[1]
-    about = {
+    description = {
         "updates": plan.updates,
         "training_seeds": list(plan.seeds),
         "teacher": str(plan.teacher),
         **context,
     }
-    write_json(plan.run / "sweep.json", {"schema": 1, "context": about, "splits": found})
-    figure = draw(plan, found)
-    show(found, plan.updates)
+    write_json(plan.run / "sweep.json", {"schema": 1, "context": description, "splits": results})
+    figure = draw(plan, results)
+    show(results, plan.updates)
     say_if_busy(context)
     say(f"{plan.run}/sweep.json, {figure}")
 
