@@ -1,7 +1,4 @@
-"""The `scd` console script: what is installed (`doctor`), what is in a checkpoint (`inspect`), and
-weights from one form to another (`transplant`, `convert`, `export`), videos (`sample`), what a
-model does inside (`probe`), its speed (`bench`), trainings (`runs`), and what one would need
-(`plan`), folders of clips (`data`), and the metrics' networks (`weights`).
+"""The `scd` console script, one function per command.
 
 Every command prints plain sentences. Exit codes: 0 fine, 1 a check failed, 2 bad input (one line on
 stderr).
@@ -47,8 +44,8 @@ weights = typer.Typer(help="Public weights that scd uses and may not ship.", no_
 app.add_typer(weights, name="weights")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         say(f"scd-sf {__version__}")
         raise typer.Exit
 
@@ -109,15 +106,15 @@ def inspect(
     ):
         _inspect_weights(path, tensors, section, heads)
         return
-    found = find(path)
-    say(f"{found}: verified")
-    _print_fields(read_provenance(found))
-    for file in sorted(found.glob("*.safetensors")):
+    checkpoint = find(path)
+    say(f"{checkpoint}: verified")
+    _print_fields(read_provenance(checkpoint))
+    for file in sorted(checkpoint.glob("*.safetensors")):
         _print_tensors(file, every=tensors)
 
 
 def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> None:
-    """An exported file, or a transformer in any layout that stage 1 reads."""
+    """Print an exported file, or a transformer in any layout that stage 1 reads."""
     from scd_sf.models.build import is_single, read_single
     from scd_sf.models.wan.weights import open_wan
     from scd_sf.tensor_files import check_tensors
@@ -141,12 +138,13 @@ def _inspect_weights(path: Path, tensors: bool, section: str, heads: int) -> Non
         {str(tensor.meta.dtype).removeprefix("torch.") for tensor in files.tensors.values()}
     )
     say(f"  {len(files.tensors)} tensors, {total:,} numbers, {', '.join(dtypes)}")
-    for name, tensor in files.tensors.items() if tensors else ():
-        say(f"    {name}  {list(tensor.shape)}")
+    if tensors:
+        for name, tensor in files.tensors.items():
+            say(f"    {name}  {list(tensor.shape)}")
 
 
 def _heads(files: WanFiles) -> str:
-    """How the number of attention heads is known, for people: tensors do not say it."""
+    """The number of attention heads and its source, in words. Tensors do not hold it."""
     count = f"{files.config.num_attention_heads} attention heads"
     return {
         "stated": count,
@@ -171,8 +169,8 @@ _command = partial(
 )
 
 
-def _configured(schema: type[T], context: typer.Context, usage: str) -> T:
-    """The config of a command whose arguments were not read yet."""
+def _config_of(schema: type[T], context: typer.Context, usage: str) -> T:
+    """A command's config, from the arguments that typer passed on. ``usage``: of its help."""
     command = context.command
     description = f"{command.help}\n\n    scd {command.name} {usage}"
     return from_command_line(schema, description, context.args, f"scd {command.name}")
@@ -184,7 +182,7 @@ def transplant(context: typer.Context) -> None:
     training."""
     from scd_sf.models.scd.transplant import TransplantConfig, run_transplant
 
-    say(run_transplant(_configured(TransplantConfig, context, "base=DIR out=DIR")))
+    say(run_transplant(_config_of(TransplantConfig, context, "base=DIR out=DIR")))
 
 
 @_command()
@@ -195,7 +193,7 @@ def sample(context: typer.Context) -> None:
     from scd_sf.generation.folder import run_samples
     from scd_sf.generation.sampling import SampleConfig
 
-    cfg = _configured(SampleConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
+    cfg = _config_of(SampleConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
     run_samples(cfg, init_distributed())
 
 
@@ -218,28 +216,28 @@ def gallery(
     from scd_sf.tools.gallery.page import write_page
     from scd_sf.tools.gallery.sheet import ROWS, contact_sheet, require_own_sheet
 
-    given = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
-    if len(given) != len(folders):
+    labels = [name.strip() for name in names.split(",")] if names else [""] * len(folders)
+    if len(labels) != len(folders):
         raise UserError(
-            f"--names has {len(given)} names for {len(folders)} folders; give one per folder"
+            f"--names has {len(labels)} names for {len(folders)} folders; give one per folder"
         )
     if sheet is not None:
         require_own_sheet(sheet)
     page = page_of(
-        [read_folder(folder, name) for folder, name in zip(folders, given, strict=True)], title
+        [read_folder(folder, name) for folder, name in zip(folders, labels, strict=True)], title
     )
     index = write_page(page, out)
     say(
         f"{index}: {len(page.prompts)} prompts, {len(page.models)} models, {len(page.samples)} videos"
     )
-    for what in ("missing", "damaged"):
-        if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == what]:
+    for fault in ("missing", "damaged"):
+        if videos := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.fault == fault]:
             say(
-                f"{len(found)} of the videos are {what} and marked so, such as {printable(found[0])}: sample again"
+                f"{len(videos)} of the videos are {fault} and marked so, such as {printable(videos[0])}: sample again"
             )
-    if found := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
+    if videos := [f"{s.model}/{s.facts['file']}" for s in page.samples if s.remark]:
         say(
-            f"{len(found)} of the videos changed since they were sampled and are marked so: {printable(found[0])}"
+            f"{len(videos)} of the videos changed since they were sampled and are marked so: {printable(videos[0])}"
         )
     if sheet is not None:
         say(
@@ -253,7 +251,7 @@ def probe(context: typer.Context) -> None:
     one page."""
     from scd_sf.probes.run import ProbeConfig, run_probes
 
-    cfg = _configured(ProbeConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
+    cfg = _config_of(ProbeConfig, context, "checkpoint=RUN prompts='[a red car]' out=DIR")
     say(run_probes(cfg, device_of("")))
 
 
@@ -264,7 +262,7 @@ def bench(context: typer.Context) -> None:
     from scd_sf.evaluation.bench import BenchConfig, bench_table, run_bench
     from scd_sf.files import own_file, require_own_file, write_json
 
-    cfg = _configured(BenchConfig, context, "checkpoints='[A, B]' out=FILE.json")
+    cfg = _config_of(BenchConfig, context, "checkpoints='[A, B]' out=FILE.json")
     if cfg.out:
         require_own_file(Path(cfg.out), '"block_passes_per_latent_frame"', "give another out=")
         if not Path(cfg.out).absolute().parent.is_dir():
@@ -303,9 +301,9 @@ def convert(
 
     if layout not in ("diffusers", "original"):
         raise UserError(f"layout '{layout}' is unknown; use diffusers or original")
-    wanted: Layout = "original" if layout == "original" else "diffusers"
+    target_layout: Layout = "original" if layout == "original" else "diffusers"
     files, difference = convert_wan(
-        source, out, wanted, section=section, heads=heads, max_shard=max_shard
+        source, out, target_layout, section=section, heads=heads, max_shard=max_shard
     )
     say(f"{out}: {layout} layout, from {files.layout}, every tensor bit for bit; {_heads(files)}")
     say(f"outputs differ by at most {difference:.3g}")
@@ -363,7 +361,8 @@ def weights_metrics(
 
 
 def _print_tensors(file: Path, *, every: bool) -> None:
-    """One line for the file, one for each tensor where ``every``; all of it is read and checked."""
+    """Print one line for the file and, with ``every``, one for each tensor. The whole file is read
+    and checked."""
     from scd_sf.tensor_files import check_tensors, kind_of, open_tensors
 
     tensors = open_tensors(file)
@@ -372,8 +371,9 @@ def _print_tensors(file: Path, *, every: bool) -> None:
     kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
     names = ", ".join(sorted(set(kinds.values())))
     say(f"  {file.name}: {len(tensors)} tensors, {total:,} numbers, {names}")
-    for name in sorted(tensors) if every else ():
-        say(f"    {printable(name)}  {kinds[name]} {list(tensors[name].shape)}")
+    if every:
+        for name in sorted(tensors):
+            say(f"    {printable(name)}  {kinds[name]} {list(tensors[name].shape)}")
 
 
 def main() -> None:

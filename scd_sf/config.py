@@ -5,8 +5,8 @@ override its defaults.
     "data.root=data/toy"])
 
 The schema is an ordinary (nested) dataclass with defaults; a field without a default is mandatory.
-Each dataclass may check itself in ``__post_init__`` with ``ValueError``. Everything wrong comes out
-as one :class:`UserError` line that names the file or the argument, the key, and the nearest valid
+Each dataclass may check itself in ``__post_init__`` with ``ValueError``. Every fault is
+one :class:`UserError` line that names the file or the argument, the key, and the nearest valid
 key.
 
 Values are data: ``${..}`` and ``???`` are text. The type of the field says what a scalar means, so
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 class Renamed(NamedTuple):
-    """What a field is called now, and those of its choices that are called otherwise."""
+    """The present name of a field, and the present names of its renamed choices."""
 
     name: str
     values: Mapping[str, str] = {}
@@ -74,7 +74,7 @@ RENAMED: dict[str, dict[str, Renamed]] = {
     "SampleGuidance": {"eta": Renamed("context_noise")},
     "Stage3Config": {"student": Renamed("student_engine")},
 }
-_noted: set[tuple[str, str]] = set()  # (class, old field) that a note was printed for
+_printed_notes: set[tuple[str, str]] = set()  # (class, old field) that a note was printed for
 _TRUTHS = {
     "true": True,
     "yes": True,
@@ -89,7 +89,7 @@ _UNSET = object()  # a mandatory field before its value
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """For scripts with a few flags: their docstring as it is, and each flag's default."""
+    """Help of scripts with a few flags, with their docstring as it is and each flag's default."""
 
 
 def load_config(
@@ -101,7 +101,7 @@ def load_config(
     Raises UserError: unreadable file, unknown key (with the nearest valid one), wrong type, missing
     mandatory field, or a ``ValueError`` of any section's ``__post_init__``.
     """
-    paths = [] if path is None else [path] if isinstance(path, Path) else path
+    paths: Sequence[Path] = [path] if isinstance(path, Path) else path or []
     layers = [(str(file), read_tree(file)) for file in paths]
     layers += [_parse_override(text) for text in overrides]
     return _build(schema, layers)
@@ -142,23 +142,25 @@ def from_command_line(
         _print_and_stop(f"{parser.format_help()}\nfields:\n{help_of(schema, width)}")
     cfg = load_config(schema, args.config, args.overrides)
     if os.environ.get("RANK", "0") == "0":
-        _say_what_is_replaced(args.config)
+        _note_replacements(args.config)
     if args.print_config:
         _print_and_stop(commented_yaml(cfg))
     return cfg
 
 
-def _say_what_is_replaced(files: Sequence[Path]) -> None:
-    """Shipped files are complete, so that one over another replaces more than its name says."""
-    before: Tree = {}
+def _note_replacements(files: Sequence[Path]) -> None:
+    """Print which values a file replaces of the files before it. Shipped files are complete, so one
+    over another replaces more than its name says."""
+    earlier_values: Tree = {}
     for file in files:
         values = _flat(plain_yaml(file))
-        if replaced := [key for key in values if key in before and before[key] != values[key]]:
-            names = ", ".join(replaced[:8]) + (
-                f" and {len(replaced) - 8} more" if replaced[8:] else ""
-            )
+        if replaced_keys := [
+            key for key in values if key in earlier_values and earlier_values[key] != values[key]
+        ]:
+            more = f" and {len(replaced_keys) - 8} more" if len(replaced_keys) > 8 else ""
+            names = ", ".join(replaced_keys[:8]) + more
             say(f"{file}: replaces {names} of the files before it", sys.stderr)
-        before |= values
+        earlier_values |= values
 
 
 def _print_and_stop(text: str) -> NoReturn:
@@ -211,8 +213,8 @@ def field_words(schema: type[Any]) -> dict[str, str]:
     """Field -> the docstring below it, on one line; fields without one are left out."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
     words: dict[str, str] = {}
-    for field, below in itertools.pairwise(cast("ast.ClassDef", tree.body[0]).body):
-        match field, below:
+    for field, statement in itertools.pairwise(cast("ast.ClassDef", tree.body[0]).body):
+        match field, statement:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
                 words[name] = " ".join(text.split()).replace("``", "")
     return words
@@ -239,8 +241,8 @@ def _field_lines(schema: type[Any], values: Tree, prefix: str, width: int) -> li
         text = words.get(name, "")
         lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
         if kind is not None:
-            below = _defaults(kind) if value is None else cast("Tree", value)
-            lines += _field_lines(kind, below, f"{prefix}{name}.", width)
+            section_values = _defaults(kind) if value is None else cast("Tree", value)
+            lines += _field_lines(kind, section_values, f"{prefix}{name}.", width)
         elif (item := _item_schema(hint)) is not None:
             lines += _field_lines(item, _defaults(item), f"{prefix}{name}[].", width)
     return lines
@@ -308,8 +310,8 @@ def present_names(
     each old name."""
     hints = _hints(schema)
     present: Tree = {}
-    for old, old_value in tree.items():
-        entry = _renamed(schema, old, old_value)
+    for old_name, old_value in tree.items():
+        entry = _new_name(schema, old_name, old_value)
         name, value = entry.name, old_value
         if isinstance(value, str) and value in entry.values:
             value = type(value)(entry.values[value])
@@ -317,19 +319,19 @@ def present_names(
             raise UserError(
                 f"{source}: {prefix}{name} is given twice, once by its old name; keep one"
             )
-        if (name, value) != (old, old_value):
+        if (name, value) != (old_name, old_value):
             _note(
                 schema,
-                old,
-                f"{source}: '{prefix}{old}={old_value}' is '{prefix}{name}={value}' now",
+                old_name,
+                f"{source}: '{prefix}{old_name}={old_value}' is '{prefix}{name}={value}' now",
             )
         present[name] = _present_below(hints.get(name), value, source, f"{prefix}{name}")
     return present
 
 
-def _renamed(schema: type[Any], name: str, value: object) -> Renamed:
-    """What a field is called now. A name that another field has now is an old one only where a
-    section has it and ``value`` is none."""
+def _new_name(schema: type[Any], name: str, value: object) -> Renamed:
+    """The present name of a field and its choices. Where another field has taken over the old name
+    and is a section, ``name`` is the old field only if ``value`` is no section."""
     entry = RENAMED.get(schema.__name__, {}).get(name, Renamed(name))
     hints = _hints(schema)
     if entry.name == name or name not in hints:
@@ -339,9 +341,9 @@ def _renamed(schema: type[Any], name: str, value: object) -> Renamed:
 
 
 def _note(schema: type[Any], name: str, text: str) -> None:
-    """One line for each old name and process."""
-    if (schema.__name__, name) not in _noted:
-        _noted.add((schema.__name__, name))
+    """Print ``text`` once for each old name in a process."""
+    if (schema.__name__, name) not in _printed_notes:
+        _printed_notes.add((schema.__name__, name))
         say(_shorten(text, 300), sys.stderr)
 
 
@@ -395,15 +397,19 @@ def _merge(
             raise UserError(f"{source}: unknown key '{key}'{_did_you_mean(name, schema, prefix)}")
         nested = _dataclass_of(hints[name])
         if nested is None:
-            new = _typed(value, hints[name], key, source)
-            old = values[name]
-            merged = isinstance(old, dict) and isinstance(new, dict) and new
-            values[name] = cast("Tree", old) | cast("Tree", new) if merged else new
+            new_value = _convert(value, hints[name], key, source)
+            old_value = values[name]
+            is_update = isinstance(old_value, dict) and isinstance(new_value, dict) and new_value
+            values[name] = (
+                cast("Tree", old_value) | cast("Tree", new_value) if is_update else new_value
+            )
         elif isinstance(value, Mapping):
-            old = values[name]
-            below = cast("Tree", old) if isinstance(old, dict) else _defaults(nested)
-            _merge(below, nested, value, source, f"{key}.")
-            values[name] = below
+            old_value = values[name]
+            section_values = (
+                cast("Tree", old_value) if isinstance(old_value, dict) else _defaults(nested)
+            )
+            _merge(section_values, nested, value, source, f"{key}.")
+            values[name] = section_values
         elif is_null(value) and _is_optional(hints[name]):
             values[name] = None
         else:
@@ -415,51 +421,51 @@ def _merge(
 def _instantiate(schema: type[T], values: Tree, prefix: str, source: str, where: str) -> T:
     """The dataclass. An error of ``__post_init__`` names the section, a missing value the
     fields."""
-    if missing := _missing(values, prefix):
+    if names := _missing_names(values, prefix):
         raise UserError(
-            f"{where}: missing mandatory {', '.join(missing)}; set it in the file or as {missing[0]}=VALUE"
+            f"{where}: missing mandatory {', '.join(names)}; set it in the file or as {names[0]}=VALUE"
         )
     hints = _hints(schema)
-    built: Tree = {}
+    arguments: Tree = {}
     for name, value in values.items():
         nested = _dataclass_of(hints[name])
         tree = cast("Tree", value)
-        built[name] = (
+        arguments[name] = (
             value
             if nested is None or value is None
             else _instantiate(nested, tree, f"{prefix}{name}.", source, where)
         )
     try:
-        return schema(**built)
+        return schema(**arguments)
     except (ValueError, ArithmeticError) as error:
         section = prefix.rstrip(".") or schema.__name__
         raise UserError(f"{source}: section '{section}': {error}") from error
 
 
-def _missing(values: Tree, prefix: str) -> list[str]:
+def _missing_names(values: Tree, prefix: str) -> list[str]:
     """Dotted names of the mandatory fields without a value."""
-    missing: list[str] = []
+    names: list[str] = []
     for name, value in values.items():
         if value is _UNSET:
-            missing.append(f"{prefix}{name}")
+            names.append(f"{prefix}{name}")
         elif isinstance(value, dict):
-            missing += _missing(value, f"{prefix}{name}.")
-    return sorted(missing)
+            names += _missing_names(value, f"{prefix}{name}.")
+    return sorted(names)
 
 
 def _did_you_mean(key: str, schema: type[Any], prefix: str) -> str:
     names = list(_hints(schema))
-    close = difflib.get_close_matches(key[:100], names, n=1, cutoff=0.6)
-    where = f" in section '{prefix.rstrip('.')}'" if prefix else ""
-    if close:
-        return f"{where}; did you mean '{prefix}{close[0]}'?"
-    return f"{where}; valid keys are {', '.join(names)}"
+    matches = difflib.get_close_matches(key[:100], names, n=1, cutoff=0.6)
+    place = f" in section '{prefix.rstrip('.')}'" if prefix else ""
+    if matches:
+        return f"{place}; did you mean '{prefix}{matches[0]}'?"
+    return f"{place}; valid keys are {', '.join(names)}"
 
 
 # -------------------------------------------------------------------------------------------- types
 
 
-def _typed(value: object, hint: object, key: str, source: str) -> object:
+def _convert(value: object, hint: object, key: str, source: str) -> object:
     """A value of a YAML tree as a field's type. Raises UserError that names the key and what was
     expected."""
     inner = _strip_optional(hint)
@@ -474,18 +480,18 @@ def _typed(value: object, hint: object, key: str, source: str) -> object:
         return _instantiate(inner, values, f"{key}.", source, source)
     if origin is dict and isinstance(value, Mapping):
         return {
-            name: _typed(item, args[1], f"{key}.{name}", source) for name, item in value.items()
+            name: _convert(item, args[1], f"{key}.{name}", source) for name, item in value.items()
         }
     if origin in (tuple, list) and isinstance(value, list):
         kinds = args if origin is tuple and args[-1] is not Ellipsis else args[:1] * len(value)
         if len(value) != len(kinds):
             raise UserError(f"{source}: {key} has {len(value)} values; it must have {len(kinds)}")
         pairs = enumerate(zip(value, kinds, strict=True))
-        items = [_typed(item, kind, f"{key}[{place}]", source) for place, (item, kind) in pairs]
+        items = [_convert(item, kind, f"{key}[{place}]", source) for place, (item, kind) in pairs]
         return tuple(items) if origin is tuple else items
     if isinstance(value, str) and isinstance(inner, type):
         return _scalar(value, inner, f"{source}: {key}")
-    raise _unexpected(value, hint, f"{source}: {key}")
+    raise _type_error(value, hint, f"{source}: {key}")
 
 
 def _choice(value: object, choices: Sequence[object], key: str, source: str) -> object:
@@ -514,10 +520,10 @@ def _scalar(text: str, kind: type[Any], where: str) -> object:
         if not math.isfinite(number := float(digits)):
             raise UserError(f"{where} is {_show(text)}; it must be a finite number")
         return number
-    raise _unexpected(text, kind, where)
+    raise _type_error(text, kind, where)
 
 
-def _unexpected(value: object, hint: object, where: str) -> UserError:
+def _type_error(value: object, hint: object, where: str) -> UserError:
     return UserError(f"{where} is {_show(value)} (expected {_name(hint)})")
 
 
@@ -552,8 +558,8 @@ def _is_optional(hint: object) -> bool:
 def _strip_optional(hint: object) -> object:
     if not _is_optional(hint):
         return hint
-    rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    return rest[0] if len(rest) == 1 else hint
+    alternatives = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return alternatives[0] if len(alternatives) == 1 else hint
 
 
 # ------------------------------------------------------------------------------------------ helpers

@@ -1,5 +1,5 @@
-"""YAML of others as nested mappings and lists with text at the leaves: whoever knows the field
-decides what it means.
+"""Foreign YAML as nested mappings and lists with text at the leaves. The reader of a field decides
+what its text means.
 
 YAML 1.1 makes ``off`` a truth value, ``1:30`` a 90 and ``2026-01-01`` a date. Here a scalar without
 quotes stays text (:class:`Bare`). Anchors, aliases and tags are refused: no value can grow, refer
@@ -36,7 +36,7 @@ class Bare(str):
 
 
 def is_null(value: object) -> bool:
-    """Whether a value of a tree says that there is none."""
+    """Whether a value of a tree is YAML's null."""
     return isinstance(value, Bare) and value in _NULLS
 
 
@@ -90,15 +90,15 @@ def resolved(value: object) -> object:
 def dump(tree: object) -> str:
     """Plain values as block-style YAML, lists of scalars on one line; text that could be read as
     anything else is quoted."""
-    return _dumped(tree, default_flow_style=False, width=120)
+    return _yaml(tree, default_flow_style=False, width=120)
 
 
 def dump_inline(value: object) -> str:
     """A plain value as YAML on one line."""
-    return _dumped(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return _yaml(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
-def _dumped(value: object, **style: object) -> str:
+def _yaml(value: object, **style: object) -> str:
     """YAML; letters that a terminal does not show, or takes for the end of a line, are escaped."""
     text = cast(
         "str", yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
@@ -131,7 +131,7 @@ def _document(events: Iterator[yaml.Event]) -> object:
     for event in events:
         if isinstance(event, yaml.DocumentStartEvent):
             if tree is not None:
-                raise _refused(event, "a second document")
+                raise _refusal(event, "a second document")
             tree = _node(next(events), events, 1)
     return Bare() if tree is None else tree
 
@@ -139,11 +139,11 @@ def _document(events: Iterator[yaml.Event]) -> object:
 def _node(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> object:
     """The value that starts at ``event``."""
     if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-        raise _refused(event, "anchors and aliases are not read: write the value out")
+        raise _refusal(event, "anchors and aliases are not read: write the value out")
     if event.tag is not None:
-        raise _refused(event, f"tags are not read: remove {event.tag}")
+        raise _refusal(event, f"tags are not read: remove {event.tag}")
     if depth > JSON_DEPTH:
-        raise _refused(event, f"nested more than {JSON_DEPTH} deep")
+        raise _refusal(event, f"nested more than {JSON_DEPTH} deep")
     if isinstance(event, yaml.ScalarEvent):
         return _scalar(event)
     if isinstance(event, yaml.SequenceStartEvent):
@@ -155,9 +155,9 @@ def _node(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> object
     while not isinstance(item := next(events), yaml.MappingEndEvent):
         key = _node(item, events, depth + 1)
         if not isinstance(key, str):
-            raise _refused(item, "a key must be text")
+            raise _refusal(item, "a key must be text")
         if key in mapping:
-            raise _refused(item, f"key '{key}' is given twice")
+            raise _refusal(item, f"key '{key}' is given twice")
         mapping[str(key)] = _node(next(events), events, depth + 1)
     return mapping
 
@@ -165,9 +165,9 @@ def _node(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> object
 def _scalar(event: yaml.ScalarEvent) -> str:
     value: str = event.value
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise _refused(event, "a NUL or half a surrogate pair in the text")
+        raise _refusal(event, "a NUL or half a surrogate pair in the text")
     return value if event.style else Bare(value)
 
 
-def _refused(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+def _refusal(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

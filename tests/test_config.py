@@ -288,7 +288,7 @@ def test_old_names_of_fields_are_read(
         "sampler": Renamed("sampler", {"renoise": "few_step"}),
     }
     monkeypatch.setattr("scd_sf.config.RENAMED", {"Inner": inner, "Outer": outer})
-    monkeypatch.setattr("scd_sf.config._noted", set())
+    monkeypatch.setattr("scd_sf.config._printed_notes", set())
     old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
     old.write_text(
         "teacher: wan/14B\nteacher_engine: {kind: local, eta: 0.1}\nsampler: renoise\n"

@@ -46,7 +46,7 @@ def clips_and_latents(run: Path, teacher: Path, latents: Path, train: int) -> li
 def transplant_step(
     base: Path, out: Path, *overrides: str, name: str = "", family: str = "scd", seconds: float = 12
 ) -> Step:
-    """Stage 1. ``name``: of the step, else that of ``out``."""
+    """Stage 1. ``name``: of the step, else that of ``out``; ``seconds``: when last measured."""
     command = _recipe(
         "stage1_transplant", f"demo_stage1_{family}", f"base={base}", f"out={out}", *overrides
     )
@@ -63,12 +63,16 @@ def tuning_step(
     family: str = "scd",
     seconds: float = 190,
 ) -> Step:
-    """Stage 2."""
+    """Stage 2. ``name``: of the step, else that of ``run``; ``seconds``: when last measured."""
     data = [f"init={init}", f"data={latents}/train", f"val={latents}/val"]
     command = _recipe(
-        "stage2_flow_matching", f"demo_stage2_{family}", *data, *_place(run, seed), *overrides
+        "stage2_flow_matching",
+        f"demo_stage2_{family}",
+        *data,
+        *_run_arguments(run, seed),
+        *overrides,
     )
-    return Step(name or run.name, command, seconds, ONE_THREAD, _trained(run))
+    return Step(name or run.name, command, seconds, ONE_THREAD, _run_outputs(run))
 
 
 def distilling_step(
@@ -80,19 +84,19 @@ def distilling_step(
     *overrides: str,
     launcher: Sequence[str] = (sys.executable,),
 ) -> Step:
-    """Stage 3."""
+    """Stage 3. ``launcher``: the command that runs the script, for several ranks."""
     models = [f"init={init}", f"teacher={teacher}", f"critic={teacher}", f"prompts={latents}/train"]
     _, *command = _recipe(
-        "stage3_self_forcing", "demo_stage3", *models, *_place(run, seed), *overrides
+        "stage3_self_forcing", "demo_stage3", *models, *_run_arguments(run, seed), *overrides
     )
-    return Step(run.name, [*launcher, *command], 470, ONE_THREAD, _trained(run))
+    return Step(run.name, [*launcher, *command], 470, ONE_THREAD, _run_outputs(run))
 
 
 def evaluation(
     base: Path, latents: Path, root: Path, out: Path, *options: str, config: str = ""
 ) -> list[str]:
-    """The command that scores what was trained under ``root``."""
-    given = ["--config", f"{CONFIGS}/{config}.yaml"] if config else []
+    """The command that scores the models trained under ``root``."""
+    config_arguments = ["--config", f"{CONFIGS}/{config}.yaml"] if config else []
     data = [
         f"base={base}",
         f"train={latents}/train",
@@ -100,14 +104,14 @@ def evaluation(
         f"root={root}",
         f"out={out}",
     ]
-    return python_command("recipes/evaluate.py", *given, *data, *options)
+    return python_command("recipes/evaluate.py", *config_arguments, *data, *options)
 
 
 def last_validation_loss(
     run: Path, step: int | None = None, remedy: str = "train it again"
 ) -> float:
-    """The last that stage 2 logged, of ``step`` if given: of its averaged weights, on held-out
-    clips at fixed noise. UserError: there is none."""
+    """The last validation loss that stage 2 logged (of ``step`` if given), of its averaged weights
+    on held-out clips at fixed noise. UserError where there is none."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{file}: does not exist; {remedy}")
@@ -120,12 +124,12 @@ def last_validation_loss(
 
 
 def print_table(table: Table, width: int = 140) -> None:
-    """On a terminal as wide as that, else ``width`` characters wide."""
+    """Print a table as wide as the terminal, without one ``width`` characters wide."""
     Console(width=None if Console().is_terminal else width).print(table)
 
 
 def say_if_busy(context: dict[str, object]) -> None:
-    """Of an evaluation: what its times are worth."""
+    """Say that an evaluation's times mean little where the machine was busy."""
     if context["machine_busy"]:
         say(f"The machine was busy, times tell little: {context['machine_busy']}.")
 
@@ -136,9 +140,9 @@ def _recipe(script: str, config: str, *arguments: str) -> list[str]:
     )
 
 
-def _place(run: Path, seed: int) -> list[str]:
+def _run_arguments(run: Path, seed: int) -> list[str]:
     return [f"run.dir={run}", f"run.seed={seed}"]
 
 
-def _trained(run: Path) -> list[Path]:
+def _run_outputs(run: Path) -> list[Path]:
     return [run / "checkpoints", run / "metrics.jsonl"]

@@ -1,5 +1,5 @@
-"""What the two training stages are configured by: the recipes run it, ``scd plan`` counts what it
-would cost."""
+"""Configurations of the two training stages. The recipes run them, ``scd plan`` counts their
+cost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Stage2Config:
 
 @dataclass
 class VideoConfig:
-    """What is rolled out."""
+    """Size of the rollouts."""
 
     frames: int = 81
     """Video frames: 1 + 4 k (81 in the paper)."""
@@ -76,7 +76,7 @@ class VideoConfig:
         )
 
     def shape(self, channels: int) -> VideoShape:
-        """In latents. UserError for sizes that the VAE does not make."""
+        """Shape of the latents. UserError for sizes that the VAE does not make."""
         return VideoShape.from_pixels(self.frames, self.height, self.width, channels=channels)
 
 
@@ -166,6 +166,6 @@ class Stage3Config:
 
     @property
     def sampler(self) -> SamplerConfig:
-        """What the student is distilled for."""
+        """Sampler that the student is distilled for."""
         times = few_step_times(self.step_shift, self.linear_times)
         return SamplerConfig("renoise", len(times), self.step_shift, times)

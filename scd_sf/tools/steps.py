@@ -91,7 +91,7 @@ def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str,
             (run / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run}: cannot write the run directory ({error}); {AGAIN}") from error
-    total = sum(_expected(group, at_once) for group in groups)
+    total = sum(_group_seconds(group, at_once) for group in groups)
     console = Console()
     columns = (
         TextColumn("{task.description}"),
@@ -100,36 +100,38 @@ def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str,
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    taken: dict[str, float] = {}
+    seconds_by_step: dict[str, float] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=total)
-        before = 0.0
+        earlier_seconds = 0.0
         for number, group in enumerate(groups, 1):
-            expected = _expected(group, at_once)
+            estimate = _group_seconds(group, at_once)
             title = f"{number}/{len(groups)} {', '.join(step.name for step in group)}"
-            bar.update(task, description=escape(title), completed=before)
+            bar.update(task, description=escape(title), completed=earlier_seconds)
             _say(
                 console,
-                f"[{title}] about {_clock(expected)}, then about {_clock(total - before - expected)} more",
+                f"[{title}] about {_clock(estimate)}, then about {_clock(total - earlier_seconds - estimate)} more",
             )
 
-            def tick(seconds: float, base: float = before, most: float = expected) -> None:
+            def tick(seconds: float, base: float = earlier_seconds, most: float = estimate) -> None:
                 bar.update(task, completed=base + min(seconds, most))
 
-            taken |= _run_group(run, group, at_once, console, tick)
-            before += expected
+            seconds_by_step |= _run_group(run, group, at_once, console, tick)
+            earlier_seconds += estimate
         bar.update(task, completed=total)
-    return taken
+    return seconds_by_step
 
 
-class _Running:
+class _StepProcess:
     """A step in progress: its process, and a thread that copies its output until the process closes
     it."""
 
     def __init__(self, run: Path, step: Step, console: Console) -> None:
         self.step, self.console = step, console
         self.log = run / "logs" / f"{step.name}.log"
-        self.last_line, self.seconds, self._began = "no output", 0.0, time.monotonic()
+        self.last_line = "no output"
+        self.seconds = 0.0
+        self._start = time.monotonic()
         try:
             self.process = subprocess.Popen(
                 step.command,
@@ -155,20 +157,20 @@ class _Running:
 
     def _copy(self, stream: IO[str]) -> None:
         """Every line to the log; to the screen one line now and then."""
-        shown = 0.0
+        printed_at = 0.0
         with stream, self.log.open("a", encoding="utf-8") as log:
             for line in stream:
                 log.write(line)
                 log.flush()
                 if line.strip():
                     self.last_line = line.strip()
-                    if time.monotonic() - shown > QUIET_SECONDS:
-                        shown = time.monotonic()
+                    if time.monotonic() - printed_at > QUIET_SECONDS:
+                        printed_at = time.monotonic()
                         _say(self.console, f"  {self.step.name}: {line.rstrip()[:160]}")
-        self.seconds = round(time.monotonic() - self._began, 1)
+        self.seconds = round(time.monotonic() - self._start, 1)
 
 
-def _expected(group: Group, at_once: int) -> float:
+def _group_seconds(group: Group, at_once: int) -> float:
     """Seconds that a group takes, about."""
     return max(
         *(step.seconds for step in group),
@@ -179,45 +181,45 @@ def _expected(group: Group, at_once: int) -> float:
 def _run_group(
     run: Path, group: Group, at_once: int, console: Console, tick: Callable[[float], None]
 ) -> dict[str, float]:
-    taken = {
+    seconds_by_step = {
         step.name: seconds for step in group if (seconds := finished_seconds(run, step)) is not None
     }
-    for name in taken:
+    for name in seconds_by_step:
         _say(console, f"  {name}: finished before")
-    waiting = [step for step in group if step.name not in taken]
-    started = time.monotonic()
-    running: list[_Running] = []
-    failed: list[_Running] = []
+    queue = [step for step in group if step.name not in seconds_by_step]
+    start = time.monotonic()
+    processes: list[_StepProcess] = []
+    failures: list[_StepProcess] = []
     try:
-        while running or (waiting and not failed):
-            while waiting and len(running) < at_once and not failed:
-                running.append(_Running(run, waiting.pop(0), console))
+        while processes or (queue and not failures):
+            while queue and len(processes) < at_once and not failures:
+                processes.append(_StepProcess(run, queue.pop(0), console))
             time.sleep(0.1)
-            tick(time.monotonic() - started)
-            for item in [item for item in running if item.process.poll() is not None]:
-                running.remove(item)
+            tick(time.monotonic() - start)
+            for item in [item for item in processes if item.process.poll() is not None]:
+                processes.remove(item)
                 if item.wait() != 0:
-                    failed.append(item)
+                    failures.append(item)
                     continue
-                taken[item.step.name] = item.seconds
-                about = {
+                seconds_by_step[item.step.name] = item.seconds
+                record = {
                     "command": list(item.step.command),
                     "seconds": item.seconds,
                     "files": item.step.files(),
                 }
-                write_json(_marker(run, item.step), about)
+                write_json(_marker(run, item.step), record)
     except BaseException:
-        for item in running:
+        for item in processes:
             item.process.terminate()
-        for item in running:  # a training saves before it goes
+        for item in processes:  # a training saves before it goes
             item.process.wait()
         raise
-    for item in failed:
+    for item in failures:
         raise UserError(
             f"step '{item.step.name}' failed (exit {item.process.returncode}): {item.last_line} - see {item.log}; "
             "run the same command again to go on from here"
         )
-    return taken
+    return seconds_by_step
 
 
 def _marker(run: Path, step: Step) -> Path:
@@ -238,11 +240,11 @@ def finished_seconds(run: Path, step: Step) -> float | None:
     finished, its marker is damaged, or a file that it left is gone (markers of older versions name
     no files)."""
     try:
-        saved = read_typed(_marker(run, step), _Marker, "")
+        marker = read_typed(_marker(run, step), _Marker, "")
     except UserError:
         return None
-    there = all(os.path.exists(file) for file in [*map(str, step.outputs), *saved.files])
-    return saved.seconds if saved.command == list(step.command) and there else None
+    files_exist = all(os.path.exists(file) for file in [*map(str, step.outputs), *marker.files])
+    return marker.seconds if marker.command == list(step.command) and files_exist else None
 
 
 def _say(console: Console, text: str) -> None:

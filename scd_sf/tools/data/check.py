@@ -1,4 +1,5 @@
-"""``scd data check`` and ``repair``: is every clip of a folder there and whole?"""
+"""``scd data check`` and ``repair``: find missing and damaged clips of a folder, and set damaged
+ones aside."""
 
 from __future__ import annotations
 
@@ -31,11 +32,9 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Report:
-    """``clips`` whole ones; ``damaged`` file -> what is wrong; ``stray`` temporary files; ``index``
-    what it misses.
-
-    ``missing``: ids that the last run wanted and that are not there.
-    """
+    """Result of a check. ``clips``: number of whole ones. ``damaged``: file -> its fault.
+    ``stray``: temporary files. ``index``: faults of the index. ``missing``: ids of the last run's
+    clips that do not exist or are damaged."""
 
     clips: int = 0
     bytes: int = 0
@@ -56,7 +55,7 @@ class Report:
         return lines
 
 
-def check(root: Path, *, full: bool = False, progress: Progress = lambda done: None) -> Report:
+def check(root: Path, *, full: bool = False, progress: Progress = lambda count: None) -> Report:
     """Compare headers with file sizes, shapes and the index; ``full`` also reads and hashes
     everything.
 
@@ -70,30 +69,30 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda done: N
         return Report(
             clips=len(clips), bytes=sum(file.stat().st_size for file in files_below(root))
         )
-    common, report, whole = read_folder_job(root), Report(), dict[str, str]()
+    common, report, digests = read_folder_job(root), Report(), dict[str, str]()
     for number, path in enumerate(files_of(root), 1):
         if is_part(path):
             report.stray.append(path)
         elif is_clip(root, path):
-            _check_clip(path, common, full, report, whole)
+            _check_clip(path, common, full, report, digests)
         elif path.suffix != VIDEO:
             report.damaged[path] = f"{path}: not a file of a clip"
         elif not path.with_suffix(SUFFIX).is_file():
             # its latents were not written, or were damaged: it is made again
             report.stray.append(path)
         progress(number)
-    report.clips = len(whole)
+    report.clips = len(digests)
     if (root / WANTED).is_file():
-        wanted = [
+        wanted_ids = [
             str(row.get("id")) for row in read_jsonl(root / WANTED, "run the generation again")
         ]
-        report.missing = sorted(set(wanted) - set(whole))
-    report.index = _check_index(root, whole)
+        report.missing = sorted(set(wanted_ids) - set(digests))
+    report.index = _check_index(root, digests)
     return report
 
 
 def _check_clip(
-    path: Path, common: Common, full: bool, report: Report, whole: dict[str, str]
+    path: Path, common: Common, full: bool, report: Report, digests: dict[str, str]
 ) -> None:
     fault = fault_of(path, common, full=full)
     if not fault:
@@ -106,29 +105,29 @@ def _check_clip(
     if fault:
         report.damaged[path] = fault
     else:
-        whole[path.stem] = header.about.sha256
+        digests[path.stem] = header.about.sha256
         report.bytes += header.bytes
 
 
-def _check_index(root: Path, whole: dict[str, str]) -> list[str]:
-    """What the index says otherwise than the whole files."""
+def _check_index(root: Path, digests: dict[str, str]) -> list[str]:
+    """Faults of the index. ``digests``: clip id -> sha256 of the whole files."""
     if not (root / MANIFEST).is_file():
         return [f"{root / MANIFEST}: not written yet; run 'scd data manifest {root}'"]
     rows = read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")
-    listed = {str(row.get("id")): row.get("sha256") for row in rows}
-    if listed == whole:
+    indexed = {str(row.get("id")): row.get("sha256") for row in rows}
+    if indexed == digests:
         return _check_fixed_prompts(root)
-    gone, new = sorted(listed.keys() - whole.keys()), sorted(whole.keys() - listed.keys())
-    other = sorted(name for name in listed.keys() & whole.keys() if listed[name] != whole[name])
-    counts = (
-        f"{len(gone)} listed but not whole, {len(new)} not listed, {len(other)} of other contents"
+    absent = sorted(indexed.keys() - digests.keys())
+    unlisted = sorted(digests.keys() - indexed.keys())
+    changed = sorted(
+        name for name in indexed.keys() & digests.keys() if indexed[name] != digests[name]
     )
+    counts = f"{len(absent)} listed but not whole, {len(unlisted)} not listed, {len(changed)} of other contents"
     return [f"{root / ROWS}: {counts}; run 'scd data manifest {root}'"]
 
 
 def _check_fixed_prompts(root: Path) -> list[str]:
-    """What is wrong with the states of the empty and of the negative prompt, which lie beside the
-    clips."""
+    """Faults of the states of the empty and the negative prompt, which lie beside the clips."""
     try:
         PromptTable(root)
     except UserError as error:
@@ -137,12 +136,12 @@ def _check_fixed_prompts(root: Path) -> list[str]:
 
 
 def repair(
-    root: Path, *, full: bool = False, progress: Progress = lambda done: None
+    root: Path, *, full: bool = False, progress: Progress = lambda count: None
 ) -> tuple[Report, int]:
-    """Move what is damaged to ``quarantine/``, remove old temporary files, write the index again.
+    """Move damaged files to ``quarantine/``, remove old temporary files, write the index again.
 
-    Returns what was found and how many clips the index has now (0: none is left). The next run of
-    the command that made the clips makes the moved ones again. UserError for a directory of shards.
+    Returns the report and the number of clips in the new index. The next run of the command that
+    made the clips makes the moved ones again. UserError for a directory of shards.
     """
     if not (root / JOB).is_file():
         raise UserError(
@@ -168,7 +167,7 @@ def _repair(root: Path, full: bool, progress: Progress) -> tuple[Report, int]:
 
 
 def quarantine(root: Path, path: Path) -> Path:
-    """Move a file out of the data; where to. An older one of that name is kept."""
+    """Move a file out of the data and return its new path. An older file of that name is kept."""
     folder = quarantine_of(root)
     names = (folder / f"{path.name}{f'.{n}' if n else ''}" for n in range(10_000))
     target = next(name for name in names if not os.path.lexists(name))
@@ -178,10 +177,10 @@ def quarantine(root: Path, path: Path) -> Path:
 
 def whole_clips(root: Path, ids: Iterable[str]) -> list[Path]:
     """The files of these clips. UserError for the first that is damaged."""
-    common, found = read_folder_job(root), []
+    common, paths = read_folder_job(root), []
     for clip in ids:
         path = clip_path(root, clip)
         if fault := fault_of(path, common):
             raise UserError(f"{fault}; run 'scd data repair {root}'")
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths

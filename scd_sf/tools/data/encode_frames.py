@@ -80,7 +80,7 @@ class AnySource(Protocol[Clip_co]):
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How the work is done."""
+    """Batches, threads and limits of an encoding."""
 
     batch: int = 64
     """Frames per call of the tokenizer."""
@@ -103,7 +103,7 @@ class EncodeConfig:
 
 @dataclass
 class EncodeReport:
-    """What became of a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run,
+    """Result for a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run,
     ``before``: done by an earlier run; ``bad``: what is left out and why. Seconds are of this
     run."""
 
@@ -125,8 +125,8 @@ class EncodeReport:
 
     def __str__(self) -> str:
         rate = self.frames / max(self.seconds, 1e-9)
-        done = f"{self.before} clips before, " if self.before else ""
-        return f"{done}{self.good} clips, {self.frames} frames, {len(self.bad)} bad; {rate:.0f} frames/s"
+        earlier = f"{self.before} clips before, " if self.before else ""
+        return f"{earlier}{self.good} clips, {self.frames} frames, {len(self.bad)} bad; {rate:.0f} frames/s"
 
 
 def check_report(path: Path) -> None:
@@ -193,8 +193,8 @@ def _write(
 ) -> EncodeReport:
     check_place(out)
     report = EncodeReport(len(source.ids) + len(source.refused), bad=list(source.refused))
-    _hold_to_budget(report, config, None)
-    shape = shape_of(_first_good(source))
+    _check_faults(report, config, None)
+    shape = shape_of(_first_clip(source))
     info = FrameSetInfo(*shape, spatial, source.num_actions, source.labels, source.fps)
     inputs = {**inputs, "clips": len(source.ids), "ids_sha256": hash_json(source.ids)}
     with locked(out, "the encoding of frames"):
@@ -210,8 +210,8 @@ def _write(
                 )
             writer.append(clip.id, latents_of(clip), clip.actions_F, clip.label)
 
-        done = set(writer.done)
-        todo = [index for index, clip_id in enumerate(source.ids) if clip_id not in done]
+        finished_ids = set(writer.done)
+        todo = [index for index, clip_id in enumerate(source.ids) if clip_id not in finished_ids]
         _read_all(source, todo, config, report, append, out)
         report.write(out / REPORT)  # before the manifest, after which nothing is done again
         writer.finish()
@@ -230,23 +230,24 @@ def _read_all(
 
     ``out``: where the report goes when too many are; without it there is no limit.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     with progress_of("clips", len(source.ids), report.before) as progress:
-        for number, (index, clip) in enumerate(_ahead(source, indices, config.workers), 1):
+        for number, (index, clip) in enumerate(_read_ahead(source, indices, config.workers), 1):
             try:
                 if isinstance(clip, UserError):
                     raise clip
                 keep(clip)
-                report.good, report.frames = report.good + 1, report.frames + clip.frames
+                report.good += 1
+                report.frames += clip.frames
             except UserError as error:
                 report.bad.append(Refused(source.ids[index], str(error)))
                 if out is not None:
-                    _hold_to_budget(report, config, out)
+                    _check_faults(report, config, out)
             progress(report.before + number)
-    report.seconds = round(time.monotonic() - began, 3)
+    report.seconds = round(time.monotonic() - start, 3)
 
 
-def _ahead(
+def _read_ahead(
     source: AnySource[ClipType], indices: Sequence[int], workers: int
 ) -> Iterator[tuple[int, ClipType | UserError]]:
     """(index, clip or why it is left out) in order. At most ``workers`` + 1 are read or held at a
@@ -258,21 +259,22 @@ def _ahead(
         except UserError as error:
             return index, error
 
-    waiting: deque[Future[tuple[int, ClipType | UserError]]] = deque()
+    futures: deque[Future[tuple[int, ClipType | UserError]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
         for index in indices:
-            waiting.append(pool.submit(read, index))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(pool.submit(read, index))
+            if len(futures) > workers:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first_good(source: AnySource[ClipType]) -> ClipType:
-    """A clip that says how large the others must be. UserError: no clip can be read."""
+def _first_clip(source: AnySource[ClipType]) -> ClipType:
+    """The first clip that can be read; all others must have its shape. UserError where there is
+    none."""
     problem = "it lists none"
     for index in range(len(source.ids)):
         try:
@@ -282,24 +284,24 @@ def _first_good(source: AnySource[ClipType]) -> ClipType:
     raise UserError(f"no clip of the source can be read; the last: {problem}")
 
 
-def _hold_to_budget(report: EncodeReport, config: EncodeConfig, out: Path | None) -> None:
+def _check_faults(report: EncodeReport, config: EncodeConfig, out: Path | None) -> None:
     """UserError, after the report is written, where more than the allowed share is malformed."""
     if len(report.bad) <= config.max_bad * report.clips:
         return
-    where = ""
+    hint = ""
     if out is not None and out.is_dir():
         report.write(out / REPORT)
-        where = f"; all are in {out / REPORT}"
-    last = report.bad[-1]
+        hint = f"; all are in {out / REPORT}"
+    last_fault = report.bad[-1]
     raise UserError(
         f"{len(report.bad)} of {report.clips} clips are malformed, more than max_bad {config.max_bad:g}"
-        f" (the last is {last.name}: {last.reason}){where}; repair the source, or raise max_bad"
+        f" (the last is {last_fault.name}: {last_fault.reason}){hint}; repair the source, or raise max_bad"
     )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a script was asked for. ``tokenizer``: a directory of an image tokenizer; ``check``:
+    """A script's options. ``tokenizer``: a directory of an image tokenizer; ``check``:
     only read and report, to ``report`` too where it is given."""
 
     out: Path | None
@@ -310,9 +312,9 @@ class Task:
 
 
 def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
-    """The whole of a script for pixels: check or encode, and print what became of it. UserError:
-    see above, or an option is missing."""
-    if not _checked(source, task):
+    """The whole of a script for pixels: check or encode, and print the result. UserError as in
+    :func:`encode_pixels`, or for a missing option."""
+    if not _check_only(source, task):
         if task.tokenizer is None:
             raise UserError(
                 "--tokenizer: is missing; give the directory of one, or --check to only read"
@@ -326,12 +328,13 @@ def run_pixels(source: SourceClips, about: Json, task: Task) -> None:
 
 
 def run_latents(source: AnySource[FarLatentClip], spatial: int, about: Json, task: Task) -> None:
-    """The same for latents that are computed already."""
-    if not _checked(source, task):
+    """The whole of a script for latents: check or import, and print the result."""
+    if not _check_only(source, task):
         say(f"{task.out}: {import_latents(source, spatial, _out(task), about, task.config)}")
 
 
-def _checked(source: AnySource[ClipType], task: Task) -> bool:
+def _check_only(source: AnySource[ClipType], task: Task) -> bool:
+    """With ``task.check`` read every clip and report. Returns whether that was all to do."""
     if not task.check:
         return False
     if task.report is not None:
@@ -344,7 +347,7 @@ def _checked(source: AnySource[ClipType], task: Task) -> bool:
     if len(report.bad) > SHOWN:
         say(f"... and {len(report.bad) - SHOWN} more")
     say(str(report))
-    _hold_to_budget(report, task.config, None)
+    _check_faults(report, task.config, None)
     return True
 
 

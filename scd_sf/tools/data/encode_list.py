@@ -7,6 +7,7 @@ after any kill, on any number of ranks.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -76,29 +77,29 @@ class EncodeListConfig:
 
 
 def encode_list(cfg: EncodeListConfig, ranks: Ranks) -> None:
-    """Encode what is missing; a finished directory is left alone. UserError for a folder of others,
-    or other inputs."""
+    """Encode the prompts that are not encoded yet. UserError for a folder of other files or of
+    other inputs."""
     config, out = text_config(cfg.model), Path(cfg.out)
     width = encoder_width(config)
     prompts = read_prompt_list(Path(cfg.prompts), cfg.column)
-    with ExitStack() as held:
-        begun: list[ShardWriter] = []
-        rank_zero_first(ranks, lambda: begun.append(_begin(cfg, config, prompts, held)))
-        if ranks.any(bool(begun) and begun[0].finished):
+    with ExitStack() as locks:
+        writers: list[ShardWriter] = []
+        rank_zero_first(ranks, lambda: writers.append(_begin(cfg, config, prompts, locks)))
+        if ranks.any(bool(writers) and writers[0].finished):
             if ranks.is_main:
                 say(f"{out}: already complete")
             return
         encoder = load_text_encoder(config, device=ranks.device, dtype=dtype_of(cfg.dtype))
-        _encode_mine(cfg, encoder, prompts, ranks)
+        _encode_share(cfg, encoder, prompts, ranks)
         ranks.barrier()
         if ranks.is_main:
-            _finish(cfg, encoder, prompts, begun[0])
+            _finish(cfg, encoder, prompts, writers[0])
             say(f"{out}: {len(prompts)} prompts, states of width {width}")
         ranks.barrier()
 
 
 def _begin(
-    cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[Prompt], held: ExitStack
+    cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[Prompt], locks: ExitStack
 ) -> ShardWriter:
     """The folder, locked for this job, begun or begun before with the same inputs."""
     out = Path(cfg.out)
@@ -116,31 +117,31 @@ def _begin(
         "per_shard": cfg.per_shard,
     }
     require_own_folder(out, (MANIFEST, BUILDING))
-    held.enter_context(locked(out, "encode_prompts"))
+    locks.enter_context(locked(out, "encode_prompts"))
     writer = ShardWriter(out, inputs)
     if not writer.finished:
         (out / RECORDS).mkdir(exist_ok=True)
     return writer
 
 
-def _encode_mine(
+def _encode_share(
     cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], ranks: Ranks
 ) -> None:
     out, dtype = Path(cfg.out), dtype_of(cfg.store or cfg.dtype)
-    mine = list(range(len(prompts)))[:: cfg.per_shard][ranks.rank :: ranks.world]
-    with progress_of("shards of rank 0", len(mine), 0) as report:
-        for number, first in enumerate(mine, 1):
-            name = f"text-{first // cfg.per_shard:05d}"
+    starts = list(range(len(prompts)))[:: cfg.per_shard][ranks.rank :: ranks.world]
+    with progress_of("shards of rank 0", len(starts), 0) as report:
+        for number, start in enumerate(starts, 1):
+            name = f"text-{start // cfg.per_shard:05d}"
             file, record = out / f"{name}.safetensors", out / RECORDS / f"{name}.json"
             if not (
                 file.is_file()
                 and record.is_file()
                 and read_typed(record, ShardFile, AGAIN).bytes == file.stat().st_size
             ):
-                rows = prompts[first : first + cfg.per_shard]
+                rows = prompts[start : start + cfg.per_shard]
                 states = states_alone(encoder, [row.prompt for row in rows])
                 tokens = finite(
-                    torch.cat(states).to(dtype), f"text states of prompts {first} and on"
+                    torch.cat(states).to(dtype), f"text states of prompts {start} and on"
                 )
                 write_tensors(
                     file,
@@ -157,7 +158,7 @@ def _encode_mine(
 def _finish(
     cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], writer: ShardWriter
 ) -> None:
-    names = [f"text-{number:05d}.json" for number in range(-(-len(prompts) // cfg.per_shard))]
+    names = [f"text-{number:05d}.json" for number in range(math.ceil(len(prompts) / cfg.per_shard))]
     writer.shards["text"] = [
         read_typed(writer.root / RECORDS / name, ShardFile, AGAIN) for name in names
     ]

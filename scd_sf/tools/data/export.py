@@ -43,9 +43,9 @@ def export_webdataset(
     *,
     per_tar: int = 256,
     videos: bool = True,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Write the clips of ``root``'s index as tars; how many tars. One that is there whole is kept.
+    """Write the clips of ``root``'s index as tars and return their number. A whole tar is kept.
 
     UserError for a folder that is not indexed, a damaged clip, an output that holds other things.
     """
@@ -53,7 +53,7 @@ def export_webdataset(
         raise UserError(f"--per-tar is {per_tar}; it must be at least 1")
     ids = [str(row.get("id")) for row in read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")]
     paths = whole_clips(root, ids)
-    groups = [paths[first : first + per_tar] for first in range(0, len(paths), per_tar)]
+    groups = [paths[start : start + per_tar] for start in range(0, len(paths), per_tar)]
     names = [f"shard-{number:05d}.tar" for number in range(len(groups))]
     listings = {
         name: [(member, size) for clip in group for member, size, _ in _members(clip, videos)]
@@ -75,15 +75,15 @@ def export_webdataset(
 def _check_own(out: Path, listings: Mapping[str, Listing]) -> None:
     """UserError where ``out`` holds what no export has written: nothing of others is
     overwritten."""
-    taken, index = others_in(out), out / INDEX
-    own = (
+    names, index = others_in(out), out / INDEX
+    listed_tars = (
         typed(read_json(index, KEEP).get("tars"), dict[str, object], index, KEEP)
-        if INDEX in taken
+        if INDEX in names
         else {}
     )
-    for name in taken:
+    for name in names:
         if name == INDEX or (
-            name in listings and (name in own or _listing(out / name) == listings[name])
+            name in listings and (name in listed_tars or _listing(out / name) == listings[name])
         ):
             continue
         raise UserError(f"{out}: holds {name}, which is none of these tars; {KEEP}")
@@ -105,11 +105,11 @@ def _members(clip: Path, videos: bool) -> list[tuple[str, int, Path | bytes]]:
     """(name, size, file or contents) of a clip's members."""
     header = read_header(clip)
     prompt, video = header.about.prompt.encode(), clip.with_suffix(VIDEO)
-    found: list[tuple[str, int, Path | bytes]] = [(clip.name, header.bytes, clip)]
-    found.append((f"{clip.stem}.prompt.txt", len(prompt), prompt))
+    members: list[tuple[str, int, Path | bytes]] = [(clip.name, header.bytes, clip)]
+    members.append((f"{clip.stem}.prompt.txt", len(prompt), prompt))
     if videos and video.is_file() and not video.is_symlink():
-        found.append((video.name, os.stat(video).st_size, video))
-    return found
+        members.append((video.name, os.stat(video).st_size, video))
+    return members
 
 
 def _listing(path: Path) -> Listing:

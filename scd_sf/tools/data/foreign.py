@@ -59,15 +59,15 @@ ROW_GROUP = 8 * 2**30
 @dataclass(frozen=True)
 class ForeignClip:
     """One clip of a source. ``latents`` (F, C, H, W), ``text`` (T, E) without padding or None;
-    ``raw``: as the VAE gives them, not normalised. ``own``: the bytes of one of our files instead,
-    and of its mp4."""
+    ``raw``: as the VAE gives them, not normalised. ``own_bytes``: the bytes of one of our files
+    instead, and of its mp4."""
 
     name: str
     prompt: str = ""
     latents: Tensor | None = None
     text: Tensor | None = None
     raw: bool = False
-    own: bytes | None = None
+    own_bytes: bytes | None = None
     video: bytes | None = None
 
 
@@ -76,7 +76,7 @@ Part = ForeignClip | Refused
 
 @dataclass(frozen=True)
 class _Member:
-    """One of a tar. ``fault``: why it is not taken; without a ``name`` it is the tar's own."""
+    """A member of a tar. ``fault``: why it is refused; without a ``name`` it is the tar's own."""
 
     name: str
     data: bytes = b""
@@ -125,14 +125,16 @@ def _members(path: Path) -> Iterator[_Member]:
                 cut = f"{len(data)} bytes instead of {entry.size}: the tar is cut"
                 yield _Member(entry.name, data, cut if len(data) != entry.size else "")
     except UserError as error:
-        why = reason(error.__cause__ or error)
-        yield _Member("", fault=f"the tar is damaged or cut ({why}); what came before it is taken")
+        cause = reason(error.__cause__ or error)
+        yield _Member(
+            "", fault=f"the tar is damaged or cut ({cause}); what came before it is taken"
+        )
 
 
 def _sample(name: str, members: dict[str, bytes]) -> ForeignClip:
-    """Of suffix -> contents. ValueError where these make none."""
+    """A clip of its members (suffix -> contents). ValueError where they are no clip."""
     if members.keys() in (OWN, OWN | {"mp4"}):
-        return ForeignClip(name, own=members["safetensors"], video=members.get("mp4"))
+        return ForeignClip(name, own_bytes=members["safetensors"], video=members.get("mp4"))
     if members.keys() != RCM:
         raise ValueError(
             f"has {', '.join(sorted(members))}; a sample needs {', '.join(sorted(RCM))}"
@@ -154,10 +156,10 @@ def unpadded(text: Tensor) -> Tensor:
     rows = text[0] if text.ndim == 3 and len(text) == 1 else text
     if rows.ndim != 2:
         raise ValueError(f"text states of shape {tuple(text.shape)} instead of (L, E)")
-    filled = rows.ne(0).any(dim=1).nonzero()
-    if not len(filled):
+    nonzero_rows = rows.ne(0).any(dim=1).nonzero()
+    if not len(nonzero_rows):
         raise ValueError("text states are all zero")
-    return rows[: int(filled[-1]) + 1]
+    return rows[: int(nonzero_rows[-1]) + 1]
 
 
 def read_lmdb(path: Path) -> Iterator[Part]:
@@ -187,20 +189,16 @@ def read_lmdb(path: Path) -> Iterator[Part]:
 def _check_lmdb(env: Any, path: Path) -> None:
     """ValueError where the file is shorter than its pages: to read beyond its end would kill the
     process."""
-    needed, size = (
-        (env.info()["last_pgno"] + 1) * env.stat()["psize"],
-        (path / "data.mdb").stat().st_size,
-    )
-    if size < needed:
-        raise ValueError(f"data.mdb has {size} bytes instead of {needed} (cut?)")
+    needed_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    size = (path / "data.mdb").stat().st_size
+    if size < needed_bytes:
+        raise ValueError(f"data.mdb has {size} bytes instead of {needed_bytes} (cut?)")
 
 
 def _lmdb_sample(env: Any, number: int, shape: tuple[int, ...], name: str) -> ForeignClip:
     with foreign("damaged", COPY), env.begin() as view:
-        data, prompt = (
-            view.get(f"latents_{number}_data".encode()),
-            view.get(f"prompts_{number}_data".encode()),
-        )
+        data = view.get(f"latents_{number}_data".encode())
+        prompt = view.get(f"prompts_{number}_data".encode())
     if data is None or prompt is None:
         raise ValueError("has no latents or no prompt")
     latents = numbers_of(data, "float16", shape[1:])
@@ -248,16 +246,16 @@ def read_parquet(path: Path) -> Iterator[Part]:
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
-    missing = [name for name in PARQUET if name not in columns]
-    unknown = sorted(set(columns) - PARQUET_KNOWN)
-    if missing or unknown:
-        what = (
-            f"has no column '{missing[0]}'"
-            if missing
-            else f"has a column '{unknown[0]}' that is not known"
+    missing_names = [name for name in PARQUET if name not in columns]
+    unknown_names = sorted(set(columns) - PARQUET_KNOWN)
+    if missing_names or unknown_names:
+        problem = (
+            f"has no column '{missing_names[0]}'"
+            if missing_names
+            else f"has a column '{unknown_names[0]}' that is not known"
         )
         raise UserError(
-            f"{path}: {what}; only FastVideo's text-to-video layout is read: {', '.join(PARQUET)}"
+            f"{path}: {problem}; only FastVideo's text-to-video layout is read: {', '.join(PARQUET)}"
         )
 
 

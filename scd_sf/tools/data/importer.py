@@ -62,69 +62,69 @@ def sources_of(path: Path) -> tuple[str, list[Path]]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; check the path")
     if path.is_file():
-        found = {
-            "tar": [path] * (path.suffix == ".tar"),
-            "parquet": [path] * (path.suffix == ".parquet"),
+        files_by_kind = {
+            "tar": [path] if path.suffix == ".tar" else [],
+            "parquet": [path] if path.suffix == ".parquet" else [],
             "lmdb": [],
         }
     else:
-        below = list(files_below(path))
-        found = {
-            "tar": [file for file in below if file.suffix == ".tar" and file.parent == path],
-            "parquet": [file for file in below if file.suffix == ".parquet"],
+        candidates = list(files_below(path))
+        files_by_kind = {
+            "tar": [file for file in candidates if file.suffix == ".tar" and file.parent == path],
+            "parquet": [file for file in candidates if file.suffix == ".parquet"],
             "lmdb": [
                 f.parent
-                for f in below
+                for f in candidates
                 if f.name == "data.mdb" and path in (f.parent, f.parent.parent)
             ],
         }
-    kinds = [kind for kind, files in found.items() if files]
+    kinds = [kind for kind, files in files_by_kind.items() if files]
     if len(kinds) != 1:
         raise UserError(
             f"{path}: holds {' and '.join(kinds) or 'none'} of .tar, .parquet and data.mdb; give one kind"
         )
-    return kinds[0], found[kinds[0]]
+    return kinds[0], files_by_kind[kinds[0]]
 
 
 def import_clips(
-    options: ImportOptions, progress: Callable[[int], None] = lambda done: None
+    options: ImportOptions, progress: Callable[[int], None] = lambda count: None
 ) -> str:
-    """Copy every clip of the source; a line that says what was done. What is there already is not
-    written again.
+    """Copy every clip of the source and return one line about the result. Whole clips in the folder
+    are not written again.
 
-    UserError, after all else is imported, when something was refused: ``quarantine/refused.jsonl``
-    lists it.
+    UserError, after all others are imported, where parts were refused;
+    ``quarantine/refused.jsonl`` lists them.
     """
     dtype_of(options.store, "--store")
     kind, files = sources_of(options.source)
     device = device_of(options.device)
     encoder = open_text_encoder(options.model, options.text_cache, device=device)
-    with ExitStack() as held:
-        target = _Target(options, kind, encoder, load_vae(options.model, device=device), held)
+    with ExitStack() as locks:
+        target = _Target(options, kind, encoder, load_vae(options.model, device=device), locks)
         return _import(options, target, _parts(kind, files), progress)
 
 
 def _import(
     options: ImportOptions, target: _Target, parts: Iterator[Part], progress: Callable[[int], None]
 ) -> str:
-    refused: list[Json] = []
+    refusals: list[Json] = []
     for number, part in enumerate(parts, 1):
         fault = part.reason if isinstance(part, Refused) else target.add(part)
         if fault:
-            refused.append({"name": printable(part.name), "reason": printable(fault)})
+            refusals.append({"name": printable(part.name), "reason": printable(fault)})
         progress(number)
     if target.common is None:
-        first = f"; the first part was refused: {refused[0]['reason']}" if refused else ""
-        raise UserError(f"{options.source}: no clip in it could be taken{first}")
-    where = quarantine_of(options.out) / REFUSED
-    write_jsonl(where, refused)
+        hint = f"; the first part was refused: {refusals[0]['reason']}" if refusals else ""
+        raise UserError(f"{options.source}: no clip in it could be taken{hint}")
+    report_path = quarantine_of(options.out) / REFUSED
+    write_jsonl(report_path, refusals)
     negative = wan_negative(options.negative_prompt)
     write_fixed_prompts(options.out, target.encoder.states, negative, target.common.torch_dtype)
     count = index_clips(options.out)
-    if refused:
-        first = f"{refused[0]['name']}: {refused[0]['reason']}"
+    if refusals:
+        refusal = f"{refusals[0]['name']}: {refusals[0]['reason']}"
         raise UserError(
-            f"{len(refused)} parts of {options.source} were refused, {where} lists them; first {first}"
+            f"{len(refusals)} parts of {options.source} were refused, {report_path} lists them; first {refusal}"
         )
     return f"{options.out}: {target.count} clips from {options.source} ({target.kind}), {count} in the index"
 
@@ -138,24 +138,23 @@ class _Target:
     """The folder that is written. The first clip decides the shape of all."""
 
     def __init__(
-        self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae, held: ExitStack
+        self, options: ImportOptions, kind: str, encoder: TextEncoder, vae: Vae, locks: ExitStack
     ) -> None:
-        """``held``: keeps the folder's lock, which is taken with the first clip."""
-        self.options, self.kind, self.encoder, self.vae, self.held = (
-            options,
-            kind,
-            encoder,
-            vae,
-            held,
-        )
+        """``locks``: keeps the folder's lock, which is taken with the first clip."""
+        self.options = options
+        self.kind = kind
+        self.encoder = encoder
+        self.vae = vae
+        self.locks = locks
         self.common: Common | None = None
         self.count = 0
 
     def add(self, sample: ForeignClip) -> str:
-        """Write a clip; "" or why it is refused. UserError where the folder cannot be begun."""
+        """Write a clip and return "" or the reason of its refusal. UserError where the folder
+        cannot be begun."""
         try:
-            if sample.own is not None:
-                self._add_own(sample, sample.own)
+            if sample.own_bytes is not None:
+                self._add_own(sample, sample.own_bytes)
             else:
                 self._add(sample)
         except ValueError as error:  # UserErrors too
@@ -167,7 +166,7 @@ class _Target:
 
     def _add(self, sample: ForeignClip) -> None:
         assert sample.latents is not None
-        latents = self._normalised(sample.latents.float()) if sample.raw else sample.latents
+        latents = self._normalise(sample.latents.float()) if sample.raw else sample.latents
         text = self.encoder.states([sample.prompt])[0] if sample.text is None else sample.text
         dtype = dtype_of(self.options.store, "--store")
         latents, text = latents.to(dtype).contiguous(), text.to(dtype)
@@ -203,15 +202,15 @@ class _Target:
         if not ID.fullmatch(name):
             raise ValueError(f"its key is {name!r}, not a clip's id")
         with tempfile.TemporaryDirectory() as folder:
-            seen = Path(folder, f"{name}{SUFFIX}")
-            seen.write_bytes(data)
+            file = Path(folder, f"{name}{SUFFIX}")
+            file.write_bytes(data)
             try:
-                header = read_header(seen)
+                header = read_header(file)
             except UserError as error:
                 raise ValueError(str(error)) from error
-            stored = header.tensors["latents"]
-            common = self._common(stored.shape, stored.dtype)
-            if fault := fault_of(seen, common, full=True):
+            latents = header.tensors["latents"]
+            common = self._common(latents.shape, latents.dtype)
+            if fault := fault_of(file, common, full=True):
                 raise ValueError(fault)
         if sample.video is not None and sha256_bytes(sample.video) != header.about.video_sha256:
             raise ValueError("its mp4 is not the one of its latents (sha256 differs)")
@@ -239,12 +238,12 @@ class _Target:
             name = str(dtype).removeprefix("torch.")
             common = Common(video, name, self.encoder.width, self.encoder.max_length, settings)
             open_job(self.options.out, common)
-            self.held.enter_context(locked(self.options.out, "scd data import"))
+            self.locks.enter_context(locked(self.options.out, "scd data import"))
             sweep_clips(self.options.out)
             self.common = common
         return self.common
 
-    def _normalised(self, raw_FCHW: Tensor) -> Tensor:
+    def _normalise(self, raw_FCHW: Tensor) -> Tensor:
         return (
             self.vae.normalised(raw_FCHW.transpose(0, 1).unsqueeze(0).to(self.vae.device))[0]
             .transpose(0, 1)

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, else a line now and then."""
+"""Progress of a long job: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -23,38 +23,37 @@ SECONDS_PER_LINE = 20.0  # without a terminal
 
 @contextmanager
 def progress_of(
-    what: str, total: int | None = None, start: int = 0
+    label: str, total: int | None = None, start: int = 0
 ) -> Iterator[Callable[[int], None]]:
-    """A function that takes how many are done: a bar on a terminal, else a line now and then.
-
-    Both say the time left where ``total`` is known.
+    """Yield a function that shows a count of finished items. The time left is shown, too, where
+    ``total`` is known. ``start``: items that were finished before.
     """
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
-            TextColumn(what),
+            TextColumn(label),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(what, total=total, completed=start)
-            yield lambda done: bar.update(task, completed=done)
+            task = bar.add_task(label, total=total, completed=start)
+            yield lambda count: bar.update(task, completed=count)
         return
-    began = last = time.monotonic()
+    began = printed_at = time.monotonic()
 
-    def line(done: int) -> None:
-        nonlocal last
+    def line(count: int) -> None:
+        nonlocal printed_at
         now = time.monotonic()
-        if now - last < SECONDS_PER_LINE and done != total:
+        if now - printed_at < SECONDS_PER_LINE and count != total:
             return
-        last = now
+        printed_at = now
         if total is None:
-            say(f"{what} {done}")
+            say(f"{label} {count}")
         else:
             say(
-                f"{what} {done}/{total}, {(now - began) / max(1, done - start) * (total - done):.0f} s left"
+                f"{label} {count}/{total}, {(now - began) / max(1, count - start) * (total - count):.0f} s left"
             )
 
     yield line

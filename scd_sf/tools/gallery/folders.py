@@ -26,7 +26,7 @@ SHORT = ("sampler", "steps")  # a model's facts that every sample repeats
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest says of a video. ``title``: a benchmark's name of the prompt. ``then``:
+    """A manifest's record of a video. ``title``: a benchmark's name of the prompt. ``then``:
     further prompts, each with its first pixel frame. ``start``: the image or video that it
     continues."""
 
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def words(self) -> str:
-        """All that was sampled with."""
+        """All prompts of the video, each later one after its first frame."""
         return "".join(
             [self.prompt, *(f"\nfrom frame {frame}: {text}" for frame, text in self.then)]
         )
@@ -53,14 +53,14 @@ class Entry:
 
     @property
     def heading(self) -> str:
-        """What equal prompts of several models are put together by."""
+        """Key by which samples of several models are grouped."""
         continues = f"\ncontinues {Path(self.start).name}" if self.start else ""
         return (self.title if self.is_named else self.words) + continues
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """As far as it is read."""
+    """The fields of a manifest that the gallery reads."""
 
     settings: dict[str, object]
     videos: dict[str, Entry]
@@ -90,12 +90,13 @@ class Folder:
 
     @property
     def seconds(self) -> float:
-        """Of the longest video."""
+        """Length of the longest video in seconds."""
         return max((video.frames for video in self.videos), default=0) / self.fps
 
 
 def read_folder(root: Path, name: str = "") -> Folder:
-    """UserError: no manifest, a foreign one, a file outside the folder."""
+    """The samples below ``root``; ``name``: of the model, else the folder's. UserError for no
+    manifest, a foreign one, or a file outside the folder."""
     manifest = read_typed(root / INDEX, Manifest, REMEDY)
     fps = manifest.settings.get("fps")
     if not isinstance(fps, int | float) or not 0 < fps <= FASTEST:
@@ -109,11 +110,11 @@ def read_folder(root: Path, name: str = "") -> Folder:
 
 
 def _finished(root: Path) -> dict[str, Entry]:
-    """Records of a run whose manifest does not list its videos yet."""
-    done = root / DONE
-    files = [file for file in files_below(done) if file.suffix == ".json"]
+    """Records of a run's videos by file, also of those that its manifest does not list yet."""
+    records = root / DONE
+    files = [file for file in files_below(records) if file.suffix == ".json"]
     return {
-        file.relative_to(done).as_posix().removesuffix(".json"): read_typed(file, Entry, REMEDY)
+        file.relative_to(records).as_posix().removesuffix(".json"): read_typed(file, Entry, REMEDY)
         for file in files
     }
 
@@ -128,8 +129,10 @@ def _video(root: Path, name: str, entry: Entry) -> Video:
         frames = frame_count(file, str(file))
     except UserError:
         return Video(name, entry, file, 0, "damaged")
-    same = entry.sha256 in ("", sha256_file(file))
-    return Video(name, entry, file, frames, remark="" if same else "changed since it was sampled")
+    unchanged = entry.sha256 in ("", sha256_file(file))
+    return Video(
+        name, entry, file, frames, remark="" if unchanged else "changed since it was sampled"
+    )
 
 
 def _facts(settings: Mapping[str, object]) -> dict[str, str]:
@@ -161,11 +164,11 @@ def _facts(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def page_of(folders: Sequence[Folder], title: str) -> Page:
-    """Prompts in the order they are first seen, equal texts together. UserError: nothing, or equal
-    names."""
+    """The page of these folders, prompts in the order of their first appearance, equal texts
+    together. UserError for no videos, or two folders of one name."""
     names = [folder.name for folder in folders]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two folders are named '{min(twice)}'; give --names, one per folder")
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two folders are named '{min(duplicates)}'; give --names, one per folder")
     videos = [(folder, video) for folder in folders for video in folder.videos]
     if not videos:
         raise UserError("the folders hold no videos; " + REMEDY)
@@ -174,13 +177,13 @@ def page_of(folders: Sequence[Folder], title: str) -> Page:
         together.setdefault(video.entry.heading, []).append(video)
     place = {heading: number for number, heading in enumerate(together)}
     samples = [_sample(folder, video, place[video.entry.heading]) for folder, video in videos]
-    some_lack = any(video.fault for _, video in videos)
+    has_faults = any(video.fault for _, video in videos)
     prompts = []
-    for heading, same in together.items():
-        state = "some are not there" if any(video.fault for video in same) else "complete"
-        words = dict.fromkeys(video.entry.words for video in same if video.entry.is_named)
+    for heading, group in together.items():
+        state = "some are not there" if any(video.fault for video in group) else "complete"
+        words = dict.fromkeys(video.entry.words for video in group if video.entry.is_named)
         prompts.append(
-            PagePrompt(heading, {"videos": state} if some_lack else {}, words=tuple(words))
+            PagePrompt(heading, {"videos": state} if has_faults else {}, words=tuple(words))
         )
     fps = max(folder.fps for folder in folders)
     frames = max(1, round(max(folder.seconds for folder in folders) * fps))

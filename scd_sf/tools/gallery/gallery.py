@@ -51,11 +51,13 @@ def build_gallery(
     cannot be written.
     """
     names = [row.name for row in rows]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"gallery: two rows are named '{min(twice)}'; give each row its own name")
-    if unknown := videos.keys() - set(names):
+    if duplicates := {name for name in names if names.count(name) > 1}:
         raise UserError(
-            f"gallery: videos of '{min(unknown)}', which is no row; the rows are {', '.join(names)}"
+            f"gallery: two rows are named '{min(duplicates)}'; give each row its own name"
+        )
+    if unknown_rows := videos.keys() - set(names):
+        raise UserError(
+            f"gallery: videos of '{min(unknown_rows)}', which is no row; the rows are {', '.join(names)}"
         )
     with tempfile.TemporaryDirectory(prefix="gallery-") as folder:
         samples: list[Sample] = []
@@ -77,5 +79,7 @@ def build_gallery(
         models: dict[str, Mapping[str, str]] = {
             row.name: {} for row in rows if videos.get(row.name)
         }
-        shown = [card.prompt() for card in prompts]
-        return write_page(Page(title, models, shown, samples, fps, longest, rows, notes), out_html)
+        page_prompts = [card.prompt() for card in prompts]
+        return write_page(
+            Page(title, models, page_prompts, samples, fps, longest, rows, notes), out_html
+        )

@@ -77,8 +77,7 @@ class PagePrompt:
 
 @dataclass(frozen=True)
 class Figure:
-    """A place for a video. ``label``: of all on its card the only one. ``video``: its name, '' for
-    none."""
+    """A place for a video. ``label``: unique on its card. ``video``: its name, '' for none."""
 
     sample: Sample
     label: str
@@ -88,7 +87,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on it. ``models``: names in order, with facts of each. ``table``: measured rows
+    """The page's contents. ``models``: names in order, with facts of each. ``table``: measured rows
     above the videos. ``frames``: of the longest video, ``fps`` pixel frames per second."""
 
     title: str
@@ -192,9 +191,15 @@ def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[PagePrompt, list
     cards = []
     for place, prompt in enumerate(page.prompts):
         figures = []
-        for model, (name, own) in enumerate(samples[place].items()):
-            for number, sample in enumerate(own or [Sample(name, place, None, {}, "absent")], 1):
-                label = printable(name) if len(own) < 2 else f"{printable(name)}, sample {number}"
+        for model, (name, model_samples) in enumerate(samples[place].items()):
+            for number, sample in enumerate(
+                model_samples or [Sample(name, place, None, {}, "absent")], 1
+            ):
+                label = (
+                    printable(name)
+                    if len(model_samples) < 2
+                    else f"{printable(name)}, sample {number}"
+                )
                 figures.append(
                     Figure(sample, label, model, "" if sample.file is None else names[sample.file])
                 )
@@ -206,8 +211,8 @@ def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[PagePrompt, list
 def filters(prompts: Sequence[PagePrompt]) -> list[tuple[str, list[str]]]:
     """Kinds of tags with their values, as far as they tell prompts apart and fit a list."""
     kinds = dict.fromkeys(kind for prompt in prompts for kind in prompt.tags)
-    found = [(kind, sorted({p.tags[kind] for p in prompts if kind in p.tags})) for kind in kinds]
-    return [(kind, values) for kind, values in found if 1 < len(values) <= MOST_CHOICES]
+    tags = [(kind, sorted({p.tags[kind] for p in prompts if kind in p.tags})) for kind in kinds]
+    return [(kind, values) for kind, values in tags if 1 < len(values) <= MOST_CHOICES]
 
 
 def _inline(name: str) -> str:

@@ -22,17 +22,20 @@ PAPER, INK, EMPTY = "#f6f6f4", "#1b1c1e", "#c9c9c5"
 
 
 def contact_sheet(page: Page, out: Path) -> Path:
-    """Of the first :data:`ROWS` prompts; each model's first video of a prompt. UserError: something
-    else is there."""
+    """Write the sheet of the first :data:`ROWS` prompts, with each model's first video of a prompt,
+    and return ``out``. UserError where another file is there."""
     require_own_sheet(out)
     names, prompts = list(page.models), page.prompts[:ROWS]
-    first: dict[tuple[int, str], Sample] = {}
+    first_samples: dict[tuple[int, str], Sample] = {}
     for sample in page.samples:
-        first.setdefault((sample.prompt, sample.model), sample)
-    rows = [[_tile(first.get((number, name))) for name in names] for number in range(len(prompts))]
+        first_samples.setdefault((sample.prompt, sample.model), sample)
+    rows = [
+        [_tile(first_samples.get((number, name))) for name in names]
+        for number in range(len(prompts))
+    ]
     heights = [LINE + max(tile.height for tile in row) + GAP for row in rows]
-    left_out = len(page.prompts) - len(rows)
-    size = (GAP + len(names) * (TILE + GAP), LINE + sum(heights) + (LINE if left_out else 0))
+    omitted_count = len(page.prompts) - len(rows)
+    size = (GAP + len(names) * (TILE + GAP), LINE + sum(heights) + (LINE if omitted_count else 0))
     sheet = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, name in enumerate(names):
@@ -46,13 +49,15 @@ def contact_sheet(page: Page, out: Path) -> Path:
         for column, tile in enumerate(row):
             sheet.paste(tile, (GAP + column * (TILE + GAP), top + LINE))
         top += height
-    if left_out:
-        draw.text((GAP, top), f"and {left_out} more prompts, not shown here", fill=INK, font=font)
-    about = PngInfo()
-    about.add_text("Software", MADE_BY)
+    if omitted_count:
+        draw.text(
+            (GAP, top), f"and {omitted_count} more prompts, not shown here", fill=INK, font=font
+        )
+    metadata = PngInfo()
+    metadata.add_text("Software", MADE_BY)
     try:
         with own_file(out) as part:
-            sheet.save(part, "PNG", pnginfo=about)
+            sheet.save(part, "PNG", pnginfo=metadata)
     except OSError as error:
         raise UserError(
             f"{out}: cannot be written ({error.strerror or error}); give --sheet another place"
@@ -61,7 +66,7 @@ def contact_sheet(page: Page, out: Path) -> Path:
 
 
 def require_own_sheet(out: Path) -> None:
-    """UserError when something else is there."""
+    """UserError where ``out`` is a file that is no sheet."""
     require_own_file(out, f"tEXtSoftware\0{MADE_BY}", "give --sheet another name")
 
 

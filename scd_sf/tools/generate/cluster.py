@@ -35,7 +35,7 @@ POLL_SECONDS = 2.0  # how often new nodes are looked for
 
 
 class Worker:
-    """What an actor runs. Every method returns what could not be done, a line each."""
+    """The code of an actor. Every method returns one line for each problem."""
 
     def __init__(self, cfg: GenerateConfig) -> None:
         self.maker = Maker(cfg, init_distributed(cfg.timeout_minutes))
@@ -64,11 +64,13 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
         import ray
     except ImportError as error:
         raise UserError("launcher=ray needs Ray; pip install 'scd-sf[cluster]'") from error
-    with ExitStack() as held:
-        specs = prepare(cfg, held)
+    with ExitStack() as locks:
+        specs = prepare(cfg, locks)
         common = read_folder_job(Path(cfg.out))
-        left = [unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)]
-        prompts = ["", *dict.fromkeys(spec.prompt for unit in left for spec in unit)]
+        units = [
+            unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)
+        ]
+        prompts = ["", *dict.fromkeys(spec.prompt for unit in units for spec in unit)]
         chunks = [prompts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(prompts), PROMPTS_AT_ONCE)]
         try:
             ray.init(
@@ -80,9 +82,9 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
             ) from error
         try:
             pool = Pool(cfg, ray)
-            say(f"{cfg.out}: {len(specs)} clips, {len(left)} units of {cfg.batch} to make")
+            say(f"{cfg.out}: {len(specs)} clips, {len(units)} units of {cfg.batch} to make")
             pool.run("encode", chunks, "prompt batches")
-            problems = pool.run("make", left, "units")
+            problems = pool.run("make", units, "units")
         finally:
             ray.shutdown()
         for line in problems:
@@ -107,78 +109,81 @@ class Pool:
         }
         self._actor = ray.remote(Worker).options(**options)
 
-    def run(self, method: str, tasks: Sequence[Sequence[Any]], what: str) -> list[str]:
-        """``method`` of a :class:`Worker` with each task's arguments; what could not be done, a
-        line each.
+    def run(self, method: str, tasks: Sequence[Sequence[Any]], label: str) -> list[str]:
+        """Call ``method`` of a :class:`Worker` with each task's arguments. Returns one line for
+        each problem.
 
         UserError when a task's workers died more than ``cluster.retries`` times, or too much could
         not be done.
         """
-        waiting, lost, problems = deque(range(len(tasks))), Counter[int](), list[str]()
-        done = 0
-        with progress_of(what, len(tasks), 0) as progress:
-            while done < len(tasks):
-                self._grow(len(waiting))
-                while waiting and self.idle:
-                    actor, number = self.idle.pop(), waiting.popleft()
+        queue, losses, problems = deque(range(len(tasks))), Counter[int](), list[str]()
+        count = 0
+        with progress_of(label, len(tasks), 0) as progress:
+            while count < len(tasks):
+                self._grow(len(queue))
+                while queue and self.idle:
+                    actor, number = self.idle.pop(), queue.popleft()
                     self.running[getattr(actor, method).remote(*tasks[number])] = (actor, number)
                 for actor, number, answer in self._answers():
                     if isinstance(answer, str):
-                        lost[number] += 1
-                        self._check_losses(number, lost, answer)
-                        waiting.extend([number] if number >= 0 else [])
+                        losses[number] += 1
+                        self._check_losses(number, losses, answer)
+                        queue.extend([number] if number >= 0 else [])
                         continue
                     self.idle.append(actor)
                     if number >= 0:
-                        done += 1
+                        count += 1
                         problems += answer
-                        progress(done)
+                        progress(count)
                 check_problems(problems)
         return problems
 
-    def _grow(self, waiting: int) -> None:
+    def _grow(self, queue_length: int) -> None:
         """Start actors where the cluster has room: at the beginning, for a dead one, on a new
         node."""
-        have, limit = len(self.idle) + len(self.running), self.cfg.cluster.workers or self._room()
-        for _ in range(min(limit - have, waiting - len(self.idle))):
+        worker_count, limit = (
+            len(self.idle) + len(self.running),
+            self.cfg.cluster.workers or self._room(),
+        )
+        for _ in range(min(limit - worker_count, queue_length - len(self.idle))):
             actor = self._actor.remote(self.cfg)
             self.running[actor.ready.remote()] = (actor, -1)
 
     def _room(self) -> int:
-        there = self.ray.cluster_resources()
-        room = [there.get("GPU", 0) // self._gpus] if self._gpus else []
-        room += [there.get("CPU", 0) // self.cfg.cluster.cpus] if self.cfg.cluster.cpus else []
+        resources = self.ray.cluster_resources()
+        room = [resources.get("GPU", 0) // self._gpus] if self._gpus else []
+        room += [resources.get("CPU", 0) // self.cfg.cluster.cpus] if self.cfg.cluster.cpus else []
         return int(min(room))
 
     def _answers(self) -> list[tuple[Any, int, list[str] | str]]:
-        """(actor, task, its answer; or what Ray says of the actor's death) of what ended
-        meanwhile."""
+        """(actor, task, answer) of each call that ended meanwhile. For a dead actor the answer is
+        Ray's error text."""
         if not self.running:
             time.sleep(POLL_SECONDS)
             return []
-        ended, _ = self.ray.wait(list(self.running), num_returns=1, timeout=POLL_SECONDS)
-        found = []
-        for reference in ended:
+        ready_references, _ = self.ray.wait(list(self.running), num_returns=1, timeout=POLL_SECONDS)
+        answers = []
+        for reference in ready_references:
             actor, number = self.running.pop(reference)
             try:
-                found.append((actor, number, self.ray.get(reference)))
+                answers.append((actor, number, self.ray.get(reference)))
             except self.ray.exceptions.RayTaskError as error:  # the worker lives, its code raised
                 if isinstance(error.cause, UserError):
                     raise UserError(str(error.cause)) from error
                 raise
             except self.ray.exceptions.RayError as error:
                 self.ray.kill(actor)
-                found.append((actor, number, str(error).strip()))
-        return found
+                answers.append((actor, number, str(error).strip()))
+        return answers
 
-    def _check_losses(self, number: int, lost: Counter[int], reason: str) -> None:
+    def _check_losses(self, number: int, losses: Counter[int], reason: str) -> None:
         limit = self.cfg.cluster.retries * (1 if number >= 0 else 1 + self._room())
         say(
             f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another"
         )
-        if lost[number] > limit:
+        if losses[number] > limit:
             where = f"at the same task ({number})" if number >= 0 else "while they came up"
             raise UserError(
-                f"cluster: workers died {lost[number]} times {where} (out of memory?); see 'ray logs', or raise "
+                f"cluster: workers died {losses[number]} times {where} (out of memory?); see 'ray logs', or raise "
                 f"cluster.retries. Ray says: {reason}"
             )

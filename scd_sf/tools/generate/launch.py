@@ -16,8 +16,8 @@ from scd_sf.types import say
 def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
     """Every rank makes the units ``[rank::world]`` of the list in id order; rank 0 holds the
     folder."""
-    with ExitStack() as held:
-        rank_zero_first(ranks, lambda: prepare(cfg, held))
+    with ExitStack() as locks:
+        rank_zero_first(ranks, lambda: prepare(cfg, locks))
         _make(cfg, ranks)
 
 
@@ -25,44 +25,46 @@ def _make(cfg: GenerateConfig, ranks: Ranks) -> None:
     maker = Maker(cfg, ranks)
     specs = wanted_clips(cfg, maker.common)
     units = units_of(specs, cfg.batch)
-    mine = [
+    own_units = [
         unit for unit in units[ranks.rank :: ranks.world] if missing(maker.root, maker.common, unit)
     ]
     if ranks.local_rank == 0:
         maker.tidy()
     if ranks.is_main:
         maker.fixed_prompts()
-        say(f"{cfg.out}: {len(specs)} clips, rank 0 has {len(mine)} units of {cfg.batch} to make")
+        say(
+            f"{cfg.out}: {len(specs)} clips, rank 0 has {len(own_units)} units of {cfg.batch} to make"
+        )
     ranks.barrier()
-    maker.encode(list(dict.fromkeys(spec.prompt for unit in mine for spec in unit)))
-    problems = _make_all(maker, mine, units, ranks)
+    maker.encode(list(dict.fromkeys(spec.prompt for unit in own_units for spec in unit)))
+    problems = _make_all(maker, own_units, units, ranks)
     for line in problems:
         say(f"rank {ranks.rank}: {line}")
     count = ranks.max(len(problems))
     ranks.barrier()
     if ranks.is_main:
-        hint = (
-            [f"up to {count} clips of a rank could not be made, see the ranks' output"]
-            if count
-            else []
-        )
+        hint = []
+        if count:
+            hint = [f"up to {count} clips of a rank could not be made, see the ranks' output"]
         say(finish(cfg, specs, problems or hint))
 
 
-def _make_all(maker: Maker, mine: Sequence[Unit], units: Sequence[Unit], ranks: Ranks) -> list[str]:
-    """This rank's units. All call a ZeRO-3 teacher equally often: who has fewer units computes one
-    for nothing."""
-    together = maker.cfg.engine.backend == "deepspeed"
-    rounds = ranks.max(len(mine)) if together else len(mine)
+def _make_all(
+    maker: Maker, own_units: Sequence[Unit], units: Sequence[Unit], ranks: Ranks
+) -> list[str]:
+    """Make this rank's units and return one line for each problem. All ranks call a ZeRO-3 teacher
+    equally often, so a rank with fewer units computes one without writing it."""
+    is_partitioned = maker.cfg.engine.backend == "deepspeed"
+    rounds = ranks.max(len(own_units)) if is_partitioned else len(own_units)
     problems: list[str] = []
     with (
         progress_of("units of rank 0", rounds, 0)
         if ranks.is_main
-        else nullcontext(lambda done: None) as progress
+        else nullcontext(lambda count: None) as progress
     ):
         for number in range(rounds):
-            if number < len(mine):
-                problems += maker.make(mine[number])
+            if number < len(own_units):
+                problems += maker.make(own_units[number])
             else:
                 maker.make(units[0], write=False)
             check_problems(problems)

@@ -44,9 +44,9 @@ PROMPTS_AT_ONCE = 64  # states held in memory while encoding
 MAX_PROBLEMS = 10  # clips of one rank or cluster that may fail; more is no accident
 
 
-def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
-    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``); the clips to make. One
-    process calls it, and holds the folder until ``held`` is closed.
+def prepare(cfg: GenerateConfig, locks: ExitStack) -> list[Spec]:
+    """Check everything, begin the folder (``job.json``, ``wanted.jsonl``) and return the clips to
+    make. One process calls it, and holds the folder until ``locks`` is closed.
 
     UserError for a model, a size or prompts that do not fit, for a folder of other clips, for too
     small a disk.
@@ -73,24 +73,27 @@ def prepare(cfg: GenerateConfig, held: ExitStack) -> list[Spec]:
     specs = wanted_clips(cfg, common)
     _check_disk(out, common, specs)
     require_own_folder(out, [JOB])
-    held.enter_context(locked(out, "generate_clips"))
+    locks.enter_context(locked(out, "generate_clips"))
     open_job(out, common)
     write_jsonl(out / WANTED, [asdict(spec) for spec in specs])
     return specs
 
 
 def _check_disk(out: Path, common: Common, specs: Sequence[Spec]) -> None:
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    left = sum(not clip_path(out, spec.id).is_file() for spec in specs)
-    needed = left * common.torch_dtype.itemsize * torch.Size(common.shape.latent(1)).numel()
-    if needed > (free := shutil.disk_usage(there).free):
+    existing_folder = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    clip_count = sum(not clip_path(out, spec.id).is_file() for spec in specs)
+    needed_bytes = (
+        clip_count * common.torch_dtype.itemsize * torch.Size(common.shape.latent(1)).numel()
+    )
+    if needed_bytes > (free := shutil.disk_usage(existing_folder).free):
         raise UserError(
-            f"out={out}: {left} clips need {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there"
+            f"out={out}: {clip_count} clips need {needed_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there"
         )
 
 
 def missing(root: Path, common: Common, unit: Unit) -> list[Spec]:
-    """The clips of a unit that are not there whole (names and headers are read, no data)."""
+    """The clips of a unit that do not exist or are damaged (names and headers are read, no
+    data)."""
     paths = [(spec, clip_path(root, spec.id)) for spec in unit]
     return [spec for spec, path in paths if not path.is_file() or fault_of(path, common)]
 
@@ -124,21 +127,21 @@ class Maker:
         )
 
     def encode(self, prompts: Sequence[str]) -> int:
-        """Encode prompts into the cache; how many."""
-        for first in range(0, len(prompts), PROMPTS_AT_ONCE):
-            self.text.states(prompts[first : first + PROMPTS_AT_ONCE])
+        """Encode prompts into the cache and return their number."""
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            self.text.states(prompts[start : start + PROMPTS_AT_ONCE])
         return len(prompts)
 
     def make(self, unit: Unit, *, write: bool = True) -> list[str]:
-        """Make a unit and write what is missing of it; what could not be made, a line each.
+        """Make a unit and write its missing clips. Returns one line for each clip that failed.
 
         ``write=False``: only compute, for a rank that has nothing left while others need it in
         ZeRO-3's gathers.
         """
         latents = self._sample(unit)
-        problems, wanted = [], missing(self.root, self.common, unit) if write else []
+        problems, missing_specs = [], missing(self.root, self.common, unit) if write else []
         for spec, clip in zip(unit, latents, strict=True):
-            if spec not in wanted:
+            if spec not in missing_specs:
                 continue
             if not clip.isfinite().all():
                 problems.append(
@@ -187,7 +190,7 @@ class Maker:
         write_clip(self.root, latents, states, about)
 
     def _write_video(self, path: Path, latents: Tensor) -> str:
-        """Decoded from the latents as stored; the mp4's sha256."""
+        """Write the video, decoded from the latents as stored, and return the mp4's sha256."""
         frames = as_uint8((self.vae.decode(latents.unsqueeze(0).float())[0] + 1) / 2)
         write_video(path, frames.cpu(), self.cfg.fps, crf=self.cfg.crf)
         return sha256_file(path)
@@ -218,18 +221,18 @@ def check_problems(problems: Sequence[str]) -> None:
 
 
 def finish(cfg: GenerateConfig, specs: Sequence[Spec], problems: Sequence[str]) -> str:
-    """Write the index of what is there; a line that says so. UserError where clips could not be
-    made."""
+    """Write the index of the folder's clips and return one line about it. UserError where clips are
+    missing."""
     root = Path(cfg.out)
-    absent = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
-    if len(absent) == len(specs):
+    missing_ids = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
+    if len(missing_ids) == len(specs):
         raise UserError(
             f"{root}: no clip was made; {problems[0] if problems else 'see the messages above'}"
         )
     count = index_clips(root)
-    if absent:
+    if missing_ids:
         reason = f"; the first: {problems[0]}" if problems else "; run the same command again"
         raise UserError(
-            f"{root}: {len(absent)} of {len(specs)} clips are missing (first {absent[0]}){reason}"
+            f"{root}: {len(missing_ids)} of {len(specs)} clips are missing (first {missing_ids[0]}){reason}"
         )
     return f"{root}: all {len(specs)} clips of this run are there, {count} in the index"

@@ -1,5 +1,5 @@
-"""What ``data_prep/generate_clips.py`` is to make: its configuration, the clips' ids, and who makes
-which.
+"""The plan of ``data_prep/generate_clips.py``: its configuration, the clips' ids, and the units of
+work.
 
 A clip's id is a hash of all that decides its latents (:func:`clip_id`), and its noise comes from a
 CPU generator seeded by the id. So a clip does not depend on ranks, hosts or restarts, and whoever
@@ -62,7 +62,7 @@ class ClusterConfig:
 
 @dataclass
 class GenerateConfig:
-    """Clips of the teacher: what they are made from, and where."""
+    """Clips of a teacher."""
 
     model: str
     """Directory of the teacher, with VAE and text encoder."""
@@ -145,9 +145,8 @@ class GenerateConfig:
             raise UserError(
                 f"cluster is for launcher=ray, and launcher is {self.launcher}: leave one of them out"
             )
-        if (
-            sampler := build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)
-        ).name == "renoise":
+        sampler = build_sampler(self.sampler.name, self.sampler.steps, self.sampler.shift)
+        if sampler.name == "renoise":
             raise UserError(
                 f"sampler.name is '{sampler.name}', which is for distilled students; use unipc or euler"
             )
@@ -168,7 +167,7 @@ class Spec:
 
     @property
     def noise_seed(self) -> int:
-        """Of the CPU generator of its noise: 63 bits of the id."""
+        """Seed of the CPU generator of its noise: 63 bits of the id."""
         return int(self.id[:16], 16) >> 1
 
 
@@ -232,24 +231,24 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
     rows = [PromptRow(prompt.strip()) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
-    found: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for number, row in enumerate(rows, 1):
-        if wrong := [name for name in ("then", "start") if getattr(row, name)] or (
+        if problems := [name for name in ("then", "start") if getattr(row, name)] or (
             [] if row.prompt else ["no prompt"]
         ):
             where = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
             raise UserError(
-                f"{where} {number} ({row.prompt[:60]!r}) has {' and '.join(wrong)}; a teacher's clip takes a prompt "
+                f"{where} {number} ({row.prompt[:60]!r}) has {' and '.join(problems)}; a teacher's clip takes a prompt "
                 "alone: correct it"
             )
-        first = cfg.seed if row.seed is None else row.seed
-        for seed in range(first, first + cfg.samples):
+        first_seed = cfg.seed if row.seed is None else row.seed
+        for seed in range(first_seed, first_seed + cfg.samples):
             spec = Spec(clip_id(row.prompt, seed, common), row.prompt, row.uuid, seed)
-            found.setdefault(spec.id, spec)
-    return [found[key] for key in sorted(found)]
+            specs.setdefault(spec.id, spec)
+    return [specs[key] for key in sorted(specs)]
 
 
 def units_of(specs: Sequence[Spec], batch: int) -> list[Unit]:
     """Groups of ``batch`` clips, by id: the smallest parts of the work, the same for every number
     of ranks."""
-    return [tuple(specs[first : first + batch]) for first in range(0, len(specs), batch)]
+    return [tuple(specs[start : start + batch]) for start in range(0, len(specs), batch)]

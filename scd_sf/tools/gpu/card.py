@@ -1,4 +1,4 @@
-"""The device that is measured: what it is, what its maker promises, and what it reaches."""
+"""The measured device: its facts, its data sheet's peak, and the speed it reaches."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def open_card(device: str) -> Card:
             "no CUDA GPU here (nvidia-smi says why); --device cpu --out FILE tries the code at toy size"
         )
     facts = torch.cuda.get_device_properties(0)
-    named = sorted((name for name in PEAKS if name in facts.name), key=len)
+    known_names = sorted((name for name in PEAKS if name in facts.name), key=len)
     return Card(
         torch.device("cuda", 0),
         facts.name,
         facts.total_memory / 2**30,
-        PEAKS[named[-1]] if named else 0.0,
+        PEAKS[known_names[-1]] if known_names else 0.0,
     )
 
 
 def machine(card: Card) -> Figures:
-    """What decides the figures, for the document."""
+    """The facts that decide the figures: device, memory, driver, versions, revision, date."""
     return {
         "device": card.name,
         "memory_gib": round(card.gib, 1),
@@ -92,7 +92,7 @@ def machine(card: Card) -> Figures:
 
 
 def run_stamp() -> Figures:
-    """When, and of which revision."""
+    """Date and revision of a measurement."""
     return {
         "revision": git_revision(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -100,7 +100,7 @@ def run_stamp() -> Figures:
 
 
 def host_gib() -> float:
-    """Memory of this machine."""
+    """Main memory of this machine in GiB."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
@@ -119,19 +119,15 @@ def speed_row(card: Card) -> GpuRow:
     copying."""
 
     def measure() -> Figures:
-        size, tokens, copied = (256, 128, 1 << 20) if card.toy else (8192, 16384, 1 << 30)
+        size, tokens, copy_bytes = (256, 128, 1 << 20) if card.toy else (8192, 16384, 1 << 30)
         a = torch.randn(size, size, dtype=torch.bfloat16, device=card.device)
         q = torch.randn(1, 12, tokens, 128, dtype=torch.bfloat16, device=card.device)
-        bytes_ = torch.empty(copied, dtype=torch.uint8, device=card.device)
+        bytes_ = torch.empty(copy_bytes, dtype=torch.uint8, device=card.device)
+        attention_seconds = _seconds(card, lambda: scaled_dot_product_attention(q, q, q))
         figures = {
             "matmul TFLOP/s": 2 * size**3 / _seconds(card, lambda: a @ a) / 1e12,
-            "attention TFLOP/s": 4
-            * 12
-            * tokens**2
-            * 128
-            / _seconds(card, lambda: scaled_dot_product_attention(q, q, q))
-            / 1e12,
-            "copy GB/s": 2 * copied / _seconds(card, bytes_.clone) / 1e9,
+            "attention TFLOP/s": 4 * 12 * tokens**2 * 128 / attention_seconds / 1e12,
+            "copy GB/s": 2 * copy_bytes / _seconds(card, bytes_.clone) / 1e9,
         }
         line = {"of": "the card itself"}
         return figures | {
@@ -142,15 +138,15 @@ def speed_row(card: Card) -> GpuRow:
 
 
 def _seconds(card: Card, work: object) -> float:
-    """Of one call: the best of three groups of ten after one."""
+    """Seconds of one call: after a first call, the best mean of three groups of ten."""
     assert callable(work)
     work()
-    best = float("inf")
+    best_seconds = float("inf")
     for _ in range(3):
         synchronize(card.device)
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(10):
             work()
         synchronize(card.device)
-        best = min(best, (time.perf_counter() - started) / 10)
-    return best
+        best_seconds = min(best_seconds, (time.perf_counter() - start) / 10)
+    return best_seconds

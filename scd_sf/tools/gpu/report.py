@@ -15,7 +15,7 @@ NOT_MEASURED = "-"
 
 @dataclass(frozen=True)
 class Sheet:
-    """One part: its tables (columns, rows), and what is to be said below them."""
+    """One part: its tables (columns, rows) and the notes below them."""
 
     title: str
     tables: list[tuple[list[str], list[list[str]]]]
@@ -23,7 +23,7 @@ class Sheet:
 
 
 def sheets(document: Figures) -> Iterator[Sheet]:
-    """What it comes to, then the parts in order."""
+    """The summary, then the parts in order."""
     yield in_short(document)
     for number, part in document["parts"].items():
         lines = [line for row in part["rows"].values() for line in row.get("lines", [])]
@@ -39,23 +39,23 @@ def sheets(document: Figures) -> Iterator[Sheet]:
 
 
 def in_short(document: Figures) -> Sheet:
-    """Does it work, and how fast?"""
+    """How many rows were good, failed or were left out, and the best speeds."""
     rows, totals = [], [0, 0, 0]
     for number, part in document["parts"].items():
         counts = [len(part["rows"]), failures(part), len(part["left_out"])]
         counts[0] -= sum("error" in row for row in part["rows"].values())
-        totals = [one + other for one, other in zip(totals, counts, strict=True)]
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
         rows.append([f"{number}: {part['title']}", *map(str, counts)])
-    good, failed, left_out = totals
-    if failed:
+    good_count, failed_count, skipped_count = totals
+    if failed_count:
         notes = [
-            f"{failed} FAILED: see the words FAILED and NOT RUN below. The same command tries them again."
+            f"{failed_count} FAILED: see the words FAILED and NOT RUN below. The same command tries them again."
         ]
     else:
-        notes = [f"Nothing failed: {good} rows are within their limits, or have none."]
-    if left_out:
+        notes = [f"Nothing failed: {good_count} rows are within their limits, or have none."]
+    if skipped_count:
         notes.append(
-            f"{left_out} left out, as the budget was spent: the same command goes on with them."
+            f"{skipped_count} left out, as the budget was spent: the same command goes on with them."
         )
     if _toy(document):
         notes.append("TOY SIZE ON A CPU: this tries the code. It says nothing about a GPU.")
@@ -66,7 +66,8 @@ def in_short(document: Figures) -> Sheet:
 
 def failures(part: Figures) -> int:
     """Rows of a part that failed or were beyond a limit; one for a part that could not begin."""
-    return sum("error" in row for row in part["rows"].values()) + bool(part.get("error"))
+    rows = sum("error" in row for row in part["rows"].values())
+    return rows + 1 if part.get("error") else rows
 
 
 def _toy(document: Figures) -> bool:
@@ -75,22 +76,25 @@ def _toy(document: Figures) -> bool:
 
 def _fastest(part: Figures) -> Iterator[str]:
     """Of part 2: each model's best at 4 steps, with the VAE."""
-    best: dict[str, Figures] = {}
+    best_lines: dict[str, Figures] = {}
     for row in part["rows"].values():
         for line in row.get("lines", []):
             if (
                 line["steps"] == 4
-                and line["FPS dit+vae"] > best.get(line["model"], {"FPS dit+vae": 0})["FPS dit+vae"]
+                and line["FPS dit+vae"]
+                > best_lines.get(line["model"], {"FPS dit+vae": 0})["FPS dit+vae"]
             ):
-                best[line["model"]] = line
-    for model, line in best.items():
-        first = f"first frame after {_cell(line['with vae'])} s, {_cell(line['peak GiB'])} GiB"
-        yield f"{model}: {_cell(line['FPS dit+vae'])} frames per second at 4 steps, {line['run']}; {first}"
+                best_lines[line["model"]] = line
+    for model, line in best_lines.items():
+        first_frame = (
+            f"first frame after {_cell(line['with vae'])} s, {_cell(line['peak GiB'])} GiB"
+        )
+        yield f"{model}: {_cell(line['FPS dit+vae'])} frames per second at 4 steps, {line['run']}; {first_frame}"
 
 
 def _notes(part: Figures) -> Iterator[str]:
     if part.get("error"):
-        yield f"NOT RUN: {part['error']}: {_last(part)}"
+        yield f"NOT RUN: {part['error']}: {_last_line(part)}"
     for name, row in part["rows"].items():
         if "error" in row:
             yield f"FAILED: {name}: {row['error']}"
@@ -98,7 +102,7 @@ def _notes(part: Figures) -> Iterator[str]:
         yield f"left out, as the budget was spent: {name}"
 
 
-def _last(part: Figures) -> str:
+def _last_line(part: Figures) -> str:
     return next(
         (line for line in reversed(part.get("last_lines", [])) if line.strip()), "no output"
     )
@@ -125,13 +129,15 @@ def heading(document: Figures) -> str:
         f"{machine['memory_gib']} GiB",
     ]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    old = "".join(f"; OLDER THAN TESTED: {one}" for one in machine.get("older_than_tested", []))
-    where = f"{', '.join(fact for fact in facts if fact)}; {versions}{old}"
-    return f"{where}; revision {machine['revision']}; {machine['date']}"
+    warnings = "".join(
+        f"; OLDER THAN TESTED: {text}" for text in machine.get("older_than_tested", [])
+    )
+    line = f"{', '.join(fact for fact in facts if fact)}; {versions}{warnings}"
+    return f"{line}; revision {machine['revision']}; {machine['date']}"
 
 
 def tables(document: Figures) -> Iterator[Table | str]:
-    """For a terminal."""
+    """The document as lines and tables for a terminal."""
     yield heading(document)
     for sheet in sheets(document):
         yield ""
@@ -147,7 +153,7 @@ def tables(document: Figures) -> Iterator[Table | str]:
 
 
 def gpu_markdown(document: Figures) -> str:
-    """The same, for a page."""
+    """The document as Markdown."""
     blocks = [heading(document)]
     for sheet in sheets(document):
         blocks.append(f"## {sheet.title}")

@@ -82,7 +82,7 @@ def chunk_of(model: BenchModel) -> int:
 
 
 def small(model: BenchModel) -> BenchModel:
-    """The same at toy size."""
+    """The model at toy size."""
     cfg = model.model
     assert cfg is not None
     scd = replace(
@@ -119,24 +119,20 @@ def measure_speed(card: Card, chunk: int, steps: int, mode: str) -> Figures:
 def line(row: Figures, video: str) -> Figures:
     """One model of ``video`` (frames x height x width): rates over the whole clip and in its steady
     state, without and with the VAE."""
-    first = row["first_frame_seconds"]
-    ran = (
-        "graphs"
-        if row["compile"]["cuda_graphs"]
-        else "compiled"
-        if row["compile"]["enabled"]
-        else "eager"
-    )
+    first_frame = row["first_frame_seconds"]
+    mode = "compiled" if row["compile"]["enabled"] else "eager"
+    if row["compile"]["cuda_graphs"]:
+        mode = "graphs"
     return {
         "model": row["name"],
         "video": video,
         "steps": row["steps"],
-        "run": ran,
+        "run": mode,
         "FPS dit": row["fps_dit"],
         "FPS steady": row["steady_fps_dit"],
         "FPS dit+vae": row["fps_dit_vae"],
-        "first frame s": first["dit"],
-        "with vae": first["dit_vae"],
+        "first frame s": first_frame["dit"],
+        "with vae": first_frame["dit_vae"],
         "chunk ms p50": row["chunk_ms_p50"],
         "p95": row["chunk_ms_p95"],
         "peak GiB": row["peak_memory_alone_gib"],

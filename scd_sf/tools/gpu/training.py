@@ -98,28 +98,29 @@ def measure_training(card: Card, stage: int) -> Figures:
     if not card.toy:
         torch.cuda.reset_peak_memory_stats()
     synchronize(ranks.device)
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     losses = update(False)
     synchronize(ranks.device)
-    seconds = time.perf_counter() - began
-    allocated = None if card.toy else torch.cuda.max_memory_allocated()
-    reserved = None if card.toy else torch.cuda.max_memory_reserved()
+    seconds = time.perf_counter() - start_time
+    allocated_bytes = None if card.toy else torch.cuda.max_memory_allocated()
+    reserved_bytes = None if card.toy else torch.cuda.max_memory_reserved()
     finite_losses(losses)
     del update, losses
     gc.collect()
-    return figures(plan, changes, seconds, allocated, reserved)
+    return figures(plan, changes, seconds, allocated_bytes, reserved_bytes)
 
 
 def finite_losses(losses: Sequence[Tensor]) -> None:
-    """UserError: an update of which some are not is none, and its engine may have left parts of it
-    out."""
+    """UserError where a loss is not finite or there is none, because the engine may then have left
+    out parts of the update."""
     values = [float(loss) for loss in losses]
     if not values or not all(map(math.isfinite, values)):
         raise UserError(f"losses are not finite: {values}")
 
 
 def start(job: PlanJob, stage: int) -> Callable[[bool], list[Tensor]]:
-    """Engines; then updates. With True a short one that only warms up."""
+    """Build the engines and return a function that runs one update and returns its losses. Called
+    with True it runs a shorter one to warm up."""
     ranks = init_distributed()
     if stage == 2:
         update = trial.stage2_update(job, ranks)
@@ -130,31 +131,35 @@ def start(job: PlanJob, stage: int) -> Callable[[bool], list[Tensor]]:
 
 
 def figures(
-    plan: Budget, changes: list[str], seconds: float, allocated: int | None, reserved: int | None
+    plan: Budget,
+    changes: list[str],
+    seconds: float,
+    allocated_bytes: int | None,
+    reserved_bytes: int | None,
 ) -> Figures:
-    """What was measured beside what was planned. ``allocated``, ``reserved``: bytes, None on a
-    CPU."""
+    """The measured figures beside the planned ones. ``allocated_bytes``,
+    ``reserved_bytes``: None on a CPU."""
     job, flops = plan.job, plan.job.model_flops()
     peak = plan.cluster.peak_tflops * 1e12
-    ratio = None if allocated is None else allocated / plan.peak
+    ratio = None if allocated_bytes is None else allocated_bytes / plan.peak
     line = {
         "update": f"stage {job.stage}",
         "seconds": round(seconds, 2),
         "PFLOP": round(flops / 1e15, 4),
         "TFLOP/s": round(flops / seconds / 1e12, 1),
         "MFU": round(flops / seconds / peak, 4) if plan.cluster.peak_tflops > 1 else None,
-        "GiB": None if allocated is None else round(allocated / GIB, 2),
+        "GiB": None if allocated_bytes is None else round(allocated_bytes / GIB, 2),
         "planned GiB": round(plan.peak / GIB, 2),
         "measured / planned": None if ratio is None else round(ratio, 3),
         "within 15 %": None if ratio is None else abs(ratio - 1) <= WITHIN,
         "changed to fit": ", ".join(changes) or "nothing",
     }
-    beyond = ratio is not None and not abs(ratio - 1) <= WITHIN
+    beyond = ratio is not None and abs(ratio - 1) > WITHIN
     error = failed(f"{line['measured / planned']} of the planned memory") if beyond else {}
     return error | {
         "lines": [line],
         "engines": {role: vars(engine) for role, engine in job.engines().items()},
-        "reserved_gib": None if reserved is None else round(reserved / GIB, 2),
+        "reserved_gib": None if reserved_bytes is None else round(reserved_bytes / GIB, 2),
         "planned_with_context_and_slack_gib": round(plan.needed_gib, 2),
         "planned_offloaded_gib": round(plan.offloaded / GIB, 1),
         "planned_seconds_at_45_percent": round(plan.seconds, 2)

@@ -1,5 +1,5 @@
-"""One real update of a planned job, with random weights and data: what `scd plan` counted, to be
-measured."""
+"""One real update of a planned job, with random weights and data, to measure what `scd plan`
+counted."""
 
 from __future__ import annotations
 
@@ -39,10 +39,8 @@ def stage2_update(job: PlanJob, ranks: Ranks) -> Update:
         cond, null = _prompts(job, batch, ranks), _prompts(job, 1, ranks)
         return flow_matching_loss(model, x_0, cond, null, cfg.loss, _rng())[0]
 
-    engine, ema = (
-        _engine(StepModule(student, loss_fn), job, cfg.engine, ranks),
-        Ema(cfg.train.ema, ranks),
-    )
+    engine = _engine(StepModule(student, loss_fn), job, cfg.engine, ranks)
+    ema = Ema(cfg.train.ema, ranks)
     del student
 
     def update() -> list[Tensor]:
@@ -74,9 +72,9 @@ def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
         _model(ModelConfig("wan", wan=job.critic), ranks), job, cfg.critic_engine, ranks
     )
     teacher = _teacher(job, cfg.teacher_engine, ranks)
-    ema, best = Ema(cfg.train.ema, ranks), list[object]()
+    ema, best_averages = Ema(cfg.train.ema, ranks), list[object]()
 
-    def rolled(exit_step: int) -> Tensor:
+    def play_rollout(exit_step: int) -> Tensor:
         x: Tensor = student(torch.randn(job.shape.latent(batch), device=ranks.device), exit_step)
         return x
 
@@ -86,19 +84,19 @@ def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
         for turn in range(critic_updates):
             for _ in range(critic.micro_batches):
                 with torch.no_grad():
-                    x = rolled(turn % sampler.steps)
+                    x = play_rollout(turn % sampler.steps)
                 loss = critic_loss(critic, x, cond, cfg.loss, _rng())[0]
                 critic.backward(loss)
                 critic.step()
                 losses.append(loss.detach())
         for _ in range(student.micro_batches):
-            x = rolled(sampler.steps - 1)
+            x = play_rollout(sampler.steps - 1)
             loss = dmd_loss(x, teacher, critic, cond, negative, cfg.loss, _rng())[0]
             student.backward(loss)
             student.step()
             losses.append(loss.detach())
         ema.update(student.owned())
-        best[:] = [ema.copy()]
+        best_averages[:] = [ema.copy()]
         return losses
 
     return cycle
@@ -115,10 +113,8 @@ def _engine(module: nn.Module, job: PlanJob, cfg: EngineConfig, ranks: Ranks) ->
     model = module.model if isinstance(module, StepModule) else module
     assert isinstance(model, Student | Wan)
     for trunk in [model.trunk] if isinstance(model, Wan) else model.trunks():
-        trunk.checkpointing, trunk.recompute_attention = (
-            job.cfg.checkpointing,
-            job.cfg.recompute_attention,
-        )
+        trunk.checkpointing = job.cfg.checkpointing
+        trunk.recompute_attention = job.cfg.recompute_attention
     train = job.cfg.train
     return build_engine(
         module,
@@ -137,8 +133,8 @@ def _teacher(job: PlanJob, cfg: EngineConfig, ranks: Ranks) -> nn.Module:
 
     def weight(name: str) -> Tensor:
         value = torch.empty(parameters[name].shape, device=ranks.device)
-        one = value.ndim == 1 and name.endswith("weight")
-        return value.fill_(1.0) if one else value.uniform_(-0.03, 0.03, generator=rng)
+        is_norm_weight = value.ndim == 1 and name.endswith("weight")
+        return value.fill_(1.0) if is_norm_weight else value.uniform_(-0.03, 0.03, generator=rng)
 
     return frozen_engine(
         lambda: Wan(job.teacher), {name: partial(weight, name) for name in parameters}, cfg, ranks

@@ -1,5 +1,5 @@
-"""Memory by role and phase, disk, FLOPs, hours on a cluster; and what to change when it does not
-fit.
+"""Memory by role and phase, disk, FLOPs and hours on a cluster, and what to change when it does
+not fit.
 
 Activations are metered on the meta device (phases.py), states are counted (engines.py).
 Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
@@ -7,12 +7,13 @@ Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from scd_sf.nn.tables import LIMIT
 from scd_sf.tools.plan.engines import (
-    Held,
+    Memory,
     frozen_memory,
     frozen_on_host,
     host_state,
@@ -63,16 +64,20 @@ class Budget:
     job: PlanJob
     cluster: Cluster
     counts: dict[str, int]
-    held: dict[str, Held]
+    memory: dict[str, Memory]
     phases: list[Phase]
 
     def at(self, phase: Phase) -> int:
         """Device memory while a phase runs: all states, its gradients' sums and buffers, its
         activations; or its optimizer's step, if that is more."""
-        always = sum(held.always for held in self.held.values())
-        own = self.held[phase.trains]
-        running = own.accumulated + sum(held.buffers for held in self.held.values()) + phase.peak
-        return always + max(running, own.update)
+        always = sum(memory.always for memory in self.memory.values())
+        model_memory = self.memory[phase.trains]
+        step_bytes = (
+            model_memory.accumulated
+            + sum(memory.buffers for memory in self.memory.values())
+            + phase.peak
+        )
+        return always + max(step_bytes, model_memory.update)
 
     @property
     def peak(self) -> int:
@@ -82,11 +87,11 @@ class Budget:
     def validation(self) -> int:
         """Device memory while validating: all states and the averaged student in fp32, without what
         sampling and the VAE's decoder need."""
-        return sum(held.always for held in self.held.values()) + 4 * self.counts["student"]
+        return sum(memory.always for memory in self.memory.values()) + 4 * self.counts["student"]
 
     @property
     def needed_gib(self) -> float:
-        """With the tables that are kept, and the estimates for CUDA's context and the allocator's
+        """Estimated GiB per GPU: the peak, tables that are kept, CUDA's context, the allocator's
         slack."""
         return self.peak / GIB * (1 + SLACK) + TABLES_GIB + CONTEXT_GIB
 
@@ -101,7 +106,7 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """An estimate: of one step."""
+        """Estimated seconds of one step."""
         return self.flops / (
             self.cluster.world * self.cluster.peak_tflops * 1e12 * self.cluster.mfu
         )
@@ -135,30 +140,32 @@ class Budget:
         start = sum(4 * self.counts[role] for role in trained_roles) + 4 * max(
             self.counts[r] for r in trained_roles
         )
-        start = max(start, student + self.held[TEXT].weights if TEXT in self.held else 0)
-        shares = sum(12 * -(-self.counts[role] // self.cluster.world) for role in trained_roles)
+        start = max(start, student + self.memory[TEXT].weights if TEXT in self.memory else 0)
+        shares = sum(
+            12 * math.ceil(self.counts[role] / self.cluster.world) for role in trained_roles
+        )
         return student + self.offloaded + max(start, shares + (1 + self.job.averages) * student)
 
     @property
     def checkpoint(self) -> int:
-        """Bytes on the disk."""
-        rest = sum(12 * count for role, count in self.counts.items() if role == "critic")
-        return saved(self.counts["student"], averages=self.job.averages) + rest
+        """Bytes of one checkpoint on the disk."""
+        critic_bytes = sum(12 * count for role, count in self.counts.items() if role == "critic")
+        return saved(self.counts["student"], averages=self.job.averages) + critic_bytes
 
     @property
     def disk(self) -> int:
-        """Checkpoints that are kept and the one being written."""
+        """Bytes of the checkpoints that are kept and of the one being written."""
         return (self.job.cfg.train.keep + 1) * self.checkpoint
 
     def clip_bytes(self) -> tuple[int, int]:
-        """Of one training clip: 16-bit latents; text states of all tokens."""
+        """Bytes of one training clip: its 16-bit latents, and its text states of all tokens."""
         shape = self.job.shape
         latents = 2 * shape.frames * shape.channels * shape.height * shape.width
         return latents, 2 * self.job.text_tokens * self.job.model.wan.text_dim
 
     def cache_bytes(self) -> int:
-        """A whole rollout's K/V, part of a phase's peak: every layer with a history, keys and
-        values."""
+        """Bytes of a whole rollout's K/V, which are part of a phase's peak: keys and values of
+        every layer with a history."""
         model, shape = self.job.model, self.job.shape
         layers = len(model.scd.encoder_layers) if model.family == "scd" else model.wan.num_layers
         size = 2 if self.job.engines()["student"].dtype == "bf16" else 4
@@ -173,16 +180,16 @@ class Budget:
 
 
 def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) -> Budget:
-    """Meter and count. ``phases``: of a job whose activations are the same. Raises UserError where
-    processes do not divide the global batch."""
+    """The budget of a job on a cluster. ``phases``: those of a job with the same activations, which
+    are not metered again. Raises UserError where processes do not divide the global batch."""
     train = job.cfg.train
     micro_batches = accumulation(train.global_batch, train.micro_batch, cluster.world)
-    counts, held = job.counts(), dict[str, Held]()
+    counts, memory = job.counts(), dict[str, Memory]()
     for role, engine in job.engines().items():
         if role == "teacher":
-            held[role] = frozen_memory(counts[role], engine, cluster.world)
+            memory[role] = frozen_memory(counts[role], engine, cluster.world)
             continue
-        held[role] = trained_memory(
+        memory[role] = trained_memory(
             counts[role],
             engine,
             cluster.world,
@@ -193,32 +200,32 @@ def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) ->
     if job.text_parameters and isinstance(job.cfg, Stage3Config):
         counts[TEXT] = job.text_parameters
         size = 4 if job.cfg.text.dtype == "fp32" else 2
-        held[TEXT] = Held(size * job.text_parameters, 0, 0, 0, 0, 0, 0)
-    return Budget(job, cluster, counts, held, phases or job.phases())
+        memory[TEXT] = Memory(size * job.text_parameters, 0, 0, 0, 0, 0, 0)
+    return Budget(job, cluster, counts, memory, phases or job.phases())
 
 
 # how to write it, what it does, whether activations change
 Change = tuple[str, Callable[[PlanJob], PlanJob], bool]
 
 
-def advice(found: Budget) -> list[tuple[str, Budget]]:
-    """Changes that make it fit, each with what it needs with all changes before it; empty when it
-    fits already.
+def advice(plan: Budget) -> list[tuple[str, Budget]]:
+    """Changes that make a plan fit, as (text, budget with this and all changes before it). Empty
+    when it fits already.
 
-    Tried in the order of what they cost: recomputing, smaller micro-batches, partitioning, moving
+    They are tried from the cheapest on: recomputing, smaller micro-batches, partitioning, moving
     to the CPU.
     """
-    made: list[tuple[str, Budget]] = []
-    current = found
-    for text, change, metered in _changes(found.job):
+    advice_steps: list[tuple[str, Budget]] = []
+    current = plan
+    for text, change, new_activations in _changes(plan.job):
         if current.fits:
             break
         job = change(current.job)
         if job == current.job:
             continue
-        current = budget(job, current.cluster, None if metered else current.phases)
-        made.append((text, current))
-    return made
+        current = budget(job, current.cluster, None if new_activations else current.phases)
+        advice_steps.append((text, current))
+    return advice_steps
 
 
 def _changes(job: PlanJob) -> list[Change]:
@@ -250,7 +257,11 @@ def _changes(job: PlanJob) -> list[Change]:
             if name == "teacher_engine" and "zero_stage" in text:
                 continue
             changes.append(
-                (f"{name}.{text}", _engine_change(name, values), "dtype" in text or "kind" in text)
+                (
+                    f"{name}.{text}",
+                    _engine_change(name, values),
+                    "dtype" in values or "backend" in values,
+                )
             )
     return changes
 
@@ -258,7 +269,7 @@ def _changes(job: PlanJob) -> list[Change]:
 def _engine_change(name: str, values: dict[str, object]) -> Callable[[PlanJob], PlanJob]:
     def change(job: PlanJob) -> PlanJob:
         engine: EngineConfig = vars(job.cfg)[name]
-        if ("kind" in values and engine.backend == "deepspeed") or (
+        if ("backend" in values and engine.backend == "deepspeed") or (
             "offload" in values and engine.backend == "torch"
         ):
             return job

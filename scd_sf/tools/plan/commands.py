@@ -50,12 +50,12 @@ def plan(
         sys.stderr,
     )
     cluster = Cluster(nodes, gpus_per_node, gpu_mem, peak_tflops, mfu)
-    found = budget(
+    result = budget(
         read_job(files, [text for text in configs if "=" in text], student, text_tokens), cluster
     )
-    advised = advice(found)
+    changes = advice(result)
     if as_json:
-        print(json.dumps(to_json(found, advised), indent=1))
+        print(json.dumps(to_json(result, changes), indent=1))
     else:
-        print_budget(Console(width=max(150, Console().width)), found, advised)
-    raise typer.Exit(0 if found.fits else 1)
+        print_budget(Console(width=max(150, Console().width)), result, changes)
+    raise typer.Exit(0 if result.fits else 1)

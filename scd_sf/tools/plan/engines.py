@@ -1,5 +1,4 @@
-"""How much memory one model and its engine hold on one process, by engine kind and ZeRO stage:
-bytes.
+"""Bytes that one model and its engine hold on one process, by backend and ZeRO stage.
 
 What is allocated where was read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``,
 ``stage3.py``) and compared with the memory of real runs (``tests/tools/plan/test_measured.py``). P
@@ -10,6 +9,7 @@ weights 2 P at ZeRO-3.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from scd_sf.train.base import EngineConfig
@@ -19,7 +19,7 @@ _OVERLAP = 2
 
 
 @dataclass(frozen=True)
-class Held:
+class Memory:
     """Bytes on the device. ``weights`` .. ``average`` are there all the time; ``accumulated`` while
     a step's micro-batches add up; ``buffers`` for communication while the model runs; ``update``
     while the optimizer steps, instead of activations."""
@@ -34,6 +34,7 @@ class Held:
 
     @property
     def always(self) -> int:
+        """Bytes that are there all the time."""
         return self.weights + self.masters + self.moments + self.average
 
     def as_json(self) -> dict[str, int]:
@@ -48,33 +49,33 @@ def trained_memory(
     micro_batches: int,
     averages: int,
     on_gpu: bool = True,
-) -> Held:
+) -> Memory:
     """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are
     kept."""
     size = 2 if cfg.dtype == "bf16" else 4
-    share = -(-count // world)
+    share = math.ceil(count / world)
     if cfg.backend == "torch":
         masters = 4 * count if cfg.dtype == "bf16" else 0
         gradients = 4 * count  # fp32 sums; clipping makes another copy
-        return Held(
+        return Memory(
             size * count, masters, 8 * count, 4 * share * averages, gradients, 0, 2 * gradients
         )
     if cfg.zero_stage == 0:
-        return Held(
+        return Memory(
             4 * count, 0, 8 * count, 4 * share * averages, 4 * count, 4 * cfg.bucket, 4 * count
         )
     device = 0 if cfg.offload else 1
     full = min(cfg.bucket, count)
     # buckets; a flat copy, its fp32 sum
     buffers = size * cfg.bucket * (_OVERLAP if on_gpu else 1) + full * (size + 4)
-    parts = Held(size * count, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
+    parts = Memory(size * count, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     gradients = 4 * (count if cfg.zero_stage == 1 else share)
     if cfg.zero_stage == 3:
         # gathered and prefetched layers; reduce-scatter's copy
         buffers += size * min(3 * cfg.bucket, count) + 4 * full
-        parts = Held(size * share, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
+        parts = Memory(size * share, 4 * share, 8 * share, 4 * share * averages, 0, buffers, 0)
     accumulated = gradients if micro_batches > 1 or cfg.zero_stage == 3 else 0
-    return Held(
+    return Memory(
         parts.weights,
         device * parts.masters,
         device * parts.moments,
@@ -85,30 +86,30 @@ def trained_memory(
     )
 
 
-def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Held:
-    """A teacher: weights alone, whole (backend torch) or divided among all processes (ZeRO-3), or on
-    the CPU (offload)."""
+def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Memory:
+    """A teacher: weights alone, whole (backend torch) or divided among all processes (ZeRO-3), or
+    on the CPU (offload)."""
     size = 2 if cfg.dtype == "bf16" else 4
     if cfg.backend == "torch":
-        return Held(size * count, 0, 0, 0, 0, 0, 0)
-    gathered = size * min(3 * cfg.bucket, count)
-    return Held(0 if cfg.offload else size * -(-count // world), 0, 0, 0, 0, gathered, 0)
+        return Memory(size * count, 0, 0, 0, 0, 0, 0)
+    gather_buffer = size * min(3 * cfg.bucket, count)
+    return Memory(
+        0 if cfg.offload else size * math.ceil(count / world), 0, 0, 0, 0, gather_buffer, 0
+    )
 
 
 def host_state(count: int, cfg: EngineConfig, world: int, *, averages: int) -> int:
     """Bytes of host memory on one process beside the device: what ``offload`` keeps there."""
     if not cfg.offload or cfg.backend == "torch":
         return 0
-    return (12 + 4 + 4 * averages) * -(-count // world)
+    return (12 + 4 + 4 * averages) * math.ceil(count / world)
 
 
 def frozen_on_host(count: int, cfg: EngineConfig, world: int) -> int:
     """Bytes of host memory on one process: a teacher's weights that ``offload`` keeps there."""
-    return (
-        (2 if cfg.dtype == "bf16" else 4) * -(-count // world)
-        if cfg.offload and cfg.backend == "deepspeed"
-        else 0
-    )
+    if not cfg.offload or cfg.backend != "deepspeed":
+        return 0
+    return (2 if cfg.dtype == "bf16" else 4) * math.ceil(count / world)
 
 
 def saved(count: int, *, averages: int) -> int:

@@ -1,7 +1,6 @@
-"""Runs a computation on the meta device and says what it would cost: FLOPs, and live bytes at the
-worst moment.
+"""Run a computation on the meta device and count its FLOPs and the most bytes alive at once.
 
-Nothing is computed and nothing is held: every operator reports shapes alone. The real forward, loss
+Nothing is computed or allocated, every operator reports shapes alone. The real forward, loss
 and ``backward`` of a training step run under :class:`Meter`, activation checkpointing and all, so
 that what is kept for the backward pass is what PyTorch would keep.
 """
@@ -24,45 +23,46 @@ _ATEN = torch.ops.aten
 
 
 class Meter(TorchDispatchMode):
-    """``with Meter() as meter: ...`` -> ``meter.flops`` and ``meter.peak`` (bytes alive at once on
-    the meta device that were made inside), ``meter.drawn`` (normal numbers that the host drew).
+    """``with Meter() as meter: ...`` counts ``meter.flops``, ``meter.peak`` (most bytes alive at
+    once of the meta tensors that the block made) and ``meter.host_normals`` (normal numbers that
+    the host drew).
 
-    Meta kernels are slow Python, and a model's layers are alike: what an operator makes of the same
-    shapes is known from the second time on, unless it returns its arguments or views of them.
+    Meta kernels are slow Python and a model's layers are alike. So results are cached by operator
+    and shapes, unless the operator returns its arguments or views of them.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.drawn = 0
+        self.live = self.peak = self.host_normals = 0
         self.by_operator = Counter[str]()
-        self._made: dict[Any, tuple[Any, int]] = {}
+        self._cache: dict[Any, tuple[Any, int]] = {}
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
-            return 1.0  # a number for a log
+            return 1.0  # any number, for a log
         if (
             func is _ATEN._to_copy.default
             and args[0].is_meta
             and str(kwargs.get("device", "meta")) == "cpu"
         ):
-            return torch.ones(args[0].shape)  # several
+            return torch.ones(args[0].shape)
         if func.overloadpacket is _ATEN.randn and str(kwargs.get("device", "cpu")) == "cpu":
-            self.drawn += math.prod(args[0])
+            self.host_normals += math.prod(args[0])
         if not _makes(func):
             return func(*args, **kwargs)
         key = _spec((func, args, tuple(kwargs.items())))
-        if key is not None and key in self._made:
-            described, flops = self._made[key]
-            out = _again(described)
+        if key is not None and key in self._cache:
+            spec, flops = self._cache[key]
+            out = _rebuild(spec)
         else:
             out = func(*args, **kwargs)
             count = flop_registry.get(func.overloadpacket)
             flops = 0 if count is None else count(*args, **kwargs, out_val=out)
-            described = _spec(out)
-            if key is not None and described is not None:
-                self._made[key] = (described, flops)
+            spec = _spec(out)
+            if key is not None and spec is not None:
+                self._cache[key] = (spec, flops)
         if flops:
             self.by_operator[func.overloadpacket.__name__] += flops
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -73,7 +73,7 @@ class Meter(TorchDispatchMode):
 
     @property
     def flops(self) -> int:
-        """Of all matmuls, convolutions and attention."""
+        """FLOPs of all matmuls, convolutions and attention so far."""
         return self.by_operator.total()
 
     def _add(self, tensor: Tensor) -> None:
@@ -82,11 +82,11 @@ class Meter(TorchDispatchMode):
         if key in self._storages:
             return
 
-        def freed(_: Any) -> None:
+        def release(_: Any) -> None:
             del self._storages[key]
             self.live -= size
 
-        self._storages[key] = weakref.ref(storage, freed)
+        self._storages[key] = weakref.ref(storage, release)
         self.live += size
 
 
@@ -100,7 +100,7 @@ def _makes(func: Any) -> bool:
     )
 
 
-class _Described(NamedTuple):
+class _TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -111,7 +111,7 @@ def _spec(value: Any) -> Any:
     real tensor)."""
     if isinstance(value, Tensor):
         return (
-            _Described(tuple(value.shape), value.stride(), value.dtype) if value.is_meta else None
+            _TensorSpec(tuple(value.shape), value.stride(), value.dtype) if value.is_meta else None
         )
     if isinstance(value, (tuple, list)):
         parts = []
@@ -124,12 +124,10 @@ def _spec(value: Any) -> Any:
     return value if isinstance(value, Hashable) else None
 
 
-def _again(described: Any) -> Any:
-    """New tensors as described."""
-    if isinstance(described, _Described):
-        return torch.empty_strided(
-            described.shape, described.stride, dtype=described.dtype, device="meta"
-        )
-    if described == ("none",):
+def _rebuild(spec: Any) -> Any:
+    """New meta tensors of the described shapes, strides and types, in the same nesting."""
+    if isinstance(spec, _TensorSpec):
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+    if spec == ("none",):
         return None
-    return tuple(_again(part) for part in described) if isinstance(described, tuple) else described
+    return tuple(_rebuild(part) for part in spec) if isinstance(spec, tuple) else spec

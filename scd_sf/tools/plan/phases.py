@@ -1,12 +1,12 @@
 """The parts of a training step on the meta device: what each computes and keeps, for one process's
 micro-batch.
 
-These are the recipes' own losses and rollout on models of the real shapes; only the numbers are
-missing.
+The losses and the rollout are the recipes' own, and the models have their real shapes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,10 +32,12 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of a step. ``trains``: the model that is updated. ``flops`` per clip, ``times`` it
-    happens per step, ``peak`` bytes alive at once beside the models (activations, the rollout's
-    cache, gradients on their way), ``drawn`` normal numbers that the host draws for a
-    micro-batch."""
+    """One part of a step.
+
+    ``trains``: role of the model that is updated. ``flops``: per clip. ``times``: how often it
+    happens in a step. ``peak``: most bytes alive at once beside the models (activations, the
+    rollout's cache, gradients). ``parts``: name -> FLOPs per clip. ``host_normals``: normal numbers
+    that the host draws for a micro-batch."""
 
     name: str
     trains: str
@@ -43,7 +45,7 @@ class Phase:
     times: int
     peak: int
     parts: dict[str, float]
-    drawn: int = 0
+    host_normals: int = 0
 
 
 def student_of(
@@ -79,7 +81,7 @@ def stage2_phases(
         forward = meter.flops
         loss.backward()
     parts = {"forward": forward / batch, "backward": (meter.flops - forward) / batch}
-    return [Phase("step", "student", meter.flops / batch, 1, meter.peak, parts, meter.drawn)]
+    return [Phase("step", "student", meter.flops / batch, 1, meter.peak, parts, meter.host_normals)]
 
 
 class Stage3:
@@ -96,39 +98,43 @@ class Stage3:
     ) -> None:
         self.cfg, self.shape, self.text_tokens = cfg, shape, text_tokens
         self.sampler = FewStepSampler(cfg.sampler.times)
-        again = cfg.checkpointing, cfg.recompute_attention
         self.student = student_of(
-            model, cfg.student_engine, checkpointing=again[0], recompute_attention=again[1]
+            model,
+            cfg.student_engine,
+            checkpointing=cfg.checkpointing,
+            recompute_attention=cfg.recompute_attention,
         )
         with torch.device("meta"):
             self.teacher, self.critic = Wan(teacher).requires_grad_(False), Wan(critic)
         self.teacher = self.teacher.to(_dtype(cfg.teacher_engine))
-        _prepare([self.critic.trunk], *again)
+        _prepare([self.critic.trunk], cfg.checkpointing, cfg.recompute_attention)
         _trainable(self.critic, cfg.critic_engine)
 
     def phases(self) -> list[Phase]:
-        """Critic updates, then the student's. Exit steps are drawn evenly: FLOPs are the mean's,
-        memory the last's."""
+        """The critic's updates and the student's. Exit steps are drawn evenly, so FLOPs are those
+        of the mean exit step and memory that of the last."""
         batch = self.cfg.train.micro_batch
         with Meter() as meter, torch.no_grad():
             self._rollout(0)
-        return [
-            self._critic_update(shortest := meter.flops / batch),
-            self._student_update(shortest),
-        ]
+        shortest = meter.flops / batch
+        return [self._critic_update(shortest), self._student_update(shortest)]
 
     def _critic_update(self, shortest: float) -> Phase:
         cfg, batch = self.cfg, self.cfg.train.micro_batch
         with Meter() as meter:
             with torch.no_grad():
                 x = self._rollout(self.sampler.steps - 1)
-            before = meter.flops
-            rolled = (shortest + before / batch) / 2
+            flops_before = meter.flops
+            rollout_flops = (shortest + flops_before / batch) / 2
             loss, _ = critic_loss(self.critic, x, self._prompts(), cfg.loss, _rng())
             loss.backward()
-        own = cfg.critic_data == "own"
-        fresh = (-(-cfg.ratio // cfg.reuse) / cfg.ratio) if own else 0.0  # rollouts per update
-        parts = {"rollout": fresh * rolled, "critic": (meter.flops - before) / batch}
+        own_rollouts = cfg.critic_data == "own"
+        rollouts = math.ceil(cfg.ratio / cfg.reuse) if own_rollouts else 0
+        rollouts_per_update = rollouts / cfg.ratio
+        parts = {
+            "rollout": rollouts_per_update * rollout_flops,
+            "critic": (meter.flops - flops_before) / batch,
+        }
         return Phase(
             "critic update",
             "critic",
@@ -136,32 +142,42 @@ class Stage3:
             cfg.ratio,
             meter.peak,
             parts,
-            meter.drawn,
+            meter.host_normals,
         )
 
     def _student_update(self, shortest: float) -> Phase:
         batch, marks = self.cfg.train.micro_batch, dict[str, float]()
         with Meter() as meter:
 
-            def timed(name: str, judge: Wan) -> Denoiser:
+            def count_flops(name: str, model: Wan) -> Denoiser:
                 def call(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-                    before = meter.flops
-                    velocity: Tensor = judge(x_t, t, cond)
-                    marks[name] = marks.get(name, 0.0) + (meter.flops - before) / batch
+                    flops_before = meter.flops
+                    velocity: Tensor = model(x_t, t, cond)
+                    marks[name] = marks.get(name, 0.0) + (meter.flops - flops_before) / batch
                     return velocity
 
                 return call
 
             x = self._rollout(self.sampler.steps - 1)
-            rolled = (shortest + meter.flops / batch) / 2
-            judges = timed("teacher", self.teacher), timed("critic", self.critic)
+            rollout_flops = (shortest + meter.flops / batch) / 2
+            judges = count_flops("teacher", self.teacher), count_flops("critic", self.critic)
             negative = _prompts(1, self.text_tokens, self.teacher.cfg)
             loss, _ = dmd_loss(x, *judges, self._prompts(), negative, self.cfg.loss, _rng())
-            before = meter.flops
+            flops_before = meter.flops
             loss.backward()
-        parts = {"rollout": rolled, **marks, "student's backward": (meter.flops - before) / batch}
+        parts = {
+            "rollout": rollout_flops,
+            **marks,
+            "student's backward": (meter.flops - flops_before) / batch,
+        }
         return Phase(
-            "student update", "student", sum(parts.values()), 1, meter.peak, parts, meter.drawn
+            "student update",
+            "student",
+            sum(parts.values()),
+            1,
+            meter.peak,
+            parts,
+            meter.host_normals,
         )
 
     def _rollout(self, exit_step: int) -> Tensor:
@@ -180,8 +196,8 @@ def _prepare(trunks: list[Trunk], checkpointing: bool, recompute_attention: bool
 
 
 def _trainable(module: M, cfg: EngineConfig) -> M:
-    """In the engine's type; from ZeRO-2 on, a weight's gradient is reduced and gone as soon as it
-    is there."""
+    """The module in the engine's type. With ZeRO a weight's gradient is freed as soon as it is
+    computed, because the engine has reduced it by then."""
     module = module.to(_dtype(cfg))
     if cfg.backend == "deepspeed" and cfg.zero_stage > 0:
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""A budget for people, and as JSON."""
+"""A budget as tables and sentences, and as JSON."""
 
 from __future__ import annotations
 
@@ -14,127 +14,135 @@ from scd_sf.tools.stages import Stage3Config
 _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers", "update")
 
 
-def print_budget(console: Console, found: Budget, advised: list[tuple[str, Budget]]) -> None:
-    """Print it."""
+def print_budget(console: Console, budget: Budget, changes: list[tuple[str, Budget]]) -> None:
+    """Print the tables of roles and phases, then the sums. ``changes``: from
+    :func:`scd_sf.tools.plan.budget.advice`."""
     console.print(
-        Group(_roles(found), _phases(found), *(Text(line) for line in lines(found, advised)))
+        Group(_roles(budget), _phases(budget), *(Text(line) for line in lines(budget, changes)))
     )
 
 
-def lines(found: Budget, advised: list[tuple[str, Budget]]) -> Iterator[str]:
-    """The sums, in words."""
-    job, cluster = found.job, found.cluster
-    latents, text = found.clip_bytes()
-    yield from (f"assumed: {line}" for line in job.assumed)
+def lines(budget: Budget, changes: list[tuple[str, Budget]]) -> Iterator[str]:
+    """The sums, one sentence each."""
+    job, cluster = budget.job, budget.cluster
+    latents, text = budget.clip_bytes()
+    yield from (f"assumed: {line}" for line in job.assumptions)
     yield (
-        f"per GPU: {found.peak / GIB:.1f} GiB at the worst moment; with {TABLES_GIB:g} GiB of tables, {SLACK:.0%} of "
-        f"allocator slack and {CONTEXT_GIB} GiB of CUDA (estimates) {found.needed_gib:.1f} of {cluster.gpu_mem:g} GiB: "
-        f"{'fits' if found.fits else 'DOES NOT FIT'}"
+        f"per GPU: {budget.peak / GIB:.1f} GiB at the worst moment; with {TABLES_GIB:g} GiB of tables, {SLACK:.0%} "
+        f"of allocator slack and {CONTEXT_GIB} GiB of CUDA (estimates) {budget.needed_gib:.1f} of "
+        f"{cluster.gpu_mem:g} GiB: {'fits' if budget.fits else 'DOES NOT FIT'}"
     )
     if job.stage == 3:
-        yield f"of these the rollout's K/V: {found.cache_bytes() / GIB:.2f} GiB per GPU"
-    if TEXT in found.held:
+        yield f"of these the rollout's K/V: {budget.cache_bytes() / GIB:.2f} GiB per GPU"
+    if TEXT in budget.memory:
         yield (
-            f"of these the text encoder: {found.held[TEXT].weights / GIB:.1f} GiB on every GPU, as the prompts are "
+            f"of these the text encoder: {budget.memory[TEXT].weights / GIB:.1f} GiB on every GPU, as the prompts are "
             "a list; prompts that were encoded before (data_prep/encode_prompts.py) need none"
         )
-    per_node = found.host * cluster.gpus_per_node / GIB
-    yield f"host memory: {found.host / GIB:.1f} GiB per process, {per_node:.0f} GiB per node, while starting or saving"
+    per_node = budget.host * cluster.gpus_per_node / GIB
+    yield (
+        f"host memory: {budget.host / GIB:.1f} GiB per process, {per_node:.0f} GiB per node, while starting or saving"
+    )
     keep = job.cfg.train.keep
-    yield f"checkpoints: {found.checkpoint / GIB:.1f} GiB each; {found.disk / GIB:.0f} GiB for {keep} and the next one"
+    yield (
+        f"checkpoints: {budget.checkpoint / GIB:.1f} GiB each; {budget.disk / GIB:.0f} GiB for {keep} and the next one"
+    )
     if job.stage == 2:
         yield (
             f"data: {latents / 2**20:.1f} MiB of latents a clip and up to {text / 2**20:.1f} MiB of text states; "
             f"{latents * 70_000 / 1e9:.0f} GB of latents for the paper's 70,000 clips"
         )
-    hours = found.seconds * job.cfg.train.steps / 3600
+    hours = budget.seconds * job.cfg.train.steps / 3600
     yield (
-        f"compute: {found.flops / 1e15:,.1f} PFLOP a step; at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} TFLOP/s "
-        f"on {cluster.world} GPUs {found.seconds:.3g} s a step, {hours:,.1f} h for {job.cfg.train.steps:,} steps: "
-        "an estimate, in which recomputation counts as work"
+        f"compute: {budget.flops / 1e15:,.1f} PFLOP a step; at {cluster.mfu:.0%} MFU of {cluster.peak_tflops:g} "
+        f"TFLOP/s on {cluster.world} GPUs {budget.seconds:.3g} s a step, {hours:,.1f} h for "
+        f"{job.cfg.train.steps:,} steps: an estimate, in which recomputation counts as work"
     )
-    drawn = ", ".join(f"{phase.name} {phase.drawn / 1e6:.1f} million" for phase in found.phases)
-    yield f"normal numbers that the host draws for a micro-batch, ahead of the GPU: {drawn}"
+    normals = ", ".join(
+        f"{phase.name} {phase.host_normals / 1e6:.1f} million" for phase in budget.phases
+    )
+    yield f"normal numbers that the host draws for a micro-batch, ahead of the GPU: {normals}"
     yield (
-        f"while validating: {found.validation / GIB:.1f} GiB per GPU with the averaged student in fp32, and what "
+        f"while validating: {budget.validation / GIB:.1f} GiB per GPU with the averaged student in fp32, and what "
         "sampling and the VAE's decoder need on top"
     )
-    for change, then in advised:
-        yield f"to change: {change} -> {then.needed_gib:.1f} GiB{', fits' if then.fits else ''}"
-    if not found.fits and not (advised and advised[-1][1].fits):
+    for change, plan in changes:
+        yield f"to change: {change} -> {plan.needed_gib:.1f} GiB{', fits' if plan.fits else ''}"
+    if not budget.fits and not (changes and changes[-1][1].fits):
         yield "no change of the configuration is enough: more GPUs (--nodes), or GPUs with more memory"
 
 
-def as_json(found: Budget, advised: list[tuple[str, Budget]]) -> dict[str, object]:
-    """Bytes, FLOPs and seconds as numbers; estimates are named so."""
-    job, cluster = found.job, found.cluster
-    latents, text = found.clip_bytes()
+def as_json(budget: Budget, changes: list[tuple[str, Budget]]) -> dict[str, object]:
+    """A budget as JSON values in bytes, FLOPs and seconds. Keys of estimates end in
+    ``estimate``."""
+    job, cluster = budget.job, budget.cluster
+    latents, text = budget.clip_bytes()
     return {
         "stage": job.stage,
         "world": cluster.world,
-        "assumed": list(job.assumed),
-        "parameters": found.counts,
-        "bytes": {role: held.as_json() for role, held in found.held.items()},
+        "assumed": list(job.assumptions),
+        "parameters": budget.counts,
+        "bytes": {role: memory.as_json() for role, memory in budget.memory.items()},
         "phases": {
             phase.name: {
                 "times": phase.times,
                 "flops_per_clip": phase.flops,
                 "parts": phase.parts,
                 "activations": phase.peak,
-                "device": found.at(phase),
-                "host_normal_numbers": phase.drawn,
+                "device": budget.at(phase),
+                "host_normal_numbers": phase.host_normals,
             }
-            for phase in found.phases
+            for phase in budget.phases
         },
-        "device_peak": found.peak,
-        "device_while_validating_at_least": found.validation,
-        "device_needed_gib_estimate": round(found.needed_gib, 2),
-        "fits": found.fits,
-        "cache": found.cache_bytes() if job.stage == 3 else 0,
-        "host_per_process": found.host,
-        "checkpoint": found.checkpoint,
-        "disk": found.disk,
+        "device_peak": budget.peak,
+        "device_while_validating_at_least": budget.validation,
+        "device_needed_gib_estimate": round(budget.needed_gib, 2),
+        "fits": budget.fits,
+        "cache": budget.cache_bytes() if job.stage == 3 else 0,
+        "host_per_process": budget.host,
+        "checkpoint": budget.checkpoint,
+        "disk": budget.disk,
         "clip": {"latents": latents, "text_at_most": text},
-        "flops_per_step": found.flops,
-        "seconds_per_step_estimate": found.seconds,
-        "hours_estimate": found.seconds * job.cfg.train.steps / 3600,
+        "flops_per_step": budget.flops,
+        "seconds_per_step_estimate": budget.seconds,
+        "hours_estimate": budget.seconds * job.cfg.train.steps / 3600,
         "advice": [
-            {"change": change, "gib_estimate": round(then.needed_gib, 2), "fits": then.fits}
-            for change, then in advised
+            {"change": change, "gib_estimate": round(plan.needed_gib, 2), "fits": plan.fits}
+            for change, plan in changes
         ],
     }
 
 
-def _roles(found: Budget) -> Table:
+def _roles(budget: Budget) -> Table:
     table = Table(
-        title=f"stage {found.job.stage} on {found.cluster.world} GPUs: GiB per GPU",
+        title=f"stage {budget.job.stage} on {budget.cluster.world} GPUs: GiB per GPU",
         title_justify="left",
     )
     for column in ("role", "parameters", "engine", *_COLUMNS):
         table.add_column(column, justify="left" if column in ("role", "engine") else "right")
-    for role, held in found.held.items():
-        sizes = (f"{vars(held)[column] / GIB:.2f}" for column in _COLUMNS)
-        if role == TEXT and isinstance(cfg := found.job.cfg, Stage3Config):
+    for role, memory in budget.memory.items():
+        sizes = (f"{vars(memory)[column] / GIB:.2f}" for column in _COLUMNS)
+        if role == TEXT and isinstance(cfg := budget.job.cfg, Stage3Config):
             table.add_row(
-                role, f"{found.counts[role] / 1e9:.3f} B", f"whole {cfg.text.dtype}", *sizes
+                role, f"{budget.counts[role] / 1e9:.3f} B", f"whole {cfg.text.dtype}", *sizes
             )
             continue
-        engine = found.job.engines()[role]
+        engine = budget.job.engines()[role]
         stage = 3 if role == "teacher" else engine.zero_stage
-        kind = "local" if engine.backend == "torch" else f"ZeRO-{stage}"
+        kind = "torch" if engine.backend == "torch" else f"ZeRO-{stage}"
         words = f"{kind} {engine.dtype}{' offload' if engine.offload else ''}"
-        table.add_row(role, f"{found.counts[role] / 1e9:.3f} B", words, *sizes)
+        table.add_row(role, f"{budget.counts[role] / 1e9:.3f} B", words, *sizes)
     return table
 
 
-def _phases(found: Budget) -> Table:
+def _phases(budget: Budget) -> Table:
     table = Table(title="parts of a step", title_justify="left")
     for column in ("part", "times", "PFLOP a clip", "of it", "activations GiB", "GiB per GPU"):
         table.add_column(column, justify="left" if column in ("part", "of it") else "right")
-    for phase in found.phases:
+    for phase in budget.phases:
         shares = ", ".join(
             f"{name} {flops / phase.flops:.0%}" for name, flops in phase.parts.items()
         )
-        sizes = (f"{size / GIB:.2f}" for size in (phase.peak, found.at(phase)))
+        sizes = (f"{size / GIB:.2f}" for size in (phase.peak, budget.at(phase)))
         table.add_row(phase.name, str(phase.times), f"{phase.flops / 1e15:.3f}", shares, *sizes)
     return table

@@ -20,16 +20,16 @@ REMEDY = "use another out="
 
 @dataclass(frozen=True)
 class Sums:
-    """What a report says of the files beside it."""
+    """The fields of a report that are read back: name -> sha256 of the files beside it."""
 
     sha256: dict[str, str]
 
 
 def require(*packages: str) -> None:
     """UserError unless every named package of the extra ``data`` is installed."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+    if missing_packages := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"package {missing[0].replace('_', '-')} is missing; install it with: pip install scd-sf[data]"
+            f"package {missing_packages[0].replace('_', '-')} is missing; install it with: pip install scd-sf[data]"
         )
 
 
@@ -44,26 +44,28 @@ def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
         file = next((out / name for name in (SETTINGS, REPORT) if (out / name).is_file()), None)
         if file is not None:
             content = read_json(file, REMEDY)
-            begun = content if file.name == SETTINGS else content.get("settings")
-            known = begun if isinstance(begun, dict) else {}
+            stored = content if file.name == SETTINGS else content.get("settings")
+            stored_settings = stored if isinstance(stored, dict) else {}
             plain = json.loads(json.dumps(settings))  # tuples as the lists that files hold
-            if other := [name for name in plain if known.get(name) != plain[name]]:
+            if changed_names := [
+                name for name in plain if stored_settings.get(name) != plain[name]
+            ]:
                 raise UserError(
-                    f"{file}: begun with other {other[0]}; nothing is overwritten: {REMEDY}"
+                    f"{file}: begun with other {changed_names[0]}; nothing is overwritten: {REMEDY}"
                 )
         yield (out / REPORT).is_file() and _is_whole(out)
 
 
 def sums(out: Path) -> dict[str, str]:
-    """Hashes of both lists."""
+    """File name -> sha256 of both lists."""
     return {name: sha256_file(out / name) for name in (PROMPTS, TEXT)}
 
 
 def _is_whole(out: Path) -> bool:
-    known = read_typed(out / REPORT, Sums, REMEDY).sha256
-    there = [name for name in (PROMPTS, TEXT) if (out / name).is_file()]
-    if changed := [name for name in there if sha256_file(out / name) != known.get(name)]:
+    hashes = read_typed(out / REPORT, Sums, REMEDY).sha256
+    names = [name for name in (PROMPTS, TEXT) if (out / name).is_file()]
+    if changed_names := [name for name in names if sha256_file(out / name) != hashes.get(name)]:
         raise UserError(
-            f"{out / changed[0]}: was changed since {REPORT} was written; move it away, or {REMEDY}"
+            f"{out / changed_names[0]}: was changed since {REPORT} was written; move it away, or {REMEDY}"
         )
-    return len(there) == 2
+    return len(names) == 2

@@ -23,7 +23,7 @@ from scd_sf.tools.runs.compare import (
     number,
 )
 from scd_sf.tools.runs.curve import METRICS, export_curve, is_portable, read_curve
-from scd_sf.tools.runs.state import RunView, Saved, State, describe_age, find_runs, read_run
+from scd_sf.tools.runs.state import RunView, SavedStep, State, describe_age, find_runs, read_run
 from scd_sf.types import UserError, as_cell, printable, say
 
 app = typer.Typer(
@@ -63,14 +63,14 @@ def list_runs(
             table.add_row(name, *["-"] * 5, Text(printable(f"unreadable: {error}"), "bold red"))
             continue
         age = "-" if view.age is None else f"{describe_age(view.age)} ago"
-        saved = _saved(view.checkpoints[-1]) if view.checkpoints else Text("-")
+        checkpoint = _checkpoint_text(view.checkpoints[-1]) if view.checkpoints else Text("-")
         table.add_row(
             name,
             as_cell(view.stage),
             _progress(view),
             age,
             as_cell(_loss(view)),
-            saved,
+            checkpoint,
             _state(view),
         )
     if not table.row_count:
@@ -94,8 +94,10 @@ def show(run: RunArgument, stale: StaleOption = None) -> None:
     metrics = Table("metric", "last", f"mean of {MEAN_OF}", "at step", box=None, pad_edge=False)
     every = read_curve(run).series() if (run / METRICS).is_file() and view.curve.steps else {}
     for metric, series in list(every.items())[:MOST_METRICS]:
-        step, last = series[-1]
-        metrics.add_row(as_cell(metric[:60]), number(last), number(mean_of_last(series)), str(step))
+        step, newest = series[-1]
+        metrics.add_row(
+            as_cell(metric[:60]), number(newest), number(mean_of_last(series)), str(step)
+        )
     console.print(metrics if every else "no metrics yet")
     if len(every) > MOST_METRICS:
         console.print(f"and {len(every) - MOST_METRICS:,} more metrics")
@@ -140,7 +142,7 @@ def compare_runs(
 ) -> None:
     """Runs side by side, aligned by step: last values, means, and the first step whose values are
     not bit-equal."""
-    console, left, failed = _console(), read_curve(reference), False
+    console, left, is_different = _console(), read_curve(reference), False
     for other in others:
         right = read_curve(other)
         steps = [step for step in left.steps if step in right.steps]
@@ -158,8 +160,10 @@ def compare_runs(
             console.print(
                 as_cell(f"only in b: {', '.join(name[:60] for name in only[:MOST_METRICS])}")
             )
-        failed |= tolerance is not None and any(item.exceeds(tolerance) for item in differences)
-    if failed:
+        is_different |= tolerance is not None and any(
+            item.exceeds(tolerance) for item in differences
+        )
+    if is_different:
         console.print(Text(f"different: beyond tolerance {tolerance}", "bold red"))
         raise typer.Exit(1)
 
@@ -221,12 +225,14 @@ def _facts(view: RunView) -> list[tuple[str, str | Text]]:
                 f"{seconds:.3g} s/step, {3600 / seconds:.4g} steps/h (median of the last 100)",
             )
         )
-    facts += [("checkpoint", _saved(saved)) for saved in reversed(view.checkpoints)]
-    last = ", ".join(str(step) for step in view.skipped[-10:])
+    facts += [("checkpoint", _checkpoint_text(saved)) for saved in reversed(view.checkpoints)]
+    last_steps = ", ".join(str(step) for step in view.skipped[-10:])
     facts.append(
         (
             "skipped",
-            f"updates: {len(view.skipped)}, the last at step {last}" if last else "no update",
+            f"updates: {len(view.skipped)}, the last at step {last_steps}"
+            if last_steps
+            else "no update",
         )
     )
     silent = {beat.rank for beat in view.silent}
@@ -274,11 +280,11 @@ def _state(view: RunView) -> Text:
     return Text.assemble(state, printable(f": {view.reason[:SHOWN]}")) if view.reason else state
 
 
-def _saved(saved: Saved) -> Text:
+def _checkpoint_text(checkpoint: SavedStep) -> Text:
     return (
-        Text(f"{saved.step} (sizes agree)")
-        if saved.intact
-        else Text(f"{saved.step} DAMAGED", "bold red")
+        Text(f"{checkpoint.step} (sizes agree)")
+        if checkpoint.intact
+        else Text(f"{checkpoint.step} DAMAGED", "bold red")
     )
 
 

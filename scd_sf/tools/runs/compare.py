@@ -50,31 +50,31 @@ def compare(
 ) -> list[Difference]:
     """Every portable metric of ``left`` (or those named), aligned by step with ``right``; ``left``
     is the reference."""
-    ours, theirs = left.series(), right.series()
-    chosen = metrics or [metric for metric in ours if is_portable(metric)]
+    left_series, right_series = left.series(), right.series()
+    names = metrics or [metric for metric in left_series if is_portable(metric)]
     return [
-        _difference(metric, ours.get(metric, []), theirs.get(metric, []), mean_of)
-        for metric in chosen
+        _difference(metric, left_series.get(metric, []), right_series.get(metric, []), mean_of)
+        for metric in names
     ]
 
 
 def _difference(metric: str, left: Series, right: Series, mean_of: int) -> Difference:
-    others = dict(right)
-    common = [(step, a, others[step]) for step, a in left if step in others]
-    apart = [
+    right_values = dict(right)
+    common = [(step, a, right_values[step]) for step, a in left if step in right_values]
+    unequal = [
         (step, a, b) for step, a, b in common if a != b and not (math.isnan(a) and math.isnan(b))
     ]
-    gaps = [(math.inf if math.isnan(a - b) else abs(a - b), step) for step, a, b in apart]
+    gaps = [(math.inf if math.isnan(a - b) else abs(a - b), step) for step, a, b in unequal]
     excess = [
         gap if math.isnan(a) else gap / max(1.0, abs(a))
-        for (gap, _), (_, a, _) in zip(gaps, apart, strict=True)
+        for (gap, _), (_, a, _) in zip(gaps, unequal, strict=True)
     ]
     last = (left[-1][1] if left else None, right[-1][1] if right else None)
     mean = (mean_of_last(left, mean_of), mean_of_last(right, mean_of))
-    if not apart:
+    if not unequal:
         return Difference(metric, last, mean, len(common))
     worst, worst_at = max(gaps, key=lambda item: item[0])
-    return Difference(metric, last, mean, len(common), worst, worst_at, apart[0][0], max(excess))
+    return Difference(metric, last, mean, len(common), worst, worst_at, unequal[0][0], max(excess))
 
 
 def mean_of_last(series: Series, count: int = MEAN_OF) -> float | None:
@@ -106,14 +106,14 @@ def comparison_table(
         box=None,
         pad_edge=False,
     )
-    shown = (
+    rows = (
         sorted(differences, key=lambda item: item.first is None)
         if len(differences) > MOST_METRICS
         else differences
     )
-    for item in shown[:MOST_METRICS]:
+    for item in rows[:MOST_METRICS]:
         a, b = item.mean
-        same = f"same bits, {item.count} steps" if item.count else "never in both"
+        remark = f"same bits, {item.count} steps" if item.count else "never in both"
         table.add_row(
             as_cell(item.metric[:60]),
             *(
@@ -121,7 +121,7 @@ def comparison_table(
                 for value in (*item.last, a, b, None if a is None or b is None else b - a)
             ),
             "-" if item.worst_at is None else f"{number(item.worst)} at {item.worst_at}",
-            same if item.first is None else f"step {item.first}",
+            remark if item.first is None else f"step {item.first}",
             style="bold red" if tolerance is not None and item.exceeds(tolerance) else "",
         )
     if len(differences) > MOST_METRICS:

@@ -42,8 +42,8 @@ class Curve:
     unreadable: int = 0
 
     def add(self, record: object) -> bool:
-        """Take in a record. A step that is not after the last one: the run went on from before it,
-        and later wins."""
+        """Add a record and return whether it is one. At a step that is not after the last one the
+        run was resumed from before, so later steps are removed."""
         if not isinstance(record, dict) or type(step := record.pop("step", None)) is not int:
             return False
         while self.steps and self.last >= step:
@@ -66,11 +66,11 @@ class Curve:
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """Metric -> (step, value) wherever it was recorded; metrics in the order in which they
         first appear."""
-        found: dict[str, list[tuple[int, float]]] = {}
+        series: dict[str, list[tuple[int, float]]] = {}
         for step, values in self.steps.items():
             for name, value in values.items():
-                found.setdefault(name, []).append((step, value))
-        return found
+                series.setdefault(name, []).append((step, value))
+        return series
 
     def seconds_per_step(self, last: int = 100) -> float | None:
         """Median over the ``last`` records, so that a pause (a restart, a validation) does not
@@ -87,7 +87,8 @@ def _parse(data: bytes) -> Curve:
             is_record = curve.add(loads(line)) if line.strip() else True
         except (ValueError, RecursionError, MemoryError):
             is_record = False
-        curve.unreadable += not is_record and number < len(lines)
+        if not is_record and number < len(lines):
+            curve.unreadable += 1
     return curve
 
 
@@ -128,10 +129,10 @@ def export_curve(run: Path, out: Path) -> int:
     curve = read_curve(run)
     with own_file(out, fresh=True) as part, part.open("w", encoding="utf-8") as file:
         for step, values in curve.steps.items():
-            kept = {
+            metrics = {
                 name: value if math.isfinite(value) else None
                 for name, value in values.items()
                 if is_portable(name)
             }
-            file.write(json.dumps({"step": step, **kept}) + "\n")
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
     return len(curve.steps)

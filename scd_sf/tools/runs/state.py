@@ -1,5 +1,5 @@
-"""One run directory as it stands: how far, how fast, which checkpoints, and whether somebody is
-still at work on it.
+"""The state of a run directory: its progress, speed and checkpoints, and whether a process still
+works on it.
 
 Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``checkpoints/``, and for each
 rank ``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h});
@@ -56,7 +56,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedStep:
     """One checkpoint; ``intact``: every file of its manifest is there with its size (contents are
     not hashed)."""
 
@@ -66,8 +66,8 @@ class Saved:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the files of a run say. ``age``: seconds since the last line of its metrics, None before
-    the first.
+    """The contents of a run's files. ``age``: seconds since the last line of its metrics, None
+    before the first.
 
     ``reason`` explains ``state``: why it stopped, which rank is ``silent`` (of its last job; the
     longest silent first).
@@ -76,7 +76,7 @@ class RunView:
     path: Path
     config: Mapping[str, object]
     curve: Curve
-    checkpoints: list[Saved]
+    checkpoints: list[SavedStep]
     origin: Mapping[str, object]
     skipped: list[int]
     heartbeats: list[Heartbeat]
@@ -109,18 +109,18 @@ def find_runs(root: Path) -> list[Path]:
     no such folder."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds your runs")
-    found: list[Path] = []
+    runs: list[Path] = []
     for folder, children, _ in os.walk(root):
-        here = Path(folder)
-        if is_run(here):
-            found.append(here)
-        if is_run(here) or len(here.relative_to(root).parts) >= DEPTH:
+        path = Path(folder)
+        if is_run(path):
+            runs.append(path)
+        if is_run(path) or len(path.relative_to(root).parts) >= DEPTH:
             children.clear()
-    return sorted(found)
+    return sorted(runs)
 
 
 def read_run(path: Path, now: float, stale_after: float | None = None) -> RunView:
-    """Look at a run; ``now`` in unix seconds. Of its curve only the end is read.
+    """The state of a run at ``now`` (unix seconds). Of its curve only the end is read.
 
     ``stale_after``: seconds of silence that count as stale. Defaults: for a rank SILENT_SECONDS, at
     least 3 heartbeats; for the metrics 10 steps, at least STUCK_SECONDS (without heartbeats
@@ -131,20 +131,20 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
             f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'"
         )
     curve, config, status = read_tail(path / METRICS), _config(path), _status(path)
-    saved = Checkpoints(path / "checkpoints")
-    folders = {step: saved.path(step) for step in saved.steps()}
-    checkpoints = [Saved(step, sizes_agree(folder)) for step, folder in folders.items()]
-    began = status.time if status.state == "running" else None
-    heartbeats = _heartbeats(path, now, began or 0.0)
-    last = curve.times.get(curve.last)
-    age = None if last is None else max(0.0, now - last)
+    store = Checkpoints(path / "checkpoints")
+    folders = {step: store.path(step) for step in store.steps()}
+    checkpoints = [SavedStep(step, sizes_agree(folder)) for step, folder in folders.items()]
+    start = status.time if status.state == "running" else None
+    heartbeats = _heartbeats(path, now, start or 0.0)
+    last_time = curve.times.get(curve.last)
+    age = None if last_time is None else max(0.0, now - last_time)
     view = RunView(
         path=path,
         config=config,
         curve=curve,
         checkpoints=checkpoints,
         origin=_origin(folders),
-        skipped=_skipped(path),
+        skipped=_skipped_steps(path),
         heartbeats=heartbeats,
         silent=[],
         age=age,
@@ -153,10 +153,10 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
     )
     # The last line alone is not enough: a run that is killed while it saves is not done.
     if view.total is not None and any(
-        saved.intact and saved.step >= view.total for saved in checkpoints
+        checkpoint.intact and checkpoint.step >= view.total for checkpoint in checkpoints
     ):
         return replace(view, state="finished")
-    if status.state in ("interrupted", "failed") and status.time >= (last or 0.0):
+    if status.state in ("interrupted", "failed") and status.time >= (last_time or 0.0):
         return replace(view, state="stopped", reason=f"{status.state}: {status.reason}")
     interval = section(config, "run").get("heartbeat_seconds")
     patience = stale_after or max(
@@ -165,7 +165,7 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
     silent = sorted(
         (beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age
     )
-    moments = [moment for moment in (last, began) if moment is not None]
+    moments = [moment for moment in (last_time, start) if moment is not None]
     stuck = stale_after or max(
         STUCK_SECONDS if heartbeats else SILENT_SECONDS, 10 * (curve.seconds_per_step() or 0.0)
     )
@@ -219,7 +219,7 @@ def _origin(folders: Mapping[int, Path]) -> Mapping[str, object]:
     return {}
 
 
-def _skipped(path: Path) -> list[int]:
+def _skipped_steps(path: Path) -> list[int]:
     """Steps whose update was skipped; a step that was run again after a resume counts once."""
     try:
         return list(read_curve(path / "skipped.jsonl").steps)
@@ -227,9 +227,9 @@ def _skipped(path: Path) -> list[int]:
         return []
 
 
-def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
-    """Ranks of the job that ``began`` then; files left by an earlier job with more ranks are no
-    ranks of this one."""
+def _heartbeats(path: Path, now: float, start: float) -> list[Heartbeat]:
+    """Ranks of the job that began at ``start`` (unix seconds). Files of an earlier job with more
+    ranks are left out."""
     beats = []
     for file in sorted((path / "heartbeat").glob("rank_*.json")):
         number = file.stem.removeprefix("rank_")
@@ -237,7 +237,7 @@ def _heartbeats(path: Path, now: float, began: float) -> list[Heartbeat]:
             beat = read_typed(file, Beat, "", SMALL)
         except UserError:
             continue
-        if RANK.fullmatch(number) and beat.time >= began - SILENT_SECONDS:
+        if RANK.fullmatch(number) and beat.time >= start - SILENT_SECONDS:
             beats.append(
                 Heartbeat(int(number), max(0.0, now - beat.time), beat.step, beat.host, beat.pid)
             )

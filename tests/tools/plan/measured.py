@@ -107,7 +107,7 @@ def main() -> None:
             "phases": {p.name: found.at(p) for p in found.phases},
         }
         Path(out).write_text(
-            json.dumps(content | {"held": {r: h.as_json() for r, h in found.held.items()}})
+            json.dumps(content | {"held": {r: h.as_json() for r, h in found.memory.items()}})
         )
 
 

@@ -61,7 +61,7 @@ def test_what_the_host_draws_is_counted() -> None:
     """The noise of K samples and of the query; the corruption of the contexts is drawn on the
     device."""
     clip = 3 * 4 * 4 * 4
-    assert [phase.drawn for phase in tiny_job("train.micro_batch=2").phases()] == [
+    assert [phase.host_normals for phase in tiny_job("train.micro_batch=2").phases()] == [
         2 * (2 + 1) * clip
     ]
     given = ["init=", "prompts=", "teacher=", "critic=", "run.dir=x"]
@@ -70,7 +70,7 @@ def test_what_the_host_draws_is_counted() -> None:
     )
     job = dataclasses.replace(tiny_job(), cfg=cfg, teacher=TINY, critic=TINY)
     # of a rollout: where it starts, the encoder's query, each renoised step; then the loss's own
-    assert [phase.drawn for phase in job.phases()] == [2 * (1 + 1 + 3 + 1) * clip] * 2
+    assert [phase.host_normals for phase in job.phases()] == [2 * (1 + 1 + 3 + 1) * clip] * 2
 
 
 def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
@@ -98,6 +98,10 @@ def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     ]
     sizes = [found.needed_gib for _, found in hopeless]
     assert sizes[-1] < sizes[0]
+    partitioned = tiny_job("engine={backend: deepspeed, zero_stage: 3, bucket: 1000}")
+    changes = advice(budget(partitioned, Cluster(1, 2, gpu_mem=0.1)))
+    assert all(vars(plan.job.cfg)["engine"].zero_stage == 3 for _, plan in changes)
+    assert changes and not any("backend" in text for text, _ in changes)
 
 
 def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) -> None:
@@ -114,16 +118,16 @@ def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) ->
 
     listed = plan(f"{tmp_path}/list.txt", "text.dtype=fp32")
     size = sum(p.numel() for p in load_text_encoder(tmp_path / "wan").model.parameters())
-    assert listed.text_parameters == size and not any("text" in line for line in listed.assumed)
+    assert listed.text_parameters == size and not any("text" in line for line in listed.assumptions)
     assert plan(f"{tmp_path}/encoded").text_parameters == 0
     absent = read_job([CONFIGS / "stage3_wan_1.3b.yaml"], [], None, 512)
     assert absent.text_parameters == 5_680_910_336 and any(
-        "umT5-xxl" in line for line in absent.assumed
+        "umT5-xxl" in line for line in absent.assumptions
     )
     listed = dataclasses.replace(listed, model=tiny_job().model, shape=VideoShape(3, 4, 4, 4))
     found = budget(listed, Cluster(1, 2))
     without = budget(dataclasses.replace(listed, text_parameters=0), Cluster(1, 2), found.phases)
-    assert found.held["text encoder"].weights == 4 * size == found.peak - without.peak
+    assert found.memory["text encoder"].weights == 4 * size == found.peak - without.peak
     assert (found.checkpoint, found.host) == (without.checkpoint, without.host)
     engine = dataclasses.replace(vars(listed.cfg)["teacher_engine"], offload=True, dtype="bf16")
     cfg: Any = dataclasses.replace(listed.cfg, teacher_engine=engine)

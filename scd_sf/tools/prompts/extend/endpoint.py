@@ -99,7 +99,7 @@ class Endpoint:
             problem = str(error)
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
             problem = "the answer is no chat completion"
-        hidden = problem.replace(self._key, "***") if self._key else problem
-        said = printable(" ".join(hidden.split()))[:SHOWN]
+        message = problem.replace(self._key, "***") if self._key else problem
+        detail = printable(" ".join(message.split()))[:SHOWN]
         remedy = "what is finished is kept: correct the request, or run the same command again"
-        raise UserError(f"endpoint.url {self._url}: {said}; {remedy}")
+        raise UserError(f"endpoint.url {self._url}: {detail}; {remedy}")

