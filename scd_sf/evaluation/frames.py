@@ -119,13 +119,19 @@ def ssim_frames(videos: Tensor, reference: Tensor, window: SsimWindow = "valid")
     border = 0 if window == "padded" else SSIM_WINDOW // 2
     rows = []
     # the window's five moments take fifteen times its memory
-    for one, other in zip(videos, reference, strict=True):
+    for video, reference_video in zip(videos, reference, strict=True):
         _, pixels = structural_similarity_index_measure(
-            one.float(), other.float(), data_range=1.0, reduction="none", return_full_image=True
+            video.float(),
+            reference_video.float(),
+            data_range=1.0,
+            reduction="none",
+            return_full_image=True,
         )
-        assert pixels.shape == one.shape, "torchmetrics gives a value for every pixel"
-        kept = pixels[..., border : pixels.shape[-2] - border, border : pixels.shape[-1] - border]
-        rows.append(kept.double().mean(dim=(1, 2, 3)).cpu())
+        assert pixels.shape == video.shape, "torchmetrics gives a value for every pixel"
+        inner_pixels = pixels[
+            ..., border : pixels.shape[-2] - border, border : pixels.shape[-1] - border
+        ]
+        rows.append(inner_pixels.double().mean(dim=(1, 2, 3)).cpu())
     return torch.stack(rows)
 
 
@@ -178,20 +184,22 @@ def bootstrap(
 CEILING = 120.0  # dB, of an image without error
 
 
-def reconstruction_figures(made_N3HW: Tensor, real_N3HW: Tensor) -> dict[str, float]:
-    """``psnr`` (dB, the mean over images; peak 1), ``ssim``, and ``sharpness``: what is left of the
-    mean difference between neighbours (1: all, less: blurred). UserError: as of the measures."""
-    made, real = made_N3HW.unsqueeze(1), real_N3HW.unsqueeze(1)  # videos of one frame
+def reconstruction_figures(decoded_N3HW: Tensor, real_N3HW: Tensor) -> dict[str, float]:
+    """Measures of N decoded images against the real ones: ``psnr`` (dB, peak 1) and ``ssim``, each
+    a mean over images, and ``sharpness``, the :func:`sharpness_ratio`. UserError: as of these
+    measures."""
+    decoded, real = decoded_N3HW.unsqueeze(1), real_N3HW.unsqueeze(1)  # videos of one frame
     return {
-        "psnr": float(psnr_frames(made, real).clamp_max(CEILING).mean()),
-        "ssim": float(ssim_frames(made, real).mean()),
-        "sharpness": sharpness_ratio(made, real),
+        "psnr": float(psnr_frames(decoded, real).clamp_max(CEILING).mean()),
+        "ssim": float(ssim_frames(decoded, real).mean()),
+        "sharpness": sharpness_ratio(decoded, real),
     }
 
 
-def write_sheet(path: Path, real_N3HW: Tensor, made_N3HW: Tensor, *, columns: int = 8) -> None:
-    """A PNG of pairs, real above made, ``columns`` pairs in a row."""
-    pairs = torch.cat([real_N3HW, made_N3HW], dim=2).clamp(0, 1)
+def write_sheet(path: Path, real_N3HW: Tensor, decoded_N3HW: Tensor, *, columns: int = 8) -> None:
+    """Write pairs of images as a PNG, real above decoded, ``columns`` pairs in a row. UserError:
+    fewer images than columns."""
+    pairs = torch.cat([real_N3HW, decoded_N3HW], dim=2).clamp(0, 1)
     rows = [torch.cat(list(row), dim=2) for row in pairs.split(columns) if len(row) == columns]
     if not rows:
         raise UserError(

@@ -1,13 +1,11 @@
 """Frechet distance between sets of videos, and the fixed feature network of the demo.
 
-A feature extractor is an argument: :class:`VideoFrechet` neither knows nor cares what computed the
-rows. Every extractor returns row-aligned feature *groups*, each (V, R, D_g): R rows per video
-(frame pairs for :class:`TextureMotion`, one row per video for a clip network such as I3D). Each
-group is standardised and projected on its own principal components *of the reference videos only*,
-or used as it is; then the groups are joined to rows of one Gaussian. All rows of a table share one
-fitted basis, so their distances can be compared with each other, and only with each other: a
-distance from another basis, world or extractor is another unit.
-"""
+A feature extractor is an argument of :class:`VideoFrechet`. It returns row-aligned feature
+*groups*, each (V, R, D_g), with R rows per video (frame pairs for :class:`TextureMotion`, one row
+per video for a clip network such as I3D). Each group is used as it is, or is standardised and
+projected on its principal components *of the reference videos only*; then the groups are joined to
+rows of one Gaussian. All rows of a table share one fitted basis, and only their distances can be
+compared with each other. A distance from another basis, world or extractor is another unit."""
 
 from __future__ import annotations
 
@@ -89,9 +87,9 @@ class FeatureExtractor(Protocol):
 
 
 class KeptFeatures:
-    """An extractor that keeps what it gave in ``folder``, by the videos' own bytes and by
-    ``weights``, the extractor's hash: true clips are looked at once for many models. Damaged files
-    are made anew."""
+    """An extractor that stores its features in ``folder`` and reads them from there the next time,
+    so that true clips are computed once for many models. The key is the videos' bytes and
+    ``weights``, the hash of the extractor's weights. Damaged files are written again."""
 
     def __init__(self, extractor: FeatureExtractor, folder: Path, weights: str) -> None:
         self.extractor, self.folder, self.weights = extractor, folder, weights
@@ -106,8 +104,8 @@ class KeptFeatures:
         digest.update(x.numpy().data)
         path = self.folder / f"{digest.hexdigest()}.safetensors"
         try:
-            kept = load_file(path)
-            return tuple(kept[str(number)] for number in range(len(kept)))
+            stored = load_file(path)
+            return tuple(stored[str(number)] for number in range(len(stored)))
         except (FileNotFoundError, SafetensorError, KeyError):
             groups = self.extractor(videos)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -207,10 +205,10 @@ class Projection:
         cannot explode."""
         mean, std = rows.mean(0), rows.std(0)
         scale = torch.where(std > 1e-6, std, torch.ones_like(std))
-        available = min(rows.shape[0] - 1, rows.shape[1])
-        if components > available:
+        most = min(rows.shape[0] - 1, rows.shape[1])
+        if components > most:
             raise UserError(
-                f"Frechet reference: {components} components of {available} available; give more videos"
+                f"Frechet reference: {components} components of {most} available; give more videos"
             )
         _, vectors = torch.linalg.eigh(_covariance((rows - mean) / scale))
         return cls(mean, scale, vectors.flip(1)[:, :components])
@@ -240,13 +238,13 @@ class VideoFrechet:
         """Fit on reference videos (V, F, 3, H, W) in [0, 1]; ``extractor`` None =
         ``TextureMotion()``."""
         check_videos(reference, "Frechet reference")
-        chosen: FeatureExtractor = TextureMotion() if extractor is None else extractor
-        groups = chosen(reference)
+        network: FeatureExtractor = TextureMotion() if extractor is None else extractor
+        groups = network(reference)
         projections = tuple(
-            None if kept is None else Projection.fit(group.flatten(0, 1), kept)
-            for group, kept in zip(groups, chosen.components, strict=True)
+            None if count is None else Projection.fit(group.flatten(0, 1), count)
+            for group, count in zip(groups, network.components, strict=True)
         )
-        return cls(chosen, projections, _join(groups, projections))
+        return cls(network, projections, _join(groups, projections))
 
     def features(self, videos: Tensor) -> Tensor:
         """Projected rows (V, R, D) fp64."""
@@ -278,9 +276,10 @@ class VideoFrechet:
         """Mean over labels of the distance between the videos and the reference videos of that
         label.
 
-        The plain distance compares whole sets: real clips put under the wrong prompts score as well
-        as under the right ones. This one does not forgive that. It is higher than the plain one
-        (small groups), for every row alike.
+        The plain distance compares whole sets, so that real clips under wrong prompts score as well
+        as under the right ones; here they score worse. Because groups are small, the value is
+        higher than the plain distance, for every row alike. UserError: another number of labels
+        than of videos, or a label without a reference video.
         """
         if len(labels) != features.shape[0] or len(reference_labels) != self.reference.shape[0]:
             raise UserError(
@@ -288,24 +287,24 @@ class VideoFrechet:
                 f"and {self.reference.shape[0]} reference videos; give one label per video"
             )
         names = sorted(set(labels))
-        missing = sorted(set(names) - set(reference_labels))
-        if missing:
+        missing_names = sorted(set(names) - set(reference_labels))
+        if missing_names:
             raise UserError(
-                f"Frechet by label: no reference video has label '{missing[0]}'; add some"
+                f"Frechet by label: no reference video has label '{missing_names[0]}'; add some"
             )
         total = 0.0
         for name in names:
-            mine = torch.tensor([label == name for label in labels])
-            theirs = torch.tensor([label == name for label in reference_labels])
+            rows = torch.tensor([label == name for label in labels])
+            reference_rows = torch.tensor([label == name for label in reference_labels])
             total += frechet_distance(
-                features[mine].flatten(0, 1), self.reference[theirs].flatten(0, 1)
+                features[rows].flatten(0, 1), self.reference[reference_rows].flatten(0, 1)
             )
         return total / len(names)
 
 
 def _join(groups: tuple[Tensor, ...], projections: tuple[Projection | None, ...]) -> Tensor:
     parts = [
-        group.double() if project is None else project(group.double())
-        for group, project in zip(groups, projections, strict=True)
+        group.double() if projection is None else projection(group.double())
+        for group, projection in zip(groups, projections, strict=True)
     ]
     return torch.cat(parts, dim=-1)

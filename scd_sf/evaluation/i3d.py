@@ -12,6 +12,7 @@ group that is used as it is. Letters: V videos, F frames, H W pixels.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,9 +48,10 @@ MIXED: dict[str, Widths] = {  # channels of b0, b1a, b1b, b2a, b2b, b3b
 
 
 def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME padding before and after: ceil(size / stride) outputs; the odd one goes
-    behind."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    """TensorFlow's SAME padding (before, after), which gives ceil(size / stride) outputs; an odd
+    total has the larger part after."""
+    outputs = math.ceil(size / stride)
+    total = max((outputs - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
@@ -69,7 +71,9 @@ class _Unit(nn.Module):
         self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, *, relu: bool = True
     ) -> None:
         super().__init__()
-        self.kernel, self.stride, self.relu = (kernel,) * 3, (stride,) * 3, relu
+        self.kernel = (kernel, kernel, kernel)
+        self.stride = (stride, stride, stride)
+        self.relu = relu
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *self.kernel), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False)
 
@@ -151,16 +155,16 @@ def place_i3d(state: Mapping[str, Tensor], where: str) -> InceptionI3d:
     """
     with torch.device("meta"):
         network = InceptionI3d()
-    left = {
+    remaining_tensors = {
         name: value for name, value in state.items() if not name.endswith("num_batches_tracked")
     }
-    placed: State = {}
+    parameters: State = {}
     for name, unit in network.named_modules():
         if not isinstance(unit, _Unit):
             continue
         key = name.removeprefix("layers.")
         try:
-            weight, bias = _fold(left, key)
+            weight, bias = _fold(remaining_tensors, key)
         except KeyError as error:
             raise UserError(
                 f"{where}: tensor {error.args[0]} is missing; these are not the weights of I3D"
@@ -169,24 +173,27 @@ def place_i3d(state: Mapping[str, Tensor], where: str) -> InceptionI3d:
             raise UserError(
                 f"{where}: {key} has shape {tuple(weight.shape)}, not {tuple(unit.weight.shape)}"
             )
-        placed |= {f"{name}.weight": weight, f"{name}.bias": bias}
-    if left:
+        parameters |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    if remaining_tensors:
         raise UserError(
-            f"{where}: tensor {sorted(left)[0]} has no place in I3D; these are other weights"
+            f"{where}: tensor {sorted(remaining_tensors)[0]} has no place in I3D; these are other weights"
         )
-    network.load_state_dict(placed, assign=True)
+    network.load_state_dict(parameters, assign=True)
     return network.requires_grad_(False)
 
 
-def _fold(left: State, key: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one unit; what was used is taken out of ``left``."""
-    weight = left.pop(f"{key}.conv3d.weight").double()
-    if f"{key}.conv3d.bias" in left:  # the logits: no normalisation
-        return weight.float(), left.pop(f"{key}.conv3d.bias").float()
-    mean, var = (left.pop(f"{key}.bn.{name}").double() for name in ("running_mean", "running_var"))
+def _fold(tensors: State, key: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one unit, normalisation folded in; its entries are removed from
+    ``tensors``."""
+    weight = tensors.pop(f"{key}.conv3d.weight").double()
+    if f"{key}.conv3d.bias" in tensors:  # the logits: no normalisation
+        return weight.float(), tensors.pop(f"{key}.conv3d.bias").float()
+    mean, var = (
+        tensors.pop(f"{key}.bn.{name}").double() for name in ("running_mean", "running_var")
+    )
     shift, scale = (
-        left.pop(f"{key}.bn.bias").double(),
-        left.pop(f"{key}.bn.weight", torch.ones_like(var)).double(),
+        tensors.pop(f"{key}.bn.bias").double(),
+        tensors.pop(f"{key}.bn.weight", torch.ones_like(var)).double(),
     )
     factor = scale / torch.sqrt(var + EPS)
     return (weight * factor.view(-1, 1, 1, 1, 1)).float(), (shift - mean * factor).float()
@@ -212,7 +219,8 @@ class I3dFeatures:
 
     @classmethod
     def load(cls, folder: Path | None = None, device: torch.device | str = "cpu") -> I3dFeatures:
-        """With the weights of ``scd weights metrics``. UserError when they are not there."""
+        """The network with the weights of ``scd weights metrics``. UserError when they are
+        missing."""
         state, digest = load_weights("i3d", folder)
         return cls(place_i3d(state, "i3d.safetensors"), digest, device)
 
@@ -235,17 +243,17 @@ class I3dFeatures:
 
 
 class TorchscriptFeatures:
-    """StyleGAN-V's detector (FAR, SCD's release and ExtDM use it): a TorchScript program, which
-    resizes by itself."""
+    """StyleGAN-V's I3D, a TorchScript program that resizes by itself; FAR, SCD's release and ExtDM
+    use it."""
 
     components: tuple[int | None, ...] = (None,)
 
     def __init__(
         self, path: Path, sha256: str = TORCHSCRIPT_SHA256, device: torch.device | str = "cpu"
     ) -> None:
-        """A TorchScript file is a program of others: it runs only when its hash is ``sha256`` (the
-        known file's, unless the caller trusts another). Raises UserError, with the file's hash,
-        before anything of it is run."""
+        """Load the file only if its hash is ``sha256``, by default that of StyleGAN-V's file,
+        because a TorchScript file is a program. UserError, with the file's hash, before anything of
+        it runs."""
         data = read_bytes(path, "give StyleGAN-V's i3d_torchscript.pt", TORCHSCRIPT_BYTES)
         self.sha256 = sha256_bytes(data)
         if self.sha256 != sha256:

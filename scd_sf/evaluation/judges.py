@@ -1,5 +1,5 @@
-"""Does a video show the place and the motion its prompt names? Small nets, fitted on real clips,
-look at latents.
+"""Small nets, fitted on real clips, that judge whether a video's latents show the place and the
+motion of its prompt.
 
 Latents (V, F, C, H, W) are what the VAE encodes (real clips) or what a sampler returns (generated
 ones): the judges see what the VAE can represent and no more, so soft reconstructions are not held
@@ -114,20 +114,19 @@ class Judges(nn.Module):
     @torch.no_grad()
     def logits(self, latents: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
         """Place logits (V, places) and motion logits (V, motions), dropout off."""
-        mode = self.training
+        was_training = self.training
         self.eval()
         chunks = [self.standardised(chunk) for chunk in torch.split(latents, batch)]
         place = torch.cat([self.place_logits(chunk) for chunk in chunks])
         motion = torch.cat([self.motion_logits(chunk) for chunk in chunks])
-        self.train(mode)
+        self.train(was_training)
         return place, motion
 
     def judge(self, latents: Tensor) -> tuple[list[str], list[str]]:
         """The place and the motion each video shows, by name."""
         place, motion = self.logits(latents)
-        return [self.places[i] for i in place.argmax(1)], [
-            self.motions[i] for i in motion.argmax(1)
-        ]
+        places = [self.places[i] for i in place.argmax(1)]
+        return places, [self.motions[i] for i in motion.argmax(1)]
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def fit_judges(
     """Fit both nets on real clips: latents (V, F, C, H, W), one place name and one motion name per
     clip.
 
-    Global random state is left as it was found. Raises UserError for labels that do not match the
+    Global random state is left unchanged. Raises UserError for labels that do not match the
     clips.
     """
     cfg = JudgesConfig() if config is None else config
@@ -226,8 +225,8 @@ def adherence(
     """Share of videos judged to show their prompt's place and motion.
 
     ``left_right``: among videos prompted with one of two opposite motions, the share where the
-    prompted one of the two has the larger logit (the other motions are not asked); None when the
-    prompts hold no such motion.
+    prompted one of the two has the larger logit (logits of other motions do not count); None when
+    the prompts hold no such motion.
     """
     return _adherence(judges, judges.logits(latents), places, motions)
 
@@ -251,11 +250,11 @@ def shuffled_floor(
         draws.append(
             _adherence(judges, logits, [places[i] for i in order], [motions[i] for i in order])
         )
-    sides = [draw.left_right for draw in draws if draw.left_right is not None]
+    left_right_shares = [draw.left_right for draw in draws if draw.left_right is not None]
     return Adherence(
         sum(draw.place for draw in draws) / permutations,
         sum(draw.motion for draw in draws) / permutations,
-        sum(sides) / len(sides) if sides else None,
+        sum(left_right_shares) / len(left_right_shares) if left_right_shares else None,
     )
 
 
@@ -263,7 +262,7 @@ def _adherence(
     judges: Judges, logits: tuple[Tensor, Tensor], places: Sequence[str], motions: Sequence[str]
 ) -> Adherence:
     place, motion = logits
-    for kind, names, known in (
+    for kind, names, label_names in (
         ("place", places, judges.places),
         ("motion", motions, judges.motions),
     ):
@@ -271,18 +270,20 @@ def _adherence(
             raise UserError(
                 f"adherence: {len(names)} {kind} labels for {place.shape[0]} videos; give one per video"
             )
-        unknown = sorted(set(names) - set(known))
+        unknown = sorted(set(names) - set(label_names))
         if unknown:
             raise UserError(
-                f"adherence: the judges never saw {kind} '{unknown[0]}'; they know {', '.join(known)}"
+                f"adherence: the judges never saw {kind} '{unknown[0]}'; they know {', '.join(label_names)}"
             )
     place_ids = torch.tensor([judges.places.index(name) for name in places])
     motion_ids = torch.tensor([judges.motions.index(name) for name in motions])
     hits: list[bool] = []
     for left, right in opposites(judges.motions):
-        side = motion[:, judges.motions.index(left)] > motion[:, judges.motions.index(right)]
+        prefers_left = (
+            motion[:, judges.motions.index(left)] > motion[:, judges.motions.index(right)]
+        )
         hits += [
-            bool(side[i]) == (name == left)
+            bool(prefers_left[i]) == (name == left)
             for i, name in enumerate(motions)
             if name in (left, right)
         ]
@@ -306,18 +307,19 @@ def save_judges(judges: Judges, path: Path) -> None:
 
 
 def load_judges(path: Path) -> Judges:
-    """Read what :func:`save_judges` wrote; anything else is a UserError that names the file."""
-    again = "fit the judges again"
-    metadata = read_metadata(path, again)
+    """The judges of a file that :func:`save_judges` wrote. UserError (naming the file) for any
+    other file."""
+    remedy = "fit the judges again"
+    metadata = read_metadata(path, remedy)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: metadata field 'format' is not {FORMAT}; {again}")
-    facts = typed(parse_json(metadata.get("judges", ""), path, again), _Facts, path, again)
-    tensors = open_tensors(path, again)
+        raise UserError(f"{path}: metadata field 'format' is not {FORMAT}; {remedy}")
+    facts = typed(parse_json(metadata.get("judges", ""), path, remedy), _Facts, path, remedy)
+    tensors = open_tensors(path, remedy)
 
     def build() -> Judges:
         return Judges(facts.channels, facts.places, facts.motions, facts.width)
 
-    check_fit(skeleton(build, tensors, path, again), tensors, path, "its description", again)
+    check_fit(skeleton(build, tensors, path, remedy), tensors, path, "its description", remedy)
     judges = build()
     judges.load_state_dict(read_all(tensors))
     return judges.eval()

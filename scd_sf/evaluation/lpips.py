@@ -30,8 +30,8 @@ LAST_CONVOLUTION = {"features.28.weight": "vgg", "features.10.weight": "alex"}
 
 
 def _package_network(trunk: str, *, heads: bool) -> nn.Module:
-    """``lpips.LPIPS``, whose trunk has no weights yet. ``heads``: with the package's own. Nothing
-    is downloaded."""
+    """``lpips.LPIPS`` with a trunk of random weights; ``heads``: load the heads that the package
+    contains. Nothing is downloaded."""
     try:
         import lpips
     except ImportError as error:
@@ -54,14 +54,16 @@ def lpips_network(trunk: Trunk, state: State) -> nn.Module:
     """
     with torch.device("meta"):
         network = _package_network(trunk, heads=False)
-    own = network.state_dict()
+    package_state = network.state_dict()
     heads = {
         name.replace("lin", "lins.", 1): value
         for name, value in state.items()
         if name.startswith("lin")
     }
     # constants, not meta
-    scaling = {name: value for name, value in own.items() if name.startswith("scaling_layer.")}
+    scaling = {
+        name: value for name, value in package_state.items() if name.startswith("scaling_layer.")
+    }
     try:
         network.load_state_dict({**state, **heads, **scaling}, assign=True)
     except RuntimeError as error:
@@ -97,7 +99,7 @@ def load_perceptual(weights: Path, device: torch.device) -> Callable[[Tensor, Te
             )
         value.copy_(layers[layer])
     network = network.to(device)
-    return lambda made, real: network(made.float(), real.float()).mean()
+    return lambda generated, real: network(generated.float(), real.float()).mean()
 
 
 def _torchvision_name(name: str) -> str:
@@ -127,7 +129,8 @@ class Lpips:
     def load(
         cls, trunk: Trunk = "alex", folder: Path | None = None, device: torch.device | str = "cpu"
     ) -> Lpips:
-        """With the weights of ``scd weights metrics``. UserError when they are not there."""
+        """The metric with the weights of ``scd weights metrics``. UserError when they are
+        missing."""
         state, digest = load_weights(f"lpips_{trunk}", folder)
         return cls(lpips_network(trunk, state), trunk, digest, device)
 
@@ -146,11 +149,11 @@ class Lpips:
             raise UserError(
                 f"LPIPS {self.trunk}: frames of {size}; it needs {SMALLEST[self.trunk]} pixels a side"
             )
-        found = []
-        pairs = (torch.split(each.flatten(0, 1), self.batch) for each in (videos, reference))
+        distances = []
+        pairs = (torch.split(side.flatten(0, 1), self.batch) for side in (videos, reference))
         for first, second in zip(*pairs, strict=True):
             first, second = (on_device(part, self.device).float() for part in (first, second))
-            found.append(
+            distances.append(
                 self.network(first, second, normalize=not unscaled).flatten().double().cpu()
             )
-        return torch.cat(found).view(videos.shape[:2])
+        return torch.cat(distances).view(videos.shape[:2])

@@ -1,5 +1,5 @@
-"""Video prediction with a model trained from scratch: the first frames of a clip in, the next ones
-out.
+"""Video prediction with a model trained from scratch, which gets the first frames of a clip and
+returns the next ones.
 
 Letters: B batch, F frames, C channels, H W latent height and width.
 """
@@ -45,7 +45,7 @@ class PredictionGuidance:
         self.of_decoder()  # refuses what makes no sense
 
     def of_decoder(self) -> SampleGuidance:
-        """The same for generate()."""
+        """The same as :func:`~scd_sf.generation.generate.generate_latents` takes it."""
         return SampleGuidance(
             GuidanceConfig(self.actions), "decoder", self.corruption, self.context_noise
         )
@@ -85,13 +85,15 @@ class PredictionPreviewConfig:
 
 
 class PredictionPreview:
-    """The same clips with the same noise every time: truth (as the tokenizer decodes it) above
-    prediction, in ``RUN/videos/STEP.mp4``."""
+    """Writes ``RUN/videos/STEP.mp4``, the true clips (as the tokenizer decodes them) above their
+    predictions; clips and noise are the same at every step."""
 
     def __init__(self, cfg: PredictionPreviewConfig, clips: FrameClips, sampler: Sampler) -> None:
         """UserError before any training: a tokenizer of another size, or clips that are too
         short."""
-        self.cfg, self.sampler, self.fps = cfg, sampler, clips.info.fps
+        self.cfg = cfg
+        self.sampler = sampler
+        self.fps = clips.info.fps
         self.tokenizer = load_tokenizer(Path(cfg.tokenizer)) if cfg.tokenizer else None
         if self.tokenizer is None:
             return
@@ -103,11 +105,12 @@ class PredictionPreview:
                 f"preview.tokenizer {cfg.tokenizer}: not the one that {clips.root} was encoded with"
             )
         length = cfg.context + cfg.frames
-        chosen = clips.at_least(length)[: cfg.clips]
-        self.batch = clips.batch(chosen, [0] * len(chosen), length)
+        indices = clips.at_least(length)[: cfg.clips]
+        self.batch = clips.batch(indices, [0] * len(indices), length)
 
     def show(self, run: Run, model: Student, step: int) -> None:
-        """On the main rank, with its own whole copy of the model."""
+        """Predict the clips and write the video, on the main rank alone, with its whole copy of the
+        model. A video that is not finite is logged and left out."""
         if self.tokenizer is None or not run.ranks.is_main:
             return
         device, cfg = run.ranks.device, self.cfg
@@ -121,22 +124,23 @@ class PredictionPreview:
             return
         finally:
             model.to("cpu")
-        made = torch.cat([context, *future], 1)
+        prediction = torch.cat([context, *future], 1)
         pixels = [
             self.tokenizer.decode(latents.float().cpu())
-            for latents in (self.batch.latents_BFCHW, made)
+            for latents in (self.batch.latents_BFCHW, prediction)
         ]
         # truth above prediction
         rows = torch.cat([torch.cat(list(video), dim=-1) for video in pixels], dim=-2)
         frames = as_uint8((rows.clamp(-1, 1) + 1) / 2)
-        file = run.dir / "videos" / f"{step:08d}.mp4"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_video(file, frames, self.fps)
-        run.video(step, "samples", frames.permute(0, 2, 3, 1), file)
+        path = run.dir / "videos" / f"{step:08d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, frames, self.fps)
+        run.video(step, "samples", frames.permute(0, 2, 3, 1), path)
 
 
 def load_predictor(path: Path, weights: str = "ema") -> tuple[Student, CheckpointConfig]:
-    """A checkpoint of recipes/pretrain.py. UserError: another kind of model."""
+    """The model of a checkpoint of recipes/pretrain.py, and its configuration. UserError: another
+    kind of model."""
     model, config = load_checkpoint_model(path, weights)
     if isinstance(model, Wan) or config.model.backbone != "dit":
         raise UserError(f"{path}: not trained from scratch on frames; sample it with 'scd sample'")
@@ -156,14 +160,14 @@ def predict(
     """Yield the ``frames`` latents after the context (which may have none), chunk by chunk, (B, n,
     C, H, W) each.
 
-    ``cond`` tells of all frames, the context's too. A row's result depends on its seed alone.
+    ``cond`` covers all frames, those of the context too. A row's result depends on its seed alone.
     UserError: too few actions, or numbers that chunks do not divide.
     """
     cfg = cfg or PredictionConfig()
-    _, known, *shape = context_BFCHW.shape
-    if cond.actions_BF is not None and cond.actions_BF.shape[1] < known + frames:
+    _, context_frames, *shape = context_BFCHW.shape
+    if cond.actions_BF is not None and cond.actions_BF.shape[1] < context_frames + frames:
         raise UserError(
-            f"actions are given for {cond.actions_BF.shape[1]} frames of {known + frames}; give one per frame"
+            f"actions are given for {cond.actions_BF.shape[1]} frames of {context_frames + frames}; give one per frame"
         )
     null = cond.rows(slice(0, 1))
     null = replace(
@@ -175,11 +179,11 @@ def predict(
         student,
         cond.to(context_BFCHW.device),
         seeds,
-        (known + frames, shape[0], shape[1], shape[2]),
+        (context_frames + frames, shape[0], shape[1], shape[2]),
         sampler,
         window=cfg.window,
         sink=cfg.sink,
-        history=context_BFCHW if known else None,
+        history=context_BFCHW if context_frames else None,
         guidance=cfg.guidance.of_decoder(),
         null=null.to(context_BFCHW.device),
     )

@@ -49,9 +49,9 @@ FAR_FPS, FAR_CRF = 8, 25  # imageio's default quality for libx264
 
 @dataclass(frozen=True)
 class MetricNetworks:
-    """What measures beside arithmetic. None: that figure is not taken. ``weights``: name -> sha256,
-    kept in results. ``real``: gives the features of true clips, which may be kept; None:
-    ``features`` does."""
+    """The networks of the metrics; a metric whose network is None is not measured. ``weights``:
+    name -> sha256, for the results. ``real``: extractor of the true clips' features, which may
+    store them; None: ``features``."""
 
     lpips: Lpips | None = None
     features: FeatureExtractor | None = None
@@ -75,8 +75,8 @@ class MetricNetworks:
         sha256: str = TORCHSCRIPT_SHA256,
     ) -> MetricNetworks:
         """LPIPS (the papers use Alex) and I3D of ``scd weights metrics``; with ``torchscript`` the
-        I3D of that file, a program, which must have the hash ``sha256``. UserError when they are
-        not there."""
+        I3D of that file, a program, which must have the hash ``sha256``. UserError when weights are
+        missing."""
         i3d: I3dFeatures | TorchscriptFeatures
         if torchscript is None:
             name, i3d = "i3d", I3dFeatures.load(folder, device)
@@ -88,9 +88,9 @@ class MetricNetworks:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """What is kept of one clip. ``frames``: measure -> (T, F) fp64 of the generated frames;
-    ``fake`` (T, D) and ``real`` (1, D), or (T, D) when the reference went through a codec, too;
-    None without a feature network."""
+    """The figures and features of one clip. ``frames``: measure -> (T, F) fp64 of the generated
+    frames; ``fake`` (T, D) and ``real`` (1, D), or (T, D) when the reference went through a codec,
+    too; None without a feature network."""
 
     clip: int
     frames: dict[str, Tensor]
@@ -102,7 +102,7 @@ class ClipScore:
 
 @dataclass(frozen=True)
 class SavedScore:
-    """What a clip's file says of itself: ``key`` of the scorer, seconds of generating and of
+    """The header of a clip's file: ``key`` of the scorer, and the seconds of generating and of
     measuring."""
 
     clip: int
@@ -111,7 +111,7 @@ class SavedScore:
 
 
 class PredictionScorer:
-    """Takes clips one at a time, in any order, and sums them up under ``protocol``."""
+    """Scores clips one at a time, in any order, and summarises them under ``protocol``."""
 
     def __init__(
         self, protocol: PredictionProtocol, networks: MetricNetworks, *, far_compat: bool = False
@@ -140,16 +140,16 @@ class PredictionScorer:
         in [0, 1]; sums run on the reference's device.
 
         ``samples`` may be a generator that makes them on demand; waiting for it is counted as
-        generation. Raises UserError for a clip that is there already or beyond the protocol, wrong
-        sizes, counts or values.
+        generation. Raises UserError for a clip that was scored already or is beyond the protocol,
+        and for wrong sizes, counts or values.
         """
         self._check_new(clip)
         self._check_video(reference, self.protocol.frames, f"clip {clip}: the reference")
         rows: list[dict[str, Tensor]] = []
-        waited = measured = 0.0
+        generation_seconds = metric_seconds = 0.0
         start = time.perf_counter()
         for sample in samples:
-            ready = time.perf_counter()
+            sample_time = time.perf_counter()
             if len(rows) == len(self.protocol.seeds):
                 raise UserError(
                     f"clip {clip}: more than {len(rows)} samples; give one for each seed of the protocol"
@@ -158,21 +158,24 @@ class PredictionScorer:
                 sample, self.protocol.generated, f"clip {clip}, trajectory {len(rows)}: the sample"
             )
             rows.append(self._measure(reference, sample, first=not rows))
-            waited, measured = waited + ready - start, measured + time.perf_counter() - ready
+            generation_seconds += sample_time - start
+            metric_seconds += time.perf_counter() - sample_time
             start = time.perf_counter()
         if len(rows) != len(self.protocol.seeds):
             raise UserError(
                 f"clip {clip}: {len(rows)} samples; the protocol has {len(self.protocol.seeds)} seeds"
             )
-        joined = {name: torch.stack([row[name] for row in rows if name in row]) for name in rows[0]}
-        fake, real = joined.pop("fake", None), joined.pop("real", None)
-        score = ClipScore(clip, joined, fake, real, waited, measured)
+        figures = {
+            name: torch.stack([row[name] for row in rows if name in row]) for name in rows[0]
+        }
+        fake, real = figures.pop("fake", None), figures.pop("real", None)
+        score = ClipScore(clip, figures, fake, real, generation_seconds, metric_seconds)
         self.add_score(score)
         return score
 
     def add_score(self, score: ClipScore) -> None:
-        """Take a clip's score as it is (from another rank, say). UserError when it is there, or not
-        finite."""
+        """Add the score of a clip (of another rank, say). UserError when the clip was scored
+        already, or a value is not finite."""
         self._check_new(score.clip)
         for name, values in (*score.frames.items(), ("fake", score.fake), ("real", score.real)):
             if values is not None and not bool(torch.isfinite(values).all()):
@@ -185,43 +188,45 @@ class PredictionScorer:
         if not 0 <= clip < self.protocol.clips:
             raise UserError(f"clip {clip}: the protocol has clips 0 to {self.protocol.clips - 1}")
 
-    def _check_video(self, video: Tensor, frames: int, what: str) -> None:
-        check_videos(video.unsqueeze(0), what)
-        wanted = (frames, 3, self.protocol.resolution, self.protocol.resolution)
-        if video.shape != wanted:
+    def _check_video(self, video: Tensor, frames: int, label: str) -> None:
+        check_videos(video.unsqueeze(0), label)
+        shape = (frames, 3, self.protocol.resolution, self.protocol.resolution)
+        if video.shape != shape:
             hint = (
                 "; leave the context out"
                 if video.shape[0] == self.protocol.frames != frames
                 else ""
             )
             raise UserError(
-                f"{what} has shape {tuple(video.shape)}, the protocol's is {wanted}{hint}"
+                f"{label} has shape {tuple(video.shape)}, the protocol's is {shape}{hint}"
             )
 
     def _measure(self, reference: Tensor, sample: Tensor, *, first: bool) -> dict[str, Tensor]:
-        """Figures (F,) of one trajectory, ``fake`` (D,), and ``real`` (D,) where it is not that of
-        the first."""
+        """Figures (F,) of one trajectory, its features ``fake`` (D,), and the reference's ``real``
+        (D,) for the first trajectory, or for each when the codec is used."""
         reference = reference.float()
         context = reference[: self.protocol.context]
-        whole = torch.cat([context, sample.to(reference)])
+        video = torch.cat([context, sample.to(reference)])
         if self.far_compat:
-            whole, reference = through_h264(whole, reference)
-        one, other = whole[None, len(context) :], reference[None, len(context) :]
-        found = {
-            "mse": mse_frames(one, other)[0].cpu(),
-            "ssim": ssim_frames(one, other, self.ssim)[0],
+            video, reference = through_h264(video, reference)
+        generated, truth = video[None, len(context) :], reference[None, len(context) :]
+        figures = {
+            "mse": mse_frames(generated, truth)[0].cpu(),
+            "ssim": ssim_frames(generated, truth, self.ssim)[0],
         }
-        found["psnr"] = (-10 * torch.log10(found["mse"])).clamp_max(CEILING)
+        figures["psnr"] = (-10 * torch.log10(figures["mse"])).clamp_max(CEILING)
         if self.networks.lpips is not None:
-            found["lpips"] = self.networks.lpips(one, other, unscaled=self.far_compat)[0]
+            figures["lpips"] = self.networks.lpips(generated, truth, unscaled=self.far_compat)[0]
         if self.networks.features is not None:
-            seen = slice(None) if self.protocol.fvd_context else slice(len(context), None)
-            found["fake"] = _features(self.networks.features, whole[seen])
+            fvd_frames = slice(None) if self.protocol.fvd_context else slice(len(context), None)
+            figures["fake"] = _features(self.networks.features, video[fvd_frames])
             if first or self.far_compat:
-                # there the codec saw the sample, too
-                kept = None if self.far_compat else self.networks.real
-                found["real"] = _features(kept or self.networks.features, reference[seen])
-        return found
+                # with the codec the reference depends on the sample beside it: nothing to store
+                real_extractor = None if self.far_compat else self.networks.real
+                figures["real"] = _features(
+                    real_extractor or self.networks.features, reference[fvd_frames]
+                )
+        return figures
 
     def save(self, score: ClipScore, folder: Path) -> None:
         """Write a clip's score (kilobytes) to ``folder``, whole or not at all, for
@@ -233,18 +238,18 @@ class PredictionScorer:
             for name, value in (("fake", score.fake), ("real", score.real))
             if value is not None
         }
-        about = {
+        header = {
             "clip": score.clip,
             "key": self.key,
             "seconds": [score.generation_seconds, score.metric_seconds],
         }
         write_tensors(
-            folder / f"clip-{score.clip:05d}.safetensors", tensors, {"score": json.dumps(about)}
+            folder / f"clip-{score.clip:05d}.safetensors", tensors, {"score": json.dumps(header)}
         )
 
     def resume(self, folder: Path) -> set[int]:
-        """Add every score in ``folder``; which clips are there now. A missing folder is an empty
-        one.
+        """Add every score in ``folder`` and return the numbers of all scored clips. A missing
+        folder counts as empty.
 
         Raises UserError for a damaged file, or one of another protocol, other weights or another
         ``far_compat``.
@@ -254,22 +259,22 @@ class PredictionScorer:
                 foreign(path, "not a clip's score; delete it"),
                 safe_open(path, framework="pt") as file,
             ):
-                about = typed(json.loads(file.metadata()["score"]), SavedScore, path, "delete it")
+                header = typed(json.loads(file.metadata()["score"]), SavedScore, path, "delete it")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about.key != self.key:
+            if header.key != self.key:
                 raise UserError(
                     f"{path}: scored under another protocol, weights or codec; use another folder"
                 )
-            if about.clip in self.scores:
+            if header.clip in self.scores:
                 continue
             fake, real = tensors.pop("fake", None), tensors.pop("real", None)
             frames = {name.removeprefix("frames."): value for name, value in tensors.items()}
-            self.add_score(ClipScore(about.clip, frames, fake, real, *about.seconds))
+            self.add_score(ClipScore(header.clip, frames, fake, real, *header.seconds))
         return set(self.scores)
 
     def result(self) -> PredictionResult:
-        """Figures of the clips so far. UserError without any, or with one where FVD is asked
-        for."""
+        """Figures of the clips scored so far. UserError: no clip, or a single one where FVD is
+        measured."""
         scores = [self.scores[clip] for clip in sorted(self.scores)]
         if not scores or (self.networks.features is not None and len(scores) < 2):
             raise UserError(f"protocol {self.protocol.name}: {len(scores)} clips scored; add more")
@@ -280,10 +285,8 @@ class PredictionScorer:
             values = torch.stack([score.frames[name] for score in scores])
             figures[name], curves[name] = frame_figure(self.protocol, name, values)
         if scores[0].fake is not None:
-            fake, real = (
-                torch.stack([torch.as_tensor(rows) for rows in side])
-                for side in ([s.fake for s in scores], [s.real for s in scores])
-            )
+            fake = torch.stack([torch.as_tensor(score.fake) for score in scores])
+            real = torch.stack([torch.as_tensor(score.real) for score in scores])
             figures["fvd"] = video_figure(fake, real)
             warnings = self._fvd_warnings(len(scores), fake.shape[-1])
         psnr = torch.stack([score.frames["psnr"] for score in scores])
@@ -301,19 +304,19 @@ class PredictionScorer:
         )
 
     def _fvd_warnings(self, clips: int, dimensions: int) -> tuple[str, ...]:
-        """What a reader of this FVD must know."""
-        found = []
+        """Why the FVD of ``clips`` clips is not comparable, a sentence each."""
+        warnings = []
         if clips < dimensions:
-            found.append(
+            warnings.append(
                 f"FVD of {clips} clips in {dimensions} dimensions: the covariances are singular; it falls as clips are "
                 f"added and compares with FVD of {clips} clips only"
             )
         if self.far_compat and self.networks.weights.get(TORCHSCRIPT) != TORCHSCRIPT_SHA256:
-            found.append(
+            warnings.append(
                 "FVD does not compare with FAR's and SCD's: theirs is of StyleGAN-V's i3d_torchscript.pt, "
                 "this of another I3D (give i3d_torchscript=FILE)"
             )
-        return tuple(found)
+        return tuple(warnings)
 
 
 def frame_figure(
@@ -328,16 +331,18 @@ def frame_figure(
     per_trajectory = values.mean(dim=2)
     seeds = values.shape[1]
     if protocol.reduce == "best":
-        chosen = per_trajectory.argmax(1) if MEASURES[name][1] else per_trajectory.argmin(1)
-        per_clip = values[torch.arange(len(values)), chosen]
+        best_trajectory = (
+            per_trajectory.argmax(1) if MEASURES[name][1] else per_trajectory.argmin(1)
+        )
+        per_clip = values[torch.arange(len(values)), best_trajectory]
     else:
         per_clip = values.mean(dim=1)
     figure = float(per_clip.mean())
     if protocol.reduce == "mean" and seeds > 1:
-        std, over = spread(per_trajectory.mean(0).tolist()).std, f"{seeds} seeds"
+        std, spread_over = spread(per_trajectory.mean(0).tolist()).std, f"{seeds} seeds"
     else:
-        std, over = _resampled(lambda index: float(per_clip[index].mean()), len(values))
-    return PredictionFigure(figure, std, over), tuple(per_clip.mean(0).tolist())
+        std, spread_over = _resampled(lambda index: float(per_clip[index].mean()), len(values))
+    return PredictionFigure(figure, std, spread_over), tuple(per_clip.mean(0).tolist())
 
 
 def video_figure(fake: Tensor, real: Tensor) -> PredictionFigure:
@@ -347,18 +352,20 @@ def video_figure(fake: Tensor, real: Tensor) -> PredictionFigure:
     Spread: over trajectories, or for a single one over resampled clips (the reference stays).
     """
     pairs = [(fake[:, i], real[:, min(i, real.shape[1] - 1)]) for i in range(fake.shape[1])]
-    found = spread([frechet_distance(one, other) for one, other in pairs])
-    if found.count > 1:
-        return PredictionFigure(found.mean, found.std, f"{found.count} trajectories")
-    one, other = pairs[0]
-    std, over = _resampled(lambda index: frechet_distance(one[index], other), len(one))
-    return PredictionFigure(found.mean, std, over)
+    distances = spread([frechet_distance(trajectory, reference) for trajectory, reference in pairs])
+    if distances.count > 1:
+        return PredictionFigure(distances.mean, distances.std, f"{distances.count} trajectories")
+    trajectory, reference = pairs[0]
+    std, spread_over = _resampled(
+        lambda index: frechet_distance(trajectory[index], reference), len(trajectory)
+    )
+    return PredictionFigure(distances.mean, std, spread_over)
 
 
 def _resampled(statistic: Callable[[Tensor], float], clips: int) -> tuple[float, str]:
-    return bootstrap(
-        statistic, clips, resamples=RESAMPLES
-    ).std, f"{RESAMPLES} resamples of {clips} clips"
+    """The standard deviation of ``statistic`` over resampled clips, and what it was taken over."""
+    std = bootstrap(statistic, clips, resamples=RESAMPLES).std
+    return std, f"{RESAMPLES} resamples of {clips} clips"
 
 
 def _features(extractor: FeatureExtractor, video: Tensor) -> Tensor:
@@ -375,10 +382,10 @@ def through_h264(sample: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     Values are cut, not rounded, to 8 bits; 4:2:0 chroma; crf 25. On the CPU. Raises UserError for
     an odd height.
     """
-    both = (torch.cat([sample, reference], dim=3).clamp(0, 1) * 255).to(torch.uint8).cpu()
+    pair = (torch.cat([sample, reference], dim=3).clamp(0, 1) * 255).to(torch.uint8).cpu()
     with tempfile.TemporaryDirectory(prefix="scd-sf-h264-") as folder:
         path = Path(folder) / "pair.mp4"
-        write_video(path, both, FAR_FPS, crf=FAR_CRF)
-        again = read_video(path).float() / 255
+        write_video(path, pair, FAR_FPS, crf=FAR_CRF)
+        decoded_pair = read_video(path).float() / 255
     width = sample.shape[3]
-    return again[..., :width], again[..., width:]
+    return decoded_pair[..., :width], decoded_pair[..., width:]

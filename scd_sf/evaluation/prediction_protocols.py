@@ -1,10 +1,9 @@
-"""How a video prediction model is scored: which clips, how much context, how many trajectories, how
-they are reduced.
+"""Protocols of video prediction: which clips are scored, with how much context, how many
+trajectories, and how these are reduced.
 
-A figure of video prediction means nothing without these, so they are data with a name and a
-version, and every result carries them. Sources: SCD, FAR, TECO and MCVD, as collected in
-docs/results/metrics.md; the figures of two protocols, or of two versions of one, are never
-compared.
+A protocol is data with a name and a version, and every result contains it. Figures of two
+protocols, or of two versions of one, are never compared. Sources: SCD, FAR, TECO and MCVD, as
+collected in docs/results/metrics.md.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class PredictionProtocol:
     ssim: SsimWindow = "valid"
 
     def __post_init__(self) -> None:
-        for name, value, least in (
+        for name, value, minimum in (
             ("context", self.context, 0),
             ("generated", self.generated, 1),
             ("clips", self.clips, 1),
@@ -60,9 +59,9 @@ class PredictionProtocol:
             ("first_frame", self.first_frame, 0),
             ("seeds", len(self.seeds), 1),
         ):
-            if value < least:
+            if value < minimum:
                 raise UserError(
-                    f"protocol {self.name}: {name} is {value}; at least {least} is needed"
+                    f"protocol {self.name}: {name} is {value}; at least {minimum} is needed"
                 )
         check_within(
             self,
@@ -95,8 +94,8 @@ class PredictionProtocol:
         reduce: Reduction = "mean",
         ssim: SsimWindow = "valid",
     ) -> PredictionProtocol:
-        """A protocol of one's own, for smaller machines and tests; its name says that nobody else
-        has used it."""
+        """A protocol for smaller machines and tests, whose name says that its figures do not
+        compare. UserError: a number outside its range."""
         return cls(CUSTOM, VERSION, context, generated, clips, resolution, seeds, reduce, ssim=ssim)
 
     @property
@@ -106,15 +105,15 @@ class PredictionProtocol:
 
     @property
     def title(self) -> str:
-        """For people: name, version and what they stand for."""
+        """Name, version, frames, size, clips and trajectories as one line for tables."""
         trajectories = (
             f"{self.reduce} of {len(self.seeds)}" if len(self.seeds) > 1 else "1 trajectory"
         )
         sizes = (
             f"{self.context} -> {self.generated} frames of {self.resolution} px, {self.clips} clips"
         )
-        padded = ", SSIM with padded borders" if self.ssim == "padded" else ""
-        return f"{self.name} v{self.version}: {sizes}, {trajectories}{padded}"
+        ssim_note = ", SSIM with padded borders" if self.ssim == "padded" else ""
+        return f"{self.name} v{self.version}: {sizes}, {trajectories}{ssim_note}"
 
 
 _MINECRAFT = "TECO-Minecraft: the first 256 clips of the validation list, not shuffled, from frame 0, with actions"
@@ -122,7 +121,7 @@ _UCF = "UCF-101: every 10th video of test list 3, the first 256 of those, from f
 _RE10K = "RealEstate10K test clips without cameras; their number, trajectories and the side (128 or 256) are our choice"
 _FAR_SEEDS = (0, 2, 4, 6)
 
-_NAMED = (
+_PROTOCOL_LIST = (
     PredictionProtocol(
         "minecraft-fvd", VERSION, 36, 264, 256, 128, (0,), "mean", selection=_MINECRAFT
     ),
@@ -143,11 +142,11 @@ _NAMED = (
     ),
     PredictionProtocol("realestate10k", VERSION, 16, 48, 256, 256, (0,), "mean", selection=_RE10K),
 )
-PROTOCOLS = {protocol.name: protocol for protocol in _NAMED}
+PROTOCOLS = {protocol.name: protocol for protocol in _PROTOCOL_LIST}
 
 
 def named_protocol(name: str) -> PredictionProtocol:
-    """The protocol of that name. UserError lists the names."""
+    """The protocol of that name. UserError (listing the names) for an unknown one."""
     if name not in PROTOCOLS:
         raise UserError(f"protocol '{name}' is unknown; use one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

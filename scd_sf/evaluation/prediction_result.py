@@ -1,5 +1,5 @@
-"""The outcome of scoring a video prediction model: figures with their spread, drift curves, and
-what they stand on."""
+"""The result of scoring a video prediction model: figures with their spread, drift curves, protocol
+and weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class PredictionResult:
 
     @property
     def title(self) -> str:
-        """Protocol and everything that stands between these figures and published ones."""
+        """The protocol's title, and why these figures do not compare with published ones."""
         notes = [FAR_COMPATIBLE] if self.far_compat else []
         if self.clips != self.protocol.clips:
             notes.append(f"only {self.clips} of {self.protocol.clips} clips: not comparable")
@@ -89,8 +89,7 @@ class PredictionResult:
 
     @classmethod
     def from_json(cls, text: str, where: str = "prediction result") -> PredictionResult:
-        """What :meth:`to_json` wrote. UserError names ``where`` and the field."""
-
+        """The result in a text of :meth:`to_json`. UserError names ``where`` and the field."""
         remedy = "score again"
         row = typed(parse_json(text, where, remedy), dict[str, object], where, remedy)
         if row.pop("schema", None) != SCHEMA:
@@ -107,8 +106,8 @@ def prediction_table(results: Mapping[str, PredictionResult]) -> Table:
     """Models side by side (name -> result), for ``rich``. UserError when they are not of one
     protocol and setting.
 
-    Titles differ when clips are missing or FAR's ways were taken, so such results never share a
-    table either.
+    Titles differ when clips are missing or the codec of FAR was used, so such results never share
+    a table either.
     """
     titles = sorted({result.title for result in results.values()})
     if (
@@ -131,15 +130,15 @@ def prediction_table(results: Mapping[str, PredictionResult]) -> Table:
         caption_justify="left",
     )
     table.add_column("model")
-    shown = [
+    measures = [
         name for name in MEASURES if any(name in result.figures for result in results.values())
     ]
-    for name in shown:
-        unit, higher = MEASURES[name]
-        better = "higher" if higher else "lower"
+    for name in measures:
+        unit, higher_is_better = MEASURES[name]
+        better = "higher" if higher_is_better else "lower"
         table.add_column(f"{name}\n({f'{unit}, ' if unit else ''}{better} is better)")
     for model, result in results.items():
-        table.add_row(as_cell(model), *(_cell(result.figures.get(name)) for name in shown))
+        table.add_row(as_cell(model), *(_cell(result.figures.get(name)) for name in measures))
     return table
 
 

@@ -43,29 +43,29 @@ _TO_TORCHVISION = (
 def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The original RAFT's tensors under torchvision's names; norm3 of a block is its downsample.1 a
     second time."""
-    found = {}
-    for name, value in state.items():
-        name = name.removeprefix("module.")
+    tensors = {}
+    for original_name, value in state.items():
+        name = original_name.removeprefix("module.")
         if ".norm3." in name:
             continue
         for pattern, replacement in _TO_TORCHVISION:
             name = re.sub(pattern, replacement, name)
-        found[name] = value
-    return found
+        tensors[name] = value
+    return tensors
 
 
 def load_raft(path: Path) -> nn.Module:
-    """RAFT with the weights of ``path``. UserError names the file and where weights are to be
-    had."""
+    """RAFT with the weights of ``path``, in evaluation mode. UserError names the file and sources
+    of the weights."""
     from torchvision.models.optical_flow import raft_large
 
     state = read_tensors(path, f"it must be {WHERE}")
     if not state:
         raise UserError(f"raft {path}: holds no weights; it must be {WHERE}")
-    original = any(name.removeprefix("module.").startswith("fnet.") for name in state)
+    is_original_layout = any(name.removeprefix("module.").startswith("fnet.") for name in state)
     model: nn.Module = raft_large(weights=None)
     try:
-        model.load_state_dict(torchvision_names(state) if original else state)
+        model.load_state_dict(torchvision_names(state) if is_original_layout else state)
     except RuntimeError as error:
         raise UserError(
             f"raft {path}: these are not the weights of the large RAFT; it must be {WHERE}"

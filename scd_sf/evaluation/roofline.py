@@ -1,5 +1,5 @@
-"""How far a computation is from its own matmuls: the floor that no arrangement of the same calls
-can beat.
+"""The floor of a computation: the seconds that its own matmuls take, which no arrangement of the
+same calls can beat.
 
 The floor is the sum over every matmul, convolution and attention call actually made (backward ones
 too), each timed alone, at its best, in the same process. A ratio near 1 says that there is little
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _HEAVY = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "_scaled_dot_product"
-_IN_A_ROW = 10  # calls that a GPU is given at once, so that launching them does not count
+_CALLS_PER_TIMING = 10  # calls that a GPU is given at once, so that launching them does not count
 
 
 @dataclass(frozen=True)
@@ -60,50 +60,55 @@ class HeavyCalls(TorchDispatchMode):
 
     def floor(self, repeats: int = 2) -> float:
         """Seconds of all recorded calls, each call's best of ``repeats`` times its count."""
-        return sum(count * _alone(call, repeats) for call, count in self.calls.items())
+        return sum(count * _seconds_alone(call, repeats) for call, count in self.calls.items())
 
 
 def _spec(value: Any) -> Any:
+    """``value`` with every tensor replaced by its :class:`TensorSpec`, lists by tuples."""
     if isinstance(value, Tensor):
         return TensorSpec(tuple(value.shape), value.stride(), value.dtype, value.device)
     return tuple(_spec(item) for item in value) if isinstance(value, list) else value
 
 
-def _given(spec: Any) -> Any:
+def _materialise(spec: Any) -> Any:
+    """The reverse of :func:`_spec`, with new tensors of random numbers."""
     if isinstance(spec, TensorSpec):
         return spec.tensor()
-    return [_given(item) for item in spec] if isinstance(spec, tuple) else spec
+    return [_materialise(item) for item in spec] if isinstance(spec, tuple) else spec
 
 
 @torch.no_grad()
-def _alone(call: Call, repeats: int) -> float:
+def _seconds_alone(call: Call, repeats: int) -> float:
+    """Seconds of one call, the best of ``repeats`` timings."""
     func, specs, keywords = call
-    given, named = [_given(spec) for spec in specs], {key: _given(spec) for key, spec in keywords}
+    arguments = [_materialise(spec) for spec in specs]
+    keyword_arguments = {key: _materialise(spec) for key, spec in keywords}
     device = next(
         (spec.device for spec in specs if isinstance(spec, TensorSpec)), torch.device("cpu")
     )
     if device.type == "cuda":
-        func(*given, **named)  # the library chooses its kernel
+        func(*arguments, **keyword_arguments)  # the library chooses its kernel
+    call_count = _CALLS_PER_TIMING if device.type == "cuda" else 1
     best = float("inf")
     for _ in range(repeats):
         synchronize(device)
-        started = time.perf_counter()
-        for _ in range(times := _IN_A_ROW if device.type == "cuda" else 1):
-            func(*given, **named)
+        start = time.perf_counter()
+        for _ in range(call_count):
+            func(*arguments, **keyword_arguments)
         synchronize(device)
-        best = min(best, (time.perf_counter() - started) / times)
+        best = min(best, (time.perf_counter() - start) / call_count)
     return best
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU still has to do."""
+    """Wait until a GPU has finished its work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Peak:
-    """Most bytes that tensors took on a GPU at once since the last :meth:`reset`; of a CPU, the
-    most that the process ever had resident."""
+    """The most memory in use at once, in bytes: on a GPU that of tensors since the last
+    :meth:`reset`, on a CPU the process's largest resident set."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -113,7 +118,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def now(self) -> int:
-        """Of a GPU: what tensors take."""
+        """Bytes that tensors take on the GPU; 0 on a CPU."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def bytes(self) -> int:
@@ -123,7 +128,7 @@ class Peak:
 
 
 def peak_gib(reset: bool = False) -> float:
-    """Peak resident memory of this process since the last reset (Linux)."""
+    """Peak resident memory of this process in GiB since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     line = next(

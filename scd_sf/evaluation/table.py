@@ -1,5 +1,4 @@
-"""What one row of a results table is, how it is stored and printed, and how block passes are
-counted.
+"""Rows of a results table, how they are stored and printed, and a counter of block passes.
 
 Seconds are measured in timing.py. All costs are per *latent* frame at batch 1: one latent frame is
 what a causal model generates at a time (the Wan VAE makes four pixel frames of each, one of the
@@ -66,8 +65,8 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class Column:
-    """A column for people: heading, unit ('' = a pure number), what it says in plain words, and the
-    cell's text."""
+    """A column: heading, unit ('' = a pure number), explanation in plain words, and the text of a
+    row's cell."""
 
     title: str
     unit: str
@@ -186,15 +185,15 @@ def read_rows(path: Path) -> tuple[list[ResultRow], dict[str, object]]:
         raise UserError(
             f"{path}: field 'schema' is not {SCHEMA}; run the evaluation again with this version"
         )
-    found = typed(document, Results, path, remedy)
-    return found.rows, found.context
+    results = typed(document, Results, path, remedy)
+    return results.rows, results.context
 
 
 def result_table(rows: Sequence[ResultRow], title: str, notes: Sequence[str] = ()) -> Table:
-    """The rows as a table for ``rich.console.Console``, without what a row's name already says;
-    ``notes`` below it."""
+    """The rows as a table for ``rich.console.Console``, without the columns that a row's name
+    repeats; ``notes`` stand below it."""
     columns = [column for column in COLUMNS if column.title not in IN_THE_NAME]
-    result = Table(
+    table = Table(
         title=title,
         title_justify="left",
         caption=as_cell("\n".join(notes)) if notes else None,
@@ -202,13 +201,13 @@ def result_table(rows: Sequence[ResultRow], title: str, notes: Sequence[str] = (
     )
     for column in columns:
         heading = f"{column.title}\n({column.unit})" if column.unit else column.title
-        name = column.title in LEFT_ALIGNED
-        result.add_column(
-            heading, justify="left" if name else "right", overflow="fold", no_wrap=name
+        is_text = column.title in LEFT_ALIGNED
+        table.add_column(
+            heading, justify="left" if is_text else "right", overflow="fold", no_wrap=is_text
         )
     for row in rows:
-        result.add_row(*(as_cell(column.text(row)) for column in columns))
-    return result
+        table.add_row(*(as_cell(column.text(row)) for column in columns))
+    return table
 
 
 class BlockPassCounter:
@@ -229,14 +228,13 @@ class BlockPassCounter:
         self.calls = 0
         self.samples = 0
         self._handles: list[RemovableHandle] = []
-        self._blocks: list[nn.Module] = []
-        for name, child in module.named_modules():
-            if (
-                isinstance(child, is_block)
-                if isinstance(is_block, type | tuple)
-                else is_block(name, child)
-            ):
-                self._blocks.append(child)
+        self._blocks: list[nn.Module]
+        if isinstance(is_block, type | tuple):
+            self._blocks = [child for child in module.modules() if isinstance(child, is_block)]
+        else:
+            self._blocks = [
+                child for name, child in module.named_modules() if is_block(name, child)
+            ]
         if not self._blocks:
             raise UserError(
                 "block passes: no submodule matches; give the class of the transformer blocks"
@@ -273,17 +271,15 @@ class BlockPassCounter:
 
 
 def split_reference(total: int, count: int, where: str) -> tuple[list[int], list[int]]:
-    """Two disjoint sets of ``count`` of ``total`` clips, the same places and motions in turn:
-    reference and control.
+    """Two disjoint sets of ``count`` of ``total`` clips with the same places and motions, reference
+    and control, as indices.
 
-    Neighbours are clips of one place and motion, so even and odd ones make the halves. UserError:
-    too few clips.
+    Neighbours are clips of one place and motion, so the even and the odd indices are the halves.
+    UserError: too few clips.
     """
-    order = sorted(range(total), key=lambda i: (i % 2, i))
     half = total // 2
     if count > half:
         raise UserError(f"clips is {count}, but {where} has only {total}: use at most {half}")
-    first, second = (
-        [part[int(i * half / count)] for i in range(count)] for part in (order[:half], order[half:])
-    )
-    return first, second
+    order = [*range(0, total, 2), *range(1, total, 2)]
+    places = [int(i * half / count) for i in range(count)]
+    return [order[place] for place in places], [order[half + place] for place in places]

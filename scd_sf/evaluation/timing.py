@@ -1,9 +1,9 @@
-"""How long models take, side by side: rounds over all of them, and whether the machine was quiet
-enough to tell.
+"""Times models side by side, in rounds over all of them, and checks whether the machine was quiet
+enough.
 
 Other work only ever adds to a time. So a model's seconds are the least of its rounds, two models
-are compared by their medians over the same rounds, and :func:`unrest` says when neither means
-anything.
+are compared by their medians over the same rounds, and :func:`unrest` says when neither is
+reliable.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SPREAD = 1.25  # median over least
 
 
 def machine_seconds() -> float:
-    """CPU seconds that all processes of this machine, and its host in its place, have used since it
-    started."""
+    """CPU seconds that all processes of this machine have used since it started; of a virtual
+    machine the time that its host took, too."""
     times = psutil.cpu_times()._asdict()
     idle = ("idle", "iowait", "guest", "guest_nice")  # guests are part of user and nice
     return float(sum(value for name, value in times.items() if name not in idle))
@@ -36,24 +36,24 @@ def machine_seconds() -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where seconds are read: of the wall clock, of this process on all its cores, of everything on
-    this machine."""
+    """The clocks of a machine, in seconds: wall clock, CPU time of this process over all cores, and
+    CPU time of all processes. ``cores``: how many it has."""
 
     clock: Callable[[], float] = time.perf_counter
-    own: Callable[[], float] = time.process_time
-    everything: Callable[[], float] = machine_seconds
+    process_cpu: Callable[[], float] = time.process_time
+    machine_cpu: Callable[[], float] = machine_seconds
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class TimedRun:
-    """One clip of one model: wall seconds in all and until the first frame, CPU seconds of this
-    process and of others meanwhile, and how many frames came."""
+    """One clip of one model: wall seconds of all frames and of the first, CPU seconds of this
+    process and of the others meanwhile, and the number of frames."""
 
     seconds: float
-    first: float
-    own: float
-    others: float
+    first_frame_seconds: float
+    own_cpu_seconds: float
+    other_cpu_seconds: float
     frames: int
 
     @property
@@ -77,17 +77,18 @@ def time_stream(
             synchronize()
         return machine.clock()
 
-    frames, first_at = 0, 0.0
-    own, everything, start = machine.own(), machine.everything(), clock()
+    frames, first_frame_seconds = 0, 0.0
+    process_start, machine_start, start = machine.process_cpu(), machine.machine_cpu(), clock()
     for chunk in stream():
         if frames == 0:
-            first_at = clock() - start
+            first_frame_seconds = clock() - start
         frames += chunk.shape[1]
     seconds = clock() - start
-    own, everything = machine.own() - own, machine.everything() - everything
+    own_cpu = machine.process_cpu() - process_start
+    other_cpu = max(0.0, machine.machine_cpu() - machine_start - own_cpu)
     if frames < 1:
         raise UserError("the model yielded no frame; nothing can be timed")
-    return TimedRun(seconds, first_at, own, max(0.0, everything - own), frames)
+    return TimedRun(seconds, first_frame_seconds, own_cpu, other_cpu, frames)
 
 
 @dataclass
@@ -103,12 +104,12 @@ class Cost:
     passes: float = 0.0
 
     def wants_more(self, rounds: int, seconds: float) -> bool:
-        """One run, then up to ``rounds`` while another fits into ``seconds``; :data:`LEAST_ROUNDS`
-        may take thrice as long."""
-        spent = sum(run.seconds for run in self.runs)
-        again = spent / max(1, len(self.runs))
+        """Whether another run is due: one in any case, then up to ``rounds`` while another fits
+        into ``seconds``, or into three times that for the first :data:`LEAST_ROUNDS`."""
+        total_seconds = sum(run.seconds for run in self.runs)
+        mean_seconds = total_seconds / max(1, len(self.runs))
         budget = 3 * seconds if len(self.runs) < LEAST_ROUNDS else seconds
-        return not self.runs or (len(self.runs) < rounds and spent + again <= budget)
+        return not self.runs or (len(self.runs) < rounds and total_seconds + mean_seconds <= budget)
 
     def run_once(self, machine: Machine) -> None:
         with BlockPassCounter(self.model, self.block) as counter:
@@ -127,7 +128,7 @@ class Cost:
             row,
             block_passes_per_frame=self.passes,
             seconds_per_frame=self.seconds_per_frame,
-            seconds_to_first_frame=min(run.first for run in self.runs),
+            seconds_to_first_frame=min(run.first_frame_seconds for run in self.runs),
         )
 
 
@@ -137,36 +138,36 @@ def time_in_rounds(
     """Run all models in turn until each has its rounds: a slow minute of the machine hits them
     all."""
     machine = machine or Machine()
-    while waiting := [cost for cost in costs if cost.wants_more(rounds, seconds)]:
-        for cost in waiting:
+    while unfinished_costs := [cost for cost in costs if cost.wants_more(rounds, seconds)]:
+        for cost in unfinished_costs:
             cost.run_once(machine)
 
 
 def unrest(costs: Mapping[str, Cost], machine: Machine | None = None) -> list[str]:
-    """Why these seconds tell little, a line for each sign; empty when the machine was quiet. Costs
-    by row name."""
-    machine, signs = machine or Machine(), []
+    """Why the seconds of these costs (by row name) are unreliable, a line for each reason; empty
+    when the machine was quiet."""
+    machine = machine or Machine()
+    signs: list[str] = []
     runs = [run for cost in costs.values() for run in cost.runs]
     wall = sum(run.seconds for run in runs)
-    others, own = (
-        sum(used) / wall for used in ([run.others for run in runs], [run.own for run in runs])
-    )
-    if others > OTHERS_SHARE * machine.cores:
-        signs.append(f"other processes used {others:.1f} of {machine.cores} cores")
-    if own < OWN_SHARE:
-        signs.append(f"the models waited {100 * (1 - own):.0f} % of their time for a core")
+    other_share = sum(run.other_cpu_seconds for run in runs) / wall
+    own_share = sum(run.own_cpu_seconds for run in runs) / wall
+    if other_share > OTHERS_SHARE * machine.cores:
+        signs.append(f"other processes used {other_share:.1f} of {machine.cores} cores")
+    if own_share < OWN_SHARE:
+        signs.append(f"the models waited {100 * (1 - own_share):.0f} % of their time for a core")
     for name, cost in costs.items():
-        times = [run.seconds_per_frame for run in cost.runs]
-        if len(times) < LEAST_ROUNDS:
-            signs.append(f"{name}: time for {len(times)} of {LEAST_ROUNDS} rounds only")
-        elif (spread := statistics.median(times) / min(times)) > SPREAD:
+        seconds = [run.seconds_per_frame for run in cost.runs]
+        if len(seconds) < LEAST_ROUNDS:
+            signs.append(f"{name}: time for {len(seconds)} of {LEAST_ROUNDS} rounds only")
+        elif (spread := statistics.median(seconds) / min(seconds)) > SPREAD:
             signs.append(f"{name}: its rounds differ, the median is {spread:.2f}x the least")
     return signs
 
 
 def timings(costs: Mapping[str, Cost], machine: Machine | None = None) -> dict[str, object]:
-    """For the context of a table: how seconds were taken, seconds per frame of every round,
-    :func:`unrest`."""
+    """The timing part of a table's context: how seconds were measured, seconds per frame of every
+    round, and :func:`unrest`."""
     return {
         "timing": "batch 1, per latent frame, without VAE and text encoder, the least of the rounds",
         "machine_busy": unrest(costs, machine),

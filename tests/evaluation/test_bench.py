@@ -107,7 +107,7 @@ def test_a_models_peak_is_without_what_others_left(monkeypatch: pytest.MonkeyPat
     bench, entries = open_bench(config())
     for entry in (*entries, *entries):
         bench.clip(entry)
-    assert [entry.peak / gib for entry in entries] == [12.0, 12.0]
+    assert [entry.peak_bytes / gib for entry in entries] == [12.0, 12.0]
     assert [alone(entry, entries) for entry in entries] == [5.0, 8.0]
 
 

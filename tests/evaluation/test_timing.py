@@ -130,6 +130,7 @@ def test_a_real_machine_is_read() -> None:
     sum(range(3_000_000))
     assert machine_seconds() > before, "this process alone used some"
     run = time_stream(lambda: iter([torch.zeros(1, 3), torch.zeros(1, 1)]), Machine())
-    assert run.frames == 4 and 0 <= run.first <= run.seconds and min(run.own, run.others) >= 0
+    assert run.frames == 4 and 0 <= run.first_frame_seconds <= run.seconds
+    assert min(run.own_cpu_seconds, run.other_cpu_seconds) >= 0
     with pytest.raises(UserError, match="no frame"):
         time_stream(lambda: iter(()), fake.machine)
