@@ -1,5 +1,5 @@
-"""From 16 dimensions to Quality, Semantic and Total, as VBench's ``cal_final_score.py``: a missing
-one is refused.
+"""Quality, Semantic and Total from the 16 dimensions, as VBench's ``cal_final_score.py`` does; a
+missing dimension is an error.
 
 A dimension is normalised, ``(x - min) / (max - min)``, not clipped. Quality: weighted mean of 7
 (dynamic degree counts half); Semantic: mean of 9; Total: (4 Quality + Semantic) / 5. Scores are
@@ -18,13 +18,13 @@ from scd_sf.files import read_json, typed
 from scd_sf.types import UserError
 
 SCORE_BYTES = 2**26  # of a file with scores: a figure for each of 9,000 videos
-_VIDEOS = 5
+_VIDEOS_PER_PROMPT = 5
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a file says: fractions by dimension; ``reduced``: why totals of it are not comparable
-    with others'."""
+    """The scores of a file: fractions by dimension. ``reduced``: reasons why its totals do not
+    compare with others'. ``protocol``: how the videos were made."""
 
     fractions: dict[str, float]
     reduced: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Totals:
-    """In points: the three totals, and each dimension normalised."""
+    """The three totals and each normalised dimension, all in points (percent)."""
 
     quality: float
     semantic: float
@@ -44,25 +44,24 @@ class Totals:
 def aggregate(fractions: Mapping[str, float], where: str = "scores") -> Totals:
     """Totals of all 16 dimensions. UserError (naming ``where``) for a missing one, or a value that
     is no fraction."""
-    known = {dimension.name for dimension in dimensions()}
+    dimension_names = {dimension.name for dimension in dimensions()}
     check_fractions(fractions, where)
-    absent = [name for name in sorted(known - fractions.keys())]
-    if absent:
+    missing_names = sorted(dimension_names - fractions.keys())
+    if missing_names:
         raise UserError(
-            f"{where}: {len(absent)} of 16 dimensions missing ({', '.join(absent)}); score them: a total without them "
-            "would be another quantity"
+            f"{where}: {len(missing_names)} of 16 dimensions missing ({', '.join(missing_names)}); "
+            "score them: a total without them would be another quantity"
         )
     normalised = {d.name: (fractions[d.name] - d.min) / (d.max - d.min) for d in dimensions()}
     means = {}
     for group in ("quality", "semantic"):
-        chosen = [d for d in dimensions() if d.group == group]
-        means[group] = math.fsum(d.weight * normalised[d.name] for d in chosen) / math.fsum(
-            d.weight for d in chosen
-        )
+        group_dimensions = [d for d in dimensions() if d.group == group]
+        means[group] = math.fsum(
+            d.weight * normalised[d.name] for d in group_dimensions
+        ) / math.fsum(d.weight for d in group_dimensions)
     constants = packaged("constants.json")
-    quality, semantic = (
-        float(str(constants[f"{group}_weight"])) for group in ("quality", "semantic")
-    )
+    quality = float(str(constants["quality_weight"]))
+    semantic = float(str(constants["semantic_weight"]))
     total = (quality * means["quality"] + semantic * means["semantic"]) / (quality + semantic)
     points = {name: 100 * value for name, value in normalised.items()}
     return Totals(100 * means["quality"], 100 * means["semantic"], 100 * total, points)
@@ -70,11 +69,11 @@ def aggregate(fractions: Mapping[str, float], where: str = "scores") -> Totals:
 
 def check_fractions(fractions: Mapping[str, float], where: str) -> None:
     """UserError for a dimension that VBench does not have, or a value outside 0..1."""
-    known = [dimension.name for dimension in dimensions()]
+    dimension_names = [dimension.name for dimension in dimensions()]
     for name, value in fractions.items():
-        if name not in known:
+        if name not in dimension_names:
             raise UserError(
-                f"{where}: '{name}' is none of VBench's dimensions; they are {', '.join(known)}"
+                f"{where}: '{name}' is none of VBench's dimensions; they are {', '.join(dimension_names)}"
             )
         if not math.isfinite(value):
             raise UserError(f"{where}: {name} is {value}; score the dimension again")
@@ -88,8 +87,8 @@ def check_fractions(fractions: Mapping[str, float], where: str) -> None:
 
 
 def read_scores(path: Path) -> Scores:
-    """A map dimension -> fraction, VBench's own ``*_eval_results.json``, or ``summary.json`` of
-    vbench_eval/score.py.
+    """The scores of a JSON map dimension -> fraction, of VBench's own ``*_eval_results.json``, or
+    of ``summary.json`` by vbench_eval/score.py.
 
     Names may have blanks or underscores. UserError names file, field and remedy.
     """
@@ -120,7 +119,7 @@ def read_scores(path: Path) -> Scores:
 
 @dataclass(frozen=True)
 class _Summary:
-    """``summary.json``, as far as it is read."""
+    """The fields of ``summary.json`` that are read."""
 
     scores: dict[str, object]
     reduced: list[str] = field(default_factory=list)
@@ -130,26 +129,30 @@ class _Summary:
 def _too_few(name: str, value: list[object]) -> list[str]:
     """A reason if VBench's list of videos is shorter than the suite; color leaves out videos
     without the object."""
-    expected = {dimension.name: _VIDEOS * dimension.prompts for dimension in dimensions()}.get(
-        name, 0
-    )
-    count = len(value[1]) if len(value) > 1 and isinstance(value[1], list) else expected
-    return [f"{name}: {count} of {expected} videos"] if count < expected and name != "color" else []
+    prompt_counts = {dimension.name: dimension.prompts for dimension in dimensions()}
+    suite_count = _VIDEOS_PER_PROMPT * prompt_counts.get(name, 0)
+    count = len(value[1]) if len(value) > 1 and isinstance(value[1], list) else suite_count
+    if count >= suite_count or name == "color":
+        return []
+    return [f"{name}: {count} of {suite_count} videos"]
 
 
 def label(scores: Scores) -> str:
-    """ "" for the whole suite, else what must stand beside its total."""
+    """The remark that must stand beside the total of these scores; empty for the whole suite."""
     return f"not comparable: {'; '.join(scores.reduced)}" if scores.reduced else ""
 
 
 def merge_scores(files: Sequence[tuple[Path, Scores]]) -> Scores:
-    """The dimensions of several files as one. UserError for a dimension in two of them."""
+    """The scores of several files in one, with the first file's protocol. UserError for a dimension
+    in two of them."""
     fractions: dict[str, float] = {}
     reduced: list[str] = []
     for path, scores in files:
-        twice = sorted(fractions.keys() & scores.fractions.keys())
-        if twice:
-            raise UserError(f"{path}: {twice[0]} is in another file too; give each dimension once")
+        duplicates = sorted(fractions.keys() & scores.fractions.keys())
+        if duplicates:
+            raise UserError(
+                f"{path}: {duplicates[0]} is in another file too; give each dimension once"
+            )
         fractions |= scores.fractions
         reduced += scores.reduced
     return Scores(fractions, tuple(dict.fromkeys(reduced)), files[0][1].protocol)

@@ -1,5 +1,5 @@
-"""VBench's own Python environment: its pins (numpy below 2, transformers 4.33) do not go with this
-project's."""
+"""VBench's own Python environment, because its pins (numpy below 2, transformers 4.33) conflict
+with this project's."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ PINS = (
     "torchvision",
     "setuptools<81",
 )
-READY = ".scd-sf-ready.json"  # what the environment was built from; {} while it is being built
+READY = ".scd-sf-ready.json"  # the environment's pins; {} while it is being built
 _PROBE = """
 import importlib.metadata as m, importlib.util as u, json, sys
 spec = u.find_spec("vbench")
 names = ("vbench", "torch", "torchvision", "numpy", "transformers", "timm", "opencv-python")
-there = {d.metadata["Name"]: d.version for d in reversed(list(m.distributions()))}
+installed = {d.metadata["Name"]: d.version for d in reversed(list(m.distributions()))}
 print(json.dumps({"detectron2": u.find_spec("detectron2") is not None,
     "folder": list(spec.submodule_search_locations)[0] if spec else "",
-    "versions": {"python": sys.version.split()[0]} | {n: there.get(n, "") for n in names}}))
+    "versions": {"python": sys.version.split()[0]} | {n: installed.get(n, "") for n in names}}))
 """
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python that has VBench: VBench's ``folder`` there, versions of packages, and whether
-    detectron2 is there."""
+    """A Python that has VBench: the ``folder`` of VBench's package, versions of packages, and
+    whether detectron2 is installed."""
 
     folder: str
     versions: dict[str, str]
@@ -54,8 +54,8 @@ def default_folder() -> Path:
 
 
 def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
-    """A virtual environment with VBench in ``folder``; returns its python. Kept if it is there for
-    the same pins.
+    """A virtual environment with VBench in ``folder``; returns its python. One with
+    the same pins is used again.
 
     Every command is printed. ``torch``: a requirement, e.g. "torch==2.5.1" for an older GPU driver;
     ``detectron2``: its requirement, installed last (it is compiled and needs torch). UserError
@@ -87,26 +87,29 @@ def build(folder: Path, torch: str = "torch", detectron2: str = "") -> Path:
 
 
 def examine(python: Path) -> Environment:
-    """What this Python has. UserError unless VBench is there in the version that this project
-    knows, with numpy 1."""
+    """The environment of this Python. UserError unless it has VBench in the version
+    :data:`VERSION`, and numpy 1."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [python, "-I", "-c", _PROBE], capture_output=True, text=True, check=False, timeout=120
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
             f"python {python}: cannot be run ({error}); give the python of VBench's environment"
         ) from error
-    last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-    answer = f"python {python}: not a Python that answers ({last})"
+    last_line = (process.stderr or process.stdout).strip().splitlines()[-1:]
+    description = f"python {python}: not a Python that answers ({last_line})"
     environment = typed(
-        parse_json(done.stdout, answer, "check the path"), Environment, answer, "check the path"
+        parse_json(process.stdout, description, "check the path"),
+        Environment,
+        description,
+        "check the path",
     )
     vbench, numpy = environment.versions.get("vbench", ""), environment.versions.get("numpy", "")
     if vbench != VERSION:
-        has = f"vbench {vbench}" if vbench else "no vbench"
+        vbench_text = f"vbench {vbench}" if vbench else "no vbench"
         raise UserError(
-            f"python {python}: has {has}; it must be {VERSION}: leave python empty to build an environment"
+            f"python {python}: has {vbench_text}; it must be {VERSION}: leave python empty to build an environment"
         )
     if not numpy.startswith("1."):
         raise UserError(

@@ -35,8 +35,8 @@ class VBenchPrompt:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One of the 16: its group (quality or semantic), what its score is normalised by, and how many
-    prompts it has."""
+    """One of the 16 dimensions: its group (quality or semantic), the range and weight by which its
+    score is normalised, and its number of prompts."""
 
     name: str
     group: str
@@ -47,7 +47,7 @@ class Dimension:
 
 
 def packaged(name: str) -> dict[str, object]:
-    """One of this package's JSON files."""
+    """The content of one of this package's JSON files."""
     return json.loads(
         resources.files("scd_sf.evaluation.vbench").joinpath(name).read_text(encoding="utf-8")
     )
@@ -64,12 +64,14 @@ def dimensions() -> tuple[Dimension, ...]:
 def chosen_dimensions(names: Sequence[str]) -> list[str]:
     """These dimensions in VBench's order (all if none is named), blanks as underscores. UserError
     for others."""
-    known = [dimension.name for dimension in dimensions()]
-    wanted = [name.strip().replace(" ", "_") for name in names]
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"dimensions: '{name}' is none of VBench's: {', '.join(known)}")
-    return [name for name in known if name in wanted or not wanted]
+    dimension_names = [dimension.name for dimension in dimensions()]
+    requested_names = [name.strip().replace(" ", "_") for name in names]
+    for name in requested_names:
+        if name not in dimension_names:
+            raise UserError(
+                f"dimensions: '{name}' is none of VBench's: {', '.join(dimension_names)}"
+            )
+    return [name for name in dimension_names if name in requested_names or not requested_names]
 
 
 def load_entries(full_info: str = "") -> list[VBenchPrompt]:
@@ -88,7 +90,7 @@ def load_entries(full_info: str = "") -> list[VBenchPrompt]:
 
 @dataclass(frozen=True)
 class _Row:
-    """An entry of VBench_full_info.json, as far as it is read."""
+    """The fields of an entry of VBench_full_info.json that are read."""
 
     prompt_en: str
     dimension: list[str]
@@ -98,13 +100,13 @@ def _read_full_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     remedy = "take vbench/VBench_full_info.json from the vbench wheel, or leave full_info empty"
     where = f"full_info {path}"
     rows = parse_json(read_text(path, remedy), where, remedy)
-    known = {dimension.name for dimension in dimensions()}
+    dimension_names = {dimension.name for dimension in dimensions()}
     pairs = []
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         entry = typed(
             row, _Row, f"{where}: entry {number} has no prompt_en and known dimension list", remedy
         )
-        if not entry.dimension or not set(entry.dimension) <= known:
+        if not entry.dimension or not set(entry.dimension) <= dimension_names:
             raise UserError(
                 f"{where}: entry {number} has no prompt_en and known dimension list; {remedy}"
             )
@@ -116,11 +118,11 @@ def _read_full_info(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 def select(entries: Sequence[VBenchPrompt], names: Sequence[str]) -> list[VBenchPrompt]:
     """Entries of these dimensions, each prompt once: the first of its lines."""
-    found: dict[str, VBenchPrompt] = {}
+    first_entries: dict[str, VBenchPrompt] = {}
     for entry in entries:
         if set(entry.dimensions) & set(names):
-            found.setdefault(entry.prompt, entry)
-    return list(found.values())
+            first_entries.setdefault(entry.prompt, entry)
+    return list(first_entries.values())
 
 
 def prompts_hash(entries: Iterable[VBenchPrompt]) -> str:
@@ -150,15 +152,21 @@ def read_extended(path: Path, entries: Sequence[VBenchPrompt]) -> list[str]:
 
 
 def video_name(prompt: str, number: int) -> str:
-    """``{prompt}-{number}.mp4``. UserError where that is no name of a file in its own folder."""
+    """``{prompt}-{number}.mp4``. UserError where that is not a valid file name."""
     name = f"{prompt}-{number}.mp4"
-    bad = [
-        sign for sign in prompt if sign in _FORBIDDEN or unicodedata.category(sign) in ("Cc", "Cs")
+    bad_characters = [
+        character
+        for character in prompt
+        if character in _FORBIDDEN or unicodedata.category(character) in ("Cc", "Cs")
     ]
-    if bad or not prompt.strip() or prompt.startswith(".") or ".." in Path(prompt).parts:
-        why = f"it holds {bad[0]!r}" if bad else "it is empty, or starts with a dot"
+    if bad_characters or not prompt.strip() or prompt.startswith(".") or ".." in Path(prompt).parts:
+        reason = (
+            f"it holds {bad_characters[0]!r}"
+            if bad_characters
+            else "it is empty, or starts with a dot"
+        )
         raise UserError(
-            f"prompt {prompt[:80]!r} cannot be a file's name: {why}; correct the list of prompts"
+            f"prompt {prompt[:80]!r} cannot be a file's name: {reason}; correct the list of prompts"
         )
     if len(name.encode()) > _NAME_BYTES:
         raise UserError(
@@ -168,27 +176,33 @@ def video_name(prompt: str, number: int) -> str:
 
 
 def is_case_blind(folder: Path) -> bool:
-    """Whether the disk under ``folder`` (or its nearest parent that exists) takes ``a`` and ``A``
-    for one file."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    """Whether the disk of ``folder`` (or of its nearest parent that exists) ignores case in file
+    names. UserError: it cannot be written."""
+    existing_folder = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
+    )
     try:
-        with tempfile.NamedTemporaryFile(prefix="scd-case-", suffix=".probe", dir=place) as probe:
+        with tempfile.NamedTemporaryFile(
+            prefix="scd-case-", suffix=".probe", dir=existing_folder
+        ) as probe:
             path = Path(probe.name)
             return path.with_name(path.name.upper()).exists()
     except OSError as error:
-        raise UserError(f"{place}: cannot be written ({error}); use another out=") from error
+        raise UserError(
+            f"{existing_folder}: cannot be written ({error}); use another out="
+        ) from error
 
 
 def check_collisions(names: Iterable[str], folder: Path, *, case_blind: bool) -> None:
     """UserError if two videos would be one file: equal names, or on a case-blind disk names that
     differ by case."""
-    seen: dict[str, str] = {}
+    first_names: dict[str, str] = {}
     for name in names:
         key = unicodedata.normalize("NFC", name)
         key = key.casefold() if case_blind else key
-        other = seen.setdefault(key, name)
-        if other is not name:
+        first_name = first_names.setdefault(key, name)
+        if first_name is not name:
             raise UserError(
-                f"{folder}: '{other}' and '{name}' would be one file there (the disk does not tell case apart); "
+                f"{folder}: '{first_name}' and '{name}' would be one file there (the disk does not tell case apart); "
                 "use an out= on a case-sensitive disk"
             )

@@ -1,5 +1,5 @@
-"""A scored run beside published rows: JSON, Markdown, and an HTML page with the videos. Works
-offline, from disk.
+"""A scored run beside published rows, as JSON, Markdown, and an HTML page with the videos that
+works offline.
 
 Totals of different laboratories are not comparable (prompts, seeds, decoding differ): score a
 baseline yourself and give it as a further file. All text is escaped; videos are linked relative to
@@ -8,6 +8,7 @@ the page and loaded when they are near.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,8 +32,8 @@ NOTE = "Totals of different laboratories are not comparable; compare with a base
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, in points. ``totals`` empty where dimensions are missing; ``percent``:
-    raw, not normalised."""
+    """One line of the table, in points. ``totals``: empty where dimensions are missing.
+    ``percent``: the dimensions before they are normalised."""
 
     name: str
     source: str
@@ -42,16 +43,15 @@ class Row:
 
 
 def own_row(name: str, scores: Scores) -> Row:
-    """A scored run; without totals if dimensions are missing."""
+    """The row of a scored run; without totals if dimensions are missing."""
     percent = {key: 100 * value for key, value in scores.fractions.items()}
-    absent = [d.name for d in dimensions() if d.name not in percent]
-    if absent:
-        note = "; ".join(
-            filter(None, [f"no totals: {len(absent)} of 16 dimensions missing", label(scores)])
-        )
+    missing_names = [d.name for d in dimensions() if d.name not in percent]
+    if missing_names:
+        notes = [f"no totals: {len(missing_names)} of 16 dimensions missing", label(scores)]
+        note = "; ".join(text for text in notes if text)
         return Row(name, "this run", {}, percent, note)
-    found = aggregate(scores.fractions, name)
-    totals = {"total": found.total, "quality": found.quality, "semantic": found.semantic}
+    points = aggregate(scores.fractions, name)
+    totals = {"total": points.total, "quality": points.quality, "semantic": points.semantic}
     return Row(name, "this run", totals, percent, label(scores))
 
 
@@ -61,12 +61,12 @@ def published_rows() -> list[Row]:
     assert isinstance(rows, list)
     return [
         Row(
-            r["model"],
-            r["source"],
-            {k: r[k] for k in ("total", "quality", "semantic")},
-            r["percent"],
+            row["model"],
+            row["source"],
+            {name: row[name] for name in ("total", "quality", "semantic")},
+            row["percent"],
         )
-        for r in rows
+        for row in rows
     ]
 
 
@@ -89,22 +89,23 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _plain(text: str) -> str:
+    """``text`` as printable characters with Markdown's signs escaped."""
     return _MARKDOWN.sub(r"\\\1", printable(text))
 
 
 def find_videos(root: Path, limit: int) -> list[tuple[str, list[Path]]]:
     """(prompt, its videos) of a sample folder or a plain one, ``limit`` prompts at most, evenly
-    spaced."""
+    spaced. UserError: no video."""
     folders = [root / name for name in (VIDEOS, STATIC) if (root / name).is_dir()] or [root]
-    found: dict[str, list[Path]] = {}
+    videos: dict[str, list[Path]] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.mp4")):
-            found.setdefault(_NUMBER.sub("", file.stem), []).append(file)
-    if not found:
+            videos.setdefault(_NUMBER.sub("", file.stem), []).append(file)
+    if not videos:
         raise UserError(f"videos {root}: holds no mp4 file; give what vbench_eval/sample.py made")
-    prompts = sorted(found)
-    step = max(1, -(-len(prompts) // limit))
-    return [(prompt, found[prompt]) for prompt in prompts[::step]]
+    prompts = sorted(videos)
+    step = max(1, math.ceil(len(prompts) / limit))
+    return [(prompt, videos[prompt]) for prompt in prompts[::step]]
 
 
 def html(
@@ -121,7 +122,7 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    linked = [
+    video_links = [
         (
             printable(prompt),
             [quote(os.path.relpath(file, page.parent).replace(os.sep, "/")) for file in files],
@@ -130,12 +131,18 @@ def html(
     ]
     return environment.get_template("report.html.j2").render(
         rows=[
-            Row(printable(r.name), printable(r.source), r.totals, r.percent, printable(r.note))
-            for r in rows
+            Row(
+                printable(row.name),
+                printable(row.source),
+                row.totals,
+                row.percent,
+                printable(row.note),
+            )
+            for row in rows
         ],
         totals=["total", "quality", "semantic"],
         dimensions=[d.name for d in dimensions()],
-        cards=linked,
+        cards=video_links,
         facts={printable(str(name)): printable(str(value)) for name, value in facts.items()},
         note=NOTE,
     )
@@ -151,7 +158,7 @@ def write_report(
     is written.
     """
     scores = {name: read_scores(path) for name, path in files.items()}
-    rows = [*(own_row(name, found) for name, found in scores.items()), *published_rows()]
+    rows = [*(own_row(name, run_scores) for name, run_scores in scores.items()), *published_rows()]
     cards = find_videos(videos.absolute(), limit) if videos is not None else []
     page = out.absolute() / "report.html"
     facts = _facts(next(iter(scores.values())).protocol)
@@ -170,10 +177,13 @@ def write_report(
 
 def _facts(protocol: Mapping[str, object]) -> dict[str, object]:
     """Settings and protocol of a run as name -> value, nested names joined by dots."""
-    found: dict[str, object] = {}
+    facts: dict[str, object] = {}
     for name, value in protocol.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{inner}": thing for inner, thing in _facts(value).items()}
+            facts |= {
+                f"{name}.{inner_name}": inner_value
+                for inner_name, inner_value in _facts(value).items()
+            }
         elif value is not None:
-            found[name] = value
-    return found
+            facts[name] = value
+    return facts

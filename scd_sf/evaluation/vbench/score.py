@@ -91,8 +91,8 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One dimension: its entries of VBench's list with their videos, and why it is not the whole of
-    it."""
+    """One dimension to score. ``videos``: line of VBench's list -> files; ``reduced``: reasons why
+    they are not VBench's whole set."""
 
     dimension: str
     videos: dict[int, list[Path]]
@@ -104,34 +104,38 @@ class Job:
 
 
 def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreConfig) -> Job:
-    """The videos of a dimension, by line of VBench's list. UserError if one is missing: it would
-    not count as 0."""
-    chosen = [entry for entry in entries if name in entry.dimensions]
-    sampled = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
-    folder, reduced = root / VIDEOS if sampled else root, list[str]()
-    counts = {entry.line: cfg.samples for entry in chosen}
+    """The job of a dimension with the videos it needs. UserError if one is missing, because VBench
+    would leave it out of the mean."""
+    prompts = [entry for entry in entries if name in entry.dimensions]
+    is_sample_folder = (root / VIDEOS).is_dir() or (root / CANDIDATES).is_dir()
+    folder = root / VIDEOS if is_sample_folder else root
+    reduced: list[str] = []
+    counts = {entry.line: cfg.samples for entry in prompts}
     if cfg.samples < SAMPLES:
         reduced.append(f"{cfg.samples} instead of {SAMPLES} videos per prompt")
     if name == FLICKERING and cfg.unfiltered:
-        folder = root / CANDIDATES if sampled else root
+        folder = root / CANDIDATES if is_sample_folder else root
         reduced.append("temporal flickering without the static filter")
-    elif name == FLICKERING and sampled:
+    elif name == FLICKERING and is_sample_folder:
         folder = root / STATIC
         counts = {
-            entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in chosen
+            entry.line: min(cfg.samples, len(chosen_of(root, entry.prompt))) for entry in prompts
         }
-        short = sum(count < cfg.samples for count in counts.values())
-        if short:
-            found = f"{short} of {len(chosen)} prompts have fewer than {cfg.samples} static videos"
-            reduced.append(f"temporal flickering: {found}")
+        short_count = sum(count < cfg.samples for count in counts.values())
+        if short_count:
+            reason = f"{short_count} of {len(prompts)} prompts have fewer than {cfg.samples} static videos"
+            reduced.append(f"temporal flickering: {reason}")
     videos = {
-        e.line: [folder / video_name(e.prompt, n) for n in range(counts[e.line])] for e in chosen
+        entry.line: [
+            folder / video_name(entry.prompt, number) for number in range(counts[entry.line])
+        ]
+        for entry in prompts
     }
-    absent = [file for files in videos.values() for file in files if not file.is_file()]
-    if absent:
+    missing_files = [file for files in videos.values() for file in files if not file.is_file()]
+    if missing_files:
         raise UserError(
-            f"{folder}: {len(absent)} videos of {name} are missing, such as '{absent[0].name}'; sample them, set "
-            "samples= to what is there of every prompt, or name other dimensions"
+            f"{folder}: {len(missing_files)} videos of {name} are missing, such as "
+            f"'{missing_files[0].name}'; sample them, set samples= to what is there of every prompt, or name other dimensions"
         )
     if not any(videos.values()):
         raise UserError(
@@ -141,13 +145,11 @@ def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreCo
 
 
 def run_score(cfg: ScoreConfig) -> dict[str, float]:
-    """Everything; returns the scores of all dimensions that the folder has by now. UserError before
-    any work for missing videos, weights or packages."""
-    root, names, entries = (
-        Path(cfg.videos).absolute(),
-        chosen_dimensions(cfg.dimensions),
-        load_entries(),
-    )
+    """Score the videos and return the scores of all dimensions that the folder of results has.
+    UserError, before any work, for missing videos, weights or packages."""
+    root = Path(cfg.videos).absolute()
+    names = chosen_dimensions(cfg.dimensions)
+    entries = load_entries()
     if not root.is_dir():
         raise UserError(f"videos {root}: no such folder; sample with vbench_eval/sample.py")
     jobs = [collect(root, name, entries, cfg) for name in names]
@@ -156,17 +158,16 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
     ).absolute()
     if not cfg.download:
         weights.require_weights(names, cache)
-    built = (
-        None
-        if cfg.python
-        else build(Path(cfg.env) if cfg.env else default_folder(), cfg.torch, cfg.detectron2)
-    )
-    python = (built or Path(cfg.python)).absolute()
+    if cfg.python:
+        python = Path(cfg.python).absolute()
+    else:
+        env = Path(cfg.env) if cfg.env else default_folder()
+        python = build(env, cfg.torch, cfg.detectron2).absolute()
     environment = examine(python)
-    needs = [name for name in names if name in weights.DETECTRON2]
-    if needs and not environment.detectron2:
+    detectron2_names = [name for name in names if name in weights.DETECTRON2]
+    if detectron2_names and not environment.detectron2:
         raise UserError(
-            f"{python}: has no detectron2, which {', '.join(needs)} need; set detectron2="
+            f"{python}: has no detectron2, which {', '.join(detectron2_names)} need; set detectron2="
             "git+https://github.com/facebookresearch/detectron2.git (it is compiled), or name other dimensions"
         )
     info = _full_info(Path(environment.folder), entries)
@@ -184,24 +185,23 @@ def run_score(cfg: ScoreConfig) -> dict[str, float]:
 
 
 def _full_info(folder: Path, entries: Sequence[VBenchPrompt]) -> list[Json]:
-    """VBench's own list, which has what some dimensions look for in a video; it must be the list
-    that we know."""
+    """VBench's own list, with further fields that some dimensions read. UserError unless its
+    prompts are ``entries``."""
     file, remedy = folder / "VBench_full_info.json", "install VBench again"
     if prompts_hash(load_entries(str(file))) != prompts_hash(entries):
         raise UserError(f"{file}: not the prompts of the release; {remedy}")
     return typed(parse_json(read_text(file, remedy), file, remedy), list[Json], file, remedy)
 
 
-def _score(job: Job, vbench: VBench, out: Path, place: str) -> None:
-    """One dimension, unless its result is there."""
+def _score(job: Job, vbench: VBench, out: Path, progress: str) -> None:
+    """Score one dimension and write its result, unless that exists for the same videos."""
     result = out / f"{job.dimension}.json"
     inputs = {str(file): stamp(file) for file in job.files}
     if result.is_file() and read_json(result, "delete it to score again").get("inputs") == inputs:
-        say(f"[{place}] finished before")
+        say(f"[{progress}] finished before")
         return
-    say(
-        f"[{place}] {len(job.files)} videos on {f'{vbench.gpus} GPUs' if vbench.gpus else 'the CPU'}"
-    )
+    device = f"{vbench.gpus} GPUs" if vbench.gpus else "the CPU"
+    say(f"[{progress}] {len(job.files)} videos on {device}")
     score, videos = vbench.compute(job, out / "work")
     record: Json = {
         "dimension": job.dimension,
@@ -210,11 +210,12 @@ def _score(job: Job, vbench: VBench, out: Path, place: str) -> None:
         "videos": videos,
     }
     write_json(result, {**record, "reduced": job.reduced, "inputs": inputs})
-    say(f"[{place}] {score:.6f}")
+    say(f"[{progress}] {score:.6f}")
 
 
 def stamp(file: Path) -> list[int]:
-    """Size and time of a video, [] if it is gone: what decides whether a score is still its."""
+    """Size in bytes and time of change in ns of a video, [] if it is missing; a score is valid
+    while they are the same."""
     try:
         status = file.stat()
     except OSError:
@@ -224,8 +225,8 @@ def stamp(file: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class VBench:
-    """VBench in its own ``python``: on ``gpus`` (0: the CPU), with weights in ``cache``; ``info``:
-    its list."""
+    """VBench in its own ``python``, on ``gpus`` GPUs (0: the CPU), with weights in ``cache``.
+    ``info``: VBench's list of prompts."""
 
     python: Path
     cache: Path
@@ -234,41 +235,42 @@ class VBench:
     info: Sequence[Json]
 
     def compute(self, job: Job, work: Path) -> tuple[float, list[Json]]:
-        """The score and each video's. UserError for a failure, and where VBench left out what it
-        cannot read.
+        """The score of the dimension and a row for each video. UserError when VBench fails, or
+        leaves out videos that it cannot read.
 
-        color leaves out videos in which the object is not seen, and may.
+        Only color may leave out videos, those without the object.
         """
-        videos_list, raw, log = (
-            work / f"{job.dimension}{end}" for end in ("-list.json", "-raw.json", ".log")
-        )
+        videos_list = work / f"{job.dimension}-list.json"
+        raw_result = work / f"{job.dimension}-raw.json"
+        log = work / f"{job.dimension}.log"
         rows = [
-            {**self.info[line], "video_list": [str(f) for f in files]}
+            {**self.info[line], "video_list": [str(file) for file in files]}
             for line, files in job.videos.items()
         ]
         write_text(videos_list, json.dumps(rows))
-        raw.unlink(missing_ok=True)
-        self._run(job.dimension, [str(videos_list), str(raw)], log)
-        answer = read_typed(raw, _Answer, f"see {log}")
+        raw_result.unlink(missing_ok=True)
+        self._run(job.dimension, [str(videos_list), str(raw_result)], log)
+        answer = read_typed(raw_result, _Answer, f"see {log}")
         check_fractions({job.dimension: answer.score}, str(log))
-        known = {str(row.get("video_path")) for row in answer.videos}
-        absent = [file for file in job.files if str(file) not in known]
-        if absent and job.dimension != "color":
+        scored_paths = {str(row.get("video_path")) for row in answer.videos}
+        missing_files = [file for file in job.files if str(file) not in scored_paths]
+        if missing_files and job.dimension != "color":
             raise UserError(
-                f"{job.dimension}: VBench could not read {len(absent)} videos, such as {absent[0]}; see {log}"
+                f"{job.dimension}: VBench could not read {len(missing_files)} videos, "
+                f"such as {missing_files[0]}; see {log}"
             )
         return answer.score, [
             {**row, "video_path": Path(str(row["video_path"])).name} for row in answer.videos
         ]
 
-    def _run(self, name: str, files: list[str], log: Path) -> None:
-        """The worker, under torchrun for several GPUs; in the cache, where ``bert-base-uncased`` is
-        a folder."""
+    def _run(self, dimension: str, files: list[str], log: Path) -> None:
+        """Run the worker, under torchrun for several GPUs, in the cache, where VBench finds its
+        folder ``bert-base-uncased``. UserError when it fails."""
         command = [
             str(self.python),
             "-I",
             str(_WORKER),
-            name,
+            dimension,
             "cuda" if self.gpus else "cpu",
             *files,
         ]
@@ -276,9 +278,9 @@ class VBench:
             ranks = ["--standalone", "--nproc_per_node", str(self.gpus), "--no-python"]
             command = [str(self.python), "-I", "-m", "torch.distributed.run", *ranks, *command]
         environ = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")
         }
         environ |= {
             "VBENCH_CACHE_DIR": str(self.cache),
@@ -300,13 +302,15 @@ class VBench:
             remedy = "correct that and run the same command again"
             if _UNPICKLING in text:
                 remedy = "a weights file of VBench is unpickled whole: build with torch='torch<2.6' and another env="
-            last = text.strip().rpartition("\n")[2].strip()[:200]
-            raise UserError(f"{name}: VBench ended with code {code} ({last}); see {log}; {remedy}")
+            last_line = text.strip().rpartition("\n")[2].strip()[:200]
+            raise UserError(
+                f"{dimension}: VBench ended with code {code} ({last_line}); see {log}; {remedy}"
+            )
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the worker writes."""
+    """The JSON file that the worker writes."""
 
     score: float
     videos: list[Json]
@@ -322,20 +326,21 @@ class _Result(_Answer):
 
 @dataclass(frozen=True)
 class _Protocol:
-    """What is read of the protocol in a folder's manifest."""
+    """The field of a manifest's protocol that is read."""
 
     flickering_candidates: int = CANDIDATES_EACH
 
 
 def _summarise(root: Path, out: Path, versions: dict[str, str]) -> dict[str, float]:
-    """Write ``summary.json`` and VBench's own form of it, from all dimensions that were ever scored
-    here and whose videos are still the same."""
+    """Write ``summary.json`` and VBench's own form of it, from all dimensions that have a result in
+    ``out`` for the present videos. Returns their scores."""
     results: dict[str, _Result] = {}
     for name in chosen_dimensions([]):
         if (out / f"{name}.json").is_file():
             result = read_typed(out / f"{name}.json", _Result, "score it again")
             if result.inputs and all(
-                stamp(Path(file)) == then for file, then in result.inputs.items()
+                stamp(Path(file)) == recorded_stamp
+                for file, recorded_stamp in result.inputs.items()
             ):
                 results[name] = result
             else:
@@ -344,22 +349,23 @@ def _summarise(root: Path, out: Path, versions: dict[str, str]) -> dict[str, flo
                 )
     scores = {name: result.score for name, result in results.items()}
     check_fractions(scores, str(out))
-    why = [line for result in results.values() for line in result.reduced]
+    reasons = [line for result in results.values() for line in result.reduced]
     manifest = read_json(root / INDEX, "sample again") if (root / INDEX).is_file() else {}
     protocol = manifest.get("protocol")
     if isinstance(protocol, dict) and FLICKERING in scores:
         candidates = typed(protocol, _Protocol, root / INDEX, "sample again").flickering_candidates
         if candidates < CANDIDATES_EACH:
-            why.append(f"{candidates} instead of {CANDIDATES_EACH} candidates")
+            reasons.append(f"{candidates} instead of {CANDIDATES_EACH} candidates")
     summary = {
         "scores": scores,
-        "reduced": list(dict.fromkeys(why)),
+        "reduced": list(dict.fromkeys(reasons)),
         "videos": str(root),
         "protocol": {"settings": manifest.get("settings"), "sampling": protocol},
         "environment": versions,
     }
     write_json(out / "summary.json", summary)
     write_json(
-        out / "vbench_eval_results.json", {n: [scores[n], results[n].videos] for n in scores}
+        out / "vbench_eval_results.json",
+        {name: [result.score, result.videos] for name, result in results.items()},
     )
     return scores

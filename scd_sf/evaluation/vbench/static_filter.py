@@ -1,5 +1,5 @@
-"""VBench's static filter: of the candidates of temporal flickering, the first five whose camera and
-scene stand still.
+"""VBench's static filter, which chooses the first five candidates of temporal flickering whose
+camera and scene stand still.
 
 The rule is VBench's ``cli/static_filter.py``: RAFT's flow between neighbouring frames and between
 first and last, the mean of its largest 2 %, against thresholds that grow with size and number of
@@ -26,7 +26,7 @@ from scd_sf.files import Json, new_file, read_json, read_typed, sha256_file, typ
 from scd_sf.types import say
 
 CANDIDATES, STATIC, RECORDS = "flickering", "static", ".static"
-WANTED = 5
+VIDEOS_PER_PROMPT = 5
 Flow = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -36,32 +36,33 @@ def flow_scores(frames_F3HW: Tensor, flow: Flow) -> list[float]:
     count = len(frames_F3HW)
     pairs = [*((i, i + 1) for i in range(count - 1)), (0, count - 1), (count - 1, 0)]
     scores = []
-    for one, two in pairs:
+    for first, second in pairs:
         lengths = (
-            flow(frames_F3HW[one : one + 1], frames_F3HW[two : two + 1])[0]
+            flow(frames_F3HW[first : first + 1], frames_F3HW[second : second + 1])[0]
             .float()
             .square()
             .sum(0)
             .sqrt()
         )
-        longest = int(lengths.numel() * 0.02)
-        scores.append(float(lengths.flatten().topk(longest).values.mean()))
+        count_of_longest = int(lengths.numel() * 0.02)
+        scores.append(float(lengths.flatten().topk(count_of_longest).values.mean()))
     return scores
 
 
 def is_static(scores: Sequence[float], size: tuple[int, int], frames: int) -> bool:
-    """VBench's rule. ``size``: height and width of the frames; ``frames``: how many; ``scores``:
-    one more than that."""
-    threshold, allowed = 3.0 * (min(size) / 256.0), round(2 * (frames / 16.0))
-    if sum(score > threshold for score in scores[:-2]) > allowed:
+    """Whether a video is static by VBench's rule. ``size``: height and width in pixels; ``frames``:
+    their number; ``scores``: frames + 1 flow lengths of :func:`flow_scores`."""
+    threshold = 3.0 * (min(size) / 256.0)
+    moving_pairs = round(2 * (frames / 16.0))
+    if sum(score > threshold for score in scores[:-2]) > moving_pairs:
         return False
-    return all(score <= threshold * allowed * 2 for score in scores[-2:])
+    return all(score <= threshold * moving_pairs * 2 for score in scores[-2:])
 
 
 @dataclass
 class StaticFilter:
-    """RAFT of ``weights`` on ``device``. Built before anything else is done, so that missing
-    weights are said first."""
+    """The filter with RAFT of ``weights`` on ``device``. UserError on construction: a file without
+    RAFT's weights."""
 
     weights: Path
     device: torch.device
@@ -74,8 +75,8 @@ class StaticFilter:
         """Whether a video stands still."""
         frames = read_video(path).to(self.device)
 
-        def flow(one: Tensor, two: Tensor) -> Tensor:
-            return optical_flow(self.model, one, two)
+        def flow(first: Tensor, second: Tensor) -> Tensor:
+            return optical_flow(self.model, first, second)
 
         height, width = frames.shape[-2:]
         return is_static(flow_scores(frames, flow), (height, width), len(frames))
@@ -83,47 +84,50 @@ class StaticFilter:
     def choose(self, out: Path, prompt: str, count: int) -> None:
         """Judge a prompt's candidates, put the chosen ones into ``static/`` as 0..4, and record it.
 
-        What an earlier run recorded of the same files and weights is not judged again.
+        A record of the same files and weights is used in place of judging again.
         """
         folder = out / CANDIDATES
         names = sorted(video_name(prompt, number) for number in range(count))
         hashes = {name: sha256_file(folder / name) for name in names}
         inputs: Json = {"prompt": prompt, "raft_sha256": self.sha256, "candidates": hashes}
-        record = _record(out, prompt)
-        earlier = (
-            read_json(record, "delete it to filter the prompt again") if record.is_file() else {}
+        record_path = _record(out, prompt)
+        earlier_record = (
+            read_json(record_path, "delete it to filter the prompt again")
+            if record_path.is_file()
+            else {}
         )
-        judged: dict[str, bool] = {}
-        if {name: earlier.get(name) for name in inputs} == inputs:
-            judged = typed(
-                earlier.get("judged"),
+        verdicts: dict[str, bool] = {}
+        if {name: earlier_record.get(name) for name in inputs} == inputs:
+            verdicts = typed(
+                earlier_record.get("judged"),
                 dict[str, bool],
-                record,
+                record_path,
                 "delete it to filter the prompt again",
             )
         else:
-            record.unlink(missing_ok=True)
+            record_path.unlink(missing_ok=True)
             for name in names:
-                judged[name] = self.judge(folder / name)
-                if sum(judged.values()) == WANTED:
+                verdicts[name] = self.judge(folder / name)
+                if sum(verdicts.values()) == VIDEOS_PER_PROMPT:
                     break
-        chosen = [name for name in names if judged.get(name)][:WANTED]
-        for number in range(WANTED):
+        static_names = [name for name in names if verdicts.get(name)][:VIDEOS_PER_PROMPT]
+        for number in range(VIDEOS_PER_PROMPT):
             target = out / STATIC / video_name(prompt, number)
-            if number < len(chosen):
-                _place(folder / chosen[number], target)
+            if number < len(static_names):
+                _place(folder / static_names[number], target)
             else:
                 target.unlink(missing_ok=True)
-        write_json(record, {**inputs, "judged": judged, "chosen": chosen})
+        write_json(record_path, {**inputs, "judged": verdicts, "chosen": static_names})
 
 
 def _record(out: Path, prompt: str) -> Path:
+    """Path of a prompt's record."""
     return out / RECORDS / f"{video_name(prompt, 0)}.json"
 
 
 def _place(source: Path, target: Path) -> None:
-    """``target`` becomes ``source``: a hard link where the disk has them, else a copy; whole or not
-    there."""
+    """Put ``source`` at ``target``, as a hard link where the disk has them, else as a copy,
+    replacing the target at once."""
     with new_file(target) as part:
         try:
             os.link(source, part)
@@ -138,31 +142,32 @@ def run_static_filter(
     named at the end."""
     for folder in (STATIC, RECORDS):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    todo = list(prompts)[ranks.rank :: ranks.world]
-    for number, prompt in enumerate(todo, 1):
+    rank_prompts = list(prompts)[ranks.rank :: ranks.world]
+    for number, prompt in enumerate(rank_prompts, 1):
         static.choose(out, prompt, count)
         if ranks.is_main:
-            say(f"static filter: {number}/{len(todo)} prompts")
+            say(f"static filter: {number}/{len(rank_prompts)} prompts")
     ranks.barrier()
-    short = [
-        f"'{prompt}' ({found})"
+    short_prompts = [
+        f"'{prompt}' ({static_count})"
         for prompt in prompts
-        if (found := len(chosen_of(out, prompt))) < WANTED
+        if (static_count := len(chosen_of(out, prompt))) < VIDEOS_PER_PROMPT
     ]
-    if ranks.is_main and short:
+    if ranks.is_main and short_prompts:
         say(
-            f"static filter: fewer than {WANTED} static videos of {len(short)} prompts: {', '.join(short[:5])}"
+            f"static filter: fewer than {VIDEOS_PER_PROMPT} static videos of "
+            f"{len(short_prompts)} prompts: {', '.join(short_prompts[:5])}"
         )
 
 
 def chosen_of(out: Path, prompt: str) -> list[str]:
-    """The candidates that the filter chose. UserError if it has not run."""
+    """Names of the candidates that the filter chose. UserError if it has not run."""
     remedy = "run the static filter: vbench_eval/sample.py with raft="
     return read_typed(_record(out, prompt), _Record, remedy).chosen
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What is read of a prompt's record."""
+    """The field of a prompt's record that is read."""
 
     chosen: list[str]

@@ -77,13 +77,13 @@ class SuiteConfig:
             raise UserError(
                 f"samples is {self.samples}, must be 1..{SAMPLES}; flicker_samples must be at least 1"
             )
-        given = self.sampling
+        sampling = self.sampling
         for name, is_set in (
-            ("prompts", given.prompts),
-            ("prompt_file", given.prompt_file),
-            ("start", given.start),
-            ("samples", given.samples != 1),
-            ("seed", given.seed and self.seeds == "vbench"),
+            ("prompts", sampling.prompts),
+            ("prompt_file", sampling.prompt_file),
+            ("start", sampling.start),
+            ("samples", sampling.samples != 1),
+            ("seed", sampling.seed and self.seeds == "vbench"),
         ):
             if is_set:
                 raise UserError(f"sampling.{name} is set, but the suite decides it; leave it out")
@@ -93,26 +93,29 @@ def suite_videos(cfg: SuiteConfig, entries: list[VBenchPrompt]) -> list[VideoReq
     """Every video of the chosen dimensions, each prompt once. Their names are checked, also for
     collisions."""
     names = chosen_dimensions(cfg.dimensions)
-    words = (
+    wordings = (
         read_extended(Path(cfg.extended), entries)
         if cfg.extended
         else [entry.prompt for entry in entries]
     )
-    plain = select(entries, [name for name in names if name != FLICKERING])
-    parts = [(VIDEOS, plain, cfg.samples)]
+    other_entries = select(entries, [name for name in names if name != FLICKERING])
+    parts = [(VIDEOS, other_entries, cfg.samples)]
     if FLICKERING in names:
         parts.append((CANDIDATES, select(entries, [FLICKERING]), cfg.flicker_samples))
     videos = []
-    for folder, chosen, count in parts:
-        for entry in chosen:
+    for folder, folder_entries, count in parts:
+        for entry in folder_entries:
             for number in range(count):
-                seed = number + (
-                    100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed
-                )
+                base = 100_000 * entry.line if cfg.seeds == "vbench" else cfg.sampling.seed
                 file = f"{folder}/{video_name(entry.prompt, number)}"
                 videos.append(
                     VideoRequest(
-                        file, PromptRow(words[entry.line]), entry.line, number, seed, entry.prompt
+                        file,
+                        PromptRow(wordings[entry.line]),
+                        entry.line,
+                        number,
+                        base + number,
+                        entry.prompt,
                     )
                 )
     out = Path(cfg.sampling.out)
@@ -121,16 +124,16 @@ def suite_videos(cfg: SuiteConfig, entries: list[VBenchPrompt]) -> list[VideoReq
 
 
 def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
-    """Everything: checks, the videos, the static filter. All ranks call it; the same command goes
-    on."""
+    """Check the settings, make the videos and apply the static filter. All ranks call it; the same
+    command resumes it. UserError: settings that do not fit, or missing weights of RAFT."""
     entries = load_entries(cfg.full_info)
     videos = suite_videos(cfg, entries)
     candidates = [entry.prompt for entry in select(entries, [FLICKERING])]
-    filtering = cfg.filter and any(video.file.startswith(f"{CANDIDATES}/") for video in videos)
-    if filtering and not cfg.raft:
+    needs_filter = cfg.filter and any(video.file.startswith(f"{CANDIDATES}/") for video in videos)
+    if needs_filter and not cfg.raft:
         raise UserError(_NEEDS_RAFT)
-    static = StaticFilter(Path(cfg.raft), ranks.device) if filtering else None
-    fixed: dict[str, object] = {
+    static_filter = StaticFilter(Path(cfg.raft), ranks.device) if needs_filter else None
+    manifest_entries: dict[str, object] = {
         "suite": {
             "name": "VBench",
             "prompts_sha256": prompts_hash(entries),
@@ -138,16 +141,16 @@ def run_suite(cfg: SuiteConfig, ranks: Ranks) -> None:
             "seeds": _SEEDS[cfg.seeds],
         }
     }
-    make_videos(cfg.sampling, ranks, videos, fixed, {"protocol": protocol(cfg)})
-    if static is not None:
+    make_videos(cfg.sampling, ranks, videos, manifest_entries, {"protocol": protocol(cfg)})
+    if static_filter is not None:
         out = Path(cfg.sampling.out)
         with locked(out, "this suite") if ranks.is_main else nullcontext():
-            run_static_filter(out, candidates, cfg.flicker_samples, static, ranks)
+            run_static_filter(out, candidates, cfg.flicker_samples, static_filter, ranks)
 
 
 def protocol(cfg: SuiteConfig) -> dict[str, object]:
-    """What a reader must know to compare: beside ``settings`` (sampler, steps, shift, size, fps,
-    crf, prompt hash)."""
+    """The protocol of the manifest, which a comparison needs beside its ``settings`` (sampler,
+    steps, shift, size, fps, crf, prompt hash)."""
     w = cfg.sampling.guidance.text.w
     return {
         "dimensions": chosen_dimensions(cfg.dimensions),

@@ -1,4 +1,4 @@
-"""The files of VBench's networks: where it looks for each in its cache, and where each comes from
+"""The files of VBench's networks, with the path of each in VBench's cache and its source
 (weights.json)."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ repository."""
 
 @dataclass(frozen=True)
 class Weight:
-    """``path`` inside the cache, its ``url``, the ``dimensions`` that need it; ``how``: if not by
-    plain download."""
+    """A file of weights: ``path`` inside the cache, its ``url``, the ``dimensions`` that need it.
+    ``how``: further steps where a plain download is not enough."""
 
     path: str
     url: str
@@ -43,25 +43,26 @@ def needed(dimensions: Sequence[str]) -> list[Weight]:
 
 
 def require_weights(dimensions: Sequence[str], folder: Path) -> None:
-    """UserError, after a line for each on stdout, if a file is missing, and if one is a pointer of
-    Git LFS."""
-    absent = [weight for weight in needed(dimensions) if not (folder / weight.path).is_file()]
-    for weight in absent:
-        first = next(name for name in dimensions if name in weight.dimensions)
+    """UserError if a file is missing (each is printed first), or is a pointer of Git LFS."""
+    missing_weights = [
+        weight for weight in needed(dimensions) if not (folder / weight.path).is_file()
+    ]
+    for weight in missing_weights:
+        dimension = next(name for name in dimensions if name in weight.dimensions)
         how = f" ({weight.how})" if weight.how else ""
-        say(f"missing for {first}: {folder / weight.path}, from {weight.url}{how}")
-    if absent:
+        say(f"missing for {dimension}: {folder / weight.path}, from {weight.url}{how}")
+    if missing_weights:
         raise UserError(
-            f"{folder}: {len(absent)} files of VBench's networks are missing (listed above); put each at its place, "
-            "or let VBench download them with download=true, or name other dimensions"
+            f"{folder}: {len(missing_weights)} files of VBench's networks are missing (listed above); "
+            "put each at its place, or let VBench download them with download=true, or name other dimensions"
         )
     for weight in needed(dimensions):
         refuse_lfs_pointer(folder / weight.path)
 
 
 def link_dino(folder: Path) -> None:
-    """DINO's own code looks under TORCH_HOME (``folder/torch_home`` for us), not where VBench puts
-    the weights."""
+    """Link DINO's weights into ``folder/torch_home``, our TORCH_HOME, because DINO's own code looks
+    for them there."""
     source = folder / "dino_model" / _DINO_FILE
     target = folder / "torch_home" / "hub" / "checkpoints" / _DINO_FILE
     if source.is_file() and not target.exists():

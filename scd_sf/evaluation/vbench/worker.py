@@ -1,5 +1,5 @@
-"""Run by VBench's own Python, as a file: one dimension by VBench's own functions, the result as
-JSON.
+"""Scores one dimension by VBench's own functions and writes the result as JSON. VBench's Python
+runs this file.
 
     python -I worker.py DIMENSION DEVICE LIST.json RESULT.json
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Compute and write; any exception is the caller's to show from the log."""
+    """Score the dimension and write the result; exceptions end in the caller's log."""
     name, device, videos_list, result = sys.argv[1:]
     import torch
     from vbench.distributed import dist_init, get_rank
