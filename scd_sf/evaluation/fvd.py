@@ -5,7 +5,8 @@ A feature extractor is an argument of :class:`VideoFrechet`. It returns row-alig
 per video for a clip network such as I3D). Each group is used as it is, or is standardised and
 projected on its principal components *of the reference videos only*; then the groups are joined to
 rows of one Gaussian. All rows of a table share one fitted basis, and only their distances can be
-compared with each other. A distance from another basis, world or extractor is another unit."""
+compared with each other. A distance from another basis, world or extractor is another unit.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""P4: where attention goes in time (paper Figure 4, supplement Figure 4).
+"""P4: attention mass by temporal distance (paper Figure 4, supplement Figure 4).
 
 The softmax mass that queries of frame i put on the keys of a frame j, by distance d = \\|i - j\\|,
 per block, head and step, averaged over queries, clips and the frames i that have a past; beside it
-what uniform attention over the visible tokens would put there. Logits are made for a few queries at
-a time: nothing is as large as tokens x tokens. Models of several frames per chunk see within it
-too, so that their mass on earlier chunks is told apart (supplement Figure 4).
+what uniform attention over the visible tokens would put there. Logits are computed for a few
+queries at a time, so that nothing is as large as tokens x tokens. Models of several frames per
+chunk also attend within it, so their mass on earlier chunks is reported separately (supplement
+Figure 4).
 
 A bidirectional model sees frames on both sides. SCD's encoder runs once per chunk, not at steps.
 Letters as watch.py.
@@ -40,7 +41,7 @@ class AttentionProbe:
         check_within(self, {"queries": (0, 2**24), "first_frame": (0, 10**6)}, "attention.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: no frame is left, or blocks do not run at every step."""
+        """UserError: the clip is too short, or some blocks do not run at every step."""
         subject.check_whole()
         frames = subject.shape.frames
         if frames < 2:
@@ -69,93 +70,93 @@ class Mass:
     head, step)."""
 
     def __init__(self, subject: Subject, cfg: AttentionProbe) -> None:
-        self.subject, self.cfg, self.steps = subject, cfg, 1
+        self.subject = subject
+        self.cfg = cfg
+        self.steps = 1
         if subject.history_blocks[0] is subject.step_blocks[0]:
             self.steps = subject.sampler.steps
-        self.picked = on_device(
+        self.query_indices = on_device(
             torch.tensor(evenly_spaced(subject.tokens, cfg.queries)), subject.device
         )
         self.frames = range(cfg.first_frame, subject.shape.frames)
-        # these have an earlier chunk
-        self.later = [frame for frame in self.frames if frame >= subject.chunk]
+        self.frames_with_past = [frame for frame in self.frames if frame >= subject.chunk]
         blocks, heads = len(subject.history_blocks), subject.model.cfg.num_attention_heads
         shape = (blocks, heads, self.steps, subject.shape.frames)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=subject.device)
-        self.earlier = torch.zeros(shape[:3], dtype=torch.float64, device=subject.device)
+        self.earlier_chunks = torch.zeros(shape[:3], dtype=torch.float64, device=subject.device)
 
     def add(self, place: Place, block: int, q_BNLD: Tensor, k_BNLD: Tensor) -> None:
-        """The chunk's own queries are the last ones; its frames are the last of the keys."""
+        """Add the mass of a block's queries q (B, N, L, D) on its keys k (B, N, L', D). The chunk's
+        own frames are the last in both."""
         tokens, chunk = self.subject.tokens, self.subject.chunk
         step, visible = place.step or 0, k_BNLD.shape[2] // tokens
-        asking = [frame % chunk for frame in self.frames if frame // chunk == place.chunk]
-        if not asking:
+        frame_offsets = [frame % chunk for frame in self.frames if frame // chunk == place.chunk]
+        if not frame_offsets:
             return
-        offsets = on_device(torch.tensor(asking), q_BNLD.device)
-        queries = q_BNLD.shape[2] - (chunk - offsets[:, None]) * tokens + self.picked
+        offsets = on_device(torch.tensor(frame_offsets), q_BNLD.device)
+        queries = q_BNLD.shape[2] - (chunk - offsets[:, None]) * tokens + self.query_indices
         mass = frame_mass(q_BNLD[:, :, queries.flatten()], k_BNLD, tokens)
-        # (heads, asking frames, visible)
+        # (heads, frames with queries, visible frames)
         mass = mass.unflatten(2, queries.shape).double().mean((0, 3))
         keys = torch.arange(visible, device=q_BNLD.device)
         distance = (keys - (visible - chunk + offsets[:, None])).abs()
         self.sums[block, :, step].index_add_(1, distance.flatten(), mass.flatten(1))
-        self.earlier[block, :, step] += mass[..., : visible - chunk].sum((1, 2))
+        self.earlier_chunks[block, :, step] += mass[..., : visible - chunk].sum((1, 2))
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mass by (block, head, step, distance), which adds up to 1, and mass on earlier chunks of
         the frames that have some, by (block, head, step)."""
-        return self.sums.cpu() / len(self.frames), self.earlier.cpu() / max(1, len(self.later))
+        earlier = self.earlier_chunks.cpu() / max(1, len(self.frames_with_past))
+        return self.sums.cpu() / len(self.frames), earlier
 
     def uniform(self) -> tuple[Tensor, float]:
-        """The same of uniform attention over all frames of earlier chunks and the own one."""
-        chunk, by_distance, earlier = (
-            self.subject.chunk,
-            torch.zeros(self.subject.shape.frames).double(),
-            0.0,
-        )
+        """Mass by distance, and on earlier chunks, of attention that is uniform over all frames of
+        the earlier chunks and the own one."""
+        chunk = self.subject.chunk
+        by_distance = torch.zeros(self.subject.shape.frames).double()
+        earlier = 0.0
         for frame in self.frames:
             start = frame // chunk * chunk
             visible = torch.arange(start + chunk)
-            share = torch.full(visible.shape, 1 / len(visible), dtype=torch.float64)
-            by_distance.index_add_(0, (visible - frame).abs(), share)
+            shares = torch.full(visible.shape, 1 / len(visible), dtype=torch.float64)
+            by_distance.index_add_(0, (visible - frame).abs(), shares)
             earlier += start / len(visible)
-        return by_distance / len(self.frames), earlier / max(1, len(self.later))
+        return by_distance / len(self.frames), earlier / max(1, len(self.frames_with_past))
 
 
 def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
     """Mass by block, head, step and distance, with its means, beside uniform attention's.
-    UserError: nothing to look at in so short a clip."""
+    UserError: the clip is too short."""
     cfg.check(subject)
     mass = Mass(subject, cfg)
     watch_attention(subject, mass.add)
-    found, earlier = mass.mean()
+    mean_mass, earlier = mass.mean()
     uniform, uniform_earlier = mass.uniform()
-    other = 1 - found[..., 0]  # on other frames, (blocks, heads, steps)
-    lines = {"other frames": other.mean((1, 2)).tolist()}
+    mass_on_others = 1 - mean_mass[..., 0]  # on other frames, (blocks, heads, steps)
+    lines = {"other frames": mass_on_others.mean((1, 2)).tolist()}
     baseline = {"other frames": float(1 - uniform[0])}
     if 1 < subject.chunk < subject.shape.frames:
-        lines["earlier chunks"], baseline["earlier chunks"] = (
-            earlier.mean((1, 2)).tolist(),
-            uniform_earlier,
-        )
+        lines["earlier chunks"] = earlier.mean((1, 2)).tolist()
+        baseline["earlier chunks"] = uniform_earlier
     data: dict[str, object] = {
         "steps": mass.steps,
-        "queries": len(mass.picked),
+        "queries": len(mass.query_indices),
         "first_frame": cfg.first_frame,
         "uniform_by_distance": rounded(uniform),
-        "by_distance": rounded(found.mean((1, 2))),
-        "other_frames": rounded(other.mean((1, 2))),
-        "other_frames_by_step": rounded(other.mean(1)),
-        "other_frames_by_head": rounded(other.mean(2)),
+        "by_distance": rounded(mean_mass.mean((1, 2))),
+        "other_frames": rounded(mass_on_others.mean((1, 2))),
+        "other_frames_by_step": rounded(mass_on_others.mean(1)),
+        "other_frames_by_head": rounded(mass_on_others.mean(2)),
         "earlier_chunks": rounded(earlier.mean((1, 2))),
         "uniform_earlier_chunks": uniform_earlier,
-        "by_block_head_step_distance": rounded(found, 4),
+        "by_block_head_step_distance": rounded(mean_mass, 4),
     }
     maps = {
-        "by distance": (found.mean((1, 2)), "latent frames"),
-        "other frames, by head": (other.mean(2), "head"),
+        "by distance": (mean_mass.mean((1, 2)), "latent frames"),
+        "other frames, by head": (mass_on_others.mean(2), "head"),
     }
     if mass.steps > 1:
-        maps["other frames, by step"] = (other.mean(1), "step")
+        maps["other frames, by step"] = (mass_on_others.mean(1), "step")
     figures = {
         "blocks": partial(
             panels_figure,
@@ -166,15 +167,15 @@ def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
         "maps": partial(map_figure, maps=maps, y="block"),
     }
     text = " ".join(
-        described(name, line, baseline[name], mass.steps) for name, line in lines.items()
+        mass_sentence(name, line, baseline[name], mass.steps) for name, line in lines.items()
     )
     return ProbeResult(
-        "attention", "Attention to other frames (P4)", text + seen_from(subject), data, figures
+        "attention", "Attention to other frames (P4)", text + distance_note(subject), data, figures
     )
 
 
-def described(name: str, line: list[float], baseline: float, steps: int) -> str:
-    """Mass by block in a sentence."""
+def mass_sentence(name: str, line: list[float], baseline: float, steps: int) -> str:
+    """The mass of every block (``line``) as a sentence for people."""
     half = len(line) // 2
     early, late = sum(line[:half]) / max(1, half), sum(line[half:]) / (len(line) - half)
     return (
@@ -184,8 +185,9 @@ def described(name: str, line: list[float], baseline: float, steps: int) -> str:
     )
 
 
-def seen_from(subject: Subject) -> str:
-    """What stands at distance 0 where it is not the frame that is denoised."""
+def distance_note(subject: Subject) -> str:
+    """A note for SCD, where the frame at distance 0 is not the one that is denoised; empty for
+    other models."""
     if not isinstance(subject.model, Scd):
         return ""
     if subject.model.needs_query:

@@ -12,10 +12,10 @@ from scd_sf.evaluation.curves import pyplot, save
 
 
 def matrices_figure(
-    path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], both: str
+    path: Path, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], axes_title: str
 ) -> Path:
-    """A row of matrices per measure, a column per name; every row has one colour scale. ``both``:
-    what the axes are."""
+    """A row of matrices per measure, a column per name; every row has one colour scale.
+    ``axes_title``: the title of both axes."""
     plt = pyplot()
     size = (1.9 * len(names) + 1.2, 2.0 * len(rows))
     figure, panels = plt.subplots(
@@ -24,14 +24,14 @@ def matrices_figure(
     for line, (measure, matrices) in zip(panels, rows.items(), strict=True):
         low, high = min(float(m.min()) for m in matrices), max(float(m.max()) for m in matrices)
         for axes, matrix, name in zip(line, matrices, names, strict=True):
-            shown = axes.imshow(
+            image = axes.imshow(
                 matrix.numpy(), vmin=low, vmax=high if high > low else low + 1e-9, cmap="viridis"
             )
             axes.set_title(name, fontsize=8)
             axes.tick_params(labelsize=6)
         line[0].set_ylabel(measure)
-        figure.colorbar(shown, ax=list(line), shrink=0.8)
-    figure.supxlabel(both, fontsize=9)
+        figure.colorbar(image, ax=list(line), shrink=0.8)
+    figure.supxlabel(axes_title, fontsize=9)
     return save(figure, path)
 
 
@@ -41,12 +41,14 @@ def panels_figure(
     x: str,
     baseline: Mapping[str, float] | None = None,
 ) -> Path:
-    """A panel per title, in it a line per name over 0, 1, 2 ..; ``baseline``: title -> a dashed
-    height."""
+    """A panel per title, in it a line per name over 0, 1, 2 ..; ``baseline``: title -> height
+    of a dashed line."""
     plt = pyplot()
     size = (3.6 * len(panels), 3.2)
-    figure, found = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axes, (title, lines) in zip(found[0], panels.items(), strict=True):
+    figure, axes_grid = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
+    )
+    for axes, (title, lines) in zip(axes_grid[0], panels.items(), strict=True):
         for name, values in lines.items():
             axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
         if baseline and title in baseline:
@@ -66,25 +68,25 @@ def map_figure(path: Path, maps: Mapping[str, tuple[Tensor, str]], y: str) -> Pa
     size = (4.0 * len(maps), 3.6)
     figure, panels = plt.subplots(1, len(maps), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, (values, x)) in zip(panels[0], maps.items(), strict=True):
-        shown = axes.imshow(values.numpy(), aspect="auto", cmap="magma")
+        image = axes.imshow(values.numpy(), aspect="auto", cmap="magma")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        figure.colorbar(shown, ax=axes, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8)
     return save(figure, path)
 
 
 def pictures_figure(
     path: Path, pictures: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str]
 ) -> Path:
-    """RGB pictures (H, W, 3) in [0, 1] as a table."""
+    """A table of RGB pictures (H, W, 3) in [0, 1] with titles of its rows and columns."""
     plt = pyplot()
     size = (1.3 * len(columns) + 0.8, 1.3 * len(rows) + 0.3)
     figure, panels = plt.subplots(
         len(rows), len(columns), figsize=size, layout="constrained", squeeze=False
     )
-    for line, name, shown in zip(panels, rows, pictures, strict=True):
-        for axes, picture in zip(line, shown, strict=True):
+    for line, name, row_pictures in zip(panels, rows, pictures, strict=True):
+        for axes, picture in zip(line, row_pictures, strict=True):
             axes.imshow(picture.numpy())
             axes.set_xticks([])
             axes.set_yticks([])

@@ -1,9 +1,9 @@
-"""P6: do the last blocks need other frames? (paper 4.2)
+"""P6: whether the last blocks need other frames (paper 4.2).
 
-The last n blocks of the causal baseline are made frame-diagonal (models/blocks.py), without any
-training: what the flow loss says of it, and how far the videos move. Whether a short fine-tune
-brings the quality back, as in the paper, says stage 2 with ``blocks: {frame_diagonal: n}`` and
-recipes/evaluate.py.
+The last n blocks of the causal baseline are made frame-diagonal (models/blocks.py) without any
+training, and the change of the flow loss and of the videos is measured. To see whether a short
+fine-tune restores the quality, as in the paper, run stage 2 with ``blocks: {frame_diagonal: n}``
+and recipes/evaluate.py.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DiagonalProbe:
 class DiagonalRow:
     """The last ``blocks`` blocks see their own chunk alone. ``loss``: relative increase over all
     levels, and at each (without clips none); ``moved``: how far the videos lie from those without
-    such blocks, same noise; ``cache``: the part of the K/V cache that is left."""
+    such blocks, same noise; ``cache``: the remaining share of the K/V cache."""
 
     blocks: int
     loss: Change | None
@@ -72,34 +72,40 @@ class DiagonalRow:
 def diagonal_rows(
     subject: Subject, counts: tuple[int, ...], losses: FlowLosses | None
 ) -> list[DiagonalRow]:
-    """A row for each of ``counts``; the model is run as before afterwards. UserError: as
+    """A row for each of ``counts``; afterwards the model runs as before. UserError: as
     :class:`DiagonalProbe`."""
     DiagonalProbe(counts).check(subject)
     model = subject.model
-    depth, whole = model.cfg.num_layers, replace(blocks_of(model), frame_diagonal=0)
-    ways = [replace(whole, frame_diagonal=count) for count in counts]
+    depth = model.cfg.num_layers
+    whole = replace(blocks_of(model), frame_diagonal=0)
+    variants = [replace(whole, frame_diagonal=count) for count in counts]
     with running_as(model, whole):
         base_TB = None if losses is None else losses.measure(model)
         video = subject.sample()
     rows = []
-    for way in ways:
-        overall, each = None, tuple[Change, ...]()
-        with running_as(model, way):
+    for variant in variants:
+        overall: Change | None = None
+        by_level: tuple[Change, ...] = ()
+        with running_as(model, variant):
             distance = moved(video, subject.sample())
             if losses is not None and base_TB is not None:
                 changed_TB = losses.measure(model)
-                overall, each = increase(base_TB, changed_TB), increases(base_TB, changed_TB)
+                overall, by_level = increase(base_TB, changed_TB), increases(base_TB, changed_TB)
         rows.append(
             DiagonalRow(
-                way.frame_diagonal, overall, each, distance, (depth - way.frame_diagonal) / depth
+                variant.frame_diagonal,
+                overall,
+                by_level,
+                distance,
+                (depth - variant.frame_diagonal) / depth,
             )
         )
     return rows
 
 
 def frame_diagonal(subject: Subject, cfg: DiagonalProbe) -> ProbeResult:
-    """The last blocks without context, by their number. The flow loss is taken where the subject
-    has clips."""
+    """Measure the model with each number of last blocks without context. The flow loss is measured
+    where the subject has clips. UserError: as :meth:`DiagonalProbe.check`."""
     cfg.check(subject)
     depth, counts = subject.model.cfg.num_layers, cfg.chosen(subject)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)

@@ -1,5 +1,5 @@
-"""P7: what the flow loss says of a block that is left out, and where to cut a model by it (paper
-Figure 7, supplement E.1).
+"""P7: the increase of the flow loss when a block is left out, and a split of the model chosen by it
+(paper Figure 7, supplement E.1).
 
 A block is left out by a forward hook that hands its input on, the identity on the residual; when
 the hook is removed the model is what it was. Levels are taken from the training density.
@@ -70,8 +70,8 @@ class LeaveOneOut:
         check_within(self, {"decoder_blocks": (0, 2**12)}, "leave_one_out.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: no clips, fewer than 2, or no room for such a decoder (SCD gets no
-        proposal)."""
+        """UserError: fewer than 2 clips, or too few blocks for such a decoder (not checked for SCD,
+        which is split already)."""
         if not isinstance(subject.model, Scd):
             decoder_size(len(subject.step_blocks), self.decoder_blocks)
         FlowLosses.chosen(subject, self.loss)
@@ -90,7 +90,8 @@ class BlockCost:
 def block_costs(model: Student | Wan, losses: FlowLosses) -> tuple[Tensor, list[BlockCost]]:
     """The whole model's losses (T, B), and the cost of every block in the order they run, left out
     one at a time: (blocks + 1) x levels x seeds passes over the clips."""
-    base_TB, costs = losses.measure(model), []
+    base_TB = losses.measure(model)
+    costs: list[BlockCost] = []
     for name, block in named_blocks(model).items():
         with left_out(block):
             without_TB = losses.measure(model)
@@ -114,8 +115,8 @@ class Split:
 
 
 def decoder_size(count: int, decoder_blocks: int = 0) -> int:
-    """How many of ``count`` blocks the decoder gets (0: a third). UserError: none are left for it
-    or the encoder."""
+    """How many of ``count`` blocks the decoder gets (0: a third). UserError: none would remain
+    for the decoder or the encoder."""
     size = decoder_blocks or max(1, round(count / DECODER_SHARE))
     if not 1 <= size < count:
         raise UserError(
@@ -128,32 +129,34 @@ def propose_split(costs: Sequence[Change], decoder_blocks: int = 0) -> Split:
     """Where to cut a stack whose block l costs ``costs[l]`` when it is left out.
 
     As in the paper the decoder is a run of the first and a run of the last blocks, the encoder all
-    blocks before that last run (the first ones stand in both). Of all ways to part
+    blocks before that last run (the first ones stand in both). Of all ways to divide
     ``decoder_blocks`` (0: a third of the stack, the paper's share) between the two runs, the last
-    at least 1, this takes the one whose blocks cost most together. Ways that come within one
-    standard error of it count as equal, and the most even of those is taken: where both ends are
-    well inside, the middle's noise would decide. UserError: no room for a decoder.
+    at least 1, this takes the one whose blocks cost most together. Candidates within one standard
+    error of it count as equal, and the most even of those is taken, because otherwise noise would
+    decide. UserError: no room for a decoder.
     """
     count, size = len(costs), decoder_size(len(costs), decoder_blocks)
 
-    def chosen(early: int) -> frozenset[int]:
+    def decoder_blocks_of(early: int) -> frozenset[int]:
         return frozenset((*range(early), *range(count - size + early, count)))
 
-    def held(blocks: frozenset[int]) -> float:
+    def cost_of(blocks: frozenset[int]) -> float:
         return sum(costs[block].mean for block in blocks)
 
-    ways = {early: chosen(early) for early in range(size)}
-    best = max(ways.values(), key=held)
+    candidates = {early: decoder_blocks_of(early) for early in range(size)}
+    best = max(candidates.values(), key=cost_of)
 
-    def as_good(blocks: frozenset[int]) -> bool:
+    def is_equal(blocks: frozenset[int]) -> bool:
         error = math.hypot(*(costs[block].error for block in blocks ^ best))
-        return held(best) - held(blocks) <= error
+        return cost_of(best) - cost_of(blocks) <= error
 
     early = min(
-        (e for e in ways if as_good(ways[e])), key=lambda e: (abs(size - 2 * e), -held(ways[e]))
+        (e for e in candidates if is_equal(candidates[e])),
+        key=lambda e: (abs(size - 2 * e), -cost_of(candidates[e])),
     )
     total = sum(max(cost.mean, 0.0) for cost in costs)
-    share = sum(max(costs[block].mean, 0.0) for block in ways[early]) / total if total > 0 else 0.0
+    decoder_cost = sum(max(costs[block].mean, 0.0) for block in candidates[early])
+    share = decoder_cost / total if total > 0 else 0.0
     encoder = tuple(range(count - size + early))
     return Split(encoder, (*range(early), *range(count - size + early, count)), share)
 
@@ -193,13 +196,14 @@ def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:
     whole_stack = not isinstance(subject.model, Scd)
     losses = FlowLosses.of(subject, cfg.loss)
     base_TB, costs = block_costs(subject.model, losses)
-    dear = sorted(costs, key=lambda cost: -cost.overall.mean)
+    by_cost = sorted(costs, key=lambda cost: -cost.overall.mean)
+    dearest = ", ".join(f"block {cost.block} {cost.overall}" for cost in by_cost[:4])
+    cheapest = ", ".join(f"block {cost.block} {cost.overall}" for cost in by_cost[-2:])
     levels = ", ".join(f"{level:.2f}" for level in losses.levels)
     text = (
         f"One block at a time is left out, the identity on the residual path (P7, paper Figure 7): flow loss of "
         f"{len(losses.x_0)} clips at t = {levels}, equal parts of the training density; errors are standard errors "
-        f"over clips, same noise. Dearest: {', '.join(f'block {c.block} {c.overall}' for c in dear[:4])}; cheapest: "
-        f"{', '.join(f'block {c.block} {c.overall}' for c in dear[-2:])}. "
+        f"over clips, same noise. Dearest: {dearest}; cheapest: {cheapest}. "
     )
     data: dict[str, object] = {
         "levels": list(losses.levels),
@@ -220,8 +224,8 @@ def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:
         files["stage1.yaml"] = stage1_yaml(split, subject.name)
     lines = {"all levels": [cost.overall for cost in costs]}
     lines |= {
-        f"t = {level:.2f}": [cost.by_level[i] for cost in costs]
-        for i, level in enumerate(losses.levels)
+        f"t = {level:.2f}": [cost.by_level[index] for cost in costs]
+        for index, level in enumerate(losses.levels)
     }
     title = "block left out" if whole_stack else "block left out (encoder's, then decoder's)"
     draw = partial(

@@ -1,9 +1,9 @@
-"""The same clips under the same noise, before and after something is changed in a model: flow
-losses and videos.
+"""Flow losses and videos of the same clips under the same noise, before and after a change of the
+model.
 
-Every clip's noise depends on its number and the seed alone: what two measurements differ by is the
-change, and error bars are those of the difference. Letters: B clips, F latent frames, C H W latent
-axes, T noise levels.
+Every clip's noise depends on its number and the seed alone, so that two measurements differ by the
+change of the model alone; error bars are those of the difference. Letters: B clips, F latent
+frames, C H W latent axes, T noise levels.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LossConfig:
 
 def training_levels(count: int, shift: float) -> tuple[float, ...]:
     """Noise levels at the middle of ``count`` equal parts of the training density, t = shifted u, u
-    uniform. Levels outside it say nothing."""
+    uniform."""
     return tuple(shift_time((index + 0.5) / count, shift) for index in range(count))
 
 
@@ -71,8 +71,8 @@ class FlowLosses:
 
     @staticmethod
     def chosen(subject: Subject, cfg: LossConfig) -> tuple[LatentClips | FrameClips, list[int]]:
-        """The subject's clips and those that are used, spread over all that are long enough.
-        UserError: none are given, or fewer than 2."""
+        """The subject's clips and the indices of those to use, spread over all that are long
+        enough. UserError: no clips, or fewer than 2."""
         clips, frames = subject.clips, subject.shape.frames
         if clips is None:
             raise UserError(
@@ -88,7 +88,8 @@ class FlowLosses:
 
     @classmethod
     def of(cls, subject: Subject, cfg: LossConfig) -> FlowLosses:
-        """Clips spread over all of the subject's. UserError: none are given, or fewer than 2."""
+        """The losses of clips spread over all of the subject's. UserError: no clips, or fewer than
+        2."""
         clips, indices = cls.chosen(subject, cfg)
         levels = training_levels(
             cfg.levels, subject.training_shift if cfg.shift is None else cfg.shift
@@ -114,7 +115,9 @@ class FlowLosses:
         return table
 
     def _of_rows(self, model: Student | Wan, rows: slice, seed: int) -> Tensor:
-        device, errors = next(model.parameters()).device, []
+        """Flow loss (T, rows) of some clips under one seed."""
+        device = next(model.parameters()).device
+        errors: list[Tensor] = []
         x_0, cond = on_device(self.x_0[rows], device), self.cond.rows(rows).to(device)
         noise_like = row_noise(
             [SEED_STRIDE * seed + number for number in range(rows.start, rows.stop)]
@@ -126,10 +129,13 @@ class FlowLosses:
             if isinstance(model, Wan):
                 velocity = model(x_t, t[:, 0], cond)
             else:
-                given = Query(query, torch.ones_like(t)) if model.needs_query else Query()
-                velocity = model.teacher_forced(x_t[None], t[None], x_0, cond, query=given)[0]
-            wrong = velocity.float() - velocity_target(x_0, eps).float()
-            errors.append(wrong.pow(2).mean(dim=(1, 2, 3, 4)).double().cpu())
+                encoder_query = Query(query, torch.ones_like(t)) if model.needs_query else Query()
+                velocities = model.teacher_forced(
+                    x_t[None], t[None], x_0, cond, query=encoder_query
+                )
+                velocity = velocities[0]
+            difference = velocity.float() - velocity_target(x_0, eps).float()
+            errors.append(difference.pow(2).mean(dim=(1, 2, 3, 4)).double().cpu())
         return torch.stack(errors)
 
 
@@ -150,7 +156,8 @@ NONE = Change(0.0, 0.0)
 
 def increase(base_TB: Tensor, changed_TB: Tensor) -> Change:
     """Of the mean over levels and clips, mean(changed) / mean(base) - 1. The error is that of this
-    ratio of means over paired clips (delta method): what all clips share falls out."""
+    ratio of means over paired clips (delta method), in which a change that all clips share
+    cancels."""
     base, changed = base_TB.mean(0), changed_TB.mean(0)
     ratio = changed.mean() / base.mean()
     error = (changed - ratio * base).std() / (len(base) ** 0.5 * base.mean())
@@ -159,7 +166,10 @@ def increase(base_TB: Tensor, changed_TB: Tensor) -> Change:
 
 def increases(base_TB: Tensor, changed_TB: Tensor) -> tuple[Change, ...]:
     """:func:`increase` at each level."""
-    return tuple(increase(base_TB[i : i + 1], changed_TB[i : i + 1]) for i in range(len(base_TB)))
+    return tuple(
+        increase(base_TB[level : level + 1], changed_TB[level : level + 1])
+        for level in range(len(base_TB))
+    )
 
 
 def moved(base: Tensor, other: Tensor) -> Change:
@@ -167,9 +177,8 @@ def moved(base: Tensor, other: Tensor) -> Change:
     mean and error. UserError: fewer than 2 clips."""
     if len(base) < 2:
         raise UserError("how far videos move has error bars over videos: give at least 2 prompts")
-    distances = (other - base).flatten(1).double().norm(dim=1) / base.flatten(1).double().norm(
-        dim=1
-    )
+    norms = base.flatten(1).double().norm(dim=1)
+    distances = (other - base).flatten(1).double().norm(dim=1) / norms
     return Change(float(distances.mean()), float(distances.std() / len(distances) ** 0.5))
 
 
@@ -180,10 +189,14 @@ def changes_figure(
     x: str,
     y: str = "relative change, %",
 ) -> Path:
-    """Changes in percent with their error bars, against ``across``; ``x`` and ``y`` are the axes'
-    titles."""
-    drawn: dict[str, Line] = {
-        name: (across, [100 * each.mean for each in found], [100 * each.error for each in found])
-        for name, found in lines.items()
+    """Changes in percent with their error bars against ``across``, as a PNG. ``x`` and ``y``: the
+    axes' titles."""
+    curves: dict[str, Line] = {
+        name: (
+            across,
+            [100 * change.mean for change in changes],
+            [100 * change.error for change in changes],
+        )
+        for name, changes in lines.items()
     }
-    return curve_figure(path, drawn, x, y)
+    return curve_figure(path, curves, x, y)

@@ -1,8 +1,8 @@
-"""P3: what a block's tokens show at every step, as colours (paper Figure 2b, supplement Figure 3b).
+"""P3: a block's tokens at every step as colours (paper Figure 2b, supplement Figure 3b).
 
-The three principal components of one frame's tokens, of ONE basis per block fitted on all steps
-together, so that equal colours mean equal features at any step. Components become red, green and
-blue between their 1st and 99th percentile.
+The colours are three principal components of one frame's tokens. Each block has ONE basis, fitted
+on all steps together, so that equal colours mean equal features at any step. Components become red,
+green and blue between their 1st and 99th percentile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PcaProbe:
         check_within(self, {"steps": (1, 1000)}, "pca.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: a frame or blocks that are not there, or blocks that do not run at every
+        """UserError: a frame or block that does not exist, or blocks that do not run at every
         step."""
         subject.check_whole()
         chosen_frames((self.frame,), subject.shape.frames)
@@ -47,7 +47,8 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
     """Pictures of the chosen blocks and steps, and how much of the variance the three components
     hold."""
     cfg.check(subject)
-    subject, frames = subject.first(1), chosen_frames((cfg.frame,), subject.shape.frames)
+    subject = subject.first(1)
+    frames = chosen_frames((cfg.frame,), subject.shape.frames)
     blocks = list(cfg.blocks) or evenly_spaced(len(subject.step_blocks), 4)
     steps = subject.sampler.steps
     columns = evenly_spaced(steps, cfg.steps)
@@ -57,26 +58,24 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
         subject.shape.width // cfg_model.patch_width,
     )
     with collected(subject, blocks, frames, list(range(subject.tokens))) as store:
-        fitted = {block: components(store, block, frames[0]) for block in blocks}
-        drawn = {
-            b: component_pictures(store, b, frames[0], fitted[b][0], fitted[b][1], grid)
+        bases = {block: components(store, block, frames[0]) for block in blocks}
+        pictures = {
+            b: component_pictures(store, b, frames[0], bases[b][0], bases[b][1], grid)
             for b in blocks
         }
-    shares = {
-        str(block): [round(float(share), 6) for share in fitted[block][2]] for block in blocks
-    }
-    moved = {
-        str(b): round(float((drawn[b][0] - drawn[b][-1]).abs().mean()), 6) for b in blocks
+    shares = {str(block): [round(float(share), 6) for share in bases[block][2]] for block in blocks}
+    colour_changes = {
+        str(b): round(float((pictures[b][0] - pictures[b][-1]).abs().mean()), 6) for b in blocks
     }  # of colours in [0, 1], first against last step
     text = (
         f"Latent frame {frames[0]} of the first clip at {steps} steps, one basis per block over all of them. The "
         f"three components hold {100 * min(sum(s) for s in shares.values()):.0f} to "
         f"{100 * max(sum(s) for s in shares.values()):.0f} % of the variance; from the first to the last step the "
         "colours move by "
-        + ", ".join(f"{value:.3f} (block {block})" for block, value in moved.items())
+        + ", ".join(f"{value:.3f} (block {block})" for block, value in colour_changes.items())
         + " on average."
     )
-    rows = [[drawn[block][step] for step in columns] for block in blocks]
+    rows = [[pictures[block][step] for step in columns] for block in blocks]
     figures = {
         "frames": partial(
             pictures_figure,
@@ -89,7 +88,7 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
         "frame": frames[0],
         "steps": steps,
         "variance_share": shares,
-        "first_to_last": moved,
+        "first_to_last": colour_changes,
     }
     return ProbeResult("pca", "Principal components over all steps (P3)", text, data, figures)
 
@@ -97,10 +96,11 @@ def pca(subject: Subject, cfg: PcaProbe) -> ProbeResult:
 def components(store: FeatureStore, block: int, frame: int) -> tuple[Tensor, Tensor, Tensor]:
     """(mean (E,), basis (E, 3), shares of the variance (3,)) of the first clip's tokens at all
     steps; the largest entry of a component is positive."""
-    total = square = None
+    total: Tensor | None = None
+    square: Tensor | None = None
     count = 0
-    for part in store.tokens(block, frame):
-        rows = part[0].flatten(0, 1)
+    for tokens in store.tokens(block, frame):
+        rows = tokens[0].flatten(0, 1)
         total = rows.sum(0) if total is None else total + rows.sum(0)
         square = rows.T @ rows if square is None else square + rows.T @ rows
         count += len(rows)
@@ -116,7 +116,7 @@ def components(store: FeatureStore, block: int, frame: int) -> tuple[Tensor, Ten
 def component_pictures(
     store: FeatureStore, block: int, frame: int, mean: Tensor, basis: Tensor, grid: tuple[int, int]
 ) -> list[Tensor]:
-    """(h, w, 3) in [0, 1] per step, on one scale for all steps."""
+    """One picture (h, w, 3) in [0, 1] per step, on one scale for all steps."""
     points = torch.stack(
         [(store.step(block, frame, step)[0] - mean) @ basis for step in range(store.steps)]
     )

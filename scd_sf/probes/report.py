@@ -1,5 +1,4 @@
-"""One page of all probes in a folder: text and figures inside the file, so that it can be sent
-around."""
+"""One HTML page of all probes in a folder, with text and figures inside the file."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ PICTURE_BYTES = 2**26
 
 @dataclass(frozen=True)
 class _Result:
-    """A probe's JSON, as far as the page shows it."""
+    """The fields of a probe's JSON that the page shows."""
 
     title: str
     text: str
@@ -27,8 +26,8 @@ class _Result:
 
 
 def write_probe_report(folder: Path, title: str, facts: Mapping[str, object]) -> Path:
-    """``folder``/report.html from the probes' JSON and PNG files beside it. UserError: a file is
-    damaged."""
+    """``folder``/report.html from the probes' JSON and PNG files beside it; returns its path.
+    UserError: a file is damaged."""
     results = []
     for path in sorted(folder.glob("*.json")):
         remedy = "run the probe again"

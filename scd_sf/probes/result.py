@@ -1,5 +1,5 @@
-"""What a probe found: numbers as JSON, figures as PNG, a paragraph for people; each probe writes
-the three alike."""
+"""The result of a probe: numbers as JSON, figures as PNG and a paragraph for people, in the same
+form for every probe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = re.compile(r"\[\n\s+([-+.,\de\s]+?)\s+\]")  # a list of numbers that i
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """``name``: the stem of its files. ``text``: what was measured and what came out, plain
+    """``name``: the stem of its files. ``text``: the measurement and its result in plain
     sentences. ``data``: finite numbers, lists and objects of them. ``figures``: name -> draws a PNG
     at a path and returns it. ``files``: name -> text of another file, such as a configuration."""
 
@@ -30,23 +30,28 @@ class ProbeResult:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> list[Path]:
-        """NAME.json, NAME-FIGURE.png for every figure, and NAME-FILE for every file; the PNG files.
-        UserError: a number is not finite."""
+        """Write NAME.json, NAME-FIGURE.png for every figure and NAME-FILE for every file; returns
+        the PNG files. UserError: a number is not finite."""
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = [
+        figure_paths = [
             draw(folder / f"{self.name}-{figure}.png") for figure, draw in self.figures.items()
         ]
         for file, text in self.files.items():
             write_text(folder / f"{self.name}-{file}", text)
-        about = {"title": self.title, "text": self.text, "figures": [path.name for path in drawn]}
-        found = finite_json({**about, **self.data}, self.name, "check the model's weights")
-        short = NUMBERS.sub(lambda row: f"[{' '.join(row[1].split())}]", found)
-        write_text(folder / f"{self.name}.json", short)
-        return drawn
+        header = {
+            "title": self.title,
+            "text": self.text,
+            "figures": [path.name for path in figure_paths],
+        }
+        document = finite_json({**header, **self.data}, self.name, "check the model's weights")
+        compact_document = NUMBERS.sub(lambda row: f"[{' '.join(row[1].split())}]", document)
+        write_text(folder / f"{self.name}.json", compact_document)
+        return figure_paths
 
 
 def rounded(numbers: Tensor, digits: int = 6) -> list[object]:
-    """``digits`` significant digits of each, as nested lists of the tensor's shape."""
+    """The numbers, rounded to ``digits`` significant digits, as nested lists of the tensor's
+    shape."""
     flat = [float(f"{value:.{digits}g}") for value in numbers.double().flatten().tolist()]
-    found: list[object] = torch.tensor(flat, dtype=torch.float64).reshape(numbers.shape).tolist()
-    return found
+    nested: list[object] = torch.tensor(flat, dtype=torch.float64).reshape(numbers.shape).tolist()
+    return nested

@@ -1,5 +1,4 @@
-"""``scd probe``: open a model, run the probes that were asked for on it, write JSON, PNG and one
-page.
+"""``scd probe``: open a model, run the requested probes on it, and write JSON, PNG and one page.
 
     scd probe checkpoint=runs/stage2 prompts='["a red fox in snow"]' out=probes
     scd probe checkpoint=assets/wan_doom data=DIR probes='[similarity,attention]' out=probes
@@ -65,7 +64,7 @@ class Settings(Protocol):
     """A probe's part of the configuration."""
 
     def check(self, subject: Subject) -> None:
-        """UserError: what does not fit this subject."""
+        """UserError: these settings do not fit the subject."""
         ...
 
 
@@ -128,44 +127,41 @@ class ProbeConfig:
 
 
 def open_model(cfg: ProbeConfig) -> tuple[Student | Wan, CheckpointConfig, dict[str, object]]:
-    """The model, what its checkpoint says, and its provenance (a Wan directory has none)."""
+    """The model, its checkpoint's configuration, and its provenance (a Wan directory has none)."""
     path = Path(cfg.checkpoint)
     if is_wan_directory(path):
         wan = load_wan(path)
-        return (
-            wan,
-            CheckpointConfig(
-                ModelConfig(family="wan", wan=wan.cfg), cfg.sampler or SamplerConfig()
-            ),
-            {},
-        )
+        model_config = ModelConfig(family="wan", wan=wan.cfg)
+        return wan, CheckpointConfig(model_config, cfg.sampler or SamplerConfig()), {}
     model, config = load_checkpoint_model(path, cfg.weights, BlocksConfig() if cfg.whole else None)
     return model, config, describe_checkpoint(path)[1]
 
 
 def open_subject(cfg: ProbeConfig, device: torch.device) -> Subject:
-    """Everything checked before anything runs. UserError: what does not fit, or is missing."""
+    """The model with sampler, conditions, clips and device. UserError: an input that is missing or
+    does not fit the model."""
     model, config, origin = open_model(cfg)
     sampler = choose_sampler(config.sampler, cfg.sampler, cfg.checkpoint, force=cfg.force).build()
     base = Path(cfg.base or config.base or (cfg.checkpoint if isinstance(model, Wan) else ""))
-    clips, cond, shape = told(cfg, config, base, origin)
+    clips, cond, shape = open_inputs(cfg, config, base, origin)
     if shape.channels != model.cfg.in_channels:
         raise UserError(
             f"{cfg.checkpoint}: takes {model.cfg.in_channels} latent channels, the clips {shape.channels}"
         )
     seeds = tuple(cfg.seed + number for number in range(cond.batch))
     model.requires_grad_(False).to(device)
-    own = config.sampler
-    shifts = ((cfg.sampler or own).shift, own.shift)
+    own_sampler = config.sampler
+    shifts = ((cfg.sampler or own_sampler).shift, own_sampler.shift)
     return Subject(
         Path(cfg.checkpoint).name, model, shape, cond, sampler, seeds, clips, device, *shifts
     )
 
 
-def told(
+def open_inputs(
     cfg: ProbeConfig, config: CheckpointConfig, base: Path, origin: dict[str, object]
 ) -> tuple[LatentClips | FrameClips | None, Conditioning, VideoShape]:
-    """Clips, conditions and the size: from ``data``, or from prompts."""
+    """Clips (None: no data), conditions and the size, from ``data`` or from prompts. UserError: an
+    input is missing."""
     if config.model.backbone == "dit":
         if not cfg.data:
             raise UserError(
@@ -173,15 +169,12 @@ def told(
             )
         frames = FrameClips(cfg.data)
         trained = origin.get("latent")
-        number = cfg.frames or (int(trained[0]) if isinstance(trained, list) else 0)
-        if not number:
+        frame_count = cfg.frames or (int(trained[0]) if isinstance(trained, list) else 0)
+        if not frame_count:
             raise UserError(f"{cfg.checkpoint}: does not say what it was trained on; set frames=")
-        usable = frames.at_least(number)[: cfg.clips]
-        return (
-            frames,
-            frames.batch(usable, [0] * len(usable), number).cond,
-            frames.info.shape(number),
-        )
+        clip_indices = frames.at_least(frame_count)[: cfg.clips]
+        batch = frames.batch(clip_indices, [0] * len(clip_indices), frame_count)
+        return frames, batch.cond, frames.info.shape(frame_count)
     prompts = list(cfg.prompts)
     if cfg.prompt_file:
         prompts += [row.prompt for row in read_prompt_file(Path(cfg.prompt_file), "prompt")]
@@ -194,95 +187,105 @@ def told(
         )
     base = base_of(str(base), cfg.base, cfg.checkpoint)
     cond = open_text_encoder(base, "").encode(prompts)
-    return clips, cond, clips.shape if clips is not None else sized(cfg, base, origin)
+    return clips, cond, clips.shape if clips is not None else video_shape(cfg, base, origin)
 
 
-def sized(cfg: ProbeConfig, base: Path, origin: dict[str, object]) -> VideoShape:
-    """The size asked for in pixels, else that of the training videos, by the VAE of ``base``."""
+def video_shape(cfg: ProbeConfig, base: Path, origin: dict[str, object]) -> VideoShape:
+    """The requested size in pixels, or that of the training videos, as latent size by the VAE of
+    ``base``. UserError: neither is known."""
     trained = origin.get("video")
-    known = trained if isinstance(trained, dict) else {}
-    asked = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
-    size = {name: int(value or known.get(name) or 0) for name, value in asked.items()}
-    if missing := [f"{name}=" for name, value in size.items() if not value]:
+    trained_sizes = trained if isinstance(trained, dict) else {}
+    requested_sizes = {"frames": cfg.frames, "height": cfg.height, "width": cfg.width}
+    size = {
+        name: int(value or trained_sizes.get(name) or 0) for name, value in requested_sizes.items()
+    }
+    if missing_fields := [f"{name}=" for name, value in size.items() if not value]:
         raise UserError(
-            f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(missing)}, or data="
+            f"{cfg.checkpoint}: does not say what it was trained on; set {', '.join(missing_fields)}, or data="
         )
     return load_vae(base).geometry.shape(size["frames"], size["height"], size["width"])
 
 
-def unfit(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
-    """Probes that cannot run on this subject, and why."""
-    model, why = subject.model, {}
+def unfit_probes(cfg: ProbeConfig, subject: Subject) -> dict[str, str]:
+    """Probes that cannot run on this subject, each with the reason."""
+    model = subject.model
+    reasons: dict[str, str] = {}
     if isinstance(model, Scd):
-        why["skip"] = "SCD's decoder is short already; probe the model that it was made from"
+        reasons["skip"] = "SCD's decoder is short already; probe the model that it was made from"
     if not isinstance(model, Causal):
-        why["diagonal"] = "is for the causal baseline"
+        reasons["diagonal"] = "is for the causal baseline"
     if len(subject.seeds) < 2:
-        why |= {
+        reasons |= {
             name: "compares videos of at least two prompts"
             for name in ("skip", "diagonal")
-            if name not in why
+            if name not in reasons
         }
     if subject.clips is None:
-        why["leave_one_out"] = "needs encoded clips; give them with data="
+        reasons["leave_one_out"] = "needs encoded clips; give them with data="
     if subject.shape.frames < 2:
-        why["attention"] = "needs two latent frames and more; give frames="
+        reasons["attention"] = "needs two latent frames and more; give frames="
     if blocks := subject.bypassed:
-        bypassed = f"blocks {blocks.start}..{blocks.stop - 1} do not run at every step; whole=true runs them all"
-        names = ["similarity", "pca", "attention"] + ["diagonal"] * (not cfg.diagonal.counts)
-        why = dict.fromkeys(names, bypassed) | why
-    return why
+        bypass_reason = f"blocks {blocks.start}..{blocks.stop - 1} do not run at every step; whole=true runs them all"
+        names = ["similarity", "pca", "attention"]
+        if not cfg.diagonal.counts:
+            names.append("diagonal")
+        reasons = dict.fromkeys(names, bypass_reason) | reasons
+    return reasons
 
 
 def runnable(cfg: ProbeConfig, subject: Subject) -> list[str]:
-    """The probes asked for; without a choice those that this model and data allow, saying why not
-    the others. UserError: one that was asked for cannot run, or not with these settings."""
-    why = unfit(cfg, subject)
-    if wrong := [f"{name}: {why[name]}" for name in cfg.probes if name in why]:
-        raise UserError(f"{cfg.checkpoint}: {'; '.join(wrong)}")
-    names = list(cfg.probes) or [name for name in PROBES if name not in why]
+    """The requested probes, or by default all that this model and data allow, with a line printed
+    for each of the others. UserError: a requested probe cannot run, or not with its settings."""
+    reasons = unfit_probes(cfg, subject)
+    if unfit_requests := [f"{name}: {reasons[name]}" for name in cfg.probes if name in reasons]:
+        raise UserError(f"{cfg.checkpoint}: {'; '.join(unfit_requests)}")
+    names = list(cfg.probes) or [name for name in PROBES if name not in reasons]
     if not names:
         raise UserError(
-            f"{cfg.checkpoint}: no probe fits: {'; '.join(f'{name}: {why[name]}' for name in why)}"
+            f"{cfg.checkpoint}: no probe fits: {'; '.join(f'{name}: {reasons[name]}' for name in reasons)}"
         )
     for name in names:
         settings: Settings = getattr(cfg, name)
         settings.check(subject)
-    for name, reason in why.items():
+    for name, reason in reasons.items():
         if not cfg.probes:
             say(f"without {name}: {reason}")
     return names
 
 
 def run_probes(cfg: ProbeConfig, device: torch.device) -> Path:
-    """All files into ``out``, beside those of earlier probes of the same; returns the page, made
-    anew after each."""
-    subject, out = open_subject(cfg, device), Path(cfg.out)
+    """Run the probes and write their files into ``out``, beside those of earlier probes of the same
+    model; returns the page, which is written again after each. UserError: ``out`` has probes of
+    other inputs."""
+    subject = open_subject(cfg, device)
+    out = Path(cfg.out)
     names = runnable(cfg, subject)
+    blocks = blocks_of(subject.model)
     facts: dict[str, object] = {
         "checkpoint": cfg.checkpoint,
         "family": family_of(subject.model),
         "weights": cfg.weights,
-        "blocks": "whole"
-        if blocks_of(subject.model) == BlocksConfig()
-        else str(blocks_of(subject.model)),
+        "blocks": "whole" if blocks == BlocksConfig() else str(blocks),
         "prompts": "; ".join(cfg.prompts) or cfg.prompt_file or f"those of {cfg.data}",
         "clips": len(subject.seeds),
         "latent": list(subject.shape.latent(len(subject.seeds))),
         "sampler": f"{subject.sampler.name}, {subject.sampler.steps} steps",
         "seed": cfg.seed,
     }
-    about = out / "probe.json"
-    require_own_folder(out, [about.name], "choose another out=")
+    record_path = out / "probe.json"
+    require_own_folder(out, [record_path.name], "choose another out=")
     with locked(out, "these probes"):
-        if about.is_file():
-            before = read_json(about, "choose another out=")
-            if changed := [name for name, value in facts.items() if before.get(name) != value]:
+        if record_path.is_file():
+            earlier_record = read_json(record_path, "choose another out=")
+            if changed_facts := [
+                name for name, value in facts.items() if earlier_record.get(name) != value
+            ]:
                 raise UserError(
-                    f"{out}: holds probes of another {', '.join(changed)}; choose another out="
+                    f"{out}: holds probes of another {', '.join(changed_facts)}; choose another out="
                 )
         write_json(
-            about, {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()}
+            record_path,
+            {**facts, "config": asdict(cfg), "git": git_revision(), "versions": versions()},
         )
         for number, name in enumerate(names, 1):
             result = PROBES[name](subject, getattr(cfg, name))

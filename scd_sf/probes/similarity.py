@@ -1,5 +1,5 @@
-"""P1, P2: how alike a block's features of one frame are at different denoising steps (paper Figure
-2a, supplement Figures 2a, 2b, 3a).
+"""P1, P2: similarity of a block's features of one frame between denoising steps (paper Figure 2a,
+supplement Figures 2a, 2b, 3a).
 
 For steps s and s', f the features of a frame (tokens x width), and means over the frame's tokens and the clips:
   cosine      of f_s and f_s' per token
@@ -52,7 +52,7 @@ class SimilarityProbe:
         check_within(self, {"tokens": (0, 2**24)}, "similarity.")
 
     def check(self, subject: Subject) -> None:
-        """UserError: frames or blocks that are not there, or blocks that do not run at every
+        """UserError: a frame or block that does not exist, or blocks that do not run at every
         step."""
         subject.check_whole()
         chosen_frames(self.frames, subject.shape.frames)
@@ -60,9 +60,9 @@ class SimilarityProbe:
 
 
 def chosen_frames(frames: tuple[int, ...], total: int) -> list[int]:
-    """Indices from 0. UserError: one that is not there."""
-    wrong = [frame for frame in frames if not -total <= frame < total]
-    if wrong or not frames:
+    """The frames as sorted indices from 0, each once. UserError: none, or one outside the clip."""
+    invalid_frames = [frame for frame in frames if not -total <= frame < total]
+    if invalid_frames or not frames:
         raise UserError(
             f"frames is {list(frames)}: the clip has latent frames 0..{total - 1}; choose some of them"
         )
@@ -70,7 +70,8 @@ def chosen_frames(frames: tuple[int, ...], total: int) -> list[int]:
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` indices, evenly, first and last among them (0 or too many: all)."""
+    """``count`` of ``total`` indices, evenly spaced from the first to the last; all of them for a
+    ``count`` of 0 or beyond ``total``."""
     if count <= 0 or count >= total:
         return list(range(total))
     return sorted({round(place * (total - 1) / max(1, count - 1)) for place in range(count)})
@@ -79,55 +80,55 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 def check_blocks(field: str, blocks: Sequence[int], subject: Subject) -> None:
     """UserError: one of the blocks is not a step block."""
     total = len(subject.step_blocks)
-    if wrong := [block for block in blocks if not 0 <= block < total]:
-        raise UserError(f"{field}: {wrong}; the model has step blocks 0..{total - 1}")
+    if invalid_blocks := [block for block in blocks if not 0 <= block < total]:
+        raise UserError(f"{field}: {invalid_blocks}; the model has step blocks 0..{total - 1}")
 
 
 def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
-    """Matrices S x S of every step block, averaged over clips and frames, and their means by
-    block."""
+    """Matrices S x S of every step block, averaged over clips and frames, and their means by block.
+    UserError: as :meth:`SimilarityProbe.check`, or no space on disk."""
     cfg.check(subject)
-    frames, blocks = (
-        chosen_frames(cfg.frames, subject.shape.frames),
-        list(range(len(subject.step_blocks))),
-    )
+    frames = chosen_frames(cfg.frames, subject.shape.frames)
+    blocks = list(range(len(subject.step_blocks)))
     tokens = evenly_spaced(subject.tokens, cfg.tokens)
-    shown = cfg.shown or evenly_spaced(len(blocks), 7)
+    drawn_blocks = cfg.shown or evenly_spaced(len(blocks), 7)
     with collected(subject, blocks, frames, tokens) as store:
-        found = {block: step_matrices(store, block, frames) for block in blocks}
-    times = {
-        measure: [round(float(found[b][measure].mean()), 6) for b in blocks] for measure in MEASURES
+        matrices = {block: step_matrices(store, block, frames) for block in blocks}
+    means = {
+        measure: [round(float(matrices[b][measure].mean()), 6) for b in blocks]
+        for measure in MEASURES
     }
-    common = [round(float(found[block]["common"]), 6) for block in blocks]
+    common_shares = [round(float(matrices[block]["common"]), 6) for block in blocks]
     data: dict[str, object] = {
         "steps": subject.sampler.steps,
         "frames": frames,
         "tokens": len(tokens),
         "clips": len(subject.seeds),
-        "mean": times,
-        "common_share": common,
-        "matrices": {str(b): {m: rounded(found[b][m]) for m in MEASURES} for b in blocks},
+        "mean": means,
+        "common_share": common_shares,
+        "matrices": {str(b): {m: rounded(matrices[b][m]) for m in MEASURES} for b in blocks},
     }
-    low = min(range(len(blocks)), key=lambda b: times["relative"][b])
-    high = max(range(len(blocks)), key=lambda b: times["relative"][b])
+    low = min(range(len(blocks)), key=lambda b: means["relative"][b])
+    high = max(range(len(blocks)), key=lambda b: means["relative"][b])
     text = (
         f"Features of {len(frames)} latent frame(s), {len(subject.seeds)} clip(s), {subject.sampler.steps} steps of "
-        f"{subject.sampler.name}. Mean over all pairs of steps: the cosine lies between {min(times['cosine']):.3f} and "
-        f"{max(times['cosine']):.3f} over the blocks, the mean-centred cosine between {min(times['centred']):.3f} and "
-        f"{max(times['centred']):.3f}; relative distance is least in block {low} ({times['relative'][low]:.3f}) and "
-        f"largest in block {high} ({times['relative'][high]:.3f}). The mean token, common to all and the reason for "
-        f"the second measure, holds {100 * min(common):.0f} to {100 * max(common):.0f} % of the mean square."
+        f"{subject.sampler.name}. Mean over all pairs of steps: the cosine lies between {min(means['cosine']):.3f} and "
+        f"{max(means['cosine']):.3f} over the blocks, the mean-centred cosine between {min(means['centred']):.3f} and "
+        f"{max(means['centred']):.3f}; relative distance is least in block {low} ({means['relative'][low]:.3f}) and "
+        f"largest in block {high} ({means['relative'][high]:.3f}). The mean token, common to all and the reason for "
+        f"the second measure, holds {100 * min(common_shares):.0f} to {100 * max(common_shares):.0f} % of the "
+        "mean square."
     )
     figures = {
         "matrices": partial(
             matrices_figure,
-            rows={m: [found[b][m] for b in shown] for m in MEASURES},
-            names=[f"block {b}" for b in shown],
-            both="denoising step against denoising step, 0: from pure noise",
+            rows={m: [matrices[b][m] for b in drawn_blocks] for m in MEASURES},
+            names=[f"block {b}" for b in drawn_blocks],
+            axes_title="denoising step against denoising step, 0: from pure noise",
         ),
         "mean": partial(
             panels_figure,
-            panels={m: {"mean over pairs of steps": times[m]} for m in MEASURES},
+            panels={m: {"mean over pairs of steps": means[m]} for m in MEASURES},
             x="block",
         ),
     }
@@ -138,15 +139,17 @@ def similarity(subject: Subject, cfg: SimilarityProbe) -> ProbeResult:
 def collected(
     subject: Subject, blocks: list[int], frames: list[int], tokens: list[int]
 ) -> Iterator[FeatureStore]:
-    """The features of one rollout, on disk until the end of the context. UserError: there is no
-    room for them."""
+    """The features of one rollout, on disk until the end of the context. UserError: the disk
+    has no space for them."""
     steps, width = subject.sampler.steps, subject.model.cfg.width
-    room = len(blocks) * len(frames) * steps * len(subject.seeds) * len(tokens) * width * FLOAT
+    needed_bytes = (
+        len(blocks) * len(frames) * steps * len(subject.seeds) * len(tokens) * width * FLOAT
+    )
     with tempfile.TemporaryDirectory(prefix="scd-probe-") as folder:
-        if (free := shutil.disk_usage(folder).free) < room:
+        if (free_bytes := shutil.disk_usage(folder).free) < needed_bytes:
             raise UserError(
-                f"{folder}: the features take {room / GB:.1f} GB, {free / GB:.1f} are free; set TMPDIR to another "
-                "disk, or look at fewer tokens, frames, blocks or clips"
+                f"{folder}: the features take {needed_bytes / GB:.1f} GB, {free_bytes / GB:.1f} are free; "
+                "set TMPDIR to another disk, or look at fewer tokens, frames, blocks or clips"
             )
         with FeatureStore(Path(folder), steps) as store:
             collect_features(subject, blocks, frames, tokens, store)
@@ -156,10 +159,10 @@ def collected(
 def collect_features(
     subject: Subject, blocks: list[int], frames: list[int], tokens: list[int], store: FeatureStore
 ) -> None:
-    """One rollout that fills ``store``."""
-    per_frame, chosen = subject.tokens, on_device(torch.tensor(tokens), subject.device)
+    """Run one rollout and write the features of these blocks, frames and tokens to ``store``."""
+    per_frame, token_indices = subject.tokens, on_device(torch.tensor(tokens), subject.device)
 
-    def keep(place: Place, block: int, x_BLE: Tensor) -> None:
+    def write_tokens(place: Place, block: int, x_BLE: Tensor) -> None:
         assert place.step is not None
         for frame in frames:
             if frame // subject.chunk == place.chunk:
@@ -168,10 +171,10 @@ def collect_features(
                     block,
                     frame,
                     place.step,
-                    x_BLE[:, start : start + per_frame].index_select(1, chosen),
+                    x_BLE[:, start : start + per_frame].index_select(1, token_indices),
                 )
 
-    watch_features(subject, blocks, keep)
+    watch_features(subject, blocks, write_tokens)
 
 
 def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[str, Tensor]:
@@ -181,29 +184,32 @@ def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[st
     for frame in frames:
         mean = store.means[block, frame].unsqueeze(2)  # (clips, S, 1, E)
         cosine, centred, product = torch.zeros(3, store.steps, store.steps, dtype=torch.float64)
-        tokens = width = 0
+        tokens = 0
+        width = 0
         for part in store.tokens(block, frame):  # (clips, S, t, E)
             cosine += _products(_unit(part))
             centred += _products(_unit(part - mean))
             product += _products(part)
-            tokens, width = tokens + part.shape[2], part.shape[3]
-        count, power = len(mean) * tokens, product.diagonal()
+            tokens += part.shape[2]
+            width = part.shape[3]
+        count = len(mean) * tokens
+        power = product.diagonal()
         pairs = (power.unsqueeze(0) + power.unsqueeze(1)) / 2
         square = (2 * (pairs - product)).clamp(min=0)
-        found = {
+        measures = {
             "cosine": cosine / count,
             "centred": centred / count,
             "mse": square / (count * width),
         }
-        found["relative"] = (square / pairs.clamp(min=1e-300)).sqrt()
-        found["common"] = mean.square().sum() * tokens / power.sum().clamp(min=1e-300)
-        for name, value in found.items():
+        measures["relative"] = (square / pairs.clamp(min=1e-300)).sqrt()
+        measures["common"] = mean.square().sum() * tokens / power.sum().clamp(min=1e-300)
+        for name, value in measures.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value / len(frames)
     return sums
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1; one of zeros stays, and is like nothing."""
+    """Vectors scaled to length 1; a vector of zeros stays zero."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-30)
 
 

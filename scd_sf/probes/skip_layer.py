@@ -1,10 +1,10 @@
 """P5: denoising steps after the first few bypass the middle of the model (paper Figure 3,
 supplement D.1).
 
-The schedule itself is a way to run a model (models/blocks.py). Here it is tried on a model as it
-is: what it saves, how far its videos move, what it does to the flow loss at the levels it touches.
-How good the videos are, before and after a fine-tune by the same schedule, says
-recipes/evaluate.py, whose rows take ``blocks``.
+The schedule itself is part of models/blocks.py. Here it is applied to a model without training, and
+its cost, the change of the videos and the change of the flow loss at the bypassed levels are
+measured. recipes/evaluate.py, whose rows take ``blocks``, measures the quality of the videos before
+and after a fine-tune by the same schedule.
 """
 
 from __future__ import annotations
@@ -73,16 +73,14 @@ class SkipProbe:
 
     def check(self, subject: Subject) -> None:
         """UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
-        family, depth = (
-            "scd" if isinstance(subject.model, Scd) else "causal",
-            subject.model.cfg.num_layers,
-        )
-        for way in self.schedules(depth, subject.sampler.steps, subject.sampler_shift):
-            BlocksConfig(skip=way).check(family, depth)
+        family = "scd" if isinstance(subject.model, Scd) else "causal"
+        depth = subject.model.cfg.num_layers
+        for schedule in self.schedules(depth, subject.sampler.steps, subject.sampler_shift):
+            BlocksConfig(skip=schedule).check(family, depth)
 
     def schedules(self, depth: int, steps: int, shift: float = 5.0) -> tuple[SkipConfig, ...]:
-        """For a model of ``depth`` blocks and a sampler of ``steps`` steps; parts are rounded up to
-        whole steps."""
+        """A schedule for each entry of ``whole``, for a model of ``depth`` blocks and a sampler of
+        ``steps`` steps; shares are rounded up to whole steps, equal ones kept once."""
         shift = shift if self.shift is None else self.shift
         prefix = max(1, depth // PREFIX_SHARE) if self.prefix is None else self.prefix
         suffix = max(1, depth // SUFFIX_SHARE) if self.suffix is None else self.suffix
@@ -92,9 +90,9 @@ class SkipProbe:
 
 @dataclass(frozen=True)
 class SkipRow:
-    """One schedule; None: every block always runs. ``moved``: how far its videos lie from those of
-    the whole model, same noise. ``loss``: increase at ``loss_levels``, those at which blocks are
-    bypassed (without clips none). Costs are per latent frame at batch 1."""
+    """Measurements of one schedule (None: every block always runs). ``moved``: how far its videos
+    lie from those of the whole model, same noise. ``loss``: increase at ``loss_levels``, those at
+    which blocks are bypassed (without clips none). Costs are per latent frame at batch 1."""
 
     skip: SkipConfig | None
     moved: Change
@@ -105,35 +103,39 @@ class SkipRow:
 
 
 def skip_rows(
-    subject: Subject, ways: tuple[SkipConfig, ...], losses: FlowLosses | None
+    subject: Subject, schedules: tuple[SkipConfig, ...], losses: FlowLosses | None
 ) -> list[SkipRow]:
-    """The model whole, then by each schedule, without costs; it is run as before afterwards.
-    UserError: a schedule that the model cannot run."""
-    model, as_it_is = subject.model, replace(blocks_of(subject.model), skip=None)
-    with running_as(model, as_it_is):
+    """A row for the whole model and one for each schedule, without costs; afterwards the model runs
+    as before. UserError: a schedule that the model cannot run."""
+    model = subject.model
+    whole = replace(blocks_of(model), skip=None)
+    with running_as(model, whole):
         base_TB = None if losses is None else losses.measure(model)
         video = subject.sample()
     rows = [SkipRow(None, NONE, None if base_TB is None else NONE, ())]
-    for way in ways:
+    for schedule in schedules:
         levels = losses.levels if losses else ()
-        touched = [place for place, level in enumerate(levels) if level <= way.above]
-        chosen, change = tuple(levels[place] for place in touched), None
-        with running_as(model, replace(as_it_is, skip=way)):
+        places = [place for place, level in enumerate(levels) if level <= schedule.above]
+        bypass_levels = tuple(levels[place] for place in places)
+        change: Change | None = None
+        with running_as(model, replace(whole, skip=schedule)):
             distance = moved(video, subject.sample())
             if losses is not None and base_TB is not None:
-                short = replace(losses, levels=chosen)
-                change = increase(base_TB[touched], short.measure(model)) if touched else NONE
-        rows.append(SkipRow(way, distance, change, chosen))
+                bypass_losses = replace(losses, levels=bypass_levels)
+                change = increase(base_TB[places], bypass_losses.measure(model)) if places else NONE
+        rows.append(SkipRow(schedule, distance, change, bypass_levels))
     return rows
 
 
 def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[SkipRow]:
-    """Block passes and seconds per latent frame of each, at batch 1, all timed in turn."""
-    model, as_it_is = subject.model, blocks_of(subject.model)
+    """The rows with block passes and seconds per latent frame at batch 1, timed in turn for up to
+    ``seconds`` each."""
+    model = subject.model
+    own_blocks = blocks_of(model)
     assert not isinstance(model, Scd)
-    block, per_pass = type(model.trunk.blocks[0]), subject.chunk
+    block = type(model.trunk.blocks[0])
     costs = [
-        Cost(_one_clip(subject, replace(as_it_is, skip=row.skip)), model, block, per_pass)
+        Cost(_one_clip(subject, replace(own_blocks, skip=row.skip)), model, block, subject.chunk)
         for row in rows
     ]
     time_in_rounds(costs, 5, seconds)
@@ -148,39 +150,45 @@ def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[Sk
 
 
 def _one_clip(subject: Subject, blocks: BlocksConfig) -> Callable[[], Iterator[Tensor]]:
-    """Makes the first prompt's video, run so, in the parts it comes in."""
-    one = replace(subject, cond=subject.cond.rows(slice(0, 1)), seeds=subject.seeds[:1])
+    """A function that yields the first prompt's video in chunks (1, n, C, H, W), by a model with
+    these ``blocks``."""
+    first = replace(subject, cond=subject.cond.rows(slice(0, 1)), seeds=subject.seeds[:1])
 
     def stream() -> Iterator[Tensor]:
-        model = one.model
+        model = first.model
         with running_as(model, blocks), torch.no_grad():
             if isinstance(model, Wan):
-                yield one.sample()
+                yield first.sample()
                 return
             yield from generate_latents(
-                model, one.cond.to(one.device), one.seeds, one.shape.latent(1)[1:], one.sampler
+                model,
+                first.cond.to(first.device),
+                first.seeds,
+                first.shape.latent(1)[1:],
+                first.sampler,
             )
 
     return stream
 
 
 def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
-    """The schedule with different numbers of whole steps. The flow loss is taken where the subject
-    has clips. UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
+    """Measure the schedule with different numbers of whole steps. The flow loss is measured where
+    the subject has clips. UserError: SCD, or a prefix and suffix that leave nothing to bypass."""
     depth, steps = subject.model.cfg.num_layers, subject.sampler.steps
     cfg.check(subject)
-    ways = cfg.schedules(depth, steps, subject.sampler_shift)
+    schedules = cfg.schedules(depth, steps, subject.sampler_shift)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
-    whole, *rows = with_costs(subject, skip_rows(subject, ways, losses), cfg.timing_seconds)
+    whole, *rows = with_costs(subject, skip_rows(subject, schedules, losses), cfg.timing_seconds)
     text = (
-        f"After the first steps of {steps} only the first {ways[0].prefix} and the last {ways[0].suffix} of {depth} "
-        "blocks run, without any training (P5; the paper does so after 5 of 50 steps, 5 + 10 of 30, and fine-tunes). "
+        f"After the first steps of {steps} only the first {schedules[0].prefix} and the last "
+        f"{schedules[0].suffix} of {depth} blocks run, without any training (P5; the paper does so "
+        "after 5 of 50 steps, 5 + 10 of 30, and fine-tunes). "
         f"Whole: {whole.block_passes_per_frame:.0f} block passes, {1000 * whole.seconds_per_frame:.1f} ms per frame. "
     )
-    for way, row in zip(ways, rows, strict=True):
+    for schedule, row in zip(schedules, rows, strict=True):
         flow = "" if row.loss is None else f", flow loss at the levels of short steps {row.loss}"
         text += (
-            f"{way.full_steps} whole steps: {row.block_passes_per_frame:.0f} passes, "
+            f"{schedule.full_steps} whole steps: {row.block_passes_per_frame:.0f} passes, "
             f"{1000 * row.seconds_per_frame:.1f} ms, videos moved by {str(row.moved).lstrip('+')}{flow}. "
         )
     lines = {"videos moved": [row.moved for row in rows]}
@@ -190,7 +198,7 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
     draw = partial(
         changes_figure,
         lines=lines,
-        across=[way.full_steps for way in ways],
+        across=[schedule.full_steps for schedule in schedules],
         x=f"whole steps of {steps}",
     )
     data: dict[str, object] = {"steps": steps, "rows": [asdict(row) for row in (whole, *rows)]}

@@ -1,4 +1,4 @@
-"""Features of one latent frame at every step, kept in files: memory holds one step of one block.
+"""Features of latent frames at every step in files, so that memory holds one step of one block.
 
 Letters: S steps, T tokens, E width.
 """
@@ -26,7 +26,8 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps = folder, steps
+        self.folder = folder
+        self.steps = steps
         self.means: dict[tuple[int, int], Tensor] = {}
         self._files: dict[tuple[int, int], BinaryIO] = {}
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -44,8 +45,9 @@ class FeatureStore:
             file.close()
 
     def write(self, block: int, frame: int, step: int, x_BTE: Tensor) -> None:
-        """A step's tokens of every clip."""
-        key, x = (block, frame), x_BTE.detach().float().cpu().contiguous()
+        """Write a step's tokens (clips, T, E) of a block and frame."""
+        key = (block, frame)
+        x = x_BTE.detach().float().cpu().contiguous()
         if key not in self._files:
             self._files[key] = self._path(*key).open("w+b")
             self._shapes[key] = (self.steps, *x.shape)
@@ -56,11 +58,11 @@ class FeatureStore:
         self.means[key][:, step] = x.double().mean(1)
 
     def frames(self) -> list[tuple[int, int]]:
-        """(block, frame) of all that was written."""
+        """Every (block, frame) that has features, sorted."""
         return sorted(self._shapes)
 
     def tokens(self, block: int, frame: int) -> Iterator[Tensor]:
-        """fp64 (clips, S, t, E), a few tokens at a time."""
+        """Yield the features of all steps as fp64 (clips, S, t, E), a few tokens t at a time."""
         file = self._read(block, frame)
         width = max(1, file.shape[2] // self.steps)
         for start in range(0, file.shape[2], width):
@@ -71,7 +73,7 @@ class FeatureStore:
             )
 
     def step(self, block: int, frame: int, step: int) -> Tensor:
-        """fp64 (clips, T, E)."""
+        """The features of one step as fp64 (clips, T, E)."""
         return torch.from_numpy(np.array(self._read(block, frame)[step])).double()
 
     def _read(self, block: int, frame: int) -> np.ndarray:

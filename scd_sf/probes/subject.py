@@ -1,4 +1,4 @@
-"""A model together with what a probe runs it on.
+"""A model together with the inputs of a probe.
 
 Letters: B clips, F latent frames, C channels, H W latent height and width.
 """
@@ -25,8 +25,8 @@ from scd_sf.types import Conditioning, UserError, VideoShape
 @dataclass(frozen=True)
 class Subject:
     """``cond``: B prompts (actions, labels), ``seeds``: one per clip. ``clips``: encoded clips for
-    what needs true frames (None: none were given). Timestep shifts: of the sampler's times, and of
-    those it was trained with."""
+    probes that need true frames (None: no clips). ``sampler_shift`` and ``training_shift``:
+    timestep shifts of the sampler and of the training."""
 
     name: str
     model: Student | Wan
@@ -64,8 +64,8 @@ class Subject:
 
     @property
     def bypassed(self) -> range:
-        """Blocks that a skip-layer schedule (P5) leaves out of some steps: there they have no
-        features."""
+        """Indices of blocks that a skip-layer schedule (P5) leaves out of some steps, at which they
+        have no features."""
         skip = blocks_of(self.model).skip
         return range(0) if skip is None else skip.middle(len(self.step_blocks))
 
@@ -78,7 +78,7 @@ class Subject:
             )
 
     def first(self, clips: int) -> Subject:
-        """The same of the first clips alone, whose videos do not depend on the others."""
+        """The subject with its first ``clips`` prompts alone; their videos stay the same."""
         return replace(self, cond=self.cond.rows(slice(0, clips)), seeds=self.seeds[:clips])
 
     def with_sampler(self, sampler: Sampler) -> Subject:
@@ -86,7 +86,7 @@ class Subject:
 
     @torch.no_grad()
     def sample(self) -> Tensor:
-        """Its videos' latents (B, F, C, H, W), by the ordinary rollout."""
+        """Latents (B, F, C, H, W) of the subject's videos, by the ordinary rollout."""
         size = (self.shape.frames, self.shape.channels, self.shape.height, self.shape.width)
         cond = self.cond.to(self.device)
         if isinstance(self.model, Wan):

@@ -1,4 +1,4 @@
-"""Look into a rollout while it runs: block outputs at every denoising step, and queries and keys of
+"""Observe a rollout while it runs: block outputs at every denoising step, and queries and keys of
 attention.
 
 Ordinary forward hooks on the model's blocks and a sampler that counts its steps; both are gone
@@ -19,13 +19,13 @@ from scd_sf.diffusion.solvers import Sampler, Velocity
 from scd_sf.nn.attention import AttentionContext, FullSequence, Streaming
 from scd_sf.probes.subject import Subject
 
-ATTEND = 4  # which argument of a block's forward says how its tokens attend
+ATTEND = 4  # position of the attention context among the arguments of a block's forward
 
 
 @dataclass
 class Place:
-    """Where a rollout is: the chunk, the denoising step and its time in [0, 1]; step None: between
-    the steps, where finished frames are read in."""
+    """The position of a rollout: the chunk, the denoising step and its time in [0, 1]. ``step`` is
+    None between the steps, where finished frames are read in."""
 
     chunk: int = 0
     step: int | None = None
@@ -34,7 +34,7 @@ class Place:
 
 @dataclass
 class CountingSampler:
-    """The sampler, saying where it is."""
+    """The sampler ``inner``, which keeps its position in ``place``."""
 
     inner: Sampler
     place: Place = field(default_factory=Place)
@@ -50,16 +50,18 @@ class CountingSampler:
     def __call__(
         self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
     ) -> Tensor:
-        done = 0
+        step = 0
 
-        def counted(x_t: Tensor, t: float) -> Tensor:
-            nonlocal done
-            self.place.step, self.place.t = done, t
+        def counting_velocity(x_t: Tensor, t: float) -> Tensor:
+            nonlocal step
+            self.place.step = step
+            self.place.t = t
             out = velocity(x_t, t)
-            self.place.step, done = None, done + 1
+            self.place.step = None
+            step += 1
             return out
 
-        x_0 = self.inner(counted, x_T, noise_like, exit_step)
+        x_0 = self.inner(counting_velocity, x_T, noise_like, exit_step)
         self.place.chunk += 1
         return x_0
 
@@ -71,8 +73,9 @@ QueriesAndKeys = Callable[[Place, int, Tensor, Tensor], None]
 
 
 @dataclass
-class _Watched:
-    """An attention context that shows what it is given and does what it did."""
+class _AttentionObserver:
+    """An attention context that passes its queries and keys to ``show`` and computes the same as
+    ``inner``."""
 
     inner: AttentionContext
     show: Callable[[Tensor, Tensor], None]
@@ -89,7 +92,8 @@ class _Watched:
 
 
 @contextmanager
-def _hooked(blocks: list[nn.Module], add: Callable[[int, nn.Module], Any]) -> Iterator[None]:
+def _hooks(blocks: list[nn.Module], add: Callable[[int, nn.Module], Any]) -> Iterator[None]:
+    """Inside, every block has the hook that ``add(index, block)`` registers."""
     handles = [add(index, block) for index, block in enumerate(blocks)]
     try:
         yield
@@ -99,14 +103,12 @@ def _hooked(blocks: list[nn.Module], add: Callable[[int, nn.Module], Any]) -> It
 
 
 def watch_features(subject: Subject, blocks: list[int], show: Features) -> Tensor:
-    """Run the subject's rollout; ``show`` gets the output of the chosen step blocks at every step,
-    tokens of the chunk alone. Returns the rollout's latents, which are those of a plain run.
-    UserError: a block that is bypassed."""
+    """Run the subject's rollout and call ``show`` with the output of the step blocks ``blocks`` at
+    every step, for the chunk's tokens alone. Returns the rollout's latents, equal to those of a
+    plain run. UserError: a block that is bypassed."""
     subject.check_whole()
-    sampler, chosen = (
-        CountingSampler(subject.sampler),
-        [subject.step_blocks[index] for index in blocks],
-    )
+    sampler = CountingSampler(subject.sampler)
+    step_blocks = [subject.step_blocks[index] for index in blocks]
     length = subject.chunk * subject.tokens
 
     def add(index: int, block: nn.Module) -> Any:
@@ -116,16 +118,17 @@ def watch_features(subject: Subject, blocks: list[int], show: Features) -> Tenso
 
         return block.register_forward_hook(hook)
 
-    with _hooked(chosen, add):
+    with _hooks(step_blocks, add):
         return subject.with_sampler(sampler).sample()
 
 
 def watch_attention(subject: Subject, show: QueriesAndKeys) -> Tensor:
-    """Run the subject's rollout; ``show`` gets queries and keys of every history block: at every
-    step, or (SCD's encoder) once per chunk. Returns the rollout's latents. UserError: a block that
-    is bypassed."""
+    """Run the subject's rollout and call ``show`` with queries and keys of every history block, at
+    every step or (SCD's encoder) once per chunk. Returns the rollout's latents. UserError: a block
+    that is bypassed."""
     subject.check_whole()
-    sampler, blocks = CountingSampler(subject.sampler), subject.history_blocks
+    sampler = CountingSampler(subject.sampler)
+    blocks = subject.history_blocks
     at_steps = blocks[0] is subject.step_blocks[0]
 
     def add(index: int, block: nn.Module) -> Any:
@@ -134,10 +137,10 @@ def watch_attention(subject: Subject, show: QueriesAndKeys) -> Tensor:
                 return None
             attend = arguments[ATTEND]
             assert isinstance(attend, FullSequence | Streaming)
-            watched = _Watched(attend, lambda q, k: show(sampler.place, index, q, k))
-            return (*arguments[:ATTEND], watched, *arguments[ATTEND + 1 :])
+            observer = _AttentionObserver(attend, lambda q, k: show(sampler.place, index, q, k))
+            return (*arguments[:ATTEND], observer, *arguments[ATTEND + 1 :])
 
         return block.register_forward_pre_hook(hook)
 
-    with _hooked(blocks, add):
+    with _hooks(blocks, add):
         return subject.with_sampler(sampler).sample()

@@ -135,7 +135,8 @@ def collect(root: Path, name: str, entries: Sequence[VBenchPrompt], cfg: ScoreCo
     if missing_files:
         raise UserError(
             f"{folder}: {len(missing_files)} videos of {name} are missing, such as "
-            f"'{missing_files[0].name}'; sample them, set samples= to what is there of every prompt, or name other dimensions"
+            f"'{missing_files[0].name}'; sample them, set samples= to what is there of every prompt, "
+            "or name other dimensions"
         )
     if not any(videos.values()):
         raise UserError(
