@@ -1,7 +1,7 @@
-"""Random numbers: where they are drawn, and what they depend on.
+"""Random numbers: the device they are drawn on, and the seeds they depend on.
 
 What must be the same on every device and number of ranks is drawn on the CPU and reaches a GPU from
-pinned memory, so that nobody waits for what it still computes. What need not (the corruption of
+pinned memory, so that the host does not wait for the GPU. Other noise (the corruption of
 contexts while training, 33 million numbers a micro-batch at Wan's size) is drawn where it is used,
 from a seed of the same place in the training.
 """
@@ -50,11 +50,11 @@ def row_noise(seeds: Sequence[int]) -> Noise:
 
 
 def local_noise(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal noise like x, drawn on x's own device: of ``rng``'s state alone, but not the
-    same on a GPU as on a CPU."""
+    """Standard normal noise like x, drawn on x's own device. It depends on ``rng``'s state alone,
+    but differs between GPU and CPU."""
     if x.device.type == "cpu":
         return torch.randn(x.shape, generator=rng).to(x.dtype)
-    if x.is_meta:  # only counted
+    if x.is_meta:  # scd plan only counts
         return torch.empty_like(x)
     seed = int(torch.randint(2**62, (), generator=rng))
     device_rng = torch.Generator(x.device).manual_seed(seed)

@@ -39,8 +39,8 @@ GRAPHS = 24
 
 
 def _isolation_options() -> dict[str, bool]:
-    """Encoder, decoder and other students share their code, and each has its own few shapes. torch
-    2.14 keeps their graphs apart. Older ones count them together: the limit grows with every
+    """Options of ``torch.compile`` that give each module a graph limit of its own (torch 2.14).
+    Older versions count the graphs of all modules together, so their limit is raised for every
     student. The steps are compiled whole, so graphs beyond a limit are an error, never eager."""
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         return {"isolate_recompiles": True}
@@ -52,8 +52,8 @@ def _isolation_options() -> dict[str, bool]:
 def compile_steps(
     student: Student, cfg: CompileConfig, device: torch.device, backend: str = "inductor"
 ) -> None:
-    """In place, as ``nn.Module.compile`` does. UserError: graphs without a GPU, blocks that are
-    bypassed by step."""
+    """Compile or record the student's steps in place. UserError: CUDA graphs without a GPU, or
+    blocks that are bypassed by step."""
     if cfg.cuda_graphs and device.type != "cuda":
         raise UserError(f"compile.cuda_graphs: the device is {device.type}; CUDA graphs need a GPU")
     if blocks_of(student).skip is not None and (cfg.enabled or cfg.cuda_graphs):

@@ -1,5 +1,5 @@
-"""A folder of samples: what is finished, who makes the rest, and the manifest. Videos come from
-generation/sampling.py.
+"""A folder of sampled videos: its records of finished videos, the shares of the ranks, and the
+manifest. Videos come from generation/sampling.py.
 
 ``out/manifest.json`` holds the settings and, at the end, every video's prompt, seed and hash.
 ``out/.done`` has a record of each finished video, written by whichever rank made it: so ranks share
@@ -59,12 +59,12 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
 
 
 def record_file(out: Path, video: VideoRequest) -> Path:
-    """Where a finished video's record is."""
+    """Path of a finished video's record."""
     return out / DONE / f"{video.file}.json"
 
 
 def waiting(out: Path, videos: Sequence[VideoRequest]) -> list[VideoRequest]:
-    """Videos that are not there whole. UserError for a finished one of another prompt."""
+    """The videos without an intact file. UserError for a finished one of another prompt."""
     missing_videos = []
     for video in videos:
         record = record_file(out, video)
@@ -105,7 +105,7 @@ def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest
 
 
 def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
-    """One batch: frames go to the files as they come; a record is written when a file is whole."""
+    """Generate one batch of videos. Frames are written as they come, each record after its file."""
     cfg = studio.cfg
     for folder in {
         path.parent for video in videos for path in (out / video.file, record_file(out, video))
@@ -125,7 +125,7 @@ def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
 
 
 def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:
-    """Everything: checks, this rank's videos, and by rank 0 the manifest."""
+    """Check everything and generate this rank's videos; rank 0 also writes the manifest."""
     make_videos(cfg, ranks, wanted_videos(cfg), {}, {})
 
 
@@ -155,8 +155,7 @@ def make_videos(
 
 
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]) -> None:
-    """This rank's share of the videos that are not there whole; returns when all ranks have made
-    theirs."""
+    """Generate this rank's share of the missing videos. Returns when all ranks are done."""
     missing_videos = waiting(out, videos)
     ranks.barrier()  # nobody finishes a video before everybody has counted
     own_videos = missing_videos[ranks.rank :: ranks.world]

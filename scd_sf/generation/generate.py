@@ -161,8 +161,8 @@ def _pixels(decoder: VaeStream, latents: Tensor) -> Tensor:
 
 
 def first_chunk(pixel_frame: int, temporal: int, chunk: int, num_known: int = 0) -> int:
-    """The first chunk after ``num_known`` latent frames that has no pixel frame (counted from 0) before
-    ``pixel_frame``.
+    """The first chunk after ``num_known`` latent frames that has no pixel frame (counted from 0)
+    before ``pixel_frame``.
 
     The first latent frame is pixel frame 0, each later one is ``temporal`` of them.
     """
@@ -179,8 +179,8 @@ def as_stored(cond: Conditioning) -> Conditioning:
 
 
 class ClipNoise:
-    """Standard normal noise of B clips. What is drawn for row b and latent frame f depends on
-    (seeds[b], f), on what it is for and on how often that was asked for in its chunk."""
+    """Standard normal noise of B clips. The noise of row b and latent frame f depends on
+    (seeds[b], f), on its role and on the number of earlier draws for that role in the chunk."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str) -> None:
         self.seeds, self.device = list(seeds), device

@@ -88,7 +88,7 @@ class Guided:
         return self.student.start(both_prompts(cond, self.null), latent, cache)
 
     def switch(self, stream: Stream, cond: Conditioning) -> Stream:
-        """As the student's."""
+        """The student's ``switch`` with 2B rows of conditions."""
         return self.student.switch(stream, both_prompts(cond, self.null))
 
     def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
@@ -130,7 +130,7 @@ class GuidedDecoder:
         return self._decoder_rows(self.student.start(cond, latent, cache), cond)
 
     def switch(self, stream: Stream, cond: Conditioning) -> Stream:
-        """As the student's."""
+        """The student's ``switch``; the decoder gets 2B rows of conditions."""
         return self._decoder_rows(self.student.switch(stream, cond), cond)
 
     def _decoder_rows(self, stream: Stream, cond: Conditioning) -> Stream:
@@ -138,7 +138,7 @@ class GuidedDecoder:
         return self.student.switch_decoder(stream, rows)
 
     def advance(self, stream: Stream, x_0: Tensor | None, query_noise: Tensor) -> Stream:
-        """The encoder once; its context for both rows."""
+        """One pass of the encoder, whose context serves both rows."""
         stream, c_BLE = self.student.encode_next(stream, x_0, query_noise)
         guiding = c_BLE
         if self.by_corruption:

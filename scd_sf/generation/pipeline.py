@@ -71,7 +71,7 @@ def choose_sampler(
     return sampler
 
 
-# Pixels and frames that may be asked for; 0: as trained.
+# Allowed numbers of frames and pixels of a request; 0: as trained.
 SIZES_ASKED: dict[str, tuple[float, float]] = {
     "frames": (0, 10**6),
     "height": (0, 2**15),
@@ -87,8 +87,8 @@ def choose_shape(
     where: str,
 ) -> VideoShape:
     """The clip's shape from ``requested_size`` (frames, height, width in pixels), else from the
-    training videos that the provenance ``origin`` records. UserError: a size that nobody knows or that does not
-    fit the VAE, the patches or the chunk."""
+    training videos that the provenance ``origin`` records. UserError: a size that nobody knows or
+    that does not fit the VAE, the patches or the chunk."""
     video = origin.get("video")
     trained_size = video if isinstance(video, dict) else {}
     size = {
@@ -111,8 +111,8 @@ def choose_shape(
 
 @dataclass(frozen=True)
 class Description:
-    """What the student's file and the directory say: how text is encoded, model and sampler,
-    provenance, and where the VAE and the text encoder were read from."""
+    """Settings of a pipeline directory: how text is encoded, model and sampler, provenance, and the
+    folder of the VAE and the text encoder."""
 
     text: TextEncoderConfig
     checkpoint: CheckpointConfig
@@ -165,8 +165,7 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         return cls(student.to(device, dtype), vae.model, text.model, text.tokenizer, description)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """The same directory anew: the student in its present dtype, everything else as it was
-        read."""
+        """Write a pipeline directory: the student in its present dtype, all else as it was read."""
         description = self.description
         dtype = next(self.transformer.parameters()).dtype
         write_pipeline(

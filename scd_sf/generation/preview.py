@@ -85,7 +85,7 @@ class Preview:
 
         Samples that are not finite are said, stay black and are not measured: a diverging training
         ends by its own rules."""
-        assert self.vae is not None, "no VAE: ask for preview.vae first"
+        assert self.vae is not None, "no VAE: check preview.vae first"
         shape = self.shape
         videos = torch.zeros(
             self.cond.batch,

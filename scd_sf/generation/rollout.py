@@ -1,5 +1,4 @@
-"""The one autoregressive loop: stage 3 and generation/ run it, and it cannot tell the families
-apart."""
+"""The autoregressive loop of stage 3 and of generation/, the same for every family of students."""
 
 from __future__ import annotations
 

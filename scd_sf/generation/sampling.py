@@ -39,7 +39,7 @@ from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within
 
-FPS = 1000  # more no player shows
+FPS = 1000  # no player shows more
 VIDEOS = 2**22  # of one folder: their list alone takes a GB
 
 
@@ -127,7 +127,7 @@ class SampleConfig:
 
 @cache
 def start_sha256(path: str) -> str:
-    """Of a start file, read once for all its videos."""
+    """sha256 of a start file, which is read once for all its videos."""
     return sha256_file(Path(path))
 
 
@@ -147,7 +147,7 @@ class VideoRequest:
     title: str = ""
 
     def record(self) -> dict[str, object]:
-        """What the manifest says of it."""
+        """The video's entry in the manifest."""
         extra: dict[str, object] = {"title": self.title} if self.title else {}
         if self.row.then:
             extra["then"] = [list(change) for change in self.row.then]
@@ -191,8 +191,7 @@ def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
 
 @dataclass
 class Studio:
-    """What makes videos: the student, how it is sampled, the decoder, the text encoder, and the
-    size."""
+    """The parts that generate videos: student, sampler, VAE, text encoder, size and device."""
 
     cfg: SampleConfig
     student: Student
@@ -204,7 +203,7 @@ class Studio:
 
     @cached_property
     def negative(self) -> Conditioning:
-        """The negative prompt, encoded once."""
+        """The encoded negative prompt (1, L, E), computed once."""
         return self.text.encode([self.cfg.negative_prompt]).to(self.device)
 
     def start(self, videos: Sequence[VideoRequest]) -> Tensor | None:

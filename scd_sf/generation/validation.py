@@ -1,5 +1,4 @@
-"""What is seen of the averaged weights while a training goes on: validation loss and videos, shared
-over the ranks.
+"""Validation of the averaged weights during training: loss and videos, shared over the ranks.
 
 All ranks call these together, each with its own whole copy of the model, which is on the device
 only meanwhile.

@@ -117,8 +117,8 @@ def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Gene
 
 @dataclass(frozen=True)
 class _Noisy:
-    """What a clip is trained on: conditions with dropout, K noisy samples x_t (K, B, F, C, H, W) at
-    t (K, B, F), the velocity to predict, and the encoder's query frames."""
+    """Inputs and targets of a training clip: conditions with dropout, K noisy samples x_t (K, B, F,
+    C, H, W) at t (K, B, F), the velocity to predict, and the encoder's query frames."""
 
     cond: Conditioning
     x_t: Tensor
@@ -219,7 +219,7 @@ def validation_loss(
     size = min(cfg.target_chunks or num_chunks, num_chunks)
     parts = []
     for first in range(0, num_chunks, size):
-        # the last group is as large: what it has twice is left out
+        # the last group has the same size; chunks of the group before it are left out
         start = min(first, num_chunks - size)
         squares = _errors(generator, x_0, noisy, range(start, start + size))
         parts.append(squares[:, :, (first - start) * generator.chunk :])

@@ -109,19 +109,18 @@ def gradient_error(error_N3HW: Tensor, scales: int) -> Tensor:
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """What the decoder lowers: minus the mean logit of its pictures."""
+    """The decoder's adversarial loss: minus the mean logit of its pictures. Scalar."""
     return -fake_logits.mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss, halved."""
+    """Half the hinge loss of the discriminator's logits. Scalar."""
     return 0.5 * (functional.relu(1 - real_logits).mean() + functional.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """By how much the adversarial loss is to be multiplied so that both pull equally at the kernel
-    ``last`` (VQGAN, arXiv:2012.09841, equation 7): the ratio of the norms of their gradients there,
-    at most 1e4, without gradient."""
+    """Factor of the adversarial loss at which both losses have equally large gradients in the
+    kernel ``last`` (VQGAN, arXiv:2012.09841, equation 7). It is at most 1e4, without gradient."""
     reconstruction_grad, adversarial_grad = (
         torch.autograd.grad(loss, last, retain_graph=True)[0]
         for loss in (reconstruction, adversarial)
@@ -136,7 +135,7 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
 class TokenizerObjective:
     """The loss of one micro-batch, for :class:`scd_sf.train.base.StepModule`.
 
-    ``components``: what the anchor holds latents to. ``discriminator``: only asked, never trained,
+    ``components``: what the anchor holds latents to. ``discriminator``: evaluated, never trained,
     by this loss.
     """
 

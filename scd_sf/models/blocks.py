@@ -153,7 +153,7 @@ class Skipping:
             first, stop = max(first, indices.start), min(stop, indices.stop)
             return trunk.run(x_BLE, times.mod, text, rotary, attend, slice(first, max(first, stop)))
 
-        if x_BLE.is_meta:  # only counted: every block
+        if x_BLE.is_meta:  # scd plan only counts: every block
             return run(x_BLE, 0, indices.stop)
         full_BF = self.skip.full(times.t, trunk.cfg.clean_time)
         some, every = True, False
@@ -172,7 +172,7 @@ class Skipping:
 
 
 def set_blocks(model: Model, blocks: BlocksConfig) -> None:
-    """Run the model's blocks so from now on. UserError where it cannot run so."""
+    """Set how the model runs its blocks. UserError where it cannot run so."""
     family = "wan" if isinstance(model, Wan) else "causal" if isinstance(model, Causal) else "scd"
     blocks.check(family, model.cfg.num_layers)
     if isinstance(model, Causal | Wan):
@@ -182,7 +182,7 @@ def set_blocks(model: Model, blocks: BlocksConfig) -> None:
 
 
 def blocks_of(model: Model) -> BlocksConfig:
-    """How the model's blocks are run now."""
+    """How the model runs its blocks at present."""
     diagonal = model.frame_diagonal if isinstance(model, Causal) else 0
     run_blocks = model.run_blocks if isinstance(model, Causal | Wan) else run_all
     return BlocksConfig(diagonal, run_blocks.skip if isinstance(run_blocks, Skipping) else None)
@@ -190,7 +190,7 @@ def blocks_of(model: Model) -> BlocksConfig:
 
 @contextmanager
 def running_as(model: Model, blocks: BlocksConfig) -> Iterator[None]:
-    """Inside, the model's blocks are run so; afterwards as before."""
+    """A context in which the model runs its blocks so; at its end the old setting is restored."""
     old_blocks = blocks_of(model)
     set_blocks(model, blocks)
     try:

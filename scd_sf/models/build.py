@@ -1,5 +1,5 @@
-"""From a checkpoint's own words to a model: the ``model`` section of its config.yaml decides the
-family."""
+"""Building and loading models. The ``model`` section of a checkpoint's config.yaml decides the
+family and the sizes."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class ModelConfig:
         return self.wan if self.backbone == "wan" else self.dit
 
     def with_blocks(self, blocks: BlocksConfig | None) -> ModelConfig:
-        """The same parameters run otherwise; None: as before. UserError where this model cannot run
-        so."""
+        """This config with other ``blocks`` (None: unchanged). UserError where the model cannot run
+        them."""
         return self if blocks is None else replace(self, blocks=blocks)
 
 
@@ -106,7 +106,7 @@ class SamplerConfig:
         self.build()
 
     def build(self) -> Sampler:
-        """Ready to run. UserError for an unknown name and for times that do not fit."""
+        """The sampler. UserError for an unknown name and for times that do not fit."""
         return build_sampler(self.name, self.steps, self.shift, self.times)
 
 
@@ -138,7 +138,7 @@ def build_scd(cfg: WanConfig | DitConfig, scd: ScdConfig) -> Scd:
 
 
 def family_of(model: Student | Wan) -> str:
-    """ "Scd", "Causal" or "Wan", as results name it."""
+    """The family's name in results: Scd, Causal or Wan."""
     return "Scd" if isinstance(model, Scd) else type(model).__name__
 
 
@@ -151,7 +151,8 @@ def build_student(config: ModelConfig) -> Student:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:
-    """Strict load with one line for people."""
+    """Load ``state`` into ``model``, strictly. UserError naming ``origin`` and the first tensor
+    that does not fit."""
     _check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, origin)
     model.load_state_dict(state)
 
@@ -168,8 +169,8 @@ def _check_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin
 
 
 def _read_model(config: ModelConfig, file: Path, description: Path) -> Student | Wan:
-    """The model of ``description`` with the weights of ``file``, in fp32; allocated once the two
-    are known to fit."""
+    """The model of ``description`` with the weights of ``file``, in fp32. It is allocated only
+    after the two were found to fit."""
     file_tensors = open_tensors(file, "use another checkpoint")
     outline = skeleton(lambda: build_model(config), file_tensors, description, APART)
     _check_state(outline, {name: tensor.shape for name, tensor in file_tensors.items()}, file)
@@ -233,8 +234,8 @@ def write_single(
     origin: Mapping[str, object],
     dtype: torch.dtype,
 ) -> None:
-    """One safetensors file that explains itself: weights in ``dtype``; model, sampler and origin in
-    its metadata.
+    """Write one safetensors file: weights in ``dtype``, with model, sampler and origin in its
+    metadata.
 
     ``origin`` is the checkpoint's provenance. UserError if the file exists.
     """
@@ -286,8 +287,8 @@ def is_single(path: Path) -> bool:
 
 
 def read_single(path: Path) -> tuple[CheckpointConfig, Json]:
-    """What :func:`write_single` said about a file: its configuration and its provenance. UserError:
-    another file."""
+    """Configuration and provenance in the metadata of a file of :func:`write_single`. UserError for
+    any other file."""
     metadata = read_metadata(path)
     if metadata.get("format") != SINGLE:
         raise UserError(
@@ -320,8 +321,8 @@ def describe_checkpoint(path: Path, weights: str = "ema") -> tuple[CheckpointCon
 
 @torch.no_grad()
 def probe_output(model: Student | Wan) -> Tensor:
-    """The model's output on a small fixed input, to compare a model with its copy: a student's
-    second chunk."""
+    """The model's output on a small fixed input, to compare a model with its copy. Of a student it
+    is the second chunk."""
     cfg: TrunkConfig = model.cfg
     rng = torch.Generator().manual_seed(0)
     size = (2 * cfg.patch_height, 2 * cfg.patch_width)

@@ -27,8 +27,8 @@ from scd_sf.types import Conditioning
 
 @dataclass(frozen=True)
 class CausalStream:
-    """One video in the making: the prompt's K/V, embedded actions and labels, the history, the size
-    (H, W) of a latent frame, and the index of the coming chunk."""
+    """State of a video that is being generated: the prompt's K/V, embedded actions and labels, the
+    history, the size (H, W) of a latent frame, and the index of the coming chunk."""
 
     text: Text
     signal: Tensor | None
@@ -64,7 +64,7 @@ class Causal(nn.Module):
 
     @property
     def _num_history_blocks(self) -> int:
-        """How many blocks see the history."""
+        """Number of blocks that see the history."""
         return len(self.trunk.blocks) - self.frame_diagonal
 
     def trunks(self) -> list[Trunk]:
@@ -185,7 +185,7 @@ class Causal(nn.Module):
     def _inputs(
         self, stream: CausalStream, x: Tensor, t_BF: Tensor, index: int
     ) -> tuple[Tensor, Tensor, Text, Rotary, Tensor | None]:
-        """Of one pass over chunk ``index``."""
+        """Inputs of one pass over chunk ``index``: latents, times, text, positions, signal."""
         frames = chunk_frames([index], self.chunk)
         rotary = self.trunk.rope(frames, *stream.latent, x)
         return x, t_BF, stream.text, rotary, pick_frames(stream.signal, frames)

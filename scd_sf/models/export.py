@@ -1,4 +1,4 @@
-"""Weights for others: a checkpoint as one file or in Wan's own layouts, and any Wan from one layout
+"""Export of weights: a checkpoint as one file or in Wan's own layouts, and any Wan from one layout
 to the other.
 
 Everything written is read again and run beside its source; the largest difference of the outputs is

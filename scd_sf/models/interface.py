@@ -1,5 +1,5 @@
-"""The one thing to read first: :class:`FrameGenerator`, what losses and the rollout know of a
-student.
+"""The interface of students, :class:`FrameGenerator`, that losses and the rollout use. Read this
+first.
 
 Both SCD models and the causal baseline are one. A clip is made of *chunks* of ``chunk`` latent
 frames, denoised together. There are two ways through a student, and tests hold them equal:
@@ -43,7 +43,7 @@ Stream = Any  # one video in the making; opaque to callers, each student has its
 
 @dataclass(frozen=True)
 class Query:
-    """What SCD's encoder is given beside clean frames in training.
+    """Inputs of SCD's encoder in training beside the clean frames.
 
     ``x`` (B, F, C, H, W) at times ``t`` (B, F): the noisy query frames on Wan (paper, section 4),
     with noise of their own. None for models trained from scratch, whose encoder has no query.
@@ -58,7 +58,7 @@ class Query:
 
 
 class FrameStreamer(Protocol):
-    """What a rollout knows of a student, guided or not."""
+    """The methods of a student, guided or not, that a rollout calls."""
 
     @property
     def chunk(self) -> int:

@@ -55,8 +55,8 @@ def cuda_recorder(device: torch.device) -> Record[Any]:
 
 @dataclass
 class _Place:
-    """Where an input lies for a recording, and what was copied there last: ``source``, at its
-    ``version``."""
+    """The tensor that a recording reads an input from, and the ``source`` that was last copied to
+    it, at its ``version``."""
 
     tensor: Tensor
     source: Tensor
@@ -65,7 +65,7 @@ class _Place:
 
 @dataclass
 class _History:
-    """Buffers of a history, and the cache that uses them now."""
+    """Buffers of a history, and the cache that uses them at present."""
 
     number: int
     buffers: Buffers = field(default_factory=dict)
@@ -160,7 +160,7 @@ class Replayed:
 def run_step(
     replay: Replayed | None, name: str, key: Hashable, step: Callable[..., T], *inputs: Any
 ) -> T:
-    """The step, replayed where a model has recordings."""
+    """``step(*inputs)``, through ``replay`` unless that is None."""
     return step(*inputs) if replay is None else replay(name, key, step, *inputs)
 
 
@@ -187,7 +187,8 @@ def new_history(
 
 
 def _walk(value: Any, change: Callable[[Tensor], Tensor], description: list[Hashable]) -> Any:
-    """``value`` with ``change`` applied to every tensor; all else is appended to ``description``."""
+    """``value`` with ``change`` applied to every tensor; all else is appended to
+    ``description``."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):

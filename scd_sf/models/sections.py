@@ -85,7 +85,7 @@ def choose_section(
 
 
 def _label(name: str, roots: Collection[str]) -> str | None:
-    """What stands before the model's own name; None for names that are not the model's."""
+    """The part of a name before the model's own name; None for names that are not the model's."""
     parts = name.split(".")
     first = next((place for place, part in enumerate(parts) if part in roots), None)
     return None if first is None or "optim" in name else ".".join(parts[:first])
@@ -133,16 +133,16 @@ def _words(label: str) -> set[str]:
 
 
 def _family(label: str) -> str:
-    """Which model of a training: a label without the words for its average and without neutral
-    ones."""
+    """The model of a training that a label stands for: the label without words for an average and
+    neutral words."""
     return "_".join(
         sorted(word for word in _words(label) - AVERAGE - NEUTRAL if not word.isdecimal())
     )
 
 
 def _display_name(label: str) -> str:
-    """A label for people: ``generator.model`` is the generator; the weights without a section are
-    :data:`PLAIN`."""
+    """A label without neutral words at its end: ``generator.model`` becomes ``generator``, and an
+    empty label :data:`PLAIN`."""
     parts = label.split(".")
     while len(parts) > 1 and parts[-1] in NEUTRAL:
         parts.pop()

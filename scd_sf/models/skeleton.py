@@ -27,7 +27,7 @@ PER_TENSOR, SPARE = 4, 200
 def skeleton(
     build: Callable[[], M], tensors: Mapping[str, object], where: str | Path, remedy: str
 ) -> M:
-    """What ``build`` makes, on the meta device: names and shapes without storage.
+    """The module that ``build`` returns, on the meta device: names and shapes without storage.
 
     ``where``: the description it follows. UserError when that describes no network, or one of far
     more parameters than ``tensors``, its weights file, holds.

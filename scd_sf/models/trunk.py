@@ -1,4 +1,4 @@
-"""What every model shares: patches, conditioning, the stack of blocks, the velocity head.
+"""The parts that all models share: patches, conditioning, the stack of blocks, the velocity head.
 
 A config makes the parts: ``WanConfig`` (wan/transformer.py), or ``DitConfig`` (dit.py) for the
 models trained from scratch. Letters: B batch, F latent frames, C channels, H W latent height and
@@ -118,7 +118,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TwoLinears(nn.Module):
-    """A linear, an activation, a linear; who calls them chooses the activation."""
+    """Two linear layers. The caller applies the activation between them."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()

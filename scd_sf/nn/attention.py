@@ -1,4 +1,4 @@
-"""The seam: a model's forward is the same everywhere, and how its tokens attend is an argument.
+"""Attention contexts: how the tokens of a forward attend is an argument of the model.
 
 Training, teacher, critic and decoder pass :class:`FullSequence`; the rollout passes
 :class:`Streaming`. Letters: B batch, N heads, L tokens, D head dim.
@@ -56,7 +56,7 @@ def compiled_flex(backend: str | Callable[..., object] = "inductor") -> Callable
 
 
 class FullSequence:
-    """All tokens are here. ``mask``: None (everything sees everything), dense boolean (L, L), a
+    """Attention of a whole sequence. ``mask``: None (all see all), dense boolean (L, L), a
     BlockMask, or a layout of groups (long sequences on a CPU: attention runs on ``ROWS`` queries at
     a time, and nothing is as large as L x L).
     """
@@ -66,7 +66,7 @@ class FullSequence:
 
     def __call__(self, layer: int, q_BNLD: Tensor, k_BNLD: Tensor, v_BNLD: Tensor) -> Tensor:
         if isinstance(self.mask, BlockMask):
-            if q_BNLD.is_meta:  # to be counted: every token sees its share of the others
+            if q_BNLD.is_meta:  # scd plan counts: every token sees its share of the others
                 share = round(k_BNLD.shape[2] * (1 - self.mask.sparsity() / 100))
                 return attention(q_BNLD, k_BNLD[:, :, :share], v_BNLD[:, :, :share])
             return compiled_flex()(q_BNLD, k_BNLD, v_BNLD, block_mask=self.mask)
@@ -88,7 +88,7 @@ class FullSequence:
 
 
 def _pick_tokens(x_BNLD: Tensor, runs: Sequence[slice]) -> Tensor:
-    """The tokens of these runs; one run is no copy."""
+    """The tokens of these runs, (B, N, sum of run lengths, D). A single run is not copied."""
     if len(runs) == 1:
         return x_BNLD[:, :, runs[0]]
     return torch.cat([x_BNLD[:, :, run] for run in runs], 2)
@@ -108,8 +108,8 @@ class Streaming:
         self.staged: dict[int, KV] = {}
 
     def take(self) -> dict[int, KV]:
-        """What was staged, once: checkpoints keep this object until backward, and would keep its
-        tensors with it."""
+        """The staged K/V by layer, which are removed from this object. Activation checkpoints keep
+        it until backward, and would keep the tensors too."""
         kv, self.staged, self.write = self.staged, {}, 0
         return kv
 

@@ -28,7 +28,7 @@ Buffers = dict[int, KV]  # by layer
 
 
 class Past(Protocol):
-    """What attention reads of the past: per layer, keys and values (B, N, L, D), or None when there
+    """The past that attention reads: per layer, keys and values (B, N, L, D), or None when there
     are none."""
 
     def layer(self, index: int) -> KV | None: ...
@@ -44,15 +44,17 @@ class Cache(Past, Protocol):
 
     @property
     def place(self) -> Hashable:
-        """All that decides what :meth:`joined` and :meth:`write` do, but the tensors' values."""
+        """Key of a recording: everything but tensor values that :meth:`joined` and :meth:`write`
+        depend on."""
         ...
 
     def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
-        """Keep K/V (layer -> k and v, each (B, N, L_new, D)): what :meth:`grown` needs of them."""
+        """Store K/V (layer -> k and v, each (B, N, L_new, D)). Returns the argument of
+        :meth:`grown`."""
         ...
 
     def grown(self, written: Mapping[int, KV], tokens: int) -> Cache:
-        """The cache after ``tokens`` more, which :meth:`write` has kept."""
+        """The cache with ``tokens`` more tokens, those of :meth:`write`."""
         ...
 
 
@@ -70,7 +72,7 @@ class Window:
     axes: Axes = (0, 0, 0)
 
     def shift(self, length: int) -> int:
-        """How many frames later than it was the sink stands, after ``length`` tokens."""
+        """Number of frames by which the sink's keys are moved after ``length`` tokens."""
         if self.recent is None or not self.per_frame or not self.sink:
             return 0
         return max(0, length - self.recent - self.sink) // self.per_frame
@@ -110,13 +112,13 @@ class CacheConfig:
         return cls(window, sink, preallocate=window + sink)
 
     def tokens(self, per_frame: int, axes: Axes) -> Window:
-        """In tokens, for keys whose rotary positions are split over ``axes``."""
+        """The window in tokens, for keys whose rotary positions are split over ``axes``."""
         recent = None if self.window is None else self.window * per_frame
         turn_step = per_frame if self.turn_sink and self.sink else 0
         return Window(recent, self.sink * per_frame, turn_step, axes)
 
     def num_lengths(self, chunk: int) -> int:
-        """How many lengths a preallocated history can have that grows by ``chunk`` frames."""
+        """Number of lengths of a preallocated history that grows by ``chunk`` frames."""
         return (self.preallocate or 0) // chunk + 1
 
 
@@ -136,7 +138,7 @@ def _append(past: KV | None, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
 
 
 def _copy(x_BNLD: Tensor) -> Tensor:
-    """A copy of a part: as a view it would keep the whole alive."""
+    """A copy without graph. A view would keep the whole tensor alive."""
     return x_BNLD.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -253,8 +255,8 @@ class RingKVCache:
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def use(self, buffers: Buffers, name: Hashable) -> None:
-        """Before the first token: keep them in ``buffers``, which others have used and which
-        ``name`` tells apart."""
+        """Store the history in ``buffers`` of an earlier video; call it before the first token.
+        ``name`` identifies them in :attr:`place`."""
         self._buffers, self._name = buffers, name
 
     @property
@@ -274,7 +276,7 @@ class RingKVCache:
         return {}
 
     def grown(self, written: Mapping[int, KV], tokens: int) -> RingKVCache:
-        """Itself, after the new tokens have replaced the oldest where it was full."""
+        """This cache; the new tokens replace the oldest ones where it was full."""
         for slot, first, count in self._runs(tokens):
             start = self.filled + first
             buffers = [buffer for kv in self._buffers.values() for buffer in kv]

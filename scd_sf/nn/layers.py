@@ -20,12 +20,12 @@ from scd_sf.nn.kv_cache import KV
 from scd_sf.nn.rope import Rotary, rotate
 
 M = TypeVar("M", bound=nn.Module)
-# by dimensions of a convolution's weight
+# memory order by the number of dimensions of a convolution's weight
 MEMORY_ORDER = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def upcast(x: Tensor) -> Tensor:
-    """At least fp32 (fp64 stays)."""
+    """x in fp32; fp64 stays fp64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -35,8 +35,8 @@ def teacher_forcing(kind_q: Tensor, chunk_q: Tensor, kind_k: Tensor, chunk_k: Te
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens stand where: per group of tokens its kind, its chunk and how many tokens it
-    has."""
+    """Groups of ``tokens`` tokens each, in the order of the sequence, with kind and chunk of every
+    group."""
 
     kinds: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -83,7 +83,7 @@ def dense_mask(layout: Layout, device: torch.device) -> Tensor:
 
 
 def _block_bytes(mask: BlockMask) -> int:
-    """Of its tables forwards and backwards, and of what its predicate reads."""
+    """Bytes of a mask's tables, forwards and backwards, and of the tensors its predicate reads."""
     tables = (
         mask.kv_num_blocks,
         mask.kv_indices,
@@ -145,9 +145,9 @@ def _row_bytes(rows: tuple[Tensor | None, tuple[slice, ...]]) -> int:
 
 @kept_within(_row_bytes)
 def row_mask(layout: Layout, start: int, stop: int) -> tuple[Tensor | None, tuple[slice, ...]]:
-    """What the tokens ``start`` .. ``stop`` - 1 see: the runs of tokens that any of them sees, and
-    a mask (rows, tokens of all runs), None where all see all of those. Never as large as tokens x
-    tokens."""
+    """A mask (stop - start, tokens of all runs) for the tokens ``start`` .. ``stop`` - 1, and the
+    runs of tokens that any of them sees. The mask is None where all see all runs. No tensor is as
+    large as tokens x tokens."""
     tokens, groups = layout.tokens, slice(start // layout.tokens, (stop - 1) // layout.tokens + 1)
     visible = _visible(layout)[groups]
     columns = visible.any(0).nonzero().flatten().tolist()

@@ -33,7 +33,7 @@ class Rotary(NamedTuple):
         return cls(cos, sin, torch.complex(cos, sin))
 
     def last(self, tokens: int) -> Rotary:
-        """Of the last ``tokens`` tokens."""
+        """The rotations of the last ``tokens`` tokens."""
         first = self.cos.shape[0] - tokens
         return Rotary(self.cos[first:], self.sin[first:], self.turn[first:])
 

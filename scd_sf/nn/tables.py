@@ -16,9 +16,9 @@ LIMIT = 128 * 2**20  # bytes of each kind of table; `scd plan` counts the kinds 
 
 
 class Kept(Generic[P, T]):
-    """``make``, remembering what it returned: the latest calls, while all of it (``size`` in bytes)
-    stays within ``limit``; the latest is always kept. Arguments are hashable; an entry counts for a
-    KiB at least."""
+    """A cache of the results of ``make``. The oldest are removed when all results (``size`` in
+    bytes, each counted as at least 1 KiB) exceed ``limit``; the latest result always stays.
+    Arguments must be hashable."""
 
     def __init__(self, make: Callable[P, T], size: Callable[[T], int], limit: int) -> None:
         functools.update_wrapper(self, make)
@@ -26,7 +26,7 @@ class Kept(Generic[P, T]):
         self.clear()
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all entries."""
         self._entries: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self._total_bytes = 0
 
@@ -46,10 +46,10 @@ class Kept(Generic[P, T]):
 def kept_within(
     size: Callable[[T], int], limit: int = LIMIT
 ) -> Callable[[Callable[P, T]], Kept[P, T]]:
-    """Decorator: see :class:`Kept`."""
+    """Decorator that turns a function into a :class:`Kept` of at most ``limit`` bytes."""
     return lambda make: Kept(make, size, limit)
 
 
 def tensor_bytes(*tensors: Tensor | None) -> int:
-    """What tensors hold."""
+    """Bytes of all elements of the tensors; None counts 0."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

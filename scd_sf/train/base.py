@@ -22,7 +22,7 @@ MOST_RANKS = 1_000_000
 _log = logging.getLogger(__name__)
 
 
-# What a frozen engine does not read.
+# Fields of EngineConfig that a frozen engine does not read.
 TRAINING = ("lr", "betas", "eps", "weight_decay", "warmup", "anneal_from", "grad_clip", "lr_scale")
 
 
@@ -93,8 +93,8 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What ``Engine.step`` did. ``stepped``: weights changed. ``grad_norm``: before clipping (0
-    between updates).
+    """Result of ``Engine.step``. ``stepped``: whether weights changed. ``grad_norm``: norm of the
+    gradient before clipping (0 between updates).
 
     ``finite`` False: some rank saw a non-finite loss or gradient, so all ranks skipped; keep the
     batch for inspection.
@@ -184,7 +184,7 @@ def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def whole_fp32_masters(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
-    """What :meth:`Engine.masters` returns; one tensor at a time is whole on the device."""
+    """:meth:`Engine.fp32_masters` of any engine. One tensor at a time is whole on the device."""
     return {
         name: value.detach().to("cpu", copy=True) for name, value in gathered(engine.owned(), ranks)
     }
@@ -245,7 +245,7 @@ def first_skip_flag(loss: Tensor) -> Tensor:
 def engine_state(
     engine: Engine, ranks: Ranks, parts: Callable[[str], Iterable[Shard]]
 ) -> EngineState:
-    """All that a resume needs: this rank's ``parts(kind)``, the counts and the buffers."""
+    """This rank's state for a resume: ``parts(kind)`` of masters and moments, counters, buffers."""
     # no moments before the first update
     kinds = (MASTER, *MOMENTS) if engine.updates else (MASTER,)
     counters = {"updates": engine.updates, "skipped": engine.skipped, "files": ranks.world}
@@ -255,7 +255,7 @@ def engine_state(
 
 @dataclass(frozen=True)
 class Counters:
-    """``engine.json``: what an engine has done, and how many ranks' files its state is in."""
+    """``engine.json``: numbers of applied and skipped updates, and of the ranks' state files."""
 
     updates: int
     skipped: int
@@ -263,7 +263,7 @@ class Counters:
 
 
 def read_counters(path: Path) -> Counters:
-    """Raises UserError when there is no such state."""
+    """Read ``path/engine.json``. UserError when it is missing or its numbers are impossible."""
     remedy = "check the checkpoint, or start a new run from its model.safetensors"
     counters = read_typed(
         path / "engine.json", Counters, f"no engine state to resume from: {remedy}"

@@ -1,4 +1,4 @@
-"""How long a training is, and which samples a step uses.
+"""Length of a training, and the samples of each step.
 
 Data order and random numbers are pure functions of (seed, step, micro-batch), so a resumed run
 repeats an uninterrupted one bit for bit on CPU, and the same global batch on other numbers of

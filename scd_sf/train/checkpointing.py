@@ -37,15 +37,15 @@ _log = logging.getLogger(__name__)
 
 
 class Origin(Protocol):
-    """Gives ``provenance.json`` of a step: :func:`scd_sf.checkpoint.provenance` with all but the
-    step set."""
+    """:func:`scd_sf.checkpoint.provenance` with every argument but ``step`` set; returns the
+    contents of the step's ``provenance.json``."""
 
     def __call__(self, *, step: int) -> Mapping[str, object]: ...
 
 
 def pixel_shape(shape: VideoShape) -> dict[str, int]:
-    """What a checkpoint's provenance says of the videos it was trained on; sampling takes it as its
-    default."""
+    """Frames, height and width in pixels of the training videos, for a checkpoint's provenance.
+    They are the default size of sampling."""
     return {"frames": shape.pixel_frames, "height": shape.pixel_height, "width": shape.pixel_width}
 
 
@@ -133,8 +133,8 @@ class Checkpointer:
     # --------------------------------------------------------------------------------------- saving
 
     def save(self, step: int, *, required: bool) -> None:
-        """Write ``step`` (number of finished updates); all ranks call it. A step that is there
-        already is kept.
+        """Write ``step`` (number of finished updates); all ranks call it. An intact checkpoint of
+        this step is not written again.
 
         Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again.
         With ``train.async_save`` it is then written while the training goes on.
@@ -157,7 +157,7 @@ class Checkpointer:
             self.settle(required=required)
 
     def settle(self, *, required: bool = False) -> None:
-        """Wait for the checkpoint that is being written, if one is; all ranks call it."""
+        """Wait until no checkpoint is being written; all ranks call it."""
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
@@ -174,8 +174,8 @@ class Checkpointer:
         self.ranks.barrier()
 
     def note_best(self, step: int, value: float) -> None:
-        """``value`` (smaller is better) of ``step``, the same on all ranks: the smallest one's
-        checkpoint is kept."""
+        """Record the validation ``value`` of ``step``, the same on all ranks. The checkpoint with
+        the smallest value is never pruned."""
         if step % self.train.save_every == 0 and value < self.record.get("best_value", math.inf):
             self.record |= {"best_value": value, "best_saved": float(step)}
 
@@ -188,12 +188,12 @@ class Checkpointer:
         _log.error("ALARM: %s The training goes on and tries again at the next checkpoint.", error)
 
     def _bytes(self) -> int:
-        """What a checkpoint takes at least: model, EMA and extras, and masters and two moments of
-        every engine."""
+        """Least size of a checkpoint in bytes: the model, the EMA and extras, and the masters and
+        two moments of every engine, in fp32."""
         return 4 * (self._sizes["model"] * (2 + len(self.extra)) + 3 * sum(self._sizes.values()))
 
     def _state_writer(self, step: int) -> Callable[[Path], None]:
-        """What this rank writes, copied now."""
+        """A function that writes this rank's part of the state, which is copied to the CPU now."""
         states = {name: engine.state() for name, engine in self.engines.items()}
         record = {
             "step": step,
@@ -213,7 +213,8 @@ class Checkpointer:
         return write
 
     def _committer(self, step: int) -> Callable[[], None]:
-        """The main rank's part, gathered by all and copied now."""
+        """A function for the main rank that writes the rest and commits. All ranks gather the
+        tensors, which are copied to the CPU now."""
         files = {"model": self._on_main(gathered(self.engines["model"].owned(), self.ranks))}
         files |= {
             name: self._on_main(ema.whole())
@@ -223,7 +224,8 @@ class Checkpointer:
         return lambda: self.checkpoints.commit(step, files, self.config_yaml, origin)
 
     def _on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Walked by all ranks, kept by the main one, on the CPU."""
+        """Copies of (name, tensor) pairs on the CPU of the main rank; empty on the others. All
+        ranks must iterate to the end."""
         return {
             name: value.detach().to("cpu", copy=True)
             for name, value in tensors
@@ -242,7 +244,7 @@ class _Saved:
     extra: list[str]
 
     def numbers(self, path: Path) -> dict[str, float]:
-        """``record``. UserError when a number that decides something is not there."""
+        """``record`` without null values. UserError where a number is null."""
         values = {key: value for key, value in self.record.items() if not key.startswith(_WITHIN)}
         if len(values) < len(self.record):
             _log.warning(
@@ -261,8 +263,8 @@ class _Saved:
 
 
 class Saving:
-    """Writes ``step`` from now on. ``write_state(dir)`` is this rank's part, ``commit`` the main
-    rank's end of it."""
+    """A checkpoint that a thread is writing. ``write_state(dir)`` writes this rank's part;
+    ``commit`` runs on the main rank when all parts are written."""
 
     def __init__(
         self,
@@ -280,8 +282,8 @@ class Saving:
         self._thread.start()
 
     def wait(self) -> str:
-        """Until the checkpoint is on the disk, on every rank: what went wrong on this one, or
-        nothing.
+        """Wait until the checkpoint is on the disk. Returns this rank's problem, or an empty
+        string.
 
         All ranks call it. They agree before the main rank is waited for: a rank that is gone is
         noticed, and one whose disk is too full to leave a mark is not waited for.
@@ -300,10 +302,10 @@ class Saving:
 
     def _write_part(self) -> None:
         problem = problem_of(lambda: self._write_state(self._folder / STATE))
-        if not self._ranks.is_main:  # whose commit brings the whole tree onto the disk
+        if not self._ranks.is_main:  # the main rank's commit syncs the whole tree
             problem = problem or problem_of(lambda: fsync_tree(self._folder / STATE))
             mark = self._mark(self._ranks.rank)
-            # else the main rank could read it before its words are in it
+            # renamed when complete, so that the main rank never reads an empty mark
             unfinished_mark = mark.with_name(mark.name + ".begun")
             unfinished_mark.write_text(problem)
             unfinished_mark.rename(mark)

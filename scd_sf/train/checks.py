@@ -1,4 +1,4 @@
-"""Whether data, models and processes fit each other: before anything is written or trained."""
+"""Checks, before anything is written or trained, that data, models and processes fit."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class EmaConfig:
 
 
 class Ema:
-    """The average by parameter name, fp32: every rank keeps and updates the parts it owns, without
-    communication."""
+    """The average in fp32 by parameter name. Every rank keeps and updates the parts that it owns,
+    without communication."""
 
     def __init__(self, cfg: EmaConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
@@ -74,7 +74,7 @@ class Ema:
         return gathered(self._average.values(), self.ranks)
 
     def copy(self) -> Ema:
-        """The average as it is now."""
+        """A copy of the average that later updates do not change."""
         copy = Ema(self.cfg, self.ranks)
         copy.restore(self._average.values(), self.updates)
         return copy

@@ -10,7 +10,7 @@ kind is built. Rules kept here:
 - a non-finite loss anywhere turns the last micro-batch's gradient into NaN on every rank, so that
   DeepSpeed's global norm check discards the update everywhere: no rank skips alone and no optimizer
   state is touched;
-- masters start from the fp32 weights given, not from their bf16 rounding.
+- masters start from the module's fp32 weights, not from their bf16 rounding.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def frozen_engine(
     cfg: EngineConfig,
     ranks: Ranks,
 ) -> nn.Module:
-    """A teacher: called like the module, never trained. backend deepspeed: ZeRO-3 without optimizer,
-    else plain torch.
+    """A teacher: called like the module, never trained. backend deepspeed: ZeRO-3 without
+    optimizer, else plain torch.
 
     ``build`` makes the module, ``read`` its parameters by name from wherever they are. Under ZeRO-3
     every module is partitioned as it is built, and rank 0 alone reads, one parameter at a time:
@@ -211,7 +211,8 @@ class DeepSpeedEngine:
                 yield shard
 
     def _parts(self, kind: str) -> Iterator[Shard]:
-        """What this rank owns of the masters or of a moment."""
+        """This rank's parts of the masters or of one moment. At stage 0 every rank has everything
+        and yields an even share."""
         for shard in self._local_shards(kind):
             replicated = self.cfg.zero_stage == 0
             yield (
@@ -288,7 +289,7 @@ class DeepSpeedEngine:
         self.updates, self._skips.total = counters.updates, counters.skipped
 
     def _refresh_weights(self) -> None:
-        """What the forward uses, from the masters."""
+        """Copy the masters into the weights that the forward uses."""
         from deepspeed.runtime.zero import GatheredParameters
 
         parameters = dict(named_parameters(self.module))
@@ -298,7 +299,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _set_masters(self, originals: dict[str, Tensor]) -> None:
-        """Masters from rank 0's fp32 weights."""
+        """Set the masters on all ranks to rank 0's fp32 weights ``originals``, which is emptied."""
         for shard in self._local_shards(MASTER):
             value = originals.pop(shard.name).float().to(self.ranks.device)
             dist.broadcast(value, src=0)
@@ -328,8 +329,8 @@ def _import_deepspeed(ranks: Ranks) -> Any:
 
 
 def _prepare_cpu_collectives(ranks: Ranks) -> None:
-    """DeepSpeed compiles its CPU collectives with ninja and g++; without them it uses gloo's, and
-    we say so."""
+    """Make DeepSpeed use gloo's CPU collectives, with a warning, where ninja or g++ is missing. It
+    compiles its own otherwise."""
     # pip's ninja
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing_tools = [
@@ -350,8 +351,8 @@ def _prepare_cpu_collectives(ranks: Ranks) -> None:
 
 
 def _explain_compilation() -> None:
-    """Say why the first start on a CPU is slow: DeepSpeed compiles its collectives, once per
-    machine."""
+    """Warn that the first start on a CPU is slow, because DeepSpeed compiles its collectives once
+    per machine."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
     if not list(root.glob("**/deepspeed_shm_comm/*.so")):

@@ -1,5 +1,4 @@
-"""LocalEngine: plain torch, the readable twin of the DeepSpeed engine. Same clipping, same AdamW,
-same skip rule.
+"""An engine in plain torch with the clipping, the AdamW and the skip rule of the DeepSpeed engine.
 
 Weights are fp32 masters; with dtype bf16 the module holds bf16 copies, refreshed after each update.
 With several processes every rank keeps everything and gradients are averaged in fp32.

@@ -1,4 +1,4 @@
-"""How a training loop runs, is stopped and ends. The recipes say what happens in it:
+"""The training loop of all recipes: its progress, requests, errors and end.
 
 start = checkpointer.resume()
 with Loop(run, checkpointer, start) as loop:
@@ -92,17 +92,17 @@ class Loop:
             self._control.fulfilled()
 
     def position(self, step: int) -> int:
-        """Where ``step`` stands in the order of data and random numbers: further on after the run
-        diverged."""
+        """Position of ``step`` in the order of data and random numbers. It is larger than ``step``
+        after a rollback, which leaves data out."""
         return position(step, self._left_out)
 
     def request(self) -> Request:
-        """What anybody asked any rank for since the step before; the same on all ranks, which all
+        """The largest request to any rank since the previous step, the same on all ranks. All ranks
         call it."""
         return self._control.request()
 
     def leave(self, step: int) -> NoReturn:
-        """End all ranks with exit code 75, "run me again"; ``step`` is saved."""
+        """End all ranks with exit code 75 ("run me again") after ``step`` was saved."""
         self._end(f"stopped after step {step}, saved", self._control.reason)
 
     def _leave_out(self, error: Diverged) -> None:

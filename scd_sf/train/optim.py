@@ -1,5 +1,4 @@
-"""What AdamW is given: parameter groups, and the learning rate as a pure function of the update
-number."""
+"""AdamW's parameter groups, and the learning rate as a pure function of the update number."""
 
 from __future__ import annotations
 
@@ -47,8 +46,8 @@ class Schedule:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices and kernels: not for biases, gains, norms, modulation tables or
-    learned tokens."""
+    """Whether a parameter has weight decay: matrices and kernels have it, but biases, gains, norms,
+    modulation tables and learned tokens do not."""
     return parameter.ndim >= 2 and not any(word in name.lower() for word in NO_DECAY_WORDS)
 
 
@@ -88,7 +87,7 @@ def param_groups(
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """``lr`` times the group's own scale."""
+    """Set each group's learning rate to ``lr`` times its ``lr_scale``."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
 

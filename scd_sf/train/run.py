@@ -157,8 +157,8 @@ class Run:
             self._wandb = _start_wandb(self.cfg, self.dir)
 
     def log(self, step: int, logs: Logs) -> None:
-        """Record scalars of one step (rank 0), and what it took. Non-finite values are written as
-        null: valid JSON."""
+        """Record the scalars of one step on rank 0, with its duration and memory. Non-finite values
+        are written as null."""
         if not self.ranks.is_main:
             return
         if self._metrics is None:
@@ -213,7 +213,7 @@ class Run:
                 self._bar = None
 
     def video(self, step: int, name: str, frames_FHWC: torch.Tensor, file: Path) -> None:
-        """A uint8 clip for TensorBoard, and the mp4 ``file`` of it for wandb."""
+        """Log a uint8 clip to TensorBoard as single frames, and its mp4 ``file`` to wandb."""
         if not self.ranks.is_main or self._tensorboard is None:
             return
         self._tensorboard.add_images(
@@ -236,8 +236,8 @@ class Run:
         self._lock.close()
 
     def _claim(self, config: object, may_change: Sequence[str]) -> None:
-        """Make the directory, or check that it holds this configuration. UserError: it cannot be
-        used."""
+        """Create the directory, or check that it holds this configuration. UserError if it cannot
+        be written, is locked, or holds another configuration."""
         file = self.dir / "config.yaml"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -326,7 +326,7 @@ def rank_zero_print(ranks: Ranks, text: str) -> None:
 
 
 def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
-    """A wandb run; without a configured key it is written offline, and said so."""
+    """Start a wandb run. Without a configured key it is written offline, with a message."""
     try:
         import wandb
     except ImportError as error:
@@ -350,7 +350,8 @@ def _start_wandb(cfg: RunConfig, directory: Path) -> Any:
 
 
 def _run_id(directory: Path) -> str:
-    """The same wandb run when the same directory is resumed."""
+    """Id of the wandb run, a function of the directory alone, so that a resumed run continues
+    it."""
     return sha256_bytes(str(directory.resolve()).encode())[:12]
 
 

@@ -1,8 +1,8 @@
 """Which part of each parameter a rank owns, how parts become whole, and engine state on disk for
 any number of ranks.
 
-State on disk is one file of parts per rank. A part says where it belongs, so other ranks, cut
-otherwise, find theirs.
+State on disk is one file of parts per rank. Each part's name holds its position, so that any other
+number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def read_shards(file: Path, like: Iterable[Shard]) -> Iterator[Shard]:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What one rank must write of an engine: copies on the CPU, and the main rank's
-    ``counters``."""
+    """One rank's part of an engine's state: tensors copied to the CPU, and the ``counters`` that
+    the main rank writes."""
 
     rank: int
     tensors: Mapping[str, Tensor]
@@ -107,8 +107,8 @@ class EngineState:
         buffers: Mapping[str, Tensor],
         counters: Mapping[str, int],
     ) -> EngineState:
-        """``parts`` of the masters and the moments by kind; the main rank's also has ``buffers`` and
-        ``counters``."""
+        """Copies of ``parts``, the masters and moments by kind, and on the main rank of
+        ``buffers``."""
         tensors = {
             f"{kind}/{shard.name}@{shard.start}": shard.values
             for kind, shards in parts.items()
@@ -136,8 +136,8 @@ def write_counters(path: Path, counters: Mapping[str, int]) -> None:
 
 
 class StateFiles:
-    """What ``count`` ranks wrote as :class:`EngineState`. Raises UserError when a file is missing
-    or damaged."""
+    """The files that ``count`` ranks wrote of an :class:`EngineState`. UserError when a file is
+    missing or damaged."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path = path
@@ -183,8 +183,7 @@ class StateFiles:
         return check_finite(elements, f"{kind}/{like.name}", str(self.path))
 
     def whole(self, name: str, like: Tensor) -> Tensor:
-        """A tensor of the main rank's ``buffers``, of the shape of ``like``. Raises UserError when
-        there is none."""
+        """A buffer of the main rank with the shape of ``like``. UserError when there is none."""
         key = f"buffer/{name}"
         value = self._files[key].get_tensor(key) if key in self._files else None
         if value is None or value.shape != like.shape:

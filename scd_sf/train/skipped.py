@@ -1,5 +1,5 @@
-"""What is kept of an update that was skipped because a loss or gradient was not finite, and what is
-left out then.
+"""Records of updates that were skipped because a loss or gradient was not finite, and of the data
+that a run leaves out afterwards.
 
 ``RUN/skipped.jsonl`` names the samples of the global batch;
 ``RUN/nan_dump/step_N_ENGINE_rank_R.safetensors`` holds what rank R computed on: tensors as
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What this rank computed one loss on; ``number`` counts the micro-batches of all ranks."""
+    """The inputs of one loss on this rank. ``number`` counts the micro-batches of all ranks."""
 
     number: int
     indices: Sequence[int]
@@ -46,10 +46,10 @@ class MicroBatch:
 def keeping(
     run: Run, step: int, engine: Engine, samples: Sequence[int], who: str = "model"
 ) -> Iterator[list[MicroBatch]]:
-    """One update of ``engine``: give it every micro-batch before the step. They are written only if
-    it was skipped.
+    """A list for the micro-batches of one update of ``engine``: append each before the step. They
+    are written to disk only if the update was skipped.
 
-    ``samples``: of the global batch. All ranks skip together, and so each writes its share.
+    ``samples``: indices of the global batch. All ranks skip together, so each writes its share.
     """
     batch: list[MicroBatch] = []
     skips_before = engine.skipped
@@ -136,7 +136,7 @@ def left_out_ranges(rollbacks: Sequence[Rollback]) -> list[tuple[int, int]]:
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """In the order in which they happened; none where the file is not there. UserError: it is
+    """All rollbacks of a run in chronological order; empty without a file. UserError if the file is
     damaged."""
     file = run_dir / ROLLBACKS
     if not file.exists():
@@ -150,6 +150,6 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
 
 
 def write_rollback(run_dir: Path, rollback: Rollback) -> None:
-    """Append one, atomically."""
+    """Append one rollback to the run's file, atomically."""
     rows = [*read_rollbacks(run_dir), replace(rollback, time=round(time.time(), 3))]
     write_jsonl(run_dir / ROLLBACKS, [asdict(row) for row in rows])

@@ -1,4 +1,4 @@
-"""What people, schedulers and watchdogs ask of a running job, and how a job shows that it lives.
+"""Requests to a running job from people, schedulers and watchdogs, and the job's heartbeat.
 
     touch RUN/save               save after the current step and go on
     touch RUN/stop, or TERM, USR1, INT to any rank
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class Request(IntEnum):
-    """What is asked of a job; the larger wins."""
+    """A request to a job. Of several, the largest counts."""
 
     NONE = 0
     SAVE = 1
@@ -57,7 +57,8 @@ class Beat:
 
 
 class Control:
-    """One job's ears and pulse, on every rank: ``beat`` and ``request`` once per step."""
+    """Listens to requests and writes the heartbeat, on every rank. Call ``beat`` and ``request``
+    once per step."""
 
     def __init__(self, directory: Path, ranks: Ranks, interval: float = 10.0) -> None:
         self.dir, self.ranks, self.interval = directory, ranks, interval
@@ -68,7 +69,7 @@ class Control:
         self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def start(self, step: int, total: int) -> None:
-        """Listen from now on. A request left by an earlier job is dropped."""
+        """Start to listen and to beat. A request file of an earlier job is removed."""
         (self.dir / "heartbeat").mkdir(parents=True, exist_ok=True)
         self.fulfilled()
         self.total = total
@@ -81,7 +82,7 @@ class Control:
         self._pulse.start()
 
     def beat(self, step: int) -> None:
-        """This rank begins ``step``."""
+        """Record that this rank begins ``step``."""
         self._step = step
         record = {
             "time": round(time.time(), 3),
@@ -92,8 +93,8 @@ class Control:
         write_json(self._file("json"), record, durable=False)
 
     def say(self, state: str, reason: str = "") -> None:
-        """``status.json``: running, finished, interrupted (run it again) or failed, and why (rank
-        0)."""
+        """Write ``status.json`` on rank 0. ``state`` is running, finished, interrupted (run it
+        again) or failed."""
         if self.ranks.is_main:
             record = {
                 "state": state,
@@ -105,7 +106,7 @@ class Control:
             write_json(self.dir / "status.json", record, durable=False)
 
     def request(self) -> Request:
-        """What anybody asked any rank for since the last call; the same on all ranks, which all
+        """The largest request to any rank since the last call, the same on all ranks. All ranks
         call it."""
         request = Request.STOP if self.reason else Request.NONE
         if self.ranks.is_main:
@@ -118,15 +119,15 @@ class Control:
         return Request(self.ranks.max(request))
 
     def fulfilled(self) -> None:
-        """What was asked for is done: remove the files that asked (rank 0)."""
+        """Remove the request files (rank 0). Call it when the request has been carried out."""
         if self.ranks.is_main:
             for name in ("save", "stop"):
                 if _is_request(self.dir / name):
                     (self.dir / name).unlink(missing_ok=True)
 
     def blame(self, error: BaseException, patience: float = 5.0) -> UserError | None:
-        """An error that names the rank that is gone, when one is; None when all live and ``error``
-        is our own.
+        """An error that names the ranks whose processes are gone; None when all are alive and
+        ``error`` has another cause.
 
         On this host a rank is gone when its process is; elsewhere, when its heartbeat is three
         intervals old. The others learn of a death by a broken connection, a moment before it shows
@@ -146,7 +147,7 @@ class Control:
         )
 
     def close(self) -> None:
-        """Stop listening and beating; the signals mean again what they meant before."""
+        """Stop listening and beating, and restore the earlier signal handlers."""
         self._closed.set()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)

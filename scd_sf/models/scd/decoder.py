@@ -79,8 +79,8 @@ class DecoderConfig:
             )
 
     def unread(self, *defaults: DecoderConfig) -> str:
-        """What differs from all ``defaults`` and has no effect, as the message of an error; '' for
-        nothing."""
+        """The message of an error for the first field that differs from all ``defaults`` and has no
+        effect; '' where there is none."""
         for name in ("prefix_rope", "prefix", "prefix_time"):
             value = getattr(self, name)
             if self.fusion in ("delta", "channel") and value not in [
@@ -110,8 +110,8 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """What the S steps of one chunk share: positions, the signal of its frames, and what its fusion
-    needs.
+    """Inputs that the S steps of one chunk share: positions, the signal of its frames, and the
+    fusion's tensors.
 
     ``rotary_x``, ``rotary_c``: positions of chunk and context. ``signal`` (R, n, E): embedded
     actions and labels (None: the model has none). One of the others is set, as the fusion says:
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         samples: int = 1,
         signal: Tensor | None = None,
     ) -> Context:
-        """What all steps share of the contexts c (R, L, E).
+        """The shared inputs of all steps, from the contexts c (R, L, E).
 
         ``query`` (B*M, n, C, H, W): the encoder's query frames, ``t_query`` (B*M, n): their times.
         The K = ``samples`` rows of one query differ in c's corruption only. ``signal``: (R, n, E).

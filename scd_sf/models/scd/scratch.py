@@ -71,10 +71,10 @@ class ContextNorm(nn.Module):
 
 @dataclass(frozen=True)
 class ScratchStream:
-    """One video in the making: embedded actions and labels for both nets, the encoder's history,
-    the size (H, W) of a latent frame, the index of the coming chunk, the time embedding of the
-    encoder's last pass and the coming chunk's context. ``text``: (B, 0, 0), for blocks take a
-    prompt and these ignore it."""
+    """State of a video that is being generated: embedded actions and labels for both nets, the
+    encoder's history, the size (H, W) of a latent frame, the index of the coming chunk, the time
+    embedding of the encoder's last pass and the coming chunk's context. ``text``: (B, 0, 0), for
+    blocks take a prompt and these ignore it."""
 
     text: Tensor
     encoder_signal: Tensor | None

@@ -187,8 +187,8 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
 
 
 def run_transplant(cfg: TransplantConfig) -> str:
-    """Stage 1 as a whole: read, copy, compare bit for bit, write a checkpoint and report.txt; one
-    line for people."""
+    """Run stage 1: read, copy, compare bit for bit, write a checkpoint and report.txt. Returns a
+    one-line summary."""
     if not cfg.out:
         raise UserError("out is empty; name a new folder for the checkpoint")
     out = Path(cfg.out)

@@ -40,8 +40,8 @@ from scd_sf.types import Conditioning, UserError
 
 @dataclass(frozen=True)
 class WanStream:
-    """One video in the making: the prompt's K/V for both nets, the encoder's history, the size (H,
-    W) of a latent frame, the index of the coming chunk and its context."""
+    """State of a video that is being generated: the prompt's K/V for both nets, the encoder's
+    history, the size (H, W) of a latent frame, the index of the coming chunk and its context."""
 
     encoder_text: Text
     decoder_text: Text

@@ -81,7 +81,8 @@ def first_channels(model: AutoencoderDC, count: int, mean: Sequence[float]) -> d
 
 
 def _encoder(encoder: Any, x: Tensor, components: Tensor) -> Tensor:
-    """Returns its latents of the pixels ``x``."""
+    """Set the encoder's weights so that its latents are ``components``. Returns its latents of the
+    pixels ``x``."""
     first = _conv(encoder.conv_in)
     first.weight.zero_()
     assert first.bias is not None
@@ -152,8 +153,8 @@ def _directions(x_NCHW: Tensor) -> Tensor:
 
 
 def _strongest(pixels: Tensor, patch: int, channels: int) -> Tensor:
-    """(N, channels, H / P, W / P): as many components of PxP patches as there are and fit, zeros
-    after them."""
+    """(N, channels, H / P, W / P): the strongest components of PxP patches, padded with zeros to
+    ``channels``."""
     components = Components(
         **patch_components(pixels, min(channels, 3 * patch * patch), 1.0, patch)
     )(pixels)
@@ -161,7 +162,8 @@ def _strongest(pixels: Tensor, patch: int, channels: int) -> Tensor:
 
 
 def _halves(pixels: Tensor, patch: int, channels: int) -> Tensor:
-    """The pixels of each patch, less their mean, with either sign, and the constant."""
+    """(N, channels, H / P, W / P): each patch's pixels less their mean, the same negated, and the
+    constant channel. ValueError: too few ``channels``."""
     parts = F.pixel_unshuffle(pixels, patch) if patch > 1 else pixels
     parts = parts - parts.mean((0, 2, 3), keepdim=True)
     if 2 * parts.shape[1] + 1 > channels:

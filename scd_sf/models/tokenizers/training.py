@@ -1,4 +1,4 @@
-"""What training an image tokenizer needs of its networks: an ``AutoencoderDC`` of any size, and a
+"""Networks for the training of an image tokenizer: an ``AutoencoderDC`` of any size, and a
 discriminator.
 
 No batch norms, in either: what a frame becomes does not depend on the frames beside it, on the
@@ -102,7 +102,7 @@ def build_tokenizer(cfg: TokenizerConfig, seed: int) -> AutoencoderDC:
 
 
 def last_weight(model: AutoencoderDC) -> Tensor:
-    """The kernel that makes the pixels: where the pulls of two losses on the decoder are
+    """The kernel of the decoder's last convolution, at which the gradients of two losses are
     compared."""
     end = model.decoder.conv_out
     weight: Tensor = (end if isinstance(end, nn.Conv2d) else end.conv).weight
@@ -148,14 +148,14 @@ class Discriminator(nn.Module):
 
 
 def build_discriminator(cfg: DiscriminatorConfig, seed: int) -> Discriminator:
-    """A fresh one, a function of (cfg, seed)."""
+    """A fresh discriminator, a function of (cfg, seed)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Discriminator(cfg)
 
 
 def frozen(discriminator: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Its function without its parameters: gradients reach the pixels and nothing else."""
+    """The discriminator with constant parameters: gradients reach its input and nothing else."""
     constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
     return lambda pixels: torch.func.functional_call(discriminator, constants, (pixels,))
 

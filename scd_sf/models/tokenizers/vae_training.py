@@ -1,5 +1,5 @@
-"""What training needs of an ``AutoencoderKLWan``: a differentiable forward over the whole sequence,
-and two starts.
+"""Training of an ``AutoencoderKLWan``: a differentiable forward over the whole sequence, and two
+initialisations.
 
 :func:`whole_encode` and :func:`whole_decode` are the network on all frames at once, without
 diffusers' frame cache and without its final clamp; they equal ``encode()`` / ``decode()`` to
@@ -129,8 +129,8 @@ def psnr_of_error(squared_error: Tensor) -> float:
 
 
 def reconstruction(real_BFCHW: Tensor, decoded_BFCHW: Tensor) -> dict[str, object]:
-    """How well clips survive, pixels in [-1, 1]: PSNR in dB (all frames, first, by place in the
-    group of four).
+    """Quality of decoded clips, pixels in [-1, 1]: PSNR in dB of all frames, of the first, and by
+    place in the group of four.
 
     ``sharpness`` and ``change_over_time`` are mean absolute differences between neighbours (in
     width, in time) over those of the real clips: 1 keeps all detail and motion, 0 is a flat or a

@@ -38,8 +38,8 @@ from scd_sf.types import Conditioning, UserError
 
 @dataclass
 class LiveTextConfig:
-    """How a list of prompts is encoded while it is used; a directory of encoded prompts needs none
-    of it."""
+    """How a list of prompts is encoded during a training. A directory of encoded prompts does not
+    use it."""
 
     path: str = ""
     """Directory of the text encoder; empty: the teacher's, or else the critic's."""
@@ -155,7 +155,7 @@ class LivePrompts:
 
     @cached_property
     def negative(self) -> Conditioning:
-        """Encoded once."""
+        """The encoded negative prompt (1, L, E), computed once."""
         with self._own_stream():
             return Conditioning(
                 pad_states(states_alone(self._encoder, [self.negative_prompt]), self.length)

@@ -89,14 +89,13 @@ def diffusers_to_original(name: str) -> str | None:
 
 
 def without_wrappers(name: str) -> str:
-    """Without what FSDP, torch.compile, DDP and activation checkpointing put around a model's own
-    names."""
+    """``name`` without the parts that FSDP, torch.compile, DDP and activation checkpointing add."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def layout_of(names: Iterable[str], where: str) -> Layout:
-    """Whose names these (unwrapped) are. UserError for image-to-video, other Wan models, and
-    anything else."""
+    """The layout that these (unwrapped) names belong to. UserError for image-to-video, other Wan
+    models, and anything else."""
     names = list(names)
     for name in names:
         if any(part in name for part in _IMAGE):

@@ -82,8 +82,7 @@ class TextEncoderConfig:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decides the states, beside weights and tokenizer: every field but those that say
-        where these lie."""
+        """The fields that, with weights and tokenizer, decide the states: all but the location."""
         return {
             key: value
             for key, value in asdict(self).items()
@@ -96,7 +95,7 @@ class TextEncoderConfig:
 
 
 class TextEncoder(Protocol):
-    """What the recipes know of a text encoder."""
+    """The interface of text encoders."""
 
     @property
     def width(self) -> int:
@@ -129,8 +128,8 @@ def clean_prompt(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    """html.unescape, which cannot read numbers of more digits than Python converts; no character
-    has such a one."""
+    """html.unescape with a replacement character for numbers of more digits than Python
+    converts."""
     return html.unescape(_NO_CHARACTER.sub("\N{REPLACEMENT CHARACTER}", text))
 
 

@@ -118,7 +118,7 @@ class CachedTextEncoder:
         return states
 
     def _read(self, file: Path) -> Tensor | None:
-        """The states of an entry; None where there is none, or (which is said) a damaged one."""
+        """The states of an entry; None where it is missing, or damaged, which is printed."""
         try:
             with safe_open(file, framework="pt") as entry:
                 tensor, metadata = entry.get_tensor("states"), entry.metadata()
@@ -175,8 +175,8 @@ class CachedTextEncoder:
         ]
 
     def _sha256(self, file: Path) -> str:
-        """Of the contents, which are read once: until path, size, or a time of change differ (as
-        git's index does)."""
+        """sha256 of a file's contents. It is computed again only when path, size or a time of
+        change differ, as in git's index."""
         stat = file.stat()
         key = hash_json([str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
         note = self.folder / "weights" / key
@@ -191,7 +191,7 @@ class CachedTextEncoder:
 
 
 def _narrow(states: Tensor) -> Tensor:
-    """In bf16 where that loses nothing, as with an encoder that computes in it: half the disk."""
+    """``states`` in bf16 where that is exact, which halves the disk space; otherwise unchanged."""
     narrow = states.bfloat16()
     return narrow if torch.equal(narrow.float(), states) else states
 

@@ -112,7 +112,8 @@ WAN_14B = WanConfig(num_attention_heads=40, ffn_dim=13824, num_layers=40)  # Wan
 
 
 class ConditionEmbedder(nn.Module):
-    """Time (one vector per frame, sinusoid of 1000 t) and, where asked for, text."""
+    """Embeddings of the time (one vector per frame, sinusoid of 1000 t) and, with ``with_text``, of
+    the text."""
 
     def __init__(self, cfg: WanConfig, with_text: bool) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ class ConditionEmbedder(nn.Module):
         return temb, self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
 
     def signal(self, cond: Conditioning, decoder: bool) -> Tensor | None:
-        """Wan knows text alone."""
+        """None: Wan has no actions and labels."""
         return None
 
     def text(self, text_BLE: Tensor) -> Tensor:

@@ -236,8 +236,8 @@ def _read_folder(folder: Path) -> AutoencoderKLWan:
 
 
 def _read_original(file: Path) -> AutoencoderKLWan:
-    """Only the width is taken from the tensors: everything else of Wan 2.1's VAE is the class's
-    default."""
+    """Wan 2.1's VAE from its original file. Its width is taken from the tensors, all else is the
+    class's default."""
     lazy_tensors = choose_section(open_tensors(file), ROOTS, "", str(file))
     first = lazy_tensors.get("encoder.conv1.weight")
     if first is None or not first.shape:

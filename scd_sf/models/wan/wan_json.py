@@ -36,8 +36,8 @@ SUPPORTED: dict[Layout, dict[str, tuple[object, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Common:
-    """What both layouts call alike. Fields that a published config.json leaves out have Wan 2.1's
-    values."""
+    """Fields with the same name in both layouts. Those that a published config.json leaves out have
+    Wan 2.1's values."""
 
     num_layers: Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
     ffn_dim: Size
@@ -156,8 +156,7 @@ def config_from_shapes(
 
 
 def _is_index(text: str) -> bool:
-    """Whether a block's number is one; others are tensors that no model has, and refused as
-    such."""
+    """Whether ``text`` is a block's number. Tensors with anything else are refused later."""
     return text.isascii() and text.isdecimal() and len(text) <= len(str(MOST_LAYERS))
 
 

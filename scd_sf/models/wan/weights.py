@@ -160,8 +160,8 @@ def load_wan(
 
 
 def _to_our_name(name: str, layout: Layout, where: Path) -> str:
-    """Our name of an unwrapped tensor, which may not be one of ours: then the caller finds it
-    unexpected."""
+    """Our name of an unwrapped tensor. A name that no model has is found by the caller, except in
+    the original layout, where it is a UserError."""
     if layout == "diffusers":
         return to_ours(name)
     diffusers_name = original_to_diffusers(name)
