@@ -119,7 +119,7 @@ class Checkpoints:
         return self.path(step)
 
     def prepare(self, step: int, num_bytes: int) -> None:
-        """Clear what a killed run left, set a damaged copy of this step aside, check the space for
+        """Remove files of killed runs and a damaged copy of this step, check the space for
         ``num_bytes``, make ``step_N.tmp/state``. UserError when the step is already there or space
         is short."""
         self.root.mkdir(parents=True, exist_ok=True)
@@ -145,9 +145,9 @@ class Checkpoints:
         config_yaml: str,
         provenance: Mapping[str, object],
     ) -> None:
-        """The rest of ``step_N.tmp`` and its manifest, then the rename, then ``latest``. ``files``
-        maps a name ("model" -> model.safetensors) to its tensors. All that other processes write
-        must be there."""
+        """Write the rest of ``step_N.tmp`` and its manifest, rename it, update ``latest``.
+        ``files`` maps a name ("model" -> model.safetensors) to its tensors. All other processes
+        must have written their parts."""
         final = self.path(step)
         partial = final.with_suffix(".tmp")
         _write_contents(partial, files, config_yaml, provenance)
@@ -266,8 +266,8 @@ def find(path: Path, weights: str = "") -> Path:
     )
 
 
-# What this process has hashed: (path, inode, bytes, mtime in ns) -> sha256; and directories that
-# rank 0 has verified.
+# sha256 of files that this process has hashed, by (path, inode, bytes, mtime in ns); directories
+# that rank 0 has verified.
 _digests: dict[tuple[str, int, int, int], str] = {}
 _trusted: set[Path] = set()
 
@@ -315,8 +315,8 @@ def verify(path: Path, weights: str = "") -> None:
 
 
 def vouch(path: Path) -> None:
-    """Another process of this job has verified ``path``: from now on this one compares sizes and
-    hashes nothing."""
+    """Note that another process of this job has verified ``path``. This process then compares its
+    sizes but hashes nothing."""
     _trusted.add(path.resolve())
 
 
@@ -339,8 +339,8 @@ def weights_file(path: Path, weights: str) -> Path:
 
 
 def weights_sha256(path: Path, weights: str) -> str:
-    """Of the file that weights are read from: an exported file's, or the manifest's word for
-    :func:`weights_file`."""
+    """sha256 of the file that weights are read from: of an exported file, or the manifest's entry
+    for :func:`weights_file`."""
     if path.is_file():
         return sha256_file(path)
     return _read_manifest(path)[weights_file(path, weights).name][1]
@@ -428,7 +428,7 @@ _AGAIN = "use another step, or copy this one again"
 
 @dataclass
 class _Entry:
-    """Of a file in the manifest."""
+    """A file's entry in the manifest."""
 
     size: int
     sha256: str
@@ -482,7 +482,7 @@ AGAIN = "copy or export the checkpoint again"
 
 @dataclass
 class _Origin:
-    """What commands read of a record; everything else in it is for people."""
+    """The fields of a record that commands read; all others are for people."""
 
     stage: str = ""
     step: int = 0
@@ -559,7 +559,7 @@ def git_revision() -> str:
 
 
 def absolute(path: str | Path) -> str:
-    """A path as a record names it: the same from every folder, if something is there."""
+    """An existing path in absolute form; any other unchanged."""
     return str(Path(path).resolve()) if str(path) and Path(path).exists() else str(path)
 
 

@@ -1,5 +1,5 @@
-"""Who am I among the processes: under plain ``python``, ``torchrun`` or the ``deepspeed`` launcher,
-on CPU or GPU."""
+"""This process among the others, under plain ``python``, ``torchrun`` or the ``deepspeed``
+launcher, on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Ranks:
         return cast("T", outcome[0])
 
     def checkpoint(self, path: str | Path, weights: str) -> Path:
-        """What a person named as a checkpoint: rank 0 verifies what reading ``weights`` takes, the
-        others rely on it. An exported file is returned as it is."""
+        """Path of the checkpoint that a person named. Rank 0 verifies the files that reading
+        ``weights`` takes, and the others rely on it. An exported file is returned unchanged."""
         if Path(path).is_file():
             return Path(path)
         step = self.on_main(lambda: find(Path(path), weights))

@@ -1,4 +1,4 @@
-"""Files of ours and of others: each way to write, lock, hash and read them stands here once.
+"""Writing, locking, hashing and reading of files.
 
 Writing: :func:`write_text`, :func:`write_json`, :func:`new_file`, :func:`own_file` and
 :func:`new_folder` build beside the place, under a name of this process, and rename. :func:`sweep`
@@ -72,8 +72,7 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 
 
 def place_digest(*place: int | str) -> bytes:
-    """8 bytes that depend on all of ``place``, e.g. (seed, "noise", step): what seeds and orders
-    are made of."""
+    """8 bytes that depend on all of ``place``, e.g. (seed, "noise", step), for seeds and orders."""
     return hashlib.blake2b(":".join(str(part) for part in place).encode(), digest_size=8).digest()
 
 
@@ -125,14 +124,14 @@ def files_below(root: Path) -> Iterator[Path]:
 
 
 def part_of(path: Path) -> Path:
-    """A name beside ``path`` for what is not finished: no other process uses it, and :func:`sweep`
-    knows its owner."""
+    """A name beside ``path`` for an unfinished file. No other process uses it, and :func:`sweep`
+    can tell its owner."""
     host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname()) or "host"
     return path.with_name(f".part-{host[:64]}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes of this host that are gone left unfinished in ``folder``."""
+    """Remove unfinished files in ``folder`` of processes of this host that no longer exist."""
     host = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64] or "host"
     for path in folder.glob(".part-*") if folder.is_dir() else ():
         match = _PART.match(path.name)
@@ -150,7 +149,7 @@ def is_part(path: Path) -> bool:
 
 
 def others_in(folder: Path) -> list[str]:
-    """Names in a folder but for its lock and what is not finished, sorted; none where there is no
+    """Sorted names in a folder without its lock and unfinished files; empty where there is no
     folder."""
     names = (
         path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_part(path)
@@ -289,7 +288,7 @@ def new_folder(path: Path, remedy: str = "choose another name") -> Iterator[Path
 
 
 def fsync(path: Path) -> None:
-    """What is in a file, or the names in a folder, onto the disk."""
+    """Flush a file's contents, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -298,8 +297,8 @@ def fsync(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Every file and folder below ``root``, onto the disk; links are not followed. What another
-    process renames or removes meanwhile (its unfinished files) is left to that process."""
+    """Flush every file and folder below ``root`` to the disk, without following links. Unfinished
+    files of other processes are skipped."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not is_part(Path(name))]
         for path in (*(Path(folder, name) for name in names), Path(folder)):
@@ -309,14 +308,14 @@ def fsync_tree(root: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees either the old or the whole new one, whoever else writes
-    the same."""
+    """Write a file atomically: a reader sees either the old or the whole new contents, whatever
+    other processes write."""
     with new_file(path) as part:
         part.write_bytes(data)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a text file so that a reader sees either the old or the whole new one."""
+    """Write a UTF-8 text file atomically."""
     with new_file(path, durable=durable) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -331,20 +330,20 @@ def finite_json(value: Mapping[str, object], where: str | Path, remedy: str) -> 
 
 
 def write_json(path: Path, value: Mapping[str, object], *, durable: bool = True) -> None:
-    """Atomic, indented JSON."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Atomic JSON lines."""
+    """Write JSON lines atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Atomic safetensors with the rights that the umask gives (the library itself makes files of
-    mode 0600)."""
+    """Write safetensors atomically, with the rights that the umask gives. The library alone would
+    use mode 0600."""
     from safetensors.torch import save_file
 
     # a folder, because the library makes a file of its own beside the one it writes
@@ -457,7 +456,7 @@ def read_bytes(path: Path, remedy: str, limit: int = JSON_BYTES) -> bytes:
 
 
 def read_text(path: Path, remedy: str, limit: int = JSON_BYTES) -> str:
-    """UTF-8 text, a byte order mark apart."""
+    """The UTF-8 text of a file, without a byte order mark."""
     data = read_bytes(path, remedy, limit)
     with foreign(path, remedy):
         return data.decode("utf-8-sig")
@@ -588,7 +587,7 @@ def _check_tree(value: object) -> None:
 
 # ---------------------------------------------------------------------------------------- ownership
 
-# in a folder in which a job did not come to begin
+# names in a folder whose job ended before it began to write
 LEFT = re.compile(r"\.lock|\.writable|\.part-.*")
 MARK_BYTES = 2**22  # of a file that are searched for its mark
 OWNER = "process "  # what a lock's words begin with
@@ -672,6 +671,6 @@ def has_mark(path: Path, mark: str) -> bool:
 
 
 def require_own_file(path: Path, mark: str, remedy: str) -> None:
-    """UserError when there is something called ``path`` that is not :func:`has_mark`."""
+    """UserError when ``path`` exists and :func:`has_mark` is false for it."""
     if os.path.lexists(path) and not has_mark(path, mark):
         raise UserError(f"{path}: is there and not of ours; nothing is overwritten: {remedy}")

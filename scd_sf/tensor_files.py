@@ -74,7 +74,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def kind_of(tensor: Lazy) -> str:
-    """The type of its numbers by safetensors' names: F32, BF16, .."""
+    """safetensors' name of a tensor's type: F32, BF16, .."""
     return next(kind for kind, dtype in DTYPES.items() if dtype == tensor.meta.dtype)
 
 
@@ -100,7 +100,7 @@ def open_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Lazy]:
 
 
 def read_metadata(file: Path, remedy: str = AGAIN) -> dict[str, str]:
-    """What a safetensors file says about itself. UserError for anything else."""
+    """The metadata of a safetensors file. UserError for anything else."""
     if not file.is_file():
         raise UserError(f"{file}: missing; {remedy}")
     refuse_lfs_pointer(file)
@@ -154,7 +154,7 @@ def open_tensor_folder(folder: Path, stem: str) -> dict[str, Lazy]:
 
 
 def in_memory(tensor: Tensor, origin: str = "", dtype: torch.dtype | None = None) -> Lazy:
-    """A tensor that is already there, as it would be read, in ``dtype`` (None: its own)."""
+    """A :class:`Lazy` of a tensor in memory, read in ``dtype`` (None: its own)."""
     meta = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
     return Lazy(meta, partial(tensor.detach().to, "cpu", meta.dtype), origin)
 
@@ -230,7 +230,8 @@ def _flatten(
     into: dict[str, Lazy],
     file: Path,
 ) -> None:
-    """A pickle's tables as one; what is no tensor is kept as odd where it stands beside tensors."""
+    """Collect the tensors of a pickle's nested tables in ``into``, by dotted names. Other values
+    are collected as ``odd`` where they stand beside tensors."""
     holds_tensors = any(isinstance(value, Tensor) for value in table.values())
     for key, value in table.items():
         name = ".".join((*path, str(key)))

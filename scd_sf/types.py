@@ -1,5 +1,5 @@
-"""The words every floor shares: video geometry, conditioning, the denoiser contract, and errors
-meant for people.
+"""Types that all packages share: video geometry, conditioning, the denoiser's interface, and errors
+for people.
 
 Letters: B batch, F latent frames, C latent channels, H W latent height and width, L tokens, E
 width.
@@ -34,8 +34,7 @@ class UserError(ValueError):
 _UNSEEN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
 )
-# What the place of a file can do to a job: no space, quota, read-only, no rights, no such or too
-# long a name.
+# Errors of a file's place: no space, quota, read-only, no rights, a missing or too long name.
 _PLACE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -70,19 +69,19 @@ INTERRUPTED = 130  # the exit code of a job that Ctrl-C ended, by the shells' cu
 
 
 def printable(text: str) -> str:
-    """Text of others, fit for a terminal: what would move the cursor or hide text becomes the
+    """Foreign text made fit for a terminal: characters that move the cursor or hide text become the
     replacement character."""
     return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print one line, at once. Everything a person reads goes through here: names and texts of
-    others are in most."""
+    """Print one line and flush, with the text made printable. All output for people uses this,
+    because most of it holds names from foreign files."""
     print(printable(str(text).replace("\n", " ")), file=file, flush=True)
 
 
 def as_cell(text: object) -> Text:
-    """Text of others for a table of ``rich``: cleaned, and what looks like its markup is text."""
+    """Foreign text for a table of ``rich``: printable, and without effect as markup."""
     from rich.text import Text
 
     return Text(printable(str(text)))
@@ -275,7 +274,7 @@ class VideoShape:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the model is told. Absent conditions are None; text is then (B, 0, 0).
+    """Conditions of a model. Absent ones are None; absent text is (B, 0, 0).
 
     ``text_BLE``: token states (B, L, E), exactly zero after each prompt's true length (as Wan).
     ``actions_BF``: one number per frame, what led to it; ``labels_B``: one per clip; -1 is the null
@@ -292,7 +291,7 @@ class Conditioning:
     def of_frames(
         cls, batch: int, actions_BF: Tensor | None = None, labels_B: Tensor | None = None
     ) -> Conditioning:
-        """Without text."""
+        """Conditions without text."""
         import torch
 
         return cls(torch.zeros(batch, 0, 0), actions_BF, labels_B)
@@ -319,7 +318,7 @@ class Conditioning:
         return self._each(lambda part: part.repeat(times, *(1 for _ in part.shape[1:])))
 
     def rows(self, indices: slice) -> Conditioning:
-        """Those of some of the batch."""
+        """The conditions of the rows ``indices`` of the batch."""
         return self._each(lambda part: part[indices])
 
     def cat(self, other: Conditioning) -> Conditioning:

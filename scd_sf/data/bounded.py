@@ -1,5 +1,4 @@
-"""A folder of files that may be made again, kept within a budget of bytes by any number of
-processes."""
+"""A folder of reproducible files that any number of processes keep within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import IO
 
 from scd_sf.files import files_below, new_file, sweep
 
-# share of the budget that is left full when room is made, so that this is not done for every file
+# share of the budget that stays in use when room is made, so that not every write has to make room
 KEPT = 0.9
 
 
@@ -24,8 +23,8 @@ class BoundedFolder:
         self.root, self.limit, self.pattern = root, limit, pattern
 
     def write(self, file: Path, data: bytes) -> None:
-        """Readers see nothing or all of ``file``. What is larger than the whole budget is not
-        written. OSError."""
+        """Write ``file`` atomically. Data larger than the whole budget are not written. Raises
+        OSError."""
         if len(data) > self.limit:
             return
         self.root.mkdir(parents=True, exist_ok=True)
@@ -44,7 +43,8 @@ class BoundedFolder:
 
     @contextmanager
     def _size_lock(self) -> Iterator[IO[str]]:
-        """No other process writes meanwhile, where the file system has locks."""
+        """The open record of the folder's size, locked against other processes where the file
+        system has locks."""
         with (self.root / ".size").open("a+", encoding="utf-8", errors="replace") as record:
             with suppress(OSError):
                 fcntl.flock(record, fcntl.LOCK_EX)
@@ -56,7 +56,8 @@ class BoundedFolder:
         return int(text) if text.isascii() and text.isdigit() else self._make_room(self.limit)
 
     def _make_room(self, size: int) -> int:
-        """Remove the oldest files until at most ``size`` bytes are left; how many are."""
+        """Remove the oldest files until at most ``size`` bytes remain. Returns the remaining
+        bytes."""
         for folder in self.root.iterdir():
             sweep(folder)
         entries = []

@@ -40,7 +40,7 @@ _FIRST_READ, _LARGEST_HEADER = 16 * 1024, 16 * 2**20
 
 @dataclass(frozen=True)
 class About:
-    """Where a clip comes from. ``sha256`` is of the bytes of latents and text, ``video_sha256`` of
+    """Origin of a clip. ``sha256`` is that of the bytes of latents and text, ``video_sha256`` of
     the mp4 ("": none).
 
     ``size`` is WIDTHxHEIGHT and ``frames`` the number of frames, in pixels; ``*_sha`` are of the
@@ -79,7 +79,7 @@ class About:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where its bytes are and what they mean."""
+    """Location of a tensor in a file: type, shape, and its bytes ``start`` .. ``stop`` - 1."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -97,7 +97,7 @@ class Header:
 
 
 def clip_path(root: Path, clip: str) -> Path:
-    """Where the clip of this id is."""
+    """Path of the clip with this id."""
     return root / clip[:2] / f"{clip}{SUFFIX}"
 
 
@@ -107,12 +107,12 @@ def clip_paths(root: Path) -> list[Path]:
 
 
 def is_clip(root: Path, file: Path) -> bool:
-    """Whether a file is called as a clip's latents are, and lies where they do."""
+    """Whether ``file`` has the name and the place of a clip's latents in ``root``."""
     return ID.fullmatch(file.stem) is not None and file == clip_path(root, file.stem)
 
 
 def folders_of(root: Path) -> list[Path]:
-    """The two-letter folders, in order; links are none."""
+    """The two-letter folders in name order, without links. UserError: no such folder."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; check the path")
     return [
@@ -123,13 +123,13 @@ def folders_of(root: Path) -> list[Path]:
 
 
 def is_own_folder(path: Path) -> bool:
-    """A folder that lies where it seems to lie."""
+    """Whether ``path`` is a folder and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def quarantine_of(root: Path) -> Path:
-    """The folder's place for what was moved out of the data, made if missing. UserError where it
-    leads elsewhere."""
+    """The folder for files that were moved out of the data, created if missing. UserError where it
+    is a link."""
     folder = root / QUARANTINE
     if folder.is_symlink():
         raise UserError(
@@ -140,7 +140,7 @@ def quarantine_of(root: Path) -> Path:
 
 
 def files_of(root: Path) -> Iterator[Path]:
-    """Everything in the two-letter folders. Links are skipped: what they point to is of others."""
+    """All regular files in the two-letter folders. Links are skipped."""
     for folder in folders_of(root):
         with os.scandir(folder) as entries:
             yield from (
@@ -173,7 +173,7 @@ def write_clip(root: Path, latents_FCHW: Tensor, text_TE: Tensor, about: About) 
 
 
 def sweep_clips(root: Path) -> None:
-    """Remove what processes of this machine left unfinished when they were killed."""
+    """Remove unfinished files of this machine's killed processes."""
     for folder in (root, *folders_of(root)):
         sweep(folder)
 

@@ -36,7 +36,8 @@ INDEX_AGAIN = "run 'scd data manifest' on the folder"
 
 @dataclass(frozen=True)
 class Common:
-    """What all clips of a folder have in common; ``settings`` say how they were made (any JSON)."""
+    """Properties that all clips of a folder share. ``settings`` (any JSON) record how they were
+    made."""
 
     shape: VideoShape
     dtype: str
@@ -103,8 +104,8 @@ def read_folder_job(root: Path) -> Common:
 
 
 def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") -> str:
-    """What is wrong with a clip's file: "" for a whole one. ``full`` also reads and hashes its
-    data. ``clip``: its id (empty: as the file is called)."""
+    """The fault of a clip's file; "" for an intact one. ``full`` also reads and hashes its data.
+    ``clip``: its id (empty: the file's name)."""
     try:
         with ClipFile(path) as file:
             if fault := _misfit(file.header, common, clip or path.stem):
@@ -117,7 +118,7 @@ def fault_of(path: Path, common: Common, *, full: bool = False, clip: str = "") 
 
 
 def _misfit(header: Header, common: Common, clip: str) -> str:
-    """How a file that is whole differs from what its folder holds; "" for not at all."""
+    """How a file's header differs from its folder's properties; "" where it does not."""
     latents, text = header.tensors["latents"], header.tensors["text"]
     shape, dtype = common.shape.latent(1)[1:], common.torch_dtype
     if header.about.id != clip:
@@ -135,8 +136,8 @@ def _misfit(header: Header, common: Common, clip: str) -> str:
 
 
 def build_index(root: Path, section: Json) -> int:
-    """Write ``clips.jsonl`` and, last, ``manifest.json`` from the headers of the files that are
-    there; their number.
+    """Write ``clips.jsonl`` and, last, ``manifest.json`` from the headers of the existing files.
+    Returns the number of clips.
 
     ``section``: the manifest's entries on text (:func:`scd_sf.data.prompts.index_clips`).
     UserError for a damaged file, and when there is none.
@@ -170,8 +171,8 @@ def build_index(root: Path, section: Json) -> int:
 
 
 class ClipFiles:
-    """The clips that ``clips.jsonl`` names. Names are checked when opened, a file's size and shapes
-    when it is read."""
+    """The clips that ``clips.jsonl`` lists. Names are checked when it is opened, sizes and shapes
+    of a file when that is read."""
 
     def __init__(self, root: Path, latents: Json) -> None:
         self.root, self.common = root, read_folder_job(root)

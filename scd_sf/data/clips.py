@@ -90,8 +90,8 @@ def write_clips(
 def video_writer(
     path: Path, fps: float | Fraction, *, crf: int = 16, chroma: Chroma = "yuv420p"
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Gives a function that appends uint8 RGB frames (F, 3, H, W) to an H.264 mp4, so that no video
-    is held whole.
+    """A context with a function that appends uint8 RGB frames (F, 3, H, W) to an H.264 mp4, so that
+    no whole video is in memory.
 
     Fast start; ``path`` appears whole at the end of the ``with`` body. ``fps`` in frames per
     second; ``crf`` 0 (best) .. 51. The default chroma plays in every browser; ``yuv444p`` keeps the
@@ -164,7 +164,8 @@ def read_video(path: Path, fps: float = AS_CODED) -> Tensor:
 
 @dataclass(frozen=True)
 class ClipShape:
-    """Of every clip of a set: pixels, and frames per second."""
+    """Number of frames, height and width in pixels, and frames per second of every clip of a
+    set."""
 
     frames: int
     height: int

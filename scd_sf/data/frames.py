@@ -48,9 +48,8 @@ class FrameClip:
 
 @dataclass(frozen=True)
 class FrameSetInfo:
-    """What a set is about: latents of a frame (C, H, W), how many pixels a latent stands for along
-    a side, how many actions there are (0: none), the labels' names (empty: none), and frames per
-    second."""
+    """Properties of a set: latents of a frame (C, H, W), pixels per latent along a side, number of
+    actions (0: none), names of the labels (empty: none), and frames per second."""
 
     channels: int
     height: int
@@ -80,7 +79,7 @@ class FrameSetInfo:
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """``latents_BFCHW`` fp32 with what the model is told of them."""
+    """``latents_BFCHW`` in fp32, and their actions or labels."""
 
     latents_BFCHW: Tensor
     cond: Conditioning
@@ -267,7 +266,7 @@ class FrameWriter:
         if self.info.num_actions:
             tensors["actions"] = torch.cat(actions)
         rows = [*self.rows, *clips]
-        # first: rows beyond the shards are forgotten
+        # written before the shard: rows beyond the shards are dropped when a run resumes
         write_jsonl(self._progress, [asdict(row) for row in rows])
         self.writer.write(KIND, len(tensors["latents"]), tensors)
         self.rows, self._queue = rows, []

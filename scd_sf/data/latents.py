@@ -102,8 +102,7 @@ class LatentClips:
         return out
 
     def batch(self, indices: Sequence[int], *, held_out: bool = False) -> LatentBatch:
-        """Latents with their training prompts (or, for evaluation, with the held-out
-        paraphrases)."""
+        """Latents in fp32 with their training prompts, or with the held-out paraphrases."""
         prompts = [
             self.rows[index].held_out_prompt if held_out else self.rows[index].prompt
             for index in indices
@@ -134,7 +133,7 @@ class LatentClips:
         return LatentBatch(latents, Conditioning(text), self.prompts.length)
 
     def texts(self, indices: Sequence[int]) -> list[str]:
-        """The clips' training prompts as people wrote them."""
+        """The texts of the clips' training prompts."""
         return [self.prompts.rows[self.rows[index].prompt].prompt for index in indices]
 
     def verify(self) -> None:
@@ -145,7 +144,7 @@ class LatentClips:
 
 
 class _Shards:
-    """Latents of many clips a file, and ``clips.jsonl``."""
+    """Clips whose latents lie in shards of many clips each, with ``clips.jsonl``."""
 
     def __init__(self, root: Path, section: Json, shape: VideoShape, prompts: int) -> None:
         path, where = root / MANIFEST, root / "clips.jsonl"
@@ -186,7 +185,7 @@ class _Shards:
 
 
 class _Files:
-    """Latents of one clip a file; its prompt is in it."""
+    """Clips with one file each, which holds latents and prompt."""
 
     def __init__(self, files: ClipFiles) -> None:
         self.files, self.dtype = files, files.dtype

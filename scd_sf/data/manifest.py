@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Format:
-    """``absent``: what is wrong, and what to do, where there is no such file; ``again``: where it
-    is damaged."""
+    """A format of manifests. ``absent``: the error's text for a missing file. ``again``: the remedy
+    for a damaged one."""
 
     name: str
     version: int
@@ -68,7 +68,7 @@ def section_of(manifest: Json, name: str, where: str | Path) -> Json:
 
 
 def write_index(path: Path, rows: Sequence[Any]) -> str:
-    """Dataclasses as JSON lines; :func:`hash_json` of the rows, for the manifest."""
+    """Write dataclasses as JSON lines. Returns :func:`hash_json` of the rows, for the manifest."""
     lines = [asdict(row) for row in rows]
     write_jsonl(path, lines)
     return hash_json(lines)

@@ -1,5 +1,5 @@
-"""Batches read ahead by threads. It decides nothing: what comes next is said by the one who asks,
-so the order of data, and with it resuming and other numbers of processes, is as without it.
+"""Batches read ahead by threads. The caller says which batches come next, so the order of data does
+not depend on it, after a resume and with any number of processes.
 """
 
 from __future__ import annotations

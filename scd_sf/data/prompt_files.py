@@ -74,7 +74,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class PromptRow:
-    """What one video shows: a prompt, ``then`` others from pixel frames on, ``start``: an image or
+    """Contents of one video: a prompt, ``then`` others from pixel frames on, ``start``: an image or
     video file.
 
     ``uuid``: the prompt's name in its collection (VidProM), where the file gives one. ``seed``: of
@@ -90,7 +90,8 @@ class PromptRow:
 
 
 class Line(NamedTuple):
-    """``offset``: of its first byte in the file; ``number`` from 1; ``text`` with what ends it."""
+    """A line of a file: ``offset`` of its first byte, ``number`` from 1, ``text`` with its line
+    end."""
 
     offset: int
     number: int
@@ -151,7 +152,8 @@ class PromptFile:
             raise UserError(f"{self.what}: no prompt in it; write one per line")
 
     def row(self, offset: int) -> PromptRow:
-        """The row that begins there. UserError where the file was changed meanwhile."""
+        """The row that begins at ``offset``. UserError if the file was changed since it was
+        opened."""
         with self._open() as (file, status):
             if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
                 raise UserError(
@@ -163,7 +165,7 @@ class PromptFile:
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], os.stat_result]]:
         try:
-            # a pipe must not keep us waiting
+            # without O_NONBLOCK, opening a pipe would wait for its writer
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.what}: cannot be read ({error}); check the path") from error
@@ -196,7 +198,7 @@ class PromptFile:
     def _object(self, text: str, number: int) -> Json:
         where = f"{self.what}: line {number}"
         try:
-            value = msgspec.json.decode(text)  # twenty times as fast, but with less to say
+            value = msgspec.json.decode(text)  # twenty times as fast, but its errors say less
         except (msgspec.MsgspecError, RecursionError):
             value = parse_json(text, where, "correct it")
         if not isinstance(value, dict):

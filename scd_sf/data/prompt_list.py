@@ -31,7 +31,7 @@ def read_prompt_list(path: Path, column: str = "prompt") -> list[Prompt]:
 class PromptList:
     """The rows of a list that training sees: all but those that are held out.
 
-    The whole list is read and checked once, here. Which row a number names never changes, and
+    The whole list is read and checked when it is opened. The numbers of rows never change, and
     :attr:`hash` (of the contents and the column) says which list it is. UserError: as PromptFile; a
     row that says more than a prompt.
     """

@@ -45,8 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a manifest's section ``text`` says of all prompts; ``max_length`` tokens of
-    ``width``."""
+    """A manifest's section ``text``: prompts have at most ``max_length`` tokens of ``width``."""
 
     width: int
     max_length: int
@@ -93,7 +92,7 @@ class Prompts(Protocol):
 
 
 def about_negative(prompt: str) -> str:
-    """What the teacher's guidance leads away from, in words, one line."""
+    """A line for people with the prompt that the teacher's guidance leads away from."""
     excerpt = f"'{printable(prompt[:60])}'" if prompt else "the empty prompt"
     return f"the teacher is guided away from {excerpt}{' ..' if len(prompt) > 60 else ''}"
 
@@ -158,7 +157,7 @@ class PromptTable:
 
 
 class _ShardStates:
-    """States of all prompts in a few files, and ``prompts.jsonl``."""
+    """Prompts whose states lie in shards of many prompts each, with ``prompts.jsonl``."""
 
     def __init__(self, root: Path, section: Json, text: _Text) -> None:
         where = root / MANIFEST
@@ -197,7 +196,7 @@ class _ShardStates:
 
 
 class _ClipStates:
-    """States of each prompt in its own clip's file."""
+    """Prompts whose states lie in the files of their clips."""
 
     def __init__(self, files: ClipFiles) -> None:
         self.files = files
@@ -256,7 +255,7 @@ def encode_prompts(
     negative: str = "",
     progress: Callable[[int], None] = lambda num_done: None,
 ) -> Json:
-    """Encode what is not yet in complete shards, and return the manifest's ``text`` section.
+    """Encode the prompts after the last complete shard, and return the manifest's ``text`` section.
 
     ``encode`` maps texts to ragged (L_i, E) states (:meth:`TextEncoder.states`); ``progress`` is
     told prompts done. ``negative``: the prompt that a teacher's guidance leads away from (empty:
@@ -317,8 +316,7 @@ def finish_prompts(writer: ShardWriter, text: Json) -> None:
 
 
 def finite(values: Tensor, what: str) -> Tensor:
-    """``values``, checked. Raises UserError when one is NaN or infinite (overflow, or a bad
-    model)."""
+    """``values`` unchanged. UserError naming ``what`` when one is NaN or infinite."""
     if not values.isfinite().all():
         raise UserError(
             f"{what}: not finite in {values.dtype}; store as bfloat16, or check the model"
@@ -327,7 +325,7 @@ def finite(values: Tensor, what: str) -> Tensor:
 
 
 def _write_states(path: Path, tokens: Tensor) -> str:
-    """Write the states of one prompt; the file's sha256."""
+    """Write the states of one prompt (L, E). Returns the file's sha256."""
     write_bytes(path, save({"tokens": tokens.contiguous().cpu()}))
     return sha256_file(path)
 

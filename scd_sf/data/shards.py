@@ -61,7 +61,7 @@ def shard_files(section: Json, where: str) -> list[ShardFile]:
 
 
 def check_place(root: Path) -> None:
-    """UserError where a directory holds files, but none that an encoding has begun."""
+    """UserError where a directory holds files but no begun or finished encoding."""
     names = others_in(root)
     if names and not {MANIFEST, BUILDING} & set(names) and names != ["report.json"]:
         raise UserError(
@@ -182,7 +182,7 @@ class ShardWriter:
 
     def _resume(self, path: Path) -> None:
         state = read_typed(path, _Progress, AGAIN)
-        # whatever it was begun with, nothing is made yet
+        # no shard exists yet, so other inputs do no harm
         if path == self.progress and not any(state.kinds.values()):
             self._save()
             return

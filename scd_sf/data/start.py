@@ -47,7 +47,8 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
 
 
 def _fit(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resized (bicubic, antialiased) so that ``size`` is just covered, then its middle."""
+    """The picture resized (bicubic, antialiased) so that it just covers ``size``, then cropped at
+    the middle to (3, *size)."""
     height, width = pixels_3HW.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     new_size = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
@@ -68,8 +69,8 @@ def read_picture(path: Path, where: str) -> Tensor:
     if not path.is_file():
         raise UserError(f"{where}: no such file; check the path")
     refuse_lfs_pointer(path)
-    # Opened by Python: of a path, Pillow maps plain TIFFs, and mixes the pixels of those that are
-    # to be turned.
+    # Pillow gets an open file, because it maps plain TIFFs of a path, and then mixes the pixels of
+    # those that are to be turned.
     with (
         foreign(f"{where}: neither a video nor a readable image", REMEDY),
         # sizes are compared below
@@ -89,7 +90,7 @@ def read_picture(path: Path, where: str) -> Tensor:
 
 
 def _values(image: Image.Image, where: str) -> np.ndarray:
-    """fp32 (H, W, 3) in [0, 1]."""
+    """The pixels of an open image, fp32 (H, W, 3) in [0, 1]. UserError as :func:`read_picture`."""
     is_deep = image.mode.startswith("I") or image.mode == "F"
     transparency = image.info.get("transparency")  # a colour of 16 bits is compared with none of 8
     if image.has_transparency_data and (

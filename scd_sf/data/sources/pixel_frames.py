@@ -63,7 +63,7 @@ class PixelFrames:
         return frames
 
     def frames(self, clip: int) -> Tensor:
-        """All that is kept of a clip, uint8 (F, 3, H, W)."""
+        """The selected frames of a clip, uint8 (F, 3, H, W)."""
         return self._frames[clip] if self.every else self._read(self.indices[clip])
 
     def batch(self, clips: Sequence[int], per_clip: int, step: int, rng: torch.Generator) -> Tensor:

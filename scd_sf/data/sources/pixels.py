@@ -1,4 +1,4 @@
-"""What every source of pixel clips looks like: TECO's and FAR's Minecraft, UCF-101, RealEstate10K.
+"""The interface of all sources of pixel clips: TECO's and FAR's Minecraft, UCF-101, RealEstate10K.
 
 Letters: F frames, H W pixel height and width; videos are uint8 (F, 3, H, W), RGB.
 """
@@ -60,7 +60,8 @@ class SourceClips(PixelClips, Protocol):
 
     @property
     def refused(self) -> list[Refused]:
-        """What was found when it was opened and is not among the clips, each with a reason."""
+        """Files that were found when the source was opened but are not among its clips, with a
+        reason each."""
         ...
 
 

@@ -39,7 +39,7 @@ COPY = "copy it again"
 
 @dataclass(frozen=True)
 class Refused:
-    """A part of a source that is not taken, and why."""
+    """A part of a source that is refused, and the reason."""
 
     name: str
     reason: str
@@ -157,7 +157,7 @@ class RawTars:
 
 
 def tar_refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
-    """Why a member of a tar is not taken; "" where nothing speaks against it."""
+    """Why a member of a tar is refused; "" for one that is accepted."""
     name = PurePosixPath(entry.name)
     if name.is_absolute() or ".." in name.parts or "\\" in entry.name:
         return "its path leaves the archive"
@@ -171,7 +171,7 @@ def tar_refusal(entry: tarfile.TarInfo, suffixes: tuple[str, ...]) -> str:
 
 
 class _Parts(io.RawIOBase):
-    """Files that follow one another as one, for reading."""
+    """Several files read as one, in their order."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.name = str(paths[0])
@@ -190,8 +190,8 @@ class _Parts(io.RawIOBase):
         self._files = []
 
     def close(self) -> None:
-        """tarfile closes what it reads; the members are read later, so the files stay open with
-        this object."""
+        """Do nothing: tarfile closes its file after the index is read, but members are read
+        later."""
 
     def at(self, offset: int, size: int) -> bytes:
         """Up to ``size`` bytes from ``offset`` on; no state, so threads do not disturb each

@@ -126,8 +126,8 @@ def _check_cameras(item: dict[str, object], images: int, where: str) -> None:
 
 
 def _chunk(path: Path) -> dict[str, dict[str, object]] | UserError:
-    """A chunk's clips by key, or what is wrong with it: an error of every clip in it, found
-    once."""
+    """A chunk's clips by key, or the error of an unreadable chunk, which every clip in it then
+    raises."""
     try:
         return _read_chunk(path)
     except UserError as error:

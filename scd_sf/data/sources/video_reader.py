@@ -39,8 +39,7 @@ WHOLE = 0.9
 SAME_RATE = 0.01  # 29.97 frames per second pass for 30
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
 AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
-# Titles that are not UTF-8 do not matter here: av 19 takes them as they are, an older one is told
-# to.
+# Titles that are not UTF-8 are ignored; av before 19 needs an option for this.
 LENIENT: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 )
@@ -115,7 +114,7 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
         reformatter = VideoReformatter()
         count, size, matrix, angle = 0, (0, 0), (1, 0, 0, 1), 0
         for frame in container.decode(stream):
-            # to ask every frame for its matrix would keep it until the garbage collector comes
+            # only once: a frame asked for its matrix stays in memory until garbage collection
             if not count:
                 size, matrix, angle = (frame.width, frame.height), _matrix(frame), frame.rotation
             if (frame.width, frame.height) != size:
