@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -275,6 +276,25 @@ def one_place_for_a_name(sources: list[Source]) -> Iterator[str]:
                 places.setdefault(node.name, source.path)
 
 
+COMMAND = re.compile(r" {4}(#|(\S*/)?(python|torchrun|deepspeed|make|scd|pip)\b)")
+SECOND_COMMAND = re.compile(r"[^\s&] +(python \S+\.py|torchrun|deepspeed --)")
+
+
+def commands_can_be_copied(sources: list[Source]) -> Iterator[str]:
+    """In a module docstring every command begins on a line of its own; a second line of it comes
+    after a backslash and is indented deeper."""
+    for source in sources:
+        for paragraph in (ast.get_docstring(source.tree, clean=False) or "").split("\n\n"):
+            lines = paragraph.splitlines()
+            if not lines or not COMMAND.match(lines[0]):
+                continue
+            for before, line in zip(["", *lines], lines, strict=False):
+                begins = COMMAND.match(line) and not before.endswith("\\")
+                goes_on = line.startswith(" " * 8) and before.endswith("\\")
+                if not (begins or goes_on) or SECOND_COMMAND.search(line.split(" #")[0]):
+                    yield source.at(source.tree, f"{line.strip()}: not a whole command")
+
+
 # ------------------------------------------------------------------------- they hold, they can fail
 
 Rule = Callable[[list[Source]], Iterator[str]]
@@ -332,6 +352,18 @@ CASES: list[tuple[Rule, str, str, str]] = [
         "class A: ...\ndef _a(): ...\ndef b(): ...",
     ),
     (clean_lines, "scd_sf/a.py", "print(name)", "say(name)\nprint(json.dumps({}))"),
+    (
+        commands_can_be_copied,
+        "recipes/a.py",
+        '"""A.\n\n    python a.py --data b --out\n    c\n"""',
+        r'"""A.' "\n\n" r"    python a.py --data b \\" '\n        --out c\n    make b    # c\n"""',
+    ),
+    (
+        commands_can_be_copied,
+        "recipes/a.py",
+        '"""A.\n\n    python a.py b python a.py c\n"""',
+        '"""A.\n\n    # as python a.py does\n    make b    # python a.py\n"""',
+    ),
 ]
 
 

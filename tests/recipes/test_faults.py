@@ -1,8 +1,8 @@
 """Kill -9 at write boundaries of a checkpoint and at random moments: the resumed run is the
 unbroken one, bit for bit.
 
-    make test T=tests/recipes/test_faults.py SLOW=1 ARGS="--kill-points 15 --tally
-    docs/results/faults.json"
+    make test T=tests/recipes/test_faults.py SLOW=1 \\
+        ARGS="--kill-points 15 --tally docs/results/faults.json"
 
 takes that many points per case, spread evenly over all boundaries of the case's run.
 """
