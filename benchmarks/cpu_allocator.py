@@ -57,8 +57,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, values in results.items():
             command = [sys.executable, __file__, "--child", name]
-            completed = subprocess.run(command, check=True, capture_output=True, text=True)
-            values.append(float(completed.stdout))
+            process = subprocess.run(command, check=True, capture_output=True, text=True)
+            values.append(float(process.stdout))
     medians = {name: round(statistics.median(values), 2) for name, values in results.items()}
     ratio = round(medians["default"] / medians["keep"], 3)
     print(json.dumps({"ms": medians, "ratio": ratio, "rounds": args.rounds}))

@@ -1,10 +1,10 @@
 """What one CUDA GPU shows of this project in about ten minutes; random weights, no network, no
 installation.
 
-    make gpu                 all parts, most telling first    (python benchmarks/gpu.py)
-    make gpu PART=2          one of them                      (python benchmarks/gpu.py --part 2)
+    make gpu                    # all parts; the same as python benchmarks/gpu.py
+    make gpu PART=2             # one part; the same as python benchmarks/gpu.py --part 2
+    # the same code at toy size, without a GPU
     make gpu ARGS='--device cpu --out /tmp/toy.json --budget 20'
-                             the same code at toy size, without a GPU
 
  1. every path on CUDA against the CPU at tiny size
  2. Wan 1.3B's size: frames per second of SCD and of Self-Forcing, eager, compiled, as CUDA graphs
@@ -95,6 +95,7 @@ def factor(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line. ``--inside`` is for the processes that a call starts."""
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -39,19 +39,19 @@ from scd_sf.types import UserError, VideoShape, exit_on_user_error
 
 SHAPE = VideoShape(21, 16, 60, 104)
 WIDTH, LENGTH = 4096, 512
-THREADS = (0, 1, 2, 4, 8)  # 0: no reading ahead
+THREADS = (0, 1, 2, 4, 8)  # 0: clips are not read ahead
 
 
 def make_clips(root: Path, count: int, tokens: int) -> LatentClips:
     """The clips of a folder of random ones; those that exist already are used again."""
     open_job(root, Common(SHAPE, "bfloat16", WIDTH, LENGTH, {"benchmark": tokens}))
     rng = torch.Generator().manual_seed(0)
-    existing = {path.stem for path in clip_paths(root)}
+    clip_ids = {path.stem for path in clip_paths(root)}
     start = time.perf_counter()
     new_clips = 0
     for number in range(count):
         clip = f"{number * 2654435761 % 2**32:08x}".ljust(32, "0")
-        if clip not in existing:
+        if clip not in clip_ids:
             latents = torch.randn(SHAPE.latent(1)[1:], generator=rng).bfloat16()
             text = torch.randn(tokens, WIDTH, generator=rng).bfloat16()
             write_clip(root, latents, text, About(clip, f"prompt {number}", source="benchmark"))

@@ -92,8 +92,8 @@ def random_wan(cfg: WanConfig, dtype: torch.dtype) -> Wan:
 
 
 class Row:
-    """One model's clip, made chunk by chunk (4 re-noise steps, batch 1), and what its turns
-    cost."""
+    """Generates one model's clips chunk by chunk (4 re-noise steps, batch 1), and adds up what the
+    chunks cost."""
 
     def __init__(self, variant: Variant, model: Student, repeats: int) -> None:
         self.variant, self.model, self.repeats = variant, model, repeats
@@ -149,8 +149,8 @@ class Row:
 
 
 def take_turns(rows: Sequence[Row], frames: int, rounds: int) -> Iterator[None]:
-    """``rounds`` clips of every row, one chunk at a time; every other pass goes through the rows
-    backwards."""
+    """Generate ``rounds`` clips of every row, one chunk at a time, and yield after each chunk; every
+    other pass goes through the rows backwards."""
     backwards = False
     for _ in range(rounds):
         clips = {row: row.clip(frames) for row in rows}
@@ -187,8 +187,8 @@ def transplanted(
 
 
 def state_of(variant: Variant, wan: Wan, scd: Scd | None, model: Student) -> dict[str, Tensor]:
-    """Tensors for a variant, shared with the source; adapters, which Wan does not have, start as
-    they always do."""
+    """The state dict of a variant, its tensors shared with ``scd`` or ``wan``. An adapter, which Wan
+    does not have, starts as identity matrices."""
     source: dict[str, Tensor] = dict(
         (scd if scd is not None and variant.fusion else wan).state_dict()
     )

@@ -175,6 +175,7 @@ class TrainingStep:
 
 
 def training_steps(lengths: list[int]) -> list[TrainingStep]:
+    """The rows of training steps, for clips of so many frames."""
     steps = []
     for frames in lengths:
         steps += [TrainingStep("scd", frames, samples) for samples in SAMPLES]
@@ -185,6 +186,7 @@ def training_steps(lengths: list[int]) -> list[TrainingStep]:
 
 
 def prepare(threads: int) -> None:
+    """Settings of a measuring process."""
     torch.set_num_threads(threads)
     keep_freed_memory()
 

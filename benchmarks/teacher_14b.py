@@ -41,7 +41,7 @@ def never_read() -> Tensor:
 def build(cfg: WanConfig, world: int) -> dict[str, object]:
     """Build the teacher as rank 1 of ``world``; returns counts, GiB and seconds of this
     process."""
-    # as if alone on its host
+    # this process as the only one of its host
     os.environ.update(RANK="1", WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     dist.init_process_group("fake", rank=1, world_size=world, store=FakeStore())
     ranks = Ranks(1, world, 1, torch.device("cpu"))
@@ -51,7 +51,7 @@ def build(cfg: WanConfig, world: int) -> dict[str, object]:
     started = time.monotonic()
     engine = frozen_engine(lambda: Wan(cfg), names, EngineConfig(dtype="bf16"), ranks)
     assert isinstance(engine.module, Wan)
-    # with ZeRO-3's own attributes
+    # ZeRO-3 adds ds_tensor and ds_numel to its parameters
     parameters: dict[str, Any] = dict(engine.module.named_parameters())
     shard_bytes = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in parameters.values())
     return {

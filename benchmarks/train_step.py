@@ -59,6 +59,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> Student | Wan:
 
 
 def rng() -> torch.Generator:
+    """A generator that always starts from the same seed."""
     return torch.Generator().manual_seed(1)
 
 
@@ -145,8 +146,8 @@ def cycle(
             critic_update(fake)
         with parts.timing("rollout"):
             student_clip = self_rollout()
-        judges = parts.timed("teacher", teacher), parts.timed("critic", critic)
-        loss, _ = dmd_loss(student_clip, *judges, COND, COND, cfg, rng())
+        timed_teacher, timed_critic = parts.timed("teacher", teacher), parts.timed("critic", critic)
+        loss, _ = dmd_loss(student_clip, timed_teacher, timed_critic, COND, COND, cfg, rng())
         with parts.timing("student's backward"):
             backward(student, loss)
         for _ in range(ratio if shared else 0):
@@ -156,8 +157,8 @@ def cycle(
 
 
 def guided_teacher(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
-    """The guided teacher on one clip: both branches in one batch, as ``dmd_loss`` calls it, or one
-    after the other."""
+    """The guided teacher on one clip. ``together``: both branches in one batch, as ``dmd_loss`` calls
+    it; else one after the other."""
     t = torch.full((1,), 0.7)
 
     @torch.no_grad()
@@ -229,7 +230,7 @@ def main() -> None:
         "torch": str(torch.__version__),
         "frames": args.frames,
         "rounds": args.rounds,
-        # of the whole process: what is freed is kept for the next case
+        # of the whole process, which keeps freed memory for the next case
         "peak_rss_gib": round(peak_gib(), 2),
     }
     write_json(args.out, {**settings, "rows": rows})

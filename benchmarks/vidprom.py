@@ -184,7 +184,8 @@ def scores(rng: random.Random) -> list[str]:
 
 def write_rows(path: Path, rows: int, seed: int) -> None:
     """Write ``rows`` rows as VidProM's csv file; it appears under its name when it is complete."""
-    rng, earlier = random.Random(seed), list[str]()  # noqa: S311
+    rng = random.Random(seed)  # noqa: S311
+    earlier: list[str] = []
     with new_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -205,7 +206,7 @@ def measure(command: list[str]) -> dict[str, float]:
         proportional_bytes = 0
         resident_bytes = 0
         for member in (process, *process.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # an ended process
                 memory, times = member.memory_full_info(), member.cpu_times()
                 proportional_bytes += memory.pss
                 resident_bytes += memory.rss

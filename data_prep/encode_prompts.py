@@ -20,7 +20,7 @@ from scd_sf.distributed import init_distributed
 from scd_sf.tools.data.encode_list import EncodeListConfig, encode_list
 from scd_sf.types import exit_on_user_error
 
-WAIT_MINUTES = 24 * 60.0  # ranks that are through wait for the slowest
+WAIT_MINUTES = 24 * 60.0  # of the ranks that are done, for the slowest
 
 
 def main() -> None:

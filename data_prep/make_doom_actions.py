@@ -43,20 +43,23 @@ from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
 from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
-# places to walk in, by their maps' names
+# names of the maps
 SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")
 SPLITS, ACTIONS = ("train", "test"), ("turn_left", "turn_right", "move_forward")
 LEFT, RIGHT, FORWARD = range(3)
 FPS, TICS, TURN_DEGREES, CRF, CHUNK, MAX_TRIES = 20, 2, 10.0, 12, 4, 50
 WIDTH, HEIGHT = 320, 240
-# tics: a new player cannot turn for 7; frames: the walk is under way when the clip starts
+# tics of waiting, as a new player cannot turn for 7; frames of walking before the clip starts
 SPAWN_TICS, WARM_UP = 12, 8
 STRAIGHT, TURN = (5, 20), (1, 5)  # frames of a span, at least and at most
-# map units: the walker's, turn away from walls this near, until this free
+# map units: the walker's radius, the distance of a wall that it turns away from, and the free
+# distance that it turns to
 RADIUS, NEAR, FREE = 17.0, 64.0, 144.0
-# a frame of walking slower than this (units) is stuck; reject clips with more
+# a frame of walking fewer map units is stuck; a clip with a larger share of them is rejected
 LEAST_SPEED, MOST_STUCK = 2.0, 0.1
-LEAST_EXTENT = 200.0  # reject clips that stay inside a square of so many units: a room has 160
+LEAST_EXTENT = (
+    200.0  # map units; a clip that stays in a smaller square is rejected (a room has 160)
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Request:
-    """What decides the dataset (the number of workers does not)."""
+    """The options that the dataset depends on."""
 
     seed: int
     frames: int
@@ -116,7 +119,7 @@ def make_game(scenario: str) -> vizdoom.DoomGame:
     forward."""
     game = vizdoom.DoomGame()
     game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, scenario + ".wad"))
-    # else the engine leaves _vizdoom.ini in the working directory, and reads it
+    # without this the engine writes and reads _vizdoom.ini in the working directory
     game.set_doom_config_path(os.devnull)
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
@@ -146,7 +149,7 @@ def make_game(scenario: str) -> vizdoom.DoomGame:
 
 
 def walls(game: vizdoom.DoomGame) -> np.ndarray:
-    """(N, 4) x1 y1 x2 y2 of the map's lines that nobody can cross."""
+    """The map's walls, (N, 4): x1, y1, x2, y2 in map units."""
     lines = [
         line for sector in game.get_state().sectors for line in sector.lines if line.is_blocking
     ]
@@ -188,10 +191,10 @@ class Walker:
         aside = np.tile([-RADIUS, 0.0, RADIUS], len(headings))
         return distances(self.walls, x, y, np.repeat(headings, 3), aside).reshape(-1, 3).min(axis=1)
 
-    def next(self, x: float, y: float, heading: float, moved: float) -> int:
-        """The action for the next frame. ``moved``: map units walked in the last frame."""
+    def next(self, x: float, y: float, heading: float, distance: float) -> int:
+        """The action for the next frame. ``distance``: map units walked in the last frame."""
         forward = self.action == FORWARD
-        slow = forward and moved < LEAST_SPEED
+        slow = forward and distance < LEAST_SPEED
         if slow:
             self.stuck += 1
         if slow or (forward and self.free(x, y, np.array([heading]))[0] < NEAR):
@@ -232,7 +235,8 @@ class Walker:
 def film(
     game: vizdoom.DoomGame, chunk: Chunk, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray] | str:
-    """One try at a clip: uint8 (F, size, size, 3) and its actions (F,), or why it was rejected."""
+    """One try at a clip: frames uint8 (F, size, size, 3) and actions (F,), or the reason why it is
+    rejected."""
     game.set_seed(int(rng.integers(2**31)))
     game.new_episode()
     game.send_game_command("god")
@@ -240,16 +244,16 @@ def film(
     game.make_action([float(rng.uniform(-180, 180)), 0.0])
     walker = Walker(walls(game), rng)
     pictures, actions, spots = [], [], []
-    moved = np.inf
+    distance = np.inf
     for frame in range(-WARM_UP, chunk.frames):
         x, y, heading = game.get_state().game_variables
-        action = walker.next(x, y, heading, moved)
+        action = walker.next(x, y, heading, distance)
         degrees = {LEFT: -TURN_DEGREES, RIGHT: TURN_DEGREES, FORWARD: 0.0}[action] / TICS
         game.make_action([degrees, float(action == FORWARD)], TICS)
         if game.is_episode_finished():
             return "the episode ended"
         state = game.get_state()
-        moved = float(np.hypot(state.game_variables[0] - x, state.game_variables[1] - y))
+        distance = float(np.hypot(state.game_variables[0] - x, state.game_variables[1] - y))
         spots.append(state.game_variables[:2])
         if frame >= 0:
             square = ((WIDTH - HEIGHT) // 2, 0, (WIDTH + HEIGHT) // 2, HEIGHT)

@@ -47,10 +47,10 @@ from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
 SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
-# a new player cannot turn for 7; what stands on something falls
+# tics: a new player cannot turn for 7; landmarks fall to the floor; the motion before the clip
 SPAWN_TICS, SETTLE_TICS, WARM_UP_TICS = 10, 25, 12
-DRAWS = 40  # of landmark spots, the first half of them in the first frame's view
-IN_VIEW, LANDMARKS = 4, 14  # so many at most
+DRAWS = 40  # random spots for landmarks, the first half of them in the first frame's view
+IN_VIEW, LANDMARKS = 4, 14  # most landmarks, in that view and in all
 SPLITS, MOTIONS = ("train", "val"), ("forward", "turn_left", "turn_right", "still")
 PLAYER_RADIUS = 16.0
 # name and radius in map units
@@ -67,9 +67,9 @@ NAMES = {  # how captions call a place; the last is held out
     "a large room with round red lights above",
     "arena": "a round arena with tan walls|a grey arena with a tall brown wall|an open grey court ringed by a tan wall",
 }
-# scenario maps
+# place: name of its map
 PLACES = {"meadow": "health_gathering", "hall": "predict_position", "arena": "defend_the_center"}
-# Where things may stand: x0, x1, y0, y1 in map units.
+# where player and landmarks may stand: x0, x1, y0, y1 in map units
 FLOORS = {
     "meadow": (64, 1152, 64, 1152),
     "hall": (-512, 192, -576, 576),
@@ -102,14 +102,14 @@ PHRASES = {
     ),
 }
 REJECT = {
-    # every frame: mean of the 8-bit depth buffer, else a near wall or column fills the view
+    # of every frame: mean of the 8-bit depth buffer; below it a near wall or column fills the view
     "depth_mean": 9.0,
-    # first frame: median depth of the middle of the picture, else the way is blocked
+    # of the first frame: median depth in the middle of the picture; below it the way is blocked
     "depth_ahead": 20.0,
-    "frame_std": 18.0,  # every frame: std of the 64x64x3 picture, else dull or dark
-    # every frame (reject above): camera on a ledge or on top of something
+    "frame_std": 18.0,  # of every frame: std of the 64x64x3 picture; below it the picture is dull
+    # of every frame: most height of the camera; above it the player stands on something
     "units_above_floor": 1.0,
-    # forward only: displacement from first to last frame, else the camera ran into something
+    # of forward clips: distance from first to last frame; below it the player met an obstacle
     "units_per_frame": 5.3,
 }
 
@@ -134,7 +134,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Request:
-    """What decides the bytes of the dataset (the number of workers does not)."""
+    """The options that the dataset depends on."""
 
     seed: int
     frames: int
@@ -157,7 +157,7 @@ def make_game(place: str) -> vizdoom.DoomGame:
     forward."""
     game = vizdoom.DoomGame()
     game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, PLACES[place] + ".wad"))
-    # else the engine leaves _vizdoom.ini in the working directory, and reads it
+    # without this the engine writes and reads _vizdoom.ini in the working directory
     game.set_doom_config_path(os.devnull)
     game.set_window_visible(False)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
@@ -268,8 +268,8 @@ def captions(place: str, motion: str, rng: np.random.Generator) -> tuple[str, st
 def make_clip(
     game: vizdoom.DoomGame, chunk: Chunk, number: int, root: Path
 ) -> tuple[Clip, dict[str, int]]:
-    """Try until one clip is kept and write its file. Returns it and how many tries each rule
-    rejected."""
+    """Try until one clip is kept, and write its file. Returns the clip, and the number of tries that
+    each rule rejected."""
     key = [
         chunk.seed,
         SPLITS.index(chunk.split),
@@ -277,7 +277,7 @@ def make_clip(
         MOTIONS.index(chunk.motion),
         number,
     ]
-    rejected = dict.fromkeys(REJECT, 0)
+    rejections = dict.fromkeys(REJECT, 0)
     for tries in range(1, MAX_TRIES + 1):
         rng = np.random.default_rng([*key, tries])
         furnish(game, chunk.place, rng)
@@ -286,9 +286,9 @@ def make_clip(
         pictures = film(game, chunk.motion, degrees, chunk.frames)
         if not isinstance(pictures, str):
             break
-        rejected[pictures] += 1
+        rejections[pictures] += 1
     else:
-        raise RuntimeError(f"{chunk.name}: {MAX_TRIES} tries in a row were rejected ({rejected})")
+        raise RuntimeError(f"{chunk.name}: {MAX_TRIES} tries in a row were rejected ({rejections})")
     caption, held_out = captions(chunk.place, chunk.motion, np.random.default_rng(key))
     name = f"{chunk.split}-{chunk.place}-{chunk.motion}-{number:05d}"
     path = root / "clips" / chunk.split / f"{name}.mp4"
@@ -310,7 +310,7 @@ def make_clip(
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
     )
-    return clip, rejected
+    return clip, rejections
 
 
 _games: dict[str, vizdoom.DoomGame] = {}
@@ -333,7 +333,7 @@ def run_chunk(chunk: Chunk, root: Path) -> str:
         make_clip(_games[chunk.place], chunk, number, root)
         for number in range(chunk.first, chunk.end)
     ]
-    totals = {rule: sum(rejected[rule] for _, rejected in results) for rule in REJECT}
+    totals = {rule: sum(rejections[rule] for _, rejections in results) for rule in REJECT}
     write_text(
         root / "work" / f"{chunk.name}.json",
         json.dumps([[clip.to_json() for clip, _ in results], totals]),
@@ -342,8 +342,7 @@ def run_chunk(chunk: Chunk, root: Path) -> str:
 
 
 def prepare(root: Path, request: Request) -> bool:
-    """Make or resume the directory; True when it is already complete. Raises UserError if it holds
-    something else."""
+    """Make or resume the directory; True if it is complete. UserError: it holds another dataset."""
     return begin(root, asdict(request), [f"clips/{split}" for split in SPLITS])
 
 
@@ -360,7 +359,7 @@ def chunk_done(root: Path, chunk: Chunk) -> bool:
 
 
 def read_part(part: Path) -> tuple[list[Clip], dict[str, int]]:
-    """A chunk's clips, and how many tries each rule rejected."""
+    """A chunk's clips, and the number of tries that each rule rejected."""
     rows = parse_json(read_text(part, AGAIN), part, AGAIN)
     lines, totals = typed(rows, tuple[list[str], dict[str, int]], part, AGAIN)
     return [Clip.from_json(line, str(part)) for line in lines], totals
@@ -370,12 +369,12 @@ def finish(root: Path, request: Request) -> str:
     """Join the part files into ``clips.jsonl``, then write ``manifest.json`` last. Returns a
     summary."""
     clips: list[Clip] = []
-    rejected = {place: Counter(dict.fromkeys(REJECT, 0)) for place in PLACES}
+    rejections = {place: Counter(dict.fromkeys(REJECT, 0)) for place in PLACES}
     for chunk in request.chunks():
         part = root / "work" / f"{chunk.name}.json"
         chunk_clips, totals = read_part(part)
         clips += chunk_clips
-        rejected[chunk.place].update(totals)
+        rejections[chunk.place].update(totals)
     counts = Counter(clip.place for clip in clips)
     facts = {
         "counts": Counter(clip.split for clip in clips),
@@ -384,7 +383,7 @@ def finish(root: Path, request: Request) -> str:
         "request": asdict(request),
         "reject": REJECT,
         "kept": counts,
-        "rejected": rejected,
+        "rejected": rejections,
         "video": {
             "codec": "h264",
             "crf": CRF,
@@ -398,7 +397,7 @@ def finish(root: Path, request: Request) -> str:
     )
     shutil.rmtree(root / "work")
     ratios = ", ".join(
-        f"{place} {number}/{number + rejected[place].total()}" for place, number in counts.items()
+        f"{place} {number}/{number + rejections[place].total()}" for place, number in counts.items()
     )
     return f"{root}: {len(clips)} clips; kept/tried {ratios}"
 

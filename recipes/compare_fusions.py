@@ -45,7 +45,7 @@ FUSIONS = {
     "paper": "fusion: paper, prefix_rope: temporal, prefix: full",
     "junction": "fusion: junction",
 }
-# of demo_stage1_scd.yaml
+# the layers of demo_stage1_scd.yaml
 LAYERS = "encoder_layers: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], decoder: {layers: [0, 1, 10, 11]"
 
 

@@ -35,13 +35,13 @@ from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, exit_on_user_error, say
 
 STUDENTS = ("scd", "causal")
-SPEEDS = {4: 1.7, 50: 2.0}  # steps -> how many times faster than the causal baseline SCD should be
+SPEEDS = {4: 1.7, 50: 2.0}  # steps: least ratio of SCD's speed to the causal baseline's
 
 
 def training_steps(run: Path, teacher: Path, seed: int) -> list[Group]:
-    """Stages 1 and 2 for SCD and for the causal baseline, one thread each, side by side. Then stage
-    3 through the deepspeed launcher; on the other core, the samples of everything trained
-    before."""
+    """Stages 1 and 2 of SCD and of the causal baseline side by side, one thread each; then stage 3
+    through the deepspeed launcher beside the samples of stage 2 and the teacher. UserError: the
+    launcher is not installed."""
     launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent)) or shutil.which(
         "deepspeed"
     )
@@ -122,8 +122,8 @@ def goals(rows: Sequence[ResultRow], timing: Timing) -> dict[str, Goal]:
         return 100 * float(vars(teacher.adherence)[name] - vars(student.adherence)[name])
 
     teacher, student = pick("bidirectional", "teacher", 50)[0], pick("scd", "3", 4)[0]
-    undistilled = min(row.video_frechet or 0.0 for row in pick("scd", "2", 4))
-    gain = 1 - (student.video_frechet or 0.0) / undistilled
+    baseline = min(row.video_frechet or 0.0 for row in pick("scd", "2", 4))
+    gain = 1 - (student.video_frechet or 0.0) / baseline
     sharpness = student.sharpness or 0.0
     checks = {
         "distance below the better undistilled 4-step sampler": Goal(

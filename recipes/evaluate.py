@@ -66,7 +66,7 @@ from scd_sf.tools.gallery.gallery import PromptCard, build_gallery
 from scd_sf.tools.gallery.page import MARK
 from scd_sf.types import UserError, check_within, exit_on_user_error, say
 
-LOG_WIDTH = 140  # of the table where no terminal says how wide it is
+LOG_WIDTH = 140  # columns of the table without a terminal
 
 
 @dataclass
@@ -166,6 +166,7 @@ class Bench:
 
     @property
     def places(self) -> list[str]:
+        """Of each reference clip."""
         return [self.clips.rows[i].tags["place"] for i in self.indices]
 
     @property
@@ -174,18 +175,21 @@ class Bench:
 
     @property
     def labels(self) -> list[str]:
+        """Place and motion of each reference clip, as one text."""
         return [
             f"{place} {motion}" for place, motion in zip(self.places, self.motions, strict=True)
         ]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        s = self.clips.shape
-        return (s.frames, s.channels, s.height, s.width)
+        """(F, C, H, W) of the latents."""
+        shape = self.clips.shape
+        return (shape.frames, shape.channels, shape.height, shape.width)
 
 
 def fitted_judges(cfg: EvaluateConfig, out: Path) -> Judges:
-    """Fitted on real training clips once, then read from ``out/judges.safetensors``."""
+    """The judges. They are fitted on real training clips once, and then read from
+    ``out/judges.safetensors``."""
     path = out / "judges.safetensors"
     if not path.is_file():
         clips = LatentClips(cfg.train)
@@ -220,6 +224,7 @@ def sampler_of(row: RowConfig, cfg: EvaluateConfig) -> SamplerConfig:
 
 
 def seeds_of(row: RowConfig, cfg: EvaluateConfig) -> tuple[int, ...]:
+    """The row's sampling seeds, or those of the table."""
     return row.seeds or cfg.seeds
 
 
@@ -442,7 +447,7 @@ def prepare(cfg: EvaluateConfig) -> tuple[Bench, list[int]]:
     clips = LatentClips(cfg.val)
     require_tags(clips)
     indices, other_indices = split_reference(len(clips), cfg.clips, str(clips.root))
-    clips.batch(indices, held_out=True)  # refuses clips without another wording
+    clips.batch(indices, held_out=True)  # UserError for clips without a held-out prompt
     vae = load_vae(cfg.base)
     judges = fitted_judges(cfg, out)
     reference = decode(vae, clips.latents(indices))

@@ -60,7 +60,7 @@ FREE = (
     "tokenizer",
     "metrics",
     "i3d_torchscript",
-)  # may differ when a run goes on
+)  # fields that may differ when a run goes on
 CONTROLS = ("reconstruction", "repeat")
 
 
@@ -328,7 +328,7 @@ def score(bench: Evaluation, scorer: PredictionScorer, ranks: Ranks) -> None:
                 side_by_side = as_uint8(torch.cat([truth, prediction], dim=-1))
                 (out / "videos").mkdir(parents=True, exist_ok=True)
                 write_video(out / "videos" / f"{number:05d}.mp4", side_by_side, bench.clips.fps)
-            scorer.save(figures, out / "clips")  # last: a clip with figures is not done again
+            scorer.save(figures, out / "clips")  # last, as a clip with figures is not scored again
         end = start + len(numbers)
         seconds_per_clip = (time.monotonic() - start_time) / len(numbers)
         seconds_left = (len(clip_numbers) - end) * seconds_per_clip
@@ -417,7 +417,7 @@ def main() -> None:
     )
     bench = build(cfg, ranks, checkpoint)
     networks = cfg.metric_networks(ranks.device)
-    bench.read(0)  # whether the clips fit the protocol
+    bench.read(0)  # UserError for clips that do not fit the protocol
     with ExitStack() as stack:
         ranks.on_main(lambda: require_own_folder(Path(cfg.out), ["generation.json"]))
         ranks.on_main(lambda: stack.enter_context(locked(Path(cfg.out), "scores")))

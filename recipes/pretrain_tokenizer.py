@@ -227,7 +227,7 @@ class Training:
         self.frames = frames
         ranks = run.ranks
         model, components = prepare(cfg, frames)
-        if cfg.engine.backend == "torch":  # DeepSpeed wants plain memory and lays it out itself
+        if cfg.engine.backend == "torch":  # DeepSpeed orders the memory itself
             channels_last(model)
         if components is not None:
             components = Components(
@@ -236,8 +236,8 @@ class Training:
         perceptual = (
             load_perceptual(Path(cfg.lpips_weights), ranks.device) if cfg.lpips_weights else None
         )
-        ahead = cfg.train.prefetch if not cfg.frames.keep_every else 0
-        self.pixels = Prefetch(self.read, ahead, threads=ahead)
+        prefetch = cfg.train.prefetch if not cfg.frames.keep_every else 0
+        self.pixels = Prefetch(self.read, prefetch, threads=prefetch)
         self.discriminator: Engine | None = None
         network = build_discriminator(cfg.discriminator, cfg.run.seed) if cfg.gan.weight else None
         objective = TokenizerObjective(cfg.loss, cfg.gan, components, perceptual, network)
@@ -321,6 +321,7 @@ def reconstructed(tokenizer: FrameTokenizer, pixels_N3HW: Tensor) -> Tensor:
 def as_tokenizer(
     model: AutoencoderDC, normalisation: Normalisation | None = None
 ) -> FrameTokenizer:
+    """The model as a tokenizer; without ``normalisation`` latents stay as they are."""
     channels = int(model.config["latent_channels"])
     return FrameTokenizer(
         model, normalisation or Normalisation((0.0,) * channels, (1.0,) * channels)

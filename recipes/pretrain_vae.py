@@ -58,7 +58,7 @@ from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
-# what may differ when a run goes on
+# fields that may differ when a run goes on
 FROM_OUTSIDE = ("eval_clips", "eval_every", "log_every", "save_every")
 
 
@@ -125,7 +125,7 @@ class LossSection:
 
 @dataclass
 class PretrainVae:
-    """Everything that the run depends on."""
+    """The data, the network and both parts of the training."""
 
     data: Path
     """Folder of clips (mp4) with train and val."""

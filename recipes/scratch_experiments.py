@@ -62,7 +62,7 @@ OTHERS = ("causal", "scd_e", "scd_d")
 CONTROLS = ("reconstruction", "repeat")  # the same for every seed
 # the name of "scd" in an experiment's figure
 OWN = {"interfaces": "temporal", "amortisation": "k2", "corruption": "eta0.05"}
-GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the plain branch
+GUIDANCE = (0.0, 1.5, 2.0)  # s of Table 5; 1 is the prediction without guidance
 
 
 def scd(
@@ -82,8 +82,7 @@ def scd(
 @dataclass(frozen=True)
 class Trial:
     """One training: overrides of pretrain_doom.yaml, which differ from those of "scd" in one thing.
-    ``seconds``: when last measured, for 480 updates on one core. ``eighths`` of --steps that it
-    trains."""
+    ``seconds``: measured for 480 updates on one core. ``eighths``: of ``--steps``, its updates."""
 
     name: str
     overrides: tuple[str, ...]
@@ -158,7 +157,7 @@ class Plan:
         return [[clips], [encode_step("train"), encode_step("test")]]
 
     def document(self) -> dict[str, Any]:
-        """What scratch.json holds so far."""
+        """The contents of scratch.json, or of a new one."""
         file = self.run / "scratch.json"
         content = (
             read_json(file, "remove it")
@@ -193,8 +192,8 @@ class Plan:
         return Step(f"train-{trial.name}-{seed}", command, seconds, ONE_THREAD, outputs)
 
     def scoring(self, trial: str, seed: int, name: str, *extra_fields: str, step: int = 0) -> Step:
-        """12 frames after 4 on every test clip, into ``scores/NAME-SEED``; of the newest checkpoint
-        or of ``step``."""
+        """Predict 12 frames after 4 on every test clip, into ``scores/NAME-SEED``, with the newest
+        checkpoint or that of ``step``."""
         checkpoint, out = self.folder(trial, seed), self.run / "scores" / f"{name}-{seed}"
         fields = [
             f"checkpoint={checkpoint / 'checkpoints' / f'step_{step:08d}' if step else checkpoint}",
@@ -249,7 +248,7 @@ class Plan:
 
 
 def train_and_score(plan: Plan, experiment: str) -> list[Group]:
-    """Every trial of a table trained, the longest first, and scored at equal steps."""
+    """Train every trial of a table, the longest first, and score it after equal steps."""
     jobs = [(TRIALS[name], seed) for seed in plan.seeds for name in TABLES[experiment]]
     trainings = [plan.training(trial, seed) for trial, seed in jobs]
     return [
@@ -402,11 +401,11 @@ def lpips(pictures: Path | None) -> dict[str, Any]:
             round(value, 5) for value in network(first_pictures, second_pictures)[0].tolist()
         ]
         if pictures is not None:
-            reference, *distorted = (
+            reference, *distorted_images = (
                 picture(pictures / f"ex_{name}.png") for name in ("ref", "p0", "p1")
             )
             results[f"{trunk}_pictures"] = values = [
-                round(float(network(image, reference)), 4) for image in distorted
+                round(float(network(image, reference)), 4) for image in distorted_images
             ]
             say(
                 f"LPIPS {trunk} of ex_p0, ex_p1: {values} (documented {list(LPIPS_PICTURES[trunk])})"
@@ -419,7 +418,7 @@ def lpips(pictures: Path | None) -> dict[str, Any]:
 
 
 def picture(file: Path) -> Tensor:
-    """(1, 1, 3, H, W) in [0, 1]. UserError: it cannot be read."""
+    """A PNG as (1, 1, 3, H, W) in [0, 1]. UserError: it cannot be read."""
     try:
         with Image.open(file, formats=["PNG"]) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB")))

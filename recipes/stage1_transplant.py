@@ -20,7 +20,7 @@ from scd_sf.types import exit_on_user_error, say
 
 def main() -> None:
     cfg = from_command_line(TransplantConfig, __doc__ or "")
-    # a launcher may start several processes; one does the work
+    # of the processes of a launcher only one does the work
     if os.environ.get("RANK", "0") == "0":
         say(run_transplant(cfg))
 

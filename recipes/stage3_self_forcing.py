@@ -274,7 +274,7 @@ def build(
     """The three engines and the prompts, ready to train."""
     sampler, ranks = FewStepSampler(cfg.sampler.times), run.ranks
     if isinstance(prompts, LivePrompts):
-        prompts.load()  # before the engines: no other model may be built while ZeRO-3's is
+        prompts.load()  # before the engines: no other model may be built while ZeRO-3 builds its own
     if ranks.is_main:
         say(f"prompts: {prompts}")
 

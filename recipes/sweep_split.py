@@ -47,7 +47,8 @@ from scd_sf.tools.steps import Group, Step, chain, run_steps
 from scd_sf.types import UserError, as_cell, exit_on_user_error, say
 
 LEAVE_ONE_OUT = "leave-one-out"
-# of the demo's own split (10 and 4 of 12 layers), on one idle core
+# seconds of an update and block passes of the demo's own split (10 and 4 of 12 layers), on one idle
+# core
 UPDATE_SECONDS, DEMO_WORK = 0.8, 30
 
 
@@ -68,19 +69,19 @@ class Cut:
     def work(self) -> float:
         """Block passes of one training update in units of those of the demo's own split: two frames
         in the encoder, two noisy samples in the decoder, and the query in its early blocks."""
-        early = sum(layer in self.encoder for layer in self.decoder)
-        return (2 * len(self.encoder) + 2 * len(self.decoder) + early) / DEMO_WORK
+        early_layers = sum(layer in self.encoder for layer in self.decoder)
+        return (2 * len(self.encoder) + 2 * len(self.decoder) + early_layers) / DEMO_WORK
 
 
 def both_ends(depth: int, decoder: int) -> Cut:
     """A split whose decoder has ``decoder`` layers: copies of the first layers, and as many or one
     more of the last layers."""
-    early = decoder // 2
-    late = depth - (decoder - early)
-    return Cut(tuple(range(late)), (*range(early), *range(late, depth)))
+    first_copies = decoder // 2
+    last_start = depth - (decoder - first_copies)
+    return Cut(tuple(range(last_start)), (*range(first_copies), *range(last_start, depth)))
 
 
-def cuts(depth: int, proposed: Cut) -> dict[str, Cut]:
+def cuts(depth: int, probe_cut: Cut) -> dict[str, Cut]:
     """The splits of the sweep. UserError: too few layers to tell them apart."""
     size = depth // 3
     if size < 2:
@@ -90,7 +91,7 @@ def cuts(depth: int, proposed: Cut) -> dict[str, Cut]:
         "encoder-heavier": both_ends(depth, max(1, size // 2)),
         "decoder-heavier": both_ends(depth, 2 * size),
         "early / late": Cut(tuple(range(depth - size)), tuple(range(depth - size, depth))),
-        LEAVE_ONE_OUT: proposed,
+        LEAVE_ONE_OUT: probe_cut,
     }
 
 
@@ -171,7 +172,7 @@ def row_name(name: str, seed: int, steps: int) -> str:
 
 
 def in_pairs(steps: Sequence[Step]) -> list[Group]:
-    """Two at a time: one core each."""
+    """The steps in groups of two, for one core each."""
     return [list(steps[start : start + 2]) for start in range(0, len(steps), 2)]
 
 
@@ -183,12 +184,12 @@ def proposal(plan: Plan) -> Cut:
     val, cfg = LatentClips(plan.latents / "val"), LeaveOneOut(LossConfig(clips=plan.probe_clips))
     weights = sha256_folder(transformer_dir(plan.teacher), "*.safetensors")
     key = {"weights": weights, "data": val.hash, "settings": asdict(cfg.loss)}
-    current = (
+    is_current = (
         key_file.is_file()
         and read_json(key_file, f"remove {folder}") == json.loads(json.dumps(key))
         and config.is_file()
     )
-    if not current:
+    if not is_current:
         wan = load_wan(plan.teacher)
         say(f"leaving out each of {wan.cfg.num_layers} blocks in turn, {plan.probe_clips} clips")
         cond = val.prompts.conditioning([0])
