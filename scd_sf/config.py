@@ -5,9 +5,8 @@ override its defaults.
     "data.root=data/toy"])
 
 The schema is an ordinary (nested) dataclass with defaults; a field without a default is mandatory.
-Each dataclass may check itself in ``__post_init__`` with ``ValueError``. Every fault is
-one :class:`UserError` line that names the file or the argument, the key, and the nearest valid
-key.
+Each dataclass may check itself in ``__post_init__`` with ``ValueError``. Every fault is one
+:class:`UserError` line that names the file or the argument, the key, and the nearest valid key.
 
 Values are data: ``${..}`` and ``???`` are text. The type of the field says what a scalar means, so
 ``off`` is text for a text field and false for a truth value. Numbers are finite, integers fit into
@@ -325,7 +324,7 @@ def present_names(
                 old_name,
                 f"{source}: '{prefix}{old_name}={old_value}' is '{prefix}{name}={value}' now",
             )
-        present[name] = _present_below(hints.get(name), value, source, f"{prefix}{name}")
+        present[name] = _present_value(hints.get(name), value, source, f"{prefix}{name}")
     return present
 
 
@@ -347,14 +346,14 @@ def _note(schema: type[Any], name: str, text: str) -> None:
         say(_shorten(text, 300), sys.stderr)
 
 
-def _present_below(hint: object, value: object, source: str, key: str) -> object:
+def _present_value(hint: object, value: object, source: str, key: str) -> object:
     """A field's value, where it is a section or a list of sections, with present names."""
     nested, item = _dataclass_of(hint), _item_schema(hint)
     if nested is not None and isinstance(value, Mapping):
         return present_names(nested, value, source, f"{key}.")
     if item is not None and isinstance(value, list):
         return [
-            _present_below(item, part, source, f"{key}[{place}]")
+            _present_value(item, part, source, f"{key}[{place}]")
             for place, part in enumerate(value)
         ]
     return value
@@ -418,12 +417,12 @@ def _merge(
             )
 
 
-def _instantiate(schema: type[T], values: Tree, prefix: str, source: str, where: str) -> T:
+def _instantiate(schema: type[T], values: Tree, prefix: str, source: str, label: str) -> T:
     """The dataclass. An error of ``__post_init__`` names the section, a missing value the
     fields."""
     if names := _missing_names(values, prefix):
         raise UserError(
-            f"{where}: missing mandatory {', '.join(names)}; set it in the file or as {names[0]}=VALUE"
+            f"{label}: missing mandatory {', '.join(names)}; set it in the file or as {names[0]}=VALUE"
         )
     hints = _hints(schema)
     arguments: Tree = {}
@@ -433,7 +432,7 @@ def _instantiate(schema: type[T], values: Tree, prefix: str, source: str, where:
         arguments[name] = (
             value
             if nested is None or value is None
-            else _instantiate(nested, tree, f"{prefix}{name}.", source, where)
+            else _instantiate(nested, tree, f"{prefix}{name}.", source, label)
         )
     try:
         return schema(**arguments)
@@ -503,7 +502,7 @@ def _choice(value: object, choices: Sequence[object], key: str, source: str) -> 
     )
 
 
-def _scalar(text: str, kind: type[Any], where: str) -> object:
+def _scalar(text: str, kind: type[Any], label: str) -> object:
     """A scalar as ``str``, ``Path``, ``bool``, ``int`` or ``float``."""
     if kind in (str, Path) and (not is_null(text) or not isinstance(text, Bare)):
         return Path(text) if kind is Path else str(text)
@@ -512,19 +511,19 @@ def _scalar(text: str, kind: type[Any], where: str) -> object:
     digits = text.strip().replace("_", "")
     if kind is int and INTEGER.fullmatch(digits):
         if len(digits) > INTEGER_DIGITS or not -(2**63) <= int(digits) < 2**63:
-            raise UserError(f"{where} is {_show(text)}; it must fit into 64 bits")
+            raise UserError(f"{label} is {_show(text)}; it must fit into 64 bits")
         return int(digits)
     if kind is float and digits.lstrip("+-.").lower() in ("nan", "inf", "infinity"):
-        raise UserError(f"{where} is {_show(text)}; it must be a finite number")
+        raise UserError(f"{label} is {_show(text)}; it must be a finite number")
     if kind is float and len(digits) <= NUMBER_LETTERS and NUMBER.fullmatch(digits):
         if not math.isfinite(number := float(digits)):
-            raise UserError(f"{where} is {_show(text)}; it must be a finite number")
+            raise UserError(f"{label} is {_show(text)}; it must be a finite number")
         return number
-    raise _type_error(text, kind, where)
+    raise _type_error(text, kind, label)
 
 
-def _type_error(value: object, hint: object, where: str) -> UserError:
-    return UserError(f"{where} is {_show(value)} (expected {_name(hint)})")
+def _type_error(value: object, hint: object, label: str) -> UserError:
+    return UserError(f"{label} is {_show(value)} (expected {_name(hint)})")
 
 
 def _name(hint: object) -> str:

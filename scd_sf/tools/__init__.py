@@ -1,1 +1,1 @@
-"""What helps around the model: plans, data, prompts, runs, pages, chains of commands."""
+"""Tools around the model: plans, data, prompts, runs, pages, chains of commands."""

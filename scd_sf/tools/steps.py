@@ -1,5 +1,5 @@
-"""Run a chain of commands as one resumable job: what is finished is not run again, and the time
-left is shown.
+"""Run a chain of commands as one resumable job. Finished steps are not run again, and the time left
+is shown.
 
 A step is finished when its marker under ``<run>/.done`` holds exactly the command it was run with,
 and every file that it left is still there. What a step prints goes to ``<run>/logs/<step>.log``.
@@ -68,7 +68,7 @@ def chain(run: Path) -> Iterator[None]:
     files of others and no ``.done`` of a chain."""
     require_own_folder(run, (MARKERS,), AGAIN)
     with locked(run, "this chain"):
-        # before anything else: what a killed chain leaves is known as ours
+        # first, so that the folder of a killed chain is recognised
         (run / MARKERS).mkdir(exist_ok=True)
         try:
             yield
@@ -171,7 +171,7 @@ class _StepProcess:
 
 
 def _group_seconds(group: Group, at_once: int) -> float:
-    """Seconds that a group takes, about."""
+    """Estimated seconds of a group."""
     return max(
         *(step.seconds for step in group),
         sum(step.seconds for step in group) / min(at_once, len(group)),
@@ -228,7 +228,7 @@ def _marker(run: Path, step: Step) -> Path:
 
 @dataclass(frozen=True)
 class _Marker:
-    """What a finished step leaves under ``.done``."""
+    """Record of a finished step under ``.done``."""
 
     command: list[str]
     seconds: float

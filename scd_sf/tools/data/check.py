@@ -32,25 +32,25 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Report:
-    """Result of a check. ``clips``: number of whole ones. ``damaged``: file -> its fault.
-    ``stray``: temporary files. ``index``: faults of the index. ``missing``: ids of the last run's
-    clips that do not exist or are damaged."""
+    """Result of a check. ``clips``: number of whole ones. ``faults``: file -> its fault, in words.
+    ``index_faults``: of the index, in words. ``missing_ids``: ids of the last run's clips that do
+    not exist or are damaged."""
 
     clips: int = 0
     bytes: int = 0
-    damaged: dict[Path, str] = field(default_factory=dict)
-    stray: list[Path] = field(default_factory=list)
-    index: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    faults: dict[Path, str] = field(default_factory=dict)
+    temporary_files: list[Path] = field(default_factory=list)
+    index_faults: list[str] = field(default_factory=list)
+    missing_ids: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
-        """One line each; nothing where all is well. Temporary files are no problem: somebody may be
-        writing them."""
-        lines = [*self.damaged.values(), *self.index]
-        if self.missing:
+        """One line for each problem. Temporary files are none, because a process may be writing
+        them."""
+        lines = [*self.faults.values(), *self.index_faults]
+        if self.missing_ids:
             lines.append(
-                f"{len(self.missing)} clips that the last run wanted are missing, first {self.missing[0]}"
+                f"{len(self.missing_ids)} clips that the last run wanted are missing, first {self.missing_ids[0]}"
             )
         return lines
 
@@ -69,25 +69,27 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda count: 
         return Report(
             clips=len(clips), bytes=sum(file.stat().st_size for file in files_below(root))
         )
-    common, report, digests = read_folder_job(root), Report(), dict[str, str]()
+    common = read_folder_job(root)
+    report = Report()
+    digests: dict[str, str] = {}  # of whole clips
     for number, path in enumerate(files_of(root), 1):
         if is_part(path):
-            report.stray.append(path)
+            report.temporary_files.append(path)
         elif is_clip(root, path):
             _check_clip(path, common, full, report, digests)
         elif path.suffix != VIDEO:
-            report.damaged[path] = f"{path}: not a file of a clip"
+            report.faults[path] = f"{path}: not a file of a clip"
         elif not path.with_suffix(SUFFIX).is_file():
             # its latents were not written, or were damaged: it is made again
-            report.stray.append(path)
+            report.temporary_files.append(path)
         progress(number)
     report.clips = len(digests)
     if (root / WANTED).is_file():
         wanted_ids = [
             str(row.get("id")) for row in read_jsonl(root / WANTED, "run the generation again")
         ]
-        report.missing = sorted(set(wanted_ids) - set(digests))
-    report.index = _check_index(root, digests)
+        report.missing_ids = sorted(set(wanted_ids) - set(digests))
+    report.index_faults = _check_index(root, digests)
     return report
 
 
@@ -103,7 +105,7 @@ def _check_clip(
         elif full and video.is_file() and sha256_file(video) != header.about.video_sha256:
             fault = f"{video}: contents changed (sha256 differs from its latents' header)"
     if fault:
-        report.damaged[path] = fault
+        report.faults[path] = fault
     else:
         digests[path.stem] = header.about.sha256
         report.bytes += header.bytes
@@ -155,12 +157,12 @@ def repair(
 def _repair(root: Path, full: bool, progress: Progress) -> tuple[Report, int]:
     quarantine_of(root)  # before anything is read
     report = check(root, full=full, progress=progress)
-    for path in report.damaged:
+    for path in report.faults:
         quarantine(root, path)
         video = path.with_suffix(VIDEO)
         if path.suffix == SUFFIX and video.is_file() and not video.is_symlink():
             quarantine(root, video)
-    for path in report.stray:
+    for path in report.temporary_files:
         if is_part(path) and time.time() - path.stat().st_mtime > OLD_SECONDS:
             path.unlink(missing_ok=True)
     return report, index_clips(root) if report.clips else 0

@@ -34,7 +34,7 @@ def check_command(folder: Folder, full: Full = False) -> None:
         say(line)
     if len(report.problems) > SHOWN:
         say(f"... and {len(report.problems) - SHOWN} more")
-    stray = f", {len(report.stray)} temporary files" if report.stray else ""
+    stray = f", {len(report.temporary_files)} temporary files" if report.temporary_files else ""
     say(
         f"{folder}: {report.clips} clips whole, {report.bytes / 1e9:.3g} GB, {len(report.problems)} problems{stray}"
     )
@@ -47,9 +47,9 @@ def repair_command(folder: Folder, full: Full = False) -> None:
     temporary files; index."""
     with progress_of("files") as progress:
         report, count = repair(folder, full=full, progress=progress)
-    for fault in report.damaged.values():
+    for fault in report.faults.values():
         say(f"moved to quarantine: {fault}")
-    say(f"{folder}: {len(report.damaged)} files moved, {count} clips in the index")
+    say(f"{folder}: {len(report.faults)} files moved, {count} clips in the index")
 
 
 @app.command()

@@ -36,7 +36,7 @@ Shape = tuple[int, int, int]  # channels, height, width of a latent frame
 
 
 class AnyClip(Protocol):
-    """What clips of pixels and of latents have in common."""
+    """The common attributes of clips of pixels and of latents."""
 
     @property
     def id(self) -> str: ...
@@ -103,9 +103,9 @@ class EncodeConfig:
 
 @dataclass
 class EncodeReport:
-    """Result for a source: ``clips`` listed, ``good`` ones and their ``frames`` in this run,
-    ``before``: done by an earlier run; ``bad``: what is left out and why. Seconds are of this
-    run."""
+    """Result for a source. ``clips``: how many it lists. ``before``: clips of earlier runs.
+    ``good``, ``frames``, ``seconds``: of this run. ``bad``: the clips that are left out, with
+    reasons."""
 
     clips: int
     before: int = 0
@@ -115,7 +115,7 @@ class EncodeReport:
     bad: list[Refused] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """As JSON. UserError where another file has this name."""
+        """Write the report as JSON. UserError where another file has this name."""
         check_report(path)
         bad = [
             {"name": printable(part.name), "reason": printable(part.reason)} for part in self.bad

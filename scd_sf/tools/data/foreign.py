@@ -280,7 +280,7 @@ def _check_row_groups(path: Path, metadata: Any) -> None:
 
 
 def _row_group(path: Path, file: Any, group: int) -> Iterator[Part]:
-    """Its rows, one at a time."""
+    """The rows of a row group, one at a time."""
     name = f"{path}[{group}]"
     try:
         with foreign("damaged", COPY):

@@ -222,8 +222,8 @@ class _Target:
             write_bytes(path, data)
 
     def _common(self, shape: tuple[int, ...], dtype: torch.dtype) -> Common:
-        """What all clips have in common; the first one begins the folder. ValueError where the
-        model is another's."""
+        """The common record of all clips. The first clip begins the folder. ValueError where its
+        latents do not fit the model's VAE."""
         if self.common is None:
             geometry = self.vae.geometry
             if len(shape) != 4 or shape[1] != geometry.channels:

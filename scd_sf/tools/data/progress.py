@@ -41,7 +41,7 @@ def progress_of(
             task = bar.add_task(label, total=total, completed=start)
             yield lambda count: bar.update(task, completed=count)
         return
-    began = printed_at = time.monotonic()
+    start_time = printed_at = time.monotonic()
 
     def line(count: int) -> None:
         nonlocal printed_at
@@ -53,7 +53,7 @@ def progress_of(
             say(f"{label} {count}")
         else:
             say(
-                f"{label} {count}/{total}, {(now - began) / max(1, count - start) * (total - count):.0f} s left"
+                f"{label} {count}/{total}, {(now - start_time) / max(1, count - start) * (total - count):.0f} s left"
             )
 
     yield line

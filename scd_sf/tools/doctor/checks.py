@@ -306,7 +306,7 @@ def tokens() -> Findings:
 
 
 def hugging_face_home() -> Path:
-    """Where huggingface_hub keeps its files."""
+    """The folder in which huggingface_hub keeps its files."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME)
@@ -346,7 +346,7 @@ def _attends(backend: SDPBackend, cuda: bool) -> bool:
 
 
 def video() -> Findings:
-    """A few frames to H.264 and back through PyAV."""
+    """Write and read a few frames of H.264 with PyAV."""
     import av
 
     from scd_sf.data.clips import read_video, write_video

@@ -2,8 +2,8 @@
 
 A folder is what ``scd sample`` (recipes/sample.py, vbench_eval/sample.py) writes: ``manifest.json``
 with settings and every video's prompt and seed; of an unfinished run the records under ``.done``.
-What they say is not trusted: files must lie in their folder, text is text, and only MP4 is opened.
-A video that is not there or cannot be read stays a place on the page, marked.
+Their contents are not trusted: files must lie in their folder, and only MP4 is opened. A video that
+is missing or cannot be read gets a mark on the page.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read_folder(root: Path, name: str = "") -> Folder:
     fps = manifest.settings.get("fps")
     if not isinstance(fps, int | float) or not 0 < fps <= FASTEST:
         raise UserError(f"{root / INDEX}: settings.fps is {fps!r}, not frames per second; {REMEDY}")
-    entries = {**_finished(root), **manifest.videos}
+    entries = {**_record_entries(root), **manifest.videos}
     order = sorted(
         entries, key=lambda file: (entries[file].prompt_index, entries[file].sample, file)
     )
@@ -109,7 +109,7 @@ def read_folder(root: Path, name: str = "") -> Folder:
     return Folder(name or root.resolve().name, _facts(manifest.settings), float(fps), videos)
 
 
-def _finished(root: Path) -> dict[str, Entry]:
+def _record_entries(root: Path) -> dict[str, Entry]:
     """Records of a run's videos by file, also of those that its manifest does not list yet."""
     records = root / DONE
     files = [file for file in files_below(records) if file.suffix == ".json"]
@@ -196,7 +196,8 @@ def _sample(folder: Folder, video: Video, prompt: int) -> Sample:
     entry = video.entry
     facts = {} if entry.seed is None else {"seed": str(entry.seed)}
     facts |= {"sample": str(entry.sample), "file": printable(video.name)}
-    facts |= {"start": entry.start} if entry.start else {}
+    if entry.start:
+        facts["start"] = entry.start
     facts |= {name: folder.facts[name] for name in SHORT if name in folder.facts}
     if checkpoint := folder.facts.get("checkpoint"):
         facts["checkpoint"] = Path(checkpoint).name

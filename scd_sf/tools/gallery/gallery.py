@@ -42,7 +42,7 @@ def build_gallery(
     *,
     fps: float,
 ) -> Path:
-    """Write the gallery and return its path; the file appears whole or not at all.
+    """Write the gallery and return its path. The file appears whole or not at all.
 
     ``videos[row name]`` holds (index into ``prompts``, frames (F, 3, H, W) as uint8 or float from 0
     to 1); a row may have no videos, a prompt may miss some rows, and one row may show several
@@ -63,7 +63,8 @@ def build_gallery(
         samples: list[Sample] = []
         for row in rows:
             facts = {"sampler": row.sampler, "steps": str(row.steps)} if row.steps else {}
-            facts |= {"seed": str(row.seed)} if row.seed is not None else {}
+            if row.seed is not None:
+                facts["seed"] = str(row.seed)
             for index, frames in videos.get(row.name, ()):
                 file = Path(folder) / f"{len(samples)}.mp4"
                 try:

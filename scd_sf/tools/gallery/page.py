@@ -1,5 +1,4 @@
-"""The gallery's page: models' videos side by side per prompt, as one HTML file or a folder; nothing
-else is loaded.
+"""The gallery's page: models' videos side by side per prompt, as one HTML file or a folder.
 
 The page opens from the disk (``file://``). Style and script are inline and allowed by their hashes
 in a Content-Security-Policy that forbids everything else but the page's own videos. All text goes
@@ -58,7 +57,7 @@ class Sample:
 
     @property
     def brief(self) -> str:
-        """The facts that stand under a video without being asked for."""
+        """The facts that are always shown under a video."""
         steps = f"{self.facts['steps']} steps" if "steps" in self.facts else ""
         seed = f"seed {self.facts['seed']}" if "seed" in self.facts else ""
         return " · ".join(part for part in (steps, self.facts.get("sampler", ""), seed) if part)
@@ -131,8 +130,8 @@ def _write_file(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
 
 
 def _write_folder(page: Page, out: Path, names: Mapping[Path, str]) -> Path:
-    """The page first, so that the folder is known as ours; its videos; then without those of an
-    earlier page."""
+    """Write the page, then its videos, and remove those of an earlier page. The page comes first,
+    so that the folder is recognised as a gallery."""
     with new_file(out / INDEX) as part, part.open("w", encoding="utf-8") as text:
         text.writelines(render(page, names, single=False))
     (out / VIDEOS).mkdir(exist_ok=True)

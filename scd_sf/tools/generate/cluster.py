@@ -2,10 +2,10 @@
 or its node dies.
 
 The actors run the same :class:`Maker` as a launcher's ranks, each with a whole teacher. Ray knows
-who is alive; whatever a dead worker was at is given to another one. That is safe because a clip's
-file is named by its content and appears whole: done twice is done once. All nodes need this package
-and must see ``model``, ``out`` and ``text_cache``. Ray runs what anybody sends to its ports: keep a
-cluster in a closed network.
+which workers live, and the task of a dead one is given to another. That is safe because a clip's
+file is named by its content and appears whole. All nodes need this package and must see ``model``,
+``out`` and ``text_cache``. Ray runs any code that is sent to its ports, so keep a cluster in a
+closed network.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Worker:
         return []
 
     def make(self, *unit: Spec) -> list[str]:
-        """A unit, where anything of it is missing."""
+        """Make a unit, unless all its clips exist."""
         return self.maker.make(unit) if missing(self.maker.root, self.maker.common, unit) else []
 
 
@@ -93,7 +93,7 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
 
 
 class Pool:
-    """Actors of :class:`Worker`, as many as the cluster has room for, and the tasks they are at."""
+    """Actors of :class:`Worker`, as many as the cluster has room for, and their current tasks."""
 
     def __init__(self, cfg: GenerateConfig, ray: Any) -> None:
         self.cfg, self.ray = cfg, ray
@@ -116,7 +116,9 @@ class Pool:
         UserError when a task's workers died more than ``cluster.retries`` times, or too much could
         not be done.
         """
-        queue, losses, problems = deque(range(len(tasks))), Counter[int](), list[str]()
+        queue = deque(range(len(tasks)))
+        losses = Counter[int]()
+        problems: list[str] = []
         count = 0
         with progress_of(label, len(tasks), 0) as progress:
             while count < len(tasks):
@@ -141,19 +143,21 @@ class Pool:
     def _grow(self, queue_length: int) -> None:
         """Start actors where the cluster has room: at the beginning, for a dead one, on a new
         node."""
-        worker_count, limit = (
-            len(self.idle) + len(self.running),
-            self.cfg.cluster.workers or self._room(),
-        )
+        worker_count = len(self.idle) + len(self.running)
+        limit = self.cfg.cluster.workers or self._room()
         for _ in range(min(limit - worker_count, queue_length - len(self.idle))):
             actor = self._actor.remote(self.cfg)
             self.running[actor.ready.remote()] = (actor, -1)
 
     def _room(self) -> int:
+        """How many workers the cluster's GPUs and CPUs allow."""
         resources = self.ray.cluster_resources()
-        room = [resources.get("GPU", 0) // self._gpus] if self._gpus else []
-        room += [resources.get("CPU", 0) // self.cfg.cluster.cpus] if self.cfg.cluster.cpus else []
-        return int(min(room))
+        rooms = []
+        if self._gpus:
+            rooms.append(resources.get("GPU", 0) // self._gpus)
+        if self.cfg.cluster.cpus:
+            rooms.append(resources.get("CPU", 0) // self.cfg.cluster.cpus)
+        return int(min(rooms))
 
     def _answers(self) -> list[tuple[Any, int, list[str] | str]]:
         """(actor, task, answer) of each call that ended meanwhile. For a dead actor the answer is
@@ -182,8 +186,8 @@ class Pool:
             f"a worker died {'at its task' if number >= 0 else 'while it came up'}; its work is given to another"
         )
         if losses[number] > limit:
-            where = f"at the same task ({number})" if number >= 0 else "while they came up"
+            occasion = f"at the same task ({number})" if number >= 0 else "while they came up"
             raise UserError(
-                f"cluster: workers died {losses[number]} times {where} (out of memory?); see 'ray logs', or raise "
+                f"cluster: workers died {losses[number]} times {occasion} (out of memory?); see 'ray logs', or raise "
                 f"cluster.retries. Ray says: {reason}"
             )

@@ -236,9 +236,9 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
         if problems := [name for name in ("then", "start") if getattr(row, name)] or (
             [] if row.prompt else ["no prompt"]
         ):
-            where = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
+            place = f"{cfg.prompt_file}: row" if cfg.prompt_file else "prompts: number"
             raise UserError(
-                f"{where} {number} ({row.prompt[:60]!r}) has {' and '.join(problems)}; a teacher's clip takes a prompt "
+                f"{place} {number} ({row.prompt[:60]!r}) has {' and '.join(problems)}; a teacher's clip takes a prompt "
                 "alone: correct it"
             )
         first_seed = cfg.seed if row.seed is None else row.seed

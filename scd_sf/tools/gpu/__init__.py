@@ -1,2 +1,1 @@
-"""`make gpu`: what a single GPU shows of this project in ten minutes, in parts that do not depend
-on each other."""
+"""`make gpu`: independent measurements of this project on one GPU, in ten minutes."""

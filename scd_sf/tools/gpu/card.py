@@ -115,7 +115,7 @@ def _driver() -> str:
 
 
 def speed_row(card: Card) -> GpuRow:
-    """What the card reaches by itself in bf16: one large matmul, attention over Wan's tokens,
+    """A row with the card's own speed in bf16: a large matmul, attention over Wan's tokens,
     copying."""
 
     def measure() -> Figures:

@@ -35,7 +35,8 @@ TOY = ["train.steps=2", "train.global_batch=2", "train.micro_batch=2", "train.va
 
 @dataclass(frozen=True)
 class GpuChain:
-    """``work``: where everything lands; ``latents``: the demo's encoded clips."""
+    """The demo's stages 2 and 3. ``work``: folder of all outputs; ``latents``: the demo's encoded
+    clips."""
 
     card: Card
     work: Path

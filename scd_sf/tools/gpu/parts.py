@@ -117,7 +117,7 @@ class GpuRecord:
 
     @staticmethod
     def blank(part: Part) -> Figures:
-        """A part that nothing has been measured of."""
+        """An empty part."""
         about = {"title": part.title, "budget_seconds": part.seconds, "seconds": 0.0}
         return about | {"rows": {}, "left_out": [], "running": None, "error": None}
 
@@ -151,17 +151,19 @@ def measure_rows(
 ) -> int:
     """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every
     row; ``only``: rows whose names contain it. Returns the process's exit code."""
-    start, rows, content = time.monotonic(), part.rows(), record.part(part)
+    start = time.monotonic()
+    rows = part.rows()
+    content = record.part(part)
     names = [row.name for row in rows]
     # others are no rows any more
     results = {name: row for name, row in content["rows"].items() if name in names}
-    left_out = [name for name in content["left_out"] if name in names and only not in name]
+    skipped_names = [name for name in content["left_out"] if name in names and only not in name]
     record.put(part, {"rows": results})
     for row in rows:
         if row.name in results or only not in row.name:
             continue
         if time.monotonic() - start >= seconds:
-            left_out.append(row.name)
+            skipped_names.append(row.name)
             continue
         record.put(part, {"running": row.name})
         say(f"{row.name} ..")
@@ -175,7 +177,7 @@ def measure_rows(
         say(f"{row.name}: {figures.get('error', 'measured')} ({row_seconds:.1f} s)")
         if fatal:
             return AGAIN
-    record.put(part, {"left_out": left_out})
+    record.put(part, {"left_out": skipped_names})
     return 0
 
 

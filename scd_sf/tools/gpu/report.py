@@ -75,7 +75,7 @@ def _toy(document: Figures) -> bool:
 
 
 def _fastest(part: Figures) -> Iterator[str]:
-    """Of part 2: each model's best at 4 steps, with the VAE."""
+    """One sentence for each model of part 2: its best speed at 4 steps, with the VAE."""
     best_lines: dict[str, Figures] = {}
     for row in part["rows"].values():
         for line in row.get("lines", []):

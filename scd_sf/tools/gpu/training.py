@@ -1,5 +1,5 @@
-"""Part 3: an update of stage 2 and a cycle of stage 3 at full size on one rank, beside what `scd
-plan` says of them."""
+"""Part 3: an update of stage 2 and a cycle of stage 3 at full size on one rank, beside the
+figures of `scd plan`."""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ def _model(config: ModelConfig, ranks: Ranks) -> Student | Wan:
 def _engine(module: nn.Module, job: PlanJob, cfg: EngineConfig, ranks: Ranks) -> Engine:
     model = module.model if isinstance(module, StepModule) else module
     assert isinstance(model, Student | Wan)
-    for trunk in [model.trunk] if isinstance(model, Wan) else model.trunks():
+    trunks = [model.trunk] if isinstance(model, Wan) else model.trunks()
+    for trunk in trunks:
         trunk.checkpointing = job.cfg.checkpointing
         trunk.recompute_attention = job.cfg.recompute_attention
     train = job.cfg.train

@@ -120,16 +120,14 @@ class Budget:
     def offloaded(self) -> int:
         """Host memory of one process that offload keeps: optimizers' states, the teacher's
         weights."""
-        counts, engines, world = self.counts, self.job.engines(), self.cluster.world
+        engines, world = self.job.engines(), self.cluster.world
         states = sum(
-            host_state(counts[r], engines[r], world, averages=self.job.averages)
-            for r in self.trained_roles
+            host_state(self.counts[role], engines[role], world, averages=self.job.averages)
+            for role in self.trained_roles
         )
-        return states + (
-            frozen_on_host(counts["teacher"], engines["teacher"], world)
-            if "teacher" in counts
-            else 0
-        )
+        if "teacher" in self.counts:
+            states += frozen_on_host(self.counts["teacher"], engines["teacher"], world)
+        return states
 
     @property
     def host(self) -> int:
@@ -240,12 +238,9 @@ def _changes(job: PlanJob) -> list[Change]:
     ]
     encode = "data_prep/encode_prompts.py first, and prompts=ITS OUTPUT (about 1 MB a prompt on the disk)"
     changes.append((encode, lambda job: replace(job, text_parameters=0), False))
-    names = (
-        {"student": "engine"}
-        if job.stage == 2
-        else {"teacher": "teacher_engine", "critic": "critic_engine"}
-    )
-    names |= {"student": "student_engine"} if job.stage == 3 else {}
+    names = ["engine"]
+    if job.stage == 3:
+        names = ["teacher_engine", "critic_engine", "student_engine"]
     steps: list[tuple[str, dict[str, object]]] = [
         ("backend=deepspeed", {"backend": "deepspeed", "zero_stage": 2}),
         ("dtype=bf16", {"dtype": "bf16"}),
@@ -253,7 +248,7 @@ def _changes(job: PlanJob) -> list[Change]:
         ("offload=true", {"offload": True}),
     ]
     for text, values in steps:
-        for name in names.values():
+        for name in names:
             if name == "teacher_engine" and "zero_stage" in text:
                 continue
             changes.append(

@@ -65,7 +65,8 @@ class Meter(TorchDispatchMode):
                 self._cache[key] = (spec, flops)
         if flops:
             self.by_operator[func.overloadpacket.__name__] += flops
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._add(tensor)
         self.peak = max(self.peak, self.live)

@@ -96,7 +96,9 @@ class Stage3:
         shape: VideoShape,
         text_tokens: int,
     ) -> None:
-        self.cfg, self.shape, self.text_tokens = cfg, shape, text_tokens
+        self.cfg = cfg
+        self.shape = shape
+        self.text_tokens = text_tokens
         self.sampler = FewStepSampler(cfg.sampler.times)
         self.student = student_of(
             model,

@@ -44,8 +44,8 @@ def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
         file = next((out / name for name in (SETTINGS, REPORT) if (out / name).is_file()), None)
         if file is not None:
             content = read_json(file, REMEDY)
-            stored = content if file.name == SETTINGS else content.get("settings")
-            stored_settings = stored if isinstance(stored, dict) else {}
+            raw_settings = content if file.name == SETTINGS else content.get("settings")
+            stored_settings = raw_settings if isinstance(raw_settings, dict) else {}
             plain = json.loads(json.dumps(settings))  # tuples as the lists that files hold
             if changed_names := [
                 name for name in plain if stored_settings.get(name) != plain[name]

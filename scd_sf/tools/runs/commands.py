@@ -142,7 +142,9 @@ def compare_runs(
 ) -> None:
     """Runs side by side, aligned by step: last values, means, and the first step whose values are
     not bit-equal."""
-    console, left, is_different = _console(), read_curve(reference), False
+    console = _console()
+    left = read_curve(reference)
+    is_different = False
     for other in others:
         right = read_curve(other)
         steps = [step for step in left.steps if step in right.steps]
@@ -160,9 +162,8 @@ def compare_runs(
             console.print(
                 as_cell(f"only in b: {', '.join(name[:60] for name in only[:MOST_METRICS])}")
             )
-        is_different |= tolerance is not None and any(
-            item.exceeds(tolerance) for item in differences
-        )
+        if tolerance is not None and any(item.exceeds(tolerance) for item in differences):
+            is_different = True
     if is_different:
         console.print(Text(f"different: beyond tolerance {tolerance}", "bold red"))
         raise typer.Exit(1)
@@ -225,20 +226,22 @@ def _facts(view: RunView) -> list[tuple[str, str | Text]]:
                 f"{seconds:.3g} s/step, {3600 / seconds:.4g} steps/h (median of the last 100)",
             )
         )
-    facts += [("checkpoint", _checkpoint_text(saved)) for saved in reversed(view.checkpoints)]
-    last_steps = ", ".join(str(step) for step in view.skipped[-10:])
+    facts += [
+        ("checkpoint", _checkpoint_text(checkpoint)) for checkpoint in reversed(view.checkpoints)
+    ]
+    last_steps = ", ".join(str(step) for step in view.skipped_steps[-10:])
     facts.append(
         (
             "skipped",
-            f"updates: {len(view.skipped)}, the last at step {last_steps}"
+            f"updates: {len(view.skipped_steps)}, the last at step {last_steps}"
             if last_steps
             else "no update",
         )
     )
-    silent = {beat.rank for beat in view.silent}
+    silent_numbers = {beat.rank for beat in view.silent_ranks}
     for beat in view.heartbeats:
         line = f"rank {beat.rank}: {describe_age(beat.age)} ago, step {beat.step}, pid {beat.pid} on {beat.host[:60]}"
-        is_silent = beat.rank in silent
+        is_silent = beat.rank in silent_numbers
         facts.append(
             ("heartbeat", Text(printable(f"{line} - STALE"), "bold red") if is_silent else line)
         )
@@ -254,11 +257,10 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, objec
     """Dotted keys of a nested config."""
     rows: list[tuple[str, object]] = []
     for key, value in tree.items():
-        rows += (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else [(f"{prefix}{key}", value)]
-        )
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value))
     return rows
 
 
@@ -289,6 +291,6 @@ def _checkpoint_text(checkpoint: SavedStep) -> Text:
 
 
 def _console() -> Console:
-    """On a terminal its own width; into a file or pipe wide enough that nothing is cut."""
+    """A console of the terminal's width, or 160 characters wide for a file or pipe."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)

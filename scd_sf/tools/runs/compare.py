@@ -1,5 +1,5 @@
-"""Two curves side by side, step by step: are they the same to the last bit, and if not, where and
-by how much.
+"""Two curves compared step by step: whether they are bit-equal, and where and by how much they
+differ.
 
 A step counts as different beyond ``tolerance`` when |a - b| > tolerance * max(1, |a|): absolute for
 values below 1, relative above. Two nan are equal; nan and a number differ by infinity.
@@ -24,11 +24,11 @@ Series = Sequence[tuple[int, float]]  # (step, value)
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of two curves over their common steps (``count``); all zero or None when the
-    values are identical.
+    """One metric of two curves over their common steps, of which there are ``count``.
 
-    ``worst``: largest |a - b|, at step ``worst_at``; ``first``: first step whose values are not
-    bit-equal; ``excess``: largest |a - b| / max(1, |a|), what a tolerance is held against.
+    ``worst``: largest |a - b|, at step ``worst_at``. ``first``: first step whose values are not
+    bit-equal. ``excess``: largest |a - b| / max(1, |a|), which is compared with the tolerance. All
+    are zero or None when the values are identical.
     """
 
     metric: str

@@ -69,18 +69,17 @@ class RunView:
     """The contents of a run's files. ``age``: seconds since the last line of its metrics, None
     before the first.
 
-    ``reason`` explains ``state``: why it stopped, which rank is ``silent`` (of its last job; the
-    longest silent first).
-    """
+    ``reason`` explains ``state``: why it stopped, which rank is in ``silent_ranks`` (of its last
+    job; the longest silent first)."""
 
     path: Path
     config: Mapping[str, object]
     curve: Curve
     checkpoints: list[SavedStep]
     origin: Mapping[str, object]
-    skipped: list[int]
+    skipped_steps: list[int]
     heartbeats: list[Heartbeat]
-    silent: list[Heartbeat]
+    silent_ranks: list[Heartbeat]
     age: float | None
     state: State
     reason: str
@@ -130,7 +129,9 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
         raise UserError(
             f"{path}: no run directory (no {METRICS}, no config.yaml with checkpoints); see 'scd runs ls'"
         )
-    curve, config, status = read_tail(path / METRICS), _config(path), _status(path)
+    curve = read_tail(path / METRICS)
+    config = _config(path)
+    status = _status(path)
     store = Checkpoints(path / "checkpoints")
     folders = {step: store.path(step) for step in store.steps()}
     checkpoints = [SavedStep(step, sizes_agree(folder)) for step, folder in folders.items()]
@@ -144,9 +145,9 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
         curve=curve,
         checkpoints=checkpoints,
         origin=_origin(folders),
-        skipped=_skipped_steps(path),
+        skipped_steps=_skipped_steps(path),
         heartbeats=heartbeats,
-        silent=[],
+        silent_ranks=[],
         age=age,
         state="running",
         reason="",
@@ -162,26 +163,33 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
     patience = stale_after or max(
         SILENT_SECONDS, 3 * interval if isinstance(interval, float | int) else 0.0
     )
-    silent = sorted(
+    silent_ranks = sorted(
         (beat for beat in heartbeats if beat.age > patience), key=lambda beat: -beat.age
     )
     moments = [moment for moment in (last_time, start) if moment is not None]
     stuck = stale_after or max(
         STUCK_SECONDS if heartbeats else SILENT_SECONDS, 10 * (curve.seconds_per_step() or 0.0)
     )
-    reason = _trouble(heartbeats, silent, max(0.0, now - max(moments)) if moments else None, stuck)
-    return replace(view, silent=silent, state="stale" if reason else "running", reason=reason)
+    reason = _trouble(
+        heartbeats, silent_ranks, max(0.0, now - max(moments)) if moments else None, stuck
+    )
+    return replace(
+        view, silent_ranks=silent_ranks, state="stale" if reason else "running", reason=reason
+    )
 
 
 def _trouble(
-    heartbeats: list[Heartbeat], silent: list[Heartbeat], standstill: float | None, stuck: float
+    heartbeats: list[Heartbeat],
+    silent_ranks: list[Heartbeat],
+    standstill: float | None,
+    stuck: float,
 ) -> str:
     """Why a run that is not over counts as stale; empty when it does not."""
-    if silent and len(silent) < len(heartbeats):
-        beat = silent[0]
+    if silent_ranks and len(silent_ranks) < len(heartbeats):
+        beat = silent_ranks[0]
         return f"rank {beat.rank} on {beat.host} silent for {describe_age(beat.age)} (step {beat.step})"
-    if silent:
-        return f"no sign of life for {describe_age(min(beat.age for beat in silent))}"
+    if silent_ranks:
+        return f"no sign of life for {describe_age(min(beat.age for beat in silent_ranks))}"
     if standstill is None:
         return "" if heartbeats else "no sign of life"
     if standstill > stuck:

@@ -34,11 +34,10 @@ READ = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 
 
 class SeededChoice:
-    """Makes greedy decoding draw: the largest of log-probability + Gumbel noise is a sample of the
-    distribution.
+    """Adds Gumbel noise to log-probabilities, so that greedy decoding draws a sample.
 
-    Every row has a generator of its own, so a prompt's answer is not a matter of its neighbours in
-    the batch.
+    Every row has a generator of its own, so a prompt's answer does not depend on the others in the
+    batch.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:

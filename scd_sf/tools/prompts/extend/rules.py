@@ -85,6 +85,6 @@ def refusal(answer: Answer, gates: Gates) -> str:
 
 
 def seed_of(seed: int, name: str, attempt: int) -> int:
-    """The seed of one attempt at one prompt (31 bits, which every server takes): a matter of its id
-    alone."""
+    """The seed of one attempt at one prompt, which depends on the prompt's id and not on its place.
+    It has 31 bits, which every server takes."""
     return int.from_bytes(place_digest(seed, name, attempt), "big") >> 33

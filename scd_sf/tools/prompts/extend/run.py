@@ -94,7 +94,7 @@ class Writer(Protocol):
     """A language model."""
 
     def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Answer]:
-        """One answer per prompt, a matter of the prompt and its seed."""
+        """One answer per prompt, which depends on the prompt and its seed alone."""
         ...
 
 

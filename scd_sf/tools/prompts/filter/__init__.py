@@ -1,2 +1,1 @@
-"""From lists of users' prompts to clean, safe, English, different ones. No model but language
-id."""
+"""Filters for lists of users' prompts. The only model is language identification."""

@@ -36,7 +36,7 @@ CHUNK = 10_000  # texts a process gets at a time
 NSFW_REPORTED = (0.05, 0.2, 0.5)
 ALWAYS_ALLOWED = 10  # rows that cannot be read
 VIDPROM_LICENCE = "CC BY-NC 4.0 (VidProM)"
-Refused = list[tuple[int, str, float]]  # index, language, score
+Refusals = list[tuple[int, str, float]]  # index, language, score
 More = Mapping[int, Mapping[str, object]]  # row -> what its example says besides
 
 
@@ -155,17 +155,19 @@ class Chain:
             bad.count and not rows
         ):
             raise UserError(
-                f"{bad.count} of {rows + bad.count} rows cannot be read; the first: {bad.first}"
+                f"{bad.count} of {rows + bad.count} rows cannot be read; the first: {bad.first_problem}"
             )
         if not rows:
             raise UserError(f"inputs: {', '.join(cfg.inputs)}: no prompt in it")
-        counts = {"rows that cannot be read": bad.count, "first": bad.first} if bad.count else {}
+        counts = (
+            {"rows that cannot be read": bad.count, "first": bad.first_problem} if bad.count else {}
+        )
         names = [Path(path).name for path in cfg.inputs]
         self.steps.append(
             FilterStep("parse", rows + bad.count, rows, {"inputs": names}, counts, [])
         )
         if bad.count:
-            say(f"left out: {bad.count} rows that cannot be read; the first: {bad.first}")
+            say(f"left out: {bad.count} rows that cannot be read; the first: {bad.first_problem}")
         changed_count = rows - self.table["original"].null_count()
         self.steps.append(FilterStep("clean", rows, rows, {}, {"changed": changed_count}, []))
 
@@ -180,8 +182,8 @@ class Chain:
         self._drop(
             "nsfw", is_nsfw, settings, counts if scored_count else {"not applied": "no scores"}
         )
-        length_fits = clean.words(text).is_between(cfg.min_words, cfg.max_words)
-        self._drop("length", ~length_fits, {"words": [cfg.min_words, cfg.max_words]})
+        has_length = clean.words(text).is_between(cfg.min_words, cfg.max_words)
+        self._drop("length", ~has_length, {"words": [cfg.min_words, cfg.max_words]})
         few_letters = (clean.letter_share(text) < cfg.letters) | clean.long_run(text, cfg.run)
         self._drop("letters", few_letters, {"share": cfg.letters, "longest run": cfg.run})
 
@@ -280,8 +282,8 @@ class Chain:
 
 @contextmanager
 def processes(
-    work: Callable[[list[str]], Refused], parts: Iterable[list[str]], count: int
-) -> Iterator[Iterator[Refused]]:
+    work: Callable[[list[str]], Refusals], parts: Iterable[list[str]], count: int
+) -> Iterator[Iterator[Refusals]]:
     """``work`` of every part, in order, from ``count`` processes (0: one per core that this process
     may use).
 

@@ -1,5 +1,4 @@
-"""What a prompt is after cleaning, and its measures: polars expressions, computed in polars'
-threads.
+"""Cleaning of prompts and their measures, as polars expressions.
 
 Pika's bot takes flags inside a prompt (``-gs 16 -motion 2 -camera zoom in -ar 16:9 -fps 24 -seed 7
 -neg blurry``); Discord adds mentions and emoji codes. Neither describes a video.
@@ -44,7 +43,7 @@ def cleaned(prompt: pl.Expr) -> pl.Expr:
 
 
 def words(text: pl.Expr) -> pl.Expr:
-    """How many words a cleaned text has: blanks are single."""
+    """Number of words of a cleaned text, in which blanks are single."""
     import polars as pl
 
     return pl.when(text == "").then(0).otherwise(text.str.count_matches(" ", literal=True) + 1)
@@ -82,6 +81,6 @@ def long_run(text: pl.Expr, longest: int) -> pl.Expr:
 
 
 def key(text: pl.Expr) -> pl.Expr:
-    """What two prompts must share to be the same prompt: lower case, words only."""
+    """Key of exact duplicates: the words of a prompt in lower case."""
     plain = text.str.to_lowercase().str.replace_all(_NOT_WORD, " ")
     return plain.str.replace_all(_BLANKS, " ").str.strip_chars()

@@ -37,11 +37,11 @@ class BadRows:
     """Rows that were left out: how many, and what is wrong with the first of them."""
 
     count: int = 0
-    first: str = ""
+    first_problem: str = ""
 
     def add(self, problem: str, count: int = 1) -> None:
         self.count += count
-        self.first = self.first or problem
+        self.first_problem = self.first_problem or problem
 
 
 def find_list(path: Path) -> Path:
@@ -100,9 +100,9 @@ def _without_bad(table: pl.DataFrame, path: Path, bad: BadRows) -> pl.DataFrame:
     if mask.any():
         index = int(mask.arg_true()[0])
         name = next(name for name in faults if fault_table[name][index])
-        where = f"{path}: row {table['row'][index]}: '{name}' is {table[name][index]!r}"
+        place = f"{path}: row {table['row'][index]}: '{name}' is {table[name][index]!r}"
         bad.add(
-            f"{where}, not a {'name' if name == 'uuid' else 'number from 0 to 1'}", int(mask.sum())
+            f"{place}, not a {'name' if name == 'uuid' else 'number from 0 to 1'}", int(mask.sum())
         )
     return table.filter(~mask).with_columns(pl.col("prompt", "time").fill_null(""))
 
@@ -152,25 +152,25 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
         reader = csv.reader(file, strict=True)
         next(reader)
         for number in range(1, sys.maxsize):
-            where = f"{path}: row {number} (line {reader.line_num + 1})"
+            place = f"{path}: row {number} (line {reader.line_num + 1})"
             try:
                 fields = next(reader, None)
             except csv.Error as error:
                 raise UserError(
-                    f"{where}: quotes do not match ({error}); correct or remove it"
+                    f"{place}: quotes do not match ({error}); correct or remove it"
                 ) from error
             if fields is None:
                 return
             row = dict(zip(names, fields, strict=False))
             if len(fields) != len(names):
-                bad.add(f"{where}: {len(fields)} columns instead of {len(names)}")
+                bad.add(f"{place}: {len(fields)} columns instead of {len(names)}")
             elif not "".join(fields).isprintable() and _has_surrogates("".join(fields)):
-                bad.add(f"{where}: not UTF-8; convert the file")
+                bad.add(f"{place}: not UTF-8; convert the file")
             elif bad_columns := [
                 name for name in SCORES if name in row and not _is_number(row[name])
             ]:
                 bad.add(
-                    f"{where}: '{bad_columns[0]}' is {printable(row[bad_columns[0]])[:40]!r}, not a number from 0 to 1"
+                    f"{place}: '{bad_columns[0]}' is {printable(row[bad_columns[0]])[:40]!r}, not a number from 0 to 1"
                 )
             else:
                 scores = [float(row[name]) if name in row else None for name in SCORES]
@@ -196,15 +196,15 @@ def _lines(path: Path, bad: BadRows) -> Iterator[tuple[int, str]]:
     stand in a prompt."""
     with path.open("rb") as file:
         for number, raw in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
-            where = f"{path}: line {number}"
+            place = f"{path}: line {number}"
             if len(raw) > LINE_BYTES:
                 raise UserError(
-                    f"{where}: more than {LINE_BYTES:,} bytes; is it a list of prompts?"
+                    f"{place}: more than {LINE_BYTES:,} bytes; is it a list of prompts?"
                 )
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                bad.add(f"{where}: not UTF-8 ({error.reason}); convert the file")
+                bad.add(f"{place}: not UTF-8 ({error.reason}); convert the file")
                 continue
             if text:
                 yield number, text
@@ -217,24 +217,24 @@ def _text_rows(path: Path, bad: BadRows) -> Iterator[Row]:
 
 def _jsonl_rows(path: Path, bad: BadRows) -> Iterator[Row]:
     for number, line in _lines(path, bad):
-        where = f"{path}: line {number}"
+        place = f"{path}: line {number}"
         try:
-            value = parse_json(line, where, "correct it")
+            value = parse_json(line, place, "correct it")
         except UserError as error:
             bad.add(str(error))
             continue
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            bad.add(f'{where}: not {{"prompt": "..."}}; correct it')
+            bad.add(f'{place}: not {{"prompt": "..."}}; correct it')
             continue
         prompt, inner = value["prompt"], value.get("scores")
         texts = (value.get("uuid") or _name(prompt), prompt, value.get("time") or "")
         scores = [(inner if isinstance(inner, dict) else value).get(name) for name in SCORES]
         if not all(isinstance(text, str) for text in texts):
-            bad.add(f"{where}: 'uuid' is {texts[0]!r} and 'time' {texts[2]!r}; both are texts")
+            bad.add(f"{place}: 'uuid' is {texts[0]!r} and 'time' {texts[2]!r}; both are texts")
         elif bad_columns := [
             name for name, score in zip(SCORES, scores, strict=True) if not _is_score(score)
         ]:
-            bad.add(f"{where}: '{bad_columns[0]}' is no number from 0 to 1")
+            bad.add(f"{place}: '{bad_columns[0]}' is no number from 0 to 1")
         else:
             yield number, *texts, *scores
 

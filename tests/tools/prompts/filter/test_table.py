@@ -73,7 +73,11 @@ def test_bad_csv_rows_are_named_and_left_out(tmp_path: Path, name: str) -> None:
     body, message = BAD[name]
     bad = BadRows()
     table = read_list(write(tmp_path / "a.csv", body), bad)
-    assert bad.count == 1 and f"a.csv: {message}" in bad.first and "\n" not in bad.first
+    assert (
+        bad.count == 1
+        and f"a.csv: {message}" in bad.first_problem
+        and "\n" not in bad.first_problem
+    )
     assert set(table["uuid"]) == {"u1"} and table["prompt"][0] == 'a, "b"\nc'
 
 
@@ -115,7 +119,7 @@ def test_text_jsonl_and_csv_without_scores(tmp_path: Path) -> None:
     table = read_list(text, bad)
     assert table["prompt"].to_list() == ["a cat", "a dog", "a\u2028b", "a cat"]
     assert table["uuid"][0] == table["uuid"][3] != table["uuid"][1] and len(table["uuid"][0]) == 36
-    assert bad.count == 1 and "a.txt: line 6: not UTF-8" in bad.first
+    assert bad.count == 1 and "a.txt: line 6: not UTF-8" in bad.first_problem
 
     scored = dict.fromkeys(SCORES, 0.25)
     lines = [
@@ -140,4 +144,4 @@ def test_text_jsonl_and_csv_without_scores(tmp_path: Path) -> None:
     ]:
         bad = BadRows()
         assert len(read_list(write(tmp_path / "a.jsonl", body + line + "\n", ""), bad)) == 2
-        assert bad.count == 1 and message in bad.first
+        assert bad.count == 1 and message in bad.first_problem
