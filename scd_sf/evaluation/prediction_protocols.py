@@ -30,7 +30,7 @@ class PredictionProtocol:
     figure by itself) or ``mean`` (of all), then the mean over clips. FVD is always taken per
     trajectory, over all clips, and averaged. ``fvd_context``: FVD sees the context frames, too
     (true ones on both sides). ``first_frame`` of the source clip is where the context starts;
-    ``selection`` says in words which clips are taken, which only the caller can obey. ``ssim``:
+    ``selection`` describes the clips in words; the caller has to choose them. ``ssim``:
     which pixels it counts (``ssim_frames``; all protocols count those of TECO; scoring FAR's way
     counts FAR's).
 

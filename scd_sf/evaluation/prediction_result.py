@@ -30,7 +30,7 @@ FAR_COMPATIBLE = (
 
 @dataclass(frozen=True)
 class PredictionFigure:
-    """One figure; ``std``: its standard deviation over what ``spread_over`` says ("4 seeds", "20
+    """One figure; ``std``: its standard deviation over ``spread_over`` ("4 seeds", "20
     resamples of ..")."""
 
     value: float
@@ -43,9 +43,9 @@ class PredictionResult:
     """Figures (psnr, ssim, lpips, mse, fvd; those that were measured) of one model under one
     protocol.
 
-    ``clips`` were scored (fewer than the protocol's: not comparable). ``warnings``: what a reader
-    of the figures must know. ``curves``: per generated frame, the mean over clips of the
-    trajectories that the figure is of; their mean is the figure. ``weights``: sha256 of each
+    ``clips`` were scored (fewer than the protocol's: not comparable). ``warnings``: sentences on
+    what limits a comparison of the figures. ``curves``: per generated frame, the mean over clips of
+    the trajectories that the figure is of; their mean is the figure. ``weights``: sha256 of each
     network's file. ``equal_frames``: generated frames without any error, which count as 100 dB.
     Seconds are sums over clips and trajectories: of waiting for the generator, and of measuring.
     """

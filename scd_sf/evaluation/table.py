@@ -25,8 +25,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Adherence:
-    """Share of videos that the judges find to obey their prompt, in [0, 1]; ``left_right`` None =
-    no such motions."""
+    """Share of videos that show the place and the motion of their prompt according to the judges,
+    in [0, 1]. ``left_right``: None without such motions."""
 
     place: float
     motion: float
@@ -256,12 +256,12 @@ class BlockPassCounter:
 
     def _count(self, block: nn.Module, inputs: object, output: object) -> None:
         self.calls += 1
-        first = output[0] if isinstance(output, tuple) else output
-        if not isinstance(first, Tensor) or first.ndim == 0:
+        block_output = output[0] if isinstance(output, tuple) else output
+        if not isinstance(block_output, Tensor) or block_output.ndim == 0:
             raise TypeError(
-                f"block passes: {type(block).__name__} returned {type(first).__name__}, not a batch"
+                f"block passes: {type(block).__name__} returned {type(block_output).__name__}, not a batch"
             )
-        self.samples += first.shape[0]
+        self.samples += block_output.shape[0]
 
     def per_frame(self, frames: int, *, batch: int = 1, frames_per_pass: int = 1) -> float:
         """Passes per generated frame. ``frames_per_pass``: a bidirectional pass carries every frame

@@ -78,7 +78,7 @@ def metrics_folder(folder: Path | None = None) -> Path:
 
 
 def prepare_weights(folder: Path | None = None, source: Path | None = None) -> dict[str, str]:
-    """Download and convert the weights unless they are there, and return name -> sha256 of the
+    """Download and convert the weights unless they exist, and return name -> sha256 of the
     file. ``source``: a folder with both archives, in place of the download.
 
     Raises UserError when an archive is missing, altered or cannot be fetched, or holds something

@@ -1,2 +1,2 @@
-"""Probes of the paper: what a model's blocks do over steps and frames, and which of them could be
-left out."""
+"""Probes of the paper, which measure a model's blocks over steps and frames, and the effect of
+leaving blocks out."""

@@ -58,11 +58,11 @@ class AttentionProbe:
 def frame_mass(q_BNLD: Tensor, k_BNLD: Tensor, tokens: int, rows: int = 64) -> Tensor:
     """Softmax mass of every query on every frame of the keys, fp32 (B, N, L, frames), ``rows``
     queries at a time."""
-    parts = []
+    mass_parts = []
     keys = k_BNLD.float().transpose(-1, -2) * k_BNLD.shape[-1] ** -0.5
     for q in q_BNLD.float().split(rows, dim=2):
-        parts.append((q @ keys).softmax(-1).unflatten(-1, (-1, tokens)).sum(-1))
-    return torch.cat(parts, dim=2)
+        mass_parts.append((q @ keys).softmax(-1).unflatten(-1, (-1, tokens)).sum(-1))
+    return torch.cat(mass_parts, dim=2)
 
 
 class Mass:
@@ -106,22 +106,22 @@ class Mass:
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mass by (block, head, step, distance), which adds up to 1, and mass on earlier chunks of
         the frames that have some, by (block, head, step)."""
-        earlier = self.earlier_chunks.cpu() / max(1, len(self.frames_with_past))
-        return self.sums.cpu() / len(self.frames), earlier
+        mass_on_earlier = self.earlier_chunks.cpu() / max(1, len(self.frames_with_past))
+        return self.sums.cpu() / len(self.frames), mass_on_earlier
 
     def uniform(self) -> tuple[Tensor, float]:
         """Mass by distance, and on earlier chunks, of attention that is uniform over all frames of
         the earlier chunks and the own one."""
         chunk = self.subject.chunk
         by_distance = torch.zeros(self.subject.shape.frames).double()
-        earlier = 0.0
+        mass_on_earlier = 0.0
         for frame in self.frames:
             start = frame // chunk * chunk
             visible = torch.arange(start + chunk)
             shares = torch.full(visible.shape, 1 / len(visible), dtype=torch.float64)
             by_distance.index_add_(0, (visible - frame).abs(), shares)
-            earlier += start / len(visible)
-        return by_distance / len(self.frames), earlier / max(1, len(self.frames_with_past))
+            mass_on_earlier += start / len(visible)
+        return by_distance / len(self.frames), mass_on_earlier / max(1, len(self.frames_with_past))
 
 
 def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
@@ -130,13 +130,13 @@ def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
     cfg.check(subject)
     mass = Mass(subject, cfg)
     watch_attention(subject, mass.add)
-    mean_mass, earlier = mass.mean()
+    mean_mass, mass_on_earlier = mass.mean()
     uniform, uniform_earlier = mass.uniform()
     mass_on_others = 1 - mean_mass[..., 0]  # on other frames, (blocks, heads, steps)
     lines = {"other frames": mass_on_others.mean((1, 2)).tolist()}
     baseline = {"other frames": float(1 - uniform[0])}
     if 1 < subject.chunk < subject.shape.frames:
-        lines["earlier chunks"] = earlier.mean((1, 2)).tolist()
+        lines["earlier chunks"] = mass_on_earlier.mean((1, 2)).tolist()
         baseline["earlier chunks"] = uniform_earlier
     data: dict[str, object] = {
         "steps": mass.steps,
@@ -147,7 +147,7 @@ def attention_mass(subject: Subject, cfg: AttentionProbe) -> ProbeResult:
         "other_frames": rounded(mass_on_others.mean((1, 2))),
         "other_frames_by_step": rounded(mass_on_others.mean(1)),
         "other_frames_by_head": rounded(mass_on_others.mean(2)),
-        "earlier_chunks": rounded(earlier.mean((1, 2))),
+        "earlier_chunks": rounded(mass_on_earlier.mean((1, 2))),
         "uniform_earlier_chunks": uniform_earlier,
         "by_block_head_step_distance": rounded(mean_mass, 4),
     }

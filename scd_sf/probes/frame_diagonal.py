@@ -34,8 +34,8 @@ class DiagonalProbe:
     """Probe P6: the last blocks see their own frame alone."""
 
     counts: tuple[int, ...] = ()
-    """So many last blocks at a time; empty: a sixth of the model (the paper's share), and up to
-    all."""
+    """Numbers of last blocks, one row each; empty: a sixth of the model (the paper's share), and up
+    to all."""
     loss: LossConfig = field(default_factory=LossConfig)
     """How the loss is measured."""
 
@@ -77,9 +77,9 @@ def diagonal_rows(
     DiagonalProbe(counts).check(subject)
     model = subject.model
     depth = model.cfg.num_layers
-    whole = replace(blocks_of(model), frame_diagonal=0)
-    variants = [replace(whole, frame_diagonal=count) for count in counts]
-    with running_as(model, whole):
+    base_blocks = replace(blocks_of(model), frame_diagonal=0)
+    variants = [replace(base_blocks, frame_diagonal=count) for count in counts]
+    with running_as(model, base_blocks):
         base_TB = None if losses is None else losses.measure(model)
         video = subject.sample()
     rows = []

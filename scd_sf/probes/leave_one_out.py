@@ -1,8 +1,8 @@
 """P7: the increase of the flow loss when a block is left out, and a split of the model chosen by it
 (paper Figure 7, supplement E.1).
 
-A block is left out by a forward hook that hands its input on, the identity on the residual; when
-the hook is removed the model is what it was. Levels are taken from the training density.
+A forward hook leaves a block out by returning the block's input, the identity on the residual path;
+the model is unchanged when the hook is removed. Levels come from the training density.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ DECODER_SHARE = 3  # the paper's decoder has a third of the model's layers: 10 o
 
 
 def _identity(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """The block's input, of which the block may have returned the last frames alone."""
+    """The block's input, cut to its last frames where the block returns these alone."""
     x_BLE = inputs[0]
     return x_BLE[:, x_BLE.shape[1] - output.shape[1] :]
 
 
 @contextmanager
 def left_out(block: nn.Module) -> Iterator[None]:
-    """Inside, the block is the identity on the residual path; afterwards the model is bit for bit
-    what it was."""
+    """Inside, the block is the identity on the residual path; afterwards the model is unchanged,
+    bit for bit."""
     handle = block.register_forward_hook(_identity)
     try:
         yield
@@ -79,7 +79,7 @@ class LeaveOneOut:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What leaving one block out costs: relative increase of the flow loss over all levels, and at
+    """The cost of leaving one block out: relative increase of the flow loss over all levels, and at
     each."""
 
     block: str
@@ -151,8 +151,8 @@ def propose_split(costs: Sequence[Change], decoder_blocks: int = 0) -> Split:
         return cost_of(best) - cost_of(blocks) <= error
 
     early = min(
-        (e for e in candidates if is_equal(candidates[e])),
-        key=lambda e: (abs(size - 2 * e), -cost_of(candidates[e])),
+        (first_count for first_count in candidates if is_equal(candidates[first_count])),
+        key=lambda first_count: (abs(size - 2 * first_count), -cost_of(candidates[first_count])),
     )
     total = sum(max(cost.mean, 0.0) for cost in costs)
     decoder_cost = sum(max(costs[block].mean, 0.0) for block in candidates[early])
@@ -179,14 +179,14 @@ class _Stage1Part:
 
 
 def stage1_yaml(split: Split, model: str) -> str:
-    """A configuration for ``recipes/stage1_transplant.py --config``; ``model``: what was probed,
-    for the comment."""
-    part = _Stage1Part("scd", _ScdPart(split.encoder_layers, _DecoderPart(split.decoder_layers)))
+    """A configuration for ``recipes/stage1_transplant.py --config``; ``model``: name of the
+    probed model, for the comment."""
+    config = _Stage1Part("scd", _ScdPart(split.encoder_layers, _DecoderPart(split.decoder_layers)))
     head = (
         f"# Proposed by leaving single blocks out (probe P7) of {' '.join(model.split())}: the decoder's layers carry "
         f"{100 * split.held:.0f} %\n# of what all blocks together cost.\n"
     )
-    return head + to_yaml(part)
+    return head + to_yaml(config)
 
 
 def leave_one_out(subject: Subject, cfg: LeaveOneOut) -> ProbeResult:

@@ -35,7 +35,7 @@ class LossConfig:
     all."""
 
     clips: int = 24
-    """Clips of the given ones; 2 or more, because error bars are over clips."""
+    """Number of clips; 2 or more, because error bars are over clips."""
     levels: int = 5
     """Noise levels, spread over the training density."""
     shift: float | None = None

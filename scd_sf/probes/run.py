@@ -86,7 +86,7 @@ class ProbeConfig:
     """Folder of encoded clips, which leave_one_out needs; it also gives prompts (or actions,
     labels) and the size."""
     clips: int = 2
-    """So many first clips of ``data`` give the prompts."""
+    """Number of first clips of ``data`` that give the prompts."""
     base: str = ""
     """Directory with text encoder and VAE; empty: the one that the checkpoint was made from."""
     weights: str = "ema"

@@ -3,8 +3,8 @@ supplement Figures 2a, 2b, 3a).
 
 For steps s and s', f the features of a frame (tokens x width), and means over the frame's tokens and the clips:
   cosine      of f_s and f_s' per token
-  centred     the same after each step's mean over tokens is taken off: residual streams have a large common part, by
-              which unrelated features are alike too
+  centred     the same after subtracting each step's mean over tokens, because residual streams have a large common
+              part that makes unrelated features similar
   mse         of f_s - f_s' (the supplement's squared distance, per number)
   relative    |f_s - f_s'| / sqrt((|f_s|^2 + |f_s'|^2) / 2): 0 equal, 1.41 unrelated
 """
@@ -42,7 +42,7 @@ class SimilarityProbe:
     """
 
     frames: tuple[int, ...] = (-1,)
-    """Latent frames that are looked at; negative: from the end."""
+    """Latent frames to compare; negative: from the end."""
     tokens: int = 256
     """Tokens of a frame, spread evenly; 0: all."""
     shown: tuple[int, ...] = ()
@@ -186,12 +186,12 @@ def step_matrices(store: FeatureStore, block: int, frames: list[int]) -> dict[st
         cosine, centred, product = torch.zeros(3, store.steps, store.steps, dtype=torch.float64)
         tokens = 0
         width = 0
-        for part in store.tokens(block, frame):  # (clips, S, t, E)
-            cosine += _products(_unit(part))
-            centred += _products(_unit(part - mean))
-            product += _products(part)
-            tokens += part.shape[2]
-            width = part.shape[3]
+        for features in store.tokens(block, frame):  # (clips, S, t, E)
+            cosine += _products(_unit(features))
+            centred += _products(_unit(features - mean))
+            product += _products(features)
+            tokens += features.shape[2]
+            width = features.shape[3]
         count = len(mean) * tokens
         power = product.diagonal()
         pairs = (power.unsqueeze(0) + power.unsqueeze(1)) / 2

@@ -53,10 +53,10 @@ class SkipProbe:
     loss: LossConfig = field(default_factory=LossConfig)
     """How the loss is measured."""
     timing_seconds: float = 8.0
-    """Each schedule is timed for up to so many seconds; 0: once."""
+    """Seconds for which each schedule is timed at most; 0: once."""
 
     def __post_init__(self) -> None:
-        if not self.whole or not all(0 <= part <= 1 for part in self.whole):
+        if not self.whole or not all(0 <= share <= 1 for share in self.whole):
             raise UserError(
                 f"skip.whole is {list(self.whole)}; it must hold parts of the steps, each in [0, 1]"
             )
@@ -84,7 +84,7 @@ class SkipProbe:
         shift = shift if self.shift is None else self.shift
         prefix = max(1, depth // PREFIX_SHARE) if self.prefix is None else self.prefix
         suffix = max(1, depth // SUFFIX_SHARE) if self.suffix is None else self.suffix
-        counts = dict.fromkeys(math.ceil(part * steps - 1e-9) for part in self.whole)
+        counts = dict.fromkeys(math.ceil(share * steps - 1e-9) for share in self.whole)
         return tuple(SkipConfig(prefix, suffix, count, steps, shift) for count in counts)
 
 
@@ -108,21 +108,23 @@ def skip_rows(
     """A row for the whole model and one for each schedule, without costs; afterwards the model runs
     as before. UserError: a schedule that the model cannot run."""
     model = subject.model
-    whole = replace(blocks_of(model), skip=None)
-    with running_as(model, whole):
+    base_blocks = replace(blocks_of(model), skip=None)
+    with running_as(model, base_blocks):
         base_TB = None if losses is None else losses.measure(model)
         video = subject.sample()
     rows = [SkipRow(None, NONE, None if base_TB is None else NONE, ())]
     for schedule in schedules:
         levels = losses.levels if losses else ()
-        places = [place for place, level in enumerate(levels) if level <= schedule.above]
-        bypass_levels = tuple(levels[place] for place in places)
+        indices = [index for index, level in enumerate(levels) if level <= schedule.above]
+        bypass_levels = tuple(levels[index] for index in indices)
         change: Change | None = None
-        with running_as(model, replace(whole, skip=schedule)):
+        with running_as(model, replace(base_blocks, skip=schedule)):
             distance = moved(video, subject.sample())
             if losses is not None and base_TB is not None:
                 bypass_losses = replace(losses, levels=bypass_levels)
-                change = increase(base_TB[places], bypass_losses.measure(model)) if places else NONE
+                change = (
+                    increase(base_TB[indices], bypass_losses.measure(model)) if indices else NONE
+                )
         rows.append(SkipRow(schedule, distance, change, bypass_levels))
     return rows
 
@@ -152,20 +154,20 @@ def with_costs(subject: Subject, rows: list[SkipRow], seconds: float) -> list[Sk
 def _one_clip(subject: Subject, blocks: BlocksConfig) -> Callable[[], Iterator[Tensor]]:
     """A function that yields the first prompt's video in chunks (1, n, C, H, W), by a model with
     these ``blocks``."""
-    first = replace(subject, cond=subject.cond.rows(slice(0, 1)), seeds=subject.seeds[:1])
+    clip_subject = replace(subject, cond=subject.cond.rows(slice(0, 1)), seeds=subject.seeds[:1])
 
     def stream() -> Iterator[Tensor]:
-        model = first.model
+        model = clip_subject.model
         with running_as(model, blocks), torch.no_grad():
             if isinstance(model, Wan):
-                yield first.sample()
+                yield clip_subject.sample()
                 return
             yield from generate_latents(
                 model,
-                first.cond.to(first.device),
-                first.seeds,
-                first.shape.latent(1)[1:],
-                first.sampler,
+                clip_subject.cond.to(clip_subject.device),
+                clip_subject.seeds,
+                clip_subject.shape.latent(1)[1:],
+                clip_subject.sampler,
             )
 
     return stream
@@ -178,12 +180,15 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
     cfg.check(subject)
     schedules = cfg.schedules(depth, steps, subject.sampler_shift)
     losses = None if subject.clips is None else FlowLosses.of(subject, cfg.loss)
-    whole, *rows = with_costs(subject, skip_rows(subject, schedules, losses), cfg.timing_seconds)
+    whole_row, *rows = with_costs(
+        subject, skip_rows(subject, schedules, losses), cfg.timing_seconds
+    )
     text = (
         f"After the first steps of {steps} only the first {schedules[0].prefix} and the last "
         f"{schedules[0].suffix} of {depth} blocks run, without any training (P5; the paper does so "
         "after 5 of 50 steps, 5 + 10 of 30, and fine-tunes). "
-        f"Whole: {whole.block_passes_per_frame:.0f} block passes, {1000 * whole.seconds_per_frame:.1f} ms per frame. "
+        f"Whole: {whole_row.block_passes_per_frame:.0f} block passes, "
+        f"{1000 * whole_row.seconds_per_frame:.1f} ms per frame. "
     )
     for schedule, row in zip(schedules, rows, strict=True):
         flow = "" if row.loss is None else f", flow loss at the levels of short steps {row.loss}"
@@ -201,7 +206,7 @@ def skip_layer(subject: Subject, cfg: SkipProbe) -> ProbeResult:
         across=[schedule.full_steps for schedule in schedules],
         x=f"whole steps of {steps}",
     )
-    data: dict[str, object] = {"steps": steps, "rows": [asdict(row) for row in (whole, *rows)]}
+    data: dict[str, object] = {"steps": steps, "rows": [asdict(row) for row in (whole_row, *rows)]}
     return ProbeResult(
         "skip_layer", "Steps that bypass the middle (P5)", text.strip(), data, {"changes": draw}
     )

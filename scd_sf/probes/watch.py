@@ -1,7 +1,7 @@
 """Observe a rollout while it runs: block outputs at every denoising step, and queries and keys of
 attention.
 
-Ordinary forward hooks on the model's blocks and a sampler that counts its steps; both are gone
+It uses forward hooks on the model's blocks and a sampler that counts its steps; both are removed
 afterwards. Letters: B clips, N heads, L tokens, D head dim, E width.
 """
 

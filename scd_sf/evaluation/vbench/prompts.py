@@ -134,7 +134,7 @@ def read_extended(path: Path, entries: Sequence[VBenchPrompt]) -> list[str]:
     """The wording to sample line k with, from line k of an extended-prompt file
     (``all_dimension_extended.txt``).
 
-    UserError unless there is exactly one line that says something for each entry. Only \\n ends a
+    UserError unless the file has exactly one line with text for each entry. Only \\n ends a
     line.
     """
     lines = [line.strip() for line in lines_of(read_text(path, "check the path"))]

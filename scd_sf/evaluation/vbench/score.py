@@ -2,7 +2,7 @@
 each resumable.
 
 A dimension's videos are shared by VBench's ranks (one per GPU). Its result,
-``OUT/<dimension>.json``, is kept as long as its videos and VBench are the same.
+``OUT/<dimension>.json``, is valid as long as its videos and VBench are the same.
 ``OUT/summary.json`` is what aggregate and report read.
 """
 
@@ -51,7 +51,7 @@ _UNPICKLING = "Weights only load failed"
 
 @dataclass
 class ScoreConfig:
-    """What is scored, and where VBench is."""
+    """Which videos are scored, and by which VBench."""
 
     videos: str
     """Folder that vbench_eval/sample.py made, or any folder of ``{prompt}-{i}.mp4`` (those of

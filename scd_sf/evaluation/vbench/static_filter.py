@@ -128,11 +128,11 @@ def _record(out: Path, prompt: str) -> Path:
 def _place(source: Path, target: Path) -> None:
     """Put ``source`` at ``target``, as a hard link where the disk has them, else as a copy,
     replacing the target at once."""
-    with new_file(target) as part:
+    with new_file(target) as file:
         try:
-            os.link(source, part)
+            os.link(source, file)
         except OSError:
-            shutil.copyfile(source, part)
+            shutil.copyfile(source, file)
 
 
 def run_static_filter(

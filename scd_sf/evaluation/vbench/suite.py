@@ -3,7 +3,7 @@
 keeps.
 
 Sampling, seeds, records, ranks and resuming are :mod:`scd_sf.generation.folder`'s.
-``manifest.json`` says how it was done.
+``manifest.json`` records the settings.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def require_weights(dimensions: Sequence[str], folder: Path) -> None:
     ]
     for weight in missing_weights:
         dimension = next(name for name in dimensions if name in weight.dimensions)
-        how = f" ({weight.how})" if weight.how else ""
-        say(f"missing for {dimension}: {folder / weight.path}, from {weight.url}{how}")
+        further_steps = f" ({weight.how})" if weight.how else ""
+        say(f"missing for {dimension}: {folder / weight.path}, from {weight.url}{further_steps}")
     if missing_weights:
         raise UserError(
             f"{folder}: {len(missing_weights)} files of VBench's networks are missing (listed above); "
