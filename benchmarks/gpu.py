@@ -197,7 +197,8 @@ def inside(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parser().parse_args()
-    args.out, args.latents = args.out.absolute(), args.latents.absolute()
+    args.out = args.out.absolute()
+    args.latents = args.latents.absolute()
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])

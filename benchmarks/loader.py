@@ -6,8 +6,8 @@ without threads.
 Writes ``--clips`` random files of Wan's size (latents 21x16x60x104 bf16, 4.19 MB, and ``--tokens``
 text states of 4096), reads all of them once in a random order per round, in batches of ``--batch``
 as stage 2 does (:class:`LatentClips` behind :class:`Prefetch`), and prints medians over
-``--rounds``. ``--profile`` lists where the time of one warm round goes. Figures go into ``--out``
-beside what is there.
+``--rounds``. ``--profile`` lists where the time of one warm round goes. Figures are added to the
+file ``--out``.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ class Row:
     chunks cost."""
 
     def __init__(self, variant: Variant, model: Student, repeats: int) -> None:
-        self.variant, self.model, self.repeats = variant, model, repeats
+        self.variant = variant
+        self.model = model
+        self.repeats = repeats
         self.forget()
 
     def forget(self) -> None:

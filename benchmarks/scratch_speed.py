@@ -3,11 +3,11 @@ step.
 
     python benchmarks/scratch_speed.py --out docs/results/scratch_speed.json
 
-64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row is one (steps, frames of
-history): the encoder's pass and S decoder passes of the frames after it, in turns over all rows,
-with the floor of their own matmuls and attention calls. Causal DiT-B beside it at S = 4, and at the
-shortest training clip; every training step in a process of its own, so that its memory is its own.
-Finished rows in --out are kept.
+64 tokens a frame, random weights, batch 1, bf16, no tokenizer. A row has a number S of steps and a
+number of frames of history: it measures the encoder's pass and the S decoder passes of the next
+frame. The rows take turns, and each has the floor of its own matmuls and attention calls. Causal
+DiT-B is measured at S = 4 and at the shortest training clip. Every training step runs in a process
+of its own, so that its peak memory can be read. Finished rows in --out are kept.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""One process of many builds Wan 2.1 14B as a ZeRO-3 teacher: parameters, memory and seconds,
-without the others.
+"""One process of many builds Wan 2.1 14B as a ZeRO-3 teacher, without the other processes:
+parameters, memory and seconds.
 
     python benchmarks/teacher_14b.py --world 64 --out teacher_14b.json
 
-The construction of ``train/engine.py:frozen_engine`` at full size, as rank 1 of ``--world``:
-partitioned while it is built, then every parameter gathered, filled and partitioned again in the
-order a cluster does it. The process group is PyTorch's fake one, which answers every collective at
-once, so what is gathered means nothing and nothing is computed.
+``train/engine.py:frozen_engine`` at full size, as rank 1 of ``--world``: the model is partitioned
+while it is built, then every parameter is gathered, filled and partitioned again, in the order of a
+cluster. The process group is PyTorch's fake one, which answers every collective at once; gathered
+values are meaningless, and nothing is computed with them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from scd_sf.types import exit_on_user_error
 
 
 def never_read() -> Tensor:
+    """Stands for the weights' reader, which only rank 0 calls."""
     raise AssertionError("only rank 0 reads")
 
 

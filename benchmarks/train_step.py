@@ -3,12 +3,12 @@ by part.
 
     python benchmarks/train_step.py --out docs/results/train_step.json
 
-Wan 1.3B's layers at their real width (1536, 12 heads, FFN 8960) and few of them: SCD with 5 encoder
-and 2 decoder layers, which keeps the 25 : 10 of the whole; teacher and critic of 6 layers. Random
+Wan 1.3B's layers at their real width (1536, 12 heads, FFN 8960), but fewer: SCD with 5 encoder and
+2 decoder layers, in the full model's proportion of 25 : 10; teacher and critic of 6 layers. Random
 weights, batch 1, 96 tokens a frame; a step is forward and backward without the optimizer. Cases
-take turns. Per case: median seconds and the ratio to the floor (every matmul and attention call
-made, timed alone after each round); for the cycle of stage 3 (``ratio`` critic updates and one of
-the student) the shares of rollout, critic, teacher and the student's backward pass.
+take turns. Per case: median seconds, and their ratio to the floor (all its matmul and attention
+calls, timed alone after each round). For the cycle of stage 3 (``ratio`` critic updates and one of
+the student): the shares of rollout, critic, teacher and the student's backward pass.
 """
 
 from __future__ import annotations

@@ -4,16 +4,15 @@ workers included.
     python benchmarks/vidprom.py --work /scratch/vidprom --out docs/results/data.json
 
 writes ``<work>/prompts.csv`` (once) and runs ``data_prep/filter_vidprom.py`` on it as a user would.
-**The rows are modelled, not VidProM's**: its columns, quoting, time format and size (1.67 M rows,
-about 450 MB) are real; the prompts are random English words, and what is assumed of them is written
-down in ``SHARES`` and ``scores``: prompts of 4 to 120 words (median 19), a third with Pika flags,
-some in other languages, some that equal or nearly equal an earlier one, Detoxify scores mostly
-below 0.01. So the seconds say something about VidProM, the numbers of kept rows nothing.
+**The rows are modelled, not VidProM's.** Columns, quoting, time format and size (1.67 M rows, about
+450 MB) are VidProM's; the prompts are random English words. ``SHARES`` and ``scores`` state the
+assumptions: prompts of 4 to 120 words (median 19), a third with Pika flags, some in other
+languages, some that equal or nearly equal an earlier one, Detoxify scores mostly below 0.01. So the
+seconds are an estimate for VidProM; the number of kept rows is not.
 
-CPU seconds tell what it would take with the cores to itself (on shared ones the wall clock tells
-about the others). Memory is the sum over the processes of their proportional set sizes (shared
-pages are counted once), read every 0.2 s; the sum of resident sizes, which counts shared pages once
-per process, is printed beside it.
+CPU seconds do not depend on other work on the machine, wall seconds do. Memory is the sum over the
+processes of their proportional set sizes (shared pages are counted once), read every 0.2 s; the sum
+of resident sizes, which counts shared pages once per process, is printed beside it.
 """
 
 from __future__ import annotations

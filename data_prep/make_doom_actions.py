@@ -4,17 +4,17 @@ frame.
     python data_prep/make_doom_actions.py data/doom_actions --train 160 --test 32
 
 writes TECO's own layout, ``{train,test}/<scenario>/NNNNN.mp4`` and ``.npz`` with int64 ``actions``
-(F,), and ``manifest.json``. ``actions[f]`` is what led from frame f-1 to frame f: 0 turn left, 1
-turn right, 2 move forward (``actions[0]`` is the last of some actions before the clip). A clip is a
-function of (seed, scenario, split, number). An interrupted run goes on where it stopped; a clip is
-done when its .npz, written last, is there.
+(F,), and ``manifest.json``. ``actions[f]`` is the action between frames f-1 and f: 0 turn left, 1
+turn right, 2 move forward (``actions[0]`` is the last action before the clip). A clip depends on
+seed, scenario, split and number alone. An interrupted run goes on where it stopped; a clip is done
+when its .npz, written last, exists.
 
-The world: maps of ViZDoom's own without monsters, rendered 320x240 without HUD and weapon, the
+The world: ViZDoom's own maps without monsters, rendered at 320x240 without HUD and weapon, the
 middle square filtered to --size; 2 tics of the game (35 a second) per frame. A turn is 10 degrees
-per frame; who walks gathers speed and slides on for some frames when he turns. Walks are straight
-spans with short turns between. Walls are known from the map (never from the picture): near one the
-walker turns to a side where the way is free. A walk that ends early, is stuck or never leaves its
-room is drawn again.
+per frame. The walker accelerates, and slides on for some frames when it turns. Walks are straight
+spans with short turns between them. Walls are read from the map, not from the picture: near a wall
+the walker turns to a side where the way is free. A walk that ends early, is stuck or never leaves
+its room is drawn again.
 
 Licences: as in ``make_doom_clips.py`` (nothing of the game is part of this repository); the
 manifest names them.
@@ -47,7 +47,8 @@ from scd_sf.types import UserError, exit_on_user_error, say
 SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch")
 SPLITS, ACTIONS = ("train", "test"), ("turn_left", "turn_right", "move_forward")
 LEFT, RIGHT, FORWARD = range(3)
-FPS, TICS, TURN_DEGREES, CRF, CHUNK, MAX_TRIES = 20, 2, 10.0, 12, 4, 50
+FPS, TICS, TURN_DEGREES = 20, 2, 10.0  # frames per second; tics and degrees of a turn per frame
+CRF, CHUNK, MAX_TRIES = 12, 4, 50  # quality of the mp4; clips per unit of work; tries per clip
 WIDTH, HEIGHT = 320, 240
 # tics of waiting, as a new player cannot turn for 7; frames of walking before the clip starts
 SPAWN_TICS, WARM_UP = 12, 8
@@ -180,7 +181,8 @@ class Walker:
     without progress."""
 
     def __init__(self, walls_N4: np.ndarray, rng: np.random.Generator) -> None:
-        self.walls, self.rng = walls_N4, rng
+        self.walls = walls_N4
+        self.rng = rng
         self.action = FORWARD
         self.frames_left = int(rng.integers(*STRAIGHT))  # of this action
         self.stuck = 0

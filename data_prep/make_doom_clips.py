@@ -4,9 +4,9 @@ by ViZDoom.
     python data_prep/make_doom_clips.py data/doom --train 200 --val 16
 
 writes ``clips/<split>/<id>.mp4``, ``clips.jsonl`` and ``manifest.json`` (read them with
-``scd_sf.data.clips.ClipSet``). --train and --val count clips per motion and place. A clip is a
-function of (seed, split, place, motion, number), but for single frames a few grey levels apart on a
-busy machine. An interrupted run goes on where it stopped.
+``scd_sf.data.clips.ClipSet``). --train and --val count clips per motion and place. A clip depends
+on seed, split, place, motion and number alone, except that on a busy machine single frames can
+differ by a few grey levels. An interrupted run goes on where it stopped.
 
 The world: three of ViZDoom's own scenario maps without monsters, rendered 160x120 at 35 Hz and
 box-filtered to 64x64, no HUD, weapon, crosshair, decals, particles or view bob. Each try starts at
@@ -46,7 +46,8 @@ from scd_sf.files import locked, parse_json, read_text, sha256_file, typed, writ
 from scd_sf.tools.data.render import begin, run_chunks, sources
 from scd_sf.types import UserError, exit_on_user_error, say
 
-SIZE, FPS, CRF, MAX_TRIES, CHUNK = 64, 35, 6, 500, 16
+SIZE, FPS = 64, 35  # pixels along a side; frames per second
+CRF, CHUNK, MAX_TRIES = 6, 16, 500  # quality of the mp4; clips per unit of work; tries per clip
 # tics: a new player cannot turn for 7; landmarks fall to the floor; the motion before the clip
 SPAWN_TICS, SETTLE_TICS, WARM_UP_TICS = 10, 25, 12
 DRAWS = 40  # random spots for landmarks, the first half of them in the first frame's view
