@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips per update")
     parser.add_argument("--lr", type=float, default=8e-4, help="learning rate")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the order of clips, the noise and the times"
+        "--seed", type=int, default=0, help="seed of the order of clips, the noise and the times"
     )
     args = parser.parse_args()
     rows = json.loads(args.out.read_text())["variants"] if args.out.is_file() else []

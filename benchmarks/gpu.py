@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         choices=parts,
         default=parts,
         metavar="N",
-        help="1 2 3 4 (all)",
+        help="parts to run: 1 2 3 4 (default: all)",
     )
     arguments.add_argument(
         "--out",
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         "--latents",
         type=Path,
         default=ROOT / "runs" / "demo" / "latents",
-        help="the demo's, of part 4",
+        help="encoded clips of the demo, for part 4",
     )
     # for the process of one part: its seconds
     arguments.add_argument("--inside", type=float, help=argparse.SUPPRESS)

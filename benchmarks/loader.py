@@ -126,7 +126,7 @@ def main(
     scratch: Annotated[
         Path, typer.Option(help="A folder for the clips, on the disk to be measured.")
     ],
-    clips: Annotated[int, typer.Option(help="How many.")] = 300,
+    clips: Annotated[int, typer.Option(help="Clips to write.")] = 300,
     tokens: Annotated[int, typer.Option(help="Text states per clip.")] = 120,
     batch: Annotated[int, typer.Option(help="Clips per batch.")] = 4,
     rounds: Annotated[int, typer.Option(help="Passes per case.")] = 3,

@@ -34,7 +34,7 @@ def main(
         Path | None, typer.Option(help="Folder of 'scd weights metrics'; default: its own.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    side: Annotated[int, typer.Option(help="Pixels.")] = 128,
+    side: Annotated[int, typer.Option(help="Pixels along a side of a frame.")] = 128,
     batch: Annotated[int, typer.Option(help="Pairs of frames per LPIPS pass.")] = 16,
     rounds: Annotated[int, typer.Option(help="Measured calls.")] = 5,
     threads: Annotated[int, typer.Option(help="Torch's threads on the CPU.")] = 1,

@@ -39,7 +39,7 @@ def main(
     ] = 24,
     frames: Annotated[int, typer.Option(help="Latent frames.")] = 3,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Measured runs of each case.")] = 3,
     threads: Annotated[int, typer.Option(help="Torch's threads on the CPU.")] = 2,
 ) -> None:
     """Print (and write) seconds and ratios."""

@@ -233,7 +233,9 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="comma-separated beginnings of row names; empty: all"
     )
-    parser.add_argument("--repeats", type=int, default=2, help="of every call that makes the floor")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="times that each call of the floor is repeated"
+    )
     args = parser.parse_args()
     keep_freed_memory()
     cfg, encoder, decoder = WanConfig(), tuple(range(25)), (*range(5), *range(25, 30))

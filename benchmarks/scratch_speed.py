@@ -193,7 +193,7 @@ def prepare(threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON with one entry per row")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of every row")
     parser.add_argument(
         "--frames", type=int, nargs="*", default=[64, 300], help="lengths of training clips"

@@ -71,9 +71,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--world", type=int, default=64, help="processes that share the teacher")
     parser.add_argument(
-        "--layers", type=int, default=WAN_14B.num_layers, help="fewer for a quick look"
+        "--layers",
+        type=int,
+        default=WAN_14B.num_layers,
+        help="layers of the model; fewer for a quick look",
     )
-    parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--out", type=Path, help="JSON of the measurements")
     args = parser.parse_args()
     result = build(dataclasses.replace(WAN_14B, num_layers=args.layers), args.world)
     print(json.dumps(result))

@@ -232,11 +232,9 @@ def main() -> None:
         required=True,
         help="folder for the rows (450 MB) and the result (400 MB)",
     )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file whose vidprom figures are set, the others kept"
-    )
-    parser.add_argument("--rows", type=int, default=1_672_243, help="prompts that are made")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--out", type=Path, help="JSON file whose vidprom figures are replaced")
+    parser.add_argument("--rows", type=int, default=1_672_243, help="number of prompts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rows, result = args.work / f"prompts-{args.rows}-{args.seed}.csv", args.work / "filtered"

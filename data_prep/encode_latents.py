@@ -305,17 +305,17 @@ def main(
     text_cache: Annotated[
         str,
         typer.Option(
-            help="Folder that also keeps every encoded prompt, for other runs; '' is the user's cache."
+            help="Folder that keeps encoded prompts for other runs; '' is the user's cache."
         ),
     ] = OFF,
     negative_prompt: Annotated[
         str,
         typer.Option(
-            help="What stage 3's teacher is guided away from: 'wan' is Wan's own, '' the empty prompt."
+            help="Negative prompt of stage 3's teacher: 'wan' is Wan's own, '' the empty prompt."
         ),
     ] = "wan",
     text_dtype: Annotated[
-        str, typer.Option(help="Text encoder computes in (umT5-xxl: bfloat16).")
+        str, typer.Option(help="Data type of the text encoder (umT5-xxl: bfloat16).")
     ] = "float32",
     store_text: Annotated[str, typer.Option(help="Storage type of the text states.")] = "float16",
     store_latents: Annotated[str, typer.Option(help="Storage type of the latents.")] = "float16",

@@ -356,8 +356,8 @@ def main(
     scenario: Annotated[
         list[str] | None, typer.Option(help=f"Repeatable: {', '.join(SCENARIOS)}.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides everything but the number of workers.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that render.")] = 1,
 ) -> None:
     """Film walks with actions in TECO's layout. Run again to resume."""
     limits = {"train": (train, 0), "test": (test, 0), "seed": (seed, 0), "workers": (workers, 1)}

@@ -408,8 +408,8 @@ def main(
     train: Annotated[int, typer.Option(help="Training clips per motion and place.")] = 200,
     val: Annotated[int, typer.Option(help="Validation clips per motion and place.")] = 16,
     frames: Annotated[int, typer.Option(help="Frames per clip: 1 + 4*k.")] = 33,
-    seed: Annotated[int, typer.Option(help="Decides everything but the number of workers.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+    seed: Annotated[int, typer.Option(help="Random seed of the clips.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that render.")] = os.cpu_count() or 1,
 ) -> None:
     """Render captioned one-motion clips of three Doom places. Run again to resume."""
     if frames < 5 or (frames - 1) % 4:

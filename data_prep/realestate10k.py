@@ -39,7 +39,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Frames per call of the tokenizer.")] = 16,
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 2,
     max_bad: Annotated[
-        float, typer.Option(help="Share of malformed clips that is too much.")
+        float, typer.Option(help="Largest allowed share of malformed clips.")
     ] = 0.01,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     check: Annotated[

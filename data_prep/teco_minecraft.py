@@ -44,9 +44,7 @@ def main(
     latents: Annotated[
         bool, typer.Option("--latents", help="Import latents instead of encoding videos.")
     ] = False,
-    scaling_factor: Annotated[
-        float, typer.Option(help="What latents are multiplied by.")
-    ] = SCALING_FACTOR,
+    scaling_factor: Annotated[float, typer.Option(help="Factor of the latents.")] = SCALING_FACTOR,
     spatial: Annotated[
         int, typer.Option(help="With --latents: pixels per latent along a side.")
     ] = 16,
@@ -66,7 +64,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Frames per call of the tokenizer.")] = 64,
     workers: Annotated[int, typer.Option(help="Threads that decode.")] = 2,
     max_bad: Annotated[
-        float, typer.Option(help="Share of malformed clips that is too much.")
+        float, typer.Option(help="Largest allowed share of malformed clips.")
     ] = 0.01,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     check: Annotated[

@@ -236,15 +236,21 @@ def main() -> None:
         "--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made"
     )
     parser.add_argument(
-        "--fusions", nargs="+", choices=tuple(FUSIONS), default=list(FUSIONS), help="to compare"
+        "--fusions",
+        nargs="+",
+        choices=tuple(FUSIONS),
+        default=list(FUSIONS),
+        help="fusions to compare",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the trainings")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the trainings"
+    )
     parser.add_argument("--clips", type=int, default=24, help="held-out clips that are scored")
     parser.add_argument(
-        "--updates", type=int, help="of stages 2 and 3 (none: as many as the demo's)"
+        "--updates", type=int, help="updates of stages 2 and 3 (none: as many as the demo's)"
     )
     parser.add_argument(
-        "--part", choices=("all", "train", "score"), default="all", help="of the work"
+        "--part", choices=("all", "train", "score"), default="all", help="part of the work"
     )
     args = parser.parse_args()
     if args.clips < 1 or (args.updates is not None and args.updates < 1):

@@ -174,7 +174,7 @@ def main() -> None:
         "--seed",
         type=int,
         default=0,
-        help="of all trainings (the clips and the samples stay the same)",
+        help="seed of all trainings (the clips and the samples stay the same)",
     )
     args = parser.parse_args()
     with chain(args.run):

@@ -137,7 +137,7 @@ def main() -> None:
         "--run", type=Path, default=Path("runs/teacher"), help="working directory, resumable"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("assets/wan_doom"), help="where the teacher goes"
+        "--out", type=Path, default=Path("assets/wan_doom"), help="directory for the teacher"
     )
     parser.add_argument(
         "--rehearsal", action="store_true", help="a few clips and updates: checks the chain"

@@ -489,7 +489,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=480, help="updates of every training; a multiple of 8"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the trainings")
     parser.add_argument("--train", type=int, default=240, help="training clips of 300 frames")
     parser.add_argument("--test", type=int, default=64, help="test clips")
     parser.add_argument("--pictures", type=Path, help="for lpips: imgs/ of the lpips repository")

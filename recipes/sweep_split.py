@@ -318,11 +318,14 @@ def main() -> None:
     parser.add_argument(
         "--latents", type=Path, help="encoded clips (train/, val/) to use; none: they are made"
     )
-    parser.add_argument("--updates", type=int, default=500, help="of every split's stage 2")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
+    parser.add_argument("--updates", type=int, default=500, help="updates of every split's stage 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the trainings")
     parser.add_argument("--clips", type=int, default=24, help="held-out clips that are scored")
     parser.add_argument(
-        "--probe-clips", type=int, default=24, help="clips that single blocks are left out on"
+        "--probe-clips",
+        type=int,
+        default=24,
+        help="clips of the probe that leaves out single blocks",
     )
     parser.add_argument(
         "--train", type=int, default=48, help="rendered training clips per place and motion"
