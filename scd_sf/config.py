@@ -534,7 +534,7 @@ def _name(hint: object) -> str:
 
 
 def _show(value: object) -> str:
-    """A value of a YAML tree in an error line."""
+    """A value of a YAML tree, shortened for an error line."""
     return _shorten(repr(value))
 
 
@@ -565,7 +565,7 @@ def _strip_optional(hint: object) -> object:
 
 
 def _parse_override(text: str) -> tuple[str, Tree]:
-    """``a.b=value`` as its name in messages and a tree."""
+    """(name for messages, tree) of an argument ``a.b=value``."""
     source = f"override '{_shorten(text)}'"
     key, equals, raw = text.partition("=")
     parts = key.strip().split(".")

@@ -34,8 +34,8 @@ QUIET_SECONDS = 15.0  # without a terminal: at most one line per step in this ti
 @dataclass(frozen=True)
 class Step:
     """``seconds``: how long it took when last measured, for the time left. ``env``: added to the
-    environment. ``outputs``: files and folders that it leaves; when one of their files is gone
-    later, the step runs again."""
+    environment. ``outputs``: files and folders that it leaves; when one of their files is
+    missing later, the step runs again."""
 
     name: str
     command: Sequence[str]
@@ -44,8 +44,8 @@ class Step:
     outputs: Sequence[Path] = ()
 
     def files(self) -> list[str]:
-        """The files in ``outputs`` now, hidden ones apart. UserError: one of ``outputs`` is not
-        there."""
+        """The present files in ``outputs`` without hidden ones. UserError where one of ``outputs``
+        does not exist."""
         for place in self.outputs:
             if not place.exists():
                 raise UserError(
@@ -151,12 +151,12 @@ class _StepProcess:
         self._reader.start()
 
     def wait(self) -> int:
-        """The exit code, when all output is in the log."""
+        """Wait until all output is in the log, and return the exit code."""
         self._reader.join()
         return self.process.wait()
 
     def _copy(self, stream: IO[str]) -> None:
-        """Every line to the log; to the screen one line now and then."""
+        """Write every line to the log, and one now and then to the screen."""
         printed_at = 0.0
         with stream, self.log.open("a", encoding="utf-8") as log:
             for line in stream:
@@ -237,8 +237,7 @@ class _Marker:
 
 def finished_seconds(run: Path, step: Step) -> float | None:
     """Seconds the step took when this very command finished; None where it has to run: it never
-    finished, its marker is damaged, or a file that it left is gone (markers of older versions name
-    no files)."""
+    finished, its marker is damaged, or a file that it left is gone."""
     try:
         marker = read_typed(_marker(run, step), _Marker, "")
     except UserError:

@@ -26,7 +26,7 @@ from scd_sf.files import files_below, is_part, locked, read_jsonl, sha256_file
 from scd_sf.types import UserError
 
 WANTED = "wanted.jsonl"
-OLD_SECONDS = 3600.0  # a temporary file that was not touched for so long is nobody's
+OLD_SECONDS = 3600.0  # age after which a temporary file is removed
 Progress = Callable[[int], None]
 
 
@@ -80,7 +80,7 @@ def check(root: Path, *, full: bool = False, progress: Progress = lambda count: 
         elif path.suffix != VIDEO:
             report.faults[path] = f"{path}: not a file of a clip"
         elif not path.with_suffix(SUFFIX).is_file():
-            # its latents were not written, or were damaged: it is made again
+            # a video without latents is made again
             report.temporary_files.append(path)
         progress(number)
     report.clips = len(digests)

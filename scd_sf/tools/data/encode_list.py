@@ -101,7 +101,7 @@ def encode_list(cfg: EncodeListConfig, ranks: Ranks) -> None:
 def _begin(
     cfg: EncodeListConfig, config: TextEncoderConfig, prompts: Sequence[Prompt], locks: ExitStack
 ) -> ShardWriter:
-    """The folder, locked for this job, begun or begun before with the same inputs."""
+    """Begin or resume the folder and lock it until ``locks`` is closed. Returns its writer."""
     out = Path(cfg.out)
     weights, tokens = encoder_parts(config)
     inputs = {
@@ -127,8 +127,9 @@ def _begin(
 def _encode_share(
     cfg: EncodeListConfig, encoder: TextEncoder, prompts: Sequence[Prompt], ranks: Ranks
 ) -> None:
+    """Write the shards of this rank that are not complete, each with its record."""
     out, dtype = Path(cfg.out), dtype_of(cfg.store or cfg.dtype)
-    starts = list(range(len(prompts)))[:: cfg.per_shard][ranks.rank :: ranks.world]
+    starts = range(0, len(prompts), cfg.per_shard)[ranks.rank :: ranks.world]
     with progress_of("shards of rank 0", len(starts), 0) as report:
         for number, start in enumerate(starts, 1):
             name = f"text-{start // cfg.per_shard:05d}"

@@ -73,8 +73,7 @@ def export_webdataset(
 
 
 def _check_own(out: Path, listings: Mapping[str, Listing]) -> None:
-    """UserError where ``out`` holds what no export has written: nothing of others is
-    overwritten."""
+    """UserError where ``out`` holds files that no export has written."""
     names, index = others_in(out), out / INDEX
     listed_tars = (
         typed(read_json(index, KEEP).get("tars"), dict[str, object], index, KEEP)

@@ -174,7 +174,7 @@ def torch_build() -> Findings:
         yield finding("torch build", f"{torch.__version__}, without CUDA")
         return
     cudnn = torch.backends.cudnn.version() or 0
-    text = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"  # 91501 is 9.15.1
+    text = f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
     description = f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {text}"
     if torch.cuda.is_available():
         description += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
@@ -185,8 +185,8 @@ def torch_build() -> Findings:
 
 
 def conv3d_is_slow(version: str, cudnn: int) -> bool:
-    """torch 2.9 with cuDNN below 9.15 (github.com/pytorch/pytorch/issues/166643); ``cudnn`` as
-    torch gives it."""
+    """Whether torch is 2.9 and cuDNN below 9.15 (github.com/pytorch/pytorch/issues/166643).
+    ``cudnn``: as torch gives it, 91501 for 9.15.1."""
     return version.split(".")[:2] == ["2", "9"] and cudnn < 91500
 
 

@@ -42,7 +42,7 @@ class Worker:
         self.maker.tidy()
 
     def ready(self) -> list[str]:
-        """Answers when the actor is up."""
+        """Return when the actor has started."""
         return []
 
     def encode(self, *prompts: str) -> list[str]:

@@ -41,7 +41,7 @@ from scd_sf.types import Conditioning, UserError
 
 WANTED = "wanted.jsonl"
 PROMPTS_AT_ONCE = 64  # states held in memory while encoding
-MAX_PROBLEMS = 10  # clips of one rank or cluster that may fail; more is no accident
+MAX_PROBLEMS = 10  # clips of one rank or cluster that may fail
 
 
 def prepare(cfg: GenerateConfig, locks: ExitStack) -> list[Spec]:
@@ -116,7 +116,7 @@ class Maker:
         )
 
     def tidy(self) -> None:
-        """Once per machine: remove what killed processes left."""
+        """Remove temporary files of killed processes. One worker per machine calls it."""
         sweep_clips(self.root)
 
     def fixed_prompts(self) -> None:
@@ -197,7 +197,7 @@ class Maker:
 
     @cached_property
     def teacher(self) -> nn.Module:
-        """Built once; the text encoder gives its memory back first."""
+        """The frozen teacher. The text encoder's memory is freed before it is built."""
         self.text = self._encoder()
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()

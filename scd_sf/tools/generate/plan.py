@@ -108,7 +108,7 @@ class GenerateConfig:
     """Quality of the mp4 files: 0 (best) .. 51."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(dtype="bf16"))
     """Where the teacher lies: backend deepspeed partitions it over the ranks (ZeRO-3), with
-    ``offload`` on the CPU; local: a whole one per rank."""
+    ``offload`` on the CPU; torch: a whole one per rank."""
     launcher: Literal["ranks", "ray"] = "ranks"
     """ranks (deepspeed, torchrun, plain python) or ray."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

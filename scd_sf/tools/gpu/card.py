@@ -51,12 +51,12 @@ class Card:
 
     @property
     def toy(self) -> bool:
-        """No GPU: everything runs whole, at toy size, to try the code."""
+        """Whether this is a CPU, on which everything runs at toy size to try the code."""
         return self.device.type == "cpu"
 
 
 def open_card(device: str) -> Card:
-    """The current GPU, or the CPU. UserError: there is no GPU."""
+    """The current GPU, or the CPU if ``device`` is cpu. UserError where there is no GPU."""
     if device == "cpu":
         torch.set_num_threads(1)
         return Card(

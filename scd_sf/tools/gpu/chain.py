@@ -43,7 +43,7 @@ class GpuChain:
     latents: Path
 
     def rows(self) -> Sequence[GpuRow]:
-        """Stage 2, then stage 3 from its end."""
+        """A row for stage 2, and one for stage 3, which starts from its end."""
         return [
             GpuRow("the demo's stage 2", lambda: self.stage(2)),
             GpuRow("the demo's stage 3", lambda: self.stage(3)),
@@ -178,8 +178,8 @@ Rows = Sequence[Mapping[str, object]]
 
 def compare_outputs(name: str, metric: str, rows: Rows, reference: Rows) -> list[Figures]:
     """Means over windows of updates beside the reference's. The data, times and noise of an update
-    are the same on every device (but for the corruption of contexts), so the means differ by less
-    than two standard errors."""
+    are the same on every device, except for the corruption of contexts, so the means should differ
+    by less than two standard errors."""
     lines = []
     if len(reference) < len(rows):
         raise UserError(

@@ -117,7 +117,7 @@ class GpuRecord:
 
     @staticmethod
     def blank(part: Part) -> Figures:
-        """An empty part."""
+        """The contents of a part without any measurement."""
         about = {"title": part.title, "budget_seconds": part.seconds, "seconds": 0.0}
         return about | {"rows": {}, "left_out": [], "running": None, "error": None}
 
@@ -155,7 +155,7 @@ def measure_rows(
     rows = part.rows()
     content = record.part(part)
     names = [row.name for row in rows]
-    # others are no rows any more
+    # without rows that the part no longer has
     results = {name: row for name, row in content["rows"].items() if name in names}
     skipped_names = [name for name in content["left_out"] if name in names and only not in name]
     record.put(part, {"rows": results})

@@ -119,7 +119,7 @@ def _cell(value: object) -> str:
 
 
 def heading(document: Figures) -> str:
-    """The machine in one line."""
+    """Machine, versions, revision and date in one line."""
     machine = document["machine"]
     if machine is None:
         return "nothing has run yet"

@@ -76,7 +76,7 @@ def config(card: Card, chunk: int, steps: int, mode: str) -> BenchConfig:
 
 
 def chunk_of(model: BenchModel) -> int:
-    """Latent frames per chunk."""
+    """Latent frames per chunk of a model."""
     assert model.model is not None
     return model.model.scd.chunk if model.model.family == "scd" else model.model.chunk
 
@@ -104,7 +104,7 @@ def toy_vae() -> Vae:
 
 
 def measure_speed(card: Card, chunk: int, steps: int, mode: str) -> Figures:
-    """The bench's document, and its lines of the table."""
+    """The figures of a row: the bench's document and its lines of the table."""
     try:
         document = run_bench(config(card, chunk, steps, mode), say, toy_vae() if card.toy else None)
     finally:

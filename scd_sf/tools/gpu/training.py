@@ -47,7 +47,7 @@ TOY_STUDENT = ModelConfig(wan=TOY, scd=ScdConfig(tuple(range(5)), DecoderConfig(
 
 
 def training_rows(card: Card) -> Sequence[GpuRow]:
-    """The card itself, then both stages."""
+    """A row for the card itself and one for each stage."""
     names = {2: "stage 2, one update of one clip", 3: "stage 3, one cycle of one clip"}
     updates = [
         GpuRow(name, partial(measure_training, card, stage)) for stage, name in names.items()

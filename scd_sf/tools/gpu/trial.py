@@ -29,7 +29,8 @@ Update = Callable[[], list[Tensor]]  # its losses, on their device
 
 
 def stage2_update(job: PlanJob, ranks: Ranks) -> Update:
-    """An update of stage 2: all its micro-batches and the average."""
+    """Build stage 2's engine. The returned function runs an update: all micro-batches and the
+    average."""
     cfg = job.cfg
     assert isinstance(cfg, Stage2Config)
     student, batch = _model(job.model, ranks), cfg.train.micro_batch

@@ -242,7 +242,7 @@ def _changes(job: PlanJob) -> list[Change]:
     if job.stage == 3:
         names = ["teacher_engine", "critic_engine", "student_engine"]
     steps: list[tuple[str, dict[str, object]]] = [
-        ("backend=deepspeed", {"backend": "deepspeed", "zero_stage": 2}),
+        ("backend=deepspeed", {"backend": "deepspeed"}),
         ("dtype=bf16", {"dtype": "bf16"}),
         ("zero_stage=3", {"zero_stage": 3}),
         ("offload=true", {"offload": True}),

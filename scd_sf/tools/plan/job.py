@@ -49,7 +49,7 @@ class PlanJob:
 
     @property
     def averages(self) -> int:
-        """EMA copies of the student: stage 3 also keeps its best one."""
+        """Number of EMA copies of the student. Stage 3 also keeps its best one."""
         return 1 if self.stage == 2 else 2
 
     def engines(self) -> dict[str, EngineConfig]:

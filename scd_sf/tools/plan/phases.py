@@ -65,7 +65,7 @@ def student_of(
 def stage2_phases(
     cfg: Stage2Config, model: ModelConfig, shape: VideoShape, text_tokens: int
 ) -> list[Phase]:
-    """Forward and backward of the flow-matching loss."""
+    """The one phase of stage 2: forward and backward of the flow-matching loss."""
     student = student_of(
         model,
         cfg.engine,

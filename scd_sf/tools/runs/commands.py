@@ -254,7 +254,7 @@ def _facts(view: RunView) -> list[tuple[str, str | Text]]:
 
 
 def _flat(tree: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    """Dotted keys of a nested config."""
+    """(dotted key, value) of a nested config."""
     rows: list[tuple[str, object]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):

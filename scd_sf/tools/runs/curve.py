@@ -1,10 +1,9 @@
-"""The curve of a run: ``metrics.jsonl`` as a mapping step -> values, also while it is being
-written.
+"""The curve of a run: ``metrics.jsonl`` as a mapping step -> values, also of a running training.
 
-    curve = read_curve(Path("runs/stage2"))         # a run directory, or a reference curve
-    FILE.jsonl curve.steps[100]["loss"]
+    curve = read_curve(Path("runs/stage2"))  # or a reference curve FILE.jsonl
+    curve.steps[100]["loss"]
 
-Files come from anywhere: a line that is not a record is counted, not trusted.
+Files may be foreign, so a line that is no record is counted and left out.
 """
 
 from __future__ import annotations

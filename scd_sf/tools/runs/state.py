@@ -98,7 +98,7 @@ class RunView:
 
 def is_run(path: Path) -> bool:
     """Whether a recipe has used this directory: it has metrics, or a config and checkpoints."""
-    # os.path: what may not be read is not there
+    # os.path, because Path.is_file raises for a folder that may not be read
     config, checkpoints = path / "config.yaml", path / "checkpoints"
     return os.path.isfile(path / METRICS) or (os.path.isfile(config) and os.path.isdir(checkpoints))
 
@@ -152,7 +152,7 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
         state="running",
         reason="",
     )
-    # The last line alone is not enough: a run that is killed while it saves is not done.
+    # The last line alone does not finish a run, which may be killed while it saves.
     if view.total is not None and any(
         checkpoint.intact and checkpoint.step >= view.total for checkpoint in checkpoints
     ):

@@ -146,7 +146,7 @@ class LocalModel:
 
 
 def _download(name: str) -> Path:
-    """The folder in the hub's cache with what is read of a repository."""
+    """Download a repository's readable files and return their folder in the hub's cache."""
     with foreign(
         f"model: {name} cannot be read from the hub", "correct the name, or give a directory"
     ):

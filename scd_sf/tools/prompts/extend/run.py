@@ -139,8 +139,8 @@ def run_extend(cfg: ExtendConfig, ranks: Ranks) -> None:
 
 
 def read_prompts(file: PromptFile) -> list[Row]:
-    """(uuid, prompt) of every row, in order. UserError: a bad row, one uuid for two prompts, more
-    than a prompt."""
+    """(uuid, prompt) of every row, in order. UserError for a bad row, one uuid of two prompts, or a
+    row with more than a prompt."""
     rows: list[Row] = []
     prompts: dict[str, str] = {}
     for _, row in file.rows():
@@ -199,14 +199,14 @@ def open_folder(out: Path, settings: Json, locks: ExitStack) -> None:
     ``locks`` is closed."""
     locks.enter_context(result_folder(out, settings, "extend_prompts"))
     if not (out / SETTINGS).is_file():
-        # first, so that what a killed run leaves is known as ours
+        # first, so that the folder of a killed run is recognised
         write_json(out / SETTINGS, settings)
     (out / PARTS).mkdir(exist_ok=True)
 
 
 def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
-    """Records of all parts by uuid, of these prompts. A torn last line is what a kill left; it
-    counts for nothing."""
+    """Records of these prompts from all parts, by uuid. An incomplete last line, which a killed
+    process left, is ignored."""
     prompts_by_id, records = dict(rows), dict[str, Done]()
     for file in sorted((out / PARTS).glob("rank-*.jsonl")):
         lines = file.read_bytes().split(b"\n")[:-1]
@@ -225,7 +225,7 @@ def finished(out: Path, rows: Sequence[Row]) -> dict[str, Done]:
 
 @contextmanager
 def part_file(out: Path, rank: int) -> Iterator[IO[bytes]]:
-    """This rank's part, for appending, without the line that a kill tore."""
+    """Open this rank's part for appending, after removing an incomplete last line."""
     path = out / PARTS / f"rank-{rank:04d}.jsonl"
     with path.open("ab+") as file:
         file.seek(0)
@@ -274,8 +274,8 @@ def append(file: IO[bytes], data: bytes) -> None:
 
 
 def merge(out: Path, rows: Sequence[Row]) -> Json:
-    """prompts.jsonl and prompts.txt with one line per input row, in its order, and the report,
-    which is returned."""
+    """Write prompts.jsonl and prompts.txt with one line per input row, in its order, and the
+    report. Returns the report."""
     records_by_id = finished(out, rows)
     if missing_ids := [name for name, _ in rows if name not in records_by_id]:
         raise UserError(

@@ -67,7 +67,7 @@ def _filter(cfg: FilterConfig, out: Path, settings: Json, hashes: list[str]) -> 
         raise UserError(
             f"inputs: none of {chain.steps[0].rows_in} prompts passed ({detail}); nothing kept"
         )
-    write_json(out / SETTINGS, settings)  # from here to the end the folder is ours and not complete
+    write_json(out / SETTINGS, settings)  # from here to the end the folder is incomplete
     (out / REPORT).unlink(missing_ok=True)
     write_start = time.monotonic()
     _write_rows(out, table)

@@ -178,8 +178,7 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
 
 
 def _has_surrogates(text: str) -> bool:
-    """Bytes that are not UTF-8 are read as those, so that they do not end the search for their
-    row."""
+    """Whether a text has surrogates, as which bytes that are not UTF-8 are read."""
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 
