@@ -148,8 +148,8 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class ClipSeconds:
-    """Seconds of one clip: the prompt, and per chunk the student and the VAE; ``pixels`` emitted
-    with each chunk."""
+    """Seconds of one clip, for the prompt (``text``) and per chunk for the student (``dit``) and
+    the VAE. ``pixels``: pixel frames emitted with each chunk."""
 
     text: float
     dit: tuple[float, ...]
@@ -274,8 +274,8 @@ class Bench:
         entry.attention = tuple(sorted(kernels.names))
 
     def full_from(self, chunk: int) -> int:
-        """The first chunk of the steady state: the window is full; without one, the last quarter of
-        the clip."""
+        """The first chunk of the steady state, in which the window is full. Without a window, the
+        first of the clip's last quarter. ``chunk``: latent frames per chunk."""
         chunks = self.shape.frames // chunk
         if not self.cfg.window:
             return chunks - max(1, chunks // 4)

@@ -100,9 +100,9 @@ def ssim_frames(videos: Tensor, reference: Tensor, window: SsimWindow = "valid")
     their mean.
 
     Gaussian window of 11x11 pixels, sigma 1.5; data range 1. ``window``: "valid" counts the pixels
-    around which it fits whole (Wang et al., TECO); "padded" counts all, beyond the border a
-    mirrored picture (torchmetrics' own mean since 1.5, so that of FAR's and SCD's releases;
-    hundredths apart). UserError below 11 pixels.
+    around which the whole window lies in the picture (Wang et al., TECO). "padded" counts all
+    pixels of the picture mirrored at its border, as torchmetrics' own mean does since 1.5 and
+    therefore FAR's and SCD's releases; the two differ by hundredths. UserError below 11 pixels.
     """
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure

@@ -93,7 +93,9 @@ class KeptFeatures:
     ``weights``, the hash of the extractor's weights. Damaged files are written again."""
 
     def __init__(self, extractor: FeatureExtractor, folder: Path, weights: str) -> None:
-        self.extractor, self.folder, self.weights = extractor, folder, weights
+        self.extractor = extractor
+        self.folder = folder
+        self.weights = weights
 
     @property
     def components(self) -> tuple[int | None, ...]:

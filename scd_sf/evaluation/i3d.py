@@ -98,7 +98,8 @@ class _Pool(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Four branches, joined: 1x1x1; 1x1x1 and 3x3x3, twice; a pool and 1x1x1."""
+    """Four branches, joined along the channels: a 1x1x1 unit, two pairs of a 1x1x1 and a 3x3x3
+    unit, and a pool with a 1x1x1 unit."""
 
     def __init__(self, inputs: int, widths: Widths) -> None:
         super().__init__()

@@ -89,8 +89,9 @@ class MetricNetworks:
 @dataclass(frozen=True)
 class ClipScore:
     """The figures and features of one clip. ``frames``: measure -> (T, F) fp64 of the generated
-    frames; ``fake`` (T, D) and ``real`` (1, D), or (T, D) when the reference went through a codec,
-    too; None without a feature network."""
+    frames. ``fake``: features (T, D) of the trajectories. ``real``: those of the reference, (1, D),
+    or (T, D) when it went through a codec with each trajectory. Both are None without a feature
+    network."""
 
     clip: int
     frames: dict[str, Tensor]

@@ -24,17 +24,17 @@ class PredictionProtocol:
     """One protocol. Frames are pixel frames at the data's own rate; ``resolution`` is the side of
     the square picture.
 
-    ``context`` frames are given, ``generated`` follow; frame figures are taken of the latter.
-    ``seeds``: one trajectory of every clip for each. Per clip and trajectory a frame figure is
-    averaged over frames; then ``reduce`` is ``best`` (the best trajectory of each clip, for each
-    figure by itself) or ``mean`` (of all), then the mean over clips. FVD is always taken per
-    trajectory, over all clips, and averaged. ``fvd_context``: FVD sees the context frames, too
-    (true ones on both sides). ``first_frame`` of the source clip is where the context starts;
-    ``selection`` describes the clips in words; the caller has to choose them. ``ssim``:
-    which pixels it counts (``ssim_frames``; all protocols count those of TECO; scoring FAR's way
-    counts FAR's).
+    The model gets ``context`` frames and predicts the ``generated`` frames after them, which the
+    frame figures compare with the clip. It predicts one trajectory of every clip for each of
+    ``seeds``. A frame figure is averaged over the frames of a trajectory, then reduced over
+    trajectories by ``reduce``: ``best`` (of each clip and each figure by itself) or ``mean``; then
+    averaged over clips. FVD is computed per trajectory over all clips, then averaged over
+    trajectories; ``fvd_context``: it includes the context frames (true ones on both sides). The
+    context starts at ``first_frame`` of the source clip. ``selection`` describes the clips in
+    words; the caller has to choose them. ``ssim``: the pixels that SSIM counts, see
+    ``ssim_frames``. All protocols count TECO's, and ``far_compat`` counts FAR's.
 
-    Version 2: SSIM counts the valid window; version 1 counted padded borders.
+    Since version 2 SSIM counts the valid window; version 1 counted padded borders.
     """
 
     name: str

@@ -264,9 +264,9 @@ class BlockPassCounter:
         self.samples += block_output.shape[0]
 
     def per_frame(self, frames: int, *, batch: int = 1, frames_per_pass: int = 1) -> float:
-        """Passes per generated frame. ``frames_per_pass``: a bidirectional pass carries every frame
-        of the clip, so its passes count once for each of them; a causal chunk of 3 frames counts as
-        3."""
+        """Passes per generated frame, where a pass over several frames counts once for each of
+        them. ``frames_per_pass``: all frames of the clip for a bidirectional model, those of a
+        chunk for a causal one."""
         return self.samples * frames_per_pass / (batch * frames)
 
 

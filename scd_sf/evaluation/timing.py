@@ -93,8 +93,8 @@ def time_stream(
 
 @dataclass
 class Cost:
-    """Runs of one model at batch 1: ``stream`` yields frames (B, n, ...); a forward of a ``block``
-    is one block pass and carries ``frames_per_pass`` frames."""
+    """Runs of one model at batch 1. ``stream`` yields frames (B, n, ...). A forward of a module of
+    the class ``block`` is one block pass, which covers ``frames_per_pass`` frames."""
 
     stream: Callable[[], Iterable[Tensor]]
     model: nn.Module
