@@ -85,12 +85,12 @@ class Rollout:
         self.stream = stream
         self.previous = previous
         self.cache = stream.cache
-        self.fill = (self.cache.length, self.cache.filled)
+        self.fill = (self.cache.length, self.cache.num_tokens)
 
     @torch.no_grad()
     def frame(self) -> Tensor:
         """The frame after the history, (1, 1, C, H, W)."""
-        self.cache.length, self.cache.filled = self.fill
+        self.cache.length, self.cache.num_tokens = self.fill
         stream = self.model.advance(self.stream, self.previous, self.like)
 
         def velocity(x: Tensor, t: float) -> Tensor:

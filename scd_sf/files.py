@@ -588,7 +588,7 @@ def _check_tree(value: object) -> None:
 # ---------------------------------------------------------------------------------------- ownership
 
 # names in a folder whose job ended before it began to write
-LEFT = re.compile(r"\.lock|\.writable|\.part-.*")
+LEFTOVERS = re.compile(r"\.lock|\.writable|\.part-.*")
 MARK_BYTES = 2**22  # of a file that are searched for its mark
 OWNER = "process "  # what a lock's words begin with
 
@@ -649,7 +649,7 @@ def require_own_folder(
                 f"{folder}: is there and no folder; nothing of others is touched: {remedy}"
             )
         return
-    names = {path.name for path in folder.iterdir() if not LEFT.fullmatch(path.name)}
+    names = {path.name for path in folder.iterdir() if not LEFTOVERS.fullmatch(path.name)}
     mark_names = list(marks)
     if names and not any((folder / mark).exists() for mark in mark_names):
         example, mark = printable(min(names))[:80], " or ".join(mark_names)

@@ -46,13 +46,13 @@ class Lazy:
     """A tensor that is on disk: its meta twin, how to read it (checked, on the CPU), and the file
     it is in.
 
-    ``odd``: the type of an entry of a pickle that is no tensor, and cannot be read.
+    ``other_type``: the type of a pickle's entry that is no tensor and cannot be read; else "".
     """
 
     meta: Tensor
     read: Callable[[], Tensor]
     origin: str = ""
-    odd: str = ""
+    other_type: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def read_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
 def read_all(tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
     """Every tensor of a table, read and checked."""
     for name, tensor in tensors.items():
-        if tensor.odd:
+        if tensor.other_type:
             raise UserError(
                 f"{tensor.origin}: entry '{name}' is not a tensor; use a file of the weights alone"
             )
@@ -226,39 +226,39 @@ def _open_pickle(file: Path, remedy: str) -> dict[str, Lazy]:
 def _flatten(
     table: dict[object, object],
     path: tuple[str, ...],
-    above: tuple[int, ...],
-    into: dict[str, Lazy],
+    ancestor_ids: tuple[int, ...],
+    tensors: dict[str, Lazy],
     file: Path,
 ) -> None:
     """Collect the tensors of a pickle's nested tables in ``into``, by dotted names. Other values
-    are collected as ``odd`` where they stand beside tensors."""
+    are collected with ``other_type`` where they stand beside tensors."""
     holds_tensors = any(isinstance(value, Tensor) for value in table.values())
     for key, value in table.items():
         name = ".".join((*path, str(key)))
-        if len(into) > MOST_ENTRIES:
+        if len(tensors) > MOST_ENTRIES:
             raise UserError(
                 f"{file}: more than {MOST_ENTRIES:,} entries; use a file of the weights alone"
             )
         if isinstance(value, dict):
-            if len(path) >= DEEPEST or id(value) in above:
+            if len(path) >= DEEPEST or id(value) in ancestor_ids:
                 raise UserError(
                     f"{file}: tables inside tables at '{name[:80]}'; use a file of the weights alone"
                 )
-            _flatten(value, (*path, str(key)), (*above, id(value)), into, file)
-        elif name in into:
+            _flatten(value, (*path, str(key)), (*ancestor_ids, id(value)), tensors, file)
+        elif name in tensors:
             raise UserError(f"{file}: holds '{name}' twice; use a file of the weights alone")
         elif isinstance(value, Tensor):
-            into[name] = _lazy_of(value, name, file)
+            tensors[name] = _lazy_of(value, name, file)
         elif holds_tensors:
-            into[name] = Lazy(
+            tensors[name] = Lazy(
                 torch.empty(0, device="meta"),
-                partial(_odd, name, file),
+                partial(_refuse_entry, name, file),
                 str(file),
                 type(value).__name__,
             )
 
 
-def _odd(name: str, file: Path) -> Tensor:
+def _refuse_entry(name: str, file: Path) -> Tensor:
     raise UserError(f"{file}: entry '{name}' is not a tensor; use a file of the weights alone")
 
 

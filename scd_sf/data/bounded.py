@@ -11,7 +11,7 @@ from typing import IO
 from scd_sf.files import files_below, new_file, sweep
 
 # share of the budget that stays in use when room is made, so that not every write has to make room
-KEPT = 0.9
+REMAINING_SHARE = 0.9
 
 
 class BoundedFolder:
@@ -31,7 +31,9 @@ class BoundedFolder:
         with self._size_lock() as record:
             total = self._recorded_size(record) + len(data)
             if total > self.limit:
-                total = self._make_room(max(0, round(KEPT * self.limit) - len(data))) + len(data)
+                total = self._make_room(
+                    max(0, round(REMAINING_SHARE * self.limit) - len(data))
+                ) + len(data)
             record.seek(0)
             record.truncate()
             record.write(str(total))

@@ -78,7 +78,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorLocation:
     """Location of a tensor in a file: type, shape, and its bytes ``start`` .. ``stop`` - 1."""
 
     dtype: torch.dtype
@@ -91,7 +91,7 @@ class Stored:
 class Header:
     """The checked header of a clip's file: tensors by name, and what the clip is."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorLocation]
     about: About
     bytes: int
 
@@ -275,7 +275,7 @@ def read_header(path: Path) -> Header:
         return file.header
 
 
-def _location(entry: Any, base: int) -> Stored:
+def _location(entry: Any, base: int) -> TensorLocation:
     dtype, shape = FLOATS[str(entry["dtype"])], entry["shape"]
     first, last = entry["data_offsets"]
     if not isinstance(shape, list) or any(
@@ -287,7 +287,7 @@ def _location(entry: Any, base: int) -> Stored:
         count *= length
     if last - first != count:
         raise ValueError(f"{last - first} bytes for shape {shape}")
-    return Stored(dtype, tuple(shape), base + first, base + last)
+    return TensorLocation(dtype, tuple(shape), base + first, base + last)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Format:
-    """A format of manifests. ``absent``: the error's text for a missing file. ``again``: the remedy
-    for a damaged one."""
+    """A format of manifests. ``absent``: the error's text for a missing file. ``remedy``: the
+    remedy for a damaged one."""
 
     name: str
     version: int
     absent: str
-    again: str = AGAIN
+    remedy: str = AGAIN
 
     def sealed(self, sections: Mapping[str, object]) -> Json:
         """A manifest with ``hash``: over the contents (shard hashes, rows), not over where they
@@ -50,7 +50,7 @@ class Format:
             is_unfinished = (root / BUILDING).is_file()
             message = "encoding was not finished; run the same encoding command again"
             raise UserError(f"{path}: {message if is_unfinished else self.absent}")
-        manifest = read_json(path, self.again)
+        manifest = read_json(path, self.remedy)
         if (manifest.get("format"), manifest.get("version")) != (self.name, self.version):
             raise UserError(
                 f"{path}: 'format'/'version' must be {self.name}/{self.version}; "
@@ -74,16 +74,16 @@ def write_index(path: Path, rows: Sequence[Any]) -> str:
     return hash_json(lines)
 
 
-def read_index(path: Path, kind: type[T], sha256: object, again: str = AGAIN) -> list[T]:
+def read_index(path: Path, kind: type[T], sha256: object, remedy: str = AGAIN) -> list[T]:
     """The rows of an index file as ``kind``. ``sha256``: of the rows (:func:`write_index`) or of
     the file.
 
     UserError: it is missing, empty, not the one of the manifest, or has a row with other fields.
     """
-    lines = read_jsonl(path, again)
+    lines = read_jsonl(path, remedy)
     if not lines or sha256 not in (hash_json(lines), sha256_file(path)):
-        raise UserError(f"{path}: does not belong to the manifest (changed or cut); {again}")
+        raise UserError(f"{path}: does not belong to the manifest (changed or cut); {remedy}")
     return [
-        typed(line, kind, f"{path}:{number}", again, exact=True)
+        typed(line, kind, f"{path}:{number}", remedy, exact=True)
         for number, line in enumerate(lines, 1)
     ]

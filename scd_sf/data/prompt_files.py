@@ -102,7 +102,7 @@ def read_prompt_file(path: Path, column: str = "prompt") -> list[PromptRow]:
     """All rows of a list; paths in ``start`` are relative to it. UserError names file and line."""
     file = PromptFile(path, column)
     if file.size > JSON_BYTES:
-        raise UserError(f"{file.what}: {file.size:,} bytes, more than {JSON_BYTES:,}; split it")
+        raise UserError(f"{file.label}: {file.size:,} bytes, more than {JSON_BYTES:,}; split it")
     return [row for _, row in file.rows()]
 
 
@@ -116,16 +116,16 @@ class PromptFile:
     def __init__(self, path: Path, column: str = "prompt") -> None:
         self.column = column
         self.path, self._recorded_sha256 = list_in(path)
-        self.what = f"prompt_file {self.path}"
+        self.label = f"prompt_file {self.path}"
         self.kind = self.path.suffix.lower()
         if self.kind in NOT_LISTS:
             raise UserError(
-                f"{self.what}: {self.kind} is no list of prompts; use .txt, .csv or .jsonl"
+                f"{self.label}: {self.kind} is no list of prompts; use .txt, .csv or .jsonl"
             )
         with self._open() as (file, status):
             if is_lfs_pointer(self.path):  # before a csv file's columns are looked for
                 raise UserError(
-                    f"{self.what}: a Git LFS pointer, not the list itself; run 'git lfs pull'"
+                    f"{self.label}: a Git LFS pointer, not the list itself; run 'git lfs pull'"
                 )
             self.size, self._mtime_ns = status.st_size, status.st_mtime_ns
             self._names = self._columns(file) if self.kind == ".csv" else []
@@ -139,17 +139,17 @@ class PromptFile:
         digest, count = hashlib.sha256(), 0
         with self._open() as (file, _):
             for line, row in self._checked_rows(
-                _lines(file, self.what, digest.update), header=True
+                _lines(file, self.label, digest.update), header=True
             ):
                 count += 1
                 yield line.offset, row
         self.sha256 = digest.hexdigest()
         if self._recorded_sha256 not in ("", self.sha256):
             raise UserError(
-                f"{self.what}: was changed since {REPORT} was written; give a copy of the file itself"
+                f"{self.label}: was changed since {REPORT} was written; give a copy of the file itself"
             )
         if not count:
-            raise UserError(f"{self.what}: no prompt in it; write one per line")
+            raise UserError(f"{self.label}: no prompt in it; write one per line")
 
     def row(self, offset: int) -> PromptRow:
         """The row that begins at ``offset``. UserError if the file was changed since it was
@@ -157,10 +157,10 @@ class PromptFile:
         with self._open() as (file, status):
             if (status.st_size, status.st_mtime_ns) != (self.size, self._mtime_ns):
                 raise UserError(
-                    f"{self.what}: was changed while it was in use; put the old one back"
+                    f"{self.label}: was changed while it was in use; put the old one back"
                 )
             file.seek(offset)
-            return next(self._checked_rows(_lines(file, self.what), header=False))[1]
+            return next(self._checked_rows(_lines(file, self.label), header=False))[1]
 
     @contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], os.stat_result]]:
@@ -168,12 +168,12 @@ class PromptFile:
             # without O_NONBLOCK, opening a pipe would wait for its writer
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.what}: cannot be read ({error}); check the path") from error
+            raise UserError(f"{self.label}: cannot be read ({error}); check the path") from error
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise UserError(
-                    f"{self.what}: cannot be read (not a regular file); copy the list into one"
+                    f"{self.label}: cannot be read (not a regular file); copy the list into one"
                 )
             yield file, status
 
@@ -182,7 +182,7 @@ class PromptFile:
     ) -> Iterator[tuple[Line, PromptRow]]:
         """Rows with their first lines, each checked."""
         for line, value in self._csv(lines, header) if self.kind == ".csv" else self._values(lines):
-            where = f"{self.what}: line {line.number}"
+            where = f"{self.label}: line {line.number}"
             yield (
                 line,
                 PromptRow(value)
@@ -196,7 +196,7 @@ class PromptFile:
                 yield line, self._object(text, line.number) if self.kind in JSONL else text
 
     def _object(self, text: str, number: int) -> Json:
-        where = f"{self.what}: line {number}"
+        where = f"{self.label}: line {number}"
         try:
             value = msgspec.json.decode(text)  # twenty times as fast, but its errors say less
         except (msgspec.MsgspecError, RecursionError):
@@ -211,7 +211,7 @@ class PromptFile:
         return value
 
     def _csv(self, lines: Iterator[Line], header: bool) -> Iterator[tuple[Line, Json]]:
-        records = _csv_records(lines, self.what)
+        records = _csv_records(lines, self.label)
         if header:
             next(records, None)
         columns = [
@@ -222,17 +222,17 @@ class PromptFile:
         for line, fields in records:
             if len(fields) > (count := len(self._names)):
                 raise UserError(
-                    f"{self.what}: line {line.number} has {len(fields)} columns instead of {count}; put texts that "
+                    f"{self.label}: line {line.number} has {len(fields)} columns instead of {count}; put texts that "
                     "have commas into quotes"
                 )
             yield line, {name: fields[place] for name, place in columns if place < len(fields)}
 
     def _columns(self, file: IO[bytes]) -> list[str]:
-        _, names = next(_csv_records(_lines(file, self.what), self.what), (None, list[str]()))
+        _, names = next(_csv_records(_lines(file, self.label), self.label), (None, list[str]()))
         if self.column not in names:
             column_list = ", ".join(printable(name[:SHOWN]) for name in names[:SHOWN]) or "none"
             raise UserError(
-                f"{self.what}: no column '{self.column}' (it has {column_list}); set prompt_column"
+                f"{self.label}: no column '{self.column}' (it has {column_list}); set prompt_column"
             )
         count = Counter(name.strip().lower() for name in names)
         for name in names:
@@ -241,11 +241,11 @@ class PromptFile:
                 plain in SETTINGS or (plain in KEYS and (name != plain or count[plain] > 1))
             ):
                 raise UserError(
-                    f"{self.what}: column '{printable(name[:SHOWN])}' is not read; remove or rename it (a list may "
+                    f"{self.label}: column '{printable(name[:SHOWN])}' is not read; remove or rename it (a list may "
                     f"have {', '.join(KEYS)})"
                 )
         if names.count(self.column) > 1:
-            raise UserError(f"{self.what}: column '{self.column}' is there twice; rename one")
+            raise UserError(f"{self.label}: column '{self.column}' is there twice; rename one")
         return names
 
 
@@ -268,7 +268,7 @@ def list_in(path: Path) -> tuple[Path, str]:
 
 
 def _lines(
-    file: IO[bytes], what: str, on_bytes: Callable[[bytes], None] | None = None
+    file: IO[bytes], label: str, on_bytes: Callable[[bytes], None] | None = None
 ) -> Iterator[Line]:
     """Lines from the file's position on; ``on_bytes`` is called with the bytes of each."""
     offset, number = file.tell(), 0
@@ -276,7 +276,7 @@ def _lines(
         number += 1
         if len(raw) > LINE_BYTES:
             raise UserError(
-                f"{what}: line {number} has more than {LINE_BYTES:,} bytes; is it a list of prompts?"
+                f"{label}: line {number} has more than {LINE_BYTES:,} bytes; is it a list of prompts?"
             )
         if on_bytes is not None:
             on_bytes(raw)
@@ -284,17 +284,17 @@ def _lines(
             text = raw.decode("utf-8-sig" if offset == 0 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{what}: line {number} is not UTF-8 ({error.reason}); convert the file"
+                f"{label}: line {number} is not UTF-8 ({error.reason}); convert the file"
             ) from error
         if "\0" in text:
             raise UserError(
-                f"{what}: line {number} holds a NUL, so it is no text; convert or correct the file"
+                f"{label}: line {number} holds a NUL, so it is no text; convert or correct the file"
             )
         yield Line(offset, number, text)
         offset += len(raw)
 
 
-def _csv_records(lines: Iterator[Line], what: str) -> Iterator[tuple[Line, list[str]]]:
+def _csv_records(lines: Iterator[Line], label: str) -> Iterator[tuple[Line, list[str]]]:
     """(its first line, its fields) of every record that is not blank; a quoted field may go over
     several lines."""
     record_lines: list[Line] = []  # lines of the record
@@ -311,7 +311,7 @@ def _csv_records(lines: Iterator[Line], what: str) -> Iterator[tuple[Line, list[
             fields = next(reader, None)
         except csv.Error as error:
             raise UserError(
-                f"{what}: line {record_lines[0].number}: {error}; correct it"
+                f"{label}: line {record_lines[0].number}: {error}; correct it"
             ) from error
         if fields is None:
             return

@@ -315,11 +315,11 @@ def finish_prompts(writer: ShardWriter, text: Json) -> None:
     writer.finish(LATENTS.sealed({"text": text}))
 
 
-def finite(values: Tensor, what: str) -> Tensor:
+def finite(values: Tensor, label: str) -> Tensor:
     """``values`` unchanged. UserError naming ``what`` when one is NaN or infinite."""
     if not values.isfinite().all():
         raise UserError(
-            f"{what}: not finite in {values.dtype}; store as bfloat16, or check the model"
+            f"{label}: not finite in {values.dtype}; store as bfloat16, or check the model"
         )
     return values
 

@@ -156,14 +156,14 @@ class Skipping:
         if x_BLE.is_meta:  # scd plan only counts: every block
             return run(x_BLE, 0, indices.stop)
         full_BF = self.skip.full(times.t, trunk.cfg.clean_time)
-        some, every = True, False
+        any_full, all_full = True, False
         if not torch.is_grad_enabled():
             # one read of the device
-            some, every = torch.stack([full_BF.any(), full_BF.all()]).tolist()
-        if every:
+            any_full, all_full = torch.stack([full_BF.any(), full_BF.all()]).tolist()
+        if all_full:
             return run(x_BLE, 0, indices.stop)
         x_BLE = run(x_BLE, 0, middle.start)
-        if some:
+        if any_full:
             frames = (full_BF.shape[1], -1)
             deep = run(x_BLE, middle.start, middle.stop).unflatten(1, frames)
             short = x_BLE.unflatten(1, frames)

@@ -39,7 +39,7 @@ Scd = ScdWan | ScdScratch
 Student = Scd | Causal
 SINGLE = "scd_sf.model.1"  # the format of an exported file, in its metadata
 MOST_CHUNK = 10_000  # latent frames at once: 40 minutes of video
-APART = "weights and config do not belong together"
+MISMATCH = "weights and config do not belong together"
 LICENCE = "Apache-2.0"  # of Wan 2.1 and of this project; the weights of others may have another
 
 
@@ -164,7 +164,7 @@ def _check_state(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], origin
     ]
     if wrong_names:
         raise UserError(
-            f"{origin}: tensor '{wrong_names[0]}' does not fit its config.yaml; {APART}"
+            f"{origin}: tensor '{wrong_names[0]}' does not fit its config.yaml; {MISMATCH}"
         )
 
 
@@ -172,7 +172,7 @@ def _read_model(config: ModelConfig, file: Path, description: Path) -> Student |
     """The model of ``description`` with the weights of ``file``, in fp32. It is allocated only
     after the two were found to fit."""
     file_tensors = open_tensors(file, "use another checkpoint")
-    outline = skeleton(lambda: build_model(config), file_tensors, description, APART)
+    outline = skeleton(lambda: build_model(config), file_tensors, description, MISMATCH)
     _check_state(outline, {name: tensor.shape for name, tensor in file_tensors.items()}, file)
     model = build_model(config)
     model.load_state_dict(
@@ -259,17 +259,17 @@ def write_single(
     write_tensors(path, tensors, metadata)
 
 
-def base_of(recorded: str, other: str, where: Path | str) -> Path:
-    """The Wan directory with VAE and text encoder: ``other``, else the one that the checkpoint
-    ``where`` records.
+def base_of(recorded_base: str, override: str, where: Path | str) -> Path:
+    """The Wan directory with VAE and text encoder: ``override``, else ``recorded_base`` of the
+    checkpoint ``where``.
 
     UserError when it is not there.
     """
-    base = other or recorded
+    base = override or recorded_base
     if not base:
         raise UserError(f"{where}: does not name its Wan directory; set base=")
     if not Path(base).is_dir():
-        source = "base" if other else f"{where}: its base"
+        source = "base" if override else f"{where}: its base"
         working_folder = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"
         raise UserError(
             f"{source} is {base}{working_folder}, and no such directory is there; set base= to the Wan directory"

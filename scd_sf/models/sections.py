@@ -76,7 +76,7 @@ def choose_section(
             raise UserError(
                 f"{where}: holds tensor '{model_name}' twice, once as '{name}'; use a file that says which is right"
             )
-        if tensors[name].odd:
+        if tensors[name].other_type:
             raise UserError(
                 f"{where}: entry '{name}' is not a tensor; use a file of the model's weights alone"
             )

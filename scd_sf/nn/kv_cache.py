@@ -48,12 +48,12 @@ class Cache(Past, Protocol):
         depend on."""
         ...
 
-    def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
+    def write(self, new_kv: Mapping[int, KV]) -> Mapping[int, KV]:
         """Store K/V (layer -> k and v, each (B, N, L_new, D)). Returns the argument of
         :meth:`grown`."""
         ...
 
-    def grown(self, written: Mapping[int, KV], tokens: int) -> Cache:
+    def grown(self, new_kv: Mapping[int, KV], tokens: int) -> Cache:
         """The cache with ``tokens`` more tokens, those of :meth:`write`."""
         ...
 
@@ -204,11 +204,11 @@ class KVCache:
     def place(self) -> Hashable:
         return self.length
 
-    def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
-        return {index: (_copy(k), _copy(v)) for index, (k, v) in staged.items()}
+    def write(self, new_kv: Mapping[int, KV]) -> Mapping[int, KV]:
+        return {index: (_copy(k), _copy(v)) for index, (k, v) in new_kv.items()}
 
-    def grown(self, written: Mapping[int, KV], tokens: int) -> KVCache:
-        layers = {index: (*self.layers.get(index, ()), kv) for index, kv in written.items()}
+    def grown(self, new_kv: Mapping[int, KV], tokens: int) -> KVCache:
+        layers = {index: (*self.layers.get(index, ()), kv) for index, kv in new_kv.items()}
         return KVCache(layers, self.length + tokens, self.window)
 
 
@@ -232,16 +232,16 @@ class RingKVCache:
         self.sink = window.sink
         self.wrap = wrap
         self.window = replace(window, recent=capacity - window.sink)
-        self.length = self.filled = 0
+        self.length = self.num_tokens = 0
         self._buffers: Buffers = {}
         self._name: Hashable = None
         self._first: dict[int, Tensor] = {}  # the sink's keys at their own positions, once it moves
 
     def layer(self, index: int) -> KV | None:
         buffers = self._buffers.get(index)
-        if buffers is None or self.filled == 0:
+        if buffers is None or self.num_tokens == 0:
             return None
-        return buffers[0][:, :, : self.filled], buffers[1][:, :, : self.filled]
+        return buffers[0][:, :, : self.num_tokens], buffers[1][:, :, : self.num_tokens]
 
     def joined(self, index: int, k_BNLD: Tensor, v_BNLD: Tensor) -> KV:
         """Views: the new tokens are written behind the past, into room that the next call uses
@@ -249,9 +249,9 @@ class RingKVCache:
         buffers = self._buffers.get(index)
         if buffers is None:
             return k_BNLD, v_BNLD
-        end = self.filled + k_BNLD.shape[2]
+        end = self.num_tokens + k_BNLD.shape[2]
         for buffer, new in zip(buffers, (k_BNLD, v_BNLD), strict=True):
-            buffer[:, :, self.filled : end] = new
+            buffer[:, :, self.num_tokens : end] = new
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def use(self, buffers: Buffers, name: Hashable) -> None:
@@ -261,30 +261,30 @@ class RingKVCache:
 
     @property
     def place(self) -> Hashable:
-        return self._name, self.filled
+        return self._name, self.num_tokens
 
-    def write(self, staged: Mapping[int, KV]) -> Mapping[int, KV]:
+    def write(self, new_kv: Mapping[int, KV]) -> Mapping[int, KV]:
         """Behind the past, where no step reads it yet: a step that is run twice has the same
         result."""
         assert not torch.is_grad_enabled(), (
             "RingKVCache is written in place: sampling only, under torch.no_grad()"
         )
-        for index, (k, v) in staged.items():
+        for index, (k, v) in new_kv.items():
             self._runs(k.shape[2])  # whether there is room
             for buffer, new in zip(self._room(index, k), (k, v), strict=True):
-                buffer[:, :, self.filled : self.filled + new.shape[2]] = new
+                buffer[:, :, self.num_tokens : self.num_tokens + new.shape[2]] = new
         return {}
 
-    def grown(self, written: Mapping[int, KV], tokens: int) -> RingKVCache:
+    def grown(self, new_kv: Mapping[int, KV], tokens: int) -> RingKVCache:
         """This cache; the new tokens replace the oldest ones where it was full."""
         for slot, first, count in self._runs(tokens):
-            start = self.filled + first
+            start = self.num_tokens + first
             buffers = [buffer for kv in self._buffers.values() for buffer in kv]
             if slot != start and buffers:
                 old, new = ([b[:, :, at : at + count] for b in buffers] for at in (slot, start))
                 torch._foreach_copy_(old, new)
         self.length += tokens
-        self.filled = min(self.length, self.capacity)
+        self.num_tokens = min(self.length, self.capacity)
         if tokens and (shift := self.window.shift(self.length)):
             for index, (k, _) in self._buffers.items():
                 sink = self._first.setdefault(index, k[:, :, : self.sink].clone())

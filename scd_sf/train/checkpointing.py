@@ -32,7 +32,9 @@ from scd_sf.train.shards import gathered, read_shards
 from scd_sf.types import UserError, VideoShape
 
 _PATIENCE = 3600.0  # seconds that the main rank waits for another rank's part
-_WITHIN = "begun/"  # earlier versions also saved within a step, and noted so what was done of it
+_SUBSTEP = (
+    "begun/"  # prefix of the values that older versions recorded when they saved within a step
+)
 _log = logging.getLogger(__name__)
 
 
@@ -118,17 +120,17 @@ class Checkpointer:
             )
 
     def _load(self, path: Path) -> int:
-        saved = read_typed(path / STATE / "recipe.json", _Saved, "resume from another step")
+        recipe = read_typed(path / STATE / "recipe.json", _Saved, "resume from another step")
         for name, engine in self.engines.items():
             engine.load(path / STATE / name)
         masters = list(self.engines["model"].owned())
-        self.ema.restore(read_shards(path / "ema.safetensors", masters), saved.ema_updates)
-        self.record = saved.numbers(path)
-        self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in saved.extra}
+        self.ema.restore(read_shards(path / "ema.safetensors", masters), recipe.ema_updates)
+        self.record = recipe.numbers(path)
+        self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in recipe.extra}
         for name, ema in self.extra.items():
             file = safe_path(path, f"{name}.safetensors", f"{path}: an average of recipe.json")
-            ema.restore(read_shards(file, masters), saved.ema_updates)
-        return saved.step
+            ema.restore(read_shards(file, masters), recipe.ema_updates)
+        return recipe.step
 
     # --------------------------------------------------------------------------------------- saving
 
@@ -245,7 +247,7 @@ class _Saved:
 
     def numbers(self, path: Path) -> dict[str, float]:
         """``record`` without null values. UserError where a number is null."""
-        values = {key: value for key, value in self.record.items() if not key.startswith(_WITHIN)}
+        values = {key: value for key, value in self.record.items() if not key.startswith(_SUBSTEP)}
         if len(values) < len(self.record):
             _log.warning(
                 "%s: an earlier version saved it within step %d, which is made again",

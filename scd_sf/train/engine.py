@@ -76,14 +76,14 @@ def build_engine(
 
 def frozen_engine(
     build: Callable[[], nn.Module],
-    read: Mapping[str, Callable[[], Tensor]],
+    readers: Mapping[str, Callable[[], Tensor]],
     cfg: EngineConfig,
     ranks: Ranks,
 ) -> nn.Module:
     """A teacher: called like the module, never trained. backend deepspeed: ZeRO-3 without
     optimizer, else plain torch.
 
-    ``build`` makes the module, ``read`` its parameters by name from wherever they are. Under ZeRO-3
+    ``build`` makes the module, ``readers`` return its parameters by name. Under ZeRO-3
     every module is partitioned as it is built, and rank 0 alone reads, one parameter at a time:
     nobody ever holds the whole (28 GB for Wan 14B in bf16). All ranks must call the teacher equally
     often (ZeRO-3 gathers weights together). ``cfg.offload`` keeps weights on the CPU.
@@ -93,7 +93,8 @@ def frozen_engine(
         with torch.device("meta"):
             module = build()
         module.load_state_dict(
-            {name: tensor().to(ranks.device, dtype) for name, tensor in read.items()}, assign=True
+            {name: tensor().to(ranks.device, dtype) for name, tensor in readers.items()},
+            assign=True,
         )
         return module.requires_grad_(False)
     zero: dict[str, Any] = {"stage": 3, **_stage3_buckets(cfg)}
@@ -107,7 +108,7 @@ def frozen_engine(
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             if ranks.is_main:
-                parameter.copy_(read[name]())
+                parameter.copy_(readers[name]())
     engine: nn.Module = _initialize(module, config, ranks, None)
     return engine
 
@@ -214,10 +215,10 @@ class DeepSpeedEngine:
         """This rank's parts of the masters or of one moment. At stage 0 every rank has everything
         and yields an even share."""
         for shard in self._local_shards(kind):
-            replicated = self.cfg.zero_stage == 0
+            is_replicated = self.cfg.zero_stage == 0
             yield (
                 share(shard.name, shard.values.view(shard.shape), self.ranks)
-                if replicated
+                if is_replicated
                 else shard
             )
 

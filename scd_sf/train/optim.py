@@ -52,7 +52,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def param_groups(
-    named: Iterable[tuple[str, Tensor]],
+    named_parameters: Iterable[tuple[str, Tensor]],
     weight_decay: float,
     scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
@@ -62,7 +62,9 @@ def param_groups(
     ``scales``: the learning rate of parameters whose name starts so is a multiple of the others';
     each group's is in its ``lr_scale``. UserError: a prefix that no parameter has.
     """
-    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    trainable = [
+        (name, parameter) for name, parameter in named_parameters if parameter.requires_grad
+    ]
     for prefix in scales or {}:
         if not any(name.startswith(prefix) for name, _ in trainable):
             raise UserError(
@@ -92,5 +94,5 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def _heads(named: Iterable[tuple[str, Tensor]]) -> str:
-    return ", ".join(sorted({name.split(".")[0] for name, _ in named}))
+def _heads(named_parameters: Iterable[tuple[str, Tensor]]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for name, _ in named_parameters}))

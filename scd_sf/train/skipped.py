@@ -44,7 +44,7 @@ class MicroBatch:
 
 @contextmanager
 def keeping(
-    run: Run, step: int, engine: Engine, samples: Sequence[int], who: str = "model"
+    run: Run, step: int, engine: Engine, samples: Sequence[int], engine_name: str = "model"
 ) -> Iterator[list[MicroBatch]]:
     """A list for the micro-batches of one update of ``engine``: append each before the step. They
     are written to disk only if the update was skipped.
@@ -58,7 +58,7 @@ def keeping(
     finally:  # the last skip in a row ends in an error
         if engine.skipped > skips_before:
             try:
-                _write(run, step, who, samples, batch)
+                _write(run, step, engine_name, samples, batch)
             except OSError as error:  # a full disk must not stop one rank alone
                 _log.warning(
                     "the batch of the skipped update %d could not be kept: %s", step, error
@@ -66,11 +66,13 @@ def keeping(
 
 
 def _write(
-    run: Run, step: int, who: str, samples: Sequence[int], batch: Sequence[MicroBatch]
+    run: Run, step: int, engine_name: str, samples: Sequence[int], batch: Sequence[MicroBatch]
 ) -> None:
     if run.ranks.is_main:
         with (run.dir / "skipped.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "engine": who, "samples": list(samples)}) + "\n")
+            lines.write(
+                json.dumps({"step": step, "engine": engine_name, "samples": list(samples)}) + "\n"
+            )
     folder = run.dir / "nan_dump"
     folder.mkdir(exist_ok=True)
     tensors = {
@@ -86,7 +88,7 @@ def _write(
         for part in batch
     ]
     write_tensors(
-        folder / f"step_{step:08d}_{who}_rank_{run.ranks.rank}.safetensors",
+        folder / f"step_{step:08d}_{engine_name}_rank_{run.ranks.rank}.safetensors",
         {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()},
         {"micro_batches": json.dumps(rows)},
     )

@@ -26,7 +26,7 @@ from scd_sf.files import foreign, read_bytes, read_json, safe_path
 from scd_sf.types import UserError
 
 COLUMNS = 18
-HELD = 2  # chunks in memory, about 100 MB each
+CHUNKS_IN_MEMORY = 2  # chunks in memory, about 100 MB each
 
 
 class RealEstate10K:
@@ -101,7 +101,7 @@ class RealEstate10K:
         with self._lock:  # threads that read neighbours wait for their common chunk
             if name not in self._recent:
                 self._recent[name] = _chunk(self.root / name)
-                while len(self._recent) > HELD:
+                while len(self._recent) > CHUNKS_IN_MEMORY:
                     self._recent.popitem(last=False)
             self._recent.move_to_end(name)
             chunk = self._recent[name]

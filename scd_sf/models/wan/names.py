@@ -36,19 +36,21 @@ DIFFUSERS_TO_ORIGINAL = {
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
     **{
-        f"blocks.N.attn1.{ours}": f"blocks.N.self_attn.{theirs}"
-        for ours, theirs in _ATTENTION.items()
+        f"blocks.N.attn1.{diffusers_name}": f"blocks.N.self_attn.{original_name}"
+        for diffusers_name, original_name in _ATTENTION.items()
     },
     **{
-        f"blocks.N.attn2.{ours}": f"blocks.N.cross_attn.{theirs}"
-        for ours, theirs in _ATTENTION.items()
+        f"blocks.N.attn2.{diffusers_name}": f"blocks.N.cross_attn.{original_name}"
+        for diffusers_name, original_name in _ATTENTION.items()
     },
     "blocks.N.norm2": "blocks.N.norm3",
     "blocks.N.ffn.net.0.proj": "blocks.N.ffn.0",
     "blocks.N.ffn.net.2": "blocks.N.ffn.2",
     "blocks.N.scale_shift_table": "blocks.N.modulation",
 }
-ORIGINAL_TO_DIFFUSERS = {theirs: ours for ours, theirs in DIFFUSERS_TO_ORIGINAL.items()}
+ORIGINAL_TO_DIFFUSERS = {
+    original_name: diffusers_name for diffusers_name, original_name in DIFFUSERS_TO_ORIGINAL.items()
+}
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
 ROOTS = {

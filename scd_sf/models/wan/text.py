@@ -136,8 +136,8 @@ def _unescape(text: str) -> str:
 def pad_states(states: Sequence[Tensor], length: int) -> Tensor:
     """Ragged (L_i, E) -> (B, length, E), zero after each true length (Wan masks nothing, so the
     zeros matter)."""
-    padded = pad_sequence(list(states), batch_first=True)
-    return nn.functional.pad(padded, (0, 0, 0, length - padded.shape[1]))
+    out = pad_sequence(list(states), batch_first=True)
+    return nn.functional.pad(out, (0, 0, 0, length - out.shape[1]))
 
 
 class TransformersTextEncoder:

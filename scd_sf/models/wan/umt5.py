@@ -41,10 +41,10 @@ def to_transformers(name: str) -> str | None:
         return None
     if module in _OUTSIDE:
         return f"{_OUTSIDE[module]}.weight"
-    block, _, rest = module.removeprefix("blocks.").partition(".")
-    if not (block.isascii() and block.isdecimal()) or len(block) > 3 or rest not in _BLOCK:
+    block, _, part = module.removeprefix("blocks.").partition(".")
+    if not (block.isascii() and block.isdecimal()) or len(block) > 3 or part not in _BLOCK:
         return None
-    return f"encoder.block.{block}.{_BLOCK[rest]}.weight"
+    return f"encoder.block.{block}.{_BLOCK[part]}.weight"
 
 
 def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:

@@ -147,10 +147,10 @@ def read_prompts(file: PromptFile) -> list[Row]:
         name = row.uuid or str(uuid.uuid5(NAMESPACE, row.prompt))
         if row.start or row.then:
             raise UserError(
-                f"{file.what}: prompt {len(rows) + 1} has 'start' or 'then', which would be lost"
+                f"{file.label}: prompt {len(rows) + 1} has 'start' or 'then', which would be lost"
             )
         if prompts.setdefault(name, row.prompt) != row.prompt:
-            raise UserError(f"{file.what}: uuid {name} names two prompts; give each its own")
+            raise UserError(f"{file.label}: uuid {name} names two prompts; give each its own")
         rows.append((name, row.prompt))
     return rows
 
