@@ -46,8 +46,8 @@ class Ranks:
         return bool(self.max(flag))
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on rank 0 (a plain value), on every rank. A UserError there is
-        raised on all, and so is an error of a file's place (full, read-only)."""
+        """Run ``work`` on rank 0 and return its result (a plain value) on every rank. Its
+        UserErrors, and errors of a file's place (full, read-only), are raised on all ranks."""
         if self.world == 1:
             return work()
         outcome: list[object] = [None, ""]

@@ -219,8 +219,8 @@ def new_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def own_file(path: Path, *, fresh: bool = False) -> Iterator[Path]:
-    """As :func:`new_file`, for a file that a person named: it stands among files of others, which
-    no job holds. Its folder is made, and what killed runs left in there is removed first.
+    """:func:`new_file` for a path that a person named, in a folder that no job holds. The folder is
+    created, and unfinished files of killed runs in it are removed first.
 
     ``fresh``: nothing is overwritten. UserError where something is at ``path``, also when it came
     meanwhile.

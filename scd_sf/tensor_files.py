@@ -112,7 +112,7 @@ def read_metadata(file: Path, remedy: str = AGAIN) -> dict[str, str]:
 
 
 def read_tensors(file: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
-    """All tensors of :func:`open_tensors`, read; a pickle's are mapped from the disk where its form
+    """All tensors of a file, read and checked. A pickle's are mapped from the disk where its form
     allows that."""
     return read_all(open_tensors(file, remedy))
 

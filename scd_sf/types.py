@@ -277,9 +277,9 @@ class Conditioning:
     """Conditions of a model. Absent ones are None; absent text is (B, 0, 0).
 
     ``text_BLE``: token states (B, L, E), exactly zero after each prompt's true length (as Wan).
-    ``actions_BF``: one number per frame, what led to it; ``labels_B``: one per clip; -1 is the null
-    action or label. ``decoder_actions_BF``: what SCD's decoder is told instead (None: the same): it
-    is guided without its encoder.
+    ``actions_BF`` has one number per frame, the action that led to it, and ``labels_B`` one per
+    clip. -1 is the null action or label. ``decoder_actions_BF``: what SCD's decoder is told instead
+    (None: the same): it is guided without its encoder.
     """
 
     text_BLE: Tensor
@@ -310,7 +310,7 @@ class Conditioning:
         return self._each(lambda part: on_device(part, device))
 
     def expand(self, batch: int) -> Conditioning:
-        """One clip's conditions for the whole batch (B=1 -> B=batch), without a copy."""
+        """One clip's conditions for a batch of ``batch`` (B=1 -> B=batch), without a copy."""
         return self._each(lambda part: part.expand(batch, *part.shape[1:]))
 
     def repeat(self, times: int) -> Conditioning:
@@ -322,7 +322,8 @@ class Conditioning:
         return self._each(lambda part: part[indices])
 
     def cat(self, other: Conditioning) -> Conditioning:
-        """One batch after the other; both have the same kinds of conditions."""
+        """Both batches as one, this one first. UserError unless they have the same kinds of
+        conditions."""
         import torch
 
         pairs = [

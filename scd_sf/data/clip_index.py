@@ -52,8 +52,8 @@ class Common:
 
 @dataclass(frozen=True)
 class ClipRow:
-    """One line of ``clips.jsonl``: from a file's header, so that nothing need be opened to know the
-    clips."""
+    """One line of ``clips.jsonl``, copied from a file's header, so that the list needs no open
+    file."""
 
     id: str
     prompt: str
@@ -196,7 +196,7 @@ class ClipFiles:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all latents and text states on disk."""
+        """The type of all latents and text states on disk."""
         return self.common.torch_dtype
 
     def read(self, index: int, latents_FCHW: Tensor | None, text_LE: Tensor | None) -> None:

@@ -55,8 +55,8 @@ def temporal_flickering(videos: Tensor) -> Tensor:
 
 
 def motion(videos: Tensor) -> Tensor:
-    """(V,): mean absolute difference of neighbouring frames, 0..1 (0: a still picture); 1 -
-    temporal flickering."""
+    """(V,): mean absolute difference of neighbouring frames, 0..1 (0 for a still picture). It
+    is 1 - temporal flickering."""
     return 1.0 - temporal_flickering(videos)
 
 

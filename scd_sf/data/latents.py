@@ -115,8 +115,8 @@ class LatentClips:
         return LatentBatch(self.latents(indices), self.prompts.conditioning(numbers))
 
     def stored(self, indices: Sequence[int]) -> LatentBatch:
-        """As :meth:`batch`, but as stored: a clip is read straight into the batch,
-        :meth:`LatentBatch.to` converts."""
+        """Latents and training prompts in the stored type. A clip is read straight into the batch,
+        and :meth:`LatentBatch.to` converts it to fp32."""
         latents = torch.empty(self.shape.latent(len(indices)), dtype=self._source.dtype)
         if isinstance(self._source, _Shards):
             for row, index in zip(latents, indices, strict=True):

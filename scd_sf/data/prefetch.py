@@ -18,9 +18,9 @@ class Prefetch(Generic[T]):
 
     A key says what is in a batch: the clips' indices, or any tuple.
 
-    At most ``depth`` batches are read or held at a time (0: none ahead); threads share no batch:
-    reading and copying leave Python's lock. An error of a batch is raised when that batch is asked
-    for.
+    At most ``depth`` batches are read or held at a time (0: none ahead). Each thread reads whole
+    batches, because reading and copying release Python's lock. An error of a batch is raised when
+    that batch is asked for.
     """
 
     def __init__(self, read: Callable[[Any], T], depth: int = 2, threads: int = 2) -> None:
@@ -39,7 +39,7 @@ class Prefetch(Generic[T]):
         self._fill()
 
     def batch(self, key: Sequence[object]) -> T:
-        """What ``read`` returns: read ahead, or now where it was not expected."""
+        """The batch of ``key``, read ahead, or now if it was not expected."""
         place = tuple(key)
         if place in self._next_keys:
             self._next_keys.remove(place)

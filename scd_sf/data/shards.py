@@ -38,7 +38,7 @@ COPY = f"copy it again, or {AGAIN}"
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file and how many rows (clips or prompts) it holds."""
+    """A shard's record: its file, number of rows (clips or prompts), bytes and sha256."""
 
     file: str
     count: int
@@ -70,7 +70,7 @@ def check_place(root: Path) -> None:
 
 
 class _Slice(Protocol):
-    """What safetensors' lazy slices offer (the library names no public type)."""
+    """The methods of safetensors' lazy slices (the library has no public type)."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -203,8 +203,8 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What ``building.json`` and the manifest say of a directory: ``kinds`` are its shards until it
-    is finished."""
+    """``building.json`` or the manifest of a directory. ``kinds`` are its shards until it is
+    finished."""
 
     inputs: Json = field(default_factory=dict)
     kinds: dict[str, list[ShardFile]] = field(default_factory=dict)

@@ -136,8 +136,9 @@ def make_videos(
     extra_settings: Mapping[str, object],
     notes: Mapping[str, object],
 ) -> None:
-    """``videos`` as :func:`run_samples` makes them. ``extra_settings``: the same whenever
-    the folder is used again; ``notes``: further entries of the manifest, written anew each time."""
+    """``videos`` as :func:`run_samples` makes them. ``extra_settings`` must be
+    the same whenever the folder is used again. ``notes`` are further entries of the manifest, which
+    each run replaces."""
     out = Path(cfg.out)
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
     studio, settings = open_studio(cfg, ranks.device, checkpoint)

@@ -171,8 +171,8 @@ def first_chunk(pixel_frame: int, temporal: int, chunk: int, num_known: int = 0)
 
 
 def as_stored(cond: Conditioning) -> Conditioning:
-    """The same with text states rounded to float16, in the type they have. States beyond its range
-    stay as they are."""
+    """``cond`` with text states rounded to float16 but in their own type. States beyond the range
+    of float16 are not rounded."""
     text = cond.text_BLE
     half = text.half()
     return replace(cond, text_BLE=half.to(text.dtype)) if half.isfinite().all() else cond

@@ -109,8 +109,8 @@ class Preview:
         return videos, finite
 
     def write(self, videos: Tensor, step: int) -> tuple[Tensor, Path]:
-        """One file, the videos (B, F, 3, H, W) side by side: its uint8 frames (F, H, B*W, 3) and
-        where it is."""
+        """Write the videos (B, F, 3, H, W) side by side to one file. Returns its uint8 frames (F,
+        H, B*W, 3) and its path."""
         from scd_sf.data.clips import write_video  # PyAV: not needed where no video is made
 
         frames = torch.cat(list(videos), dim=-1)

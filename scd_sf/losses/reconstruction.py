@@ -80,8 +80,8 @@ def pixel_loss(
     cfg: ReconstructionConfig,
     perceptual: Distance | None = None,
 ) -> tuple[Tensor, Logs]:
-    """Everything but anchor and GAN, weighted and summed; the logs hold the unweighted parts that
-    have a weight."""
+    """The weighted sum of all losses but anchor and GAN, a scalar. The logs hold the unweighted
+    losses that have a weight."""
     error = decoded_N3HW - real_N3HW
     parts: dict[str, tuple[float, Tensor]] = {}
     if cfg.l1:

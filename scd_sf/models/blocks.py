@@ -127,7 +127,7 @@ class BlocksConfig:
 
 @dataclass(frozen=True)
 class Skipping:
-    """In the place of :func:`~scd_sf.models.trunk.run_all`: the blocks by the schedule ``skip``.
+    """A replacement of :func:`~scd_sf.models.trunk.run_all` that follows the schedule ``skip``.
 
     A frame sees none that is noised otherwise than itself. So to let the middle run on all frames
     and to keep the outputs of some is to run it on those. Under autograd it always runs: every rank

@@ -143,7 +143,7 @@ def family_of(model: Student | Wan) -> str:
 
 
 def build_student(config: ModelConfig) -> Student:
-    """As :func:`build_model`. UserError for a bidirectional model."""
+    """A freshly initialised student. UserError for a bidirectional model."""
     model = build_model(config)
     if isinstance(model, Wan):
         raise UserError("model.family is wan, a bidirectional model; this needs scd or causal")
@@ -188,10 +188,9 @@ def load_checkpoint_model(
     (newest verified), or an exported file (:func:`write_single`; it has one set of weights,
     ``weights`` does not matter).
 
-    ``blocks``: how its blocks are run (None: as its config says); the config that is returned says
-    the same. ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has
-    only "model" and says so by holding no ema.safetensors: "ema" then means the transplanted
-    weights.
+    ``blocks``: how its blocks are run (None: as its config says), also in the returned config.
+    ``weights``: "model", "ema" or "best" (stage 3's best EMA). A stage-1 checkpoint has only
+    "model" and says so by holding no ema.safetensors: "ema" then means the transplanted weights.
     """
     if path.is_file():
         config = _with_blocks(read_single(path)[0], blocks)
@@ -208,8 +207,8 @@ def _with_blocks(config: CheckpointConfig, blocks: BlocksConfig | None) -> Check
 def load_student(
     path: Path, weights: str = "ema", blocks: BlocksConfig | None = None
 ) -> tuple[Student, CheckpointConfig]:
-    """As :func:`load_checkpoint_model`, refusing a bidirectional model, and one trained from
-    scratch."""
+    """:func:`load_checkpoint_model` for students on Wan. UserError for a bidirectional model, and
+    for one trained from scratch."""
     model, config = load_checkpoint_model(path, weights, blocks)
     require_wan(config.model, path)
     if isinstance(model, Wan):

@@ -165,8 +165,8 @@ def chunk_frames(chunks: Sequence[int], chunk: int) -> list[int]:
 
 
 def pick_frames(signal_BFE: Tensor | None, frames: Sequence[int]) -> Tensor | None:
-    """Of a signal (B, F, E) the vectors of these frames; one vector (a clip's label) serves all
-    frames.
+    """The vectors (B, n, E) of n frames of a signal (B, F, E). A single vector (a clip's label)
+    serves all frames.
 
     UserError: a frame that the signal does not reach.
     """

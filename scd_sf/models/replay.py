@@ -124,7 +124,7 @@ class Replayed:
         """Give a new history the buffers that recordings know: those of a video that is gone, or
         new ones.
 
-        ``key``: what decides their shapes; ``lengths``: how many lengths the history can have. If
+        ``key`` decides the buffers' shapes; ``lengths`` is the number of lengths of the history. If
         ``model`` has other tensors now than what was recorded read (values may change in place),
         everything is recorded again. UserError: more lengths than are recorded.
         """

@@ -86,7 +86,7 @@ SIZES: dict[str, tuple[float, float]] = {
 
 
 def patches(height: int, width: int, patch_height: int, patch_width: int) -> int:
-    """How many patches a latent frame has; UserError if they do not divide it."""
+    """Number of patches of a latent frame. UserError if they do not divide it."""
     if height % patch_height or width % patch_width:
         raise UserError(
             f"latent frame {height}x{width} is not divisible by the patch {patch_height}x{patch_width}: "
@@ -191,8 +191,8 @@ class Trunk(nn.Module):
         return self.condition_embedder  # type: ignore[return-value]  # a module that the config made
 
     def times(self, t_BF: Tensor, signal_BFE: Tensor | None = None) -> Times:
-        """Of frames at t in [0, 1] (or the config's ``clean_time``); ``signal``: :meth:`signal` of
-        these frames."""
+        """:class:`Times` of frames at t in [0, 1] (or the config's ``clean_time``). ``signal`` is
+        the :meth:`signal` of these frames."""
         return Times(t_BF, *self.conditioner.time(t_BF, signal_BFE))
 
     def clean_times(self, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -303,8 +303,8 @@ class RingKVCache:
         return self._buffers[index]
 
     def _runs(self, num_new: int) -> list[tuple[int, int, int]]:
-        """Where new tokens go: (first slot, first of the new tokens, how many), as few runs as
-        there can be."""
+        """Slots of ``num_new`` tokens as few runs of (first slot, first new token, count).
+        UserError without room."""
         end = self.length + num_new
         ring = self.capacity - self.sink
         if end > self.capacity and not self.wrap:

@@ -206,8 +206,8 @@ class DitBlock(nn.Module):
         layer: int,
         keep: int | None = None,
     ) -> Tensor:
-        """As :meth:`WanBlock.forward`; mod (B, F, E) is the activated embedding, and there is no
-        text."""
+        """The arguments and the result of :meth:`WanBlock.forward`, but mod (B, F, E) is the
+        activated embedding, and ``text`` is not read."""
         frames = mod_BFE.shape[1]
         shift_a, scale_a, gate_a = upcast(self.adaln1(mod_BFE)).unsqueeze(2).chunk(3, -1)
         h = modulate(self.norm1(x_BLE), scale_a, shift_a, frames).to(x_BLE.dtype)

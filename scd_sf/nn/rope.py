@@ -39,7 +39,7 @@ class Rotary(NamedTuple):
 
 
 def axis_dims(head_dim: int) -> Axes:
-    """How Wan splits a head over (time, height, width): 128 -> (44, 42, 42)."""
+    """Wan's split of a head over (time, height, width): 128 -> (44, 42, 42)."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 

@@ -1,5 +1,5 @@
-"""What every engine shares: config, step report, protocol, and the module that makes a whole
-rollout one call."""
+"""The engines' config, step report and protocol, and the module that makes a whole rollout one
+call."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ class Engine(Protocol):
         ...
 
     def state(self) -> EngineState:
-        """Everything an exact resume needs, as this rank's copies on the CPU; each rank writes its
-        own into one directory that is the engine's alone. All ranks call it."""
+        """This rank's part of the state for an exact resume, copied to the CPU. All ranks write
+        theirs into one directory of this engine alone. All ranks call it."""
         ...
 
     def load(self, path: Path) -> None:

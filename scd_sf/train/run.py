@@ -110,8 +110,8 @@ class Run:
     def __init__(
         self, cfg: RunConfig, ranks: Ranks, *, config: object, may_change: Sequence[str] = ()
     ) -> None:
-        """``config``: the whole recipe config; ``may_change``: dotted prefixes that may differ on
-        resume."""
+        """``config`` is the whole recipe config, ``may_change`` holds dotted prefixes of fields
+        that may differ on resume."""
         self.cfg, self.ranks, self.dir = cfg, ranks, Path(cfg.dir)
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
         self._metrics: TextIO | None = None

@@ -41,7 +41,7 @@ class Shard:
         return self.start + self.values.numel()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same elements of another tensor of that shape."""
+        """This shard's elements of another tensor of the same shape, 1-d."""
         return tensor.reshape(-1)[self.start : self.stop]
 
     def holding(self, values: Tensor) -> Shard:

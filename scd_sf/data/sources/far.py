@@ -37,8 +37,8 @@ REMEDY = 'it must be a list of {"video_path" or "latent_path", "action_path" or 
 
 @dataclass(frozen=True)
 class FarRow:
-    """One clip of a list. ``action``: the file with its actions; ``label``: its class; None: it has
-    none."""
+    """One clip of a list. ``action`` is the file with its actions, ``label`` its class; each is
+    None where the clip has none."""
 
     path: str
     action: str | None = None

@@ -18,9 +18,8 @@ from scd_sf.types import UserError
 
 
 class PixelFrames:
-    """The frames of a source, by clip. ``every`` > 0: each ``every``-th frame of every clip is
-    decoded once and kept in memory; 0: a clip is decoded whenever it is asked for (its frames are
-    then all there).
+    """The frames of a source, by clip. With ``every`` > 0 each ``every``-th frame of every
+    clip is decoded once and kept in memory. With 0 all frames of a clip are decoded at each access.
 
     ``hash`` says which frames these are: their contents where they are kept, the clips' ids where
     they are not.

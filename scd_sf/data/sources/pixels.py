@@ -16,8 +16,8 @@ from scd_sf.data.sources.raw_files import Refused
 
 @dataclass(frozen=True)
 class PixelClip:
-    """One clip. ``actions_F`` (F,) int64: ``actions_F[f]`` is what led from frame f-1 to frame f;
-    None: no actions. ``label``: index into the source's ``labels``; None: none."""
+    """One clip. ``actions_F`` (F,) int64 or None: ``actions_F[f]`` led from frame f-1 to frame f.
+    ``label`` is an index into the source's ``labels``, or None."""
 
     id: str
     frames_F3HW: Tensor

@@ -57,7 +57,7 @@ class RawFiles(Protocol):
     def refused(self) -> list[Refused]: ...
 
     def where(self, name: str) -> str:
-        """How errors name a file."""
+        """The file's name in errors."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -256,8 +256,8 @@ def open_raw(root: Path, suffixes: Sequence[str]) -> RawFiles:
 
 
 def arrays_of(data: bytes, names: Sequence[str], where: str) -> dict[str, np.ndarray]:
-    """Those of ``names`` that a .npz has. UserError: no .npz, a pickle, or an array whose size is
-    not its header's."""
+    """The arrays ``names`` of a .npz, by name, without missing ones. UserError: no .npz, a pickle,
+    or an array whose size is not its header's."""
     arrays = {}
     with (
         foreign(f"{where}: not a .npz of plain arrays", COPY),
@@ -315,8 +315,8 @@ def actions_of(array: np.ndarray | None, frames: int, num_actions: int, where: s
 
 
 def tensor_file(data: bytes, where: str) -> object:
-    """What a ``torch.save`` file holds. UserError for anything that is not plain data; code in a
-    pickle is not run.
+    """The contents of a ``torch.save`` file. UserError for anything that is not plain data; code in
+    a pickle is not run.
 
     ``torch.save`` does not compress, so what the file holds is not larger than the file.
     """

@@ -49,8 +49,8 @@ WIDE = {ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432}
 
 @dataclass(frozen=True)
 class Picture:
-    """One frame as it is shown: ``pixels`` uint8 (H, W, 3); ``start`` and ``length`` in seconds, as
-    the file has them (None: it has none)."""
+    """One upright frame, ``pixels`` uint8 (H, W, 3). ``start`` and ``length`` are in seconds, or
+    None where the file has none."""
 
     pixels: np.ndarray
     start: Fraction | None

@@ -1,5 +1,5 @@
-"""Where a small tokenizer's training starts: as the linear autoencoder that its architecture can
-hold.
+"""Initial weights for a small tokenizer's training: the linear autoencoder that its architecture
+can hold.
 
 Trained from random weights such a network spends most of a short training on what principal
 components of patches do from the first step. :func:`linear_start` sets the weights of an

@@ -1,4 +1,4 @@
-"""What Wan 2.1's tensors are called: here, in diffusers, in the original files, and in distilled
+"""Names of Wan 2.1's tensors in this project, in diffusers, in the original files, and in distilled
 generators of others.
 
 Ours and diffusers' names map 1:1: ``trunk.<name>``, and the output head sits under ``trunk.head.``.

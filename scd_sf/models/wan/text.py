@@ -288,8 +288,8 @@ def encoder_width(config: TextEncoderConfig) -> int:
 
 
 def encoder_parameters(config: TextEncoderConfig) -> int:
-    """How many parameters the encoder has, by its files' headers. UserError: no weights, unreadable
-    ones."""
+    """Number of the encoder's parameters, from its files' headers. UserError for missing or
+    unreadable weights."""
     weights, _ = encoder_parts(config)
     tensors = open_umt5(weights)[1] if weights.is_file() else open_tensor_folder(weights, STEM)
     return sum(math.prod(tensor.shape) for tensor in tensors.values())

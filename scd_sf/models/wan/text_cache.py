@@ -47,8 +47,8 @@ def open_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TextEncoder:
-    """The encoder behind the cache of a folder; ``cache`` empty: the user's own one, "off": the
-    encoder alone.
+    """The encoder behind the cache in the folder ``cache``: if empty, the user's own; if "off", the
+    encoder without a cache.
 
     The user's own is ``$XDG_CACHE_HOME/scd_sf/text`` (``~/.cache/scd_sf/text``). UserError as
     load_text_encoder.
@@ -156,7 +156,7 @@ class CachedTextEncoder:
 
     @cached_property
     def _identity(self) -> list[object]:
-        """All that decides the states of a prompt."""
+        """A JSON value of everything but the prompt that the states depend on."""
         weights, tokens = encoder_parts(self.config)
         files = (
             {weights}

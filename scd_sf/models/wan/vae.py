@@ -201,7 +201,7 @@ def save_vae(model: AutoencoderKLWan, folder: Path) -> None:
 
 
 def vae_source(path: Path) -> Path:
-    """Where the VAE of ``path`` lies: a folder with config.json and weights, or Wan's original
+    """Path of the VAE of ``path``: a folder with config.json and weights, or Wan's original
     file.
 
     Raises UserError where there is neither.

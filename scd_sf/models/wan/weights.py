@@ -47,7 +47,8 @@ class WanFiles:
     """A transformer on disk: its geometry, whose layout it has, and its tensors by our names, none
     read yet.
 
-    ``heads``: how the number of attention heads is known; "unknown": the config's is meaningless.
+    ``heads`` is the source of the number of attention heads. With "unknown" the config's number is
+    meaningless.
     """
 
     path: Path
