@@ -156,14 +156,14 @@ def cycle(
     return run
 
 
-def guided_teacher(teacher: Wan, x: Tensor, *, together: bool) -> Callable[[], None]:
-    """The guided teacher on one clip. ``together``: both branches in one batch, as ``dmd_loss`` calls
-    it; else one after the other."""
+def guided_teacher(teacher: Wan, x: Tensor, *, in_one_batch: bool) -> Callable[[], None]:
+    """The guided teacher on one clip. ``in_one_batch``: both branches in one batch, as ``dmd_loss``
+    calls it; else one after the other."""
     t = torch.full((1,), 0.7)
 
     @torch.no_grad()
     def run() -> None:
-        if together:
+        if in_one_batch:
             guided(teacher, COND, 4.0)(x, t, COND)
         else:
             guide(teacher(x, t, COND), teacher(x, t, COND), 4.0)
@@ -194,9 +194,9 @@ def cases(
         name = f"stage 3, cycle of {ratio} : 1" + (", one rollout shared" if shared else "")
         parts[name] = Parts()
         steps[name] = cycle(scd, teacher, critic, x, parts[name], ratio=ratio, shared=shared)
-    for together in (True, False):
-        steps[f"guided teacher, {'one batch' if together else 'two calls'}"] = guided_teacher(
-            teacher, x, together=together
+    for in_one_batch in (True, False):
+        steps[f"guided teacher, {'one batch' if in_one_batch else 'two calls'}"] = guided_teacher(
+            teacher, x, in_one_batch=in_one_batch
         )
     return steps, parts
 

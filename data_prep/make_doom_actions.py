@@ -361,9 +361,9 @@ def main(
 ) -> None:
     """Film walks with actions in TECO's layout. Run again to resume."""
     limits = {"train": (train, 0), "test": (test, 0), "seed": (seed, 0), "workers": (workers, 1)}
-    for name, (value, least) in (limits | {"frames": (frames, 2), "size": (size, 16)}).items():
-        if value < least:
-            raise UserError(f"--{name}: {value} is too small; use {least} or more")
+    for name, (value, minimum) in (limits | {"frames": (frames, 2), "size": (size, 16)}).items():
+        if value < minimum:
+            raise UserError(f"--{name}: {value} is too small; use {minimum} or more")
     if train + test == 0:
         raise UserError("--train/--test: both are 0; ask for at least one clip")
     if size % 2 or size > HEIGHT:

@@ -416,14 +416,14 @@ def main(
         raise UserError(
             f"--frames: {frames} is not 1 + 4*k (k >= 1); use {1 + 4 * max(1, round((frames - 1) / 4))}"
         )
-    for name, value, least in (
+    for name, value, minimum in (
         ("train", train, 0),
         ("val", val, 0),
         ("seed", seed, 0),
         ("workers", workers, 1),
     ):
-        if value < least:
-            raise UserError(f"--{name}: {value} is too small; use {least} or more")
+        if value < minimum:
+            raise UserError(f"--{name}: {value} is too small; use {minimum} or more")
     if train + val == 0:
         raise UserError("--train/--val: both are 0; ask for at least one clip")
     root, request = out.resolve(), Request(seed, frames, train, val)
@@ -439,8 +439,8 @@ def make(root: Path, request: Request, workers: int) -> None:
     todo = [chunk for chunk in request.chunks() if not chunk_done(root, chunk)]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         total = sum(chunk.end - chunk.first for chunk in request.chunks())
-        missing = sum(chunk.end - chunk.first for chunk in todo)
-        task = bar.add_task("clips", total=total, completed=total - missing)
+        clips_to_make = sum(chunk.end - chunk.first for chunk in todo)
+        task = bar.add_task("clips", total=total, completed=total - clips_to_make)
         for chunk in run_chunks(run_chunk, todo, root, workers):
             bar.advance(task, chunk.end - chunk.first)
     say(finish(root, request))

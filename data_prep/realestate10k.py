@@ -60,13 +60,13 @@ def main(
         first=first,
     )
     config = EncodeConfig(batch=batch, workers=workers, max_bad=max_bad, device=device)
-    about: dict[str, object] = {
+    source: dict[str, object] = {
         "source": "realestate10k",
         "split": split,
         "size": size,
         "frames": frames,
     }
-    run_pixels(open_pixels(pixels), about, Task(out, tokenizer, check, report, config))
+    run_pixels(open_pixels(pixels), source, Task(out, tokenizer, check, report, config))
 
 
 if __name__ == "__main__":

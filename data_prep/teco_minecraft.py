@@ -77,7 +77,7 @@ def main(
     """Encode clips with actions. Run again to resume."""
     config = EncodeConfig(batch=batch, workers=workers, max_bad=max_bad, device=device)
     task = Task(out, tokenizer, check, report, config)
-    about: dict[str, object] = {
+    source: dict[str, object] = {
         "source": "minecraft",
         "list": data_list.name if data_list else "",
         "split": split,
@@ -91,7 +91,7 @@ def main(
             scaling_factor=scaling_factor,
             fps=fps,
         )
-        run_latents(clips, spatial, {**about, "scaling_factor": scaling_factor}, task)
+        run_latents(clips, spatial, {**source, "scaling_factor": scaling_factor}, task)
         return
     pixels = PixelsConfig(
         kind="far" if data_list else "teco",
@@ -107,7 +107,7 @@ def main(
     )
     run_pixels(
         open_pixels(pixels),
-        {**about, "size": size} | ({"as_coded": True} if as_coded else {}),
+        {**source, "size": size} | ({"as_coded": True} if as_coded else {}),
         task,
     )
 

@@ -74,10 +74,10 @@ def main(
         first=first,
     )
     config = EncodeConfig(batch=batch, workers=workers, max_bad=max_bad, device=device)
-    about: dict[str, object] = {"source": "ucf101", "split": split, "fold": fold, "size": size} | (
+    source: dict[str, object] = {"source": "ucf101", "split": split, "fold": fold, "size": size} | (
         {"as_coded": True} if as_coded else {}
     )
-    run_pixels(open_pixels(pixels), about, Task(out, tokenizer, check, report, config))
+    run_pixels(open_pixels(pixels), source, Task(out, tokenizer, check, report, config))
 
 
 if __name__ == "__main__":

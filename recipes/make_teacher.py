@@ -56,16 +56,16 @@ REHEARSAL = {
 }
 
 
-def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
-    """Clips, then the VAE. ``extra``: more arguments by step."""
+def data_steps(run: Path, extra_arguments: dict[str, list[str]]) -> list[list[Step]]:
+    """Clips, then the VAE. ``extra_arguments``: by step."""
     clips = python_command("data_prep/make_doom_clips.py", f"{run}/clips", "--seed", "0")
     vae = [*TORCHRUN, "recipes/pretrain_vae.py", "--config", "recipes/configs/vae_doom.yaml"]
     return [
-        [Step("clips", [*clips, *extra.get("clips", [])], 120, outputs=[run / "clips"])],
+        [Step("clips", [*clips, *extra_arguments.get("clips", [])], 120, outputs=[run / "clips"])],
         [
             Step(
                 "vae",
-                [*vae, f"data={run}/clips", f"out={run}/vae", *extra.get("vae", [])],
+                [*vae, f"data={run}/clips", f"out={run}/vae", *extra_arguments.get("vae", [])],
                 1200,
                 outputs=[run / "vae" / "vae"],
             )
@@ -73,8 +73,8 @@ def data_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
     ]
 
 
-def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
-    """Latents, then the transformer. ``extra``: more arguments by step."""
+def train_steps(run: Path, extra_arguments: dict[str, list[str]]) -> list[list[Step]]:
+    """Latents, then the transformer. ``extra_arguments``: by step."""
     encode = python_command(
         "data_prep/encode_latents.py", "--clips", f"{run}/clips", "--model", f"{run}/model"
     )
@@ -91,7 +91,7 @@ def train_steps(run: Path, extra: dict[str, list[str]]) -> list[list[Step]]:
         [
             Step(
                 "transformer",
-                [*train, *paths, *extra.get("transformer", [])],
+                [*train, *paths, *extra_arguments.get("transformer", [])],
                 3600,
                 outputs=[run / "transformer" / "checkpoints"],
             )
@@ -147,12 +147,12 @@ def main() -> None:
         raise UserError(
             f"--rehearsal would overwrite {args.out} with a useless model; give another --out"
         )
-    extra = REHEARSAL if args.rehearsal else {}
+    extra_arguments = REHEARSAL if args.rehearsal else {}
     require_own_folder(args.out, ["provenance.json"], "give another --out")
     with chain(args.run):
-        run_steps(args.run, data_steps(args.run, extra))
+        run_steps(args.run, data_steps(args.run, extra_arguments))
         write_model(args.run, args.run / "model")
-        run_steps(args.run, train_steps(args.run, extra))
+        run_steps(args.run, train_steps(args.run, extra_arguments))
         export(args.run, args.out)
 
 

@@ -259,9 +259,9 @@ def main() -> None:
     engine = model_engine(cfg, ranks, build_student(cfg.model))
     description = to_yaml(CheckpointConfig(cfg.model, cfg.sampler))
     latent = [cfg.frames, clips.info.channels, clips.info.height, clips.info.width]
-    extra = {"latent": latent, "fps": clips.info.fps}
+    record = {"latent": latent, "fps": clips.info.fps}
     origin = partial(
-        provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=extra
+        provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash, extra=record
     )
     ema, ema_model = Ema(cfg.train.ema, ranks), build_student(cfg.model)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)

@@ -89,8 +89,8 @@ def _other_motion(clips: LatentClips, indices: list[int]) -> list[int]:
     for turn, index in enumerate(indices):
         tags = clips.rows[index].tags
         choices = [
-            other
-            for other, row in enumerate(clips.rows)
+            candidate
+            for candidate, row in enumerate(clips.rows)
             if row.tags["place"] == tags["place"] and row.tags["motion"] != tags["motion"]
         ]
         other_clips.append(choices[(turn * 7) % len(choices)])

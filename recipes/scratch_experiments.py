@@ -360,11 +360,11 @@ def params() -> dict[str, Any]:
         with torch.device("meta"):
             model = build_student(config)
         # The passes of the second frame, with one step and with two.
-        one, two = (
+        passes_1, passes_2 = (
             block_passes(model, 2, steps) - block_passes(model, 1, steps) for steps in (1, 2)
         )
         parameter_count = sum(parameter.numel() for parameter in model.parameters())
-        passes_50 = one + 49 * (two - one)
+        passes_50 = passes_1 + 49 * (passes_2 - passes_1)
         results[name] = {
             "parameters": parameter_count,
             "paper_millions": millions,

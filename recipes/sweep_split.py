@@ -258,7 +258,9 @@ def draw(plan: Plan, results: dict[str, Any]) -> Path:
     points = {}
     for name, split in results.items():
         if split["same_as"] is None:
-            other_names = [other for other, row in results.items() if row["same_as"] == name]
+            other_names = [
+                other_name for other_name, row in results.items() if row["same_as"] == name
+            ]
             points[" = ".join([name, *other_names])] = {
                 f"{steps} steps": (
                     1000 * row["seconds_per_frame"],
