@@ -465,8 +465,8 @@ def _did_you_mean(key: str, schema: type[Any], prefix: str) -> str:
 
 
 def _convert(value: object, hint: object, key: str, source: str) -> object:
-    """A value of a YAML tree as a field's type. Raises UserError that names the key and what was
-    expected."""
+    """A value of a YAML tree as a field's type. Raises UserError that names the key and the
+    expected type."""
     inner = _strip_optional(hint)
     origin, args = typing.get_origin(inner), typing.get_args(inner)
     if is_null(value) and _is_optional(hint):

@@ -64,8 +64,8 @@ Group = Sequence[Step]
 
 @contextmanager
 def chain(run: Path) -> Iterator[None]:
-    """Hold the run directory of a chain. UserError: another chain is at work in it, or it holds
-    files of others and no ``.done`` of a chain."""
+    """Hold the run directory of a chain. UserError where another chain works in it, or it holds
+    other files and no ``.done``."""
     require_own_folder(run, (MARKERS,), AGAIN)
     with locked(run, "this chain"):
         # first, so that the folder of a killed chain is recognised
@@ -79,13 +79,13 @@ def chain(run: Path) -> Iterator[None]:
 
 
 def run_steps(run: Path, groups: Sequence[Group], at_once: int = 8) -> dict[str, float]:
-    """Run all groups in order, within :func:`chain`; returns seconds per step (from its marker if
+    """Run all groups in order, within :func:`chain`. Returns seconds per step (from its marker if
     it was finished before).
 
-    ``at_once``: of a larger group, so many steps run at a time; the next starts when one ends.
+    ``at_once``: at most so many steps of a group run at a time.
 
-    Raises UserError naming the step and its log when a command fails; what it had done is kept.
-    """
+    Raises UserError naming the step and its log when a command fails. Finished steps stay
+    finished."""
     for folder in ("logs", MARKERS):
         try:
             (run / folder).mkdir(parents=True, exist_ok=True)
@@ -236,8 +236,8 @@ class _Marker:
 
 
 def finished_seconds(run: Path, step: Step) -> float | None:
-    """Seconds the step took when this very command finished; None where it has to run: it never
-    finished, its marker is damaged, or a file that it left is gone."""
+    """Seconds that the step took when this very command finished. None where it has to run, because
+    it never finished, its marker is damaged, or one of its files is missing."""
     try:
         marker = read_typed(_marker(run, step), _Marker, "")
     except UserError:

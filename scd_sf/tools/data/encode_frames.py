@@ -136,7 +136,7 @@ def check_report(path: Path) -> None:
 
 
 def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> EncodeReport:
-    """Read every clip and keep nothing. Malformed ones are no error here: see the report."""
+    """Read every clip and keep none. Malformed ones are listed in the report that is returned."""
     report = EncodeReport(len(source.ids) + len(source.refused), bad=list(source.refused))
     _read_all(source, range(len(source.ids)), config, report, lambda clip: None)
     return report
@@ -145,12 +145,11 @@ def check_clips(source: AnySource[ClipType], config: EncodeConfig) -> EncodeRepo
 def encode_pixels(
     source: SourceClips, tokenizer: Tokenizer, out: Path, inputs: Json, config: EncodeConfig
 ) -> EncodeReport:
-    """Encode every clip of a source. ``inputs``: what else the directory is made from (the
+    """Encode every clip of a source. ``inputs``: what the directory depends on besides (the
     tokenizer's hash).
 
-    UserError: too many malformed clips, sizes that the tokenizer cannot divide, or a directory of
-    something else.
-    """
+    UserError for too many malformed clips, sizes that the tokenizer cannot divide, or a directory
+    of other data."""
 
     def shape_of(clip: PixelClip) -> Shape:
         height, width = clip.frames_F3HW.shape[2:]
@@ -226,10 +225,11 @@ def _read_all(
     keep: Callable[[ClipType], None],
     out: Path | None = None,
 ) -> None:
-    """``keep`` every clip, and count it in ``report``; a UserError says that it is malformed.
+    """Call ``keep`` with every clip, and count it in ``report``; where ``keep`` raises UserError,
+    as a malformed one.
 
-    ``out``: where the report goes when too many are; without it there is no limit.
-    """
+    ``out``: folder of the report that is written when too many are malformed. Without it there is
+    no limit."""
     start = time.monotonic()
     with progress_of("clips", len(source.ids), report.before) as progress:
         for number, (index, clip) in enumerate(_read_ahead(source, indices, config.workers), 1):
@@ -250,8 +250,8 @@ def _read_all(
 def _read_ahead(
     source: AnySource[ClipType], indices: Sequence[int], workers: int
 ) -> Iterator[tuple[int, ClipType | UserError]]:
-    """(index, clip or why it is left out) in order. At most ``workers`` + 1 are read or held at a
-    time."""
+    """(index, clip or the UserError that it raised), in order. At most ``workers`` + 1 clips are
+    read or held at a time."""
 
     def read(index: int) -> tuple[int, ClipType | UserError]:
         try:

@@ -47,8 +47,7 @@ def export_webdataset(
 ) -> int:
     """Write the clips of ``root``'s index as tars and return their number. A whole tar is kept.
 
-    UserError for a folder that is not indexed, a damaged clip, an output that holds other things.
-    """
+    UserError for a folder without index, a damaged clip, or an output folder of other files."""
     if per_tar < 1:
         raise UserError(f"--per-tar is {per_tar}; it must be at least 1")
     ids = [str(row.get("id")) for row in read_jsonl(root / ROWS, f"run 'scd data manifest {root}'")]

@@ -187,7 +187,7 @@ def read_lmdb(path: Path) -> Iterator[Part]:
 
 
 def _check_lmdb(env: Any, path: Path) -> None:
-    """ValueError where the file is shorter than its pages: to read beyond its end would kill the
+    """ValueError where the file is shorter than its pages. Reading beyond its end would kill the
     process."""
     needed_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     size = (path / "data.mdb").stat().st_size

@@ -43,9 +43,11 @@ REFUSED = "refused.jsonl"
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """``model``: a Wan directory whose VAE normalises what is not normalised, and whose text
-    encoder encodes the empty and the negative prompt, and all prompts where the source has no text
-    states. ``store``: bf16, fp16 or fp32."""
+    """Options of an import.
+
+    ``model``: a Wan directory. Its VAE normalises latents that are not normalised. Its text encoder
+    encodes the empty and the negative prompt, and all prompts where the source has no text states.
+    ``store``: bf16, fp16 or fp32."""
 
     source: Path
     out: Path
@@ -196,8 +198,8 @@ class _Target:
             write_clip(self.options.out, latents, text, about)
 
     def _add_own(self, sample: ForeignClip, data: bytes) -> None:
-        """A file of ours, byte for byte, after it was read and its checksums compared. The video
-        goes first."""
+        """Add one of our files byte for byte, after its checksums are compared. The video is
+        written first."""
         name = sample.name.removesuffix("]").rpartition("[")[2].rpartition("/")[2]
         if not ID.fullmatch(name):
             raise ValueError(f"its key is {name!r}, not a clip's id")

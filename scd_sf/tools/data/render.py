@@ -30,7 +30,7 @@ Chunk = TypeVar("Chunk")
 
 
 def sources() -> dict[str, str]:
-    """Where the pictures come from and under which licences, for a manifest."""
+    """Origins and licences of the pictures, for a manifest."""
     return {
         "vizdoom": f"{version('vizdoom')}: MIT (its own code); contains ZDoom: http://zdoom.org/wiki/license",
         "freedoom": "freedoom2.wad (textures, sprites): modified BSD license, https://freedoom.github.io",
@@ -38,11 +38,10 @@ def sources() -> dict[str, str]:
 
 
 def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> bool:
-    """Make or resume a directory: ``work/request.json`` and ``folders``; True when its
+    """Make or resume a directory: ``work/request.json`` and ``folders``. Returns whether its
     ``manifest.json`` says that the same request is already complete.
 
-    The caller holds the directory. Raises UserError if it holds something else.
-    """
+    The caller holds the directory. Raises UserError if it holds other files."""
     plain_request = json.loads(json.dumps(request))
     manifest, request_file = root / "manifest.json", root / "work" / "request.json"
     if manifest.is_file():
@@ -89,8 +88,8 @@ def run_chunks(
 
 
 def _start_worker(scratch: str) -> None:
-    """Games that share a working directory crash at start: give this one its own. It ends when its
-    parent does."""
+    """Give a worker its own working directory, because games that share one crash at start. It ends
+    when its parent does."""
     torch.set_num_threads(1)
     os.chdir(tempfile.mkdtemp(dir=scratch))
     threading.Thread(target=_end_with_parent, daemon=True).start()

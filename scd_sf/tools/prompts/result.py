@@ -35,10 +35,9 @@ def require(*packages: str) -> None:
 
 @contextmanager
 def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
-    """Hold ``out`` for ``command``; gives whether the result in it is complete.
+    """Hold ``out`` for ``command``, and yield whether the result in it is complete.
 
-    UserError: another command's folder, one that was begun with other settings, a result that was
-    changed since."""
+    UserError for another command's folder, other settings, or a result that was changed since."""
     require_own_folder(out, (SETTINGS, REPORT))
     with locked(out, command):
         file = next((out / name for name in (SETTINGS, REPORT) if (out / name).is_file()), None)

@@ -269,8 +269,8 @@ def _progress(view: RunView) -> str:
 
 
 def _loss(view: RunView) -> str:
-    """The training loss's last value; its name where that is not plain ``loss`` (stage 3: the
-    critic's)."""
+    """The training loss's last value, with its name where that is not plain ``loss`` (in stage 3
+    the critic's)."""
     for name, series in view.curve.series().items():
         if name == "loss" or (name.endswith("/loss") and not name.startswith("val/")):
             return number(series[-1][1]) + ("" if name == "loss" else f" {name[:40]}")

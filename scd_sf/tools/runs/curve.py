@@ -105,8 +105,8 @@ def read_curve(path: Path) -> Curve:
 
 
 def read_tail(file: Path) -> Curve:
-    """Only the end of a curve, however long it is: enough for the last values and the speed. Empty
-    when missing."""
+    """The end of a curve, which is enough for the last values and the speed. Empty when the file is
+    missing."""
     try:
         with file.open("rb") as stream:
             start = max(0, file.stat().st_size - TAIL_BYTES)
@@ -118,13 +118,13 @@ def read_tail(file: Path) -> Curve:
 
 
 def is_portable(metric: str) -> bool:
-    """Whether a metric says something of the training, not of the machine and the moment."""
+    """Whether a metric depends on the training alone, not on the machine and the moment."""
     return not _MACHINE.search(metric)
 
 
 def export_curve(run: Path, out: Path) -> int:
-    """Write a run's curve to a new file, without the clock and whatever else depends on the
-    machine; returns the number of steps. Raises UserError if the file is there."""
+    """Write a run's portable metrics to a new file and return the number of steps. Raises UserError
+    if the file exists."""
     curve = read_curve(run)
     with own_file(out, fresh=True) as part, part.open("w", encoding="utf-8") as file:
         for step, values in curve.steps.items():

@@ -36,8 +36,8 @@ DEPTH = 4  # folders below ROOT in which `scd runs ls` looks
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The last sign of life of one rank; ``age`` in seconds. It beats whether or not its training
-    moves."""
+    """The last sign of life of one rank, ``age`` seconds ago. A rank whose training stands still
+    sends it, too."""
 
     rank: int
     age: float
@@ -184,7 +184,7 @@ def _trouble(
     standstill: float | None,
     stuck: float,
 ) -> str:
-    """Why a run that is not over counts as stale; empty when it does not."""
+    """The reason why an unfinished run counts as stale; empty when it does not."""
     if silent_ranks and len(silent_ranks) < len(heartbeats):
         beat = silent_ranks[0]
         return f"rank {beat.rank} on {beat.host} silent for {describe_age(beat.age)} (step {beat.step})"

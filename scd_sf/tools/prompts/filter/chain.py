@@ -255,7 +255,8 @@ class Chain:
         counts: Mapping[str, object] | None = None,
         more: More | None = None,
     ) -> None:
-        """One step: drop rows, and keep examples of them, each with what ``more`` says of it."""
+        """One step: drop the rows of ``condition`` and keep examples of them, each with its entry
+        in ``more``."""
         table, counts = self.table, counts or {}
         mask = table.lazy().select(condition.alias("gone")).collect(engine="streaming")["gone"]
         examples: list[dict[str, object]] = []

@@ -29,9 +29,9 @@ _NOT_WORD = r"[^\p{L}\p{M}\p{N} ]"
 
 
 def cleaned(prompt: pl.Expr) -> pl.Expr:
-    """NFKC; no control, zero-width and private characters; no addresses, mentions, emoji codes or
-    Pika flags; blanks and line breaks as one blank each. Cleaning twice is cleaning once up to
-    flags that removal brings together."""
+    """The cleaned text: in NFKC, without control, zero-width and private characters, addresses,
+    mentions, emoji codes and Pika flags, with single blanks. Cleaning it again changes nothing,
+    unless removals bring a flag together."""
     import polars as pl
 
     # null elsewhere, where NFKC does nothing

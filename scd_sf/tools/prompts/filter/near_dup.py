@@ -52,7 +52,8 @@ class NearDupConfig:
 def near_duplicates(
     keys: pl.Series, cfg: NearDupConfig, examples: int = 0
 ) -> tuple[Flags, dict[int, int]]:
-    """Which rows go; and for the first ``examples`` of them the earlier row that each repeats."""
+    """Flags of the rows that are dropped, and for the first ``examples`` of them the earlier row
+    that each repeats."""
     lengths = keys.str.len_bytes().to_numpy()
     flags: Flags = np.zeros(len(keys), np.bool_)
     repeats: dict[int, int] = {}

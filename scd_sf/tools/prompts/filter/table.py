@@ -89,7 +89,7 @@ def read_list(path: Path, bad: BadRows) -> pl.DataFrame:
 
 
 def _without_bad(table: pl.DataFrame, path: Path, bad: BadRows) -> pl.DataFrame:
-    """A row needs a uuid and, in a list that has scores, six from 0 to 1."""
+    """The rows with a uuid and, in a list that has scores, six of them from 0 to 1."""
     import polars as pl
 
     faults = {"uuid": pl.col("uuid").fill_null("") == ""}
@@ -130,8 +130,8 @@ def _header(path: Path) -> list[str]:
 
 
 def _read_csv(path: Path, names: list[str]) -> pl.DataFrame:
-    """With polars, in its threads. PolarsError for a row of another width, a score that is no
-    number, bad UTF-8."""
+    """The rows of a csv file, read by polars. PolarsError for a row of another width, a score that
+    is no number, or bad UTF-8."""
     import polars as pl
 
     kinds = {name: pl.Float64() if name in SCORES else pl.String() for name in names}
@@ -145,8 +145,8 @@ def _read_csv(path: Path, names: list[str]) -> pl.DataFrame:
 
 
 def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
-    """With Python's reader. UserError where quotes do not match: nothing tells where the next row
-    begins."""
+    """The rows of a csv file, read by Python's reader. UserError where quotes do not match, because
+    the next row cannot be found then."""
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
