@@ -80,8 +80,8 @@ class Video:
 
 @dataclass(frozen=True)
 class Folder:
-    """A model's samples in the order of its prompts. ``facts``: what one wants to know of the
-    model, as text."""
+    """A model's samples in the order of its prompts. ``facts``: name -> text, such as checkpoint,
+    sampler, seed."""
 
     name: str
     facts: Mapping[str, str]

@@ -65,8 +65,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class PagePrompt:
-    """``tags``: kind -> value, what the page can be filtered by. ``note``: shown under the text.
-    ``words``: what was really sampled with, where ``text`` is a benchmark's name for it."""
+    """A prompt. ``tags``: kind -> value, by which the page is filtered. ``note``: shown under the
+    text. ``words``: the prompts that were sampled with, where ``text`` is a benchmark's name."""
 
     text: str
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -100,9 +100,10 @@ class Page:
 
 
 def write_page(page: Page, out: Path) -> Path:
-    """``out`` ending in .html: one file with the videos inside; else a folder with index.html and
-    ``videos/``. Returns the page's path. UserError: cannot be written, too large for one file, or
-    something that is no gallery is there."""
+    """Write a page and return its path. ``out`` ending in .html: one file with the videos inside;
+    else a folder with index.html and ``videos/``.
+
+    UserError where it cannot be written, is too large for one file, or ``out`` is no gallery."""
     files = list(dict.fromkeys(sample.file for sample in page.samples if sample.file is not None))
     names = {file: sha256_file(file)[:16] for file in files}
     try:
@@ -181,7 +182,7 @@ def render(page: Page, names: Mapping[Path, str], *, single: bool) -> Iterator[s
 
 
 def _cards(page: Page, names: Mapping[Path, str]) -> list[tuple[PagePrompt, list[Figure]]]:
-    """The prompts with their places: model by model, one at least of each."""
+    """Each prompt with its figures, model by model, at least one for each."""
     samples: list[dict[str, list[Sample]]] = [
         {name: [] for name in page.models} for _ in page.prompts
     ]
@@ -215,7 +216,7 @@ def filters(prompts: Sequence[PagePrompt]) -> list[tuple[str, list[str]]]:
 
 
 def _inline(name: str) -> str:
-    """Our own style or script; neither may end the element it stands in."""
+    """The text of our style or script, which must not end the element that it is put in."""
     text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     assert "</" not in text and "<!--" not in text, name
     return text

@@ -46,7 +46,8 @@ class Worker:
         return []
 
     def encode(self, *prompts: str) -> list[str]:
-        """Prompts into the cache; with "" among them, the folder's fixed prompts too."""
+        """Encode prompts into the cache. With "" among them, write the folder's fixed prompts,
+        too."""
         if "" in prompts:
             self.maker.fixed_prompts()
         self.maker.encode(prompts)

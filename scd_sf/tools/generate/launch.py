@@ -14,7 +14,7 @@ from scd_sf.types import say
 
 
 def run_on_ranks(cfg: GenerateConfig, ranks: Ranks) -> None:
-    """Every rank makes the units ``[rank::world]`` of the list in id order; rank 0 holds the
+    """Make the units ``[rank::world]`` of the list in id order on every rank. Rank 0 holds the
     folder."""
     with ExitStack() as locks:
         rank_zero_first(ranks, lambda: prepare(cfg, locks))

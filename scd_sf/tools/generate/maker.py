@@ -99,7 +99,8 @@ def missing(root: Path, common: Common, unit: Unit) -> list[Spec]:
 
 
 class Maker:
-    """``cfg.out`` was begun by :func:`prepare`. Weights are loaded when they are first needed."""
+    """A worker on the folder ``cfg.out``, which :func:`prepare` has begun. Weights are loaded when
+    they are first needed."""
 
     def __init__(self, cfg: GenerateConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
@@ -120,8 +121,8 @@ class Maker:
         sweep_clips(self.root)
 
     def fixed_prompts(self) -> None:
-        """The empty and the negative prompt's files. One worker calls it, before any clip is
-        made."""
+        """Write the files of the empty and the negative prompt. One worker calls it, before any
+        clip is made."""
         write_fixed_prompts(
             self.root, self.text.states, self.cfg.negative_prompt, self.common.torch_dtype
         )
@@ -162,7 +163,7 @@ class Maker:
         return latents.to(self.common.torch_dtype).cpu()
 
     def _write(self, spec: Spec, latents: Tensor) -> None:
-        """Video first, latents last: a latent file that is there means that all is there."""
+        """Write a clip, its video first. So a latent file means that the clip is complete."""
         cfg, settings, shape = self.cfg, self.common.settings, self.common.shape
         path = clip_path(self.root, spec.id)
         path.parent.mkdir(exist_ok=True)

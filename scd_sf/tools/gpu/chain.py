@@ -142,8 +142,8 @@ def toy_latents(root: Path) -> Path:
 
 
 def train(command: Sequence[str], run: Path, updates: int) -> None:
-    """A recipe, from its beginning, until so many updates are logged; it is asked to stop, and
-    saves. RuntimeError: it ended before, or did not save."""
+    """Run a recipe from its beginning until ``updates`` updates are logged, and then ask it to stop
+    and save. RuntimeError where it ended before, or did not save."""
     metrics_file = run / "metrics.jsonl"
 
     def update_count() -> int:

@@ -133,8 +133,8 @@ class GpuRecord:
         self.put(part, {"rows": self.part(part)["rows"] | {name: figures}, "running": None})
 
     def begin_again(self, part: Part, everything: bool, only: str = "") -> None:
-        """Forget what a call tries again: what failed or was left out, or ``everything``, of the
-        rows whose names contain ``only``."""
+        """Remove the rows that are to be measured again: those that failed or were left out, or
+        with ``everything`` all, if their names contain ``only``."""
         content = self.part(part)
         rows = {
             name: row
@@ -149,8 +149,8 @@ class GpuRecord:
 def measure_rows(
     part: Part, record: GpuRecord, stamp: Figures, seconds: float, only: str = ""
 ) -> int:
-    """In the part's process: measure what is missing, for ``seconds``. ``stamp`` goes with every
-    row; ``only``: rows whose names contain it. Returns the process's exit code."""
+    """Measure the missing rows of a part in its own process, for ``seconds``. ``stamp``: fields
+    added to every row; ``only``: part of the rows' names. Returns the process's exit code."""
     start = time.monotonic()
     rows = part.rows()
     content = record.part(part)
@@ -228,8 +228,8 @@ def spoils_the_process(error: Exception) -> bool:
 
 
 def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
-    """A process of a part, whose output is passed on: its exit code, and what to record of a row
-    that it did not survive. After ``limit`` seconds it is killed, with all that it started."""
+    """Run a process of a part and pass on its output. Returns its exit code, and the fields of a
+    row that it did not survive. After ``limit`` seconds it is killed with all its children."""
     lines, timeout_event = deque[str](maxlen=LINES), threading.Event()
     process = subprocess.Popen(
         command,
@@ -269,8 +269,8 @@ def run_child(command: Sequence[str], limit: float) -> tuple[int, Figures]:
 def run_part(
     part: Part, record: GpuRecord, command: Sequence[str], everything: bool = False, only: str = ""
 ) -> None:
-    """From outside: processes of a part, ``command`` and the seconds left each, until all its rows
-    are done, failed or left out. ``everything``, ``only``: see :meth:`GpuRecord.begin_again`."""
+    """Run processes of a part, ``command`` and the remaining seconds each, until all its rows are
+    done, failed or left out. ``everything``, ``only``: see :meth:`GpuRecord.begin_again`."""
     record.begin_again(part, everything, only)
     start = time.monotonic()
     while True:
@@ -289,8 +289,8 @@ def run_part(
 
 
 def end_with_the_caller() -> None:
-    """In a part's process: be killed, with all that it started, when the caller is gone (killed, or
-    its terminal was closed). The caller holds the other end of stdin and writes nothing."""
+    """Let a part's process be killed with all its children when its caller ends. The caller holds
+    the other end of stdin and writes nothing."""
 
     def watch() -> None:
         while os.read(0, 1):

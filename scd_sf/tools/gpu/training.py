@@ -69,10 +69,10 @@ def job_of(card: Card, stage: int) -> PlanJob:
 def fitting(
     job: PlanJob, card: Card, phases: list[Phase] | None = None
 ) -> tuple[Budget, list[str]]:
-    """The plan on this card, and what had to go to the CPU's memory to fit (as overrides).
+    """The plan on this card, and the overrides that move states to the CPU's memory until it fits.
     ``phases``: metered before.
 
-    Raises UserError where even everything there is not enough, or the CPU's memory is not."""
+    Raises UserError where even that is not enough, or the CPU's memory is too small."""
     cluster = Cluster(1, 1, card.gib, card.peak_tflops or 1.0, on_gpu=not card.toy)
     plan = budget(job, cluster, phases)
     for names in OFFLOADED[job.stage]:

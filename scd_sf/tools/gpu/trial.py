@@ -58,8 +58,10 @@ def stage2_update(job: PlanJob, ranks: Ranks) -> Update:
 
 
 def stage3_update(job: PlanJob, ranks: Ranks) -> Callable[[int], list[Tensor]]:
-    """A cycle of stage 3: so many critic updates on rollouts of their own, then the student's; its
-    averages. The student leaves at the last step, the critic's rollouts at each in turn."""
+    """Build stage 3's engines. The returned function runs a cycle and returns its losses: so many
+    critic updates on rollouts of their own, then the student's update and its averages.
+
+    The student exits at the last step, the critic's rollouts at each step in turn."""
     cfg = job.cfg
     assert isinstance(cfg, Stage3Config)
     batch, sampler = cfg.train.micro_batch, FewStepSampler(cfg.sampler.times)

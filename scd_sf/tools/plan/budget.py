@@ -68,8 +68,8 @@ class Budget:
     phases: list[Phase]
 
     def at(self, phase: Phase) -> int:
-        """Device memory while a phase runs: all states, its gradients' sums and buffers, its
-        activations; or its optimizer's step, if that is more."""
+        """Device memory while a phase runs. All states are held; beside them either its gradients,
+        buffers and activations, or its optimizer's step, whichever is larger."""
         always = sum(memory.always for memory in self.memory.values())
         model_memory = self.memory[phase.trains]
         step_bytes = (

@@ -50,8 +50,7 @@ def trained_memory(
     averages: int,
     on_gpu: bool = True,
 ) -> Memory:
-    """A model of ``count`` parameters that is trained. ``averages``: how many EMA copies of it are
-    kept."""
+    """Memory of a trained model of ``count`` parameters. ``averages``: number of its EMA copies."""
     size = 2 if cfg.dtype == "bf16" else 4
     share = math.ceil(count / world)
     if cfg.backend == "torch":
@@ -87,8 +86,8 @@ def trained_memory(
 
 
 def frozen_memory(count: int, cfg: EngineConfig, world: int) -> Memory:
-    """A teacher: weights alone, whole (backend torch) or divided among all processes (ZeRO-3), or
-    on the CPU (offload)."""
+    """Memory of a teacher, which has weights alone. They are whole (backend torch), divided among
+    all processes (ZeRO-3), or on the CPU (offload)."""
     size = 2 if cfg.dtype == "bf16" else 4
     if cfg.backend == "torch":
         return Memory(size * count, 0, 0, 0, 0, 0, 0)

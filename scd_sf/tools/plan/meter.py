@@ -93,7 +93,7 @@ class Meter(TorchDispatchMode):
 
 @cache
 def _makes(func: Any) -> bool:
-    """Whether what an operator returns is new: no view, nothing changed in place."""
+    """Whether an operator returns new tensors, neither views nor its changed arguments."""
     if func is _ATEN._unsafe_view.default:
         return False
     return not func._schema.is_mutable and all(
@@ -108,8 +108,8 @@ class _TensorSpec(NamedTuple):
 
 
 def _spec(value: Any) -> Any:
-    """A hashable description, meta tensors by their shapes; None where something else decides (a
-    real tensor)."""
+    """A hashable description of a value, with shapes for meta tensors. None where the result
+    depends on more, such as the numbers of a real tensor."""
     if isinstance(value, Tensor):
         return (
             _TensorSpec(tuple(value.shape), value.stride(), value.dtype) if value.is_meta else None
