@@ -87,7 +87,7 @@ class FeatureExtractor(Protocol):
         ...
 
 
-class KeptFeatures:
+class FeatureCache:
     """An extractor that stores its features in ``folder`` and reads them from there the next time,
     so that true clips are computed once for many models. The key is the videos' bytes and
     ``weights``, the hash of the extractor's weights. Damaged files are written again."""

@@ -33,7 +33,7 @@ from scd_sf.evaluation.frames import (
     spread,
     ssim_frames,
 )
-from scd_sf.evaluation.fvd import FeatureExtractor, KeptFeatures, frechet_distance
+from scd_sf.evaluation.fvd import FeatureCache, FeatureExtractor, frechet_distance
 from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256, I3dFeatures, TorchscriptFeatures
 from scd_sf.evaluation.lpips import Lpips, Trunk
 from scd_sf.evaluation.prediction_protocols import PredictionProtocol
@@ -62,7 +62,7 @@ class MetricNetworks:
         """The same networks, with the features of true clips stored in ``folder``."""
         if self.features is None:
             return self
-        return replace(self, real=KeptFeatures(self.features, folder, hash_json(self.weights)))
+        return replace(self, real=FeatureCache(self.features, folder, hash_json(self.weights)))
 
     @classmethod
     def load(
