@@ -2,8 +2,8 @@
 before it is used.
 
     <root>/step_00000400/   model.safetensors [ema.safetensors ...] config.yaml provenance.json
-    state/ manifest.json <root>/latest           the name of the last complete step, for people and
-    other tools
+                            state/ manifest.json
+    <root>/latest           the name of the last complete step, for people and other tools
 
 A step is built in ``step_N.tmp``: tensors, config, provenance, training state, fsync, then
 ``manifest.json`` (size and sha256 of every file) last, then one atomic rename, then ``latest``. The

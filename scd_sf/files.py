@@ -187,7 +187,7 @@ def writing(path: Path) -> Iterator[None]:
             name and not any(is_part(Path(part)) for part in Path(name).parts)
         ):
             raise
-        # PyAV's own kinds let no name be set
+        # PyAV's own error types take no file name
         raise OSError(error.errno, error.strerror, str(path)) from error
     except (RuntimeError, SafetensorError) as error:
         number = re.search(r"os error (\d+)", str(error))
@@ -394,7 +394,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             yield
         except BaseException:
             if is_new_lock:
-                # while it is held: take_lock knows a lock that is gone
+                # removed while it is held: take_lock detects a removed lock
                 (folder / LOCK).unlink(missing_ok=True)
                 if is_new:
                     with suppress(OSError):
@@ -418,9 +418,9 @@ def foreign(where: str | Path, remedy: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise UserError(f"{where}: needs more memory than there is; {remedy}") from error
-    # parsers raise KeyError, RecursionError, library errors ..: no list holds
+    # parsers raise KeyError, RecursionError, library errors ..: no list of types is complete
     except BaseException as error:
-        # of a library in Rust
+        # a panic of a library in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{where}: {reason(error)}; {remedy}") from error

@@ -29,8 +29,7 @@ class UserError(ValueError):
     with code 2."""
 
 
-# Control characters but line breaks, half surrogates, and marks that turn the direction of text
-# round.
+# Control characters but line breaks, half surrogates, and marks that reverse the direction of text.
 _UNSEEN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
 )
@@ -53,8 +52,8 @@ _PLACE = {
     errno.EBUSY,
     errno.ESTALE,
 }
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # where more room would help
-# Of a clip in latents: a day of frames, and sides that no model comes near.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # more room would help
+# Largest clip in latents: a day of frames, and sides that no model comes near.
 LARGEST = {
     "frames": 2**19,
     "channels": 2**12,

@@ -297,7 +297,7 @@ def _lines(
 def _csv_records(lines: Iterator[Line], label: str) -> Iterator[tuple[Line, list[str]]]:
     """(its first line, its fields) of every record that is not blank; a quoted field may go over
     several lines."""
-    record_lines: list[Line] = []  # lines of the record
+    record_lines: list[Line] = []
 
     def texts() -> Iterator[str]:
         for line in lines:

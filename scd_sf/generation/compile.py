@@ -34,7 +34,7 @@ class CompileConfig:
     """Replay every step, compiled or not, as a CUDA graph, which saves its launches (GPU only)."""
 
 
-# of one student, at most: torch's own limit of 8 for each of three parts (5 or 6 in all are usual)
+# graphs of one student: torch's own limit of 8 for each of three parts (5 or 6 in all are usual)
 GRAPHS = 24
 
 

@@ -158,7 +158,7 @@ def make_videos(
 def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]) -> None:
     """Generate this rank's share of the missing videos. Returns when all ranks are done."""
     missing_videos = waiting(out, videos)
-    ranks.barrier()  # nobody finishes a video before everybody has counted
+    ranks.barrier()  # no rank finishes a video before all have counted
     own_videos = missing_videos[ranks.rank :: ranks.world]
     if ranks.is_main:
         say(f"{out}: {len(videos)} videos, {len(videos) - len(missing_videos)} finished before")

@@ -1,9 +1,10 @@
 """A student as a diffusers pipeline: ``pipe(prompt)`` for whole clips, ``pipe.stream(prompt)`` for
 frames as they come.
 
-    pipe = SCDWanPipeline.from_pretrained("exported")          # made by `scd export RUN exported
-    --layout pipeline` frames = pipe("a red car in the rain", seed=1).frames[0]   # (F, 3, H, W) in
-    [0, 1] for frames in pipe.stream("a red car in the rain"): ...
+    # the folder of `scd export RUN exported --layout pipeline`
+    pipe = SCDWanPipeline.from_pretrained("exported")
+    frames = pipe("a red car in the rain", seed=1).frames[0]  # (F, 3, H, W) in [0, 1]
+    for frames in pipe.stream("a red car in the rain"): ...
 
 The directory has diffusers' layout (model_index.json, vae/, text_encoder/ and tokenizer/ or a
 text_encoder.json that names them) with the student in ``transformer/model.safetensors``, whose

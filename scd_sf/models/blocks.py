@@ -158,7 +158,7 @@ class Skipping:
         full_BF = self.skip.full(times.t, trunk.cfg.clean_time)
         any_full, all_full = True, False
         if not torch.is_grad_enabled():
-            # one read of the device
+            # one synchronisation with the device
             any_full, all_full = torch.stack([full_BF.any(), full_BF.all()]).tolist()
         if all_full:
             return run(x_BLE, 0, indices.stop)

@@ -38,7 +38,7 @@ from torch import Tensor
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, UserError, on_device
 
-Stream = Any  # one video in the making; opaque to callers, each student has its own type
+Stream = Any  # state of a video that is being generated; each student has its own type
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from scd_sf.tensor_files import Lazy, kind_of
 from scd_sf.types import UserError
 
 M = TypeVar("M", bound=nn.Module)
-# Parameters that a constructor may register: each tensor of the file some times (ties,
-# replacements), and a few.
+# Parameters that a constructor may register: PER_TENSOR for each tensor of the file (ties,
+# replacements), and SPARE more.
 PER_TENSOR, SPARE = 4, 200
 
 

@@ -74,7 +74,7 @@ class TrunkConfig(Protocol):
     def head(self) -> nn.Module: ...
 
 
-# Of every transformer: more than any published one has, and little enough for sizes to be computed.
+# Limits of every transformer: above any published one, and low enough to compute sizes.
 SIZES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         ("num_attention_heads", "num_layers", "patch_height", "patch_width"), (1, 2**12)

@@ -270,7 +270,7 @@ class RingKVCache:
             "RingKVCache is written in place: sampling only, under torch.no_grad()"
         )
         for index, (k, v) in new_kv.items():
-            self._runs(k.shape[2])  # whether there is room
+            self._runs(k.shape[2])  # UserError without room
             for buffer, new in zip(self._room(index, k), (k, v), strict=True):
                 buffer[:, :, self.num_tokens : self.num_tokens + new.shape[2]] = new
         return {}
@@ -296,7 +296,7 @@ class RingKVCache:
         ever the whole buffer: compilers take that for another case and compile again."""
         if index not in self._buffers:
             shape = (like.shape[0], like.shape[1], self.capacity + self.new + 1, like.shape[3])
-            # kept for other videos (use), made in that mode or not
+            # other videos use the buffers too (use), in inference mode or not
             with torch.inference_mode(False):
                 k, v = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
             self._buffers[index] = k, v

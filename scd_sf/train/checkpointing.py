@@ -32,9 +32,8 @@ from scd_sf.train.shards import gathered, read_shards
 from scd_sf.types import UserError, VideoShape
 
 _PATIENCE = 3600.0  # seconds that the main rank waits for another rank's part
-_SUBSTEP = (
-    "begun/"  # prefix of the values that older versions recorded when they saved within a step
-)
+# prefix of the values that older versions recorded when they saved within a step
+_SUBSTEP = "begun/"
 _log = logging.getLogger(__name__)
 
 

@@ -102,7 +102,7 @@ def frozen_engine(
         zero["offload_param"] = {"device": "cpu", "pin_memory": ranks.device.type == "cuda"}
     config = {**_common(cfg), "train_batch_size": ranks.world, "zero_optimization": zero}
     deepspeed = _import_deepspeed(ranks)
-    # its dtype= means bf16 on a CPU
+    # without dtype=, which would mean bf16 on a CPU
     with deepspeed.zero.Init(config_dict_or_path=config, mem_efficient_linear=False):
         module = build().requires_grad_(False)
     for name, parameter in module.named_parameters():
@@ -244,7 +244,7 @@ class DeepSpeedEngine:
                 group, offset, rank_length = zero.grad_position[zero.get_param_id(parameter)]
                 flat, start, shape = flats[group], self.ranks.rank * rank_length, parameter.ds_shape
                 length = min(rank_length, max(0, parameter.ds_numel - start))
-            elif parameter._hp_mapping is None:  # nothing of it here
+            elif parameter._hp_mapping is None:  # this rank has no part of it
                 flat, length = flats[0], 0
             else:
                 fragment = parameter._hp_mapping
@@ -332,7 +332,7 @@ def _import_deepspeed(ranks: Ranks) -> Any:
 def _prepare_cpu_collectives(ranks: Ranks) -> None:
     """Make DeepSpeed use gloo's CPU collectives, with a warning, where ninja or g++ is missing. It
     compiles its own otherwise."""
-    # pip's ninja
+    # pip installs ninja beside Python
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing_tools = [
         tool for tool in ("ninja", os.environ.get("CXX", "g++")) if shutil.which(tool) is None
@@ -340,7 +340,7 @@ def _prepare_cpu_collectives(ranks: Ranks) -> None:
     if missing_tools:
         from deepspeed import ops
 
-        # the table its own build reports fill
+        # the table that DeepSpeed's build reports fill
         ops.__compatible_ops__.update({"deepspeed_shm_comm": False})
         if ranks.is_main:
             _log.warning(

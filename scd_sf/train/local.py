@@ -134,8 +134,8 @@ class LocalEngine:
             master.copy_(files.read(MASTER, full_shard).view_as(master))
             self._live[name].copy_(master)
             if counters.updates:
-                # In the master's memory order (convolutions may be channels-last): the fused AdamW
-                # walks all in step.
+                # In the master's memory order (convolutions may be channels-last), which the fused
+                # AdamW assumes for all its tensors.
                 moments = {kind: files.read(kind, full_shard).view_as(master) for kind in MOMENTS}
                 state = {
                     kind: torch.empty_like(master).copy_(value) for kind, value in moments.items()

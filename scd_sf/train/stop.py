@@ -167,7 +167,7 @@ class Control:
         while not self._closed.wait(self.interval):
             try:
                 self.beat(self._step)
-            except OSError as error:  # a full or absent disk must not end the training by its pulse
+            except OSError as error:  # a full or absent disk must not end the training
                 _log.warning("heartbeat: %s", error)
 
     def _missing_ranks(self) -> list[str]:

@@ -26,7 +26,7 @@ from scd_sf.files import foreign, read_bytes, read_json, safe_path
 from scd_sf.types import UserError
 
 COLUMNS = 18
-CHUNKS_IN_MEMORY = 2  # chunks in memory, about 100 MB each
+CHUNKS_IN_MEMORY = 2  # about 100 MB each
 
 
 class RealEstate10K:

@@ -49,7 +49,7 @@ def linear_start(model: AutoencoderDC, pixels_N3HW: Tensor, floor: float) -> Com
     for side in (model.encoder, model.decoder):
         for name, parameter in side.named_parameters():
             if "blocks" in name and name.endswith(("norm.weight", "norm_out.weight")):
-                parameter.zero_()  # a block adds what its norm lets through
+                parameter.zero_()  # with a zero norm the block is the identity
     latents = _encoder(model.encoder, pixels_N3HW, components(pixels_N3HW))
     _decoder(model.decoder, latents, pixels_N3HW, patch)
     return components

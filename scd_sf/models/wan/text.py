@@ -36,8 +36,7 @@ from scd_sf.types import Conditioning, UserError, on_device
 
 REFERENCE = "text_encoder.json"
 WAN_MAX_LENGTH, MOST_TOKENS = 512, 32_768
-# What Wan 2.1's own sampling and Self-Forcing's teacher lead away from; ``wan`` as a negative
-# prompt stands for it.
+# The negative prompt of Wan 2.1's own sampling and of Self-Forcing's teacher, selected by ``wan``.
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
@@ -304,7 +303,7 @@ def encoder_parts(config: TextEncoderConfig) -> tuple[Path, Path]:
     root = _package_folder(config) if config.package else Path(config.path)
     if not config.package and not config.path:
         raise UserError("text encoder: neither 'path' nor 'package' is set; set one")
-    # False also for a name that no file can have
+    # os.path's functions return False also for a name that no file can have
     has_folders = isdir(root / "text_encoder") and isdir(root / "tokenizer")
     if not has_folders and isfile(root / FILE):
         if not isdir(root / TOKENIZER):

@@ -20,7 +20,7 @@ HeadsFrom = Literal["stated", "like", "assumed", "unknown"]
 # width -> heads of the released models; tensors do not say it
 RELEASED_HEADS = {1536: 12, 3072: 24, 5120: 40}
 SMALLEST_HEAD = 6  # the rotary positions have three axes
-# what a config.json may say, as Size: a hundred times what any released model has
+# limits of a config.json, as Size: a hundred times those of any released model
 MOST_LAYERS = 1000
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 # Fields that a config.json may leave out -> Wan 2.1's values, the usual one first.
