@@ -1,8 +1,7 @@
 """A student as a diffusers pipeline: ``pipe(prompt)`` for whole clips, ``pipe.stream(prompt)`` for
 frames as they come.
 
-    # the folder of `scd export RUN exported --layout pipeline`
-    pipe = SCDWanPipeline.from_pretrained("exported")
+    pipe = SCDWanPipeline.from_pretrained("exported")  # `scd export RUN exported --layout pipeline`
     frames = pipe("a red car in the rain", seed=1).frames[0]  # (F, 3, H, W) in [0, 1]
     for frames in pipe.stream("a red car in the rain"): ...
 
