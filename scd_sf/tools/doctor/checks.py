@@ -312,7 +312,7 @@ def hugging_face_home() -> Path:
     return Path(HF_HOME)
 
 
-# ---------------------------------------------------------------------------------- attention, video, ranks
+# -------------------------------------------------------------------------- attention, video, ranks
 
 
 def attention_kernels() -> Findings:

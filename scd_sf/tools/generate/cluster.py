@@ -131,7 +131,8 @@ class Pool:
                     if isinstance(answer, str):
                         losses[number] += 1
                         self._check_losses(number, losses, answer)
-                        queue.extend([number] if number >= 0 else [])
+                        if number >= 0:
+                            queue.append(number)
                         continue
                     self.idle.append(actor)
                     if number >= 0:
