@@ -193,7 +193,7 @@ def schemas() -> Iterator[tuple[str, type[Any]]]:
             call.args[0].id
             for call in calls
             if isinstance(call.func, ast.Name)
-            and call.func.id in ("from_command_line", "_configured")
+            and call.func.id in ("from_command_line", "_config_of")
             and isinstance(call.args[0], ast.Name)
         ]
         imports = {
