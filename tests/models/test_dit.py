@@ -16,7 +16,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from scd_sf.config import from_yaml
+from scd_sf import yaml_text
+from scd_sf.config import from_yaml, plain_yaml
 from scd_sf.diffusion.flow import shifted_logit_normal, shifted_uniform
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.solvers import Euler
@@ -50,10 +51,9 @@ TABLE_2 = {
 
 def from_file(name: str) -> ModelConfig:
     """The model of a shipped configuration, with Minecraft's three actions."""
-    text = (CONFIGS / f"pretrain_{name}.yaml").read_text()
-    kept = text.split("engine:")[0]
-    found = from_yaml(CheckpointConfig, kept)
-    return dataclasses.replace(found.model, dit=dataclasses.replace(found.model.dit, num_actions=3))
+    section = {"model": plain_yaml(CONFIGS / f"pretrain_{name}.yaml")["model"]}
+    model = from_yaml(CheckpointConfig, yaml_text.dump(section)).model
+    return dataclasses.replace(model, dit=dataclasses.replace(model.dit, num_actions=3))
 
 
 @pytest.mark.parametrize("name", TABLE_2)
