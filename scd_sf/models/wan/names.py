@@ -54,9 +54,16 @@ ORIGINAL_TO_DIFFUSERS = {
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"}
 ROOTS = {
-    "blocks", "patch_embedding", "text_embedding", "time_embedding", "time_projection", "head", "condition_embedder",
-    "proj_out", "scale_shift_table",
-}  # fmt: skip  # what the names of both layouts begin with
+    "blocks",
+    "patch_embedding",
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+    "head",
+    "condition_embedder",
+    "proj_out",
+    "scale_shift_table",
+}  # what the names of both layouts begin with
 _IMAGE = ("img_emb.", "condition_embedder.image_embedder.", ".k_img.", ".add_k_proj.")
 _OTHER_WANS = (
     "vace_",
