@@ -103,7 +103,7 @@ def is_encoded(path: Path) -> bool:
 
 
 class PromptTable:
-    """Every prompt of a directory, held-out ones too; reads only the asked rows.
+    """Every prompt of a directory, held-out ones too; reads only the requested rows.
 
     ``null`` is the empty prompt (text dropout), ``negative`` what a teacher's guidance leads away
     from: the directory's negative prompt, or ``null`` where it was encoded without one. ``files``:

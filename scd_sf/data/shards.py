@@ -1,4 +1,4 @@
-"""Numbered safetensors files: written one after another and resumable, read lazily (only the asked
+"""Numbered safetensors files: written one after another and resumable, read lazily (only the needed
 rows are read).
 
 A shard is known by its :class:`ShardFile` record (file name, rows, bytes, sha256), kept in the
