@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.bench import in_rounds
 from scd_sf.files import write_json
 from scd_sf.models.causal import Causal

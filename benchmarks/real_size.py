@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.config import HelpFormatter
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import random_weights
 from scd_sf.evaluation.roofline import HeavyCalls, peak_gib

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.files import write_json
 from scd_sf.generation.compile import CompileConfig, compile_steps

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.config import HelpFormatter
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.evaluation.roofline import peak_gib

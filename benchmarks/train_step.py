@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from scd_sf.config import HelpFormatter
 from scd_sf.diffusion.guidance import guide, guided
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.distributed import keep_freed_memory
 from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.evaluation.roofline import peak_gib

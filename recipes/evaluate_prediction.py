@@ -33,7 +33,7 @@ from scd_sf.config import from_command_line
 from scd_sf.data.clips import write_video
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.sources.pixels import PixelClip, PixelClips
-from scd_sf.diffusion.solvers import MOST_STEPS, Sampler, build_sampler
+from scd_sf.diffusion.samplers import MOST_STEPS, Sampler, build_sampler
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.evaluation.frames import SsimWindow
 from scd_sf.evaluation.i3d import TORCHSCRIPT_SHA256

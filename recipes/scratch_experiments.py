@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from scd_sf.config import HelpFormatter, load_config
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.curves import curve_figure, group_figure
 from scd_sf.evaluation.lpips import Lpips, Trunk
 from scd_sf.evaluation.prediction_result import PredictionResult

@@ -29,7 +29,7 @@ from scd_sf.data.latents import epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import Prompts
 from scd_sf.diffusion.noise import cpu_noise, generator
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.rollout import rollout

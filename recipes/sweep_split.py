@@ -25,7 +25,7 @@ from rich.table import Table
 
 from scd_sf.config import HelpFormatter, load_config
 from scd_sf.data.latents import LatentClips
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.curves import tradeoff_figure
 from scd_sf.evaluation.table import ResultRow, read_rows
 from scd_sf.files import read_json, sha256_folder, write_json

@@ -362,7 +362,7 @@ class Tokenizer(Protocol):
 
 
 class Denoiser(Protocol):
-    """A bidirectional model as losses and solvers see it: teacher, critic, or a student frozen on
+    """A bidirectional model as losses and samplers see it: teacher, critic, or a student frozen on
     one stream."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning, /) -> Tensor:

@@ -9,7 +9,7 @@ import tiny_run
 import torch
 
 from scd_sf.data.latents import LatentClips
-from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.diffusion.samplers import build_sampler
 from scd_sf.models.build import Student
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.subject import Subject

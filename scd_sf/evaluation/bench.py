@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.checkpoint import git_revision, versions
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.diffusion.samplers import Sampler
 from scd_sf.evaluation.roofline import HeavyCalls, Peak, synchronize
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.compile import CompileConfig, compile_steps

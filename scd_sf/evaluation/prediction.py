@@ -17,7 +17,7 @@ from torch import Tensor
 from scd_sf.data.clips import write_video
 from scd_sf.data.frames import FrameClips
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.diffusion.samplers import Sampler
 from scd_sf.generation.generate import NotFinite, as_uint8, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import CheckpointConfig, Student, load_checkpoint_model

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, generator
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.diffusion.samplers import Sampler
 from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.data.clip_statistics import ClipScorer, statistics
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.diffusion.samplers import Sampler
 from scd_sf.generation.generate import NotFinite, as_uint8, clips_of, generate
 from scd_sf.models.build import Student
 from scd_sf.models.wan.vae import ORIGINAL, load_vae

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, row_noise
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.diffusion.samplers import Sampler
 from scd_sf.models.interface import FrameStreamer, Stream, check_chunks
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, Denoiser

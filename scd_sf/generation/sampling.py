@@ -17,7 +17,7 @@ from torch import Tensor
 from scd_sf.checkpoint import absolute
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.data.start import check_start, read_start
-from scd_sf.diffusion.solvers import Sampler
+from scd_sf.diffusion.samplers import Sampler
 from scd_sf.files import sha256_file
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import as_uint8, generate

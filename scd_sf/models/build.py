@@ -20,7 +20,7 @@ from scd_sf.checkpoint import (
     weights_file,
 )
 from scd_sf.config import from_yaml, to_yaml
-from scd_sf.diffusion.solvers import Sampler, build_sampler
+from scd_sf.diffusion.samplers import Sampler, build_sampler
 from scd_sf.files import Json, parse_json, write_tensors
 from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.causal import Causal

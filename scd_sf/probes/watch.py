@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import Noise
-from scd_sf.diffusion.solvers import Sampler, Velocity
+from scd_sf.diffusion.samplers import Sampler, Velocity
 from scd_sf.nn.attention import AttentionContext, FullSequence, Streaming
 from scd_sf.probes.subject import Subject
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scd_sf.diffusion.solvers import few_step_times
+from scd_sf.diffusion.samplers import few_step_times
 from scd_sf.generation.preview import PreviewConfig
 from scd_sf.losses.dmd import DmdConfig
 from scd_sf.losses.flow_matching import FlowMatchingConfig

@@ -19,7 +19,7 @@ from scd_sf.data.clip_statistics import (
     temporal_flickering,
 )
 from scd_sf.data.clips import read_video
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.preview import Preview, PreviewConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from scd_sf.cli import app
 from scd_sf.config import load_config
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.evaluation.bench import (
     Bench,
     BenchConfig,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.config import to_yaml
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.prediction import (
     PredictionConfig,
     PredictionGuidance,

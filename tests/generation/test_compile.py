@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents

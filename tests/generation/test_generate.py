@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Euler, FewStepSampler, Sampler
+from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler
 from scd_sf.generation.generate import ClipNoise, as_stored, clips_of, first_chunk, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.types import Conditioning, UserError

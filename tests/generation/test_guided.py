@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import rollout

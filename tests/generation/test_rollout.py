@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Euler, FewStepSampler, Sampler
+from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler
 from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal

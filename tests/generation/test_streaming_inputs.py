@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.nn.kv_cache import CacheConfig
 

@@ -21,7 +21,7 @@ import torch
 
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Euler, FewStepSampler
+from scd_sf.diffusion.samplers import Euler, FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.config import from_yaml, to_yaml
-from scd_sf.diffusion.solvers import build_sampler, many_step_times
+from scd_sf.diffusion.samplers import build_sampler, many_step_times
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents

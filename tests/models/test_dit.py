@@ -20,7 +20,7 @@ from scd_sf import yaml_text
 from scd_sf.config import from_yaml, plain_yaml
 from scd_sf.diffusion.flow import shifted_logit_normal, shifted_uniform
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.flow_matching import FlowMatchingConfig, drop_signals, flow_matching_loss

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.generate import clips_of, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import Student

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from scd_sf.data.clips import read_video
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.preview import Preview
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig

@@ -15,7 +15,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from scd_sf.diffusion.solvers import Euler, FewStepSampler
+from scd_sf.diffusion.samplers import Euler, FewStepSampler
 from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.probes.attention_mass import AttentionProbe, attention_mass, frame_mass

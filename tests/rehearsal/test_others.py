@@ -20,7 +20,7 @@ from transformers import BatchEncoding, UMT5Config, UMT5EncoderModel
 
 from scd_sf.config import load_config
 from scd_sf.data.clip_files import clip_paths
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.preview import Preview
 from scd_sf.models.causal import Causal
 from scd_sf.models.wan.live_prompts import states_alone

@@ -16,7 +16,7 @@ from rehearsal.fake_cuda import DEVICE, FakeCuda
 from torch import Tensor
 
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import Euler, FewStepSampler, Sampler, UniPC
+from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler, UniPC
 from scd_sf.generation.generate import clips_of, decode, generate, generate_latents
 from scd_sf.generation.guided import SampleGuidance
 from scd_sf.generation.rollout import sample_bidirectional

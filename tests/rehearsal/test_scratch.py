@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scd_sf.config import load_config
 from scd_sf.data.frames import FrameBatch
-from scd_sf.diffusion.solvers import Euler
+from scd_sf.diffusion.samplers import Euler
 from scd_sf.evaluation.prediction import PredictionConfig, predict
 from scd_sf.generation.generate import clips_of
 from scd_sf.losses.flow_matching import flow_matching_loss

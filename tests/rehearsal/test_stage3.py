@@ -18,7 +18,7 @@ from torch import Tensor
 from scd_sf.config import load_config
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Student
 from scd_sf.models.wan.transformer import WanConfig

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.distributed import Ranks
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss

@@ -23,7 +23,7 @@ from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_folder_
 from scd_sf.data.clips import write_video
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.diffusion.guidance import guided
-from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.diffusion.samplers import build_sampler
 from scd_sf.distributed import Ranks
 from scd_sf.files import hash_json, locked, require_own_folder, sha256_file, write_jsonl
 from scd_sf.generation.generate import as_uint8

@@ -18,7 +18,7 @@ from typing import Literal
 from scd_sf.data.clip_index import Common
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.diffusion.guidance import GuidanceConfig
-from scd_sf.diffusion.solvers import build_sampler
+from scd_sf.diffusion.samplers import build_sampler
 from scd_sf.files import Json, hash_json, sha256_file, sha256_folder
 from scd_sf.models.build import SamplerConfig
 from scd_sf.models.wan.text import encoder_parts, text_config, wan_negative

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.distributed import Ranks
 from scd_sf.evaluation.bench import random_weights
 from scd_sf.generation.rollout import rollout

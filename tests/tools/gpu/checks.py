@@ -28,7 +28,7 @@ from train import distillation
 from train.distillation import Case, worst
 
 from scd_sf.diffusion.noise import cpu_noise, generator, local_noise
-from scd_sf.diffusion.solvers import FewStepSampler
+from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.distributed import Ranks, ensure_process_group, init_distributed
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import clips_of, generate_latents

@@ -25,7 +25,7 @@ FEW_STEP_LINEAR = (1.0, 0.75, 0.5, 0.25)
 
 
 class Sampler(Protocol):
-    """A solver of the sampling ODE. Checkpoints and results record its ``name`` and ``steps``."""
+    """A sampler. Checkpoints and results record its ``name`` and ``steps``."""
 
     @property
     def name(self) -> str: ...

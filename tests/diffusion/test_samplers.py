@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from scd_sf.diffusion.solvers import (
+from scd_sf.diffusion.samplers import (
     Euler,
     FewStepSampler,
     UniPC,
