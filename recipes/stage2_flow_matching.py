@@ -26,7 +26,7 @@ from scd_sf.generation.validation import show_previews, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
 from scd_sf.tools.plan.job import PlanJob
-from scd_sf.tools.stages import Stage2Config
+from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer, pixel_shape

@@ -40,7 +40,7 @@ from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.tools.plan.job import PlanJob
-from scd_sf.tools.stages import Stage3Config
+from scd_sf.tools.stage_configs import Stage3Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer, pixel_shape

@@ -1,5 +1,5 @@
-"""Encoded clips on disk: VAE latents with their prompts, as typed batches. The format of all
-training data.
+"""Encoded clips on disk: VAE latents with their prompts, as typed batches. The training
+data of stage 2 (data/frames.py: of the models from scratch).
 
 Beside the prompt files (:mod:`scd_sf.data.prompts`) it holds ``latents-00000.safetensors`` ... with
 ``latents`` (n, F, C, H, W), normalised by the VAE's mean and std, and ``clips.jsonl``;

@@ -2,7 +2,8 @@
 in configs.
 
 Self-Forcing's code writes ``cond + s (cond - uncond)``: its 3.0 is w = 4.0 here. Configs say which
-they mean with ``form``; both numbers are logged (docs/deviations.md, "CFG").
+they mean with ``form``; both numbers are logged (docs/deviations.md, "CFG"). A student that is
+guided while sampling: generation/guided.py.
 """
 
 from __future__ import annotations

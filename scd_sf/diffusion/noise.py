@@ -3,7 +3,8 @@
 What must be the same on every device and number of ranks is drawn on the CPU and reaches a GPU from
 pinned memory, so that the host does not wait for the GPU. Other noise (the corruption of
 contexts while training, 33 million numbers a micro-batch at Wan's size) is drawn where it is used,
-from a seed of the same place in the training.
+from a seed of the same place in the training. The noise of each frame of a sampled video is
+``ClipNoise`` in generation/generate.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The training loop of all recipes: its progress, requests, errors and end.
+"""What the training loops of all recipes share: progress, requests, errors and end.
+
+The loop with its update is in each recipe's ``main``:
 
 start = checkpointer.resume()
 with Loop(run, checkpointer, start) as loop:

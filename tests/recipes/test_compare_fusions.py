@@ -13,7 +13,7 @@ import recipe_runner
 from scd_sf.config import load_config
 from scd_sf.evaluation.table import Adherence, ResultRow, write_rows
 from scd_sf.models.scd.transplant import TransplantConfig
-from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/compare_fusions.py"

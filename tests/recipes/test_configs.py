@@ -25,7 +25,7 @@ from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import TransplantConfig
 from scd_sf.models.scd.wan import ScdConfig
 from scd_sf.tools.demo_steps import clips_and_latents
-from scd_sf.tools.stages import Stage2Config
+from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.tools.steps import Step
 from scd_sf.train.base import TRAINING, EngineConfig, accumulation
 from scd_sf.types import UserError
@@ -146,22 +146,22 @@ def test_no_number_means_nothing(command: tuple[str, str]) -> None:
         ),
         (("scd_sf.models.scd.transplant", "TransplantConfig"), ["sampler.times=[1,2]"], "sampler"),
         (
-            ("scd_sf.tools.stages", "Stage2Config"),
+            ("scd_sf.tools.stage_configs", "Stage2Config"),
             ["engine={backend: torch, offload: true}"],
             "offload is for backend=deepspeed",
         ),
         (
-            ("scd_sf.tools.stages", "Stage2Config"),
+            ("scd_sf.tools.stage_configs", "Stage2Config"),
             ["loss.action_dropout=0.5"],
             "loss.action_dropout is set, but clips",
         ),
         (
-            ("scd_sf.tools.stages", "Stage3Config"),
+            ("scd_sf.tools.stage_configs", "Stage3Config"),
             ["teacher_engine.lr=1"],
             "teacher_engine.lr is set, but the teacher",
         ),
         (
-            ("scd_sf.tools.stages", "Stage3Config"),
+            ("scd_sf.tools.stage_configs", "Stage3Config"),
             ["critic_data=student", "reuse=2"],
             "reuse is 2, but critic_data=student",
         ),

@@ -16,7 +16,7 @@ from scd_sf.generation.pipeline import choose_sampler
 from scd_sf.generation.sampling import SampleConfig, open_studio
 from scd_sf.models.build import SamplerConfig, describe_checkpoint
 from scd_sf.models.export import export_weights
-from scd_sf.tools.stages import Stage3Config
+from scd_sf.tools.stage_configs import Stage3Config
 from scd_sf.train.run import RunConfig
 from scd_sf.types import UserError
 

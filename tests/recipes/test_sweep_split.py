@@ -16,7 +16,7 @@ from scd_sf.evaluation.table import Adherence, ResultRow, write_rows
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.transplant import TransplantConfig
-from scd_sf.tools.stages import Stage2Config
+from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.types import UserError
 
 SCRIPT = "recipes/sweep_split.py"

@@ -22,7 +22,7 @@ from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Student
 from scd_sf.models.wan.transformer import WanConfig
-from scd_sf.tools.stages import Stage3Config
+from scd_sf.tools.stage_configs import Stage3Config
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning
 

@@ -26,7 +26,7 @@ from scd_sf.tools.gpu.parts import Figures, GpuRow, failed
 from scd_sf.tools.plan.budget import GIB, Budget, Cluster, budget
 from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.phases import Phase
-from scd_sf.tools.stages import Stage3Config
+from scd_sf.tools.stage_configs import Stage3Config
 from scd_sf.types import UserError, VideoShape
 
 CONFIGS = Path("recipes/configs")

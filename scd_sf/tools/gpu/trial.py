@@ -19,7 +19,7 @@ from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.tools.plan.job import PlanJob
-from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.train.base import Engine, EngineConfig, StepModule
 from scd_sf.train.ema import Ema
 from scd_sf.train.engine import build_engine, frozen_engine

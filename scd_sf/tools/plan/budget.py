@@ -22,7 +22,7 @@ from scd_sf.tools.plan.engines import (
 )
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.plan.phases import Phase
-from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig, accumulation
 from scd_sf.types import UserError
 

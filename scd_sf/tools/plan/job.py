@@ -21,7 +21,7 @@ from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
 from scd_sf.models.wan.umt5 import UMT5_PARAMETERS
 from scd_sf.models.wan.weights import read_wan_config
 from scd_sf.tools.plan.phases import Phase, Stage3, stage2_phases
-from scd_sf.tools.stages import Stage2Config, Stage3Config, VideoConfig
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config, VideoConfig
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import UserError, VideoShape
 

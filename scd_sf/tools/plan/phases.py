@@ -23,7 +23,7 @@ from scd_sf.models.trunk import Trunk
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.plan.meter import Meter
-from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, Denoiser, UserError, VideoShape
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scd_sf.tools.plan.budget import CONTEXT_GIB, GIB, SLACK, TABLES_GIB, TEXT, Budget
-from scd_sf.tools.stages import Stage3Config
+from scd_sf.tools.stage_configs import Stage3Config
 
 _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers", "update")
 

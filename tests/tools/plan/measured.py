@@ -28,7 +28,7 @@ from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.gpu import trial
 from scd_sf.tools.plan.budget import Cluster, budget
 from scd_sf.tools.plan.job import PlanJob
-from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.types import VideoShape
 
 WAN = WanConfig(4, 64, 8, 8, 16, 64, 1024, 6)

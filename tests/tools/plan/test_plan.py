@@ -22,7 +22,7 @@ from scd_sf.tools.plan.budget import GIB, Cluster, advice, budget
 from scd_sf.tools.plan.engines import frozen_memory, trained_memory
 from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.meter import Meter
-from scd_sf.tools.stages import Stage2Config, Stage3Config
+from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
 from scd_sf.train.base import EngineConfig
 from scd_sf.types import Conditioning, UserError, VideoShape
 

@@ -1,4 +1,4 @@
-"""Configurations of the two training stages. The recipes run them, ``scd plan`` counts their
+"""Configurations of stages 2 and 3. The recipes run them, ``scd plan`` counts their
 cost."""
 
 from __future__ import annotations
