@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from scd_sf.diffusion.flow import shift_time
@@ -132,6 +131,8 @@ class UniPC:
     ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'unipc' has no early exit: stage 3 needs sampler 'renoise'")
+        from diffusers import UniPCMultistepScheduler  # seconds to import, so only where it is used
+
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=self.shift
         )

@@ -23,10 +23,9 @@ from typing import Protocol
 
 import ftfy
 import torch
+import transformers  # its classes take seconds to import: only where they are used
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from scd_sf.files import foreign, read_json, safe_path, typed, write_json
 from scd_sf.models.wan.text_files import STEM, read_encoder_config, read_model, read_tokenizer
@@ -144,8 +143,8 @@ class TransformersTextEncoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         config: TextEncoderConfig,
         batch: int = 16,
     ) -> None:
@@ -263,14 +262,14 @@ def load_text_encoder(
     """
     config = text_config(source)
     weights, tokens = encoder_parts(config)
-    had_progress_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    had_progress_bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = read_tokenizer(tokens)
         model = load_umt5(weights, dtype) if weights.is_file() else read_model(weights, dtype)
     finally:
         if had_progress_bar:
-            transformers_logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()
     _check_limits(config, model.config, weights)
     return TransformersTextEncoder(model.to(device), tokenizer, config)
 
@@ -279,7 +278,7 @@ def encoder_width(config: TextEncoderConfig) -> int:
     """E, from the encoder's configuration alone. UserError as :func:`load_text_encoder`, but for
     its weights."""
     weights, _ = encoder_parts(config)
-    network: PretrainedConfig = (
+    network: transformers.PretrainedConfig = (
         open_umt5(weights)[0] if weights.is_file() else read_encoder_config(weights)
     )
     _check_limits(config, network, weights)

@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers import __version__ as transformers_version
 
 from scd_sf.data.bounded import BoundedFolder
 from scd_sf.files import hash_json, new_file, sha256_bytes, sha256_file, sweep
@@ -167,7 +167,7 @@ class CachedTextEncoder:
         contents = sorted([file.name, self._sha256(file)] for file in files)
         return [
             VERSION,
-            transformers_version,
+            transformers.__version__,
             self.config.settings,
             str(self.dtype),
             self.device.type,

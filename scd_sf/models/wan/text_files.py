@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers  # its classes take seconds to import: only where they are used
 
 from scd_sf.files import JSON_BYTES, foreign, read_json, refuse_lfs_pointer
 from scd_sf.models.skeleton import skeleton
@@ -53,15 +45,25 @@ CHOOSES_CODE = {
 
 @dataclass(frozen=True)
 class Kind:
-    """``models``: by their configurations' classes; ``noun`` and ``examples`` are for errors."""
+    """``mapping`` is the name of transformers' table from configurations to models; ``noun`` and
+    ``examples`` are for errors."""
 
-    models: Mapping[type[PretrainedConfig], type[PreTrainedModel]]
+    mapping: str
     noun: str
     examples: str
 
+    @property
+    def models(
+        self,
+    ) -> Mapping[type[transformers.PretrainedConfig], type[transformers.PreTrainedModel]]:
+        """Models by their configurations' classes."""
+        models: Mapping[type[transformers.PretrainedConfig], type[transformers.PreTrainedModel]]
+        models = getattr(transformers, self.mapping)
+        return models
 
-ENCODER = Kind(MODEL_FOR_TEXT_ENCODING_MAPPING, "text encoder", "umT5, T5 or a BERT")
-LANGUAGE = Kind(MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "Qwen2.5 or its like")
+
+ENCODER = Kind("MODEL_FOR_TEXT_ENCODING_MAPPING", "text encoder", "umT5, T5 or a BERT")
+LANGUAGE = Kind("MODEL_FOR_CAUSAL_LM_MAPPING", "causal language model", "Qwen2.5 or its like")
 
 
 def plain_config(value: object, where: Path) -> object:
@@ -81,19 +83,21 @@ def plain_config(value: object, where: Path) -> object:
     }
 
 
-def read_encoder_config(folder: Path, kind: Kind = ENCODER) -> PretrainedConfig:
+def read_encoder_config(folder: Path, kind: Kind = ENCODER) -> transformers.PretrainedConfig:
     """``folder/config.json`` as transformers' configuration of a model of this kind. UserError for
     other models."""
     file = folder / "config.json"
     raw = plain_config(read_json(file, AGAIN), file)
     assert isinstance(raw, dict)
     name = raw.get("model_type")
-    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+    if not isinstance(name, str) or name not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"{file}: model_type is {repr(name)[:80]}, which transformers does not know; {AGAIN}"
         )
     with foreign(_unreadable(folder, kind), AGAIN):
-        config = cast("PretrainedConfig", CONFIG_MAPPING[name].from_dict(raw))
+        config = cast(
+            "transformers.PretrainedConfig", transformers.CONFIG_MAPPING[name].from_dict(raw)
+        )
         width = config.hidden_size if kind is ENCODER else 1
     if type(config) not in kind.models:
         raise UserError(f"{file}: model_type is '{name[:80]}', no {kind.noun}; use {kind.examples}")
@@ -104,7 +108,9 @@ def read_encoder_config(folder: Path, kind: Kind = ENCODER) -> PretrainedConfig:
     return config
 
 
-def read_model(folder: Path, dtype: torch.dtype, kind: Kind = ENCODER) -> PreTrainedModel:
+def read_model(
+    folder: Path, dtype: torch.dtype, kind: Kind = ENCODER
+) -> transformers.PreTrainedModel:
     """The model of ``folder``: config.json beside ``model.safetensors`` or its shards, in
     ``dtype``.
 
@@ -129,12 +135,12 @@ def read_model(folder: Path, dtype: torch.dtype, kind: Kind = ENCODER) -> PreTra
         raise UserError(
             f"{folder}: {len(missing_names)} weights are missing ({missing_names[0]}, ...); {AGAIN}"
         )
-    return cast("PreTrainedModel", model)
+    return cast("transformers.PreTrainedModel", model)
 
 
 def read_tokenizer(
     folder: Path, kind: Kind = ENCODER, *, padding_side: str | None = None
-) -> PreTrainedTokenizerBase:
+) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a folder. ``padding_side``: left or right; None: its own.
 
     UserError: a pointer of Git LFS, a file that is too large, unreadable.
@@ -148,10 +154,10 @@ def read_tokenizer(
                 )
     side = {} if padding_side is None else {"padding_side": padding_side}
     with foreign(_unreadable(folder, kind), AGAIN):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **side
         )
-    return cast("PreTrainedTokenizerBase", tokenizer)
+    return cast("transformers.PreTrainedTokenizerBase", tokenizer)
 
 
 def _unreadable(folder: Path, kind: Kind) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import UMT5Config, UMT5EncoderModel
+import transformers
 
 from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.tensor_files import AGAIN, Lazy, open_tensors, read_all
@@ -47,7 +47,7 @@ def to_transformers(name: str) -> str | None:
     return f"encoder.block.{block}.{_BLOCK[part]}.weight"
 
 
-def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
+def open_umt5(file: Path) -> tuple[transformers.UMT5Config, dict[str, Lazy]]:
     """The geometry and the tensors by transformers' names, none read yet.
 
     UserError: unreadable, a foreign tensor, or missing ones.
@@ -71,7 +71,7 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
     (words, width), (inner, _), (buckets, heads), (hidden, _) = (
         tensors[name].shape for name in required_names
     )
-    config = UMT5Config(
+    config = transformers.UMT5Config(
         vocab_size=words,
         d_model=width,
         d_kv=inner // heads,
@@ -84,11 +84,11 @@ def open_umt5(file: Path) -> tuple[UMT5Config, dict[str, Lazy]]:
     return config, tensors
 
 
-def load_umt5(file: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+def load_umt5(file: Path, dtype: torch.dtype) -> transformers.UMT5EncoderModel:
     """The encoder of Wan's original file in ``dtype``. UserError as :func:`open_umt5`, or shapes
     that do not fit."""
     config, tensors = open_umt5(file)
-    model = skeleton(lambda: UMT5EncoderModel(config), tensors, file, AGAIN)
+    model = skeleton(lambda: transformers.UMT5EncoderModel(config), tensors, file, AGAIN)
     twin = tensors[_EMBEDDING]
     check_fit(model, {**tensors, _EMBEDDING_AGAIN: twin}, file, "Wan's umT5", AGAIN)
     state = {name: tensor.to(dtype) for name, tensor in read_all(tensors).items()}

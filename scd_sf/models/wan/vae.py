@@ -14,15 +14,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    WanCausalConv3d,
-    WanResample,
-    unpatchify,
-)
 from torch import Tensor
 
 from scd_sf.files import foreign, read_json, typed, write_tensors
@@ -31,6 +25,9 @@ from scd_sf.models.skeleton import check_fit, skeleton
 from scd_sf.nn.layers import channels_last
 from scd_sf.tensor_files import in_memory, open_tensors, read_all
 from scd_sf.types import UserError, VideoShape, on_device
+
+if TYPE_CHECKING:  # seconds to import: only where a VAE is read
+    from diffusers import AutoencoderKLWan
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 ROOTS = {"encoder", "decoder", "conv1", "conv2"}  # what the names in Wan's original file begin with
@@ -150,6 +147,8 @@ class VaeStream:
     """
 
     def __init__(self, vae: Vae) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
         self._vae = vae
         convolutions = [m for m in vae.model.decoder.modules() if isinstance(m, WanCausalConv3d)]
         self._cache: list[object] = [None] * len(convolutions)
@@ -169,6 +168,8 @@ class VaeStream:
             self._started = True
         pixels = torch.cat(parts, dim=2)
         if (patch := vae.model.config["patch_size"]) is not None:
+            from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
             pixels = unpatchify(pixels, patch_size=patch)
         return pixels.clamp(-1, 1).float().transpose(1, 2)
 
@@ -223,6 +224,8 @@ def vae_source(path: Path) -> Path:
 
 
 def _read_folder(folder: Path) -> AutoencoderKLWan:
+    from diffusers import AutoencoderKLWan
+
     config = _read_config(folder / "config.json")
     tensors = open_tensors(folder / WEIGHTS, AGAIN)
     model = skeleton(
@@ -238,6 +241,9 @@ def _read_folder(folder: Path) -> AutoencoderKLWan:
 def _read_original(file: Path) -> AutoencoderKLWan:
     """Wan 2.1's VAE from its original file. Its width is taken from the tensors, all else is the
     class's default."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     lazy_tensors = choose_section(open_tensors(file), ROOTS, "", str(file))
     first = lazy_tensors.get("encoder.conv1.weight")
     if first is None or not first.shape:
@@ -289,6 +295,8 @@ def _read_config(path: Path) -> dict[str, object]:
 def _geometry(model: AutoencoderKLWan, where: str) -> VaeGeometry:
     """Factors and channels of the config, checked against the network's own layers. Raises
     UserError."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
+
     config = model.config
     channels: int = config["z_dim"]
     down = 2 ** sum(1 for module in model.encoder.modules() if isinstance(module, WanResample))
