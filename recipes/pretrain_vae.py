@@ -303,7 +303,7 @@ def train(
             last, request = step == stage.steps, loop.request()
             if last or request or step % cfg.save_every == 0:
                 checkpointer.save(step, required=last or request is Request.STOP)
-            if request is Request.STOP and not last:
+            if request is Request.STOP and (distil or not last):
                 loop.leave(step)
     run.finish()
     ema.copy_to(ema_model)

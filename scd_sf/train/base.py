@@ -230,8 +230,7 @@ class SkipCounter:
         if self.in_row >= self.limit:
             row, self.in_row = self.in_row, 0
             raise Diverged(
-                f"{row} updates in a row had a non-finite loss or gradient (at update {update}); "
-                "resume from the last checkpoint with a lower lr, and look at the kept batches"
+                f"{row} updates in a row had a non-finite loss or gradient (at update {update})"
             )
 
 

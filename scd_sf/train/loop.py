@@ -119,7 +119,8 @@ class Loop:
             cause = "no checkpoint to go back to" if path is None else too_many
             self._control.say("failed", f"{error}; {cause}")
             raise UserError(
-                f"{error}; {cause}; the batches are listed in {self.run.dir / 'skipped.jsonl'}"
+                f"{error}; {cause}; the batches are listed in {self.run.dir / 'skipped.jsonl'}: "
+                "look at them, and start a new run.dir with a lower lr"
             ) from error
         newest = int(path.name.removeprefix("step_"))
         rollback = Rollback(self._step, newest, self.position(self._step) - newest)

@@ -65,6 +65,7 @@ class Control:
         self.reason = ""
         self._step, self._old_handlers = 0, dict[signal.Signals, Any]()
         self._stacks: TextIO | None = None
+        self._seen_files = {"save", "stop"}  # requests that ``fulfilled`` removes
         self._closed = threading.Event()
         self._pulse = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
@@ -112,6 +113,7 @@ class Control:
         if self.ranks.is_main:
             for name, meaning in (("save", Request.SAVE), ("stop", Request.STOP)):
                 if _is_request(self.dir / name):
+                    self._seen_files.add(name)
                     request = max(request, meaning)
                     self.reason = self.reason or (
                         f"{self.dir / name}" if meaning is Request.STOP else ""
@@ -119,11 +121,13 @@ class Control:
         return Request(self.ranks.max(request))
 
     def fulfilled(self) -> None:
-        """Remove the request files (rank 0). Call it when the request has been carried out."""
+        """Remove the request files that ``request`` has seen (rank 0). Call it when the request has
+        been carried out. A file that came in the meantime stays for the next step."""
         if self.ranks.is_main:
-            for name in ("save", "stop"):
+            for name in self._seen_files:
                 if _is_request(self.dir / name):
                     (self.dir / name).unlink(missing_ok=True)
+        self._seen_files.clear()
 
     def blame(self, error: BaseException, patience: float = 5.0) -> UserError | None:
         """An error that names the ranks whose processes are gone; None when all are alive and

@@ -129,7 +129,8 @@ def test_a_diverged_run_gives_up_with_a_report(chain: Chain, tmp_path: Path) -> 
     assert (
         result.code == 2
         and "0 rollbacks did not help" in result.err
-        and "skipped.jsonl" in result.err
+        and "skipped.jsonl: look at them, and start a new run.dir with a lower lr" in result.err
+        and "resume" not in result.err
     )
     assert steps(run) == [2] and status(run)["state"] == "failed"
 

@@ -85,10 +85,15 @@ def test_killed_in_either_run_and_on_two_ranks(clips: Path, tmp_path: Path) -> N
     assert report["steps"] == 6 and report["clips"] == 1
     assert load_vae(whole / "vae").geometry.channels == 4
 
-    # in the third step of the first run, then, resumed from its second, of the second run
-    for call in (3, 4):
-        result = recipe_runner.run(SCRIPT, *arguments(clips, killed), at=At(BACKWARD, call))
-        assert result.code == -signal.SIGKILL, result.err
+    # in the third step of the first run, then stopped in it, its last; then killed in the second
+    for call, number, code in (
+        (3, signal.SIGKILL, -9),
+        (1, signal.SIGUSR1, 75),
+        (3, signal.SIGKILL, -9),
+    ):
+        at = At(BACKWARD, call, number)
+        result = recipe_runner.run(SCRIPT, *arguments(clips, killed), at=at)
+        assert result.code == code, result.err
     recipe_runner.succeed(SCRIPT, *arguments(clips, killed))
     again, same = outcome(killed)
     assert again == rows and all(torch.equal(same[name], weights[name]) for name in weights)

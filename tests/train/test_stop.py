@@ -38,8 +38,12 @@ def test_files_ask(control: Control) -> None:
     assert control.request() is Request.NONE
     (control.dir / "stop").touch()
     assert control.request() is Request.STOP and control.reason.endswith("stop")
+    (control.dir / "save").touch()  # while that is carried out: it is for the next step
     control.fulfilled()
     assert not (control.dir / "stop").exists()
+    assert control.request() is Request.STOP and (control.dir / "save").exists()
+    control.fulfilled()
+    assert not (control.dir / "save").exists()
 
 
 def test_only_what_touch_makes_is_a_request(tmp_path: Path) -> None:
