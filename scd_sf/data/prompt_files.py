@@ -15,9 +15,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from scd_sf.types import UserError, printable
 
 LINE_BYTES = 2**20  # longest line
 SEED_DIGITS = len(str(2**63))
+# for Python's reader of csv a carriage return always ends a line; no file's text has this character
+RETURN = "\ud800"
 SHOWN = 40  # characters of a bad value, columns of a file
 LIST, REPORT = "prompts.jsonl", "report.json"  # in the folder of a filter's or an extender's result
 JSONL = (".jsonl", ".ndjson")
@@ -294,6 +297,17 @@ def _lines(
         offset += len(raw)
 
 
+def csv_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Lines for Python's csv reader, whose fields :func:`csv_fields` restores. Carriage returns
+    within a line, which it would take for a line's end, are replaced."""
+    return (re.sub(r"\r(?!\n?\Z)", RETURN, line) for line in lines)
+
+
+def csv_fields(record: Iterable[str]) -> list[str]:
+    """A record's fields with the carriage returns that :func:`csv_lines` replaced."""
+    return [field.replace(RETURN, "\r") for field in record]
+
+
 def _csv_records(lines: Iterator[Line], label: str) -> Iterator[tuple[Line, list[str]]]:
     """(its first line, its fields) of every record that is not blank; a quoted field may go over
     several lines."""
@@ -304,7 +318,7 @@ def _csv_records(lines: Iterator[Line], label: str) -> Iterator[tuple[Line, list
             record_lines.append(line)
             yield line.text
 
-    reader = csv.reader(texts(), strict=True)
+    reader = csv.reader(csv_lines(texts()), strict=True)
     while True:
         record_lines.clear()
         try:
@@ -316,7 +330,7 @@ def _csv_records(lines: Iterator[Line], label: str) -> Iterator[tuple[Line, list
         if fields is None:
             return
         if fields:
-            yield record_lines[0], fields
+            yield record_lines[0], csv_fields(fields)
 
 
 def _row(path: Path, where: str, row: Mapping[str, object], column: str) -> PromptRow:

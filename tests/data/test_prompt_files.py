@@ -33,7 +33,7 @@ def test_impossible_seeds_are_named(tmp_path: Path, seed: str) -> None:
         read_prompt_file(file)
 
 
-LINES = ["a cat\u2028walks", "a\u0085dog \x0b runs", "rain"]
+LINES = ["a cat\u2028walks", "a\u0085dog \x0b runs", "rain\rand wind"]
 
 
 def forms(folder: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def forms(folder: Path) -> list[Path]:
     lines."""
     texts = {
         "p.txt": "\r\n\n".join(LINES) + "\r\n",
-        "p.csv": "prompt,other\r\n" + "".join(f'"{line}",1\n' for line in LINES),
+        "p.csv": "prompt,other\r\n" + "".join(f"{line},1\n" for line in LINES),
         "p.jsonl": "\r\n".join(json.dumps({"prompt": line}, ensure_ascii=False) for line in LINES),
     }
     for name, text in texts.items():
@@ -53,6 +53,9 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     """prompts_u2028.txt and prompts_bom_crlf.txt of the cases, in every format."""
     for file in forms(tmp_path):
         assert [row.prompt for row in read_prompt_file(file)] == LINES, file.name
+    (tmp_path / "mac.csv").write_bytes(b"uuid,prompt\r1,a cat\r2,a dog\r")
+    with pytest.raises(UserError, match=r"mac\.csv: no column 'prompt'"):
+        read_prompt_file(tmp_path / "mac.csv")
     (tmp_path / "bom.txt").write_bytes("\ufeffa cat\r\na dog\r\n".encode())
     assert [row.prompt for row in read_prompt_file(tmp_path / "bom.txt")] == ["a cat", "a dog"]
 

@@ -18,7 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scd_sf.data.prompt_files import JSONL, LINE_BYTES, NOT_LISTS, SCORES, list_in
+from scd_sf.data.prompt_files import (
+    JSONL,
+    LINE_BYTES,
+    NOT_LISTS,
+    SCORES,
+    csv_fields,
+    csv_lines,
+    list_in,
+)
 from scd_sf.files import parse_json, refuse_lfs_pointer
 from scd_sf.types import UserError, printable
 
@@ -108,9 +116,9 @@ def _without_bad(table: pl.DataFrame, path: Path, bad: BadRows) -> pl.DataFrame:
 
 
 def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
         try:
-            names = next(csv.reader(file), [])
+            names = csv_fields(next(csv.reader(csv_lines(file)), []))
         except csv.Error as error:
             raise UserError(
                 f"{path}: line 1: the header cannot be read ({error}); is it a csv file?"
@@ -148,19 +156,20 @@ def _csv_rows(path: Path, names: list[str], bad: BadRows) -> Iterator[Row]:
     """The rows of a csv file, read by Python's reader. UserError where quotes do not match, because
     the next row cannot be found then."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        reader = csv.reader(csv_lines(file), strict=True)
         next(reader)
         for number in range(1, sys.maxsize):
             place = f"{path}: row {number} (line {reader.line_num + 1})"
             try:
-                fields = next(reader, None)
+                record = next(reader, None)
             except csv.Error as error:
                 raise UserError(
                     f"{place}: quotes do not match ({error}); correct or remove it"
                 ) from error
-            if fields is None:
+            if record is None:
                 return
+            fields = csv_fields(record)
             row = dict(zip(names, fields, strict=False))
             if len(fields) != len(names):
                 bad.add(f"{place}: {len(fields)} columns instead of {len(names)}")

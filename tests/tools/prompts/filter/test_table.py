@@ -26,7 +26,7 @@ def write(path: Path, body: str | bytes, header: str = HEADER) -> Path:
 
 def test_csv_is_read_as_pythons_reader_reads_it(tmp_path: Path) -> None:
     rng = random.Random(0)
-    pieces = ["a", " ", ",", '"', "\n", "\r\n", "é", "雨", "\u2028", ";", "'"]
+    pieces = ["a", " ", ",", '"', "\n", "\r\n", "\r", "é", "雨", "\u2028", ";", "'"]
     rows = [
         ["".join(rng.choices(pieces, k=rng.randint(0, 12))), f"u{i}", *["0.5"] * 6, f"t{i}"]
         for i in range(2000)
@@ -44,6 +44,16 @@ def test_csv_is_read_as_pythons_reader_reads_it(tmp_path: Path) -> None:
     assert table["time"][7] == "t7" and table["threat"].sum() == 1000
     path.write_bytes(path.read_bytes() + b"too,few\r\n")  # now by Python's reader
     assert read_list(path, bad).equals(table) and bad.count == 1
+
+
+def test_a_carriage_return_alone_ends_no_line(tmp_path: Path) -> None:
+    good, bad = b"u1,a cat\ra dog,t,0,0,0,0,0,0\nu2,rain,t,0,0,0,0,0,0\n", BadRows()
+    for damaged in (b"", b"too,few\n"):  # read by polars, and by Python's reader
+        table = read_list(write(tmp_path / "a.csv", good + damaged), bad)
+        assert table["prompt"].to_list() == ["a cat\ra dog", "rain"]
+    assert bad.count == 1
+    with pytest.raises(UserError, match="no column 'prompt' in its header"):
+        read_list(write(tmp_path / "mac.csv", b"", "uuid,prompt\r1,a cat\r"), bad)
 
 
 BAD = {
