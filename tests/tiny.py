@@ -18,7 +18,7 @@ from scd_sf.models.blocks import BlocksConfig, SkipConfig, set_blocks
 from scd_sf.models.build import Student, build_scd
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.interface import Query
+from scd_sf.models.interface import Corruption, Query
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.wan.transformer import Wan, WanConfig
@@ -218,6 +218,7 @@ class Clip:
     t: Tensor
     x_t: Tensor
     query: Query
+    corruption: Corruption | None = None
 
 
 def clip(
@@ -246,7 +247,13 @@ def clip(
 def teacher_forced(model: Student, data: Clip, targets: list[int] | None = None) -> Tensor:
     """The model's velocities (K, B, M*chunk, C, H, W) on a clip."""
     return model.teacher_forced(
-        data.x_t, data.t, data.x, data.cond, query=data.query, targets=targets
+        data.x_t,
+        data.t,
+        data.x,
+        data.cond,
+        query=data.query,
+        corruption=data.corruption,
+        targets=targets,
     )
 
 

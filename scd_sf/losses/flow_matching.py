@@ -23,7 +23,13 @@ from scd_sf.diffusion.flow import (
     velocity_target,
 )
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.models.interface import FrameGenerator, Query, check_chunks, pick_chunks
+from scd_sf.models.interface import (
+    Corruption,
+    FrameGenerator,
+    Query,
+    check_chunks,
+    pick_chunks,
+)
 from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, on_device
 
 TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
@@ -116,53 +122,61 @@ def query_times(shape: tuple[int, ...], cfg: FlowMatchingConfig, rng: torch.Gene
 
 
 @dataclass(frozen=True)
-class _Noisy:
-    """Inputs and targets of a training clip: conditions with dropout, K noisy samples x_t (K, B, F,
-    C, H, W) at t (K, B, F), the velocity to predict, and the encoder's query frames."""
+class _Draw:
+    """What is drawn for a batch: conditions with dropout, K noisy samples x_t (K, B, F, C, H, W) at
+    t (K, B, F), the velocity to predict, the encoder's query frames and the contexts' corruption."""
 
     cond: Conditioning
     x_t: Tensor
     t: Tensor
     velocity: Tensor
-    query: Query
+    query: Query | None
+    corruption: Corruption | None
 
 
-def _noisy(
+def _draw(
     generator: FrameGenerator,
     x_0: Tensor,
     cond: Conditioning,
     null: Conditioning,
     cfg: FlowMatchingConfig,
     rng: torch.Generator,
-) -> _Noisy:
+) -> _Draw:
     batch, num_chunks = len(x_0), check_chunks(x_0.shape[1], generator.chunk)
     cond = drop_signals(drop_text(cond, null, cfg.text_dropout, rng), cfg, rng)
 
     def per_frame(times: Tensor) -> Tensor:
         return on_device(times.repeat_interleave(generator.chunk, -1), x_0.device)
 
-    draw = shifted_uniform if cfg.time == "uniform" else shifted_logit_normal
-    t = per_frame(draw((cfg.noise_samples, batch, num_chunks), cfg.shift, rng))
+    draw_times = shifted_uniform if cfg.time == "uniform" else shifted_logit_normal
+    t = per_frame(draw_times((cfg.noise_samples, batch, num_chunks), cfg.shift, rng))
     eps = cpu_noise(rng)(x_0.expand(cfg.noise_samples, *x_0.shape))
-    query = Query(context_noise=cfg.context_noise, rng=rng)
+    query = None
     if generator.needs_query:
         t_query = per_frame(query_times((batch, num_chunks), cfg, rng))
         # never eps: the decoder would read the answer off the context
         query_eps = cpu_noise(rng)(x_0)
-        query = Query(add_noise(x_0, query_eps, t_query), t_query, cfg.context_noise, rng)
-    return _Noisy(
-        cond, add_noise(x_0.unsqueeze(0), eps, t), t, velocity_target(x_0.unsqueeze(0), eps), query
-    )
+        query = Query(add_noise(x_0, query_eps, t_query), t_query)
+    corruption = Corruption(cfg.context_noise, rng) if cfg.context_noise else None
+    x_K = x_0.unsqueeze(0)
+    x_t, velocity = add_noise(x_K, eps, t), velocity_target(x_K, eps)
+    return _Draw(cond, x_t, t, velocity, query, corruption)
 
 
-def _errors(
-    generator: FrameGenerator, x_0: Tensor, noisy: _Noisy, targets: Sequence[int]
+def _squared_errors(
+    generator: FrameGenerator, x_0: Tensor, draw: _Draw, targets: Sequence[int]
 ) -> Tensor:
     """Squared errors of the target chunks' velocities, (K, B, M * n, C, H, W), fp32."""
     velocity = generator.teacher_forced(
-        noisy.x_t, noisy.t, x_0, noisy.cond, query=noisy.query, targets=targets
+        draw.x_t,
+        draw.t,
+        x_0,
+        draw.cond,
+        query=draw.query,
+        corruption=draw.corruption,
+        targets=targets,
     )
-    target = pick_chunks(noisy.velocity, targets, generator.chunk, 2)
+    target = pick_chunks(draw.velocity, targets, generator.chunk, 2)
     return (velocity.float() - target.float()).pow(2)
 
 
@@ -184,12 +198,12 @@ def flow_matching_loss(
     targets = list(range(num_chunks))
     if cfg.target_chunks is not None and cfg.target_chunks < num_chunks:
         targets = sorted(torch.randperm(num_chunks, generator=rng)[: cfg.target_chunks].tolist())
-    noisy = _noisy(generator, x_0, cond, null, cfg, rng)
-    squares = _errors(generator, x_0, noisy, targets)
+    draw = _draw(generator, x_0, cond, null, cfg, rng)
+    squares = _squared_errors(generator, x_0, draw, targets)
     loss = squares.mean()
     with torch.no_grad():
         errors = squares.mean(dim=(-3, -2, -1))
-        times = pick_chunks(noisy.t, targets, generator.chunk, 2)
+        times = pick_chunks(draw.t, targets, generator.chunk, 2)
     return loss, {"loss": float(loss.detach()), **_by_time(errors, times)}
 
 
@@ -215,13 +229,13 @@ def validation_loss(
         label_dropout=0.0,
     )
     num_chunks = check_chunks(x_0.shape[1], generator.chunk)
-    noisy = _noisy(generator, x_0, cond, null, plain_cfg, rng)
+    draw = _draw(generator, x_0, cond, null, plain_cfg, rng)
     size = min(cfg.target_chunks or num_chunks, num_chunks)
     parts = []
     for first in range(0, num_chunks, size):
         # the last group has the same size; chunks of the group before it are left out
         start = min(first, num_chunks - size)
-        squares = _errors(generator, x_0, noisy, range(start, start + size))
+        squares = _squared_errors(generator, x_0, draw, range(start, start + size))
         parts.append(squares[:, :, (first - start) * generator.chunk :])
     return torch.cat(parts, 2).mean()
 

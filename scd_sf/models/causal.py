@@ -15,7 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.interface import Query, check_chunks, chunk_frames, pick_chunks, pick_frames
+from scd_sf.models.interface import (
+    Corruption,
+    Query,
+    check_chunks,
+    chunk_frames,
+    pick_chunks,
+    pick_frames,
+)
 from scd_sf.models.replay import Replayed, new_history, run_step
 from scd_sf.models.trunk import RunBlocks, Text, Trunk, TrunkConfig, run_all
 from scd_sf.nn.attention import AttentionContext, FullSequence, Streaming
@@ -79,6 +86,7 @@ class Causal(nn.Module):
         cond: Conditioning,
         *,
         query: Query | None = None,
+        corruption: Corruption | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         """``[clean | noisy 1 | .. | noisy K]`` as one sequence; see the protocol for shapes."""

@@ -43,18 +43,22 @@ Stream = Any  # state of a video that is being generated; each student has its o
 
 @dataclass(frozen=True)
 class Query:
-    """Inputs of SCD's encoder in training beside the clean frames.
+    """The query frames that SCD's encoder on Wan reads in training (supplement E.1): ``x`` (B, F,
+    C, H, W) at times ``t`` (B, F), with noise of their own (ADR 0004)."""
 
-    ``x`` (B, F, C, H, W) at times ``t`` (B, F): the noisy query frames on Wan (paper, section 4),
-    with noise of their own. None for models trained from scratch, whose encoder has no query.
-    ``context_noise``: strength of the context's corruption (Eq. 7); its noise comes from ``rng``
-    (CPU), independently per noisy sample.
+    x: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Noise on SCD's contexts in training (Eq. 7), independent for each noisy sample.
+
+    ``strength`` is relative to a context's root mean square; the noise comes from ``rng`` (CPU).
     """
 
-    x: Tensor | None = None
-    t: Tensor | None = None
-    context_noise: float = 0.0
-    rng: torch.Generator | None = None
+    strength: float
+    rng: torch.Generator
 
 
 class FrameStreamer(Protocol):
@@ -130,14 +134,15 @@ class FrameGenerator(FrameStreamer, Protocol):
         cond: Conditioning,
         *,
         query: Query | None = None,
+        corruption: Corruption | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         """The velocities of the target chunks, each given the clean chunks before it.
 
         x_t (K, B, F, C, H, W) at t (K, B, F), constant within a chunk; x_clean (B, F, C, H, W) ->
-        (K, B, M*chunk, C, H, W). ``targets``: indices of the M chunks (None: all). ``query``:
-        :class:`Query`; the causal baseline ignores it. UserError: chunks do not divide F, or SCD on
-        Wan has no query.
+        (K, B, M*chunk, C, H, W). ``targets``: indices of the M chunks (None: all). ``query``: read
+        by SCD on Wan. ``corruption``: None, or that of SCD's contexts. The causal baseline ignores
+        both. UserError: chunks do not divide F, or SCD on Wan has no query.
         """
         ...
 

@@ -129,7 +129,7 @@ class FlowLosses:
             if isinstance(model, Wan):
                 velocity = model(x_t, t[:, 0], cond)
             else:
-                encoder_query = Query(query, torch.ones_like(t)) if model.needs_query else Query()
+                encoder_query = Query(query, torch.ones_like(t)) if model.needs_query else None
                 velocities = model.teacher_forced(
                     x_t[None], t[None], x_0, cond, query=encoder_query
                 )

@@ -18,7 +18,7 @@ from scd_sf.diffusion.samplers import Euler, FewStepSampler, Sampler
 from scd_sf.generation.rollout import rollout, stream_rollout
 from scd_sf.models.build import Scd, Student
 from scd_sf.models.causal import Causal
-from scd_sf.models.interface import Query
+from scd_sf.models.interface import Corruption, Query
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
@@ -52,9 +52,12 @@ class Spy:
         cond: Conditioning,
         *,
         query: Query | None = None,
+        corruption: Corruption | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
-        return self.model.teacher_forced(x_t, t, x_clean, cond, query=query, targets=targets)
+        return self.model.teacher_forced(
+            x_t, t, x_clean, cond, query=query, corruption=corruption, targets=targets
+        )
 
     def start(
         self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None

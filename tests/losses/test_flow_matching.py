@@ -22,7 +22,7 @@ from scd_sf.losses.flow_matching import (
     query_times,
     validation_loss,
 )
-from scd_sf.models.interface import Query, pick_chunks
+from scd_sf.models.interface import Corruption, Query, pick_chunks
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.nn.masks import teacher_forcing_mask
 from scd_sf.types import Conditioning, Logs, UserError
@@ -48,6 +48,7 @@ class Recorder:
         cond: Conditioning,
         *,
         query: Query | None = None,
+        corruption: Corruption | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         self.seen = {
@@ -56,6 +57,7 @@ class Recorder:
             "x_clean": x_clean,
             "cond": cond,
             "query": query,
+            "corruption": corruption,
             "targets": targets,
         }
         return torch.zeros_like(
@@ -135,8 +137,8 @@ def test_the_query_has_noise_of_its_own() -> None:
     for k in range(3):
         eps = (x_t[k] - (1 - t[k][..., None, None, None]) * x_0) / t[k][..., None, None, None]
         assert float((query.x - add_noise(x_0, eps, query.t)).abs().mean()) > 0.5
-    assert query.context_noise == 0.0
-    assert record(replace(PLAIN, context_noise=0.05))[0].seen["query"].context_noise == 0.05
+    assert model.seen["corruption"] is None
+    assert record(replace(PLAIN, context_noise=0.05))[0].seen["corruption"].strength == 0.05
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

@@ -27,7 +27,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, drop_signals, flow_m
 from scd_sf.models.build import CheckpointConfig, ModelConfig, Scd, build_model
 from scd_sf.models.causal import Causal
 from scd_sf.models.dit import DitConfig
-from scd_sf.models.interface import Query
+from scd_sf.models.interface import Corruption
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.nn.layers import DitBlock, WanBlock
@@ -164,11 +164,11 @@ def test_corruption_is_new_for_every_noisy_sample_and_leaves_the_history_alone()
     """B5: one draw per encoder pass is not enough. Eq. 7 at unit variance: the norm comes before
     the noise."""
     model, data = tiny.student(SCD), tiny.clip(1, samples=3, batch=1)
-    same = Query(context_noise=0.5, rng=tiny.generator(0))
+    same = Corruption(0.5, tiny.generator(0))
     x_t, t = data.x_t[:1].expand(3, -1, -1, -1, -1, -1), data.t[:1].expand(3, -1, -1)
     with torch.no_grad():
         plain = model.teacher_forced(x_t, t, data.x, data.cond)
-        out = model.teacher_forced(x_t, t, data.x, data.cond, query=same)
+        out = model.teacher_forced(x_t, t, data.x, data.cond, corruption=same)
         stream = model.advance(
             model.start(data.cond, (tiny.HEIGHT, tiny.WIDTH)), None, data.x[:, :1]
         )

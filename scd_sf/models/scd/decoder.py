@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scd_sf.diffusion.noise import Noise, local_noise
+from scd_sf.models.interface import Corruption
 from scd_sf.models.replay import Replayed, run_step
 from scd_sf.models.trunk import Text, Trunk, TrunkConfig
 from scd_sf.nn.attention import FullSequence, Streaming
@@ -241,11 +242,11 @@ class Decoder(nn.Module):
         return self.trunk.rope(range(frames), height, width, x), rotary_x
 
 
-def corrupt(c_RLE: Tensor, context_noise: float, noise_like: Noise) -> Tensor:
-    """c + context_noise * rms(c) * noise: the corruption of Eq. 7 at c's own scale; every row has
+def corrupt(c_RLE: Tensor, strength: float, noise_like: Noise) -> Tensor:
+    """c + strength * rms(c) * noise: the corruption of Eq. 7 at c's own scale; every row has
     its own noise."""
     rms = c_RLE.detach().pow(2).mean(-1, keepdim=True).sqrt()
-    return c_RLE + context_noise * rms * noise_like(c_RLE)
+    return c_RLE + strength * rms * noise_like(c_RLE)
 
 
 def rows_per_chunk(x_BKF: Tensor, chunk: int) -> Tensor:
@@ -255,18 +256,14 @@ def rows_per_chunk(x_BKF: Tensor, chunk: int) -> Tensor:
 
 
 def contexts_per_sample(
-    c_BLE: Tensor, samples: int, chunks: int, context_noise: float, rng: torch.Generator | None
+    c_BLE: Tensor, samples: int, chunks: int, corruption: Corruption | None
 ) -> Tensor:
-    """Contexts (B, M*L, E) of M = ``chunks`` chunks -> (B*K*M, L, E) for K noisy samples.
-
-    Each sample gets its own corruption of strength ``context_noise`` (Eq. 7), drawn from ``rng``;
-    0: none.
-    """
+    """Contexts (B, M*L, E) of M = ``chunks`` chunks -> (B*K*M, L, E) for K noisy samples, each with
+    a ``corruption`` of its own."""
     c_RLE = c_BLE.unflatten(1, (1, chunks, -1)).expand(-1, samples, -1, -1, -1).flatten(0, 2)
-    if context_noise == 0.0:
+    if corruption is None:
         return c_RLE
-    assert rng is not None, "context corruption needs a generator"
-    return corrupt(c_RLE, context_noise, partial(local_noise, rng=rng))
+    return corrupt(c_RLE, corruption.strength, partial(local_noise, rng=corruption.rng))
 
 
 def decode_samples(

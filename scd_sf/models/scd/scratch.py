@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import (
+    Corruption,
     Query,
     check_chunks,
     chunk_frames,
@@ -125,14 +126,11 @@ class ScdScratch(nn.Module):
         cond: Conditioning,
         *,
         query: Query | None = None,
+        corruption: Corruption | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         """Encoder once; decoder once on all K samples of all target chunks (``samples_in_turn``: K
-        times).
-
-        Of ``query`` only the corruption of the context is read.
-        """
-        query = query or Query()
+        times). ``query`` is not read."""
         samples, chunk = len(x_t), self.chunk
         num_chunks = check_chunks(x_t.shape[2], chunk)
         targets = range(num_chunks) if targets is None else targets
@@ -141,7 +139,7 @@ class ScdScratch(nn.Module):
         x_target = pick_chunks(x_clean, targets, chunk, 1)  # only its shape is read
         t_clean = self.encoder.clean_times(x_target.shape[:2], x_t)
         c_BLE = self.encode(x_clean.to(x_t.dtype), text, cond, targets)
-        c_RLE = contexts_per_sample(c_BLE, samples, len(targets), query.context_noise, query.rng)
+        c_RLE = contexts_per_sample(c_BLE, samples, len(targets), corruption)
         temb = self.encoder.times(t_clean, pick_frames(self.encoder.signal(cond), frames)).temb
         temb_rows = rows_per_chunk(temb.unsqueeze(1).expand(-1, samples, -1, -1), chunk)
         return decode_samples(

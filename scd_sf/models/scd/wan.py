@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from scd_sf.models.interface import Query, check_chunks, chunk_frames, pick_chunks
+from scd_sf.models.interface import Corruption, Query, check_chunks, chunk_frames, pick_chunks
 from scd_sf.models.replay import Replayed, new_history, run_step
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import (
@@ -88,11 +88,12 @@ class ScdWan(nn.Module):
         cond: Conditioning,
         *,
         query: Query | None = None,
+        corruption: Corruption | None = None,
         targets: Sequence[int] | None = None,
     ) -> Tensor:
         """Encoder once; decoder once on all K samples of all target chunks (``samples_in_turn``: K
         times)."""
-        if query is None or query.x is None or query.t is None:
+        if query is None:
             raise UserError("SCD's teacher_forced on Wan needs the encoder's query frames")
         num_chunks = check_chunks(x_t.shape[2], self.chunk)
         targets = range(num_chunks) if targets is None else targets
@@ -102,7 +103,7 @@ class ScdWan(nn.Module):
         c_BLE = self.encode(x_clean, x_query, t_query, text, targets)
         return decode_samples(
             self.decoder,
-            contexts_per_sample(c_BLE, len(x_t), len(targets), query.context_noise, query.rng),
+            contexts_per_sample(c_BLE, len(x_t), len(targets), corruption),
             x_query,
             t_query,
             text,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.models.build import Scd
+from scd_sf.models.interface import Corruption
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig, contexts_per_sample, corrupt
 from scd_sf.models.scd.scratch import ScdScratch
@@ -176,10 +177,8 @@ def test_corruption_has_the_rms_of_each_token_and_differs_per_row() -> None:
     unit = (noise / c.pow(2).mean(-1, keepdim=True).sqrt()).flatten(1)
     between = torch.corrcoef(unit) - torch.eye(6)
     assert float(between.abs().max()) < 0.1
-    rows = contexts_per_sample(c, 1, 5, 0.0, None)
-    assert torch.equal(rows, c.unflatten(1, (5, -1)).flatten(0, 1)), (
-        "no strength, no noise, no generator"
-    )
+    rows = contexts_per_sample(c, 1, 5, None)
+    assert torch.equal(rows, c.unflatten(1, (5, -1)).flatten(0, 1)), "no corruption, no noise"
 
 
 def test_corruption_is_drawn_per_noisy_sample_and_reproducible() -> None:
@@ -189,7 +188,7 @@ def test_corruption_is_drawn_per_noisy_sample_and_reproducible() -> None:
         clean = tiny.teacher_forced(model, twice)
         runs = []
         for _ in range(2):
-            twice.query = replace(data.query, context_noise=0.5, rng=tiny.generator(5))
+            twice.corruption = Corruption(0.5, tiny.generator(5))
             runs.append(tiny.teacher_forced(model, twice))
     assert torch.allclose(clean[0], clean[1], rtol=0, atol=1e-12)
     assert float((runs[0][0] - runs[0][1]).abs().max()) > 1e-3
