@@ -120,7 +120,7 @@ def check_consistent(model: ModelConfig) -> None:
             f"{len(scd.decoder.layers)} decoder.layers: set them together"
         )
     if model.family == "scd" and (
-        message := scd.decoder.unread(DecoderConfig(), SCD_B.scd.decoder)
+        message := scd.decoder.unread_field(DecoderConfig(), SCD_B.scd.decoder)
     ):
         raise UserError(f"model.scd.{message}")
     ignored_fields: dict[str, object] = (

@@ -1,4 +1,5 @@
-"""The autoregressive loop of stage 3 and of generation/, the same for every family of students."""
+"""The self-rollout: one loop over the chunks of a video, by which stage 3 trains and every video is
+made, the same for every family of students."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Distribution matching distillation (DMD) as in Self-Forcing: supplement Table 7;
 docs/deviations.md.
 
-``gradient = (fake - real) / mean|x - real|`` with x_0 estimates of the critic (fake) and the guided
-teacher (real) at one noise level per clip. Everything except the networks is fp32; sigma is exact;
-no ``nan_to_num``.
+``gradient = (fake - real) / mean|x - real|``: the student's clip x is noised anew, at one level per
+clip, and ``fake`` and ``real`` are the x_0 that the critic and the guided teacher estimate from it.
+Everything except the networks is fp32; sigma is exact; no ``nan_to_num``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ class DmdConfig:
     """Classifier-free guidance of the teacher (Table 7: CFG 3.0)."""
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise UserError(f"loss.shift is {self.shift}; it must be positive (5 in Table 7)")
         check_within(self, {"shift": (1e-3, 1e3)}, "loss.")
         if not 0 < self.t_min < self.t_max <= 1:
             raise UserError(

@@ -23,13 +23,7 @@ from scd_sf.diffusion.flow import (
     velocity_target,
 )
 from scd_sf.diffusion.noise import cpu_noise
-from scd_sf.models.interface import (
-    Corruption,
-    FrameGenerator,
-    Query,
-    check_chunks,
-    pick_chunks,
-)
+from scd_sf.models.interface import Corruption, FrameGenerator, Query, check_chunks, pick_chunks
 from scd_sf.types import Conditioning, Denoiser, Logs, UserError, check_within, on_device
 
 TIME_BINS, _SUM, _COUNT = 5, "time_sum/", "time_count/"
@@ -63,22 +57,14 @@ class FlowMatchingConfig:
     """Share of clips whose label is replaced by the null label."""
 
     def __post_init__(self) -> None:
-        for name in ("text_dropout", "query_from", "action_dropout", "label_dropout"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise UserError(f"loss.{name} is {vars(self)[name]}; it must lie in [0, 1]")
-        if self.shift <= 0 or self.context_noise < 0:
-            raise UserError(
-                f"loss.shift is {self.shift} (must be > 0) and loss.context_noise {self.context_noise} (must be >= 0)"
-            )
-        if not 0 <= self.query_pure <= 1 or self.noise_samples < 1:
-            raise UserError(
-                f"loss.query_pure is {self.query_pure} (0..1) and loss.noise_samples {self.noise_samples} (>= 1)"
-            )
-        check_within(
-            self,
-            {"shift": (1e-3, 1e3), "noise_samples": (1, 1000), "context_noise": (0, 100)},
-            "loss.",
-        )
+        shares = ("text_dropout", "query_from", "query_pure", "action_dropout", "label_dropout")
+        bounds: dict[str, tuple[float, float]] = {
+            **dict.fromkeys(shares, (0, 1)),
+            "shift": (1e-3, 1e3),
+            "noise_samples": (1, 1000),
+            "context_noise": (0, 100),
+        }
+        check_within(self, bounds, "loss.")
         if self.target_chunks is not None and self.target_chunks < 1:
             raise UserError(
                 f"loss.target_chunks is {self.target_chunks}; use a number of chunks >= 1, or null for all"

@@ -142,7 +142,9 @@ class Causal(nn.Module):
     def start(
         self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
     ) -> CausalStream:
-        history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 1)
+        history = new_history(
+            self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, chunks_per_pass=1
+        )
         return self.switch(CausalStream((), None, history, latent), cond)
 
     def switch(self, stream: CausalStream, cond: Conditioning) -> CausalStream:

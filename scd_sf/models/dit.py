@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scd_sf.models.trunk import SIZES, TwoLinears, patches, sinusoid, unpatchify
+from scd_sf.models.trunk import SIZES, TwoLinears, num_patches, sinusoid, unpatchify
 from scd_sf.nn.layers import DitBlock, LayerNorm, modulate, upcast
 from scd_sf.nn.rope import Axes
 from scd_sf.types import Conditioning, UserError, VideoShape, check_within
@@ -98,7 +98,7 @@ class DitConfig:
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of one latent frame; UserError if the patch does not divide the frame."""
-        return patches(height, width, self.patch_height, self.patch_width)
+        return num_patches(height, width, self.patch_height, self.patch_width)
 
     def clip_tokens(self, shape: VideoShape) -> int:
         """Tokens of a whole clip of latents."""

@@ -172,14 +172,15 @@ def new_history(
     batch: int,
     latent: tuple[int, int],
     chunk: int,
-    chunks: int,
+    *,
+    chunks_per_pass: int,
 ) -> Cache:
     """An empty history of ``batch`` videos with latent frames of (H, W), in buffers that recordings
     know.
 
-    A forward reads it with up to ``chunks`` chunks of ``chunk`` new frames.
+    A forward reads it with up to ``chunks_per_pass`` chunks of ``chunk`` new frames.
     """
-    history = new_cache(config, cfg.tokens(*latent), cfg.rope_axes, chunks * chunk)
+    history = new_cache(config, cfg.tokens(*latent), cfg.rope_axes, chunks_per_pass * chunk)
     if replay is not None:
         lengths = (config or CacheConfig()).num_lengths(chunk)
         replay.lend_buffers(history, (batch, latent, config), lengths, model)

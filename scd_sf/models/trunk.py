@@ -85,7 +85,7 @@ SIZES: dict[str, tuple[float, float]] = {
 }
 
 
-def patches(height: int, width: int, patch_height: int, patch_width: int) -> int:
+def num_patches(height: int, width: int, patch_height: int, patch_width: int) -> int:
     """Number of patches of a latent frame. UserError if they do not divide it."""
     if height % patch_height or width % patch_width:
         raise UserError(

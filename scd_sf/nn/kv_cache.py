@@ -6,9 +6,9 @@
 written in place: inference only. Letters: B batch, N heads, L tokens, D head dim.
 
 A window with a sink (the first frames, kept for ever) would let the distance to the sink grow past
-anything trained. So the sink's keys are turned along: they always stand right before the recent
-frames (rotations add up, so a key rotated again is the key of the later position). Recent frames
-need nothing: rotary attention sees only differences.
+anything trained. So the sink's keys are rotated again as the window moves, to the positions right
+before the recent frames (rotations add up: a key rotated again is the key of a later position).
+Recent frames stay as they are: rotary attention sees only differences.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Cache(Past, Protocol):
 class Window:
     """Which past tokens stay visible: the first ``sink`` and the last ``recent`` (None = all).
 
-    ``per_frame`` tokens make a frame whose sink keys, split over the rotary ``axes``, are turned
-    along; 0: they keep their positions.
+    ``per_frame`` tokens make a frame whose sink keys, split over the rotary ``axes``, move
+    with the window; 0: they keep their positions.
     """
 
     recent: int | None = None
@@ -89,7 +89,7 @@ class CacheConfig:
     preallocate: int | None = None
     """Frames of an in-place ring (sampling only); null: the functional cache of training."""
     turn_sink: bool = True
-    """Turn the sink's keys along, to stand right before the window (top of this file)."""
+    """Move the sink's keys to the positions right before the window (top of this file)."""
 
     def __post_init__(self) -> None:
         if (self.window is not None and self.window < 1) or self.sink < 0:
@@ -111,7 +111,7 @@ class CacheConfig:
             return cls(preallocate=frames)
         return cls(window, sink, preallocate=window + sink)
 
-    def tokens(self, per_frame: int, axes: Axes) -> Window:
+    def token_window(self, per_frame: int, axes: Axes) -> Window:
         """The window in tokens, for keys whose rotary positions are split over ``axes``."""
         recent = None if self.window is None else self.window * per_frame
         turn_step = per_frame if self.turn_sink and self.sink else 0
@@ -164,12 +164,12 @@ class LivePast:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Append-only and functional: :meth:`extended` returns a new cache, tensors are detached and
-    never written.
+    """Append-only and functional: :meth:`grown` returns a new cache; tensors are detached and never
+    written.
 
     A layer's past is kept in the pieces it came in and joined where attention reads it. A rollout's
-    graph keeps the cache of every chunk: they share their pieces, where joined pasts would take the
-    square of the length in memory.
+    graph keeps the cache of every chunk. They share their pieces; joined pasts would take memory
+    that grows with the square of the length.
     """
 
     layers: Mapping[int, tuple[KV, ...]]
@@ -331,7 +331,7 @@ def new_cache(config: CacheConfig | None, tokens: int, axes: Axes, new_frames: i
     ``axes``: the rotary positions of its keys.
     """
     config = config or CacheConfig()
-    window, new = config.tokens(tokens, axes), new_frames * tokens
+    window, new = config.token_window(tokens, axes), new_frames * tokens
     if config.preallocate is None:
         return KVCache.empty(window)
     if window.recent is None:

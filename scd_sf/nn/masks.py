@@ -1,8 +1,8 @@
 """The teacher-forcing mask: one predicate, from which the dense mask (CPU, tests) and
 FlexAttention's BlockMask come.
 
-A token is described by two integers: ``kind`` (0 = clean history, 1.. = noisy or query sample
-number k) and ``chunk`` (which frames it belongs to). Clean tokens see clean chunks <= their own and
+A token is described by two integers: ``kind`` (0 = clean; k = noisy sample number k, where SCD's
+encoder has its query frames) and ``chunk`` (which frames it belongs to). Clean tokens see clean chunks <= their own and
 nothing noisy; noisy tokens see clean chunks < their own, and their own chunk of their own sample
 (supplement Algorithm 1; Self-Forcing's mask).
 """
@@ -112,16 +112,16 @@ def block_mask(layout: Layout, device: torch.device) -> BlockMask:
         def predicate(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return teacher_forcing(kinds[q], chunks[q], kinds[k], chunks[k])
 
-        start = torch.arange(0, length, BLOCK)
-        first = start // layout.tokens
-        stop = (start + BLOCK - 1).clamp(max=length - 1) // layout.tokens + 1
+        tokens = torch.arange(0, length, BLOCK)  # the first token of every block
+        first = tokens // layout.tokens  # the groups first .. stop - 1 that a block touches
+        stop = (tokens + BLOCK - 1).clamp(max=length - 1) // layout.tokens + 1
+        num_groups = stop - first
         sums = nn.functional.pad(layout.visible().long().cumsum(0).cumsum(1), (1, 0, 1, 0))
         lower, upper = sums[first], sums[stop]
         pairs = upper[:, stop] - upper[:, first] - lower[:, stop] + lower[:, first]
-        complete = start + BLOCK <= length
-        full_blocks = (
-            (pairs == (stop - first)[:, None] * (stop - first)) & complete[:, None] & complete
-        )
+        complete = tokens + BLOCK <= length
+        all_visible = pairs == num_groups[:, None] * num_groups
+        full_blocks = all_visible & complete[:, None] & complete
         return BlockMask.from_kv_blocks(
             *_block_table((pairs > 0) & ~full_blocks, device),
             *_block_table(full_blocks, device),

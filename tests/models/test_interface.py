@@ -307,9 +307,11 @@ def test_chunk_helpers() -> None:
     x = torch.arange(6)
     assert pick_chunks(x, [0, 1, 2], 2, 0) is x
     assert pick_chunks(x, [2, 0], 2, 0).tolist() == [4, 5, 0, 1]
-    assert CacheConfig(window=2, sink=1).tokens(7, AXES) == Window(14, 7, 7, AXES)
-    assert CacheConfig(window=2, sink=1, turn_sink=False).tokens(7, AXES) == Window(14, 7, 0, AXES)
-    assert CacheConfig().tokens(7, AXES) == Window(None, 0, 0, AXES)
+    assert CacheConfig(window=2, sink=1).token_window(7, AXES) == Window(14, 7, 7, AXES)
+    assert CacheConfig(window=2, sink=1, turn_sink=False).token_window(7, AXES) == Window(
+        14, 7, 0, AXES
+    )
+    assert CacheConfig().token_window(7, AXES) == Window(None, 0, 0, AXES)
 
 
 @pytest.mark.parametrize(

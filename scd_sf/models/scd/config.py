@@ -31,6 +31,6 @@ class ScdConfig:
                     f"model.scd.{name} is {list(layers)}: the base model has layers 0..{num_layers - 1}; "
                     f"{'remove ' + str(bad) if bad else 'name at least one'}"
                 )
-        self.decoder.junction(self.encoder_layers)
+        self.decoder.num_early_blocks(self.encoder_layers)
         if self.chunk < 1:
             raise UserError(f"model.scd.chunk is {self.chunk}; it must be at least 1")

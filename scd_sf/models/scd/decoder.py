@@ -56,7 +56,8 @@ class DecoderConfig:
     prefix: str = "full"
     """full: the prefix runs through the blocks at every step; cached: once per chunk."""
     split: int | None = None
-    """How many of the layers come before the junction; null: those that the encoder also has."""
+    """How many of the layers come before the context enters; null: those up to the first that the
+    encoder does not have."""
     prefix_time: str = "query"
     """Time that a prefix is given: query, that of the encoder; step, that of the step (the released
     code's)."""
@@ -79,9 +80,9 @@ class DecoderConfig:
                 f"decoder.split is {self.split}; it must lie in 0..{len(self.layers)} (number of layers)"
             )
 
-    def unread(self, *defaults: DecoderConfig) -> str:
-        """The message of an error for the first field that differs from all ``defaults`` and has no
-        effect; '' where there is none."""
+    def unread_field(self, *defaults: DecoderConfig) -> str:
+        """An error message for the first field that is set (other than in all ``defaults``) but not
+        read by this fusion; '' if there is none."""
         for name in ("prefix_rope", "prefix", "prefix_time"):
             value = getattr(self, name)
             if self.fusion in ("delta", "channel") and value not in [
@@ -90,9 +91,9 @@ class DecoderConfig:
                 return f"decoder.{name} is {value}, but fusion {self.fusion} has no prefix: leave it out"
         return ""
 
-    def junction(self, encoder_layers: Sequence[int]) -> int:
-        """Number of early blocks, which see the noisy chunk alone ('paper' and 'channel' have
-        none)."""
+    def num_early_blocks(self, encoder_layers: Sequence[int]) -> int:
+        """Number of blocks before the context enters, which see the noisy chunk alone ('paper' and
+        'channel' have none). UserError: all blocks are early."""
         if self.fusion in ("paper", "channel"):
             if self.split not in (None, 0):
                 raise UserError(
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
         (scratch.py)."""
         super().__init__()
         self.cfg, self.config, self.normed = cfg, config, normed
-        self.split = config.junction(encoder_layers)
+        self.split = config.num_early_blocks(encoder_layers)
         self.trunk = Trunk(cfg, config.layers, with_text=False)
         self.adapter: nn.Linear | None = None
         if config.fusion == "channel":

@@ -195,7 +195,9 @@ class ScdScratch(nn.Module):
     def start(
         self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
     ) -> ScratchStream:
-        history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 2)
+        history = new_history(
+            self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, chunks_per_pass=2
+        )
         return self.switch(ScratchStream(cond.text_BLE, None, None, history, latent), cond)
 
     def switch(self, stream: ScratchStream, cond: Conditioning) -> ScratchStream:

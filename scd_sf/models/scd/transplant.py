@@ -84,8 +84,8 @@ class TransplantConfig:
             raise UserError(
                 "scd says how SCD is cut, and family is causal: leave it out, or set family=scd"
             )
-        if unread := self.scd.decoder.unread(DecoderConfig()):
-            raise UserError(f"scd.{unread}")
+        if message := self.scd.decoder.unread_field(DecoderConfig()):
+            raise UserError(f"scd.{message}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _source_name(name: str, layers: tuple[int, ...]) -> str:
     return "trunk." + ".".join(parts)
 
 
-def _pairs(scd: Scd) -> Iterator[tuple[str, str | None]]:
+def _name_pairs(scd: Scd) -> Iterator[tuple[str, str | None]]:
+    """(destination, source) of every parameter; source None: it is new."""
     for name, _ in scd.encoder.named_parameters():
         yield f"encoder.{name}", _source_name(name, scd.encoder.layers)
     for name, _ in scd.decoder.trunk.named_parameters():
@@ -134,9 +135,8 @@ def _copy(
 
 def transplant_scd(wan: Wan, config: ScdConfig) -> tuple[Scd, list[Transfer]]:
     """Wan -> SCD. UserError if a layer list names a layer Wan does not have."""
-    config.check(wan.cfg.num_layers)
     scd = ScdWan(wan.cfg, config)
-    return scd, _copy(scd, wan, _pairs(scd))
+    return scd, _copy(scd, wan, _name_pairs(scd))
 
 
 def transplant_causal(wan: Wan, chunk: int) -> tuple[Causal, list[Transfer]]:

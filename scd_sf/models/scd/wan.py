@@ -133,7 +133,9 @@ class ScdWan(nn.Module):
         t = torch.cat([clean_t, t_query], 1)
         positions = [*range(frames), *chunk_frames(targets, self.chunk)]
         rotary = self.encoder.rope(positions, height, width, x)
-        layout = Layout.teacher_forced(frames // self.chunk, targets, 1, self.chunk * tokens)
+        layout = Layout.teacher_forced(
+            frames // self.chunk, targets, samples=1, tokens=self.chunk * tokens
+        )
         attend = FullSequence(teacher_forcing_mask(layout, x.device))
         out: Tensor = self.encoder(x, t, text, rotary, attend)
         return out[:, frames * tokens :]
@@ -141,7 +143,9 @@ class ScdWan(nn.Module):
     def start(
         self, cond: Conditioning, latent: tuple[int, int], cache: CacheConfig | None = None
     ) -> WanStream:
-        history = new_history(self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, 2)
+        history = new_history(
+            self, self.replay, self.cfg, cache, cond.batch, latent, self.chunk, chunks_per_pass=2
+        )
         return self.switch(WanStream((), (), history, latent), cond)
 
     def switch(self, stream: WanStream, cond: Conditioning) -> WanStream:

@@ -19,7 +19,7 @@ from scd_sf.models.trunk import (
     RunBlocks,
     Trunk,
     TwoLinears,
-    patches,
+    num_patches,
     run_all,
     sinusoid,
     unpatchify,
@@ -90,7 +90,7 @@ class WanConfig:
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of one latent frame; UserError if the patch does not divide the frame."""
-        return patches(height, width, self.patch_height, self.patch_width)
+        return num_patches(height, width, self.patch_height, self.patch_width)
 
     def clip_tokens(self, shape: VideoShape) -> int:
         """Tokens of a whole clip of latents."""

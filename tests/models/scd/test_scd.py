@@ -215,18 +215,18 @@ def test_channel_and_paper_adapters_start_as_identities() -> None:
 
 
 def test_where_the_junction_falls() -> None:
-    assert DecoderConfig().junction(range(25)) == 5
-    assert DecoderConfig((0, 1, 4, 5), "delta").junction((0, 1, 2)) == 2
-    assert DecoderConfig((1, 1, 5), "junction", split=1).junction((0, 2, 3)) == 1
+    assert DecoderConfig().num_early_blocks(range(25)) == 5
+    assert DecoderConfig((0, 1, 4, 5), "delta").num_early_blocks((0, 1, 2)) == 2
+    assert DecoderConfig((1, 1, 5), "junction", split=1).num_early_blocks((0, 2, 3)) == 1
     with pytest.raises(
         UserError, match="no block comes after the junction, so the context would never be read"
     ):
-        DecoderConfig((0, 1), "junction").junction((0, 1, 2))
+        DecoderConfig((0, 1), "junction").num_early_blocks((0, 1, 2))
     with pytest.raises(UserError, match="fusion 'paper' has no early blocks"):
-        DecoderConfig((0, 5), "paper", split=1).junction((0,))
+        DecoderConfig((0, 5), "paper", split=1).num_early_blocks((0,))
     assert (
-        DecoderConfig((0, 5), "paper").junction((0,))
-        == DecoderConfig((0, 5), "channel").junction((0,))
+        DecoderConfig((0, 5), "paper").num_early_blocks((0,))
+        == DecoderConfig((0, 5), "channel").num_early_blocks((0,))
         == 0
     )
 
