@@ -22,16 +22,20 @@ STEPS, SAVE_EVERY = 40, 5
 BOUND = 120.0  # seconds; a lost host was noticed within 10
 
 
-def start(chain: Chain, run: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
-    """The command of docs/multi_node.md once for every host; what each prints goes to ``logs``."""
+def recipe(chain: Chain, run: Path) -> list[str]:
+    """Stage 2 and its arguments."""
     train = f"train={{steps: {STEPS}, global_batch: 4, micro_batch: 2, save_every: {SAVE_EVERY}, validate_every: 20}}"
     arguments = [text for text in chain.stage2(run) if not text.startswith(("train=", "engine="))]
-    recipe = [
+    return [
         "recipes/stage2_flow_matching.py",
         *arguments,
         train,
         "engine={backend: deepspeed, lr: 1e-2}",
     ]
+
+
+def start(chain: Chain, run: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
+    """The command of docs/multi_node.md once for every host; what each prints goes to ``logs``."""
     launcher = [
         sys.executable,
         "-m",
@@ -52,7 +56,7 @@ def start(chain: Chain, run: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
     hosts = []
     for rank in range(2):
         with (logs / f"host{rank}.txt").open("wb") as out:
-            command = [*launcher, "--node_rank", str(rank), *recipe]
+            command = [*launcher, "--node_rank", str(rank), *recipe(chain, run)]
             hosts.append(
                 subprocess.Popen(command, cwd=recipe_runner.ROOT, env=env, stdout=out, stderr=out)
             )
@@ -92,7 +96,8 @@ def test_a_lost_host_ends_the_other_and_the_same_commands_go_on(
     """Host 1 is lost, then, after a resume, host 0 with rank 0; the metrics are those of the
     unbroken run."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    finish(start(chain, whole, tmp_path / "0"), tmp_path / "0")
+    unbroken = recipe_runner.run_ranks(*recipe(chain, whole), world=2)
+    assert [result.code for result in unbroken] == [0, 0], unbroken[0].err
     lose(1, start(chain, run, tmp_path / "1"), run, 7, tmp_path / "1")
     lose(0, start(chain, run, tmp_path / "2"), run, 22, tmp_path / "2")
     finish(start(chain, run, tmp_path / "3"), tmp_path / "3")
