@@ -46,6 +46,37 @@ def read_start(path: Path, size: tuple[int, int], temporal: int, fps: float) -> 
     return torch.stack(frames[-(1 + (len(frames) - 1) // temporal * temporal) :])
 
 
+def picture_pixels(picture: object, size: tuple[int, int], where: str) -> Tensor:
+    """(3, *size) in [0, 1] of a picture in memory, cropped and resized as :func:`read_start` does.
+
+    ``picture``: a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or float in [0, 1].
+    UserError for anything else, and for transparent parts.
+    """
+    if isinstance(picture, Image.Image):
+        return _fit(torch.from_numpy(_values(picture, where)).permute(2, 0, 1), size)
+    if isinstance(picture, np.ndarray):
+        pixels = torch.from_numpy(picture)
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+    elif isinstance(picture, Tensor):
+        pixels = picture
+    else:
+        raise UserError(
+            f"{where}: is a {type(picture).__name__}; give a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
+        )
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise UserError(
+            f"{where}: has shape {tuple(picture.shape)}; give an array (H, W, 3) or a tensor (3, H, W)"
+        )
+    if not pixels.is_floating_point() and pixels.dtype != torch.uint8:
+        raise UserError(f"{where}: holds {pixels.dtype}; give uint8, or float in [0, 1]")
+    pixels = pixels.cpu().float() / (1 if pixels.is_floating_point() else 255)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise UserError(
+            f"{where}: its values are {pixels.min():g} to {pixels.max():g}; give float in [0, 1]"
+        )
+    return _fit(pixels, size)
+
+
 def _fit(pixels_3HW: Tensor, size: tuple[int, int]) -> Tensor:
     """The picture resized (bicubic, antialiased) so that it just covers ``size``, then cropped at
     the middle to (3, *size)."""

@@ -20,6 +20,7 @@ from scd_sf.diffusion.noise import Noise
 from scd_sf.types import UserError
 
 Velocity = Callable[[Tensor, float], Tensor]
+OnStep = Callable[[int, float, Tensor], Tensor]  # (step, its time, x after it) -> x to go on with
 FEW_STEP_LINEAR = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -31,11 +32,21 @@ class Sampler(Protocol):
     @property
     def steps(self) -> int: ...
     def __call__(
-        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+        self,
+        velocity: Velocity,
+        x_T: Tensor,
+        noise_like: Noise,
+        exit_step: int | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Pure noise (any shape) -> x_0. ``exit_step``: stop there and return its x_0 estimate,
-        with gradients at that step only (Self-Forcing, Algorithm 1)."""
+        with gradients at that step only (Self-Forcing, Algorithm 1). ``on_step``: called after
+        every step, whose result it returns or replaces."""
         ...
+
+
+def _unchanged(step: int, t: float, x: Tensor) -> Tensor:
+    return x
 
 
 def few_step_times(
@@ -63,14 +74,19 @@ class Euler:
         return "euler"
 
     def __call__(
-        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+        self,
+        velocity: Velocity,
+        x_T: Tensor,
+        noise_like: Noise,
+        exit_step: int | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'euler' has no early exit: stage 3 needs sampler 'renoise'")
-        x = x_T
+        x, seen = x_T, on_step or _unchanged
         times = many_step_times(self.steps, self.shift)
-        for t, t_next in pairwise(times):
-            x = x + (t_next - t) * velocity(x, t)
+        for step, (t, t_next) in enumerate(pairwise(times)):
+            x = seen(step, t, x + (t_next - t) * velocity(x, t))
         return x
 
 
@@ -97,12 +113,17 @@ class FewStepSampler:
         return len(self.times)
 
     def __call__(
-        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+        self,
+        velocity: Velocity,
+        x_T: Tensor,
+        noise_like: Noise,
+        exit_step: int | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         last = self.steps - 1 if exit_step is None else exit_step
         if not 0 <= last < self.steps:
             raise UserError(f"exit step {last} is outside 0..{self.steps - 1}")
-        x = x_T
+        x, seen = x_T, on_step or _unchanged
         for step in range(last):
             t, t_next = self.times[step], self.times[step + 1]
             if exit_step is None:
@@ -110,8 +131,9 @@ class FewStepSampler:
             else:
                 with torch.no_grad():
                     x_0 = x - t * velocity(x, t)
-            x = (1 - t_next) * x_0 + t_next * noise_like(x_0)
-        return x - self.times[last] * velocity(x, self.times[last])
+            x = seen(step, t, (1 - t_next) * x_0 + t_next * noise_like(x_0))
+        t = self.times[last]
+        return seen(last, t, x - t * velocity(x, t))
 
 
 @dataclass(frozen=True)
@@ -127,7 +149,12 @@ class UniPC:
         return "unipc"
 
     def __call__(
-        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+        self,
+        velocity: Velocity,
+        x_T: Tensor,
+        noise_like: Noise,
+        exit_step: int | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         if exit_step is not None:
             raise UserError("sampler 'unipc' has no early exit: stage 3 needs sampler 'renoise'")
@@ -139,11 +166,11 @@ class UniPC:
         linear = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)[:-1]
         scheduler.set_timesteps(sigmas=linear.numpy(), device="cpu")
         scheduler.set_begin_index(0)
-        x = x_T
-        for t, timestep in zip(
-            many_step_times(self.steps, self.shift), scheduler.timesteps, strict=False
-        ):
-            x = scheduler.step(velocity(x, t).to(x.dtype), timestep, x, return_dict=False)[0]
+        x, seen = x_T, on_step or _unchanged
+        times = many_step_times(self.steps, self.shift)[:-1]
+        for step, (t, timestep) in enumerate(zip(times, scheduler.timesteps, strict=True)):
+            new = scheduler.step(velocity(x, t).to(x.dtype), timestep, x, return_dict=False)[0]
+            x = seen(step, t, new)
         return x
 
 

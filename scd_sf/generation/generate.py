@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, generator
-from scd_sf.diffusion.samplers import Sampler
+from scd_sf.diffusion.samplers import OnStep, Sampler
 from scd_sf.generation.guided import SampleGuidance, under_guidance
 from scd_sf.generation.rollout import stream_rollout
 from scd_sf.models.build import Student
@@ -58,16 +58,61 @@ def generate(
     prompts from a pixel frame on. Other arguments as for :func:`generate_latents`. Raises UserError
     for samples that are not finite.
     """
-    decoder, history, num_known = VaeStream(vae), None, 0
+    latents = clip_latents(
+        student,
+        vae,
+        cond,
+        seeds,
+        shape,
+        sampler,
+        window=window,
+        sink=sink,
+        start=start,
+        changes=changes,
+        guidance=guidance,
+        null=null,
+    )
+    yield from decoded(vae, latents)
+
+
+@torch.no_grad()
+def decoded(vae: Vae, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pixels (B, m, 3, H, W) in [0, 1] of a clip's latents (B, n, C, H, W), as they come."""
+    decoder = VaeStream(vae)
+    for part in latents:
+        yield _pixels(decoder, part)
+
+
+@torch.no_grad()
+def clip_latents(
+    student: Student,
+    vae: Vae,
+    cond: Conditioning,
+    seeds: Sequence[int],
+    shape: VideoShape,
+    sampler: Sampler,
+    *,
+    window: int = 0,
+    sink: int = 0,
+    start: Tensor | None = None,
+    changes: Mapping[int, Conditioning] | None = None,
+    guidance: SampleGuidance | None = None,
+    null: Conditioning | None = None,
+    initial: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Iterator[Tensor]:
+    """Latents (B, n, C, H, W) of the frames of :func:`generate`: those of ``start`` first, then
+    chunk by chunk. ``initial``, ``on_step``: as for :func:`generate_latents`."""
+    history, num_known = None, 0
     if start is not None:
         history = on_device(vae.encode(start * 2 - 1), cond.text_BLE.device)
         num_known = history.shape[1]
-        yield _pixels(decoder, history)
+        yield history
     prompts = {
         first_chunk(frame, shape.temporal, student.chunk, num_known): new
         for frame, new in sorted((changes or {}).items())
     }
-    for latents in generate_latents(
+    yield from generate_latents(
         student,
         cond,
         seeds,
@@ -79,8 +124,9 @@ def generate(
         changes=prompts,
         guidance=guidance,
         null=null,
-    ):
-        yield _pixels(decoder, latents)
+        initial=initial,
+        on_step=on_step,
+    )
 
 
 @torch.no_grad()
@@ -97,6 +143,8 @@ def generate_latents(
     changes: Mapping[int, Conditioning] | None = None,
     guidance: SampleGuidance | None = None,
     null: Conditioning | None = None,
+    initial: Tensor | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Chunks of latents (B, n, C, H, W) as they are made, on the device of ``cond``.
 
@@ -104,8 +152,9 @@ def generate_latents(
     included. ``window``, ``sink``: latent frames that the cache keeps (0: all). ``history``:
     latents (B, F', C, H, W) that the clip begins with; they are not yielded. ``changes``: other
     conditions from the n-th yielded chunk on. ``guidance`` with ``null``: away from this condition
-    (one row). Raises UserError: rows without a seed, frames that chunks do not divide, samples that
-    are not finite.
+    (one row, or B). ``initial``: noise (B, F, C, H, W) to begin from instead of the seeds' own;
+    what is drawn later still is theirs. ``on_step``: called after every denoising step. Raises
+    UserError: rows without a seed, frames that chunks do not divide, samples that are not finite.
     """
     if len(seeds) != cond.batch:
         raise UserError(f"{cond.batch} conditions but {len(seeds)} seeds; give one seed for each")
@@ -125,7 +174,7 @@ def generate_latents(
         )
     chunks = stream_rollout(
         streamer,
-        noise.chunks((size[0], size[1], size[2]), student.chunk, num_known, frames),
+        noise.chunks((size[0], size[1], size[2]), student.chunk, num_known, frames, initial),
         as_stored(cond),
         sampler,
         noise.role("step"),
@@ -133,6 +182,7 @@ def generate_latents(
         cache=CacheConfig.sampling(window, sink, frames),
         history=history,
         prompts={chunk: as_stored(new) for chunk, new in (changes or {}).items()},
+        on_step=on_step,
     )
     for latents in chunks:
         if not latents.isfinite().all():
@@ -187,17 +237,25 @@ class ClipNoise:
         self._frame, self._draws = 0, dict[str, int]()
 
     def chunks(
-        self, size: tuple[int, int, int], chunk: int, first: int, frames: int
+        self,
+        size: tuple[int, int, int],
+        chunk: int,
+        first: int,
+        frames: int,
+        given: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Initial noise (B, n, C, H, W) of the chunks from latent frame ``first`` to ``frames``,
-        one at a time.
+        one at a time; that of ``given`` (B, frames, C, H, W) where it is.
 
         What the roles draw belongs to the chunk that was taken last.
         """
         initial = self.role("initial")
         for number in range(check_chunks(frames - first, chunk)):
             self._frame, self._draws = first + number * chunk, {}
-            yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
+            if given is not None:
+                yield on_device(given[:, self._frame : self._frame + chunk], self.device).float()
+            else:
+                yield initial(torch.empty(len(self.seeds), chunk, *size, device=self.device))
 
     def role(self, name: str, *, repeat: bool = False) -> Noise:
         """Noise like x for the use ``name``. Each call within a chunk is a new draw; with

@@ -56,8 +56,8 @@ def under_guidance(
     """``student`` under ``guidance``: :class:`Guided`, or :class:`GuidedDecoder` where that is
     enough.
 
-    ``null``: the prompt that text guidance leads away from, one row. ``noise_like``: draws the
-    corruption of contexts, the same at every call within a chunk. UserError: the causal baseline
+    ``null``: the prompt that text guidance leads away from, one row or one per clip.
+    ``noise_like``: draws the corruption of contexts, the same at every call within a chunk. UserError: the causal baseline
     has no decoder of its own.
     """
     if guidance.corruption == 1.0 and guidance.scope == "all":
@@ -153,7 +153,7 @@ class GuidedDecoder:
 
 
 def both_prompts(cond: Conditioning, null: Conditioning) -> Conditioning:
-    """2B rows: ``cond``, then ``null`` (one row) B times."""
+    """2B rows: ``cond``, then ``null`` (one row B times, or its B rows)."""
     return cond.cat(null.to(cond.text_BLE.device).expand(cond.batch))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scd_sf.diffusion.noise import Noise, row_noise
-from scd_sf.diffusion.samplers import Sampler
+from scd_sf.diffusion.samplers import OnStep, Sampler
 from scd_sf.models.interface import FrameStreamer, Stream, check_chunks
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, Denoiser
@@ -28,6 +28,7 @@ def stream_rollout(
     cache: CacheConfig | None = None,
     history: Tensor | None = None,
     prompts: Mapping[int, Conditioning] | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Yield finished chunks (B, n, C, H, W) one by one from ``noise``: (B, F, C, H, W), or its
     chunks as they come.
@@ -40,7 +41,8 @@ def stream_rollout(
 
     ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue);
     they are not yielded. The query beside them is not read, so no noise is drawn for it.
-    ``prompts``: another prompt from the n-th yielded chunk on.
+    ``prompts``: another prompt from the n-th yielded chunk on. ``on_step``: called after every
+    denoising step of every chunk (:class:`~scd_sf.diffusion.solvers.Sampler`).
     """
     chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
     x_T = next(chunks, None)
@@ -56,7 +58,7 @@ def stream_rollout(
         if prompts is not None and number in prompts:
             stream = generator.switch(stream, prompts[number])
         stream = generator.advance(stream, previous, draw_query(x_T))
-        x_0 = sampler(partial(_velocity, generator, stream), x_T, noise_like, exit_step)
+        x_0 = sampler(partial(_velocity, generator, stream), x_T, noise_like, exit_step, on_step)
         previous = x_0.detach()
         yield x_0
         x_T, number = next(chunks, None), number + 1

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scd_sf.diffusion.noise import Noise
-from scd_sf.diffusion.samplers import Sampler, Velocity
+from scd_sf.diffusion.samplers import OnStep, Sampler, Velocity
 from scd_sf.nn.attention import AttentionContext, FullSequence, Streaming
 from scd_sf.probes.subject import Subject
 
@@ -48,7 +48,12 @@ class CountingSampler:
         return self.inner.steps
 
     def __call__(
-        self, velocity: Velocity, x_T: Tensor, noise_like: Noise, exit_step: int | None = None
+        self,
+        velocity: Velocity,
+        x_T: Tensor,
+        noise_like: Noise,
+        exit_step: int | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         step = 0
 
@@ -61,7 +66,7 @@ class CountingSampler:
             step += 1
             return out
 
-        x_0 = self.inner(counting_velocity, x_T, noise_like, exit_step)
+        x_0 = self.inner(counting_velocity, x_T, noise_like, exit_step, on_step)
         self.place.chunk += 1
         return x_0
 
