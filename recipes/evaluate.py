@@ -52,7 +52,7 @@ from scd_sf.files import (
     write_tensors,
 )
 from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
-from scd_sf.generation.pipeline import choose_sampler
+from scd_sf.generation.request import choose_sampler
 from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.generation.sampling import FPS
 from scd_sf.models.blocks import BlocksConfig, set_blocks

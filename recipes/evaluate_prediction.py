@@ -44,7 +44,7 @@ from scd_sf.evaluation.prediction_result import prediction_table
 from scd_sf.evaluation.timing import Cost, time_in_rounds, unrest
 from scd_sf.files import Json, locked, read_json, require_own_folder, sha256_folder, write_json
 from scd_sf.generation.generate import as_uint8
-from scd_sf.generation.pipeline import choose_sampler
+from scd_sf.generation.request import choose_sampler
 from scd_sf.models.build import Student
 from scd_sf.models.tokenizers.tokenizer import load_tokenizer
 from scd_sf.nn.layers import DitBlock

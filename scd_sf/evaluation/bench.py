@@ -33,7 +33,7 @@ from scd_sf.evaluation.roofline import HeavyCalls, Peak, synchronize
 from scd_sf.evaluation.table import BlockPassCounter
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import generate_latents
-from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.generation.request import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.models.build import (
     ModelConfig,
     SamplerConfig,

@@ -57,8 +57,8 @@ def under_guidance(
     enough.
 
     ``null``: the prompt that text guidance leads away from, one row or one per clip.
-    ``noise_like``: draws the corruption of contexts, the same at every call within a chunk. UserError: the causal baseline
-    has no decoder of its own.
+    ``noise_like``: draws the corruption of contexts, the same at every call within a chunk.
+    UserError: the causal baseline has no decoder of its own.
     """
     if guidance.corruption == 1.0 and guidance.scope == "all":
         return Guided(student, guidance, null)

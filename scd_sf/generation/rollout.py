@@ -42,7 +42,7 @@ def stream_rollout(
     ``history`` (B, F', C, H, W): frames that are there already (an image, a video to continue);
     they are not yielded. The query beside them is not read, so no noise is drawn for it.
     ``prompts``: another prompt from the n-th yielded chunk on. ``on_step``: called after every
-    denoising step of every chunk (:class:`~scd_sf.diffusion.solvers.Sampler`).
+    denoising step of every chunk (:class:`~scd_sf.diffusion.samplers.Sampler`).
     """
     chunks, draw_query = _chunks(noise, generator.chunk), query_noise or noise_like
     x_T = next(chunks, None)

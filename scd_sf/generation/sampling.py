@@ -22,7 +22,7 @@ from scd_sf.files import sha256_file
 from scd_sf.generation.compile import CompileConfig, compile_steps
 from scd_sf.generation.generate import as_uint8, generate
 from scd_sf.generation.guided import SampleGuidance
-from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler, choose_shape
+from scd_sf.generation.request import SIZES_ASKED, choose_sampler, choose_shape
 from scd_sf.models.blocks import BlocksConfig
 from scd_sf.models.build import (
     CheckpointConfig,

@@ -21,7 +21,7 @@ from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_files import read_prompt_file
 from scd_sf.files import locked, read_json, require_own_folder, write_json
-from scd_sf.generation.pipeline import SIZES_ASKED, choose_sampler
+from scd_sf.generation.request import SIZES_ASKED, choose_sampler
 from scd_sf.models.blocks import BlocksConfig, blocks_of
 from scd_sf.models.build import (
     CheckpointConfig,

@@ -177,3 +177,23 @@ def test_build_sampler() -> None:
         build_sampler("ddim", 4, 5.0)
     with pytest.raises(UserError, match=r"sampler.shift is 0.0; it must be between 0.001 and 1000"):
         build_sampler("renoise", 4, 0.0)
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc", "renoise"])
+def test_every_step_is_told_and_its_result_may_be_replaced(name: str) -> None:
+    sampler, x_T = build_sampler(name, 3, 5.0), torch.randn(2, 1, 3, 2, 2)
+    seen: list[tuple[int, float, Tensor]] = []
+
+    def tell(step: int, t: float, x: Tensor) -> Tensor:
+        seen.append((step, t, x))
+        return x if step < 2 else x + 1
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return 0.5 * x
+
+    plain = sampler(velocity, x_T, torch.zeros_like)
+    told = sampler(velocity, x_T, torch.zeros_like, on_step=tell)
+    assert [step for step, _, _ in seen] == [0, 1, 2] and seen[0][1] == 1.0 > seen[1][1] > seen[2][
+        1
+    ]
+    assert torch.equal(seen[-1][2], plain) and torch.equal(told, plain + 1)

@@ -12,7 +12,7 @@ from tiny_run import Chain
 
 from scd_sf.config import load_config
 from scd_sf.diffusion.samplers import FewStepSampler, few_step_times
-from scd_sf.generation.pipeline import choose_sampler
+from scd_sf.generation.request import choose_sampler
 from scd_sf.generation.sampling import SampleConfig, open_studio
 from scd_sf.models.build import SamplerConfig, describe_checkpoint
 from scd_sf.models.export import export_weights
