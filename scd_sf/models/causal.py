@@ -66,16 +66,6 @@ class Causal(nn.Module):
         return self._chunk
 
     @property
-    def device(self) -> torch.device:
-        """Of its weights; diffusers asks its pipelines' parts for it."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights, likewise."""
-        return next(self.parameters()).dtype
-
-    @property
     def needs_query(self) -> bool:
         return False
 

@@ -73,16 +73,6 @@ class ScdWan(nn.Module):
         return self.scd.chunk
 
     @property
-    def device(self) -> torch.device:
-        """Of its weights; diffusers asks its pipelines' parts for it."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights, likewise."""
-        return next(self.parameters()).dtype
-
-    @property
     def needs_query(self) -> bool:
         return True
 
