@@ -375,9 +375,7 @@ def main(
         raise UserError(f"--scenario: '{unknown[0]}' is unknown; use one of {', '.join(SCENARIOS)}")
     root, request = out.resolve(), Request(seed, frames, size, scenarios, train, test)
     with locked(root, "make_doom_actions"):
-        if begin(
-            root, asdict(request), [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]
-        ):
+        if begin(root, request, [f"{split}/{name}" for split, name in product(SPLITS, scenarios)]):
             say(f"{root}: already complete")
         else:
             make(root, request, workers)

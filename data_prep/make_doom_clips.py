@@ -344,7 +344,7 @@ def run_chunk(chunk: Chunk, root: Path) -> str:
 
 def prepare(root: Path, request: Request) -> bool:
     """Make or resume the directory; True if it is complete. UserError: it holds another dataset."""
-    return begin(root, asdict(request), [f"clips/{split}" for split in SPLITS])
+    return begin(root, request, [f"clips/{split}" for split in SPLITS])
 
 
 def chunk_done(root: Path, chunk: Chunk) -> bool:

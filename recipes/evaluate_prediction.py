@@ -29,7 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from scd_sf.checkpoint import git_revision, versions, weights_sha256
-from scd_sf.config import from_command_line
+from scd_sf.config import from_command_line, stored_settings
 from scd_sf.data.clips import write_video
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.data.sources.pixels import PixelClip, PixelClips
@@ -291,13 +291,14 @@ def claim(cfg: EvaluatePredictionConfig, ranks: Ranks, checkpoint: Path | None) 
     settings["tokenizer_sha256"] = sha256_folder(Path(cfg.tokenizer))
     path = Path(cfg.out) / "generation.json"
     new_settings = json.loads(json.dumps(settings))
-    if path.is_file() and (old_settings := read_json(path, "choose another out=")) != new_settings:
-        names = ", ".join(
-            sorted(name for name in new_settings if old_settings.get(name) != new_settings[name])
-        )
-        raise UserError(
-            f"{path}: begun with another {names or 'configuration'}; choose another out="
-        )
+    if path.is_file():
+        stored = read_json(path, "choose another out=")
+        old_settings = stored_settings(EvaluatePredictionConfig, stored, str(path))
+        names = [name for name in new_settings if old_settings.get(name) != new_settings[name]]
+        unknown_names = old_settings.keys() - new_settings.keys() - set(FREE)
+        if names or unknown_names:
+            changed = ", ".join(sorted(names)) or "configuration"
+            raise UserError(f"{path}: begun with another {changed}; choose another out=")
     ranks.barrier()
     if ranks.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)

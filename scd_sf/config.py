@@ -196,13 +196,49 @@ def differences(left: object, right: object) -> dict[str, tuple[object, object]]
     }
 
 
-def plain_yaml(path: Path, schema: type[Any] | None = None) -> Tree:
-    """The raw tree of a YAML file, for code that compares configs. With its ``schema``, old names
-    of fields are replaced by the present ones."""
-    tree = read_tree(path)
-    return cast(
-        "Tree", resolved(tree if schema is None else present_names(schema, tree, str(path)))
-    )
+def plain_yaml(path: Path) -> Tree:
+    """The raw tree of a YAML file."""
+    return cast("Tree", resolved(read_tree(path)))
+
+
+def stored_settings(schema: type[Any], stored: Path | Mapping[str, object], source: str) -> Tree:
+    """Settings that an earlier version may have stored, as ``schema`` has them at present: old names
+    of fields replaced (:data:`RENAMED`), absent fields at their defaults. So a field that was added
+    since is no difference, in sections and lists of sections too.
+
+    ``stored``: a YAML file, or a tree of plain values. ``source``: its name for notes. Mandatory
+    fields that are absent stay so, and so do unknown fields: both are differences.
+    """
+    tree = read_tree(stored) if isinstance(stored, Path) else stored
+    present = present_names(schema, tree, source)
+    if isinstance(stored, Path):
+        present = cast("Tree", resolved(present))
+    return _with_defaults(schema, present, _defaults(schema))
+
+
+def _with_defaults(schema: type[Any], tree: Mapping[str, object], defaults: Tree) -> Tree:
+    """``tree`` and the plain ``defaults`` of the fields that it lacks."""
+    hints = _hints(schema)
+    values: Tree = {}
+    for name, default in defaults.items():
+        section = default if isinstance(default, dict) else {}
+        is_mandatory = default is _UNSET or bool(_missing_names(section, ""))
+        if name not in tree and not is_mandatory:
+            values[name] = _plain(default)
+    for name, value in tree.items():
+        nested, item = _dataclass_of(hints.get(name)), _item_schema(hints.get(name))
+        if nested is not None and isinstance(value, Mapping):
+            default = defaults[name]
+            section = cast("Tree", default) if isinstance(default, dict) else _defaults(nested)
+            values[name] = _with_defaults(nested, value, section)
+        elif item is not None and isinstance(value, list):
+            values[name] = [
+                _with_defaults(item, part, _defaults(item)) if isinstance(part, Mapping) else part
+                for part in value
+            ]
+        else:
+            values[name] = value
+    return values
 
 
 # --------------------------------------------------------------------------------------------- help

@@ -20,10 +20,11 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -80,6 +81,21 @@ def hash_json(value: object) -> str:
     """Hex sha256 of a JSON value in canonical form (sorted keys, no spaces): equal values, equal
     hash."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def identity(record: object, first: Sequence[str]) -> dict[str, Any]:
+    """Name -> value of a flat dataclass instance, to be hashed or compared: its fields ``first``, and
+    of the others those that are not at their default. So what was made before a field was added keeps
+    its hash."""
+    values: dict[str, Any] = {}
+    for item in fields(cast("Any", record)):
+        value = getattr(record, item.name)
+        is_default = value == (
+            item.default if item.default_factory is MISSING else item.default_factory()
+        )
+        if item.name in first or not is_default:
+            values[item.name] = value
+    return values
 
 
 # -------------------------------------------------------------------------------------------- paths

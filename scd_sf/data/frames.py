@@ -185,7 +185,9 @@ class FrameWriter:
         """``inputs``: what the data is made from; a directory begun with others is a UserError."""
         self.info, self.frames_per_shard = info, frames_per_shard
         self.writer = ShardWriter(
-            root, {**inputs, "info": {**asdict(info), "labels": list(info.labels)}}
+            root,
+            {**inputs, "info": {**asdict(info), "labels": list(info.labels)}},
+            {"info": FrameSetInfo},
         )
         self.rows = [
             typed(row, FrameClip, self._progress, AGAIN, exact=True) for row in self._rows_on_disk()

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from scd_sf.config import stored_settings
 from scd_sf.data.manifest import AGAIN, BUILDING, MANIFEST
 from scd_sf.files import (
     Json,
@@ -137,11 +138,19 @@ class ShardWriter:
 
     ``inputs`` says what the data is made from: a directory that holds shards of other inputs is a
     UserError, one begun with the same inputs is continued after its last complete shard.
+    ``sections``: inputs that are the fields of a dataclass; fields that a directory lacks are at
+    their defaults there.
     """
 
-    def __init__(self, root: Path, inputs: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        inputs: Mapping[str, object],
+        sections: Mapping[str, type[Any]] | None = None,
+    ) -> None:
         self.root = root
         self.inputs = dict(inputs)
+        self.sections = dict(sections or {})
         self.progress = root / BUILDING
         self.shards: dict[str, list[ShardFile]] = {}
         self.finished = False
@@ -186,8 +195,12 @@ class ShardWriter:
         if path == self.progress and not any(state.kinds.values()):
             self._save()
             return
-        if state.inputs != self.inputs:
-            keys = sorted(key for key in self.inputs if state.inputs.get(key) != self.inputs[key])
+        inputs = dict(state.inputs)
+        for name, schema in self.sections.items():
+            if isinstance(section := inputs.get(name), dict):
+                inputs[name] = stored_settings(schema, section, str(path))
+        if inputs != self.inputs:
+            keys = sorted(key for key in self.inputs if inputs.get(key) != self.inputs[key])
             names = ", ".join(keys) or "fewer"
             raise UserError(
                 f"{path}: made from other inputs ({names} differ); choose another output directory"

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
-from scd_sf.config import present_names
+from scd_sf.config import stored_settings
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
@@ -39,7 +39,7 @@ def open_sample_folder(out: Path, settings: dict[str, object]) -> None:
         old_settings = read_json(file, "use another out=").get("settings")
         if not isinstance(old_settings, dict):
             raise UserError(f"{file}: not a sample manifest; use another out=")
-        old_settings = present_names(SampleConfig, old_settings, str(file))
+        old_settings = stored_settings(SampleConfig, old_settings, str(file))
         changed_names = [name for name in settings if old_settings.get(name) != settings[name]]
         if changed_names:
             name = changed_names[0]

@@ -39,7 +39,7 @@ from rich.progress import (
 )
 
 from scd_sf.checkpoint import Checkpoints, problem_of
-from scd_sf.config import differences, plain_yaml, to_yaml
+from scd_sf.config import differences, stored_settings, to_yaml
 from scd_sf.distributed import Ranks
 from scd_sf.files import (
     locked,
@@ -249,13 +249,14 @@ class Run:
             raise UserError(
                 f"{self.dir}: cannot write the run directory ({error.strerror}); {remedy}"
             ) from error
-        changes = {
-            key: values
-            for key, values in (
-                differences(plain_yaml(file, type(config)), config) if file.is_file() else {}
-            ).items()
-            if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
-        }
+        changes = {}
+        if file.is_file():
+            stored = stored_settings(type(config), file, str(file))
+            changes = {
+                key: values
+                for key, values in differences(stored, config).items()
+                if not any(key == prefix or key.startswith(f"{prefix}.") for prefix in may_change)
+            }
         if changes:
             key, (old, new) = next(iter(changes.items()))
             raise UserError(

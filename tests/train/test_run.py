@@ -181,3 +181,26 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
     run.finish()
     rank_zero_print(other, "hello")
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+@dataclass
+class LaterRecipe:
+    run: RunConfig
+    steps: int = 10
+    width: int = 8
+    extra: dict[str, int] = field(default_factory=dict)
+    depth: int = 3
+
+
+def test_a_field_that_was_added_since_is_no_other_configuration(tmp_path: Path) -> None:
+    """The run goes on with the field's default, and not with another value; then its config.yaml
+    has the field."""
+    open_run(tmp_path).finish()
+    for depth in (3, 4):
+        recipe = LaterRecipe(RunConfig(str(tmp_path)), depth=depth)
+        if depth == 4:
+            with pytest.raises(UserError, match="depth is 3 there but 4 now"):
+                Run(recipe.run, ALONE, config=recipe)
+            continue
+        Run(recipe.run, ALONE, config=recipe).finish()
+        assert from_yaml(LaterRecipe, tmp_path / "config.yaml").depth == 3

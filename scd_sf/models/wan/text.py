@@ -27,7 +27,7 @@ import transformers  # its classes take seconds to import: only where they are u
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from scd_sf.files import foreign, read_json, safe_path, typed, write_json
+from scd_sf.files import foreign, identity, read_json, safe_path, typed, write_json
 from scd_sf.models.wan.text_files import STEM, read_encoder_config, read_model, read_tokenizer
 from scd_sf.models.wan.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.tensor_files import open_tensor_folder
@@ -81,11 +81,8 @@ class TextEncoderConfig:
     @property
     def settings(self) -> dict[str, object]:
         """The fields that, with weights and tokenizer, decide the states: all but the location."""
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key not in ("path", "package", "folder")
-        }
+        settings = identity(self, ("max_length", "hidden_layer", "scale", "clean"))
+        return {key: settings[key] for key in settings if key not in ("path", "package", "folder")}
 
     def cleaned(self, prompt: str) -> str:
         """The text that is tokenized."""

@@ -24,6 +24,7 @@ from scd_sf.data.shards import ShardFile, ShardWriter
 from scd_sf.distributed import Ranks, rank_zero_first
 from scd_sf.files import (
     hash_json,
+    identity,
     locked,
     read_typed,
     require_own_folder,
@@ -105,7 +106,9 @@ def _begin(
     out = Path(cfg.out)
     weights, tokens = encoder_parts(config)
     inputs = {
-        "prompts_sha256": hash_json([asdict(prompt) for prompt in prompts]),
+        "prompts_sha256": hash_json(
+            [identity(prompt, ("id", "prompt", "held_out", "tags")) for prompt in prompts]
+        ),
         "text_weights_sha256": sha256_file(weights)
         if weights.is_file()
         else sha256_folder(weights, "*.safetensors"),

@@ -14,15 +14,17 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
+from scd_sf.config import stored_settings
 from scd_sf.files import others_in, read_json, write_text
 from scd_sf.types import UserError
 
@@ -37,21 +39,28 @@ def sources() -> dict[str, str]:
     }
 
 
-def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> bool:
+def begin(root: Path, request: object, folders: Sequence[str]) -> bool:
     """Make or resume a directory: ``work/request.json`` and ``folders``. Returns whether its
-    ``manifest.json`` says that the same request is already complete.
+    ``manifest.json`` says that the same ``request``, a dataclass, is already complete.
 
     The caller holds the directory. Raises UserError if it holds other files."""
-    plain_request = json.loads(json.dumps(request))
+    plain_request = json.loads(json.dumps(asdict(cast("Any", request))))
+
+    def is_same(stored: object, file: Path) -> bool:
+        if not isinstance(stored, dict):
+            return False
+        return plain_request == stored_settings(type(request), stored, str(file))
+
     manifest, request_file = root / "manifest.json", root / "work" / "request.json"
     if manifest.is_file():
-        if read_json(manifest, "choose another directory").get("request") != plain_request:
+        stored = read_json(manifest, "choose another directory").get("request")
+        if not is_same(stored, manifest):
             raise UserError(
                 f"{manifest}: another dataset is here; choose another directory or delete this one"
             )
         return True
     if request_file.is_file():
-        if read_json(request_file, "choose another directory") != plain_request:
+        if not is_same(read_json(request_file, "choose another directory"), request_file):
             raise UserError(
                 f"{request_file}: an unfinished, different run is here; choose another directory or delete it"
             )
@@ -59,7 +68,7 @@ def begin(root: Path, request: Mapping[str, object], folders: Sequence[str]) -> 
     elif others_in(root) not in ([], ["work"]) or others_in(root / "work"):
         raise UserError(f"{root}: the directory is not empty and holds no clips; choose another")
     (root / "work").mkdir(parents=True, exist_ok=True)
-    write_text(request_file, json.dumps(request))
+    write_text(request_file, json.dumps(plain_request))
     for name in folders:
         (root / name).mkdir(parents=True, exist_ok=True)
     return False

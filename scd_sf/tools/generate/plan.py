@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from scd_sf.data.clip_index import Common
 from scd_sf.data.prompt_files import PromptRow, read_prompt_file
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.diffusion.samplers import build_sampler
-from scd_sf.files import Json, hash_json, sha256_file, sha256_folder
+from scd_sf.files import Json, hash_json, identity, sha256_file, sha256_folder
 from scd_sf.models.build import SamplerConfig
 from scd_sf.models.wan.text import encoder_parts, text_config, wan_negative
 from scd_sf.models.wan.vae import vae_source
@@ -29,6 +29,8 @@ from scd_sf.train.base import TRAINING, EngineConfig
 from scd_sf.train.run import YEAR_MINUTES
 from scd_sf.types import UserError, check_within
 
+# fields of a clip's shape that its id hashes even at their defaults
+SHAPE = ("frames", "channels", "height", "width", "temporal", "spatial")
 CONTENTS = ("*.safetensors", "*.json", "*.model", "*.pth")  # weights, configuration, tokenizer
 
 
@@ -220,7 +222,12 @@ def clip_id(prompt: str, seed: int, common: Common) -> str:
         "dtype",
     )
     row = {name: common.settings[name] for name in names}
-    row |= {"prompt": prompt, "seed": seed, "shape": asdict(common.shape), "store": common.dtype}
+    row |= {
+        "prompt": prompt,
+        "seed": seed,
+        "shape": identity(common.shape, SHAPE),
+        "store": common.dtype,
+    }
     text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from scd_sf.config import stored_settings
 from scd_sf.files import Json, locked, read_json, read_typed, require_own_folder, sha256_file
 from scd_sf.types import UserError
 
@@ -34,8 +36,9 @@ def require(*packages: str) -> None:
 
 
 @contextmanager
-def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
-    """Hold ``out`` for ``command``, and yield whether the result in it is complete.
+def result_folder(out: Path, settings: Json, schema: type[Any], command: str) -> Iterator[bool]:
+    """Hold ``out`` for ``command``, and yield whether the result in it is complete. ``schema``: the
+    config that the settings are fields of.
 
     UserError for another command's folder, other settings, or a result that was changed since."""
     require_own_folder(out, (SETTINGS, REPORT))
@@ -44,11 +47,10 @@ def result_folder(out: Path, settings: Json, command: str) -> Iterator[bool]:
         if file is not None:
             content = read_json(file, REMEDY)
             raw_settings = content if file.name == SETTINGS else content.get("settings")
-            stored_settings = raw_settings if isinstance(raw_settings, dict) else {}
+            old_settings = raw_settings if isinstance(raw_settings, dict) else {}
+            old_settings = stored_settings(schema, old_settings, str(file))
             plain = json.loads(json.dumps(settings))  # tuples as the lists that files hold
-            if changed_names := [
-                name for name in plain if stored_settings.get(name) != plain[name]
-            ]:
+            if changed_names := [name for name in plain if old_settings.get(name) != plain[name]]:
                 raise UserError(
                     f"{file}: begun with other {changed_names[0]}; nothing is overwritten: {REMEDY}"
                 )

@@ -197,7 +197,7 @@ def _settings(cfg: ExtendConfig) -> Json:
 def open_folder(out: Path, settings: Json, locks: ExitStack) -> None:
     """Make the folder, or check that it was begun with the same settings, and hold it until
     ``locks`` is closed."""
-    locks.enter_context(result_folder(out, settings, "extend_prompts"))
+    locks.enter_context(result_folder(out, settings, ExtendConfig, "extend_prompts"))
     if not (out / SETTINGS).is_file():
         # first, so that the folder of a killed run is recognised
         write_json(out / SETTINGS, settings)

@@ -48,7 +48,7 @@ def run_filter(cfg: FilterConfig) -> Path:
     settings = asdict(cfg) | {"inputs": hashes}
     for undecisive in ("out", "workers", "examples"):
         del settings[undecisive]
-    with result_folder(out, settings, "filter_vidprom") as complete:
+    with result_folder(out, settings, FilterConfig, "filter_vidprom") as complete:
         if complete:
             say(f"{out}: already complete")
         else:
