@@ -208,7 +208,8 @@ def gallery(
     ] = "",
     title: Annotated[str, typer.Option(help="Title of the page.")] = "Videos side by side",
     sheet: Annotated[
-        Path | None, typer.Option(help="Also a contact sheet: a PNG of middle frames.")
+        Path | None,
+        typer.Option(help="Also a contact sheet: a .png of middle frames, a .webp that plays."),
     ] = None,
 ) -> None:
     """Models x prompts on one page that needs no network: play in step, search, choose models."""

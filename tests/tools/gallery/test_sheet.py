@@ -32,6 +32,17 @@ def test_tiles_are_frames_of_the_videos(tmp_path: Path) -> None:
         frames = read_video(folders[model] / f"{name}.mp4").float().mean((2, 3)).numpy()
         assert np.abs(tile - frames[4]).max() < 3, (prompt, model)
     assert pixels[2 * sheet.LINE + 2, -sheet.GAP - 2].tolist() == [0xC9, 0xC9, 0xC5]
+    with Image.open(sheet.contact_sheet(page, tmp_path / "moving.webp")) as image:
+        assert (image.format, image.n_frames, image.size) == ("WEBP", 9, pixels.shape[1::-1])
+        for number in (0, 4, 8):
+            image.seek(number)
+            moving = np.asarray(image.convert("RGB")).astype(float)
+            top, left = 2 * sheet.LINE, sheet.GAP
+            tile = moving[top : top + sheet.TILE, left : left + sheet.TILE].mean((0, 1))
+            frames = read_video(folders[0] / "0000-00.mp4").float().mean((2, 3)).numpy()
+            assert np.abs(tile - frames[number]).max() < 8, number
+    with pytest.raises(UserError, match="not of ours; nothing is overwritten"):
+        sheet.contact_sheet(page, tmp_path / "moving.webp")
 
 
 def test_prompts_left_out_and_a_place_that_cannot_be_written(tmp_path: Path) -> None:
