@@ -60,7 +60,8 @@ class Renamed(NamedTuple):
     values: Mapping[str, str] = {}
 
 
-# Class -> old field -> its present name. Read in YAML, overrides and checkpoints; never written.
+# Class -> old field -> its present name, for derived classes, too. Read in YAML, overrides and
+# checkpoints; never written.
 # A field of which only choices changed is listed under its own name.
 RENAMED: dict[str, dict[str, Renamed]] = {
     "EngineConfig": {"kind": Renamed("backend", {"local": "torch"})},
@@ -245,13 +246,17 @@ def _with_defaults(schema: type[Any], tree: Mapping[str, object], defaults: Tree
 
 
 def field_words(schema: type[Any]) -> dict[str, str]:
-    """Field -> the docstring below it, on one line; fields without one are left out."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
+    """Field -> the docstring below it, on one line; fields without one are left out. Those of the
+    dataclasses that it is derived from count."""
     words: dict[str, str] = {}
-    for field, statement in itertools.pairwise(cast("ast.ClassDef", tree.body[0]).body):
-        match field, statement:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
-                words[name] = " ".join(text.split()).replace("``", "")
+    for base in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        for field, statement in itertools.pairwise(cast("ast.ClassDef", tree.body[0]).body):
+            match field, statement:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                    words[name] = " ".join(text.split()).replace("``", "")
     return words
 
 
@@ -367,7 +372,8 @@ def present_names(
 def _new_name(schema: type[Any], name: str, value: object) -> Renamed:
     """The present name of a field and its choices. Where another field has taken over the old name
     and is a section, ``name`` is the old field only if ``value`` is no section."""
-    entry = RENAMED.get(schema.__name__, {}).get(name, Renamed(name))
+    tables = [RENAMED.get(base.__name__, {}) for base in schema.__mro__]
+    entry = next((table[name] for table in tables if name in table), Renamed(name))
     hints = _hints(schema)
     if entry.name == name or name not in hints:
         return entry

@@ -278,6 +278,11 @@ class Outer:
     maybe: Inner | None = None
 
 
+@dataclass
+class Derived(Outer):
+    more: int = 0
+
+
 def test_old_names_of_fields_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +313,8 @@ def test_old_names_of_fields_are_read(
     assert notes[0] == f"{old}: 'teacher=wan/14B' is 'teacher_model=wan/14B' now"
     assert f"{old}: 'teacher.kind=local' is 'teacher.backend=torch' now" in notes
     assert len(notes) == 5, "one note for each old name"
+    assert load_config(Derived, old) == Derived(**vars(cfg)), "in a derived config, too"
+    capsys.readouterr()
     new.write_text(to_yaml(cfg))
     assert load_config(Outer, new) == cfg and from_yaml(Outer, old.read_text()) == cfg
     assert load_config(

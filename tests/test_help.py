@@ -74,6 +74,16 @@ class Toy:
     """A folder."""
 
 
+@dataclass
+class Derived(Inner):
+    """A config that has one field more, as CONTRIBUTING says."""
+
+    rate: float = 1e-3
+    """Faster."""
+    more: int = 1
+    """One more."""
+
+
 TOY_HELP = """\
 root  text; mandatory
       Where it lies.
@@ -148,6 +158,7 @@ out: runs
 
 def test_a_schema_of_every_kind_of_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert field_words(Inner) == {"rate": "How fast.", "pair": "Two of them."}
+    assert field_words(Derived) == {"rate": "Faster.", "pair": "Two of them.", "more": "One more."}
     assert help_of(Toy, 40) == TOY_HELP
     cfg = Toy(
         "1", "off", other=Inner(), rows=[Inner(2.0)], names=(), weights={"a": 1.0}, steps=None
