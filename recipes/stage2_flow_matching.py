@@ -25,6 +25,7 @@ from scd_sf.generation.preview import Preview
 from scd_sf.generation.validation import show_previews, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
+from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.train.base import Engine, StepInfo, StepModule
@@ -95,6 +96,15 @@ def update(
     return info, loss_by_time(run.ranks.mean(sums)) | {"grad_norm": info.grad_norm, "lr": info.lr}
 
 
+def check_clips(student: Student, wan: WanConfig, clips: LatentClips, val: LatentClips) -> None:
+    """UserError for training or held-out clips that do not fit the student or each other."""
+    patch = wan.patch_height, wan.patch_width
+    for data in (clips, val):
+        check_shape(data.shape, data.root, wan.in_channels, patch, student.chunk)
+        check_text(data.prompts, wan.text_dim)
+    check_same_size(clips.shape, val.shape, clips.root, val.root)
+
+
 def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
@@ -102,16 +112,7 @@ def main() -> None:
     student, parent = load_student(init, "ema", cfg.blocks)
     clips, val = LatentClips(cfg.data), LatentClips(cfg.val)
     wan = parent.model.wan
-    for data in (clips, val):
-        check_shape(
-            data.shape,
-            data.root,
-            wan.in_channels,
-            (wan.patch_height, wan.patch_width),
-            student.chunk,
-        )
-        check_text(data.prompts, wan.text_dim)
-    check_same_size(clips.shape, val.shape, clips.root, val.root)
+    check_clips(student, wan, clips, val)
     check_batches(cfg.train, ranks, len(clips), clips.root)
     run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * wan.clip_tokens(clips.shape)

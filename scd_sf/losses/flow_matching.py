@@ -175,7 +175,7 @@ def flow_matching_loss(
     rng: torch.Generator,
 ) -> tuple[Tensor, Logs]:
     """x_0 (B, F, C, H, W) clean latents -> (scalar fp32 loss, logs). One time per chunk and noisy
-    sample.
+    sample. ``null``: the empty prompt (one row) that text dropout puts in a prompt's place.
 
     The logs are the loss, and sums by time for :func:`loss_by_time`, so that micro-batches and
     ranks may be added up.
