@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed.fsdp  # torch would import it later, beside the replaced torch.Generator
 import torch.nn.functional as F
 from rehearsal.budgets import Budget
 from torch import Tensor
