@@ -59,7 +59,7 @@ from scd_sf.models.blocks import BlocksConfig, set_blocks
 from scd_sf.models.build import SamplerConfig, Scd, Student, describe_checkpoint, load_student
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.vae import Vae, load_vae
-from scd_sf.models.wan.weights import load_wan
+from scd_sf.models.wan.weights import load_wan, transformer_dir
 from scd_sf.nn.layers import WanBlock
 from scd_sf.tensor_files import read_metadata, read_tensors
 from scd_sf.tools.gallery.gallery import PromptCard, build_gallery
@@ -235,7 +235,7 @@ def sample_key(row: RowConfig, bench: Bench) -> dict[str, str]:
     weights = (
         weights_sha256(find(path, row.weights), row.weights)
         if row.checkpoint
-        else sha256_folder(Path(cfg.base) / "transformer")
+        else sha256_folder(transformer_dir(Path(cfg.base)))
     )
     settings = {
         **asdict(row),

@@ -4,6 +4,10 @@
     python recipes/stage1_transplant.py base=/models/Wan2.1-T2V-1.3B-Diffusers out=runs/self-forcing \\
         family=causal chunk=3 weights=self_forcing_dmd.pt 'sampler={name: renoise, steps: 4, shift: 5.0}'
 
+``base`` is a folder or a name on the Hugging Face hub (Wan-AI/Wan2.1-T2V-1.3B-Diffusers, others as
+OWNER/NAME@REVISION), of which the transformer is downloaded here, VAE and text encoder when they
+are needed.
+
 No training: tensors are copied, checked bit for bit, and every source -> destination pair is
 written to report.txt. The second line takes a distilled generator's file. The same as ``scd
 transplant``.

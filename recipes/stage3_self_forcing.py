@@ -36,6 +36,7 @@ from scd_sf.generation.rollout import rollout
 from scd_sf.generation.validation import show_previews
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import ModelConfig, Student, build_student, load_student
+from scd_sf.models.wan.hub import pinned
 from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
@@ -325,8 +326,11 @@ def preview_of(distillation: Distillation, base: str, latent: VideoShape) -> Pre
 
 
 def main() -> None:
-    cfg = from_command_line(Stage3Config, __doc__ or "")
-    ranks = init_distributed(cfg.run.timeout_minutes)
+    given = from_command_line(Stage3Config, __doc__ or "")
+    ranks = init_distributed(given.run.timeout_minutes)
+    # one commit of a repository on the hub for all ranks, and for the checkpoints' provenance
+    teacher, critic = ranks.on_main(lambda: (pinned(given.teacher), pinned(given.critic)))
+    cfg = dataclasses.replace(given, teacher=teacher, critic=critic)
     init = ranks.checkpoint(cfg.init, "ema")
     student, parent = load_student(init, "ema")
     latent = cfg.video.shape(parent.model.wan.in_channels)
@@ -334,7 +338,7 @@ def main() -> None:
         Path(cfg.prompts), cfg.text, (cfg.teacher, cfg.critic), cfg.negative_prompt, ranks.device
     )
     check(cfg, ranks, student, latent, prompts)
-    run = Run(cfg.run, ranks, config=cfg, may_change=(*RESUMABLE, "preview"))
+    run = Run(cfg.run, ranks, config=given, may_change=(*RESUMABLE, "preview"))
     run.tokens_per_step = cfg.train.global_batch * parent.model.wan.clip_tokens(latent)
     if cfg.run.peak_tflops and ranks.is_main:
         run.flops_per_step = model_flops(cfg, parent.model, latent, prompts)
@@ -349,8 +353,8 @@ def main() -> None:
         parents=[init],
         data_hash=prompts.hash,
         extra={
-            "teacher": absolute(cfg.teacher),
-            "critic": absolute(cfg.critic),
+            "teacher": cfg.teacher,
+            "critic": cfg.critic,
             "negative_prompt": prompts.negative_prompt,
             "video": pixel_shape(latent),
             **cfg.loss.guidance.logs(),

@@ -101,9 +101,9 @@ def inspect(
 ) -> None:
     """Verify weights, then print where they came from and what they hold. Exit code 2: they are
     damaged."""
-    if path.is_file() or any(
-        (folder / "config.json").is_file() for folder in (path, path / "transformer")
-    ):
+    from scd_sf.models.wan.weights import is_wan_directory
+
+    if path.is_file() or is_wan_directory(path):
         _inspect_weights(path, tensors, section, heads)
         return
     checkpoint = find(path)

@@ -418,6 +418,17 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             raise
 
 
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold the lock ``path`` (made if missing, with its folder), after whoever holds it now. The
+    kernel frees it when the process ends. On file systems without locks nothing is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _open_lock(path) as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 # ------------------------------------------------------------------------------------------ reading
 
 

@@ -16,6 +16,7 @@ from scd_sf.data.clip_statistics import ClipScorer, statistics
 from scd_sf.diffusion.samplers import Sampler
 from scd_sf.generation.generate import NotFinite, as_uint8, clips_of, generate
 from scd_sf.models.build import Student
+from scd_sf.models.wan.hub import wan_folder
 from scd_sf.models.wan.vae import ORIGINAL, load_vae
 from scd_sf.types import Conditioning, Logs, UserError, VideoShape
 
@@ -70,11 +71,9 @@ class Preview:
             if cfg is not None and cfg.clip_weights
             else None
         )
-        has_vae = bool(base) and any(
-            (Path(base) / name).is_file() for name in ("vae/config.json", ORIGINAL)
-        )
-        self.vae = load_vae(base) if has_vae else None
-        if not has_vae:
+        vae_folder = _folder_with_vae(base)
+        self.vae = None if vae_folder is None else load_vae(vae_folder)
+        if vae_folder is None:
             log.warning("no VAE at '%s': training goes on without validation videos", base)
 
     def sample(
@@ -135,3 +134,16 @@ class Preview:
                 self.clip.similarity(videos[rows], [self.texts[row] for row in rows]).mean()
             )
         return logs
+
+
+def _folder_with_vae(base: str) -> Path | None:
+    """The model directory, if it is on this machine or comes from the hub, and has a VAE."""
+    if not base:
+        return None
+    try:
+        folder = wan_folder(base, ("vae",))
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+    found = any((folder / name).is_file() for name in ("vae/config.json", ORIGINAL))
+    return folder if found else None

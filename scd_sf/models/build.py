@@ -31,6 +31,7 @@ from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.skeleton import skeleton
 from scd_sf.models.trunk import TrunkConfig
+from scd_sf.models.wan.hub import TEXT_PARTS, wan_folder
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
 from scd_sf.types import Conditioning, UserError
@@ -262,18 +263,21 @@ def base_of(recorded_base: str, override: str, where: Path | str) -> Path:
     """The Wan directory with VAE and text encoder: ``override``, else ``recorded_base`` of the
     checkpoint ``where``.
 
+    The name of a repository on the hub: VAE, text encoder and tokenizer in its cache (wan/hub.py).
     UserError when it is not there.
     """
     base = override or recorded_base
     if not base:
         raise UserError(f"{where}: does not name its Wan directory; set base=")
-    if not Path(base).is_dir():
+    folder = wan_folder(base, ("vae", *TEXT_PARTS))
+    if not folder.is_dir():
         source = "base" if override else f"{where}: its base"
         working_folder = "" if Path(base).is_absolute() else f" (seen from {Path.cwd()})"
         raise UserError(
-            f"{source} is {base}{working_folder}, and no such directory is there; set base= to the Wan directory"
+            f"{source} is {base}{working_folder}, and no such directory is there; set base= to the Wan directory "
+            "or to its name on the hub (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
         )
-    return Path(base)
+    return folder
 
 
 def is_single(path: Path) -> bool:

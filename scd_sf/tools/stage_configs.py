@@ -87,9 +87,10 @@ class Stage3Config:
     init: str
     """Checkpoint of stage 2."""
     teacher: str
-    """Wan directory of the teacher (14B in the paper)."""
+    """Wan directory of the teacher (14B in the paper), or its name on the Hugging Face hub, with or
+    without @REVISION."""
     critic: str
-    """Wan directory that the critic starts from (1.3B in the paper)."""
+    """Wan directory that the critic starts from (1.3B in the paper), or its name on the hub."""
     prompts: str
     """A list (txt, csv, jsonl, the folder of a filter or extender), encoded while training, or a
     folder of encoded prompts."""

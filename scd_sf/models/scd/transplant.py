@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scd_sf.checkpoint import Checkpoints, absolute, provenance
+from scd_sf.checkpoint import Checkpoints, provenance
 from scd_sf.config import to_yaml
 from scd_sf.files import new_folder, sha256_file, sha256_folder, write_text
 from scd_sf.models.build import MOST_CHUNK, CheckpointConfig, ModelConfig, SamplerConfig, Scd
@@ -26,6 +26,7 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.trunk import SIZES
+from scd_sf.models.wan.hub import pinned
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, read_wan_config, transformer_dir
 from scd_sf.types import UserError, check_within
@@ -37,7 +38,8 @@ class TransplantConfig:
 
     base: str
     """A Wan directory: the transformer in diffusers or original layout, VAE and text encoder beside
-    it."""
+    it; or a name on the Hugging Face hub, Wan-AI/Wan2.1-T2V-1.3B-Diffusers, with or without
+    @REVISION."""
     out: str
     """Folder of the new checkpoint."""
     weights: str = ""
@@ -183,7 +185,7 @@ def source_wan(cfg: TransplantConfig) -> tuple[Wan, dict[str, object]]:
     like = read_wan_config(base) if has_transformer else None
     wan = load_wan(file, section=cfg.section, heads=cfg.heads, like=like)
     digest = sha256_file(file) if file.is_file() else sha256_folder(transformer_dir(file))
-    return wan, {"weights": absolute(file), "weights_sha256": digest, "section": cfg.section}
+    return wan, {"weights": pinned(file), "weights_sha256": digest, "section": cfg.section}
 
 
 def run_transplant(cfg: TransplantConfig) -> str:
@@ -191,6 +193,7 @@ def run_transplant(cfg: TransplantConfig) -> str:
     one-line summary."""
     if not cfg.out:
         raise UserError("out is empty; name a new folder for the checkpoint")
+    cfg = dataclasses.replace(cfg, base=pinned(cfg.base))
     out = Path(cfg.out)
     if Checkpoints(out).newest() is not None:
         raise UserError(
@@ -207,11 +210,10 @@ def run_transplant(cfg: TransplantConfig) -> str:
     else:
         student, report = transplant_causal(wan, cfg.chunk)
     verify_transplant(student, wan, report)
-    base = absolute(cfg.base)
     record = provenance(
-        stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": base, **origin}
+        stage="stage1_transplant", step=0, seed=cfg.seed, extra={"base": cfg.base, **origin}
     )
-    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=base))
+    description = to_yaml(CheckpointConfig(config, cfg.sampler, base=cfg.base))
     with new_folder(out, "choose another out=") as part:
         path = Checkpoints(part).write(0, {"model": student.state_dict()}, description, record)
         write_text(part / "report.txt", "\n".join(report_lines(report)) + "\n")

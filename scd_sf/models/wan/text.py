@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from scd_sf.files import foreign, identity, read_json, safe_path, typed, write_json
+from scd_sf.models.wan.hub import TEXT_PARTS, wan_folder
 from scd_sf.models.wan.text_files import STEM, read_encoder_config, read_model, read_tokenizer
 from scd_sf.models.wan.umt5 import FILE, TOKENIZER, load_umt5, open_umt5
 from scd_sf.tensor_files import open_tensor_folder
@@ -213,12 +214,12 @@ def text_config(source: Path | str | TextEncoderConfig) -> TextEncoderConfig:
     """The encoder a model directory names, with an absolute ``path`` or a ``package``.
 
     ``text_encoder/`` + ``tokenizer/`` come first, then the reference file, then Wan's original
-    file. A relative ``path`` in a reference must stay inside the model directory. Raises UserError
-    when there is none, or half of the first.
+    file. A relative ``path`` in a reference must stay inside the model directory. The name of a
+    repository on the hub: see hub.py. Raises UserError when there is none, or half of the first.
     """
     if isinstance(source, TextEncoderConfig):
         return source
-    root = Path(source)
+    root = wan_folder(source, TEXT_PARTS)
     parts = [(root / name).is_dir() for name in ("text_encoder", "tokenizer")]
     if all(parts):
         return TextEncoderConfig(path=str(root))

@@ -19,7 +19,6 @@ from scd_sf.types import UserError
 FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = "google/umt5-xxl"
 
-UMT5_PARAMETERS = 5_680_910_336  # of umT5-xxl's encoder: 256,384 words, 24 layers of width 4096
 
 _EMBEDDING, _EMBEDDING_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 _OUTSIDE = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}

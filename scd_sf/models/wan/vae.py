@@ -22,6 +22,7 @@ from torch import Tensor
 from scd_sf.files import foreign, read_json, typed, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
+from scd_sf.models.wan.hub import wan_folder
 from scd_sf.nn.layers import channels_last
 from scd_sf.tensor_files import in_memory, open_tensors, read_all
 from scd_sf.types import UserError, VideoShape, on_device
@@ -205,10 +206,11 @@ def vae_source(path: Path) -> Path:
     """Path of the VAE of ``path``: a folder with config.json and weights, or Wan's original
     file.
 
-    Raises UserError where there is neither.
+    The name of a repository on the hub: see hub.py. Raises UserError where there is neither.
     """
     if path.is_file():
         return path
+    path = wan_folder(path, ("vae",))
     # config.json beside it is the transformer's
     if (path / ORIGINAL).is_file() and not (path / "vae").is_dir():
         return path / ORIGINAL

@@ -21,6 +21,7 @@ from torch import Tensor
 from scd_sf.files import write_json, write_tensors
 from scd_sf.models.sections import choose_section
 from scd_sf.models.skeleton import check_fit, skeleton
+from scd_sf.models.wan.hub import hub_name, wan_folder
 from scd_sf.models.wan.names import (
     ROOTS,
     Layout,
@@ -59,19 +60,25 @@ class WanFiles:
 
 
 def is_wan_directory(path: Path) -> bool:
-    """Whether a transformer's config.json is there or in ``transformer/``; our own checkpoints have
-    none."""
-    return any((folder / "config.json").is_file() for folder in (path / "transformer", path))
+    """Whether a transformer's config.json is there or in ``transformer/``, or it is the name of a
+    repository on the hub; our own checkpoints have none."""
+    return hub_name(path) is not None or any(
+        (folder / "config.json").is_file() for folder in (path / "transformer", path)
+    )
 
 
 def transformer_dir(path: Path) -> Path:
     """``path`` itself or its ``transformer/`` sub-folder, whichever holds the transformer's
-    config.json."""
+    config.json. The name of a repository on the hub: see hub.py."""
+    path = wan_folder(path, ("transformer",))
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
     problem = "no transformer/config.json there" if path.exists() else "no such file or folder"
-    raise UserError(f"{path}: {problem}; give a Wan 2.1 directory or a file of its weights")
+    raise UserError(
+        f"{path}: {problem}; give a Wan 2.1 directory, a file of its weights, "
+        "or a name on the hub (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
+    )
 
 
 def open_wan(

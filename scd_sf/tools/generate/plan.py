@@ -67,7 +67,8 @@ class GenerateConfig:
     """Clips of a teacher."""
 
     model: str
-    """Directory of the teacher, with VAE and text encoder."""
+    """Directory of the teacher, with VAE and text encoder, or its name on the Hugging Face hub, with
+    or without @REVISION."""
     out: str
     """Folder of the clips."""
     prompts: list[str] = field(default_factory=list)

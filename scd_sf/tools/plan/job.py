@@ -15,10 +15,10 @@ from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompt_list import is_list
 from scd_sf.models.build import ModelConfig, build_model, describe_checkpoint, require_wan
 from scd_sf.models.scd.transplant import TransplantConfig
+from scd_sf.models.wan.hub import UMT5_PARAMETERS
 from scd_sf.models.wan.live_prompts import find_text_encoder
 from scd_sf.models.wan.text import encoder_parameters
 from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
-from scd_sf.models.wan.umt5 import UMT5_PARAMETERS
 from scd_sf.models.wan.weights import read_wan_config
 from scd_sf.tools.plan.phases import Phase, Stage3, stage2_phases
 from scd_sf.tools.stage_configs import Stage2Config, Stage3Config, VideoConfig
