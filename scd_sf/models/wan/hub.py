@@ -110,7 +110,7 @@ def hub_name(path: Path | str) -> HubName | None:
     return None
 
 
-def bytes_of(repo: str, parts: Sequence[Part] = PARTS) -> int | None:
+def download_bytes(repo: str, parts: Sequence[Part] = PARTS) -> int | None:
     """Bytes of these parts, computed from the models' numbers of parameters; None for a repository
     that is not in :data:`RELEASES`."""
     release = RELEASES.get(repo)
@@ -195,7 +195,7 @@ def _download(name: HubName, parts: tuple[Part, ...]) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    size = bytes_of(name.repo, parts)
+    size = download_bytes(name.repo, parts)
     free = shutil.disk_usage(HF_HUB_CACHE).free
     if size is not None and size > free + _cached_bytes(name):
         raise UserError(
@@ -255,9 +255,9 @@ def _gb(size: int) -> str:
 
 
 def _remedy(name: HubName, parts: Sequence[Part]) -> str:
-    size = bytes_of(name.repo)
+    size = download_bytes(name.repo)
     words = "" if size is None else f" ({_gb(size)}, computed)"
-    needed = bytes_of(name.repo, parts)
+    needed = download_bytes(name.repo, parts)
     part_words = "" if needed in (None, size) else f"; of these {_gb(needed or 0)} are needed here"
     return (
         f"correct the name; or where there is a network run {download_command(name)}{words}{part_words}, "

@@ -24,7 +24,7 @@ from scd_sf.models.wan.hub import (
     RELEASES,
     VAE_PARAMETERS,
     HubName,
-    bytes_of,
+    download_bytes,
     download_command,
     hub_name,
     pinned,
@@ -108,11 +108,11 @@ def test_names_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             for module in (Wan(WanConfig()), Wan(WAN_14B), AutoencoderKLWan())
         ]
     assert counts == [*(release.parameters for release in RELEASES.values()), VAE_PARAMETERS]
-    assert bytes_of(small, ("transformer",)) == FP32 * counts[0]
+    assert download_bytes(small, ("transformer",)) == FP32 * counts[0]
     # the files that the hub lists of these commits: 28.93 and 80.41 GB
     for repo, listed in zip(RELEASES, (28_928_886_000, 80_406_933_703), strict=True):
-        assert bytes_of(repo) == pytest.approx(listed, rel=1e-4)
-    assert bytes_of(REPO) is None
+        assert download_bytes(repo) == pytest.approx(listed, rel=1e-4)
+    assert download_bytes(REPO) is None
 
 
 def test_offline_says_what_to_do(tmp_path: Path) -> None:
