@@ -80,12 +80,15 @@ def schema_of(script: str) -> type[Any] | None:
 
 @functools.cache
 def options_of(script: str) -> frozenset[str]:
-    """What its argparse parser names, or the parameters of its ``main`` (typer)."""
-    source = (ROOT / script).read_text()
+    """What its argparse parser names, or the parameters of its ``main`` (typer), which may be a
+    function of another module."""
+    source, name = (ROOT / script).read_text(), "main"
+    if other := re.search(r"^from ([\w.]+) import (\w+) as main$", source, re.MULTILINE):
+        source, name = (ROOT / f"{other[1].replace('.', '/')}.py").read_text(), other[2]
     mains = [
         node
         for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "main"
+        if isinstance(node, ast.FunctionDef) and node.name == name
     ]
     parameters = [
         arg.arg.replace("_", "-")

@@ -4,12 +4,15 @@ not depend on it, after a resume and with any number of processes.
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Prefetch(Generic[T]):
@@ -55,3 +58,55 @@ class Prefetch(Generic[T]):
         while self._next_keys and len(self._futures) < self.depth:
             key = self._next_keys.pop(0)
             self._futures[key] = self._pool.submit(self.read, key)
+
+
+class ThreadedTasks(Generic[Item]):
+    """The items of many tasks, in the order in which ``workers`` threads make them. A thread runs a
+    task from its begin to its end, and at most ``ahead`` items wait to be read.
+
+    A context: at its end the threads stop after the item that they are at. The first exception of a
+    task is raised where the items are read.
+    """
+
+    def __init__(
+        self, tasks: Iterable[Callable[[], Iterator[Item]]], workers: int, ahead: int = 1
+    ) -> None:
+        self._tasks, self._lock = iter(tasks), threading.Lock()
+        self._ready: queue.Queue[Item | Future[None]] = queue.Queue()
+        self._room, self._stop = threading.Semaphore(max(1, ahead)), threading.Event()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tasks")
+        self._workers = [self._pool.submit(self._work) for _ in range(workers)]
+        for worker in self._workers:
+            worker.add_done_callback(self._ready.put)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for _worker in self._workers:
+            self._room.release()
+        self._pool.shutdown(wait=True)
+
+    def __iter__(self) -> Iterator[Item]:
+        ends = 0
+        while ends < len(self._workers):
+            entry = self._ready.get()
+            if isinstance(entry, Future):
+                entry.result()
+                ends += 1
+            else:
+                self._room.release()
+                yield entry
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                task = next(self._tasks, None)
+            if task is None:
+                return
+            for item in task():
+                self._room.acquire()
+                if self._stop.is_set():
+                    return
+                self._ready.put(item)

@@ -1,28 +1,24 @@
-"""encode_latents.py end to end on your own videos: a tiny VAE in Wan's layout and a tiny text
-encoder by reference."""
+"""encode_latents.py on a clip directory: a tiny VAE in Wan's layout and a tiny text encoder by
+reference. Folders of videos: test_encode_videos.py."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import raw_videos
 import torch
 from diffusers import AutoencoderKLWan
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from scd_sf.data.clips import ClipSet, write_video
+from scd_sf.data.clips import Clip, ClipSet, write_clips, write_video
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
-from scd_sf.files import locked
+from scd_sf.files import locked, sha256_file
 from scd_sf.models.wan.text import (
     WAN_NEGATIVE_PROMPT,
     TextEncoderConfig,
@@ -83,49 +79,50 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def videos(root: Path) -> Path:
-    """Three training clips (two share a caption) and one for validation; returns the captions
-    file."""
+def write_clip_directory(root: Path, held_out: str = "turn left") -> Path:
+    """Three training clips (two share a caption) and one for validation."""
     root.mkdir()
     generator = torch.Generator().manual_seed(0)
-    rows = []
+    clips = []
     for number, (caption, split) in enumerate(
         [("left turn", "train"), ("right turn", "train"), ("left turn", "train"), ("right", "val")]
     ):
         pixels = torch.randint(0, 256, (FRAMES, 3, SIZE, SIZE), generator=generator).to(torch.uint8)
-        write_video(root / f"{number}.mp4", pixels, 16)
-        rows.append(
-            {"file": f"{number}.mp4", "caption": caption, "split": split, "motion": caption}
+        path = root / f"{number}.mp4"
+        write_video(path, pixels, 16)
+        clips.append(
+            Clip(
+                id=path.name,
+                split=split,
+                place="",
+                motion=caption,
+                actions=(caption,) * FRAMES,
+                degrees_per_frame=0.0,
+                caption=caption,
+                held_out_caption=held_out if caption == "left turn" else "",
+                seed=0,
+                tries=1,
+                path=path.name,
+                bytes=path.stat().st_size,
+                sha256=sha256_file(path),
+            )
         )
-        if caption == "left turn":
-            rows[-1]["held_out_caption"] = "turn left"
-    captions = root / "captions.jsonl"
-    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return captions
+    write_clips(root, clips, {"frames": FRAMES, "height": SIZE, "width": SIZE, "fps": 16}, {})
+    return root
 
 
-def encode(
-    script: ModuleType, clips: Path, model: Path, out: Path, captions: Path | None = None
-) -> None:
-    script.main(
-        clips=clips,
-        model=model,
-        out=out,
-        batch=2,
-        captions=captions,
-        device="cpu",
-        store_latents="float32",
-    )
+def encode(script: ModuleType, clips: Path, model: Path, out: Path, **more: object) -> None:
+    given = {"batch": 2, "device": "cpu", "store_latents": "float32", "store_text": "float16"}
+    script.main(clips=clips, model=model, out=out, **(given | more))
 
 
-def test_own_videos_to_latents(
+def test_a_clip_directory_to_latents(
     script: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    captions = videos(tmp_path / "clips")
-    encode(script, tmp_path / "clips", model, tmp_path / "out", captions)
+    clips = write_clip_directory(tmp_path / "clips")
+    encode(script, clips, model, tmp_path / "out")
     data = LatentClips(tmp_path / "out" / "train", expected=VideoShape(2, 2, 2, 2))
-    clips = ClipSet(tmp_path / "clips", "train")
-    pixels = clips.videos(range(3)).float() / 127.5 - 1
+    pixels = ClipSet(clips, "train").videos(range(3)).float() / 127.5 - 1
     torch.testing.assert_close(
         data.latents(range(3)), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5
     )
@@ -139,22 +136,29 @@ def test_own_videos_to_latents(
     assert len(LatentClips(tmp_path / "out" / "val")) == 1
     said = capsys.readouterr().out
     assert "clips 3/3, 0 s left" in said and "prompts 3/3, 0 s left" in said
-    encode(script, tmp_path / "clips", model, tmp_path / "out", captions)
+    encode(script, clips, model, tmp_path / "out")
     assert capsys.readouterr().out.count("already complete") == 2
+    with (
+        pytest.raises(UserError, match="is at work in it"),
+        locked(tmp_path / "out" / "train", "another job"),
+    ):
+        encode(script, clips, model, tmp_path / "out")
+    with pytest.raises(UserError, match="is a clip directory, whose clips are cut already"):
+        encode(script, clips, model, tmp_path / "out", frames=9)
 
 
 def test_an_interrupted_run_goes_on(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    captions = videos(tmp_path / "clips")
-    encode(script, tmp_path / "clips", model, tmp_path / "whole", captions)
-    broken = tmp_path / "clips" / "2.mp4"
+    clips = write_clip_directory(tmp_path / "clips")
+    encode(script, clips, model, tmp_path / "whole")
+    broken = clips / "2.mp4"
     good = broken.read_bytes()
     broken.write_bytes(bytes(len(good)))
     with pytest.raises(UserError, match=r"2\.mp4: cannot be decoded"):
-        encode(script, tmp_path / "clips", model, tmp_path / "out")
+        encode(script, clips, model, tmp_path / "out")
     broken.write_bytes(good)
     with pytest.raises(UserError, match="encoding was not finished"):
         LatentClips(tmp_path / "out" / "train")
-    encode(script, tmp_path / "clips", model, tmp_path / "out")
+    encode(script, clips, model, tmp_path / "out")
     assert (
         LatentClips(tmp_path / "out" / "train").hash
         == LatentClips(tmp_path / "whole" / "train").hash
@@ -162,18 +166,10 @@ def test_an_interrupted_run_goes_on(script: ModuleType, model: Path, tmp_path: P
 
 
 def test_cached_and_negative_prompts(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    videos(tmp_path / "clips")
-    script.index_folder(tmp_path / "clips", tmp_path / "clips" / "captions.jsonl", 16)
+    clips = write_clip_directory(tmp_path / "clips")
 
     def made(name: str, **more: str) -> LatentClips:
-        script.main(
-            clips=tmp_path / "clips",
-            model=model,
-            out=tmp_path / name,
-            batch=2,
-            device="cpu",
-            **more,
-        )
+        script.main(clips=clips, model=model, out=tmp_path / name, batch=2, device="cpu", **more)
         return LatentClips(tmp_path / name / "train")
 
     cache = tmp_path / "cache"
@@ -194,163 +190,13 @@ def test_cached_and_negative_prompts(script: ModuleType, model: Path, tmp_path: 
 
 
 def test_other_inputs_are_refused(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    captions = videos(tmp_path / "clips")
-    encode(script, tmp_path / "clips", model, tmp_path / "out", captions)
+    clips = write_clip_directory(tmp_path / "clips")
+    encode(script, clips, model, tmp_path / "out")
     other = tmp_path / "other"
     shutil.copytree(model, other)
     write_reference(other, TextEncoderConfig(path="words", max_length=8, hidden_layer=1))
     with pytest.raises(UserError, match=r"made from other inputs \(text_config differ\)"):
-        encode(script, tmp_path / "clips", other, tmp_path / "out")
-
-
-def _no_file(rows: list[dict[str, object]]) -> None:
-    rows[1]["file"] = "none.mp4"
-
-
-def _outside(rows: list[dict[str, object]]) -> None:
-    rows[1]["file"] = "../x.mp4"
-
-
-def _twice(rows: list[dict[str, object]]) -> None:
-    rows[1]["file"] = "0.mp4"
-
-
-def _unknown(rows: list[dict[str, object]]) -> None:
-    rows[1]["captoin"] = "x"
-
-
-def _empty(rows: list[dict[str, object]]) -> None:
-    rows[1]["caption"] = " "
-
-
-def _leak(rows: list[dict[str, object]]) -> None:
-    rows[1]["held_out_caption"] = "left turn"
-
-
-def _split(rows: list[dict[str, object]]) -> None:
-    rows[1]["split"] = "../../train"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_no_file, "none.mp4: no such file"),
-        (_outside, "which leaves"),
-        (_twice, "'file' 0.mp4 is listed twice"),
-        (_unknown, "captions.jsonl:2: unknown field 'captoin'"),
-        (_empty, "captions.jsonl:2: 'caption' must be a text that is not empty"),
-        (_leak, "held-out caption 'left turn' is a training caption"),
-        (_split, "split is '../../train', which leaves"),
-    ],
-)
-def test_bad_captions(
-    script: ModuleType,
-    model: Path,
-    tmp_path: Path,
-    change: Callable[[list[dict[str, object]]], None],
-    message: str,
-) -> None:
-    captions = videos(tmp_path / "clips")
-    rows = [json.loads(line) for line in captions.read_text().splitlines()]
-    change(rows)
-    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError) as caught:
-        encode(script, tmp_path / "clips", model, tmp_path / "out", captions)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_nothing_of_others_is_overwritten(script: ModuleType, tmp_path: Path) -> None:
-    """A manifest.json of another program, the captions file as clips.jsonl, an index of other
-    clips."""
-    captions = videos(tmp_path / "clips")
-    manifest, index = tmp_path / "clips" / "manifest.json", tmp_path / "clips" / "clips.jsonl"
-    manifest.write_text('{"name": "mine"}')
-    with pytest.raises(
-        UserError, match=r"manifest\.json: is not of this command; nothing of others is overwritten"
-    ):
-        script.index_folder(tmp_path / "clips", captions, 16)
-    assert manifest.read_text() == '{"name": "mine"}' and not index.exists()
-    manifest.unlink()
-    captions.rename(index)
-    text = index.read_text()
-    with pytest.raises(UserError, match=r"clips\.jsonl: exists with other contents"):
-        script.index_folder(tmp_path / "clips", index, 16)
-    assert index.read_text() == text and not manifest.exists()
-    index.rename(captions)
-    script.index_folder(tmp_path / "clips", captions, 16)
-    assert ClipSet(tmp_path / "clips").captioned and ClipSet(tmp_path / "clips").fps == 16
-    made = json.loads(manifest.read_text()) | {"captioned": False, "request": {}}
-    manifest.write_text(json.dumps(made))
-    index.unlink()
-    with pytest.raises(UserError, match="exists with other contents"):
-        script.index_folder(tmp_path / "clips", captions, 16)
-    assert json.loads(manifest.read_text()) == made
-
-
-def test_phones_clips_and_another_rate(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    """9 frames of 32 per second, stored lying, are 5 of 16, upright; at another rate the output is
-    another."""
-    root = tmp_path / "clips"
-    root.mkdir()
-    raw_videos.write(root / "a.mp4", [raw_videos.corners()] * 9, rate=32, matrix=(0, 1, -1, 0))
-    captions = tmp_path / "captions.jsonl"
-    captions.write_text('{"file": "a.mp4", "caption": "left\u2028turn"}\n')
-    encode(script, root, model, tmp_path / "out", captions)
-    clips = ClipSet(root)
-    assert (clips.frames, clips.height, clips.width) == (5, 48, 32) and clips[
-        0
-    ].caption == "left\u2028turn"
-    pixels = clips.videos([0]).float() / 127.5 - 1
-    assert pixels[0, 0, :, 4, 28].tolist() == pytest.approx([1, -1, -1], abs=0.1), (
-        "red: upper right"
-    )
-    data = LatentClips(tmp_path / "out" / "train")
-    torch.testing.assert_close(
-        data.latents([0]), load_vae(model).encode(pixels), rtol=1e-4, atol=1e-5
-    )
-    with pytest.raises(UserError, match=r"--fps differ\); delete it and manifest.json"):
-        script.index_folder(root, captions, 24)
-    (root / "clips.jsonl").unlink()
-    with pytest.raises(UserError, match=r"made from other inputs \(clips_sha256, fps"):
-        script.main(
-            clips=root, model=model, out=tmp_path / "out", captions=captions, fps=32, device="cpu"
-        )
-    with (
-        pytest.raises(UserError, match=r"is at work in it"),
-        locked(tmp_path / "out" / "train", "another job"),
-    ):
-        encode(script, root, model, tmp_path / "out")
-
-
-def test_many_captions_are_read_in_linear_time(script: ModuleType, tmp_path: Path) -> None:
-    """40,000 lines took 23 s where each looked through all."""
-    path = tmp_path / "captions.jsonl"
-    path.write_text(
-        "".join(json.dumps({"file": f"{n}.mp4", "caption": "x"}) + "\n" for n in range(40_000))
-    )
-    began = time.process_time()
-    assert len(script.read_captions(path)) == 40_000
-    assert time.process_time() - began < 10
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[]",
-        "{",
-        '{"file": 1, "caption": "x"}',
-        '{"file": "0.mp4", "caption": "\\ud800"}',
-        '{"file": "0.mp4\\u0000", "caption": "x"}',
-        '{"file": "' + "a" * 300 + '", "caption": "x"}',
-        '{"file": "0.mp4", "caption": "x", "split": ""}',
-        '{"file": "0.mp4", "caption": ' + "[" * 10**5,
-        '{"file": "0.mp4", "caption": null}',
-    ],
-)
-def test_hostile_captions(script: ModuleType, tmp_path: Path, line: str) -> None:
-    videos(tmp_path / "clips")
-    path = tmp_path / "captions.jsonl"
-    path.write_text(line + "\n")
-    with pytest.raises(UserError, match=r"captions\.jsonl:1") as caught:
-        script.index_folder(tmp_path / "clips", path, 16)
-    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+        encode(script, clips, other, tmp_path / "out")
+    leak = write_clip_directory(tmp_path / "leak", held_out="left turn")
+    with pytest.raises(UserError, match="held-out caption 'left turn' is a training caption"):
+        encode(script, leak, model, tmp_path / "leaked")

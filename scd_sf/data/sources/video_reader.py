@@ -12,10 +12,12 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ LARGEST_FRAME = 4096 * 4096  # pixels: a header can ask for any amount of memory
 LARGEST_VIDEO = 2**31  # bytes of all frames as they are returned: 345 frames of 1920x1080
 # of the frames that the header promises; some writers count a few that they do not write
 WHOLE = 0.9
+LONGEST_STILL = 60  # seconds: two frames can claim any length of time between them
 SAME_RATE = 0.01  # 29.97 frames per second pass for 30
 TIMING = "set fps to the file's own rate, or as_coded to take its frames one by one"
 AS_CODED = 0.0  # as ``fps``: frame after frame, whatever the timestamps say
@@ -49,12 +52,32 @@ WIDE = {ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432}
 
 @dataclass(frozen=True)
 class Picture:
-    """One upright frame, ``pixels`` uint8 (H, W, 3). ``start`` and ``length`` are in seconds, or
-    None where the file has none."""
+    """One upright frame. ``start`` and ``length`` are in seconds, or None where the file has none.
+    ``convert`` makes :attr:`pixels`, because most frames of a resampled video are not looked at."""
 
-    pixels: np.ndarray
+    convert: Callable[[], np.ndarray]
     start: Fraction | None
     length: Fraction | None
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """uint8 (H, W, 3)."""
+        return self.convert()
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Size of the upright frames with square pixels, number of coded frames, and seconds from the
+    first frame to the end of the last."""
+
+    height: int
+    width: int
+    frames: int
+    seconds: Fraction
+
+    def frames_at(self, fps: float) -> int:
+        """Number of frames of :func:`resampled`."""
+        return max(1, _nearest(self.seconds * Fraction(fps)))
 
 
 @contextmanager
@@ -128,9 +151,8 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             count += 1
             base = frame.time_base
             has_time = frame.pts is not None and base is not None
-            pixels = _turn(_rgb(frame, reformatter, aspect), matrix)
             yield Picture(
-                pixels,
+                partial(_upright, frame, reformatter, aspect, matrix),
                 frame.pts * base if has_time else None,
                 frame.duration * base if base else None,
             )
@@ -138,6 +160,15 @@ def pictures(source: Path | bytes, where: str, remedy: str = "copy it again") ->
             raise ValueError("it holds no frame")
         if count < WHOLE * num_frames:
             raise ValueError(f"{count} frames of {num_frames} can be decoded")
+
+
+def _upright(
+    frame: av.VideoFrame,
+    reformatter: VideoReformatter,
+    aspect: Fraction | None,
+    matrix: tuple[int, int, int, int],
+) -> np.ndarray:
+    return _turn(_rgb(frame, reformatter, aspect), matrix)
 
 
 def _rgb(
@@ -201,30 +232,106 @@ def resampled(
     taken, and a place without any repeats the one before. ``exact``: nothing is repeated or left
     out; ValueError for a file of another rate or of uneven timestamps.
     """
-    current: np.ndarray | None = None
+    if not exact:
+        yield from (picture.pixels for picture in at_rate(frames, fps))
+        return
     starts: list[Fraction] = []
-    count, end = 0, Fraction(0)
     for picture in frames:
-        if picture.start is None or (starts and picture.start < starts[-1]):
-            raise ValueError(
-                f"frame {len(starts)} has no timestamp, or one before the last frame's"
-            )
-        starts.append(picture.start)
-        if exact:
-            yield picture.pixels
-            continue
-        place = _nearest((picture.start - starts[0]) * Fraction(fps))
+        starts.append(_start_after(picture, len(starts), starts[-1] if starts else None))
+        yield picture.pixels
+    _check_rate(starts, fps)
+
+
+def at_rate(frames: Iterable[Picture], fps: float) -> Iterator[Picture]:
+    """The pictures of :func:`resampled`, not converted yet. Memory does not grow."""
+    current: Picture | None = None
+    first = last = end = Fraction(0)
+    number = count = 0
+    for number, picture in enumerate(frames):
+        last = _start_after(picture, number, last if number else None)
+        first = first if number else last
+        place = _nearest((last - first) * Fraction(fps))
         while current is not None and count < place:
             yield current
             count += 1
-        current = picture.pixels
-        mean = (starts[-1] - starts[0]) / max(1, len(starts) - 1)
-        end = picture.start - starts[0] + (picture.length or mean or 1 / Fraction(fps))
-    if exact:
-        _check_rate(starts, fps)
-        return
+        current = picture
+        end = last - first + _last_length(picture.length, last - first, number + 1, fps)
     if current is not None:
-        yield from [current] * max(_nearest(end * Fraction(fps)) - count, 0 if count else 1)
+        for _ in range(max(_nearest(end * Fraction(fps)) - count, 0 if count else 1)):
+            yield current
+
+
+def _start_after(picture: Picture, number: int, last: Fraction | None) -> Fraction:
+    """The picture's start. ValueError: it has none, or one before the ``last`` frame's."""
+    if picture.start is None or (last is not None and picture.start < last):
+        raise ValueError(f"frame {number} has no timestamp, or one before the last frame's")
+    return picture.start
+
+
+def _last_length(length: Fraction | None, span: Fraction, count: int, fps: float) -> Fraction:
+    """Seconds that the last of ``count`` frames is shown: its own length, or the mean of the others
+    over ``span`` seconds, or one frame."""
+    return length or span / max(1, count - 1) or 1 / Fraction(fps)
+
+
+def video_info(source: Path, where: str, remedy: str = "copy it again") -> VideoInfo:
+    """Size and length of a video, from its first frame and the timestamps of its packets. Only the
+    first frame is decoded, unless packets have no timestamps.
+
+    UserError as :func:`read_frames`, and where a frame stands for more than
+    :data:`LONGEST_STILL` seconds, for which a few bytes suffice.
+    """
+    with foreign(where, remedy):
+        height, width = next(iter(pictures(source, where, remedy))).pixels.shape[:2]
+    times = _packet_times(source, where, remedy)
+    if times is None:
+        with foreign(where, remedy):
+            coded = pictures(source, where, remedy)
+            times = _summed((picture.start, picture.length) for picture in coded)
+    if times is None:
+        raise UserError(f"{where}: its frames have no timestamps; write it again with timestamps")
+    count, span, last_length, still = times
+    if still > LONGEST_STILL:
+        raise UserError(
+            f"{where}: one frame stands for {float(still):.0f} seconds, more than {LONGEST_STILL}; cut the video there"
+        )
+    return VideoInfo(height, width, count, span + _last_length(last_length, span, count, 16))
+
+
+_Times = tuple[int, Fraction, Fraction | None, Fraction]
+
+
+def _packet_times(source: Path, where: str, remedy: str) -> _Times | None:
+    with _open(source, where, remedy) as container:
+        stream = _stream_of(container)
+        base = stream.time_base
+        if base is None:
+            return None
+        return _summed(
+            (
+                None if packet.pts is None else packet.pts * base,
+                packet.duration * base if packet.duration else None,
+            )
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard
+        )
+
+
+def _summed(times: Iterable[tuple[Fraction | None, Fraction | None]]) -> _Times | None:
+    """Number of frames, seconds between the starts of the first and the last, length of the last,
+    and the longest gap, of (start, length) in any order. None where a start is missing, or all."""
+    count, first, last = 0, Fraction(0), Fraction(0)
+    length: Fraction | None = None
+    gap = Fraction(0)
+    for start, own_length in times:
+        if start is None:
+            return None
+        if not count or start > last:
+            gap = max(gap, start - last if count else Fraction(0))
+            last, length = start, own_length
+        first = start if not count else min(first, start)
+        count += 1
+    return (count, last - first, length, max(gap, length or Fraction(0))) if count else None
 
 
 def _nearest(value: Fraction) -> int:
@@ -256,7 +363,8 @@ def frames_of(
     """uint8 (H, W, 3), one after another; see :func:`read_frames`."""
     coded_pictures = pictures(source, where, remedy)
     if fps == AS_CODED:
-        yield from (picture.pixels for picture in coded_pictures)
+        with foreign(where, remedy):
+            yield from (picture.pixels for picture in coded_pictures)
         return
     with foreign(where, TIMING if exact else "write it again with timestamps"):
         yield from resampled(coded_pictures, fps, exact=exact)
@@ -296,6 +404,57 @@ def stacked(frames: Iterable[np.ndarray], where: str, remedy: str) -> Tensor:
                 f"{where}: more than {LARGEST_VIDEO:,} bytes of frames, which is too large; {remedy}"
             )
     return torch.frombuffer(data, dtype=torch.uint8).view(-1, 3, height, width)
+
+
+def cut_clips(
+    source: Path,
+    where: str,
+    starts: Sequence[int],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    remedy: str = "copy it again",
+) -> Iterator[Tensor]:
+    """uint8 (frames, 3, height, width) of the clips that begin at the frames ``starts`` (rising) of
+    the video at ``fps``, each scaled and cropped at the middle to cover the size.
+
+    Holds the clips that overlap at a time, whatever the video's length, and stops after the last.
+    UserError as :func:`read_frames`, and where the video ends before.
+    """
+    waiting, open_clips = deque(starts), deque[tuple[int, Tensor]]()
+    place = -1
+    with foreign(where, remedy):
+        for place, picture in enumerate(at_rate(pictures(source, where, remedy), fps)):
+            if waiting and waiting[0] == place:
+                empty = torch.empty(frames, 3, height, width, dtype=torch.uint8)
+                open_clips.append((waiting.popleft(), empty))
+            if open_clips:
+                pixels = cover(picture.pixels, height, width)
+                for start, clip in open_clips:
+                    clip[place - start] = pixels
+                if place == open_clips[0][0] + frames - 1:
+                    yield open_clips.popleft()[1]
+            if not waiting and not open_clips:
+                return
+    raise UserError(
+        f"{where}: ends after {place + 1} frames of {fps:g} per second, {(starts[-1] if starts else 0) + frames} "
+        f"were to be read; {remedy}"
+    )
+
+
+def cover(picture_HW3: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 (H, W, 3) -> (3, height, width): resized (bicubic, antialiased) so that it just covers
+    the size, then cropped at the middle."""
+    old_height, old_width = picture_HW3.shape[:2]
+    scale = max(height / old_height, width / old_width)
+    new_size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
+    pixels = torch.from_numpy(np.ascontiguousarray(picture_HW3)).permute(2, 0, 1)
+    if new_size != (old_height, old_width):
+        pixels = interpolate(pixels[None], new_size, mode="bicubic", antialias=True)[0]
+    top, left = (new_size[0] - height) // 2, (new_size[1] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
 
 
 def resize_crop(picture_HW3: np.ndarray, size: int) -> np.ndarray:

@@ -202,6 +202,17 @@ def save_vae(model: AutoencoderKLWan, folder: Path) -> None:
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
+def vae_geometry(path: Path | str) -> VaeGeometry:
+    """The geometry of the VAE of ``path`` as its configuration states it; no weights are read.
+    UserError as :func:`load_vae`."""
+    source = vae_source(Path(path))
+    file = source / "config.json"
+    config = _Json() if source.is_file() else typed(_read_config(file), _Json, file, AGAIN)
+    halvings = (len(config.dim_mult) or 4) - 1
+    in_time = sum(config.temperal_downsample) if config.temperal_downsample else 2
+    return VaeGeometry(config.z_dim, 2**in_time, 2**halvings * (config.patch_size or 1))
+
+
 def vae_source(path: Path) -> Path:
     """Path of the VAE of ``path``: a folder with config.json and weights, or Wan's original
     file.

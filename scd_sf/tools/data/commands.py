@@ -1,4 +1,4 @@
-"""``scd data``: check, repair, manifest, export-webdataset, import."""
+"""``scd data``: encode, check, repair, manifest, export-webdataset, import."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from scd_sf.data.clip_index import read_folder_job
 from scd_sf.data.prompts import index_clips
 from scd_sf.files import locked
 from scd_sf.tools.data.check import check, repair
+from scd_sf.tools.data.encode import encode
 from scd_sf.tools.data.export import export_webdataset
 from scd_sf.tools.data.progress import progress_of
 from scd_sf.types import say
 
 SHOWN = 20
 app = typer.Typer(
-    help="Folders of clips: check, repair, index, export, import.", no_args_is_help=True
+    help="Folders of clips: encode videos, check, repair, index, export, import.",
+    no_args_is_help=True,
 )
+app.command()(encode)
 Folder = Annotated[Path, typer.Argument(help="A folder of generate_clips.py or 'scd data import'.")]
 Full = Annotated[bool, typer.Option("--full", help="Read everything and compare its sha256, too.")]
 
