@@ -109,7 +109,7 @@ class BenchConfig:
     window: int = 0
     """Latent frames of history that are kept; 0: all."""
     sink: int = 0
-    """Of these, the first frames that always stay."""
+    """Latent frames at the beginning that stay, too, beside the window's."""
     rounds: int = 3
     """Measured videos per model, the models in turn; the figures are medians over them."""
     warmup: int = 1

@@ -58,7 +58,7 @@ class PredictionConfig:
     window: int = 0
     """Latent frames of history that it sees; 0: all."""
     sink: int = 0
-    """Of these, the first frames that always stay."""
+    """Latent frames at the beginning that stay, too, beside the window's."""
     guidance: PredictionGuidance = field(default_factory=PredictionGuidance)
     """Guidance while predicting."""
 

@@ -85,9 +85,9 @@ class SampleConfig:
     start: str = ""
     """An image or video that all videos continue, a video at ``fps``; empty: none."""
     window: int = 0
-    """Latent frames of history that are kept, for videos longer than training; 0: all."""
+    """The last latent frames of history that are kept, for videos longer than training; 0: all."""
     sink: int = 0
-    """Of these, the first frames that always stay."""
+    """Latent frames at the beginning that stay, too, beside the window's."""
     dtype: str = "fp32"
     """Type of the student and the text encoder: fp32, bf16 or fp16; the VAE computes in fp32."""
     blocks: BlocksConfig | None = None

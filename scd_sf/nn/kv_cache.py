@@ -83,9 +83,9 @@ class CacheConfig:
     """The streaming history, counted in latent frames."""
 
     window: int | None = None
-    """Latent frames that are kept; null: all."""
+    """The last latent frames that are kept; null: all."""
     sink: int = 0
-    """First frames that always stay in the window."""
+    """First frames that stay, too, beside the window's."""
     preallocate: int | None = None
     """Frames of an in-place ring (sampling only); null: the functional cache of training."""
     turn_sink: bool = True

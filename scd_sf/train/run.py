@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -103,6 +103,10 @@ class RunConfig:
             )
 
 
+# the seed decides the order of the data and all noise: with another one it is another run
+_MAY_CHANGE = tuple(f"run.{field.name}" for field in fields(RunConfig) if field.name != "seed")
+
+
 class Run:
     """A run directory in use. Build it on every rank, before anything slow; raises UserError when
     it cannot be used."""
@@ -111,7 +115,7 @@ class Run:
         self, cfg: RunConfig, ranks: Ranks, *, config: object, may_change: Sequence[str] = ()
     ) -> None:
         """``config`` is the whole recipe config, ``may_change`` holds dotted prefixes of fields
-        that may differ on resume."""
+        that may differ on resume; those of ``cfg`` may, but for its seed."""
         self.cfg, self.ranks, self.dir = cfg, ranks, Path(cfg.dir)
         self.checkpoints = Checkpoints(self.dir / "checkpoints")
         self._metrics: TextIO | None = None
@@ -123,7 +127,7 @@ class Run:
         self._last_log_time = math.nan
         problem = ""
         if ranks.is_main:
-            problem = problem_of(lambda: self._claim(config, ("run", *may_change)))
+            problem = problem_of(lambda: self._claim(config, (*_MAY_CHANGE, *may_change)))
         if ranks.any(bool(problem)):
             self._lock.close()
             raise UserError(

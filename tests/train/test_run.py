@@ -152,7 +152,9 @@ def test_another_configuration_is_refused_by_key(tmp_path: Path) -> None:
     ):
         open_run(tmp_path, width=9)
     assert (tmp_path / "config.yaml").read_text() == before
-    open_run(tmp_path, steps=20, seed=3)
+    with pytest.raises(UserError, match=r"run\.seed is 0 there but 3 now; .*, or run\.seed=0 to"):
+        open_run(tmp_path, seed=3)
+    open_run(tmp_path, steps=20, log_every=3, timeout_minutes=1.0)
 
 
 def test_resume_policy(tmp_path: Path) -> None:
