@@ -29,7 +29,8 @@ from scd_sf.config import load_config
 ROOT = recipe_runner.ROOT
 HISTORY = ("docs/log.md", "CHANGELOG.md")  # what was true then
 WRITTEN = ("docs/results/gpu.json",)  # by a command, not by us
-COMMANDS = ("README.md", "CONTRIBUTING.md")  # their commands are complete: values are checked too
+# of pages that begin so, commands are complete: values are checked too
+COMMANDS = ("README.md", "CONTRIBUTING.md", "docs/how_to/")
 TREES = ("scd_sf", "recipes", "tests", "docs", "data_prep", "vbench_eval", "benchmarks", "assets")
 SCD: dict[str, type[Any]] = recipe_runner.load_script("docs/reference/generate.py").SCHEMAS
 LAUNCHERS = ("python", "deepspeed", "torchrun")
@@ -253,7 +254,9 @@ def problems(text: str, page: str = "docs/a.md") -> list[str]:
     wrong = [*wrong_paths(text), *wrong_extras(text)]
     for words in commands(text):
         complete = (
-            page in COMMANDS and "..." not in words and not any(word.isupper() for word in words)
+            page.startswith(COMMANDS)
+            and "..." not in words
+            and not any(word.isupper() for word in words)
         )
         if words[0] == "make":
             wrong += wrong_make(words)
