@@ -1,14 +1,25 @@
-"""What a request for videos means: the sampler and the size that it gets of a student."""
+"""What a request for videos means: sampler, size, guidance, seeds and start frames, as ``scd
+sample`` and the pipeline take them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from scd_sf.data.start import picture_pixels, read_start
+from scd_sf.diffusion.guidance import GuidanceConfig
+from scd_sf.generation.guided import SampleGuidance
 from scd_sf.models.build import SamplerConfig, Student
 from scd_sf.models.interface import check_chunks
 from scd_sf.models.wan.vae import VaeGeometry
 from scd_sf.types import UserError, VideoShape
+
+START_FPS = 16  # Wan's; a start video is resampled to it
 
 
 def choose_sampler(
@@ -31,6 +42,87 @@ def choose_sampler(
             "leave the sampler unset, or force it"
         )
     return sampler
+
+
+def choose_steps(
+    trained_sampler: SamplerConfig,
+    requested_sampler: SamplerConfig | None,
+    steps: int | None,
+    where: str,
+    *,
+    force: bool = False,
+) -> SamplerConfig:
+    """:func:`choose_sampler`, where diffusers' ``num_inference_steps`` may ask for another number
+    of steps. UserError: a distilled student has its own, unless ``force``."""
+    if steps is None or (requested_sampler or trained_sampler).steps == steps:
+        return choose_sampler(trained_sampler, requested_sampler, where, force=force)
+    if requested_sampler is not None:
+        raise UserError(
+            f"num_inference_steps is {steps}, but sampler has {requested_sampler.steps} steps; give one of them"
+        )
+    if trained_sampler.name == "renoise" and not force:
+        raise UserError(
+            f"num_inference_steps is {steps}, but {where} was distilled for {trained_sampler.steps} steps; "
+            "leave it out, or set force"
+        )
+    return replace(trained_sampler, steps=steps, times=())
+
+
+def choose_guidance(guidance: SampleGuidance | None, scale: float | None) -> SampleGuidance:
+    """``guidance``, or text guidance of diffusers' ``guidance_scale``: w, off at 1 and below."""
+    if scale is None:
+        return guidance or SampleGuidance()
+    if guidance is not None:
+        raise UserError("guidance_scale and guidance are both set; give one of them")
+    text = GuidanceConfig(scale)  # refuses what is no scale
+    return SampleGuidance(text if scale > 1 else GuidanceConfig())
+
+
+def choose_seeds(
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    prompts: int,
+    per_prompt: int,
+) -> list[int]:
+    """One seed per video, the videos of a prompt together. ``seed``: one for all prompts (None: 0)
+    or one each, to which a prompt's n-th video adds n. ``generator``: draws a seed for each video;
+    a list has one for each."""
+    videos = prompts * per_prompt
+    if generator is not None:
+        if seed is not None:
+            raise UserError("seed and generator are both set; give one of them")
+        own = [generator] * videos if isinstance(generator, torch.Generator) else list(generator)
+        if len(own) != videos:
+            raise UserError(
+                f"generator is a list of {len(own)} for {videos} videos; give one for each"
+            )
+        return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in own]
+    seeds = [seed or 0] * prompts if seed is None or isinstance(seed, int) else list(seed)
+    if len(seeds) != prompts:
+        raise UserError(f"{prompts} prompts but {len(seeds)} seeds; give one seed for each prompt")
+    return [first + n for first in seeds for n in range(per_prompt)]
+
+
+def start_pixels(start: object, prompts: int, shape: VideoShape, where: str) -> Tensor:
+    """Pixels (P, F, 3, H, W) in [0, 1] of the frames that P clips begin with, cropped and resized.
+
+    ``start``: a picture in memory (:func:`~scd_sf.data.start.picture_pixels`), the path of an image
+    or a video, or frames (F, 3, H, W) or (F, H, W, 3), for all clips; or a list of these, one for each.
+    """
+    starts = list(start) if isinstance(start, list | tuple) else [start] * prompts
+    if len(starts) != prompts:
+        raise UserError(f"{where}: {len(starts)} for {prompts} prompts; give one, or one for each")
+    size = (shape.pixel_height, shape.pixel_width)
+    parts = []
+    for one in starts:
+        if isinstance(one, str | Path):
+            parts.append(read_start(Path(one), size, shape.temporal, START_FPS))
+        else:
+            frames = list(one) if isinstance(one, Tensor | np.ndarray) and one.ndim == 4 else [one]
+            parts.append(torch.stack([picture_pixels(frame, size, where) for frame in frames]))
+    if len({len(part) for part in parts}) != 1:
+        raise UserError(f"{where}: the clips begin with different numbers of frames; cut them")
+    return torch.stack(parts)
 
 
 # Allowed numbers of frames and pixels of a request; 0: as trained.

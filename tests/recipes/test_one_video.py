@@ -104,11 +104,11 @@ def test_the_script_the_pipeline_and_its_stream(
     assert torch.equal(
         read_video(tmp_path / "out" / "0000-00.mp4"), read_video(tmp_path / "own.mp4")
     )
-    assert torch.equal(as_uint8(pipe(PROMPTS[1], seed=7).frames)[0], wanted)
+    assert torch.equal(as_uint8(pipe(PROMPTS[1], seed=7, output_type="pt").frames)[0], wanted)
     assert torch.equal(as_uint8(clips_of(pipe.stream(PROMPTS[1], seed=7)))[0], wanted)
-    both = as_uint8(pipe(PROMPTS, seed=[8, 7]).frames)
+    both = as_uint8(pipe(PROMPTS, seed=[8, 7], output_type="pt").frames)
     same(both[1], wanted)
-    long = as_uint8(pipe(PROMPTS[1], seed=7, frames=25).frames)[0]
+    long = as_uint8(pipe(PROMPTS[1], seed=7, frames=25, output_type="pt").frames)[0]
     assert torch.equal(long[: len(wanted)], wanted)
     assert torch.equal(sampled(chain, *given[1:2], "seed=7", "frames=25")[0], long)
 

@@ -15,7 +15,7 @@ from tiny_run import Chain
 
 from scd_sf import cli
 from scd_sf.generation.generate import clips_of, decode, generate_latents
-from scd_sf.generation.pipeline import STUDENT, SCDWanPipeline, export_pipeline
+from scd_sf.generation.pipeline import CLASS, STUDENT, SCDWanPipeline, export_pipeline
 from scd_sf.models.build import SamplerConfig, load_student
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.vae import load_vae
@@ -41,9 +41,9 @@ def test_it_is_the_rollout_and_the_decoder(chain: Chain, folder: Path) -> None:
         generate_latents(student, cond, [7, 8], (3, 4, 4, 4), config.sampler.build())
     )
     expected = decode(load_vae(chain.wan), latents)
-    got = pipe(PROMPTS, seed=[7, 8]).frames
+    got = pipe(PROMPTS, seed=[7, 8], output_type="pt").frames
     assert got.shape == (2, 9, 3, 32, 32) and float((got - expected).abs().max()) < 1e-4
-    alone = pipe(PROMPTS[1], seed=8).frames
+    alone = pipe(PROMPTS[1], seed=8, output_type="pt").frames
     assert float((alone - got[1:]).abs().max()) < 1e-4, "a clip depends on its own seed alone"
 
 
@@ -51,7 +51,9 @@ def test_frames_come_as_they_are_made(folder: Path) -> None:
     pipe = SCDWanPipeline.from_pretrained(folder)
     parts = list(pipe.stream(PROMPTS[0], seed=3, frames=13))
     assert [part.shape[1] for part in parts] == [1, 4, 4, 4]
-    assert torch.equal(torch.cat(parts, 1), pipe(PROMPTS[0], seed=3, frames=13).frames)
+    assert torch.equal(
+        torch.cat(parts, 1), pipe(PROMPTS[0], seed=3, frames=13, output_type="pt").frames
+    )
     assert not torch.equal(parts[0], next(pipe.stream(PROMPTS[0], seed=4)))
 
 
@@ -64,11 +66,11 @@ def test_saved_again_and_in_bf16(folder: Path, tmp_path: Path) -> None:
         for file in (tmp_path / "again").rglob("*")
         if file.is_file()
     }
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "SCDWanPipeline"
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == CLASS
     first, second = load_file(folder / STUDENT), load_file(tmp_path / "again" / STUDENT)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     half = SCDWanPipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
-    frames = half(PROMPTS[0], seed=7).frames
+    frames = half(PROMPTS[0], seed=7, output_type="pt").frames
     assert frames.dtype == torch.float32 and frames.isfinite().all()
     half.save_pretrained(tmp_path / "half")
     assert {t.dtype for t in load_file(tmp_path / "half" / STUDENT).values()} == {torch.bfloat16}
@@ -80,8 +82,10 @@ def test_a_distilled_student_keeps_its_sampler(folder: Path) -> None:
         UserError, match=r"distilled for sampler .*renoise.* not for .*euler.*force"
     ):
         pipe(PROMPTS[0], sampler=euler)
-    forced = pipe(PROMPTS[0], sampler=euler, force=True).frames
-    assert forced.isfinite().all() and not torch.equal(forced, pipe(PROMPTS[0]).frames)
+    forced = pipe(PROMPTS[0], sampler=euler, force=True, output_type="pt").frames
+    assert forced.isfinite().all() and not torch.equal(
+        forced, pipe(PROMPTS[0], output_type="pt").frames
+    )
 
 
 def test_bad_input(chain: Chain, folder: Path, tmp_path: Path) -> None:
