@@ -85,7 +85,7 @@ class Checkpointer:
 
     def resume(self) -> int:
         """Load the newest verified step and open the metric writers there; returns the number of
-        finished updates.
+        finished updates. Without one the average is that of the first weights.
 
         UserError: the checkpoint was trained on other data, or the disk has no room for one
         checkpoint.
@@ -95,7 +95,11 @@ class Checkpointer:
             self._check_data(path)
         if path != self.checkpoints.path(self.train.steps):
             self._check_space()
-        step = self._load(path) if path is not None else 0
+        if path is None:
+            step = 0
+            self.ema.restore(self.engines["model"].owned(), 0)
+        else:
+            step = self._load(path)
         self.run.start(step)
         return step
 
@@ -123,7 +127,9 @@ class Checkpointer:
         for name, engine in self.engines.items():
             engine.load(path / STATE / name)
         masters = list(self.engines["model"].owned())
-        self.ema.restore(read_shards(path / "ema.safetensors", masters), recipe.ema_updates)
+        # an average of no update may be empty: earlier versions wrote none before the first
+        averages = read_shards(path / "ema.safetensors", masters) if recipe.ema_updates else masters
+        self.ema.restore(averages, recipe.ema_updates)
         self.record = recipe.numbers(path)
         self.extra = {name: Ema(self.ema.cfg, self.ranks) for name in recipe.extra}
         for name, ema in self.extra.items():

@@ -55,7 +55,7 @@ class Ema:
     def update(self, owned: Iterable[Shard]) -> None:
         """Call once after each applied update, with this rank's parts of all masters
         (``Engine.owned``)."""
-        decay, first = self.decay_at(self.updates), not self._average
+        decay, first = self.decay_at(self.updates), self.updates == 0
         for shard in owned:
             if first:
                 self._average[shard.name] = shard.holding(shard.values.float().clone())
@@ -80,8 +80,8 @@ class Ema:
         return copy
 
     def restore(self, owned: Iterable[Shard], updates: int) -> None:
-        """Continue from a checkpoint: this rank's parts of the average, and the number of updates
-        in it."""
+        """Begin from this rank's parts of the average and the number of updates in it: those of a
+        checkpoint, or the first weights and 0."""
         self._average = {shard.name: shard.holding(shard.values.float().clone()) for shard in owned}
         self.updates = updates
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import recipe_runner
 import tiny_run
+import torch
 from recipe_runner import At
 from tiny_run import BACKWARD, SCRIPTS, Chain, same_as_uninterrupted
 
 from scd_sf.data.latents import epoch_order
+from scd_sf.tensor_files import read_tensors
 from scd_sf.train.stop import EXIT_AGAIN
 
 
@@ -119,6 +121,26 @@ def test_a_diverged_run_ends_and_goes_on_without_the_data(chain: Chain, tmp_path
     refused = recipe_runner.run(SCRIPTS["stage2"], *arguments, "train.steps=7")
     assert refused.code == 2 and "is not the one of the checkpoint of step 6" in refused.err
     assert steps(run)[-1] == 6
+
+
+def test_a_run_whose_first_update_is_skipped(chain: Chain, tmp_path: Path) -> None:
+    """It validates, saves and resumes with the average of no update: the first weights."""
+    run = tmp_path / "run"
+    arguments = [
+        *chain.stage2(run),
+        f"data={poisoned(tmp_path / 'data', step=1)}",
+        "train.validate_every=1",
+    ]
+    stop = At(BACKWARD, 2, signal.SIGTERM)
+    stopped = recipe_runner.run(SCRIPTS["stage2"], *arguments, at=stop)
+    assert stopped.code == EXIT_AGAIN, stopped.err
+    saved = run / "checkpoints" / "step_00000001"
+    average, weights = (read_tensors(saved / f"{name}.safetensors") for name in ("ema", "model"))
+    assert average.keys() == weights.keys()
+    assert all(torch.equal(average[name], weights[name].float()) for name in weights)
+    recipe_runner.succeed(SCRIPTS["stage2"], *arguments)
+    rows = tiny_run.metrics(run)
+    assert rows[0]["loss"] is None and all(row["val/loss"] for row in rows)
 
 
 def test_a_diverged_run_gives_up_with_a_report(chain: Chain, tmp_path: Path) -> None:
