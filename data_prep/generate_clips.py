@@ -2,15 +2,16 @@
 per clip.
 
     deepspeed --hostfile hosts data_prep/generate_clips.py model=models/Wan2.1-T2V-14B-Diffusers \\
-        prompt_file=prompts.jsonl out=data/wan14b
+        prompt_file=prompts.jsonl val=0.01 out=data/wan14b
     torchrun --nproc_per_node 8 data_prep/generate_clips.py ... engine.backend=torch
     python data_prep/generate_clips.py ... launcher=ray      # after 'ray start --head', on others 'ray start --address'
 
-``out`` is what ``stage2_flow_matching.py data=`` takes. A file's name is the hash of all that
+Stage 2 reads the result as ``data=<out>/train val=<out>/val``: prompts are split by their hash.
+Without ``val`` all clips lie in ``out`` itself, for ``data=<out>``. A file's name is the hash of all that
 decides the clip, and files appear whole: so the same command goes on after any kill, on any number
 of ranks or hosts, and a clip that is made twice is the same file. Prompts are encoded first and
-kept in ``out/text-cache``, which may be deleted when all is done. Fields:
-scd_sf/tools/generate/plan.py. The folder's tools: ``scd data check | repair | manifest |
+kept in ``out/text-cache``, which may be deleted when all is done. The
+tools of such a folder: ``scd data check | repair | manifest |
 export-webdataset``.
 """
 

@@ -224,11 +224,11 @@ def _settings(job: VideosJob) -> Json:
 
 
 def _patch(model: Path) -> int:
-    """Latent positions along a side that the video model takes together; 1 where the model
-    directory holds no transformer."""
+    """Latent positions along a side that the video model takes together: Wan's for a name on the
+    hub, 1 where the model directory holds no transformer."""
     path = model / "transformer" / "config.json"
     if not path.is_file():
-        return 1
+        return 1 if model.exists() else WAN_PATCH
     patch = read_json(path, "copy the model again").get("patch_size")
     return max(int(side) for side in patch[1:]) if isinstance(patch, list) else WAN_PATCH
 

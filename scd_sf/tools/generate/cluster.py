@@ -67,7 +67,7 @@ def run_on_cluster(cfg: GenerateConfig) -> None:
         raise UserError("launcher=ray needs Ray; pip install 'scd-sf[cluster]'") from error
     with ExitStack() as locks:
         specs = prepare(cfg, locks)
-        common = read_folder_job(Path(cfg.out))
+        common = read_folder_job(cfg.roots[0])
         units = [
             unit for unit in units_of(specs, cfg.batch) if missing(Path(cfg.out), common, unit)
         ]

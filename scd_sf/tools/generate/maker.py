@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from scd_sf import __version__
-from scd_sf.data.clip_files import VIDEO, About, clip_path, sweep_clips, write_clip
+from scd_sf.data.clip_files import VIDEO, About, clip_path, clip_paths, sweep_clips, write_clip
 from scd_sf.data.clip_index import JOB, Common, fault_of, open_job, read_folder_job
 from scd_sf.data.clips import write_video
 from scd_sf.data.prompts import index_clips, write_fixed_prompts
 from scd_sf.diffusion.guidance import guided
 from scd_sf.diffusion.samplers import build_sampler
 from scd_sf.distributed import Ranks
-from scd_sf.files import hash_json, locked, require_own_folder, sha256_file, write_jsonl
+from scd_sf.files import hash_json, locked, require_own_folder, sha256_file, write_json, write_jsonl
 from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.rollout import sample_bidirectional
 from scd_sf.models.wan.text import pad_states
@@ -40,6 +40,7 @@ from scd_sf.train.engine import frozen_engine
 from scd_sf.types import Conditioning, UserError
 
 WANTED = "wanted.jsonl"
+SPLITS = "splits.json"  # in a folder whose clips lie in train and val
 PROMPTS_AT_ONCE = 64  # states held in memory while encoding
 MAX_PROBLEMS = 10  # clips of one rank or cluster that may fail
 
@@ -72,16 +73,35 @@ def prepare(cfg: GenerateConfig, locks: ExitStack) -> list[Spec]:
     )
     specs = wanted_clips(cfg, common)
     _check_disk(out, common, specs)
-    require_own_folder(out, [JOB])
+    require_own_folder(out, [SPLITS if cfg.val else JOB])
     locks.enter_context(locked(out, "generate_clips"))
-    open_job(out, common)
-    write_jsonl(out / WANTED, [asdict(spec) for spec in specs])
+    if cfg.val and not (out / SPLITS).is_file():  # before train and val, so that a kill leaves it
+        write_json(out / SPLITS, {"folders": [root.name for root in cfg.roots], "val": cfg.val})
+    for root in cfg.roots:
+        open_job(root, common)
+    _check_splits(cfg, specs)
+    for root in cfg.roots:
+        rows = [asdict(spec) for spec in specs if out / spec.folder == root]
+        write_jsonl(
+            root / WANTED, [{k: v for k, v in row.items() if k != "folder"} for row in rows]
+        )
     return specs
+
+
+def _check_splits(cfg: GenerateConfig, specs: Sequence[Spec]) -> None:
+    """UserError where a clip was made for the other split, by other prompts beside it."""
+    for spec in specs:
+        for root in cfg.roots:
+            if root != Path(cfg.out) / spec.folder and clip_path(root, spec.id).is_file():
+                raise UserError(
+                    f"{clip_path(root, spec.id)}: this prompt is in {root.name} and belongs to {spec.folder} among the "
+                    "present prompts; give val as a share, which does not depend on them, in another out="
+                )
 
 
 def _check_disk(out: Path, common: Common, specs: Sequence[Spec]) -> None:
     existing_folder = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    clip_count = sum(not clip_path(out, spec.id).is_file() for spec in specs)
+    clip_count = sum(not clip_path(out / spec.folder, spec.id).is_file() for spec in specs)
     needed_bytes = (
         clip_count * common.torch_dtype.itemsize * torch.Size(common.shape.latent(1)).numel()
     )
@@ -94,7 +114,7 @@ def _check_disk(out: Path, common: Common, specs: Sequence[Spec]) -> None:
 def missing(root: Path, common: Common, unit: Unit) -> list[Spec]:
     """The clips of a unit that do not exist or are damaged (names and headers are read, no
     data)."""
-    paths = [(spec, clip_path(root, spec.id)) for spec in unit]
+    paths = [(spec, clip_path(root / spec.folder, spec.id)) for spec in unit]
     return [spec for spec, path in paths if not path.is_file() or fault_of(path, common)]
 
 
@@ -105,7 +125,7 @@ class Maker:
     def __init__(self, cfg: GenerateConfig, ranks: Ranks) -> None:
         self.cfg, self.ranks = cfg, ranks
         self.root = Path(cfg.out)
-        self.common = read_folder_job(self.root)
+        self.common = read_folder_job(cfg.roots[0])
         self.sampler = build_sampler(cfg.sampler.name, cfg.sampler.steps, cfg.sampler.shift)
         self.text = self._encoder()
 
@@ -118,14 +138,16 @@ class Maker:
 
     def tidy(self) -> None:
         """Remove temporary files of killed processes. One worker per machine calls it."""
-        sweep_clips(self.root)
+        for root in self.cfg.roots:
+            sweep_clips(root)
 
     def fixed_prompts(self) -> None:
         """Write the files of the empty and the negative prompt. One worker calls it, before any
         clip is made."""
-        write_fixed_prompts(
-            self.root, self.text.states, self.cfg.negative_prompt, self.common.torch_dtype
-        )
+        for root in self.cfg.roots:
+            write_fixed_prompts(
+                root, self.text.states, self.cfg.negative_prompt, self.common.torch_dtype
+            )
 
     def encode(self, prompts: Sequence[str]) -> int:
         """Encode prompts into the cache and return their number."""
@@ -165,7 +187,7 @@ class Maker:
     def _write(self, spec: Spec, latents: Tensor) -> None:
         """Write a clip, its video first. So a latent file means that the clip is complete."""
         cfg, settings, shape = self.cfg, self.common.settings, self.common.shape
-        path = clip_path(self.root, spec.id)
+        path = clip_path(self.root / spec.folder, spec.id)
         path.parent.mkdir(exist_ok=True)
         digest = self._write_video(path.with_suffix(VIDEO), latents) if cfg.videos else ""
         about = About(
@@ -188,7 +210,7 @@ class Maker:
             toolkit=__version__,
         )
         states = self.text.states([spec.prompt])[0].to(self.common.torch_dtype)
-        write_clip(self.root, latents, states, about)
+        write_clip(self.root / spec.folder, latents, states, about)
 
     def _write_video(self, path: Path, latents: Tensor) -> str:
         """Write the video, decoded from the latents as stored, and return the mp4's sha256."""
@@ -225,15 +247,18 @@ def finish(cfg: GenerateConfig, specs: Sequence[Spec], problems: Sequence[str]) 
     """Write the index of the folder's clips and return one line about it. UserError where clips are
     missing."""
     root = Path(cfg.out)
-    missing_ids = [spec.id for spec in specs if not clip_path(root, spec.id).is_file()]
+    missing_ids = [
+        spec.id for spec in specs if not clip_path(root / spec.folder, spec.id).is_file()
+    ]
     if len(missing_ids) == len(specs):
         raise UserError(
             f"{root}: no clip was made; {problems[0] if problems else 'see the messages above'}"
         )
-    count = index_clips(root)
+    count = sum(index_clips(folder) for folder in cfg.roots if clip_paths(folder))
     if missing_ids:
         reason = f"; the first: {problems[0]}" if problems else "; run the same command again"
         raise UserError(
             f"{root}: {len(missing_ids)} of {len(specs)} clips are missing (first {missing_ids[0]}){reason}"
         )
-    return f"{root}: all {len(specs)} clips of this run are there, {count} in the index"
+    hint = f"; stage 2 reads data={root / 'train'} val={root / 'val'}" if cfg.val else ""
+    return f"{root}: all {len(specs)} clips of this run are there, {count} in the index{hint}"

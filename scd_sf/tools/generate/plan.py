@@ -77,6 +77,9 @@ class GenerateConfig:
     """A txt, csv or jsonl file, or the folder of a filter or extender; a column uuid is kept."""
     prompt_column: str = "prompt"
     """Column or key of the prompts in a csv or jsonl file."""
+    val: float = 0.0
+    """Clips for validation: below 1 the share of the prompts, from 1 on their number, chosen by the
+    hash of the prompt; then ``out`` gets train and val. 0: all clips lie in ``out`` itself."""
     samples: int = 1
     """Clips per prompt."""
     seed: int = 0
@@ -139,6 +142,10 @@ class GenerateConfig:
                 raise UserError(f"engine.{name} is set, but the teacher is not trained: remove it")
         if bool(self.prompts) == bool(self.prompt_file):
             raise UserError("set either prompts or prompt_file")
+        if self.val < 0 or (self.val > 1 and self.val % 1):
+            raise UserError(
+                f"val is {self.val:g}; give a share of the prompts below 1, or a whole number of them"
+            )
         if not 0 <= self.crf <= 51:
             raise UserError(f"crf is {self.crf}; it must be 0 (best) .. 51")
         dtype_of(self.store, "store")
@@ -155,18 +162,24 @@ class GenerateConfig:
             )
 
     @property
+    def roots(self) -> list[Path]:
+        """The folders of the clips: ``out``, or ``out/train`` and ``out/val``."""
+        return [Path(self.out) / name for name in (("train", "val") if self.val else ("",))]
+
+    @property
     def cache_folder(self) -> str:
         return self.text_cache or str(Path(self.out) / "text-cache")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One clip to make."""
+    """One clip to make. ``folder``: its folder in ``out``; "" where all lie in ``out`` itself."""
 
     id: str
     prompt: str
     uuid: str
     seed: int
+    folder: str = ""
 
     @property
     def noise_seed(self) -> int:
@@ -199,6 +212,7 @@ def settings_of(cfg: GenerateConfig, files: WanFiles) -> Json:
         "dtype": cfg.engine.dtype,
         "batch": cfg.batch,
         "videos": [cfg.fps, cfg.crf] if cfg.videos else [],
+        **({"val": cfg.val} if cfg.val else {}),
     }
 
 
@@ -239,6 +253,7 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
     rows = [PromptRow(prompt.strip()) for prompt in cfg.prompts]
     if cfg.prompt_file:
         rows = read_prompt_file(Path(cfg.prompt_file), cfg.prompt_column)
+    folders = _splits([row.prompt for row in rows], cfg.val)
     specs: dict[str, Spec] = {}
     for number, row in enumerate(rows, 1):
         if problems := [name for name in ("then", "start") if getattr(row, name)] or (
@@ -251,9 +266,34 @@ def wanted_clips(cfg: GenerateConfig, common: Common) -> list[Spec]:
             )
         first_seed = cfg.seed if row.seed is None else row.seed
         for seed in range(first_seed, first_seed + cfg.samples):
-            spec = Spec(clip_id(row.prompt, seed, common), row.prompt, row.uuid, seed)
+            spec = Spec(
+                clip_id(row.prompt, seed, common),
+                row.prompt,
+                row.uuid,
+                seed,
+                folders.get(row.prompt, ""),
+            )
             specs.setdefault(spec.id, spec)
     return [specs[key] for key in sorted(specs)]
+
+
+def _splits(prompts: Sequence[str], val: float) -> dict[str, str]:
+    """Prompt -> train or val; empty for ``val`` 0. A share takes the prompts whose hash is below it,
+    so that prompts that come later do not change the split; a number takes the lowest hashes.
+
+    UserError: one of the two would be empty."""
+    if not val:
+        return {}
+    hashes = {prompt: hash_json(prompt) for prompt in prompts}
+    if val < 1:
+        kept = {prompt for prompt, digest in hashes.items() if int(digest[:13], 16) < val * 16**13}
+    else:
+        kept = set(sorted(hashes, key=hashes.__getitem__)[: round(val)])
+    if not 0 < len(kept) < len(hashes):
+        raise UserError(
+            f"val={val:g} takes {len(kept)} of {len(hashes)} prompts; give a number that leaves some for both"
+        )
+    return {prompt: "val" if prompt in kept else "train" for prompt in hashes}
 
 
 def units_of(specs: Sequence[Spec], batch: int) -> list[Unit]:

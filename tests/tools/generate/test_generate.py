@@ -169,6 +169,38 @@ def test_ctrl_c_and_two_at_once(model: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_train_and_val_by_one_command(model: Path, tmp_path: Path) -> None:
+    """Split by the hash of the prompt; a share does not move prompts that were there before."""
+
+    def splits(prompts: list[str], val: float) -> dict[str, str]:
+        cfg = GenerateConfig("m", "o", prompts=prompts, val=val, samples=2)
+        return {spec.prompt: spec.folder for spec in wanted_clips(cfg, common())}
+
+    many = [f"prompt {number}" for number in range(400)]
+    first = splits(many[:200], 0.1)
+    assert 5 < list(first.values()).count("val") < 40
+    assert {prompt: splits(many, 0.1)[prompt] for prompt in first} == first
+    assert list(splits(many, 7).values()).count("val") == 7
+    with pytest.raises(UserError, match="val=4 takes 4 of 4 prompts"):
+        splits(many[:4], 4)
+    out = tmp_path / "out"
+    given = [*arguments(model, out), "samples=1", "videos=false"]
+    killed = recipe_runner.run(SCRIPT, *given, "val=1", at=At(PLACES_TO_DIE, 14))
+    assert killed.code == -signal.SIGKILL
+    said = recipe_runner.succeed(SCRIPT, *given, "val=1").out
+    assert f"data={out}/train val={out}/val" in said
+    train, val = LatentClips(out / "train"), LatentClips(out / "val")
+    assert (len(train), len(val)) == (3, 1) and train.shape == val.shape
+    assert sorted([*train.texts(range(3)), *val.texts([0])]) == sorted(PROMPTS)
+    for more, message in (
+        ("val=2", "made with other settings (val)"),
+        ("val=0", "holds other files"),
+        ("val=1.5", "val is 1.5"),
+    ):
+        refused = recipe_runner.run(SCRIPT, *given, more)
+        assert refused.code == 2 and message in refused.err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_the_folder_is_training_data_with_all_that_is_known(unbroken: Path, model: Path) -> None:
     clips = LatentClips(unbroken)
