@@ -12,6 +12,7 @@ models of that revision computed from :func:`noise`.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,8 +28,12 @@ from scd_sf.data.frames import FrameClips
 from scd_sf.data.latents import LatentClips
 from scd_sf.data.prompts import PromptSet
 from scd_sf.evaluation.prediction import load_predictor
+from scd_sf.generation.generate import decode, generate_latents
+from scd_sf.generation.pipeline import SCDWanPipeline
 from scd_sf.models.build import load_student
 from scd_sf.models.interface import FrameGenerator, Query
+from scd_sf.models.wan.text import load_text_encoder
+from scd_sf.models.wan.vae import load_vae
 from scd_sf.tensor_files import read_tensors
 from scd_sf.types import Conditioning
 
@@ -106,6 +111,35 @@ def test_folders_are_whole(before: Path) -> None:
         "left in meadow",
         "still in hall",
     }
+
+
+def test_a_pipeline_directory_is_read(before: Path) -> None:
+    """As 0.1.0 exported one: its name of the class in model_index.json, and the exported file as the
+    student. Its callers passed ``frames``, ``height``, ``width`` and ``seed``."""
+    folder = before / "pipeline"
+    (folder / "transformer").mkdir(parents=True)
+    shutil.copy(before / "single.safetensors", folder / "transformer" / "model.safetensors")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(before / "wan" / part, folder / part)
+    index = {
+        "_class_name": "SCDWanPipeline",
+        "_diffusers_version": "0.42.1",
+        "transformer": ["scd_sf", "ScdWan"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "AutoModelForTextEncoding"],
+        "tokenizer": ["transformers", "AutoTokenizer"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = SCDWanPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    size = {"frames": 5, "height": 32, "width": 32}
+    clip = pipe("left in meadow", seed=[3], output_type="pt", **size).frames
+    parts = list(pipe.stream("left in meadow", seed=3, **size))
+    assert clip.shape == (1, 5, 3, 32, 32) and torch.equal(torch.cat(parts, 1), clip)
+    student, config = load_student(before / "single.safetensors")
+    text = load_text_encoder(before / "wan").encode(["left in meadow"])
+    latents = generate_latents(student, text, [3], (2, 4, 4, 4), config.sampler.build())
+    expected = decode(load_vae(before / "wan"), torch.cat(list(latents), 1))
+    torch.testing.assert_close(clip, expected, atol=1e-5, rtol=0)
 
 
 def test_runs_and_folders_go_on(before: Path) -> None:

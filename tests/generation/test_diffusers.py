@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from PIL import Image
 from torch import Tensor
 
-from scd_sf.data.clips import write_video
+from scd_sf.data.clips import read_video, write_video
 from scd_sf.diffusion.guidance import GuidanceConfig
 from scd_sf.generation.generate import as_uint8
 from scd_sf.generation.guided import SampleGuidance
@@ -35,6 +36,7 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.types import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT, OTHER = "left in meadow", "still in hall"
 DISTILLED, PLAIN = SamplerConfig("renoise", 2, 5.0), SamplerConfig("euler", 2, 5.0)
 
@@ -536,6 +538,21 @@ def test_model_offload_brings_every_part(root: Path, video: np.ndarray) -> None:
     parts.close()
     with pytest.raises(UserError, match="use enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
+
+
+def test_the_how_to_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of Python in docs/how_to/diffusers.md, one after the other, as a reader would."""
+    page = (ROOT / "docs" / "how_to" / "diffusers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exported").symlink_to(root / "distilled")
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "docs/how_to/diffusers.md", "exec"), names)
+    assert names["clip"].shape == (9, 16, 16, 3) and len(read_video(tmp_path / "car.mp4")) == 9
+    assert (len(names["videos"]), len(names["videos"][0])) == (4, 17)
+    assert names["frames"].shape == (1, 4, 16, 16, 3) and len(names["short"]) == 9
 
 
 @pytest.mark.gpu
