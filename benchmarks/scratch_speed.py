@@ -36,6 +36,7 @@ from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import FrameStreamer
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, exit_on_user_error
 
@@ -104,8 +105,7 @@ def training(model: Student, frames: int, samples: int) -> Callable[[], None]:
     as in training."""
     x_0 = torch.randn(1, frames, CHANNELS, SIDE, SIDE)
     cfg = FlowMatchingConfig(shift=1.0, noise_samples=samples)
-    for trunk in model.trunks():
-        trunk.checkpointing = True
+    set_checkpointing(model.trunks(), True)
     model.requires_grad_(True)
 
     def run() -> None:

@@ -38,6 +38,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, Denoiser, exit_on_user_error
@@ -103,9 +104,7 @@ def stage2(
     checkpointing), or "all but attention"."""
 
     def run() -> None:
-        for trunk in model.trunks():
-            trunk.checkpointing = recompute != "nothing"
-            trunk.recompute_attention = recompute == "everything"
+        set_checkpointing(model.trunks(), recompute != "nothing", recompute == "everything")
         loss, _ = flow_matching_loss(
             model, x, COND, COND, FlowMatchingConfig(noise_samples=samples), rng()
         )
@@ -138,8 +137,7 @@ def cycle(
 
     def run() -> None:
         parts.runs.append(defaultdict(float))
-        for trunk in student.trunks():
-            trunk.checkpointing = False
+        set_checkpointing(student.trunks(), False)
         for _ in range(0 if shared else ratio):
             with parts.timing("rollout"), torch.no_grad():
                 fake = self_rollout()

@@ -43,6 +43,7 @@ from scd_sf.models.build import (
 )
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer
@@ -137,9 +138,7 @@ def check_consistent(model: ModelConfig) -> None:
 
 def model_engine(cfg: PretrainConfig, ranks: Ranks, model: Student) -> Engine:
     """The model's engine; its forward pass is the whole loss."""
-    for trunk in model.trunks():
-        trunk.checkpointing = cfg.checkpointing
-        trunk.recompute_attention = cfg.recompute_attention
+    set_checkpointing(model.trunks(), cfg.checkpointing, cfg.recompute_attention)
     if isinstance(model, Scd):
         model.samples_in_turn = cfg.samples_in_turn
 

@@ -25,6 +25,7 @@ from scd_sf.generation.preview import Preview
 from scd_sf.generation.validation import show_previews, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
 from scd_sf.models.build import Student, build_student, load_student
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage2Config
@@ -43,9 +44,7 @@ from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 def student_engine(cfg: Stage2Config, ranks: Ranks, student: Student, null: Conditioning) -> Engine:
     """The student's engine; its forward pass is the whole loss."""
-    for trunk in student.trunks():
-        trunk.checkpointing = cfg.checkpointing
-        trunk.recompute_attention = cfg.recompute_attention
+    set_checkpointing(student.trunks(), cfg.checkpointing, cfg.recompute_attention)
 
     def loss_fn(
         model: Student, x_0: Tensor, cond: Conditioning, rng: torch.Generator

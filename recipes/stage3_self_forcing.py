@@ -36,6 +36,7 @@ from scd_sf.generation.rollout import rollout
 from scd_sf.generation.validation import show_previews
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.models.build import ModelConfig, Student, build_student, load_student
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.hub import pinned
 from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan
@@ -285,9 +286,8 @@ def build(
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
 
     critic = load_wan(Path(cfg.critic))
-    for trunk in (*student.trunks(), critic.trunk):
-        trunk.checkpointing = cfg.checkpointing
-        trunk.recompute_attention = cfg.recompute_attention
+    trunks = [*student.trunks(), critic.trunk]
+    set_checkpointing(trunks, cfg.checkpointing, cfg.recompute_attention)
     engine = partial(
         build_engine,
         ranks=ranks,

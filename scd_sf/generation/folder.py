@@ -20,9 +20,9 @@ from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
 from scd_sf.generation.sampling import (
     SampleConfig,
-    Studio,
+    VideoGenerator,
     VideoRequest,
-    open_studio,
+    open_generator,
     wanted_videos,
 )
 from scd_sf.types import UserError, say
@@ -104,9 +104,9 @@ def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest
     return groups
 
 
-def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
+def make(video_generator: VideoGenerator, out: Path, videos: Sequence[VideoRequest]) -> None:
     """Generate one batch of videos. Frames are written as they come, each record after its file."""
-    cfg = studio.cfg
+    cfg = video_generator.cfg
     for folder in {
         path.parent for video in videos for path in (out / video.file, record_file(out, video))
     }:
@@ -115,7 +115,7 @@ def make(studio: Studio, out: Path, videos: Sequence[VideoRequest]) -> None:
         writers = [
             files.enter_context(video_writer(out / v.file, cfg.fps, crf=cfg.crf)) for v in videos
         ]
-        for part in studio.frames(videos):
+        for part in video_generator.frames(videos):
             for write, frames in zip(writers, part.cpu(), strict=True):
                 write(frames)
     for video in videos:
@@ -141,7 +141,7 @@ def make_videos(
     each run replaces."""
     out = Path(cfg.out)
     checkpoint = ranks.checkpoint(cfg.checkpoint, cfg.weights)
-    studio, settings = open_studio(cfg, ranks.device, checkpoint)
+    video_generator, settings = open_generator(cfg, ranks.device, checkpoint)
     settings |= {
         "checkpoint_sha256": ranks.on_main(lambda: weights_sha256(checkpoint, cfg.weights)),
         **extra_settings,
@@ -150,12 +150,14 @@ def make_videos(
         ranks.on_main(lambda: require_own_folder(out, [INDEX]))
         ranks.on_main(lambda: locks.enter_context(locked(out, "samples")))
         ranks.on_main(lambda: open_sample_folder(out, settings))
-        make_missing(studio, out, ranks, videos)
+        make_missing(video_generator, out, ranks, videos)
         if ranks.is_main:
             write_json(out / INDEX, {"settings": settings, **notes, "videos": finished_videos(out)})
 
 
-def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]) -> None:
+def make_missing(
+    video_generator: VideoGenerator, out: Path, ranks: Ranks, videos: Sequence[VideoRequest]
+) -> None:
     """Generate this rank's share of the missing videos. Returns when all ranks are done."""
     missing_videos = waiting(out, videos)
     ranks.barrier()  # no rank finishes a video before all have counted
@@ -163,8 +165,8 @@ def make_missing(studio: Studio, out: Path, ranks: Ranks, videos: Sequence[Video
     if ranks.is_main:
         say(f"{out}: {len(videos)} videos, {len(videos) - len(missing_videos)} finished before")
     start_time, num_made = time.monotonic(), 0
-    for part in batches(own_videos, studio.cfg.batch):
-        make(studio, out, part)
+    for part in batches(own_videos, video_generator.cfg.batch):
+        make(video_generator, out, part)
         num_made += len(part)
         seconds = (time.monotonic() - start_time) / num_made
         minutes, remaining = divmod(round(seconds * (len(own_videos) - num_made)), 60)

@@ -190,7 +190,7 @@ def wanted_videos(cfg: SampleConfig) -> list[VideoRequest]:
 
 
 @dataclass
-class Studio:
+class VideoGenerator:
     """The parts that generate videos: student, sampler, VAE, text encoder, size and device."""
 
     cfg: SampleConfig
@@ -250,9 +250,9 @@ class Studio:
             yield as_uint8(pixels)
 
 
-def open_studio(
+def open_generator(
     cfg: SampleConfig, device: torch.device, path: Path | None = None
-) -> tuple[Studio, dict[str, object]]:
+) -> tuple[VideoGenerator, dict[str, object]]:
     """Load and check everything; also the settings that all videos of a manifest share. ``path``:
     the checkpoint, where it has been looked up."""
     path = path or Path(cfg.checkpoint)
@@ -283,7 +283,7 @@ def open_studio(
         "seed": cfg.seed,
     }
     compile_steps(student.to(device, dtype_of(cfg.dtype)), cfg.compile, device)
-    return Studio(cfg, student, sampler.build(), vae, text, shape, device), settings
+    return VideoGenerator(cfg, student, sampler.build(), vae, text, shape, device), settings
 
 
 def check_text_width(text: TextEncoder, description: CheckpointConfig, base: Path) -> None:

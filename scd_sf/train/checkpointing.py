@@ -75,7 +75,7 @@ class Checkpointer:
         self.config_yaml, self.origin = config_yaml, origin
         self.record: dict[str, float] = {}
         self.extra: dict[str, Ema] = {}
-        self._saving: Saving | None = None
+        self._saving: BackgroundSave | None = None
         self._sizes = {
             name: sum(math.prod(shard.shape) for shard in engine.owned())
             for name, engine in engines.items()
@@ -146,7 +146,7 @@ class Checkpointer:
         Unless ``required``, a failure is an alarm in the log, and the next checkpoint tries again.
         With ``train.async_save`` it is then written while the training goes on.
         """
-        self.settle()
+        self.wait()
         if self.ranks.on_main(lambda: self.checkpoints.has(step)):
             return
         problem = (
@@ -157,13 +157,13 @@ class Checkpointer:
         if self.ranks.any(bool(problem)):
             self._report_failure(step, problem, required)
             return
-        self._saving = Saving(
+        self._saving = BackgroundSave(
             self.checkpoints, self.ranks, step, self._state_writer(step), self._committer(step)
         )
         if required or not self.train.async_save:
-            self.settle(required=required)
+            self.wait(required=required)
 
-    def settle(self, *, required: bool = False) -> None:
+    def wait(self, *, required: bool = False) -> None:
         """Wait until no checkpoint is being written; all ranks call it."""
         if self._saving is None:
             return
@@ -269,7 +269,7 @@ class _Saved:
         return numbers
 
 
-class Saving:
+class BackgroundSave:
     """A checkpoint that a thread is writing. ``write_state(dir)`` writes this rank's part;
     ``commit`` runs on the main rank when all parts are written."""
 

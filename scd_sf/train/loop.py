@@ -112,7 +112,7 @@ class Loop:
 
         UserError: there is no checkpoint, or ``max_rollbacks`` are used up.
         """
-        self._checkpointer.settle()
+        self._checkpointer.wait()
         path = self.ranks.on_main(self.run.checkpoints.newest)
         if path is None or len(self._rollbacks) >= self.train.max_rollbacks:
             too_many = f"{self.train.max_rollbacks} rollbacks did not help"

@@ -21,7 +21,7 @@ from scd_sf.generation.folder import batches
 from scd_sf.generation.generate import as_uint8, clips_of, decode, generate_latents
 from scd_sf.generation.pipeline import SCDWanPipeline, export_pipeline
 from scd_sf.generation.preview import Preview
-from scd_sf.generation.sampling import SampleConfig, open_studio, wanted_videos
+from scd_sf.generation.sampling import SampleConfig, open_generator, wanted_videos
 from scd_sf.models.build import load_student
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.vae import load_vae
@@ -34,11 +34,11 @@ SHAPE = VideoShape(3, 4, 4, 4)
 def sampled(chain: Chain, *more: str, batch: int = 1) -> list[Tensor]:
     """Frames (F, 3, H, W) uint8 of every video that `scd sample` would make."""
     given = [f"checkpoint={chain.root}/stage3", "out=x", f"batch={batch}", *more]
-    studio, _ = open_studio(load_config(SampleConfig, None, given), torch.device("cpu"))
+    video_generator, _ = open_generator(load_config(SampleConfig, None, given), torch.device("cpu"))
     return [
         video
-        for part in batches(wanted_videos(studio.cfg), batch)
-        for video in clips_of(studio.frames(part))
+        for part in batches(wanted_videos(video_generator.cfg), batch)
+        for video in clips_of(video_generator.frames(part))
     ]
 
 

@@ -23,7 +23,7 @@ from scd_sf.data.start import read_start
 from scd_sf.files import LOCK, locked, sha256_file
 from scd_sf.generation.folder import batches
 from scd_sf.generation.generate import as_uint8
-from scd_sf.generation.sampling import SampleConfig, open_studio, wanted_videos
+from scd_sf.generation.sampling import SampleConfig, open_generator, wanted_videos
 from scd_sf.models.export import export_weights
 from scd_sf.models.wan import text_cache
 from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT
@@ -171,7 +171,7 @@ def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_
         assert f"process {os.getpid()}" in refused(*given)
     for target in (
         "scd_sf.generation.folder:write_json",
-        "scd_sf.generation.sampling:Studio.frames",
+        "scd_sf.generation.sampling:VideoGenerator.frames",
         "os:replace",
     ):
         assert recipe_runner.run(SCRIPT, *given, at=At(target, 1)).code == -9
@@ -240,8 +240,8 @@ def test_an_image_or_a_video_is_continued(chain: Chain, made: Path, tmp_path: Pa
         pixels = read_start(start, (32, 32), 4, 16)
         back = as_uint8((vae.decode(vae.encode(pixels[None] * 2 - 1)) + 1) / 2)[0]
         cfg = load_config(SampleConfig, None, [*base, "out=x", f"start={start}", "frames=17"])
-        studio, _ = open_studio(cfg, torch.device("cpu"))
-        parts = list(studio.frames(wanted_videos(cfg)))
+        video_generator, _ = open_generator(cfg, torch.device("cpu"))
+        parts = list(video_generator.frames(wanted_videos(cfg)))
         assert torch.equal(parts[0][0], back) and sum(part.shape[1] for part in parts) == 17
     assert "fills all 9 frames" in refused(*base, f"out={tmp_path}/x", f"start={made}/0001-00.mp4")
     assert "no such file" in refused(*base, f"out={tmp_path}/x", f"start={tmp_path}/none.png")
@@ -301,14 +301,19 @@ def test_known_prompts_need_no_text_encoder(
     seen: list[str] = []
 
     def made() -> torch.Tensor:
-        studio, settings = open_studio(cfg, torch.device("cpu"))
+        video_generator, settings = open_generator(cfg, torch.device("cpu"))
         assert settings["guidance"]["negative_prompt"] == WAN_NEGATIVE_PROMPT  # type: ignore[index]
-        encode = studio.text.encode
+        encode = video_generator.text.encode
         monkeypatch.setattr(
-            studio.text, "encode", lambda prompts: [seen.extend(prompts), encode(prompts)][1]
+            video_generator.text,
+            "encode",
+            lambda prompts: [seen.extend(prompts), encode(prompts)][1],
         )
         return torch.cat(
-            [torch.cat(list(studio.frames(part)), 1) for part in batches(wanted_videos(cfg), 2)]
+            [
+                torch.cat(list(video_generator.frames(part)), 1)
+                for part in batches(wanted_videos(cfg), 2)
+            ]
         )
 
     first = made()

@@ -13,7 +13,7 @@ from tiny_run import Chain
 from scd_sf.config import load_config
 from scd_sf.diffusion.samplers import FewStepSampler, few_step_times
 from scd_sf.generation.request import choose_sampler
-from scd_sf.generation.sampling import SampleConfig, open_studio
+from scd_sf.generation.sampling import SampleConfig, open_generator
 from scd_sf.models.build import SamplerConfig, describe_checkpoint
 from scd_sf.models.export import export_weights
 from scd_sf.tools.stage_configs import Stage3Config
@@ -44,10 +44,10 @@ def test_a_checkpoint_carries_its_times(chain: Chain, tmp_path: Path) -> None:
                 f"prompts={json.dumps(['left in hall'])}",
                 *sampler,
             ]
-            studio, settings = open_studio(
+            video_generator, settings = open_generator(
                 load_config(SampleConfig, None, arguments), torch.device("cpu")
             )
-            assert studio.sampler == FewStepSampler(times)
+            assert video_generator.sampler == FewStepSampler(times)
             assert settings["sampler"]["times"] == list(times)  # type: ignore[index]
 
 

@@ -26,6 +26,7 @@ from scd_sf.losses.reconstruction import TokenizerObjective
 from scd_sf.models.build import Scd, Student, build_student
 from scd_sf.models.tokenizers.tokenizer import FrameTokenizer, Normalisation
 from scd_sf.models.tokenizers.training import TokenizerConfig, build_tokenizer
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning, Logs
 
@@ -72,8 +73,7 @@ CASES = {
 def test_a_micro_batch(cuda: FakeCuda, name: str) -> None:
     script: Any = recipe_runner.load_script("recipes/pretrain.py")
     cfg, model = config(*CASES[name]), student(*CASES[name])
-    for trunk in model.trunks():
-        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+    set_checkpointing(model.trunks(), cfg.checkpointing, cfg.recompute_attention)
     if isinstance(model, Scd):
         model.samples_in_turn = cfg.samples_in_turn
 

@@ -21,6 +21,7 @@ from scd_sf.diffusion.noise import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, validation_loss
 from scd_sf.models.blocks import running_as
 from scd_sf.models.build import Student
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning, Logs
@@ -62,15 +63,13 @@ def update(cuda: FakeCuda, cfg: Stage2Config, student: Student, budget: Budget) 
     ) -> tuple[Tensor, Logs]:
         return flow_matching_loss(model, x_0, cond, null, cfg.loss, rng)
 
-    for trunk in student.trunks():
-        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+    set_checkpointing(student.trunks(), cfg.checkpointing, cfg.recompute_attention)
     reads: Any = Prefetch(lambda indices: batch, 0)
     run, engine = SimpleNamespace(ranks=world.RANKS), world.Forward(StepModule(student, loss_fn))
     with cuda.budget(budget):
         _, logs = script.update(cfg, run, engine, world.Texts(), reads, 1)
     reads.close()
-    for trunk in student.trunks():
-        trunk.checkpointing = False
+    set_checkpointing(student.trunks(), False)
     return logs
 
 

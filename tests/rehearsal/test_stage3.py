@@ -21,6 +21,7 @@ from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.models.build import Student
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.stage_configs import Stage3Config
 from scd_sf.train.base import StepModule
@@ -40,8 +41,8 @@ def distillation(student: Student, *changes: str) -> Iterator[Any]:
     ) -> Tensor:
         return rollout(model, noise, cond, sampler, cpu_noise(rng), exit_step=exit_step)
 
-    for trunk in (*student.trunks(), critic.trunk):
-        trunk.checkpointing, trunk.recompute_attention = cfg.checkpointing, cfg.recompute_attention
+    trunks = [*student.trunks(), critic.trunk]
+    set_checkpointing(trunks, cfg.checkpointing, cfg.recompute_attention)
     prompts: Any = world.Texts()
     reads: Any = Prefetch(prompts.conditioning, 2, threads=1)
     engines: list[Any] = [world.Forward(StepModule(student, self_rollout)), world.Forward(critic)]
@@ -51,8 +52,7 @@ def distillation(student: Student, *changes: str) -> Iterator[Any]:
         cfg, run, world.RANKS, prompts, reads, sampler, shape, *engines, teacher
     )
     reads.close()
-    for trunk in student.trunks():
-        trunk.checkpointing = False
+    set_checkpointing(student.trunks(), False)
 
 
 def test_a_cycle_at_the_papers_size(cuda: FakeCuda) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from scd_sf.checkpoint import Checkpoints
 from scd_sf.distributed import Ranks
-from scd_sf.train.checkpointing import Saving, _Saved
+from scd_sf.train.checkpointing import BackgroundSave, _Saved
 from scd_sf.types import UserError
 
 
@@ -32,7 +32,7 @@ def saving(
     *,
     fails_elsewhere: bool = False,
     full: bool = False,
-) -> Saving:
+) -> BackgroundSave:
     ranks = Agreed(rank, 2, int(fails_elsewhere), torch.device("cpu"))
 
     def write_state(folder: Path) -> None:
@@ -40,7 +40,7 @@ def saving(
             raise OSError(28, "No space left on device")
         (folder / f"rank{rank}").write_text("part")
 
-    return Saving(Checkpoints(root), ranks, 3, write_state, lambda: committed.append(rank))
+    return BackgroundSave(Checkpoints(root), ranks, 3, write_state, lambda: committed.append(rank))
 
 
 @pytest.fixture

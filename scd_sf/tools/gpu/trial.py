@@ -17,6 +17,7 @@ from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
@@ -116,9 +117,7 @@ def _engine(module: nn.Module, job: PlanJob, cfg: EngineConfig, ranks: Ranks) ->
     model = module.model if isinstance(module, StepModule) else module
     assert isinstance(model, Student | Wan)
     trunks = [model.trunk] if isinstance(model, Wan) else model.trunks()
-    for trunk in trunks:
-        trunk.checkpointing = job.cfg.checkpointing
-        trunk.recompute_attention = job.cfg.recompute_attention
+    set_checkpointing(trunks, job.cfg.checkpointing, job.cfg.recompute_attention)
     train = job.cfg.train
     return build_engine(
         module,

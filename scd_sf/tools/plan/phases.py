@@ -19,7 +19,7 @@ from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
-from scd_sf.models.trunk import Trunk
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.plan.meter import Meter
@@ -58,7 +58,7 @@ def student_of(
         raise UserError(
             "the student is a bidirectional Wan; give an SCD or causal one (--student, or init=)"
         )
-    _prepare(student.trunks(), checkpointing, recompute_attention)
+    set_checkpointing(student.trunks(), checkpointing, recompute_attention)
     return _trainable(student, cfg)
 
 
@@ -109,7 +109,7 @@ class Stage3:
         with torch.device("meta"):
             self.teacher, self.critic = Wan(teacher).requires_grad_(False), Wan(critic)
         self.teacher = self.teacher.to(_dtype(cfg.teacher_engine))
-        _prepare([self.critic.trunk], cfg.checkpointing, cfg.recompute_attention)
+        set_checkpointing([self.critic.trunk], cfg.checkpointing, cfg.recompute_attention)
         _trainable(self.critic, cfg.critic_engine)
 
     def phases(self) -> list[Phase]:
@@ -190,11 +190,6 @@ class Stage3:
 
     def _prompts(self) -> Conditioning:
         return _prompts(self.cfg.train.micro_batch, self.text_tokens, self.critic.cfg)
-
-
-def _prepare(trunks: list[Trunk], checkpointing: bool, recompute_attention: bool) -> None:
-    for trunk in trunks:
-        trunk.checkpointing, trunk.recompute_attention = checkpointing, recompute_attention
 
 
 def _trainable(module: M, cfg: EngineConfig) -> M:

@@ -13,6 +13,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
 from scd_sf.models.build import ModelConfig, Student, build_model
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.nn.attention import FullSequence, attention
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
@@ -27,8 +28,7 @@ def student(device: str, *, checkpointing: bool) -> Student:
     with torch.device(device):
         model = build_model(MODEL)
     assert not isinstance(model, Wan)
-    for trunk in model.trunks():
-        trunk.checkpointing = checkpointing
+    set_checkpointing(model.trunks(), checkpointing)
     return model
 
 
