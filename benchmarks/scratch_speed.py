@@ -31,12 +31,11 @@ from scd_sf.evaluation.bench import in_rounds, random_weights
 from scd_sf.evaluation.roofline import peak_gib
 from scd_sf.files import write_json
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.models.build import ModelConfig, Scd, Student, build_student
+from scd_sf.models.build import ModelConfig, Scd, Student, build_student, set_checkpointing
 from scd_sf.models.dit import DitConfig
 from scd_sf.models.interface import FrameStreamer
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import set_checkpointing
 from scd_sf.nn.kv_cache import CacheConfig
 from scd_sf.types import Conditioning, exit_on_user_error
 

@@ -35,10 +35,9 @@ from scd_sf.files import write_json
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import DmdConfig, critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.build import ModelConfig, Student, build_model, set_checkpointing
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.types import Conditioning, Denoiser, exit_on_user_error

@@ -40,10 +40,10 @@ from scd_sf.models.build import (
     Scd,
     Student,
     build_student,
+    set_checkpointing,
 )
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import set_checkpointing
 from scd_sf.train.base import Engine, EngineConfig, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, TrainConfig, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer

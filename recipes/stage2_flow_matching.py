@@ -24,8 +24,7 @@ from scd_sf.distributed import Ranks, init_distributed
 from scd_sf.generation.preview import Preview
 from scd_sf.generation.validation import show_previews, validate
 from scd_sf.losses.flow_matching import flow_matching_loss, loss_by_time
-from scd_sf.models.build import Student, build_student, load_student
-from scd_sf.models.trunk import set_checkpointing
+from scd_sf.models.build import Student, build_student, load_student, set_checkpointing
 from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage2Config

@@ -35,8 +35,7 @@ from scd_sf.generation.preview import Preview
 from scd_sf.generation.rollout import rollout
 from scd_sf.generation.validation import show_previews
 from scd_sf.losses.dmd import critic_loss, dmd_loss
-from scd_sf.models.build import ModelConfig, Student, build_student, load_student
-from scd_sf.models.trunk import set_checkpointing
+from scd_sf.models.build import ModelConfig, Student, build_student, load_student, set_checkpointing
 from scd_sf.models.wan.hub import pinned
 from scd_sf.models.wan.live_prompts import LivePrompts, open_prompts
 from scd_sf.models.wan.transformer import Wan

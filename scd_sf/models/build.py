@@ -4,7 +4,7 @@ family and the sizes."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.scratch import ScdScratch
 from scd_sf.models.scd.wan import ScdWan
 from scd_sf.models.skeleton import skeleton
-from scd_sf.models.trunk import TrunkConfig
+from scd_sf.models.trunk import Trunk, TrunkConfig
 from scd_sf.models.wan.hub import TEXT_PARTS, wan_folder
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import open_tensors, read_all, read_metadata
@@ -149,6 +149,14 @@ def build_student(config: ModelConfig) -> Student:
     if isinstance(model, Wan):
         raise UserError("model.family is wan, a bidirectional model; this needs scd or causal")
     return model
+
+
+def set_checkpointing(
+    trunks: Iterable[Trunk], checkpointing: bool, recompute_attention: bool = True
+) -> None:
+    """What the ``trunks`` keep for the backward pass; see :class:`Trunk`."""
+    for trunk in trunks:
+        trunk.checkpointing, trunk.recompute_attention = checkpointing, recompute_attention
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:

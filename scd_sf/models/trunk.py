@@ -8,7 +8,7 @@ width, L tokens, E width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -273,14 +273,6 @@ class Trunk(nn.Module):
         assert self.head is not None, "this trunk was built without a head"
         out: Tensor = self.head(x_BLE, temb_BFE, height, width)
         return out
-
-
-def set_checkpointing(
-    trunks: Iterable[Trunk], checkpointing: bool, recompute_attention: bool = True
-) -> None:
-    """What the ``trunks`` keep for the backward pass; see :class:`Trunk`."""
-    for trunk in trunks:
-        trunk.checkpointing, trunk.recompute_attention = checkpointing, recompute_attention
 
 
 class RunBlocks(Protocol):

@@ -23,10 +23,9 @@ from scd_sf.evaluation.prediction import PredictionConfig, predict
 from scd_sf.generation.generate import clips_of
 from scd_sf.losses.flow_matching import flow_matching_loss
 from scd_sf.losses.reconstruction import TokenizerObjective
-from scd_sf.models.build import Scd, Student, build_student
+from scd_sf.models.build import Scd, Student, build_student, set_checkpointing
 from scd_sf.models.tokenizers.tokenizer import FrameTokenizer, Normalisation
 from scd_sf.models.tokenizers.training import TokenizerConfig, build_tokenizer
-from scd_sf.models.trunk import set_checkpointing
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning, Logs
 

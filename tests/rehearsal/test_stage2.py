@@ -20,8 +20,7 @@ from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import generator
 from scd_sf.losses.flow_matching import flow_matching_loss, validation_loss
 from scd_sf.models.blocks import running_as
-from scd_sf.models.build import Student
-from scd_sf.models.trunk import set_checkpointing
+from scd_sf.models.build import Student, set_checkpointing
 from scd_sf.tools.stage_configs import Stage2Config
 from scd_sf.train.base import StepModule
 from scd_sf.types import Conditioning, Logs

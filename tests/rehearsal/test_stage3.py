@@ -20,8 +20,7 @@ from scd_sf.data.prefetch import Prefetch
 from scd_sf.diffusion.noise import cpu_noise
 from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.rollout import rollout
-from scd_sf.models.build import Student
-from scd_sf.models.trunk import set_checkpointing
+from scd_sf.models.build import Student, set_checkpointing
 from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.stage_configs import Stage3Config
 from scd_sf.train.base import StepModule

@@ -16,8 +16,7 @@ from scd_sf.evaluation.bench import random_weights
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
-from scd_sf.models.build import ModelConfig, Student, build_model
-from scd_sf.models.trunk import set_checkpointing
+from scd_sf.models.build import ModelConfig, Student, build_model, set_checkpointing
 from scd_sf.models.wan.transformer import Wan
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage2Config, Stage3Config

@@ -18,8 +18,7 @@ from scd_sf.diffusion.samplers import FewStepSampler
 from scd_sf.generation.rollout import rollout
 from scd_sf.losses.dmd import critic_loss, dmd_loss
 from scd_sf.losses.flow_matching import flow_matching_loss
-from scd_sf.models.build import ModelConfig, Student, build_model
-from scd_sf.models.trunk import set_checkpointing
+from scd_sf.models.build import ModelConfig, Student, build_model, set_checkpointing
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.tensor_files import dtype_of
 from scd_sf.tools.plan.meter import Meter

@@ -10,10 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd_sf.losses.flow_matching import FlowMatchingConfig, flow_matching_loss
-from scd_sf.models.build import ModelConfig, Student, build_model
+from scd_sf.models.build import ModelConfig, Student, build_model, set_checkpointing
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
-from scd_sf.models.trunk import set_checkpointing
 from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.nn.attention import FullSequence, attention
 from scd_sf.nn.masks import Layout, teacher_forcing_mask
