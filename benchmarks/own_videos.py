@@ -1,6 +1,6 @@
 """How fast are own videos encoded, and how much memory does that take?
 
-    python benchmarks/own_videos.py --scratch /tmp/own --out docs/results/own_videos.json
+    python benchmarks/own_videos.py --scratch /tmp/own --out own_videos.json
 
 Makes videos below ``--scratch``: one of a single clip, ``--clips`` of a single clip each, one as
 long as all of these together, and one of ten times that length. Each folder is encoded by
