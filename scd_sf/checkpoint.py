@@ -179,8 +179,9 @@ class Checkpoints:
             return path
         latest = self.root / LATEST
         if steps or latest.exists():
+            with_weights = f" and has weights '{weights}'" if weights else ""
             problem = (
-                f"none of its {len(steps)} steps is intact"
+                f"none of its {len(steps)} steps is intact{with_weights}"
                 if steps
                 else "it has 'latest' but no step directory"
             )
@@ -335,7 +336,13 @@ def weights_file(path: Path, weights: str) -> Path:
     for name in names:
         if (path / f"{name}.safetensors").is_file():
             return path / f"{name}.safetensors"
-    raise UserError(f"{path}: no weights '{weights}' there; use one of model, ema, best")
+    present = [
+        name for name in ("model", "ema", "best") if (path / f"{name}.safetensors").is_file()
+    ]
+    hint = " (stage 3 has them from its first healthy step on)" if weights == "best" else ""
+    raise UserError(
+        f"{path}: no weights '{weights}' there{hint}; use {' or '.join(present) or 'another step'}"
+    )
 
 
 def weights_sha256(path: Path, weights: str) -> str:

@@ -64,9 +64,25 @@ class At:
     signal: int = signal.SIGKILL
 
 
-def run(script: str, *arguments: object, at: At | None = None, timeout: float = 600) -> Result:
-    """Run ``script`` (relative to the repository) in a fork; see the module's docstring."""
-    return run_ranks(script, *arguments, world=1, at={0: at} if at else {}, timeout=timeout)[0]
+def run(
+    script: str,
+    *arguments: object,
+    at: At | None = None,
+    timeout: float = 600,
+    folder: Path = ROOT,
+    environ: Mapping[str, str] | None = None,
+) -> Result:
+    """Run ``script`` (relative to the repository; ``scd``: our command) in a fork, in ``folder``;
+    see the module's docstring."""
+    return run_ranks(
+        script,
+        *arguments,
+        world=1,
+        at={0: at} if at else {},
+        timeout=timeout,
+        folder=folder,
+        environ=environ,
+    )[0]
 
 
 def run_ranks(
@@ -75,18 +91,22 @@ def run_ranks(
     world: int,
     at: Mapping[int, At] | None = None,
     timeout: float = 600,
+    folder: Path = ROOT,
+    environ: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """``world`` processes of one process group, as a launcher would start them; ``at`` by rank."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as logs:
         files = [
-            tuple(Path(folder, f"{name}{rank}") for name in ("out", "err", "calls"))
+            tuple(Path(logs, f"{name}{rank}") for name in ("out", "err", "calls"))
             for rank in range(world)
         ]
         port = free_port()
         processes = []
         for rank, place in enumerate(files):
-            environ = {} if world == 1 else _environment(rank, world, port)
-            given = (script, [str(a) for a in arguments], *place, (at or {}).get(rank), environ)
+            variables = {} if world == 1 else _environment(rank, world, port)
+            variables |= environ or {}
+            words = [str(a) for a in arguments]
+            given = (script, words, *place, (at or {}).get(rank), variables, folder)
             processes.append(_context.Process(target=_child, args=given))
             processes[-1].start()
         until = time.monotonic() + timeout
@@ -157,17 +177,21 @@ def _child(
     counted: Path,
     at: At | None,
     environ: dict[str, str],
+    folder: Path,
 ) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.update(environ)
     sys.argv = [script, *arguments]
     calls = itertools.count(1)
     for target in at.target.split("|") if at is not None else ():
         _arm(target, at, calls)
     try:
-        runpy.run_path(script, run_name="__main__")
+        if script == "scd":
+            runpy.run_module("scd_sf.cli", run_name="__main__")
+        else:
+            runpy.run_path(script, run_name="__main__")
     finally:
         counted.write_text(str(next(calls) - 1))
 

@@ -280,8 +280,10 @@ def test_a_step_whose_weights_are_damaged_is_skipped(
     (newer / "ema.safetensors").write_bytes(damaged)
     assert find(tmp_path, "ema") == older and "skipping checkpoint" in caplog.text
     assert find(tmp_path, "model") == newer
-    with pytest.raises(UserError, match="no weights 'best'"):
+    with pytest.raises(UserError, match=r"no weights 'best' .*; use model or ema$"):
         find(newer, "best")
+    with pytest.raises(UserError, match="none of its 2 steps is intact and has weights 'best'"):
+        find(tmp_path, "best")
 
 
 def test_only_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
