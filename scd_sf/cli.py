@@ -198,6 +198,41 @@ def sample(context: typer.Context) -> None:
 
 
 @app.command()
+def again(
+    video: Annotated[
+        Path, typer.Argument(help="A video of a folder that scd sample made; it may be gone.")
+    ],
+    out: Annotated[Path, typer.Option(help="Another folder, for this video and its manifest.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Where the student is now; empty: where it was.")
+    ] = "",
+    base: Annotated[
+        str, typer.Option(help="Where its Wan directory is now; empty: where it was.")
+    ] = "",
+    text_cache: Annotated[
+        str, typer.Option(help="As text_cache of scd sample: a folder, or off.")
+    ] = "",
+) -> None:
+    """One video of a folder of samples once more, from the folder's manifest alone: the same bytes
+    on the same machine. Exit code 1 where they differ."""
+    from scd_sf.distributed import init_distributed
+    from scd_sf.generation.again import make_again
+
+    is_equal = make_again(
+        video, out, init_distributed(), checkpoint=checkpoint, base=base, text_cache=text_cache
+    )
+    same = (
+        "the same bytes as recorded"
+        if is_equal
+        else (
+            "other bytes than recorded: another machine, version or number of threads rounds otherwise"
+        )
+    )
+    say(f"{out}: {video.name}: {same}")
+    raise typer.Exit(0 if is_equal else 1)
+
+
+@app.command()
 def gallery(
     folders: Annotated[
         list[Path], typer.Argument(help="Folders of samples (scd sample); one per model.")

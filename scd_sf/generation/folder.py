@@ -3,7 +3,8 @@ manifest. Videos come from generation/sampling.py.
 
 ``out/manifest.json`` holds the settings and, at the end, every video's prompt, seed and hash.
 ``out/.done`` has a record of each finished video, written by whichever rank made it: so ranks share
-a folder, and the same command goes on.
+a folder, and the same command goes on. A record also says what the video was made together with, so
+that ``scd again`` (again.py) can make it once more to the last bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from scd_sf.checkpoint import weights_sha256
@@ -18,6 +20,7 @@ from scd_sf.config import stored_settings
 from scd_sf.data.clips import video_writer
 from scd_sf.distributed import Ranks
 from scd_sf.files import locked, others_in, read_json, require_own_folder, sha256_file, write_json
+from scd_sf.generation.compile import CompileConfig
 from scd_sf.generation.sampling import (
     SampleConfig,
     VideoGenerator,
@@ -73,9 +76,10 @@ def waiting(out: Path, videos: Sequence[VideoRequest]) -> list[VideoRequest]:
             continue
         entry = read_json(record, "delete it to make the video again")
         request = video.record()
-        if {name: entry.get(name) for name in request} != request:
+        if different := [name for name in request if entry.get(name) != request[name]]:
+            name = "prompt" if "prompt" in different else different[0]
             raise UserError(
-                f"{out / video.file}: made for prompt {entry.get('prompt')!r}; use another out="
+                f"{out / video.file}: made for {name} {entry.get(name)!r}, not {request[name]!r}; use another out="
             )
         if not (out / video.file).is_file() or sha256_file(out / video.file) != entry.get("sha256"):
             missing_videos.append(video)
@@ -104,24 +108,35 @@ def batches(videos: Sequence[VideoRequest], size: int) -> list[list[VideoRequest
     return groups
 
 
-def make(video_generator: VideoGenerator, out: Path, videos: Sequence[VideoRequest]) -> None:
-    """Generate one batch of videos. Frames are written as they come, each record after its file."""
-    cfg = video_generator.cfg
+def make(
+    video_generator: VideoGenerator,
+    out: Path,
+    videos: Sequence[VideoRequest],
+    wanted: Sequence[VideoRequest] | None = None,
+) -> None:
+    """Generate one batch of videos and write it, or of it only those that are ``wanted``. Frames
+    are written as they come, each record after its file."""
+    cfg, wanted = video_generator.cfg, videos if wanted is None else wanted
     for folder in {
-        path.parent for video in videos for path in (out / video.file, record_file(out, video))
+        path.parent for video in wanted for path in (out / video.file, record_file(out, video))
     }:
         folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
-        writers = [
-            files.enter_context(video_writer(out / v.file, cfg.fps, crf=cfg.crf)) for v in videos
-        ]
+        writers = {
+            place: files.enter_context(video_writer(out / video.file, cfg.fps, crf=cfg.crf))
+            for place, video in enumerate(videos)
+            if video in wanted
+        }
         for part in video_generator.frames(videos):
-            for write, frames in zip(writers, part.cpu(), strict=True):
-                write(frames)
-    for video in videos:
-        write_json(
-            record_file(out, video), video.record() | {"sha256": sha256_file(out / video.file)}
-        )
+            for place, frames in enumerate(part.cpu()):
+                if place in writers:
+                    writers[place](frames)
+    how: dict[str, object] = {"batch": [video.file for video in videos]}  # for `scd again`
+    if cfg.compile != CompileConfig():
+        how["compile"] = asdict(cfg.compile)
+    for video in wanted:
+        digest = {"sha256": sha256_file(out / video.file)}
+        write_json(record_file(out, video), video.record() | digest | how)
 
 
 def run_samples(cfg: SampleConfig, ranks: Ranks) -> None:

@@ -17,13 +17,14 @@ from PIL import Image
 from recipe_runner import At
 from tiny_run import Chain
 
+from scd_sf import cli
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.start import read_start
 from scd_sf.files import LOCK, locked, sha256_file
 from scd_sf.generation.folder import batches
 from scd_sf.generation.generate import as_uint8
-from scd_sf.generation.sampling import SampleConfig, open_generator, wanted_videos
+from scd_sf.generation.sampling import SampleConfig, open_generator, start_sha256, wanted_videos
 from scd_sf.models.export import export_weights
 from scd_sf.models.wan import text_cache
 from scd_sf.models.wan.text import WAN_NEGATIVE_PROMPT
@@ -96,6 +97,8 @@ def test_a_second_run_makes_only_what_is_missing(chain: Chain, made: Path) -> No
     assert "3 finished before" in result.out
     after = manifest(made)
     assert (read_video(made / "0001-00.mp4").float() - lost).abs().mean() < 0.5
+    assert after["videos"]["0001-00.mp4"].pop("batch") == ["0001-00.mp4"]
+    assert before["videos"]["0001-00.mp4"].pop("batch") == [*list(after["videos"])[:3]]
     for content in (before, after):
         content["videos"]["0001-00.mp4"].pop("sha256")
     assert after == before
@@ -180,6 +183,97 @@ def test_a_folder_is_one_command_s_and_goes_on_after_any_kill(chain: Chain, tmp_
     assert names == [".done", ".lock", "0000-00.mp4", "manifest.json"]
     record = manifest(tmp_path / "out")["videos"]["0000-00.mp4"]
     assert record["sha256"] == sha256_file(tmp_path / "out" / "0000-00.mp4")
+
+
+def scd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str]:
+    """Exit code and output of ``scd ARGUMENTS``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["scd", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out + err
+
+
+def test_a_video_is_made_again_from_its_manifest(
+    chain: Chain,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To the last bit, in its batch of then, though the file is gone: with a start, a later prompt,
+    guidance and a window too. Other weights, starts and records are refused."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    rows = [
+        {"prompt": PROMPTS[0], "seed": 5, "then": [[9, PROMPTS[1]]], "start": "red.png"},
+        {"prompt": PROMPTS[1], "start": "red.png"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"checkpoint={chain.root}/stage3", f"out={tmp_path}/rich", "frames=17", "crf=0"]
+    given += [f"prompt_file={tmp_path}/p.jsonl", "guidance.text.scale=2", "guidance.scope=decoder"]
+    given += ["negative_prompt=left", "window=2", "sink=1", "dtype=bf16", "text_cache=off"]
+    code, said = scd(monkeypatch, capsys, "sample", *given)
+    assert code == 0, said
+    shutil.copytree(made, tmp_path / "samples")
+    for folder, name, more in (
+        ("samples", "0000-01.mp4", []),
+        ("rich", "0000-00.mp4", ["--text-cache", "off"]),
+    ):
+        before = (tmp_path / folder / name).read_bytes()
+        (tmp_path / folder / name).unlink()
+        out = tmp_path / f"{folder}-again"
+        code, said = scd(
+            monkeypatch, capsys, "again", tmp_path / folder / name, "--out", out, *more
+        )
+        assert code == 0 and "the same bytes as recorded" in said
+        assert (out / name).read_bytes() == before
+        assert sorted(file.name for file in out.glob("*.mp4")) == [name]
+        old, new = manifest(tmp_path / folder), manifest(out)
+        assert new["settings"] == old["settings"] and new["videos"] == {name: old["videos"][name]}
+    again = ["again", tmp_path / "rich" / "0000-00.mp4"]
+
+    def refusal(*more: object) -> str:
+        code, said = scd(monkeypatch, capsys, *more)
+        assert code == 2
+        return said
+
+    assert "was made already" in refusal(*again, "--out", tmp_path / "rich-again")
+    assert "is 'fp32' there but 'bf16' now" in refusal(*again, "--out", tmp_path / "samples-again")
+    other = refusal(*again, "--out", tmp_path / "x", "--checkpoint", chain.root / "stage2")
+    assert "its weights have sha256" in other
+    assert "no finished video" in refusal("again", made / "0009-00.mp4", "--out", tmp_path / "x")
+    assert "no manifest.json" in refusal("again", tmp_path / "a.mp4", "--out", tmp_path / "x")
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "red.png")
+    start_sha256.cache_clear()
+    assert "red.png, which was changed since" in refusal(*again, "--out", tmp_path / "x")
+    record = tmp_path / "samples" / ".done" / "0000-01.mp4.json"  # as before batches were recorded
+    content = json.loads(record.read_text())
+    del content["batch"]
+    record.write_text(json.dumps(content | {"sha256": "0"}))
+    code, said = scd(
+        monkeypatch, capsys, "again", tmp_path / "samples" / "0000-01.mp4", "--out", tmp_path / "y"
+    )
+    assert code == 1 and "it was made alone" in said and "other bytes than recorded" in said
+
+
+def test_a_seed_is_its_prompt_s_wherever_it_stands(tmp_path: Path) -> None:
+    """In any list and order a prompt's n-th video has seed + n; rows may bring a seed of their
+    own."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "b", "seed": 30}\n{"prompt": "a"}\n')
+    seeds = []
+    for given in (
+        'prompts=["a", "b"]',
+        'prompts=["b", "c", "a"]',
+        f"prompt_file={tmp_path}/p.jsonl",
+    ):
+        cfg = load_config(
+            SampleConfig, None, ["checkpoint=x", "out=x", given, "samples=2", "seed=7"]
+        )
+        seeds.append([video.seed for video in wanted_videos(cfg) if video.row.prompt == "a"])
+    assert seeds == [[7, 8]] * 3
+    assert [video.seed for video in wanted_videos(cfg)] == [30, 31, 7, 8]
 
 
 def test_nothing_is_overwritten(chain: Chain, made: Path, tmp_path: Path) -> None:
