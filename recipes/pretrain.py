@@ -13,9 +13,11 @@ recipes/evaluate_prediction.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,6 +56,7 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
+from scd_sf.train.summary import Summary, describe_clips
 from scd_sf.types import Conditioning, Logs, UserError, exit_on_user_error
 
 SCD_B = ModelConfig(
@@ -265,6 +268,18 @@ def main() -> None:
     ema, ema_model = Ema(cfg.train.ema, ranks), build_student(cfg.model)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
     start = checkpointer.resume()
+    shape = clips.info.shape(cfg.frames)
+    summary = Summary(
+        checkpointer,
+        start,
+        title=f"Training from scratch: {cfg.model.family} on frames, new weights",
+        data=[
+            describe_clips(len(long_clips), shape, clips.root),
+            f"held out: {describe_clips(len(val), shape, val.root)}",
+            f"{clips.info.num_actions} actions, {len(clips.info.labels)} labels",
+        ],
+    )
+    summary.begin()
     if start == 0:
         ema_model.load_state_dict(engine.fp32_masters())
         preview.show(run, ema_model, 0)
@@ -284,6 +299,12 @@ def main() -> None:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
+    score = [
+        *("python", str(Path(sys.argv[0]).parent / "evaluate_prediction.py")),
+        *(f"checkpoint={cfg.run.dir}", "tokenizer=TOKENIZER", "pixels.kind=KIND"),
+        *("pixels.root=CLIPS", "pixels.split=test", f"out={cfg.run.dir}/prediction"),
+    ]
+    summary.end({"score": score})
     run.finish()
 
 

@@ -34,6 +34,7 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
+from scd_sf.train.summary import Summary, describe_clips
 from scd_sf.types import Conditioning, Logs, check_within, exit_on_user_error, on_device
 
 
@@ -162,7 +163,18 @@ def main() -> None:
     origin = partial(provenance, stage="pretrain", seed=cfg.run.seed, data_hash=clips.hash)
     ema = Ema(cfg.train.ema, ranks)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
-    with Loop(run, checkpointer, checkpointer.resume()) as loop:
+    start = checkpointer.resume()
+    summary = Summary(
+        checkpointer,
+        start,
+        title="Training of a bidirectional Wan, new weights",
+        data=[
+            describe_clips(len(clips), clips.shape, clips.root),
+            f"held out: {describe_clips(len(val), val.shape, val.root)}",
+        ],
+    )
+    summary.begin()
+    with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = update(cfg, run, engine, clips, loop.position(step))
             if info.stepped:
@@ -177,6 +189,8 @@ def main() -> None:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
+    export = ["scd", "export", cfg.run.dir, f"{cfg.run.dir}-diffusers", "--layout", "diffusers"]
+    summary.end({"export": export})
     run.finish()
 
 

@@ -62,6 +62,7 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
+from scd_sf.train.summary import Summary
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
 RESUMABLE_HERE = (
@@ -416,7 +417,15 @@ def main() -> None:
     ema, engine = Ema(cfg.train.ema, ranks), training.engine
     checkpointer = Checkpointer(run, cfg.train, training.engines, ema, to_yaml(cfg), origin)
     ema_model = build_tokenizer(cfg.tokenizer, cfg.run.seed).to(ranks.device)
-    with Loop(run, checkpointer, checkpointer.resume()) as loop:
+    start = checkpointer.resume()
+    summary = Summary(
+        checkpointer,
+        start,
+        title=f"Training of an image tokenizer, {f'from {cfg.init}' if cfg.init else 'new weights'}",
+        data=[f"frames of {len(frames):,} clips in {root}; {len(val)} held-out frames"],
+    )
+    summary.begin()
+    with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = training.update(step, loop.position(step))
             if info.stepped:
@@ -438,6 +447,13 @@ def main() -> None:
         for name, value in write(cfg, ema_model, frames, val).items():
             say(f"{name}: {value}")
     ranks.barrier()
+    script = {"realestate10k": "realestate10k.py", "ucf101": "ucf101.py"}
+    encode = [
+        *("python", f"data_prep/{script.get(cfg.data.kind, 'teco_minecraft.py')}"),
+        *("--root", root, "--split", "train", "--tokenizer", f"{cfg.run.dir}/tokenizer"),
+        *("--out", f"{cfg.run.dir}-frames/train"),
+    ]
+    summary.end({"encode": encode})
     run.finish()
 
 

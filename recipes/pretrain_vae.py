@@ -56,6 +56,7 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run, RunConfig
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
+from scd_sf.train.summary import Summary
 from scd_sf.types import Logs, UserError, check_within, exit_on_user_error, on_device, say
 
 # fields that may differ when a run goes on
@@ -290,7 +291,18 @@ def train(
     ema, ema_model = Ema(plan.ema, ranks), build_vae(cfg.model)
     origin = partial(provenance, stage=f"vae_{name}", seed=cfg.seed, data_hash=clips.hash)
     checkpointer = Checkpointer(run, plan, {"model": engine}, ema, to_yaml(cfg), origin)
-    with Loop(run, checkpointer, checkpointer.resume()) as loop:
+    start = checkpointer.resume()
+    size = "x".join(map(str, videos.train.shape[-2:]))
+    summary = Summary(
+        checkpointer,
+        start,
+        title="Training of a video autoencoder, "
+        + ("part 1 of 2: single frames" if distil else "part 2 of 2: clips"),
+        data=[f"{len(videos.train):,} of {len(clips):,} clips of {size} in {cfg.data}"],
+        longer="for a longer training use a new out=",
+    )
+    summary.begin()
+    with Loop(run, checkpointer, start) as loop:
         for step in loop:
             info, logs = update(cfg, stage, run, engine, videos, loop.position(step))
             if info.stepped:
@@ -305,6 +317,7 @@ def train(
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and (distil or not last):
                 loop.leave(step)
+    summary.end({})
     run.finish()
     ema.copy_to(ema_model)
     return ema_model

@@ -42,6 +42,14 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage3Config
+from scd_sf.train.alarms import (
+    CLIP_STATISTICS,
+    DISTILLATION,
+    Alarms,
+    clip_statistics_of,
+    rollout_alarms,
+    video_alarms,
+)
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer, pixel_shape
@@ -52,7 +60,8 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
-from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_device, say
+from scd_sf.train.summary import Summary, sample
+from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_device
 
 
 @dataclass(frozen=True)
@@ -218,8 +227,8 @@ def update(
 
 
 def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) -> Logs:
-    """Collapse monitors; writes the smoothed |x0_fake - x0_real| and the newest healthy step into
-    ``record``.
+    """Collapse monitors; writes the smoothed |x0_fake - x0_real| and std ratio, and the newest healthy
+    step into ``record``.
 
     In a collapse |fake - real| falls, then rises to a multiple of its lowest value, and the std
     leaves the data's range. Without a collapse the distance varies with the random noise levels, so
@@ -233,6 +242,7 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
     record["fake_real"] = distance
     record["lowest"] = min(distance, record.get("lowest", distance))
     ratio = logs["rollout/std"] / cfg.data_std
+    record["std_mean"] = 0.9 * record.get("std_mean", ratio) + 0.1 * ratio
     healthy = (
         cfg.std_range[0] <= ratio <= cfg.std_range[1]
         and distance <= cfg.healthy_within * record["lowest"]
@@ -242,6 +252,7 @@ def watch(record: dict[str, float], logs: Logs, cfg: Stage3Config, step: int) ->
     return {
         "monitor/fake_real": distance,
         "monitor/std_ratio": ratio,
+        "monitor/std_mean": record["std_mean"],
         "monitor/best_step": record.get("best_step", 0.0),
     }
 
@@ -276,8 +287,6 @@ def build(
     sampler, ranks = FewStepSampler(cfg.sampler.times), run.ranks
     if isinstance(prompts, LivePrompts):
         prompts.load()  # before the engines: no other model may be built while ZeRO-3 builds its own
-    if ranks.is_main:
-        say(f"prompts: {prompts}")
 
     def self_rollout(
         model: Student, noise: Tensor, cond: Conditioning, exit_step: int, rng: torch.Generator
@@ -345,6 +354,7 @@ def main() -> None:
     description = to_yaml(
         dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
     )
+    reference = clip_statistics_of(init)
     origin = partial(
         provenance,
         stage="stage3_self_forcing",
@@ -356,6 +366,7 @@ def main() -> None:
             "critic": cfg.critic,
             "negative_prompt": prompts.negative_prompt,
             "video": pixel_shape(latent),
+            CLIP_STATISTICS: reference,
             **cfg.loss.guidance.logs(),
         },
     )
@@ -364,6 +375,21 @@ def main() -> None:
     checkpointer = Checkpointer(run, cfg.train, engines, ema, description, origin)
     preview = preview_of(distillation, parent.base, latent)
     start = checkpointer.resume()
+    size = pixel_shape(latent)
+    summary = Summary(
+        checkpointer,
+        start,
+        title=f"Stage 3, Self-Forcing: {parent.model.family} student from {init} (ema), "
+        f"teacher {cfg.teacher}, critic {cfg.critic}",
+        data=[
+            f"prompts {prompts}",
+            f"rollouts of {size['frames']} frames of {size['height']}x{size['width']}",
+        ],
+        frozen={"teacher": (distillation.teacher, cfg.teacher_engine)},
+    )
+    summary.begin()
+    ranges = [*rollout_alarms(cfg.std_range), *video_alarms(reference, DISTILLATION)]
+    alarms = Alarms(run, ranges, start, cfg.train.steps)
     if start == 0:
         ema_model.load_state_dict(distillation.student.fp32_masters())
         show_previews(preview, ema_model, 0, ranks, run.video)
@@ -378,13 +404,26 @@ def main() -> None:
             if step % cfg.train.validate_every == 0:
                 ema.copy_to(ema_model)
                 logs |= show_previews(preview, ema_model, step, ranks, run.video)
-            run.log(step, logs)
+            run.log(step, logs | alarms.check(step, logs))
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
     distillation.reads.close()
+    weights = "best" if "best" in checkpointer.extra else "ema"
+    best = "none: no step was healthy (std_range, healthy_within)"
+    if weights == "best":
+        best_step = int(checkpointer.record["best_step"])
+        best = f"weights=best of the last checkpoint, the average of step {best_step:,}"
+    next_commands = {
+        "sample": sample(cfg.run.dir, prompts.texts([0])[0], weights),
+        "export": [
+            *("scd", "export", cfg.run.dir, f"{cfg.run.dir}.safetensors"),
+            *("--weights", weights),
+        ],
+    }
+    summary.end(next_commands, best)
     run.finish()
 
 

@@ -20,6 +20,7 @@ from scd_sf.models.wan.transformer import Wan, WanConfig
 from scd_sf.models.wan.weights import save_wan
 from scd_sf.tensor_files import read_tensors
 from scd_sf.tools.runs.curve import is_portable
+from scd_sf.train.metric_names import meaning
 from scd_sf.types import VideoShape
 
 WAN = WanConfig(2, 12, 4, 4, 8, 16, 32, 6)
@@ -174,6 +175,20 @@ def metrics(run: Path) -> list[dict[str, float]]:
         {name: value for name, value in row.items() if name != "time" and is_portable(name)}
         for row in rows
     ]
+
+
+def check_words(out: str, run: Path, *labels: str) -> None:
+    """A training's output says what it trains, and at its end where it is (``labels``: what else);
+    every metric of the run has a meaning."""
+    lines = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
+    words = {line[0]: line[1] for line in lines if len(line) == 2}
+    expected = {"data", "device", "batch", "steps", "lands", "last", "figures", *labels}
+    assert not expected - words.keys(), out
+    assert "parameters trained" in words["model"] and "micro-batch" in words["batch"]
+    assert str(run) in words["lands"] and words["figures"] == f"scd runs show {run}"
+    assert Path(words["last"]).is_dir()
+    names = {name for row in metrics(run) for name in row} - {"step"}
+    assert names and [name for name in sorted(names) if not meaning(name)] == []
 
 
 def same_as_uninterrupted(chain: Chain, stage: str, run: Path) -> None:

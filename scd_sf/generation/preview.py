@@ -118,6 +118,20 @@ class Preview:
         write_video(file, frames, self.fps)
         return frames.permute(0, 2, 3, 1), file
 
+    @torch.no_grad()
+    def true_statistics(self, latents_BFCHW: Tensor, device: torch.device | str = "cpu") -> Logs:
+        """:func:`statistics` of true clips, decoded as the samples are: what a preview of their
+        prompts should come near to. Empty without a VAE."""
+        if self.vae is None:
+            return {}
+        self.vae.model.to(device=device)
+        videos = [
+            as_uint8((self.vae.decode(clip.to(device)) + 1) / 2).cpu()
+            for clip in latents_BFCHW.split(1)
+        ]
+        self.vae.model.to(device="cpu")
+        return statistics(torch.cat(videos))
+
     def measure(self, videos: Tensor, finite: Tensor) -> Logs:
         """Motion, flicker and saturation of the uint8 videos (B, F, 3, H, W) that are ``finite``
         (B,), and CLIP's similarity to the prompts; ``quick/not_finite``: how many were not, where

@@ -21,6 +21,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig, validation_loss
 from scd_sf.models.build import Student
 from scd_sf.types import Logs, on_device
 
+CLIPS = 8  # of which the range of true statistics is taken
 VideoRecord = Callable[[int, str, Tensor, Path], None]
 
 
@@ -59,6 +60,23 @@ def show_previews(
         return {}
     record(step, "samples", *preview.write(videos, step))
     return preview.measure(videos, finite)
+
+
+def statistics_range(
+    preview: Preview, clips: LatentClips, ranks: Ranks
+) -> dict[str, tuple[float, float]]:
+    """Least and largest of each statistic of the previews, over single true clips spread over
+    ``clips``. Empty on other ranks than the main one, and without a VAE."""
+    if not ranks.is_main or preview.vae is None:
+        return {}
+    indices = range(0, len(clips), max(1, len(clips) // CLIPS))[:CLIPS]
+    logs = [
+        preview.true_statistics(clips.batch([index]).latents_BFCHW, ranks.device)
+        for index in indices
+    ]
+    return {
+        name: (min(row[name] for row in logs), max(row[name] for row in logs)) for name in logs[0]
+    }
 
 
 @contextmanager

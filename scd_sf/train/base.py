@@ -111,6 +111,7 @@ class Engine(Protocol):
     ``step``, all ranks."""
 
     module: nn.Module
+    cfg: EngineConfig
     micro_batches: int
     updates: int
 

@@ -312,7 +312,7 @@ class _Bar:
             self._rich.update(self._task, description=text[:100])
         elif step % self.every == 0 or step == self.start + 1 or step == self.total:
             seconds = (time.monotonic() - self.start_time) / max(1, step - self.start)
-            remaining = _clock(seconds * (self.total - step))
+            remaining = clock(seconds * (self.total - step))
             say(f"step {step}/{self.total}  {text}  {seconds:.3g} s/step  left {remaining}")
 
 
@@ -391,6 +391,7 @@ def _step_of(line: bytes) -> int | None:
     return step if type(step) is int else None
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     minutes, remaining_seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{remaining_seconds:02d}"

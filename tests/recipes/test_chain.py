@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ import recipe_runner
 import tiny_run
 import torch
 from tiny_run import SCRIPTS, STEPS2, STEPS3, Chain
+from typer.testing import CliRunner
 
 from scd_sf.checkpoint import find, read_provenance
+from scd_sf.cli import app
 from scd_sf.config import from_yaml
 from scd_sf.models.build import CheckpointConfig, load_student
 from scd_sf.tensor_files import read_tensors
@@ -135,7 +138,12 @@ def test_pretrain_then_stage1_refuses_our_own_checkpoint_and_takes_diffusers(
         f"run.dir={tmp_path}/teacher",
         "engine.backend=torch",
     ]
-    recipe_runner.succeed("recipes/pretrain_teacher.py", *inputs, model, train)
+    made = recipe_runner.succeed("recipes/pretrain_teacher.py", *inputs, model, train)
+    tiny_run.check_words(made.out, tmp_path / "teacher", "export")
+    exported = shlex.split(made.out.split("  export")[1].splitlines()[0])
+    result = CliRunner().invoke(app, exported[1:])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "teacher-diffusers").is_dir()
     assert {"val/right", "val/wrong_motion", "val/null"} <= tiny_run.metrics(tmp_path / "teacher")[
         -1
     ].keys()

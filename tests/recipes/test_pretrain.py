@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import recipe_runner
+import tiny_run
 import torch
 from recipe_runner import At
 
@@ -75,7 +76,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_and_resumed_it_is_the_unbroken_run(data: Path, tmp_path: Path) -> None:
-    recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "whole"))
+    whole = recipe_runner.succeed(SCRIPT, *arguments(data, tmp_path / "whole"))
+    tiny_run.check_words(whole.out, tmp_path / "whole", "score")
     killed = recipe_runner.run(
         SCRIPT,
         *arguments(data, tmp_path / "parts"),

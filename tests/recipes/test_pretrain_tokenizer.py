@@ -99,7 +99,8 @@ def weights(run: Path) -> dict[str, bytes]:
 def test_killed_and_resumed(data: Path, tmp_path: Path, variant: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = [f"data.root={data}", *SIZES, *VARIANTS[variant]]
-    recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={whole}")
+    made = recipe_runner.succeed(SCRIPT, *arguments, f"run.dir={whole}")
+    tiny_run.check_words(made.out, whole, "encode")
     # in the third step: of the decoder and of the discriminator
     backwards = 6 if variant == "linear and gan" else 5
     at = At(tiny_run.BACKWARD, backwards)

@@ -76,7 +76,9 @@ def outcome(out: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 
 def test_killed_in_either_run_and_on_two_ranks(clips: Path, tmp_path: Path) -> None:
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
-    recipe_runner.succeed(SCRIPT, *arguments(clips, whole))
+    made = recipe_runner.succeed(SCRIPT, *arguments(clips, whole))
+    tiny_run.check_words(made.out, whole / "video")
+    assert "part 1 of 2" in made.out and "part 2 of 2" in made.out
     rows, weights = outcome(whole)
     assert [row["step"] for row in rows] == [1, 2, 3, 1, 2, 3]
     assert [row["lr"] for row in rows[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])

@@ -66,9 +66,12 @@ def test_finished_run_is_left_alone(chain: Chain) -> None:
     run = chain.root / "stage2"
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
     rows = tiny_run.metrics(run)
-    recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run))
+    again = recipe_runner.succeed(SCRIPTS["stage2"], *chain.stage2(run))
     assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
     assert tiny_run.metrics(run) == rows
+    first = again.out.splitlines()[0]
+    assert first.startswith(f"{run}: finished before, at step 6 of 6; nothing was done")
+    assert "train.steps=12" in first and "step 1/6" not in again.out
 
 
 def test_damaged_newest_step_is_skipped_and_said(chain: Chain, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from scd_sf.tools.runs.compare import (
 )
 from scd_sf.tools.runs.curve import METRICS, export_curve, is_portable, read_curve
 from scd_sf.tools.runs.state import RunView, SavedStep, State, describe_age, find_runs, read_run
+from scd_sf.train.alarms import alarm_lines
+from scd_sf.train.metric_names import meaning
 from scd_sf.types import UserError, as_cell, printable, say
 
 app = typer.Typer(
@@ -82,8 +84,8 @@ def list_runs(
 
 @app.command()
 def show(run: RunArgument, stale: StaleOption = None) -> None:
-    """All about one run: origin, config, speed, checkpoints, skipped updates, heartbeats and
-    metrics."""
+    """All about one run: origin, config, speed, checkpoints, skipped updates, heartbeats, alarms and
+    metrics with their meaning."""
     view = read_run(run, time.time(), stale)
     console = _console()
     console.print(_headline(view))
@@ -91,12 +93,18 @@ def show(run: RunArgument, stale: StaleOption = None) -> None:
     for name, value in _facts(view):
         facts.add_row(name, value if isinstance(value, Text) else as_cell(value))
     console.print(facts)
-    metrics = Table("metric", "last", f"mean of {MEAN_OF}", "at step", box=None, pad_edge=False)
+    metrics = Table(
+        "metric", "last", f"mean of {MEAN_OF}", "at step", "meaning", box=None, pad_edge=False
+    )
     every = read_curve(run).series() if (run / METRICS).is_file() and view.curve.steps else {}
     for metric, series in list(every.items())[:MOST_METRICS]:
         step, newest = series[-1]
         metrics.add_row(
-            as_cell(metric[:60]), number(newest), number(mean_of_last(series)), str(step)
+            as_cell(metric[:60]),
+            number(newest),
+            number(mean_of_last(series)),
+            str(step),
+            meaning(metric),
         )
     console.print(metrics if every else "no metrics yet")
     if len(every) > MOST_METRICS:
@@ -197,13 +205,23 @@ def _line(view: RunView) -> Text:
         name: series[-1][1] for name, series in view.curve.series().items() if is_portable(name)
     }
     metrics = (f"{printable(name[:60])} {number(value)}" for name, value in newest.items())
-    return Text.assemble(_headline(view), Text("  " + "  ".join(metrics)))
+    alarms = [f"ALARM {event.kind} since step {event.step}" for event in view.alarms]
+    return Text.assemble(
+        _headline(view),
+        *((Text(printable(f"  {alarm}"), "bold red")) for alarm in alarms),
+        Text("  " + "  ".join(metrics)),
+    )
 
 
 def _facts(view: RunView) -> list[tuple[str, str | Text]]:
     origin, seconds = view.origin, view.curve.seconds_per_step()
     parents, versions = origin.get("parents"), origin.get("versions")
-    facts: list[tuple[str, str | Text]] = [("stage", view.stage)]
+    facts: list[tuple[str, str | Text]] = [
+        ("alarm", Text(printable(line), "bold red"))
+        for event in view.alarms
+        for line in alarm_lines(event)
+    ]
+    facts.append(("stage", view.stage))
     if isinstance(parents, list):
         facts += [
             ("parent", str(parent.get("path", "?")))

@@ -1,7 +1,7 @@
 """The state of a run directory: its progress, speed and checkpoints, and whether a process still
 works on it.
 
-Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``checkpoints/``, and for each
+Read here: ``config.yaml``, ``metrics.jsonl``, ``skipped.jsonl``, ``alarms.json``, ``checkpoints/``, and for each
 rank ``heartbeat/rank_00000.json`` ({"time": unix seconds, "step": n, "pid": p, "host": h});
 ``status.json`` says why a run ended early, until it has gone on (train/stop.py writes both).
 Nothing is written, and nothing missing or damaged is an error except a path that is no run at all.
@@ -21,6 +21,7 @@ from scd_sf.checkpoint import Checkpoints, read_provenance, sizes_agree
 from scd_sf.config import plain_yaml
 from scd_sf.files import read_typed
 from scd_sf.tools.runs.curve import METRICS, Curve, read_curve, read_tail
+from scd_sf.train.alarms import Event, read_alarms
 from scd_sf.train.stop import Beat
 from scd_sf.types import UserError
 
@@ -83,6 +84,7 @@ class RunView:
     age: float | None
     state: State
     reason: str
+    alarms: list[Event]
 
     @property
     def total(self) -> int | None:
@@ -151,6 +153,7 @@ def read_run(path: Path, now: float, stale_after: float | None = None) -> RunVie
         age=age,
         state="running",
         reason="",
+        alarms=_alarms(path),
     )
     # The last line alone does not finish a run, which may be killed while it saves.
     if view.total is not None and any(
@@ -231,6 +234,14 @@ def _skipped_steps(path: Path) -> list[int]:
     """Steps whose update was skipped; a step that was run again after a resume counts once."""
     try:
         return list(read_curve(path / "skipped.jsonl").steps)
+    except UserError:
+        return []
+
+
+def _alarms(path: Path) -> list[Event]:
+    """The alarms that last."""
+    try:
+        return read_alarms(path).active
     except UserError:
         return []
 

@@ -207,6 +207,20 @@ def test_show_list_and_watch(
         assert part in out
     code, out, _ = scd(["watch", run, "--once"], monkeypatch, capsys)
     assert code == 0 and "loss" in out and "6/10" in out and "stale" in out and "\x1b" not in out
+    assert "what the optimiser minimises" in scd(["show", run], monkeypatch, capsys)[1]
+    event = {
+        "kind": "static",
+        "step": 4,
+        "reason": "quick/motion is 0",
+        "looks": "still\x1b pictures",
+    }
+    event["remedy"] = "a lower lr"
+    (run / "alarms.json").write_text(json.dumps({"settled": {}, "events": [event]}))
+    out = scd(["show", run], monkeypatch, capsys)[1]
+    assert "ALARM static, since step 4: quick/motion is 0" in out and "\x1b" not in out
+    assert "still\ufffd pictures" in out and "a lower lr" in out
+    out = scd(["watch", run, "--once"], monkeypatch, capsys)[1]
+    assert "ALARM static since step 4" in out.replace("\n", " ")
     assert scd(["watch", tmp_path / "finished"], monkeypatch, capsys)[0] == 0, (
         "a finished run is not followed"
     )
@@ -284,6 +298,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "deep status": ("status.json", "[" * 100_000),
     "status of wrong types": ("status.json", '{"state": ["failed"], "time": {}, "reason": 3}'),
     "a long number": ("status.json", f'{{"state": "failed", "time": {"9" * 5000}}}'),
+    "alarms of wrong types": ("alarms.json", '{"events": [{"kind": 3}]}'),
     "endless skips": (
         "skipped.jsonl",
         '{"step": 1e999}\n{"step": null}\n' + "[" * 100_000 + "\n\udc80\n{}",
