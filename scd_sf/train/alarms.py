@@ -112,9 +112,7 @@ class Alarms:
 
     def __init__(self, run: Run, alarms: Iterable[Alarm], start: int, total: int) -> None:
         self.run, self.alarms, self.total = run, list(alarms), total
-        self.record = AlarmRecord()
-        if run.ranks.is_main:
-            self.record = read_alarms(run.dir).until_step(start)
+        self.record = run.ranks.on_main(lambda: read_alarms(run.dir).until_step(start))
 
     def check(self, step: int, logs: Mapping[str, float]) -> Logs:
         """Compare the logged values of ``step`` with all ranges. Prints what begins and what is over;
