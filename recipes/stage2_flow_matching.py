@@ -28,7 +28,7 @@ from scd_sf.models.build import Student, build_student, load_student, set_checkp
 from scd_sf.models.wan.transformer import WanConfig
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage2Config
-from scd_sf.train.alarms import CLIP_STATISTICS, TUNING, Alarms, video_alarms
+from scd_sf.tools.stage_words import preview_clips, stage2_words
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer, pixel_shape
@@ -39,7 +39,6 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
-from scd_sf.train.summary import Summary, describe_clips, launch, sample
 from scd_sf.types import Conditioning, Logs, exit_on_user_error
 
 
@@ -105,24 +104,6 @@ def check_clips(student: Student, wan: WanConfig, clips: LatentClips, val: Laten
     check_same_size(clips.shape, val.shape, clips.root, val.root)
 
 
-def next_commands(
-    cfg: Stage2Config, ranks: Ranks, base: str, clips: LatentClips
-) -> dict[str, list[str]]:
-    """What is done with the student: distil it, with ``base`` (the Wan directory that it comes
-    from) as teacher and critic, or sample it."""
-    config = "stage3_1gpu.yaml" if ranks.world == 1 else "stage3_wan_1.3b.yaml"
-    distil = launch(
-        "stage3_self_forcing.py",
-        config if ranks.device.type == "cuda" else "demo_stage3.yaml",
-        ranks,
-    )
-    distil += [f"init={cfg.run.dir}", f"teacher={base}", f"critic={base}", f"prompts={cfg.data}"]
-    size = pixel_shape(clips.shape)
-    distil += [f"video.{name}={value}" for name, value in size.items()]
-    distil.append(f"run.dir={cfg.run.dir}-distilled")
-    return {"distil": distil, "sample": sample(cfg.run.dir, clips.texts([0])[0])}
-
-
 def main() -> None:
     cfg = from_command_line(Stage2Config, __doc__ or "")
     ranks = init_distributed(cfg.run.timeout_minutes)
@@ -142,14 +123,14 @@ def main() -> None:
     description = to_yaml(
         dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
     )
-    preview_clips = [0, len(val) // 2]
+    shown = preview_clips(val)
     preview = Preview(
         parent.base,
-        val.batch(preview_clips).text,
+        val.batch(shown).text,
         val.shape,
         cfg.sampler.build(),
         run.dir / "videos",
-        texts=val.texts(preview_clips),
+        texts=val.texts(shown),
         cfg=cfg.preview,
     )
     origin = partial(
@@ -158,31 +139,13 @@ def main() -> None:
         seed=cfg.run.seed,
         parents=[init],
         data_hash=clips.hash,
-        extra={
-            "video": pixel_shape(clips.shape),
-            CLIP_STATISTICS: statistics_range(preview, val, ranks),
-        },
+        extra={"video": pixel_shape(clips.shape), **statistics_range(preview, val, ranks)},
     )
     ema, ema_model = Ema(cfg.train.ema, ranks), build_student(parent.model)
     checkpointer = Checkpointer(run, cfg.train, {"model": engine}, ema, description, origin)
     reads = Prefetch(clips.stored, cfg.train.prefetch)
     start = checkpointer.resume()
-    summary = Summary(
-        checkpointer,
-        start,
-        title=f"Stage 2, flow matching: {parent.model.family} student from {init} (ema)",
-        data=[
-            describe_clips(len(clips), clips.shape, clips.root),
-            f"held out: {describe_clips(len(val), val.shape, val.root)}",
-        ],
-    )
-    summary.begin()
-    reference: dict[str, tuple[float, float]] = {}
-    if ranks.is_main:
-        true_clips = val.batch(preview_clips).latents_BFCHW
-        true_means = preview.true_statistics(true_clips, ranks.device)
-        reference = {name: (value, value) for name, value in true_means.items()}
-    alarms = Alarms(run, video_alarms(reference, TUNING), start, cfg.train.steps)
+    words = stage2_words(cfg, checkpointer, start, init, parent, clips, val, preview)
     if start == 0:
         ema_model.load_state_dict(engine.fp32_masters())
         show_previews(preview, ema_model, 0, ranks, run.video)
@@ -196,14 +159,14 @@ def main() -> None:
                 logs |= validate(ema_model, val, cfg.loss, cfg.validation_clips, ranks)
                 checkpointer.note_best(step, logs["val/loss"])
                 logs |= show_previews(preview, ema_model, step, ranks, run.video)
-            run.log(step, logs | alarms.check(step, logs))
+            run.log(step, logs | words.check(step, logs))
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
     reads.close()
-    summary.end(next_commands(cfg, ranks, absolute(parent.base), clips))
+    words.end()
     run.finish()
 
 

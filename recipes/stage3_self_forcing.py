@@ -25,6 +25,7 @@ from torch import Tensor
 
 from scd_sf.checkpoint import absolute, provenance
 from scd_sf.config import from_command_line, to_yaml
+from scd_sf.data.clip_statistics import CLIP_STATISTICS
 from scd_sf.data.latents import epoch_order
 from scd_sf.data.prefetch import Prefetch
 from scd_sf.data.prompts import Prompts
@@ -42,14 +43,8 @@ from scd_sf.models.wan.transformer import Wan
 from scd_sf.models.wan.weights import load_wan, open_wan, read_wan_config
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.stage_configs import Stage3Config
-from scd_sf.train.alarms import (
-    CLIP_STATISTICS,
-    DISTILLATION,
-    Alarms,
-    clip_statistics_of,
-    rollout_alarms,
-    video_alarms,
-)
+from scd_sf.tools.stage_words import stage3_words
+from scd_sf.train.alarms import clip_statistics_of
 from scd_sf.train.base import Engine, StepInfo, StepModule
 from scd_sf.train.batches import RESUMABLE, add_to, micro_batches
 from scd_sf.train.checkpointing import Checkpointer, pixel_shape
@@ -60,7 +55,6 @@ from scd_sf.train.loop import Loop
 from scd_sf.train.run import Run
 from scd_sf.train.skipped import MicroBatch, keeping
 from scd_sf.train.stop import Request
-from scd_sf.train.summary import Summary, sample
 from scd_sf.types import Conditioning, Logs, VideoShape, exit_on_user_error, on_device
 
 
@@ -354,7 +348,6 @@ def main() -> None:
     description = to_yaml(
         dataclasses.replace(parent, sampler=cfg.sampler, base=absolute(parent.base))
     )
-    reference = clip_statistics_of(init)
     origin = partial(
         provenance,
         stage="stage3_self_forcing",
@@ -366,7 +359,7 @@ def main() -> None:
             "critic": cfg.critic,
             "negative_prompt": prompts.negative_prompt,
             "video": pixel_shape(latent),
-            CLIP_STATISTICS: reference,
+            CLIP_STATISTICS: clip_statistics_of(init),
             **cfg.loss.guidance.logs(),
         },
     )
@@ -375,21 +368,9 @@ def main() -> None:
     checkpointer = Checkpointer(run, cfg.train, engines, ema, description, origin)
     preview = preview_of(distillation, parent.base, latent)
     start = checkpointer.resume()
-    size = pixel_shape(latent)
-    summary = Summary(
-        checkpointer,
-        start,
-        title=f"Stage 3, Self-Forcing: {parent.model.family} student from {init} (ema), "
-        f"teacher {cfg.teacher}, critic {cfg.critic}",
-        data=[
-            f"prompts {prompts}",
-            f"rollouts of {size['frames']} frames of {size['height']}x{size['width']}",
-        ],
-        frozen={"teacher": (distillation.teacher, cfg.teacher_engine)},
+    words = stage3_words(
+        cfg, checkpointer, start, init, parent.model.family, prompts, latent, distillation.teacher
     )
-    summary.begin()
-    ranges = [*rollout_alarms(cfg.std_range), *video_alarms(reference, DISTILLATION)]
-    alarms = Alarms(run, ranges, start, cfg.train.steps)
     if start == 0:
         ema_model.load_state_dict(distillation.student.fp32_masters())
         show_previews(preview, ema_model, 0, ranks, run.video)
@@ -404,26 +385,14 @@ def main() -> None:
             if step % cfg.train.validate_every == 0:
                 ema.copy_to(ema_model)
                 logs |= show_previews(preview, ema_model, step, ranks, run.video)
-            run.log(step, logs | alarms.check(step, logs))
+            run.log(step, logs | words.check(step, logs))
             last, request = step == cfg.train.steps, loop.request()
             if last or request or step % cfg.train.save_every == 0:
                 checkpointer.save(step, required=last or request is Request.STOP)
             if request is Request.STOP and not last:
                 loop.leave(step)
     distillation.reads.close()
-    weights = "best" if "best" in checkpointer.extra else "ema"
-    best = "none: no step was healthy (std_range, healthy_within)"
-    if weights == "best":
-        best_step = int(checkpointer.record["best_step"])
-        best = f"weights=best of the last checkpoint, the average of step {best_step:,}"
-    next_commands = {
-        "sample": sample(cfg.run.dir, prompts.texts([0])[0], weights),
-        "export": [
-            *("scd", "export", cfg.run.dir, f"{cfg.run.dir}.safetensors"),
-            *("--weights", weights),
-        ],
-    }
-    summary.end(next_commands, best)
+    words.end()
     run.finish()
 
 

@@ -21,6 +21,7 @@ from scd_sf.files import foreign, refuse_lfs_pointer
 from scd_sf.tensor_files import check_finite
 from scd_sf.types import Logs, UserError, on_device
 
+CLIP_STATISTICS = "clip_statistics"  # in a checkpoint's provenance: ranges over true clips
 _LUMA = (0.299, 0.587, 0.114)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scd_sf.data.clip_statistics import CLIP_STATISTICS
 from scd_sf.data.latents import LatentClips
 from scd_sf.diffusion.noise import generator
 from scd_sf.distributed import Ranks
@@ -62,11 +63,10 @@ def show_previews(
     return preview.measure(videos, finite)
 
 
-def statistics_range(
-    preview: Preview, clips: LatentClips, ranks: Ranks
-) -> dict[str, tuple[float, float]]:
-    """Least and largest of each statistic of the previews, over single true clips spread over
-    ``clips``. Empty on other ranks than the main one, and without a VAE."""
+def statistics_range(preview: Preview, clips: LatentClips, ranks: Ranks) -> dict[str, object]:
+    """For a checkpoint's provenance: ``clip_statistics``, least and largest of each statistic of the
+    previews, over single true clips spread over ``clips``. Empty on other ranks than the main one,
+    and without a VAE."""
     if not ranks.is_main or preview.vae is None:
         return {}
     indices = range(0, len(clips), max(1, len(clips) // CLIPS))[:CLIPS]
@@ -74,9 +74,10 @@ def statistics_range(
         preview.true_statistics(clips.batch([index]).latents_BFCHW, ranks.device)
         for index in indices
     ]
-    return {
+    ranges = {
         name: (min(row[name] for row in logs), max(row[name] for row in logs)) for name in logs[0]
     }
+    return {CLIP_STATISTICS: ranges}
 
 
 @contextmanager

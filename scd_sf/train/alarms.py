@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from scd_sf.checkpoint import PROVENANCE, read_provenance
+from scd_sf.data.clip_statistics import CLIP_STATISTICS
 from scd_sf.files import read_typed, typed, write_json
 from scd_sf.train.run import Run
 from scd_sf.types import Logs, say
@@ -170,7 +171,6 @@ def alarm_lines(event: Event) -> list[str]:
 
 # ------------------------------------------------------------------------------------ the alarms
 
-CLIP_STATISTICS = "clip_statistics"  # in a checkpoint's provenance: ranges over true clips
 
 DISTILLATION = (
     "sample weights=best or an earlier checkpoint; go on from there in a new run with a lower "

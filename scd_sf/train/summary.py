@@ -179,9 +179,9 @@ def launch(script: str, config: str, ranks: Ranks) -> list[str]:
     return ["torchrun", "--nproc_per_node", processes, *arguments]
 
 
-def sample(run_dir: str, prompt: str, weights: str = "ema") -> list[str]:
+def sample_words(run_dir: Path, prompt: str, weights: str = "ema") -> list[str]:
     """The words that sample a checkpoint with one of its training's prompts."""
-    words = ["scd", "sample", f"checkpoint={run_dir}", f"out=videos/{Path(run_dir).name}"]
+    words = ["scd", "sample", f"checkpoint={run_dir}", f"out=videos/{run_dir.name}"]
     words += [] if weights == "ema" else [f"weights={weights}"]
     return [*words, f"prompts={json.dumps([prompt], ensure_ascii=False)}"]
 
