@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from scd_sf.config import paragraphs
 from scd_sf.data.clip_files import About, clip_paths, write_clip
 from scd_sf.data.clip_index import Common, open_job
 from scd_sf.data.latents import LatentClips, epoch_order
@@ -173,5 +174,5 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(help=paragraphs(__doc__))(main)
     exit_on_user_error(app)

@@ -38,6 +38,7 @@ import vizdoom
 from PIL import Image
 from rich.progress import MofNCompleteColumn, Progress
 
+from scd_sf.config import paragraphs
 from scd_sf.data.clips import write_video
 from scd_sf.files import hash_json, locked, new_file, sha256_file, write_json
 from scd_sf.tools.data.render import begin, run_chunks, sources
@@ -396,7 +397,7 @@ def make(root: Path, request: Request, workers: int) -> None:
 def cli(arguments: list[str] | None = None) -> None:
     """The command line: exits with 0, or 2 and one line for bad input."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(help=paragraphs(__doc__))(main)
     exit_on_user_error(lambda: app(arguments))
 
 

@@ -10,6 +10,15 @@ one (``minecraft.tar.partaa`` .., as the Internet Archive has them); nothing is 
 computed already (``.pt`` in a folder or in ``shard-*.tar``) are imported with ``--latents``,
 multiplied by ``--scaling-factor``; then no tokenizer is needed.
 
+A set of your own: ``ROOT/train/ANY/NAME.mp4`` and ``ROOT/test/ANY/NAME.mp4``, each with
+``NAME.npz`` beside it, whose array ``actions`` has one whole number 0 .. N-1 per frame, the action
+that led to it (``--num-actions N``). All videos are square, of one size (or ``--size``) and of
+``--fps`` frames per second.
+
+Each split is encoded by a run of its own. ``<out>`` gets frames-00000.safetensors .., clips.jsonl
+and manifest.json; ``recipes/pretrain.py`` takes the two as ``data=`` and ``val=``. With a trained
+model ``recipes/play.py`` makes videos by actions that you choose.
+
 Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is
 an error. ``--check`` only reads everything and reports. An interrupted run goes on where it
 stopped.
@@ -22,6 +31,7 @@ from typing import Annotated
 
 import typer
 
+from scd_sf.config import paragraphs
 from scd_sf.data.sources.far import SCALING_FACTOR, FarLatents
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.tools.data.encode_frames import EncodeConfig, Task, run_latents, run_pixels
@@ -114,5 +124,5 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(help=paragraphs(__doc__))(main)
     exit_on_user_error(app)

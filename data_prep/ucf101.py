@@ -8,6 +8,9 @@ testlist0N). Frames are resized (short side) and cropped to ``--size``. ``--spli
 --first 256 --as-coded`` are the clips of FAR's and MCVD's evaluation. With ``--list`` the clips are
 those of FAR's JSON list, its paths relative to ``--root``.
 
+Each split is encoded by a run of its own. ``<out>`` gets frames-00000.safetensors .., clips.jsonl
+and manifest.json; ``recipes/pretrain.py`` takes the two as ``data=`` and ``val=``.
+
 Malformed clips are left out and listed in ``<out>/report.json``; more than ``--max-bad`` of them is
 an error. ``--check`` only reads everything and reports. An interrupted run goes on where it
 stopped.
@@ -20,6 +23,7 @@ from typing import Annotated
 
 import typer
 
+from scd_sf.config import paragraphs
 from scd_sf.data.sources.pixel_sources import PixelsConfig, open_pixels
 from scd_sf.tools.data.encode_frames import EncodeConfig, Task, run_pixels
 from scd_sf.types import exit_on_user_error
@@ -82,5 +86,5 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command(help=paragraphs(__doc__))(main)
     exit_on_user_error(app)

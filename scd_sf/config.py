@@ -92,6 +92,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Help of scripts with a few flags, with their docstring as it is and each flag's default."""
 
 
+def paragraphs(doc: str | None) -> str:
+    """A script's docstring as typer's help, which keeps its lines and so its commands."""
+    return "\n\n".join(f"\b\n{part}" for part in inspect.cleandoc(doc or "").split("\n\n"))
+
+
 def load_config(
     schema: type[T], path: Path | Sequence[Path] | None, overrides: Sequence[str] = ()
 ) -> T:

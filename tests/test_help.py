@@ -282,6 +282,20 @@ def test_every_field_of_every_config_has_words() -> None:
     assert found > 50
 
 
+def test_scripts_with_options_print_their_docstrings() -> None:
+    """Layouts and commands are there, line by line."""
+    for script in SCRIPTS:
+        text = script.read_text()
+        if "typer.Typer(" in text and " as main\n" not in text:
+            assert "app.command(help=paragraphs(__doc__))(main)" in text, script
+    shown = recipe_runner.succeed("data_prep/teco_minecraft.py", "--help").out
+    assert "ROOT/train/ANY/NAME.mp4" in shown and "takes the two as" in shown
+    lines = [line.strip() for line in shown.splitlines()]
+    assert "--out data/mc/train" in lines
+    own = recipe_runner.succeed("data_prep/encode_latents.py", "--help").out
+    assert "OUT/train and OUT/val, one file per clip" in " ".join(own.split())
+
+
 def test_every_option_has_words() -> None:
     """Of argparse and typer."""
     found = 0

@@ -13,6 +13,7 @@ import recipe_runner
 import torch
 from diffusers import AutoencoderDC
 
+from scd_sf.checkpoint import find
 from scd_sf.config import load_config
 from scd_sf.data.clips import read_video
 from scd_sf.data.frames import FrameClips
@@ -144,6 +145,48 @@ def test_the_whole_chain(chain: Path, doom_actions: Path, tmp_path: Path) -> Non
         )
         scores[name] = PredictionResult.read(tmp_path / name / "result.json").figures["psnr"].value
     assert scores["repeat"] > scores["reconstruction"]  # a random tokenizer reconstructs nothing
+
+
+def test_a_model_is_played_by_actions(chain: Path, doom_actions: Path, tmp_path: Path) -> None:
+    """The same start and noise, other actions from some frame on: equal until there."""
+    (tmp_path / "walks.txt").write_text("1 1 1,2 2\n1*3 0 0\n")
+    given = [
+        f"checkpoint={chain / 'run'}",
+        f"tokenizer={chain / 'tokenizer'}",
+        f"pixels.root={doom_actions}",
+        "clip=1",
+    ]
+    out = tmp_path / "out"
+    said = recipe_runner.succeed(
+        "recipes/play.py", *given, f"out={out}", f"actions_file={tmp_path}/walks.txt"
+    ).out
+    assert "4 frames of" in said and "then 5 by actions" in said
+    videos = [read_video(out / f"000{number}.mp4") for number in range(2)]
+    assert [tuple(video.shape) for video in videos] == [(9, 3, 64, 64)] * 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["videos"][1] == {"file": "0001.mp4", "actions": [1, 1, 1, 0, 0]}
+    script = recipe_runner.load_script("recipes/play.py")
+    cfg = load_config(script.PlayConfig, None, [*given, "out=x", "actions=[1, 1, 1, 2, 2]"])
+    model, description, sampler, tokenizer = script.open_model(cfg, find(chain / "run"))
+    start, _ = script.read_start(cfg, description.model.dit.num_actions)
+    first, second = (
+        script.play(cfg, model, sampler, tokenizer, start, actions, torch.device("cpu"))
+        for actions in ([1, 1, 1, 2, 2], [1, 1, 1, 0, 0])
+    )
+    assert torch.equal(first[:7], second[:7]) and not torch.equal(first[7:], second[7:])
+    for more, message in (
+        ("actions=[0, 3]", "list 1 has 3; the model knows 0 .. 2"),
+        ("actions=[]", "set either actions or actions_file"),
+        (f"actions_file={chain / 'run' / 'config.yaml'}", "is no action"),
+        ("clip=99", "clip is 99;"),
+        ("context=999", "context is 999, but"),
+        (f"out={out}", "made with other settings or actions"),
+    ):
+        more_given = [] if "actions" in more else ["actions=[1, 1]"]
+        place = [] if more.startswith("out") else [f"out={tmp_path / 'new'}"]
+        refused = recipe_runner.run("recipes/play.py", *given, *more_given, *place, more)
+        assert refused.code == 2 and message in refused.err, (more, refused.err[-600:])
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
