@@ -1,5 +1,5 @@
-"""Memory by role and phase, disk, FLOPs and hours on a cluster, and what to change when it does
-not fit.
+"""Memory by role and phase, disk, FLOPs and hours on a cluster. What to change when it does not
+fit: advice.py.
 
 Activations are metered on the meta device (phases.py), states are counted (engines.py).
 Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
@@ -8,8 +8,7 @@ Hours are an estimate: FLOPs over the stated share (MFU) of the stated peak.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scd_sf.nn.tables import LIMIT
 from scd_sf.tools.plan.engines import (
@@ -22,8 +21,8 @@ from scd_sf.tools.plan.engines import (
 )
 from scd_sf.tools.plan.job import PlanJob
 from scd_sf.tools.plan.phases import Phase
-from scd_sf.tools.stage_configs import Stage2Config, Stage3Config
-from scd_sf.train.base import EngineConfig, accumulation
+from scd_sf.tools.stage_configs import Stage3Config
+from scd_sf.train.base import accumulation
 from scd_sf.types import UserError
 
 GIB = 2**30
@@ -200,79 +199,3 @@ def budget(job: PlanJob, cluster: Cluster, phases: list[Phase] | None = None) ->
         size = 4 if job.cfg.text.dtype == "fp32" else 2
         memory[TEXT] = Memory(size * job.text_parameters, 0, 0, 0, 0, 0, 0)
     return Budget(job, cluster, counts, memory, phases or job.phases())
-
-
-# how to write it, what it does, whether activations change
-Change = tuple[str, Callable[[PlanJob], PlanJob], bool]
-
-
-def advice(plan: Budget) -> list[tuple[str, Budget]]:
-    """Changes that make a plan fit, as (text, budget with this and all changes before it). Empty
-    when it fits already.
-
-    They are tried from the cheapest on: recomputing, smaller micro-batches, partitioning, moving
-    to the CPU.
-    """
-    advice_steps: list[tuple[str, Budget]] = []
-    current = plan
-    for text, change, new_activations in _changes(plan.job):
-        if current.fits:
-            break
-        job = change(current.job)
-        if job == current.job:
-            continue
-        current = budget(job, current.cluster, None if new_activations else current.phases)
-        advice_steps.append((text, current))
-    return advice_steps
-
-
-def _changes(job: PlanJob) -> list[Change]:
-    changes: list[Change] = [
-        ("checkpointing=true", lambda job: _with(job, checkpointing=True), True),
-        ("recompute_attention=true", lambda job: _with(job, recompute_attention=True), True),
-        (
-            "train.micro_batch=1",
-            lambda job: _with(job, train=replace(job.cfg.train, micro_batch=1)),
-            True,
-        ),
-    ]
-    encode = "data_prep/encode_prompts.py first, and prompts=ITS OUTPUT (about 1 MB a prompt on the disk)"
-    changes.append((encode, lambda job: replace(job, text_parameters=0), False))
-    names = ["engine"]
-    if job.stage == 3:
-        names = ["teacher_engine", "critic_engine", "student_engine"]
-    steps: list[tuple[str, dict[str, object]]] = [
-        ("backend=deepspeed", {"backend": "deepspeed"}),
-        ("dtype=bf16", {"dtype": "bf16"}),
-        ("zero_stage=3", {"zero_stage": 3}),
-        ("offload=true", {"offload": True}),
-    ]
-    for text, values in steps:
-        for name in names:
-            if name == "teacher_engine" and "zero_stage" in text:
-                continue
-            changes.append(
-                (
-                    f"{name}.{text}",
-                    _engine_change(name, values),
-                    "dtype" in values or "backend" in values,
-                )
-            )
-    return changes
-
-
-def _engine_change(name: str, values: dict[str, object]) -> Callable[[PlanJob], PlanJob]:
-    def change(job: PlanJob) -> PlanJob:
-        engine: EngineConfig = vars(job.cfg)[name]
-        if ("backend" in values and engine.backend == "deepspeed") or (
-            "offload" in values and engine.backend == "torch"
-        ):
-            return job
-        return _with(job, **{name: replace(engine, **values)})  # type: ignore[arg-type]
-
-    return change
-
-
-def _with(job: PlanJob, **values: object) -> PlanJob:
-    cfg: Stage2Config | Stage3Config = replace(job.cfg, **values)  # type: ignore[arg-type]
-    return replace(job, cfg=cfg)

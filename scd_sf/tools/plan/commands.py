@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from scd_sf.types import UserError, say
+
+if TYPE_CHECKING:
+    from scd_sf.tools.stage_configs import VideoConfig
 
 
 def plan(
@@ -31,13 +34,17 @@ def plan(
     student: Annotated[
         Path | None, typer.Option(help="Configuration of stage 1, when there is no init= yet.")
     ] = None,
+    clips: Annotated[
+        str, typer.Option(help="Stage 2's clips, FRAMESxHEIGHTxWIDTH, when there is no data= yet.")
+    ] = "81x480x832",
     text_tokens: Annotated[int, typer.Option(help="Length that prompts are padded to.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Will it fit, and how long will it take? Memory by role and phase, disk, FLOPs and hours of a
     stage on a cluster, and what to change. Nothing is allocated: the real training step runs on the
     meta device. Exit code 1: too big."""
-    from scd_sf.tools.plan.budget import Cluster, advice, budget
+    from scd_sf.tools.plan.advice import advice
+    from scd_sf.tools.plan.budget import Cluster, budget
     from scd_sf.tools.plan.job import read_job
     from scd_sf.tools.plan.report import as_json as to_json
     from scd_sf.tools.plan.report import print_budget
@@ -51,7 +58,14 @@ def plan(
     )
     cluster = Cluster(nodes, gpus_per_node, gpu_mem, peak_tflops, mfu)
     result = budget(
-        read_job(files, [text for text in configs if "=" in text], student, text_tokens), cluster
+        read_job(
+            files,
+            [text for text in configs if "=" in text],
+            student,
+            text_tokens,
+            clips=_size(clips),
+        ),
+        cluster,
     )
     changes = advice(result)
     if as_json:
@@ -59,3 +73,13 @@ def plan(
     else:
         print_budget(Console(width=max(150, Console().width)), result, changes)
     raise typer.Exit(0 if result.fits else 1)
+
+
+def _size(text: str) -> VideoConfig:
+    """The clips that ``--clips`` says. UserError: it is no size."""
+    from scd_sf.tools.stage_configs import VideoConfig
+
+    numbers = text.split("x")
+    if len(numbers) != 3 or not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--clips is {text[:80]!r}; write FRAMESxHEIGHTxWIDTH, as 81x480x832")
+    return VideoConfig(*map(int, numbers))

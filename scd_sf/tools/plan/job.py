@@ -89,13 +89,18 @@ class PlanJob:
 
 
 def read_job(
-    files: Sequence[Path], overrides: Sequence[str], student: Path | None, text_tokens: int
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    student: Path | None,
+    text_tokens: int,
+    clips: VideoConfig | None = None,
 ) -> PlanJob:
     """A job from the recipe's own configuration. What that leaves open (``init=``, ``teacher=``,
     ``data=``) becomes an assumption of the job.
 
     Models are read where they exist; a name with 1.3B or 14B in it stands for Wan 2.1 of that size.
-    ``student``: a configuration of stage 1, instead of ``init``. Raises UserError for what cannot
+    ``student``: a configuration of stage 1, instead of ``init``. ``clips``: stage 2's, where ``data``
+    is not here (None: the paper's). Raises UserError for what cannot
     be read.
     """
     trees = [plain_yaml(file) for file in files]
@@ -116,7 +121,7 @@ def read_job(
     model = _student(cfg.init, student, assumptions)
     if isinstance(cfg, Stage2Config):
         model = model.with_blocks(cfg.blocks)
-        shape = _clips(cfg.data, model, assumptions)
+        shape = _clips(cfg.data, clips or VideoConfig(), model, assumptions)
         return PlanJob(cfg, model, shape, text_tokens=text_tokens, assumptions=tuple(assumptions))
     teacher = _wan(cfg.teacher, "teacher", "14B", assumptions)
     critic = _wan(cfg.critic, "critic", "1.3B", assumptions)
@@ -195,10 +200,10 @@ def _text_encoder(cfg: Stage3Config, assumptions: list[str]) -> int:
     return UMT5_PARAMETERS
 
 
-def _clips(data: str, model: ModelConfig, assumptions: list[str]) -> VideoShape:
+def _clips(data: str, size: VideoConfig, model: ModelConfig, assumptions: list[str]) -> VideoShape:
     if data and Path(data).exists():
         return LatentClips(data).shape
-    shape = VideoConfig().shape(model.wan.in_channels)
+    shape = size.shape(model.wan.in_channels)
     text = f"{shape.pixel_frames} frames of {shape.pixel_height}x{shape.pixel_width}"
     assumptions.append(f"clips: {text} ({data + ' is not here' if data else 'no data='})")
     return shape

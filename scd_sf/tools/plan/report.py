@@ -8,21 +8,22 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from scd_sf.tools.plan.advice import Advice, command_line
 from scd_sf.tools.plan.budget import CONTEXT_GIB, GIB, SLACK, TABLES_GIB, TEXT, Budget
 from scd_sf.tools.stage_configs import Stage3Config
 
 _COLUMNS = ("weights", "masters", "moments", "average", "accumulated", "buffers", "update")
 
 
-def print_budget(console: Console, budget: Budget, changes: list[tuple[str, Budget]]) -> None:
+def print_budget(console: Console, budget: Budget, changes: list[Advice]) -> None:
     """Print the tables of roles and phases, then the sums. ``changes``: from
-    :func:`scd_sf.tools.plan.budget.advice`."""
+    :func:`scd_sf.tools.plan.advice.advice`."""
     console.print(
         Group(_roles(budget), _phases(budget), *(Text(line) for line in lines(budget, changes)))
     )
 
 
-def lines(budget: Budget, changes: list[tuple[str, Budget]]) -> Iterator[str]:
+def lines(budget: Budget, changes: list[Advice]) -> Iterator[str]:
     """The sums, one sentence each."""
     job, cluster = budget.job, budget.cluster
     latents, text = budget.clip_bytes()
@@ -66,13 +67,20 @@ def lines(budget: Budget, changes: list[tuple[str, Budget]]) -> Iterator[str]:
         f"while validating: {budget.validation / GIB:.1f} GiB per GPU with the averaged student in fp32, and what "
         "sampling and the VAE's decoder need on top"
     )
-    for change, plan in changes:
-        yield f"to change: {change} -> {plan.needed_gib:.1f} GiB{', fits' if plan.fits else ''}"
-    if not budget.fits and not (changes and changes[-1][1].fits):
+    for step in changes:
+        fits = ", fits" if step.plan.fits else ""
+        yield f"to change: {step.change.text} -> {step.plan.needed_gib:.1f} GiB{fits}"
+    if changes and (best := changes[-1].plan).fits:
+        yield f"all of it, to copy: {command_line(changes)}"
+        yield (
+            f"with it {best.needed_gib:.1f} of {cluster.gpu_mem:g} GiB, {best.host / GIB:.0f} GiB of host memory per "
+            f"process, {best.seconds * job.cfg.train.steps / 3600:,.1f} h (an estimate)"
+        )
+    elif not budget.fits:
         yield "no change of the configuration is enough: more GPUs (--nodes), or GPUs with more memory"
 
 
-def as_json(budget: Budget, changes: list[tuple[str, Budget]]) -> dict[str, object]:
+def as_json(budget: Budget, changes: list[Advice]) -> dict[str, object]:
     """A budget as JSON values in bytes, FLOPs and seconds. Keys of estimates end in
     ``estimate``."""
     job, cluster = budget.job, budget.cluster
@@ -107,8 +115,13 @@ def as_json(budget: Budget, changes: list[tuple[str, Budget]]) -> dict[str, obje
         "seconds_per_step_estimate": budget.seconds,
         "hours_estimate": budget.seconds * job.cfg.train.steps / 3600,
         "advice": [
-            {"change": change, "gib_estimate": round(plan.needed_gib, 2), "fits": plan.fits}
-            for change, plan in changes
+            {
+                "change": step.change.text,
+                "overrides": list(step.change.overrides),
+                "gib_estimate": round(step.plan.needed_gib, 2),
+                "fits": step.plan.fits,
+            }
+            for step in changes
         ],
     }
 

@@ -4,6 +4,7 @@ ones."""
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
-from scd_sf.tools.plan.budget import GIB, Cluster, advice, budget
+from scd_sf.tools.plan.advice import NOISE, SMALL_TEACHER, Advice, advice, command_line
+from scd_sf.tools.plan.budget import GIB, Budget, Cluster, budget
 from scd_sf.tools.plan.engines import frozen_memory, trained_memory
 from scd_sf.tools.plan.job import PlanJob, read_job
 from scd_sf.tools.plan.meter import Meter
@@ -86,22 +88,78 @@ def test_advice_ends_where_it_fits_or_says_that_nothing_does() -> None:
     small = budget(job, Cluster(1, 2, gpu_mem=needed - 1e-6), found.phases)
     advised = advice(small)
     assert (
-        [text for text, _ in advised] == ["checkpointing=true"]
-        and advised[0][1].fits
-        and not small.fits
+        not small.fits and command_line(advised) == "checkpointing=true" and advised[-1].plan.fits
     )
     hopeless = advice(budget(job, Cluster(1, 2, gpu_mem=0.1)))
-    assert not hopeless[-1][1].fits and [text for text, _ in hopeless][:3] == [
+    assert not hopeless[-1].plan.fits and [step.change.text for step in hopeless][:3] == [
         "checkpointing=true",
         "train.micro_batch=1",
         "engine.backend=deepspeed",
     ]
-    sizes = [found.needed_gib for _, found in hopeless]
-    assert sizes[-1] < sizes[0]
     partitioned = tiny_job("engine={backend: deepspeed, zero_stage: 3, bucket: 1000}")
     changes = advice(budget(partitioned, Cluster(1, 2, gpu_mem=0.1)))
-    assert all(vars(plan.job.cfg)["engine"].zero_stage == 3 for _, plan in changes)
-    assert changes and not any("backend" in text for text, _ in changes)
+    assert all(vars(step.plan.job.cfg)["engine"].zero_stage == 3 for step in changes)
+    assert changes and not any("backend" in step.change.text for step in changes)
+
+
+def assert_helps(plan: Budget, steps: list[Advice]) -> None:
+    """Each change lowers a GPU's peak, counted anew from its overrides' values alone."""
+    before = plan
+    for step in steps:
+        again = budget(step.plan.job, plan.cluster)
+        assert again.peak == pytest.approx(step.plan.peak, rel=NOISE), "not metered again"
+        assert again.peak < before.peak or (
+            step.change.overrides[0].startswith("teacher=") and again.host < before.host
+        ), step.change.text
+        before = again
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"),
+    [
+        ("{backend: torch, dtype: bf16, bucket: 50000}", 1),
+        ("{zero_stage: 0, bucket: 50000}", 2),
+        ("{zero_stage: 2, dtype: bf16, bucket: 50000}", 1),
+        ("{zero_stage: 2, dtype: bf16, bucket: 1000}", 2),
+    ],
+)
+def test_no_advice_makes_it_worse(engine: str, gpus: int) -> None:
+    """On one process a partition is nothing but buffers, and bf16 beside fp32 masters is more than
+    fp32: these are left out where they do not help."""
+    plain = ("train={global_batch: 8, micro_batch: 4}", "checkpointing=false")
+    job = tiny_job(*plain, f"engine={engine}")
+    plan = budget(job, Cluster(1, gpus, gpu_mem=0.1))
+    steps = advice(plan)
+    assert_helps(plan, steps)
+    assert "engine.offload=true" in command_line(steps), "what helps is found whatever came before"
+    assert not (gpus == 1 and "zero_stage=3" in command_line(steps))
+
+
+@pytest.mark.slow
+def test_a_smaller_job_that_fits_is_found(tmp_path: Path) -> None:
+    """A card that holds neither the videos nor the teacher; the line to copy, read as the command
+    reads it, is the job that was counted."""
+    (tmp_path / "encoded").mkdir()
+    (tmp_path / "encoded" / "manifest.json").write_text("{}")
+    wan = dataclasses.replace(TINY, in_channels=16, out_channels=16, text_dim=4096)
+    model = dataclasses.replace(tiny_job().model, wan=wan)
+    large = dataclasses.replace(WanConfig(), num_layers=31)
+
+    def read(*overrides: str) -> PlanJob:
+        given = [f"prompts={tmp_path}/encoded", "train.global_batch=8", *overrides]
+        job = read_job([CONFIGS / "stage3_1gpu.yaml"], given, None, 8)
+        teacher = job.teacher if f"teacher={SMALL_TEACHER}" in overrides else large
+        return dataclasses.replace(job, model=model, teacher=teacher, critic=wan)
+
+    plan = budget(read(), Cluster(1, 1))
+    plan = dataclasses.replace(plan, cluster=Cluster(1, 1, gpu_mem=0.8 * plan.needed_gib))
+    steps = advice(plan)
+    assert not plan.fits and steps[-1].plan.fits
+    assert_helps(plan, steps)
+    again = read(*shlex.split(command_line(steps)))
+    assert budget(again, plan.cluster).peak == pytest.approx(steps[-1].plan.peak, rel=NOISE)
+    assert steps[-1].change.overrides[0].startswith("video.frames=")
+    assert f"teacher={SMALL_TEACHER}" in command_line(steps)
 
 
 def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) -> None:
@@ -136,7 +194,8 @@ def test_the_text_encoder_is_counted_where_prompts_are_a_list(tmp_path: Path) ->
         "a teacher on the CPU takes the CPU's memory"
     )
     tight = dataclasses.replace(found.cluster, gpu_mem=without.needed_gib + 1e-9)
-    assert "encode_prompts.py first" in advice(budget(listed, tight, found.phases))[-1][0]
+    last = advice(budget(listed, tight, found.phases))[-1]
+    assert "encode_prompts.py makes ENCODED first" in last.change.text and last.plan.fits
 
 
 def test_what_cannot_be_planned() -> None:
