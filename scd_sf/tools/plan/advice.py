@@ -35,7 +35,7 @@ SMALLER_CLIPS = (
 
 
 @dataclass(frozen=True)
-class Change:
+class JobChange:
     """One piece of advice. ``overrides``: as the recipe takes them. ``job``: the changed job.
     ``note``: what else is to do, or what it changes of the result."""
 
@@ -54,12 +54,12 @@ class Change:
 class Advice:
     """A change, and the budget with it and all changes before it."""
 
-    change: Change
+    change: JobChange
     plan: Budget
 
 
 # a change of a job; None where the job has it already
-Maker = Callable[[PlanJob], Change | None]
+Maker = Callable[[PlanJob], JobChange | None]
 
 
 def advice(plan: Budget) -> list[Advice]:
@@ -82,7 +82,7 @@ def command_line(steps: Sequence[Advice]) -> str:
     return shlex.join(word for step in steps for word in step.change.overrides)
 
 
-def _helps(change: Change, new: Budget, old: Budget) -> bool:
+def _helps(change: JobChange, new: Budget, old: Budget) -> bool:
     """Whether a GPU needs less; or no more, and the machine less work and memory."""
     noise = NOISE if change.new_activations else 0.0
     return new.peak < (1 - noise) * old.peak or (
@@ -90,7 +90,7 @@ def _helps(change: Change, new: Budget, old: Budget) -> bool:
     )
 
 
-def _counted(current: Budget, change: Change) -> Budget:
+def _counted(current: Budget, change: JobChange) -> Budget:
     phases = None if change.new_activations else current.phases
     return budget(change.job, current.cluster, phases)
 
@@ -115,24 +115,26 @@ def _same_training(job: PlanJob) -> Iterator[Maker]:
                 yield partial(_engine, name, key, value)
 
 
-def _setting(name: str, job: PlanJob) -> Change | None:
-    return None if vars(job.cfg)[name] else Change((f"{name}=true",), _with(job, **{name: True}))
+def _setting(name: str, job: PlanJob) -> JobChange | None:
+    return None if vars(job.cfg)[name] else JobChange((f"{name}=true",), _with(job, **{name: True}))
 
 
-def _one_clip(job: PlanJob) -> Change | None:
+def _one_clip(job: PlanJob) -> JobChange | None:
     if job.cfg.train.micro_batch == 1:
         return None
-    return Change(("train.micro_batch=1",), _with(job, train=replace(job.cfg.train, micro_batch=1)))
+    return JobChange(
+        ("train.micro_batch=1",), _with(job, train=replace(job.cfg.train, micro_batch=1))
+    )
 
 
-def _encoded_prompts(job: PlanJob) -> Change | None:
+def _encoded_prompts(job: PlanJob) -> JobChange | None:
     if not job.text_parameters:
         return None
     encoded = replace(job, text_parameters=0)
-    return Change(("prompts=ENCODED",), encoded, ENCODE_FIRST, new_activations=False)
+    return JobChange(("prompts=ENCODED",), encoded, ENCODE_FIRST, new_activations=False)
 
 
-def _engine(name: str, key: str, value: object, job: PlanJob) -> Change | None:
+def _engine(name: str, key: str, value: object, job: PlanJob) -> JobChange | None:
     """A change of one engine, with what it needs of the others: offload is DeepSpeed's, and bf16
     and offload need a partition."""
     engine: EngineConfig = vars(job.cfg)[name]
@@ -151,15 +153,15 @@ def _engine(name: str, key: str, value: object, job: PlanJob) -> Change | None:
     words = tuple(f"{name}.{field}={str(v).lower()}" for field, v in values.items())
     # with a partition a gradient is freed as soon as it is computed
     metered = {"backend", "dtype"} & set(values) or engine.zero_stage == 0
-    return Change(words, _with(job, **{name: changed}), new_activations=bool(metered))
+    return JobChange(words, _with(job, **{name: changed}), new_activations=bool(metered))
 
 
-def _small_teacher(job: PlanJob) -> Change | None:
+def _small_teacher(job: PlanJob) -> JobChange | None:
     small = WanConfig()
     if job.stage == 2 or job.teacher.num_layers <= small.num_layers:
         return None
     smaller = _with(job, teacher=SMALL_TEACHER)
-    return Change(
+    return JobChange(
         (f"teacher={SMALL_TEACHER}",), replace(smaller, teacher=small), "a weaker teacher"
     )
 
@@ -179,7 +181,7 @@ def _smaller_clips(current: Budget) -> list[Advice]:
     return steps
 
 
-def _clips(video: VideoConfig, job: PlanJob) -> Change | None:
+def _clips(video: VideoConfig, job: PlanJob) -> JobChange | None:
     shape, old = video.shape(job.model.wan.in_channels), job.shape
     smaller = shape != old and all(
         new <= before
@@ -193,13 +195,13 @@ def _clips(video: VideoConfig, job: PlanJob) -> Change | None:
         return None
     if isinstance(job.cfg, Stage3Config):
         words = tuple(f"video.{key}={value}" for key, value in vars(video).items())
-        return Change(words, replace(_with(job, video=video), shape=shape), "smaller videos")
+        return JobChange(words, replace(_with(job, video=video), shape=shape), "smaller videos")
     if (job.cfg.loss.target_chunks or 0) > shape.frames // job.model.chunk:
         return None
     size = " ".join(f"{key}={value}" for key, value in vars(video).items())
     note = f"made by data_prep/generate_clips.py {size}; scd plan counts them with --clips"
     words = ("data=SMALLER/train", "val=SMALLER/val")
-    return Change(words, replace(job, shape=shape), note)
+    return JobChange(words, replace(job, shape=shape), note)
 
 
 def _with(job: PlanJob, **values: object) -> PlanJob:
