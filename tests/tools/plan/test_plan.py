@@ -17,6 +17,7 @@ from scd_sf.losses.flow_matching import FlowMatchingConfig
 from scd_sf.models.build import ModelConfig
 from scd_sf.models.scd.config import ScdConfig
 from scd_sf.models.scd.decoder import DecoderConfig
+from scd_sf.models.wan.hub import RELEASES, download_bytes
 from scd_sf.models.wan.text import load_text_encoder
 from scd_sf.models.wan.transformer import WAN_14B, Wan, WanConfig
 from scd_sf.tools.plan.advice import NOISE, SMALL_TEACHER, Advice, advice, command_line
@@ -237,3 +238,24 @@ def test_the_papers_models_against_counts_made_by_hand() -> None:
             more = budget(job, Cluster(8, 8), found.phases)
             assert (more.peak - activations) / GIB == pytest.approx(16.0 - 12.5, rel=0.2)
             assert found.seconds == pytest.approx(27.6, rel=0.06)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_pages_is_what_is_counted() -> None:
+    """One row of docs/how_to/hardware.md, counted again, and the sizes of the weights there."""
+    page = (CONFIGS.parents[1] / "docs" / "how_to" / "hardware.md").read_text(encoding="utf-8")
+    [row] = [line for line in page.splitlines() if line.startswith("| 2 | 8 H100")]
+    job = read_job([CONFIGS / "stage2_wan_1.3b.yaml"], [], CONFIGS / "stage1_wan_1.3b.yaml", 512)
+    plan = budget(job, Cluster(1, 8))
+    figures = [float(cell.replace(",", "")) for cell in row.strip("| ").split(" | ")[3:]]
+    counted = [
+        plan.needed_gib,
+        8 * plan.host / GIB,
+        plan.seconds * job.cfg.train.steps / 3600,
+        plan.disk / 1e9,
+        70_000 * plan.clip_bytes()[0] / 1e9,
+    ]
+    assert figures == [pytest.approx(value, rel=0.03, abs=0.5) for value in counted]
+    for repo in RELEASES:
+        assert f"{(download_bytes(repo) or 0) / 1e9:.1f} GB |" in page
+        assert f"hf download {repo} --revision {RELEASES[repo].revision}" in page
