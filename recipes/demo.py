@@ -216,9 +216,10 @@ def make(args: argparse.Namespace) -> None:
         say(
             f"To measure speeds when the machine is quiet, remove {folder}/results.json and run the same command again."
         )
-    say(
-        f"{run_seconds:.0f} s in this run; open {args.run}/gallery.html, figures in {args.run}/results.json"
-    )
+    say(f"{run_seconds:.0f} s in this run; all of it is in {args.run}")
+    say(f"  trainings  scd runs ls {args.run}")
+    say(f"  figures    {args.run}/results.json")
+    say(f"  open       {args.run}/gallery.html: the videos side by side, the table below them")
 
 
 if __name__ == "__main__":

@@ -124,8 +124,22 @@ def last_validation_loss(
 
 
 def print_table(table: Table, width: int = 140) -> None:
-    """Print a table as wide as the terminal, without one ``width`` characters wide."""
-    Console(width=None if Console().is_terminal else width).print(table)
+    """Print a table on a terminal, or ``width`` characters wide elsewhere. Where the terminal is too
+    narrow for it, each row becomes lines of its own: nothing is cut."""
+    console = Console(width=None if Console().is_terminal else width, highlight=False)
+    headings = [str(column.header).split() for column in table.columns]
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    widths = [
+        max(map(len, heading + cells)) for heading, cells in zip(headings, columns, strict=True)
+    ]
+    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+        console.print(table)
+        return
+    console.print(str(table.title or ""), markup=False)
+    for name, *cells in zip(*columns, strict=True):
+        values = zip(headings[1:], cells, strict=True)
+        parts = [f"{' '.join(heading)} {cell}" for heading, cell in values if cell != "-"]
+        console.print(f"{name}: {', '.join(parts)}", markup=False)
 
 
 def say_if_busy(context: dict[str, object]) -> None:

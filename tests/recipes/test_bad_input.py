@@ -227,7 +227,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_samples(chain: Chain, tmp_p
     line = error_line(recipe_runner.run(STAGE2, *chain.stage2(run), *poison))
     assert (
         "3 updates in a row had a non-finite loss" in line
-        and "resume from the last checkpoint" in line
+        and "start a new run.dir with a lower lr" in line
     )
     skipped = (run / "skipped.jsonl").read_text().splitlines()
     assert len(skipped) == 3 and '"step": 2' in skipped[0] and '"samples": [' in skipped[0]

@@ -119,7 +119,7 @@ def test_what_the_demo_writes_and_prints(
         write_rows(run / "results" / "results.json", ROWS, context)
         demo.main()
         said = capsys.readouterr().out
-        assert "distilled" in said and verdict in said and f"open {run}/gallery.html" in said
+        assert "distilled" in said and verdict in said and f"open       {run}/gallery.html" in said
         assert (f"remove {run}/results/results.json" in said.replace("\n", " ")) == bool(signs)
         rows, about = read_rows(run / "results.json")
         assert (
@@ -132,3 +132,19 @@ def test_what_the_demo_writes_and_prints(
             None if signs else False
         )
     assert (run / "gallery.html").read_text() == "<html>"
+
+
+def test_the_table_on_a_narrow_terminal_is_lines_and_nothing_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = demo.result_table(ROWS, "Held-out prompts")
+    demo.print_table(table)
+    wide = capsys.readouterr().out
+    assert "\u2502" in wide and max(map(len, wide.splitlines())) <= 140
+    demo.print_table(table, width=60)
+    narrow = capsys.readouterr().out
+    assert "\u2502" not in narrow and "\u2026" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 60
+    words = " ".join(narrow.split())
+    for row in ROWS:
+        assert f"{row.name}: " in words and f"{row.video_frechet:.1f}" in words

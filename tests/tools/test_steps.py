@@ -4,7 +4,11 @@ groups overlap."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +30,7 @@ def test_finished_steps_are_not_run_again(
     second = run_steps(tmp_path / "run", groups)
     assert (tmp_path / "count").read_text() == "once\n"
     assert first == second and first.keys() == {"count"}
-    assert "count: finished before" in capsys.readouterr().out
+    assert "[1/1] count  finished before" in capsys.readouterr().out
     assert (tmp_path / "run" / "logs" / "count.log").read_text() == "done\n"
     marker = json.loads((tmp_path / "run" / ".done" / "count.json").read_text())
     assert marker["command"] == groups[0][0].command
@@ -198,3 +202,51 @@ def test_a_chain_holds_its_run_directory(tmp_path: Path, name: str) -> None:
             and not (tmp_path / "new").exists()
         )
     assert [path.name for path in others.iterdir()] == ["results.json"]
+
+
+def lines_of_a_terminal(width: int, steps: list[Step], run: Path) -> tuple[list[str], list[str]]:
+    """The lines that a terminal of this width got in all, and those that stay at the end."""
+    rows = [(step.name, list(step.command), step.seconds) for step in steps]
+    code = (
+        "import pathlib\nfrom scd_sf.tools.steps import Step, run_steps\n"
+        f"rows = {rows!r}\n"
+        f"run_steps(pathlib.Path({str(run)!r}), [[Step(*row)] for row in rows])\n"
+    )
+    environ = {**os.environ, "COLUMNS": str(width), "LINES": "50", "TERM": "xterm"}
+    environ["FORCE_COLOR"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout).replace("\r", "\n")
+    seen = [line.rstrip() for line in text.split("\n") if line.strip()]
+    return seen, [line for line in seen if "done in" in line]
+
+
+@pytest.mark.parametrize("width", [34, 100])
+def test_one_tidy_line_a_step_on_terminals(tmp_path: Path, width: int) -> None:
+    """Long output stays in the log; no line is cut with dots, and live lines fit the terminal."""
+    steps = [
+        Step("clips", shell(f"echo step 3/7 {'x' * 300}; sleep 0.5"), 30),
+        Step("stage2-scd", shell("echo step 12/165; sleep 0.5"), 200),
+    ]
+    seen, done = lines_of_a_terminal(width, steps, tmp_path / "run")
+    assert len(done) == 2 and done[0].startswith("[1/2] clips") and "to go" in done[0]
+    assert done[1].startswith("[2/2] stage2-scd  done in 0:0") and "to go" not in done[1]
+    assert not any("\u2026" in line or "xxx" in line for line in seen)
+    live = [line for line in seen if "12/165" in line]
+    assert live and all(len(line) < width for line in live)
+    assert ("of about 3:20" in live[-1]) == (width == 100)
+
+
+def test_without_a_terminal_a_step_is_a_line_and_a_long_one_gives_signs_of_life(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scd_sf.tools.steps.LIFE_SECONDS", 0.3)
+    long = f"echo step 5/9 {'y' * 400}; sleep 1"
+    run_steps(tmp_path, [[Step("a", shell("true"), 1)], [Step("long", shell(long), 60)]])
+    first, a, *alive, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("2 steps, about 1:01 in all")
+    assert a.startswith("[1/2] a     done in 0:00, about 1:00 to go")
+    assert alive and all(line.startswith("[2/2] long        5/9  0:0") for line in alive)
+    assert all(line.endswith("of about 1:00") for line in alive)
+    assert last.startswith("[2/2] long  done in 0:0")

@@ -87,7 +87,7 @@ class Figure:
 @dataclass(frozen=True)
 class Page:
     """The page's contents. ``models``: names in order, with facts of each. ``table``: measured rows
-    above the videos. ``frames``: of the longest video, ``fps`` pixel frames per second."""
+    below the videos. ``frames``: of the longest video, ``fps`` pixel frames per second."""
 
     title: str
     models: Mapping[str, Mapping[str, str]]

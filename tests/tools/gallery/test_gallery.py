@@ -147,3 +147,12 @@ def test_bad_input_is_named_and_writes_nothing(tmp_path: Path) -> None:
         build_gallery(file / "gallery.html", "t", ROWS, {}, CARDS, fps=35)
     assert list(tmp_path.iterdir()) == [file]
     build_gallery(path, "t", ROWS, {}, CARDS, fps=35)  # no videos yet
+
+
+def test_it_opens_on_videos_and_the_figures_are_below(page: str) -> None:
+    assert (
+        page.index('class="frame"')
+        < page.index('<h2 id="figures">')
+        < page.index("A &lt;b&gt;note")
+    )
+    assert page.index("figures are below the videos") < page.index('class="frame"')
