@@ -64,12 +64,14 @@ def follow(page: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_from_scratch(tmp_path: Path) -> None:
     follow("docs/tutorials/from_scratch.md", tmp_path)
     assert (tmp_path / "runs" / "scratch" / "score").is_dir()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_own_videos_and_the_fusion(tmp_path: Path) -> None:
     """Twelve clips of three shapes and rates with captions, then the comparison on their latents."""
     for number in range(12):
@@ -88,6 +90,7 @@ def test_own_videos_and_the_fusion(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_prompts(tmp_path: Path) -> None:
     follow("docs/tutorials/prompts.md", tmp_path)
     assert (tmp_path / "runs" / "prompts" / "compare.html").is_file()
