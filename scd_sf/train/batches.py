@@ -23,6 +23,8 @@ RESUMABLE = (
     "train.max_rollbacks",
     "train.async_save",
     "train.prefetch",
+    "checkpointing",  # what is kept and what is computed again
+    "recompute_attention",
     *(
         f"{engine}.{name}"  # how the state is laid out, not what it is
         for engine in ("engine", "student_engine", "critic_engine", "teacher_engine")

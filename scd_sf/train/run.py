@@ -125,6 +125,7 @@ class Run:
         self._lock = ExitStack()
         self.tokens_per_step, self.flops_per_step = 0, 0.0
         self._last_log_time = math.nan
+        self._config = config
         problem = ""
         if ranks.is_main:
             problem = problem_of(lambda: self._claim(config, (*_MAY_CHANGE, *may_change)))
@@ -155,6 +156,7 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         _drop_after(self.dir / "metrics.jsonl", step)
+        write_text(self.dir / "config.yaml", to_yaml(self._config))
         self._metrics = (self.dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._tensorboard = SummaryWriter(str(self.dir / "tensorboard"), purge_step=step)
         if self.cfg.wandb != "off" and self._wandb is None:
@@ -267,7 +269,8 @@ class Run:
                 f"{file}: {key} is {old!r} there but {new!r} now; nothing is overwritten: use a new run.dir, "
                 f"or {key}={old} to continue that run"
             )
-        write_text(file, to_yaml(config))
+        if not file.is_file():
+            write_text(file, to_yaml(config))
 
 
 class _Bar:

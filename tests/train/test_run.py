@@ -164,8 +164,10 @@ def test_resume_policy(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     save(run, 4)
     assert open_run(tmp_path, resume="must").resume_from() == run.checkpoints.path(4)
+    before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(UserError, match="resume is 'never'"):
         open_run(tmp_path, resume="never").resume_from()
+    assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_unwritable_directory(tmp_path: Path) -> None:
