@@ -130,6 +130,10 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
             raise UserError(f"dtype is {dtype} and torch_dtype {torch_dtype}; give one of them")
         kind = _floating(dtype or torch_dtype or torch.float32)
         root, device = Path(path), device_of(device)
+        if not root.is_dir():
+            raise UserError(
+                f"{root}: no such directory; give one of scd export, or fetch it with 'hf download' first"
+            )
         config, origin = read_single(root / STUDENT)
         student, _ = load_student(root / STUDENT)
         text = load_text_encoder(root, device=device, dtype=kind)
@@ -273,8 +277,9 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         """(P, L, E) of prompts, or of states of at most L tokens."""
         if (text is None) == (embeds is None):
             raise UserError(f"set one of {name} and {name}_embeds")
-        if embeds is None:
-            return self._encode(_texts(text or "", name))
+        if text is not None:
+            return self._encode(_texts(text, name))
+        assert embeds is not None
         length, width = self._text.max_length, self._text.width
         if embeds.ndim != 3 or embeds.shape[1] > length or embeds.shape[2] != width:
             raise UserError(
@@ -322,7 +327,11 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
     def _changes(self, then: Later, prompts: int, per_prompt: int) -> dict[int, Conditioning]:
         """Conditions of B rows from pixel frames on."""
         changes = {}
-        for frame, text in sorted(dict(then).items()):
+        try:
+            pairs = sorted(dict(then).items())
+        except (TypeError, ValueError) as error:
+            raise UserError("then: give {pixel frame: prompt}, or pairs of these") from error
+        for frame, text in pairs:
             if type(frame) is not int or frame < 1:
                 raise UserError(f"then: {frame!r} is no pixel frame; give a whole number from 1 on")
             states = self._encode(_texts(text, "then", prompts))
@@ -425,8 +434,8 @@ class SCDWanPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is u
         prompts, per_prompt = len(states), num_videos_per_prompt
         seeds = choose_seeds(seed, generator, prompts, per_prompt)
         whole = (len(seeds), shape.channels, shape.frames, shape.height, shape.width)
-        if latents is not None and latents.shape != whole:
-            raise UserError(f"latents has shape {tuple(latents.shape)}; it must be {whole}")
+        if latents is not None and (not isinstance(latents, Tensor) or latents.shape != whole):
+            raise UserError(f"latents has shape {tuple(latents.shape)}; give a tensor {whole}")
         null = self._null(kind, negative_prompt, negative_prompt_embeds, prompts)
         known = self._known(image, start, prompts, shape)
         known_frames = 0 if known is None else 1 + (known.shape[1] - 1) // shape.temporal
@@ -575,14 +584,19 @@ def _onto_device(part: nn.Module) -> None:
 def _texts(text: Prompts, name: str, count: int | None = None) -> list[str]:
     """Prompts as a list, of ``count`` where one serves all. UserError: not texts, or too few.
     "wan" as a negative prompt is Wan 2.1's own."""
-    texts = [text] * (count or 1) if isinstance(text, str) else list(text)
+    texts: Sequence[object] = ()
+    if isinstance(text, str):
+        texts = [text] * (count or 1)
+    elif isinstance(text, Sequence):
+        texts = list(text)
     if not texts or not all(isinstance(one, str) for one in texts):
         raise UserError(f"{name}: give a text, or a list of texts")
     if count is not None and len(texts) != count:
         raise UserError(
             f"{name}: {len(texts)} texts for {count} prompts; give one, or one for each"
         )
-    return [wan_negative(one) for one in texts] if name == "negative_prompt" else texts
+    words = [str(one) for one in texts]
+    return [wan_negative(one) for one in words] if name == "negative_prompt" else words
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:

@@ -3,6 +3,7 @@ sample`` and the pipeline take them."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -91,16 +92,31 @@ def choose_seeds(
     if generator is not None:
         if seed is not None:
             raise UserError("seed and generator are both set; give one of them")
-        own = [generator] * videos if isinstance(generator, torch.Generator) else list(generator)
+        own = [generator] * videos if isinstance(generator, torch.Generator) else generator
+        if not isinstance(own, Sequence) or not all(isinstance(g, torch.Generator) for g in own):
+            raise UserError("generator: give a torch.Generator, or a list with one for each video")
         if len(own) != videos:
             raise UserError(
                 f"generator is a list of {len(own)} for {videos} videos; give one for each"
             )
         return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in own]
-    seeds = [seed or 0] * prompts if seed is None or isinstance(seed, int) else list(seed)
+    try:
+        one = operator.index(0 if seed is None else seed)  # type: ignore[arg-type]  # or a list
+        seeds = [one] * prompts
+    except TypeError:
+        seeds = _whole(seed)
     if len(seeds) != prompts:
         raise UserError(f"{prompts} prompts but {len(seeds)} seeds; give one seed for each prompt")
     return [first + n for first in seeds for n in range(per_prompt)]
+
+
+def _whole(seeds: object) -> list[int]:
+    try:
+        return [operator.index(seed) for seed in seeds]  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise UserError(
+            f"seed is {seeds!r}; give a whole number, or one for each prompt"
+        ) from error
 
 
 def start_pixels(start: object, prompts: int, shape: VideoShape, where: str) -> Tensor:

@@ -159,7 +159,7 @@ CONVENTIONS = [
     ),
     Convention(
         "frames= and seed=, the names of before",
-        lambda pipe, clip: np.array_equal(batch(pipe, frames=5, seed=0)[0], clip[:5]),
+        lambda pipe, clip: np.array_equal(batch(pipe, frames=5, seed=np.int64(0))[0], clip[:5]),
     ),
     Convention(
         "num_inference_steps that are its own",
@@ -301,6 +301,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": None, "prompt_embeds": torch.zeros(1, 2, 9)},
         r"prompt_embeds has shape \(1, 2, 9\)",
     ),
+    "no prompts": ({"prompt": []}, "prompt: give a text, or a list of texts"),
+    "a prompt that is no text": ({"prompt": 3}, "prompt: give a text, or a list of texts"),
+    "a seed that is none": ({"seed": "a"}, "seed is 'a'; give a whole number"),
+    "a generator that is none": ({"generator": 3}, "generator: give a torch.Generator"),
+    "latents that are none": ({"latents": np.zeros(3)}, r"latents has shape \(3,\); give a tensor"),
+    "later prompts": ({"then": "abc"}, "then: give {pixel frame: prompt}"),
     "no prompt": ({"prompt": None}, "one of prompt and prompt_embeds"),
     "negative prompts": (
         {"guidance_scale": 2.0, "negative_prompt": ["a", "b"]},
